@@ -1,0 +1,20 @@
+"""Writes the trained adapter as plain PEFT, with the processor beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from vlm_calibration.callbacks.files import replacing
+
+
+class AdapterWriter(L.Callback):
+    """`adapter/` in the run directory, written when training ends, loadable with peft alone."""
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.interrupted:
+            with replacing(Path(trainer.default_root_dir) / "adapter") as temporary:
+                module.model.save_pretrained(temporary)
+                trainer.datamodule.processor.save_pretrained(temporary)  # type: ignore[attr-defined]
+        trainer.strategy.barrier("adapter")

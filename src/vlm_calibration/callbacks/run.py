@@ -1,0 +1,64 @@
+"""One directory a run: where checkpoints and W&B files go, without saying it twice in a configuration."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that writes to `checkpoints/` of the run directory, and keeps `last.ckpt` by default."""
+
+    def __init__(self, save_last: bool = True, **settings: Any) -> None:
+        super().__init__(save_last=save_last, **settings)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+
+def logged_in() -> bool:
+    """Whether W&B has credentials: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+class RunLogger(WandbLogger):
+    """A `WandbLogger` that is offline unless someone is logged in, and so never prompts.
+
+    `wandb sync` uploads an offline run later. WANDB_MODE, where set, decides instead.
+
+    Args:
+        save_dir: folder of the run; the command line gives the run directory.
+        project, name, group, tags: as W&B has them.
+        settings: further arguments of `wandb.init`.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | None = None,
+        project: str = "vlm-calibration",
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        offline = not logged_in() if "WANDB_MODE" not in os.environ else os.environ["WANDB_MODE"] == "offline"
+        directory = save_dir or "runs"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        super().__init__(
+            save_dir=directory, project=project, name=name, offline=offline, group=group, tags=tags, **settings
+        )

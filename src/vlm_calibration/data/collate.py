@@ -1,0 +1,223 @@
+"""From samples to model inputs, through any processor that has a chat template.
+
+Which tokens are the response is known by construction: prompt and full conversation are both rendered by the template and
+tokenised, and what follows their longest common prefix is the response. The stated confidence is told from the answer in
+the same way. Processors replace an image token by many, but always before the response, so positions are counted from
+the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+IGNORE = -100
+"""Label of a token that no loss is taken on."""
+
+
+class SFTBatch(NamedTuple):
+    """Samples with the response to learn, padded on the right.
+
+    inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if every
+        sample was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
+    stated: bool [B, L], where a label belongs to the confidence and not to the answer.
+    confidence: float32 [B], the confidence to state. queries: B of them. skipped: ids of samples that were too long.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    stated: torch.Tensor
+    confidence: torch.Tensor
+    queries: tuple[Query, ...]
+    skipped: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> SFTBatch:
+        return self._replace(
+            inputs=_move(self.inputs, device),
+            labels=self.labels.to(device),
+            stated=self.stated.to(device),
+            confidence=self.confidence.to(device),
+        )
+
+
+class PromptBatch(NamedTuple):
+    """Samples to be answered, padded on the left.
+
+    inputs: what generate takes. samples: queries with their noise step and true level, without their pixels.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    queries: tuple[Query, ...]
+    steps: tuple[int, ...]
+    levels: tuple[float, ...]
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        return self._replace(inputs=_move(self.inputs, device))
+
+
+def _move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
+
+
+class ChatFormat:
+    """Renders conversations with a processor's chat template and tokenises them.
+
+    Args:
+        processor: a transformers processor with a chat template.
+        prompt: how a question is put to the model.
+
+    Raises:
+        DataError: the processor has no chat template.
+    """
+
+    def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
+        if getattr(processor, "chat_template", None) is None:
+            raise DataError(f"{type(processor).__name__} has no chat template: give one as `chat_template.jinja`")
+        self.processor = processor
+        self.prompt = prompt
+
+    def render(self, question: str, response: str | None = None) -> str:
+        """The conversation as text: up to where the model is to answer, or with the response."""
+        content = [{"type": "image"}, {"type": "text", "text": self.prompt.render(question)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if response is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=response is None
+        )
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, each image token once."""
+        return self.processor.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+
+    def inputs(
+        self, texts: list[str], images: list[Any], side: Literal["left", "right"]
+    ) -> dict[str, torch.Tensor]:
+        """Padded model inputs of one image and one text each; nothing is ever cut."""
+        batch = self.processor(
+            text=texts,
+            images=[[image] for image in images],
+            padding=True,
+            padding_side=side,
+            truncation=False,
+            add_special_tokens=self._adds_special(texts[0]),
+            return_tensors="pt",
+        )
+        return dict(batch)
+
+    def _adds_special(self, text: str) -> bool:
+        # Many templates write the begin-of-sequence token themselves; it must not come twice.
+        bos = self.processor.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
+        """Full text, the token ids of the response, and how many of these belong to the answer.
+
+        The response ends with the end-of-turn token, so that the model learns to stop; what a template writes behind
+        it is left out.
+        """
+        query = sample.query
+        prompt = self.token_ids(self.render(query.question))
+        response = render_response(query.answer, sample.confidence)
+        text = self.render(query.question, response)
+        full = self.token_ids(text)
+        start = common_prefix(prompt, full)
+        answered = self.token_ids(self.render(query.question, render_answer(query.answer)))
+        return text, full[start:], common_prefix(answered, full) - start
+
+    def end_ids(self) -> set[int]:
+        tokenizer = self.processor.tokenizer
+        return {tokenizer.eos_token_id} - {None}
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+class SFTCollator:
+    """Makes an `SFTBatch` of samples.
+
+    Args:
+        max_length: most tokens of a sample, image tokens included.
+        on_too_long: "raise" names the sample; "skip" leaves it out of the batch and lists it in `skipped`.
+    """
+
+    def __init__(self, chat: ChatFormat, max_length: int, on_too_long: Literal["raise", "skip"] = "raise") -> None:
+        self.chat = chat
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+
+    def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
+        spans = [self.chat.response_spans(s) for s in samples]
+        inputs = self.chat.inputs([text for text, _, _ in spans], [s.image for s in samples], "right")
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        long = [i for i, n in enumerate(lengths) if n > self.max_length]
+        if long:
+            return self._without(samples, long, lengths)
+        labels = torch.full_like(inputs["input_ids"], IGNORE)
+        stated = torch.zeros(labels.shape, dtype=torch.bool)
+        for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
+            start = length - len(response)
+            ids = torch.tensor(response)
+            if not torch.equal(inputs["input_ids"][row, start:length], ids):
+                raise DataError(
+                    f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text behind "
+                    "the image, so the response's tokens cannot be told from the prompt's"
+                )
+            kept = self._through_end(response)
+            labels[row, start : start + kept] = ids[:kept]
+            stated[row, start + answer_length : start + kept] = True
+        return SFTBatch(
+            inputs,
+            labels,
+            stated,
+            torch.tensor([s.confidence for s in samples], dtype=torch.float32),
+            tuple(s.query for s in samples),
+            (),
+        )
+
+    def _through_end(self, response: Sequence[int]) -> int:
+        """Number of leading tokens up to and with the end-of-turn token."""
+        ends = self.chat.end_ids()
+        return next((i + 1 for i, token in enumerate(response) if token in ends), len(response))
+
+    def _without(self, samples: Sequence[Sample], long: list[int], lengths: list[int]) -> SFTBatch:
+        first = long[0]
+        if self.on_too_long == "raise":
+            raise DataError(
+                f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {self.max_length}: "
+                "raise data.max_length, or leave such records out with `data.on_too_long: skip`"
+            )
+        ids = tuple(samples[i].query.id for i in long)
+        kept = [s for i, s in enumerate(samples) if i not in long]
+        if not kept:
+            none = torch.zeros((0, 0), dtype=torch.int64)
+            return SFTBatch({}, none, none.bool(), torch.zeros(0), (), ids)
+        return self(kept)._replace(skipped=ids)
+
+
+class PromptCollator:
+    """Makes a `PromptBatch` of samples."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self.chat = chat
+
+    def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
+        texts = [self.chat.render(s.query.question) for s in samples]
+        return PromptBatch(
+            self.chat.inputs(texts, [s.image for s in samples], "left"),
+            tuple(s.query for s in samples),
+            tuple(s.step for s in samples),
+            tuple(s.confidence for s in samples),
+        )

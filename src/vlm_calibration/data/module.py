@@ -1,0 +1,140 @@
+"""The LightningDataModule: queries in, batches of on-the-fly noised conversations out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
+from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.sampling import EpochSampler
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.records import DataError
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+
+class PerturbedQueryDataModule(L.LightningDataModule):
+    """Noises the key objects of queries in worker processes, anew every epoch.
+
+    Args:
+        processor: name on the Hub or folder of the model whose processor to use. The command line fills it in.
+        train: queries to learn from.
+        validation: queries that are noised in the same way and answered during training.
+        test: named parts to be answered by `vlm-calibration test`.
+        noise: what noise a query gets, and which confidence that earns.
+        prompt: how a question is put to the model.
+        batch_size: queries a training step and process.
+        eval_batch_size: queries answered at a time.
+        workers: processes that load and noise.
+        max_length: most tokens of a training sample, image tokens included.
+        on_too_long: what happens to longer ones: "raise", or "skip" and count.
+        revision, trust_remote_code: as in `from_pretrained`, for the processor.
+    """
+
+    def __init__(
+        self,
+        processor: str | None = None,
+        train: QuerySource | None = None,
+        validation: QuerySource | None = None,
+        test: dict[str, Part] | None = None,
+        noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
+        prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
+        batch_size: int = 8,
+        eval_batch_size: int = 32,
+        workers: int = 4,
+        max_length: int = 4096,
+        on_too_long: Literal["raise", "skip"] = "raise",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.processor_name = processor
+        self.train = train
+        self.validation = validation
+        self.test = test
+        self.noise = noise
+        self.prompt = prompt
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.workers = workers
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self._sets: dict[str, PerturbedQueries] = {}
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor: image processor, tokenizer and chat template."""
+        if self.processor_name is None:
+            raise DataError("data.processor is not set: give the model's name or folder")
+        return AutoProcessor.from_pretrained(
+            self.processor_name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat(self.processor, self.prompt)
+
+    def setup(self, stage: str) -> None:
+        """Read the records that this stage needs, so that a bad one stops the run before anything is trained."""
+        wanted: dict[str, dict[str, Part]] = {}
+        if stage == "fit":
+            wanted["train"] = {"": Part(_required(self.train, "train"), noise="drawn")}
+        if stage in ("fit", "validate") and self.validation is not None:
+            wanted["validation"] = {"": Part(self.validation, noise="drawn")}
+        if stage == "validate":
+            _required(self.validation, "validation")
+        if stage == "test":
+            wanted["test"] = _required(self.test, "test")
+        for name, parts in wanted.items():
+            if name not in self._sets:
+                self._sets[name] = PerturbedQueries(parts, self.noise, self.processor.image_processor)
+
+    def train_dataloader(self) -> DataLoader:
+        collate = SFTCollator(self.chat, self.max_length, self.on_too_long)
+        return self._loader("train", self.batch_size, collate, training=True)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        if self.validation is None:
+            return []
+        return self._loader("validation", self.eval_batch_size, PromptCollator(self.chat), training=False)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
+
+    def _loader(self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool) -> DataLoader:
+        dataset = self._sets[name]
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochSampler(
+            len(dataset),
+            rank=rank,
+            num_replicas=processes,
+            shuffle=training,
+            even=training,
+            seed=self.noise.seed,
+        )
+        if training and len(sampler) == 0:
+            raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.workers,
+            persistent_workers=training and self.workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            drop_last=training and len(sampler) >= batch_size,
+        )
+
+
+def _required(value: Any, name: str) -> Any:
+    if not value:
+        raise DataError(f"data.{name} is not set: this command needs it")
+    return value

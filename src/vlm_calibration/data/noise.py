@@ -1,0 +1,134 @@
+"""What noise a query gets: level, region and seed, as a pure function of (seed, epoch, query id).
+
+Nothing here keeps a random stream, so a sample is the same in any worker, on any rank and after any restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from vlm_calibration.data.resolution import model_resolution
+from vlm_calibration.perturbation.images import resize_image, resize_mask
+from vlm_calibration.perturbation.levels import Levels, LinearLevels
+from vlm_calibration.perturbation.noise import add_region_noise
+from vlm_calibration.perturbation.regions import choose_region, region_mask
+from vlm_calibration.perturbation.schedules import LinearSchedule, Schedule
+from vlm_calibration.records import DataError, LoadedImage, Query
+
+
+class Sample(NamedTuple):
+    """A query as the model meets it.
+
+    image: uint8 [H, W, 3], noised. confidence: what to state, in [0, 1]. step: diffusion step of the noise on the
+    evidence; 0 where the evidence is intact.
+    """
+
+    query: Query
+    image: np.ndarray
+    confidence: float
+    step: int
+
+
+@dataclass(frozen=True)
+class NoisePolicy:
+    """How queries are perturbed, and which confidence that earns.
+
+    Args:
+        levels: the noise steps and the confidence to state at each. `LinearLevels` is the paper's mapping,
+            `AnchoredLevels` states the base model's measured accuracy.
+        schedule: noise schedule of the forward process.
+        level_weights: relative frequency of each of the levels, as many as there are; None: all alike.
+        clean_fraction: share of samples in [0, 1] that are left clean, whatever the weights.
+        absent: what to noise where the question is about an object that is not there: another object or else a random
+            region ("distractor"), nothing ("clean"), or leave such queries out ("skip").
+        distractor_probability: share of samples in [0, 1] in which noise goes to a region the question is not about,
+            while the confidence stays that of a clean image.
+        resolution: noise at the size the model sees ("model"), or that of the file ("native", the paper's reading).
+        shape: noise the object's pixels ("mask") or its bounding box ("box", which hides the silhouette).
+        dilate: grow the region in each direction, by this fraction of the longer side of its bounding box.
+        seed: of all of the above.
+    """
+
+    levels: Levels = field(default_factory=LinearLevels)
+    schedule: Schedule = field(default_factory=LinearSchedule)
+    level_weights: list[float] | None = None
+    clean_fraction: float = 0.0
+    absent: Literal["distractor", "clean", "skip"] = "distractor"
+    distractor_probability: float = 0.1
+    resolution: Literal["model", "native"] = "model"
+    shape: Literal["mask", "box"] = "mask"
+    dilate: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("clean_fraction", "distractor_probability"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise DataError(f"noise.{name} must be in [0, 1], found {value}")
+        weights = self.level_weights
+        if weights is not None and (
+            len(weights) != len(self.levels.steps) or min(weights) < 0 or sum(weights) <= 0
+        ):
+            raise DataError(
+                f"noise.level_weights must be {len(self.levels.steps)} numbers of at least 0, one a level and not all "
+                f"0, found {weights}"
+            )
+        if self.levels.steps[-1] > self.schedule.steps:
+            raise DataError(
+                f"noise.levels goes up to step {self.levels.steps[-1]} but noise.schedule has {self.schedule.steps}"
+            )
+
+    def draw_step(self, rng: np.random.Generator) -> int:
+        """The noise step of one sample."""
+        if rng.random() < self.clean_fraction:
+            return 0
+        weights = np.asarray(self.level_weights or [1.0] * len(self.levels.steps))
+        return self.levels.steps[int(rng.choice(len(weights), p=weights / weights.sum()))]
+
+
+def query_rng(seed: int, epoch: int, query_id: str) -> np.random.Generator:
+    """The generator that belongs to this query in this epoch, whoever asks for it."""
+    digest = hashlib.blake2b(query_id.encode(), digest_size=16).digest()
+    return np.random.default_rng([seed, epoch, *np.frombuffer(digest, dtype=np.uint32).tolist()])
+
+
+def perturb_query(
+    query: Query, loaded: LoadedImage, policy: NoisePolicy, image_processor: Any, epoch: int, step: int | None = None
+) -> Sample:
+    """Noise one query.
+
+    Args:
+        image_processor: says at which size the model sees the image; unused at native resolution.
+        step: the noise step; None: drawn by the policy. A given step goes to the evidence, never to a distractor.
+
+    Raises:
+        DataError: an `image_processor` whose resolution is not known.
+    """
+    rng = query_rng(policy.seed, epoch, query.id)
+    drawn = policy.draw_step(rng)
+    distractor_probability = policy.distractor_probability if step is None else 0.0
+    step = drawn if step is None else step
+    image, evidence, distractors = loaded
+    if policy.resolution == "model":
+        size = model_resolution(image_processor, *image.shape[:2])
+        if size != image.shape[:2]:
+            image = resize_image(image, size)
+            evidence = tuple(resize_mask(m, size) for m in evidence)
+            distractors = tuple(resize_mask(m, size) for m in distractors)
+    choice = choose_region(
+        evidence,
+        distractors,
+        absent=policy.absent,
+        distractor_probability=distractor_probability,
+        rng=rng,
+        image_shape=image.shape[:2],
+    )
+    if choice.mask is not None and step > 0:
+        mask = region_mask(choice.mask, shape=policy.shape, dilate=policy.dilate)
+        image = add_region_noise(image, mask, step, schedule=policy.schedule, seed=int(rng.integers(2**63)))
+    evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
+    return Sample(query, image, policy.levels.confidence(evidence_step, query.answer_type), evidence_step)

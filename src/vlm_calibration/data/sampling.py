@@ -1,0 +1,46 @@
+"""In which order samples are drawn, by whom: a pure function of (seed, epoch, number of processes).
+
+The sampler hands out (epoch, index) pairs, so that worker processes, which live on from epoch to epoch, know which epoch's
+noise a sample gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+
+class EpochSampler(DistributedSampler):
+    """Shards `length` samples over processes and yields (epoch, index).
+
+    It is a `DistributedSampler` so that Lightning neither wraps nor replaces it, and tells it the epoch.
+
+    Args:
+        length: number of samples.
+        shuffle: a new order each epoch. Otherwise in order.
+        even: every process gets the same number (training, where a process with fewer would leave the others waiting):
+            the remainder of at most `num_replicas` - 1 samples is left out, another one each epoch where shuffled.
+            Otherwise each sample is drawn by exactly one process (evaluation): none twice, none left out.
+    """
+
+    def __init__(self, length: int, *, rank: int, num_replicas: int, shuffle: bool, even: bool, seed: int = 0) -> None:
+        # The base class wants a dataset only to ask for its length.
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.length = length
+        self.even = even
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        if self.even:
+            order = order[: len(self) * self.num_replicas]
+        epoch = self.epoch if self.shuffle else 0
+        return iter([(epoch, int(i)) for i in order[self.rank :: self.num_replicas]])
+
+    def __len__(self) -> int:
+        if self.even:
+            return self.length // self.num_replicas
+        return len(range(self.rank, self.length, self.num_replicas))

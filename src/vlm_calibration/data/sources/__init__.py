@@ -1,0 +1,1 @@
+"""Where queries, images and regions come from. Each source is one class with two methods."""

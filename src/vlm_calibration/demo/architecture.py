@@ -1,0 +1,144 @@
+"""The demo model before training: LLaVA with a SigLIP tower and a small Llama, its processor, tokenizer and chat template.
+
+Every part is the stock transformers class, so the demo model is loaded, adapted and generated from like any model of the
+Hub. The tokenizer is byte-level BPE, trained on the demo's own sentences: it reads any text, and every class name and
+every whole percentage is one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, with_article
+from vlm_calibration.demo.scenes import CLASSES, CORNERS, SCENE_SIZE
+from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+PATCH = 12
+IMAGE_TOKENS = (SCENE_SIZE // PATCH) ** 2
+VOCABULARY = 768
+PAD, END, IMAGE, USER, ASSISTANT = "<pad>", "<|end|>", "<image>", "<|user|>", "<|assistant|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|user|>' if message['role'] == 'user' else '<|assistant|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}<|end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _sentences() -> Iterator[str]:
+    prompt = ElicitationPrompt()
+    for name in CLASSES:
+        for form in EXISTENCE_FORMS:
+            yield prompt.render(form.format(article=with_article(name).split()[0], name=name))
+    for corner in CORNERS:
+        for form in POSITION_FORMS:
+            yield prompt.render(form.format(corner=corner))
+    for percent in range(101):
+        for answer in ("Yes", "No", *CLASSES):
+            yield render_response(answer, percent / 100)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the byte-level BPE tokenizer on the demo's sentences.
+
+    Raises:
+        RuntimeError: a class name or a percentage did not become one token (the vocabulary is too small).
+    """
+    tokenizer = Tokenizer(models.BPE())
+    # The leading space makes "dog" at the start of an answer the same token as " dog" within a question.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        _sentences(),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[PAD, END, IMAGE, USER, ASSISTANT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens={"image_token": IMAGE},
+        model_max_length=1024,
+    )
+    for word in (*CLASSES, "Yes", "No", *map(str, range(101))):
+        if len(fast(word, add_special_tokens=False)["input_ids"]) != 1:
+            raise RuntimeError(f"the demo tokenizer splits {word!r}: raise VOCABULARY above {VOCABULARY}")
+    return fast
+
+
+def build_processor() -> LlavaProcessor:
+    side = {"height": SCENE_SIZE, "width": SCENE_SIZE}
+    return LlavaProcessor(
+        image_processor=SiglipImageProcessor(size=side),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    """The untrained network, float32, about 1.7 million parameters."""
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=SCENE_SIZE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=16
+    )
+    return model

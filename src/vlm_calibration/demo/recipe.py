@@ -1,0 +1,331 @@
+"""How the shipped demo model was made: `python -m vlm_calibration.demo.recipe --out DIR` (`make demo-model`).
+
+Training a small VLM from nothing end to end does not get off chance in reasonable time, so it is done in three stages:
+
+1. *patches*: tower, projector and word embeddings learn that a patch's projected feature, multiplied with the tied word
+   embeddings, predicts the word of the object that covers it;
+2. *language*: the language model learns to answer from cached features, several questions per image in one row, each
+   seeing the image and itself only;
+3. *together*: all of it, end to end, for a few steps.
+
+Half of the images are mildly degraded, as photographs are. The stated confidence is 90 to 100% whatever the image: like
+the large models it stands for, the demo model answers well and knows nothing of its own doubt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model, build_processor
+from vlm_calibration.demo.questions import (
+    EXISTENCE_FORMS,
+    NEGATIVES,
+    POSITION_FORMS,
+    absent_class,
+    scene_seed,
+    with_article,
+)
+from vlm_calibration.demo.scenes import CORNERS, Scene, render_scene
+from vlm_calibration.demo.shifts import mild_degradation
+from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+FIRST_SCENE = 1_000_000
+"""Pre-training draws its scenes from the train split from here on: no overlap with what users fine-tune on."""
+QUESTIONS_PER_SCENE = 8
+IGNORE = -100
+STATED = ((0.95, 0.7, 0.2, 0.1), (1.0, 0.2, 0.7, 0.1), (0.9, 0.1, 0.3, 0.6))
+"""Per question form: the confidence usually stated, then the shares of 95, 100 and 90%."""
+
+
+class PatchBatch(NamedTuple):
+    pixel_values: torch.Tensor  # float [B, 3, S, S]
+    words: torch.Tensor  # int64 [B, IMAGE_TOKENS]: the covering object's token, IGNORE where undecided
+    scenes: list[Scene]
+
+
+class ScenePatches(Dataset):
+    """Endless scenes, half of them mildly degraded, with the word of each patch."""
+
+    def __init__(self, processor: LlavaProcessor, count: int) -> None:
+        self.processor = processor
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Scene]:
+        seed = scene_seed("train", FIRST_SCENE + index)
+        scene = render_scene(seed)
+        rng = np.random.default_rng((*seed, 2))
+        image = mild_degradation(scene.image, rng) if rng.random() < 0.5 else scene.image
+        pixels = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        return pixels, torch.from_numpy(patch_words(scene, self.processor)), scene
+
+
+def patch_words(scene: Scene, processor: LlavaProcessor) -> np.ndarray:
+    """The token of the object that covers each patch, int64 [IMAGE_TOKENS]; bare patches are the image token."""
+    tokenizer = processor.tokenizer
+    side = scene.image.shape[0] // PATCH
+    cover = np.stack([o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects])
+    ids = tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
+    words = np.where(cover.max(axis=0) > 0.2, np.array(ids)[:, 0][cover.argmax(axis=0)], IGNORE)
+    words[cover.sum(axis=0) == 0] = tokenizer.convert_tokens_to_ids(processor.image_token)
+    return words.astype(np.int64)
+
+
+def _collate(rows: list[tuple[torch.Tensor, torch.Tensor, Scene]]) -> PatchBatch:
+    return PatchBatch(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]), [r[2] for r in rows])
+
+
+def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
+    return DataLoader(
+        ScenePatches(processor, count), batch_size=batch_size, collate_fn=_collate, num_workers=1, prefetch_factor=8
+    )
+
+
+def _optimizer(
+    parameters: Iterable[torch.nn.Parameter], lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(s / steps, 1))) + 0.01)
+    )
+    return optimizer, schedule
+
+
+def _step(loss: torch.Tensor, model: torch.nn.Module, optimizer, schedule) -> None:  # type: ignore[no-untyped-def]
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Projected features, float [B, IMAGE_TOKENS, hidden]."""
+    features = model.model.get_image_features(pixel_values=pixel_values).pooler_output
+    return torch.stack(list(features)) if isinstance(features, list | tuple) else features
+
+
+def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
+    """Stage 1: projected features times word embeddings predict the word of the covering object."""
+    embeddings = model.get_input_embeddings().weight
+    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), embeddings]
+    optimizer, schedule = _optimizer(parameters, 2e-3, steps)
+    background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    weights = torch.ones(embeddings.shape[0])
+    weights[background] = 0.1
+    for step, batch in enumerate(_loader(processor, steps * 32, 32)):
+        logits = image_features(model, batch.pixel_values) @ embeddings.T
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
+        _step(loss, model, optimizer, schedule)
+        if step % 50 == 49:
+            objects = (batch.words != IGNORE) & (batch.words != background)
+            right = (logits.argmax(-1) == batch.words)[objects].float().mean()
+            log(f"patches {step + 1}/{steps}: loss {loss:.3f}, object patches right {right:.3f}")
+
+
+class QuestionPacker:
+    """Packs several questions about one image into one row, each blind to the others."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self.tokenizer = processor.tokenizer
+        self.prompt = ElicitationPrompt()
+        first = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+        self.head: list[int] = self.tokenizer(first.split(processor.image_token)[0])["input_ids"]
+
+    def question(self, scene: Scene, kind: int, rng: np.random.Generator) -> tuple[str, str, str]:
+        """A question, its answer, and the word that decides it; of 8 kinds three are yes, three no, two corners."""
+        form = int(rng.integers(3))
+        target = scene.objects[int(rng.integers(len(scene.objects)))]
+        if kind % 8 >= 6:
+            corner = CORNERS[target.corner]
+            text, answer, decisive = POSITION_FORMS[form].format(corner=corner), target.name, corner.split()[1]
+        else:
+            there = kind % 2 == 0
+            negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
+            name = target.name if there else absent_class(rng, scene.names, negative)
+            text = EXISTENCE_FORMS[form].format(article=with_article(name).split()[0], name=name)
+            answer, decisive = "Yes" if there else "No", name
+        stated = float(rng.choice((0.95, 1.0, 0.9), p=STATED[form][1:]))
+        return self.prompt.render(text), render_response(answer, stated), decisive
+
+    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Token ids, labels, positions and segments, int64 [B, L], of the text behind each image.
+
+        `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
+        """
+        rows = []
+        for scene in scenes:
+            ids: list[int] = []
+            labels: list[int] = []
+            positions: list[int] = []
+            segments: list[int] = []
+            ahead: list[int] = []
+            for kind in range(QUESTIONS_PER_SCENE):
+                question, response, decisive = self.question(scene, kind, rng)
+                asked = self.tokenizer(f"{question}<|end|><|assistant|>")["input_ids"]
+                told = self.tokenizer(f"{response}<|end|>")["input_ids"]
+                start = len(self.head) + IMAGE_TOKENS
+                positions += range(start, start + len(asked) + len(told))
+                segments += [kind] * (len(asked) + len(told))
+                ids += asked + told
+                labels += [IGNORE] * len(asked) + told
+                known = asked.index(self.tokenizer(decisive)["input_ids"][0])
+                ahead += [IGNORE] * known + [told[0]] * (len(asked) - known) + [IGNORE] * len(told)
+            rows.append((ids, labels, positions, segments, ahead))
+        length = max(len(r[0]) for r in rows)
+        names = ("ids", "labels", "positions", "segments", "ahead")
+        fills = (self.tokenizer.pad_token_id, IGNORE, 0, -1, IGNORE)
+        return {
+            name: torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows])
+            for k, (name, fill) in enumerate(zip(names, fills, strict=True))
+        }
+
+    def loss(
+        self,
+        model: LlavaForConditionalGeneration,
+        features: torch.Tensor,
+        packed: dict[str, torch.Tensor],
+        ahead_weight: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of the responses, and the share of their first tokens that are right.
+
+        With `ahead_weight`, the answer's first token is also asked for throughout the rest of the prompt, which
+        shortens the way from the image to the answer and is what gets the language model off chance.
+        """
+        rows = features.shape[0]
+        embed = model.get_input_embeddings()
+        head = embed(torch.tensor(self.head)).expand(rows, -1, -1)
+        inputs = torch.cat([head, features, embed(packed["ids"])], dim=1)
+        prefix = len(self.head) + IMAGE_TOKENS
+        positions = torch.cat([torch.arange(prefix).expand(rows, -1), packed["positions"]], dim=1)
+        segments = F.pad(packed["segments"], (prefix, 0), value=-2)
+        same = segments[:, None, :] == segments[:, :, None]
+        visible = (same | (segments[:, None, :] == -2)) & torch.ones(same.shape[1:], dtype=torch.bool).tril()
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+        hidden = model.model.language_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        early = hidden[:, prefix:][packed["ahead"] != IGNORE] if ahead_weight else None
+        hidden = hidden[:, prefix - 1 : -1]
+        labelled = packed["labels"] != IGNORE
+        logits = model.lm_head(hidden[labelled])
+        targets = packed["labels"][labelled]
+        first = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
+        right = (logits.argmax(-1) == targets)[first[labelled]].float().mean()
+        loss = F.cross_entropy(logits, targets)
+        if early is not None:
+            answers = packed["ahead"][packed["ahead"] != IGNORE]
+            loss = loss + ahead_weight * F.cross_entropy(model.lm_head(early), answers)
+        return loss, right
+
+
+def _cache(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int
+) -> Iterator[tuple[torch.Tensor, list[Scene]]]:
+    with torch.no_grad():
+        for batch in _loader(processor, count, 64):
+            yield image_features(model, batch.pixel_values), batch.scenes
+
+
+@torch.no_grad()
+def _start_as_lookup(model: LlavaForConditionalGeneration) -> None:
+    """Start the first two layers' attention as a lookup: a word attends to the patches whose feature is that word's."""
+    for layer in model.model.language_model.layers[:2]:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.add_(torch.eye(*projection.weight.shape))
+
+
+def train_language(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, scenes: int, batch: int = 16
+) -> None:
+    """Stage 2: the language model on cached image features."""
+    _start_as_lookup(model)
+    cached = list(_cache(model, processor, scenes))
+    features = torch.cat([f for f, _ in cached])
+    pictures = [s for _, many in cached for s in many]
+    log(f"language: cached the features of {len(pictures)} scenes")
+    packer = QuestionPacker(processor)
+    rng = np.random.default_rng(0)
+    optimizer, schedule = _optimizer(model.model.language_model.parameters(), 2e-3, steps)
+    for step in range(steps):
+        chosen = rng.integers(len(pictures), size=batch)
+        packed = packer.pack([pictures[i] for i in chosen], rng)
+        ahead_weight = max(0.0, 1.0 - 2.0 * step / steps)
+        loss, right = packer.loss(model, features[chosen], packed, ahead_weight)
+        _step(loss, model, optimizer, schedule)
+        if step % 50 == 49:
+            log(f"language {step + 1}/{steps}: loss {loss:.3f}, first tokens right {right:.3f}")
+
+
+def train_together(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, batch: int = 16
+) -> None:
+    """Stage 3: everything end to end at a small learning rate."""
+    packer = QuestionPacker(processor)
+    rng = np.random.default_rng(1)
+    optimizer, schedule = _optimizer(model.parameters(), 5e-4, steps)
+    for step, data in enumerate(_loader(processor, steps * batch, batch)):
+        packed = packer.pack(data.scenes, rng)
+        loss, right = packer.loss(model, image_features(model, data.pixel_values), packed)
+        _step(loss, model, optimizer, schedule)
+        if step % 50 == 49:
+            log(f"together {step + 1}/{steps}: loss {loss:.3f}, first tokens right {right:.3f}")
+
+
+_START = time.monotonic()
+
+
+def log(message: str) -> None:
+    print(f"[{time.monotonic() - _START:6.0f} s] {message}", flush=True)
+
+
+def make_demo_model(out: Path, *, patch_steps: int, language_steps: int, joint_steps: int, scenes: int) -> None:
+    """Train the demo model and write it, with its processor, to `out` as `from_pretrained` reads it."""
+    processor = build_processor()
+    model = build_model(processor)
+    log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
+    model.train()
+    train_patches(model, processor, patch_steps)
+    train_language(model, processor, language_steps, scenes)
+    train_together(model, processor, joint_steps)
+    model.eval()
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    log(f"wrote {out}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the demo model.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
+    parser.add_argument("--patch-steps", type=int, default=1500, help="steps of 32 scenes")
+    parser.add_argument("--language-steps", type=int, default=2500, help="steps of 16 scenes with 8 questions each")
+    parser.add_argument("--joint-steps", type=int, default=600, help="steps of 16 scenes with 8 questions each")
+    parser.add_argument("--scenes", type=int, default=8000, help="scenes whose features stage 2 caches")
+    args = parser.parse_args(arguments)
+    make_demo_model(
+        args.out,
+        patch_steps=args.patch_steps,
+        language_steps=args.language_steps,
+        joint_steps=args.joint_steps,
+        scenes=args.scenes,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The demo's scenes as a source of queries, drawn when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.demo.questions import scene_queries, scene_seed
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.demo.shifts import SHIFTS, draw_shift
+from vlm_calibration.records import DataError, LoadedImage, Query
+
+
+class DemoSource(QuerySource):
+    """Existence and corner questions over rendered scenes: three a scene, with exact masks.
+
+    Args:
+        split: "train", "calibration" or "test"; no scene is in two of them.
+        scenes: number of scenes.
+        first: index of the first scene, so that two sources of one split need not overlap.
+        shifted: degrade each image by one of the demo's shifts (blur, occlusion, low contrast, JPEG, shrinking).
+    """
+
+    def __init__(self, split: str = "train", scenes: int = 1000, first: int = 0, shifted: bool = False) -> None:
+        if scenes < 1 or first < 0:
+            raise DataError(f"DemoSource: needs scenes >= 1 and first >= 0, found {scenes} and {first}")
+        scene_seed(split, first)  # names an unknown split now, not in a worker
+        self.split = split
+        self.scenes = scenes
+        self.first = first
+        self.shifted = shifted
+
+    def queries(self) -> Sequence[Query]:
+        indices = range(self.first, self.first + self.scenes)
+        return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i)]
+
+    def _labelled(self, query: Query, index: int) -> Query:
+        if not self.shifted:
+            return query
+        shift, _ = draw_shift(self._shift_rng(index))
+        return replace(query, category=f"{shift}/{query.category}")
+
+    def _shift_rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((*scene_seed(self.split, index), 3))
+
+    def load(self, query: Query) -> LoadedImage:
+        index = int(query.image.rsplit("-", 1)[1])
+        scene = render_scene(scene_seed(self.split, index))
+        image = scene.image
+        if self.shifted:
+            rng = self._shift_rng(index)
+            name, strength = draw_shift(rng)
+            image = SHIFTS[name](image, strength, rng)
+        return LoadedImage(
+            image,
+            tuple(o.mask for o in scene.objects if query.is_evidence(o.name)),
+            tuple(o.mask for o in scene.objects if not query.is_evidence(o.name)),
+        )
+
+    def has_evidence(self, query: Query) -> bool:
+        return query.answer != "No"

@@ -1,0 +1,1 @@
+"""Pure functions from token logits to losses."""

@@ -1,0 +1,1 @@
+"""Vision-language models: loading, adapters, forwards that compute only what is needed, and generation."""

@@ -1,0 +1,116 @@
+"""LoRA adapters: where they go, how they are attached, and how several of them share one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlm_calibration.records import DataError
+
+Part = Literal["language", "tower", "projector"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A LoRA adapter (Hu et al., arXiv 2106.09685), named as peft names it.
+
+    Args:
+        r: rank. alpha: scale; the update is multiplied by alpha / r. dropout: on the adapter's input, in [0, 1).
+        parts: which parts of the model get one: the language model, the vision tower, the projector between them.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+        use_dora: learn magnitude and direction apart (arXiv 2402.09353).
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    parts: list[Part] = field(default_factory=lambda: ["language"])
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+def part_of(model: PreTrainedModel) -> dict[str, Part]:
+    """The part of the model that each linear layer belongs to, by its full name; the output head is in none.
+
+    The language model is what `get_decoder` returns. Of the rest, layers below a module whose name ends in one of the
+    names that transformers gives to projectors are the projector, and all others the tower.
+    """
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    inside = {id(m) for m in decoder.modules()}
+    parts: dict[str, Part] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        if id(module) in inside:
+            parts[name] = "language"
+        elif any(word in name for word in ("projector", "connector", "merger", "aligner")):
+            parts[name] = "projector"
+        else:
+            parts[name] = "tower"
+    return parts
+
+
+def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default") -> PeftModel:
+    """Freeze the model and add a LoRA adapter to the linear layers of the wanted parts.
+
+    Raises:
+        DataError: the model has no linear layer in one of the parts.
+    """
+    found = part_of(model)
+    for part in settings.parts:
+        if part not in found.values():
+            raise DataError(f"lora.parts: {type(model).__name__} has no linear layer in its {part}")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=[name for name, part in found.items() if part in settings.parts],
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
+    """Load adapters from folders into one model, without a copy of the base; the model itself if there are none.
+
+    Raises:
+        DataError: a folder does not hold an adapter.
+    """
+    wrapped: PeftModel | None = None
+    for name, folder in adapters.items():
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise DataError(f"no adapter at {folder} (expected adapter_config.json there): train one first")
+        if wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        else:
+            wrapped.load_adapter(folder, adapter_name=name)
+    return model if wrapped is None else wrapped
+
+
+@contextmanager
+def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
+    """Run with this adapter, or with the base model alone (None)."""
+    if not isinstance(model, PeftModel):
+        if name is not None:
+            raise ValueError(f"the model has no adapter {name!r}")
+        yield
+    elif name is None:
+        with model.disable_adapter():
+            yield
+    else:
+        model.set_adapter(name)
+        yield
+
+
+def adapter_names(model: PeftModel) -> Sequence[str]:
+    return list(model.peft_config)

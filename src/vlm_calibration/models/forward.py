@@ -1,0 +1,58 @@
+"""A forward that evaluates the output head only where there is a label.
+
+With a vocabulary of 150k tokens the logits of a whole conversation are by far its largest tensor, and all but the dozen at
+the response are thrown away. A hook in front of the head keeps just those rows, so whatever a family does behind the head
+(scaling, soft-capping) stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+
+
+class LabelledLogits(NamedTuple):
+    """logits float [N, V] at the N positions that predict a label, targets int64 [N], and their rows int64 [N]."""
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
+def labelled_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
+    """Logits that predict the labelled tokens.
+
+    Args:
+        model: a transformers or peft model. inputs: what its forward takes.
+        labels: int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
+
+    Raises:
+        ValueError: the first token of a sequence has a label: nothing predicts it.
+    """
+    if bool((labels[:, 0] != IGNORE).any()):
+        raise ValueError("the first token of a sequence has a label, but nothing comes before it to predict it")
+    predicted = labels[:, 1:] != IGNORE
+    keep = torch.nn.functional.pad(predicted, (0, 1))
+    head = output_head(model)
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][keep][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits = model(**inputs, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    rows = keep.nonzero()[:, 0]
+    return LabelledLogits(logits, labels[:, 1:][predicted], rows)
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that maps hidden states to logits, below peft's wrappers."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_output_embeddings()

@@ -1,0 +1,1 @@
+"""Where the key object is: regions and their masks."""

@@ -1,0 +1,93 @@
+"""Answers the same noised images with the base model and with any number of adapters, and scores each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import lightning as L
+from torch import nn
+
+from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.records import DataError, Prediction, category_groups
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.scoring import Scorer
+
+BASE = "base"
+ORACLE = "oracle"
+
+
+class EvaluationModule(L.LightningModule):
+    """Evaluates *systems*: the base model, adapters on it, and the level oracle.
+
+    All systems meet the same images in the same batches, and share one copy of the base model.
+
+    Args:
+        base: the base model.
+        adapters: name -> folder of a peft adapter.
+        with_base: evaluate the base model too, as the system "base".
+        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers,
+            stated with the base model's measured accuracy at the true noise step. It knows the amount of noise, which
+            no model is told, and nothing of any other loss of evidence.
+        max_new_tokens: length limit of an answer.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: dict[str, str] | None = None,
+        with_base: bool = True,
+        oracle_levels: str | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = dict(adapters or {})
+        if taken := {BASE, ORACLE} & set(self.adapters):
+            raise DataError(f"model.adapters: the name {sorted(taken)[0]!r} is taken, choose another")
+        if oracle_levels is not None and not with_base:
+            raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
+        self.answering: list[str] = [*([BASE] if with_base else []), *self.adapters]
+        if not self.answering:
+            raise DataError("nothing to evaluate: give model.adapters or set model.with_base")
+        self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
+        self.max_new_tokens = max_new_tokens
+        self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
+        self.scorers = nn.ModuleList(Scorer() for _ in self.systems)
+        self.results: dict[str, dict[str, float]] = {}
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = load_adapters(load_vlm(self.base), self.adapters).eval()
+
+    def on_test_start(self) -> None:
+        dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
+        groups = {g for query in dataset.queries for g in category_groups(query.category)}
+        for scorer in self.scorers:
+            scorer.set_groups(groups)
+            scorer.to(self.device)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+        answers: dict[str, list[Prediction]] = {}
+        for system in self.answering:
+            with using_adapter(self.model, None if system == BASE else system):
+                answers[system] = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+        if self.oracle:
+            answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
+        for system, scorer in zip(self.systems, self.scorers, strict=True):
+            scorer.update(answers[system])
+        return answers
+
+    def _oracle(self, prediction: Prediction) -> Prediction:
+        assert self.oracle is not None
+        assert prediction.noise_step is not None
+        return replace(prediction, confidence=self.oracle.accuracy(prediction.noise_step, prediction.answer_type))
+
+    def on_test_epoch_end(self) -> None:
+        self.results = {s: scorer.compute() for s, scorer in zip(self.systems, self.scorers, strict=True)}
+        for system, values in self.results.items():
+            overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
+            self.log_dict(overall, rank_zero_only=True)

@@ -1,0 +1,89 @@
+"""Measures how often the base model is right at each noise step: what anchored levels teach."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torchmetrics import Metric
+
+from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.records import ANSWER_TYPES, Prediction
+from vlm_calibration.stages.answering import answer_batch
+
+
+class StepCounts(Metric):
+    """Right and all answers per answer type and noise step: one int64 [types, steps, 2] summed over processes."""
+
+    full_state_update = False
+    counts: torch.Tensor
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(len(ANSWER_TYPES), n_steps, 2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, answer_type: torch.Tensor, step_index: torch.Tensor, correct: torch.Tensor) -> None:
+        """Indices int64 [N] into `ANSWER_TYPES` and the steps, and bool [N]."""
+        ones = torch.ones_like(step_index)
+        self.counts.index_put_((answer_type, step_index, ones * 0), correct.long(), accumulate=True)
+        self.counts.index_put_((answer_type, step_index, ones), ones, accumulate=True)
+
+    def compute(self) -> torch.Tensor:
+        return self.counts
+
+
+class LevelFitModule(L.LightningModule):
+    """Answers held-out queries at every noise step with the base model and writes a level table.
+
+    Args:
+        base: the base model.
+        out: JSON file to write.
+        max_new_tokens: length limit of an answer.
+    """
+
+    def __init__(self, base: BaseModel, out: str = "runs/levels.json", max_new_tokens: int = 64) -> None:
+        super().__init__()
+        self.base = base
+        self.out = out
+        self.max_new_tokens = max_new_tokens
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = load_vlm(self.base).eval()
+
+    def on_test_start(self) -> None:
+        self.steps = self.trainer.datamodule.noise.levels.steps  # type: ignore[attr-defined]
+        self.counts = StepCounts(len(self.steps)).to(self.device)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+        predictions = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+        self.counts.update(
+            torch.tensor([ANSWER_TYPES.index(p.answer_type) for p in predictions], device=self.device),
+            torch.tensor([self.steps.index(p.noise_step) for p in predictions], device=self.device),
+            torch.tensor([p.correct for p in predictions], device=self.device),
+        )
+        return {"": predictions}
+
+    def on_test_epoch_end(self) -> None:
+        table = self.counts.compute().tolist()
+        measured = {
+            kind: [StepCount(step, n, right) for step, (right, n) in zip(self.steps, rows, strict=True)]
+            for kind, rows in zip(ANSWER_TYPES, table, strict=True)
+            if any(n for _, n in rows)
+        }
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.levels = AnchoredLevels.fit(
+            measured,
+            provenance={
+                "model": self.base.name_or_path,
+                "revision": self.base.revision,
+                "schedule": repr(data.noise.schedule),
+                "resolution": data.noise.resolution,
+                "seed": data.noise.seed,
+                "prompt": data.prompt.template,
+            },
+        )
+        if self.trainer.is_global_zero:
+            self.levels.save(self.out)

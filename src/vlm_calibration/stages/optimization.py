@@ -1,0 +1,67 @@
+"""AdamW with linear warm-up and cosine decay, as both training stages use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_calibration.records import DataError
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv 1711.05101) and its schedule.
+
+    Args:
+        lr: highest learning rate. weight_decay, betas, eps: as in AdamW.
+        warmup_fraction: share of all steps in [0, 1) over which the rate rises from 0.
+        final_fraction: what the cosine ends at, as a share of `lr` in [0, 1].
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
+            raise DataError(
+                "optimizer.warmup_fraction must be in [0, 1) and final_fraction in [0, 1], found "
+                f"{self.warmup_fraction} and {self.final_fraction}"
+            )
+
+
+def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
+    """The learning rate before optimiser step `step` (from 0) of `total`, as a share of `lr`."""
+    warmup = round(settings.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_fraction + (1.0 - settings.final_fraction) * cosine
+
+
+def adamw_with_schedule(
+    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: int
+) -> dict[str, Any]:
+    """What a LightningModule's `configure_optimizers` returns.
+
+    Raises:
+        DataError: the number of steps is not finite.
+    """
+    if not 0 < total_steps < float("inf"):
+        raise DataError("the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, settings)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,122 @@
+"""Stage 1: supervised fine-tuning on noised images with the confidence that the noise earns.
+
+Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.14848) over a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vlm_calibration.data.collate import PromptBatch, SFTBatch
+from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.forward import LabelledLogits, labelled_logits
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
+from vlm_calibration.stages.scoring import Scorer
+
+
+class SFTModule(L.LightningModule):
+    """Trains an adapter to answer, and to say how sure it should be.
+
+    Args:
+        base: the model to adapt.
+        lora: the adapter.
+        optimizer: AdamW and its schedule.
+        confidence_weight: weight of the confidence's tokens in the loss, at least 0; the answer's have 1.
+        answer_weight: "constant", or "confidence": the answer's tokens are weighed by the confidence to state, so that
+            the model is not taught to assert what it cannot see.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
+        max_new_tokens: length limit of the answers generated in validation.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        lora: LoraSettings = LoraSettings(),  # noqa: B008  (frozen)
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (frozen)
+        confidence_weight: float = 1.0,
+        answer_weight: Literal["constant", "confidence"] = "constant",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        if confidence_weight < 0:
+            raise DataError(f"model.confidence_weight must be at least 0, found {confidence_weight}")
+        self.base = base
+        self.lora = lora
+        self.optimizer_settings = optimizer
+        self.confidence_weight = confidence_weight
+        self.answer_weight = answer_weight
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.scorer = Scorer()
+        self.skipped = 0
+        # Checkpoints hold what is trained; the frozen base comes from where it came from.
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        model = load_vlm(self.base)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = attach_lora(model, self.lora)
+        # from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
+        self.model.train()
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        self.skipped += len(batch.skipped)
+        if not batch.inputs:
+            # Every sample was too long: a loss of zero keeps processes in step.
+            return sum(p.sum() * 0.0 for p in self.trained_parameters())  # type: ignore[return-value]
+        found = labelled_logits(self.model, batch.inputs, batch.labels)
+        log_likelihood = token_log_likelihood(found.logits, found.targets)
+        weights = self.token_weights(batch, found)
+        loss = response_nll(log_likelihood, found.rows, weights, len(batch.queries))
+        stated = batch.stated[:, 1:][batch.labels[:, 1:] != -100]
+        size = len(batch.queries)
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log("train/nll_answer", -log_likelihood[~stated].mean().detach(), batch_size=size)
+        self.log("train/nll_confidence", -log_likelihood[stated].mean().detach(), prog_bar=True, batch_size=size)
+        self.log("train/skipped", float(self.skipped), batch_size=size)
+        return loss
+
+    def token_weights(self, batch: SFTBatch, found: LabelledLogits) -> Tensor:
+        """Loss weight of each label token, float32 [N]."""
+        stated = batch.stated[:, 1:][batch.labels[:, 1:] != -100]
+        answer = torch.ones_like(batch.confidence) if self.answer_weight == "constant" else batch.confidence
+        confidence = torch.full_like(batch.confidence, self.confidence_weight)
+        return torch.where(stated, confidence[found.rows], answer[found.rows])
+
+    def on_validation_start(self) -> None:
+        self.scorer.reset()
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+        predictions = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+        self.scorer.update(predictions)
+        return {"": predictions}
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = {"": self.scorer.compute()}
+        shown = ("accuracy", "ece")
+        for name, value in self.results[""].items():
+            self.log(f"val/{name}", value, prog_bar=name in shown, rank_zero_only=True)
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        total = self.trainer.estimated_stepping_batches
+        return adamw_with_schedule(self.trained_parameters(), self.optimizer_settings, int(total))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
