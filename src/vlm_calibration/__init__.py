@@ -1,0 +1,1 @@
+"""Train vision-language models to state honest confidence."""

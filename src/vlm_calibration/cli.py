@@ -28,7 +28,9 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
-            self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=self.multifile)
+            self.parser.save(
+                self.config, temporary, skip_none=False, overwrite=True, multifile=self.multifile
+            )
 
 
 class CalibrationCLI(LightningCLI):
@@ -79,7 +81,9 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
 def levels_command(args: Sequence[str]) -> None:
     """`levels fit`: measure the base model at every noise step and write a level table."""
     if args[:1] != ["fit"]:
-        raise DataError("usage: vlm-calibration levels fit --config configs/levels.yaml [--model.init_args.out FILE]")
+        raise DataError(
+            "usage: vlm-calibration levels fit --config configs/levels.yaml [--model.init_args.out FILE]"
+        )
     levels = lightning_command(["test", *args[1:]]).model
     print(f"wrote {levels.out}")
 
@@ -96,10 +100,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: vlm-calibration COMMAND [--config FILE ...] [--KEY VALUE ...]", "", *lines, ""]
-        + ["`vlm-calibration COMMAND --help` lists the settings of a command."]
-    )
+    head = "usage: vlm-calibration COMMAND [--config FILE ...] [--KEY VALUE ...]"
+    foot = "`vlm-calibration COMMAND --help` lists the settings of a command."
+    return "\n".join([head, "", *lines, "", foot])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

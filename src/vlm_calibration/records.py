@@ -135,7 +135,9 @@ def query_from_dict(data: Any) -> Query:
     text = {key: _text(data, key) for key in ("id", "image", "question", "answer")}
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
-        raise RecordError(f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {_show(answer_type)}")
+        raise RecordError(
+            f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {_show(answer_type)}"
+        )
     category = data.get("category")
     if category is not None and not isinstance(category, str):
         raise RecordError(f"'category' must be a string, found {_show(category)}")

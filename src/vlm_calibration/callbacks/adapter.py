@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 
@@ -15,6 +16,6 @@ class AdapterWriter(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
             with replacing(Path(trainer.default_root_dir) / "adapter") as temporary:
-                module.model.save_pretrained(temporary)
+                cast(Any, module).model.save_pretrained(temporary)
                 trainer.datamodule.processor.save_pretrained(temporary)  # type: ignore[attr-defined]
         trainer.strategy.barrier("adapter")

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import lightning as L
 
 from vlm_calibration.callbacks.files import replacing, write_json
 from vlm_calibration.records import Prediction
+from vlm_calibration.stages.scoring import HasResults, Results
 
 
 class PredictionWriter(L.Callback):
@@ -25,17 +26,19 @@ class PredictionWriter(L.Callback):
     def __init__(self) -> None:
         self._open: dict[str, TextIO] = {}
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
         self._write(trainer, outputs)
 
     def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self._write(trainer, outputs)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._finish(trainer, module)
+        self._finish(trainer, cast(HasResults, module).results)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._finish(trainer, module)
+        self._finish(trainer, cast(HasResults, module).results)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         for system, file in self._open.items():
@@ -52,13 +55,13 @@ class PredictionWriter(L.Callback):
             for prediction in predictions:
                 self._open[system].write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
 
-    def _finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _finish(self, trainer: L.Trainer, results: Results) -> None:
         for file in self._open.values():
             file.close()
         self._open.clear()
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
-            for system, metrics in module.results.items():
+            for system, metrics in results.items():
                 folder = system_folder(trainer, system)
                 parts = [_part(trainer, system, rank) for rank in range(trainer.world_size)]
                 with replacing(folder / "predictions.jsonl") as temporary:

@@ -60,5 +60,11 @@ class RunLogger(WandbLogger):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             Path(directory).mkdir(parents=True, exist_ok=True)
         super().__init__(
-            save_dir=directory, project=project, name=name, offline=offline, group=group, tags=tags, **settings
+            save_dir=directory,
+            project=project,
+            name=name,
+            offline=offline,
+            group=group,
+            tags=tags,
+            **settings,
         )

@@ -79,7 +79,9 @@ class ChatFormat:
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
         if getattr(processor, "chat_template", None) is None:
-            raise DataError(f"{type(processor).__name__} has no chat template: give one as `chat_template.jinja`")
+            raise DataError(
+                f"{type(processor).__name__} has no chat template: give one as `chat_template.jinja`"
+            )
         self.processor = processor
         self.prompt = prompt
 
@@ -153,7 +155,9 @@ class SFTCollator:
         on_too_long: "raise" names the sample; "skip" leaves it out of the batch and lists it in `skipped`.
     """
 
-    def __init__(self, chat: ChatFormat, max_length: int, on_too_long: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(
+        self, chat: ChatFormat, max_length: int, on_too_long: Literal["raise", "skip"] = "raise"
+    ) -> None:
         self.chat = chat
         self.max_length = max_length
         self.on_too_long = on_too_long

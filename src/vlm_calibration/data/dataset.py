@@ -44,7 +44,9 @@ class PerturbedQueries(Dataset[Sample]):
                 named = _named(query, name)
                 self.items += [(part, q, step) for q, step in _steps(named, part, policy)]
         if not self.items:
-            raise DataError("no query is left: with `absent: skip`, records need regions of the objects asked about")
+            raise DataError(
+                "no query is left: with `absent: skip`, records need regions of the objects asked about"
+            )
 
     @property
     def queries(self) -> list[Query]:

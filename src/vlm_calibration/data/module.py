@@ -109,7 +109,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
 
-    def _loader(self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool) -> DataLoader:
+    def _loader(
+        self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
+    ) -> DataLoader:
         dataset = self._sets[name]
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochSampler(

@@ -97,7 +97,12 @@ def query_rng(seed: int, epoch: int, query_id: str) -> np.random.Generator:
 
 
 def perturb_query(
-    query: Query, loaded: LoadedImage, policy: NoisePolicy, image_processor: Any, epoch: int, step: int | None = None
+    query: Query,
+    loaded: LoadedImage,
+    policy: NoisePolicy,
+    image_processor: Any,
+    epoch: int,
+    step: int | None = None,
 ) -> Sample:
     """Noise one query.
 

@@ -25,13 +25,15 @@ class EpochSampler(DistributedSampler):
             Otherwise each sample is drawn by exactly one process (evaluation): none twice, none left out.
     """
 
-    def __init__(self, length: int, *, rank: int, num_replicas: int, shuffle: bool, even: bool, seed: int = 0) -> None:
+    def __init__(
+        self, length: int, *, rank: int, num_replicas: int, shuffle: bool, even: bool, seed: int = 0
+    ) -> None:
         # The base class wants a dataset only to ask for its length.
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.length = length
         self.even = even
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)

@@ -75,7 +75,14 @@ def scene_queries(split: str, index: int) -> list[Query]:
     rows = (
         ("yes", EXISTENCE_FORMS, {"name": present}, "Yes", present, "existence"),
         ("no", EXISTENCE_FORMS, {"name": absent}, "No", absent, "existence"),
-        ("corner", POSITION_FORMS, {"corner": CORNERS[corners[asked]]}, names[asked], names[asked], "position"),
+        (
+            "corner",
+            POSITION_FORMS,
+            {"corner": CORNERS[corners[asked]]},
+            names[asked],
+            names[asked],
+            "position",
+        ),
     )
     queries = []
     for suffix, forms, values, answer, key_object, category in rows:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -79,7 +78,9 @@ def patch_words(scene: Scene, processor: LlavaProcessor) -> np.ndarray:
     """The token of the object that covers each patch, int64 [IMAGE_TOKENS]; bare patches are the image token."""
     tokenizer = processor.tokenizer
     side = scene.image.shape[0] // PATCH
-    cover = np.stack([o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects])
+    cover = np.stack(
+        [o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects]
+    )
     ids = tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
     words = np.where(cover.max(axis=0) > 0.2, np.array(ids)[:, 0][cover.argmax(axis=0)], IGNORE)
     words[cover.sum(axis=0) == 0] = tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -87,12 +88,18 @@ def patch_words(scene: Scene, processor: LlavaProcessor) -> np.ndarray:
 
 
 def _collate(rows: list[tuple[torch.Tensor, torch.Tensor, Scene]]) -> PatchBatch:
-    return PatchBatch(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]), [r[2] for r in rows])
+    return PatchBatch(
+        torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]), [r[2] for r in rows]
+    )
 
 
 def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
     return DataLoader(
-        ScenePatches(processor, count), batch_size=batch_size, collate_fn=_collate, num_workers=1, prefetch_factor=8
+        ScenePatches(processor, count),
+        batch_size=batch_size,
+        collate_fn=_collate,
+        num_workers=1,
+        prefetch_factor=8,
     )
 
 
@@ -124,7 +131,11 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
 def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
     """Stage 1: projected features times word embeddings predict the word of the covering object."""
     embeddings = model.get_input_embeddings().weight
-    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), embeddings]
+    parameters = [
+        *model.model.vision_tower.parameters(),
+        *model.model.multi_modal_projector.parameters(),
+        embeddings,
+    ]
     optimizer, schedule = _optimizer(parameters, 2e-3, steps)
     background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     weights = torch.ones(embeddings.shape[0])
@@ -154,7 +165,11 @@ class QuestionPacker:
         target = scene.objects[int(rng.integers(len(scene.objects)))]
         if kind % 8 >= 6:
             corner = CORNERS[target.corner]
-            text, answer, decisive = POSITION_FORMS[form].format(corner=corner), target.name, corner.split()[1]
+            text, answer, decisive = (
+                POSITION_FORMS[form].format(corner=corner),
+                target.name,
+                corner.split()[1],
+            )
         else:
             there = kind % 2 == 0
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
@@ -295,7 +310,9 @@ def log(message: str) -> None:
     print(f"[{time.monotonic() - _START:6.0f} s] {message}", flush=True)
 
 
-def make_demo_model(out: Path, *, patch_steps: int, language_steps: int, joint_steps: int, scenes: int) -> None:
+def make_demo_model(
+    out: Path, *, patch_steps: int, language_steps: int, joint_steps: int, scenes: int
+) -> None:
     """Train the demo model and write it, with its processor, to `out` as `from_pretrained` reads it."""
     processor = build_processor()
     model = build_model(processor)
@@ -314,8 +331,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Rebuild the demo model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
     parser.add_argument("--patch-steps", type=int, default=1500, help="steps of 32 scenes")
-    parser.add_argument("--language-steps", type=int, default=2500, help="steps of 16 scenes with 8 questions each")
-    parser.add_argument("--joint-steps", type=int, default=600, help="steps of 16 scenes with 8 questions each")
+    parser.add_argument(
+        "--language-steps", type=int, default=2500, help="steps of 16 scenes with 8 questions each"
+    )
+    parser.add_argument(
+        "--joint-steps", type=int, default=600, help="steps of 16 scenes with 8 questions each"
+    )
     parser.add_argument("--scenes", type=int, default=8000, help="scenes whose features stage 2 caches")
     args = parser.parse_args(arguments)
     make_demo_model(
@@ -328,4 +349,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,7 +24,9 @@ class DemoSource(QuerySource):
         shifted: degrade each image by one of the demo's shifts (blur, occlusion, low contrast, JPEG, shrinking).
     """
 
-    def __init__(self, split: str = "train", scenes: int = 1000, first: int = 0, shifted: bool = False) -> None:
+    def __init__(
+        self, split: str = "train", scenes: int = 1000, first: int = 0, shifted: bool = False
+    ) -> None:
         if scenes < 1 or first < 0:
             raise DataError(f"DemoSource: needs scenes >= 1 and first >= 0, found {scenes} and {first}")
         scene_seed(split, first)  # names an unknown split now, not in a worker

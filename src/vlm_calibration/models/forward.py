@@ -24,7 +24,7 @@ class LabelledLogits(NamedTuple):
     rows: Tensor
 
 
-def labelled_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
+def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
     """Logits that predict the labelled tokens.
 
     Args:
@@ -35,7 +35,9 @@ def labelled_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tens
         ValueError: the first token of a sequence has a label: nothing predicts it.
     """
     if bool((labels[:, 0] != IGNORE).any()):
-        raise ValueError("the first token of a sequence has a label, but nothing comes before it to predict it")
+        raise ValueError(
+            "the first token of a sequence has a label, but nothing comes before it to predict it"
+        )
     predicted = labels[:, 1:] != IGNORE
     keep = torch.nn.functional.pad(predicted, (0, 1))
     head = output_head(model)
@@ -52,7 +54,7 @@ def labelled_logits(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tens
     return LabelledLogits(logits, labels[:, 1:][predicted], rows)
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: Any) -> nn.Module:
     """The module that maps hidden states to logits, below peft's wrappers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_output_embeddings()

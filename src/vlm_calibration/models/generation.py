@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
-def generate_texts(model: nn.Module, inputs: Mapping[str, Tensor], tokenizer: Any, max_new_tokens: int) -> list[str]:
+def generate_texts(
+    model: Any, inputs: Mapping[str, Tensor], tokenizer: Any, max_new_tokens: int
+) -> list[str]:
     """Answer each prompt greedily.
 
     Args:

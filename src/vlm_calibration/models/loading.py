@@ -49,7 +49,9 @@ def load_vlm(base: BaseModel) -> PreTrainedModel:
         )
     except OSError as error:
         kind = "folder" if Path(base.name_or_path).exists() else "name on the Hub or folder"
-        raise DataError(f"cannot load a model from the {kind} {base.name_or_path!r}: {first_line(error)}") from error
+        raise DataError(
+            f"cannot load a model from the {kind} {base.name_or_path!r}: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

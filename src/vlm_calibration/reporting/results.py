@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import cast
 
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+
+from vlm_calibration.stages.scoring import HasResults, Results
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "accuracy": ("accuracy", ".3f"),
@@ -18,8 +21,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "parse_failure_rate": ("unparsed", ".1%"),
 }
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
-
-Results = Mapping[str, Mapping[str, float]]
 
 
 def overall_table(results: Results) -> Table:
@@ -72,4 +73,4 @@ class ResultsTable(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            print_results(module.results)
+            print_results(cast(HasResults, module).results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import lightning as L
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.generation import generate_texts
@@ -13,12 +13,18 @@ from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import grade
 
 
-def answer_batch(model: nn.Module, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
+def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
     """Generate, parse and grade the answers to one batch."""
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens)
     return [
-        graded_prediction(query, text, step) for query, text, step in zip(batch.queries, texts, batch.steps, strict=True)
+        graded_prediction(query, text, step)
+        for query, text, step in zip(batch.queries, texts, batch.steps, strict=True)
     ]
+
+
+def tokenizer_of(module: L.LightningModule) -> Any:
+    """The tokenizer of the data that the module is being run on."""
+    return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
 
 
 def graded_prediction(query: Query, text: str, noise_step: int | None) -> Prediction:

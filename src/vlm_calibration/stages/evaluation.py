@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import lightning as L
 from torch import nn
@@ -12,8 +13,8 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction, category_groups
-from vlm_calibration.stages.answering import answer_batch
-from vlm_calibration.stages.scoring import Scorer
+from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.scoring import Results, Scorer
 
 BASE = "base"
 ORACLE = "oracle"
@@ -33,6 +34,9 @@ class EvaluationModule(L.LightningModule):
             no model is told, and nothing of any other loss of evidence.
         max_new_tokens: length limit of an answer.
     """
+
+    model: Any
+    results: Results
 
     def __init__(
         self,
@@ -56,38 +60,42 @@ class EvaluationModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
         self.scorers = nn.ModuleList(Scorer() for _ in self.systems)
-        self.results: dict[str, dict[str, float]] = {}
+        self.results = {}
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             self.model = load_adapters(load_vlm(self.base), self.adapters).eval()
 
+    def _scored(self) -> list[tuple[str, Scorer]]:
+        return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
+
     def on_test_start(self) -> None:
         dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
         groups = {g for query in dataset.queries for g in category_groups(query.category)}
-        for scorer in self.scorers:
+        for _, scorer in self._scored():
             scorer.set_groups(groups)
             scorer.to(self.device)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
         answers: dict[str, list[Prediction]] = {}
         for system in self.answering:
             with using_adapter(self.model, None if system == BASE else system):
-                answers[system] = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+                answers[system] = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
         if self.oracle:
             answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-        for system, scorer in zip(self.systems, self.scorers, strict=True):
+        for system, scorer in self._scored():
             scorer.update(answers[system])
         return answers
 
     def _oracle(self, prediction: Prediction) -> Prediction:
         assert self.oracle is not None
         assert prediction.noise_step is not None
-        return replace(prediction, confidence=self.oracle.accuracy(prediction.noise_step, prediction.answer_type))
+        return replace(
+            prediction, confidence=self.oracle.accuracy(prediction.noise_step, prediction.answer_type)
+        )
 
     def on_test_epoch_end(self) -> None:
-        self.results = {s: scorer.compute() for s, scorer in zip(self.systems, self.scorers, strict=True)}
+        self.results = {system: scorer.compute() for system, scorer in self._scored()}
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)

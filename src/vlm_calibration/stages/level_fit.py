@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from torchmetrics import Metric
@@ -9,8 +11,8 @@ from torchmetrics import Metric
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
-from vlm_calibration.records import ANSWER_TYPES, Prediction
-from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.records import ANSWER_TYPES
+from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 
 
 class StepCounts(Metric):
@@ -21,7 +23,9 @@ class StepCounts(Metric):
 
     def __init__(self, n_steps: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(len(ANSWER_TYPES), n_steps, 2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", torch.zeros(len(ANSWER_TYPES), n_steps, 2, dtype=torch.int64), dist_reduce_fx="sum"
+        )
 
     def update(self, answer_type: torch.Tensor, step_index: torch.Tensor, correct: torch.Tensor) -> None:
         """Indices int64 [N] into `ANSWER_TYPES` and the steps, and bool [N]."""
@@ -42,6 +46,8 @@ class LevelFitModule(L.LightningModule):
         max_new_tokens: length limit of an answer.
     """
 
+    model: Any
+
     def __init__(self, base: BaseModel, out: str = "runs/levels.json", max_new_tokens: int = 64) -> None:
         super().__init__()
         self.base = base
@@ -56,15 +62,13 @@ class LevelFitModule(L.LightningModule):
         self.steps = self.trainer.datamodule.noise.levels.steps  # type: ignore[attr-defined]
         self.counts = StepCounts(len(self.steps)).to(self.device)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
-        predictions = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        predictions = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
         self.counts.update(
             torch.tensor([ANSWER_TYPES.index(p.answer_type) for p in predictions], device=self.device),
             torch.tensor([self.steps.index(p.noise_step) for p in predictions], device=self.device),
             torch.tensor([p.correct for p in predictions], device=self.device),
         )
-        return {"": predictions}
 
     def on_test_epoch_end(self) -> None:
         table = self.counts.compute().tolist()

@@ -57,7 +57,9 @@ def adamw_with_schedule(
         DataError: the number of steps is not finite.
     """
     if not 0 < total_steps < float("inf"):
-        raise DataError("the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        raise DataError(
+            "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
+        )
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )

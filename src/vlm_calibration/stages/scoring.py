@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,6 +12,15 @@ from torch import nn
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics
 from vlm_calibration.metrics.levels import UndefinedMetricWarning
 from vlm_calibration.records import Prediction, category_groups
+
+Results = dict[str, dict[str, float]]
+"""System name -> metrics by flat name; the system "" is the run itself."""
+
+
+class HasResults(Protocol):
+    """What a module that scores offers to callbacks: the last results."""
+
+    results: Results
 
 
 class Scorer(nn.Module):
@@ -64,8 +74,10 @@ def _update(
     if not rows:
         return
     nan = float("nan")
-    confidence = torch.tensor([nan if p.confidence is None else p.confidence for p, _ in rows], dtype=torch.float64)
+    confidence = torch.tensor(
+        [nan if p.confidence is None else p.confidence for p, _ in rows], dtype=torch.float64
+    )
     correct = torch.tensor([p.correct for p, _ in rows])
     category = [g for _, g in rows] if rows[0][1] is not None else None
-    calibration.update(confidence, correct, category)  # type: ignore[arg-type]
-    task.update([p.predicted for p, _ in rows], [p.answer for p, _ in rows], correct, category)  # type: ignore[arg-type]
+    calibration.update(confidence, correct, category)
+    task.update([p.predicted for p, _ in rows], [p.answer for p, _ in rows], correct, category)

@@ -17,9 +17,9 @@ from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import LabelledLogits, labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
-from vlm_calibration.stages.scoring import Scorer
+from vlm_calibration.stages.scoring import Results, Scorer
 
 
 class SFTModule(L.LightningModule):
@@ -35,6 +35,9 @@ class SFTModule(L.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
         max_new_tokens: length limit of the answers generated in validation.
     """
+
+    model: Any
+    results: Results
 
     def __init__(
         self,
@@ -84,7 +87,9 @@ class SFTModule(L.LightningModule):
         size = len(batch.queries)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/nll_answer", -log_likelihood[~stated].mean().detach(), batch_size=size)
-        self.log("train/nll_confidence", -log_likelihood[stated].mean().detach(), prog_bar=True, batch_size=size)
+        self.log(
+            "train/nll_confidence", -log_likelihood[stated].mean().detach(), prog_bar=True, batch_size=size
+        )
         self.log("train/skipped", float(self.skipped), batch_size=size)
         return loss
 
@@ -99,8 +104,7 @@ class SFTModule(L.LightningModule):
         self.scorer.reset()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        tokenizer = self.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
-        predictions = answer_batch(self.model, batch, tokenizer, self.max_new_tokens)
+        predictions = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
         return {"": predictions}
 
