@@ -25,7 +25,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft evaluate demo-model test lint format type bench clean
+.PHONY: help setup demo train-sft evaluate demo-model demo-levels test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,26 +41,32 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
 	touch $@
 
-demo: train-sft  ## the whole method on the embedded demo: levels, SFT, evaluation
+demo: train-sft  ## the method on the embedded demo: SFT with anchored and linear levels, evaluation
 
 ifdef CONFIG
 train-sft: $(SETUP)  ## stage 1 on the demo, or on CONFIG=
 	$(CLI) fit --config $(CONFIG) $(ARGS)
 else
-train-sft: $(SETUP) runs/levels.json
-	$(CLI) fit --config configs/sft.yaml $(ARGS)
-	$(CLI) fit --config configs/sft.yaml --config configs/levels/linear.yaml --trainer.default_root_dir runs/sft-linear $(ARGS)
+# Linear levels are trained beside anchored ones, one core each, for the comparison.
+train-sft: $(SETUP)
+	mkdir -p runs; export OMP_NUM_THREADS=1; \
+	$(CLI) fit --config configs/sft.yaml --config configs/levels/linear.yaml $(ARGS) \
+	  --trainer.default_root_dir runs/sft-linear > runs/sft-linear.log 2>&1 & linear=$$!; \
+	trap "kill $$linear 2> /dev/null || true" EXIT; \
+	$(CLI) fit --config configs/sft.yaml $(ARGS); \
+	wait $$linear || { cat runs/sft-linear.log; exit 1; }
 	$(CLI) test --config configs/eval/demo.yaml
 endif
 
-runs/levels.json: src/vlm_calibration/demo/model/model.safetensors configs/levels.yaml | $(SETUP)
-	$(CLI) levels fit --config configs/levels.yaml
+demo-levels: $(SETUP)  ## measure what the demo's anchored levels teach
+	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json
 
 evaluate: $(SETUP)  ## base model against the adapters on the demo's test split
 	$(CLI) test --config configs/eval/demo.yaml $(ARGS)
 
-demo-model: $(SETUP)  ## rebuild the shipped demo model (about half an hour)
+demo-model: $(SETUP)  ## rebuild the shipped demo model and its levels (about half an hour)
 	$(PYTHON) -m vlm_calibration.demo.recipe $(ARGS)
+	$(MAKE) --no-print-directory demo-levels
 
 test: $(DEV)  ## the whole test suite
 	$(PYTHON) -m pytest $(ARGS)
@@ -82,4 +88,4 @@ bench: $(DEV)  ## every benchmark command, as Markdown tables in runs/bench/
 	  $(PYTHON) -m tests.benchmarks.$$benchmark | tee runs/bench/$$benchmark.md; done
 
 clean:  ## remove caches and the demo's runs, keep the environment
-	rm -rf runs/sft runs/sft-linear runs/eval runs/levels runs/levels.json runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/sft runs/sft-linear runs/sft-linear.log runs/eval runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -43,7 +44,8 @@ class CalibrationCLI(LightningCLI):
             subclass_mode_model=True,
             save_config_callback=SaveRunConfig,
             trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"exit_on_error": False},
+            # argparse would take `--data.batch` for `--data.batch_size`.
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
@@ -106,7 +108,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for an error in the data, 2 for one in the call, 130 if interrupted."""
+    """Run one command; the exit status: 0, 1 for an error in the data, 2 for one in the call, 130 or 143 if stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -119,12 +121,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(args[1:] if own else args)
     except ArgumentError as error:
         return _fail(one_line(error), 2)
+    except MisconfigurationException as error:
+        return _fail(one_line(error), 2)
     except DataError as error:
         if os.environ.get("VLM_CALIBRATION_TRACEBACK"):
             raise
         return _fail(one_line(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except SystemExit as stop:
+        # Lightning ends an interrupted run in this way.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _fail("interrupted", 130)
+        if isinstance(stop, SIGTERMException):
+            return _fail("terminated", 143)
+        raise
+    except RuntimeError as error:
+        # A signal to all processes may reach a data worker first.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        return _fail("terminated", 143) if "Terminated" in str(error) else _fail(one_line(error), 1)
     return 0
 
 

@@ -117,7 +117,7 @@ def category_groups(category: str | None) -> tuple[str, ...]:
     >>> category_groups("shifted/existence")
     ('shifted', 'existence', 'shifted/existence')
     """
-    parts = category.split("/") if category else []
+    parts = dict.fromkeys(part for part in (category or "").split("/") if part)
     return tuple("/".join(c) for size in range(1, len(parts) + 1) for c in combinations(parts, size))
 
 
@@ -138,10 +138,8 @@ def query_from_dict(data: Any) -> Query:
         raise RecordError(
             f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {_show(answer_type)}"
         )
-    category = data.get("category")
-    if category is not None and not isinstance(category, str):
-        raise RecordError(f"'category' must be a string, found {_show(category)}")
-    regions = data.get("regions") or []
+    category = None if data.get("category") is None else _text(data, "category")
+    regions = [] if data.get("regions") is None else data["regions"]
     if not isinstance(regions, list):
         raise RecordError(f"'regions' must be a list of objects, found {_show(regions)}")
     return Query(
@@ -164,14 +162,23 @@ def _text(data: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = _show(value) if key in data else "no such key"
         raise RecordError(f"'{key}' must be a non-empty string, found {found}")
+    return _unicode(value, key)
+
+
+def _unicode(value: str, key: str) -> str:
+    # JSON can state both, but no file name or UTF-8 file can hold them.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecordError(f"'{key}' holds half of a surrogate pair: {_show(value)}")
+    if "\0" in value:
+        raise RecordError(f"'{key}' holds a null character: {_show(value)}")
     return value
 
 
 def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = data.get(key) or []
+    value = [] if data.get(key) is None else data[key]
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
         raise RecordError(f"'{key}' must be a list of non-empty strings, found {_show(value)}")
-    return tuple(value)
+    return tuple(_unicode(v, key) for v in value)
 
 
 def _is_number(value: Any) -> bool:

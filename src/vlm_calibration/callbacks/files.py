@@ -15,17 +15,19 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path`, file or folder, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
-            shutil.rmtree(path)
+            # Taking a folder apart takes time; under its name it is whole or gone.
+            path.replace(old)
         temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        for left in (temporary, old):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,6 +14,8 @@ from vlm_calibration.callbacks.files import replacing, write_json
 from vlm_calibration.records import Prediction
 from vlm_calibration.stages.scoring import HasResults, Results
 
+PART = ".predictions.{}.jsonl"
+
 
 class PredictionWriter(L.Callback):
     """Predictions and metrics of validation and test.
@@ -25,6 +27,13 @@ class PredictionWriter(L.Callback):
 
     def __init__(self) -> None:
         self._open: dict[str, TextIO] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Clear away the parts of a run that was killed here."""
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            for part in [*folder.glob(PART.format("*")), *folder.glob(f"*/{PART.format('*')}")]:
+                part.unlink(missing_ok=True)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
@@ -69,7 +78,7 @@ class PredictionWriter(L.Callback):
                 for part in parts:
                     part.unlink(missing_ok=True)
                 if not trainer.sanity_checking:
-                    write_json(folder / "metrics.json", {k: _number(v) for k, v in metrics.items()})
+                    write_json(folder / "metrics.json", {k: _number(k, v) for k, v in metrics.items()})
         trainer.strategy.barrier("predictions written")
 
 
@@ -78,7 +87,7 @@ def system_folder(trainer: L.Trainer, system: str) -> Path:
 
 
 def _part(trainer: L.Trainer, system: str, rank: int) -> Path:
-    return system_folder(trainer, system) / f".predictions.{rank}.jsonl"
+    return system_folder(trainer, system) / PART.format(rank)
 
 
 def _weave(parts: Sequence[Path], out: Path) -> None:
@@ -97,8 +106,8 @@ def _in_turn(files: Sequence[TextIO]) -> Iterator[str]:
         yield from (line for line in lines if line is not None)
 
 
-def _number(value: float) -> float | int | None:
+def _number(name: str, value: float) -> float | int | None:
     """JSON has no NaN: an undefined metric is null. Counts are whole numbers."""
     if value != value:
         return None
-    return int(value) if float(value).is_integer() and abs(value) > 1 else value
+    return int(value) if name.split("/", 1)[0] == "n" else value

@@ -30,8 +30,9 @@ def logged_in() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
+        _, _, key = netrc.netrc(os.environ.get("NETRC")).authenticators(host) or (None, None, None)
+        return bool(key)
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
 
 
@@ -55,7 +56,9 @@ class RunLogger(WandbLogger):
         tags: list[str] | None = None,
         **settings: Any,
     ) -> None:
-        offline = not logged_in() if "WANDB_MODE" not in os.environ else os.environ["WANDB_MODE"] == "offline"
+        mode = os.environ.get("WANDB_MODE")
+        # "dryrun" is W&B's older word, which Lightning still sets.
+        offline = mode in ("offline", "dryrun") if mode else not logged_in()
         directory = save_dir or "runs"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             Path(directory).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ the end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ class ChatFormat:
         it is left out.
         """
         query = sample.query
+        self.check(query)
         prompt = self.token_ids(self.render(query.question))
         response = render_response(query.answer, sample.confidence)
         text = self.render(query.question, response)
@@ -134,9 +136,26 @@ class ChatFormat:
         answered = self.token_ids(self.render(query.question, render_answer(query.answer)))
         return text, full[start:], common_prefix(answered, full) - start
 
-    def end_ids(self) -> set[int]:
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """Token ids that no text has: those that the tokenizer marks as special, the end of a turn among them."""
         tokenizer = self.processor.tokenizer
-        return {tokenizer.eos_token_id} - {None}
+        return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+            tokenizer.eos_token_id
+        }
+
+    def check(self, query: Query) -> None:
+        """Refuse a query whose text would be taken for the image.
+
+        Raises:
+            DataError: the question or answer holds the processor's image token.
+        """
+        image_token = getattr(self.processor, "image_token", None)
+        for name in ("question", "answer"):
+            if image_token and image_token in getattr(query, name):
+                raise DataError(
+                    f"record {query.id!r}: '{name}' holds {image_token!r}, which stands for the image: take it out"
+                )
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -179,7 +198,7 @@ class SFTCollator:
                     f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text behind "
                     "the image, so the response's tokens cannot be told from the prompt's"
                 )
-            kept = self._through_end(response)
+            kept = self._through_end(response, answer_length)
             labels[row, start : start + kept] = ids[:kept]
             stated[row, start + answer_length : start + kept] = True
         return SFTBatch(
@@ -191,10 +210,11 @@ class SFTCollator:
             (),
         )
 
-    def _through_end(self, response: Sequence[int]) -> int:
-        """Number of leading tokens up to and with the end-of-turn token."""
-        ends = self.chat.end_ids()
-        return next((i + 1 for i, token in enumerate(response) if token in ends), len(response))
+    def _through_end(self, response: Sequence[int], answer_length: int) -> int:
+        """Number of leading tokens up to and with the end-of-turn token, the first special one behind the answer."""
+        special = self.chat.special_ids
+        stated = enumerate(response[answer_length:], start=answer_length)
+        return next((i + 1 for i, token in stated if token in special), len(response))
 
     def _without(self, samples: Sequence[Sample], long: list[int], lengths: list[int]) -> SFTBatch:
         first = long[0]
@@ -218,6 +238,8 @@ class PromptCollator:
         self.chat = chat
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
+        for sample in samples:
+            self.chat.check(sample.query)
         texts = [self.chat.render(s.query.question) for s in samples]
         return PromptBatch(
             self.chat.inputs(texts, [s.image for s in samples], "left"),

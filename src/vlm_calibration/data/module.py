@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from transformers import AutoProcessor
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import EpochSampler
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.records import DataError
@@ -71,12 +73,25 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor: image processor, tokenizer and chat template."""
+        """The model's processor: image processor, tokenizer and chat template.
+
+        Raises:
+            DataError: there is none of this name, or it is not one for images and text.
+        """
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
-        return AutoProcessor.from_pretrained(
-            self.processor_name, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        try:
+            processor = AutoProcessor.from_pretrained(
+                self.processor_name, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"cannot load a processor from {self.processor_name!r}: {cause}") from error
+        if not hasattr(processor, "image_processor"):
+            raise DataError(
+                f"{self.processor_name!r} has no image processor: it is not a vision-language model"
+            )
+        return processor
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -93,6 +108,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             _required(self.validation, "validation")
         if stage == "test":
             wanted["test"] = _required(self.test, "test")
+        if self.noise.resolution == "model":
+            check_resolution(self.processor)
         for name, parts in wanted.items():
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(parts, self.noise, self.processor.image_processor)
@@ -130,10 +147,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.workers,
+            worker_init_fn=_reset_signals,
             persistent_workers=training and self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
+
+
+def _reset_signals(worker: int) -> None:
+    """A worker dies when told to, whatever the Trainer does about signals, and leaves Ctrl-C to the process above it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _required(value: Any, name: str) -> Any:

@@ -6,6 +6,7 @@ Nothing here keeps a random stream, so a sample is the same in any worker, on an
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from vlm_calibration.perturbation.images import resize_image, resize_mask
 from vlm_calibration.perturbation.levels import Levels, LinearLevels
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.regions import choose_region, region_mask
-from vlm_calibration.perturbation.schedules import LinearSchedule, Schedule
+from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 
@@ -40,7 +41,8 @@ class NoisePolicy:
     Args:
         levels: the noise steps and the confidence to state at each. `LinearLevels` is the paper's mapping,
             `AnchoredLevels` states the base model's measured accuracy.
-        schedule: noise schedule of the forward process.
+        schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the
+            levels; with the linear one it is over by the fourth.
         level_weights: relative frequency of each of the levels, as many as there are; None: all alike.
         clean_fraction: share of samples in [0, 1] that are left clean, whatever the weights.
         absent: what to noise where the question is about an object that is not there: another object or else a random
@@ -54,7 +56,7 @@ class NoisePolicy:
     """
 
     levels: Levels = field(default_factory=LinearLevels)
-    schedule: Schedule = field(default_factory=LinearSchedule)
+    schedule: Schedule = field(default_factory=CosineSchedule)
     level_weights: list[float] | None = None
     clean_fraction: float = 0.0
     absent: Literal["distractor", "clean", "skip"] = "distractor"
@@ -71,16 +73,22 @@ class NoisePolicy:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
         weights = self.level_weights
         if weights is not None and (
-            len(weights) != len(self.levels.steps) or min(weights) < 0 or sum(weights) <= 0
+            len(weights) != len(self.levels.steps)
+            or not all(0 <= w < math.inf for w in weights)
+            or sum(weights) == 0
         ):
             raise DataError(
                 f"noise.level_weights must be {len(self.levels.steps)} numbers of at least 0, one a level and not all "
                 f"0, found {weights}"
             )
-        if self.levels.steps[-1] > self.schedule.steps:
-            raise DataError(
-                f"noise.levels goes up to step {self.levels.steps[-1]} but noise.schedule has {self.schedule.steps}"
-            )
+        if not 0 <= self.dilate < math.inf:
+            raise DataError(f"noise.dilate must be a finite number of at least 0, found {self.dilate}")
+        if self.seed < 0:
+            raise DataError(f"noise.seed must be at least 0, found {self.seed}")
+        last, steps = self.levels.steps[-1], self.schedule.steps
+        # Linear levels state 0% at their last step, which must then be the one without signal.
+        if last > steps or (isinstance(self.levels, LinearLevels) and last != steps):
+            raise DataError(f"noise.levels goes up to step {last} but noise.schedule has {steps}")
 
     def draw_step(self, rng: np.random.Generator) -> int:
         """The noise step of one sample."""
@@ -124,16 +132,18 @@ def perturb_query(
             image = resize_image(image, size)
             evidence = tuple(resize_mask(m, size) for m in evidence)
             distractors = tuple(resize_mask(m, size) for m in distractors)
+    # Grown before one is chosen, so that noise on a distractor cannot spill onto the evidence.
     choice = choose_region(
-        evidence,
-        distractors,
+        [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in evidence],
+        [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in distractors],
         absent=policy.absent,
         distractor_probability=distractor_probability,
         rng=rng,
         image_shape=image.shape[:2],
     )
     if choice.mask is not None and step > 0:
-        mask = region_mask(choice.mask, shape=policy.shape, dilate=policy.dilate)
-        image = add_region_noise(image, mask, step, schedule=policy.schedule, seed=int(rng.integers(2**63)))
+        image = add_region_noise(
+            image, choice.mask, step, schedule=policy.schedule, seed=int(rng.integers(2**63))
+        )
     evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
     return Sample(query, image, policy.levels.confidence(evidence_step, query.answer_type), evidence_step)

@@ -124,6 +124,8 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
             num_key_value_heads=4,
             vocab_size=len(tokenizer),
             max_position_embeddings=1024,
+            # Slow rotations, so that a word finds its patches by what they show, however far away they stand.
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
@@ -138,6 +140,8 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlavaForConditionalGeneration(config)
+    # Words of length one: image features, which are taught to resemble them, then start on the same scale.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.text_config.hidden_size**-0.5)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=16
     )

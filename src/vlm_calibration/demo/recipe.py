@@ -3,9 +3,10 @@
 Training a small VLM from nothing end to end does not get off chance in reasonable time, so it is done in three stages:
 
 1. *patches*: tower, projector and word embeddings learn that a patch's projected feature, multiplied with the tied word
-   embeddings, predicts the word of the object that covers it;
+   embeddings, predicts the word of the object that covers it, and the words of the corner that the object is in;
 2. *language*: the language model learns to answer from cached features, several questions per image in one row, each
-   seeing the image and itself only;
+   seeing the image and itself only; first the bare questions, then within the prompt that asks for a confidence. Its
+   attention starts as a lookup, without which it stays at chance;
 3. *together*: all of it, end to end, for a few steps.
 
 Half of the images are mildly degraded, as photographs are. The stated confidence is 90 to 100% whatever the image: like
@@ -36,7 +37,7 @@ from vlm_calibration.demo.questions import (
     scene_seed,
     with_article,
 )
-from vlm_calibration.demo.scenes import CORNERS, Scene, render_scene
+from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -45,6 +46,9 @@ FIRST_SCENE = 1_000_000
 """Pre-training draws its scenes from the train split from here on: no overlap with what users fine-tune on."""
 QUESTIONS_PER_SCENE = 8
 IGNORE = -100
+CORNER_WORDS = (("top", "bottom"), ("left", "right"))
+FEATURE_SCALE = 3.0
+"""Stage 1 multiplies scores by this, so that features come out about as long as word embeddings."""
 STATED = ((0.95, 0.7, 0.2, 0.1), (1.0, 0.2, 0.7, 0.1), (0.9, 0.1, 0.3, 0.6))
 """Per question form: the confidence usually stated, then the shares of 95, 100 and 90%."""
 
@@ -52,6 +56,7 @@ STATED = ((0.95, 0.7, 0.2, 0.1), (1.0, 0.2, 0.7, 0.1), (0.9, 0.1, 0.3, 0.6))
 class PatchBatch(NamedTuple):
     pixel_values: torch.Tensor  # float [B, 3, S, S]
     words: torch.Tensor  # int64 [B, IMAGE_TOKENS]: the covering object's token, IGNORE where undecided
+    corners: torch.Tensor  # int64 [B, IMAGE_TOKENS]: that object's corner, IGNORE where there is none
     scenes: list[Scene]
 
 
@@ -65,32 +70,34 @@ class ScenePatches(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Scene]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scene]:
         seed = scene_seed("train", FIRST_SCENE + index)
         scene = render_scene(seed)
         rng = np.random.default_rng((*seed, 2))
         image = mild_degradation(scene.image, rng) if rng.random() < 0.5 else scene.image
         pixels = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        return pixels, torch.from_numpy(patch_words(scene, self.processor)), scene
+        words, corners = patch_labels(scene, self.processor)
+        return pixels, torch.from_numpy(words), torch.from_numpy(corners), scene
 
 
-def patch_words(scene: Scene, processor: LlavaProcessor) -> np.ndarray:
-    """The token of the object that covers each patch, int64 [IMAGE_TOKENS]; bare patches are the image token."""
+def patch_labels(scene: Scene, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Token and corner of the object that covers each patch, int64 [IMAGE_TOKENS]; bare patches are the image token."""
     tokenizer = processor.tokenizer
     side = scene.image.shape[0] // PATCH
     cover = np.stack(
         [o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects]
     )
     ids = tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
-    words = np.where(cover.max(axis=0) > 0.2, np.array(ids)[:, 0][cover.argmax(axis=0)], IGNORE)
+    covered, top = cover.max(axis=0) > 0.2, cover.argmax(axis=0)
+    words = np.where(covered, np.array(ids)[:, 0][top], IGNORE)
     words[cover.sum(axis=0) == 0] = tokenizer.convert_tokens_to_ids(processor.image_token)
-    return words.astype(np.int64)
+    corners = np.where(covered, np.array([o.corner for o in scene.objects])[top], IGNORE)
+    return words.astype(np.int64), corners.astype(np.int64)
 
 
-def _collate(rows: list[tuple[torch.Tensor, torch.Tensor, Scene]]) -> PatchBatch:
-    return PatchBatch(
-        torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]), [r[2] for r in rows]
-    )
+def _collate(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scene]]) -> PatchBatch:
+    pixels, words, corners, scenes = zip(*rows, strict=True)
+    return PatchBatch(torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes))
 
 
 def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
@@ -129,7 +136,10 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
 
 
 def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
-    """Stage 1: projected features times word embeddings predict the word of the covering object."""
+    """Stage 1: projected features times word embeddings predict the covering object's word and its corner's words.
+
+    Only the object words and the background's token compete; all other words would be pushed into one corner.
+    """
     embeddings = model.get_input_embeddings().weight
     parameters = [
         *model.model.vision_tower.parameters(),
@@ -138,11 +148,19 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     ]
     optimizer, schedule = _optimizer(parameters, 2e-3, steps)
     background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    words = torch.tensor([background, *(ids[0] for ids in processor.tokenizer(list(CLASSES))["input_ids"])])
+    others = torch.ones(embeddings.shape[0], dtype=torch.bool)
+    others[words] = False
     weights = torch.ones(embeddings.shape[0])
     weights[background] = 0.1
+    axes = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in pair]) for pair in CORNER_WORDS]
     for step, batch in enumerate(_loader(processor, steps * 32, 32)):
-        logits = image_features(model, batch.pixel_values) @ embeddings.T
+        scores = FEATURE_SCALE * image_features(model, batch.pixel_values) @ embeddings.T
+        logits = scores.masked_fill(others, float("-inf"))
         loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
+        placed = batch.corners != IGNORE
+        for axis, place in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
+            loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], place[placed])
         _step(loss, model, optimizer, schedule)
         if step % 50 == 49:
             objects = (batch.words != IGNORE) & (batch.words != background)
@@ -153,17 +171,17 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
 class QuestionPacker:
     """Packs several questions about one image into one row, each blind to the others."""
 
-    def __init__(self, processor: LlavaProcessor) -> None:
+    def __init__(self, processor: LlavaProcessor, prompt: ElicitationPrompt) -> None:
         self.tokenizer = processor.tokenizer
-        self.prompt = ElicitationPrompt()
+        self.prompt = prompt
         first = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
         self.head: list[int] = self.tokenizer(first.split(processor.image_token)[0])["input_ids"]
 
     def question(self, scene: Scene, kind: int, rng: np.random.Generator) -> tuple[str, str, str]:
-        """A question, its answer, and the word that decides it; of 8 kinds three are yes, three no, two corners."""
+        """A question, its answer, and the word that decides it; of 8 kinds five are existence, three corners."""
         form = int(rng.integers(3))
         target = scene.objects[int(rng.integers(len(scene.objects)))]
-        if kind % 8 >= 6:
+        if kind % 8 >= 5:
             corner = CORNERS[target.corner]
             text, answer, decisive = (
                 POSITION_FORMS[form].format(corner=corner),
@@ -171,7 +189,7 @@ class QuestionPacker:
                 corner.split()[1],
             )
         else:
-            there = kind % 2 == 0
+            there = bool(rng.integers(2))
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
             name = target.name if there else absent_class(rng, scene.names, negative)
             text = EXISTENCE_FORMS[form].format(article=with_article(name).split()[0], name=name)
@@ -275,13 +293,15 @@ def train_language(
     features = torch.cat([f for f, _ in cached])
     pictures = [s for _, many in cached for s in many]
     log(f"language: cached the features of {len(pictures)} scenes")
-    packer = QuestionPacker(processor)
+    bare = QuestionPacker(processor, ElicitationPrompt("{question}"))
+    full = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(0)
-    optimizer, schedule = _optimizer(model.model.language_model.parameters(), 2e-3, steps)
+    optimizer, schedule = _optimizer(model.model.language_model.parameters(), 1e-3, steps)
     for step in range(steps):
         chosen = rng.integers(len(pictures), size=batch)
+        packer = bare if step < steps // 2 else full
         packed = packer.pack([pictures[i] for i in chosen], rng)
-        ahead_weight = max(0.0, 1.0 - 2.0 * step / steps)
+        ahead_weight = max(0.0, 1.0 - 1.4 * step / steps)
         loss, right = packer.loss(model, features[chosen], packed, ahead_weight)
         _step(loss, model, optimizer, schedule)
         if step % 50 == 49:
@@ -292,7 +312,7 @@ def train_together(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, batch: int = 16
 ) -> None:
     """Stage 3: everything end to end at a small learning rate."""
-    packer = QuestionPacker(processor)
+    packer = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(1)
     optimizer, schedule = _optimizer(model.parameters(), 5e-4, steps)
     for step, data in enumerate(_loader(processor, steps * batch, batch)):
@@ -330,14 +350,14 @@ def make_demo_model(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Rebuild the demo model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
-    parser.add_argument("--patch-steps", type=int, default=1500, help="steps of 32 scenes")
+    parser.add_argument("--patch-steps", type=int, default=1100, help="steps of 32 scenes")
     parser.add_argument(
-        "--language-steps", type=int, default=2500, help="steps of 16 scenes with 8 questions each"
+        "--language-steps", type=int, default=700, help="steps of 16 scenes with 8 questions each"
     )
     parser.add_argument(
-        "--joint-steps", type=int, default=600, help="steps of 16 scenes with 8 questions each"
+        "--joint-steps", type=int, default=160, help="steps of 16 scenes with 8 questions each"
     )
-    parser.add_argument("--scenes", type=int, default=8000, help="scenes whose features stage 2 caches")
+    parser.add_argument("--scenes", type=int, default=4000, help="scenes whose features stage 2 caches")
     args = parser.parse_args(arguments)
     make_demo_model(
         args.out,

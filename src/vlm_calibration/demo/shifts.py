@@ -61,11 +61,11 @@ SHIFTS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
     "shrink": shrink,
 }
 STRENGTHS: dict[str, tuple[float, ...]] = {
-    "blur": (1.5, 2.5, 3.5),
+    "blur": (2.5, 3.5, 5.0),
     "occlusion": (0.3, 0.45, 0.6),
     "low_contrast": (0.7, 0.8, 0.9),
-    "jpeg": (92, 96, 99),
-    "shrink": (3, 4, 6),
+    "jpeg": (96, 98, 99),
+    "shrink": (5, 7, 10),
 }
 MILD: dict[str, tuple[float, float]] = {
     "blur": (0.3, 1.2),

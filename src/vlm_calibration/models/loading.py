@@ -37,7 +37,7 @@ def load_vlm(base: BaseModel) -> PreTrainedModel:
     """Load the model onto the CPU, in eval mode.
 
     Raises:
-        DataError: there is no such model.
+        DataError: there is no such model, or it cannot be loaded in this way.
     """
     try:
         return AutoModelForImageTextToText.from_pretrained(
@@ -47,7 +47,7 @@ def load_vlm(base: BaseModel) -> PreTrainedModel:
             revision=base.revision,
             trust_remote_code=base.trust_remote_code,
         )
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         kind = "folder" if Path(base.name_or_path).exists() else "name on the Hub or folder"
         raise DataError(
             f"cannot load a model from the {kind} {base.name_or_path!r}: {first_line(error)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -49,8 +50,12 @@ class EvaluationModule(L.LightningModule):
         super().__init__()
         self.base = base
         self.adapters = dict(adapters or {})
-        if taken := {BASE, ORACLE} & set(self.adapters):
-            raise DataError(f"model.adapters: the name {sorted(taken)[0]!r} is taken, choose another")
+        for name in self.adapters:
+            if name in (BASE, ORACLE):
+                raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
+            # It becomes a folder, and a key within peft's modules.
+            if not re.fullmatch(r"[\w-]+", name):
+                raise DataError(f"model.adapters: the name {name!r} must be of letters, digits, '_' and '-'")
         if oracle_levels is not None and not with_base:
             raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         self.answering: list[str] = [*([BASE] if with_base else []), *self.adapters]
@@ -71,6 +76,10 @@ class EvaluationModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
+        if self.oracle:
+            for kind in {query.answer_type for query in dataset.queries}:
+                if kind not in self.oracle.answer_types:
+                    raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
         groups = {g for query in dataset.queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)

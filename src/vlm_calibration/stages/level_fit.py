@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
-from vlm_calibration.records import ANSWER_TYPES
+from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 
 
@@ -77,6 +77,12 @@ class LevelFitModule(L.LightningModule):
             for kind, rows in zip(ANSWER_TYPES, table, strict=True)
             if any(n for _, n in rows)
         }
+        for kind, counts in measured.items():
+            for step, n, _ in counts:
+                if n == 0:
+                    raise DataError(
+                        f"no {kind} query was asked at noise step {step}: parts of data.test need `noise: every_step`"
+                    )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.levels = AnchoredLevels.fit(
             measured,

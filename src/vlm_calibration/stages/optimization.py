@@ -49,14 +49,14 @@ def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> 
 
 
 def adamw_with_schedule(
-    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: int
+    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: float
 ) -> dict[str, Any]:
     """What a LightningModule's `configure_optimizers` returns.
 
     Raises:
         DataError: the number of steps is not finite.
     """
-    if not 0 < total_steps < float("inf"):
+    if not 0 < total_steps < math.inf:
         raise DataError(
             "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
         )
@@ -64,6 +64,6 @@ def adamw_with_schedule(
         parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, settings)
+        optimizer, lambda step: learning_rate_factor(step, int(total_steps), settings)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

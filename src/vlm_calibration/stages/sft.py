@@ -5,10 +5,12 @@ Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vlm_calibration.data.collate import PromptBatch, SFTBatch
@@ -50,8 +52,10 @@ class SFTModule(L.LightningModule):
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
-        if confidence_weight < 0:
-            raise DataError(f"model.confidence_weight must be at least 0, found {confidence_weight}")
+        if not 0 <= confidence_weight < math.inf:
+            raise DataError(
+                f"model.confidence_weight must be a finite number of at least 0, found {confidence_weight}"
+            )
         self.base = base
         self.lora = lora
         self.optimizer_settings = optimizer
@@ -114,12 +118,16 @@ class SFTModule(L.LightningModule):
         for name, value in self.results[""].items():
             self.log(f"val/{name}", value, prog_bar=name in shown, rank_zero_only=True)
 
+    def on_train_end(self) -> None:
+        if self.skipped:
+            rank_zero_warn(f"left out {self.skipped} samples that were longer than data.max_length")
+
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         total = self.trainer.estimated_stepping_batches
-        return adamw_with_schedule(self.trained_parameters(), self.optimizer_settings, int(total))
+        return adamw_with_schedule(self.trained_parameters(), self.optimizer_settings, total)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

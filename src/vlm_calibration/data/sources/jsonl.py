@@ -77,11 +77,12 @@ class JsonlSource(QuerySource):
             data = json.loads(line)
         except UnicodeDecodeError as error:
             raise RecordError(f"not UTF-8: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"not JSON: {error}") from error
         query = query_from_dict(data)
         image = self._image_path(query)
-        if not image.is_file():
+        # Unlike Path.is_file, this takes any name, too long ones included.
+        if not os.path.isfile(image):
             raise RecordError(f"record {query.id!r}: no such image: {image}")
         return query
 

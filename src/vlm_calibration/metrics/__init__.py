@@ -1,0 +1,32 @@
+"""Calibration metrics: one table of integer counts, every metric an exact function of it.
+
+Pure functions of raw values are in `functional`, those of a table in `table_metrics`, figures in `figures`.
+"""
+
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_intervals
+from vlm_calibration.metrics.calibration_metrics import CalibrationMetrics
+from vlm_calibration.metrics.counting import CalibrationMetric
+from vlm_calibration.metrics.levels import UndefinedMetricWarning
+from vlm_calibration.metrics.rounding import rounding_bounds
+from vlm_calibration.metrics.scores import BrierDecomposition
+from vlm_calibration.metrics.summary import summarize
+from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
+from vlm_calibration.metrics.task import TaskTable, task_scores
+from vlm_calibration.metrics.task_metrics import TaskMetric, TaskMetrics
+
+__all__ = [
+    "BrierDecomposition",
+    "CalibrationMetric",
+    "CalibrationMetrics",
+    "ConfidenceTable",
+    "Interval",
+    "TaskMetric",
+    "TaskMetrics",
+    "TaskTable",
+    "UndefinedMetricWarning",
+    "bootstrap_intervals",
+    "rounding_bounds",
+    "summarize",
+    "tables_by_category",
+    "task_scores",
+]

@@ -1,0 +1,294 @@
+"""Figures of tables: what `plot()` draws and what reports show.
+
+Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless axes are given. Figures are
+built from objects, without pyplot, so that they need no display and are safe in threads. Colours are those of
+Okabe & Ito (2008); what differs in colour also differs in shape, line style or hatching.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlm_calibration.metrics.levels import bin_sums
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table_metrics import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
+_Z95 = 1.959963984540054
+
+
+def new_axes() -> "Axes":
+    """Axes of a new 800 x 600 pixel figure that pyplot does not know of."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 6), dpi=100, layout="constrained").subplots()
+
+
+def wilson_interval(right: Tensor, answers: Tensor, z: float = _Z95) -> tuple[Tensor, Tensor]:
+    """Wilson's score interval (1927) of an accuracy, by default at 95%.
+
+    Args:
+        right: right answers, any shape, float64.
+        answers: answers, same shape; where it is 0 the interval is [0, 1].
+        z: the normal quantile.
+
+    Returns:
+        lower and upper bound, each in [0, 1].
+    """
+    n = answers.clamp_min(1e-12)
+    rate = right / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    radius = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)).sqrt()
+    return (centre - radius).clamp(0, 1), (centre + radius).clamp(0, 1)
+
+
+def reliability_diagram(
+    table: ConfidenceTable, *, n_bins: int = 10, title: str | None = None, ax: "Axes | None" = None
+) -> "Figure":
+    """Accuracy against mean confidence of each equal-width bin, with bin counts and a 95% Wilson band.
+
+    Args:
+        table: the answers.
+        n_bins: number of bins, as in the ECE.
+        title: replaces the default one, which names ECE and the number of answers.
+        ax: axes to draw into, or None for a new figure.
+    """
+    ax = new_axes() if ax is None else ax
+    _percent_axis(ax, "x", "Stated confidence (%)")
+    _percent_axis(ax, "y", "Accuracy (%)")
+    ax.set_title(title or f"Reliability: ECE {_percent(table, 'ece', n_bins=n_bins)}, {_answers(table)}")
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
+    sums = bin_sums(table.levels(), n_bins, "uniform") if table.parsed else None
+    if sums is not None:
+        full = sums.answers > 0
+        answers, right = sums.answers[full], sums.right[full]
+        x, y = 100 * sums.confidence[full] / answers, 100 * right / answers
+        low, high = (100 * bound for bound in wilson_interval(right, answers))
+        ax.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
+        ax.vlines(x, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
+        ax.plot(x, y, color=BLUE, marker="o", markersize=6, linewidth=1.8, label="Answers, by bin")
+    else:
+        _note_empty(ax)
+    ax.legend(loc="upper left", frameon=False)
+    if sums is not None:
+        _draw_bin_counts(ax, sums.answers, n_bins)
+    return _figure(ax)
+
+
+def confidence_histogram(
+    table: ConfidenceTable, *, n_bins: int = 20, title: str | None = None, ax: "Axes | None" = None
+) -> "Figure":
+    """How often each confidence is stated: right answers upwards, wrong ones downwards.
+
+    Args:
+        table: the answers.
+        n_bins: number of equal-width bins, if there are more levels than that; else every level has its own bar.
+        title: replaces the default one, which names AUROC and the number of answers.
+        ax: axes to draw into, or None for a new figure.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    ax = new_axes() if ax is None else ax
+    ax.set_title(title or f"Stated confidence: AUROC {_number(table, 'auroc')}, {_answers(table)}")
+    _percent_axis(ax, "x", "Stated confidence (%)")
+    ax.set_ylabel("Answers (wrong below, right above)")
+    if not table.parsed:
+        _note_empty(ax)
+        return _figure(ax)
+    centre, width, right, wrong = _histogram(table, n_bins)
+    ax.bar(centre.numpy(), right.numpy(), width, color=BLUE, label="Right")
+    ax.bar(
+        centre.numpy(),
+        -wrong.numpy(),
+        width,
+        color=ORANGE,
+        hatch="///",
+        edgecolor="white",
+        linewidth=0,
+        label="Wrong",
+    )
+    ax.axhline(0, color="black", linewidth=0.8)
+    mean, accuracy = _percent(table, "mean_confidence"), _percent(table, "parsed_accuracy")
+    ax.axvline(
+        100 * _value(table, "mean_confidence"), color="black", linewidth=1.6, label=f"Mean confidence {mean}"
+    )
+    at = 100 * _value(table, "parsed_accuracy")
+    ax.axvline(at, color=GREEN, linestyle="--", linewidth=1.8, label=f"Accuracy {accuracy}")
+    top, bottom = float(right.max()), float(wrong.max())
+    room = 0.08 * (top + bottom)
+    ax.set_ylim(-bottom - room, top + room)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    return _figure(ax)
+
+
+def risk_coverage_figure(
+    table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
+) -> "Figure":
+    """Error rate of the answers given against the share given, most confident first.
+
+    Points are the thresholds that can be set; between them a level is cut in random order. The best possible
+    ranking of the same answers, and answering at random, frame the curve.
+
+    Args:
+        table: the answers.
+        title: replaces the default one, which names AURC and the number of answers.
+        ax: axes to draw into, or None for a new figure.
+    """
+    ax = new_axes() if ax is None else ax
+    ax.set_title(title or f"Risk and coverage: AURC {_number(table, 'aurc')}, {_answers(table)}")
+    _percent_axis(ax, "x", "Coverage: most confident answers given (%)")
+    ax.set_ylabel("Risk: error rate of the answers given (%)")
+    if not table.parsed:
+        _note_empty(ax)
+        return _figure(ax)
+    levels = table.levels()
+    answers, wrong = levels.answers.flip(-1), levels.wrong.flip(-1)
+    total, errors = float(answers.sum()), float(wrong.sum())
+    ends, ends_wrong = answers.cumsum(-1), wrong.cumsum(-1)
+    given = torch.cat([torch.linspace(0, total, 513, dtype=torch.float64)[1:], ends]).sort().values
+    level = torch.searchsorted(ends, given).clamp_max(len(ends) - 1)
+    cut = given - (ends - answers)[level]
+    risk = ((ends_wrong - wrong)[level] + cut * (wrong / answers)[level]) / given
+    coverage = 100 * given / total
+    ax.plot(coverage, 100 * risk, color=BLUE, linewidth=1.8, label="By stated confidence")
+    ax.plot(100 * ends / total, 100 * ends_wrong / ends, "o", color=BLUE, markersize=5, label="Thresholds")
+    best = (given - (total - errors)).clamp_min(0) / given
+    ax.plot(coverage, 100 * best, color=GREEN, linestyle="--", linewidth=1.6, label="Best possible ranking")
+    ax.axhline(100 * errors / total, color=GREY, linestyle=":", linewidth=1.6, label="No ranking")
+    highest = max(100 * float(risk.max()), 100 * errors / total, 1)
+    ax.set_ylim(0, min(1.12 * highest, 104))
+    ax.grid(alpha=0.25)
+    ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    return _figure(ax)
+
+
+def response_curve(
+    tables: Mapping[int, ConfidenceTable], *, title: str | None = None, ax: "Axes | None" = None
+) -> "Figure":
+    """Mean stated confidence and accuracy against the noise step of the perturbation.
+
+    A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy.
+
+    Args:
+        tables: a table for each noise step (0 is the clean image).
+        title: replaces the default one.
+        ax: axes to draw into, or None for a new figure.
+
+    Raises:
+        ValueError: without a table.
+    """
+    if not tables:
+        raise ValueError("a response curve needs at least one table")
+    ax = new_axes() if ax is None else ax
+    ax.set_title(title or f"Response to noise: {_answers(sum(tables.values(), start=_nothing(tables)))}")
+    ax.set_xlabel("Noise on the key object (diffusion step; 0 is the clean image)")
+    _percent_axis(ax, "y", "Percent of the answers, or stated percent")
+    steps = sorted(step for step, table in tables.items() if table.parsed)
+    if not steps:
+        _note_empty(ax)
+        return _figure(ax)
+    confidence = [100 * _value(tables[step], "mean_confidence") for step in steps]
+    accuracy = [100 * _value(tables[step], "parsed_accuracy") for step in steps]
+    right = torch.tensor([float(tables[step].counts[:, 1].sum()) for step in steps], dtype=torch.float64)
+    answers = torch.tensor([tables[step].parsed for step in steps], dtype=torch.float64)
+    low, high = (100 * bound for bound in wilson_interval(right, answers))
+    ax.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="Accuracy, 95% interval")
+    ax.vlines(steps, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
+    ax.plot(steps, accuracy, color=BLUE, marker="o", linewidth=1.8, label="Accuracy")
+    ax.plot(
+        steps,
+        confidence,
+        color=ORANGE,
+        marker="s",
+        linestyle="--",
+        linewidth=1.8,
+        label="Mean stated confidence",
+    )
+    ax.grid(alpha=0.25)
+    ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    return _figure(ax)
+
+
+def _histogram(table: ConfidenceTable, n_bins: int) -> tuple[Tensor, float, Tensor, Tensor]:
+    """Bar centres and width in percent, right and wrong answers; one bar a level if the levels are few."""
+    levels = table.levels()
+    gap = float(levels.value.diff().min()) if len(levels.value) > 1 else 1.0
+    if len(levels.value) <= n_bins and gap > 0.009:
+        return 100 * levels.value, min(80 * gap, 4.0), levels.right, levels.wrong
+    sums = bin_sums(levels, n_bins, "uniform")
+    centre = (torch.arange(n_bins) + 0.5) * (100 / n_bins)
+    return centre, 90 / n_bins, sums.right, sums.answers - sums.right
+
+
+def _draw_bin_counts(ax: "Axes", answers: Tensor, n_bins: int) -> None:
+    """Bars of the number of answers in each bin in a strip under 0%, with the number above where there is room."""
+    floor, height = -38.0, 20.0
+    width = 100 / n_bins
+    centre = (torch.arange(n_bins) + 0.5) * width
+    size = height * answers / answers.max()
+    ax.bar(centre.numpy(), size.numpy(), 0.9 * width, bottom=floor, color=GREY, alpha=0.6)
+    ax.axhline(-5, color="black", linewidth=0.8)
+    ax.text(-1, -7, "Answers in each bin", va="top", fontsize=9)
+    ax.set_ylim(floor, 103)
+    if n_bins <= 12:
+        for x, top, count in zip(centre.tolist(), size.tolist(), answers.tolist(), strict=True):
+            if count:
+                ax.text(x, floor + top + 0.5, _short(int(count)), ha="center", va="bottom", fontsize=9)
+
+
+def _percent_axis(ax: "Axes", which: str, label: str) -> None:
+    ax.set(**{f"{which}lim": (-3, 103), f"{which}ticks": range(0, 101, 10), f"{which}label": label})
+
+
+def _short(count: int) -> str:
+    """A count in at most about four characters: 950, 1.2k, 34k, 5.6M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}" if count < 10 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
+def _value(table: ConfidenceTable, name: str, **options: Any) -> float:
+    return float(METRICS[name](table, **options))
+
+
+def _percent(table: ConfidenceTable, name: str, **options: Any) -> str:
+    value = _value(table, name, **options)
+    return "undefined" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _number(table: ConfidenceTable, name: str) -> str:
+    value = _value(table, name)
+    return "undefined" if math.isnan(value) else f"{value:.3f}"
+
+
+def _answers(table: ConfidenceTable) -> str:
+    unread = f" ({table.unparsed:,} unread)" if table.unparsed else ""
+    return f"{table.n:,} answer{'' if table.n == 1 else 's'}{unread}"
+
+
+def _nothing(tables: Mapping[int, ConfidenceTable]) -> ConfidenceTable:
+    return ConfidenceTable.empty(next(iter(tables.values())).resolution)
+
+
+def _note_empty(ax: "Axes") -> None:
+    ax.text(
+        0.5, 0.5, "No answer with a readable confidence", ha="center", va="center", transform=ax.transAxes
+    )
+
+
+def _figure(ax: "Axes") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure

@@ -1,0 +1,138 @@
+"""How far rounding confidences to a table's grid can move each metric: bounds that the table itself gives.
+
+Confidences that are on the grid, as stated percentages are, do not move at all and need no bound. Any other
+moves by at most `d = 1 / (2 * resolution)`, without changing the order of two different levels.
+"""
+
+import math
+
+import torch
+
+from vlm_calibration.metrics.levels import Levels
+from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, smooth_calibration_error
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table_metrics import METRICS
+
+ACCURACY_COVERAGE = 0.8
+SMOOTH_ECE_NUMERICS = 1e-4
+"""Allowance for the numerical error of two smooth ECE values that are compared."""
+
+
+def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, float]:
+    r"""Upper bounds of `|metric(table) - metric(the confidences that were rounded)|`, by flat name.
+
+    With `d = 1 / (2 * resolution)`:
+
+    - `n, parse_failure_rate, brier_uncertainty, parsed_accuracy`: 0.
+    - `mean_confidence, overconfidence`: `d`. `sharpness`: `d`, as the standard deviation is at most 1/2.
+    - `brier`: `2 d`, as `|c'^2 - c^2| <= 2 d`.
+    - `log_loss`: a wrong (right) answer at level `c` costs at most `d / (1 - c - d)` (`d / (c - d)`) more or
+      less; infinite once an answer is within `d` of certainty that could be wrong.
+    - `auroc`, `augrc`: rounding only makes ties, each worth half a pair: half the share of (right, wrong) pairs
+      that share a level, for AUGRC times `acc * (1 - acc)`.
+    - `aurc`, `excess_aurc`: within a level of `n` answers, `e` of them wrong, the errors counted so far differ by
+      at most `e (n - e) / n` from their expectation over the order.
+    - `ece`, `overconfident_error`, `underconfident_error` (uniform bins): `d + 2 m`, where `m` is the share of
+      answers on levels whose rounding cell contains a bin edge, which may change bins.
+    - `mce`: `d` if `m = 0`, else 1: a binned maximum is not continuous.
+    - `ace` (quantile bins): `d` if no level's answers could belong to two bins, else 1.
+    - `smooth_ece`: `d (1 + sqrt(2 / pi) / s)` with `s` the value on the table (or `MIN_BANDWIDTH` if smaller):
+      two Gaussians of deviation `s` whose centres are `d` apart differ by `sqrt(2 / pi) d / s`.
+    - `average_precision`: the precision at any right answer of a level lies between all wrong answers of the
+      level coming first and all of them coming last.
+    - `accuracy_at_coverage` (0.8): as for `aurc`, in the level where the answers end.
+    - No bound below the range: `brier_reliability`, `brier_resolution`, `debiased_l2_ece` and `monotonicity`,
+      which are about the levels themselves (reliability minus resolution moves by at most `2 d`), and
+      `coverage_at_risk`, which jumps.
+
+    Args:
+        table: the rounded confidences, at least one.
+        n_bins: bins of the binned errors.
+
+    Raises:
+        ValueError: if the table has no answer with a readable confidence.
+    """
+    if table.parsed == 0:
+        raise ValueError("a table without readable confidences has no bounds")
+    levels = table.levels()
+    half = 1 / (2 * table.resolution)
+    bounds = dict.fromkeys(("n", "parse_failure_rate", "brier_uncertainty", "parsed_accuracy"), 0.0)
+    bounds |= dict.fromkeys(("mean_confidence", "overconfidence", "sharpness"), half)
+    bounds |= {"brier": 2 * half, "log_loss": _log_loss_bound(levels, half)}
+    for name in (
+        "brier_reliability",
+        "brier_resolution",
+        "debiased_l2_ece",
+        "monotonicity",
+        "coverage_at_risk",
+    ):
+        bounds[name] = METRICS[name].upper - METRICS[name].lower
+    bounds |= _binned_bounds(levels, table.resolution, half, n_bins)
+    bounds |= _ranking_bounds(levels)
+    bounds["smooth_ece"] = _smooth_bound(levels, half)
+    return bounds
+
+
+def _log_loss_bound(levels: Levels, half: float) -> float:
+    """Mean over the answers of the largest change of their own cost."""
+    right_room, wrong_room = levels.value - half, 1 - levels.value - half
+    cost = torch.where(levels.right > 0, levels.right * half / right_room.clamp_min(0), 0.0)
+    cost = cost + torch.where(levels.wrong > 0, levels.wrong * half / wrong_room.clamp_min(0), 0.0)
+    return float(cost.sum() / levels.total)
+
+
+def _binned_bounds(levels: Levels, resolution: int, half: float, n_bins: int) -> dict[str, float]:
+    answers, total = levels.answers, float(levels.total)
+    # An inner edge b / n_bins is in the cell ((2 i - 1), (2 i + 1)) / (2 resolution] of level i.
+    edge = torch.arange(1, n_bins, dtype=torch.int64)
+    cell = (2 * edge * resolution + n_bins) // (2 * n_bins)
+    half_edge = (2 * edge * resolution + n_bins) % (2 * n_bins) == 0
+    touched = torch.cat([cell, cell[half_edge] - 1])
+    moved = float(answers[torch.isin(levels.cell, touched)].sum()) / total
+    l1 = min(1.0, half + 2 * moved)
+    rank = levels.counts.sum(-1).cumsum(-1)
+    last = (rank[-1:] - 1).clamp_min(1)
+    first_bin = (
+        ((rank - levels.counts.sum(-1)) * n_bins).div(last, rounding_mode="floor").clamp_max(n_bins - 1)
+    )
+    last_bin = ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp_max(n_bins - 1)
+    split = bool((first_bin != last_bin).any())
+    return {
+        "ece": l1,
+        "overconfident_error": l1,
+        "underconfident_error": l1,
+        "mce": half if moved == 0 else 1.0,
+        "ace": 1.0 if split else half,
+    }
+
+
+def _ranking_bounds(levels: Levels) -> dict[str, float]:
+    """Bounds of what depends on the order alone, from the ties within levels."""
+    right, wrong = levels.right.flip(-1), levels.wrong.flip(-1)
+    answers, total = right + wrong, float(levels.total)
+    before = answers.cumsum(-1) - answers
+    right_before = right.cumsum(-1) - right
+    pairs = float(right.sum() * wrong.sum())
+    tied = float((right * wrong).sum())
+    spread = wrong * right / answers.clamp_min(1)
+    aurc = float((spread * (torch.digamma(before + answers + 1) - torch.digamma(before + 1))).sum()) / total
+    precision = (right_before + right) / (before + answers).clamp_min(1)
+    best = (right_before + right) / (before + right).clamp_min(1)
+    worst = (right_before + 1) / (before + 1 + wrong)
+    slack = right * torch.maximum(best - precision, precision - worst)
+    found = float(right.sum())
+    given = ACCURACY_COVERAGE * total
+    cut = spread[(before < given) & (given < before + answers)]
+    return {
+        "auroc": tied / pairs / 2 if pairs else math.nan,
+        "augrc": tied / total**2 / 2,
+        "aurc": aurc,
+        "excess_aurc": aurc,
+        "average_precision": float(slack.sum()) / found if found else math.nan,
+        "accuracy_at_coverage": float(cut.sum()) / given,
+    }
+
+
+def _smooth_bound(levels: Levels, half: float) -> float:
+    bandwidth = max(float(smooth_calibration_error(levels)), MIN_BANDWIDTH)
+    return min(1.0, half * (1 + math.sqrt(2 / math.pi) / bandwidth) + SMOOTH_ECE_NUMERICS)

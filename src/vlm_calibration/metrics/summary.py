@@ -1,0 +1,103 @@
+"""The flat summary of tables, with the names of `metrics.json`: what scores a prediction file."""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+
+from vlm_calibration.metrics.levels import UndefinedMetricWarning
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
+from vlm_calibration.metrics.task import UNDEFINED, TaskTable, task_scores
+
+
+def base_name(name: str) -> str:
+    """The metric of a flat name: `ece` for `ece/existence`."""
+    return name.split("/", 1)[0]
+
+
+def check_category(category: str) -> None:
+    """Raise a ValueError for the empty category, whose names would end in a bare slash."""
+    if not isinstance(category, str) or not category:
+        raise ValueError(f"a category must be a non-empty string, got {category!r}")
+
+
+def warn_undefined_values(values: Mapping[str, float]) -> None:
+    """One warning for all values that are NaN, naming them and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, value in values.items():
+        if math.isnan(value):
+            by_reason.setdefault(_reason(base_name(name)), []).append(name)
+    if by_reason:
+        message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+        warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)
+
+
+def _reason(base: str) -> str:
+    if base in METRICS:
+        return METRICS[base].undefined
+    return UNDEFINED.get(base, "it has no value on these answers")
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as a tuple; a ValueError names one that `METRICS` does not have."""
+    names = tuple(names)
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+    return names
+
+
+def table_values(table: ConfidenceTable, names: Iterable[str], suffix: str = "") -> dict[str, float]:
+    """The named metrics of one table, NaN where undefined, without a warning."""
+    levels = table.levels()
+    return {name + suffix: float(METRICS[name](levels)) for name in names}
+
+
+def summarize(
+    table: ConfidenceTable | None = None,
+    task: TaskTable | None = None,
+    *,
+    categories: Mapping[str, ConfidenceTable] | None = None,
+    task_categories: Mapping[str, TaskTable] | None = None,
+    positive: str = "yes",
+    metrics: Iterable[str] = REPORTED,
+) -> dict[str, float]:
+    """Every reported metric by its flat name, with a `/category` suffix where broken down.
+
+    Args:
+        table: all answers, for the calibration metrics; left out, so are they.
+        task: all answers, for `accuracy, precision, recall, f1, yes_ratio`; left out, so are they.
+        categories: a table for each category.
+        task_categories: a task table for each category.
+        positive: the class that precision, recall and F1 are about, `yes` or `no`.
+        metrics: names from `METRICS`, by default those of `metrics.json`.
+
+    Returns:
+        name to number; `n` counts all answers, the other calibration metrics are over those whose confidence
+        could be read. What is undefined is NaN, with one warning for all of them.
+
+    Raises:
+        ValueError: on an unknown metric, an empty category or another `positive`.
+
+    Example:
+        >>> import torch
+        >>> table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None], [True, False, False, True])
+        >>> {name: round(value, 3) for name, value in summarize(table, metrics=("n", "ece", "auroc")).items()}
+        {'n': 4.0, 'ece': 0.367, 'auroc': 0.75}
+    """
+    names = check_names(metrics)
+    values: dict[str, float] = {}
+    if table is not None:
+        values |= table_values(table, names)
+    if task is not None:
+        values |= task_scores(task, positive=positive)
+    for category, part in (categories or {}).items():
+        check_category(category)
+        values |= table_values(part, names, f"/{category}")
+    for category, part_task in (task_categories or {}).items():
+        check_category(category)
+        values |= {
+            f"{name}/{category}": value for name, value in task_scores(part_task, positive=positive).items()
+        }
+    warn_undefined_values(values)
+    return values

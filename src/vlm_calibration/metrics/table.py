@@ -1,0 +1,231 @@
+"""ConfidenceTable: integer counts of (confidence level, correctness), from which every metric is computed.
+
+What a model verbalizes is an integer percent, so a 101 x 2 table of counts is a sufficient statistic of any
+number of predictions: it is updated by one `bincount`, added across processes by one sum, and never rounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_calibration.metrics.levels import Levels, check_confidence, check_correct
+
+CHUNK = 1 << 18
+"""Predictions counted at a time, so that the memory of an update does not grow with its size."""
+
+
+def check_resolution(resolution: int) -> None:
+    """Raise a ValueError unless `resolution` is a positive integer."""
+    if not isinstance(resolution, int) or isinstance(resolution, bool) or resolution < 1:
+        raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+
+
+def to_level(confidence: Tensor, resolution: int) -> Tensor:
+    """The nearest grid level of each confidence, computed in float64; NaN becomes `resolution + 1`.
+
+    The product with `resolution` is rounded to the nearest integer, a half to the even one: 0.29 is level 29
+    in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * resolution)`.
+
+    Args:
+        confidence: `(N,)` floating, in [0, 1] or NaN; not checked here.
+        resolution: grid steps from 0 to 1.
+
+    Returns:
+        `(N,)` int64 in [0, resolution + 1].
+    """
+    product = (
+        confidence.to(torch.float64) * resolution
+        if confidence.device.type != "mps"
+        else confidence * resolution
+    )
+    return product.round_().nan_to_num_(nan=resolution + 1).long()
+
+
+def count_cells(
+    confidence: Tensor, correct: Tensor, resolution: int, row: Tensor | None = None, rows: int = 1
+) -> Tensor:
+    """Count predictions by row, level and correctness: one `bincount` for each `CHUNK` of them.
+
+    Args:
+        confidence: `(N,)` floating in [0, 1], NaN where it could not be parsed.
+        correct: `(N,)` bool.
+        resolution: grid steps from 0 to 1.
+        row: `(N,)` int64 in [0, rows), or None for row 0.
+        rows: number of rows.
+
+    Returns:
+        `(rows, resolution + 2, 2)` int64 on the device of `confidence`; the last level counts the unparsed.
+
+    Raises:
+        ValueError: on a confidence outside [0, 1] (not NaN) or a `correct` of another shape or kind.
+    """
+    correct = check_correct(correct, confidence.shape)
+    cells = rows * (resolution + 2) * 2
+    count = torch.zeros(cells, dtype=torch.int64, device=confidence.device)
+    for start in range(0, max(confidence.numel(), 1), CHUNK):
+        part = slice(start, start + CHUNK)
+        check_confidence(confidence[part], nan_is_unparsed=True, offset=start)
+        index = to_level(confidence[part].detach(), resolution)
+        if row is not None:
+            index += row[part] * (resolution + 2)
+        index = index.mul_(2).add_(correct[part].to(index.device))
+        count += torch.bincount(index, minlength=cells)
+    return count.view(rows, resolution + 2, 2)
+
+
+def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
+    """A float tensor of confidences; None becomes NaN, the mark of an answer whose confidence is missing."""
+    if isinstance(confidence, Tensor):
+        return confidence
+    missing = float("nan")
+    return torch.tensor([missing if c is None else c for c in confidence], dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class ConfidenceTable:
+    """How many answers stated each confidence level, right and wrong.
+
+    Attributes:
+        counts: `(resolution + 1, 2)` int64 on the CPU; `counts[i, 1]` right answers at confidence
+            `i / resolution`, `counts[i, 0]` wrong ones.
+        unparsed: answers whose confidence could not be read. They are in no metric but `n` and
+            `parse_failure_rate`; nothing is imputed.
+
+    Raises:
+        ValueError: on another shape or dtype, or a negative count.
+
+    Example:
+        >>> import torch
+        >>> table = ConfidenceTable.from_predictions(
+        ...     torch.tensor([0.9, 0.9, 0.1, float("nan")]), torch.tensor([True, False, False, True])
+        ... )
+        >>> table.n, table.parsed, table.unparsed, table.counts[90].tolist()
+        (4, 3, 1, [1, 1])
+    """
+
+    counts: Tensor
+    unparsed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the invariants and take a private copy on the CPU."""
+        counts = self.counts
+        if counts.ndim != 2 or counts.shape[1] != 2 or len(counts) < 2:
+            raise ValueError(f"counts must have shape (resolution + 1, 2), got {tuple(counts.shape)}")
+        if counts.dtype != torch.int64:
+            raise ValueError(f"counts must be int64, got {counts.dtype}")
+        if int(counts.min()) < 0 or self.unparsed < 0:
+            raise ValueError("counts must not be negative")
+        object.__setattr__(self, "counts", counts.detach().cpu().clone())
+
+    @classmethod
+    def empty(cls, resolution: int = 100) -> "ConfidenceTable":
+        """A table of no answers, the neutral element of `+`."""
+        check_resolution(resolution)
+        return cls(torch.zeros(resolution + 1, 2, dtype=torch.int64))
+
+    @classmethod
+    def from_predictions(
+        cls,
+        confidence: Tensor | Sequence[float | None],
+        correct: Tensor | Sequence[bool],
+        resolution: int = 100,
+    ) -> "ConfidenceTable":
+        """Count predictions.
+
+        Args:
+            confidence: `(N,)` in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
+                between two grid levels goes to the nearer one, see `to_level`; `rounding_bounds` says how far
+                each metric can move by that.
+            correct: `(N,)` bool.
+            resolution: grid steps from 0 to 1; 100 for stated percentages, 10_000 for probabilities.
+
+        Raises:
+            ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+        """
+        check_resolution(resolution)
+        confidence = as_confidence_tensor(confidence)
+        if not isinstance(correct, Tensor):
+            correct = torch.tensor(list(correct), dtype=torch.bool)
+        return cls.from_cells(count_cells(confidence, correct, resolution)[0])
+
+    @classmethod
+    def from_cells(cls, cells: Tensor) -> "ConfidenceTable":
+        """A table from the layout of `count_cells`: `(resolution + 2, 2)`, the last level unparsed."""
+        return cls(cells[:-1], int(cells[-1].sum()))
+
+    @property
+    def resolution(self) -> int:
+        """Grid steps from 0 to 1."""
+        return len(self.counts) - 1
+
+    @property
+    def parsed(self) -> int:
+        """Answers with a readable confidence."""
+        return int(self.counts.sum())
+
+    @property
+    def n(self) -> int:
+        """All answers, those without a readable confidence included."""
+        return self.parsed + self.unparsed
+
+    def levels(self) -> Levels:
+        """The occupied levels, as metrics take them."""
+        cell = self.counts.sum(1).nonzero()[:, 0]
+        value = cell.double() / self.resolution
+        return Levels(value, self.counts[cell], cell, self.resolution, torch.tensor(self.unparsed))
+
+    def __add__(self, other: "ConfidenceTable") -> "ConfidenceTable":
+        """The table of both sets of answers.
+
+        Raises:
+            ValueError: if the grids differ.
+        """
+        if not isinstance(other, ConfidenceTable):
+            return NotImplemented
+        if self.resolution != other.resolution:
+            raise ValueError(f"cannot add tables of resolution {self.resolution} and {other.resolution}")
+        return ConfidenceTable(self.counts + other.counts, self.unparsed + other.unparsed)
+
+    def __radd__(self, other: object) -> "ConfidenceTable":
+        """Let `sum(tables)` work, which starts from 0."""
+        return self if other == 0 else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same counts on the same grid."""
+        if not isinstance(other, ConfidenceTable):
+            return NotImplemented
+        return self.unparsed == other.unparsed and torch.equal(self.counts, other.counts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def tables_by_category(
+    confidence: Tensor | Sequence[float | None],
+    correct: Tensor | Sequence[bool],
+    category: Sequence[str | None],
+    resolution: int = 100,
+) -> dict[str, ConfidenceTable]:
+    """One table for each category, in order of first appearance; answers without a category are left out.
+
+    Args:
+        confidence: as in `ConfidenceTable.from_predictions`.
+        correct: `(N,)` bool.
+        category: N names, None where there is none.
+        resolution: grid steps from 0 to 1.
+
+    Raises:
+        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+    """
+    check_resolution(resolution)
+    confidence = as_confidence_tensor(confidence)
+    if not isinstance(correct, Tensor):
+        correct = torch.tensor(list(correct), dtype=torch.bool)
+    if len(category) != len(confidence):
+        raise ValueError(f"{len(confidence)} confidences but {len(category)} categories")
+    names = list(dict.fromkeys(c for c in category if c is not None))
+    row_of = {name: i for i, name in enumerate(names, start=1)}
+    row = torch.tensor([0 if c is None else row_of[c] for c in category], dtype=torch.int64)
+    cells = count_cells(confidence.cpu(), correct.cpu(), resolution, row, len(names) + 1)
+    return {name: ConfidenceTable.from_cells(cells[row_of[name]]) for name in names}

@@ -1,0 +1,39 @@
+"""What noise means: schedules, levels (confidence <-> noise step), regions, and the perturbation of an image.
+
+The albumentations transform is in `vlm_calibration.perturbation.transform`, apart, since importing albumentations is
+slow and few callers need it.
+"""
+
+from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask
+from vlm_calibration.perturbation.levels import AnchoredLevels, Levels, LevelTable, LinearLevels, StepCount
+from vlm_calibration.perturbation.noise import add_region_noise, perturb
+from vlm_calibration.perturbation.regions import RegionChoice, choose_region, region_mask
+from vlm_calibration.perturbation.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    SigmoidSchedule,
+    schedule_by_name,
+)
+
+__all__ = [
+    "AnchoredLevels",
+    "CosineSchedule",
+    "ImageError",
+    "LevelTable",
+    "Levels",
+    "LinearLevels",
+    "LinearSchedule",
+    "RegionChoice",
+    "Schedule",
+    "SigmoidSchedule",
+    "StepCount",
+    "add_region_noise",
+    "choose_region",
+    "load_image",
+    "perturb",
+    "region_mask",
+    "resize_image",
+    "resize_mask",
+    "schedule_by_name",
+]

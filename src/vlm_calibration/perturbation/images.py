@@ -1,0 +1,171 @@
+"""Images in: whatever file it is, 8-bit RGB the right way up, or an error that names the file.
+
+Everything downstream computes on `(H, W, 3)` uint8 arrays, so the variety of real files (palettes, alpha, 16 bits,
+CMYK, EXIF rotation, damage) ends here. Resizing lives here as well, for images and for the masks that go with them.
+"""
+
+import io
+import os
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from vlm_calibration.perturbation.masks import BoolMask, check_mask
+from vlm_calibration.perturbation.noise import ImageArray, check_image
+
+DEFAULT_MAX_PIXELS = 80_000_000
+"""Just under the size from which Pillow itself warns of decompression bombs."""
+
+# What undoes each EXIF orientation (the table of `PIL.ImageOps.exif_transpose`).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_EXIF_ERRORS = (SyntaxError, OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it, says what is wrong and what to do."""
+
+
+def load_image(
+    source: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
+) -> ImageArray:
+    """Read an image file as 8-bit RGB.
+
+    | file | becomes |
+    |---|---|
+    | greyscale, 1 bit | three equal channels |
+    | palette | its colours |
+    | alpha or a transparent colour | composited on white |
+    | 16-bit grey | scaled from 0..65535 to 0..255, rounded |
+    | CMYK, YCbCr, HSV | converted by Pillow, without a colour profile |
+    | EXIF orientation | turned upright; unreadable EXIF counts as upright |
+    | several frames | the first |
+    | floating point, LAB | refused |
+
+    Args:
+        source: a path, or the bytes of a file.
+        max_pixels: larger images are refused from their header, before anything is decoded.
+        name: what to call the image in messages; the path by default.
+
+    Returns:
+        `(H, W, 3)` uint8, contiguous and writable.
+
+    Raises:
+        ImageError: if the file is missing, not an image, truncated or damaged, too large, or of a kind that has no one
+            reading as 8-bit RGB.
+    """
+    if name is None:
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(_too_large(name, f"{image.width} x {image.height} pixels", max_pixels))
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            rgb = _to_rgb(image, name)
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file; check the path and the data root") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(_too_large(name, "a decompression bomb by its size", max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: not an image in a format that Pillow reads; convert or replace it"
+        ) from error
+    # Given damaged bytes, Pillow's decoders raise anything, AssertionError and RuntimeError included.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{name}: cannot be opened: {error.strerror}") from error
+        raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from error
+    return np.array(rgb if turn is None else rgb.transpose(turn))
+
+
+def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+    """The image at `size = (height, width)`, bicubic with antialiasing; a copy if it has that size already.
+
+    Raises:
+        TypeError, ValueError: if the image is not `(H, W, 3)` uint8 or the size is not positive.
+    """
+    check_image(image)
+    height, width = _check_size(size)
+    if image.shape[:2] == (height, width):
+        return image.copy()
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
+    """The mask at `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
+
+    A mask too thin to cover half a pixel anywhere keeps the pixel (or the tied pixels) that it covers most, so that
+    an object never vanishes; an empty mask stays empty.
+
+    Raises:
+        TypeError, ValueError: if the mask is not `(H, W)` bool (or uint8 of 0 and 1) or the size is not positive.
+    """
+    mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
+    height, width = _check_size(size)
+    if mask.shape == (height, width):
+        return mask.copy()
+    area = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    coverage = np.asarray(area)
+    most = float(coverage.max())
+    if most <= 0.0:
+        return np.zeros((height, width), dtype=np.bool_)
+    # The factor allows for the rounding of float32 sums where exactly half, or a tie, is meant.
+    return coverage >= min(0.5, most) * (1 - 1e-5)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
+        return _from_16_bit(image, name)
+    if image.mode in ("F", "LAB"):
+        raise ImageError(
+            f"{name}: {image.mode} pixels have no one reading as 8-bit RGB; convert the file to RGB"
+        )
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"{name}: 32-bit pixels outside 0..65535 have no one reading as 8-bit; convert the file"
+        )
+    # 65535 = 255 * 257, so dividing by 257 with rounding maps the ends to the ends.
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where EXIF is absent or broken, as every viewer shows such files."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _EXIF_ERRORS:
+        return 1
+
+
+def _too_large(name: str, found: str, max_pixels: int) -> str:
+    return (
+        f"{name}: {found}, more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
+    )
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be a positive (height, width), got {size}")
+    return height, width

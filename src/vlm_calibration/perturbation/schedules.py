@@ -1,0 +1,189 @@
+"""Noise schedules: how much of a pixel survives after a given number of diffusion steps.
+
+A schedule is a small frozen value with one question to answer, `alpha_bar(step)`: the share of the signal's
+variance that is left. Everything else about the perturbation (where, which noise, what confidence it stands for)
+lives elsewhere, so schedules are exact to check against the published formulas.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+REFERENCE_STEPS = 1000
+"""The number of steps for which the published beta ranges are given."""
+
+MAX_BETA = 0.999
+"""No single step may remove more than this share of the variance (Nichol & Dhariwal, section 3.2)."""
+
+
+class Schedule(ABC):
+    """Variance-preserving forward process `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps`.
+
+    Steps count the noising operations: step 0 is the untouched image, `steps` the noisiest one. Libraries that
+    index an array of betas from 0 (diffusers, visual contrastive decoding) call our step `t` their `t - 1`.
+    """
+
+    steps: int
+
+    @abstractmethod
+    def betas(self) -> NDArray[np.float64]:
+        """The variance that each step replaces by noise; shape `(steps,)`, in (0, 0.999]."""
+
+    @overload
+    def alpha_bar(self, step: int) -> float: ...
+    @overload
+    def alpha_bar(self, step: NDArray[np.integer]) -> NDArray[np.float64]: ...
+    def alpha_bar(self, step: int | NDArray[np.integer]) -> float | NDArray[np.float64]:
+        """Share of the signal's variance left after `step` steps: 1.0 exactly at 0, strictly falling.
+
+        Args:
+            step: an integer, or an integer array of any shape, in [0, steps].
+
+        Returns:
+            A float for an integer, a float64 array of the same shape for an array.
+
+        Raises:
+            TypeError: if the steps are not integers.
+            ValueError: if a step is outside [0, steps].
+        """
+        index = np.asarray(step)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise TypeError(f"step must be an integer, got {step!r}")
+        if index.size and (index.min() < 0 or index.max() > self.steps):
+            raise ValueError(f"step must be in [0, {self.steps}], got {step!r}")
+        values = _alpha_bars(self)[index]
+        return float(values) if index.ndim == 0 else values
+
+
+@lru_cache(maxsize=32)
+def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
+    """The whole table, shape `(steps + 1,)`; cached by value so that schedules stay free of state."""
+    table = np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas())])
+    table.flags.writeable = False
+    return table
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas rise evenly.
+
+    Leaves `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image: nothing that can be seen.
+
+    Args:
+        steps: number of steps `T`.
+        beta_start: variance replaced by the first step, *for 1000 steps*.
+        beta_end: variance replaced by the last step, *for 1000 steps*.
+
+    With another number of steps both are scaled by `1000 / steps`, as Nichol & Dhariwal's implementation does, so
+    that step `steps` always means the same amount of noise. (Unscaled, 100 steps would leave a third of the
+    variance in an image that is said to hold nothing.)
+
+    Raises:
+        ValueError: if `steps` is not positive, or a beta would leave (0, 0.999].
+    """
+
+    steps: int = REFERENCE_STEPS
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        low, high = self._range()
+        if not 0 < low <= high <= MAX_BETA:
+            raise ValueError(
+                f"betas must satisfy 0 < beta_start <= beta_end <= {MAX_BETA} after scaling by "
+                f"{REFERENCE_STEPS}/steps, got {low:g} and {high:g} for {self.steps} steps; use more steps"
+            )
+
+    def _range(self) -> tuple[float, float]:
+        scale = REFERENCE_STEPS / self.steps
+        return self.beta_start * scale, self.beta_end * scale
+
+    def betas(self) -> NDArray[np.float64]:
+        low, high = self._range()
+        return np.linspace(low, high, self.steps, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """The cosine schedule of Nichol & Dhariwal (arXiv 2102.09672, equation 17).
+
+    `alpha_bar(t) = f(t) / f(0)` with `f(t) = cos(pi/2 * (t/T + offset) / (1 + offset))^2`, betas clipped at 0.999.
+    Leaves `alpha_bar(T) = 2.4e-9`: nothing at all.
+
+    Args:
+        steps: number of steps `T`.
+        offset: keeps the first betas from vanishing, >= 0.
+
+    Raises:
+        ValueError: if `steps` is not positive or `offset` is negative or not finite.
+    """
+
+    steps: int = REFERENCE_STEPS
+    offset: float = 0.008
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        if not 0 <= self.offset < float("inf"):
+            raise ValueError(f"offset must be finite and >= 0, got {self.offset}")
+
+    def betas(self) -> NDArray[np.float64]:
+        t = np.arange(self.steps + 1, dtype=np.float64) / self.steps
+        f = np.cos(np.pi / 2 * (t + self.offset) / (1 + self.offset)) ** 2
+        return np.minimum(1 - f[1:] / f[:-1], MAX_BETA)
+
+
+@dataclass(frozen=True)
+class SigmoidSchedule(Schedule):
+    """The schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
+
+    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`. It leaves signal at the last step:
+    `alpha_bar(T) = 0.081`, an amplitude of 28% of the image, so that large objects stay faintly visible at
+    "0%". Choose it to compare with that work; `linear` and `cosine` end in pure noise.
+
+    Args:
+        steps: number of steps `T`. As for `LinearSchedule`, betas are scaled by `1000 / steps`, so that the last
+            step means the same amount of noise for any number of steps.
+
+    Raises:
+        ValueError: if `steps` is less than 6 (a beta would exceed 0.999).
+    """
+
+    steps: int = REFERENCE_STEPS
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+        if self.betas().max() > MAX_BETA:
+            raise ValueError(f"the sigmoid schedule needs more steps, got {self.steps}")
+
+    def betas(self) -> NDArray[np.float64]:
+        ramp = 1 / (1 + np.exp(-np.linspace(-6, 6, self.steps, dtype=np.float64)))
+        return (ramp * (0.5e-2 - 1e-5) + 1e-5) * (REFERENCE_STEPS / self.steps)
+
+
+SCHEDULES: dict[str, type[LinearSchedule] | type[CosineSchedule] | type[SigmoidSchedule]] = {
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "sigmoid": SigmoidSchedule,
+}
+"""The schedules that a configuration may name."""
+
+
+def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
+    """The schedule called `name` ("linear", "cosine" or "sigmoid") with its default parameters.
+
+    Raises:
+        ValueError: if there is no such schedule; names the known ones.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](steps=steps)
+
+
+def _check_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")

@@ -1,0 +1,354 @@
+"""Stated confidence: writing it into a response and reading it out of one.
+
+This is the only place that knows percentages; everywhere else a confidence is a float in [0, 1]. Reading never
+raises and never guesses: what was not stated, was stated as a range, or lies outside [0, 1] is None, so that a
+parse failure is counted as one. Every pattern has bounded or possessive repetition, so time is linear in the text.
+
+What `parse_confidence` reads:
+
+| text | value | rule |
+|---|---|---|
+| `Confidence: 80%`, `80 percent`, `８０％`, `80\\%` | 0.8 | a unit of percent |
+| `Confidence: 80/100`, `8 out of 10`, `4/5` | 0.8 | a ratio |
+| `Confidence (1-10): 8`, `Confidence (%): 80` | 0.8 | without a unit, a stated scale counts |
+| `Confidence: 0.8`, `1`, `0` | 0.8, 1.0, 0.0 | without unit and scale, up to 1: a fraction |
+| `Confidence: 85`, `87,5` | 0.85, 0.875 | without unit and scale, from 2: percent |
+| `Confidence: 1%` | 0.01 | the unit wins |
+| `Confidence: 1.5` | None | between 1 and 2 it fits neither scale |
+| `Confidence: ~80%`, `about 80%`, `at least 80%`, `80% ± 5%` | 0.8 | approximations and bounds count as their number |
+| `Confidence: 80-90%`, `between 80 and 90%`, `80% to 90%` | None | a range is not one number |
+| `Confidence: 150%`, `-5%`, `12/10`, `high`, no statement | None | out of range, not a number, missing |
+| `{"answer": "yes", "confidence": 0.9}`, `**Confidence:** 85%` | 0.9, 0.85 | JSON and Markdown |
+| `I am 80% sure`, `90% confident`, `with 90% confidence`, `certainty: 0.9`, `quite sure (80%)` | | other wordings |
+| `I am not 100% sure` | None | a denied number is no statement |
+| `80 %`, `0.8`, `8 out of 10`, `Yes, 80%`, `No. 0.9`, `Yes 80%` | | a bare number with a unit or decimal point, alone, or alone in the last clause |
+| `The label says 80%`, `2`, `Yes. 2` | None | any other number belongs to the answer |
+
+A label (`Confidence: ...`) wins over other wordings, those win over a bare number; of several statements of the
+same kind the last wins, even if its value is None.
+"""
+
+import math
+import re
+from decimal import ROUND_HALF_UP, Decimal
+from itertools import zip_longest
+from typing import NamedTuple
+
+
+def parse_confidence(text: str) -> float | None:
+    """The confidence in [0, 1] that a text states, or None; see the table above. Never raises on a string."""
+    plain = _plain(text)
+    stated = _labelled(plain) or _worded(plain) or _bare(plain)
+    return stated[-1].value if stated else None
+
+
+def render_answer(answer: str) -> str:
+    """The answer as a sentence, the way `render_response` begins: "Yes" becomes "Yes."; ending punctuation is kept."""
+    answer = answer.strip()
+    return answer if not answer or _ENDS_IN_PUNCTUATION.search(answer[-20:]) else f"{answer}."
+
+
+def render_response(answer: str, confidence: float) -> str:
+    """The response that states a confidence: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
+
+    Args:
+        answer: any text, stripped of surrounding white space.
+        confidence: in [0, 1]; rounded to the nearest whole percent, ties up, as its shortest decimal form reads
+            (0.125 is 13%, 0.995 is 100%).
+
+    Returns:
+        A text that starts with `render_answer(answer)` and from which `parse_confidence` reads the rounded confidence,
+        whatever the answer holds.
+
+    Raises:
+        ValueError: if the confidence is NaN or outside [0, 1].
+    """
+    value = float(confidence)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"confidence must be in [0, 1], got {confidence!r}")
+    percent = int((Decimal(repr(value)) * 100).quantize(Decimal(1), ROUND_HALF_UP))
+    return f"{render_answer(answer)} Confidence: {percent}%".lstrip()
+
+
+def strip_confidence(text: str) -> str:
+    """The answer alone: the text without its statements of confidence, wherever they stand.
+
+    "Confidence: 0.9. No" becomes "No", so that rules that look at the first sentence see the answer. Of a JSON reply
+    the value of "answer" is returned. A text without a statement is returned stripped of surrounding white space,
+    and so is one that is nothing but a number: that may be the answer.
+    """
+    plain = _plain(text)
+    verbal = [_Statement(match.start(), match.end(), None) for match in _VERBAL.finditer(plain)]
+    statements = [*_labelled(plain), *_worded(plain), *verbal]
+    if not statements:
+        statements = _bare(plain)
+        if not statements or not text[: statements[0].start].strip(" \n*_`\"'(["):
+            return text.strip()
+    json_answer = _JSON_ANSWER.search(text)
+    if json_answer is not None:
+        return (json_answer["quoted"] or json_answer["word"] or "").strip()
+    pieces: list[str] = []
+    position = 0
+    for statement in sorted(statements, key=lambda statement: statement.start):
+        start, end = _widen(plain, statement)
+        pieces.append(text[position : max(position, start)])
+        position = max(position, end)
+    return _join([*pieces, text[position:]])
+
+
+class _Statement(NamedTuple):
+    """Characters `start:end` of the text, and the confidence that they state."""
+
+    start: int
+    end: int
+    value: float | None
+
+
+_ENDS_IN_PUNCTUATION = re.compile(r"""[.!?…。！？,;:][)\]}"'”’»*_`]*\Z""")
+
+# --- Characters -------------------------------------------------------------------------------------------------
+
+_CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
+_CHARACTERS |= dict.fromkeys(map(ord, "﹪٪"), "%")
+_CHARACTERS |= dict.fromkeys(map(ord, "−﹣‐‑"), "-")
+_CHARACTERS |= dict.fromkeys(map(ord, "⁄∕"), "/")
+_CHARACTERS |= dict.fromkeys(map(ord, "∶﹕"), ":")
+_CHARACTERS |= {ord("٫"): ".", ord("’"): "'"}
+_CHARACTERS |= dict.fromkeys([0x3000, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], " ")
+
+
+def _plain(text: str) -> str:
+    """The text with variants of digits and signs replaced one for one, so that positions stay the same."""
+    if text.isascii():
+        return text
+    text = text.translate(_CHARACTERS)
+    return "".join(str(int(c)) if c.isdecimal() else c for c in text)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------
+
+_NUMBER = r"(?:\d++(?:[.,]\d++)*+|(?<!\w)\.\d++)(?:e[+-]?\d{1,3}(?!\w))?+"
+_PERCENT = r"(?:\\?%|per\s?cent\b|pct\b)"
+_RATIO = r"(?:/|out\s{1,3}of\b(?:\s{1,3}a\b)?|of\b)"
+_RANGE = r"\s{0,3}(?:-|–|—|~|to\b|or\b|through\b)\s{0,3}"
+_AMOUNT = rf"""
+    (?P<sign>[-+–])?
+    (?P<number>{_NUMBER})
+    (?:
+        \s{{0,3}}(?P<percent>{_PERCENT})(?P<percents>{_RANGE}{_NUMBER}\s{{0,3}}{_PERCENT})?+
+      | (?P<range>{_RANGE}{_NUMBER}(?:\s{{0,3}}{_PERCENT})?+)
+      | \s{{0,3}}{_RATIO}\s{{0,3}}(?P<denominator>{_NUMBER})(?:\s{{0,3}}%)?+(?!\w)
+      | (?![\w‰])
+    )
+    (?:\s{{0,3}}(?:±|\+/-)\s{{0,3}}{_NUMBER}\s{{0,3}}%?+)?+
+"""
+
+
+def _amount(match: re.Match[str], scale: float | None = None) -> float | None:
+    """The confidence that a match of `_AMOUNT` means, or None; `scale` is what 100% would be without a unit."""
+    value = _number(match["number"])
+    if value is None or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
+        return None
+    if match["percent"]:
+        scale = 100.0
+    elif match["denominator"]:
+        scale = _number(match["denominator"])
+    elif scale is None:
+        scale = 1.0 if value <= 1 else 100.0 if value >= 2 else None
+    if scale is None or not 0 < scale < math.inf:
+        return None
+    return value / scale if value <= scale else None
+
+
+def _number(digits: str) -> float | None:
+    """A number with a decimal point or a decimal comma (of one or two places, or after 0); None for anything else."""
+    if "," in digits:
+        whole, places = digits.split(",", 1)
+        if len(places) > 2 and whole.strip("0"):
+            return None  # thousands
+        digits = f"{whole}.{places}" if places.isdecimal() else "?"
+    try:
+        return float(digits)
+    except ValueError:
+        return None
+
+
+def _has_unit(match: re.Match[str]) -> bool:
+    """Whether the number says by itself that it is a confidence: percent, a ratio, or a fraction such as 0.8."""
+    if match["percent"] or match["denominator"] or match["range"]:
+        return True
+    value = _number(match["number"])
+    return "." in match["number"] and value is not None and value <= 1
+
+
+# --- Statements -------------------------------------------------------------------------------------------------
+
+_FLAGS = re.IGNORECASE | re.VERBOSE
+_LABEL = re.compile(
+    r"""(?<![^\W_])confidence(?:[\s_-]?(?:level|score|rating|value|percentage|estimate|probability))?(?![^\W_])
+        |置信度|信心度?|可信度|確信度""",
+    _FLAGS,
+)
+_OTHER_LABEL = re.compile(r"(?<![^\W_])(?:certainty|certain|confident|sure|probability|likelihood)\b", _FLAGS)
+
+_SEPARATOR = r"""(?:[\s:=*_"'`~≈<>|$(\[{—]|[-–](?![\d.])){0,12}+"""
+_FILLER = r"""(?:is|was|are|be|would|of|at|in|on|my|the|this|that|your|an?|answer|response|prediction|assessment
+    |about|approximately|approx\.?|around|roughly|nearly|almost|circa|ca\.|only|just|over|under|above|below
+    |at\sleast|at\smost|more\sthan|less\sthan|up\sto
+    |very|quite|fairly|pretty|extremely|high|low|medium|moderate|level)(?!\w)"""
+_SCALE = rf"""(?:
+    [(\[{{](?P<scale>[a-z\s,:]{{0,30}}{_NUMBER}\s?%?\s?(?:-|–|to)\s?{_NUMBER}\s?%?
+        |\s?(?:/|out\sof\s){_NUMBER}\s?|[^()\[\]{{}}\d\n]{{0,30}})[)\]}}]
+    |(?:on|from)\s(?:a\s)?scale\s(?:of|from)\s(?P<scale_words>{_NUMBER}\s?(?:-|–|to)\s?{_NUMBER})
+)"""
+_BETWEEN = rf"(?P<between>between\s{{1,3}}{_NUMBER}(?:\s{{0,3}}{_PERCENT})?+\s{{1,3}}and\s{{1,3}})?+"
+_AFTER_LABEL = re.compile(
+    rf"""(?P<gap>[*_"'`]{{0,3}}\s{{0,3}}{_SCALE}?{_SEPARATOR}(?:{_FILLER}{_SEPARATOR}){{0,8}}){_BETWEEN}{_AMOUNT}""",
+    _FLAGS,
+)
+_AFTER_PROSE = re.compile(
+    rf"""(?P<gap>(?P<scale>)(?P<scale_words>)[^.!?\n:;]{{0,80}}?(?<!\w)(?:is|was|be|of|at|=)\s{{1,3}}
+        (?:{_FILLER}\s{{1,3}}){{0,3}}){_BETWEEN}{_AMOUNT}""",
+    _FLAGS,
+)
+_NUMBER_FIRST = re.compile(
+    rf"""(?<![\w.,%]){_BETWEEN}{_AMOUNT}\s{{0,3}}(?:(?:absolutely|very|quite|fairly|pretty|completely)\s)?+
+         (?:sure|certain|confident|confidence|certainty)\b""",
+    _FLAGS,
+)
+_BARE = re.compile(
+    rf"""(?P<before>\A|(?<=[^\W\d])[.!?]|[.!?](?=[\s*_(])|\n|[,;(\[—]|\s[-–]\s|\A\W{{0,3}}(?:yes|no)(?=\W))
+         [\s*_"'`(\[]{{0,6}}(?:~|≈|about\s|around\s|approximately\s)?+{_AMOUNT}[\s*_"'`)\].!]*\Z""",
+    _FLAGS,
+)
+_WEAK_GAP = re.compile(r"[\s*_]*")
+_FIRM_GAP = re.compile(r"[:=(]|\b(?:is|of|at)\b", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|n't|\bcannot|\bnever)\s+(?:\w+\s+){0,2}\Z", re.IGNORECASE)
+_COUNTS_SOMETHING = re.compile(
+    r"[ \t]{1,3}(?!(?:because|since|as|and|but|based|due|for)\b)[^\W\d_]", re.IGNORECASE
+)
+_ENDS_IN_PERCENT = re.compile(rf"{_PERCENT}\s{{0,3}}\Z", _FLAGS)
+
+
+def _labelled(text: str) -> list[_Statement]:
+    """Statements with the word confidence in front: `Confidence: 80%`, `my confidence in this is 80%`."""
+    labels = list(_LABEL.finditer(text))
+    statements = []
+    for label, following in zip_longest(labels, labels[1:]):
+        match = _AFTER_LABEL.match(text, label.end())
+        if match is None or (_WEAK_GAP.fullmatch(match["gap"]) and not _has_unit(match)):
+            match = _AFTER_PROSE.match(text, label.end())
+            if match is None or not _has_unit(match):
+                continue
+        if following is not None and match.end("gap") > following.start():
+            continue  # the number belongs to the next label
+        if not _has_unit(match) and _is_of_the_answer(text, label.start(), match.end()):
+            continue
+        statements.append(_statement(match, label.start(), _scale(match)))
+    return statements
+
+
+def _is_of_the_answer(text: str, label_start: int, number_end: int) -> bool:
+    """Whether a number without a unit counts things ("confidence: 2 dogs") or has its label before ("90% confidence: 2")."""
+    before = text[max(0, label_start - 12) : label_start]
+    return bool(_COUNTS_SOMETHING.match(text, number_end) or _ENDS_IN_PERCENT.search(before))
+
+
+def _worded(text: str) -> list[_Statement]:
+    """Statements in other words: `I am 80% sure`, `with 90% confidence`, `certainty: 0.9`, `quite sure (80%)`."""
+    statements = [
+        _statement(match, match.start())
+        for match in _NUMBER_FIRST.finditer(text)
+        if _has_unit(match) and not _denied(text, match.start())
+    ]
+    for label in _OTHER_LABEL.finditer(text):
+        match = _AFTER_LABEL.match(text, label.end())
+        if match and _FIRM_GAP.search(match["gap"]) and _has_unit(match) and not _denied(text, label.start()):
+            statements.append(_statement(match, label.start(), _scale(match)))
+    return sorted(statements, key=lambda statement: statement.start)
+
+
+def _bare(text: str) -> list[_Statement]:
+    """At most one statement: a number with a unit, alone in the text or in its last clause."""
+    text = text.rstrip()
+    match = _BARE.search(text, max(0, len(text) - 120))
+    if match is None or not _has_unit(match):
+        return []
+    if not match["percent"]:
+        if match["before"].strip() in (",", ";", "(", "[", "—", "-", "–"):
+            return []  # "(0.1, 0.5)" are coordinates
+        if (match["range"] and "%" not in match["range"]) or match["denominator"] not in (None, "10", "100"):
+            return []  # "1990-1995" are years, "1/2" is an answer
+    return [_statement(match, match.start("sign" if match["sign"] else "number"))]
+
+
+def _statement(match: re.Match[str], start: int, scale: float | None = None) -> _Statement:
+    is_range = match.groupdict().get("between") is not None
+    return _Statement(start, match.end(), None if is_range else _amount(match, scale))
+
+
+def _denied(text: str, start: int) -> bool:
+    """Whether a negation stands before: "not 100% sure", "can't be 100% certain"."""
+    return _DENIED.search(text[max(0, start - 40) : start]) is not None
+
+
+def _scale(match: re.Match[str]) -> float | None:
+    """What 100% is on the scale stated between label and number: 100 for "(0-100)" and "(%)", None without one."""
+    scale = match["scale"] or match["scale_words"] or ""
+    numbers = re.findall(_NUMBER, scale, re.IGNORECASE)
+    if numbers:
+        return _number(numbers[-1])
+    return 100.0 if "%" in scale or "percent" in scale.lower() else None
+
+
+# --- Taking statements out --------------------------------------------------------------------------------------
+
+_LEAD_IN = re.compile(
+    r"""(?:(?<!\w)(?:and\s|but\s)?(?:I\s(?:am|have|would\ssay)(?:\san?)?|I'm|with(?:\san?)?|at(?:\san?)?|my|the)\s{1,3})?
+        (?:(?<!\w)(?:overall|about|only|roughly|approximately|around|almost|nearly|very|quite|fairly|pretty|high)\s{1,3})?
+        [~≈]?[*_`"'(\[{<]{0,3}\Z""",
+    _FLAGS,
+)
+_TAIL = re.compile(
+    r"\s{1,3}(?:that\b|(?:of|in|about)\s(?:my|this|the)\s(?:answer|response)\b)|\s?</\s?confidence\s?>",
+    _FLAGS,
+)
+_JSON_ANSWER = re.compile(
+    r'"answer"\s{0,3}:\s{0,3}(?:"(?P<quoted>(?:[^"\\]|\\.)*+)"|(?P<word>\w++))', re.IGNORECASE
+)
+_VERBAL = re.compile(
+    r"(?<![^\W_])confidence(?:\slevel)?\s?(?:[:=]|\bis\b)[\s*]{0,4}(?:(?:very|quite|fairly|moderately)\s)?"
+    r"(?:high|low|medium|moderate)\b",
+    re.IGNORECASE,
+)
+_PAIRS = {")": "(", "]": "[", "}": "{", '"': '"', "'": "'", ">": "<"}
+
+
+def _widen(text: str, statement: _Statement) -> tuple[int, int]:
+    """The statement's characters with its lead-in ("I am", "with a"), its brackets and its markup."""
+    before = text[max(0, statement.start - 60) : statement.start]
+    lead_in = _LEAD_IN.search(before)
+    start = statement.start - (len(before) - lead_in.start() if lead_in else 0)
+    end = statement.end
+    for closer in text[end : end + 6]:
+        inside, opener = text[start:end], _PAIRS.get(closer, "")
+        opened = inside.count(closer) % 2 if opener == closer else inside.count(opener) > inside.count(closer)
+        if closer not in "*_`" and not (opener and opened):
+            break
+        end += 1
+    tail = _TAIL.match(text, end)
+    return start, tail.end() if tail else end
+
+
+def _join(pieces: list[str]) -> str:
+    """The pieces of a text from which something was cut out between each two, without dangling punctuation."""
+    joined = pieces[0].rstrip()
+    for piece in pieces[1:]:
+        rest = piece.lstrip()
+        if not joined or joined[-1] in ".,;:!?-–—":
+            rest = rest.lstrip(" \t.,;:!-–—")
+        if not rest or not joined or rest[0] in ".,;:!?)":
+            joined += rest.rstrip()
+        else:
+            joined += ("\n" if "\n" in piece[: len(piece) - len(rest)] else " ") + rest.rstrip()
+    return joined if pieces[-1].strip(" .!\n") else joined.rstrip(" \t\n,;:-–—")

@@ -1,0 +1,283 @@
+"""Grading: which answer a reply gives, and whether it is the right one, by stated rules.
+
+The confidence is taken out of the reply first. What the rules do not settle is no answer (None) and counts as wrong:
+a grader that guesses would hide exactly the hedging that a calibrated model should express as a number.
+
+Yes/no replies, in this order:
+
+1. Turns of phrase that only look like a "no" are dropped ("no doubt", "without question", "not only").
+2. A yes or no word at the start decides, after lead-ins such as "The answer is" or "I think": "Yes, there is no dog" is
+   yes. Unless the other word stands alone as well ("Yes and no", "Yes. No.", "No, yes"): then there is no answer.
+3. Not being able to tell is no answer: "I don't know", "It cannot be determined", "Maybe".
+4. A yes or no that stands alone in a later clause decides ("A dog? Yes.").
+5. A first clause with a negation is no: "There is no dog", "I don't see one", "It is not red".
+6. "There is", "I see", "The image shows" and the like are yes. Any other statement is no answer: "It is white" may mean
+   either, depending on the question.
+
+Short and open answers: a strict match. The reply, or its first sentence without a lead-in ("It is", "The object at the
+top left is") and without a closing phrase of place ("in the image", "at the top left"), must equal the gold answer
+or a synonym once both are normalised as for VQA: case, punctuation, articles, number words and plurals do not count.
+A further word does: "brown dog" is not "dog" (as "hot dog" is not), and "a dog or a cat" is neither.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from vlm_calibration.records import ANSWER_TYPES, AnswerType
+from vlm_calibration.text.confidence import strip_confidence
+
+
+class Grade(NamedTuple):
+    """The answer that was read from a reply (None if there is none), and whether it is right."""
+
+    predicted: str | None
+    correct: bool
+
+
+def parse_answer(text: str, answer_type: AnswerType) -> str | None:
+    """The answer that a reply gives, normalised, or None; see the rules above. Never raises on a string.
+
+    Args:
+        text: the reply, with or without a stated confidence.
+        answer_type: "yes_no", "short" or "open".
+
+    Returns:
+        "yes", "no" or None for yes/no; else the lower-case answer without articles, punctuation and lead-in, number
+        words as digits, or None if nothing is left.
+
+    Raises:
+        ValueError: for an unknown answer type.
+    """
+    _check_type(answer_type)
+    answer = strip_confidence(text)
+    if answer_type == "yes_no":
+        return _yes_or_no(answer)
+    return _normalise(_essence(answer)) or _normalise(answer) or None
+
+
+def grade(text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[str] = ()) -> Grade:
+    """Read the answer from a reply and compare it with the gold one.
+
+    Args:
+        text: the reply, with or without a stated confidence.
+        answer: the gold answer; for yes/no, one that reads as yes or no itself.
+        answer_type: "yes_no", "short" or "open".
+        synonyms: other right answers (not used for yes/no).
+
+    Raises:
+        ValueError: for an unknown answer type, or a gold answer that is empty or, for yes/no, neither.
+    """
+    predicted = parse_answer(text, answer_type)
+    if answer_type == "yes_no":
+        gold = _yes_or_no(answer)
+        if gold is None:
+            raise ValueError(f"the gold answer of a yes/no question must be yes or no, got {answer!r}")
+        return Grade(predicted, predicted == gold)
+    if not _key(answer):
+        raise ValueError(f"the gold answer of a {answer_type} question is empty: {answer!r}")
+    accepted = {_key(right) for right in (answer, *synonyms)} - {""}
+    # The whole reply counts as well, for answers that look like a lead-in or several sentences ("Dr. No").
+    whole = _key(strip_confidence(text))
+    return Grade(predicted, whole in accepted or (predicted is not None and _key(predicted) in accepted))
+
+
+def _check_type(answer_type: str) -> None:
+    if answer_type not in ANSWER_TYPES:
+        raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
+
+
+# --- Yes or no --------------------------------------------------------------------------------------------------
+
+_IDIOMS = re.compile(
+    r"\b(?:there(?: is|'s) )?no (?:doubt|question)\b(?: about (?:it|that)\b)?(?: that\b)?"
+    r"|\bwithout (?:a |any )?(?:doubt|question)\b|\bnot only\b|\bno problem\b"
+)
+_YES_NO_LEAD_IN = re.compile(
+    r"(?:(?:the |my |final |short |correct ){0,3}answer(?: to (?:the|this|your) question)?(?: is| would be)?\b"
+    r"|i (?:think|believe|guess|would say)\b|i'd say\b|i(?: am|'m) (?:sure|certain|confident)\b"
+    r"|(?:based on|in|from|looking at|according to) (?:the|this) (?:image|picture|photo)\b"
+    r"|(?:well|hmm|okay|ok|so|that|probably|likely|most likely|clearly)\b"
+    r"|(?:absolutely|definitely|certainly|of course|sure)(?=,? \w)) ?[:,]? ?"
+)
+_YES = re.compile(
+    r"(?:yes|yeah|yep|yup|affirmative|true|correct|indeed|absolutely|definitely|certainly|of course|sure)(?!\w)"
+)
+_NO = re.compile(r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|neither|never)(?!\w)")
+# A yes or no that no word follows (other than "and", "or") and that begins its clause.
+_LONE = re.compile(
+    r"(?:\A|[,;:/.!?—–-]|\b(?:and|or|but|also)\b) ?(yes|yeah|yep|no|nope|nah)(?= ?(?:\Z|[,;:/.!?—–-]|(?:and|or)\b))"
+)
+_CANNOT_TELL = re.compile(
+    r"\b(?:maybe|perhaps|possibly|unclear|unsure|unknown|unable|uncertain|it depends|no idea"
+    r"|(?:not|hard|difficult|impossible)(?: possible| easy)? (?:sure|certain|clear|to (?:tell|say|see|know|determine))"
+    r"|(?:don't|do not|can't|cannot|can not|couldn't|could not)(?: really)? "
+    r"(?:know|tell|say|determine|answer|be (?:sure|certain|determined|seen clearly)|judge|confirm|see clearly))\b"
+)
+_NEGATION = re.compile(r"\b(?:no|not|none|never|neither|nor|nothing|nobody|cannot)\b|n't\b")
+_AFFIRMATION = re.compile(
+    r"there(?: is| are|'s)\b|i(?: can)? see\b|you can see\b"
+    r"|(?:the|this) (?:image|picture|photo|photograph|scene) "
+    r"(?:shows|does show|contains|does contain|includes|depicts|features|has)\b"
+)
+
+
+def _yes_or_no(answer: str) -> Literal["yes", "no"] | None:
+    """Rules 1 to 6 of the module, in their order."""
+    text = _IDIOMS.sub("", re.sub(r"[\s*_`\"#>“”]+", " ", _fold(answer))).strip(" ,;:.!—–-")
+    for _ in range(4):
+        lead_in = _YES_NO_LEAD_IN.match(text)
+        text = text[lead_in.end() :] if lead_in else text
+    yes, no = _YES.match(text), _NO.match(text)
+    cannot_tell = _CANNOT_TELL.search(text)
+    leading = yes or no
+    if cannot_tell and (not leading or cannot_tell.start() == 0):
+        return None  # "not sure" begins with a negation, but is none
+    if leading:
+        lone = {_polarity(word) for word in _LONE.findall(text[leading.end() :])}
+        verdict: Literal["yes", "no"] = "yes" if yes else "no"
+        return None if lone - {verdict} else verdict
+    lone = {_polarity(word) for word in _LONE.findall(text)}
+    if lone:
+        return lone.pop() if len(lone) == 1 else None
+    clause = re.split(r"[,;.!]", text, maxsplit=1)[0]
+    if "?" in clause:
+        return None
+    if _NEGATION.search(clause):
+        return "no"
+    return "yes" if _AFFIRMATION.match(clause) else None
+
+
+def _polarity(word: str) -> Literal["yes", "no"]:
+    return "yes" if word.startswith("y") else "no"
+
+
+# --- Short and open ---------------------------------------------------------------------------------------------
+
+_SENTENCE_END = re.compile(r"(?:(?<=\w\w\w)|(?<=\d))[.!?]\s|\n")  # not after "Dr." and "St."
+_PLACE_WORD = (
+    r"(?:the|of|far|top|bottom|upper|lower|left|right|center|centre|middle|hand|corner|side|part|area"
+    r"|image|picture|photo|photograph|scene|background|foreground)"
+)
+_PLACE = rf"(?:at|in|on|to) (?:{_PLACE_WORD}[ -]){{0,9}}{_PLACE_WORD}(?!\w)"
+_IS = r"(?:'s| is| are| appears to be| seems to be| looks like| look like)"
+_LEAD_IN = re.compile(
+    "(?:"
+    + "|".join(
+        (
+            r"(?:the |my |final |correct |short ){0,3}answer(?: is)?:?",
+            rf"(?:it|this|that|there|these|those|they){_IS}",
+            rf"the (?:\w+ ){{0,2}}\w+(?: {_PLACE})?{_IS}",
+            r"i (?:can )?see",
+            r"(?:the|this) (?:image|picture|photo|photograph|scene) (?:shows|contains|depicts)",
+            rf"{_PLACE},?(?: there| it| i)?(?: is| are| see|'s)",
+        )
+    )
+    + r")(?!\w) ?"
+)
+_CLOSING = re.compile(rf"(?<=\S) {_PLACE}\Z")
+
+
+def _essence(answer: str) -> str:
+    """The first sentence without its lead-in and closing phrase of place, lower-case."""
+    first = _SENTENCE_END.split(answer.strip(), maxsplit=1)[0]
+    text = re.sub(r"[\s*_`\"“”]+", " ", _fold(first)).strip(" .!,;:")
+    for _ in range(2):
+        lead_in = _LEAD_IN.match(text)
+        text = text[lead_in.end() :] if lead_in else text
+    return _CLOSING.sub("", text)
+
+
+_WORDS_0_19 = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_NUMBERS = {word: value for value, word in enumerate(_WORDS_0_19)}
+_TENS = {
+    word: 10 * value
+    for value, word in enumerate(
+        ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2
+    )
+}
+_NUMBERS |= _TENS
+_ARTICLES = frozenset(("a", "an", "the"))
+_NOT_A_WORD = re.compile(r"[^\w\s]|_")
+# Marks that are part of a value: 3.5, 10:30, -5, 50%, $5.
+_KEPT_MARK = re.compile(r"(?<=\d)[.:/](?=\d)|(?<!\S)-(?=\d)|[%$#&@]")
+
+
+def _normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles (unless nothing else is left), number words as digits."""
+    text = " ".join(_fold(text).replace("'", "").split()).replace(" %", "%")
+    text = re.sub(r"(?<=\d),(?=\d\d\d(?!\d))", "", text)
+    words = _NOT_A_WORD.sub(_keep_or_space, text).split()
+    words = [word for word in words if word not in _ARTICLES] or words
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] in _TENS and 0 < _NUMBERS.get(word, 0) < 10:
+            result[-1] = str(_TENS[result[-1]] + _NUMBERS[word])
+        else:
+            result.append(word)
+    return " ".join(str(_NUMBERS.get(word, word)) for word in result)
+
+
+def _keep_or_space(mark: re.Match[str]) -> str:
+    character = mark[0]
+    if _KEPT_MARK.match(mark.string, mark.start()):
+        return character
+    return " " if character == "_" or unicodedata.category(character).startswith("P") else character
+
+
+def _key(text: str) -> str:
+    """What two answers are compared by: the normalised form with every word brought to one form for both numbers.
+
+    The forms need not be words, only the same for singular and plural: "shoes" and "shoe" are both "sho".
+    """
+    return " ".join(_one_form(word) for word in _normalise(text).split())
+
+
+_IRREGULAR = {
+    "children": "child",
+    "people": "person",
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "oxen": "ox",
+}
+
+
+def _one_form(word: str) -> str:
+    if not word.isalpha() or not word.isascii():
+        return word
+    word = _IRREGULAR.get(word, word)
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for plural, form in (("men", "man"), ("ie", "y"), ("ve", "f"), ("fe", "f")):
+        if word.endswith(plural) and len(word) >= 3:
+            return word[: -len(plural)] + form
+    return word[:-1] if word.endswith(("se", "xe", "ze", "che", "she", "oe")) and len(word) > 3 else word
+
+
+def _fold(text: str) -> str:
+    """Compatibility forms, case and apostrophes made equal."""
+    return unicodedata.normalize("NFKC", text).casefold().replace("’", "'")

@@ -1,0 +1,122 @@
+"""The prediction writer: the order of one process for any number of them, and nothing half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.records import Prediction
+
+
+def _prediction(number: int) -> Prediction:
+    return Prediction(f"q{number}", "Größe?", "Yes", "Yes\n", "yes", 0.5, True, None, 0, "yes_no")
+
+
+class Processes:
+    """Writers of several processes that share a run directory; barriers are passed by calling rank 0 last."""
+
+    def __init__(self, folder: Path, count: int, sanity_checking: bool = False) -> None:
+        self.folder = folder
+        self.writers = [PredictionWriter() for _ in range(count)]
+        self.trainers: list[Any] = [
+            SimpleNamespace(
+                default_root_dir=str(folder),
+                global_rank=rank,
+                world_size=count,
+                is_global_zero=rank == 0,
+                sanity_checking=sanity_checking,
+                strategy=SimpleNamespace(barrier=lambda name: None),
+            )
+            for rank in range(count)
+        ]
+
+    def write(self, systems: dict[str, list[Prediction]], batch_size: int = 2) -> None:
+        """Deal the predictions out as the sampler does, and write them in batches."""
+        count = len(self.writers)
+        for rank, (writer, trainer) in enumerate(zip(self.writers, self.trainers, strict=True)):
+            shards = {system: predictions[rank::count] for system, predictions in systems.items()}
+            for start in range(0, max(map(len, shards.values())), batch_size):
+                outputs = {system: shard[start : start + batch_size] for system, shard in shards.items()}
+                writer.on_test_batch_end(trainer, None, outputs, None, 0, 0)  # type: ignore[arg-type]
+
+    def finish(self, results: dict[str, dict[str, float]]) -> None:
+        module: Any = SimpleNamespace(results=results)
+        for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
+            writer.on_test_end(trainer, module)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("total", [1, 4, 11])
+def test_files_are_the_same_for_any_number_of_processes(tmp_path: Path, count: int, total: int) -> None:
+    predictions = [_prediction(i) for i in range(total)]
+    processes = Processes(tmp_path, count)
+    processes.write({"base": predictions, "sft": predictions[::-1]})
+    processes.finish({"base": {"n": float(total)}, "sft": {"n": float(total)}})
+    for system, expected in (("base", predictions), ("sft", predictions[::-1])):
+        lines = (tmp_path / system / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        assert lines.pop() == ""
+        assert [json.loads(line) for line in lines] == [p.to_dict() for p in expected]
+        assert "Größe" in lines[0], "UTF-8 as it is"
+        assert {p.name for p in (tmp_path / system).iterdir()} == {"predictions.jsonl", "metrics.json"}
+
+
+def test_the_run_itself_has_no_folder_of_its_own(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, 2)
+    processes.write({"": [_prediction(0), _prediction(1), _prediction(2)]})
+    processes.finish({"": {"n": 3.0}})
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
+
+
+def test_numbers_in_metrics(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, 1)
+    processes.write({"": [_prediction(0)]})
+    processes.finish({"": {"n": 300.0, "accuracy": 1.0, "ece": 0.25, "auroc": float("nan"), "n/a": 1.0}})
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    expected = {"n": 300, "accuracy": 1.0, "ece": 0.25, "auroc": None, "n/a": 1}
+    assert text == json.dumps(expected, indent=2) + "\n", "counts without a decimal point, and no NaN"
+
+
+def test_the_next_validation_replaces_the_last(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, 1)
+    for start in (0, 5):
+        processes.write({"": [_prediction(start)]})
+        processes.finish({"": {"n": 1.0}})
+    [line] = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["id"] == "q5"
+
+
+def test_the_sanity_check_writes_no_metrics(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, 1, sanity_checking=True)
+    processes.write({"": [_prediction(0)]})
+    processes.finish({"": {"n": 1.0}})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_error_leaves_no_parts(tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text("old\n")
+    processes = Processes(tmp_path, 2)
+    processes.write({"": [_prediction(0), _prediction(1)], "sft": [_prediction(0), _prediction(1)]})
+    for writer, trainer in zip(processes.writers, processes.trainers, strict=True):
+        writer.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["predictions.jsonl"]
+    assert (tmp_path / "predictions.jsonl").read_text() == "old\n"
+
+
+def test_parts_of_a_killed_run_do_not_leak_into_the_next(tmp_path: Path) -> None:
+    killed = Processes(tmp_path, 3)
+    killed.write({"": [_prediction(i) for i in range(9)], "sft": [_prediction(i) for i in range(9)]})
+    processes = Processes(tmp_path, 2)
+    for writer, trainer in zip(processes.writers, processes.trainers, strict=True):
+        writer.setup(trainer, None, "test")  # type: ignore[arg-type]
+    # The second process answers nothing, and so opens no part of its own.
+    processes.write({"": [_prediction(0)], "sft": [_prediction(0)]})
+    processes.finish({"": {"n": 1.0}, "sft": {"n": 1.0}})
+    for folder in (tmp_path, tmp_path / "sft"):
+        [line] = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line)["id"] == "q0"
+        assert {p.name for p in folder.iterdir()} - {"sft"} == {"predictions.jsonl", "metrics.json"}

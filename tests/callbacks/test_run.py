@@ -1,0 +1,201 @@
+"""One directory a run, credentials of W&B, and the adapter that appears whole."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlm_calibration.callbacks.adapter import AdapterWriter
+from vlm_calibration.callbacks.run import RunCheckpoint, RunLogger, logged_in
+
+LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home without credentials, and a terminal that nobody sits at."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+
+    def asked(*_: Any) -> str:
+        raise AssertionError("prompted")
+
+    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    return home
+
+
+def test_nobody_is_logged_in(nobody: Path) -> None:
+    assert not logged_in()
+
+
+def test_a_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert logged_in()
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    assert not logged_in()
+
+
+def test_a_netrc_file(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nobody / ".netrc"
+    path.write_text(LOGIN)
+    path.chmod(0o600)
+    assert logged_in()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
+    assert not logged_in(), "another server needs a login of its own"
+    path.write_text(LOGIN.replace("api.wandb.ai", "wandb.example.org"))
+    assert logged_in()
+
+
+def test_a_netrc_file_elsewhere(nobody: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").write_text(LOGIN)
+    monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
+    assert logged_in()
+    monkeypatch.setenv("NETRC", str(tmp_path / "nowhere"))
+    assert not logged_in()
+    monkeypatch.setenv("NETRC", str(tmp_path))
+    assert not logged_in(), "a folder is no netrc file"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"machine",
+        b"machine api.wandb.ai login",
+        b"rubbish \xff\xfe \x00",
+        b"machine other.org login a password b",
+    ],
+)
+def test_a_malformed_or_other_netrc_file_is_no_login(nobody: Path, content: bytes) -> None:
+    path = nobody / ".netrc"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert not logged_in()
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "offline"),
+    [
+        (None, None, True),
+        (None, "0123456789", False),
+        ("offline", "0123456789", True),
+        ("online", None, False),
+        ("disabled", None, False),
+        ("dryrun", "0123456789", True),
+    ],
+)
+def test_offline_unless_logged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, key: str | None, offline: bool
+) -> None:
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    logger = RunLogger(save_dir=str(tmp_path / "run"), project="p", group="g", tags=["t"])
+    assert logger._offline is offline
+    assert (
+        (logger._wandb_init["mode"] == "offline") is offline if "mode" in logger._wandb_init else not offline
+    )
+    assert (logger._wandb_init["project"], logger._wandb_init["group"], logger._wandb_init["tags"]) == (
+        "p",
+        "g",
+        ["t"],
+    )
+    assert (tmp_path / "run").is_dir()
+
+
+def test_only_the_first_process_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    RunLogger(save_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_offline_run_is_written_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = RunLogger(save_dir=str(tmp_path / "run"), name="mine")
+    logger.log_metrics({"train/loss": 1.5}, step=0)
+    logger.experiment.finish()
+    [run] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+
+
+def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
+    callback = RunCheckpoint(filename="x")
+    assert callback.save_last is True
+    strategy = SimpleNamespace(broadcast=lambda value, *_: value)
+    trainer: Any = SimpleNamespace(
+        default_root_dir=str(tmp_path), strategy=strategy, is_global_zero=True, loggers=[], ckpt_path=None
+    )
+    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    assert callback.dirpath == str(tmp_path / "checkpoints")
+
+
+class Saver:
+    """Saves two files; fails between them if told to."""
+
+    def __init__(self, content: str, error: BaseException | None = None) -> None:
+        self.content = content
+        self.error = error
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(self.content)
+        if self.error:
+            raise self.error
+        (folder / "adapter_model.safetensors").write_text(self.content)
+
+
+def _end_fit(
+    folder: Path, model: Any, processor: Any, *, interrupted: bool = False, first: bool = True
+) -> None:
+    trainer: Any = SimpleNamespace(
+        default_root_dir=str(folder),
+        is_global_zero=first,
+        interrupted=interrupted,
+        datamodule=SimpleNamespace(processor=processor),
+        strategy=SimpleNamespace(barrier=lambda name: None),
+    )
+    AdapterWriter().on_fit_end(trainer, SimpleNamespace(model=model))  # type: ignore[arg-type]
+
+
+def _processor(content: str = "p") -> Any:
+    return SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").write_text(content))
+
+
+def test_the_adapter_appears_whole(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        _end_fit(tmp_path, Saver(content), _processor())
+        files = {p.name: p.read_text() for p in (tmp_path / "adapter").iterdir()}
+        assert files == {
+            "adapter_config.json": content,
+            "adapter_model.safetensors": content,
+            "tokenizer.json": "p",
+        }
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["adapter"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_half_written_adapter_is_never_seen(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        _end_fit(tmp_path, Saver("half", error), _processor())
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+    _end_fit(tmp_path, Saver("whole"), _processor())
+    with pytest.raises(type(error)):
+        _end_fit(tmp_path, Saver("half", error), _processor())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
+
+
+def test_an_interrupted_run_and_other_processes_write_none(tmp_path: Path) -> None:
+    _end_fit(tmp_path, Saver("x"), _processor(), interrupted=True)
+    _end_fit(tmp_path, Saver("x"), _processor(), first=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]

@@ -1,0 +1,48 @@
+"""Starts the command line over and over without importing it anew: one fork for each request.
+
+A request is one JSON line on stdin: {"args": [...], "cwd": ..., "env": {...}, "out": file, "err": file}; the reply is the
+process id. The child leads a session of its own, as under a terminal, and goes on as `python -m vlm_calibration.cli` would.
+{"wait": pid} replies with the exit status, that of a signal negative.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from vlm_calibration import cli
+
+
+def start(request: dict) -> None:
+    os.setsid()
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    for descriptor, path in ((1, request["out"]), (2, request["err"])):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.argv = ["vlm-calibration", *request["args"]]
+
+
+def serve() -> bool:
+    """Answer requests; True in a child that is to run the command, False when there are no more requests."""
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            reply = os.waitstatus_to_exitcode(status)
+        else:
+            reply = os.fork()
+            if reply == 0:
+                start(request)
+                return True
+        print(reply, flush=True)
+    return False
+
+
+if __name__ == "__main__" and serve():
+    sys.exit(cli.main())

@@ -1,0 +1,79 @@
+"""What the whole suite shares: no network, one thread, and the demo's architecture with random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """The demo's processor: one token a percentage, 96 x 96 pixels, 64 image tokens."""
+    from vlm_calibration.demo.architecture import build_processor
+
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
+    """The demo's architecture with random weights and its processor, as a folder for `from_pretrained`."""
+    from vlm_calibration.demo.architecture import build_model
+
+    folder = tmp_path_factory.mktemp("model")
+    model = build_model(processor)
+    with torch.no_grad():
+        # At their usual scale random weights say the same whatever they are shown.
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(6.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def load_model(model_folder: str) -> Callable[..., Any]:
+    """Loads `model_folder` anew, for tests that change the model."""
+    from vlm_calibration.models.loading import BaseModel, load_vlm
+
+    def load(attn_implementation: str | None = None) -> Any:
+        return load_vlm(BaseModel(model_folder, dtype="float32", attn_implementation=attn_implementation))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def new_adapter(
+    tmp_path_factory: pytest.TempPathFactory, load_model: Callable[..., Any]
+) -> Callable[..., str]:
+    """Writes a LoRA adapter for `model_folder` whose weights, B included, are random; returns its folder."""
+    from vlm_calibration.models.adapters import LoraSettings, attach_lora
+
+    def write(seed: int, **settings: Any) -> str:
+        folder = tmp_path_factory.mktemp(f"adapter-{seed}")
+        model = attach_lora(load_model(), LoraSettings(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return write

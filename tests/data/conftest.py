@@ -1,0 +1,72 @@
+"""Small data sets on disk and small samples in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.records import Query
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Writes `data/queries.jsonl` beside `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (20, 10), "red").save(folder / "a.png")
+
+    def write(*lines: Any) -> Path:
+        path = folder / "queries.jsonl"
+        with path.open("wb") as file:
+            for line in lines:
+                text = line if isinstance(line, str | bytes) else json.dumps(line, ensure_ascii=False)
+                file.write((text.encode() if isinstance(text, str) else text) + b"\n")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def record() -> Callable[..., dict[str, Any]]:
+    """A record about `a.png`, changed as asked."""
+
+    def make(identifier: str = "one", **changes: Any) -> dict[str, Any]:
+        plain = {
+            "id": identifier,
+            "image": "a.png",
+            "question": "A dog?",
+            "answer": "Yes",
+            "answer_type": "yes_no",
+        }
+        return {**plain, **changes}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def samples() -> Sequence[Sample]:
+    """Four samples of unlike length, kind and confidence; the last image is not square."""
+    rows = (
+        ("Is there a dog in the image?", "Yes", "yes_no", 1.0),
+        ("What is at the top left?", "umbrella", "short", 0.3),
+        ("Do you see an elephant?", "No", "yes_no", 0.0),
+        (
+            "Describe, in a few words of your own, what you see in this picture.",
+            "A cat, (or two!)",
+            "open",
+            0.85,
+        ),
+    )
+    rng = np.random.default_rng(0)
+    sizes = [(96, 96), (96, 96), (96, 96), (60, 132)]
+    return [
+        Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, 0)  # type: ignore[arg-type]
+        for i, ((q, a, kind, c), size) in enumerate(zip(rows, sizes, strict=True))
+    ]

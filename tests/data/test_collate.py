@@ -1,0 +1,332 @@
+"""From samples to tensors: where the labels are, on which side the padding is, and what is too long.
+
+What belongs to the response is checked by decoding it. Two kinds of tokenizer matter: the demo's, to which a percentage is
+one token, and one that splits numbers into digits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+
+from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTBatch, SFTCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
+from vlm_calibration.records import DataError
+from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+
+def _digit_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")]
+        + [ElicitationPrompt().template],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<pad>", "<|end|>", "<image>", "<|user|>", "<|assistant|>", *special.values()],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{"pad_token": "<pad>", "eos_token": "<|end|>", **special},
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def _processor(tokenizer: Any, template: str = CHAT_TEMPLATE) -> LlavaProcessor:
+    return LlavaProcessor(
+        image_processor=SiglipImageProcessor(size={"height": 96, "width": 96}),
+        tokenizer=tokenizer,
+        patch_size=12,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        chat_template=template,
+    )
+
+
+@pytest.fixture(scope="module", params=["one token a percentage", "digit by digit"])
+def chat(request: pytest.FixtureRequest, processor: Any) -> ChatFormat:
+    plain = request.param == "one token a percentage"
+    return ChatFormat(processor if plain else _processor(_digit_tokenizer()), ElicitationPrompt())
+
+
+def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400, **policy: Any) -> SFTBatch:
+    return SFTCollator(chat, max_length, **policy)(samples)
+
+
+def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
+    return chat.processor.tokenizer.decode(ids)
+
+
+def test_the_two_kinds_of_tokenizer_are_what_they_say(processor: Any) -> None:
+    one = processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
+    digits = _digit_tokenizer()("Confidence: 85%", add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer.decode(one[-2:-1]).strip() == "85"
+    assert {"8", "5"} <= set(_digit_tokenizer().convert_ids_to_tokens(digits))
+
+
+def test_labels_are_the_response_and_its_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples)
+    for row, sample in enumerate(samples):
+        labels = batch.labels[row]
+        assert torch.equal(labels[labels != IGNORE], batch.inputs["input_ids"][row][labels != IGNORE])
+        said = _decode(chat, labels[labels != IGNORE])
+        assert said.lstrip() == render_response(sample.query.answer, sample.confidence) + "<|end|>"
+        positions = (labels != IGNORE).nonzero()[:, 0]
+        assert positions.diff().eq(1).all(), "in one piece"
+        assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
+
+
+def test_stated_is_the_confidence_and_the_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples)
+    assert not batch.stated[batch.labels == IGNORE].any()
+    for row, sample in enumerate(samples):
+        stated = _decode(chat, batch.labels[row][batch.stated[row]])
+        answer = _decode(chat, batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.stated[row]])
+        assert answer.strip() == render_answer(sample.query.answer)
+        assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", stated)
+        assert parse_confidence(stated) == sample.confidence
+
+
+def test_prompt_and_response_are_the_whole_conversation(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples)
+    for row, sample in enumerate(samples):
+        ids = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()]
+        prompt = ids[: (batch.labels[row] == IGNORE).sum() - (batch.inputs["attention_mask"][row] == 0).sum()]
+        text = _decode(chat, prompt).replace("<image>", "")
+        # Byte-level tokenizers may put a space in front of a text.
+        assert text.replace("<|user|> ", "<|user|>") == (
+            f"<|user|>{chat.prompt.render(sample.query.question)}<|end|><|assistant|>"
+        )
+
+
+def test_training_is_padded_on_the_right_and_generation_on_the_left(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    training = _collate(chat, samples).inputs
+    prompts = PromptCollator(chat)(samples).inputs
+    for inputs, right in ((training, True), (prompts, False)):
+        lengths = inputs["attention_mask"].sum(dim=1)
+        assert len(set(lengths.tolist())) > 1
+        for row, length in enumerate(lengths):
+            mask = inputs["attention_mask"][row]
+            kept = mask[:length] if right else mask[len(mask) - length :]
+            assert kept.all()
+            assert (inputs["input_ids"][row][mask == 0] == chat.processor.tokenizer.pad_token_id).all()
+    assert (training["input_ids"] == chat.processor.tokenizer.convert_tokens_to_ids("<image>")).sum(
+        1
+    ).tolist() == [IMAGE_TOKENS] * len(samples)
+
+
+def test_a_prompt_is_what_training_has_in_front_of_the_response(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    training = _collate(chat, samples)
+    prompts = PromptCollator(chat)(samples)
+    for row in range(len(samples)):
+        prompt = prompts.inputs["input_ids"][row][prompts.inputs["attention_mask"][row].bool()]
+        assert torch.equal(training.inputs["input_ids"][row][: len(prompt)], prompt)
+        first = (training.labels[row] != IGNORE).nonzero()[0, 0]
+        assert first == len(prompt)
+        assert torch.equal(training.inputs["pixel_values"][row], prompts.inputs["pixel_values"][row])
+
+
+def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    together = _collate(chat, samples)
+    turned = _collate(chat, samples[::-1])
+    for row, sample in enumerate(samples):
+        alone = _collate(chat, [sample])
+        for batch, index in ((together, row), (turned, len(samples) - 1 - row)):
+            length = alone.labels.shape[1]
+            assert torch.equal(batch.labels[index, :length], alone.labels[0])
+            assert torch.equal(batch.stated[index, :length], alone.stated[0])
+            assert torch.equal(batch.inputs["input_ids"][index, :length], alone.inputs["input_ids"][0])
+            assert torch.equal(batch.inputs["pixel_values"][index], alone.inputs["pixel_values"][0])
+            assert (batch.labels[index, length:] == IGNORE).all()
+
+
+def test_what_travels_with_the_tensors(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples)
+    assert batch.queries == tuple(s.query for s in samples)
+    assert batch.skipped == ()
+    assert batch.confidence.dtype == torch.float32
+    assert batch.confidence.tolist() == pytest.approx([1.0, 0.3, 0.0, 0.85])
+    prompts = PromptCollator(chat)([s._replace(step=i * 100) for i, s in enumerate(samples)])
+    assert (prompts.steps, prompts.levels) == ((0, 100, 200, 300), (1.0, 0.3, 0.0, 0.85))
+    assert prompts.queries == batch.queries
+    moved = batch.to("meta")
+    assert {
+        t.device.type for t in [*moved.inputs.values(), moved.labels, moved.stated, moved.confidence]
+    } == {"meta"}
+    assert {t.device.type for t in prompts.to("meta").inputs.values()} == {"meta"}
+
+
+def test_the_answer_may_hold_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
+        query = replace(samples[0].query, answer=answer, answer_type="open")
+        batch = _collate(chat, [Sample(query, samples[0].image, 0.8, 0)])
+        said = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
+        assert said == render_response(answer, 0.8) + "<|end|>"
+        assert _decode(chat, batch.labels[0][batch.stated[0]]).lstrip() == "Confidence: 80%<|end|>"
+
+
+def test_an_answer_with_the_end_of_turn_in_it_is_learnt_to_its_end(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    query = replace(samples[0].query, answer="Yes <|end|> no")
+    batch = _collate(chat, [samples[0]._replace(query=query)])
+    assert _decode(chat, batch.labels[0][batch.stated[0]]).lstrip() == "Confidence: 100%<|end|>"
+
+
+@pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
+@pytest.mark.parametrize("collator", [lambda chat: SFTCollator(chat, 400), PromptCollator])
+def test_text_that_stands_for_the_image_is_refused(
+    chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str], collator: Any
+) -> None:
+    query = replace(samples[1].query, **change)  # type: ignore[arg-type]
+    [name] = change
+    with pytest.raises(DataError, match=f"record 'q1': '{name}' holds '<image>'"):
+        collator(chat)([samples[0], samples[1]._replace(query=query)])
+
+
+def _lengths(chat: ChatFormat, samples: Sequence[Sample]) -> list[int]:
+    return [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
+
+
+def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    lengths = _lengths(chat, samples)
+    assert max(lengths) == lengths[3]
+    with pytest.raises(
+        DataError, match=f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
+    ):
+        _collate(chat, samples, lengths[3] - 1)
+    assert _collate(chat, samples, lengths[3]).skipped == ()
+
+
+def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    lengths = _lengths(chat, samples)
+    batch = _collate(chat, samples, max(lengths) - 1, on_too_long="skip")
+    kept = [s for s, n in zip(samples, lengths, strict=True) if n < max(lengths)]
+    expected = _collate(chat, kept)
+    assert batch.skipped == tuple(s.query.id for s in samples if s not in kept)
+    assert batch.queries == expected.queries
+    assert torch.equal(batch.labels, expected.labels)
+    assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
+
+
+def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip")
+    assert batch.inputs == {}
+    assert batch.queries == ()
+    assert batch.skipped == ("q0", "q1", "q2", "q3")
+    assert batch.labels.numel() == batch.stated.numel() == batch.confidence.numel() == 0
+    assert batch.to("cpu").skipped == batch.skipped
+
+
+def test_nothing_is_cut_even_if_the_tokenizer_would(processor: Any, samples: Sequence[Sample]) -> None:
+    short = _digit_tokenizer()
+    short.model_max_length = 20
+    batch = _collate(ChatFormat(_processor(short), ElicitationPrompt()), samples)
+    image = short.convert_tokens_to_ids("<image>")
+    assert (batch.inputs["input_ids"] == image).sum(dim=1).tolist() == [IMAGE_TOKENS] * 4
+
+
+BEGIN = "<s>"
+
+
+def _beginning(template: str, adds: bool) -> ChatFormat:
+    """A tokenizer with a begin-of-sequence token, which it adds itself (if `adds`) as well as the template."""
+    tokenizer = _digit_tokenizer(bos_token=BEGIN)
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.bos_token_id)]
+        )
+    return ChatFormat(_processor(tokenizer, template), ElicitationPrompt())
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_begin_token_comes_at_most_once(samples: Sequence[Sample], adds: bool, writes: bool) -> None:
+    chat = _beginning(BEGIN * writes + CHAT_TEMPLATE, adds)
+    begin = chat.processor.tokenizer.bos_token_id
+    expected = int(adds or writes)
+    batch = _collate(chat, samples)
+    assert (batch.inputs["input_ids"] == begin).sum(dim=1).tolist() == [expected] * 4
+    assert not (batch.labels == begin).any()
+    prompts = PromptCollator(chat)(samples).inputs
+    assert (prompts["input_ids"] == begin).sum(dim=1).tolist() == [expected] * 4
+    said = [_decode(chat, row[row != IGNORE]) for row in batch.labels]
+    assert said == [render_response(s.query.answer, s.confidence) + "<|end|>" for s in samples]
+
+
+def test_what_follows_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
+    chat = ChatFormat(
+        _processor(_digit_tokenizer(), CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
+    )
+    batch = _collate(chat, samples)
+    for row in range(4):
+        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")
+
+
+def test_an_end_of_turn_that_is_not_the_end_of_sequence(samples: Sequence[Sample]) -> None:
+    tokenizer = _digit_tokenizer(eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    chat = ChatFormat(
+        _processor(tokenizer, CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
+    )
+    batch = _collate(chat, samples)
+    for row in range(4):
+        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")
+
+
+def test_a_processor_without_a_template_is_refused() -> None:
+    with pytest.raises(DataError, match="LlavaProcessor has no chat template"):
+        ChatFormat(_processor(_digit_tokenizer(), None), ElicitationPrompt())  # type: ignore[arg-type]
+
+
+def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Sample]) -> None:
+    class Shouting(LlavaProcessor):
+        def __call__(self, text: Any = None, **rest: Any) -> Any:
+            return super().__call__(text=[t.replace("Confidence", "CONFIDENCE") for t in text], **rest)
+
+    plain = _processor(_digit_tokenizer())
+    shouting = Shouting(**{k: getattr(plain, k) for k in ("image_processor", "tokenizer", "patch_size")})
+    for name in (
+        "vision_feature_select_strategy",
+        "image_token",
+        "num_additional_image_tokens",
+        "chat_template",
+    ):
+        setattr(shouting, name, getattr(plain, name))
+    with pytest.raises(DataError, match="record 'q0': Shouting changes the text behind the image"):
+        _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
+
+
+def test_own_prompt(processor: Any, samples: Sequence[Sample]) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt("Look. {question} Say how sure you are."))
+    ids = PromptCollator(chat)(samples[:1]).inputs["input_ids"][0]
+    assert f"Look. {samples[0].query.question} Say how sure you are." in _decode(chat, ids)
+
+
+def test_images_of_any_shape_reach_the_model(processor: Any, samples: Sequence[Sample]) -> None:
+    tall = samples[0]._replace(image=np.zeros((300, 20, 3), dtype=np.uint8))
+    batch = _collate(ChatFormat(processor, ElicitationPrompt()), [tall, samples[3]])
+    assert batch.inputs["pixel_values"].shape == (2, 3, 96, 96)

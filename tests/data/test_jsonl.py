@@ -1,0 +1,274 @@
+"""The JSONL source: what it reads, and that every way a file can be wrong ends in a message with file, line and culprit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.records import ANSWER_TYPES, DataError, Query, Region
+from vlm_calibration.regions.rle import mask_to_rle
+
+Write = Callable[..., Path]
+Record = Callable[..., dict[str, Any]]
+
+
+def test_reads_records_in_order_and_passes_over_blank_lines(write_jsonl: Write, record: Record) -> None:
+    path = write_jsonl(record("b"), "", record("a"), "   ", record("ä"))
+    source = JsonlSource(str(path))
+    assert [q.id for q in source.queries()] == ["b", "a", "ä"]
+    assert [q.id for q in pickle.loads(pickle.dumps(source)).queries()] == ["b", "a", "ä"]
+
+
+def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, record: Record) -> None:
+    path = write_jsonl(b"\xef\xbb\xbf" + json.dumps(record("a")).encode(), record("b"))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert [q.id for q in JsonlSource(str(path)).queries()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{not json", "not JSON"),
+        ('{"id": "x"} {"id": "y"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"id": ' + "1" * 5000 + "}", "not JSON"),
+        ('{"id": "caf\xe9"}'.encode("latin-1"), "not UTF-8"),
+        ("[1, 2]", "expected an object"),
+        ({"id": "one"}, "duplicate id 'one', first seen on line 1"),
+        ({"image": "missing.png"}, "record 'two': no such image: "),
+        ({"image": "."}, "record 'two': no such image: "),
+        ({"image": "../secret.png"}, "record 'two': the image path '../secret.png' leaves the data root"),
+        (
+            {"image": "{tmp}/secret.png"},
+            "record 'two': the image path '{tmp}/secret.png' leaves the data root",
+        ),
+        ({"image": "link.png"}, "record 'two': the image path 'link.png' leaves the data root"),
+        (
+            {"image": "folder/secret.png"},
+            "record 'two': the image path 'folder/secret.png' leaves the data root",
+        ),
+        ({"image": "x" * 5000}, "record 'two': no such image: "),
+        ({"answer": 5}, "'answer' must be a non-empty string, found 5"),
+        ({"answer_type": "maybe"}, "'answer_type' must be one of"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"question": None}, "'question' must be a non-empty string, found None"),
+        (
+            {"regions": [{"label": "dog", "box": [1, 2, 3]}]},
+            "'regions'[0]: 'box' must be four finite numbers",
+        ),
+    ],
+)
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_bad_record_is_named_or_counted(
+    write_jsonl: Write, record: Record, tmp_path: Path, bad: Any, says: str, policy: str
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data" / "folder").symlink_to(tmp_path)
+    if isinstance(bad, dict):
+        bad = {**record("two"), **bad}
+        bad["image"] = bad["image"].replace("{tmp}", str(tmp_path))
+    path = write_jsonl(record("one"), "", bad, record("three"))
+    source = JsonlSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
+    says = f"{path}:3: " + says.replace("{tmp}", str(tmp_path))
+    if policy == "raise":
+        with pytest.raises(DataError) as caught:
+            source.queries()
+        assert str(caught.value).startswith(says)
+        assert "\n" not in str(caught.value)
+    else:
+        with pytest.warns(UserWarning, match="left out 1 of 3 records") as warned:
+            assert [q.id for q in source.queries()] == ["one", "three"]
+        assert f"left out 1 of 3 records: {says}" in str(warned[0].message)
+
+
+def test_skipped_records_are_counted_and_a_few_named(write_jsonl: Write, record: Record) -> None:
+    path = write_jsonl(record("one"), *["{"] * 40)
+    with pytest.warns(UserWarning, match="left out 40 of 41 records") as warned:
+        assert len(JsonlSource(str(path), on_bad_record="skip").queries()) == 1
+    assert str(warned[0].message).count("not JSON") == 5
+
+
+def test_nothing_wrong_means_no_warning(write_jsonl: Write, record: Record) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        JsonlSource(str(write_jsonl(record("one"))), on_bad_record="skip").queries()
+
+
+@pytest.mark.parametrize("lines", [[], ["", " "]])
+def test_a_file_without_queries_is_refused(write_jsonl: Write, lines: list[str]) -> None:
+    path = write_jsonl(*lines)
+    with pytest.raises(DataError, match=re.escape(f"{path}: no usable query")):
+        JsonlSource(str(path)).queries()
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_file_of_only_bad_records_is_refused_even_when_skipping(write_jsonl: Write) -> None:
+    with pytest.raises(DataError, match="no usable query"):
+        JsonlSource(str(write_jsonl("{")), on_bad_record="skip").queries()
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(DataError, match=re.escape(f"{path}: cannot read the queries: ")):
+        JsonlSource(str(path)).queries()
+
+
+def test_images_lie_below_the_root(write_jsonl: Write, record: Record, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "blue").save(images / "deep" / "b.png")
+    (images / "inner.png").symlink_to(images / "deep" / "b.png")
+    path = write_jsonl(
+        record("1", image="deep/b.png"),
+        record("2", image="deep/../deep/b.png"),
+        record("3", image="inner.png"),
+    )
+    (tmp_path / "elsewhere").symlink_to(images)
+    for root in (images, tmp_path / "elsewhere"):
+        source = JsonlSource(str(path), root=str(root))
+        loaded = [source.load(q).image for q in source.queries()]
+        assert all(image[0, 0].tolist() == [0, 0, 255] for image in loaded)
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: record '1': no such image")):
+        JsonlSource(str(path)).queries()
+
+
+def test_a_name_that_only_starts_like_the_root_is_outside(
+    write_jsonl: Write, record: Record, tmp_path: Path
+) -> None:
+    (tmp_path / "data-private").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data-private" / "a.png")
+    path = write_jsonl(record("1", image="../data-private/a.png"))
+    with pytest.raises(DataError, match="leaves the data root"):
+        JsonlSource(str(path)).queries()
+
+
+def test_load_tells_evidence_from_distractors(write_jsonl: Write, record: Record) -> None:
+    mask = np.zeros((10, 20), dtype=bool)
+    mask[2:5, 3:6] = True
+    regions = [
+        {"label": "dog", "box": [3, 2, 6, 5], "mask": mask_to_rle(mask)},
+        {"label": "cat", "box": [10, 0, 20, 10]},
+    ]
+    path = write_jsonl(
+        record("1", objects=["dog"], regions=regions),
+        record("2", regions=regions),
+        record("3", objects=["cup"]),
+    )
+    source = JsonlSource(str(path))
+    first, second, third = source.queries()
+    loaded = source.load(first)
+    assert loaded.image.shape == (10, 20, 3)
+    assert loaded.image.dtype == np.uint8
+    assert [np.array_equal(m, mask) for m in loaded.evidence] == [True]
+    assert [int(m.sum()) for m in loaded.distractors] == [100]
+    assert [len(source.load(second).evidence), len(source.load(second).distractors)] == [2, 0]
+    assert [source.has_evidence(q) for q in (first, second, third)] == [True, True, False]
+
+
+def _truncated_jpeg(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_truncated_jpeg, "truncated"),
+        (lambda path: path.write_bytes(b""), "not an image"),
+        (lambda path: path.write_text("<html>"), "not an image"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named(
+    write_jsonl: Write, record: Record, damage: Callable[[Path], None], says: str
+) -> None:
+    path = write_jsonl(record("one", image="b.jpg"))
+    image = path.parent / "b.jpg"
+    Image.new("RGB", (8, 8)).save(image)
+    source = JsonlSource(str(path))
+    [query] = source.queries()
+    damage(image)
+    with pytest.raises(DataError) as caught:
+        source.load(query)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: record 'one': ")
+    assert str(image) in message
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("region", "says"),
+    [
+        ({"label": "dog", "box": [0, 0, 1, 1], "mask": {"size": [7, 7], "counts": [0, 49]}}, "size [7, 7]"),
+        (
+            {"label": "dog", "box": [0, 0, 1, 1], "mask": {"size": [10, 20], "counts": "~~~"}},
+            "not a COCO RLE",
+        ),
+        ({"label": "dog", "box": [30, 30, 40, 40]}, "covers no pixel of the 20 x 10 image"),
+    ],
+)
+def test_a_region_that_does_not_fit_is_named(
+    write_jsonl: Write, record: Record, region: dict[str, Any], says: str
+) -> None:
+    path = write_jsonl(record("one", regions=[region]))
+    source = JsonlSource(str(path))
+    with pytest.raises(DataError) as caught:
+        source.load(source.queries()[0])
+    assert str(caught.value).startswith(f"{path}: record 'one': ")
+    assert says in str(caught.value)
+
+
+_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30
+).filter(str.strip)
+_EDGE = st.floats(0, 500, allow_nan=False)
+
+
+@st.composite
+def _regions(draw: st.DrawFn) -> Region:
+    x, y = draw(_EDGE), draw(_EDGE)
+    box = (x, y, x + draw(st.floats(0.5, 100)), y + draw(st.floats(0.5, 100)))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    mask = draw(st.none() | st.just(mask_to_rle(rng.random((9, 7)) < 0.4)))
+    return Region(draw(_TEXT), box, mask, draw(st.none() | st.floats(0, 1)))
+
+
+_QUERIES = st.builds(
+    Query,
+    id=_TEXT,
+    image=st.just("a.png"),
+    question=_TEXT,
+    answer=_TEXT,
+    answer_type=st.sampled_from(ANSWER_TYPES),
+    objects=st.lists(_TEXT, max_size=3).map(tuple),
+    regions=st.lists(_regions(), max_size=3).map(tuple),
+    category=st.none() | _TEXT,
+    synonyms=st.lists(_TEXT, max_size=3).map(tuple),
+)
+
+
+@given(st.lists(_QUERIES, min_size=1, max_size=4, unique_by=lambda q: q.id), st.booleans())
+def test_queries_survive_a_file(queries: list[Query], ascii_only: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "a.png").touch()
+        path = Path(folder, "queries.jsonl")
+        lines = [json.dumps(asdict(q), ensure_ascii=ascii_only) for q in queries]
+        path.write_bytes("\n".join(lines).encode())
+        assert list(JsonlSource(str(path)).queries()) == queries

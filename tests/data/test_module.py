@@ -1,0 +1,225 @@
+"""The data module: the same samples for any number of workers, batch size or processes, new ones every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import DataError, LoadedImage, Query
+
+TRAIN = DemoSource("train", scenes=4)
+Drawn = dict[str, tuple[bytes, float]]
+
+
+def _module(folder: str, **settings: Any) -> PerturbedQueryDataModule:
+    plain = {"train": TRAIN, "batch_size": 4, "workers": 0, "max_length": 300, "eval_batch_size": 5}
+    return PerturbedQueryDataModule(folder, **{**plain, **settings})  # type: ignore[arg-type]
+
+
+def _as_process(module: PerturbedQueryDataModule, rank: int, processes: int) -> None:
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank, world_size=processes, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+
+
+def _drawn(batches: Iterable[Any]) -> Drawn:
+    """Pixels and confidence by query id."""
+    found: Drawn = {}
+    for batch in batches:
+        confidence = batch.levels if hasattr(batch, "levels") else batch.confidence.tolist()
+        for query, pixels, level in zip(batch.queries, batch.inputs["pixel_values"], confidence, strict=True):
+            assert query.id not in found
+            found[query.id] = (pixels.numpy().tobytes(), round(level, 6))
+    return found
+
+
+def _epoch(module: PerturbedQueryDataModule, epoch: int) -> Drawn:
+    module.setup("fit")
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return _drawn(loader)
+
+
+@pytest.fixture(scope="module")
+def wanted(model_folder: str) -> list[Drawn]:
+    """What the first two epochs hold, drawn in one process without workers."""
+    module = _module(model_folder)
+    return [_epoch(module, 0), _epoch(module, 1)]
+
+
+def test_all_queries_are_drawn_and_epochs_differ(wanted: list[Drawn]) -> None:
+    assert set(wanted[0]) == {q.id for q in TRAIN.queries()} == set(wanted[1])
+    same = [q for q in wanted[0] if wanted[0][q] == wanted[1][q]]
+    assert len(same) <= 3, "a query in ten or so is clean in both"
+    assert len({level for _, level in wanted[0].values()}) > 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_no_difference(model_folder: str, wanted: list[Drawn], workers: int) -> None:
+    module = _module(model_folder, workers=workers)
+    module.setup("fit")
+    loader = module.train_dataloader()
+    for epoch in (0, 1):
+        # Workers live on from epoch to epoch.
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        assert _drawn(loader) == wanted[epoch]
+
+
+def test_batch_size_makes_no_difference(model_folder: str, wanted: list[Drawn]) -> None:
+    for batch_size in (1, 3, 12):
+        assert _epoch(_module(model_folder, batch_size=batch_size), 1) == wanted[1]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_make_no_difference(model_folder: str, wanted: list[Drawn], processes: int) -> None:
+    together: Drawn = {}
+    for rank in range(processes):
+        module = _module(model_folder, batch_size=1)
+        _as_process(module, rank, processes)
+        part = _epoch(module, 1)
+        assert len(part) == 12 // processes
+        assert not set(part) & set(together)
+        together |= part
+    assert together == {q: wanted[1][q] for q in together}
+    assert len(together) == 12 // processes * processes
+
+
+def test_another_seed_is_other_noise(model_folder: str, wanted: list[Drawn]) -> None:
+    other = _epoch(_module(model_folder, noise=NoisePolicy(seed=1)), 0)
+    assert set(other) == set(wanted[0])
+    assert sum(other[q] == wanted[0][q] for q in other) <= 3
+
+
+def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:
+    assert len(_epoch(_module(model_folder, batch_size=5), 0)) == 10
+    assert len(_epoch(_module(model_folder, batch_size=50), 0)) == 12
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes: int) -> None:
+    parts = {
+        "clean": Part(DemoSource("test", scenes=3)),
+        "noised": Part(DemoSource("test", scenes=3), "drawn"),
+        "sweep": Part(DemoSource("calibration", scenes=1), "every_step"),
+    }
+    ids: list[list[str]] = []
+    drawn: Drawn = {}
+    for rank in range(processes):
+        module = _module(model_folder, test=parts)
+        _as_process(module, rank, processes)
+        module.setup("test")
+        batches = list(module.test_dataloader())
+        ids.append([q.id for batch in batches for q in batch.queries])
+        drawn |= _drawn(batches)
+    total = 9 + 9 + 3 * len(LinearLevels().steps)
+    assert sum(map(len, ids)) == len(drawn) == total
+    woven = [shard[i] for i in range(len(ids[0])) for shard in ids if i < len(shard)]
+    module = _module(model_folder, test=parts)
+    module.setup("test")
+    assert woven == [q.id for q in module.test_dataloader().dataset.queries]  # type: ignore[attr-defined]
+    again = _drawn(module.test_dataloader())
+    assert again == drawn, "the same noise whoever answers, and each time"
+
+
+def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:
+    module = _module(model_folder, validation=DemoSource("calibration", scenes=2))
+    module.setup("fit")
+    loader = module.val_dataloader()
+    first = _drawn(loader)
+    loader.sampler.set_epoch(7)  # type: ignore[union-attr]
+    assert _drawn(loader) == first
+    assert len({level for _, level in first.values()}) > 1
+    module = _module(model_folder, validation=DemoSource("calibration", scenes=2), train=None)
+    module.setup("validate")
+    assert _drawn(module.val_dataloader()) == first
+
+
+def test_without_validation_there_is_no_loader(model_folder: str) -> None:
+    module = _module(model_folder)
+    module.setup("fit")
+    assert module.val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "says"),
+    [
+        ({"train": None}, "fit", "data.train is not set"),
+        ({}, "validate", "data.validation is not set"),
+        ({}, "test", "data.test is not set"),
+        ({"test": {}}, "test", "data.test is not set"),
+        ({"processor": None}, "fit", "data.processor is not set"),
+    ],
+)
+def test_what_is_missing_is_named(model_folder: str, settings: dict[str, Any], stage: str, says: str) -> None:
+    module = PerturbedQueryDataModule(**{"processor": model_folder, "train": TRAIN, **settings})
+    with pytest.raises(DataError, match=says):
+        module.setup(stage)
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "{tmp}"])
+def test_a_missing_processor_is_named(tmp_path: Path, name: str) -> None:
+    module = _module(name.format(tmp=tmp_path))
+    with pytest.raises(DataError, match=f"cannot load a processor from '{name.format(tmp=tmp_path)}'"):
+        module.setup("fit")
+
+
+def test_a_language_model_is_refused(tmp_path: Path, processor: Any) -> None:
+    processor.tokenizer.save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="image processor"):
+        _module(str(tmp_path)).setup("fit")
+
+
+def test_fewer_queries_than_processes(model_folder: str) -> None:
+    module = _module(model_folder)
+    _as_process(module, 0, 13)
+    module.setup("fit")
+    with pytest.raises(DataError, match="12 training queries are too few for 13 processes"):
+        module.train_dataloader()
+
+
+def test_a_processor_of_unknown_resolution_is_refused_before_anything_is_read(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unread(DemoSource):
+        def queries(self) -> Sequence[Query]:
+            raise AssertionError("read")
+
+    module = _module(model_folder, train=Unread())
+    monkeypatch.setattr(module.processor.image_processor, "size", {"max_height": 4, "max_width": 4})
+    with pytest.raises(DataError, match=r"data\.noise\.resolution"):
+        module.setup("fit")
+
+
+class Failing(QuerySource):
+    """The image of the second query cannot be read."""
+
+    def queries(self) -> Sequence[Query]:
+        return [Query(f"q{i}", "x", "A dog?", "Yes", "yes_no") for i in range(3)]
+
+    def load(self, query: Query) -> LoadedImage:
+        if query.id == "q1":
+            raise DataError("record 'q1': damaged")
+        image = np.zeros((8, 8, 3), dtype=np.uint8)
+        return LoadedImage(image, (np.ones((8, 8), dtype=bool),), ())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_names_the_record(model_folder: str, workers: int) -> None:
+    module = _module(model_folder, train=Failing(), workers=workers, batch_size=1)
+    module.setup("fit")
+    with pytest.raises(DataError, match="record 'q1': damaged"):
+        list(module.train_dataloader())

@@ -1,0 +1,168 @@
+"""The size at which a model sees an image, against what the image processors of transformers really make of one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_calibration.data.resolution import check_resolution, model_resolution
+from vlm_calibration.records import DataError
+
+CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+CLIP_WHOLE = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False)
+SIGLIP = transformers.SiglipImageProcessor(size={"height": 40, "width": 56})
+FIXED = transformers.SiglipImageProcessor(do_resize=False)
+QWEN2 = transformers.Qwen2VLImageProcessor(
+    patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
+)
+QWEN3 = transformers.Qwen2VLImageProcessor(
+    patch_size=16, merge_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
+)
+IDEFICS3 = transformers.Idefics3ImageProcessor(
+    size={"longest_edge": 112}, max_image_size={"longest_edge": 28}
+)
+SMOLVLM = transformers.SmolVLMImageProcessor(size={"longest_edge": 160}, max_image_size={"longest_edge": 40})
+SMOLVLM_WHOLE = transformers.SmolVLMImageProcessor(
+    size={"longest_edge": 112}, max_image_size={"longest_edge": 28}, do_image_splitting=False
+)
+PIXTRAL = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
+INTERNVL = transformers.GotOcr2ImageProcessor(size={"height": 48, "width": 48})
+GEMMA3 = transformers.Gemma3ImageProcessor(size={"height": 48, "width": 48})
+
+KNOWN = {
+    name: p
+    for name, p in list(globals().items())
+    if isinstance(p, transformers.image_processing_base.ImageProcessingMixin)
+}
+DEFAULTS = ("CLIP", "Siglip", "Qwen2VL", "Idefics3", "SmolVLM", "Pixtral", "Llava", "Blip")
+TILING = (
+    "LlavaNext",
+    "LlavaOnevision",
+    "Llama4",
+    "Cohere2Vision",
+    "Idefics2",
+    "Mllama",
+    "Aria",
+    "Lfm2Vl",
+    "Siglip2",
+)
+PADDING = ("Janus", "DeepseekVL")
+
+
+def _seen(image_processor: Any, image: np.ndarray) -> dict[str, torch.Tensor]:
+    return dict(image_processor(images=[image], return_tensors="pt"))
+
+
+def _noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]:
+    """Height and width behind the processor's own resize, read from its output."""
+    found = _seen(image_processor, _noise(height, width))
+    if "image_grid_thw" in found:
+        _, rows, columns = found["image_grid_thw"][0].tolist()
+        return rows * image_processor.patch_size, columns * image_processor.patch_size
+    if getattr(image_processor, "do_image_splitting", None):
+        found = image_processor(images=[_noise(height, width)], return_row_col_info=True, return_tensors="pt")
+        tile = image_processor.max_image_size["longest_edge"]
+        # One tile is reported as no split.
+        return max(1, found["rows"][0][0]) * tile, max(1, found["cols"][0][0]) * tile
+    height, width = found["pixel_values"].shape[-2:]
+    return height, width
+
+
+@given(st.integers(10, 260), st.integers(10, 260))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"CLIP"}))
+def test_sizes_are_those_of_the_processor(name: str, height: int, width: int) -> None:
+    processor = KNOWN[name]
+    assert model_resolution(processor, height, width) == _real_size(processor, height, width)
+
+
+@given(st.integers(10, 260), st.integers(10, 260))
+@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, width: int) -> None:
+    processor = KNOWN[name]
+    size = model_resolution(processor, height, width)
+    assert model_resolution(processor, *size) == size
+    image = _noise(*size)
+    resized = _seen(processor, image)["pixel_values"]
+    if name == "SMOLVLM_WHOLE":
+        # It is enlarged to the longest edge before it is shrunk to one tile.
+        assert resized.std() > 0.8 * (image / 127.5 - 1).std()
+    elif name in ("SMOLVLM", "IDEFICS3"):
+        tile = processor.max_image_size["longest_edge"]
+        first = torch.from_numpy(image[:tile, :tile].copy()).permute(2, 0, 1) / 127.5 - 1
+        assert torch.allclose(resized[0, 0], first, atol=0.01)
+    else:
+        untouched = dict(processor(images=[image], do_resize=False, return_tensors="pt"))["pixel_values"]
+        assert torch.equal(resized, untouched)
+
+
+def test_center_crop_comes_after() -> None:
+    size = model_resolution(CLIP, 100, 150)
+    assert size == (48, 72)
+    image = _noise(*size)
+    crop = _seen(CLIP, image)["pixel_values"][0]
+    assert crop.shape == (3, 48, 48)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP.image_mean, CLIP.image_std))
+    assert torch.allclose(
+        crop * std + mean, torch.from_numpy(image[:, 12:60].copy()).permute(2, 0, 1) / 255, atol=1e-5
+    )
+
+
+def test_older_ways_to_state_a_size() -> None:
+    assert model_resolution(SimpleNamespace(size=48), 100, 150) == (48, 72)
+    assert model_resolution(SimpleNamespace(size={"height": 30, "width": 20}), 100, 150) == (30, 20)
+    assert model_resolution(SimpleNamespace(size=None, do_resize=False), 100, 150) == (100, 150)
+
+
+def test_tiles_that_do_not_divide_the_longest_edge_are_refused() -> None:
+    odd = transformers.SmolVLMImageProcessor(size={"longest_edge": 150}, max_image_size={"longest_edge": 40})
+    with pytest.raises(DataError, match="behind SmolVLMImageProcessor"):
+        model_resolution(odd, 60, 80)
+
+
+@pytest.mark.parametrize(
+    "size", [None, {}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 5, "longest_edge": 9}]
+)
+def test_unknown_settings_are_refused(size: Any) -> None:
+    with pytest.raises(DataError, match="behind SimpleNamespace: set data.noise.resolution to native"):
+        model_resolution(SimpleNamespace(size=size), 100, 150)
+
+
+@pytest.mark.parametrize("processor", KNOWN.values(), ids=KNOWN)
+def test_known_processors_pass_the_check(processor: Any) -> None:
+    check_resolution(SimpleNamespace(image_processor=processor))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_stock_settings_pass_the_check(name: str) -> None:
+    check_resolution(SimpleNamespace(image_processor=getattr(transformers, f"{name}ImageProcessor")()))
+
+
+@pytest.mark.parametrize("name", TILING + PADDING)
+def test_tiling_and_padding_processors_are_refused(name: str) -> None:
+    processor = getattr(transformers, f"{name}ImageProcessor")()
+    with pytest.raises(DataError, match=f"behind {name}ImageProcessor"):
+        check_resolution(SimpleNamespace(image_processor=processor))
+
+
+def test_settings_of_the_processor_around_count() -> None:
+    tiles = SimpleNamespace(image_processor=INTERNVL, images_kwargs={"crop_to_patches": True})
+    with pytest.raises(DataError, match="behind GotOcr2ImageProcessor"):
+        check_resolution(tiles)
+
+
+def test_the_demo_passes_the_check(processor: Any) -> None:
+    check_resolution(processor)
+    assert model_resolution(processor.image_processor, 480, 640) == (96, 96)

@@ -1,0 +1,77 @@
+"""The demo model before training: stock classes that `from_pretrained` reads, and a tokenizer that suits the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm_calibration.demo.architecture import IMAGE_TOKENS, build_model
+from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
+from vlm_calibration.text.confidence import render_response
+
+SHIPPED = Path(__file__).parents[2] / "src" / "vlm_calibration" / "demo" / "model"
+
+
+def test_size_is_that_of_a_tiny_model(processor: Any) -> None:
+    model = build_model(processor)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert 1e6 < parameters < 3e6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    again = build_model(processor)
+    other = build_model(processor, seed=1)
+    names = dict(again.named_parameters())
+    assert all(torch.equal(p, names[n]) for n, p in model.named_parameters())
+    assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_words_and_percentages_are_one_token(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    for word in (*CLASSES, "Yes", "No"):
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    for percent in range(101):
+        ids = tokenizer(render_response("Yes", percent / 100), add_special_tokens=False)["input_ids"]
+        assert len([i for i in ids if tokenizer.decode([i]).strip().isdigit()]) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["Is there a dog?", "Ünïcödé 日本 🐕", "  two  spaces\nand a line", "50% or 0.5?"]
+)
+def test_any_text_survives_the_tokenizer(processor: Any, text: str) -> None:
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert processor.tokenizer.decode(ids) in (text, f" {text}")
+
+
+def test_saved_and_loaded_it_is_the_same(model_folder: str) -> None:
+    processor = AutoProcessor.from_pretrained(model_folder)
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    image = np.zeros((SCENE_SIZE, SCENE_SIZE, 3), dtype=np.uint8)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A dog?"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[image]], return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == IMAGE_TOKENS
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert output.shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+def test_the_shipped_folder_is_whole_and_small(processor: Any) -> None:
+    weights = SHIPPED / "model.safetensors"
+    assert weights.stat().st_size <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(SHIPPED)
+    shipped = AutoProcessor.from_pretrained(SHIPPED)
+    built = build_model(processor)
+    shapes = {name: p.shape for name, p in built.named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert shipped.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert shipped.chat_template == processor.chat_template
+    assert shipped.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert model.generation_config.eos_token_id == shipped.tokenizer.eos_token_id
+    assert "auto_map" not in json.loads((SHIPPED / "config.json").read_text(encoding="utf-8")), (
+        "no remote code"
+    )

@@ -1,0 +1,226 @@
+"""Scenes, questions and shifts: functions of their seed, with exact masks, balanced, and disjoint between splits."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlm_calibration.demo.questions import (
+    NEGATIVES,
+    SPLITS,
+    absent_class,
+    scene_queries,
+    scene_seed,
+    with_article,
+)
+from vlm_calibration.demo.scenes import (
+    CLASSES,
+    CORNERS,
+    SCENE_SIZE,
+    THEMES,
+    _background,
+    _draw_layout,
+    class_weights,
+    glyph,
+    render_scene,
+    scene_layout,
+)
+from vlm_calibration.demo.shifts import MILD, SHIFTS, STRENGTHS, draw_shift, mild_degradation
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError
+from vlm_calibration.text.grading import grade
+
+MANY = range(400)
+
+
+def test_a_scene_is_a_function_of_its_seed() -> None:
+    a, b, c = render_scene((1, 5)), render_scene((1, 5)), render_scene((1, 6))
+    assert np.array_equal(a.image, b.image)
+    assert all(np.array_equal(x.mask, y.mask) for x, y in zip(a.objects, b.objects, strict=True))
+    assert not np.array_equal(a.image, c.image)
+
+
+def test_scenes_are_as_described() -> None:
+    counts: Counter[int] = Counter()
+    for seed in MANY:
+        scene = render_scene(seed)
+        assert scene.image.shape == (SCENE_SIZE, SCENE_SIZE, 3)
+        assert scene.image.dtype == np.uint8
+        assert scene_layout(seed) == (scene.names, tuple(o.corner for o in scene.objects))
+        assert len(set(scene.names)) == len({o.corner for o in scene.objects}) == len(scene.objects)
+        counts[len(scene.objects)] += 1
+        for thing in scene.objects:
+            assert thing.mask.shape == (SCENE_SIZE, SCENE_SIZE)
+            assert thing.mask.dtype == bool
+            assert thing.mask.sum() > 40
+            rows, columns = np.nonzero(thing.mask)
+            middle = (
+                ["top", "bottom"][int(rows.mean() >= 48)] + " " + ["left", "right"][int(columns.mean() >= 48)]
+            )
+            assert middle == CORNERS[thing.corner]
+    assert set(counts) == {1, 2, 3, 4}
+    assert min(counts.values()) > 60
+    assert len(CLASSES) >= 24
+    assert {name for theme in THEMES.values() for name in theme} <= set(CLASSES)
+
+
+def test_masks_hold_exactly_what_the_objects_colour() -> None:
+    for seed in range(60):
+        scene = render_scene(seed)
+        rng = np.random.default_rng(seed)
+        _draw_layout(rng)
+        background = np.array(_background(rng).convert("RGB"))
+        changed = (scene.image != background).any(axis=-1)
+        covered = np.logical_or.reduce([o.mask for o in scene.objects])
+        assert not changed[~covered].any()
+        assert changed[covered].mean() > 0.98, "faint edges may round to the background"
+        assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
+
+
+def test_every_class_has_a_glyph_of_its_own() -> None:
+    looks = {name: glyph(name).resize((32, 32)).tobytes() for name in CLASSES}
+    assert len(set(looks.values())) == len(CLASSES)
+    assert all(np.asarray(glyph(name))[..., 3].any() for name in CLASSES)
+
+
+def test_a_scene_takes_milliseconds() -> None:
+    render_scene(0)
+    times = []
+    for seed in range(100):
+        start = time.perf_counter()
+        render_scene(seed)
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 0.02
+
+
+def test_frequencies_make_popular_absent_objects_popular() -> None:
+    assert class_weights().sum() == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    present = ("horse", "cow")
+    drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(3000)) for kind in NEGATIVES}
+    for counts in drawn.values():
+        assert not set(present) & set(counts)
+    frequent = set(CLASSES[:6])
+    share = {
+        kind: sum(n for name, n in counts.items() if name in frequent) / 3000
+        for kind, counts in drawn.items()
+    }
+    assert share["popular"] > 1.3 * share["random"]
+    company = {"pig", "dog", "tree", "house"}
+    share = {
+        kind: sum(n for name, n in counts.items() if name in company) / 3000 for kind, counts in drawn.items()
+    }
+    assert share["adversarial"] > 3 * share["popular"]
+
+
+def test_questions_fit_their_scenes() -> None:
+    corners: Counter[str] = Counter()
+    for index in MANY:
+        names, places = scene_layout(scene_seed("train", index))
+        yes, no, corner = scene_queries("train", index)
+        assert (yes.answer, no.answer) == ("Yes", "No")
+        assert yes.objects[0] in names
+        assert no.objects[0] not in names
+        assert with_article(yes.objects[0]) in yes.question
+        assert with_article(no.objects[0]) in no.question
+        asked = next(c for c in CORNERS if c in corner.question)
+        corners[asked] += 1
+        assert names[places.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
+        assert [q.answer_type for q in (yes, no, corner)] == ["yes_no", "yes_no", "short"]
+        assert [q.category for q in (yes, no, corner)] == ["existence", "existence", "position"]
+        assert all(grade(q.answer, q.answer, q.answer_type).correct for q in (yes, no, corner))
+    assert min(corners.values()) > 60
+
+
+def test_splits_share_no_scene_and_no_id() -> None:
+    seeds = [scene_seed(split, index) for split in SPLITS for index in MANY]
+    assert len(set(seeds)) == len(seeds)
+    ids = [q.id for split in SPLITS for index in range(50) for q in scene_queries(split, index)]
+    assert len(set(ids)) == len(ids)
+    pictures = [render_scene(scene_seed(split, 3)).image.tobytes() for split in SPLITS]
+    assert len(set(pictures)) == len(SPLITS)
+    with pytest.raises(ValueError, match="unknown split 'dev': expected one of train, calibration, test"):
+        scene_seed("dev", 0)
+
+
+def test_articles() -> None:
+    assert [with_article(n) for n in ("dog", "apple", "umbrella")] == ["a dog", "an apple", "an umbrella"]
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shifts_take_more_away_the_stronger_they_are(name: str) -> None:
+    def harm(strength: float) -> float:
+        total = 0.0
+        for index in range(20):
+            image = render_scene(index).image
+            before = image.copy()
+            shifted = SHIFTS[name](image, strength, np.random.default_rng(0))
+            assert shifted.shape == image.shape
+            assert shifted.dtype == np.uint8
+            assert np.array_equal(image, before)
+            total += float(np.abs(shifted.astype(int) - image).mean())
+        return total
+
+    test = [harm(s) for s in STRENGTHS[name]]
+    assert test == sorted(test)
+    assert 0 < harm(MILD[name][0]) < harm(MILD[name][1]) < test[0]
+    assert len(STRENGTHS[name]) >= 3
+
+
+def test_draws_cover_all_shifts_and_strengths() -> None:
+    rng = np.random.default_rng(0)
+    drawn = Counter(draw_shift(rng) for _ in range(1500))
+    assert set(drawn) == {(name, float(s)) for name, strengths in STRENGTHS.items() for s in strengths}
+    image = render_scene(0).image
+    again = [mild_degradation(image, np.random.default_rng(4)) for _ in range(2)]
+    assert np.array_equal(*again)
+
+
+def test_the_source_loads_what_the_questions_are_about() -> None:
+    source = pickle.loads(pickle.dumps(DemoSource("test", scenes=20, first=5)))
+    queries = source.queries()
+    assert len(queries) == 60
+    assert [q.id for q in queries] == [q.id for q in source.queries()]
+    for query in queries:
+        loaded = source.load(query)
+        assert source.has_evidence(query) == bool(loaded.evidence) == (query.answer != "No")
+        assert len(loaded.evidence) + len(loaded.distractors) >= 1
+        scene = render_scene(scene_seed("test", int(query.image.rsplit("-", 1)[1])))
+        assert np.array_equal(loaded.image, scene.image)
+        if loaded.evidence:
+            [mask] = loaded.evidence
+            assert any(np.array_equal(mask, o.mask) for o in scene.objects if o.name == query.objects[0])
+
+
+def test_the_shifted_source_degrades_the_same_scenes() -> None:
+    plain, shifted = DemoSource("test", scenes=60), DemoSource("test", scenes=60, shifted=True)
+    kinds: Counter[str] = Counter()
+    for before, after in zip(plain.queries(), shifted.queries(), strict=True):
+        assert (before.id, before.question, before.answer) == (after.id, after.question, after.answer)
+        kind, category = str(after.category).split("/")
+        kinds[kind] += 1
+        assert category == before.category
+        image = shifted.load(after).image
+        assert np.array_equal(image, shifted.load(after).image)
+        assert not np.array_equal(image, plain.load(before).image)
+    assert set(kinds) == set(SHIFTS)
+
+
+def test_two_sources_of_one_split_need_not_overlap() -> None:
+    a, b = DemoSource("calibration", scenes=10), DemoSource("calibration", scenes=10, first=10)
+    assert not {q.id for q in a.queries()} & {q.id for q in b.queries()}
+
+
+@pytest.mark.parametrize("settings", [{"scenes": 0}, {"first": -1}])
+def test_impossible_sources_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="needs scenes >= 1 and first >= 0"):
+        DemoSource("train", **settings)
+
+
+def test_an_unknown_split_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="unknown split"):
+        DemoSource("dev")

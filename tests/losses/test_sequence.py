@@ -1,0 +1,93 @@
+"""Likelihood and loss of responses against a loop that spells the arithmetic out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+
+
+def _by_hand(log_likelihood: list[float], rows: list[int], weights: list[float], n_rows: int) -> float:
+    total = 0.0
+    for b in range(n_rows):
+        mine = [i for i, row in enumerate(rows) if row == b]
+        total += sum(-weights[i] * log_likelihood[i] for i in mine) / len(mine)
+    return total / n_rows
+
+
+def test_token_log_likelihood_is_a_log_softmax() -> None:
+    logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 10, 3, 3, 7, 1, 5])
+    found = token_log_likelihood(logits, targets)
+    for i in range(7):
+        row = [math.exp(x) for x in logits[i].double().tolist()]
+        assert float(found[i]) == pytest.approx(math.log(row[targets[i]] / sum(row)), abs=1e-5)
+    assert found.dtype == torch.float32
+    assert token_log_likelihood(logits.bfloat16(), targets).dtype == torch.float32
+    assert token_log_likelihood(logits[:0], targets[:0]).shape == (0,)
+
+
+@st.composite
+def _batches(draw: st.DrawFn) -> tuple[list[float], list[int], list[float], int]:
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    rows = draw(st.permutations([b for b, n in enumerate(lengths) for _ in range(n)]))
+    numbers = st.floats(-9, 0, allow_subnormal=False)
+    values = draw(st.lists(numbers, min_size=len(rows), max_size=len(rows)))
+    weights = draw(st.lists(st.floats(0, 3, allow_subnormal=False), min_size=len(rows), max_size=len(rows)))
+    return values, list(rows), weights, len(lengths)
+
+
+@given(_batches())
+def test_response_nll_is_the_loop(batch: tuple[list[float], list[int], list[float], int]) -> None:
+    values, rows, weights, n_rows = batch
+    found = response_nll(
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(rows),
+        torch.tensor(weights, dtype=torch.float64),
+        n_rows,
+    )
+    assert float(found) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
+
+
+def test_arithmetic_spelled_out() -> None:
+    # two responses: -log p of 1, 2, 3 with weights 1, 1, 0.5, and of 4 with weight 2
+    found = response_nll(
+        torch.tensor([-1.0, -2.0, -3.0, -4.0]),
+        torch.tensor([0, 0, 0, 1]),
+        torch.tensor([1.0, 1.0, 0.5, 2.0]),
+        2,
+    )
+    assert float(found) == pytest.approx(((1 + 2 + 1.5) / 3 + 8) / 2)
+
+
+def test_a_batch_of_four_is_the_mean_of_two_of_two() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])
+    values = -torch.rand(11, generator=generator, dtype=torch.float64)
+    weights = torch.rand(11, generator=generator, dtype=torch.float64)
+    whole = response_nll(values, rows, weights, 4)
+    first, second = rows < 2, rows >= 2
+    halves = [
+        response_nll(values[first], rows[first], weights[first], 2),
+        response_nll(values[second], rows[second] - 2, weights[second], 2),
+    ]
+    assert float(whole) == pytest.approx(float(sum(halves)) / 2, abs=1e-12)
+
+
+def test_gradient_of_each_token() -> None:
+    values = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    response_nll(values, torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 0.5]), 2).backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == pytest.approx([-1 / 2 / 2, 0.0, -0.5 / 1 / 2])
+
+
+@pytest.mark.parametrize(("rows", "n_rows"), [([0, 0], 2), ([], 1), ([], 0), ([1, 1], 2)])
+def test_a_response_without_tokens_is_refused(rows: list[int], n_rows: int) -> None:
+    ones = torch.ones(len(rows))
+    with pytest.raises(ValueError, match="at least one label token"):
+        response_nll(-ones, torch.tensor(rows, dtype=torch.int64), ones, n_rows)

@@ -1,0 +1,224 @@
+"""Cases for the metric tests, and exact references in rational arithmetic that share no code with the package."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+Case = tuple[np.ndarray, np.ndarray]
+
+
+def random_case(rng: np.random.Generator, kind: str, largest: int) -> Case:
+    """One case: `(N,)` int percents (or float64 for `continuous`) and `(N,)` bool, 1 <= N <= largest."""
+    n = int(rng.integers(1, largest + 1))
+    shape = rng.uniform(0.3, 4, size=2)
+    confidence = rng.beta(*shape, size=n)
+    truth = np.clip(confidence * rng.uniform(0, 1.3) + rng.normal(0, 0.3), 0, 1)
+    correct = rng.random(n) < truth
+    if kind == "tens":
+        return np.rint(confidence * 10).astype(int) * 10, correct
+    if kind == "percents":
+        return np.rint(confidence * 100).astype(int), correct
+    if kind == "few":
+        return rng.choice([0, 5, 50, 95, 99, 100], size=n), correct
+    assert kind == "continuous"
+    return confidence, correct
+
+
+@pytest.fixture(scope="session")
+def cases() -> Callable[..., list[Case]]:
+    """A function from (count, kind, seed, largest N) to random cases."""
+
+    def make(count: int, kind: str, seed: int = 0, largest: int = 60) -> list[Case]:
+        rng = np.random.default_rng(seed)
+        return [random_case(rng, kind, largest) for _ in range(count)]
+
+    return make
+
+
+EDGE_CASES: dict[str, tuple[list[int], list[int]]] = {
+    "all right": ([10, 50, 90, 100], [1, 1, 1, 1]),
+    "all wrong": ([0, 10, 50, 90], [0, 0, 0, 0]),
+    "one right": ([70], [1]),
+    "one wrong": ([30], [0]),
+    "all at 0%, wrong": ([0, 0, 0], [0, 0, 0]),
+    "all at 0%, right": ([0, 0], [1, 1]),
+    "all at 0%, mixed": ([0, 0, 0], [0, 1, 0]),
+    "all at 100%, right": ([100, 100, 100], [1, 1, 1]),
+    "all at 100%, wrong": ([100, 100], [0, 0]),
+    "all at 100%, mixed": ([100, 100, 100], [1, 0, 1]),
+    "certain and right": ([0, 100, 0, 100], [0, 1, 0, 1]),
+    "certain and wrong": ([0, 100, 0, 100], [1, 0, 1, 0]),
+    "every edge right": (list(range(0, 101, 10)), [1] * 11),
+    "every edge wrong": (list(range(0, 101, 10)), [0] * 11),
+    "every edge alternating": (list(range(0, 101, 10)), [0, 1] * 5 + [1]),
+    "edges and their neighbours": (
+        [29, 30, 31, 59, 60, 61, 69, 70, 71, 99, 100],
+        [0, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1],
+    ),
+    "everything tied": ([60] * 7, [1, 0, 1, 1, 0, 0, 1]),
+    "two ties": ([20] * 4 + [80] * 5, [0, 1, 0, 0, 1, 1, 0, 1, 1]),
+    "every percent": (list(range(101)), [i % 3 % 2 for i in range(101)]),
+}
+
+
+@pytest.fixture(params=list(EDGE_CASES))
+def edge_case(request: pytest.FixtureRequest) -> Case:
+    """One edge case: int percents and bool."""
+    percent, correct = EDGE_CASES[request.param]
+    return np.array(percent), np.array(correct, dtype=bool)
+
+
+class Exact:
+    """The metrics of percents in rational arithmetic, written from their definitions."""
+
+    def __init__(self, percent: np.ndarray, correct: np.ndarray, resolution: int = 100) -> None:
+        self.c = [Fraction(int(p), resolution) for p in percent]
+        self.y = [int(y) for y in correct]
+        self.n = len(self.c)
+
+    def _gaps(self, bin_of: Callable[[Fraction], object]) -> list[tuple[int, Fraction, Fraction]]:
+        """Size, accuracy and mean confidence of every non-empty bin."""
+        bins: dict[object, list[int]] = {}
+        for i, c in enumerate(self.c):
+            bins.setdefault(bin_of(c), []).append(i)
+        return [
+            (len(b), Fraction(sum(self.y[i] for i in b), len(b)), sum(self.c[i] for i in b) / len(b))
+            for b in bins.values()
+        ]
+
+    def bins(self, n_bins: int, binning: str) -> list[tuple[int, Fraction, Fraction]]:
+        if binning == "levels":
+            return self._gaps(lambda c: c)
+        if binning == "uniform":  # [b / B, (b + 1) / B), the last bin closed
+            return self._gaps(lambda c: n_bins - 1 if c == 1 else c.numerator * n_bins // c.denominator)
+        ordered = sorted(self.c)
+        edges = []
+        for k in range(1, n_bins):  # numpy.quantile's linear interpolation, exactly
+            position = Fraction(k * (self.n - 1), n_bins)
+            low = position.numerator // position.denominator
+            high = min(low + 1, self.n - 1)
+            edges.append(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
+        return self._gaps(lambda c: sum(edge <= c for edge in edges))
+
+    def ece(self, n_bins: int = 10, binning: str = "uniform") -> Fraction:
+        return sum(Fraction(n, self.n) * abs(acc - conf) for n, acc, conf in self.bins(n_bins, binning))
+
+    def ece_l2(self, n_bins: int = 10, binning: str = "uniform") -> float:
+        return (
+            float(sum(Fraction(n, self.n) * (acc - conf) ** 2 for n, acc, conf in self.bins(n_bins, binning)))
+            ** 0.5
+        )
+
+    def mce(self, n_bins: int = 10, binning: str = "uniform") -> Fraction:
+        return max(abs(acc - conf) for _, acc, conf in self.bins(n_bins, binning))
+
+    def ace(self, n_bins: int = 10, binning: str = "quantile") -> Fraction:
+        gaps = [abs(acc - conf) for _, acc, conf in self.bins(n_bins, binning)]
+        return sum(gaps) / len(gaps)
+
+    def debiased(self, n_bins: int = 15, binning: str = "levels") -> float:
+        bins = self.bins(n_bins, binning)
+        if all(n == 1 for n, _, _ in bins):
+            return float("nan")
+        squared = sum(
+            Fraction(n, self.n) * ((acc - conf) ** 2 - acc * (1 - acc) / (n - 1))
+            for n, acc, conf in bins
+            if n > 1
+        )
+        return max(float(squared), 0.0) ** 0.5
+
+    def over(self, n_bins: int = 10) -> Fraction:
+        return sum(Fraction(n, self.n) * max(conf - acc, 0) for n, acc, conf in self.bins(n_bins, "uniform"))
+
+    def under(self, n_bins: int = 10) -> Fraction:
+        return sum(Fraction(n, self.n) * max(acc - conf, 0) for n, acc, conf in self.bins(n_bins, "uniform"))
+
+    def mean(self) -> Fraction:
+        return sum(self.c) / self.n
+
+    def accuracy(self) -> Fraction:
+        return Fraction(sum(self.y), self.n)
+
+    def brier(self) -> Fraction:
+        return sum((c - y) ** 2 for c, y in zip(self.c, self.y, strict=True)) / self.n
+
+    def decomposition(self) -> tuple[Fraction, Fraction, Fraction]:
+        base = self.accuracy()
+        bins = self.bins(0, "levels")
+        reliability = sum(n * (conf - acc) ** 2 for n, acc, conf in bins) / self.n
+        resolution = sum(n * (acc - base) ** 2 for n, acc, _ in bins) / self.n
+        return reliability, resolution, base * (1 - base)
+
+    def sharpness(self) -> Fraction:
+        return sum((c - self.mean()) ** 2 for c in self.c) / self.n
+
+    def auroc(self) -> Fraction | None:
+        right = [c for c, y in zip(self.c, self.y, strict=True) if y]
+        wrong = [c for c, y in zip(self.c, self.y, strict=True) if not y]
+        if not right or not wrong:
+            return None
+        won = sum(Fraction(int(a > b) * 2 + int(a == b), 2) for a in right for b in wrong)
+        return won / (len(right) * len(wrong))
+
+    def average_precision(self, positive: int = 1) -> Fraction | None:
+        found = sum(y == positive for y in self.y)
+        if not found:
+            return None
+        area, before = Fraction(0), 0
+        for threshold in sorted(set(self.c), reverse=positive == 1):
+            chosen = [
+                y
+                for c, y in zip(self.c, self.y, strict=True)
+                if (c >= threshold if positive == 1 else c <= threshold)
+            ]
+            hits = sum(y == positive for y in chosen)
+            area += Fraction(hits - before, found) * Fraction(hits, len(chosen))
+            before = hits
+        return area
+
+    def expected_errors(self) -> list[Fraction]:
+        """Expected errors among the k most confident, k = 0 .. N, over random orders within ties."""
+        errors = [Fraction(0)]
+        for level in sorted(set(self.c), reverse=True):
+            tied = [1 - y for c, y in zip(self.c, self.y, strict=True) if c == level]
+            start = errors[-1]
+            errors += [start + Fraction(sum(tied) * j, len(tied)) for j in range(1, len(tied) + 1)]
+        return errors
+
+    def aurc(self) -> Fraction:
+        errors = self.expected_errors()
+        return sum(errors[k] / k for k in range(1, self.n + 1)) / self.n
+
+    def excess_aurc(self) -> Fraction:
+        right = sum(self.y)
+        best = sum(Fraction(max(k - right, 0), k) for k in range(1, self.n + 1)) / self.n
+        return self.aurc() - best
+
+    def augrc(self) -> Fraction:
+        errors = self.expected_errors()  # trapezoids of width 1/N from the origin
+        return sum((errors[k - 1] + errors[k]) / 2 for k in range(1, self.n + 1)) / self.n**2
+
+    def accuracy_at_coverage(self, coverage: Fraction = Fraction(4, 5)) -> Fraction:
+        errors = self.expected_errors()
+        given = coverage * self.n
+        whole = given.numerator // given.denominator
+        wrong = errors[whole]
+        if given > whole:
+            wrong += (given - whole) * (errors[whole + 1] - errors[whole])
+        return 1 - wrong / given
+
+    def coverage_at_risk(self, risk: Fraction = Fraction(1, 20)) -> Fraction:
+        best = Fraction(0)
+        for threshold in set(self.c):
+            given = [y for c, y in zip(self.c, self.y, strict=True) if c >= threshold]
+            if Fraction(len(given) - sum(given), len(given)) <= risk:
+                best = max(best, Fraction(len(given), self.n))
+        return best
+
+
+@pytest.fixture(scope="session")
+def exact() -> type[Exact]:
+    """The reference in rational arithmetic."""
+    return Exact

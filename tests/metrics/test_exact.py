@@ -1,0 +1,260 @@
+"""Every metric, from raw values and from a table, against the rational reference: random cases and all edges."""
+
+import math
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.metrics import functional, table_metrics
+from vlm_calibration.metrics.table import ConfidenceTable
+
+CHECKS = {
+    "ece": ("expected_calibration_error", {}, lambda e: e.ece()),
+    "ece 15 bins": ("expected_calibration_error", {"n_bins": 15}, lambda e: e.ece(15)),
+    "ece 1 bin": ("expected_calibration_error", {"n_bins": 1}, lambda e: e.ece(1)),
+    "ece more bins than levels": ("expected_calibration_error", {"n_bins": 137}, lambda e: e.ece(137)),
+    "ece quantile": ("expected_calibration_error", {"binning": "quantile"}, lambda e: e.ece(10, "quantile")),
+    "ece levels": ("expected_calibration_error", {"binning": "levels"}, lambda e: e.ece(10, "levels")),
+    "ece l2": ("expected_calibration_error", {"norm": "l2"}, lambda e: e.ece_l2()),
+    "ece max": ("expected_calibration_error", {"norm": "max", "n_bins": 7}, lambda e: e.mce(7)),
+    "mce": ("maximum_calibration_error", {}, lambda e: e.mce()),
+    "mce quantile": ("maximum_calibration_error", {"binning": "quantile"}, lambda e: e.mce(10, "quantile")),
+    "ace": ("adaptive_calibration_error", {}, lambda e: e.ace()),
+    "ace 4 bins": ("adaptive_calibration_error", {"n_bins": 4}, lambda e: e.ace(4)),
+    "ace uniform": ("adaptive_calibration_error", {"binning": "uniform"}, lambda e: e.ace(10, "uniform")),
+    "debiased": ("debiased_calibration_error", {}, lambda e: e.debiased()),
+    "debiased uniform": (
+        "debiased_calibration_error",
+        {"binning": "uniform", "n_bins": 10},
+        lambda e: e.debiased(10, "uniform"),
+    ),
+    "overconfident": ("overconfident_error", {}, lambda e: e.over()),
+    "underconfident": ("underconfident_error", {}, lambda e: e.under()),
+    "brier": ("brier_score", {}, lambda e: e.brier()),
+    "auroc": ("auroc", {}, lambda e: e.auroc()),
+    "ap right": ("average_precision", {}, lambda e: e.average_precision()),
+    "ap wrong": ("average_precision", {"positive": "wrong"}, lambda e: e.average_precision(0)),
+    "aurc": ("area_under_risk_coverage", {}, lambda e: e.aurc()),
+    "excess aurc": ("excess_area_under_risk_coverage", {}, lambda e: e.excess_aurc()),
+    "augrc": ("area_under_generalized_risk_coverage", {}, lambda e: e.augrc()),
+    "accuracy at coverage": ("accuracy_at_coverage", {}, lambda e: e.accuracy_at_coverage()),
+    "accuracy at all": ("accuracy_at_coverage", {"coverage": 1.0}, lambda e: e.accuracy()),
+    "accuracy at 3/8": (
+        "accuracy_at_coverage",
+        {"coverage": 0.375},
+        lambda e: e.accuracy_at_coverage(Fraction(3, 8)),
+    ),
+    "coverage at risk": ("coverage_at_risk", {}, lambda e: e.coverage_at_risk()),
+    "coverage at no risk": ("coverage_at_risk", {"risk": 0.0}, lambda e: e.coverage_at_risk(Fraction(0))),
+    "coverage at 30% risk": (
+        "coverage_at_risk",
+        {"risk": 0.3},
+        lambda e: e.coverage_at_risk(Fraction(3, 10)),
+    ),
+    "mean confidence": ("mean_confidence", {}, lambda e: e.mean()),
+    "overconfidence": ("overconfidence", {}, lambda e: e.mean() - e.accuracy()),
+    "sharpness": ("sharpness", {}, lambda e: e.sharpness()),
+}
+
+
+def check(percent, correct, exact, name):
+    """Raw float64, raw float32 (for what is not sensitive to its rounding) and table values against the truth."""
+    function, options, reference = CHECKS[name]
+    truth = reference(exact(percent, correct))
+    truth = math.nan if truth is None else float(truth)
+    confidence, right = torch.tensor(percent / 100), torch.tensor(correct)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        raw = getattr(functional, function)(confidence, right, **options)
+        single = getattr(functional, function)(confidence.float(), right, **options)
+        table = getattr(table_metrics, function)(
+            ConfidenceTable.from_predictions(confidence, right), **options
+        )
+    assert raw.dtype == table.dtype == torch.float64
+    assert raw.shape == table.shape == ()
+    assert float(raw) == pytest.approx(truth, abs=3e-8 if "debiased" in name else 1e-12, nan_ok=True)
+    assert float(table) == pytest.approx(truth, abs=3e-8 if "debiased" in name else 1e-12, nan_ok=True)
+    assert float(single) == pytest.approx(
+        truth, abs=1e-3 if "debiased" in name or "l2" in name else 1e-6, nan_ok=True
+    )
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_random_cases(cases, exact, name):
+    for kind in ("tens", "percents", "few"):
+        for percent, correct in cases(70, kind, seed=len(name), largest=35):
+            check(percent, correct, exact, name)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_edge_cases(edge_case, exact, name):
+    check(*edge_case, exact, name)
+
+
+def test_brier_decomposition_adds_up(cases, exact):
+    for kind in ("tens", "percents", "few"):
+        for percent, correct in cases(70, kind, seed=3, largest=40):
+            truth = exact(percent, correct).decomposition()
+            table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
+            parts = table_metrics.brier_decomposition(table)
+            raw = functional.brier_decomposition(torch.tensor(percent / 100), torch.tensor(correct))
+            assert [float(p) for p in parts] == pytest.approx([float(t) for t in truth], abs=1e-12)
+            assert [float(p) for p in raw] == pytest.approx([float(t) for t in truth], abs=1e-12)
+            single = (
+                table_metrics.brier_reliability(table),
+                table_metrics.brier_resolution(table),
+                table_metrics.brier_uncertainty(table),
+            )
+            assert single == tuple(parts)
+            total = parts.reliability - parts.resolution + parts.uncertainty
+            assert float(total) == pytest.approx(float(table_metrics.brier_score(table)), abs=1e-12)
+
+
+def test_the_ece_splits_into_over_and_underconfidence(cases):
+    for percent, correct in cases(200, "percents", seed=4):
+        table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
+        over, under = table_metrics.overconfident_error(table), table_metrics.underconfident_error(table)
+        assert float(over + under) == pytest.approx(
+            float(table_metrics.expected_calibration_error(table)), abs=1e-12
+        )
+        assert float(over - under) == pytest.approx(float(table_metrics.overconfidence(table)), abs=1e-12)
+
+
+def test_augrc_equals_its_published_closed_form(cases):
+    for percent, correct in cases(200, "tens", seed=5):
+        if correct.all() or not correct.any():
+            continue
+        table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
+        accuracy, auroc = correct.mean(), float(table_metrics.auroc(table))
+        closed = (1 - auroc) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
+        assert float(table_metrics.area_under_generalized_risk_coverage(table)) == pytest.approx(
+            closed, abs=1e-12
+        )
+
+
+def test_aurc_is_the_mean_over_all_orders_of_ties():
+    """Three answers at 90% and two at 40%, in every order that keeps the levels apart."""
+    from itertools import permutations
+
+    groups = [[0, 1, 0], [1, 0]]  # errors
+    areas = []
+    for first in permutations(groups[0]):
+        for second in permutations(groups[1]):
+            errors = np.array(first + second)
+            areas.append(np.mean(errors.cumsum() / np.arange(1, 6)))
+    confidence = torch.tensor([0.9] * 3 + [0.4] * 2, dtype=torch.float64)
+    correct = torch.tensor([True, False, True, False, True])
+    assert float(functional.area_under_risk_coverage(confidence, correct)) == pytest.approx(
+        np.mean(areas), abs=1e-14
+    )
+
+
+def test_aurc_of_many_answers_is_stable():
+    """Differences of harmonic numbers do not cancel: ten million answers, against the sum over all of them."""
+    counts = torch.zeros(101, 2, dtype=torch.int64)
+    counts[100], counts[99], counts[50] = torch.tensor([[3, 4], [5, 9_999_000], [100, 888]])
+    errors, done, area = 0.0, 0, 0.0
+    for wrong, right in counts.flip(0).tolist():
+        k = np.arange(1, wrong + right + 1)
+        if len(k):
+            area += ((errors + k * wrong / (wrong + right)) / (done + k)).sum()
+        errors, done = errors + wrong, done + wrong + right
+    table = ConfidenceTable(counts)
+    assert float(table_metrics.area_under_risk_coverage(table)) == pytest.approx(area / done, rel=1e-9)
+
+
+def test_risk_coverage_curve():
+    table = ConfidenceTable.from_predictions([0.9, 0.9, 0.5, 0.5, 0.1], [True, False, True, True, False])
+    curve = table_metrics.risk_coverage_curve(table)
+    assert curve.threshold.tolist() == pytest.approx([0.9, 0.5, 0.1])
+    assert curve.coverage.tolist() == pytest.approx([0.4, 0.8, 1.0])
+    assert curve.risk.tolist() == pytest.approx([1 / 2, 1 / 4, 2 / 5])
+    assert curve.generalized_risk.tolist() == pytest.approx([0.2, 0.2, 0.4])
+    raw = functional.risk_coverage_curve(
+        torch.tensor([0.9, 0.9, 0.5, 0.5, 0.1]), torch.tensor([True, False, True, True, False])
+    )
+    for a, b in zip(raw, curve, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+UNDEFINED_WITHOUT_ANSWERS = sorted(
+    {function for function, _, _ in CHECKS.values()} | {"log_loss", "monotonicity"}
+)
+
+
+@pytest.mark.parametrize("function", [*UNDEFINED_WITHOUT_ANSWERS, "smooth_calibration_error"])
+def test_no_answers_give_nan_and_one_warning(function):
+    for call in (
+        lambda: getattr(functional, function)(torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
+        lambda: getattr(table_metrics, function)(ConfidenceTable.empty()),
+        lambda: getattr(table_metrics, function)(
+            ConfidenceTable.from_predictions([None, None], [True, False])
+        ),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = call()
+        assert math.isnan(value)
+        assert [w.category.__name__ for w in caught] == ["UndefinedMetricWarning"]
+        assert function in str(caught[0].message)
+
+
+def test_one_class_has_no_auroc():
+    for right in (True, False):
+        table = ConfidenceTable.from_predictions([0.2, 0.8], [right, right])
+        with pytest.warns(UserWarning, match="auroc is undefined .* one right and one wrong") as caught:
+            assert math.isnan(table_metrics.auroc(table))
+        assert len(caught) == 1
+    with pytest.warns(UserWarning, match="brier_decomposition"):
+        assert all(math.isnan(part) for part in table_metrics.brier_decomposition(ConfidenceTable.empty()))
+    with pytest.warns(UserWarning, match="average_precision"):
+        assert math.isnan(functional.average_precision(torch.tensor([0.5]), torch.tensor([False])))
+    with pytest.warns(UserWarning, match="monotonicity .* different accuracy"):
+        assert math.isnan(functional.monotonicity(torch.tensor([0.5, 0.5]), torch.tensor([False, True])))
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("expected_calibration_error", {"n_bins": 0}, "n_bins must be a positive integer, got 0"),
+        ("expected_calibration_error", {"n_bins": 2.5}, "n_bins must be a positive integer"),
+        (
+            "expected_calibration_error",
+            {"binning": "equal"},
+            "binning must be one of uniform, quantile, levels",
+        ),
+        ("expected_calibration_error", {"norm": "l3"}, "norm must be l1, l2 or max"),
+        ("maximum_calibration_error", {"binning": ""}, "binning must be one of"),
+        ("average_precision", {"positive": "yes"}, "positive must be right or wrong"),
+        ("accuracy_at_coverage", {"coverage": 0.0}, r"coverage must be in \(0, 1\]"),
+        ("coverage_at_risk", {"risk": 1.5}, r"risk must be in \[0, 1\]"),
+        ("log_loss", {"eps": 0.5}, r"eps must be in \[0, 0.5\)"),
+        ("smooth_calibration_error", {"bandwidth": 0.0}, "bandwidth must be at least"),
+    ],
+)
+def test_bad_options(function, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(functional, function)(torch.tensor([0.5, 0.7]), torch.tensor([True, False]), **options)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "message"),
+    [
+        ([0.5, 1.01], [True, True], r"confidence\[1\] = 1.0\d* is outside \[0, 1\]"),
+        ([-0.1, 0.5], [True, True], r"confidence\[0\] = -0.1\d* is outside"),
+        ([0.5, float("inf")], [True, True], r"confidence\[1\] = inf is outside"),
+        ([0.5, float("nan")], [True, True], r"confidence\[1\] = nan is not a number"),
+        ([0.5], [True, True], "shape"),
+        ([0.5], [2], "only 0 and 1"),
+        ([0.5], [0.5], "bool"),
+        ([1], [True], "floating"),
+        ([[0.5]], [[True]], "vector"),
+    ],
+)
+def test_bad_inputs(confidence, correct, message):
+    for function in (functional.brier_score, functional.expected_calibration_error, functional.auroc):
+        with pytest.raises(ValueError, match=message):
+            function(torch.tensor(confidence), torch.tensor(correct))

@@ -1,0 +1,205 @@
+"""Figures: they show the numbers of the table, need no display or pyplot, and survive empty tables and threads."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, TaskMetrics, figures
+from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
+
+DRAWN = [figures.reliability_diagram, figures.confidence_histogram, figures.risk_coverage_figure]
+
+
+def make(n=500, levels=11, seed=0):
+    rng = np.random.default_rng(seed)
+    confidence = rng.integers(0, levels, n) / (levels - 1)
+    correct = rng.random(n) < 0.3 + 0.5 * confidence
+    return ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct))
+
+
+def texts(figure):
+    """Everything written on a figure's first axes, legend included."""
+    ax = figure.axes[0]
+    written = [ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts)]
+    legend = ax.get_legend()
+    return " | ".join(written + ([t.get_text() for t in legend.get_texts()] if legend else []))
+
+
+def size(figure):
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    png = buffer.getvalue()
+    assert png[:4] == b"\x89PNG"
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+@pytest.mark.parametrize(
+    "table",
+    [
+        make(),
+        make(levels=101, n=3000),
+        ConfidenceTable.empty(),
+        ConfidenceTable.from_predictions([None], [True]),
+        ConfidenceTable.from_predictions([1.0], [True]),
+        ConfidenceTable.from_predictions([0.0, 0.0], [False, False]),
+        ConfidenceTable.from_predictions([0.123, 0.1234], [False, True], resolution=10_000),
+    ],
+    ids=["tens", "percents", "empty", "unread", "one right", "all 0%", "fine"],
+)
+def test_every_figure_draws_every_table(draw, table):
+    figure = draw(table)
+    assert isinstance(figure, Figure)
+    assert size(figure) == (800, 600)
+    ax = figure.axes[0]
+    assert "(%)" in ax.get_xlabel()
+    assert ax.get_ylabel()
+    assert f"{table.n:,} answer" in ax.get_title()
+    if table.parsed == 0:
+        assert "No answer with a readable confidence" in texts(figure)
+
+
+def test_the_reliability_diagram_shows_bins_counts_and_ece():
+    confidence = [0.2] * 4 + [0.25] * 4 + [1.0] * 1500
+    correct = [True] * 2 + [False] * 6 + [True] * 1500
+    table = ConfidenceTable.from_predictions(confidence, correct)
+    figure = figures.reliability_diagram(table)
+    line = next(li for li in figure.axes[0].lines if li.get_label() == "Answers, by bin")
+    assert line.get_xdata().tolist() == pytest.approx([22.5, 100])
+    assert line.get_ydata().tolist() == pytest.approx([25, 100])
+    written = texts(figure)
+    for part in (
+        "8",
+        "1.5k",
+        "Perfectly calibrated",
+        "95% interval",
+        "Answers in each bin",
+        "ECE 0.0%, 1,508 answers",
+    ):
+        assert part in written
+
+
+def test_wilson_intervals():
+    """Published example: 81 of 263 is [0.2553, 0.3662] (Newcombe 1998)."""
+    low, high = figures.wilson_interval(
+        torch.tensor([81.0, 0.0, 5.0]).double(), torch.tensor([263.0, 0.0, 5.0]).double()
+    )
+    assert [float(low[0]), float(high[0])] == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    assert [float(low[1]), float(high[1])] == pytest.approx([0, 1], abs=1e-9)
+    assert float(high[2]) == 1
+
+
+def test_the_histogram_splits_by_correctness():
+    table = ConfidenceTable.from_predictions([0.9] * 5 + [0.5] * 3, [True] * 4 + [False] + [False] * 3)
+    figure = figures.confidence_histogram(table)
+    heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in figure.axes[0].containers[0]}
+    assert heights == pytest.approx({50: 0, 90: 4})
+    below = [bar.get_height() for bar in figure.axes[0].containers[1]]
+    assert below == [-3, -1]
+    assert "Mean confidence 75.0%" in texts(figure)
+    assert "Accuracy 50.0%" in texts(figure)
+
+
+def test_the_risk_coverage_figure_integrates_to_aurc():
+    table = make(2000)
+    figure = figures.risk_coverage_figure(table)
+    line = next(li for li in figure.axes[0].lines if li.get_label() == "By stated confidence")
+    area = np.trapezoid(line.get_ydata(), line.get_xdata()) / 1e4
+    from vlm_calibration.metrics.table_metrics import area_under_risk_coverage
+
+    assert area == pytest.approx(float(area_under_risk_coverage(table)), abs=2e-3)
+    points = next(li for li in figure.axes[0].lines if li.get_label() == "Thresholds")
+    assert len(points.get_xdata()) == 11
+    assert points.get_xdata()[-1] == pytest.approx(100)
+
+
+def test_the_response_curve():
+    tables = {step: make(200, seed=step) for step in (500, 0, 1000)} | {750: ConfidenceTable.empty()}
+    figure = figures.response_curve(tables)
+    assert size(figure) == (800, 600)
+    line = next(li for li in figure.axes[0].lines if li.get_label() == "Mean stated confidence")
+    assert list(line.get_xdata()) == [0, 500, 1000]
+    assert "diffusion step" in texts(figure)
+    assert "600 answers" in texts(figure)
+    assert "No answer" in texts(figures.response_curve({0: ConfidenceTable.empty()}))
+    with pytest.raises(ValueError, match="at least one table"):
+        figures.response_curve({})
+
+
+def test_given_axes_and_titles_are_used():
+    figure = Figure()
+    axes = figure.subplots(2, 2).ravel()
+    for draw, ax in zip(DRAWN, axes, strict=False):
+        assert draw(make(), ax=ax, title="mine") is figure
+        assert ax.get_title() == "mine"
+    assert figures.response_curve({0: make()}, ax=axes[3], title="mine") is figure
+
+
+def test_threads():
+    with ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(lambda i: size(DRAWN[i % 3](make(seed=i))), range(6)))
+    assert sizes == [(800, 600)] * 6
+
+
+def test_no_pyplot_and_no_matplotlib_until_something_is_drawn():
+    """Importing the package and computing leaves matplotlib alone; drawing leaves pyplot's figures alone."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import torchmetrics
+by_torchmetrics = set(sys.modules)
+from vlm_calibration.metrics import CalibrationMetrics, figures
+assert not [m for m in set(sys.modules) - by_torchmetrics if m.startswith('matplotlib')]
+metrics = CalibrationMetrics()
+metrics.update(torch.tensor([0.9, 0.1]), torch.tensor([True, False]))
+metrics.compute()
+assert not [m for m in set(sys.modules) - by_torchmetrics if m.startswith(('matplotlib', 'lightning', 'transformers'))]
+figures.reliability_diagram(metrics.tables()[''])
+metrics['aurc'].plot()
+metrics['ece'].plot([torch.tensor(0.1), torch.tensor(0.2)])
+import matplotlib.pyplot as plt
+assert not plt.get_fignums()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", CALIBRATION_CLASSES)
+def test_plot_draws_what_the_metric_measures(name):
+    metric = CALIBRATION_CLASSES[name]()
+    metric.update(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([True, False, False]))
+    figure, ax = metric.plot()
+    assert isinstance(figure, Figure)
+    assert "(%)" in ax.get_xlabel()
+    figure, ax = metric.plot([metric.compute(), metric.compute()])
+    assert isinstance(figure, Figure)
+    assert ax.get_xlabel() == "Step"
+
+
+def test_plot_with_axes_and_values():
+    metric = ExpectedCalibrationError(n_bins=5)
+    metric.update(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, False, False]))
+    ax = figures.new_axes()
+    assert metric.plot(ax=ax) == (ax.figure, ax)
+    assert metric.plot(metric.compute(), ax=figures.new_axes())[1].get_ylabel() == "ExpectedCalibrationError"
+
+
+def test_collections_plot():
+    metrics = CalibrationMetrics(prefix="val/")
+    metrics.update(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, False, False]))
+    drawn = metrics.plot()
+    assert len(drawn) == len(metrics) == 15
+    figure = Figure()
+    axes = list(figure.subplots(3, 5).ravel())
+    assert [ax for _, ax in metrics.plot(ax=axes)] == axes
+    assert len(metrics.plot(metrics.compute())) == 15
+    together, _ = metrics.plot([metrics.compute(), metrics.compute()], together=True)
+    assert together is not None
+    tasks = TaskMetrics()
+    tasks.update(["yes", "no"], ["yes", "yes"], torch.tensor([True, False]))
+    assert len(tasks.plot()) == 5

@@ -1,0 +1,200 @@
+"""Against the published packages, at least 200 random cases each, where they are right."""
+
+import warnings
+from math import gcd
+
+import numpy as np
+import pytest
+import relplot
+import torch
+from calibration.utils import get_binning_ce
+from netcal.metrics import ACE, ECE, MCE
+from scipy.stats import rankdata, spearmanr
+from sklearn import metrics as sklearn_metrics
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+from vlm_calibration.metrics import functional, table_metrics
+from vlm_calibration.metrics.table import ConfidenceTable
+
+
+def raw(confidence, correct):
+    return torch.tensor(confidence), torch.tensor(correct)
+
+
+def both(name, percent, correct, **options):
+    """The metric from raw values and from the table, which must agree."""
+    confidence, right = raw(percent / 100, correct)
+    values = (
+        float(getattr(functional, name)(confidence, right, **options)),
+        float(getattr(table_metrics, name)(ConfidenceTable.from_predictions(confidence, right), **options)),
+    )
+    assert values[0] == pytest.approx(values[1], abs=1e-12)
+    return values[1]
+
+
+@pytest.mark.parametrize("kind", ["tens", "percents", "few"])
+def test_sklearn(cases, kind):
+    compared = 0
+    for percent, correct in cases(70, kind, seed=11, largest=300):
+        c, y = percent / 100, correct.astype(int)
+        assert both("brier_score", percent, correct) == pytest.approx(
+            sklearn_metrics.brier_score_loss(y, c, pos_label=1), abs=1e-12
+        )
+        assert both("log_loss", percent, correct) == pytest.approx(
+            sklearn_metrics.log_loss(y, c, labels=[0, 1]), rel=1e-9
+        )
+        if 0 < y.sum() < len(y):
+            compared += 1
+            assert both("auroc", percent, correct) == pytest.approx(
+                sklearn_metrics.roc_auc_score(y, c), abs=1e-12
+            )
+            for positive, label, score in (("right", y, c), ("wrong", 1 - y, 1 - c)):
+                ours = both("average_precision", percent, correct, positive=positive)
+                assert ours == pytest.approx(sklearn_metrics.average_precision_score(label, score), abs=1e-12)
+    assert compared > 50
+
+
+def test_sklearn_on_continuous_values(cases):
+    for confidence, correct in cases(200, "continuous", seed=12, largest=300):
+        y, values = correct.astype(int), raw(confidence, correct)
+        assert float(functional.brier_score(*values)) == pytest.approx(
+            sklearn_metrics.brier_score_loss(y, confidence, pos_label=1), abs=1e-12
+        )
+        assert float(functional.log_loss(*values)) == pytest.approx(
+            sklearn_metrics.log_loss(y, confidence, labels=[0, 1]), rel=1e-9
+        )
+        if 0 < y.sum() < len(y):
+            assert float(functional.auroc(*values)) == pytest.approx(
+                sklearn_metrics.roc_auc_score(y, confidence), abs=1e-12
+            )
+            assert float(functional.average_precision(*values)) == pytest.approx(
+                sklearn_metrics.average_precision_score(y, confidence), abs=1e-12
+            )
+
+
+@pytest.mark.parametrize("n_bins", [10, 15])
+def test_netcal(cases, n_bins):
+    """Continuous values: netcal's float edges are only wrong where a value is on one."""
+    by_quantile = 0
+    for confidence, correct in cases(220, "continuous", seed=13, largest=200):
+        # Else a quantile is one of the values, and in either bin by rounding.
+        while len(correct) > 2 and gcd(len(correct) - 1, n_bins) > 1:
+            confidence, correct = confidence[:-1], correct[:-1]
+        values, y = raw(confidence, correct), correct.astype(int)
+        # netcal refuses quantiles that nearly coincide.
+        edges = np.quantile(confidence, np.linspace(0, 1, n_bins + 1))[1:-1]
+        apart = len(y) > 1 and np.diff(edges, prepend=0, append=1).min() > 1e-6
+        pairs = [
+            (functional.expected_calibration_error(*values, n_bins=n_bins), ECE(n_bins), True),
+            (functional.maximum_calibration_error(*values, n_bins=n_bins), MCE(n_bins), True),
+            (
+                functional.adaptive_calibration_error(*values, n_bins=n_bins, binning="uniform"),
+                ACE(n_bins),
+                True,
+            ),
+            (
+                functional.expected_calibration_error(*values, n_bins=n_bins, binning="quantile"),
+                ECE(n_bins, equal_intervals=False),
+                apart,
+            ),
+            (
+                functional.adaptive_calibration_error(*values, n_bins=n_bins),
+                ACE(n_bins, equal_intervals=False),
+                apart,
+            ),
+        ]
+        by_quantile += apart
+        for ours, peer, comparable in pairs:
+            if comparable:
+                assert float(ours) == pytest.approx(peer.measure(confidence, y), abs=1e-9)
+    assert by_quantile >= 200
+
+
+def test_netcal_on_tables(cases):
+    """Percents moved off the edges (5%, 15%, ..., 95%), so that tables can be compared too."""
+    for percent, correct in cases(200, "tens", seed=14, largest=300):
+        percent = np.clip(percent + 5, 5, 95)
+        c, y = percent / 100, correct.astype(int)
+        assert both("expected_calibration_error", percent, correct) == pytest.approx(
+            ECE(10).measure(c, y), abs=1e-12
+        )
+        assert both("maximum_calibration_error", percent, correct) == pytest.approx(
+            MCE(10).measure(c, y), abs=1e-12
+        )
+        ace = both("adaptive_calibration_error", percent, correct, binning="uniform")
+        assert ace == pytest.approx(ACE(10).measure(c, y), abs=1e-12)
+
+
+def test_torchmetrics(cases):
+    """Values below 1 and off the edges: there torchmetrics is right."""
+    for percent, correct in cases(200, "tens", seed=15, largest=300):
+        percent = np.clip(percent + 5, 5, 95)
+        c, y = raw(percent / 100, correct.astype(int))
+        for norm in ("l1", "l2", "max"):
+            ours = both("expected_calibration_error", percent, correct, norm=norm)
+            assert ours == pytest.approx(
+                float(binary_calibration_error(c, y, n_bins=10, norm=norm)), abs=1e-9
+            )
+        if 0 < y.sum() < len(y):
+            assert both("auroc", percent, correct) == pytest.approx(float(binary_auroc(c, y)), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tens", "percents"])
+def test_uncertainty_calibration(cases, kind):
+    """Kumar et al.'s own code: discrete bins, plug-in l2 of discrete bins, and equal-width bins off the edges."""
+    for percent, correct in cases(200, kind, seed=16, largest=300):
+        c, y = percent / 100, correct.astype(int)
+        if max(np.unique(c, return_counts=True)[1]) > 1:
+            ours = both("debiased_calibration_error", percent, correct)
+            assert ours == pytest.approx(get_binning_ce(c, y))
+        plug_in = both("expected_calibration_error", percent, correct, norm="l2", binning="levels")
+        theirs = get_binning_ce(c, y, debias=False)
+        assert plug_in == pytest.approx(theirs, abs=1e-9)
+
+
+def test_relplot(cases):
+    """Between 6% and 94%: relplot's kernel loses half of what lies at 0 and 1 (see test_peer_defects).
+
+    Its bandwidth is found to 1/1024 and its integral has 200 points, hence the tolerance; and its kernel is cut at
+    +-0.5, which shows from a bandwidth of about 0.15 on. `test_smooth` has the exact reference for all of them.
+    """
+    rng = np.random.default_rng(17)
+    narrow, wide = [], []
+    for i, (confidence, correct) in enumerate(cases(240, "continuous", seed=17, largest=400)):
+        confidence = 0.06 + 0.88 * confidence
+        confidence = np.round(confidence, 1 + i % 2) if i % 3 else confidence
+        correct = correct if i % 2 else rng.random(len(confidence)) < confidence
+        ours = float(functional.smooth_calibration_error(*raw(confidence, correct)))
+        (narrow if ours < 0.15 else wide).append(abs(ours - relplot.smECE(confidence, correct.astype(float))))
+    assert len(narrow) > 100
+    assert max(narrow) < 1.5e-3
+    assert np.median(narrow) < 3e-4
+    assert max(wide) < 0.02
+
+
+def test_scipy_spearman(cases):
+    compared = 0
+    for kind in ("tens", "percents"):
+        for percent, correct in cases(150, kind, seed=18, largest=300):
+            accuracy = {p: correct[percent == p].mean() for p in set(percent)}
+            of_level = np.array([accuracy[p] for p in percent])
+            if len(set(percent)) == 1 or len(set(of_level)) == 1:
+                continue
+            compared += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert both("monotonicity", percent, correct) == pytest.approx(
+                    spearmanr(percent, of_level).statistic, abs=1e-9
+                )
+    assert compared > 200
+
+
+def test_auroc_is_the_mann_whitney_statistic(cases):
+    for confidence, correct in cases(200, "continuous", seed=19, largest=200):
+        right, wrong = int(correct.sum()), int((~correct).sum())
+        if not right or not wrong:
+            continue
+        u = rankdata(confidence)[correct].sum() - right * (right + 1) / 2
+        assert float(functional.auroc(*raw(confidence, correct))) == pytest.approx(
+            u / (right * wrong), abs=1e-12
+        )

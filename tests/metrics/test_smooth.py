@@ -1,0 +1,129 @@
+"""Smooth ECE against its definition: reflected Gaussians summed image by image, integrated on a fine grid."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+
+from vlm_calibration.metrics import functional
+from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, _integral_of_absolute, smooth_calibration_error
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table_metrics import expected_calibration_error, overconfidence
+
+
+def definition(confidence, correct, sigma, nodes=4000):
+    """The integral of |mean of K_sigma(t, c_i) (c_i - y_i)| over t by the midpoint rule."""
+    t = (np.arange(nodes) + 0.5) / nodes
+    values, inverse = np.unique(confidence, return_inverse=True)
+    residual = np.zeros(len(values))
+    np.add.at(residual, inverse, (confidence - correct) / len(confidence))
+    images = np.arange(-2, 3) * 2
+    centres = np.concatenate([values[:, None] + images, -values[:, None] + images], axis=1)
+    kernel = np.exp(-0.5 * ((t[:, None, None] - centres) / sigma) ** 2).sum(2) / (sigma * np.sqrt(2 * np.pi))
+    return np.abs(kernel @ residual).mean()
+
+
+def value(confidence, correct, **options):
+    return float(
+        functional.smooth_calibration_error(torch.tensor(confidence), torch.tensor(correct), **options)
+    )
+
+
+@pytest.mark.parametrize("kind", ["tens", "percents", "continuous"])
+def test_fixed_bandwidth(cases, kind):
+    rng = np.random.default_rng(0)
+    for confidence, correct in cases(70, kind, seed=31, largest=40):
+        confidence = confidence if kind == "continuous" else confidence / 100
+        sigma = float(np.exp(rng.uniform(np.log(0.01), np.log(0.8))))
+        assert value(confidence, correct, bandwidth=sigma) == pytest.approx(
+            definition(confidence, correct, sigma), abs=2e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["tens", "percents", "continuous"])
+def test_the_value_is_the_error_at_its_own_bandwidth(cases, kind):
+    for confidence, correct in cases(70, kind, seed=32, largest=60):
+        confidence = confidence if kind == "continuous" else confidence / 100
+        ours = value(confidence, correct)
+        assert ours == pytest.approx(definition(confidence, correct, max(ours, MIN_BANDWIDTH)), abs=2e-5)
+
+
+def test_it_is_the_only_fixed_point(cases):
+    """Root finding on the definition from both ends of [MIN_BANDWIDTH, 1] finds the same number."""
+    for percent, correct in cases(8, "percents", seed=33, largest=60):
+        c = percent / 100
+        root = brentq(lambda s: definition(c, correct, s, 2000) - s, 5e-3, 1.0, xtol=1e-6)  # noqa: B023
+        assert value(c, correct) == pytest.approx(root, abs=1e-4)
+
+
+def test_bounds(cases):
+    """|overconfidence| <= smooth ECE <= ECE over levels, for raw values and tables alike."""
+    for percent, correct in cases(200, "percents", seed=34):
+        table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
+        smooth = float(smooth_calibration_error(table))
+        assert smooth == pytest.approx(value(percent / 100, correct), abs=1e-9)
+        assert abs(float(overconfidence(table))) <= smooth + 1e-5
+        assert smooth <= float(expected_calibration_error(table, binning="levels")) + 1e-5
+
+
+def test_perfect_and_worst():
+    assert value([0.0, 1.0, 0.0], [False, True, False]) == 0
+    assert value([0.5, 0.5], [False, True]) == pytest.approx(0, abs=1e-12)
+    assert value([1.0, 1.0], [False, False]) == pytest.approx(1)
+    assert value([0.0], [True]) == pytest.approx(1)
+
+
+def test_a_small_error_is_that_of_the_narrowest_kernel():
+    """A millionth too confident at two far levels in opposite directions: at 1/1024 they do not cancel."""
+    counts = torch.zeros(101, 2, dtype=torch.int64)
+    counts[20], counts[80] = torch.tensor([[800_100, 199_900], [199_900, 800_100]])
+    value = float(smooth_calibration_error(ConfidenceTable(counts)))
+    assert value == pytest.approx(1e-4, abs=1e-9)
+
+
+def test_many_raw_values_go_through_the_fine_grid():
+    rng = np.random.default_rng(5)
+    confidence = rng.random(20_000)
+    correct = rng.random(20_000) < 0.5 + 0.6 * (confidence - 0.5)
+    many = value(confidence, correct)
+    values, inverse = np.unique(np.rint(confidence * 2000), return_inverse=True)
+    assert len(values) < 4096 < len(confidence)
+    assert many == pytest.approx(value(values[inverse] / 2000, correct), abs=1e-5)
+    edge = np.concatenate([np.linspace(0.5, 1, 5000), np.ones(5000)])
+    assert value(edge, np.zeros(10_000, dtype=bool)) == pytest.approx(edge.mean(), abs=1e-9)
+
+
+def test_it_is_continuous_where_the_binned_error_jumps():
+    """Moving 0.3 to just below it changes bins, and the ECE from 0.175 to 0.475; the smooth ECE hardly moves."""
+    correct = torch.tensor([False, True])
+    at, below = (torch.tensor(c, dtype=torch.float64) for c in ([0.3, 0.35], [0.3 - 1e-9, 0.35]))
+    assert float(functional.expected_calibration_error(at, correct)) == pytest.approx(0.175)
+    assert float(functional.expected_calibration_error(below, correct)) == pytest.approx(0.475)
+    smooth = functional.smooth_calibration_error
+    assert float(smooth(at, correct)) == pytest.approx(float(smooth(below, correct)), abs=1e-6)
+
+
+def test_batched_replicates_equal_single_tables(cases):
+    """One fixed-point search for a batch of very different rows finds what each row's own search finds."""
+    tables = [
+        ConfidenceTable.from_predictions(torch.tensor(p / 100), torch.tensor(y))
+        for p, y in cases(60, "percents", seed=35, largest=200)
+    ]
+    counts = torch.stack([t.counts for t in tables])
+    full = ConfidenceTable(torch.ones(101, 2, dtype=torch.int64)).levels()
+    batch = smooth_calibration_error(full._replace(counts=counts))
+    single = torch.stack([smooth_calibration_error(t) for t in tables])
+    assert torch.allclose(batch, single, atol=1e-5, rtol=0)
+
+
+def test_integral_at_sign_changes():
+    """|sin(3 pi t)| integrates to 2 / pi; 40 nodes a half wave leave no second-order error at the kinks."""
+    t = torch.linspace(0, 1, 121, dtype=torch.float64)
+    waves = torch.stack(
+        [torch.sin(3 * torch.pi * t), torch.cos(3 * torch.pi * t), torch.cos(3 * torch.pi * t + 1e-3)]
+    )
+    plain = torch.trapezoid(waves.abs(), t)
+    ours = _integral_of_absolute(waves)
+    assert abs(float(ours[1]) - 2 / torch.pi) < 1e-5
+    assert abs(float(plain[2]) - 2 / torch.pi) > 1e-4
+    assert abs(float(ours[2]) - 2 / torch.pi) < 2e-5

@@ -1,0 +1,331 @@
+"""The torchmetrics classes: keys, shared state, forward, reset, persistence, casts, categories and refusals."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics import MetricCollection
+
+from vlm_calibration.metrics import (
+    CalibrationMetrics,
+    ConfidenceTable,
+    TaskMetrics,
+    TaskTable,
+    summarize,
+    tables_by_category,
+    task_scores,
+)
+from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
+from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
+from vlm_calibration.metrics.task import TASK_METRICS
+from vlm_calibration.metrics.task_metrics import TASK_CLASSES
+
+
+def batches(seed=0, sizes=(40, 1, 0, 59)):
+    """Batches of (confidence, correct, category), some confidences unread, some answers without a category."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in sizes:
+        confidence = rng.integers(0, 11, n) / 10
+        correct = rng.random(n) < 0.2 + 0.6 * confidence
+        confidence[rng.random(n) < 0.1] = np.nan
+        category = [[None, "a", "b"][i] for i in rng.integers(0, 3, n)]
+        made.append((torch.tensor(confidence), torch.tensor(correct, dtype=torch.bool), category))
+    return made
+
+
+def joined(made):
+    return (
+        torch.cat([b[0] for b in made]),
+        torch.cat([b[1] for b in made]),
+        [c for b in made for c in b[2]],
+    )
+
+
+def floats(values):
+    return {name: float(value) for name, value in values.items()}
+
+
+@pytest.fixture
+def filled():
+    metrics = CalibrationMetrics(prefix="val/", categories=["a", "b"])
+    for batch in batches():
+        metrics.update(*batch)
+    return metrics
+
+
+def expected(made, prefix="", names=REPORTED):
+    confidence, correct, category = joined(made)
+    tables = tables_by_category(confidence, correct, category)
+    whole = ConfidenceTable.from_predictions(confidence, correct)
+    values = summarize(whole, categories={name: tables[name] for name in ("a", "b")}, metrics=names)
+    return {prefix + name: value for name, value in values.items()}
+
+
+def test_values_and_keys(filled):
+    values = filled.compute()
+    assert floats(values) == expected(batches(), "val/")
+    assert list(values)[:15] == [f"val/{name}" for name in REPORTED]
+    assert all(v.shape == () and v.dtype == torch.float64 for v in values.values())
+    assert isinstance(filled, MetricCollection)
+
+
+def test_without_categories_the_category_is_not_used():
+    metrics = CalibrationMetrics(postfix="_test")
+    for batch in batches():
+        metrics.update(*batch)
+    confidence, correct, _ = joined(batches())
+    whole = summarize(ConfidenceTable.from_predictions(confidence, correct))
+    assert floats(metrics.compute()) == {f"{name}_test": value for name, value in whole.items()}
+
+
+def test_all_registered_metrics():
+    metrics = CalibrationMetrics(metrics=METRICS, categories=("a", "b"))
+    for batch in batches():
+        metrics.update(*batch)
+    assert floats(metrics.compute()) == pytest.approx(expected(batches(), names=METRICS), nan_ok=True)
+    assert set(CALIBRATION_CLASSES) == set(METRICS)
+
+
+def test_categories_may_come_from_a_generator():
+    metrics = CalibrationMetrics(categories=(name for name in ("a", "b")))
+    assert metrics["ece"].categories == metrics["brier"].categories == ("a", "b")
+
+
+def test_an_update_runs_one_bincount(monkeypatch):
+    """Twenty-six members and three categories: one count an update, the first one included, and one a forward."""
+    calls = []
+    bincount = torch.bincount
+    monkeypatch.setattr(torch, "bincount", lambda x, **k: (calls.append(len(x)), bincount(x, **k))[1])
+    metrics = CalibrationMetrics(categories=["a", "b"], metrics=METRICS)
+    for confidence, correct, category in batches(sizes=(40, 30)):
+        metrics.update(confidence, correct, category)
+    assert calls == [40, 30]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics(*batches(sizes=(7,))[0])
+        assert calls == [40, 30, 7]
+        metrics.compute()
+    assert len(calls) == 3
+    tasks = TaskMetrics()
+    tasks.update(["yes"], ["no"], torch.tensor([False]))
+    assert calls[3:] == [1]
+
+
+def test_members_share_one_state(filled):
+    states = {id(member.counts) for member in filled.values(copy_state=False)}
+    assert len(states) == 1
+    assert len(filled.compute_groups) == 1
+
+
+def test_a_member_alone(filled):
+    """Looked up, iterated or used by itself, a member has the collection's value."""
+    values = filled.compute()
+    assert float(filled["val/ece"].compute()["ece/a"]) == float(values["val/ece/a"])
+    for name, member in filled.items():
+        assert float(member.compute()[name.removeprefix("val/")]) == float(values[name])
+    filled.update(*batches(1)[0])
+    assert floats(filled.compute()) == expected([*batches(), batches(1)[0]], "val/")
+    alone = ExpectedCalibrationError()
+    alone.update(*joined(batches())[:2])
+    assert alone.compute().shape == ()
+    assert float(alone.compute()) == float(values["val/ece"])
+
+
+def test_forward_returns_the_batch_and_accumulates():
+    metrics = CalibrationMetrics(categories=["a", "b"])
+    made = batches(sizes=(40, 33, 59))
+    for batch in made:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert floats(metrics(*batch)) == pytest.approx(expected([batch]), nan_ok=True)
+    assert floats(metrics.compute()) == expected(made)
+    alone = ExpectedCalibrationError()
+    first, second = (alone(*batch[:2]) for batch in made[:2])
+    assert float(first) != float(second)
+    assert float(alone.compute()) == float(ExpectedCalibrationError()(*joined(made[:2])[:2]))
+
+
+def test_a_bad_batch_leaves_the_state(filled):
+    before = floats(filled.compute())
+    for use in (filled.update, filled.forward):
+        with pytest.raises(ValueError, match="outside"):
+            use(torch.tensor([0.5, 1.5]), torch.tensor([True, True]))
+        assert floats(filled.compute()) == before
+
+
+def test_reset(filled):
+    filled.reset()
+    with pytest.warns(UserWarning, match="undefined") as caught:
+        values = filled.compute()
+    assert len(caught) == 1
+    assert values["val/n"] == values["val/n/a"] == 0
+    assert all(math.isnan(v) for k, v in values.items() if "/n" not in k)
+    filled.update(*batches(2)[0])
+    assert floats(filled.compute()) == pytest.approx(expected([batches(2)[0]], "val/"), nan_ok=True)
+
+
+def test_pickling_and_copying(filled):
+    for other in (pickle.loads(pickle.dumps(filled)), copy.deepcopy(filled), filled.clone()):
+        assert floats(other.compute()) == floats(filled.compute())
+        other.update(*batches(1)[0])
+        assert floats(other.compute()) == expected([*batches(), batches(1)[0]], "val/")
+    assert floats(filled.compute()) == expected(batches(), "val/")
+    renamed = filled.clone(prefix="test/")
+    assert next(iter(renamed.compute())) == "test/n"
+
+
+def test_state_dict(filled):
+    assert filled.state_dict() == {}
+    filled.persistent(True)
+    state = filled.state_dict()
+    fresh = CalibrationMetrics(prefix="val/", categories=["a", "b"])
+    fresh.persistent(True)
+    fresh.load_state_dict(copy.deepcopy(state))
+    assert floats(fresh.compute()) == floats(filled.compute())
+    fresh.update(*batches(1)[0])
+    assert floats(fresh.compute()) == expected([*batches(), batches(1)[0]], "val/")
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.set_dtype(torch.float32),
+        lambda m: torch.nn.ModuleDict({"m": m}).to(torch.bfloat16)["m"],
+    ],
+)
+def test_casts_leave_the_counts_alone(filled, cast):
+    cast(filled)
+    for member in filled.values():
+        member.set_dtype(torch.float16)
+        assert member.counts.dtype == torch.int64
+    filled.update(*batches(1)[0])
+    assert floats(filled.compute()) == expected([*batches(), batches(1)[0]], "val/")
+
+
+def test_moving_to_a_device_moves_the_state(filled):
+    moved = copy.deepcopy(filled).to("meta")
+    assert all(member.counts.device.type == "meta" for member in moved.values(copy_state=False))
+    assert all(member.counts.device.type == "cpu" for member in filled.values(copy_state=False))
+    assert filled.to("cpu").compute()["val/ece"].device.type == "cpu"
+
+
+def test_inference_mode_then_training():
+    """Counts made in inference mode, as a Lightning validation makes them, can be added to outside of it."""
+    metrics = CalibrationMetrics()
+    with torch.inference_mode():
+        metrics.update(*batches()[0][:2])
+    metrics.update(*batches()[1][:2])
+    assert int(metrics.compute()["n"]) == 41
+    with torch.inference_mode():
+        metrics.reset()
+    metrics.update(*batches()[0][:2])
+    assert int(metrics.compute()["n"]) == 40
+
+
+def test_bfloat16_autocast():
+    """A bfloat16 model's confidences, under autocast: the counts of the float64 ones."""
+    metrics, reference = CalibrationMetrics(), CalibrationMetrics()
+    confidence, correct, _ = joined(batches())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metrics.update(confidence.bfloat16(), correct)
+        value = metrics.compute()
+    reference.update(confidence, correct)
+    assert floats(value) == floats(reference.compute())
+
+
+def test_a_finer_grid():
+    metrics = CalibrationMetrics(resolution=10_000, n_bins=15)
+    confidence, correct = torch.tensor([0.12341, 0.98765]), torch.tensor([True, False])
+    metrics.update(confidence, correct)
+    assert float(metrics.compute()["mean_confidence"]) == pytest.approx((0.1234 + 0.9876) / 2, abs=1e-4)
+    assert metrics.tables()[""].resolution == 10_000
+
+
+def test_constants_that_torchmetrics_users_read():
+    for name, cls in CALIBRATION_CLASSES.items():
+        member = cls()
+        spec = METRICS[name]
+        assert member.higher_is_better is spec.higher_is_better
+        assert member.is_differentiable is False
+        assert member.full_state_update is False
+        assert member.plot_lower_bound == spec.lower
+        assert member.plot_upper_bound == (None if math.isinf(spec.upper) else spec.upper)
+    for name, cls in TASK_CLASSES.items():
+        assert cls().higher_is_better is TASK_METRICS[name]
+
+
+def test_task_metrics():
+    rng = np.random.default_rng(0)
+    metrics = TaskMetrics(positive="no", prefix="test/", categories=["a", "b"])
+    rows = []
+    for n in (20, 0, 31):
+        gold = rng.choice(["yes", "no", "a bus"], n).tolist()
+        said = [[g, "no", None][i] for g, i in zip(gold, rng.choice(3, n, p=[0.6, 0.3, 0.1]), strict=True)]
+        correct = [g == s for g, s in zip(gold, said, strict=True)]
+        category = rng.choice(["a", "b"], n).tolist()
+        metrics.update(said, gold, torch.tensor(correct, dtype=torch.bool), category)
+        rows += zip(said, gold, correct, category, strict=True)
+    values = metrics.compute()
+    for suffix in ("", "/a", "/b"):
+        chosen = [r for r in rows if suffix in ("", f"/{r[3]}")]
+        table = TaskTable.from_predictions(
+            [r[0] for r in chosen], [r[1] for r in chosen], [r[2] for r in chosen]
+        )
+        for name, value in task_scores(table, positive="no").items():
+            assert float(values[f"test/{name}{suffix}"]) == value
+    assert len(values) == 15
+    assert list(values)[:5] == [f"test/{name}" for name in TASK_METRICS]
+    with pytest.warns(UserWarning, match="accuracy/b: there is no answer"):
+        batch = metrics(["no"], ["no"], torch.tensor([True]), ["a"])
+    assert batch["test/precision"] == 1
+    assert pickle.loads(pickle.dumps(metrics)).compute().keys() == values.keys()
+
+
+def test_both_in_one_module_and_collection():
+    """As a LightningModule holds them: attributes of a module, moved and cast with it."""
+    module = torch.nn.Module()
+    module.calibration, module.task = CalibrationMetrics(), TaskMetrics()
+    module.to(torch.bfloat16)
+    module.calibration.update(torch.tensor([0.9, 0.2]), torch.tensor([True, False]))
+    module.task.update(["yes", "no"], ["yes", "yes"], torch.tensor([True, False]))
+    values = module.calibration.compute() | module.task.compute()
+    assert len(values) == 20
+    assert values["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 0}, "resolution must be"),
+        ({"metrics": ["bogus"]}, "unknown metric 'bogus'"),
+        ({"categories": "a"}, "list of names, got the string 'a'"),
+        ({"categories": ["a", "a"]}, "must differ"),
+        ({"categories": [""]}, "non-empty"),
+        ({"nonsense": 1}, "Unexpected keyword"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationMetrics(**options)
+
+
+def test_bad_updates(filled):
+    confidence, correct = torch.tensor([0.5, 0.5]), torch.tensor([True, False])
+    with pytest.raises(ValueError, match=r"unknown categories \['z'\]; declared are \['a', 'b'\]"):
+        filled.update(confidence, correct, ["a", "z"])
+    with pytest.raises(ValueError, match="one name for each of the 2 answers"):
+        filled.update(confidence, correct, ["a"])
+    with pytest.raises(ValueError, match="one name for each"):
+        filled.update(confidence, correct, "ab")
+    with pytest.raises(ValueError, match="positive must be"):
+        TaskMetrics(positive="maybe")

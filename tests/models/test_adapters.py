@@ -1,0 +1,227 @@
+"""LoRA adapters: on which layers they sit, that several share one base, and that peft alone can read them back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.models.adapters import (
+    LoraSettings,
+    adapter_names,
+    attach_lora,
+    load_adapters,
+    part_of,
+    using_adapter,
+)
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.records import DataError
+
+NAMES = {
+    "language": (
+        "model.language_model.layers.{}.",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ),
+    "tower": (
+        "model.vision_tower.encoder.layers.{}.",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+    "projector": ("model.multi_modal_projector.linear_{}", ("",), ()),
+}
+
+
+def _expected(part: str) -> set[str]:
+    stem, *groups = NAMES[part]
+    numbers = (1, 2) if part == "projector" else range(4)
+    return {stem.format(i) + name for i in numbers for group in groups for name in group}
+
+
+def _adapted(model: PeftModel) -> set[str]:
+    """Names of the layers that carry an adapter, as they were called before."""
+    base = model.get_base_model()
+    return {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+
+
+def _logits(model: Any, prompts: PromptBatch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**prompts.inputs).logits[:, -1]
+
+
+def test_every_linear_layer_is_in_one_part(load_model: Callable[..., Any]) -> None:
+    parts = part_of(load_model())
+    for part in NAMES:
+        assert {name for name, p in parts.items() if p == part} == _expected(part)
+    assert len(parts) == sum(len(_expected(part)) for part in NAMES)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [["language"], ["tower"], ["projector"], ["language", "projector"], ["language", "tower", "projector"]],
+)
+def test_adapters_go_where_they_are_asked_to(load_model: Callable[..., Any], parts: list[Any]) -> None:
+    model = attach_lora(load_model(), LoraSettings(parts=parts))
+    assert _adapted(model) == set().union(*(_expected(p) for p in parts))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert not [name for name in trained if "lm_head" in name or "embed" in name]
+
+
+def test_settings_reach_peft(load_model: Callable[..., Any]) -> None:
+    model = attach_lora(
+        load_model(), LoraSettings(r=3, alpha=12, dropout=0.25, use_rslora=True, use_dora=True), "mine"
+    )
+    config = model.peft_config["mine"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12, 0.25)
+    assert config.use_rslora
+    assert config.use_dora
+    assert list(adapter_names(model)) == ["mine"]
+    scaling = next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["mine"]
+    assert scaling == pytest.approx(12 / 3**0.5)
+
+
+def test_a_part_without_layers_is_named(load_model: Callable[..., Any]) -> None:
+    model = load_model()
+    model.model.multi_modal_projector = torch.nn.Identity()
+    with pytest.raises(DataError, match="LlavaForConditionalGeneration has no linear layer in its projector"):
+        attach_lora(model, LoraSettings(parts=["language", "projector"]))
+
+
+def test_a_fresh_adapter_changes_nothing(load_model: Callable[..., Any], prompts: PromptBatch) -> None:
+    model = load_model()
+    before = _logits(model, prompts)
+    assert torch.equal(_logits(attach_lora(model, LoraSettings()).eval(), prompts), before)
+
+
+def test_two_adapters_share_one_base(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+) -> None:
+    folders = {"one": new_adapter(1), "two": new_adapter(2, parts=["language", "tower", "projector"], r=2)}
+    model = load_model()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    parameters = sum(p.numel() for p in model.parameters())
+    base = _logits(model, prompts)
+
+    both = load_adapters(model, folders)
+    assert list(adapter_names(both)) == ["one", "two"]
+    kept = {
+        name.replace("base_layer.", ""): p
+        for name, p in both.get_base_model().named_parameters()
+        if "lora_" not in name
+    }
+    assert {name: p.data_ptr() for name, p in kept.items()} == before
+    assert sum(p.numel() for p in kept.values()) == parameters
+
+    found = {}
+    for name in (None, "one", "two", None, "one"):
+        with using_adapter(both, name):
+            logits = _logits(both, prompts)
+        assert torch.equal(logits, found.setdefault(name, logits)), "the same each time"
+    assert torch.equal(found[None], base)
+    assert not torch.allclose(found["one"], base, atol=0.1)
+    assert not torch.allclose(found["one"], found["two"], atol=0.1)
+    for name, folder in folders.items():
+        alone = PeftModel.from_pretrained(load_model(), folder)
+        assert torch.allclose(_logits(alone, prompts), found[name], atol=1e-5)
+
+
+def test_no_adapters_is_the_model_itself(load_model: Callable[..., Any], prompts: PromptBatch) -> None:
+    model = load_model()
+    assert load_adapters(model, {}) is model
+    with using_adapter(model, None):
+        _logits(model, prompts)
+    with pytest.raises(ValueError, match="the model has no adapter 'sft'"), using_adapter(model, "sft"):
+        pass
+
+
+def test_the_base_comes_back_after_an_error(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+) -> None:
+    model = load_adapters(load_model(), {"one": new_adapter(1)})
+    with using_adapter(model, "one"):
+        adapted = _logits(model, prompts)
+    with pytest.raises(RuntimeError, match="stop"), using_adapter(model, None):
+        raise RuntimeError("stop")
+    assert torch.equal(_logits(model, prompts), adapted)
+
+
+@pytest.mark.parametrize("content", [None, "empty"])
+def test_a_folder_without_an_adapter_is_named(
+    load_model: Callable[..., Any], tmp_path: Path, content: str | None
+) -> None:
+    folder = tmp_path / "adapter"
+    if content:
+        folder.mkdir()
+    with pytest.raises(DataError, match=f"no adapter at {folder} .*: train one first"):
+        load_adapters(load_model(), {"sft": str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{tmp}/empty", "from the folder '{tmp}/empty'"),
+        ("{tmp}/none", "from the name on the Hub or folder '{tmp}/none'"),
+    ],
+)
+def test_a_missing_model_is_named(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        load_vlm(BaseModel(name.format(tmp=tmp_path)))
+    assert str(caught.value).startswith("cannot load a model " + says.format(tmp=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_be_loaded_as_asked_is_named(model_folder: str) -> None:
+    with pytest.raises(DataError, match="cannot load a model from the folder"):
+        load_vlm(BaseModel(model_folder, attn_implementation="none_such"))
+
+
+def test_a_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(model_folder: str) -> None:
+    for dtype, expected in (
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+    ):
+        model = load_vlm(BaseModel(model_folder, dtype=dtype))  # type: ignore[arg-type]
+        assert not model.training
+        assert model.dtype == expected
+
+
+FRESH = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+base, adapter, inputs, out = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(base)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    logits = model(**torch.load(inputs, weights_only=True)).logits[:, -1]
+torch.save(logits, out)
+assert not [name for name in sys.modules if name.startswith("vlm_calibration")]
+"""
+
+
+def test_peft_alone_loads_a_saved_adapter(
+    load_model: Callable[..., Any], model_folder: str, prompts: PromptBatch, tmp_path: Path
+) -> None:
+    model = attach_lora(load_model(), LoraSettings(r=4, parts=["language", "tower", "projector"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    model.eval().save_pretrained(tmp_path / "adapter")
+    torch.save(prompts.inputs, tmp_path / "inputs.pt")
+    files = [tmp_path / name for name in ("adapter", "inputs.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", FRESH, model_folder, *map(str, files)], check=True, timeout=300)
+    assert torch.allclose(torch.load(files[2], weights_only=True), _logits(model, prompts), atol=1e-5)
+    assert not list((tmp_path / "adapter").glob("*.bin")), "safetensors"

@@ -1,0 +1,153 @@
+"""The head evaluated only where there is a label: the same loss and gradients as the plain path, and less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+from vlm_calibration.data.collate import SFTBatch
+from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits, output_head
+
+ALL_PARTS = ["language", "tower", "projector"]
+
+
+def plain_logits(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> LabelledLogits:
+    """All logits, then those that matter."""
+    logits = model(**inputs, use_cache=False).logits
+    wanted = labels[:, 1:] != IGNORE
+    return LabelledLogits(logits[:, :-1][wanted], labels[:, 1:][wanted], wanted.nonzero()[:, 0])
+
+
+def _loss(found: LabelledLogits, n_rows: int) -> Tensor:
+    log_likelihood = token_log_likelihood(found.logits, found.targets)
+    return response_nll(log_likelihood, found.rows, torch.ones_like(log_likelihood), n_rows)
+
+
+def _with_lora(model: Any, checkpointing: bool) -> Any:
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = attach_lora(model, LoraSettings(r=4, alpha=8, dropout=0.0, parts=ALL_PARTS))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return adapted.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_loss_and_gradients_are_those_of_the_plain_path(
+    load_model: Callable[..., Any], batch: SFTBatch, attention: str, checkpointing: bool
+) -> None:
+    model = _with_lora(load_model(attention), checkpointing)
+    assert model.get_base_model().config._attn_implementation == attention
+    results = []
+    for logits_of in (plain_logits, labelled_logits):
+        model.zero_grad(set_to_none=True)
+        found = logits_of(model, batch.inputs, batch.labels)
+        loss = _loss(found, 3)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        results.append((found, loss.detach(), gradients))
+    (plain, plain_loss, plain_gradients), (ours, our_loss, our_gradients) = results
+    assert torch.equal(ours.targets, plain.targets)
+    assert torch.equal(ours.rows, plain.rows)
+    assert torch.allclose(ours.logits, plain.logits, atol=1e-6, rtol=1e-6)
+    assert abs(float(our_loss - plain_loss)) < 1e-6
+    assert len(our_gradients) > 50
+    for name, gradient in plain_gradients.items():
+        assert gradient.abs().max() > 0, name
+        scale = float(gradient.abs().max())
+        assert torch.allclose(our_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
+
+
+def test_labels_far_apart_are_found_as_well(load_model: Callable[..., Any], batch: SFTBatch) -> None:
+    model = load_model()
+    labels = torch.full_like(batch.labels, IGNORE)
+    labels[0, 1], labels[1, 70], labels[1, -1], labels[2, 5] = 9, 8, 7, 6
+    with torch.no_grad():
+        ours, plain = (f(model, batch.inputs, labels) for f in (labelled_logits, plain_logits))
+    assert ours.targets.tolist() == [9, 8, 7, 6]
+    assert ours.rows.tolist() == [0, 1, 1, 2]
+    assert torch.allclose(ours.logits, plain.logits, atol=1e-6)
+
+
+def test_a_label_on_the_first_token_is_refused(load_model: Callable[..., Any], batch: SFTBatch) -> None:
+    labels = batch.labels.clone()
+    labels[1, 0] = 5
+    with pytest.raises(ValueError, match="the first token of a sequence has a label"):
+        labelled_logits(load_model(), batch.inputs, labels)
+
+
+def test_the_hook_is_gone_afterwards_even_after_an_error(
+    load_model: Callable[..., Any], batch: SFTBatch
+) -> None:
+    model = _with_lora(load_model(), checkpointing=False)
+    head = output_head(model)
+    assert head.out_features == model.get_base_model().config.text_config.vocab_size
+    with torch.no_grad():
+        labelled_logits(model, batch.inputs, batch.labels)
+        assert not head._forward_pre_hooks
+        with pytest.raises(RuntimeError):
+            labelled_logits(model, {**batch.inputs, "pixel_values": torch.zeros(1, 3, 7, 7)}, batch.labels)
+        assert not head._forward_pre_hooks
+        logits = model(**batch.inputs).logits
+    assert logits.shape[:2] == batch.inputs["input_ids"].shape
+
+
+def _peak_bytes(run: Callable[[], None]) -> int:
+    """The most bytes that tensors held at once while running, above what they held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(events) > 100
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_peak_memory_falls() -> None:
+    vocabulary, length, rows = 50_000, 256, 2
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=vocabulary,
+        ),
+        image_token_index=7,
+    )
+    model = attach_lora(LlavaForConditionalGeneration(config), LoraSettings(r=2, dropout=0.0)).train()
+    inputs = {"input_ids": torch.randint(10, vocabulary, (rows, length))}
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels[:, -8:] = inputs["input_ids"][:, -8:]
+
+    def step(logits_of: Callable[..., LabelledLogits]) -> Callable[[], None]:
+        return lambda: _loss(logits_of(model, inputs, labels), rows).backward()
+
+    step(labelled_logits)()
+    plain, ours = _peak_bytes(step(plain_logits)), _peak_bytes(step(labelled_logits))
+    everything = rows * length * vocabulary * 4
+    assert plain > everything, "the plain path holds all logits"
+    assert ours < everything / 4
+    assert plain > 5 * ours

@@ -1,0 +1,83 @@
+"""Greedy generation in batches: what each prompt gets alone, whatever it is padded with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator, SFTBatch
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+
+def test_a_batch_is_answered_like_each_prompt_alone(
+    load_model: Callable[..., Any], processor: Any, questions: list[Sample], prompts: PromptBatch
+) -> None:
+    model, collate = load_model(), PromptCollator(ChatFormat(processor, ElicitationPrompt()))
+    lengths = prompts.inputs["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) == 3
+    together = generate_texts(model, prompts.inputs, processor.tokenizer, 8)
+    alone = [generate_texts(model, collate([q]).inputs, processor.tokenizer, 8)[0] for q in questions]
+    assert together == alone
+    assert len(set(together)) > 1, "the answers depend on the prompt"
+
+
+def _script(model: Any, tokens: list[int]) -> list[int]:
+    """Make the model say these tokens, the last one for ever; returns a list that grows by one with each step."""
+    steps: list[int] = []
+
+    def said(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        token = tokens[min(len(steps), len(tokens) - 1)]
+        steps.append(token)
+        return torch.full_like(output, -100.0).index_fill(-1, torch.tensor([token]), 100.0)
+
+    model.get_output_embeddings().register_forward_hook(said)
+    return steps
+
+
+def test_generation_stops_at_the_end_of_the_turn(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+) -> None:
+    model, tokenizer = load_model(), processor.tokenizer
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
+    steps = _script(model, [*yes, tokenizer.eos_token_id])
+    assert generate_texts(model, prompts.inputs, tokenizer, 20) == ["Yes"] * 3
+    assert len(steps) == 2
+
+
+def test_generation_stops_at_the_length_limit(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+) -> None:
+    model, tokenizer = load_model(), processor.tokenizer
+    steps = _script(model, tokenizer("dog", add_special_tokens=False)["input_ids"])
+    assert generate_texts(model, prompts.inputs, tokenizer, 3) == ["dog dog dog"] * 3
+    assert len(steps) == 3
+
+
+def test_sampling_settings_of_the_checkpoint_do_not_matter(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+) -> None:
+    greedy = generate_texts(load_model(), prompts.inputs, processor.tokenizer, 8)
+    model = load_model()
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=50, num_beams=3, num_return_sequences=1
+    )
+    assert generate_texts(model, prompts.inputs, processor.tokenizer, 8) == greedy
+
+
+def test_right_padding_is_refused(load_model: Callable[..., Any], processor: Any, batch: SFTBatch) -> None:
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate_texts(load_model(), batch.inputs, processor.tokenizer, 3)
+
+
+def test_training_mode_and_gradients_come_back(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+) -> None:
+    model = load_model().train()
+    generate_texts(model, prompts.inputs, processor.tokenizer, 2)
+    assert torch.is_grad_enabled()
+    assert model.training

@@ -1,0 +1,327 @@
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask
+
+
+@pytest.fixture
+def rgb():
+    return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def encoded(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def test_rgb_files_come_back_as_they_are_from_paths_and_bytes(rgb, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(Image.fromarray(rgb)))
+    for source in (path, str(path), path.read_bytes()):
+        loaded = load_image(source)
+        np.testing.assert_array_equal(loaded, rgb)
+        assert loaded.dtype == np.uint8
+        assert loaded.flags.writeable
+        assert loaded.flags.c_contiguous
+
+
+def test_greyscale_and_one_bit_become_three_equal_channels(rgb):
+    grey = rgb[..., 0]
+    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(grey))), np.stack([grey] * 3, axis=-1))
+    bits = Image.fromarray(grey > 127)
+    assert bits.mode == "1"
+    expected = np.where(grey > 127, 255, 0)
+    np.testing.assert_array_equal(load_image(encoded(bits)), np.stack([expected] * 3, axis=-1))
+
+
+def test_palettes_become_their_colours():
+    palette = Image.new("P", (4, 2))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    palette.putdata([0, 1, 2, 0, 1, 1, 1, 2])
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    np.testing.assert_array_equal(load_image(encoded(palette)), colours[[[0, 1, 2, 0], [1, 1, 1, 2]]])
+
+
+def test_alpha_is_composited_on_white(rgb):
+    alpha = np.random.default_rng(1).integers(0, 256, (20, 30, 1), dtype=np.uint8)
+    alpha[:5], alpha[5:10] = 0, 255
+    loaded = load_image(encoded(Image.fromarray(np.concatenate([rgb, alpha], axis=-1))))
+    share = alpha / 255
+    assert np.abs(loaded - (rgb * share + 255 * (1 - share))).max() <= 1
+    assert np.all(loaded[:5] == 255)
+    np.testing.assert_array_equal(loaded[5:10], rgb[5:10])
+
+
+def test_transparent_grey_palette_and_colour_key_are_composited_on_white():
+    grey_alpha = Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")
+    assert load_image(encoded(grey_alpha)).tolist() == [[[255] * 3, [10] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putdata([0, 1])
+    assert load_image(encoded(palette, transparency=0)).tolist() == [[[255] * 3, [0, 255, 0]]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert load_image(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [4, 5, 6]]]
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_to_eight(image_format):
+    values = np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.uint16)
+    loaded = load_image(encoded(Image.fromarray(values), image_format))
+    assert loaded[..., 0].tolist() == [[0, 255, 1, 0, 1, 128]]
+    assert np.all(loaded == loaded[..., :1])
+
+
+def test_cmyk_is_converted():
+    image = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    red = load_image(encoded(image, "JPEG", quality=100))
+    assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(rgb, orientation):
+    upright = Image.fromarray(rgb)
+    # How a camera that stores `orientation` lays the picture down.
+    stored = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.transpose(1, 0, 2),
+        6: np.rot90(rgb, 1),
+        7: rgb[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(rgb, -1),
+    }[orientation]
+    exif = upright.getexif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(
+        load_image(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)), rgb
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"]
+)
+def test_broken_exif_counts_as_upright(rgb, exif):
+    data = encoded(Image.fromarray(rgb), "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
+
+
+def test_an_impossible_orientation_counts_as_upright(rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 17
+    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), exif=exif)), rgb)
+
+
+def test_an_orientation_in_words_counts_as_upright(rgb):
+    data = encoded(Image.fromarray(rgb), "JPEG")
+    entry = struct.pack(">HHI4s", 0x0112, 2, 3, b"up")
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
+
+
+def test_of_several_frames_the_first_is_taken():
+    frames = [Image.new("L", (3, 3), value) for value in (10, 200)]
+    assert load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() == 10
+
+
+def test_floating_point_and_lab_are_refused(rgb):
+    for image, mode in (
+        (Image.fromarray(rgb[..., 0].astype(np.float32)), "F"),
+        (Image.fromarray(rgb, "LAB"), "LAB"),
+    ):
+        with pytest.raises(ImageError, match=f"x.tif: {mode} pixels have no one reading"):
+            load_image(encoded(image, "TIFF"), name="x.tif")
+
+
+def test_thirty_two_bits_are_refused_unless_they_fit_sixteen():
+    fits, does_not = (Image.fromarray(np.array([[0, value]], dtype=np.int32)) for value in (65535, 70000))
+    assert load_image(encoded(fits, "TIFF")).max() == 255
+    with pytest.raises(ImageError, match="32-bit pixels outside"):
+        load_image(encoded(does_not, "TIFF"))
+
+
+def test_an_image_error_is_a_value_error_in_one_line(tmp_path):
+    path = tmp_path / "absent.png"
+    with pytest.raises(ValueError, match="no such file; check the path") as error:
+        load_image(path)
+    assert isinstance(error.value, ImageError)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
+    data = encoded(Image.fromarray(np.kron(rgb, np.ones((8, 8, 1), np.uint8))), image_format)
+    path = tmp_path / f"cut.{image_format.lower()}"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match="replace") as error:
+        load_image(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_what_is_no_image_is_said_to_be_none(data):
+    with pytest.raises(ImageError, match=f"image of {len(data)} bytes: not an image"):
+        load_image(data)
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
+        load_image(tmp_path)
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12000, 10000), (50_000, 50_000)])
+def test_an_oversized_image_is_refused_from_its_header(width, height):
+    # Decoding would fail on the missing data; the refusal comes before.
+    with pytest.raises(ImageError, match=r"huge\.png: .*more than the 80000000 allowed; shrink it"):
+        load_image(png_header(width, height), name="huge.png")
+
+
+def test_max_pixels_is_inclusive(rgb):
+    data = encoded(Image.fromarray(rgb))
+    assert load_image(data, max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(ImageError, match="30 x 20 pixels, more than the 599 allowed"):
+        load_image(data, max_pixels=599)
+
+
+SMALL = Image.fromarray(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3))
+FILES = [
+    encoded(SMALL, kind)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "ICNS", "TGA")
+]
+
+
+@given(
+    st.sampled_from(FILES),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),
+    st.integers(0, 3000),
+)
+@settings(max_examples=400)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_an_image_or_an_image_error(data, changes, length):
+    damaged = bytearray(data)
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
+    try:
+        image = load_image(bytes(damaged[:length]), max_pixels=10_000)
+    except ImageError:
+        return
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+
+
+# --- resizing
+
+
+def test_resizing_an_image_keeps_smooth_content():
+    ramp = np.tile(np.linspace(0, 255, 200)[None, :, None], (100, 1, 3)).astype(np.uint8)
+    small = resize_image(ramp, (50, 80))
+    assert small.shape == (50, 80, 3)
+    assert np.abs(small[..., 0] - np.linspace(0, 255, 80)[None]).max() < 4
+
+
+def test_resizing_averages_noise_away():
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    assert resize_image(noise, (50, 50)).std() < noise.std() / 4
+
+
+def test_the_same_size_gives_a_copy(rgb):
+    mask = rgb[..., 0] > 127
+    for array, resized in ((rgb, resize_image(rgb, (20, 30))), (mask, resize_mask(mask, (20, 30)))):
+        np.testing.assert_array_equal(array, resized)
+        assert not np.shares_memory(array, resized)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_a_shrunk_mask_marks_pixels_that_are_half_covered(factor_y, factor_x, seed, share):
+    mask = np.random.default_rng(seed).random((5 * factor_y, 7 * factor_x)) < share
+    coverage = mask.reshape(5, factor_y, 7, factor_x).mean(axis=(1, 3))
+    expected = coverage >= 0.5
+    if mask.any() and not expected.any():
+        expected = coverage == coverage.max()
+    np.testing.assert_array_equal(resize_mask(mask, (5, 7)), expected)
+
+
+@pytest.mark.parametrize(("factor_y", "factor_x"), [(2, 2), (6, 23), (6, 31), (14, 31)])
+def test_exactly_half_covered_counts_whatever_the_rounding(factor_y, factor_x):
+    # For 6 x 23 the sum of the weights of half the pixels is a little less than a half in float32.
+    rng = np.random.default_rng(0)
+    half = np.arange(factor_y * factor_x) < factor_y * factor_x // 2
+    blocks = [[rng.permutation(half).reshape(factor_y, factor_x) for _ in range(12)]]
+    assert resize_mask(np.block(blocks), (1, 12)).all()
+
+
+def test_an_enlarged_mask_repeats_pixels():
+    mask = np.random.default_rng(0).random((5, 7)) < 0.5
+    np.testing.assert_array_equal(resize_mask(mask, (15, 14)), np.kron(mask, np.ones((3, 2), bool)))
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64), st.data())
+@settings(max_examples=60)
+def test_a_single_pixel_never_vanishes_and_stays_where_it_was(height, width, new_height, new_width, data):
+    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    mask = np.zeros((height, width), dtype=bool)
+    mask[y, x] = True
+    resized = resize_mask(mask, (new_height, new_width))
+    assert resized.shape == (new_height, new_width)
+    rows, columns = np.nonzero(resized)
+    assert rows.size >= 1
+    assert np.all(
+        np.abs((rows + 0.5) / new_height - (y + 0.5) / height) <= 0.5 / new_height + 0.5 / height + 1e-9
+    )
+    assert np.all(
+        np.abs((columns + 0.5) / new_width - (x + 0.5) / width) <= 0.5 / new_width + 0.5 / width + 1e-9
+    )
+
+
+def test_a_pixel_of_a_very_large_mask_survives():
+    mask = np.zeros((3000, 4000), dtype=bool)
+    mask[1234, 3210] = True
+    resized = resize_mask(mask, (24, 24))
+    assert np.argwhere(resized).tolist() == [[1234 * 24 // 3000, 3210 * 24 // 4000]]
+
+
+def test_an_empty_mask_stays_empty():
+    assert not resize_mask(np.zeros((10, 10), bool), (3, 30)).any()
+
+
+def test_wrong_sizes_and_arrays_are_refused(rgb):
+    mask = rgb[..., 0] > 127
+    for size in ((0, 5), (5, -1)):
+        with pytest.raises(ValueError, match="size must be a positive"):
+            resize_image(rgb, size)
+        with pytest.raises(ValueError, match="size must be a positive"):
+            resize_mask(mask, size)
+    with pytest.raises(TypeError, match="image must be a uint8 array"):
+        resize_image(rgb.astype(float), (5, 5))
+    with pytest.raises(TypeError, match="mask must be bool"):
+        resize_mask(rgb[..., 0].astype(float), (5, 5))
+    with pytest.raises(ValueError, match="mask must have shape"):
+        resize_mask(rgb, (5, 5))
+
+
+def test_paths_of_any_kind(rgb, tmp_path):
+    path = tmp_path / "ünï côdé.png"
+    path.write_bytes(encoded(Image.fromarray(rgb)))
+    np.testing.assert_array_equal(load_image(os.fspath(path)), rgb)

@@ -1,0 +1,225 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_calibration.perturbation.noise import add_region_noise, perturb
+from vlm_calibration.perturbation.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    SigmoidSchedule,
+    schedule_by_name,
+)
+
+SCHEDULE = LinearSchedule()
+GOLDEN_NOISE = [-1.5864123, -1.9970706, 2.7459562]
+GOLDEN_PIXELS = [[0, 0, 255], [128, 17, 176], [239, 189, 172]]
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def mask():
+    y, x = np.mgrid[:60, :80]
+    return ((y - 30) / 20) ** 2 + ((x - 35) / 25) ** 2 < 1
+
+
+def reference(image, mask, step, schedule, seed):
+    """The formula in float64, a pixel at a time, in the order in which noise is drawn."""
+    noise = iter(
+        np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).standard_normal(
+            3 * int(mask.sum()), np.float32
+        )
+    )
+    signal, spread = math.sqrt(schedule.alpha_bar(step)), math.sqrt(1 - schedule.alpha_bar(step))
+    result = image.astype(np.float64)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            for channel in range(3) if mask[y, x] else ():
+                clean = image[y, x, channel] / 127.5 - 1
+                value = (signal * clean + spread * float(next(noise)) + 1) * 127.5
+                result[y, x, channel] = min(255.0, max(0.0, value))
+    return result
+
+
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(), CosineSchedule(), SigmoidSchedule(), LinearSchedule(200)]
+)
+@pytest.mark.parametrize("share", [0.005, 0.3, 0.7, 1.0])
+def test_it_is_the_papers_formula_rounded_to_the_nearest(image, mask, schedule, share):
+    step = round(share * schedule.steps)
+    expected = reference(image, mask, step, schedule, seed=7)
+    found = add_region_noise(image, mask, step, schedule, 7)
+    # Half a level for the rounding, and what float32 adds.
+    assert np.abs(found - expected).max() <= 0.5 + 1e-3
+    assert np.mean(found == np.rint(expected)) > 0.999
+
+
+@pytest.mark.parametrize("step", [1, 500, 1000])
+def test_pixels_outside_the_mask_are_untouched(image, mask, step):
+    before = image.copy()
+    noisy = add_region_noise(image, mask, step, SCHEDULE, 0)
+    np.testing.assert_array_equal(noisy[~mask], image[~mask])
+    np.testing.assert_array_equal(image, before)
+    assert noisy.dtype == np.uint8
+    assert noisy.shape == image.shape
+    assert noisy.flags.c_contiguous
+
+
+def test_at_step_zero_the_image_is_bit_identical_and_a_copy(image, mask):
+    for noisy in (
+        add_region_noise(image, mask, 0, SCHEDULE, 0),
+        perturb(image, mask, 1.0, schedule="linear", seed=0),
+    ):
+        np.testing.assert_array_equal(noisy, image)
+        assert not np.shares_memory(noisy, image)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("step", [50, 300, 600])
+def test_mean_and_variance_follow_alpha_bar(schedule, step):
+    # A small amplitude around mid-grey, so that hardly any value is clipped.
+    schedule = schedule_by_name(schedule)
+    level = 140
+    image = np.full((400, 400, 3), level, dtype=np.uint8)
+    noisy = add_region_noise(image, np.ones((400, 400), bool), step, schedule, 3).astype(np.float64)
+    alpha_bar = schedule.alpha_bar(step)
+    mean = 127.5 + math.sqrt(alpha_bar) * (level - 127.5)
+    spread = 127.5 * math.sqrt(1 - alpha_bar)
+    # Clipped normal distribution, integrated numerically.
+    grid = np.linspace(mean - 9 * spread, mean + 9 * spread, 200_001)
+    density = np.exp(-0.5 * ((grid - mean) / spread) ** 2)
+    clipped = np.clip(np.rint(grid), 0, 255)
+    expected_mean = np.average(clipped, weights=density)
+    expected_variance = np.average((clipped - expected_mean) ** 2, weights=density)
+    n = noisy.size
+    assert noisy.mean() == pytest.approx(expected_mean, abs=5 * math.sqrt(expected_variance / n))
+    assert noisy.var() == pytest.approx(expected_variance, rel=0.02)
+
+
+def test_noise_is_independent_between_pixels_and_channels():
+    image = np.full((300, 300, 3), 128, dtype=np.uint8)
+    noisy = add_region_noise(image, np.ones((300, 300), bool), 200, SCHEDULE, 5).astype(np.float64)
+    noisy -= noisy.mean()
+    variance = noisy.var()
+    for a, b in (
+        (noisy[..., 0], noisy[..., 1]),
+        (noisy[..., 1], noisy[..., 2]),
+        (noisy[1:], noisy[:-1]),
+        (noisy[:, 1:], noisy[:, :-1]),
+    ):
+        assert abs(np.mean(a * b)) / variance < 0.02
+
+
+def test_pure_noise_keeps_nothing_of_the_object():
+    mask = np.ones((100, 100), bool)
+    black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), 255, np.uint8)
+    for schedule, most in (("linear", 2.0), ("cosine", 1.0)):
+        results = [
+            perturb(image, mask, 0.0, schedule=schedule, seed=1).astype(float) for image in (black, white)
+        ]
+        assert np.abs(results[0] - results[1]).mean() < most
+
+
+@given(st.integers(0, 2**64), st.integers(0, 1000))
+@settings(max_examples=50)
+def test_noise_is_a_function_of_the_seed(seed, step):
+    image = np.random.default_rng(1).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    mask = np.random.default_rng(2).random((12, 17)) < 0.4
+    first = add_region_noise(image, mask, step, SCHEDULE, seed)
+    np.testing.assert_array_equal(first, add_region_noise(image, mask, step, SCHEDULE, seed))
+    np.testing.assert_array_equal(first, add_region_noise(image, mask, step, SCHEDULE, [seed]))
+    np.testing.assert_array_equal(first, add_region_noise(image, mask.astype(np.uint8), step, SCHEDULE, seed))
+
+
+def test_other_seeds_give_other_noise(image, mask):
+    seen = {
+        add_region_noise(image, mask, 500, SCHEDULE, seed).tobytes()
+        for seed in (0, 1, 2**63, (0, 1), (1, 1), (0, 1, 5), np.random.SeedSequence(99))
+    }
+    assert len(seen) == 7
+
+
+def test_the_same_seed_gives_nested_levels(image, mask):
+    faint, strong = (
+        add_region_noise(np.full_like(image, 128), mask, step, SCHEDULE, 4)[mask] for step in (50, 150)
+    )
+    deviation = [values.astype(float).ravel() - 128 for values in (faint, strong)]
+    assert np.corrcoef(*deviation)[0, 1] > 0.98
+
+
+def test_the_stream_of_noise_has_not_changed():
+    """Guards what resumed runs and published levels rely on: the order and source of the draws."""
+    image = np.full((2, 2, 3), 100, dtype=np.uint8)
+    noisy = add_region_noise(image, np.array([[True, False], [True, True]]), 300, SCHEDULE, (1, 2, 3))
+    drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([1, 2, 3]))).standard_normal(
+        9, np.float32
+    )
+    np.testing.assert_allclose(drawn[:3], GOLDEN_NOISE, atol=1e-6)
+    np.testing.assert_array_equal(noisy[0, 1], [100, 100, 100])
+    np.testing.assert_array_equal(noisy.reshape(-1, 3)[[0, 2, 3]], GOLDEN_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "step"), [(1.0, 0), (0.9, 100), (0.7, 300), (0.295, 705), (0.0, 1000)]
+)
+def test_perturb_goes_to_the_linear_level_of_the_confidence(image, mask, confidence, step):
+    for schedule in ("linear", SigmoidSchedule()):
+        noisy = perturb(image, mask, confidence, schedule=schedule, seed=9)
+        resolved = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+        np.testing.assert_array_equal(noisy, add_region_noise(image, mask, step, resolved, 9))
+
+
+def test_images_that_are_not_contiguous_or_read_only(image, mask):
+    flipped = image[:, ::-1]
+    expected = add_region_noise(np.ascontiguousarray(flipped), mask, 500, SCHEDULE, 0)
+    np.testing.assert_array_equal(add_region_noise(flipped, mask, 500, SCHEDULE, 0), expected)
+    image.flags.writeable = False
+    assert add_region_noise(image, mask, 500, SCHEDULE, 0).flags.writeable
+
+
+@pytest.mark.parametrize("pixels", [[(0, 0)], [(59, 79)], [(0, 0), (59, 79)], [(3, y) for y in range(80)]])
+def test_masks_at_the_edges(image, pixels):
+    mask = np.zeros((60, 80), bool)
+    mask[tuple(zip(*pixels, strict=True))] = True
+    noisy = add_region_noise(image, mask, 1000, SCHEDULE, 0)
+    changed = np.any(noisy != image, axis=-1)
+    np.testing.assert_array_equal(changed, mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image": np.zeros((60, 80), np.uint8)}, ValueError, r"image must have shape \(height, width, 3\)"),
+        ({"image": np.zeros((60, 80, 4), np.uint8)}, ValueError, r"image must have shape"),
+        ({"image": np.zeros((60, 80, 3), np.float32)}, TypeError, "image must be a uint8 array, got float32"),
+        ({"image": [[1]]}, TypeError, "image must be a uint8 array, got list"),
+        ({"mask": np.zeros((60, 80), bool)}, ValueError, "mask is empty"),
+        ({"mask": np.ones((80, 60), bool)}, ValueError, "mask has shape"),
+        ({"mask": np.ones((60, 80), int)}, TypeError, "mask must be bool"),
+        ({"confidence": 1.01}, ValueError, r"confidence must be in \[0, 1\], got 1.01"),
+        ({"confidence": -0.01}, ValueError, r"confidence must be in \[0, 1\]"),
+        ({"confidence": float("nan")}, ValueError, r"confidence must be in \[0, 1\], got nan"),
+        ({"schedule": "exponential"}, ValueError, "unknown noise schedule 'exponential'"),
+        ({"seed": -1}, ValueError, "seed must not be negative"),
+        ({"seed": None}, TypeError, "seed must be a non-negative integer"),
+        ({"seed": 0.5}, TypeError, "seed must be a non-negative integer"),
+        ({"seed": "abc"}, TypeError, "seed must be a non-negative integer"),
+        ({"seed": []}, TypeError, "seed must be a non-negative integer"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(image, mask, change, error, message):
+    arguments = {"image": image, "mask": mask, "confidence": 1.0, "schedule": "linear", "seed": 0} | change
+    with pytest.raises(error, match=message):
+        perturb(arguments.pop("image"), arguments.pop("mask"), arguments.pop("confidence"), **arguments)
+
+
+@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1001, ValueError), (0.5, TypeError)])
+def test_a_step_outside_the_schedule_is_refused(image, mask, step, error):
+    with pytest.raises(error, match="step must be"):
+        add_region_noise(image, mask, step, SCHEDULE, 0)

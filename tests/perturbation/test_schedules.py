@@ -1,0 +1,131 @@
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+from vlm_calibration.perturbation.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    SigmoidSchedule,
+    schedule_by_name,
+)
+
+NAMES = ["linear", "cosine", "sigmoid"]
+
+
+def published_alpha_bars(name, steps=1000):
+    """The formulas of the papers and of diffusers, one multiplication at a time."""
+    if name == "linear":
+        betas = [1e-4 + (0.02 - 1e-4) * i / (steps - 1) for i in range(steps)]
+    elif name == "cosine":
+
+        def f(t):
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = [min(1 - f((i + 1) / steps) / f(i / steps), 0.999) for i in range(steps)]
+    else:
+        betas = [1 / (1 + math.exp(6 - 12 * i / (steps - 1))) * (0.5e-2 - 1e-5) + 1e-5 for i in range(steps)]
+    products = [1.0]
+    for beta in betas:
+        products.append(products[-1] * (1 - beta))
+    return np.array(products)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alpha_bar_is_the_published_formula(name):
+    schedule = schedule_by_name(name)
+    np.testing.assert_allclose(schedule.alpha_bar(np.arange(1001)), published_alpha_bars(name), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "amplitude"),
+    [("linear", 4.036e-5, 0.0064), ("cosine", 2.429e-9, 4.9e-5), ("sigmoid", 0.08125, 0.285)],
+)
+def test_what_the_docstrings_say_is_left_at_the_last_step(name, left, amplitude):
+    assert schedule_by_name(name).alpha_bar(1000) == pytest.approx(left, rel=1e-3)
+    assert math.sqrt(schedule_by_name(name).alpha_bar(1000)) == pytest.approx(amplitude, rel=1e-2)
+
+
+@pytest.mark.parametrize("steps", [10, 100, 1000, 4000])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_falls_strictly_from_exactly_one_for_any_number_of_steps(name, steps):
+    if name == "linear" and steps == 10:
+        steps = 25
+    values = schedule_by_name(name, steps).alpha_bar(np.arange(steps + 1))
+    assert values[0] == 1.0
+    assert np.all(np.diff(values) < 0)
+    assert values[-1] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_steps_does_not_change_what_half_way_and_the_end_mean(name):
+    coarse, fine = schedule_by_name(name, 100), schedule_by_name(name, 1000)
+    assert coarse.alpha_bar(50) == pytest.approx(fine.alpha_bar(500), abs=0.01)
+    assert coarse.alpha_bar(100) == pytest.approx(fine.alpha_bar(1000), abs=0.01)
+
+
+def test_scalars_and_arrays():
+    schedule = LinearSchedule()
+    one = schedule.alpha_bar(300)
+    assert isinstance(one, float)
+    assert schedule.alpha_bar(np.int64(300)) == one
+    many = schedule.alpha_bar(np.array([[0, 300], [300, 1000]]))
+    assert many.shape == (2, 2)
+    assert many.dtype == np.float64
+    assert many[0, 1] == many[1, 0] == one
+
+
+def test_the_table_cannot_be_changed_from_outside():
+    schedule = LinearSchedule()
+    values = schedule.alpha_bar(np.arange(1001))
+    values[:] = 0
+    assert schedule.alpha_bar(0) == 1.0
+
+
+@pytest.mark.parametrize("step", [-1, 1001, np.array([0, 1001])])
+def test_a_step_outside_the_schedule_is_an_error(step):
+    with pytest.raises(ValueError, match=r"step must be in \[0, 1000\]"):
+        CosineSchedule().alpha_bar(step)
+
+
+@pytest.mark.parametrize("step", [0.5, 300.0, True, "300", np.array([0.0])])
+def test_a_step_that_is_not_an_integer_is_an_error(step):
+    with pytest.raises(TypeError, match="must be an integer"):
+        LinearSchedule().alpha_bar(step)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearSchedule(steps=0),
+        lambda: CosineSchedule(steps=-5),
+        lambda: SigmoidSchedule(steps=2.5),
+        lambda: LinearSchedule(steps=10),
+        lambda: LinearSchedule(beta_start=0.0),
+        lambda: LinearSchedule(beta_start=0.03),
+        lambda: LinearSchedule(beta_end=float("nan")),
+        lambda: CosineSchedule(offset=-0.1),
+        lambda: CosineSchedule(offset=float("nan")),
+        lambda: SigmoidSchedule(steps=2),
+    ],
+)
+def test_impossible_parameters_are_refused(make):
+    with pytest.raises(ValueError, match=r"steps|beta|offset"):
+        make()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match="unknown noise schedule 'quadratic'; known: linear, cosine, sigmoid"
+    ):
+        schedule_by_name("quadratic")
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(500), SigmoidSchedule()])
+def test_schedules_are_frozen_picklable_values(schedule):
+    copy = pickle.loads(pickle.dumps(schedule))
+    assert copy == schedule
+    assert hash(copy) == hash(schedule)
+    with pytest.raises(AttributeError):
+        schedule.steps = 3

@@ -1,0 +1,65 @@
+"""Runs of a few steps of the tiny model on a few scenes, through the real Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    def make(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+        plain = {
+            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False},
+            **{"enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": 0},
+            **{
+                "use_distributed_sampler": False,
+                "default_root_dir": tmp_path / "run",
+                "log_every_n_steps": 1,
+            },
+        }
+        return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
+
+    return make
+
+
+@pytest.fixture
+def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
+    """Nine training queries, three for validation, and a test split of three parts of which one is `every_step`."""
+
+    def make(**settings: Any) -> PerturbedQueryDataModule:
+        plain = {
+            "train": DemoSource("train", scenes=3),
+            "validation": DemoSource("calibration", scenes=1),
+            "test": {
+                "clean": Part(DemoSource("test", scenes=2)),
+                "noised": Part(DemoSource("test", scenes=2), "drawn"),
+                "shifted": Part(DemoSource("test", scenes=1, shifted=True)),
+            },
+            "noise": NoisePolicy(distractor_probability=0.0),
+            **{"batch_size": 3, "eval_batch_size": 4, "workers": 0, "max_length": 300},
+        }
+        return PerturbedQueryDataModule(model_folder, **{**plain, **settings})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def levels_file(tmp_path: Path) -> str:
+    """A level table with an accuracy of its own for every step and answer type."""
+    counts = {
+        kind: [StepCount(step, 100, top - step // 25) for step in range(0, 1001, 100)]
+        for kind, top in (("yes_no", 95), ("short", 88))
+    }
+    AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
+    return str(tmp_path / "levels.json")

@@ -1,0 +1,159 @@
+"""Evaluating several systems side by side: each answers as it would alone, on the same images, and the files add up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.scoring import Scorer
+
+Data = Callable[..., PerturbedQueryDataModule]
+SYSTEMS = ("base", "one", "two", "oracle")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def evaluated(
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    levels_file: str,
+    tmp_path: Path,
+) -> tuple[EvaluationModule, PerturbedQueryDataModule, Path]:
+    adapters = {"one": new_adapter(1), "two": new_adapter(2)}
+    module = EvaluationModule(
+        BaseModel(model_folder, dtype="float32"), adapters, oracle_levels=levels_file, max_new_tokens=5
+    )
+    queries = data()
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    return module, queries, tmp_path / "run"
+
+
+def test_systems_side_by_side(
+    evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
+    load_model: Callable[..., Any],
+    levels_file: str,
+) -> None:
+    module, queries, folder = evaluated
+    lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
+
+    # Every query once and in order, whoever answers.
+    dataset = queries.test_dataloader().dataset
+    for found in lines.values():
+        assert [line["id"] for line in found] == [q.id for q in dataset.queries]  # type: ignore[attr-defined]
+        assert [line["category"] for line in found] == [q.category for q in dataset.queries]  # type: ignore[attr-defined]
+    samples = [dataset[0, i] for i in range(len(dataset))]  # type: ignore[arg-type]
+    assert [line["noise_step"] for line in lines["base"]] == [s.step for s in samples]
+    assert len({s.step for s in samples}) > 2
+
+    # Each system says what it would say alone.
+    model = load_adapters(load_model(), module.adapters)
+    alone: dict[str, list[str]] = {"base": [], "one": [], "two": []}
+    for batch in queries.test_dataloader():
+        for system, texts in alone.items():
+            with using_adapter(model, None if system == "base" else system):
+                texts += generate_texts(model, batch.inputs, queries.processor.tokenizer, 5)
+    for system, texts in alone.items():
+        assert [line["text"] for line in lines[system]] == texts
+    assert alone["base"] != alone["one"] != alone["two"] != alone["base"]
+
+    # The oracle answers as the base model does and states the measured accuracy.
+    levels = AnchoredLevels(levels_file)
+    for oracle, base in zip(lines["oracle"], lines["base"], strict=True):
+        assert {**oracle, "confidence": None} == {**base, "confidence": None}
+        assert oracle["confidence"] == levels.accuracy(base["noise_step"], base["answer_type"])
+
+    # The metrics are those of the predictions.
+    for system in SYSTEMS:
+        scorer = Scorer(module.scorers[0].groups)
+        scorer.update([Prediction(**line) for line in lines[system]])
+        expected = {k: None if v != v else v for k, v in scorer.compute().items()}
+        assert json.loads((folder / system / "metrics.json").read_text(encoding="utf-8")) == expected
+        assert expected["n"] == len(samples)
+    assert {"clean", "noised", "shifted", "existence", "clean/position"} <= set(module.scorers[0].groups)
+    assert {p.name for p in folder.iterdir()} == set(SYSTEMS)
+
+
+def test_a_second_run_is_the_same(
+    evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    module, queries, folder = evaluated
+    before = {p: p.read_bytes() for p in folder.rglob("*.json*")}
+    assert len(before) == 2 * len(SYSTEMS)
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
+
+
+def test_adapters_alone(
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+) -> None:
+    module = EvaluationModule(
+        BaseModel(model_folder, dtype="float32"), {"one": new_adapter(1)}, with_base=False, max_new_tokens=3
+    )
+    logged = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["one"]
+    assert logged[0]["test/one/n"] == 15
+    assert not [name for name in logged[0] if not name.startswith("test/one/")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"adapters": {"base": "x"}}, "the name 'base' is taken"),
+        ({"adapters": {"oracle": "x"}}, "the name 'oracle' is taken"),
+        ({"adapters": {"../x": "x"}}, "the name '../x'"),
+        ({"adapters": {"a.b": "x"}}, "the name 'a.b'"),
+        ({"adapters": {"": "x"}}, "the name ''"),
+        ({"with_base": False}, "nothing to evaluate"),
+        (
+            {"with_base": False, "adapters": {"a": "x"}, "oracle_levels": "x"},
+            "needs the base model's answers",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        EvaluationModule(BaseModel("nowhere"), **settings)
+    assert says in str(caught.value)
+
+
+def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
+        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
+
+
+def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
+    table.save(tmp_path / "levels.json")
+    module = EvaluationModule(
+        BaseModel(model_folder, dtype="float32"),
+        oracle_levels=str(tmp_path / "levels.json"),
+        max_new_tokens=3,
+    )
+    with pytest.raises(DataError, match="no levels were measured for answer type 'short'"):
+        trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
+    assert not list((tmp_path / "run").rglob("*.jsonl"))

@@ -1,0 +1,113 @@
+"""Measuring the base model at every noise step: every answer is counted, and the table can be read back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages import level_fit
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.level_fit import LevelFitModule, StepCounts
+
+Data = Callable[..., PerturbedQueryDataModule]
+SWEEP = {"calibration": Part(DemoSource("calibration", scenes=2), "every_step")}
+
+
+def test_counts_add_up_and_the_table_loads(
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[Prediction] = []
+    rng = np.random.default_rng(0)
+
+    def answered(*arguments: Any) -> list[Prediction]:
+        # The tiny model is hardly ever right, so let chance grade.
+        found = [replace(p, correct=bool(rng.integers(2))) for p in answer_batch(*arguments)]
+        answers.extend(found)
+        return found
+
+    monkeypatch.setattr(level_fit, "answer_batch", answered)
+    out = tmp_path / "deep" / "levels.json"
+    module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=5)
+    policy = NoisePolicy(levels=LinearLevels(n_levels=6), distractor_probability=0.0, seed=3)
+    trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
+
+    assert len(answers) == 6 * 6
+    asked = Counter((p.answer_type, p.noise_step) for p in answers)
+    right = Counter((p.answer_type, p.noise_step) for p in answers if p.correct)
+    assert sum(right.values()) > 5
+
+    levels = AnchoredLevels(out)
+    assert levels.steps == (0, 200, 400, 600, 800, 1000)
+    assert levels.answer_types == ("yes_no", "short")
+    for kind, rows in levels.table.counts.items():
+        for step, n, n_correct in rows:
+            assert (n, n_correct) == (asked[kind, step], right[kind, step])
+    provenance = levels.table.provenance
+    assert provenance["model"] == model_folder
+    assert provenance["seed"] == 3
+    assert "LinearSchedule" in provenance["schedule"]
+    assert provenance["resolution"] == "model"
+    assert "{question}" in provenance["prompt"]
+
+
+def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data) -> None:
+    queries = data(test=SWEEP, noise=NoisePolicy(distractor_probability=0.5))
+    queries.setup("test")
+    dataset = queries.test_dataloader().dataset
+    steps = [dataset[0, i].step for i in range(len(dataset))]  # type: ignore[arg-type]
+    assert steps == list(LinearLevels().steps) * 6, "no step is lost to a distractor"
+
+
+def test_clean_absent_objects_leave_the_clean_step(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    # With `absent: clean` a "no" question stays clean at every step, and counts where it belongs: at step 0.
+    module = LevelFitModule(
+        BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
+    )
+    policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
+    trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
+    rows = {row.step: row.n for row in AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]}
+    assert rows == {0: 2 + 2 * 3, 500: 2, 1000: 2}
+
+
+def test_a_step_nobody_was_asked_at_is_an_error(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    module = LevelFitModule(
+        BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
+    )
+    parts = {"clean": Part(DemoSource("calibration", scenes=1))}
+    with pytest.raises(DataError, match="every_step"):
+        trainer().test(module, datamodule=data(test=parts), verbose=False)
+    assert not (tmp_path / "l.json").exists()
+
+
+def test_step_counts_count_repeats() -> None:
+    counts = StepCounts(3)
+    kinds, steps = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 2, 0])
+    counts.update(kinds, steps, torch.tensor([True, False, True, False]))
+    counts.update(kinds[:1], steps[:1], torch.tensor([True]))
+    found = counts.compute()
+    assert found[0, 2].tolist() == [3, 4]
+    assert found[1, 0].tolist() == [0, 1]
+    assert int(found[..., 1].sum()) == 5

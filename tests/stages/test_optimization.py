@@ -1,0 +1,74 @@
+"""AdamW and the shape of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule, learning_rate_factor
+
+
+def test_warm_up_then_cosine() -> None:
+    settings = OptimizerSettings(warmup_fraction=0.2, final_fraction=0.1)
+    factors = [learning_rate_factor(step, 100, settings) for step in range(101)]
+    assert factors[:20] == pytest.approx([(s + 1) / 21 for s in range(20)])
+    assert factors[20] == 1.0
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[100] == pytest.approx(0.1)
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert learning_rate_factor(500, 100, settings) == pytest.approx(0.1), "never up again behind the end"
+
+
+def test_no_warm_up_begins_at_the_top() -> None:
+    settings = OptimizerSettings(warmup_fraction=0.0)
+    assert learning_rate_factor(0, 10, settings) == 1.0
+    assert learning_rate_factor(10, 10, settings) == pytest.approx(0.0)
+    assert learning_rate_factor(0, 1, settings) == 1.0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
+def test_every_step_of_a_short_run_trains(total: int, warmup: float) -> None:
+    settings = OptimizerSettings(warmup_fraction=warmup)
+    assert all(0 < learning_rate_factor(step, total, settings) <= 1 for step in range(total))
+
+
+def test_settings_reach_adamw() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    settings = OptimizerSettings(lr=0.5, weight_decay=0.1, betas=(0.5, 0.6), eps=1e-3, warmup_fraction=0.0)
+    made = adamw_with_schedule([parameter], settings, 4)
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert made["lr_scheduler"]["interval"] == "step"
+    [group] = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group[k] for k in ("weight_decay", "betas", "eps")] == [0.1, (0.5, 0.6), 1e-3]
+    rates = []
+    for _ in range(4):
+        rates.append(group["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.5 * (0.5 + 0.5 * math.cos(math.pi * i / 4)) for i in range(4)])
+
+
+@pytest.mark.parametrize("total", [0, -1, math.inf])
+def test_a_run_needs_an_end(total: float) -> None:
+    with pytest.raises(DataError, match="needs an end"):
+        adamw_with_schedule([torch.nn.Parameter(torch.zeros(1))], OptimizerSettings(), total)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"warmup_fraction": 1.0},
+        {"warmup_fraction": -0.1},
+        {"final_fraction": 1.5},
+        {"final_fraction": math.nan},
+    ],
+)
+def test_shares_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="warmup_fraction must be in"):
+        OptimizerSettings(**settings)

@@ -1,0 +1,127 @@
+"""The scorer: predictions in any pieces score as all of them at once, over all and over every group of a category."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.metrics.functional import brier_score, expected_calibration_error, overconfidence
+from vlm_calibration.records import Prediction, category_groups
+from vlm_calibration.stages.scoring import Scorer
+
+CATEGORIES = ("clean/existence", "clean/position", "shifted/blur/existence", "shifted/jpeg/position", None)
+
+
+def _predictions(n: int = 200, seed: int = 0) -> list[Prediction]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        category = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
+        short = category is not None and category.endswith("position")
+        gold = "dog" if short else ("Yes", "No")[int(rng.integers(2))]
+        predicted = [gold.lower(), "cat" if short else "no", None][int(rng.choice(3, p=[0.6, 0.3, 0.1]))]
+        confidence = None if rng.random() < 0.1 else int(rng.integers(101)) / 100
+        made.append(
+            Prediction(
+                *(f"q{i}", "?", gold, "", predicted, confidence, predicted == gold.lower(), category, 0),
+                answer_type="short" if short else "yes_no",
+            )
+        )
+    return made
+
+
+PREDICTIONS = _predictions()
+GROUPS = sorted({g for c in CATEGORIES for g in category_groups(c)})
+
+
+def _scored(predictions: list[Prediction], size: int, groups: list[str]) -> dict[str, float]:
+    scorer = Scorer(groups)
+    for start in range(0, len(predictions), size):
+        scorer.update(predictions[start : start + size])
+    return scorer.compute()
+
+
+def _equal(a: dict[str, float], b: dict[str, float]) -> bool:
+    return a.keys() == b.keys() and all(a[k] == b[k] or (math.isnan(a[k]) and math.isnan(b[k])) for k in a)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_pieces_score_as_the_whole(size: int) -> None:
+    assert _equal(_scored(PREDICTIONS, size, GROUPS), _scored(PREDICTIONS, 1000, GROUPS))
+    assert _equal(_scored(PREDICTIONS[::-1], size, GROUPS), _scored(PREDICTIONS, 1000, GROUPS))
+
+
+@pytest.mark.parametrize(
+    "group", [None, "clean", "existence", "shifted/existence", "shifted/blur/existence", "jpeg"]
+)
+def test_values_are_those_of_the_pure_functions(group: str | None) -> None:
+    chosen = [p for p in PREDICTIONS if group is None or group in category_groups(p.category)]
+    assert len(chosen) > 10
+    suffix = f"/{group}" if group else ""
+    found = _scored(PREDICTIONS, 16, GROUPS)
+    read = [p for p in chosen if p.confidence is not None]
+    confidence = torch.tensor([p.confidence for p in read], dtype=torch.float64)
+    correct = torch.tensor([p.correct for p in read])
+    assert found[f"n{suffix}"] == len(chosen)
+    assert found[f"accuracy{suffix}"] == pytest.approx(np.mean([p.correct for p in chosen]))
+    assert found[f"parse_failure_rate{suffix}"] == pytest.approx(1 - len(read) / len(chosen))
+    assert found[f"ece{suffix}"] == pytest.approx(float(expected_calibration_error(confidence, correct)))
+    assert found[f"brier{suffix}"] == pytest.approx(float(brier_score(confidence, correct)))
+    assert found[f"overconfidence{suffix}"] == pytest.approx(float(overconfidence(confidence, correct)))
+    assert found[f"mean_confidence{suffix}"] == pytest.approx(float(confidence.mean()))
+
+
+def test_the_file_format_has_its_names() -> None:
+    names = (
+        *("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "ece", "ace", "mce", "brier"),
+        *("brier_reliability", "brier_resolution", "brier_uncertainty", "log_loss", "auroc", "aurc"),
+        *("smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate"),
+    )
+    found = _scored(PREDICTIONS, 50, GROUPS)
+    assert {k for k in found if "/" not in k} == set(names)
+    assert set(found) == {n + s for n in names for s in ("", *(f"/{g}" for g in GROUPS))}
+    assert set(_scored(PREDICTIONS, 50, [])) == set(names)
+
+
+def test_only_the_declared_groups_are_counted() -> None:
+    found = _scored(PREDICTIONS, 50, ["clean"])
+    assert {k.split("/", 1)[1] for k in found if "/" in k} == {"clean"}
+    assert found["n"] == len(PREDICTIONS)
+
+
+def test_reset_and_new_groups_forget() -> None:
+    scorer = Scorer(GROUPS)
+    scorer.update(PREDICTIONS)
+    scorer.reset()
+    scorer.update(PREDICTIONS[:30])
+    assert _equal(scorer.compute(), _scored(PREDICTIONS[:30], 30, GROUPS))
+    scorer.set_groups(["clean"])
+    scorer.update(PREDICTIONS[:20])
+    assert _equal(scorer.compute(), _scored(PREDICTIONS[:20], 20, ["clean"]))
+
+
+def test_computing_does_not_end_it() -> None:
+    scorer = Scorer(GROUPS)
+    scorer.update(PREDICTIONS[:50])
+    scorer.compute()
+    scorer.update(PREDICTIONS[50:])
+    assert _equal(scorer.compute(), _scored(PREDICTIONS, 200, GROUPS))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_undefined_is_nan_without_a_warning() -> None:
+    always = [p for p in PREDICTIONS if p.correct and p.confidence is not None]
+    found = _scored(always, 50, [])
+    assert math.isnan(found["auroc"])
+    assert found["accuracy"] == 1.0
+
+
+def test_an_update_of_nothing_is_nothing() -> None:
+    scorer = Scorer(GROUPS)
+    scorer.update([])
+    scorer.update(PREDICTIONS[:9])
+    scorer.update([])
+    assert _equal(scorer.compute(), _scored(PREDICTIONS[:9], 9, GROUPS))

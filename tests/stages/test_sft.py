@@ -1,0 +1,311 @@
+"""The SFT stage: what the loss weighs, what training changes and writes, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlm_calibration.callbacks.adapter import AdapterWriter
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.callbacks.run import RunCheckpoint
+from vlm_calibration.data.collate import IGNORE, SFTBatch
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.forward import LabelledLogits
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.records import DataError
+from vlm_calibration.stages import sft
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.sft import SFTModule
+
+Data = Callable[..., PerturbedQueryDataModule]
+ALL_PARTS = ["language", "tower", "projector"]
+
+
+def _module(folder: str, **settings: Any) -> SFTModule:
+    lora = LoraSettings(r=8, alpha=16, dropout=0.0, parts=ALL_PARTS)  # type: ignore[arg-type]
+    plain = {"lora": lora, "max_new_tokens": 6, "optimizer": OptimizerSettings(lr=3e-3)}
+    torch.manual_seed(0)
+    return SFTModule(BaseModel(folder, dtype="float32"), **{**plain, **settings})
+
+
+def _batch(data: PerturbedQueryDataModule) -> SFTBatch:
+    """The first batch, with a level of its own for every row."""
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    return batch._replace(confidence=torch.tensor([0.9, 0.4, 0.0]))
+
+
+class Observed:
+    """Runs training steps outside a Trainer and keeps the label logits and what was logged."""
+
+    def __init__(self, module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.module = module
+        self.logged: dict[str, float] = {}
+        self.found: LabelledLogits | None = None
+        module.configure_model()
+        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
+        original = sft.labelled_logits
+
+        def watched(*arguments: Any) -> LabelledLogits:
+            self.found = original(*arguments)
+            self.found.logits.retain_grad()
+            return self.found
+
+        monkeypatch.setattr(sft, "labelled_logits", watched)
+
+    def loss(self, batch: SFTBatch) -> Tensor:
+        return self.module.training_step(batch, 0)
+
+    @property
+    def log_likelihood(self) -> list[float]:
+        assert self.found is not None
+        logits, targets, _ = self.found
+        return torch.log_softmax(logits.double(), -1)[range(len(targets)), targets].tolist()
+
+
+def _by_hand(
+    batch: SFTBatch, log_likelihood: Sequence[float], answer: Sequence[float], confidence: float
+) -> float:
+    """1/B sum_b 1/|b| sum_t -w_t log p_t, with w the row's `answer` weight or the `confidence` weight."""
+    tokens = iter(log_likelihood)
+    rows = []
+    for labels, stated, weight in zip(batch.labels, batch.stated, answer, strict=True):
+        terms = [
+            -(confidence if is_stated else weight) * next(tokens)
+            for label, is_stated in zip(labels.tolist(), stated.tolist(), strict=True)
+            if label != IGNORE
+        ]
+        rows.append(sum(terms) / len(terms))
+    assert next(tokens, None) is None
+    return sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "confidence"),
+    [
+        ({}, [1.0, 1.0, 1.0], 1.0),
+        ({"confidence_weight": 0.25}, [1.0, 1.0, 1.0], 0.25),
+        ({"answer_weight": "confidence"}, [0.9, 0.4, 0.0], 1.0),
+        ({"answer_weight": "confidence", "confidence_weight": 3.0}, [0.9, 0.4, 0.0], 3.0),
+    ],
+)
+def test_the_loss_weighs_as_stated(
+    model_folder: str,
+    data: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    answer: list[float],
+    confidence: float,
+) -> None:
+    batch = _batch(data())
+    observed = Observed(_module(model_folder, **settings), monkeypatch)
+    loss = observed.loss(batch)
+    assert float(loss) == pytest.approx(
+        _by_hand(batch, observed.log_likelihood, answer, confidence), rel=1e-5
+    )
+
+    loss.backward()
+    assert observed.found is not None
+    gradient = observed.found.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
+    stated = batch.stated[:, 1:][batch.labels[:, 1:] != IGNORE]
+    weights = torch.where(stated, torch.tensor(confidence), torch.tensor(answer)[observed.found.rows])
+    assert torch.equal(gradient > 0, weights > 0)
+
+    likelihood = torch.tensor(observed.log_likelihood)
+    assert observed.logged["train/loss"] == pytest.approx(float(loss))
+    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[~stated].mean()), rel=1e-4)
+    assert observed.logged["train/nll_confidence"] == pytest.approx(
+        -float(likelihood[stated].mean()), rel=1e-4
+    )
+
+
+def test_without_weight_the_confidence_teaches_nothing(
+    model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(data())
+    observed = Observed(_module(model_folder, confidence_weight=0.0), monkeypatch)
+    observed.loss(batch).backward()
+    assert observed.found is not None
+    gradient = observed.found.logits.grad
+    stated = batch.stated[:, 1:][batch.labels[:, 1:] != IGNORE]
+    assert gradient is not None
+    assert gradient[stated].abs().max() == 0
+    assert gradient[~stated].abs().amax(dim=-1).min() > 0
+
+
+def test_a_batch_of_which_all_is_too_long_teaches_nothing(
+    model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(data())
+    observed = Observed(_module(model_folder), monkeypatch)
+    none = torch.zeros((0, 0), dtype=torch.int64)
+    empty = SFTBatch({}, none, none.bool(), torch.zeros(0), (), ("a", "b"))
+    loss = observed.loss(empty)
+    assert float(loss) == 0
+    loss.backward()
+    parameters = observed.module.trained_parameters()
+    assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
+    observed.loss(batch._replace(skipped=("c",)))
+    assert observed.module.skipped == observed.logged["train/skipped"] == 3
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(data())
+    gradients = []
+    for checkpointing in (False, True):
+        with monkeypatch.context() as patch:
+            observed = Observed(_module(model_folder, gradient_checkpointing=checkpointing), patch)
+            assert observed.module.model.training
+            assert observed.module.model.get_base_model().is_gradient_checkpointing == checkpointing
+            runs: list[int] = []
+            layer = observed.module.model.get_base_model().model.language_model.layers[0].mlp
+            layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+            observed.loss(batch).backward()
+            assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
+            gradients.append([p.grad for p in observed.module.trained_parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
+
+
+class Losses(L.Callback):
+    """Keeps the loss of each step and the confidence of each query by epoch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.drawn: list[dict[str, float]] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.drawn.append({})
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: SFTBatch, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.drawn[-1].update(zip((q.id for q in batch.queries), batch.confidence.tolist(), strict=True))
+
+
+def test_a_run_learns_and_writes_what_it_should(
+    model_folder: str,
+    load_model: Callable[..., Any],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+) -> None:
+    noise = NoisePolicy(clean_fraction=1.0)
+    module = _module(model_folder)
+    seen = Losses()
+    run = trainer(
+        *(RunCheckpoint(), AdapterWriter(), PredictionWriter(), seen),
+        enable_checkpointing=True,
+        max_epochs=10,
+    )
+    run.fit(module, datamodule=data(noise=noise))
+    assert len(seen.losses) == 30
+    first, last = seen.losses[:3], seen.losses[-3:]
+    assert sum(last) < 0.4 * sum(first)
+
+    base = dict(load_model().named_parameters())
+    for name, parameter in module.model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base[name.replace("base_layer.", "")]), name
+
+    folder = tmp_path / "run"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert trained
+    assert set(checkpoint["state_dict"]) == set(trained)
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_size < Path(
+        model_folder, "model.safetensors"
+    ).stat().st_size
+
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in trained.values())
+    again = PeftModel.from_pretrained(load_model(), folder / "adapter")
+    loaded = {name: p for name, p in again.named_parameters() if "lora_" in name}
+    assert all(torch.equal(loaded[name.removeprefix("model.")], p) for name, p in trained.items())
+    assert (folder / "adapter" / "tokenizer.json").is_file(), "the processor lies beside it"
+
+    lines = [
+        json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [line["id"] for line in lines] == [
+        f"calibration-000000-{kind}" for kind in ("yes", "no", "corner")
+    ]
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["n"] == 3
+    assert metrics["accuracy"] == pytest.approx(sum(line["correct"] for line in lines) / 3)
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "predictions.jsonl",
+        "metrics.json",
+    }
+
+
+def test_every_epoch_has_noise_of_its_own(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    seen = Losses()
+    trainer(seen, max_epochs=3, limit_val_batches=0).fit(_module(model_folder), datamodule=data())
+    assert len(seen.drawn) == 3
+    assert all(len(drawn) == 9 for drawn in seen.drawn)
+    assert seen.drawn[0] != seen.drawn[1] != seen.drawn[2] != seen.drawn[0]
+
+
+def test_a_run_repeats_bit_by_bit(model_folder: str, data: Data, trainer: Callable[..., L.Trainer]) -> None:
+    losses = []
+    for workers in (0, 1):
+        seen = Losses()
+        run = trainer(seen, max_epochs=2, limit_val_batches=0)
+        run.fit(_module(model_folder), datamodule=data(workers=workers))
+        losses.append(seen.losses)
+    assert losses[0] == losses[1]
+
+
+def test_validation_starts_afresh_each_time(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    counts = []
+
+    class Count(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            counts.append(module.results[""]["n"])  # type: ignore[index, union-attr]
+
+    trainer(Count(), max_epochs=2, limit_train_batches=1, num_sanity_val_steps=1).fit(
+        _module(model_folder), datamodule=data()
+    )
+    assert counts == [3, 3, 3]
+
+
+def test_a_negative_weight_is_refused(model_folder: str) -> None:
+    with pytest.raises(
+        DataError, match="model.confidence_weight must be a finite number of at least 0, found -1"
+    ):
+        _module(model_folder, confidence_weight=-1.0)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_is_refused(model_folder: str, weight: float) -> None:
+    with pytest.raises(DataError, match="model.confidence_weight"):
+        _module(model_folder, confidence_weight=weight)
+
+
+def test_a_run_without_an_end_is_refused(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    run = trainer(max_epochs=-1, limit_val_batches=0)
+    with pytest.raises(DataError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        run.fit(_module(model_folder), datamodule=data())

@@ -1,0 +1,494 @@
+"""The command line as a user meets it: what it writes, and that every mistake ends in one line that names the culprit.
+
+All runs are processes of their own. Importing the package takes long, so most of them are forks of one that has imported
+it (`cli_server.py`); one, and those that run in several processes, are started in full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+
+ERROR = "vlm-calibration: error: "
+LIMIT = 240
+"""Seconds after which a run counts as hanging; far more than any needs."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run: its exit status, what it printed, and its lines that report an error."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix(ERROR) for line in self.err.splitlines() if line.startswith(ERROR)]
+
+    def error(self) -> str:
+        """The one error line of a run that failed in good order."""
+        assert self.status not in (0, None), self.err
+        assert "Traceback" not in self.err + self.out, self.err
+        assert len(self.errors) == 1, self.err
+        return self.errors[0]
+
+
+class Server:
+    """Talks to `cli_server.py`."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(root / "tests" / "cli_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        )
+        self.started = 0
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: list[str], cwd: Path) -> int:
+        """The process id of a new run."""
+        self.started += 1
+        files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
+        return self._ask({"args": arguments, "cwd": str(cwd), "env": {}, **files})
+
+    def wait(self, pid: int) -> Ended:
+        timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        try:
+            status = self._ask({"wait": pid})
+        finally:
+            timer.cancel()
+        return Ended(
+            status, *((self.folder / f"{self.started}.{name}").read_text() for name in ("out", "err"))
+        )
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(root, tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
+    """Runs the command in `tmp_path`."""
+
+    def ended(*arguments: str) -> Ended:
+        return server.wait(server.start(list(arguments), tmp_path))
+
+    return ended
+
+
+@pytest.fixture
+def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a short training on the configuration that ships, with an overlay on top."""
+
+    def arguments(**sections: dict[str, Any]) -> list[str]:
+        callbacks = [
+            {"class_path": f"vlm_calibration.callbacks.{name}"}
+            for name in ("run.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
+        ]
+        overlay = {
+            "trainer": {
+                **{
+                    "accelerator": "cpu",
+                    "logger": False,
+                    "callbacks": callbacks,
+                    "enable_progress_bar": False,
+                },
+                **{"default_root_dir": str(tmp_path / "run"), "max_steps": 2, "max_epochs": None},
+                **sections.get("trainer", {}),
+            },
+            "model": {"init_args": {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}},
+            "data": {
+                "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
+                **{"batch_size": 2, "workers": 1, "max_length": 400},
+                "validation": {
+                    "class_path": "vlm_calibration.demo.source.DemoSource",
+                    "init_args": {"scenes": 1},
+                },
+                **sections.get("data", {}),
+            },
+        }
+        path = tmp_path / "overlay.yaml"
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return ["fit", "--config", str(root / "configs" / "sft.yaml"), "--config", str(path)]
+
+    return arguments
+
+
+def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, Any]:
+    region = {"label": "dog", "box": [2, 2, 20, 20]}
+    plain = {
+        "question": "A dog?",
+        "answer": "Yes",
+        "answer_type": "yes_no",
+        "objects": ["dog"],
+        "regions": [region],
+    }
+    return {"id": identifier, "image": image, **plain, **changes}
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Writes records beside small images; returns the source as a configuration has it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for path in (folder / "a.png", folder / "b.jpg", tmp_path / "secret.png"):
+        Image.fromarray(pixels).save(path)
+    whole = (folder / "b.jpg").read_bytes()
+    (folder / "b.jpg").write_bytes(whole[: len(whole) // 2])
+
+    def write(*lines: Any) -> dict[str, Any]:
+        path = folder / "queries.jsonl"
+        path.write_text(
+            "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8"
+        )
+        return {
+            "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+            "init_args": {"path": str(path)},
+        }
+
+    return write
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "a missing image": (
+        _record("two", "none.png"),
+        "{data}/queries.jsonl:2: record 'two': no such image: {data}/none.png",
+    ),
+    "a truncated JPEG": (
+        _record("two", "b.jpg"),
+        "{data}/queries.jsonl: record 'two': {data}/b.jpg: ",
+    ),
+    "not JSON": ("{'id': 'two'}", "{data}/queries.jsonl:2: not JSON: "),
+    "a duplicate id": (_record("one"), "{data}/queries.jsonl:2: duplicate id 'one', first seen on line 1"),
+    "a path that climbs out": (
+        _record("two", "../secret.png"),
+        "{data}/queries.jsonl:2: record 'two': the image path '../secret.png' leaves the data root",
+    ),
+    "a mask of another size": (
+        _record(
+            "two",
+            regions=[{"label": "dog", "box": [0, 0, 1, 1], "mask": {"size": [5, 5], "counts": [0, 25]}}],
+        ),
+        "{data}/queries.jsonl: record 'two': the mask of region 'dog' has size [5, 5]",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_data(
+    run: Callable[..., Ended],
+    fit: Callable[..., list[str]],
+    jsonl: Callable[..., Any],
+    tmp_path: Path,
+    mistake: str,
+) -> None:
+    bad, says = MISTAKES[mistake]
+    ended = run(*fit(data={"train": jsonl(_record("one"), bad)}))
+    assert ended.error().startswith(says.format(data=tmp_path / "data"))
+    assert ended.status == 1
+    assert ("truncated" in ended.error()) == ("truncated" in mistake)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_bad_records_may_be_skipped(
+    run: Callable[..., Ended], fit: Callable[..., list[str]], jsonl: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = jsonl(_record("one"), "{", _record("two"), _record("one"))
+    source["init_args"]["on_bad_record"] = "skip"
+    ended = run(*fit(data={"train": source}))
+    assert (ended.status, ended.errors) == (0, []), ended.err
+    assert ended.err.count("left out 2 of 4 records") == 1
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        *("adapter", "checkpoints", "config.yaml", "metrics.json", "predictions.jsonl")
+    }
+    # The written configuration is whole: it alone repeats the run.
+    again = run(
+        "fit",
+        "--config",
+        str(tmp_path / "run/config.yaml"),
+        "--trainer.default_root_dir",
+        str(tmp_path / "again"),
+    )
+    assert again.status == 0, again.err
+    weights = [
+        (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "again")
+    ]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("key", ["data.nois.seed", "model.init_args.lora.rank", "trainer.max_step"])
+def test_an_unknown_key(run: Callable[..., Ended], fit: Callable[..., list[str]], key: str) -> None:
+    ended = run(*fit(), f"--{key}", "3")
+    assert key.rsplit(".", 1)[-1] in ended.error() or key in ended.error()
+    assert ended.status == 2
+
+
+def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = fit(data={"bach_size": 3})
+    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
+    ended = Ended(ran.returncode, ran.stdout, ran.stderr)
+    assert "bach_size" in ended.error()
+    assert ended.status == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        (["fiit"], "unknown command 'fiit': expected one of fit, validate, test", 2),
+        (["levels"], "usage: vlm-calibration levels fit", 1),
+        (["fit", "--config", "none.yaml"], "none.yaml", 2),
+        (["fit", "--config", "broken.yaml"], "broken.yaml", 2),
+        (
+            ["fit", "--model.init_args.confidence_weight=-1"],
+            "model.confidence_weight must be a finite number",
+            1,
+        ),
+        (["fit", "--model.init_args.base.name_or_path", "no/model"], "'no/model'", 1),
+        (
+            ["fit", "--data.noise.levels", "AnchoredLevels", "--data.noise.levels.path=none.json"],
+            "none.json",
+            1,
+        ),
+        (["fit", "--data.train.class_path", "no.Source"], "no.Source", 2),
+        (
+            ["fit", "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"],
+            "LearningRateMonitor",
+            2,
+        ),
+        (["fit", "--data.noise.clean_fraction=1.5"], "noise.clean_fraction must be in [0, 1], found 1.5", 1),
+        (["fit", "--data.batch_size=many"], "batch_size", 2),
+        (["validate", "--ckpt_path", "none.ckpt"], "none.ckpt", 1),
+    ],
+)
+def test_a_mistake_in_the_call(
+    run: Callable[..., Ended],
+    fit: Callable[..., list[str]],
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    status: int,
+) -> None:
+    (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 3\n")
+    base = fit()[1:] if arguments[0] in ("fit", "validate") else []
+    ended = run(arguments[0], *base, *arguments[1:])
+    assert says in ended.error()
+    assert ended.status == status
+
+
+def test_without_a_level_table_the_shipped_configuration_says_how_to_get_one(
+    run: Callable[..., Ended], root: Path
+) -> None:
+    ended = run("fit", "--config", str(root / "configs/sft.yaml"))
+    assert "no level table at runs/levels.json; write one with `vlm-calibration levels fit`" in ended.error()
+
+
+def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scenes: int = 2) -> list[str]:
+    """Arguments that evaluate the base model, adapters and the oracle, with the results in `folder`/eval."""
+    counts = {
+        kind: [StepCount(step, 100, top - step // 25) for step in range(0, 1001, 100)]
+        for kind, top in (("yes_no", 95), ("short", 88))
+    }
+    AnchoredLevels.fit(counts).save(folder / "levels.json")
+    demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
+    config = {
+        "trainer": {
+            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
+            **{"enable_progress_bar": False, "default_root_dir": str(folder / "eval")},
+            "callbacks": [
+                {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
+                {"class_path": "vlm_calibration.reporting.results.ResultsTable"},
+            ],
+        },
+        "model": {
+            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
+            "init_args": {
+                "base": {"name_or_path": model_folder, "dtype": "float32"},
+                **{"adapters": adapters, "oracle_levels": str(folder / "levels.json"), "max_new_tokens": 5},
+            },
+        },
+        "data": {
+            "test": {
+                "clean": {"source": {**demo, "init_args": {"split": "test", "scenes": scenes}}},
+                "noised": {
+                    "source": {**demo, "init_args": {"split": "test", "scenes": scenes}},
+                    "noise": "drawn",
+                },
+                "shifted": {"source": {**demo, "init_args": {"split": "test", "scenes": 1, "shifted": True}}},
+            },
+            **{"eval_batch_size": 4, "workers": 0},
+        },
+    }
+    path = folder / "eval.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["test", "--config", str(path)]
+
+
+def test_no_adapter(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
+    ended = run(*_evaluation(model_folder, tmp_path, {"sft": "runs/none/adapter"}))
+    assert ended.error().startswith("no adapter at runs/none/adapter")
+    assert ended.status == 1
+
+
+def test_two_processes_give_the_files_of_one(
+    run: Callable[..., Ended], model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    arguments = _evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": new_adapter(2)})
+    ended = run(*arguments)
+    assert ended.status == 0, ended.err
+    assert "All 15 answers" in ended.out
+    for system in ("base", "one", "two", "oracle"):
+        assert f"│ {system}" in ended.out
+    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
+    several = [
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.default_root_dir",
+        str(tmp_path / "ddp"),
+    ]
+    ran = subprocess.run(
+        [*command, *several],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "world_size=2" in ran.stderr or "2 processes" in ran.stderr, ran.stderr
+    files = {
+        p.relative_to(tmp_path / "eval"): p.read_bytes()
+        for p in (tmp_path / "eval").rglob("*")
+        if p.is_file()
+    }
+    others = {
+        p.relative_to(tmp_path / "ddp"): p.read_bytes() for p in (tmp_path / "ddp").rglob("*") if p.is_file()
+    }
+    written = {
+        Path(s, f) for s in ("base", "one", "two", "oracle") for f in ("metrics.json", "predictions.jsonl")
+    }
+    assert written <= set(files)
+    assert set(files) == set(others)
+    for name in written:
+        assert files[name] == others[name], name
+    assert len(files[Path("base/predictions.jsonl")].splitlines()) == 15
+    assert ran.stdout.count("All 15 answers") == 1, "one process reports"
+
+
+def test_levels_fit_writes_a_table(
+    run: Callable[..., Ended], root: Path, model_folder: str, tmp_path: Path
+) -> None:
+    settings = {
+        "model.init_args.base.name_or_path": model_folder,
+        "model.init_args.out": "levels.json",
+        "model.init_args.max_new_tokens": "3",
+        "data.test.calibration.source.init_args.scenes": "1",
+        "data.workers": "0",
+        "trainer.default_root_dir": str(tmp_path / "levels"),
+    }
+    ended = run(
+        "levels",
+        "fit",
+        "--config",
+        str(root / "configs/levels.yaml"),
+        *(f"--{k}={v}" for k, v in settings.items()),
+    )
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines()[-1] == "wrote levels.json"
+    rows = AnchoredLevels(tmp_path / "levels.json").table.counts
+    assert {kind: {row.n for row in counts} for kind, counts in rows.items()} == {"yes_no": {2}, "short": {1}}
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signalled", "everyone", "status", "says"),
+    [
+        (signal.SIGINT, True, 130, "interrupted"),
+        (signal.SIGTERM, False, 143, "terminated"),
+        (signal.SIGTERM, True, 143, "terminated"),
+    ],
+    ids=["Ctrl-C", "kill", "kill all"],
+)
+def test_stopping_a_run(
+    server: Server,
+    fit: Callable[..., list[str]],
+    tmp_path: Path,
+    signalled: signal.Signals,
+    everyone: bool,
+    status: int,
+    says: str,
+) -> None:
+    often = {
+        "class_path": "vlm_calibration.callbacks.run.RunCheckpoint",
+        "init_args": {"every_n_train_steps": 1},
+    }
+    others = [
+        f"vlm_calibration.callbacks.{n}" for n in ("adapter.AdapterWriter", "predictions.PredictionWriter")
+    ]
+    callbacks = [often, *({"class_path": name} for name in others)]
+    pid = server.start(fit(trainer={"callbacks": callbacks, "max_steps": 100_000}), tmp_path)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    end = time.monotonic() + LIMIT
+    while not last.exists() and time.monotonic() < end and Path(f"/proc/{pid}").exists():
+        time.sleep(0.1)
+    workers = _children(pid)
+    (os.killpg if everyone else os.kill)(pid, signalled)
+    ended = server.wait(pid)
+    assert ended.error() == says
+    assert ended.status == status
+    assert len(workers) == 1
+    assert [w for w in workers if Path(f"/proc/{w}").exists()] == [], "no worker lives on"
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml"}
+    for checkpoint in last.parent.iterdir():
+        assert checkpoint.suffix == ".ckpt"
+        assert torch.load(checkpoint, weights_only=True)["global_step"] > 0

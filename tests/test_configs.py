@@ -1,0 +1,145 @@
+"""Every YAML under configs/ goes through the parser that the command line uses, without anything being built from it.
+
+A full configuration is parsed alone, an overlay behind the configuration that it is made for. Which is which follows from
+the folder; a file in a folder that is not known here is a failure, so that none can be forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import ArgumentError
+
+from vlm_calibration.cli import CalibrationCLI, one_line
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SFT = CONFIGS / "sft.yaml"
+FULL = {"sft.yaml": "fit", "levels.yaml": "test", "eval/*.yaml": "test"}
+OVERLAYS = {f"{folder}/*.yaml": SFT for folder in ("data", "model", "levels", "trainer", "logger")}
+
+
+def plan(configs: Path) -> dict[str, list[str]]:
+    """For each YAML file the arguments that parse it.
+
+    Raises:
+        ValueError: for a file that is neither a full configuration nor an overlay known here.
+    """
+    arguments = {}
+    for path in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.yml")]):
+        name = path.relative_to(configs)
+        command = next((c for pattern, c in FULL.items() if _is(name, pattern)), None)
+        base = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
+        if command is not None:
+            arguments[str(name)] = [command, "--config", str(path)]
+        elif base is not None:
+            arguments[str(name)] = ["fit", "--config", str(base), "--config", str(path)]
+        else:
+            raise ValueError(f"configs/{name}: no test knows how to parse it")
+    return arguments
+
+
+def _is(name: Path, pattern: str) -> bool:
+    return len(name.parts) == len(Path(pattern).parts) and name.match(pattern)
+
+
+class ParsingCLI(CalibrationCLI):
+    """The real parser; nothing is instantiated or run."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parse() -> Callable[[list[str]], Any]:
+    """Arguments to the configuration of their subcommand. The parser takes seconds to build, so it is built once."""
+    before = sys.argv
+    sys.argv = ["vlm-calibration", "fit", "--config", str(SFT)]
+    try:
+        parser = ParsingCLI().parser
+    finally:
+        sys.argv = before
+
+    def parsed(arguments: list[str]) -> Any:
+        config = parser.parse_args(arguments)
+        return config[config.subcommand]
+
+    return parsed
+
+
+@pytest.mark.parametrize("name", plan(CONFIGS))
+def test_parses(parse: Callable[[list[str]], Any], name: str) -> None:
+    config = parse(plan(CONFIGS)[name])
+    written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    missing = [path for path, value in _leaves(written) if _at(config, path) != value]
+    assert missing == [], "what the file says is what the command gets"
+    assert config.data.processor == config.model.init_args.base.name_or_path
+
+
+def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if children is None:
+        return [(path, tree)]
+    return [leaf for key, child in children for leaf in _leaves(child, (*path, key))]
+
+
+def _at(config: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        if isinstance(config, list):
+            config = config[key]
+        elif isinstance(config, dict):
+            config = config.get(key)
+        else:
+            config = getattr(config, str(key), None)
+    return config
+
+
+def test_all_kinds_are_there() -> None:
+    assert {"sft.yaml", "levels.yaml", "eval/demo.yaml", "levels/linear.yaml"} <= set(plan(CONFIGS))
+
+
+@pytest.mark.parametrize("stray", ["else/a.yaml", "other.yaml", "data/deeper/a.yaml", "eval/a.yml"])
+def test_no_file_is_left_out(tmp_path: Path, stray: str) -> None:
+    (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / stray).touch()
+    with pytest.raises(ValueError, match=re.escape(stray)):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "trainer.max_epoch",
+        "model.init_args.learning_rate",
+        "model.init_args.lora.rank",
+        "data.noise.level",
+        "data.batchsize",
+        "data.train.init_args.scene",
+        "data.noise.levels.init_args.paths",
+    ],
+)
+@pytest.mark.parametrize("given", ["in a file", "as an argument"])
+def test_an_unknown_key_is_named(
+    parse: Callable[[list[str]], Any], tmp_path: Path, key: str, given: str
+) -> None:
+    arguments = ["fit", "--config", str(SFT)]
+    if given == "in a file":
+        nested: Any = 3
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(nested), encoding="utf-8")
+        arguments += ["--config", str(tmp_path / "overlay.yaml")]
+    else:
+        arguments += [f"--{key}", "3"]
+    with pytest.raises(ArgumentError) as caught:
+        parse(arguments)
+    assert key.rsplit(".", 1)[-1] in one_line(caught.value)
+    assert "\n" not in one_line(caught.value)

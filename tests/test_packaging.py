@@ -1,0 +1,164 @@
+"""The project as a thing to install and run: requirements stated once, a tidy top level, and what make does when."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlm_calibration.cli import COMMANDS, main
+
+TOP_LEVEL = {
+    *("src", "configs", "notebooks", "tests", "environment.yml", "Makefile", "pyproject.toml", "README.md"),
+    *("LICENSE", ".gitignore", ".pre-commit-config.yaml", ".ci"),
+}
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in *"levels fit"*) mkdir -p runs && touch runs/levels.json;; esac
+"""
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert "--editable ." in pip
+    wanted = sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
+    assert sorted(entry for entry in pip if entry != "--editable .") == wanted
+    assert f"python{project['requires-python']}" in environment["dependencies"]
+
+
+def test_the_console_script_is_the_cli(project: dict) -> None:
+    assert project["scripts"] == {"vlm-calibration": "vlm_calibration.cli:main"}
+
+
+def test_top_level_holds_nothing_else(root: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True)
+    names = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {"src", "Makefile"} <= names
+    assert names <= TOP_LEVEL
+
+
+def test_package_data_holds_the_demo_model(root: Path) -> None:
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    package = root / "src" / "vlm_calibration"
+    shipped = {p for pattern in settings["package-data"]["vlm_calibration"] for p in package.glob(pattern)}
+    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert others <= shipped
+    assert package / "demo" / "model" / "model.safetensors" in shipped
+
+
+def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    for name, (_, text) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", usage, re.MULTILINE), name
+
+
+def _make(folder: Path, *arguments: str, **environment: str) -> str:
+    """What make prints; make must succeed."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS")}
+    ran = subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_help_lists_every_target(root: Path) -> None:
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    [phony] = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    shown = _make(root, "help")
+    for target in phony.split():
+        assert re.search(rf"^  {target} +\S", shown, re.MULTILINE), target
+    assert _make(root) == shown, "help is the default"
+    targets = re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE)
+    assert set(targets) == set(phony.split())
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path) -> Path:
+    """A copy with what make looks at, and an interpreter that only writes down how it was called."""
+    for name in ("Makefile", "pyproject.toml", "configs/levels.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    weights = tmp_path / "src/vlm_calibration/demo/model/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def _calls(folder: Path) -> list[str]:
+    """The interpreter's calls since the last time."""
+    calls = folder / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return lines
+
+
+def test_set_up_happens_once(checkout: Path) -> None:
+    _make(checkout, "train-sft")
+    first = _calls(checkout)
+    assert [c for c in first if "pip install" in c]
+    assert [c for c in first if "levels fit" in c]
+    _make(checkout, "train-sft")
+    second = _calls(checkout)
+    assert second
+    assert all(
+        " fit --config configs/sft.yaml" in c or " test --config configs/eval/demo.yaml" in c for c in second
+    )
+    assert second == [c for c in first if "pip install" not in c and "levels fit" not in c]
+    _make(checkout, "evaluate")
+    assert len(_calls(checkout)) == 1
+
+
+def test_new_requirements_and_a_new_model_are_noticed(checkout: Path) -> None:
+    _make(checkout, "train-sft")
+    _calls(checkout)
+    soon = time.time() + 5
+    os.utime(checkout / "pyproject.toml", (soon, soon))
+    _make(checkout, "train-sft")
+    calls = _calls(checkout)
+    assert [c for c in calls if "pip install" in c]
+    assert not [c for c in calls if "levels fit" in c], "the requirements say nothing about the level table"
+    os.utime(checkout / "src/vlm_calibration/demo/model/model.safetensors", (soon, soon))
+    _make(checkout, "train-sft")
+    assert [c for c in _calls(checkout) if "levels fit" in c]
+
+
+def test_tests_need_more_than_training(checkout: Path) -> None:
+    _make(checkout, "train-sft")
+    assert not [c for c in _calls(checkout) if "dev" in c]
+    _make(checkout, "test")
+    assert [c for c in _calls(checkout) if "[demo,dev]" in c]
+    _make(checkout, "test", "ARGS=-x tests/data")
+    assert _calls(checkout) == ["-m pytest -x tests/data"]
+
+
+def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
+    shutil.copy(checkout / ".venv/bin/python", checkout / "mine")
+    shutil.rmtree(checkout / ".venv")
+    _make(checkout, "train-sft", "PYTHON=./mine", "CONFIG=mine.yaml", "ARGS=--trainer.max_steps 3")
+    assert _calls(checkout) == ["-m vlm_calibration.cli fit --config mine.yaml --trainer.max_steps 3"]
+    assert not (checkout / ".venv").exists()

@@ -1,0 +1,172 @@
+"""Records: what is accepted, what is refused and how the refusal names it, and what groups a category counts in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.records import (
+    ANSWER_TYPES,
+    Prediction,
+    Query,
+    RecordError,
+    category_groups,
+    query_from_dict,
+)
+
+MINIMAL = {"id": "a", "image": "a.png", "question": "Dog?", "answer": "Yes", "answer_type": "yes_no"}
+REGION = {"label": "dog", "box": [0, 0, 2, 2]}
+
+
+def test_minimal_and_full_record() -> None:
+    query = query_from_dict(MINIMAL)
+    assert query == Query("a", "a.png", "Dog?", "Yes", "yes_no")
+    assert (query.objects, query.regions, query.category, query.synonyms) == ((), (), None, ())
+    region = {**REGION, "mask": {"size": [2, 2], "counts": [0, 4]}, "score": 0.5}
+    full = query_from_dict(
+        {**MINIMAL, "objects": ["dog"], "regions": [region], "category": "x/y", "synonyms": ["yep"]}
+    )
+    assert full.regions[0].box == (0.0, 0.0, 2.0, 2.0)
+    assert full.regions[0].score == 0.5
+    assert (full.objects, full.category, full.synonyms) == (("dog",), "x/y", ("yep",))
+
+
+def test_null_means_left_out() -> None:
+    nothing = dict.fromkeys(("objects", "regions", "category", "synonyms"))
+    assert query_from_dict({**MINIMAL, **nothing}) == query_from_dict(MINIMAL)
+
+
+@pytest.mark.parametrize("key", ["id", "image", "question", "answer", "answer_type"])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(RecordError, match=rf"'{key}' must"):
+        query_from_dict({k: v for k, v in MINIMAL.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"id": 7}, "'id' must be a non-empty string, found 7"),
+        ({"id": ""}, "'id' must be a non-empty string"),
+        ({"question": " \n"}, "'question' must be a non-empty string"),
+        ({"answer": None}, "'answer' must be a non-empty string, found None"),
+        ({"answer": True}, "'answer' must be a non-empty string, found True"),
+        ({"answer_type": "boolean"}, "'answer_type' must be one of yes_no, short, open, found 'boolean'"),
+        ({"answer_type": ["short"]}, "'answer_type' must be one of"),
+        ({"category": 3}, "'category' must be a non-empty string, found 3"),
+        ({"category": ""}, "'category' must be a non-empty string"),
+        ({"objects": "dog"}, "'objects' must be a list of non-empty strings, found 'dog'"),
+        ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
+        ({"objects": 0}, "'objects' must be a list of non-empty strings, found 0"),
+        ({"synonyms": {"a": 1}}, "'synonyms' must be a list of non-empty strings"),
+        ({"synonyms": ""}, "'synonyms' must be a list of non-empty strings"),
+        ({"regions": REGION}, "'regions' must be a list of objects"),
+        ({"regions": False}, "'regions' must be a list of objects, found False"),
+        (
+            {"regions": [REGION, "dog"]},
+            "'regions'[1] must be an object with a 'label' and a 'box', found 'dog'",
+        ),
+        ({"regions": [{"box": [0, 0, 1, 1]}]}, "'regions'[0] must be an object with a 'label'"),
+        ({"regions": [{"label": "dog"}]}, "'regions'[0]: 'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "colour": 1}]}, "'regions'[0] has the unknown key 'colour'"),
+        ({"regions": [{**REGION, "box": [0, 0, 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, "1", 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, True, 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, float("nan"), 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, float("inf"), 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [2, 0, 2, 1]}]}, "'box' must have x1 > x0"),
+        ({"regions": [{**REGION, "box": [0, 3, 2, 1]}]}, "'box' must have x1 > x0 and y1 > y0"),
+        ({"regions": [{**REGION, "mask": "abc"}]}, "'mask' must be a COCO RLE"),
+        ({"regions": [{**REGION, "mask": {"size": [2, 2]}}]}, "'mask' must be a COCO RLE"),
+        ({"regions": [{**REGION, "score": 1.5}]}, "'score' must be a number in [0, 1], found 1.5"),
+        ({"regions": [{**REGION, "score": "high"}]}, "'score' must be a number in [0, 1]"),
+        ({"question": "\ud800"}, "'question' holds half of a surrogate pair"),
+        ({"objects": ["\udfff"]}, "'objects' holds half of a surrogate pair"),
+        ({"image": "a\0.png"}, "'image' holds a null character"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        query_from_dict({**MINIMAL, **change})
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [[], "text", 3, None, True])
+def test_not_an_object(data: Any) -> None:
+    with pytest.raises(RecordError, match="expected an object with the keys of a query"):
+        query_from_dict(data)
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(RecordError) as caught:
+        query_from_dict({**MINIMAL, "objects": "x" * 10_000})
+    assert len(str(caught.value)) < 200
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(MINIMAL) + ["objects", "regions", "category", "synonyms"]), _JSON)
+def test_whatever_a_file_holds_is_a_query_or_a_record_error(key: str, value: Any) -> None:
+    try:
+        query = query_from_dict({**MINIMAL, key: value})
+    except RecordError:
+        return
+    assert query == query_from_dict(json.loads(json.dumps(asdict(query))))
+
+
+@given(_JSON)
+def test_whatever_a_region_holds_is_a_query_or_a_record_error(value: Any) -> None:
+    for region in (value, {**REGION, "box": value}, {**REGION, "mask": value}, {**REGION, "score": value}):
+        try:
+            query_from_dict({**MINIMAL, "regions": [region]})
+        except RecordError:
+            continue
+
+
+def test_evidence_is_what_objects_name() -> None:
+    query = Query("a", "a.png", "q", "r", "short", objects=("dog", "cat"))
+    assert [query.is_evidence(label) for label in ("dog", "cat", "cup")] == [True, True, False]
+    assert Query("a", "a.png", "q", "r", "short").is_evidence("anything")
+
+
+@pytest.mark.parametrize(
+    ("category", "groups"),
+    [
+        (None, ()),
+        ("", ()),
+        ("a", ("a",)),
+        ("a/a", ("a",)),
+        ("/a//b/", ("a", "b", "a/b")),
+        ("a/b", ("a", "b", "a/b")),
+        ("a/b/c", ("a", "b", "c", "a/b", "a/c", "b/c", "a/b/c")),
+    ],
+)
+def test_category_groups(category: str | None, groups: tuple[str, ...]) -> None:
+    assert category_groups(category) == groups
+
+
+def test_predictions_have_the_keys_of_the_file_format() -> None:
+    prediction = Prediction("a", "q", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, 0, "yes_no")
+    keys = [
+        "id",
+        "question",
+        "answer",
+        "text",
+        "predicted",
+        "confidence",
+        "correct",
+        "category",
+        "noise_step",
+    ]
+    assert list(prediction.to_dict()) == [*keys, "answer_type"]
+    assert ANSWER_TYPES == ("yes_no", "short", "open")

@@ -1,0 +1,400 @@
+import math
+import time
+from decimal import Decimal
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vlm_calibration.text.confidence import (
+    _plain,
+    parse_confidence,
+    render_answer,
+    render_response,
+    strip_confidence,
+)
+
+# Every row of the table in the module's docstring, and what real models were seen to write.
+STATED = {
+    # percent
+    "Confidence: 80%": 0.8,
+    "Confidence: 80 %": 0.8,
+    "Confidence: 80 percent": 0.8,
+    "Confidence: 80 per cent": 0.8,
+    "Confidence:80%": 0.8,
+    "Confidence : 80%": 0.8,
+    "CONFIDENCE: 80%": 0.8,
+    "Confidence\n80%": 0.8,
+    "Confidence: 1%": 0.01,
+    "Confidence: 0%": 0.0,
+    "Confidence: 100%": 1.0,
+    "Confidence: 87.5%": 0.875,
+    "Confidence: 87,5 %": 0.875,
+    "Confidence: +80%": 0.8,
+    "Confidence: 80\\%": 0.8,
+    "Confidence: $80\\%$": 0.8,
+    # ratio
+    "Confidence: 80/100": 0.8,
+    "Confidence: 8/10": 0.8,
+    "Confidence: 4/5": 0.8,
+    "Confidence: 8 out of 10": 0.8,
+    "Confidence: 80 out of a 100": 0.8,
+    # a stated scale
+    "Confidence (0-100): 85": 0.85,
+    "Confidence (0-100): 1": 0.01,
+    "Confidence (on a scale from 0 to 100): 85": 0.85,
+    "Confidence on a scale of 0 to 100: 85": 0.85,
+    "Confidence (1-10): 8": 0.8,
+    "Confidence (out of 10): 8": 0.8,
+    "Confidence (0-1): 0.9": 0.9,
+    "Confidence (0-1): 90%": 0.9,
+    "Confidence (%): 85": 0.85,
+    "Confidence [0 to 100]: 85": 0.85,
+    # neither
+    "Confidence: 0.8": 0.8,
+    "Confidence: .8": 0.8,
+    "Confidence: 0,85": 0.85,
+    "Confidence: 9e-1": 0.9,
+    "Confidence: 1": 1.0,
+    "Confidence: 1.0": 1.0,
+    "Confidence: 0": 0.0,
+    "Confidence: 85": 0.85,
+    "Confidence: 85.": 0.85,
+    "Confidence: 85 because I see it": 0.85,
+    # approximations and bounds
+    "Confidence: ~80%": 0.8,
+    "Confidence: about 80%": 0.8,
+    "Confidence: approximately 80 percent": 0.8,
+    "Confidence: >95%": 0.95,
+    "Confidence: at least 90%": 0.9,
+    "Confidence: 80% ± 5%": 0.8,
+    "about 80%": 0.8,
+    # markup and other notations
+    "Confidence: **85%**": 0.85,
+    "**Confidence:** 85%": 0.85,
+    "**Confidence**: 85%": 0.85,
+    "Confidence:\n\n**80**": 0.8,
+    "Confidence:\n- 85%": 0.85,
+    "Confidence - 80%": 0.8,
+    "Confidence—80%": 0.8,
+    "Confidence = 0.9": 0.9,
+    "Confidence: [80]": 0.8,
+    "Confidence (85%)": 0.85,
+    "Yes (confidence: 85%)": 0.85,
+    "<confidence>80%</confidence>": 0.8,
+    '{"answer": "yes", "confidence": 0.9}': 0.9,
+    '{"answer": "yes", "confidence": "90%"}': 0.9,
+    '{"confidence_score": 0.7, "answer": "2"}': 0.7,
+    "confidence level: 0.85": 0.85,
+    "ConfidenceScore: 70": 0.7,
+    "Confidence: high (90%)": 0.9,
+    # full-width and other digits, signs, invisible characters
+    "Confidence：８０％": 0.8,
+    "置信度：８０％": 0.8,
+    "Confidence: ٨٠٪": 0.8,
+    "Confidence:\u200b80\u00a0%": 0.8,
+    "Ｃｏｎｆｉｄｅｎｃｅ： ０．８": 0.8,
+    # sentences
+    "My confidence is 80%": 0.8,
+    "My confidence in this answer is 80%.": 0.8,
+    "I have a confidence of 80%": 0.8,
+    "My confidence that there are 3 dogs is 80%": 0.8,
+    "I am 80% sure": 0.8,
+    "I'm about 80% confident that there is a dog": 0.8,
+    "I would say 90 percent confident.": 0.9,
+    "100% certain": 1.0,
+    "With 90% confidence, yes.": 0.9,
+    "I have 90% confidence: 2 dogs": 0.9,
+    "8 out of 10 sure": 0.8,
+    "Yes, I am quite sure (80%).": 0.8,
+    "certainty: 0.9": 0.9,
+    "I'm not 100% sure, but about 70% confident": 0.7,
+    # a bare number
+    "80 %": 0.8,
+    "80 percent": 0.8,
+    "0.8": 0.8,
+    "80/100": 0.8,
+    "8 out of 10": 0.8,
+    "87.5%": 0.875,
+    "**80%**": 0.8,
+    "Yes. 80%": 0.8,
+    "Yes.80%": 0.8,
+    "Yes, 80%": 0.8,
+    "Yes 80%": 0.8,
+    "Yes\n80%": 0.8,
+    "No - 95%": 0.95,
+    "Yes (80%)": 0.8,
+    "No. 0.9": 0.9,
+    # several numbers
+    "There are 3 dogs. Confidence: 80%": 0.8,
+    "Confidence: 80%. There are 3 dogs": 0.8,
+    "70% of it is sky. Confidence: 0.9": 0.9,
+    "The label says 30%. I am 90% sure.": 0.9,
+    "Confidence: 80%. I am 100% sure": 0.8,
+    "Confidence: 100%. Confidence: 80%": 0.8,
+    "I am 30% sure. No: I am 60% sure.": 0.6,
+    "Answer: 25%\nConfidence: 80%": 0.8,
+    "Confidence: 0.9. No": 0.9,
+}
+
+NOT_STATED = [
+    # out of range
+    "Confidence: 150%",
+    "Confidence: 100.1%",
+    "Confidence: -5%",
+    "Confidence: −5%",
+    "Confidence: –5%",
+    "Confidence: －５％",
+    "Confidence -5%",
+    "Confidence: 12/10",
+    "Confidence: 1/0",
+    "Confidence: 1000",
+    "Confidence: 1,000%",
+    "Confidence: 1.5",
+    "Confidence (1-10): 11",
+    "Confidence: 1e999",
+    "Confidence: 1/1e999",
+    "150% sure",
+    "-5% sure",
+    "150%",
+    "-5%",
+    # ranges
+    "Confidence: 80-90%",
+    "Confidence: 80%-90%",
+    "Confidence: 80 – 90 %",
+    "Confidence: 80% to 90%",
+    "Confidence: between 80 and 90%",
+    "Confidence: 0.8-0.9",
+    "80-90% sure",
+    "between 80 and 90% sure",
+    "Yes, 80-90%",
+    # not a number
+    "confidence is high",
+    "Confidence: high",
+    "confidence",
+    "Confidence:",
+    "Confidence: N/A",
+    "Confidence: NaN",
+    "Confidence: 80th",
+    "Confidence: 8x",
+    "Confidence: 80‰",
+    '{"answer": "yes", "confidence": null}',
+    # denied
+    "I am not 100% sure",
+    "I'm not 100% sure",
+    "I can't be 100% certain",
+    # a number that belongs to the answer
+    "",
+    "Yes.",
+    "2",
+    "1",
+    "85",
+    "Yes. 2",
+    "The battery shows 80%",
+    "The battery shows 80%.",
+    "It is 0.80% of it",
+    "(0.1, 0.5)",
+    "[0.1, 0.2, 0.3]",
+    "1/2",
+    "Yes. 1990-1995",
+    "with high confidence because 80% of the image is a dog",
+    "I have high confidence: 2 dogs",
+    # the last statement counts, even if it cannot be read
+    "Confidence: 80%. Confidence: 150%",
+    "Confidence: 150%. 80%",
+]
+
+
+@pytest.mark.parametrize(("text", "confidence"), STATED.items())
+def test_a_stated_confidence_is_read(text, confidence):
+    assert parse_confidence(text) == confidence
+
+
+@pytest.mark.parametrize("text", NOT_STATED)
+def test_nothing_is_made_up(text):
+    assert parse_confidence(text) is None
+
+
+@given(st.text())
+@settings(max_examples=500)
+def test_any_text_gives_none_or_a_confidence(text):
+    for candidate in (text, f"Confidence: {text}", f"{text}% sure", f"Yes. {text}%"):
+        confidence = parse_confidence(candidate)
+        assert confidence is None or 0.0 <= confidence <= 1.0
+        strip_confidence(candidate)
+
+
+# Pieces of statements in any order: answers that look as much like a confidence as an answer can.
+FRAGMENTS = st.lists(
+    st.sampled_from(
+        [
+            "confidence",
+            "Confidence: ",
+            "certainty",
+            "sure",
+            "not ",
+            "I am ",
+            "80%",
+            "150",
+            "0.8",
+            "8 out of",
+            "/",
+            "10",
+            "-",
+            "–",
+            "%",
+            "(",
+            ")",
+            "[",
+            "]",
+            "**",
+            '"',
+            "'",
+            ":",
+            ",",
+            ".",
+            "?",
+            " ",
+            "\n",
+            "between ",
+            "and ",
+            "to ",
+            "yes",
+            "no",
+            "is ",
+            "of ",
+            "about ",
+            "８",
+            "％",
+            "置信度",
+            "±",
+            "percent",
+            "(0-100)",
+            "level",
+            "{",
+            "}",
+            "<",
+            ">",
+            "\\",
+            "answer",
+        ]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@given(st.one_of(st.text(), FRAGMENTS), st.floats(0, 1))
+@settings(max_examples=1500)
+@example("Confidence", 0.8)
+@example("Confidence: 50%", 0.8)
+@example("I am 30% sure", 0.8)
+@example("between 10 and", 0.8)
+@example("80% confidence:", 0.2)
+@example("not", 0.8)
+def test_what_is_rendered_is_read_back_whatever_the_answer_holds(answer, confidence):
+    response = render_response(answer, confidence)
+    assert response.startswith(render_answer(answer))
+    percent = int(response.removesuffix("%").rpartition(" ")[2])
+    assert abs(percent - 100 * confidence) <= 0.5 + 1e-9
+    assert parse_confidence(response) == percent / 100
+
+
+@given(
+    st.text(alphabet=st.sampled_from("abcdef ghi XYZ äé 犬"), min_size=1).filter(str.strip), st.floats(0, 1)
+)
+def test_stripping_a_rendered_response_gives_the_rendered_answer(answer, confidence):
+    assert strip_confidence(render_response(answer, confidence)) == render_answer(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "confidence", "response"),
+    [
+        ("Yes", 0.8, "Yes. Confidence: 80%"),
+        ("Yes.", 0.8, "Yes. Confidence: 80%"),
+        ("Yes!", 1, "Yes! Confidence: 100%"),
+        ("  a red bicycle\n", 0.0, "a red bicycle. Confidence: 0%"),
+        ('It says "stop."', 0.5, 'It says "stop." Confidence: 50%'),
+        ('It says "stop"', 0.5, 'It says "stop". Confidence: 50%'),
+        ("是。", 0.5, "是。 Confidence: 50%"),
+        ("", 0.5, "Confidence: 50%"),
+    ],
+)
+def test_the_form_of_a_response(answer, confidence, response):
+    assert render_response(answer, confidence) == response
+
+
+@pytest.mark.parametrize(
+    ("confidence", "percent"),
+    [(0.004, 0), (0.005, 1), (0.125, 13), (0.145, 15), (0.285, 29), (0.9949, 99), (0.995, 100), (0.29, 29)],
+)
+def test_rounding_is_to_the_nearest_percent_with_ties_up(confidence, percent):
+    assert render_response("Yes", confidence) == f"Yes. Confidence: {percent}%"
+
+
+@given(st.floats(0, 1))
+def test_rounding_agrees_with_decimal_arithmetic(confidence):
+    percent = math.floor(Decimal(repr(confidence)) * 100 + Decimal("0.5"))
+    assert render_response("", confidence) == f"Confidence: {percent}%"
+
+
+@pytest.mark.parametrize("confidence", [-0.01, 1.01, 80, float("nan"), float("inf")])
+def test_a_confidence_outside_the_unit_interval_cannot_be_rendered(confidence):
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\]"):
+        render_response("Yes", confidence)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Yes. Confidence: 80%", "Yes."),
+        ("Confidence: 0.9. No", "No"),
+        ("Confidence: 150%. No", "No"),
+        ("Confidence: high. No", "No"),
+        ("**Confidence: 85%** Yes", "Yes"),
+        ("Yes.\n\nConfidence: **85%**", "Yes."),
+        ("Yes\n**Confidence:** 85%\nBecause", "Yes\nBecause"),
+        ("No (confidence: 90%).", "No."),
+        ("No, with 90% confidence, there is no dog.", "No, there is no dog."),
+        ("I am 80% sure that there is a dog. Confidence: 80%", "there is a dog."),
+        ("With 90% confidence, yes.", "yes."),
+        ("My confidence is 80%. Yes", "Yes"),
+        ("Dogs inspire confidence in people, my confidence is 80%", "Dogs inspire confidence in people"),
+        ("Yes, I am 80% sure.", "Yes"),
+        ("I am quite sure (80%): no", "no"),
+        ("<confidence>80%</confidence> No", "No"),
+        ('{"answer": "No, it is \\"red\\"", "confidence": 0.9}', 'No, it is \\"red\\"'),
+        ("Confidence (0-100): 85\nAnswer: no", "Answer: no"),
+        ("Yes, 80%", "Yes"),
+        ("No - 95%", "No"),
+        ("  2 dogs ", "2 dogs"),
+        ("50 %", "50 %"),
+        ("The label says 80%", "The label says 80%"),
+        ("", ""),
+    ],
+)
+def test_the_statement_is_removed_wherever_it_stands(text, answer):
+    assert strip_confidence(text) == answer
+
+
+@given(st.text(alphabet=st.characters()))
+def test_replacing_characters_keeps_positions(text):
+    assert len(_plain(text)) == len(text)
+
+
+ADVERSARIAL = """1|1.|1,|9|confidence|confidence |confidence: |confidence is |confidence of about |is |sure |not |100% |
+100% sure |-|–|(|[|*|"|1/|1 of |1 to |1-|1% - 1%|between 1 and |yes |no,|answer: |"answer": "|"answer":"\\|in the top left |
+Confidence (|confidence on a scale of |certainty: (|８|％|置信度|±|1±|1e1|<confidence>|It is a |the a is |I am |with a |?|~|≈|0.""".replace(
+    "\n", ""
+).split("|")
+
+
+@pytest.mark.parametrize("piece", [*ADVERSARIAL, " ", "\n", "\t", "\u200b", "confidence " + "x " * 39])
+def test_time_is_linear_on_adversarial_text(piece):
+    body = (piece * (50_000 // len(piece) + 1))[:50_000]
+    text = f"{body} Confidence: {body} 80%"
+    start = time.process_time()
+    parse_confidence(text)
+    strip_confidence(text)
+    parse_confidence(f"Confidence: 80%{body}{body}")
+    # Takes up to 1 s; anything quadratic takes minutes.
+    assert time.process_time() - start < 10
