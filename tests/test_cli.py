@@ -123,19 +123,21 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
         ]
         overlay = {
             "trainer": {
-                **{
-                    "accelerator": "cpu",
-                    "logger": False,
-                    "callbacks": callbacks,
-                    "enable_progress_bar": False,
-                },
-                **{"default_root_dir": str(tmp_path / "run"), "max_steps": 2, "max_epochs": None},
+                "accelerator": "cpu",
+                "logger": False,
+                "callbacks": callbacks,
+                "enable_progress_bar": False,
+                "default_root_dir": str(tmp_path / "run"),
+                "max_steps": 2,
+                "max_epochs": None,
                 **sections.get("trainer", {}),
             },
             "model": {"init_args": {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}},
             "data": {
                 "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
-                **{"batch_size": 2, "workers": 1, "max_length": 400},
+                "batch_size": 2,
+                "workers": 1,
+                "max_length": 400,
                 "validation": {
                     "class_path": "vlm_calibration.demo.source.DemoSource",
                     "init_args": {"scenes": 1},
@@ -330,8 +332,12 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
     demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
     config = {
         "trainer": {
-            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "default_root_dir": str(folder / "eval")},
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder / "eval"),
             "callbacks": [
                 {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
                 {"class_path": "vlm_calibration.reporting.results.ResultsTable"},
@@ -341,7 +347,9 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
             "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
             "init_args": {
                 "base": {"name_or_path": model_folder, "dtype": "float32"},
-                **{"adapters": adapters, "oracle_levels": str(folder / "levels.json"), "max_new_tokens": 5},
+                "adapters": adapters,
+                "oracle_levels": str(folder / "levels.json"),
+                "max_new_tokens": 5,
             },
         },
         "data": {
@@ -353,7 +361,8 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
                 },
                 "shifted": {"source": {**demo, "init_args": {"split": "test", "scenes": 1, "shifted": True}}},
             },
-            **{"eval_batch_size": 4, "workers": 0},
+            "eval_batch_size": 4,
+            "workers": 0,
         },
     }
     path = folder / "eval.yaml"

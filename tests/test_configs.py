@@ -93,7 +93,7 @@ def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...]
 
 def _at(config: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
-        if isinstance(config, list):
+        if isinstance(config, list | tuple):
             config = config[key]
         elif isinstance(config, dict):
             config = config.get(key)

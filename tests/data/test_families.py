@@ -8,7 +8,7 @@ end of sequence, and additional inputs. Each batch also goes through a tiny mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -120,8 +120,15 @@ def _qwen() -> Family:
             "eos_token_id": ids("<|im_end|>"),
         },
         vision_config={
-            **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4},
-            **{"spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "out_hidden_size": 32},
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "out_hidden_size": 32,
             "fullatt_block_indexes": [1],
         },
         image_token_id=ids("<|image_pad|>"),

@@ -20,13 +20,16 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     def make(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
         plain = {
-            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False},
-            **{"enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": 0},
-            **{
-                "use_distributed_sampler": False,
-                "default_root_dir": tmp_path / "run",
-                "log_every_n_steps": 1,
-            },
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "default_root_dir": tmp_path / "run",
+            "log_every_n_steps": 1,
         }
         return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
 
@@ -47,7 +50,10 @@ def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
                 "shifted": Part(DemoSource("test", scenes=1, shifted=True)),
             },
             "noise": NoisePolicy(distractor_probability=0.0),
-            **{"batch_size": 3, "eval_batch_size": 4, "workers": 0, "max_length": 300},
+            "batch_size": 3,
+            "eval_batch_size": 4,
+            "workers": 0,
+            "max_length": 300,
         }
         return PerturbedQueryDataModule(model_folder, **{**plain, **settings})  # type: ignore[arg-type]
 
