@@ -15,12 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
-
-IGNORE = -100
-"""Label of a token that no loss is taken on."""
 
 
 class SFTBatch(NamedTuple):
@@ -38,6 +36,11 @@ class SFTBatch(NamedTuple):
     confidence: torch.Tensor
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
+
+    @property
+    def stated_labels(self) -> torch.Tensor:
+        """Whether each of the N label tokens belongs to the confidence, bool [N], in the order of the labels."""
+        return self.stated[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
         return self._replace(

@@ -39,13 +39,13 @@ from vlm_calibration.demo.questions import (
 )
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
+from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 FIRST_SCENE = 1_000_000
 """Pre-training draws its scenes from the train split from here on: no overlap with what users fine-tune on."""
 QUESTIONS_PER_SCENE = 8
-IGNORE = -100
 CORNER_WORDS = (("top", "bottom"), ("left", "right"))
 FEATURE_SCALE = 3.0
 """Stage 1 multiplies scores by this, so that features come out about as long as word embeddings."""

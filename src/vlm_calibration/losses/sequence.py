@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORE = -100
+"""Label of a token that no loss is taken on."""
+
 
 def token_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """log p of each target token, float32 [N].

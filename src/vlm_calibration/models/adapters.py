@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,3 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
     else:
         model.set_adapter(name)
         yield
-
-
-def adapter_names(model: PeftModel) -> Sequence[str]:
-    return list(model.peft_config)

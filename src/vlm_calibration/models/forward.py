@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100
+from vlm_calibration.losses.sequence import IGNORE
 
 
 class LabelledLogits(NamedTuple):

@@ -87,7 +87,7 @@ class SFTModule(L.LightningModule):
         log_likelihood = token_log_likelihood(found.logits, found.targets)
         weights = self.token_weights(batch, found)
         loss = response_nll(log_likelihood, found.rows, weights, len(batch.queries))
-        stated = batch.stated[:, 1:][batch.labels[:, 1:] != -100]
+        stated = batch.stated_labels
         size = len(batch.queries)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/nll_answer", -log_likelihood[~stated].mean().detach(), batch_size=size)
@@ -99,10 +99,9 @@ class SFTModule(L.LightningModule):
 
     def token_weights(self, batch: SFTBatch, found: LabelledLogits) -> Tensor:
         """Loss weight of each label token, float32 [N]."""
-        stated = batch.stated[:, 1:][batch.labels[:, 1:] != -100]
         answer = torch.ones_like(batch.confidence) if self.answer_weight == "constant" else batch.confidence
         confidence = torch.full_like(batch.confidence, self.confidence_weight)
-        return torch.where(stated, confidence[found.rows], answer[found.rows])
+        return torch.where(batch.stated_labels, confidence[found.rows], answer[found.rows])
 
     def on_validation_start(self) -> None:
         self.scorer.reset()
