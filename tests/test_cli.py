@@ -277,7 +277,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
         (["fiit"], "unknown command 'fiit': expected one of fit, validate, test", 2),
         (["levels"], "usage: vlm-calibration levels fit", 1),
         (["fit", "--config", "none.yaml"], "none.yaml", 2),
-        (["fit", "--config", "broken.yaml"], "broken.yaml", 2),
+        (["fit", "--config", "broken.yaml"], "parsing config", 2),
         (
             ["fit", "--model.init_args.confidence_weight=-1"],
             "model.confidence_weight must be a finite number",
@@ -318,8 +318,13 @@ def test_a_mistake_in_the_call(
 def test_without_a_level_table_the_shipped_configuration_says_how_to_get_one(
     run: Callable[..., Ended], root: Path
 ) -> None:
-    ended = run("fit", "--config", str(root / "configs/sft.yaml"))
-    assert "no level table at runs/levels.json; write one with `vlm-calibration levels fit`" in ended.error()
+    table = "no/levels.json"
+    ended = run(
+        *("fit", "--config", str(root / "configs/sft.yaml")),
+        *("--data.noise.levels.init_args.path", table),
+    )
+    assert f"no level table at {table}; write one with `vlm-calibration levels fit`" in ended.error()
+    assert ended.status == 1
 
 
 def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scenes: int = 2) -> list[str]:

@@ -59,6 +59,9 @@ class CalibrationCLI(LightningCLI):
             parser.link_arguments(f"model.init_args.base.{source}", f"data.{target}")
 
     def before_instantiate_classes(self) -> None:
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint and not _may_be_found(checkpoint):
+            raise DataError(f"no checkpoint at {checkpoint}")
         trainer = self.config[self.subcommand].trainer
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
@@ -71,6 +74,11 @@ class CalibrationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             raise DataError(f"configuration: {error}") from error
+
+
+def _may_be_found(checkpoint: str) -> bool:
+    """Whether there is such a file, or the word or address stands for one that Lightning looks for."""
+    return checkpoint in ("best", "last", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:

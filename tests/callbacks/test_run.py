@@ -101,9 +101,6 @@ def test_offline_unless_logged_in(
         monkeypatch.setenv("WANDB_API_KEY", key)
     logger = RunLogger(save_dir=str(tmp_path / "run"), project="p", group="g", tags=["t"])
     assert logger._offline is offline
-    assert (
-        (logger._wandb_init["mode"] == "offline") is offline if "mode" in logger._wandb_init else not offline
-    )
     assert (logger._wandb_init["project"], logger._wandb_init["group"], logger._wandb_init["tags"]) == (
         "p",
         "g",

@@ -87,5 +87,5 @@ def test_an_error_names_the_record() -> None:
         def load(self, query: Query) -> LoadedImage:
             return super().load(query)._replace(evidence=(np.zeros((10, 10), dtype=bool),))
 
-    with pytest.raises(DataError, match=r"record 'bad:dog': target mask 0 is empty"):
+    with pytest.raises(DataError, match=r"record 'bad:dog': region mask is empty"):
         _dataset(bad=Part(Wrong(), "drawn"))[0, 0]

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
-from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
+from vlm_calibration.perturbation.schedules import CosineSchedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 DOG = np.zeros((96, 96), dtype=bool)
@@ -229,8 +229,8 @@ def _seen_std(processor: Any, sample: Sample) -> float:
 def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
     photo = np.full((1500, 2000, 3), 128, dtype=np.uint8)
     everything = LoadedImage(photo, (np.ones((1500, 2000), dtype=bool),), ())
-    step = 150
-    expected = np.sqrt(1 - LinearSchedule().alpha_bar(step))
+    step = 300
+    expected = np.sqrt(1 - NoisePolicy().schedule.alpha_bar(step))
     assert 0.3 < expected < 0.6, "strong enough to see, weak enough not to be clipped much"
 
     sample = _perturbed(everything, step=step, processor=processor.image_processor, resolution="model")

@@ -64,7 +64,7 @@ def test_counts_add_up_and_the_table_loads(
     provenance = levels.table.provenance
     assert provenance["model"] == model_folder
     assert provenance["seed"] == 3
-    assert "LinearSchedule" in provenance["schedule"]
+    assert "CosineSchedule" in provenance["schedule"]
     assert provenance["resolution"] == "model"
     assert "{question}" in provenance["prompt"]
 
