@@ -7,11 +7,32 @@ process id. The child leads a session of its own, as under a terminal, and goes 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+from pathlib import Path
 
 from vlm_calibration import cli
+
+
+class Parsing(cli.CalibrationCLI):
+    """Builds the parser, and so fills jsonargparse's caches, but runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, *_: object, **__: object) -> None:
+        pass
+
+
+def warm_up() -> None:
+    environment = dict(os.environ)
+    sys.argv[1:] = ["fit", "--config", str(Path(__file__).parents[1] / "configs" / "sft.yaml")]
+    Parsing()
+    os.environ.clear()
+    os.environ.update(environment)
+    gc.freeze()
 
 
 def start(request: dict) -> None:
@@ -44,5 +65,7 @@ def serve() -> bool:
     return False
 
 
-if __name__ == "__main__" and serve():
-    sys.exit(cli.main())
+if __name__ == "__main__":
+    warm_up()
+    if serve():
+        sys.exit(cli.main())

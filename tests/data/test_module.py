@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,3 +226,22 @@ def test_an_error_in_a_worker_names_the_record(model_folder: str, workers: int) 
     module.setup("fit")
     with pytest.raises(DataError, match="record 'q1': damaged"):
         list(module.train_dataloader())
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent_and_dies_when_told_to(model_folder: str) -> None:
+    # The Trainer sets handlers, which forked workers would inherit.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        module = _module(model_folder, workers=1)
+        module.setup("fit")
+        batches = iter(module.train_dataloader())
+        [worker] = batches._workers  # type: ignore[attr-defined]
+        next(batches)
+        os.kill(worker.pid, signal.SIGINT)
+        assert len(next(batches).queries) == 4
+        assert worker.is_alive()
+        with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+            os.kill(worker.pid, signal.SIGTERM)
+            time.sleep(60)  # interrupted at once by the worker's end
+    finally:
+        signal.signal(signal.SIGTERM, before)
