@@ -16,6 +16,7 @@ class AdapterWriter(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
             with replacing(Path(trainer.default_root_dir) / "adapter") as temporary:
-                cast(Any, module).model.save_pretrained(temporary)
+                # A preference stage holds its frozen reference beside what it trains.
+                cast(Any, module).model.save_pretrained(temporary, selected_adapters=["default"])
                 trainer.datamodule.processor.save_pretrained(temporary)  # type: ignore[attr-defined]
         trainer.strategy.barrier("adapter")

@@ -20,6 +20,8 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+TooLong = Literal["raise", "skip"]
+
 
 class SFTBatch(NamedTuple):
     """Samples with the response to learn, padded on the right.
@@ -27,13 +29,15 @@ class SFTBatch(NamedTuple):
     inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if every
         sample was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
     stated: bool [B, L], where a label belongs to the confidence and not to the answer.
-    confidence: float32 [B], the confidence to state. queries: B of them. skipped: ids of samples that were too long.
+    confidence: float32 [B], the confidence to state. right: bool [B], whether the response gives the gold answer.
+    queries: B of them. skipped: ids of samples that were too long.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     stated: torch.Tensor
     confidence: torch.Tensor
+    right: torch.Tensor
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
 
@@ -44,10 +48,11 @@ class SFTBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> SFTBatch:
         return self._replace(
-            inputs=_move(self.inputs, device),
+            inputs=move(self.inputs, device),
             labels=self.labels.to(device),
             stated=self.stated.to(device),
             confidence=self.confidence.to(device),
+            right=self.right.to(device),
         )
 
 
@@ -63,10 +68,10 @@ class PromptBatch(NamedTuple):
     levels: tuple[float, ...]
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        return self._replace(inputs=_move(self.inputs, device))
+        return self._replace(inputs=move(self.inputs, device))
 
 
-def _move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
     return {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
 
 
@@ -99,9 +104,20 @@ class ChatFormat:
             messages, tokenize=False, add_generation_prompt=response is None
         )
 
-    def token_ids(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation, each image token once."""
-        return self.processor.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+    def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
+        """`render` with each of several responses; the template runs once where it inserts text as it is."""
+        first = self.render(question, responses[0])
+        if first.count(responses[0]) != 1:
+            return [first, *(self.render(question, r) for r in responses[1:])]
+        before, after = first.split(responses[0])
+        last = self.render(question, responses[-1])
+        if last != before + responses[-1] + after:
+            return [first, *(self.render(question, r) for r in responses[1:])]
+        return [before + r + after for r in responses]
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered conversations, each image token once."""
+        return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
 
     def inputs(
         self, texts: list[str], images: list[Any], side: Literal["left", "right"]
@@ -131,13 +147,20 @@ class ChatFormat:
         """
         query = sample.query
         self.check(query)
-        prompt = self.token_ids(self.render(query.question))
-        response = render_response(query.answer, sample.confidence)
-        text = self.render(query.question, response)
-        full = self.token_ids(text)
+        text = self.render(query.question, render_response(sample.answer, sample.confidence))
+        texts = [
+            self.render(query.question),
+            text,
+            self.render(query.question, render_answer(sample.answer)),
+        ]
+        prompt, full, answered = self.token_ids(texts)
         start = common_prefix(prompt, full)
-        answered = self.token_ids(self.render(query.question, render_answer(query.answer)))
         return text, full[start:], common_prefix(answered, full) - start
+
+    def through_end(self, response: Sequence[int], answer_length: int) -> int:
+        """Number of leading tokens up to and with the end-of-turn token, the first special one behind the answer."""
+        stated = enumerate(response[answer_length:], start=answer_length)
+        return next((i + 1 for i, token in stated if token in self.special_ids), len(response))
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -177,9 +200,7 @@ class SFTCollator:
         on_too_long: "raise" names the sample; "skip" leaves it out of the batch and lists it in `skipped`.
     """
 
-    def __init__(
-        self, chat: ChatFormat, max_length: int, on_too_long: Literal["raise", "skip"] = "raise"
-    ) -> None:
+    def __init__(self, chat: ChatFormat, max_length: int, on_too_long: TooLong = "raise") -> None:
         self.chat = chat
         self.max_length = max_length
         self.on_too_long = on_too_long
@@ -188,9 +209,9 @@ class SFTCollator:
         spans = [self.chat.response_spans(s) for s in samples]
         inputs = self.chat.inputs([text for text, _, _ in spans], [s.image for s in samples], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        long = [i for i, n in enumerate(lengths) if n > self.max_length]
-        if long:
-            return self._without(samples, long, lengths)
+        fit, skipped = fitting(samples, lengths, self.max_length, self.on_too_long)
+        if skipped:
+            return self._of(fit)._replace(skipped=skipped)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         stated = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
@@ -201,7 +222,7 @@ class SFTCollator:
                     f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text behind "
                     "the image, so the response's tokens cannot be told from the prompt's"
                 )
-            kept = self._through_end(response, answer_length)
+            kept = self.chat.through_end(response, answer_length)
             labels[row, start : start + kept] = ids[:kept]
             stated[row, start + answer_length : start + kept] = True
         return SFTBatch(
@@ -209,29 +230,35 @@ class SFTCollator:
             labels,
             stated,
             torch.tensor([s.confidence for s in samples], dtype=torch.float32),
+            torch.tensor([s.mistake is None for s in samples]),
             tuple(s.query for s in samples),
             (),
         )
 
-    def _through_end(self, response: Sequence[int], answer_length: int) -> int:
-        """Number of leading tokens up to and with the end-of-turn token, the first special one behind the answer."""
-        special = self.chat.special_ids
-        stated = enumerate(response[answer_length:], start=answer_length)
-        return next((i + 1 for i, token in stated if token in special), len(response))
+    def _of(self, samples: Sequence[Sample]) -> SFTBatch:
+        if samples:
+            return self(samples)
+        none = torch.zeros((0, 0), dtype=torch.int64)
+        return SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
 
-    def _without(self, samples: Sequence[Sample], long: list[int], lengths: list[int]) -> SFTBatch:
-        first = long[0]
-        if self.on_too_long == "raise":
-            raise DataError(
-                f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {self.max_length}: "
-                "raise data.max_length, or leave such records out with `data.on_too_long: skip`"
-            )
-        ids = tuple(samples[i].query.id for i in long)
-        kept = [s for i, s in enumerate(samples) if i not in long]
-        if not kept:
-            none = torch.zeros((0, 0), dtype=torch.int64)
-            return SFTBatch({}, none, none.bool(), torch.zeros(0), (), ids)
-        return self(kept)._replace(skipped=ids)
+
+def fitting(
+    samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
+) -> tuple[list[Sample], tuple[str, ...]]:
+    """The samples that are not too long, and the ids of the others.
+
+    Raises:
+        DataError: a sample is too long, and that is not to be skipped.
+    """
+    long = {i for i, n in enumerate(lengths) if n > max_length}
+    if long and on_too_long == "raise":
+        first = min(long)
+        raise DataError(
+            f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {max_length}: "
+            "raise data.max_length, or leave such records out with `data.on_too_long: skip`"
+        )
+    kept = [s for i, s in enumerate(samples) if i not in long]
+    return kept, tuple(samples[i].query.id for i in sorted(long))
 
 
 class PromptCollator:

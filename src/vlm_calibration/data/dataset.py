@@ -60,7 +60,8 @@ class PerturbedQueries(Dataset[Sample]):
         part, query, step = self.items[index]
         loaded = part.source.load(query)
         try:
-            return perturb_query(query, loaded, self.policy, self.image_processor, epoch, step)
+            wrong = part.source.wrong_answers(query)
+            return perturb_query(query, loaded, self.policy, self.image_processor, epoch, step, wrong)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
 

@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import EpochSampler
 from vlm_calibration.data.sources.base import QuerySource
@@ -30,6 +31,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         validation: queries that are noised in the same way and answered during training.
         test: named parts to be answered by `vlm-calibration test`.
         noise: what noise a query gets, and which confidence that earns.
+        pairs: which responses are compared, for preference optimisation; None: training is on the response alone.
         prompt: how a question is put to the model.
         batch_size: queries a training step and process.
         eval_batch_size: queries answered at a time.
@@ -46,6 +48,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         validation: QuerySource | None = None,
         test: dict[str, Part] | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
+        pairs: PairPolicy | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
         batch_size: int = 8,
         eval_batch_size: int = 32,
@@ -61,6 +64,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.validation = validation
         self.test = test
         self.noise = noise
+        self.pairs = pairs
         self.prompt = prompt
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -115,16 +119,26 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 self._sets[name] = PerturbedQueries(parts, self.noise, self.processor.image_processor)
 
     def train_dataloader(self) -> DataLoader:
-        collate = SFTCollator(self.chat, self.max_length, self.on_too_long)
+        collate = self.pair_collator or SFTCollator(self.chat, self.max_length, self.on_too_long)
         return self._loader("train", self.batch_size, collate, training=True)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
-        return self._loader("validation", self.eval_batch_size, PromptCollator(self.chat), training=False)
+        collate = ValidationCollator(PromptCollator(self.chat), self.pair_collator)
+        return self._loader("validation", self.eval_batch_size, collate, training=False)
 
     def test_dataloader(self) -> DataLoader:
         return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
+
+    @property
+    def pair_collator(self) -> PairCollator | None:
+        """What makes pairs of samples, if pairs are wanted."""
+        if self.pairs is None:
+            return None
+        return PairCollator(
+            self.chat, self.noise.levels, self.pairs.wrong_answer, self.max_length, self.on_too_long
+        )
 
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,13 +26,22 @@ class Sample(NamedTuple):
     """A query as the model meets it.
 
     image: uint8 [H, W, 3], noised. confidence: what to state, in [0, 1]. step: diffusion step of the noise on the
-    evidence; 0 where the evidence is intact.
+    evidence; 0 where the evidence is intact. epoch: in which this is. mistake: a wrong answer that the response gives
+    in place of the gold one, if any. wrong: answers that would be wrong.
     """
 
     query: Query
     image: np.ndarray
     confidence: float
     step: int
+    epoch: int = 0
+    mistake: str | None = None
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """The answer that the response gives."""
+        return self.query.answer if self.mistake is None else self.mistake
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,10 @@ class NoisePolicy:
         resolution: noise at the size the model sees ("model"), or that of the file ("native", the paper's reading).
         shape: noise the object's pixels ("mask") or its bounding box ("box", which hides the silhouette).
         dilate: grow the region in each direction, by this fraction of the longer side of its bounding box.
+        mistakes: how often the response to be trained gives a wrong answer, in [0, 1] times how often the stated
+            confidence says that it is wrong. With 1, a response that states c is right with probability c, as the
+            model's own will be; with 0 the confidence follows on the gold answer alone, and a model learns to be sure
+            of whatever it names. Wrong answers themselves are not taught. A source may know no wrong answer to a query.
         seed: of all of the above.
     """
 
@@ -64,10 +78,11 @@ class NoisePolicy:
     resolution: Literal["model", "native"] = "model"
     shape: Literal["mask", "box"] = "mask"
     dilate: float = 0.0
+    mistakes: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("clean_fraction", "distractor_probability"):
+        for name in ("clean_fraction", "distractor_probability", "mistakes"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
@@ -98,9 +113,9 @@ class NoisePolicy:
         return self.levels.steps[int(rng.choice(len(weights), p=weights / weights.sum()))]
 
 
-def query_rng(seed: int, epoch: int, query_id: str) -> np.random.Generator:
-    """The generator that belongs to this query in this epoch, whoever asks for it."""
-    digest = hashlib.blake2b(query_id.encode(), digest_size=16).digest()
+def query_rng(seed: int, epoch: int, query_id: str, purpose: str = "") -> np.random.Generator:
+    """The generator that belongs to this query in this epoch, whoever asks for it; another one for each purpose."""
+    digest = hashlib.blake2b(query_id.encode(), digest_size=16, person=purpose.encode()).digest()
     return np.random.default_rng([seed, epoch, *np.frombuffer(digest, dtype=np.uint32).tolist()])
 
 
@@ -111,10 +126,12 @@ def perturb_query(
     image_processor: Any,
     epoch: int,
     step: int | None = None,
+    wrong: Sequence[str] = (),
 ) -> Sample:
     """Noise one query.
 
     Args:
+        wrong: answers that would be wrong.
         image_processor: says at which size the model sees the image; unused at native resolution.
         step: the noise step; None: drawn by the policy. A given step goes to the evidence, never to a distractor.
 
@@ -146,4 +163,16 @@ def perturb_query(
             image, choice.mask, step, schedule=policy.schedule, seed=int(rng.integers(2**63))
         )
     evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
-    return Sample(query, image, policy.levels.confidence(evidence_step, query.answer_type), evidence_step)
+    confidence = policy.levels.confidence(evidence_step, query.answer_type)
+    mistake = _mistake(query, confidence, policy, epoch, wrong) if wrong else None
+    return Sample(query, image, confidence, evidence_step, epoch, mistake, tuple(wrong))
+
+
+def _mistake(
+    query: Query, confidence: float, policy: NoisePolicy, epoch: int, wrong: Sequence[str]
+) -> str | None:
+    """The wrong answer that the response to this query gives in this epoch, if it gives one."""
+    rng = query_rng(policy.seed, epoch, query.id, "mistake")
+    if rng.random() >= policy.mistakes * (1.0 - confidence):
+        return None
+    return wrong[int(rng.integers(len(wrong)))]

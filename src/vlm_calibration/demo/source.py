@@ -7,11 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.base import QuerySource, opposite
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.demo.scenes import CLASSES, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
+
+
+def scene_index(query: Query) -> int:
+    """The scene that a query of the demo is about."""
+    return int(query.image.rsplit("-", 1)[1])
 
 
 class DemoSource(QuerySource):
@@ -49,7 +54,7 @@ class DemoSource(QuerySource):
         return np.random.default_rng((*scene_seed(self.split, index), 3))
 
     def load(self, query: Query) -> LoadedImage:
-        index = int(query.image.rsplit("-", 1)[1])
+        index = scene_index(query)
         scene = render_scene(scene_seed(self.split, index))
         image = scene.image
         if self.shifted:
@@ -61,6 +66,11 @@ class DemoSource(QuerySource):
             tuple(o.mask for o in scene.objects if query.is_evidence(o.name)),
             tuple(o.mask for o in scene.objects if not query.is_evidence(o.name)),
         )
+
+    def wrong_answers(self, query: Query) -> Sequence[str]:
+        names, _ = scene_layout(scene_seed(self.split, scene_index(query)))
+        others = [name for name in names if name != query.answer]
+        return opposite(query) or others or [name for name in CLASSES if name != query.answer]
 
     def has_evidence(self, query: Query) -> bool:
         return query.answer != "No"

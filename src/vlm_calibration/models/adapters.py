@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,14 +99,61 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTraine
 
 @contextmanager
 def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
-    """Run with this adapter, or with the base model alone (None)."""
+    """Run with this adapter, or with the base model alone (None); afterwards the one before is active again.
+
+    What is trained stays as it was: peft would unfreeze the adapter that it switches to.
+    """
     if not isinstance(model, PeftModel):
         if name is not None:
             raise ValueError(f"the model has no adapter {name!r}")
         yield
-    elif name is None:
-        with model.disable_adapter():
+        return
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    before = model.active_adapter
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name, inference_mode=True)
             yield
-    else:
-        model.set_adapter(name)
-        yield
+    finally:
+        model.set_adapter(before)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
+
+REFERENCE = "reference"
+"""Name of the frozen adapter that a preference loss compares with."""
+
+
+def continue_adapter(
+    model: PreTrainedModel, folder: str, parts: Sequence[Part] | None = None, reference: bool = True
+) -> PeftModel:
+    """Go on training a saved adapter, beside a frozen copy of it as the adapter `REFERENCE`.
+
+    Args:
+        folder: the saved adapter.
+        parts: train only its layers in these parts of the model; None: all of them.
+        reference: whether to load the copy.
+
+    Raises:
+        DataError: the folder does not hold an adapter, or the adapter has no layer in the wanted parts.
+    """
+    where = part_of(model)
+    wrapped = load_adapters(model, {"default": folder})
+    assert isinstance(wrapped, PeftModel)
+    if reference:
+        wrapped.load_adapter(folder, adapter_name=REFERENCE)
+    wrapped.set_adapter("default")
+    wanted = {name for name, part in where.items() if parts is None or part in parts}
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_(".default." in name and _layer_of(name) in wanted)
+    if not any(p.requires_grad for p in wrapped.parameters()):
+        raise DataError(f"the adapter at {folder} has no layer in {', '.join(parts or ())}")
+    return wrapped
+
+
+def _layer_of(parameter: str) -> str:
+    """The linear layer that an adapter's parameter belongs to, by its name before peft wrapped the model."""
+    return parameter.removeprefix("base_model.model.").split(".lora_", 1)[0]

@@ -1,4 +1,4 @@
-"""A forward that evaluates the output head only where there is a label.
+"""A forward that evaluates the output head only where a token is predicted that matters.
 
 With a vocabulary of 150k tokens the logits of a whole conversation are by far its largest tensor, and all but the dozen at
 the response are thrown away. A hook in front of the head keeps just those rows, so whatever a family does behind the head
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from vlm_calibration.losses.sequence import IGNORE
@@ -39,22 +38,33 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
             "the first token of a sequence has a label, but nothing comes before it to predict it"
         )
     predicted = labels[:, 1:] != IGNORE
-    keep = torch.nn.functional.pad(predicted, (0, 1))
-    head = output_head(model)
+    rows, positions = predicted.nonzero(as_tuple=True)
+    return LabelledLogits(logits_at(model, inputs, rows, positions), labels[:, 1:][predicted], rows)
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
+    """Logits at N places of a batch, float [N, V].
+
+    Args:
+        model: a transformers or peft model. inputs: what its forward takes.
+        rows, positions: int64 [N], the places; one may come several times.
+    """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][keep][None], *args[1:])
+        return (args[0][rows, positions][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = output_head(model).register_forward_pre_hook(select)
     try:
-        logits = model(**inputs, use_cache=False).logits[0]
+        return model(**inputs, use_cache=False).logits[0]
     finally:
         handle.remove()
-    rows = keep.nonzero()[:, 0]
-    return LabelledLogits(logits, labels[:, 1:][predicted], rows)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model below peft's wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_head(model: Any) -> nn.Module:
-    """The module that maps hidden states to logits, below peft's wrappers."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_output_embeddings()
+    """The module that maps hidden states to logits."""
+    return base_of(model).get_output_embeddings()

@@ -148,31 +148,49 @@ class AnchoredLevels(Levels):
     easily than 101 near-synonymous numbers, and accuracies measured on some hundred queries are no finer than that.
     The price is a rounding error of at most half a grid step (2.5%), 1.25% on average; `grid=1` states whole percents.
 
+    `groups` makes the targets fewer still without that bias: neighbouring steps are merged so that their accuracies differ
+    least from the mean of their group (Jenks' natural breaks), and each step states that mean.
+
     Args:
         path: a JSON file written by `save`; or else give `table`.
         table: the measurements themselves.
         grid: percent between confidences that may be stated; divides 100.
+        groups: most confidences stated per answer type; None: as many as the grid allows.
 
     Raises:
         ValueError: if neither or both of `path` and `table` are given, the file is not a level table (names the
-            file), or `grid` does not divide 100.
+            file), `grid` does not divide 100, or `groups` is below 1.
         FileNotFoundError: if there is no such file.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, table: LevelTable | None = None, grid: int = 5
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        table: LevelTable | None = None,
+        grid: int = 5,
+        groups: int | None = None,
     ) -> None:
         if (path is None) == (table is None):
             raise ValueError("AnchoredLevels needs either a path or a table")
         if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1 or 100 % grid:
             raise ValueError(f"grid must be a whole number of percent that divides 100, got {grid!r}")
+        if groups is not None and groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
         if path is not None:
             table = _read_table(Path(path))
         assert table is not None  # for the type checker: one of the two was given
         self.table = table
         self.grid = grid
+        self.groups = groups
         self.steps = tuple(row.step for row in next(iter(table.counts.values())))
         self._fits = {kind: _isotonic_accuracy(rows) for kind, rows in table.counts.items()}
+        self._stated = self._fits
+        if groups is not None:
+            self._stated = {
+                kind: _group_means(fit, [row.n for row in table.counts[kind]], groups)
+                for kind, fit in self._fits.items()
+            }
 
     @classmethod
     def fit(
@@ -227,10 +245,14 @@ class AnchoredLevels(Levels):
         return float(np.interp(step, self.steps, fit))
 
     def confidence(self, step: int, answer_type: str) -> float:
-        """`accuracy` rounded to the grid; raises as it does."""
+        """`accuracy`, or the mean of the group of the nearest measured step, rounded to the grid; raises as `accuracy` does."""
+        value = self.accuracy(step, answer_type)
+        if self.groups is not None:
+            nearest = min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - step))
+            value = float(self._stated[answer_type][nearest])
         cells = 100 // self.grid
         # The small term makes interpolated ties go up whatever the last bit of the interpolation.
-        return math.floor(self.accuracy(step, answer_type) * cells + 0.5 + 1e-9) / cells
+        return math.floor(value * cells + 0.5 + 1e-9) / cells
 
     def step(self, confidence: float, answer_type: str | None = None) -> int:
         """The least noisy step whose fitted accuracy is at most `confidence`.
@@ -268,6 +290,34 @@ def _isotonic_accuracy(rows: Sequence[StepCount]) -> np.ndarray:
     weights = np.array([row.n for row in rows], dtype=np.float64)
     fit = isotonic_regression(accuracy, weights=weights, increasing=False).x
     return np.clip(fit, 0.0, 1.0)  # block means may leave [0, 1] by one rounding error
+
+
+def _group_means(accuracy: np.ndarray, weights: Sequence[int], groups: int) -> np.ndarray:
+    """Each value replaced by the weighted mean of its group: at most `groups` runs with the least sum of squared errors.
+
+    Exact dynamic programme over the last run: `best[g][j]` is (error, start of the last run) for the first j values in g runs.
+    """
+    n, w = len(accuracy), np.asarray(weights, dtype=np.float64)
+
+    def run(i: int, j: int) -> tuple[float, float]:
+        mean = float(np.average(accuracy[i:j], weights=w[i:j]))
+        return float((w[i:j] * (accuracy[i:j] - mean) ** 2).sum()), mean
+
+    groups = min(groups, n)
+    best = [[(0.0 if j == 0 else math.inf, 0) for j in range(n + 1)]]
+    for g in range(1, groups + 1):
+        best.append(
+            [
+                min(((best[g - 1][i][0] + run(i, j)[0], i) for i in range(j)), default=(math.inf, 0))
+                for j in range(n + 1)
+            ]
+        )
+    means, j = np.empty(n), n
+    for g in range(groups, 0, -1):
+        i = best[g][j][1]
+        means[i:j] = run(i, j)[1]
+        j = i
+    return means
 
 
 def _read_table(path: Path) -> LevelTable:

@@ -12,6 +12,7 @@ from torch import nn
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction, category_groups
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
@@ -69,7 +70,8 @@ class EvaluationModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            self.model = load_adapters(load_vlm(self.base), self.adapters).eval()
+            # Nothing is trained here: what is frozen may be shared between systems.
+            self.model = load_adapters(load_vlm(self.base), self.adapters).requires_grad_(False).eval()
 
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
@@ -87,9 +89,10 @@ class EvaluationModule(L.LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         answers: dict[str, list[Prediction]] = {}
-        for system in self.answering:
-            with using_adapter(self.model, None if system == BASE else system):
-                answers[system] = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+        with shared_vision(self.model):
+            for system in self.answering:
+                with using_adapter(self.model, None if system == BASE else system):
+                    answers[system] = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
         if self.oracle:
             answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         for system, scorer in self._scored():

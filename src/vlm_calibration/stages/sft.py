@@ -10,18 +10,25 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vlm_calibration.data.collate import PromptBatch, SFTBatch
+from vlm_calibration.data.collate import SFTBatch
+from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import LabelledLogits, labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
+from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.scoring import Results, Scorer
+from vlm_calibration.stages.training import (
+    keep_trained,
+    log_results,
+    no_loss,
+    optimizers_of,
+    warn_of_skipped,
+)
 
 
 class SFTModule(L.LightningModule):
@@ -81,8 +88,7 @@ class SFTModule(L.LightningModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
         if not batch.inputs:
-            # Every sample was too long: a loss of zero keeps processes in step.
-            return sum(p.sum() * 0.0 for p in self.trained_parameters())  # type: ignore[return-value]
+            return no_loss(self)
         found = labelled_logits(self.model, batch.inputs, batch.labels)
         log_likelihood = token_log_likelihood(found.logits, found.targets)
         weights = self.token_weights(batch, found)
@@ -90,7 +96,9 @@ class SFTModule(L.LightningModule):
         stated = batch.stated_labels
         size = len(batch.queries)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log("train/nll_answer", -log_likelihood[~stated].mean().detach(), batch_size=size)
+        right = ~stated & batch.right[found.rows]
+        if bool(right.any()):
+            self.log("train/nll_answer", -log_likelihood[right].mean().detach(), batch_size=size)
         self.log(
             "train/nll_confidence", -log_likelihood[stated].mean().detach(), prog_bar=True, batch_size=size
         )
@@ -100,34 +108,27 @@ class SFTModule(L.LightningModule):
     def token_weights(self, batch: SFTBatch, found: LabelledLogits) -> Tensor:
         """Loss weight of each label token, float32 [N]."""
         answer = torch.ones_like(batch.confidence) if self.answer_weight == "constant" else batch.confidence
+        answer = answer * batch.right  # a wrong answer is there to be doubted, not to be learnt
         confidence = torch.full_like(batch.confidence, self.confidence_weight)
         return torch.where(batch.stated_labels, confidence[found.rows], answer[found.rows])
 
     def on_validation_start(self) -> None:
         self.scorer.reset()
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        predictions = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
         return {"": predictions}
 
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}
-        shown = ("accuracy", "ece")
-        for name, value in self.results[""].items():
-            self.log(f"val/{name}", value, prog_bar=name in shown, rank_zero_only=True)
+        log_results(self, self.results)
 
     def on_train_end(self) -> None:
-        if self.skipped:
-            rank_zero_warn(f"left out {self.skipped} samples that were longer than data.max_length")
-
-    def trained_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        warn_of_skipped(self.skipped)
 
     def configure_optimizers(self) -> Any:
-        total = self.trainer.estimated_stepping_batches
-        return adamw_with_schedule(self.trained_parameters(), self.optimizer_settings, total)
+        return optimizers_of(self, self.optimizer_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        keep_trained(self, checkpoint)

@@ -1,0 +1,275 @@
+"""Stage 2: preference optimisation of the stated confidence, from the adapter that stage 1 trained.
+
+For one noised image and one answer, the response that states the target confidence is preferred over those that state
+others (CSP, arXiv 2504.14848). All candidates of a query share one pass over image and prompt, and policy and reference share
+the frozen vision tower.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vlm_calibration.data.pairs import (
+    Candidate,
+    IsotonicMap,
+    PairBatch,
+    PairPolicy,
+    ValidationBatch,
+    choose,
+    nearest,
+)
+from vlm_calibration.losses.preference import (
+    DPO,
+    CandidateScores,
+    PreferenceLoss,
+    chosen_nll,
+    preference_statistics,
+)
+from vlm_calibration.models.adapters import REFERENCE, Part, continue_adapter, using_adapter
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
+from vlm_calibration.models.vision import shared_vision
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.belief import Belief, divergence
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.recalibration import fit_recalibration
+from vlm_calibration.stages.scoring import Results, Scorer
+from vlm_calibration.stages.training import keep_trained, log_results, no_loss, optimizers_of, warn_of_skipped
+
+Chosen = tuple[tuple[Candidate, ...], ...]
+
+
+class DPOModule(L.LightningModule):
+    """Trains the stated confidence by preferences, starting from a trained adapter.
+
+    Args:
+        base: the model below the adapter.
+        adapter: folder of the adapter to go on from, as stage 1 writes it.
+        loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
+        reference: what the loss compares with, frozen: the adapter as it was ("adapter"), the model without it ("base"), or
+            nothing ("none", for losses that take no reference).
+        parts: train only the adapter's layers in these parts of the model; None: all of them.
+        optimizer: AdamW and its schedule.
+        nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
+            (arXiv 2404.19733).
+        scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
+        gradient_checkpointing: recompute activations in the backward pass.
+        max_new_tokens: length limit of the answers generated in validation.
+    """
+
+    model: Any
+    results: Results
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: str,
+        loss: PreferenceLoss = DPO(),  # noqa: B008  (frozen)
+        reference: Literal["adapter", "base", "none"] = "adapter",
+        parts: list[Part] | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=2e-5),  # noqa: B008  (frozen)
+        nll_weight: float = 0.0,
+        scoring: Scoring = "auto",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        if not 0 <= nll_weight < math.inf:
+            raise DataError(f"model.nll_weight must be a finite number of at least 0, found {nll_weight}")
+        if reference == "none" and loss.needs_reference:
+            raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
+        self.base = base
+        self.adapter = adapter
+        self.loss = loss
+        self.reference = reference
+        self.parts = parts
+        self.optimizer_settings = optimizer
+        self.nll_weight = nll_weight
+        self.scoring = scoring
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.scorer = Scorer()
+        self.skipped = 0
+        self.recalibration: IsotonicMap | None = None
+        # Checkpoints hold what is trained; base and reference come from where they came from.
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        model = load_vlm(self.base)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
+        self.model.train()
+
+    @property
+    def policy(self) -> PairPolicy:
+        """Which responses are compared, as the data says."""
+        pairs = self.trainer.datamodule.pairs  # type: ignore[attr-defined]
+        if pairs is None:
+            raise DataError("data.pairs is not set: preference optimisation needs it")
+        if pairs.needs_reference and self.reference == "none":
+            raise DataError(
+                f"data.pairs: `target: {pairs.target}` and `on_policy` ask the reference, but model.reference is none"
+            )
+        return pairs
+
+    def on_fit_start(self) -> None:
+        if self.policy.target == "recalibrated" and self.recalibration is None:
+            self.recalibration = fit_recalibration(self)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        self.skipped += len(batch.skipped)
+        if not batch.inputs:
+            return no_loss(self)
+        with shared_vision(self.model):
+            chosen, reference = self.compared(batch)
+            found = self.score(batch, chosen)
+        scores = candidate_scores(found, reference, chosen)
+        loss = self.loss(scores)
+        if self.nll_weight:
+            loss = loss + self.nll_weight * chosen_nll(scores)
+        self._log(loss, scores, found, chosen, batch)
+        return loss
+
+    def _log(
+        self, loss: Tensor, scores: CandidateScores, found: ResponseScores, chosen: Chosen, batch: PairBatch
+    ) -> None:
+        size = len(batch.queries)
+        values = {**preference_statistics(self.loss, scores), **answer_statistics(found, chosen, batch)}
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        for name, value in values.items():
+            if not bool(value.isnan()):
+                self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
+        self.log("train/skipped", float(self.skipped), batch_size=size)
+
+    def score(self, batch: PairBatch, candidates: Chosen) -> ResponseScores:
+        """Log-likelihoods under the model as it is now."""
+        tokens = [[c.tokens for c in row] for row in candidates]
+        return score_responses(self.model, Prompts(batch.inputs, batch.lengths), tokens, self.scoring)
+
+    @torch.no_grad()
+    def score_reference(self, batch: PairBatch, candidates: Chosen) -> Tensor:
+        """log p of each candidate under the reference, [B, K]."""
+        with self.as_reference():
+            return self.score(batch, candidates).total
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """A context in which the model is the reference."""
+        return using_adapter(self.model, REFERENCE if self.reference == "adapter" else None)
+
+    def compared(self, batch: PairBatch) -> tuple[Chosen, Tensor | None]:
+        """For each query the chosen candidate and behind it the rejected ones, and the reference's log p of them [B, K]."""
+        policy = self.policy
+        if not policy.needs_reference:
+            picks = [
+                choose(policy, row, nearest([c.confidence for c in row], level), query, epoch)
+                for row, level, query, epoch in zip(
+                    batch.candidates, batch.levels, batch.queries, batch.epochs, strict=True
+                )
+            ]
+            chosen = _picked(batch, picks)
+            return chosen, self.score_reference(batch, chosen) if self.loss.needs_reference else None
+        belief = Belief(self.score_reference(batch, batch.candidates), batch.candidates)
+        picks = [self._pick(policy, batch, belief, row) for row in range(len(batch.queries))]
+        width = max(map(len, picks))
+        index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=belief.total.device)
+        reference = belief.total.gather(1, index) if self.loss.needs_reference else None
+        return _picked(batch, picks), reference
+
+    def _pick(self, policy: PairPolicy, batch: PairBatch, belief: Belief, row: int) -> list[int]:
+        levels = [c.confidence for c in batch.candidates[row] if not c.wrong]
+        wanted, query = batch.levels[row], batch.queries[row]
+        if policy.target != "level":
+            wanted = belief.expected(row)
+        if policy.target == "recalibrated":
+            assert self.recalibration is not None
+            wanted = self.recalibration(wanted, query.answer_type)
+        own = belief.own(row)
+        return choose(policy, batch.candidates[row], nearest(levels, wanted), query, batch.epochs[row], own)
+
+    def on_validation_start(self) -> None:
+        self.scorer.reset()
+
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        with shared_vision(self.model):
+            predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
+        self.scorer.update(predictions)
+        # The target of `recalibrated` is fitted when training starts, behind the first validation.
+        ready = self.policy.target != "recalibrated" or self.recalibration is not None
+        if batch.pairs is not None and batch.pairs.inputs and ready:
+            self._validate_pairs(batch.pairs)
+        return {"": predictions}
+
+    def _validate_pairs(self, batch: PairBatch) -> None:
+        with shared_vision(self.model):
+            chosen, reference = self.compared(batch)
+            found = self.score(batch, chosen)
+            believed = Belief(self.score(batch, batch.candidates).total, batch.candidates)
+            before = None
+            if self.reference != "none":
+                before = Belief(self.score_reference(batch, batch.candidates), batch.candidates)
+        scores = candidate_scores(found, reference, chosen)
+        values = {**preference_statistics(self.loss, scores), **answer_statistics(found, chosen, batch)}
+        if before is not None:
+            values["kl"] = divergence(believed, before)
+        for name, value in values.items():
+            if not bool(value.isnan()):
+                self.log(f"val/{name}", value, batch_size=len(batch.queries), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = {"": self.scorer.compute()}
+        log_results(self, self.results)
+
+    def on_train_end(self) -> None:
+        warn_of_skipped(self.skipped)
+
+    def configure_optimizers(self) -> Any:
+        return optimizers_of(self, self.optimizer_settings)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        keep_trained(self, checkpoint)
+        checkpoint["recalibration"] = None if self.recalibration is None else dict(self.recalibration.knots)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        knots = checkpoint.get("recalibration")
+        self.recalibration = None if knots is None else IsotonicMap(knots)
+
+
+def _picked(batch: PairBatch, picks: list[list[int]]) -> Chosen:
+    return tuple(tuple(row[i] for i in pick) for row, pick in zip(batch.candidates, picks, strict=True))
+
+
+def candidate_scores(found: ResponseScores, reference: Tensor | None, chosen: Chosen) -> CandidateScores:
+    """What the losses take, of candidates of which each query's first is the chosen one."""
+    width = found.total.shape[1]
+    distance = [
+        [1.0 if c.wrong else abs(c.confidence - row[0].confidence) for c in row] + [0.0] * (width - len(row))
+        for row in chosen
+    ]
+    return CandidateScores(
+        found.total, reference, found.lengths, found.total.new_tensor(distance), found.lengths > 0
+    )
+
+
+@torch.no_grad()
+def answer_statistics(found: ResponseScores, chosen: Chosen, batch: PairBatch) -> dict[str, Tensor]:
+    """logp_answer: log-likelihood of the gold answer's tokens, a mean over queries; nan if no response gives it.
+
+    It falls when a model collapses: margins grow, and all responses become unlikely.
+    """
+    values = [
+        found.log_likelihood[row, 0, : candidates[0].answer_length].sum()
+        for row, candidates in enumerate(chosen)
+        if batch.right[row]
+    ]
+    mean = torch.stack(values).mean() if values else found.log_likelihood.new_tensor(math.nan)
+    return {"logp_answer": mean}

@@ -1,0 +1,81 @@
+"""The isotonic map of the reference's expected confidence, fitted on the validation queries before training."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlm_calibration.data.pairs import Candidate, IsotonicMap, PairBatch, fit_isotonic_map
+from vlm_calibration.models.vision import shared_vision
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.belief import Belief
+
+
+class HasReference(Protocol):
+    """What is needed of a module here."""
+
+    model: Any
+    max_new_tokens: int
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """A context in which the model is the reference."""
+
+    def score_reference(self, batch: PairBatch, candidates: tuple[tuple[Candidate, ...], ...]) -> Tensor:
+        """log p of each candidate under the reference, [B, K]."""
+
+
+@torch.no_grad()
+def fit_recalibration(module: Any) -> IsotonicMap:
+    """Let the reference answer the validation queries, and map the confidence it expects in its answer to its accuracy.
+
+    Every process takes its share of the queries, and all fit the same map.
+
+    Args:
+        module: a LightningModule in training that `HasReference`.
+
+    Raises:
+        DataError: there are no validation queries.
+    """
+    data = module.trainer.datamodule
+    loader = data.val_dataloader()
+    if not loader:
+        raise DataError("data.validation is not set: `target: recalibrated` fits its map on those queries")
+    rows: list[tuple[float, bool, str]] = []
+    for batch in loader:
+        prompts, pairs = batch.prompts.to(module.device), batch.pairs.to(module.device)
+        if not pairs.inputs:
+            continue
+        with shared_vision(module.model):
+            with module.as_reference():
+                answers = answer_batch(module.model, prompts, tokenizer_of(module), module.max_new_tokens)
+            answers = [a for a in answers if a.id not in pairs.skipped]
+            rows += _expected(module, pairs, answers, data.pair_collator)
+    if not rows:
+        raise DataError("no validation query could be used to fit the map of `target: recalibrated`")
+    return fit_isotonic_map(*zip(*_of_all_processes(rows), strict=True))
+
+
+def _expected(
+    module: HasReference, pairs: PairBatch, answers: list[Prediction], collator: Any
+) -> list[tuple[float, bool, str]]:
+    """(expected confidence, whether right, answer type) of each answer that could be read."""
+    read = [row for row, answer in enumerate(answers) if answer.predicted]
+    candidates = tuple(
+        collator.candidates(pairs.queries[row], [answers[row].predicted or pairs.queries[row].answer])[1]
+        for row in range(len(answers))
+    )
+    belief = Belief(module.score_reference(pairs, candidates), candidates)
+    return [(belief.expected(row), answers[row].correct, answers[row].answer_type) for row in read]
+
+
+def _of_all_processes(rows: list[Any]) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]

@@ -1,0 +1,47 @@
+"""What both training stages do alike: which parameters are trained, saved and optimised, and what validation logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
+from vlm_calibration.stages.scoring import Results
+
+SHOWN = ("accuracy", "ece")
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def keep_trained(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Leave only what is trained in a checkpoint; the frozen rest comes from where it came from."""
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def optimizers_of(module: L.LightningModule, settings: OptimizerSettings) -> dict[str, Any]:
+    """AdamW over what is trained, and its schedule over the whole of this training."""
+    return adamw_with_schedule(
+        trained_parameters(module), settings, module.trainer.estimated_stepping_batches
+    )
+
+
+def no_loss(module: nn.Module) -> Tensor:
+    """A loss of zero that reaches every trained parameter, for a batch without samples: it keeps processes in step."""
+    return sum(p.sum() * 0.0 for p in trained_parameters(module))  # type: ignore[return-value]
+
+
+def log_results(module: L.LightningModule, results: Results) -> None:
+    """Log the run's own results of a validation."""
+    for name, value in results[""].items():
+        module.log(f"val/{name}", value, prog_bar=name in SHOWN, rank_zero_only=True)
+
+
+def warn_of_skipped(skipped: int) -> None:
+    if skipped:
+        rank_zero_warn(f"left out {skipped} samples that were longer than data.max_length")

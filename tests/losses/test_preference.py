@@ -1,0 +1,470 @@
+"""Preference losses against arithmetic spelled out and against loops over pairs and rankings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from vlm_calibration.losses.comparisons import dpo, hinge, ipo, odpo, simpo
+from vlm_calibration.losses.preference import (
+    DPO,
+    IPO,
+    CandidateScores,
+    Hinge,
+    Listwise,
+    Ordinal,
+    PreferenceLoss,
+    SimPO,
+    chosen_nll,
+    preference_statistics,
+)
+from vlm_calibration.records import DataError
+
+LOSSES: list[PreferenceLoss] = [
+    DPO(),
+    DPO(beta=0.7, label_smoothing=0.2),
+    DPO(beta=0.3, reference_free=True),
+    DPO(beta=0.3, label_smoothing=0.1, reference_free=True),
+    SimPO(),
+    SimPO(beta=2.5, gamma=0.3),
+    IPO(),
+    IPO(beta=0.4, average=True),
+    Hinge(),
+    Hinge(beta=0.5),
+    Ordinal(),
+    Ordinal(beta=0.4, offset=2.5),
+    Listwise(),
+    Listwise(beta=0.8),
+]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+
+
+def table(
+    policy: list[list[float]],
+    reference: list[list[float]] | None = None,
+    lengths: list[list[int]] | None = None,
+    distance: list[list[float]] | None = None,
+    valid: list[list[bool]] | None = None,
+) -> CandidateScores:
+    """Scores in float64; what is not given is all 0, 1, [0, 1, 1, ...] or True."""
+    values = torch.tensor(policy, dtype=torch.float64)
+    steps = (torch.arange(values.shape[1]) > 0).double().expand_as(values)
+    return CandidateScores(
+        values,
+        torch.zeros_like(values) if reference is None else torch.tensor(reference, dtype=torch.float64),
+        torch.ones_like(values, dtype=torch.int64) if lengths is None else torch.tensor(lengths),
+        steps if distance is None else torch.tensor(distance, dtype=torch.float64),
+        torch.ones_like(values, dtype=torch.bool) if valid is None else torch.tensor(valid),
+    )
+
+
+def random_table(seed: int, n_queries: int = 5, n_candidates: int = 4) -> CandidateScores:
+    """Ragged: any number of candidates at any columns, the first query with none but the chosen; ties in distance."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n_queries, n_candidates)
+    valid = torch.rand(shape, generator=generator) < 0.6
+    valid[:, 0] = True
+    valid[0, 1:] = False
+    distance = torch.randint(1, 5, shape, generator=generator) / 4
+    distance[:, 0] = 0
+    return CandidateScores(
+        -6 * torch.rand(shape, generator=generator, dtype=torch.float64),
+        -6 * torch.rand(shape, generator=generator, dtype=torch.float64),
+        torch.randint(1, 7, shape, generator=generator),
+        distance.double(),
+        valid,
+    )
+
+
+def softplus(x: float) -> float:
+    """-log sigmoid(-x)."""
+    return math.log(1 + math.exp(x))
+
+
+# One pair: log p of -2 and -5, under the reference -2.5 and -4, of 2 and 4 tokens; the rejected one is 0.3 off.
+# h = (-2 + 2.5) - (-5 + 4) = 0.5 + 1 = 1.5
+PAIR = table([[-2, -5]], [[-2.5, -4]], [[2, 4]], [[0, 0.3]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (DPO(beta=0.1), softplus(-0.15)),
+        (DPO(beta=2.0), softplus(-3.0)),
+        (DPO(beta=0.1, label_smoothing=0.2), 0.8 * softplus(-0.15) + 0.2 * softplus(0.15)),
+        (DPO(beta=0.1, reference_free=True), softplus(-0.1 * (-2 + 5))),
+        (DPO(beta=0.1, label_smoothing=0.2, reference_free=True), 0.8 * softplus(-0.3) + 0.2 * softplus(0.3)),
+        # per token: -2 / 2 = -1 and -5 / 4 = -1.25
+        (SimPO(beta=2.0, gamma=1.0), softplus(-(2 * (-1 + 1.25) - 1))),
+        (SimPO(beta=10.0, gamma=0.0), softplus(-2.5)),
+        (IPO(beta=0.1), (1.5 - 1 / 0.2) ** 2),
+        # per token: 0.5 / 2 + 1 / 4 = 0.5
+        (IPO(beta=0.1, average=True), (0.5 - 1 / 0.2) ** 2),
+        (IPO(beta=1.0, average=True), 0.0),
+        (Hinge(beta=0.1), 1 - 0.15),
+        (Hinge(beta=1.0), 0.0),
+        (Ordinal(beta=0.1, offset=1.0), softplus(-(0.15 - 0.3))),
+        (Ordinal(beta=0.1, offset=2.0), softplus(-(0.15 - 0.6))),
+        (Listwise(beta=0.1), -math.log(math.exp(0.05) / (math.exp(0.05) + math.exp(-0.1)))),
+    ],
+    ids=repr,
+)
+def test_one_pair_spelled_out(loss: PreferenceLoss, expected: float) -> None:
+    assert float(loss(PAIR)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pair_functions_by_hand() -> None:
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor(x) for x in (-2.0, -5.0, -2.5, -4.0))
+    pair = (chosen, rejected, ref_chosen, ref_rejected)
+    assert float(dpo(*pair, 0.1)) == pytest.approx(softplus(-0.15))
+    assert float(dpo(*pair, 0.1, 0.2)) == pytest.approx(0.8 * softplus(-0.15) + 0.2 * softplus(0.15))
+    assert float(simpo(chosen / 2, rejected / 4, 2.0, 1.0)) == pytest.approx(softplus(0.5))
+    assert float(ipo(*pair, 0.1)) == pytest.approx(3.5**2)
+    assert float(hinge(*pair, 0.1)) == pytest.approx(0.85)
+    assert float(odpo(*pair, torch.tensor(0.3), 0.1, 1.0)) == pytest.approx(softplus(0.15))
+    # they broadcast and do not reduce
+    column, row, zero = torch.zeros(3, 1), torch.arange(4.0)[None], torch.zeros(())
+    expected = [softplus(0.1 * k) for k in range(4)]
+    assert dpo(column, row, zero, zero, 0.1).tolist() == [pytest.approx(expected)] * 3
+
+
+def _pair_by_loop(loss: PreferenceLoss, scores: CandidateScores, b: int, k: int) -> float:
+    """The loss of the pair of candidates 0 and k of query b."""
+    policy, lengths = scores.policy[b].tolist(), scores.lengths[b].tolist()
+    assert scores.reference is not None
+    reference = scores.reference[b].tolist()
+    h = policy[0] - reference[0] - policy[k] + reference[k]
+    match loss:
+        case DPO(beta, smoothing, free):
+            margin = beta * (policy[0] - policy[k] if free else h)
+            return (1 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
+        case SimPO(beta, gamma):
+            return softplus(gamma - beta / lengths[0] * policy[0] + beta / lengths[k] * policy[k])
+        case IPO(beta, average):
+            if average:
+                h = (policy[0] - reference[0]) / lengths[0] - (policy[k] - reference[k]) / lengths[k]
+            return (h - 0.5 / beta) ** 2
+        case Hinge(beta):
+            return max(0.0, 1 - beta * h)
+        case Ordinal(beta, offset):
+            return softplus(-(beta * h - offset * float(scores.distance[b, k])))
+    raise AssertionError(loss)
+
+
+def _ranking_by_loop(loss: Listwise, scores: CandidateScores, b: int) -> list[float]:
+    """The terms of query b."""
+    assert scores.reference is not None
+    found = []
+    candidates = [k for k in range(scores.policy.shape[1]) if scores.valid[b, k]]
+    reward = {k: loss.beta * float(scores.policy[b, k] - scores.reference[b, k]) for k in candidates}
+    for i in candidates:
+        further = [j for j in candidates if scores.distance[b, j] > scores.distance[b, i]]
+        if further:
+            total = sum(math.exp(reward[j]) for j in [i, *further])
+            found.append(-math.log(math.exp(reward[i]) / total))
+    return found
+
+
+def _by_loop(loss: PreferenceLoss, scores: CandidateScores) -> float:
+    queries = []
+    for b in range(scores.policy.shape[0]):
+        if isinstance(loss, Listwise):
+            values = _ranking_by_loop(loss, scores, b)
+        else:
+            rejected = [k for k in range(1, scores.policy.shape[1]) if scores.valid[b, k]]
+            values = [_pair_by_loop(loss, scores, b, k) for k in rejected]
+        if values:
+            queries.append(sum(values) / len(values))
+    return sum(queries) / len(queries)
+
+
+@each_loss
+@pytest.mark.parametrize("seed", range(4))
+def test_loss_is_the_loop(loss: PreferenceLoss, seed: int) -> None:
+    scores = random_table(seed)
+    assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), abs=1e-10)
+
+
+def test_queries_count_alike_whatever_their_number_of_candidates() -> None:
+    scores = table(
+        [[0, -1, -2], [0, -3, 9], [0, 9, 9]],
+        valid=[[True, True, True], [True, True, False], [True, False, False]],
+    )
+    # hinge with beta 0.1: 0.9 and 0.8 of the first, 0.7 of the second, nothing of the third
+    assert float(Hinge()(scores)) == pytest.approx(((0.9 + 0.8) / 2 + 0.7) / 2)
+
+
+@each_loss
+def test_gradient(loss: PreferenceLoss) -> None:
+    scores = random_table(5, n_queries=3)
+    policy = scores.policy.clone().requires_grad_()
+
+    def value(policy: Tensor) -> Tensor:
+        return loss(scores._replace(policy=policy))
+
+    assert torch.autograd.gradcheck(value, (policy,))
+
+
+@each_loss
+def test_gradient_raises_the_chosen_and_lowers_the_rejected(loss: PreferenceLoss) -> None:
+    policy = PAIR.policy.clone().requires_grad_()
+    loss(PAIR._replace(policy=policy)).backward()
+    assert policy.grad is not None
+    assert policy.grad[0, 0] < 0 < policy.grad[0, 1]
+
+
+@each_loss
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_padding_may_hold_anything(loss: PreferenceLoss, garbage: float) -> None:
+    clean = random_table(7)
+    values, gradients, rewards = [], [], []
+    for padding in (0.0, garbage):
+        policy, reference, distance = (
+            x.masked_fill(~clean.valid, padding) for x in (clean.policy, clean.reference, clean.distance)
+        )
+        lengths = clean.lengths.masked_fill(~clean.valid, 1 if padding == 0 else 0)
+        scores = CandidateScores(policy.requires_grad_(), reference, lengths, distance, clean.valid)
+        found = loss(scores) + chosen_nll(scores)
+        found.backward()
+        values.append(found)
+        gradients.append(policy.grad)
+        rewards.append(
+            torch.stack([loss.rewards(scores).sum(), *preference_statistics(loss, scores).values()])
+        )
+    assert values[0].isfinite()
+    assert values[0] == values[1]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not gradients[1][~clean.valid].any()
+    assert torch.equal(rewards[0], rewards[1])
+
+
+@each_loss
+@pytest.mark.parametrize("n_candidates", [1, 3])
+def test_without_a_pair_the_loss_is_0_with_a_gradient(loss: PreferenceLoss, n_candidates: int) -> None:
+    policy = torch.full((2, n_candidates), -3.0)
+    policy[:, 1:] = math.nan
+    policy.requires_grad_()
+    lonely = torch.zeros(2, n_candidates, dtype=torch.bool)
+    lonely[:, 0] = True
+    scores = CandidateScores(policy, policy.detach(), torch.ones(2, n_candidates), policy.detach(), lonely)
+    found = loss(scores)
+    assert found == 0
+    assert found.shape == ()
+    found.backward()
+    assert policy.grad is not None
+    assert policy.grad.tolist() == [[0.0] * n_candidates] * 2
+    assert all(math.isnan(x) for x in preference_statistics(loss, scores).values())
+
+
+def test_listwise_is_plackett_luce() -> None:
+    scores = table(
+        [[-1, -2.5, -0.5, -4]], [[-2, -2, -1.5, -1]], distance=[[0, 0.6, 0.2, 1.0]], lengths=[[9, 8, 7, 6]]
+    )
+    rewards = [0.8 * x for x in (1, -0.5, 1, -3)]
+
+    def probability(order: tuple[int, ...]) -> float:
+        left, total = list(order), 1.0
+        for i in order:
+            total *= math.exp(rewards[i]) / sum(math.exp(rewards[j]) for j in left)
+            left.remove(i)
+        return total
+
+    assert sum(probability(order) for order in itertools.permutations(range(4))) == pytest.approx(1)
+    # nearest first: 0, 2, 1, 3; the last is no choice, which leaves three terms
+    assert float(Listwise(beta=0.8)(scores)) == pytest.approx(-math.log(probability((0, 2, 1, 3))) / 3)
+
+
+def test_listwise_does_not_order_ties() -> None:
+    # rewards 0, 1, 2, 3; the middle two are equally far
+    a, b, c, d = (math.exp(x) for x in range(4))
+    scores = table([[0, 1, 2, 3]], distance=[[0, 0.2, 0.2, 0.5]])
+    terms = [-math.log(a / (a + b + c + d)), -math.log(b / (b + d)), -math.log(c / (c + d))]
+    assert float(Listwise(beta=1.0)(scores)) == pytest.approx(sum(terms) / 3)
+
+    # Both furthest: neither has a term of its own.
+    scores = table([[0, 1, 2, 3]], distance=[[0, 0.2, 0.5, 0.5]])
+    terms = [-math.log(a / (a + b + c + d)), -math.log(b / (b + c + d))]
+    assert float(Listwise(beta=1.0)(scores)) == pytest.approx(sum(terms) / 2)
+
+    # Nothing is further than anything, in one query of two.
+    scores = table([[0, 1], [0, 1]], distance=[[0, 0], [0, 1]])
+    assert float(Listwise(beta=1.0)(scores)) == pytest.approx(-math.log(a / (a + b)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_equally_far_on_both_sides_tie_in_floats(dtype: torch.dtype) -> None:
+    target = torch.tensor(0.2, dtype=dtype)
+    distance = (torch.tensor([[0.2, 0.1, 0.3, 1.0]], dtype=dtype) - target).abs()
+    assert distance[0, 1] != distance[0, 2]
+    policy = torch.tensor([[-1.0, -2.0, -2.0, -3.0]], dtype=dtype, requires_grad=True)
+    scores = table([[-1, -2, -2, -3]])._replace(policy=policy, distance=distance)
+    Listwise(beta=1.0)(scores).backward()
+    assert policy.grad is not None
+    assert policy.grad[0, 1] == policy.grad[0, 2]
+
+
+def test_special_cases_agree() -> None:
+    scores = random_table(11)
+    assert float(Ordinal(beta=0.3, offset=0)(scores)) == pytest.approx(float(DPO(beta=0.3)(scores)))
+    per_token = scores._replace(policy=scores.policy / scores.lengths)
+    free = DPO(beta=0.9, reference_free=True)
+    assert float(SimPO(beta=0.9, gamma=0)(scores)) == pytest.approx(float(free(per_token)))
+    two = random_table(11, n_candidates=2)
+    assert float(Listwise(beta=0.3)(two)) == pytest.approx(float(DPO(beta=0.3)(two)))
+    ten = two._replace(lengths=torch.full_like(two.lengths, 10))
+    assert float(IPO(beta=0.3, average=True)(ten)) == pytest.approx(float(IPO(beta=0.03)(ten)) / 100)
+
+
+def test_label_smoothing_keeps_an_already_certain_preference_from_growing() -> None:
+    # The smoothed loss is least where sigmoid(beta h) = 1 - e.
+    best = math.log(0.9 / 0.1) / 0.5
+    policy = torch.tensor([[best, 0.0]], dtype=torch.float64, requires_grad=True)
+    DPO(beta=0.5, label_smoothing=0.1)(table([[0, 0]])._replace(policy=policy)).backward()
+    assert policy.grad is not None
+    assert policy.grad.tolist() == [pytest.approx([0.0, 0.0], abs=1e-12)]
+
+
+@each_loss
+def test_half_precision_is_computed_in_float32(loss: PreferenceLoss) -> None:
+    full = random_table(3)
+    half = full._replace(policy=full.policy.bfloat16(), reference=full.reference.bfloat16())
+    found = loss(half)
+    assert found.dtype == torch.float32
+    rounded = full._replace(policy=half.policy.double(), reference=half.reference.double())
+    assert float(found) == pytest.approx(float(loss(rounded)), rel=1e-5)
+    assert loss(full).dtype == torch.float64
+
+
+@each_loss
+@pytest.mark.parametrize("size", [-1e4, 1e4])
+def test_large_margins_stay_finite(loss: PreferenceLoss, size: float) -> None:
+    policy = torch.tensor([[size, 0.0, -size]], requires_grad=True)
+    zeros = torch.zeros(1, 3)
+    scores = CandidateScores(
+        policy, zeros, zeros + 1, torch.tensor([[0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    )
+    found = loss(scores)
+    found.backward()
+    assert found.isfinite()
+    assert policy.grad is not None
+    assert policy.grad.isfinite().all()
+
+
+def test_rewards() -> None:
+    assert DPO(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
+    assert Listwise(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
+    assert DPO(beta=0.1, reference_free=True).rewards(PAIR).tolist() == [pytest.approx([-0.2, -0.5])]
+    assert SimPO(beta=2.0).rewards(PAIR).tolist() == [pytest.approx([-2.0, -2.5])]
+    assert IPO(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
+    assert IPO(beta=0.1, average=True).rewards(PAIR).tolist() == [pytest.approx([0.025, -0.025])]
+
+
+def test_statistics_spelled_out() -> None:
+    scores = table(
+        [[-1, -2, 1], [-1, -4, 7], [-8, 7, 7]],
+        lengths=[[2, 2, 2], [1, 1, 1], [4, 1, 1]],
+        valid=[[True, True, True], [True, True, False], [True, False, False]],
+    )
+    loss = DPO(beta=0.5)
+    found = {name: float(value) for name, value in preference_statistics(loss, scores).items()}
+    # margins 0.5 and -1 of the first query, 1.5 of the second; the third has no pair
+    assert found == pytest.approx(
+        {
+            "reward_margin": ((0.5 - 1) / 2 + 1.5) / 2,
+            "reward_accuracy": (1 / 2 + 1) / 2,
+            "logp_chosen": -1,
+            "logp_rejected": ((-2 + 1) / 2 - 4) / 2,
+        }
+    )
+    assert not any(
+        x.requires_grad
+        for x in preference_statistics(loss, scores._replace(policy=scores.policy.requires_grad_())).values()
+    )
+    # equal rewards are no win
+    assert float(preference_statistics(loss, table([[-1, -1]]))["reward_accuracy"]) == 0
+    # every query has a chosen response
+    assert float(chosen_nll(scores).detach()) == pytest.approx((0.5 + 1 + 2) / 3)
+
+
+def test_which_losses_need_the_reference() -> None:
+    without = random_table(1)._replace(reference=None)
+    for loss in LOSSES:
+        if loss.needs_reference:
+            for call in (loss, loss.rewards):
+                with pytest.raises(
+                    ValueError, match=f"{type(loss).__name__} needs the log-likelihoods of the reference"
+                ):
+                    call(without)
+        else:
+            assert float(loss(without)) == float(loss(random_table(1)))
+    assert [type(x) for x in LOSSES if not x.needs_reference] == [DPO, DPO, SimPO, SimPO]
+
+
+def _with(**changes: Tensor) -> CandidateScores:
+    return random_table(0, 2, 3)._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (
+            lambda: _with(valid=torch.tensor([[True] * 3, [False, True, True]])),
+            "column 0 is the chosen response",
+        ),
+        (lambda: _with(lengths=torch.ones(2, 2)), r"lengths has shape \(2, 2\), but policy has \(2, 3\)"),
+        (lambda: _with(reference=torch.ones(3)), r"reference has shape \(3,\), but policy has \(2, 3\)"),
+        (lambda: _with(policy=torch.ones(3)), r"must be a table of queries x candidates, found shape \(3,\)"),
+        (lambda: _with(policy=torch.ones(0, 3)), "must be a table of queries x candidates"),
+        (lambda: _with(lengths=torch.zeros(2, 3)), "length of at least 1 token"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [DPO(), Listwise(), SimPO().rewards, chosen_nll, lambda scores: preference_statistics(DPO(), scores)],
+)
+def test_tables_that_are_refused(
+    scores: Callable[[], CandidateScores], message: str, call: Callable[[CandidateScores], object]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(scores())
+
+
+@pytest.mark.parametrize("kind", [DPO, SimPO, IPO, Hinge, Ordinal, Listwise])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
+def test_bad_beta(kind: Callable[..., PreferenceLoss], beta: float) -> None:
+    with pytest.raises(DataError, match=f"loss.beta must be a finite number above 0, found {beta}"):
+        kind(beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (DPO, "label_smoothing", [-0.1, 0.5, 1.0, math.nan]),
+        (SimPO, "gamma", [-0.1, math.inf, math.nan]),
+        (Ordinal, "offset", [-0.1, math.inf, math.nan]),
+    ],
+)
+def test_bad_settings(kind: Callable[..., PreferenceLoss], name: str, values: list[float]) -> None:
+    for value in values:
+        with pytest.raises(DataError, match=rf"loss\.{name} must be .*, found {value}"):
+            kind(**{name: value})
+
+
+def test_losses_are_made_from_a_config() -> None:
+    def made(loss: PreferenceLoss) -> PreferenceLoss:
+        return loss
+
+    module = "vlm_calibration.losses.preference"
+    config = {"class_path": f"{module}.DPO", "init_args": {"label_smoothing": 0.1}}
+    for args, loss in [
+        ([f"--loss={json.dumps(config)}"], DPO(label_smoothing=0.1)),
+        ([f"--loss={module}.Ordinal", "--loss.offset=2"], Ordinal(offset=2.0)),
+    ]:
+        assert auto_cli(made, args=args, as_positional=False) == loss

@@ -1,0 +1,267 @@
+"""Preference losses against TRL's own: loss and gradient of the same model on the same responses.
+
+Only TRL's constructors are left out: a trainer is made without one and given the settings that its loss reads. TRL pads
+and collates, runs the model, and takes log-likelihoods and loss; our side runs the model on one response at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import DPOTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from vlm_calibration.losses.comparisons import dpo, log_ratio_difference
+from vlm_calibration.losses.preference import (
+    DPO,
+    IPO,
+    CandidateScores,
+    Hinge,
+    PreferenceLoss,
+    SimPO,
+    chosen_nll,
+    preference_statistics,
+)
+from vlm_calibration.losses.sequence import token_log_likelihood
+
+# A prompt and three responses of each query, the first one chosen; equally many pairs a query, so that TRL's mean over
+# pairs is our mean over queries.
+QUERIES = [
+    ([3, 8, 2], [[5, 1], [9, 4, 4, 7], [6]]),
+    ([7], [[2, 2, 10], [3], [11, 5, 1, 8, 9]]),
+    ([4, 4, 9, 1, 6], [[10], [1, 7], [8, 8, 3]]),
+]
+PAIRS = [
+    {"prompt_ids": prompt, "chosen_ids": responses[0], "rejected_ids": rejected}
+    for prompt, responses in QUERIES
+    for rejected in responses[1:]
+]
+collate = DataCollatorForPreference(pad_token_id=0)
+
+
+class Models(NamedTuple):
+    policy: LlamaForCausalLM
+    reference: LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """Random, and so sharp that the log-likelihoods of responses are far apart."""
+    config = LlamaConfig(
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.4,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = Models(LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False))
+    for model in found:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return found
+
+
+def _log_likelihood(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return token_log_likelihood(logits, torch.tensor(response)).sum()
+
+
+def score(models: Models) -> CandidateScores:
+    policy, reference = (
+        torch.stack([torch.stack([_log_likelihood(model, p, r) for r in rs]) for p, rs in QUERIES])
+        for model in models
+    )
+    lengths = torch.tensor([[len(r) for r in responses] for _, responses in QUERIES])
+    distance = (torch.arange(3) / 2).expand_as(policy)
+    return CandidateScores(policy, reference, lengths, distance, torch.ones_like(policy, dtype=torch.bool))
+
+
+def _trainer(kind: type, **settings: Any) -> Any:
+    trainer = object.__new__(kind)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
+    vars(trainer).update(accelerator=accelerator, aux_loss_enabled=False, label_smoothing=0.0)
+    vars(trainer).update(settings)
+    return trainer
+
+
+def dpo_trainer(models: Models, loss_type: str, beta: float, **settings: Any) -> Any:
+    return _trainer(
+        DPOTrainer,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        model=models.policy,
+        ref_model=models.reference,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        use_weighting=False,
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+
+
+def trl_dpo(models: Models, loss_type: str, beta: float, one_by_one: bool = False, **settings: Any) -> Tensor:
+    """Mean of `DPOTrainer`'s loss over all pairs, in one batch or in batches of one."""
+    trainer = dpo_trainer(models, loss_type, beta, **settings)
+    batches = [[pair] for pair in PAIRS] if one_by_one else [PAIRS]
+    losses = [trainer._compute_loss(models.policy, collate(batch), False) for batch in batches]
+    return torch.stack(losses).mean()
+
+
+def cpo_trainer(loss_type: str, beta: float, **settings: Any) -> Any:
+    return _trainer(
+        CPOTrainer,
+        loss_type=loss_type,
+        beta=beta,
+        cpo_alpha=0,
+        alpha=0.0,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        **settings,
+    )
+
+
+def trl_cpo(models: Models, loss_type: str, beta: float, **settings: Any) -> Tensor:
+    """Mean of `CPOTrainer`'s loss over all pairs."""
+    batch = collate(PAIRS)
+    batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    halves = {
+        f"{side}_{name}": half
+        for name, values in batch.items()
+        for side, half in zip(("chosen", "rejected"), values.chunk(2), strict=True)
+    }
+    return cpo_trainer(loss_type, beta, **settings).get_batch_loss_metrics(models.policy, halves)[0]
+
+
+def assert_same(models: Models, ours: Tensor, theirs: Tensor) -> None:
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    parameters = list(models.policy.parameters())
+    ours_grad, theirs_grad = (torch.autograd.grad(loss, parameters) for loss in (ours, theirs))
+    assert max(float(g.abs().max()) for g in theirs_grad) > 1e-3
+    for mine, other in zip(ours_grad, theirs_grad, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_far_apart(models: Models) -> None:
+    """So that no comparison below is one of zeros, and the hinge is met on both sides of its kink."""
+    scores = score(models)
+    assert scores.reference is not None
+    assert float((scores.policy - scores.reference).detach().std()) > 1
+    reached = (scores.policy - scores.reference)[:, :1] - (scores.policy - scores.reference)[:, 1:] >= 1 / 0.8
+    assert 0 < int(reached.sum()) < reached.numel()
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_type"),
+    [
+        (DPO(beta=0.1), "sigmoid"),
+        (DPO(beta=0.7), "sigmoid"),
+        (Hinge(beta=0.1), "hinge"),
+        (Hinge(beta=0.8), "hinge"),
+        (IPO(beta=0.1, average=True), "ipo"),
+        (IPO(beta=0.6, average=True), "ipo"),
+    ],
+    ids=repr,
+)
+def test_with_reference(models: Models, loss: PreferenceLoss, loss_type: str) -> None:
+    assert_same(models, loss(score(models)), trl_dpo(models, loss_type, loss.beta))
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_conservative_dpo(models: Models, loss_type: str) -> None:
+    """TRL's "sigmoid" takes no label smoothing any more, but "aot" smooths so, and sorting one pair changes nothing."""
+    theirs = trl_dpo(models, loss_type, 0.3, one_by_one=True, label_smoothing=0.2)
+    assert_same(models, DPO(beta=0.3, label_smoothing=0.2)(score(models)), theirs)
+
+
+def test_robust_dpo_is_another_loss_with_the_same_setting(models: Models) -> None:
+    """TRL's "robust" (arXiv 2403.00409) debiases where conservative DPO smooths; it is made of the same two terms."""
+    scores, smoothing = score(models), 0.2
+    assert scores.reference is not None
+    policy, reference = scores.policy, scores.reference
+    pairs = (policy[:, :1], policy[:, 1:], reference[:, :1], reference[:, 1:])
+    flipped = (policy[:, 1:], policy[:, :1], reference[:, 1:], reference[:, :1])
+    clean, wrong = dpo(*pairs, 0.3).mean(), dpo(*flipped, 0.3).mean()
+    robust = ((1 - smoothing) * clean - smoothing * wrong) / (1 - 2 * smoothing)
+    theirs = trl_dpo(models, "robust", 0.3, label_smoothing=smoothing)
+    assert_same(models, robust, theirs)
+    ours = DPO(beta=0.3, label_smoothing=smoothing)(scores)
+    assert float(ours.detach()) != pytest.approx(float(theirs.detach()), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_type", "settings"),
+    [
+        (SimPO(beta=2.0, gamma=1.0), "simpo", {"simpo_gamma": 1.0}),
+        (SimPO(beta=2.5, gamma=0.3), "simpo", {"simpo_gamma": 0.3}),
+        (SimPO(beta=0.1, gamma=0.0), "simpo", {"simpo_gamma": 0.0}),
+        # `DPOTrainer` has no `reference_free` any more; `CPOTrainer`'s "sigmoid" is that
+        (DPO(beta=0.1, reference_free=True), "sigmoid", {}),
+        (DPO(beta=0.4, label_smoothing=0.2, reference_free=True), "sigmoid", {"label_smoothing": 0.2}),
+    ],
+    ids=repr,
+)
+def test_without_reference(
+    models: Models, loss: PreferenceLoss, loss_type: str, settings: dict[str, float]
+) -> None:
+    scores = score(models)._replace(reference=None)
+    assert_same(models, loss(scores), trl_cpo(models, loss_type, loss.beta, **settings))
+
+
+def test_ipo_on_whole_responses(models: Models) -> None:
+    """TRL averages over tokens before its formula, so the formula alone is given sums."""
+    scores = score(models)
+    assert scores.reference is not None
+    ratios = scores.policy - scores.reference
+    chosen, rejected = ratios[:, :1].expand(3, 2).flatten(), ratios[:, 1:].flatten()
+    theirs = cpo_trainer("ipo", 0.1).cpo_loss(chosen, rejected)[0].mean()
+    assert_same(models, IPO(beta=0.1)(score(models)), theirs)
+
+
+def test_chosen_nll(models: Models) -> None:
+    """TRL's "sft" averages over the tokens of a batch, which for one query is the mean that we take of each."""
+    theirs = trl_dpo(models, "sft", 0.1, one_by_one=True)
+    assert_same(models, chosen_nll(score(models)), theirs)
+
+
+def test_statistics(models: Models) -> None:
+    trainer = dpo_trainer(models, "sigmoid", 0.3)
+    trainer._compute_loss(models.policy, collate(PAIRS), False)
+    theirs = {name: values[-1] for name, values in trainer._metrics["train"].items() if "/" in name}
+    scores = score(models)
+    ours = preference_statistics(DPO(beta=0.3), scores)
+    for mine, other in [
+        ("reward_margin", "rewards/margins"),
+        ("reward_accuracy", "rewards/accuracies"),
+        ("logp_chosen", "logps/chosen"),
+        ("logp_rejected", "logps/rejected"),
+    ]:
+        assert float(ours[mine]) == pytest.approx(theirs[other], rel=1e-5)
+    rewards = DPO(beta=0.3).rewards(scores).detach()
+    assert float(rewards[:, 0].mean()) == pytest.approx(theirs["rewards/chosen"], rel=1e-5)
+    assert float(rewards[:, 1:].mean()) == pytest.approx(theirs["rewards/rejected"], rel=1e-5)
+    assert scores.reference is not None
+    first = (scores.policy[0, 0], scores.policy[0, 1], scores.reference[0, 0], scores.reference[0, 1])
+    assert float(0.3 * log_ratio_difference(*first).detach()) == pytest.approx(
+        float(rewards[0, 0] - rewards[0, 1])
+    )
