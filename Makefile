@@ -1,7 +1,7 @@
 # Everything a person does here, by name. `make help` lists the targets; each does the set-up that it needs.
 #
 #   PYTHON=...  use this interpreter as it is, without a virtual environment
-#   CONFIG=...  configuration of train-sft (default: the embedded demo)
+#   CONFIG=...  configuration of train-sft and train-dpo (default: the embedded demo)
 #   ARGS=...    further settings for the command line, e.g. ARGS="--trainer.max_steps 100"
 
 SHELL := bash
@@ -25,7 +25,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft evaluate demo-model demo-levels test lint format type bench clean
+.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -41,28 +41,56 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
 	touch $@
 
-demo: train-sft  ## the method on the embedded demo: SFT with anchored and linear levels, evaluation
+demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, and one table of all
+	$(MAKE) --no-print-directory demo-sft
+	$(MAKE) --no-print-directory demo-dpo
+	$(MAKE) --no-print-directory evaluate
+
+# $(call side_by_side,ours,paper): two fits, one core each. The second one's output goes to its log.
+define side_by_side
+	mkdir -p runs; export OMP_NUM_THREADS=1; \
+	$(CLI) fit $(2) $(ARGS) --trainer.default_root_dir runs/$(3) > runs/$(3).log 2>&1 & paper=$$!; \
+	trap "kill $$paper 2> /dev/null || true" EXIT; \
+	$(CLI) fit $(1) $(ARGS); \
+	wait $$paper || { cat runs/$(3).log; exit 1; }
+endef
+
+PAPER := --config configs/experiment/paper.yaml
+PAPER_DPO := $(PAPER) --config configs/experiment/paper_dpo.yaml
+
+demo-sft: $(SETUP)
+	$(call side_by_side,--config configs/sft.yaml,--config configs/sft.yaml $(PAPER),sft-paper)
+
+demo-dpo: $(SETUP)
+	$(call side_by_side,--config configs/dpo.yaml,--config configs/dpo.yaml $(PAPER_DPO) \
+	  --model.init_args.adapter runs/sft-paper/adapter,dpo-paper)
 
 ifdef CONFIG
 train-sft: $(SETUP)  ## stage 1 on the demo, or on CONFIG=
 	$(CLI) fit --config $(CONFIG) $(ARGS)
+
+train-dpo: $(SETUP)  ## stage 2 on the demo, or on CONFIG=, from the adapter of stage 1
+	$(CLI) fit --config $(CONFIG) $(ARGS)
 else
-# Linear levels are trained beside anchored ones, one core each, for the comparison.
-train-sft: $(SETUP)
-	mkdir -p runs; export OMP_NUM_THREADS=1; \
-	$(CLI) fit --config configs/sft.yaml --config configs/levels/linear.yaml $(ARGS) \
-	  --trainer.default_root_dir runs/sft-linear > runs/sft-linear.log 2>&1 & linear=$$!; \
-	trap "kill $$linear 2> /dev/null || true" EXIT; \
-	$(CLI) fit --config configs/sft.yaml $(ARGS); \
-	wait $$linear || { cat runs/sft-linear.log; exit 1; }
-	$(CLI) test --config configs/eval/demo.yaml
+# The paper's preset is trained beside ours for the comparison.
+train-sft: demo-sft
+	$(MAKE) --no-print-directory evaluate EVALUATED="sft-paper sft"
+
+train-dpo: $(SETUP)
+	$(CLI) fit --config configs/dpo.yaml $(ARGS)
+	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo"
 endif
+
+# Names of runs; those that have no adapter are left out.
+EVALUATED ?= sft-paper dpo-paper sft dpo
+ADAPTERS = $(foreach run,$(EVALUATED),$(if $(wildcard runs/$(run)/adapter),"$(run)": "runs/$(run)/adapter"$(comma)))
+comma := ,
+
+evaluate: $(SETUP)  ## base model against the adapters in EVALUATED= on the demo's test split
+	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(ARGS)
 
 demo-levels: $(SETUP)  ## measure what the demo's anchored levels teach
 	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json
-
-evaluate: $(SETUP)  ## base model against the adapters on the demo's test split
-	$(CLI) test --config configs/eval/demo.yaml $(ARGS)
 
 demo-model: $(SETUP)  ## rebuild the shipped demo model and its levels (about half an hour)
 	$(PYTHON) -m vlm_calibration.demo.recipe $(ARGS)
@@ -84,8 +112,8 @@ type: $(DEV)  ## mypy
 
 bench: $(DEV)  ## every benchmark command, as Markdown tables in runs/bench/
 	mkdir -p runs/bench
-	for benchmark in perturbation metrics; do \
+	for benchmark in perturbation metrics preference; do \
 	  $(PYTHON) -m tests.benchmarks.$$benchmark | tee runs/bench/$$benchmark.md; done
 
 clean:  ## remove caches and the demo's runs, keep the environment
-	rm -rf runs/sft runs/sft-linear runs/sft-linear.log runs/eval runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from vlm_calibration.cli import CalibrationCLI, one_line
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
-FULL = {"sft.yaml": "fit", "levels.yaml": "test", "eval/*.yaml": "test"}
+FULL = {"sft.yaml": "fit", "dpo.yaml": "fit", "levels.yaml": "test", "eval/*.yaml": "test"}
 OVERLAYS = {f"{folder}/*.yaml": SFT for folder in ("data", "model", "levels", "trainer", "logger")}
 
 
@@ -103,7 +103,7 @@ def _at(config: Any, path: tuple[Any, ...]) -> Any:
 
 
 def test_all_kinds_are_there() -> None:
-    assert {"sft.yaml", "levels.yaml", "eval/demo.yaml", "levels/linear.yaml"} <= set(plan(CONFIGS))
+    assert {"sft.yaml", "dpo.yaml", "levels.yaml", "eval/demo.yaml", "levels/linear.yaml"} <= set(plan(CONFIGS))
 
 
 @pytest.mark.parametrize("stray", ["else/a.yaml", "other.yaml", "data/deeper/a.yaml", "eval/a.yml"])

@@ -14,10 +14,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+LOSSES = "vlm_calibration.losses.preference."
+STAGE_1 = {
+    "sft-paper": ["--config", "configs/experiment/paper.yaml"],
+    "sft": [],
+}
+# Stage 2 from the adapter of "sft", each unlike the default in one thing.
+STAGE_2 = {
+    "dpo": [],
+    "dpo-expected": ["--data.pairs.target", "expected"],
+    "dpo-level": ["--data.pairs.target", "level"],
+    "simpo": [
+        *("--model.init_args.loss", f"{LOSSES}SimPO"),
+        *("--model.init_args.loss.init_args.beta", "2.0"),
+    ],
+    "ordinal": [
+        *("--model.init_args.loss", f"{LOSSES}Ordinal"),
+        *("--model.init_args.loss.init_args.beta", "0.3"),
+    ],
+    "listwise": [
+        *("--model.init_args.loss", f"{LOSSES}Listwise"),
+        *("--model.init_args.loss.init_args.beta", "0.3"),
+    ],
+}
+PAPER_2 = ["--config", "configs/experiment/paper.yaml", "--config", "configs/experiment/paper_dpo.yaml"]
 SYSTEMS = {
     "base": "base",
-    "sft-linear": "SFT, linear levels",
-    "sft": "SFT, anchored levels",
+    "sft-paper": "SFT, paper's preset",
+    "dpo-paper": "SFT + SimPO, paper's preset",
+    "sft": "SFT",
+    "dpo": "SFT + DPO (target: recalibrated)",
+    "dpo-expected": "SFT + DPO, target: expected",
+    "dpo-level": "SFT + DPO, target: level",
+    "simpo": "SFT + SimPO",
+    "ordinal": "SFT + ordinal",
+    "listwise": "SFT + listwise",
     "oracle": "level oracle",
 }
 PARTS = {
@@ -46,16 +77,34 @@ def into(folder: Path) -> list[str]:
     return ["--trainer.default_root_dir", str(folder)]
 
 
+def side_by_side(fits: list[list[str]]) -> None:
+    """Train one adapter on each core, as `make demo` does, until all are trained."""
+    for first in range(0, len(fits), 2):
+        for fit in [start("fit", *arguments) for arguments in fits[first : first + 2]]:
+            finish(fit)
+
+
 def run_seed(seed: int, root: Path) -> dict[str, dict[str, float]]:
-    """Train both adapters with this seed and evaluate; system -> metrics."""
+    """Train all adapters with this seed and evaluate them; system -> metrics."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
-    folders = {"sft": root / f"sft-{seed}", "sft-linear": root / f"sft-linear-{seed}"}
-    fits = []
-    for name, folder in folders.items():
-        levels = ["--config", "configs/levels/linear.yaml"] if name == "sft-linear" else []
-        fits.append(start("fit", "--config", "configs/sft.yaml", *levels, *own, *into(folder)))
-    for fit in fits:  # side by side, one core each, as `make train-sft` does
-        finish(fit)
+    folders = {name: root / f"{name}-{seed}" for name in SYSTEMS if name not in ("base", "oracle")}
+    side_by_side(
+        [
+            ["--config", "configs/sft.yaml", *extra, *own, *into(folders[name])]
+            for name, extra in STAGE_1.items()
+        ]
+    )
+
+    def stage_2(name: str, start_from: str, extra: list[str]) -> list[str]:
+        adapter = ["--model.init_args.adapter", str(folders[start_from] / "adapter")]
+        return ["--config", "configs/dpo.yaml", *extra, *own, *adapter, *into(folders[name])]
+
+    side_by_side(
+        [
+            *(stage_2(name, "sft", extra) for name, extra in STAGE_2.items()),
+            stage_2("dpo-paper", "sft-paper", PAPER_2),
+        ]
+    )
     evaluated = root / f"eval-{seed}"
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(

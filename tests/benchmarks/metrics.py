@@ -10,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from tests.benchmarks.machine import peak_bytes, reset_peak
 
 BATCH = 100_000
 HEADER = (
@@ -105,17 +106,6 @@ def state_bytes(members):
     return total
 
 
-def peak_bytes():
-    """Most memory this process has held since `reset_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def reset_peak():
-    """Start measuring the peak anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(name, n):
     """One row in this process: warm up on little, then run on `n` predictions."""
     import torch
@@ -162,7 +152,7 @@ def row(name, n, result, reference):
 
 def child(name, n):
     """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--candidate", name, "--predictions", str(n)]
+    command = [sys.executable, "-m", "tests.benchmarks.metrics", "--candidate", name, "--predictions", str(n)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

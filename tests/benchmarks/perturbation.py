@@ -9,12 +9,12 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
+from tests.benchmarks.machine import setting
 
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import LinearSchedule
@@ -88,7 +88,7 @@ def main() -> None:
     ours = next(iter(medians.values()))
     print(
         f"{WIDTH} x {HEIGHT}, {arguments.share:.0%} mask, one thread, {arguments.rounds} interleaved rounds, "
-        f"numpy {np.__version__}, albumentations {A.__version__}, {platform.machine()}\n"
+        f"{setting('numpy', 'albumentations')}\n"
     )
     print("| | median ms | 10% to 90% | ratio |\n|---|---|---|---|")
     for name, values in times.items():

@@ -144,7 +144,8 @@ class Saver:
         self.content = content
         self.error = error
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, selected_adapters: list[str]) -> None:
+        assert selected_adapters == ["default"], "a frozen reference is no part of what was trained"
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(self.content)
         if self.error:

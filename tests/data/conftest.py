@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.records import Query
@@ -70,3 +71,15 @@ def samples() -> Sequence[Sample]:
         Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, 0)  # type: ignore[arg-type]
         for i, ((q, a, kind, c), size) in enumerate(zip(rows, sizes, strict=True))
     ]
+
+
+@pytest.fixture(scope="session")
+def digit_processor() -> Any:
+    """The demo's processor with a tokenizer that splits numbers into digits: responses are of unlike length."""
+    from vlm_calibration.demo.architecture import build_processor
+
+    processor = build_processor()
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return processor

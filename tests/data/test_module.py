@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from vlm_calibration.data.dataset import Part
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -42,6 +43,7 @@ def _drawn(batches: Iterable[Any]) -> Drawn:
     """Pixels and confidence by query id."""
     found: Drawn = {}
     for batch in batches:
+        batch = batch.prompts if isinstance(batch, ValidationBatch) else batch
         confidence = batch.levels if hasattr(batch, "levels") else batch.confidence.tolist()
         for query, pixels, level in zip(batch.queries, batch.inputs["pixel_values"], confidence, strict=True):
             assert query.id not in found

@@ -201,6 +201,8 @@ def test_own_levels_decide_the_steps_and_the_confidence() -> None:
         ({"clean_fraction": 1.5}, "noise.clean_fraction must be in [0, 1], found 1.5"),
         ({"clean_fraction": float("nan")}, "noise.clean_fraction"),
         ({"distractor_probability": -0.1}, "noise.distractor_probability must be in [0, 1], found -0.1"),
+        ({"mistakes": 1.1}, "noise.mistakes must be in [0, 1], found 1.1"),
+        ({"mistakes": float("nan")}, "noise.mistakes"),
         ({"level_weights": [1.0, 2.0]}, "noise.level_weights must be 11 numbers"),
         ({"level_weights": [-1.0] + [1.0] * 10}, "noise.level_weights"),
         ({"level_weights": [0.0] * 11}, "noise.level_weights"),

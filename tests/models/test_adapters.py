@@ -14,8 +14,10 @@ from peft import PeftModel
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.adapters import (
+    REFERENCE,
     LoraSettings,
     attach_lora,
+    continue_adapter,
     load_adapters,
     part_of,
     using_adapter,
@@ -151,6 +153,171 @@ def test_the_base_comes_back_after_an_error(
     with pytest.raises(RuntimeError, match="stop"), using_adapter(model, None):
         raise RuntimeError("stop")
     assert torch.equal(_logits(model, prompts), adapted)
+
+
+# --- A policy beside its reference ------------------------------------------------------------------------------
+
+ALL_PARTS = ["language", "tower", "projector"]
+
+
+@pytest.fixture
+def policy(load_model: Callable[..., Any], new_adapter: Callable[..., str]) -> PeftModel:
+    return continue_adapter(load_model(), new_adapter(1, parts=ALL_PARTS)).eval()
+
+
+def _state(model: PeftModel) -> tuple[str, list[str], set[bool], set[str]]:
+    """What is active, in peft's wrapper and in its layers, and what is trained."""
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    active = sorted({name for layer in layers for name in layer.active_adapters})
+    disabled = {layer.disable_adapters for layer in layers}
+    return model.active_adapter, active, disabled, {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _train(model: PeftModel, prompts: PromptBatch, steps: int = 3) -> None:
+    """Away from the reference, which runs in between, as in preference optimisation."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
+    )
+    for _ in range(steps):
+        with using_adapter(model, REFERENCE):
+            reference = _logits(model, prompts)
+        loss = -(model(**prompts.inputs).logits[:, -1] - reference).abs().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_a_policy_starts_as_its_reference(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+) -> None:
+    folder = new_adapter(1, parts=ALL_PARTS)
+    policy = continue_adapter(load_model(), folder).eval()
+    assert sorted(policy.peft_config) == ["default", REFERENCE]
+    logits = _logits(policy, prompts)
+    assert torch.equal(logits, _logits(PeftModel.from_pretrained(load_model(), folder).eval(), prompts))
+    with using_adapter(policy, REFERENCE):
+        assert torch.equal(_logits(policy, prompts), logits)
+    with using_adapter(policy, None):
+        assert torch.equal(_logits(policy, prompts), _logits(load_model(), prompts))
+    assert list(continue_adapter(load_model(), folder, reference=False).peft_config) == ["default"]
+
+
+def test_only_the_policy_is_trained(
+    load_model: Callable[..., Any], policy: PeftModel, prompts: PromptBatch
+) -> None:
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in policy.named_parameters() if ".default." in n}
+    weights = {n: p.clone() for n, p in policy.named_parameters()}
+    before = _logits(policy, prompts)
+    _train(policy, prompts)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, weights[name]) == (name not in trained), name
+        assert (parameter.grad is None) == (name not in trained), name
+    assert not torch.allclose(_logits(policy, prompts), before, atol=0.1)
+    with using_adapter(policy, REFERENCE):
+        assert torch.equal(_logits(policy, prompts), before)
+    with using_adapter(policy, None):
+        assert torch.equal(_logits(policy, prompts), _logits(load_model(), prompts))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("name", [None, REFERENCE, "default"])
+@pytest.mark.parametrize("parts", [None, ["language"]], ids=["all", "language"])
+def test_what_is_active_and_trained_is_as_before(
+    load_model: Callable[..., Any],
+    new_adapter: Callable[..., str],
+    parts: list[Any] | None,
+    name: str | None,
+    fails: bool,
+) -> None:
+    model = continue_adapter(load_model(), new_adapter(1, parts=ALL_PARTS), parts)
+    before = _state(model)
+    assert before[:3] == ("default", ["default"], {False})
+    if fails:
+        with pytest.raises(RuntimeError, match="stop"), using_adapter(model, name):
+            raise RuntimeError("stop")
+    else:
+        with using_adapter(model, name):
+            if name is not None:
+                assert _state(model)[:3] == (name, [name], {False})
+            trained = {n for n, p in model.named_parameters() if p.requires_grad}
+            assert not [n for n in trained if REFERENCE in n], "the reference is never trained"
+    assert _state(model) == before
+
+
+def test_an_unknown_adapter_is_refused_and_changes_nothing(policy: PeftModel) -> None:
+    before = _state(policy)
+    with pytest.raises(ValueError, match="none_such"), using_adapter(policy, "none_such"):
+        pass
+    assert _state(policy) == before
+
+
+@pytest.mark.parametrize("inner", [None, REFERENCE, "default"])
+@pytest.mark.parametrize("outer", [None, REFERENCE, "default"])
+def test_adapters_may_be_nested(
+    policy: PeftModel, prompts: PromptBatch, outer: str | None, inner: str | None
+) -> None:
+    _train(policy, prompts, 1)
+    expected = {}
+    for name in (None, REFERENCE, "default"):
+        with using_adapter(policy, name):
+            expected[name] = _logits(policy, prompts)
+    before = _state(policy)
+    with using_adapter(policy, outer):
+        assert torch.equal(_logits(policy, prompts), expected[outer])
+        with using_adapter(policy, inner):
+            assert torch.equal(_logits(policy, prompts), expected[inner])
+        assert torch.equal(_logits(policy, prompts), expected[outer])
+    assert _state(policy) == before
+
+
+@pytest.mark.parametrize("parts", [["language"], ["projector"], ["tower", "projector"]])
+def test_only_the_wanted_parts_are_trained(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch, parts: list[Any]
+) -> None:
+    model = continue_adapter(load_model(), new_adapter(1, parts=ALL_PARTS), parts).eval()
+    wanted = set().union(*(_expected(part) for part in parts))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"base_model.model.{layer}.lora_{side}.default.weight" for layer in wanted for side in "AB"
+    }
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    _train(model, prompts, 2)
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])} == trained
+
+
+def test_an_adapter_without_the_wanted_parts_is_named(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = new_adapter(1, parts=["language"])
+    with pytest.raises(DataError, match=f"the adapter at {folder} has no layer in tower, projector"):
+        continue_adapter(load_model(), folder, ["tower", "projector"])
+    with pytest.raises(DataError, match="no adapter at .*: train one first"):
+        continue_adapter(load_model(), str(tmp_path))
+
+
+def test_policy_and_reference_share_one_copy_of_the_base(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str]
+) -> None:
+    model = load_model()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    policy = continue_adapter(model, new_adapter(1, parts=ALL_PARTS))
+    parameters = list(policy.named_parameters(remove_duplicate=False))
+    base = {
+        name.removeprefix("base_model.model.").replace("base_layer.", ""): p
+        for name, p in parameters
+        if "lora_" not in name
+    }
+    assert {name: base[name].data_ptr() for name in before} == before
+    assert {p.data_ptr() for p in base.values()} == set(before.values()), "nothing beside them"
+    assert not [name for name, p in base.items() if p.requires_grad]
+    adapters = [p.data_ptr() for name, p in parameters if "lora_" in name]
+    assert len(set(adapters)) == len(adapters) == 2 * 2 * len(part_of(load_model())), (
+        "A and B, of each of two"
+    )
+
+
+# --- What cannot be loaded --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [None, "empty"])

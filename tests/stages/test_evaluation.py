@@ -102,6 +102,60 @@ def test_a_second_run_is_the_same(
     assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
 
 
+def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+) -> None:
+    adapters = {"one": new_adapter(1), "two": new_adapter(2)}
+
+    def evaluated(name: str, chosen: dict[str, str], with_base: bool) -> tuple[int, dict[str, Any]]:
+        """How often the first layer of the tower ran, and what every system predicted."""
+        module = EvaluationModule(
+            BaseModel(model_folder, dtype="float32"), chosen, with_base=with_base, max_new_tokens=5
+        )
+        module.configure_model()
+        runs: list[int] = []
+        base = getattr(module.model, "get_base_model", lambda: module.model)()
+        # Within the tower: a hook on what is shared would run even where it is not computed anew.
+        base.model.vision_tower.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+        run = trainer(PredictionWriter(), default_root_dir=tmp_path / name)
+        run.test(module, datamodule=data(), verbose=False)
+        return len(runs), {s: _lines(tmp_path / name / s / "predictions.jsonl") for s in module.systems}
+
+    runs, together = evaluated("together", adapters, True)
+    assert runs == 4, "15 queries in batches of 4"
+    assert len({str(lines) for lines in together.values()}) == 3
+    for name in together:
+        chosen = {} if name == "base" else {name: adapters[name]}
+        runs, alone = evaluated(name, chosen, name == "base")
+        assert runs == 4
+        assert alone == {name: together[name]}
+
+
+def test_an_adapted_tower_runs_for_each_system(
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    load_model: Callable[..., Any],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+) -> None:
+    folder = new_adapter(3, parts=["language", "tower"])
+    module = EvaluationModule(BaseModel(model_folder, dtype="float32"), {"seeing": folder}, max_new_tokens=5)
+    queries = data()
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    model = load_adapters(load_model(), {"seeing": folder})
+    for system in ("base", "seeing"):
+        texts: list[str] = []
+        for batch in queries.test_dataloader():
+            with using_adapter(model, None if system == "base" else system):
+                texts += generate_texts(model, batch.inputs, queries.processor.tokenizer, 5)
+        assert [line["text"] for line in _lines(tmp_path / "run" / system / "predictions.jsonl")] == texts
+
+
 def test_adapters_alone(
     model_folder: str,
     new_adapter: Callable[..., str],

@@ -28,6 +28,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.stages import sft
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import trained_parameters
 
 Data = Callable[..., PerturbedQueryDataModule]
 ALL_PARTS = ["language", "tower", "projector"]
@@ -151,11 +152,11 @@ def test_a_batch_of_which_all_is_too_long_teaches_nothing(
     batch = _batch(data())
     observed = Observed(_module(model_folder), monkeypatch)
     none = torch.zeros((0, 0), dtype=torch.int64)
-    empty = SFTBatch({}, none, none.bool(), torch.zeros(0), (), ("a", "b"))
+    empty = SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b"))
     loss = observed.loss(empty)
     assert float(loss) == 0
     loss.backward()
-    parameters = observed.module.trained_parameters()
+    parameters = trained_parameters(observed.module)
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
     observed.loss(batch._replace(skipped=("c",)))
     assert observed.module.skipped == observed.logged["train/skipped"] == 3
@@ -176,7 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(
             layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
             observed.loss(batch).backward()
             assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
-            gradients.append([p.grad for p in observed.module.trained_parameters()])
+            gradients.append([p.grad for p in trained_parameters(observed.module)])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
 

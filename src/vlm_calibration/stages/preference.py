@@ -58,7 +58,8 @@ class DPOModule(L.LightningModule):
         parts: train only the adapter's layers in these parts of the model; None: all of them.
         optimizer: AdamW and its schedule.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
-            (arXiv 2404.19733).
+            (arXiv 2404.19733). Within it a response counts as much as the confidence it states, and not at all if its
+            answer is wrong.
         scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
         gradient_checkpointing: recompute activations in the backward pass.
         max_new_tokens: length limit of the answers generated in validation.
@@ -136,7 +137,7 @@ class DPOModule(L.LightningModule):
         scores = candidate_scores(found, reference, chosen)
         loss = self.loss(scores)
         if self.nll_weight:
-            loss = loss + self.nll_weight * chosen_nll(scores)
+            loss = loss + self.nll_weight * chosen_nll(scores, nll_weights(scores, chosen, batch))
         self._log(loss, scores, found, chosen, batch)
         return loss
 
@@ -258,6 +259,15 @@ def candidate_scores(found: ResponseScores, reference: Tensor | None, chosen: Ch
     return CandidateScores(
         found.total, reference, found.lengths, found.total.new_tensor(distance), found.lengths > 0
     )
+
+
+def nll_weights(scores: CandidateScores, chosen: Chosen, batch: PairBatch) -> Tensor:
+    """What the likelihood of each chosen response counts, float [B]: the confidence it states, 0 for a wrong answer.
+
+    What the model cannot see it is not to assert, and a wrong answer is there to be doubted.
+    """
+    weights = [row[0].confidence * right for row, right in zip(chosen, batch.right, strict=True)]
+    return scores.policy.new_tensor(weights)
 
 
 @torch.no_grad()

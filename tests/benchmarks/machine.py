@@ -1,0 +1,31 @@
+"""What the benchmarks say about where they ran, and how much memory a process has held (Linux)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def setting(*packages: str) -> str:
+    """Versions of the packages and the architecture: "numpy 2.3.1, torch 2.9.0, x86_64"."""
+    return ", ".join([*(f"{name} {version(name)}" for name in packages), platform.machine()])
+
+
+def processor() -> str:
+    """The processor's name and how many of its cores this process may use: "AMD EPYC, 2 cores"."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores"
+
+
+def reset_peak() -> None:
+    """Start measuring the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held since `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])

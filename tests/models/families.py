@@ -1,0 +1,335 @@
+"""Tiny vision-language models of thirteen kinds with random weights, and prompts for them, all without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+
+VOCABULARY = 200
+WORDS = (3, 140)
+"""Token ids of plain text, from and below."""
+IMAGE, VIDEO, BEGIN_OF_IMAGE, END_OF_IMAGE, PAD = 150, 151, 152, 153, 0
+WIDE = 4096
+"""A sliding window that no row here is longer than."""
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": BEGIN_OF_IMAGE,
+    "vision_end_token_id": END_OF_IMAGE,
+}
+LLAVA_TOKENS = {"image_token_index": IMAGE, "image_seq_length": 16}
+
+
+def _siglip(**changes: Any) -> tf.SiglipVisionConfig:
+    return tf.SiglipVisionConfig(**VISION, vision_use_head=False, **changes)
+
+
+def _llava_clip() -> tuple[Any, Any]:
+    vision, text = tf.CLIPVisionConfig(**VISION), tf.LlamaConfig(**TEXT)
+    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
+        vision_config=vision, text_config=text, **LLAVA_TOKENS
+    )
+
+
+def _llava_siglip() -> tuple[Any, Any]:
+    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
+        vision_config=_siglip(),
+        text_config=tf.LlamaConfig(**TEXT),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        **LLAVA_TOKENS,
+    )
+
+
+def _llava_mistral() -> tuple[Any, Any]:
+    vision, text = tf.CLIPVisionConfig(**VISION), tf.MistralConfig(**TEXT, sliding_window=WIDE)
+    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
+        vision_config=vision, text_config=text, **LLAVA_TOKENS
+    )
+
+
+def _idefics3() -> tuple[Any, Any]:
+    return tf.Idefics3ForConditionalGeneration, tf.Idefics3Config(
+        vision_config=dict(VISION), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+    )
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    return tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig(
+        vision_config=dict(VISION), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+    )
+
+
+def _qwen2_vl() -> tuple[Any, Any]:
+    vision = {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2}
+    return tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS
+    )
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    vision = {
+        **QWEN_VISION,
+        "intermediate_size": 48,
+        "window_size": 16,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    return tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS
+    )
+
+
+def _qwen3_vl() -> tuple[Any, Any]:
+    vision = {
+        **QWEN_VISION,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {**TEXT, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    return tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLConfig(
+        text_config=text, vision_config=vision, **QWEN_TOKENS
+    )
+
+
+def _internvl() -> tuple[Any, Any]:
+    return tf.InternVLForConditionalGeneration, tf.InternVLConfig(
+        vision_config={**VISION, "image_size": [16, 16], "patch_size": [4, 4]},
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_onevision() -> tuple[Any, Any]:
+    return tf.LlavaOnevisionForConditionalGeneration, tf.LlavaOnevisionConfig(
+        vision_config=_siglip(),
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[16, 16], [16, 32], [32, 16]],
+    )
+
+
+def _gemma3() -> tuple[Any, Any]:
+    text = tf.Gemma3TextConfig(
+        **TEXT,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=WIDE,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return tf.Gemma3ForConditionalGeneration, tf.Gemma3Config(
+        text_config=text,
+        vision_config=_siglip(),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=BEGIN_OF_IMAGE,
+        eoi_token_index=END_OF_IMAGE,
+    )
+
+
+def _paligemma_of(text: Any) -> tuple[Any, Any]:
+    return tf.PaliGemmaForConditionalGeneration, tf.PaliGemmaConfig(
+        text_config=text,
+        vision_config=_siglip(projection_dim=32),
+        projection_dim=32,
+        hidden_size=32,
+        image_token_index=IMAGE,
+        vocab_size=VOCABULARY,
+    )
+
+
+def _paligemma() -> tuple[Any, Any]:
+    return _paligemma_of(tf.GemmaConfig(**TEXT, head_dim=8))
+
+
+def _paligemma2() -> tuple[Any, Any]:
+    return _paligemma_of(
+        tf.Gemma2Config(
+            **TEXT,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WIDE,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=10.0,
+        )
+    )
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava_clip": _llava_clip,
+    "llava_siglip": _llava_siglip,
+    "llava_mistral": _llava_mistral,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
+    "gemma3": _gemma3,
+    "paligemma": _paligemma,
+    "paligemma2": _paligemma2,
+}
+
+
+def build(
+    family: str, attention: str | None = None, dtype: torch.dtype = torch.float32, window: int | None = None
+) -> Any:
+    """A model in eval mode.
+
+    Args:
+        attention: as `attn_implementation`. window: of sliding attention, instead of `WIDE`.
+    """
+    kind, config = FAMILIES[family]()
+    if window is not None:
+        assert config.text_config.sliding_window == WIDE
+        config.text_config.sliding_window = window
+    torch.manual_seed(0)
+    model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
+    with torch.no_grad():
+        # What starts at zero would hide whatever flows through it.
+        for name, parameter in model.named_parameters():
+            if "image_newline" in name or (parameter.ndim > 1 and parameter.abs().max() == 0):
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return model.eval()
+
+
+def randomize_adapters(model: Any, seed: int = 3) -> Any:
+    """Random weights in every LoRA layer, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
+    return model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image and text. ids: with the image's tokens. image: what the model's forward takes of the image."""
+
+    family: str
+    ids: list[int]
+    image: dict[str, Tensor]
+
+    def text_inputs(self, response: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Unpadded inputs of one row, with the types of token that the family's processor gives."""
+        ids = torch.tensor([[*self.ids, *response]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.family.startswith("paligemma"):
+            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= len(self.ids)).long()[None]
+        elif self.family == "gemma3":
+            inputs["token_type_ids"] = (ids == IMAGE).long()
+        elif self.family.startswith("qwen"):
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        return inputs
+
+
+def _image(family: str, number: int) -> dict[str, Tensor]:
+    """A random image; its size depends on the number where the family's models take images of unlike size."""
+    generator = torch.Generator().manual_seed(100 + number)
+
+    def pixels(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if family.startswith("qwen"):
+        grid = [(1, 4, 4), (1, 4, 6), (1, 8, 4)][number % 3]
+        return {
+            "pixel_values": pixels(grid[1] * grid[2], 3 * 2 * 4 * 4),
+            "image_grid_thw": torch.tensor([grid]),
+        }
+    if family in ("idefics3", "smolvlm"):
+        shown = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+        shown[..., : [16, 8, 12][number % 3]] = True
+        return {"pixel_values": pixels(1, 1, 3, 16, 16), "pixel_attention_mask": shown}
+    if family == "llava_onevision":
+        size, tiles = [((16, 16), 2), ((16, 32), 3), ((32, 16), 3)][number % 3]
+        values = torch.zeros(1, 3, 3, 16, 16)
+        values[:, :tiles] = pixels(1, tiles, 3, 16, 16)
+        return {"pixel_values": values, "image_sizes": torch.tensor([size])}
+    return {"pixel_values": pixels(1, 3, 16, 16)}
+
+
+def _n_image_tokens(family: str, number: int) -> int:
+    if family.startswith("qwen"):
+        return [4, 6, 8][number % 3]
+    if family in ("idefics3", "smolvlm", "internvl", "gemma3"):
+        return 4
+    if family == "llava_onevision":  # the whole image, its tiles and a token at the end of each of their rows
+        return 16 + [4 * 5, 4 * 9, 8 * 5][number % 3]
+    return 16
+
+
+def words(generator: torch.Generator, n: int) -> list[int]:
+    """Random tokens of plain text."""
+    return torch.randint(*WORDS, (n,), generator=generator).tolist()
+
+
+def new_prompts(family: str, n: int = 3, seed: int = 7) -> list[Prompt]:
+    """Prompts of unlike length, each with one image."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(n):
+        before, behind = words(generator, 1 + number), words(generator, 4 + 3 * number)
+        image = [IMAGE] * _n_image_tokens(family, number)
+        if family.startswith("paligemma"):
+            ids = [*image, 1, *behind]
+        else:
+            ids = [*before, BEGIN_OF_IMAGE, *image, END_OF_IMAGE, *behind]
+        found.append(Prompt(family, ids, _image(family, number)))
+    return found
+
+
+def collated(prompts: Sequence[Prompt], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs of all prompts in one batch, padded on the right."""
+    rows = [prompt.text_inputs() for prompt in prompts]
+    widest = max(row["input_ids"].shape[1] for row in rows)
+    batch = {
+        name: torch.cat(
+            [torch.nn.functional.pad(row[name], (0, widest - row[name].shape[1])) for row in rows]
+        )
+        for name in rows[0]
+    }
+    batch |= {name: torch.cat([p.image[name] for p in prompts]) for name in prompts[0].image}
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    return batch

@@ -1,0 +1,263 @@
+"""The frozen vision, run once for several passes: which modules it is, and that nothing but the time changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
+from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.vision import frozen_vision, shared_vision
+
+from .families import FAMILIES, build, collated, new_prompts, randomize_adapters
+
+TOWER_AND_PROJECTOR = ("model.vision_tower", "model.multi_modal_projector")
+VISION = dict.fromkeys(FAMILIES, TOWER_AND_PROJECTOR) | {
+    "idefics3": ("model.vision_model", "model.connector"),
+    "smolvlm": ("model.vision_model", "model.connector"),
+    "qwen2_vl": ("model.visual",),
+    "qwen2_5_vl": ("model.visual",),
+    "qwen3_vl": ("model.visual",),
+}
+"""Tower and, where it is a module of its own, projector."""
+
+
+def adapted(family: str, *parts: str) -> Any:
+    """A model with a random adapter on these parts; everything else is frozen."""
+    model = attach_lora(build(family), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts)))  # type: ignore[arg-type]
+    return randomize_adapters(model).eval()
+
+
+def names_of(model: Any) -> set[str]:
+    """The frozen vision, by name."""
+    names = {id(module): name for name, module in base_of(model).named_modules()}
+    return {names[id(module)] for module in frozen_vision(model)}
+
+
+def count_runs(module: nn.Module) -> list[int]:
+    """Grows by one whenever the module's first layer runs."""
+    runs: list[int] = []
+    layer = next(m for m in module.modules() if not list(m.children()))
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Of the model with its adapter, without, and with it again."""
+    found = []
+    with torch.no_grad():
+        for adapter in ("default", None, "default"):
+            with using_adapter(model, adapter):
+                found.append(model(**inputs, use_cache=False).logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Callable[..., dict[str, Tensor]]:
+    """A batch of prompts for a model of a family."""
+    return lambda family, n=3: collated(new_prompts(family, n))
+
+
+# --- Which modules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tower_and_projector_are_found(family: str) -> None:
+    assert names_of(adapted(family, "language")) == set(VISION[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_adapted_or_trained_is_not_frozen(family: str) -> None:
+    tower, *projector = VISION[family]
+    assert tower not in names_of(adapted(family, "language", "tower"))
+    if family != "gemma3":  # its projector has no linear layer
+        # That of the Qwen family is within the tower.
+        assert names_of(adapted(family, "projector")) == ({tower} if projector else set())
+    model = adapted(family, "language")
+    next(base_of(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
+    assert names_of(model) == ({tower} if projector else set())
+    assert not frozen_vision(build(family)), "all of it is to be trained"
+
+
+def test_a_model_without_adapters_may_be_frozen_too() -> None:
+    model = build("llava_clip").requires_grad_(False)
+    assert names_of(model) == set(TOWER_AND_PROJECTOR)
+
+
+VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
+
+# --- Results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tower_runs_once_and_results_are_the_same(
+    family: str, inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, "language"), inputs(family)
+    runs = [count_runs(base_of(model).get_submodule(name)) for name in VISION[family]]
+    expected = logits_of(model, batch)
+    assert [len(r) for r in runs] == [3] * len(runs), "as a check of the count"
+    assert not torch.allclose(expected[0], expected[1], atol=0.1)
+    for _ in range(2):  # nothing is kept from one context to the next
+        for run in runs:
+            run.clear()
+        with shared_vision(model):
+            found = logits_of(model, batch)
+        assert [len(r) for r in runs] == [1] * len(runs)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs)
+        batch = {n: -v if n == "pixel_values" else v for n, v in batch.items()}
+        expected = logits_of(model, batch)
+
+
+@pytest.mark.parametrize(
+    "parts", [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
+)
+@pytest.mark.parametrize("family", ["llava_siglip", "idefics3", "qwen2_5_vl", "internvl"])
+def test_adapters_in_the_vision_are_still_told_apart(
+    family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, *parts), inputs(family)
+    expected = logits_of(model, batch)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    with shared_vision(model):
+        found = logits_of(model, batch)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "parts", [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
+)
+@pytest.mark.parametrize("family", ["llava_siglip", "idefics3", "qwen2_5_vl", "internvl"])
+def test_gradients_are_the_same(
+    family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Of a policy behind a reference, as preference optimisation has them."""
+    model, batch = adapted(family, *parts), inputs(family)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad(), using_adapter(model, None):
+            reference = model(**batch, use_cache=False).logits
+        logits = model(**batch, use_cache=False).logits
+        (logits.log_softmax(-1) - reference.log_softmax(-1)).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    assert all(g is not None and g.abs().max() > 0 for g in expected.values())
+    with shared_vision(model):
+        found = gradients()
+    for name, gradient in expected.items():
+        assert found[name] is not None, name
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("part", [0, -1], ids=["tower", "projector"])
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen3_vl", "gemma3", "paligemma"])
+def test_gradients_of_trained_weights_are_the_same(
+    family: str, part: int, inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, "language"), inputs(family)
+    base_of(model).get_submodule(VISION[family][part]).requires_grad_(True)
+
+    def gradients() -> dict[str, Tensor | None]:
+        model.zero_grad(set_to_none=True)
+        model(**batch, use_cache=False).logits.log_softmax(-1).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    with shared_vision(model):
+        found = gradients()
+    for name, gradient in expected.items():
+        if gradient is None:  # the last layer of a tower whose features are those of the one before
+            assert found[name] is None, name
+        else:
+            assert found[name] is not None, name
+            assert torch.equal(found[name], gradient), name
+
+
+# --- Coming and going -------------------------------------------------------------------------------------------
+
+
+def forwards_of(model: Any) -> dict[str, Any]:
+    """Every forward that belongs to a module and not to its class."""
+    return {n: m.__dict__["forward"] for n, m in model.named_modules() if "forward" in m.__dict__}
+
+
+def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    assert not forwards_of(model)
+    with shared_vision(model):
+        assert {n.removeprefix("base_model.model.") for n in forwards_of(model)} == set(TOWER_AND_PROJECTOR)
+        model(**batch)
+    assert not forwards_of(model)
+    with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
+        raise RuntimeError("stop")
+    assert not forwards_of(model)
+
+
+def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    """As accelerate and bitsandbytes put there."""
+    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    projector = base_of(model).model.multi_modal_projector
+    usual, runs = projector.forward, []
+
+    def doubled(features: Tensor) -> Tensor:
+        runs.append(1)
+        return 2 * usual(features)
+
+    plain = logits_of(model, batch)
+    projector.forward = doubled
+    expected = logits_of(model, batch)
+    assert not torch.allclose(plain[0], expected[0], atol=0.01)
+    before = forwards_of(model)
+    runs.clear()
+    with shared_vision(model):
+        found = logits_of(model, batch)
+    assert len(runs) == 1
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert forwards_of(model) == before
+    assert projector.__dict__["forward"] is doubled
+    with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
+        raise RuntimeError("stop")
+    assert projector.__dict__["forward"] is doubled
+
+
+def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    runs = count_runs(base_of(model).model.vision_tower)
+    expected = logits_of(model, batch)
+    runs.clear()
+    with shared_vision(model):
+        logits_of(model, batch)
+        with shared_vision(model):
+            logits_of(model, batch)
+        found = logits_of(model, batch)
+    assert len(runs) == 1
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert not forwards_of(model)
+
+
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "idefics3"])
+def test_images_of_another_shape_are_refused(family: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
+    model = adapted(family, "language")
+    with torch.no_grad(), shared_vision(model):
+        model(**inputs(family, 3))
+        with pytest.raises(ValueError, match=r"inputs of shapes .* after .*: the images must be the same"):
+            model(**inputs(family, 2))
+    assert not forwards_of(model)
+
+
+def test_text_alone_may_pass_between(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    text = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        expected = model(**text).logits
+        with shared_vision(model):
+            model(**batch)
+            assert torch.equal(model(**text).logits, expected)
