@@ -110,10 +110,8 @@ format: $(DEV)  ## rewrite the code in the project's format
 type: $(DEV)  ## mypy
 	$(PYTHON) -m mypy
 
-bench: $(DEV)  ## every benchmark command, as Markdown tables in runs/bench/
-	mkdir -p runs/bench
-	for benchmark in perturbation metrics preference; do \
-	  $(PYTHON) -m tests.benchmarks.$$benchmark | tee runs/bench/$$benchmark.md; done
+bench: $(DEV)  ## every benchmark, as tables in runs/bench/benchmarks.md (about an hour; ARGS="--only metrics" for one)
+	$(PYTHON) -m tests.benchmarks $(ARGS)
 
 clean:  ## remove caches and the demo's runs, keep the environment
 	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

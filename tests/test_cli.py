@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 
@@ -114,9 +116,9 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
 @pytest.fixture
 def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of a short training on the configuration that ships, with an overlay on top."""
+    """Arguments of a short training on a configuration that ships, with an overlay on top."""
 
-    def arguments(**sections: dict[str, Any]) -> list[str]:
+    def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
         callbacks = [
             {"class_path": f"vlm_calibration.callbacks.{name}"}
             for name in ("run.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
@@ -145,9 +147,9 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
                 **sections.get("data", {}),
             },
         }
-        path = tmp_path / "overlay.yaml"
+        path = tmp_path / f"{stage}-overlay.yaml"
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        return ["fit", "--config", str(root / "configs" / "sft.yaml"), "--config", str(path)]
+        return ["fit", "--config", str(root / "configs" / f"{stage}.yaml"), "--config", str(path)]
 
     return arguments
 
@@ -379,6 +381,76 @@ def test_no_adapter(run: Callable[..., Ended], model_folder: str, tmp_path: Path
     ended = run(*_evaluation(model_folder, tmp_path, {"sft": "runs/none/adapter"}))
     assert ended.error().startswith("no adapter at runs/none/adapter")
     assert ended.status == 1
+
+
+def test_stage_2_without_stage_1(run: Callable[..., Ended], fit: Callable[..., list[str]]) -> None:
+    ended = run(*fit("dpo"))
+    assert ended.error().startswith("no adapter at runs/sft/adapter")
+    assert ended.status == 1
+
+
+def test_both_stages(
+    run: Callable[..., Ended],
+    fit: Callable[..., list[str]],
+    load_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    validated = {"val_check_interval": 2}
+    first = run(*fit(trainer=validated))
+    assert first.status == 0, first.err
+    second = run(
+        *fit("dpo", trainer=validated),
+        *("--model.init_args.adapter", str(tmp_path / "run/adapter")),
+        *("--trainer.default_root_dir", str(tmp_path / "dpo")),
+        *("--trainer.callbacks+", "vlm_calibration.callbacks.guard.BeforeAndAfter"),
+    )
+    assert second.status == 0, second.err
+    for row in ("before", "after"):
+        assert f"│ {row}" in second.out, second.out
+    weights = []
+    for folder in ("run", "dpo"):
+        adapter = tmp_path / folder / "adapter"
+        assert [p.name for p in adapter.rglob("*.safetensors")] == ["adapter_model.safetensors"]
+        assert {"metrics.json", "predictions.jsonl", "config.yaml"} <= {
+            p.name for p in (tmp_path / folder).iterdir()
+        }
+        model = PeftModel.from_pretrained(load_model(), str(adapter))
+        weights.append({n: p for n, p in model.named_parameters() if "lora_" in n})
+    moved = {n for n, p in weights[0].items() if not torch.equal(p, weights[1][n])}
+    assert moved
+    assert all("language_model" in n for n in moved), "the demo trains the language model's layers only"
+
+
+def test_stage_2_in_two_processes_is_that_of_one(
+    fit: Callable[..., list[str]], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    """Same queries a step, so the same weights; also where the target is fitted on all processes' queries."""
+    started = []
+    for name, size, extra in (
+        ("one", 4, []),
+        ("two", 2, ["--trainer.devices", "2", "--trainer.strategy", "ddp"]),
+    ):
+        command = [
+            *(sys.executable, "-m", "vlm_calibration.cli"),
+            *fit("dpo", trainer={"val_check_interval": 2}),
+            *extra,
+            *("--data.batch_size", str(size), "--model.init_args.adapter", new_adapter(1)),
+            *("--trainer.default_root_dir", str(tmp_path / name)),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in started:
+        _, errors = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, errors
+    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    before = load_file(Path(new_adapter(1)) / "adapter_model.safetensors")
+    assert any(not torch.equal(one[n], before[n]) for n in one)
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], atol=1e-5), name
+    predictions = [(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two")]
+    assert predictions[0] == predictions[1]
 
 
 def test_two_processes_give_the_files_of_one(

@@ -1,6 +1,6 @@
 """Every YAML under configs/ goes through the parser that the command line uses, without anything being built from it.
 
-A full configuration is parsed alone, an overlay behind the configuration that it is made for. Which is which follows from
+A full configuration is parsed alone, an overlay behind each configuration that it is made for. Which is which follows from
 the folder; a file in a folder that is not known here is a failure, so that none can be forgotten.
 """
 
@@ -17,28 +17,34 @@ import yaml
 from jsonargparse import ArgumentError
 
 from vlm_calibration.cli import CalibrationCLI, one_line
+from vlm_calibration.losses.preference import SimPO
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
 FULL = {"sft.yaml": "fit", "dpo.yaml": "fit", "levels.yaml": "test", "eval/*.yaml": "test"}
-OVERLAYS = {f"{folder}/*.yaml": SFT for folder in ("data", "model", "levels", "trainer", "logger")}
+DPO = CONFIGS / "dpo.yaml"
+# The first pattern that fits counts.
+OVERLAYS = {
+    "experiment/*_dpo.yaml": (DPO,),
+    **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
+}
 
 
-def plan(configs: Path) -> dict[str, list[str]]:
-    """For each YAML file the arguments that parse it.
+def plan(configs: Path) -> list[tuple[str, list[str]]]:
+    """Each YAML file, with arguments that parse it; once for each configuration that it may follow.
 
     Raises:
         ValueError: for a file that is neither a full configuration nor an overlay known here.
     """
-    arguments = {}
+    arguments: list[tuple[str, list[str]]] = []
     for path in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.yml")]):
         name = path.relative_to(configs)
         command = next((c for pattern, c in FULL.items() if _is(name, pattern)), None)
-        base = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
+        bases = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
         if command is not None:
-            arguments[str(name)] = [command, "--config", str(path)]
-        elif base is not None:
-            arguments[str(name)] = ["fit", "--config", str(base), "--config", str(path)]
+            arguments.append((str(name), [command, "--config", str(path)]))
+        elif bases is not None:
+            arguments += [(str(name), ["fit", "--config", str(b), "--config", str(path)]) for b in bases]
         else:
             raise ValueError(f"configs/{name}: no test knows how to parse it")
     return arguments
@@ -75,9 +81,11 @@ def parse() -> Callable[[list[str]], Any]:
     return parsed
 
 
-@pytest.mark.parametrize("name", plan(CONFIGS))
-def test_parses(parse: Callable[[list[str]], Any], name: str) -> None:
-    config = parse(plan(CONFIGS)[name])
+@pytest.mark.parametrize(
+    ("name", "arguments"), plan(CONFIGS), ids=lambda v: v if isinstance(v, str) else Path(v[2]).stem
+)
+def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[str]) -> None:
+    config = parse(arguments)
     written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
     assert missing == [], "what the file says is what the command gets"
@@ -103,7 +111,17 @@ def _at(config: Any, path: tuple[Any, ...]) -> Any:
 
 
 def test_all_kinds_are_there() -> None:
-    assert {"sft.yaml", "dpo.yaml", "levels.yaml", "eval/demo.yaml", "levels/linear.yaml"} <= set(plan(CONFIGS))
+    names = {name for name, _ in plan(CONFIGS)}
+    assert {"sft.yaml", "dpo.yaml", "levels.yaml", "eval/demo.yaml", "experiment/paper_dpo.yaml"} <= names
+
+
+def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:
+    """A new class keeps the old one's settings of the same name, and DPO's beta is far too small for SimPO."""
+    presets = [CONFIGS / "experiment" / f"{name}.yaml" for name in ("paper", "paper_dpo")]
+    config = parse(["fit", *(a for path in (DPO, *presets) for a in ("--config", str(path)))])
+    loss = config.model.init_args.loss
+    assert loss.class_path.rsplit(".", 1)[-1] == "SimPO"
+    assert vars(SimPO()) == loss.init_args.as_dict()
 
 
 @pytest.mark.parametrize("stray", ["else/a.yaml", "other.yaml", "data/deeper/a.yaml", "eval/a.yml"])

@@ -298,8 +298,8 @@ def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dic
 def memory_growth(arm: str, task: Task, folder: Path, checkpointing: bool) -> int:
     """Bytes by which the first steps raise this process's memory above what the loaded model takes, at their peak."""
     step, model = make_arm(arm, task, folder, MEMORY_STEPS, checkpointing)
-    for parameter in model.parameters():  # weights that are mapped from a file count once they are read
-        parameter.sum()
+    for parameter in model.parameters():  # weights mapped from a file would count when they are first read
+        parameter.data = parameter.data.clone()
     gc.collect()
     reset_peak()
     before = peak_bytes()

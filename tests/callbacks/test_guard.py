@@ -43,7 +43,9 @@ class Scored(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _fit(folder: Path, module: Scored, guard: BeforeAndAfter | None = None, **settings: Any) -> BeforeAndAfter:
+def _fit(
+    folder: Path, module: Scored, guard: BeforeAndAfter | None = None, **settings: Any
+) -> BeforeAndAfter:
     guard = BeforeAndAfter() if guard is None else guard
     plain = {
         "accelerator": "cpu",
@@ -110,6 +112,14 @@ def test_without_a_whole_validation_before_there_is_nothing_to_say(
     assert capsys.readouterr().out == ""
 
 
+def test_without_a_validation_after_training_there_is_nothing_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="training ended without a validation to compare with"):
+        _fit(tmp_path, Scored(0.9), max_epochs=1, check_val_every_n_epoch=2)
+    assert capsys.readouterr().out == ""
+
+
 def test_without_validation_queries_there_is_nothing_to_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,12 +132,16 @@ def test_interrupted_runs_and_other_processes_are_silent(
     capsys: pytest.CaptureFixture[str], first: bool, interrupted: bool
 ) -> None:
     trainer: Any = SimpleNamespace(
-        num_sanity_val_steps=float("inf"), is_global_zero=first, interrupted=interrupted
+        num_sanity_val_steps=float("inf"),
+        is_global_zero=first,
+        interrupted=interrupted,
+        sanity_checking=False,
     )
     guard, module = BeforeAndAfter(), Scored(0.9, 0.1)
     module.on_validation_epoch_end()
     guard.on_sanity_check_end(trainer, module)
     module.on_validation_epoch_end()
+    guard.on_validation_end(trainer, module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guard.on_fit_end(trainer, module)

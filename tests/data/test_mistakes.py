@@ -154,7 +154,15 @@ def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
         (("dog",), ("dog",), []),
         ((), ("dog",), []),
     ],
-    ids=["others", "each once", "not what is right too", "evidence", "all is evidence", "alone", "unlabelled"],
+    ids=[
+        "others",
+        "each once",
+        "not what is right too",
+        "evidence",
+        "all is evidence",
+        "alone",
+        "unlabelled",
+    ],
 )
 def test_a_short_answer_may_be_taken_for_what_else_is_there(
     labels: tuple[str, ...], objects: tuple[str, ...], expected: list[str]

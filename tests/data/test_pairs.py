@@ -1,5 +1,4 @@
-"""Candidates for preference optimisation: what is chosen and rejected, that candidates are the conversations they stand for,
-and the isotonic map of a target.
+"""Candidates of preference optimisation: which are compared, that they are whole conversations, and the isotonic map.
 
 As in `test_collate.py` two kinds of tokenizer matter: the demo's, to which a percentage is one token, and one that splits
 numbers into digits, so that responses are of unlike length.
@@ -302,7 +301,9 @@ def _check_candidates(
 ) -> None:
     """Each answer with each level, and each of them the whole conversation behind the prompt."""
     stated = [(a, c) for a in answers for c in levels]
-    assert [(c.confidence, c.wrong) for c in batch.candidates[row]] == [(c, a != answers[0]) for a, c in stated]
+    assert [(c.confidence, c.wrong) for c in batch.candidates[row]] == [
+        (c, a != answers[0]) for a, c in stated
+    ]
     prompt, question = _prompt(chat, batch, row), batch.queries[row].question
     for (answer, confidence), candidate in zip(stated, batch.candidates[row], strict=True):
         text = chat.render(question, render_response(answer, confidence))
@@ -338,16 +339,16 @@ def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sa
         assert batch.candidates[row][: len(without)] == without, "the other responses stay as they are"
 
 
-def test_which_wrong_answer_changes_from_epoch_to_epoch(
-    processor: Any, samples: Sequence[Sample]
-) -> None:
+def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     names = ("dog", "cat", "umbrella", "car")
     collator = PairCollator(chat, LinearLevels(n_levels=2), True, 400)
 
     def said(epoch: int, name: str = "q") -> str:
         query = replace(samples[1].query, id=name)
-        _, [right, _, wrong, _] = collator._of_sample(samples[1]._replace(query=query, epoch=epoch, wrong=names))
+        _, [right, _, wrong, _] = collator._of_sample(
+            samples[1]._replace(query=query, epoch=epoch, wrong=names)
+        )
         assert (right.wrong, wrong.wrong) == (False, True)
         return processor.tokenizer.decode(wrong.tokens[: wrong.answer_length]).strip(" .")
 
@@ -399,9 +400,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
 def _longest(chat: ChatFormat, sample: Sample) -> int:
     """Tokens of the longest conversation, as the collator of the first stage counts them."""
     collator = SFTCollator(chat, 10_000)
-    return max(
-        int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS
-    )
+    return max(int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS)
 
 
 def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
@@ -448,7 +447,9 @@ def test_a_wrong_answer_that_stands_for_the_image_is_refused(
     processor: Any, samples: Sequence[Sample], change: dict[str, Any]
 ) -> None:
     with pytest.raises(DataError, match="record 'q1'.*<image>"):
-        _collate(ChatFormat(processor, ElicitationPrompt()), [samples[1]._replace(**change)], wrong_answers=True)
+        _collate(
+            ChatFormat(processor, ElicitationPrompt()), [samples[1]._replace(**change)], wrong_answers=True
+        )
 
 
 def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(

@@ -194,30 +194,37 @@ def test_a_policy_starts_as_its_reference(
     policy = continue_adapter(load_model(), folder).eval()
     assert sorted(policy.peft_config) == ["default", REFERENCE]
     logits = _logits(policy, prompts)
-    assert torch.equal(logits, _logits(PeftModel.from_pretrained(load_model(), folder).eval(), prompts))
+    # Not bit for bit: the order of a sum may depend on where in memory a weight lies.
+    alone = PeftModel.from_pretrained(load_model(), folder).eval()
+    assert torch.allclose(logits, _logits(alone, prompts), atol=1e-5)
     with using_adapter(policy, REFERENCE):
-        assert torch.equal(_logits(policy, prompts), logits)
+        assert torch.allclose(_logits(policy, prompts), logits, atol=1e-5)
     with using_adapter(policy, None):
-        assert torch.equal(_logits(policy, prompts), _logits(load_model(), prompts))
+        assert torch.allclose(_logits(policy, prompts), _logits(load_model(), prompts), atol=1e-5)
     assert list(continue_adapter(load_model(), folder, reference=False).peft_config) == ["default"]
 
 
-def test_only_the_policy_is_trained(
-    load_model: Callable[..., Any], policy: PeftModel, prompts: PromptBatch
-) -> None:
+def test_only_the_policy_is_trained(policy: PeftModel, prompts: PromptBatch) -> None:
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in policy.named_parameters() if ".default." in n}
+
+    def logits() -> list[torch.Tensor]:
+        found = []
+        for name in ("default", REFERENCE, None):
+            with using_adapter(policy, name):
+                found.append(_logits(policy, prompts))
+        return found
+
     weights = {n: p.clone() for n, p in policy.named_parameters()}
-    before = _logits(policy, prompts)
+    before = logits()
     _train(policy, prompts)
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, weights[name]) == (name not in trained), name
         assert (parameter.grad is None) == (name not in trained), name
-    assert not torch.allclose(_logits(policy, prompts), before, atol=0.1)
-    with using_adapter(policy, REFERENCE):
-        assert torch.equal(_logits(policy, prompts), before)
-    with using_adapter(policy, None):
-        assert torch.equal(_logits(policy, prompts), _logits(load_model(), prompts))
+    after = logits()
+    assert not torch.allclose(after[0], before[0], atol=0.1)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[2], before[2])
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])

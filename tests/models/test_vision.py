@@ -24,6 +24,7 @@ VISION = dict.fromkeys(FAMILIES, TOWER_AND_PROJECTOR) | {
     "qwen3_vl": ("model.visual",),
 }
 """Tower and, where it is a module of its own, projector."""
+VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
 
 
 def adapted(family: str, *parts: str) -> Any:
@@ -88,8 +89,6 @@ def test_a_model_without_adapters_may_be_frozen_too() -> None:
     assert names_of(model) == set(TOWER_AND_PROJECTOR)
 
 
-VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
-
 # --- Results ----------------------------------------------------------------------------------------------------
 
 
@@ -114,9 +113,7 @@ def test_the_tower_runs_once_and_results_are_the_same(
         expected = logits_of(model, batch)
 
 
-@pytest.mark.parametrize(
-    "parts", [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
-)
+@pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
 @pytest.mark.parametrize("family", ["llava_siglip", "idefics3", "qwen2_5_vl", "internvl"])
 def test_adapters_in_the_vision_are_still_told_apart(
     family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
@@ -130,9 +127,7 @@ def test_adapters_in_the_vision_are_still_told_apart(
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize(
-    "parts", [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
-)
+@pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
 @pytest.mark.parametrize("family", ["llava_siglip", "idefics3", "qwen2_5_vl", "internvl"])
 def test_gradients_are_the_same(
     family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]

@@ -285,9 +285,9 @@ def test_groups_are_the_best_of_all_segmentations(pairs, groups):
     least = min(error for error, _ in all_of_them)
     error = sum(w * (v - m) ** 2 for v, m, w in zip(values, found, weights, strict=True))
     assert error == pytest.approx(least, abs=1e-9)
-    assert any(
-        np.allclose(found, means, atol=1e-9) for e, means in all_of_them if e <= least + 1e-9
-    ), "the means of such a segmentation"
+    assert any(np.allclose(found, means, atol=1e-9) for e, means in all_of_them if e <= least + 1e-9), (
+        "the means of such a segmentation"
+    )
     assert (np.diff(found) <= 1e-12).all(), "never rising with the noise"
     assert len(set(np.round(found, 9))) <= groups
     assert np.average(found, weights=weights) == pytest.approx(np.average(values, weights=weights))
@@ -306,7 +306,9 @@ def stated_at_steps(levels, kind="open"):
 def test_neighbours_are_merged_to_the_mean_of_their_answers():
     levels = grouped([98, 96, 60, 58, 10], 3)
     assert stated_at_steps(levels) == [0.97, 0.97, 0.59, 0.59, 0.10]
-    assert [levels.accuracy(step, "open") for step in levels.steps] == [0.98, 0.96, 0.60, 0.58, 0.10], "as it was"
+    assert [levels.accuracy(step, "open") for step in levels.steps] == [0.98, 0.96, 0.60, 0.58, 0.10], (
+        "as it was"
+    )
     assert levels.step(0.60, "open") == 200
     # 900 of 1000 and 60 of 100 answers, and then the other way around.
     assert stated_at_steps(grouped([900, 60, 1], 2, [1000, 100, 100])) == [0.87, 0.87, 0.01]

@@ -153,7 +153,8 @@ def test_an_adapted_tower_runs_for_each_system(
         for batch in queries.test_dataloader():
             with using_adapter(model, None if system == "base" else system):
                 texts += generate_texts(model, batch.inputs, queries.processor.tokenizer, 5)
-        assert [line["text"] for line in _lines(tmp_path / "run" / system / "predictions.jsonl")] == texts
+        found = [line["text"] for line in _lines(tmp_path / "run" / system / "predictions.jsonl")]
+        assert found == texts, system
 
 
 def test_adapters_alone(

@@ -41,6 +41,7 @@ from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference, recalibration
+from vlm_calibration.stages.answering import graded_prediction
 from vlm_calibration.stages.belief import Belief, divergence
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference import DPOModule
@@ -53,6 +54,7 @@ Data = Callable[..., PerturbedQueryDataModule]
 LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
 NOISE = NoisePolicy(levels=LinearLevels(n_levels=5), distractor_probability=0.0, mistakes=1.0)
 """Five levels, and wrong responses among the right ones."""
+EXPECTED = PairPolicy(target="expected")
 ALL_PARTS = ["language", "tower", "projector"]
 STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 
@@ -97,8 +99,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
     )
     folder = tmp_path_factory.mktemp("stage-1")
     L.Trainer(
-        **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False},
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
         max_steps=STAGE_1_STEPS,
     ).fit(sft, datamodule=queries)
     sft.model.save_pretrained(folder)
@@ -107,7 +114,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
 
 @pytest.fixture
 def module(demo_folder: str, adapter: str) -> Callable[..., DPOModule]:
-    def make(folder: str = adapter, **settings: Any) -> DPOModule:
+    def make(folder: str | None = adapter, **settings: Any) -> DPOModule:
         plain = {"max_new_tokens": 8, "optimizer": OptimizerSettings(lr=3e-3)}
         return DPOModule(BaseModel(demo_folder, dtype="float32"), folder, **{**plain, **settings})
 
@@ -118,7 +125,7 @@ def module(demo_folder: str, adapter: str) -> Callable[..., DPOModule]:
 def pairs(data: Data) -> Data:
     """As `data`, for pairs."""
 
-    def make(pairs: PairPolicy | None = PairPolicy(target="expected"), **settings: Any) -> Any:
+    def make(pairs: PairPolicy | None = EXPECTED, **settings: Any) -> Any:
         return data(**{"noise": NOISE, "pairs": pairs, **settings})
 
     return make
@@ -131,7 +138,11 @@ class Observed:
     """
 
     def __init__(
-        self, module: DPOModule, queries: PerturbedQueryDataModule, monkeypatch: pytest.MonkeyPatch, n: int = 4
+        self,
+        module: DPOModule,
+        queries: PerturbedQueryDataModule,
+        monkeypatch: pytest.MonkeyPatch,
+        n: int = 4,
     ) -> None:
         self.module = module
         self.logged: dict[str, float] = {}
@@ -396,11 +407,7 @@ def test_only_the_wanted_parts_are_trained(
     made = module(folder, parts=["projector"])
     trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=pairs())
     saved = load_file(Path(folder) / "adapter_model.safetensors")
-    changed = {
-        name
-        for name, p in _of_adapter(made, "default").items()
-        if not torch.equal(p, saved[name])
-    }
+    changed = {name for name, p in _of_adapter(made, "default").items() if not torch.equal(p, saved[name])}
     assert changed == {name for name in saved if "multi_modal_projector" in name}
     with pytest.raises(DataError, match=r"the adapter at .* has no layer in tower"):
         module(parts=["tower"]).configure_model()
@@ -522,6 +529,20 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
     again = PeftModel.from_pretrained(load_vlm(BaseModel(demo_folder, dtype="float32")), folder)
     loaded = {name.replace(".default.", "."): p for name, p in again.named_parameters() if "lora_" in name}
     assert all(torch.equal(loaded[name], policy_now[name]) for name in saved)
+
+
+def test_without_a_first_stage_a_new_adapter_is_trained_on_the_base_model(
+    module: Callable[..., DPOModule], pairs: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    lora = LoraSettings(r=2, alpha=4, dropout=0.0, parts=["projector"])
+    made, seen = module(None, lora=lora, reference="base"), Steps()
+    run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
+    run.fit(made, datamodule=pairs(PairPolicy(target="level")))
+    assert seen.validated[0]["val/kl"] == pytest.approx(0, abs=1e-5)
+    assert set(made.model.peft_config) == {"default"}
+    trained = _of_adapter(made, "default")
+    assert trained
+    assert all("multi_modal_projector" in name and p.any() for name, p in trained.items())
 
 
 def test_training_goes_on_from_a_checkpoint(
@@ -673,8 +694,6 @@ def test_what_is_asked_of_the_reference_is_the_conversation(
     collator = queries.pair_collator
     assert collator is not None
     batch = collator([Sample(query, blank, 1.0, 0)])
-    from vlm_calibration.stages.answering import graded_prediction
-
     reference = Reference()
     recalibration._expected(reference, batch, [graded_prediction(query, text, 0)], collator)  # type: ignore[arg-type]
     chat = queries.chat
@@ -684,21 +703,25 @@ def test_what_is_asked_of_the_reference_is_the_conversation(
 
 
 def test_the_map_is_that_of_all_processes(
-    module: Callable[..., DPOModule], pairs: Data, trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+    module: Callable[..., DPOModule],
+    pairs: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A process whose own queries could not be used must not stop while the others wait for it."""
     others = [(0.3, False, "yes_no"), (0.8, True, "yes_no")]
     monkeypatch.setattr(recalibration, "_expected", lambda *_: [])
     monkeypatch.setattr(recalibration, "_of_all_processes", lambda rows: rows + others)
     made = module()
-    trainer(max_steps=1, limit_val_batches=0).fit(
-        made, datamodule=pairs(PairPolicy(target="recalibrated"))
-    )
+    trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=pairs(PairPolicy(target="recalibrated")))
     assert made.recalibration == fit_isotonic_map(*zip(*others, strict=True))
 
 
 def test_a_map_needs_answers_to_be_fitted_on(
-    module: Callable[..., DPOModule], pairs: Data, trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+    module: Callable[..., DPOModule],
+    pairs: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = PairPolicy(target="recalibrated")
     with pytest.raises(DataError, match=r"data\.validation is not set: `target: recalibrated`"):
@@ -766,6 +789,11 @@ def test_a_missing_adapter_says_to_train_one_first(
 ) -> None:
     with pytest.raises(DataError, match=f"no adapter at {tmp_path}/none .*: train one first"):
         trainer(max_steps=1).fit(module(f"{tmp_path}/none"), datamodule=pairs())
+
+
+def test_an_adapter_to_compare_with_must_be_given(module: Callable[..., DPOModule]) -> None:
+    with pytest.raises(DataError, match=r"model\.reference: adapter, but model\.adapter is not set"):
+        module(None)
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])

@@ -21,6 +21,7 @@ from vlm_calibration.callbacks.run import RunCheckpoint
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
 from vlm_calibration.models.loading import BaseModel
@@ -29,6 +30,7 @@ from vlm_calibration.stages import sft
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import trained_parameters
+from vlm_calibration.text.confidence import render_answer
 
 Data = Callable[..., PerturbedQueryDataModule]
 ALL_PARTS = ["language", "tower", "projector"]
@@ -302,6 +304,51 @@ def test_a_negative_weight_is_refused(model_folder: str) -> None:
 def test_a_weight_that_is_no_number_is_refused(model_folder: str, weight: float) -> None:
     with pytest.raises(DataError, match="model.confidence_weight"):
         _module(model_folder, confidence_weight=weight)
+
+
+def test_data_with_pairs_are_refused(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    with pytest.raises(DataError, match=r"data\.pairs is set, which is for preference optimisation"):
+        trainer(max_steps=1).fit(_module(model_folder), datamodule=data(pairs=PairPolicy()))
+
+
+def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
+    model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(data())._replace(right=torch.tensor([True, False, True]))
+    observed = Observed(_module(model_folder), monkeypatch)
+    loss = observed.loss(batch)
+    by_hand = _by_hand(batch, observed.log_likelihood, [1.0, 0.0, 1.0], 1.0)
+    assert float(loss) == pytest.approx(by_hand, rel=1e-5)
+    assert observed.found is not None
+    right = ~batch.stated_labels & (observed.found.rows != 1)
+    likelihood = torch.tensor(observed.log_likelihood)
+    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4)
+    observed.loss(batch._replace(right=torch.tensor([False] * 3))).backward()
+    gradient = observed.found.logits.grad
+    assert gradient is not None
+    assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.stated_labels)
+    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4), (
+        "nothing new to log"
+    )
+
+
+def test_the_batch_says_which_answers_are_wrong(model_folder: str, data: Data) -> None:
+    queries = data(noise=NoisePolicy(mistakes=1.0, level_weights=[0.0] * 5 + [1.0] + [0.0] * 5))
+    queries.setup("fit")
+    loader = queries.train_dataloader()
+    samples = {s.query.id: s for s in (loader.dataset[0, i] for i in range(9))}
+    found = []
+    for batch in loader:
+        found += batch.right.tolist()
+        for row, query in enumerate(batch.queries):
+            sample = samples[query.id]
+            assert batch.right[row] == (sample.mistake is None)
+            answer = batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.stated[row]]
+            said = queries.processor.tokenizer.decode(answer).strip()
+            assert said == render_answer(sample.answer)
+    assert set(found) == {True, False}
 
 
 def test_a_run_without_an_end_is_refused(

@@ -23,18 +23,28 @@ class BeforeAndAfter(L.Callback):
     def __init__(self, tolerance: float = 0.01) -> None:
         self.tolerance = tolerance
         self.before: dict[str, float] | None = None
+        self.after: dict[str, float] | None = None
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.num_sanity_val_steps == float("inf"):
             self.before = dict(cast(HasResults, module).results[""])
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.after = dict(cast(HasResults, module).results[""])
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.after = None
+
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.before is None or not trainer.is_global_zero or trainer.interrupted:
             return
-        after = cast(HasResults, module).results[""]
-        results: Results = {"before": self.before, "after": after}
+        if self.after is None:
+            rank_zero_warn("training ended without a validation to compare with the one before it")
+            return
+        results: Results = {"before": self.before, "after": self.after}
         print_results(results)
-        lost = self.before["accuracy"] - after["accuracy"]
+        lost = self.before["accuracy"] - self.after["accuracy"]
         if lost > self.tolerance:
             rank_zero_warn(
                 f"accuracy on the validation queries fell by {lost:.1%} in training: fewer steps, a lower learning rate, a "

@@ -31,7 +31,14 @@ from vlm_calibration.losses.preference import (
     chosen_nll,
     preference_statistics,
 )
-from vlm_calibration.models.adapters import REFERENCE, Part, continue_adapter, using_adapter
+from vlm_calibration.models.adapters import (
+    REFERENCE,
+    LoraSettings,
+    Part,
+    attach_lora,
+    continue_adapter,
+    using_adapter,
+)
 from vlm_calibration.models.loading import BaseModel, load_vlm
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
@@ -51,7 +58,8 @@ class DPOModule(L.LightningModule):
 
     Args:
         base: the model below the adapter.
-        adapter: folder of the adapter to go on from, as stage 1 writes it.
+        adapter: folder of the adapter to go on from, as stage 1 writes it; None: a new one on the base model.
+        lora: the new adapter, where `adapter` is None. One that is given keeps its own settings.
         loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
         reference: what the loss compares with, frozen: the adapter as it was ("adapter"), the model without it ("base"), or
             nothing ("none", for losses that take no reference).
@@ -71,7 +79,8 @@ class DPOModule(L.LightningModule):
     def __init__(
         self,
         base: BaseModel,
-        adapter: str,
+        adapter: str | None = None,
+        lora: LoraSettings = LoraSettings(),  # noqa: B008  (frozen)
         loss: PreferenceLoss = DPO(),  # noqa: B008  (frozen)
         reference: Literal["adapter", "base", "none"] = "adapter",
         parts: list[Part] | None = None,
@@ -84,10 +93,16 @@ class DPOModule(L.LightningModule):
         super().__init__()
         if not 0 <= nll_weight < math.inf:
             raise DataError(f"model.nll_weight must be a finite number of at least 0, found {nll_weight}")
+        if reference == "adapter" and adapter is None:
+            raise DataError(
+                "model.reference: adapter, but model.adapter is not set: give the adapter of stage 1, or "
+                "compare with the base model (`reference: base`)"
+            )
         if reference == "none" and loss.needs_reference:
             raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
         self.base = base
         self.adapter = adapter
+        self.lora = lora
         self.loss = loss
         self.reference = reference
         self.parts = parts
@@ -108,7 +123,10 @@ class DPOModule(L.LightningModule):
         model = load_vlm(self.base)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
+        if self.adapter is None:
+            self.model = attach_lora(model, self.lora)
+        else:
+            self.model = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
         self.model.train()
 
     @property
@@ -204,7 +222,7 @@ class DPOModule(L.LightningModule):
         with shared_vision(self.model):
             predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
-        # The target of `recalibrated` is fitted when training starts, behind the first validation.
+        # The map of `recalibrated` is fitted when training starts: `vlm-calibration validate` has none.
         ready = self.policy.target != "recalibrated" or self.recalibration is not None
         if batch.pairs is not None and batch.pairs.inputs and ready:
             self._validate_pairs(batch.pairs)

@@ -85,6 +85,12 @@ class SFTModule(L.LightningModule):
         # from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
         self.model.train()
 
+    def on_fit_start(self) -> None:
+        if getattr(self.trainer.datamodule, "pairs", None) is not None:  # type: ignore[attr-defined]
+            raise DataError(
+                "data.pairs is set, which is for preference optimisation: SFT learns one response"
+            )
+
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
         if not batch.inputs:
