@@ -55,9 +55,13 @@ def fit_recalibration(module: Any) -> IsotonicMap:
                 answers = answer_batch(module.model, prompts, tokenizer_of(module), module.max_new_tokens)
             answers = [a for a in answers if a.id not in pairs.skipped]
             rows += _expected(module, pairs, answers, data.pair_collator)
+    rows = _of_all_processes(rows)  # before anything is raised, so that no process waits for another
     if not rows:
-        raise DataError("no validation query could be used to fit the map of `target: recalibrated`")
-    return fit_isotonic_map(*zip(*_of_all_processes(rows), strict=True))
+        raise DataError(
+            "the reference gave no answer that could be read to any validation query, so there is nothing to fit the map of "
+            "`target: recalibrated` on: use `target: expected`, or train stage 1 longer"
+        )
+    return fit_isotonic_map(*zip(*rows, strict=True))
 
 
 def _expected(
