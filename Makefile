@@ -58,10 +58,10 @@ endef
 PAPER := --config configs/experiment/paper.yaml
 PAPER_DPO := $(PAPER) --config configs/experiment/paper_dpo.yaml
 
-demo-sft: $(SETUP)
+demo-sft: $(SETUP)  ## stage 1 on the demo, ours and the paper's, without evaluation
 	$(call side_by_side,--config configs/sft.yaml,--config configs/sft.yaml $(PAPER),sft-paper)
 
-demo-dpo: $(SETUP)
+demo-dpo: $(SETUP)  ## stage 2 on the demo, ours and the paper's, without evaluation
 	$(call side_by_side,--config configs/dpo.yaml,--config configs/dpo.yaml $(PAPER_DPO) \
 	  --model.init_args.adapter runs/sft-paper/adapter,dpo-paper)
 

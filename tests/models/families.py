@@ -240,7 +240,7 @@ def randomize_adapters(model: Any, seed: int = 3) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype)
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
     return model
 
 

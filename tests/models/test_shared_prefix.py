@@ -144,7 +144,7 @@ def checkpointing(case: Case, request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def assert_equal(found: ResponseScores, case: Case) -> None:
-    """Within 1e-5, and shaped and masked as documented."""
+    """Within 1e-5 (measured: 1e-6), and shaped and masked as documented."""
     lengths = [[len(r) for r in row] for row in case.responses]
     most, longest = max(map(len, lengths)), max(map(max, lengths))
     assert found.log_likelihood.shape == found.tokens.shape == (3, most, longest)
@@ -210,8 +210,8 @@ def test_what_stands_behind_a_prompt_is_not_looked_at(case: Case) -> None:
 def test_bfloat16(family: str, attention: str) -> None:
     """Packed is as near to float32 as plain is.
 
-    Measured, at most: packed against plain 0 (eager) and 0.011 (sdpa); either against float32 0.13, with a root mean square
-    of 0.018.
+    Measured, at most: packed against plain 0 (eager) and 0.017 (sdpa); either against float32 0.036, with a root mean square
+    of 0.009.
     """
     case, exact = new_case(family, attention, dtype=torch.bfloat16), new_case(family, attention)
     exact.model.load_state_dict(case.model.state_dict())
@@ -226,8 +226,8 @@ def test_bfloat16(family: str, attention: str) -> None:
         for rows in (unpadded(found, case.responses), case.expected, expected)
     )
     assert packed.dtype == torch.float32
-    assert torch.allclose(packed, plain, atol=0.03, rtol=0)
-    assert (packed - truth).abs().max() < 0.25
+    assert torch.allclose(packed, plain, atol=0.05, rtol=0)
+    assert (packed - truth).abs().max() < 0.1
     assert (packed - truth).square().mean() < 1.5 * (plain - truth).square().mean()
 
 

@@ -113,7 +113,7 @@ def stated_levels(levels: Levels, answer_type: str) -> tuple[float, ...]:
 
 def nearest(levels: Sequence[float], confidence: float) -> int:
     """Index of the level nearest to a confidence, the higher one of two."""
-    return min(range(len(levels)), key=lambda i: (abs(levels[i] - confidence), -levels[i]))
+    return min(range(len(levels)), key=lambda i: (round(abs(levels[i] - confidence), 9), -levels[i]))
 
 
 def choose(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -110,17 +111,25 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
         return
     trained = [(p, p.requires_grad) for p in model.parameters()]
     before = model.active_adapter
+    disabled = any(layer.disable_adapters for layer in _tuner_layers(model))
     try:
         if name is None:
             with model.disable_adapter():
                 yield
         else:
+            model.base_model.enable_adapter_layers()
             model.set_adapter(name, inference_mode=True)
             yield
     finally:
         model.set_adapter(before)
+        if disabled:
+            model.base_model.disable_adapter_layers()
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
+
+
+def _tuner_layers(model: PeftModel) -> Iterator[BaseTunerLayer]:
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer))
 
 
 REFERENCE = "reference"
@@ -145,6 +154,8 @@ def continue_adapter(
     assert isinstance(wrapped, PeftModel)
     if reference:
         wrapped.load_adapter(folder, adapter_name=REFERENCE)
+        for layer in _tuner_layers(wrapped):
+            layer.lora_dropout[REFERENCE] = nn.Identity()  # what is compared with is not drawn at random
     wrapped.set_adapter("default")
     wanted = {name for name, part in where.items() if parts is None or part in parts}
     for name, parameter in wrapped.named_parameters():

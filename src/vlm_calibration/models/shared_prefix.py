@@ -11,7 +11,7 @@ this equals.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -125,7 +125,7 @@ class Packed(NamedTuple):
     inputs: what the model's forward takes. segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
     shift: int64 [B, L], how far a token is behind where it would be without the suffixes before its own.
     rows, positions, targets: int64 [N], the N different predictions: where each is made, and of which token.
-    which: int64 [B, K, T], which of the N is token t of candidate k; -1 where there is none.
+    lengths: int64 [B], tokens of each prompt. which: int64 [B, K, T], which of the N is token t of candidate k; -1 where there is none.
     """
 
     inputs: dict[str, Tensor]
@@ -134,6 +134,7 @@ class Packed(NamedTuple):
     rows: Tensor
     positions: Tensor
     targets: Tensor
+    lengths: Tensor
     which: Tensor
 
 
@@ -142,22 +143,28 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     ids: list[list[int]] = []  # behind the prompt
     segments: list[list[int]] = []
     shifts: list[list[int]] = []
-    places: list[tuple[int, int, int]] = []  # row, position, target
+    places: dict[tuple[int, int, int], int] = {}  # (row, position, target) -> which of the N
+
+    def predictions(row: int, positions: Iterable[int], targets: Sequence[int]) -> list[int]:
+        # Suffixes that begin alike share their first prediction, unless all of them do.
+        return [
+            places.setdefault((row, position, token), len(places))
+            for position, token in zip(positions, targets, strict=False)
+        ]
+
     index: list[list[list[int]]] = []
     lengths = prompts.lengths.tolist()
     for row, (length, candidates) in enumerate(zip(lengths, responses, strict=True)):
         shared = _shared_length(candidates)
         common = list(candidates[0][:shared])
-        first = len(places)
-        places += [(row, length - 1 + t, token) for t, token in enumerate(common)]
+        first = predictions(row, range(length - 1, length - 1 + shared), common)
         behind, segment, shift, of_row = common, [0] * shared, [0] * shared, []
         for k, candidate in enumerate(candidates, start=1):
             suffix = list(candidate[shared:])
             start = length + len(behind)
             # The last token of a response predicts nothing. The first of a suffix is predicted by the prefix's last.
             where = [length + shared - 1, *range(start, start + len(suffix) - 1)]
-            of_row.append([*range(first, first + shared), *range(len(places), len(places) + len(suffix))])
-            places += [(row, position, token) for position, token in zip(where, suffix, strict=False)]
+            of_row.append([*first, *predictions(row, where, suffix)])
             behind = behind + suffix[:-1]
             segment += [k] * (len(suffix) - 1)
             shift += [start - length - shared] * (len(suffix) - 1)
@@ -166,7 +173,7 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
         shifts.append([0] * length + shift)
         index.append(of_row)
     device = prompts.lengths.device
-    rows, positions, targets = torch.tensor(places, device=device).unbind(-1)
+    rows, positions, targets = torch.tensor(list(places), device=device).unbind(-1)
     return Packed(
         _followed_by(prompts, ids),
         _padded(segments, -1, device),
@@ -174,6 +181,7 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
         rows,
         positions,
         targets,
+        prompts.lengths,
         _padded_table(index, device),
     )
 
@@ -184,7 +192,7 @@ def score_packed(model: Any, packed: Packed) -> ResponseScores:
     hook = partial(_separate, segment=packed.segment, shift=packed.shift)
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        inputs = _with_response_types(model, packed.inputs, packed.segment != 0)
+        inputs = _with_response_types(model, packed)
         logits = logits_at(model, inputs, packed.rows, packed.positions)
     finally:
         handle.remove()
@@ -198,7 +206,7 @@ def score_plainly(model: Any, prompts: Prompts, responses: Responses) -> Respons
         # A query with fewer candidates repeats its first, and what comes of it is dropped.
         column = [[r[k] if k < len(r) else r[0]] for r in responses]
         alone = pack(prompts, column)
-        inputs = _with_response_types(model, alone.inputs, _behind(alone.inputs, prompts.lengths))
+        inputs = _with_response_types(model, alone)
         logits = logits_at(model, inputs, alone.rows, alone.positions)
         found = _table(token_log_likelihood(logits, alone.targets), alone.which)
         there = torch.tensor([k < len(r) for r in responses], device=found.tokens.device)[:, None]
@@ -235,17 +243,14 @@ def _followed_by(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
     return inputs
 
 
-def _with_response_types(model: Any, inputs: dict[str, Tensor], response: Tensor) -> dict[str, Tensor]:
+def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
     """PaliGemma reads tokens of type 0 in both directions; what it is to say has type 1."""
+    inputs = packed.inputs
     if "token_type_ids" not in inputs or not base_of(model).config.model_type.startswith("paligemma"):
         return inputs
     types = inputs["token_type_ids"]
+    response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]
     return {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
-
-
-def _behind(inputs: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
-    """Which tokens come behind the prompt, bool [B, L]."""
-    return torch.arange(inputs["input_ids"].shape[1], device=lengths.device)[None] >= lengths[:, None]
 
 
 def _separate(

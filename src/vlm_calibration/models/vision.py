@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -39,10 +40,9 @@ def _frozen(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
 
 @contextmanager
 def shared_vision(model: Any) -> Iterator[None]:
-    """Within this context, the frozen vision modules run once; every pass must be over the same images.
+    """Within this context, frozen vision modules run once for the same inputs.
 
-    Raises (within):
-        ValueError: a frozen module is called with inputs of another shape than the first time.
+    One that is given other inputs than the first time, such as a frozen projector behind an adapted tower, runs as usual.
     """
     modules = frozen_vision(model)
     before = [m.__dict__.get("forward") for m in modules]
@@ -59,21 +59,22 @@ def shared_vision(model: Any) -> Iterator[None]:
 
 
 class _Remembered:
-    """A forward that runs on its first call and gives the same result to all others."""
+    """A forward that runs on its first call and gives the same result to all others with the same inputs."""
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward
-        self.shapes: list[Any] | None = None
+        self.inputs: list[Tensor] | None = None
         self.result: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if self.shapes is None:
+        inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if any(v.requires_grad for v in inputs):
+            return self.forward(*args, **kwargs)
+        if self.inputs is None:
             with torch.no_grad():
                 self.result = self.forward(*args, **kwargs)
-            self.shapes = shapes
-        elif shapes != self.shapes:
-            raise ValueError(
-                f"shared_vision: inputs of shapes {shapes}, after {self.shapes}: the images must be the same"
-            )
-        return self.result
+            self.inputs = inputs
+        elif len(inputs) != len(self.inputs) or not all(map(torch.equal, inputs, self.inputs)):
+            return self.forward(*args, **kwargs)
+        # Some families replace parts of what their tower returned.
+        return copy(self.result)
