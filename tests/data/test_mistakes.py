@@ -110,11 +110,13 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
 
 
 def test_mistakes_have_a_stream_of_their_own() -> None:
-    # If the draw of the mistake were that of the level, mistakes would come at one end of the levels.
-    rows = [_sample(i, level_weights=[0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0]) for i in range(1500)]
+    # The first draw of the noise's stream says which samples stay clean, and the others' is above one half here.
+    weights = [0.0] * 4 + [1.0] * 3 + [0.0] * 4
+    rows = [_sample(i, clean_fraction=0.5, level_weights=weights) for i in range(3000)]
     wrong = Counter(s.confidence for s in rows if s.mistake is not None)
     total = Counter(s.confidence for s in rows)
-    assert all(_fits(wrong[c], total[c], 1 - c) for c in (0.6, 0.5, 0.4))
+    assert set(total) == {1.0, 0.6, 0.5, 0.4}
+    assert all(_fits(wrong[c], total[c], 1 - c) for c in total)
 
 
 # --- What sources know -------------------------------------------------------------------------------------------

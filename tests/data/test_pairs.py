@@ -540,6 +540,14 @@ def test_conversations_are_those_rendered_one_by_one(
     assert chats[name].conversations(question, bare) == _one_by_one(chats[name], question, bare)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_of_every_level_under_every_template(chats: dict[str, ChatFormat], name: str) -> None:
+    responses = [render_response(a, c) for a in ("Yes", "No") for c in TENTHS]
+    for order in (responses, responses[::-1]):
+        found = chats[name].conversations("A dog?", order)
+        assert found == _one_by_one(chats[name], "A dog?", order)
+
+
 def test_the_template_runs_twice_where_it_inserts_text_as_it_is(
     chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
 ) -> None:

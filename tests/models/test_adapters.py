@@ -227,6 +227,18 @@ def test_only_the_policy_is_trained(policy: PeftModel, prompts: PromptBatch) -> 
     assert torch.equal(after[2], before[2])
 
 
+def test_the_reference_is_not_drawn_at_random(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+) -> None:
+    model = continue_adapter(load_model(), new_adapter(1, dropout=0.5)).eval()
+    with using_adapter(model, REFERENCE):
+        expected = _logits(model, prompts)
+    model.train()
+    assert not torch.allclose(_logits(model, prompts), _logits(model, prompts), atol=0.1), "the policy is"
+    with using_adapter(model, REFERENCE):
+        assert torch.equal(_logits(model, prompts), expected)
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("name", [None, REFERENCE, "default"])
 @pytest.mark.parametrize("parts", [None, ["language"]], ids=["all", "language"])

@@ -239,13 +239,18 @@ def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> Non
 
 
 @pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "idefics3"])
-def test_images_of_another_shape_are_refused(family: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model = adapted(family, "language")
-    with torch.no_grad(), shared_vision(model):
-        model(**inputs(family, 3))
-        with pytest.raises(ValueError, match=r"inputs of shapes .* after .*: the images must be the same"):
-            model(**inputs(family, 2))
-    assert not forwards_of(model)
+@pytest.mark.parametrize("other", ["fewer", "of the same shape"])
+def test_other_images_are_not_mistaken_for_the_first(
+    family: str, other: str, inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, "language"), inputs(family)
+    changed = {**batch, "pixel_values": -batch["pixel_values"]} if other != "fewer" else inputs(family, 2)
+    batches = (batch, changed, batch, changed)
+    with torch.no_grad():
+        expected = [model(**b, use_cache=False).logits for b in batches]
+        with shared_vision(model):
+            found = [model(**b, use_cache=False).logits for b in batches]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_text_alone_may_pass_between(inputs: Callable[..., dict[str, Tensor]]) -> None:

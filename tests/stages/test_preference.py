@@ -727,7 +727,7 @@ def test_a_map_needs_answers_to_be_fitted_on(
     with pytest.raises(DataError, match=r"data\.validation is not set: `target: recalibrated`"):
         trainer(max_steps=1).fit(module(), datamodule=pairs(policy, validation=None))
     monkeypatch.setattr(recalibration, "_expected", lambda *_: [])
-    with pytest.raises(DataError, match="no validation query could be used to fit the map"):
+    with pytest.raises(DataError, match="nothing to fit the map of"):
         trainer(max_steps=1).fit(module(), datamodule=pairs(policy))
 
 

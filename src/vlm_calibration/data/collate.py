@@ -146,7 +146,7 @@ class ChatFormat:
         it is left out.
         """
         query = sample.query
-        self.check(query)
+        self.check(query, [sample.answer])
         text = self.render(query.question, render_response(sample.answer, sample.confidence))
         texts = [
             self.render(query.question),
@@ -170,15 +170,16 @@ class ChatFormat:
             tokenizer.eos_token_id
         }
 
-    def check(self, query: Query) -> None:
-        """Refuse a query whose text would be taken for the image.
+    def check(self, query: Query, responses: Sequence[str] = ()) -> None:
+        """Refuse a query whose text, or that of other answers to it, would be taken for the image.
 
         Raises:
-            DataError: the question or answer holds the processor's image token.
+            DataError: the question or an answer holds the processor's image token.
         """
         image_token = getattr(self.processor, "image_token", None)
-        for name in ("question", "answer"):
-            if image_token and image_token in getattr(query, name):
+        texts = [("question", query.question), ("answer", query.answer)]
+        for name, text in [*texts, *(("wrong answer", r) for r in responses)]:
+            if image_token and image_token in text:
                 raise DataError(
                     f"record {query.id!r}: '{name}' holds {image_token!r}, which stands for the image: take it out"
                 )

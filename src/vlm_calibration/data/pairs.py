@@ -193,7 +193,7 @@ class PairCollator:
         )
 
     def _of_sample(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
-        self.chat.check(sample.query)
+        self.chat.check(sample.query, [sample.answer, *(sample.wrong if self.wrong_answers else ())])
         answers = [sample.answer]
         if self.wrong_answers and (others := [w for w in sample.wrong if w != sample.answer]):
             rng = query_rng(0, sample.epoch, sample.query.id, "wrong")

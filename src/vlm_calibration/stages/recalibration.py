@@ -14,6 +14,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.belief import Belief
+from vlm_calibration.text.confidence import strip_confidence
 
 
 class HasReference(Protocol):
@@ -70,7 +71,9 @@ def _expected(
     """(expected confidence, whether right, answer type) of each answer that could be read."""
     read = [row for row, answer in enumerate(answers) if answer.predicted]
     candidates = tuple(
-        collator.candidates(pairs.queries[row], [answers[row].predicted or pairs.queries[row].answer])[1]
+        collator.candidates(
+            pairs.queries[row], [strip_confidence(answers[row].text) or pairs.queries[row].answer]
+        )[1]
         for row in range(len(answers))
     )
     belief = Belief(module.score_reference(pairs, candidates), candidates)

@@ -47,7 +47,11 @@ class QuerySource(ABC):
         if query.answer_type != "short":
             return opposite(query)
         labels = dict.fromkeys(r.label for r in query.regions if not query.is_evidence(r.label))
-        return [label for label in labels if not grade(label, query.answer, "short", query.synonyms).correct]
+        return [
+            label
+            for label in labels
+            if label.strip() and not grade(label, query.answer, "short", query.synonyms).correct
+        ]
 
     def has_evidence(self, query: Query) -> bool:
         """Whether the object that the query is about is in its image, told without opening the image."""
