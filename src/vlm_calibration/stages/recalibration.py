@@ -70,12 +70,14 @@ def _expected(
 ) -> list[tuple[float, bool, str]]:
     """(expected confidence, whether right, answer type) of each answer that could be read."""
     read = [row for row, answer in enumerate(answers) if answer.predicted]
-    candidates = tuple(
-        collator.candidates(
-            pairs.queries[row], [strip_confidence(answers[row].text) or pairs.queries[row].answer]
-        )[1]
-        for row in range(len(answers))
-    )
+    found = [
+        collator.candidates(query, [strip_confidence(answer.text) or query.answer])
+        for query, answer in zip(pairs.queries, answers, strict=True)
+    ]
+    candidates = tuple(c for _, c in found)
+    # How much of a prompt's end a response takes into its first token depends on the answer.
+    cut = torch.tensor([n for n, _ in found], device=pairs.lengths.device)
+    pairs = pairs._replace(lengths=pairs.inputs["attention_mask"].sum(dim=1) - cut)
     belief = Belief(module.score_reference(pairs, candidates), candidates)
     return [(belief.expected(row), answers[row].correct, answers[row].answer_type) for row in read]
 
