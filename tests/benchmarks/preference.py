@@ -183,7 +183,7 @@ class OurStep:
         self.collate: Any
         self.module: Any
         if task.rejected:
-            self.collate = PairCollator(chat, LEVELS, wrong_answers=False, max_length=4096)
+            self.collate = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
             self.module = DPOModule(
                 base,
                 adapter,
@@ -228,7 +228,7 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
     from tests.benchmarks.trl_peer import as_row
 
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
-    pairs = PairCollator(chat, LEVELS, wrong_answers=False, max_length=4096)
+    pairs = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
     rows = []
     for sample in samples:
         query = sample.query

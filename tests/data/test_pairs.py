@@ -217,6 +217,13 @@ def test_stated_levels_of_linear_levels() -> None:
     assert stated_levels(LinearLevels(n_levels=5), "open") == (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
+def test_levels_that_read_alike_are_stated_once() -> None:
+    levels = stated_levels(LinearLevels(n_levels=201), "yes_no")
+    assert [render_response("Yes", c) for c in levels] == [
+        f"Yes. Confidence: {p}%" for p in range(100, -1, -1)
+    ]
+
+
 def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
     accuracies = {"yes_no": (99, 98, 90, 61, 60, 50), "short": (97, 80, 41, 40, 5, 4)}
     counts = {
@@ -272,9 +279,15 @@ def chat(request: pytest.FixtureRequest, processor: Any, digit_processor: Any) -
 
 
 def _collate(
-    chat: ChatFormat, samples: Sequence[Sample], wrong_answers: bool = False, length: int = 400, **policy: Any
+    chat: ChatFormat,
+    samples: Sequence[Sample],
+    wrong_answers: bool = False,
+    length: int = 400,
+    seed: int = 0,
+    **policy: Any,
 ) -> PairBatch:
-    return PairCollator(chat, LinearLevels(), wrong_answers, length, **policy)(samples)
+    policy_of_pairs = PairPolicy(wrong_answer=wrong_answers, seed=seed)
+    return PairCollator(chat, LinearLevels(), policy_of_pairs, length, **policy)(samples)
 
 
 def _prompt(chat: ChatFormat, batch: PairBatch, row: int) -> list[int]:
@@ -342,9 +355,10 @@ def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sa
 def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     names = ("dog", "cat", "umbrella", "car")
-    collator = PairCollator(chat, LinearLevels(n_levels=2), True, 400)
 
-    def said(epoch: int, name: str = "q") -> str:
+    def said(epoch: int, name: str = "q", seed: int = 0) -> str:
+        policy = PairPolicy(wrong_answer=True, seed=seed)
+        collator = PairCollator(chat, LinearLevels(n_levels=2), policy, 400)
         query = replace(samples[1].query, id=name)
         _, [right, _, wrong, _] = collator._of_sample(
             samples[1]._replace(query=query, epoch=epoch, wrong=names)
@@ -355,6 +369,7 @@ def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples:
     found = [said(epoch) for epoch in range(150)]
     assert found == [said(epoch) for epoch in range(150)]
     assert found != [said(epoch, "r") for epoch in range(150)]
+    assert found != [said(epoch, seed=1) for epoch in range(150)]
     counts = Counter(found)
     assert set(counts) == {"dog", "cat", "car"}, "never the gold answer"
     assert chisquare(list(counts.values())).pvalue > 1e-3
@@ -483,7 +498,7 @@ def test_what_follows_the_end_of_turn_is_left_out(processor: Any, samples: Seque
 def test_validation_is_prompts_and_pairs_of_the_same_samples(
     chat: ChatFormat, samples: Sequence[Sample], pairs: bool
 ) -> None:
-    collator = PairCollator(chat, LinearLevels(), False, 400) if pairs else None
+    collator = PairCollator(chat, LinearLevels(), PairPolicy(), 400) if pairs else None
     batch = ValidationCollator(PromptCollator(chat), collator)(samples)
     prompts = PromptCollator(chat)(samples)
     assert batch.prompts.queries == prompts.queries

@@ -411,6 +411,8 @@ def test_only_the_wanted_parts_are_trained(
     assert changed == {name for name in saved if "multi_modal_projector" in name}
     with pytest.raises(DataError, match=r"the adapter at .* has no layer in tower"):
         module(parts=["tower"]).configure_model()
+    with pytest.raises(DataError, match=r"model\.parts is for an adapter that is given"):
+        module(None, reference="base", parts=["projector"])
 
 
 def test_a_batch_of_which_all_is_too_long_teaches_nothing(
@@ -714,6 +716,20 @@ def test_the_map_is_that_of_all_processes(
     monkeypatch.setattr(recalibration, "_of_all_processes", lambda rows: rows + others)
     made = module()
     trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=pairs(PairPolicy(target="recalibrated")))
+    assert made.recalibration == fit_isotonic_map(*zip(*others, strict=True))
+
+
+def test_a_process_without_validation_queries_fits_the_map_of_the_others(
+    module: Callable[..., DPOModule],
+    pairs: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [(0.3, False, "yes_no"), (0.8, True, "yes_no")]
+    monkeypatch.setattr(recalibration, "_of_all_processes", lambda rows: rows + others)
+    made, queries = module(), pairs(PairPolicy(target="recalibrated"))
+    monkeypatch.setattr(queries, "val_dataloader", lambda: [])
+    trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=queries)
     assert made.recalibration == fit_isotonic_map(*zip(*others, strict=True))
 
 

@@ -136,9 +136,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """What makes pairs of samples, if pairs are wanted."""
         if self.pairs is None:
             return None
-        return PairCollator(
-            self.chat, self.noise.levels, self.pairs.wrong_answer, self.max_length, self.on_too_long
-        )
+        return PairCollator(self.chat, self.noise.levels, self.pairs, self.max_length, self.on_too_long)
 
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool

@@ -44,7 +44,8 @@ class PairPolicy:
         rejected: which other levels are rejected. "all" of them; or `n_rejected` drawn at random ("uniform"), the
             furthest from the target ("far"), or the nearest ("adjacent").
         n_rejected: how many; 1 by default. Not to be given with "all".
-        on_policy: where the reference itself would state another level than the target, reject that one among them.
+        on_policy: where the reference itself would state another level than the target, reject that one among them;
+            "all" holds it in any case.
         wrong_answer: reject a wrong answer too, stated with the target's confidence, where the source knows one.
         seed: of what is drawn.
     """
@@ -108,7 +109,9 @@ class PairBatch(NamedTuple):
 
 def stated_levels(levels: Levels, answer_type: str) -> tuple[float, ...]:
     """The confidences that are stated for this type of answer, highest first."""
-    return tuple(sorted({levels.confidence(step, answer_type) for step in levels.steps}, reverse=True))
+    found = sorted({levels.confidence(step, answer_type) for step in levels.steps})
+    # Of levels that read alike, being less than a percent apart, the highest.
+    return tuple({render_response("", c): c for c in found}.values())[::-1]
 
 
 def nearest(levels: Sequence[float], confidence: float) -> int:
@@ -151,7 +154,7 @@ class PairCollator:
 
     Args:
         levels: the confidences that may be stated.
-        wrong_answers: add responses with a wrong answer.
+        policy: says whether to add responses with a wrong answer, and how they are drawn.
         max_length: most tokens of a prompt with one response. on_too_long: as in `SFTCollator`.
     """
 
@@ -159,13 +162,13 @@ class PairCollator:
         self,
         chat: ChatFormat,
         levels: Levels,
-        wrong_answers: bool,
+        policy: PairPolicy,
         max_length: int,
         on_too_long: TooLong = "raise",
     ) -> None:
         self.chat = chat
         self.levels = levels
-        self.wrong_answers = wrong_answers
+        self.policy = policy
         self.max_length = max_length
         self.on_too_long = on_too_long
 
@@ -193,12 +196,13 @@ class PairCollator:
         )
 
     def _of_sample(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
-        self.chat.check(sample.query, [sample.answer, *(sample.wrong if self.wrong_answers else ())])
+        wrong = [w for w in sample.wrong if w != sample.query.answer] if self.policy.wrong_answer else []
+        self.chat.check(sample.query, [sample.answer, *wrong])
         answers = [sample.answer]
-        if self.wrong_answers and (others := [w for w in sample.wrong if w != sample.answer]):
-            rng = query_rng(0, sample.epoch, sample.query.id, "wrong")
-            # Beside a response that is wrong already there is the gold answer, which is no wrong one.
-            answers += [others[int(rng.integers(len(others)))]] if sample.mistake is None else []
+        # A response that is wrong already is not preferred over another wrong one.
+        if wrong and sample.mistake is None:
+            rng = query_rng(self.policy.seed, sample.epoch, sample.query.id, "wrong")
+            answers.append(wrong[int(rng.integers(len(wrong)))])
         return self.candidates(sample.query, answers)
 
     def candidates(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:

@@ -11,6 +11,7 @@ this equals.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -113,7 +114,7 @@ _said: set[str] = set()
 
 def _say_once(message: str) -> None:
     # Row lengths differ from batch to batch; the reason is the same.
-    kind = message.split(":", 1)[-1].strip().split(" ", 1)[0]
+    kind = re.sub(r"\d+", "#", message)
     if kind not in _said:
         _said.add(kind)
         logger.warning(message)
@@ -125,7 +126,8 @@ class Packed(NamedTuple):
     inputs: what the model's forward takes. segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
     shift: int64 [B, L], how far a token is behind where it would be without the suffixes before its own.
     rows, positions, targets: int64 [N], the N different predictions: where each is made, and of which token.
-    lengths: int64 [B], tokens of each prompt. which: int64 [B, K, T], which of the N is token t of candidate k; -1 where there is none.
+    lengths: int64 [B], tokens of each prompt. which: int64 [B, K, T], which of the N is token t of candidate k; -1 where
+    there is none.
     """
 
     inputs: dict[str, Tensor]

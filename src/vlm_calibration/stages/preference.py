@@ -8,12 +8,14 @@ the frozen vision tower.
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from vlm_calibration.data.pairs import (
     Candidate,
@@ -51,6 +53,7 @@ from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import keep_trained, log_results, no_loss, optimizers_of, warn_of_skipped
 
 Chosen = tuple[tuple[Candidate, ...], ...]
+PAIR_STATISTICS = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer", "kl")
 
 
 class DPOModule(L.LightningModule):
@@ -63,7 +66,8 @@ class DPOModule(L.LightningModule):
         loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
         reference: what the loss compares with, frozen: the adapter as it was ("adapter"), the model without it ("base"), or
             nothing ("none", for losses that take no reference).
-        parts: train only the adapter's layers in these parts of the model; None: all of them.
+        parts: train only the given adapter's layers in these parts of the model; None: all of them. A new adapter has
+            `lora.parts`.
         optimizer: AdamW and its schedule.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
             (arXiv 2404.19733). Within it a response counts as much as the confidence it states, and not at all if its
@@ -98,6 +102,8 @@ class DPOModule(L.LightningModule):
                 "model.reference: adapter, but model.adapter is not set: give the adapter of stage 1, or "
                 "compare with the base model (`reference: base`)"
             )
+        if parts is not None and adapter is None:
+            raise DataError("model.parts is for an adapter that is given: set model.lora.parts of a new one")
         if reference == "none" and loss.needs_reference:
             raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
         self.base = base
@@ -112,6 +118,8 @@ class DPOModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
         self.scorer = Scorer()
+        # Means over all processes, which need not have seen values of the same names.
+        self.pair_means = nn.ModuleDict({name: MeanMetric() for name in PAIR_STATISTICS})
         self.skipped = 0
         self.recalibration: IsotonicMap | None = None
         # Checkpoints hold what is trained; base and reference come from where they came from.
@@ -217,6 +225,8 @@ class DPOModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self.scorer.reset()
+        for mean in self.pair_means.values():
+            cast(MeanMetric, mean).reset()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         with shared_vision(self.model):
@@ -242,11 +252,21 @@ class DPOModule(L.LightningModule):
             values["kl"] = divergence(believed, before)
         for name, value in values.items():
             if not bool(value.isnan()):
-                self.log(f"val/{name}", value, batch_size=len(batch.queries), sync_dist=True)
+                counted = sum(batch.right) if name == "logp_answer" else len(batch.queries)
+                cast(MeanMetric, self.pair_means[name]).update(value, counted)
 
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}
         log_results(self, self.results)
+        with warnings.catch_warnings():
+            # Expected: there is no divergence without a reference. What has no value is not logged.
+            warnings.filterwarnings(
+                "ignore", message="The ``compute`` method of metric MeanMetric was called before"
+            )
+            means = {name: cast(MeanMetric, mean).compute() for name, mean in self.pair_means.items()}
+        for name, value in means.items():
+            if not bool(value.isnan()):
+                self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_train_end(self) -> None:
         warn_of_skipped(self.skipped)

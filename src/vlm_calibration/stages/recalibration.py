@@ -43,11 +43,12 @@ def fit_recalibration(module: Any) -> IsotonicMap:
         DataError: there are no validation queries.
     """
     data = module.trainer.datamodule
-    loader = data.val_dataloader()
-    if not loader:
+    if data.validation is None:
         raise DataError("data.validation is not set: `target: recalibrated` fits its map on those queries")
     rows: list[tuple[float, bool, str]] = []
-    for batch in loader:
+    training = module.model.training
+    module.model.eval()  # gradient checkpointing would keep generation from using its cache
+    for batch in data.val_dataloader():
         prompts, pairs = batch.prompts.to(module.device), batch.pairs.to(module.device)
         if not pairs.inputs:
             continue
@@ -56,6 +57,7 @@ def fit_recalibration(module: Any) -> IsotonicMap:
                 answers = answer_batch(module.model, prompts, tokenizer_of(module), module.max_new_tokens)
             answers = [a for a in answers if a.id not in pairs.skipped]
             rows += _expected(module, pairs, answers, data.pair_collator)
+    module.model.train(training)
     rows = _of_all_processes(rows)  # before anything is raised, so that no process waits for another
     if not rows:
         raise DataError(
