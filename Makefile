@@ -44,7 +44,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, and one table of all
 	$(MAKE) --no-print-directory demo-sft
 	$(MAKE) --no-print-directory demo-dpo
-	$(MAKE) --no-print-directory evaluate
+	$(MAKE) --no-print-directory evaluate ARGS=
 
 # $(call side_by_side,ours,paper): two fits, one core each. The second one's output goes to its log.
 define side_by_side
@@ -74,16 +74,16 @@ train-dpo: $(SETUP)  ## stage 2 on the demo, or on CONFIG=, from the adapter of 
 else
 # The paper's preset is trained beside ours for the comparison.
 train-sft: demo-sft
-	$(MAKE) --no-print-directory evaluate EVALUATED="sft-paper sft"
+	$(MAKE) --no-print-directory evaluate ARGS= EVALUATED="sft-paper sft"
 
 train-dpo: $(SETUP)
 	$(CLI) fit --config configs/dpo.yaml $(ARGS)
-	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo"
+	$(MAKE) --no-print-directory evaluate ARGS= EVALUATED="sft dpo"
 endif
 
-# Names of runs; those that have no adapter are left out.
-EVALUATED ?= sft-paper dpo-paper sft dpo
-ADAPTERS = $(foreach run,$(EVALUATED),$(if $(wildcard runs/$(run)/adapter),"$(run)": "runs/$(run)/adapter"$(comma)))
+# Names of runs: by default those of the demo that have been trained.
+EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))
+ADAPTERS = $(foreach run,$(EVALUATED),"$(run)": "runs/$(run)/adapter"$(comma))
 comma := ,
 
 evaluate: $(SETUP)  ## base model against the adapters in EVALUATED= on the demo's test split

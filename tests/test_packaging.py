@@ -133,6 +133,24 @@ def test_set_up_happens_once(checkout: Path) -> None:
     assert len(_calls(checkout)) == 1
 
 
+def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
+    _make(checkout, "train-dpo", "ARGS=--data.batch_size 3")
+    fit, evaluation = [c for c in _calls(checkout) if "pip install" not in c]
+    assert fit.endswith("fit --config configs/dpo.yaml --data.batch_size 3")
+    assert " test --config configs/eval/demo.yaml" in evaluation
+    assert "batch_size" not in evaluation
+
+
+def test_evaluated_is_what_was_trained_or_is_named(checkout: Path) -> None:
+    (checkout / "runs/dpo/adapter").mkdir(parents=True)
+    _make(checkout, "evaluate")
+    call = _calls(checkout)[-1]
+    assert '"dpo": "runs/dpo/adapter"' in call
+    assert "sft" not in call
+    _make(checkout, "evaluate", "EVALUATED=mine")
+    assert '"mine": "runs/mine/adapter"' in _calls(checkout)[-1]
+
+
 def test_new_requirements_are_noticed(checkout: Path) -> None:
     _make(checkout, "train-sft")
     _calls(checkout)
