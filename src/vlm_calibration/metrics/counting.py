@@ -4,7 +4,6 @@ The state is O(1) in the number of predictions, is not touched by autocast or dt
 processes by a single all-reduce sum, however many members a collection has.
 """
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -79,13 +78,13 @@ class CountingMetric(Metric):
         parts = {"": counts.sum(0)}
         return parts | {f"/{name}": counts[row] for name, row in self._row_of.items()}
 
-    @abstractmethod
     def tables(self) -> dict[str, Any]:
         """The tables by suffix: all answers under the empty one, then `/category` ones; of this process alone."""
+        raise NotImplementedError
 
-    @abstractmethod
     def evaluate(self, table: Any) -> Tensor:
         """The metric on one table, a float64 scalar, NaN where undefined, without a warning."""
+        raise NotImplementedError
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """The value, a float64 scalar on the metric's device; NaN where undefined, with one warning.
