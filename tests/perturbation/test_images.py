@@ -295,6 +295,23 @@ def test_a_single_pixel_never_vanishes_and_stays_where_it_was(height, width, new
     )
 
 
+def test_a_pixel_whose_centre_lies_on_a_border_of_the_new_grid_survives():
+    mask = np.zeros((1, 78), dtype=bool)
+    mask[0, 19] = True  # centre 19.5 = 9 * 78 / 36
+    assert np.argwhere(resize_mask(mask, (1, 36))).tolist() == [[0, 8], [0, 9]]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+@settings(max_examples=60)
+def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    # Each old and each new pixel become whole blocks of one common grid, where areas are counts.
+    fine = np.kron(mask, np.ones((new_height, new_width), bool))
+    areas = fine.reshape(new_height, height, new_width, width).mean(axis=(1, 3))
+    expected = areas >= min(0.5, areas.max()) * (1 - 1e-5) if mask.any() else np.zeros_like(areas, bool)
+    np.testing.assert_array_equal(resize_mask(mask, (new_height, new_width)), expected)
+
+
 def test_a_pixel_of_a_very_large_mask_survives():
     mask = np.zeros((3000, 4000), dtype=bool)
     mask[1234, 3210] = True
