@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution
-from vlm_calibration.models.adapters import part_of
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.parts import part_of
 from vlm_calibration.records import LoadedImage, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt

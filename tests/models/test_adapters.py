@@ -19,10 +19,10 @@ from vlm_calibration.models.adapters import (
     attach_lora,
     continue_adapter,
     load_adapters,
-    part_of,
     using_adapter,
 )
 from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.parts import part_of
 from vlm_calibration.records import DataError
 
 NAMES = {

@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlm_calibration.models.parts import Part, part_of
 from vlm_calibration.records import DataError
-
-Part = Literal["language", "tower", "projector"]
 
 
 @dataclass(frozen=True)
@@ -35,28 +33,6 @@ class LoraSettings:
     parts: list[Part] = field(default_factory=lambda: ["language"])
     use_rslora: bool = False
     use_dora: bool = False
-
-
-def part_of(model: PreTrainedModel) -> dict[str, Part]:
-    """The part of the model that each linear layer belongs to, by its full name; the output head is in none.
-
-    The language model is what `get_decoder` returns. Of the rest, layers below a module whose name ends in one of the
-    names that transformers gives to projectors are the projector, and all others the tower.
-    """
-    decoder = model.get_decoder()
-    head = model.get_output_embeddings()
-    inside = {id(m) for m in decoder.modules()}
-    parts: dict[str, Part] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is head:
-            continue
-        if id(module) in inside:
-            parts[name] = "language"
-        elif any(word in name for word in ("projector", "connector", "merger", "aligner")):
-            parts[name] = "projector"
-        else:
-            parts[name] = "tower"
-    return parts
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default") -> PeftModel:

@@ -1,17 +1,21 @@
-"""Loading a vision-language model by name or folder."""
+"""Loading a vision-language model by name or folder, in full precision or with its language model quantised."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from peft import prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
+from vlm_calibration.models.parts import part_of
 from vlm_calibration.records import DataError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class BaseModel:
 
     Args:
         name_or_path: name on the Hub, or a folder that `from_pretrained` reads.
-        dtype: of the weights; "auto" keeps what the checkpoint says.
+        dtype: of the weights, and of the arithmetic on quantised ones; "auto" keeps what the checkpoint says.
+        quantization: of the language model's linear layers, through bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339)
+            or "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
         attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' choice.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -28,30 +34,105 @@ class BaseModel:
 
     name_or_path: str
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
 
 
-def load_vlm(base: BaseModel) -> PreTrainedModel:
-    """Load the model onto the CPU, in eval mode.
+def load_vlm(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load the model, in eval mode.
+
+    Args:
+        device: where a quantised model is loaded to, which must not be moved later. Others are loaded onto the CPU.
 
     Raises:
         DataError: there is no such model, or it cannot be loaded in this way.
     """
+    settings: dict[str, Any] = {
+        "dtype": base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
+        "attn_implementation": base.attn_implementation,
+    }
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        if base.quantization != "none":
+            settings |= {"quantization_config": _quantization(base), "device_map": {"": device}}
+        model = AutoModelForImageTextToText.from_pretrained(
             base.name_or_path,
-            dtype=base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
-            attn_implementation=base.attn_implementation,
             revision=base.revision,
             trust_remote_code=base.trust_remote_code,
+            **settings,
         )
     except (OSError, ValueError, ImportError) as error:
         kind = "folder" if Path(base.name_or_path).exists() else "name on the Hub or folder"
         raise DataError(
             f"cannot load a model from the {kind} {base.name_or_path!r}: {first_line(error)}"
         ) from error
+    if base.quantization == "nf4":
+        _keep_layout(model)
+    return model
+
+
+def load_for_training(
+    base: BaseModel, gradient_checkpointing: bool, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load the model to train an adapter on: a quantised one prepared by peft (what is not quantised in float32)."""
+    model = load_vlm(base, device)
+    checkpointing = {"use_reentrant": False}
+    if base.quantization != "none":
+        return prepare_model_for_kbit_training(model, gradient_checkpointing, checkpointing)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+    return model
+
+
+def empty_vlm(base: BaseModel) -> PreTrainedModel:
+    """The architecture alone: the model with parameters that have shapes but no values, and take no memory.
+
+    Raises:
+        OSError, ValueError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(
+        base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
+
+
+def quantised_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers that quantisation replaces: those of the language model."""
+    return [name for name, part in part_of(model).items() if part == "language"]
+
+
+def _quantization(base: BaseModel) -> BitsAndBytesConfig:
+    model = empty_vlm(base)
+    wanted = set(quantised_layers(model))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if base.quantization == "nf4":
+        _check_blocks(model, wanted)
+    return BitsAndBytesConfig(
+        load_in_8bit=base.quantization == "int8",
+        load_in_4bit=base.quantization == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
+        llm_int8_skip_modules=[name for name in linear if name not in wanted],
+    )
+
+
+def _check_blocks(model: PreTrainedModel, wanted: set[str]) -> None:
+    for name, module in model.named_modules():
+        if name in wanted and module.in_features % 64:
+            raise ValueError(f"nf4 needs layers of a multiple of 64 inputs, {name} has {module.in_features}")
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights.
+
+    On CPUs with AVX512-BF16 it does so in the first pass in eval mode, and later gradients through them are wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def first_line(error: BaseException) -> str:

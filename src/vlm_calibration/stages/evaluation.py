@@ -16,6 +16,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction, category_groups
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.scoring import Results, Scorer
 
 BASE = "base"
@@ -71,7 +72,11 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             # Nothing is trained here: what is frozen may be shared between systems.
-            self.model = load_adapters(load_vlm(self.base), self.adapters).requires_grad_(False).eval()
+            self.model = (
+                load_adapters(load_vlm(self.base, device_of(self)), self.adapters)
+                .requires_grad_(False)
+                .eval()
+            )
 
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]

@@ -41,12 +41,13 @@ from vlm_calibration.models.adapters import (
     continue_adapter,
     using_adapter,
 )
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.belief import Belief, divergence
+from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.recalibration import fit_recalibration
 from vlm_calibration.stages.scoring import Results, Scorer
@@ -128,9 +129,7 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_vlm(self.base)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
         if self.adapter is None:
             self.model = attach_lora(model, self.lora)
         else:

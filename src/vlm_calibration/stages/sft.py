@@ -17,9 +17,10 @@ from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import LabelledLogits, labelled_logits
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
@@ -78,9 +79,7 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_vlm(self.base)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
         self.model = attach_lora(model, self.lora)
         # from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
         self.model.train()
