@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import yaml
+
+from .command_line import Ended, Server
 
 torch.set_num_threads(1)
 
@@ -77,3 +80,60 @@ def new_adapter(
         return str(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(root, tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
+    """Runs the command in `tmp_path`."""
+
+    def ended(*arguments: str) -> Ended:
+        return server.wait(server.start(list(arguments), tmp_path))
+
+    return ended
+
+
+@pytest.fixture
+def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a short training on a configuration that ships, with an overlay on top."""
+
+    def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
+        callbacks = [
+            {"class_path": f"vlm_calibration.callbacks.{name}"}
+            for name in ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
+        ]
+        overlay = {
+            "trainer": {
+                "accelerator": "cpu",
+                "logger": False,
+                "callbacks": callbacks,
+                "enable_progress_bar": False,
+                "default_root_dir": str(tmp_path / "run"),
+                "max_steps": 2,
+                "max_epochs": None,
+                **sections.get("trainer", {}),
+            },
+            "model": {"init_args": {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}},
+            "data": {
+                "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
+                "batch_size": 2,
+                "workers": 1,
+                "max_length": 400,
+                "validation": {
+                    "class_path": "vlm_calibration.demo.source.DemoSource",
+                    "init_args": {"scenes": 1},
+                },
+                **sections.get("data", {}),
+            },
+        }
+        path = tmp_path / f"{stage}-overlay.yaml"
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return ["fit", "--config", str(root / "configs" / f"{stage}.yaml"), "--config", str(path)]
+
+    return arguments

@@ -11,10 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,130 +26,7 @@ from safetensors.torch import load_file
 
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 
-ERROR = "vlm-calibration: error: "
-LIMIT = 240
-"""Seconds after which a run counts as hanging; far more than any needs."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A finished run: its exit status, what it printed, and its lines that report an error."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix(ERROR) for line in self.err.splitlines() if line.startswith(ERROR)]
-
-    def error(self) -> str:
-        """The one error line of a run that failed in good order."""
-        assert self.status not in (0, None), self.err
-        assert "Traceback" not in self.err + self.out, self.err
-        assert len(self.errors) == 1, self.err
-        return self.errors[0]
-
-
-class Server:
-    """Talks to `cli_server.py`."""
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, str(root / "tests" / "cli_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-        )
-        self.started = 0
-
-    def _ask(self, request: dict[str, Any]) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: list[str], cwd: Path) -> int:
-        """The process id of a new run."""
-        self.started += 1
-        files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
-        return self._ask({"args": arguments, "cwd": str(cwd), "env": {}, **files})
-
-    def wait(self, pid: int) -> Ended:
-        timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))
-        timer.start()
-        try:
-            status = self._ask({"wait": pid})
-        finally:
-            timer.cancel()
-        return Ended(
-            status, *((self.folder / f"{self.started}.{name}").read_text() for name in ("out", "err"))
-        )
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=LIMIT)
-
-
-@pytest.fixture(scope="module")
-def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(root, tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
-    """Runs the command in `tmp_path`."""
-
-    def ended(*arguments: str) -> Ended:
-        return server.wait(server.start(list(arguments), tmp_path))
-
-    return ended
-
-
-@pytest.fixture
-def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of a short training on a configuration that ships, with an overlay on top."""
-
-    def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
-        callbacks = [
-            {"class_path": f"vlm_calibration.callbacks.{name}"}
-            for name in ("run.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
-        ]
-        overlay = {
-            "trainer": {
-                "accelerator": "cpu",
-                "logger": False,
-                "callbacks": callbacks,
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / "run"),
-                "max_steps": 2,
-                "max_epochs": None,
-                **sections.get("trainer", {}),
-            },
-            "model": {"init_args": {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}},
-            "data": {
-                "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
-                "batch_size": 2,
-                "workers": 1,
-                "max_length": 400,
-                "validation": {
-                    "class_path": "vlm_calibration.demo.source.DemoSource",
-                    "init_args": {"scenes": 1},
-                },
-                **sections.get("data", {}),
-            },
-        }
-        path = tmp_path / f"{stage}-overlay.yaml"
-        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        return ["fit", "--config", str(root / "configs" / f"{stage}.yaml"), "--config", str(path)]
-
-    return arguments
+from .command_line import LIMIT, Ended, Server
 
 
 def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, Any]:
@@ -540,8 +415,8 @@ def _children(pid: int) -> list[int]:
     ("signalled", "everyone", "status", "says"),
     [
         (signal.SIGINT, True, 130, "interrupted"),
-        (signal.SIGTERM, False, 143, "terminated"),
-        (signal.SIGTERM, True, 143, "terminated"),
+        (signal.SIGTERM, False, 143, "stopped by SIGTERM; `--ckpt_path last` goes on from {last}"),
+        (signal.SIGTERM, True, 143, "stopped by SIGTERM; `--ckpt_path last` goes on from {last}"),
     ],
     ids=["Ctrl-C", "kill", "kill all"],
 )
@@ -555,7 +430,7 @@ def test_stopping_a_run(
     says: str,
 ) -> None:
     often = {
-        "class_path": "vlm_calibration.callbacks.run.RunCheckpoint",
+        "class_path": "vlm_calibration.callbacks.checkpoint.RunCheckpoint",
         "init_args": {"every_n_train_steps": 1},
     }
     others = [
@@ -572,7 +447,7 @@ def test_stopping_a_run(
     sent = time.monotonic()
     ended = server.wait(pid)
     assert time.monotonic() - sent < 60, "seconds on an idle machine"
-    assert ended.error() == says
+    assert ended.error() == says.format(last=last)
     assert ended.status == status
     assert len(workers) == 1
     assert [w for w in workers if Path(f"/proc/{w}").exists()] == [], "no worker lives on"

@@ -14,8 +14,10 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
@@ -59,10 +61,14 @@ class CalibrationCLI(LightningCLI):
             parser.link_arguments(f"model.init_args.base.{source}", f"data.{target}")
 
     def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
         checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint == "last":
+            # Lightning would start anew, with a warning, where there is none.
+            checkpoint = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
+            self.config[self.subcommand].ckpt_path = checkpoint
         if checkpoint and not _may_be_found(checkpoint):
             raise DataError(f"no checkpoint at {checkpoint}")
-        trainer = self.config[self.subcommand].trainer
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             settings = getattr(logger, "init_args", None)
@@ -78,7 +84,7 @@ class CalibrationCLI(LightningCLI):
 
 def _may_be_found(checkpoint: str) -> bool:
     """Whether there is such a file, or the word or address stands for one that Lightning looks for."""
-    return checkpoint in ("best", "last", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
+    return checkpoint in ("best", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
@@ -137,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(one_line(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Stopped as stop:
+        return _fail(stop.message, stop.code) if getattr(rank_zero_only, "rank", 0) == 0 else stop.code
     except SystemExit as stop:
         # Lightning ends an interrupted run in this way.
         if isinstance(stop.__context__, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""One directory a run, credentials of W&B, and the adapter that appears whole."""
+"""One directory a run, and credentials of W&B."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from vlm_calibration.callbacks.adapter import AdapterWriter
-from vlm_calibration.callbacks.run import RunCheckpoint, RunLogger, logged_in
+from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from vlm_calibration.callbacks.logger import RunLogger, logged_in
 
 LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 
@@ -128,72 +129,14 @@ def test_an_offline_run_is_written_without_a_question(
 
 def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
     callback = RunCheckpoint(filename="x")
-    assert callback.save_last is True
-    strategy = SimpleNamespace(broadcast=lambda value, *_: value)
+    strategy = SimpleNamespace(broadcast=lambda value, *_: value, checkpoint_io=TorchCheckpointIO())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".last.ckpt.123.tmp").touch()
     trainer: Any = SimpleNamespace(
         default_root_dir=str(tmp_path), strategy=strategy, is_global_zero=True, loggers=[], ckpt_path=None
     )
     callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
     assert callback.dirpath == str(tmp_path / "checkpoints")
-
-
-class Saver:
-    """Saves two files; fails between them if told to."""
-
-    def __init__(self, content: str, error: BaseException | None = None) -> None:
-        self.content = content
-        self.error = error
-
-    def save_pretrained(self, folder: Path, selected_adapters: list[str]) -> None:
-        assert selected_adapters == ["default"], "a frozen reference is no part of what was trained"
-        folder.mkdir(exist_ok=True)
-        (folder / "adapter_config.json").write_text(self.content)
-        if self.error:
-            raise self.error
-        (folder / "adapter_model.safetensors").write_text(self.content)
-
-
-def _end_fit(
-    folder: Path, model: Any, processor: Any, *, interrupted: bool = False, first: bool = True
-) -> None:
-    trainer: Any = SimpleNamespace(
-        default_root_dir=str(folder),
-        is_global_zero=first,
-        interrupted=interrupted,
-        datamodule=SimpleNamespace(processor=processor),
-        strategy=SimpleNamespace(barrier=lambda name: None),
-    )
-    AdapterWriter().on_fit_end(trainer, SimpleNamespace(model=model))  # type: ignore[arg-type]
-
-
-def _processor(content: str = "p") -> Any:
-    return SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").write_text(content))
-
-
-def test_the_adapter_appears_whole(tmp_path: Path) -> None:
-    for content in ("first", "second"):
-        _end_fit(tmp_path, Saver(content), _processor())
-        files = {p.name: p.read_text() for p in (tmp_path / "adapter").iterdir()}
-        assert files == {
-            "adapter_config.json": content,
-            "adapter_model.safetensors": content,
-            "tokenizer.json": "p",
-        }
-    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["adapter"]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_half_written_adapter_is_never_seen(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)):
-        _end_fit(tmp_path, Saver("half", error), _processor())
-    assert [p.name for p in tmp_path.iterdir()] == ["home"]
-    _end_fit(tmp_path, Saver("whole"), _processor())
-    with pytest.raises(type(error)):
-        _end_fit(tmp_path, Saver("half", error), _processor())
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
-
-
-def test_an_interrupted_run_and_other_processes_write_none(tmp_path: Path) -> None:
-    _end_fit(tmp_path, Saver("x"), _processor(), interrupted=True)
-    _end_fit(tmp_path, Saver("x"), _processor(), first=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+    assert callback.last == tmp_path / "checkpoints" / "last.ckpt"
+    assert type(strategy.checkpoint_io) is AtomicCheckpointIO
+    assert not list((tmp_path / "checkpoints").iterdir()), "what a killed run has left is cleared away"

@@ -35,7 +35,10 @@ def _module(folder: str, **settings: Any) -> PerturbedQueryDataModule:
 
 def _as_process(module: PerturbedQueryDataModule, rank: int, processes: int) -> None:
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=processes, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        global_rank=rank,
+        world_size=processes,
+        current_epoch=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 
@@ -230,7 +233,7 @@ def test_an_error_in_a_worker_names_the_record(model_folder: str, workers: int) 
         list(module.train_dataloader())
 
 
-def test_a_worker_leaves_ctrl_c_to_its_parent_and_dies_when_told_to(model_folder: str) -> None:
+def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model_folder: str) -> None:
     # The Trainer sets handlers, which forked workers would inherit.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -239,7 +242,8 @@ def test_a_worker_leaves_ctrl_c_to_its_parent_and_dies_when_told_to(model_folder
         batches = iter(module.train_dataloader())
         [worker] = batches._workers  # type: ignore[attr-defined]
         next(batches)
-        os.kill(worker.pid, signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(worker.pid, number)
         assert len(next(batches).queries) == 4
         assert worker.is_alive()
         with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
@@ -247,3 +251,27 @@ def test_a_worker_leaves_ctrl_c_to_its_parent_and_dies_when_told_to(model_folder
             time.sleep(60)  # interrupted at once by the worker's end
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", [(0, 0), (0, 2), (1, 1), (3, 0)])
+def test_what_is_left_of_the_data_behind_a_place(
+    model_folder: str, wanted: list[Drawn], place: tuple[int, int], workers: int
+) -> None:
+    """The place is where a checkpoint was written; the number of batches stays that of a whole epoch."""
+    epoch, batch = place
+
+    def order(module: Any, epoch: int) -> list[tuple[str, ...]]:
+        module.setup("fit")
+        loader = module.train_dataloader()
+        batches = iter(loader)  # before anyone tells the sampler the epoch
+        loader.sampler.set_epoch(epoch)
+        assert len(loader) == 3
+        return [tuple(q.id for q in b.queries) for b in batches]
+
+    whole = _module(model_folder)
+    whole.load_state_dict({"epoch": epoch, "batch": 0, "queries": 12, "batch_size": 4})
+    resumed = _module(model_folder, workers=workers)
+    resumed.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
+    assert order(resumed, epoch) == order(whole, epoch)[batch:]
+    assert len(order(resumed, epoch + 1)) == 3, "later ones are whole"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
+from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.callbacks.guard import BeforeAndAfter
-from vlm_calibration.callbacks.run import RunCheckpoint
 from vlm_calibration.data.collate import IGNORE, ChatFormat, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample

@@ -16,7 +16,7 @@ from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
 from vlm_calibration.data.resolution import check_resolution
-from vlm_calibration.data.sampling import EpochSampler
+from vlm_calibration.data.sampling import EpochSampler, Place
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.records import DataError
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -74,6 +74,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self._sets: dict[str, PerturbedQueries] = {}
+        self._place: Place | None = None
 
     @cached_property
     def processor(self) -> Any:
@@ -138,6 +139,39 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             return None
         return PairCollator(self.chat, self.noise.levels, self.pairs, self.max_length, self.on_too_long)
 
+    def state_dict(self) -> dict[str, int]:
+        """The `Place` behind the batches that have been trained on."""
+        if self.trainer is None or "train" not in self._sets:
+            return {}
+        trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        epoch, batch = divmod(trained, max(1, int(self.trainer.num_training_batches)))
+        return Place(epoch, batch, *self._shape())._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._place = Place(**state_dict)
+
+    def _shape(self) -> tuple[int, int]:
+        """Queries of an epoch and of a batch of all processes."""
+        processes = self.trainer.world_size if self.trainer else 1
+        return len(self._sets["train"]), self.batch_size * processes
+
+    def _go_on(self, sampler: EpochSampler) -> None:
+        """Begin where a checkpoint left off: the training to come, not one after it.
+
+        Lightning tells a sampler the epoch only after workers have begun to load.
+        """
+        place, self._place = self._place, None
+        if place is None:
+            sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+            return
+        if place.batch and self._shape() != (place.queries, place.batch_size):
+            queries, together = self._shape()
+            raise DataError(
+                f"the checkpoint was written within an epoch of {place.queries} queries in batches of {place.batch_size}, "
+                f"found {queries} and {together}: keep the data and data.batch_size x processes, or go on from the end of an epoch"
+            )
+        sampler.begin_at(place.epoch, place.batch, self.batch_size)
+
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
     ) -> DataLoader:
@@ -153,23 +187,29 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
         if training and len(sampler) == 0:
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
+        if training:
+            self._go_on(sampler)
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.workers,
-            worker_init_fn=_reset_signals,
+            worker_init_fn=_leave_signals,
             persistent_workers=training and self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
 
 
-def _reset_signals(worker: int) -> None:
-    """A worker dies when told to, whatever the Trainer does about signals, and leaves Ctrl-C to the process above it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(worker: int) -> None:
+    """Signals that reach every process of a run are for the one above, which may be at saving a checkpoint.
+
+    A worker ends when that one ends or asks it to; it dies at once only if it is told to for the second time.
+    """
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _required(value: Any, name: str) -> Any:

@@ -7,9 +7,22 @@ noise a sample gets.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DistributedSampler
+
+
+class Place(NamedTuple):
+    """A place in the training data: behind `batch` batches of epoch `epoch`.
+
+    queries: how many an epoch has. batch_size: queries a batch, of all processes together.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    queries: int = 0
+    batch_size: int = 0
 
 
 class EpochSampler(DistributedSampler):
@@ -32,6 +45,12 @@ class EpochSampler(DistributedSampler):
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.length = length
         self.even = even
+        self.begin = (0, 0)
+
+    def begin_at(self, epoch: int, batch: int, batch_size: int) -> None:
+        """Begin in this epoch, behind so many batches of `batch_size` samples of this process; later epochs are whole."""
+        self.set_epoch(epoch)
+        self.begin = (epoch, batch * batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.length)
@@ -40,9 +59,12 @@ class EpochSampler(DistributedSampler):
         if self.even:
             order = order[: len(self) * self.num_replicas]
         epoch = self.epoch if self.shuffle else 0
-        return iter([(epoch, int(i)) for i in order[self.rank :: self.num_replicas]])
+        own = order[self.rank :: self.num_replicas]
+        first, done = self.begin
+        return iter([(epoch, int(i)) for i in own[done if epoch == first else 0 :]])
 
     def __len__(self) -> int:
+        """Samples of a whole epoch."""
         if self.even:
             return self.length // self.num_replicas
         return len(range(self.rank, self.length, self.num_replicas))

@@ -51,7 +51,14 @@ from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.recalibration import fit_recalibration
 from vlm_calibration.stages.scoring import Results, Scorer
-from vlm_calibration.stages.training import keep_trained, log_results, no_loss, optimizers_of, warn_of_skipped
+from vlm_calibration.stages.training import (
+    keep_trained,
+    log_results,
+    no_loss,
+    optimizers_of,
+    seed_batch,
+    warn_of_skipped,
+)
 
 Chosen = tuple[tuple[Candidate, ...], ...]
 PAIR_STATISTICS = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer", "kl")
@@ -151,6 +158,9 @@ class DPOModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.policy.target == "recalibrated" and self.recalibration is None:
             self.recalibration = fit_recalibration(self)
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        seed_batch(self, batch_idx)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)

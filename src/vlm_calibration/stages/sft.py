@@ -28,6 +28,7 @@ from vlm_calibration.stages.training import (
     log_results,
     no_loss,
     optimizers_of,
+    seed_batch,
     warn_of_skipped,
 )
 
@@ -89,6 +90,9 @@ class SFTModule(L.LightningModule):
             raise DataError(
                 "data.pairs is set, which is for preference optimisation: SFT learns one response"
             )
+
+    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
+        seed_batch(self, batch_idx)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -29,6 +32,14 @@ def optimizers_of(module: L.LightningModule, settings: OptimizerSettings) -> dic
     return adamw_with_schedule(
         trained_parameters(module), settings, module.trainer.estimated_stepping_batches
     )
+
+
+def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
+    """Make dropout a function of (seed, epoch, batch, process): the same after a restart, whatever ran in between."""
+    trainer = module.trainer
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    words = np.random.SeedSequence([seed, trainer.current_epoch, batch_idx, trainer.global_rank])
+    torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
 
 def no_loss(module: nn.Module) -> Tensor:

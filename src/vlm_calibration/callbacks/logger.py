@@ -1,4 +1,4 @@
-"""One directory a run: where checkpoints and W&B files go, without saying it twice in a configuration."""
+"""The logger of a run: W&B, in the run directory, without a login."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that writes to `checkpoints/` of the run directory, and keeps `last.ckpt` by default."""
-
-    def __init__(self, save_last: bool = True, **settings: Any) -> None:
-        super().__init__(save_last=save_last, **settings)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
 
 
 def logged_in() -> bool:

@@ -1,0 +1,81 @@
+"""Starts the command line as a user does, in processes of their own, most of them forks of `cli_server.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ERROR = "vlm-calibration: error: "
+LIMIT = 240
+"""Seconds after which a run counts as hanging; far more than any needs."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run: its exit status, what it printed, and its lines that report an error."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix(ERROR) for line in self.err.splitlines() if line.startswith(ERROR)]
+
+    def error(self) -> str:
+        """The one error line of a run that failed in good order."""
+        assert self.status not in (0, None), self.err
+        assert "Traceback" not in self.err + self.out, self.err
+        assert len(self.errors) == 1, self.err
+        return self.errors[0]
+
+
+class Server:
+    """Talks to `cli_server.py`."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(root / "tests" / "cli_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        )
+        self.started = 0
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: list[str], cwd: Path) -> int:
+        """The process id of a new run."""
+        self.started += 1
+        files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
+        return self._ask({"args": arguments, "cwd": str(cwd), "env": {}, **files})
+
+    def wait(self, pid: int) -> Ended:
+        timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        try:
+            status = self._ask({"wait": pid})
+        finally:
+            timer.cancel()
+        return Ended(
+            status, *((self.folder / f"{self.started}.{name}").read_text() for name in ("out", "err"))
+        )
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=LIMIT)

@@ -1,0 +1,81 @@
+"""Callbacks that end a run where a test wants it to end; the command line finds them beside `cli_server.py`."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any
+
+import lightning as L
+import torch
+
+
+class KillAt(L.Callback):
+    """Sends a signal to this process, or to its whole group, in a batch of an epoch (both from 0).
+
+    Args:
+        when: "before" the batch is trained on, "between" backward pass and optimiser step, "after" the batch, or
+            "validating" behind it.
+        rank: the process that does it.
+    """
+
+    def __init__(
+        self, epoch: int, batch: int, when: str = "before", number: int = 9, group: bool = True, rank: int = 0
+    ) -> None:
+        self.place = (epoch, batch)
+        self.when = when
+        self.number = number
+        self.group = group
+        self.rank = rank
+        self.now = False
+
+    def _at(self, when: str) -> None:
+        if self.now and when == self.when:
+            if self.group:
+                os.killpg(0, self.number)
+            else:
+                os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.now = (trainer.current_epoch, batch_idx) == self.place and trainer.global_rank == self.rank
+        self._at("before")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._at("between")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._at("after")
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._at("validating")
+
+
+class Spoil(L.Callback):
+    """Makes a weight NaN before a batch, so that what is computed with it is NaN too; in one of the processes."""
+
+    def __init__(self, batch: int, rank: int = 0) -> None:
+        self.batch = batch
+        self.rank = rank
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            with torch.no_grad():
+                next(p for p in module.parameters() if p.requires_grad).fill_(torch.nan)
+
+
+class FillDisk(L.Callback):
+    """From a batch on, no file of this process may grow beyond a number of bytes."""
+
+    def __init__(self, batch: int, limit: int) -> None:
+        self.batch = batch
+        self.limit = limit
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))

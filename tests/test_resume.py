@@ -1,0 +1,296 @@
+"""Interrupted equals uninterrupted: whatever ends a run, going on from its last checkpoint gives the same files."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO
+from vlm_calibration.callbacks.files import clear_leftovers
+
+from .command_line import LIMIT, Ended
+
+FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
+DEMO = "vlm_calibration.demo.source.DemoSource"
+
+Start = Callable[..., list[str]]
+
+
+def _callback(name: str, **settings: Any) -> dict[str, Any]:
+    known = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
+    return {"class_path": known + name, "init_args": settings}
+
+
+@pytest.fixture
+def start(fit: Start, root: Path, tmp_path: Path) -> Start:
+    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`."""
+
+    def arguments(
+        name: str,
+        *disaster: dict[str, Any],
+        stage: str = "sft",
+        every: int = 2,
+        workers: int = 0,
+        **trainer: Any,
+    ) -> list[str]:
+        callbacks = [
+            *disaster,
+            _callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
+            *map(_callback, ("finite.FiniteLoss", "adapter.AdapterWriter", "predictions.PredictionWriter")),
+        ]
+        settings = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks}
+        command = fit(
+            stage,
+            trainer={**settings, "default_root_dir": str(tmp_path / name), **trainer},
+            data={"train": {"class_path": DEMO, "init_args": {"scenes": 5}}, "workers": workers},
+        )
+        return [*command, *(["--model.init_args.lora.dropout", "0.2"] if stage == "sft" else [])]
+
+    return arguments
+
+
+def _same_files(folder: Path, *others: Path) -> None:
+    for name in FILES:
+        for other in others:
+            assert (folder / name).read_bytes() == (other / name).read_bytes(), f"{other.name}: {name}"
+
+
+def _plainly(command: list[str], root: Path, cwd: Path) -> Ended:
+    """Run in processes that share nothing with this one, in a group of their own."""
+    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        start_new_session=True,
+    )
+    return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+MOMENTS = [(e, b, w) for e in range(2) for b in range(7) for w in ("before", "between", "after")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "accumulated", "seed"),
+    [("sft", 0, 1, 0), ("sft", 3, 2, 1), ("sft", 3, 1, 2), ("sft", 0, 2, 3), ("dpo", 1, 2, 4)],
+)
+def test_killed_twice_and_resumed(
+    run: Callable[..., Ended],
+    start: Start,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+    stage: str,
+    workers: int,
+    accumulated: int,
+    seed: int,
+) -> None:
+    def command(name: str, *disaster: dict[str, Any]) -> list[str]:
+        more = ["--model.init_args.adapter", new_adapter(1)] if stage == "dpo" else []
+        settings = {"stage": stage, "workers": workers, "accumulate_grad_batches": accumulated}
+        return [*start(name, *disaster, **settings), *more]
+
+    whole = run(*command("whole"))
+    assert whole.status == 0, whole.err
+    # The first checkpoint is written after two steps.
+    moments = [m for m in MOMENTS if m[:2] >= (0, 2 * accumulated)]
+    killed = sorted(random.Random(seed).sample(moments, 2))
+    for n, (epoch, batch, when) in enumerate(killed):
+        last = ["--ckpt_path", "last"] if n else []
+        ended = run(
+            *command("cut", _callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last
+        )
+        assert ended.status == -signal.SIGKILL, ended.err
+        assert not (tmp_path / "cut/adapter").exists()
+    ended = run(*command("cut"), "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_and_resumed_in_two_processes_which_agree_with_one(
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+) -> None:
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    still = ["--model.init_args.lora.dropout", "0.0"]  # dropout differs between processes
+    ended = _plainly([*start("whole", workers=1), *two, *still], root, tmp_path)
+    assert ended.status == 0, ended.err
+    kill = _callback("disasters.KillAt", epoch=1, batch=4)
+    ended = _plainly([*start("cut", kill, workers=1), *two, *still], root, tmp_path)
+    assert ended.status == -signal.SIGKILL, ended.err
+    # The same queries a step, so a checkpoint of two processes also serves one.
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    ended = _plainly([*start("cut", workers=1), *two, *still, "--ckpt_path", "last"], root, tmp_path)
+    assert ended.status == 0, ended.err
+    _same_files(tmp_path / "whole", tmp_path / "cut")
+    ended = run(*start("one"), *still, "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    one, both = (load_file(tmp_path / name / FILES[0]) for name in ("one", "whole"))
+    for name, weight in both.items():
+        torch.testing.assert_close(one[name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "when", "group"),
+    [
+        (signal.SIGTERM, 143, "between", True),
+        (signal.SIGTERM, 143, "before", False),
+        (signal.SIGUSR1, 138, "before", True),
+        (signal.SIGUSR1, 138, "validating", True),
+    ],
+)
+def test_a_signal_saves_and_ends_the_run(
+    run: Callable[..., Ended], start: Start, tmp_path: Path, number: int, status: int, when: str, group: bool
+) -> None:
+    """With 3 batches a step the signal comes within one, and the run ends behind it."""
+    settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
+    whole = run(*start("whole", **settings))
+    assert whole.status == 0, whole.err
+    disaster = _callback("disasters.KillAt", epoch=0, batch=3, when=when, number=int(number), group=group)
+    if when == "validating":
+        disaster["init_args"]["batch"] = 6
+    ended = run(*start("cut", disaster, **settings))
+    assert ended.status == status, ended.err
+    last = tmp_path / "cut/checkpoints/last.ckpt"
+    assert (
+        ended.error() == f"stopped by {signal.Signals(number).name}; `--ckpt_path last` goes on from {last}"
+    )
+    assert torch.load(last, weights_only=True)["global_step"] == (3 if when == "validating" else 2)
+    assert not (tmp_path / "cut/adapter").exists()
+    ended = run(*start("cut", **settings), "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_signal_to_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
+    kill = _callback("disasters.KillAt", epoch=0, batch=2, number=int(signal.SIGTERM), group=False, rank=1)
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    ended = _plainly([*start("cut", kill, every=1000), *two], root, tmp_path)
+    assert ended.status == 143, ended.err
+    assert ended.errors == [
+        f"stopped by SIGTERM; `--ckpt_path last` goes on from {tmp_path / 'cut/checkpoints/last.ckpt'}"
+    ]
+    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_finished_run_resumed_has_nothing_to_do(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
+) -> None:
+    assert run(*start("run")).status == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
+    ended = run(*start("run"), "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == before
+
+
+def test_nothing_to_resume(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
+    ended = run(*start("run"), "--ckpt_path", "last")
+    assert ended.status == 1
+    assert ended.error() == f"no checkpoint at {tmp_path / 'run/checkpoints/last.ckpt'}"
+
+
+def test_resumed_with_other_batches(run: Callable[..., Ended], start: Start) -> None:
+    kill = _callback("disasters.KillAt", epoch=0, batch=5)
+    assert run(*start("run", kill)).status == -signal.SIGKILL
+    ended = run(*start("run"), "--ckpt_path", "last", "--data.batch_size", "3")
+    assert ended.status == 1
+    assert "within an epoch of 15 queries in batches of 2, found 15 and 3" in ended.error()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_loss_that_is_no_number_names_the_records(
+    run: Callable[..., Ended], start: Start, tmp_path: Path, accumulated: int
+) -> None:
+    settings = {"every": 1, "accumulate_grad_batches": accumulated}
+    ended = run(*start("run", _callback("disasters.Spoil", batch=4), **settings))
+    assert ended.status == 1
+    step = 4 // accumulated
+    found = re.fullmatch(
+        rf"the loss is not finite at step {step}, in a batch of the records (.*): look at .*", ended.error()
+    )
+    assert found, ended.error()
+    # With two batches a step both have seen the weight.
+    assert len(set(found[1].split(", "))) == 2 * accumulated
+    assert all(name.startswith("train-") for name in found[1].split(", "))
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    ended = _plainly([*start("run", _callback("disasters.Spoil", batch=3, rank=1)), *two], root, tmp_path)
+    assert ended.status == 1, ended.err
+    assert ended.errors
+    for error in ended.errors:
+        assert re.match(r"the loss is not finite at step 3, in a batch of the records train-\S+: look", error)
+
+
+def test_checkpoints_hold_what_is_trained_and_no_more(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
+) -> None:
+    """Weights and the two moments of Adam are three times the adapter."""
+    assert run(*start("run")).status == 0
+    adapter = (tmp_path / "run" / FILES[0]).stat().st_size
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        assert checkpoint.stat().st_size <= 4 * adapter, checkpoint
+
+
+def _write_forever(path: Path) -> None:
+    io = AtomicCheckpointIO()
+    weights = torch.zeros(500_000)
+    for step in itertools.count():
+        io.save_checkpoint({"step": step, "weights": weights + step}, path)
+
+
+def test_the_last_checkpoint_loads_after_a_kill_at_any_moment_of_writing(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    moments = random.Random(0)
+    AtomicCheckpointIO().save_checkpoint({"step": -1, "weights": torch.full((1,), -1.0)}, last)
+    interrupted = 0
+    for _ in range(20):
+        writer = multiprocessing.get_context("fork").Process(target=_write_forever, args=(last,))
+        writer.start()
+        time.sleep(moments.uniform(0.005, 0.1))
+        writer.kill()
+        writer.join()
+        interrupted += len(list(tmp_path.glob(".*.tmp")))
+        found = torch.load(last, weights_only=True)
+        assert bool((found["weights"] == found["step"]).all())
+        clear_leftovers(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert interrupted, "some were killed in the middle of writing"
+
+
+def test_a_full_disk_is_reported_and_the_earlier_checkpoint_survives(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: the system refuses to write on, as if it were full."""
+    full = _callback("disasters.FillDisk", batch=3, limit=20_000)
+    ended = run(*start("run", full, every=1))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert ended.status == 1
+    assert (
+        ended.error()
+        == f"cannot write the checkpoint {last}: File too large; an earlier one is left as it was"
+    )
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]
