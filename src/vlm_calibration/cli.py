@@ -21,6 +21,7 @@ from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.memory import print_memory, split_tokens
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -104,12 +105,30 @@ def levels_command(args: Sequence[str]) -> None:
     print(f"wrote {levels.out}")
 
 
+class ParsedCLI(CalibrationCLI):
+    """Reads the configuration; nothing is built from it and nothing runs."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def estimate_command(args: Sequence[str]) -> None:
+    """`estimate`: the memory that `fit` takes with the same settings."""
+    tokens, settings = split_tokens(args)
+    sys.argv[1:] = ["fit", *settings]
+    print_memory(ParsedCLI().config.fit, tokens)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "fit": (lightning_command, "train: SFT or preference optimisation"),
     "validate": (lightning_command, "answer and score the validation queries"),
     "test": (lightning_command, "evaluate the base model and adapters side by side"),
     "predict": (lightning_command, "run a module's prediction over the data"),
     "levels": (levels_command, "`levels fit`: measure what anchored levels teach"),
+    "estimate": (estimate_command, "the memory that `fit` takes with the same settings [--tokens N]"),
 }
 
 
