@@ -79,3 +79,25 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=LIMIT)
+
+
+def callback(name: str, **settings: Any) -> dict[str, Any]:
+    """A callback of ours, or of `disasters`, as a configuration has it."""
+    known = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
+    return {"class_path": known + name, "init_args": settings}
+
+
+def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
+    """Run in processes that share nothing with this one, in a group of their own."""
+    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        start_new_session=True,
+    )
+    return Ended(ran.returncode, ran.stdout, ran.stderr)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from .command_line import Ended, Server
+from .command_line import Ended, Server, callback
 
 torch.set_num_threads(1)
 
@@ -135,5 +135,36 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
         path = tmp_path / f"{stage}-overlay.yaml"
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
         return ["fit", "--config", str(root / "configs" / f"{stage}.yaml"), "--config", str(path)]
+
+    return arguments
+
+
+@pytest.fixture
+def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`."""
+
+    def arguments(
+        name: str,
+        *disaster: dict[str, Any],
+        stage: str = "sft",
+        every: int = 2,
+        workers: int = 0,
+        **trainer: Any,
+    ) -> list[str]:
+        callbacks = [
+            *disaster,
+            callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
+            *map(callback, ("finite.FiniteLoss", "adapter.AdapterWriter", "predictions.PredictionWriter")),
+        ]
+        settings = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks}
+        command = fit(
+            stage,
+            trainer={**settings, "default_root_dir": str(tmp_path / name), **trainer},
+            data={
+                "train": {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 5}},
+                "workers": workers,
+            },
+        )
+        return [*command, *(["--model.init_args.lora.dropout", "0.2"] if stage == "sft" else [])]
 
     return arguments

@@ -1,9 +1,10 @@
-"""Callbacks that end a run where a test wants it to end; the command line finds them beside `cli_server.py`."""
+"""Callbacks that end a run where a test wants it to end, or watch it; the command line finds them beside `cli_server.py`."""
 
 from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -79,3 +80,14 @@ class FillDisk(L.Callback):
     ) -> None:
         if batch_idx == self.batch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+class WriteLosses(L.Callback):
+    """Writes each batch's loss, one a line, to `losses-RANK.txt` of the run directory."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        path = Path(trainer.default_root_dir) / f"losses-{trainer.global_rank}.txt"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{float(outputs['loss'])!r}\n")

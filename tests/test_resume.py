@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,67 +20,17 @@ from safetensors.torch import load_file
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO
 from vlm_calibration.callbacks.files import clear_leftovers
 
-from .command_line import LIMIT, Ended
+from .command_line import Ended, callback, run_plainly
 
 FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
-DEMO = "vlm_calibration.demo.source.DemoSource"
 
 Start = Callable[..., list[str]]
-
-
-def _callback(name: str, **settings: Any) -> dict[str, Any]:
-    known = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
-    return {"class_path": known + name, "init_args": settings}
-
-
-@pytest.fixture
-def start(fit: Start, root: Path, tmp_path: Path) -> Start:
-    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`."""
-
-    def arguments(
-        name: str,
-        *disaster: dict[str, Any],
-        stage: str = "sft",
-        every: int = 2,
-        workers: int = 0,
-        **trainer: Any,
-    ) -> list[str]:
-        callbacks = [
-            *disaster,
-            _callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
-            *map(_callback, ("finite.FiniteLoss", "adapter.AdapterWriter", "predictions.PredictionWriter")),
-        ]
-        settings = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks}
-        command = fit(
-            stage,
-            trainer={**settings, "default_root_dir": str(tmp_path / name), **trainer},
-            data={"train": {"class_path": DEMO, "init_args": {"scenes": 5}}, "workers": workers},
-        )
-        return [*command, *(["--model.init_args.lora.dropout", "0.2"] if stage == "sft" else [])]
-
-    return arguments
 
 
 def _same_files(folder: Path, *others: Path) -> None:
     for name in FILES:
         for other in others:
             assert (folder / name).read_bytes() == (other / name).read_bytes(), f"{other.name}: {name}"
-
-
-def _plainly(command: list[str], root: Path, cwd: Path) -> Ended:
-    """Run in processes that share nothing with this one, in a group of their own."""
-    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-m", "vlm_calibration.cli", *command],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        start_new_session=True,
-    )
-    return Ended(ran.returncode, ran.stdout, ran.stderr)
 
 
 MOMENTS = [(e, b, w) for e in range(2) for b in range(7) for w in ("before", "between", "after")]
@@ -115,9 +62,7 @@ def test_killed_twice_and_resumed(
     killed = sorted(random.Random(seed).sample(moments, 2))
     for n, (epoch, batch, when) in enumerate(killed):
         last = ["--ckpt_path", "last"] if n else []
-        ended = run(
-            *command("cut", _callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last
-        )
+        ended = run(*command("cut", callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last)
         assert ended.status == -signal.SIGKILL, ended.err
         assert not (tmp_path / "cut/adapter").exists()
     ended = run(*command("cut"), "--ckpt_path", "last")
@@ -130,14 +75,14 @@ def test_killed_and_resumed_in_two_processes_which_agree_with_one(
 ) -> None:
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
     still = ["--model.init_args.lora.dropout", "0.0"]  # dropout differs between processes
-    ended = _plainly([*start("whole", workers=1), *two, *still], root, tmp_path)
+    ended = run_plainly([*start("whole", workers=1), *two, *still], root, tmp_path)
     assert ended.status == 0, ended.err
-    kill = _callback("disasters.KillAt", epoch=1, batch=4)
-    ended = _plainly([*start("cut", kill, workers=1), *two, *still], root, tmp_path)
+    kill = callback("disasters.KillAt", epoch=1, batch=4)
+    ended = run_plainly([*start("cut", kill, workers=1), *two, *still], root, tmp_path)
     assert ended.status == -signal.SIGKILL, ended.err
     # The same queries a step, so a checkpoint of two processes also serves one.
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
-    ended = _plainly([*start("cut", workers=1), *two, *still, "--ckpt_path", "last"], root, tmp_path)
+    ended = run_plainly([*start("cut", workers=1), *two, *still, "--ckpt_path", "last"], root, tmp_path)
     assert ended.status == 0, ended.err
     _same_files(tmp_path / "whole", tmp_path / "cut")
     ended = run(*start("one"), *still, "--ckpt_path", "last")
@@ -163,7 +108,7 @@ def test_a_signal_saves_and_ends_the_run(
     settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
     whole = run(*start("whole", **settings))
     assert whole.status == 0, whole.err
-    disaster = _callback("disasters.KillAt", epoch=0, batch=3, when=when, number=int(number), group=group)
+    disaster = callback("disasters.KillAt", epoch=0, batch=3, when=when, number=int(number), group=group)
     if when == "validating":
         disaster["init_args"]["batch"] = 6
     ended = run(*start("cut", disaster, **settings))
@@ -180,9 +125,9 @@ def test_a_signal_saves_and_ends_the_run(
 
 
 def test_a_signal_to_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
-    kill = _callback("disasters.KillAt", epoch=0, batch=2, number=int(signal.SIGTERM), group=False, rank=1)
+    kill = callback("disasters.KillAt", epoch=0, batch=2, number=int(signal.SIGTERM), group=False, rank=1)
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
-    ended = _plainly([*start("cut", kill, every=1000), *two], root, tmp_path)
+    ended = run_plainly([*start("cut", kill, every=1000), *two], root, tmp_path)
     assert ended.status == 143, ended.err
     assert ended.errors == [
         f"stopped by SIGTERM; `--ckpt_path last` goes on from {tmp_path / 'cut/checkpoints/last.ckpt'}"
@@ -207,7 +152,7 @@ def test_nothing_to_resume(run: Callable[..., Ended], start: Start, tmp_path: Pa
 
 
 def test_resumed_with_other_batches(run: Callable[..., Ended], start: Start) -> None:
-    kill = _callback("disasters.KillAt", epoch=0, batch=5)
+    kill = callback("disasters.KillAt", epoch=0, batch=5)
     assert run(*start("run", kill)).status == -signal.SIGKILL
     ended = run(*start("run"), "--ckpt_path", "last", "--data.batch_size", "3")
     assert ended.status == 1
@@ -219,7 +164,7 @@ def test_a_loss_that_is_no_number_names_the_records(
     run: Callable[..., Ended], start: Start, tmp_path: Path, accumulated: int
 ) -> None:
     settings = {"every": 1, "accumulate_grad_batches": accumulated}
-    ended = run(*start("run", _callback("disasters.Spoil", batch=4), **settings))
+    ended = run(*start("run", callback("disasters.Spoil", batch=4), **settings))
     assert ended.status == 1
     step = 4 // accumulated
     found = re.fullmatch(
@@ -237,7 +182,7 @@ def test_a_loss_that_is_no_number_names_the_records(
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
-    ended = _plainly([*start("run", _callback("disasters.Spoil", batch=3, rank=1)), *two], root, tmp_path)
+    ended = run_plainly([*start("run", callback("disasters.Spoil", batch=3, rank=1)), *two], root, tmp_path)
     assert ended.status == 1, ended.err
     assert ended.errors
     for error in ended.errors:
@@ -284,7 +229,7 @@ def test_a_full_disk_is_reported_and_the_earlier_checkpoint_survives(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
     """A limit on the size of files stands in for the disk: the system refuses to write on, as if it were full."""
-    full = _callback("disasters.FillDisk", batch=3, limit=20_000)
+    full = callback("disasters.FillDisk", batch=3, limit=20_000)
     ended = run(*start("run", full, every=1))
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert ended.status == 1

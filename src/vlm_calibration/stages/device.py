@@ -1,9 +1,13 @@
-"""Where a stage's model is loaded to."""
+"""Where a stage's model is loaded to, and how it is spread over processes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
+
+from vlm_calibration.models.sharding import shard
 
 
 def device_of(module: L.LightningModule) -> torch.device:
@@ -11,3 +15,13 @@ def device_of(module: L.LightningModule) -> torch.device:
     # A quantised model is loaded onto its device before Lightning moves anything there.
     attached = module._trainer is not None
     return module.trainer.strategy.root_device if attached else module.device
+
+
+def ready_to_train(module: L.LightningModule, model: Any) -> Any:
+    """The model in train mode, sharded if the strategy asks for that.
+
+    from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
+    """
+    if module.device_mesh is not None:
+        shard(model, module.device_mesh["data_parallel"])
+    return model.train()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -18,11 +19,15 @@ class OptimizerSettings:
     """AdamW (arXiv 1711.05101) and its schedule.
 
     Args:
+        name: "adamw", or with states in 8 bits through bitsandbytes (arXiv 2110.02861): "adamw_8bit", and
+            "paged_adamw_8bit", which moves them out of GPU memory where that is short. Tensors of fewer than 4,096
+            numbers keep states in float32.
         lr: highest learning rate. weight_decay, betas, eps: as in AdamW.
         warmup_fraction: share of all steps in [0, 1) over which the rate rises from 0.
         final_fraction: what the cosine ends at, as a share of `lr` in [0, 1].
     """
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -60,7 +65,12 @@ def adamw_with_schedule(
         raise DataError(
             "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
         )
-    optimizer = torch.optim.AdamW(
+    kinds = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }
+    optimizer = kinds[settings.name](
         parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -47,7 +47,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.belief import Belief, divergence
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.device import device_of, ready_to_train
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.recalibration import fit_recalibration
 from vlm_calibration.stages.scoring import Results, Scorer
@@ -138,10 +138,10 @@ class DPOModule(L.LightningModule):
             return
         model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
         if self.adapter is None:
-            self.model = attach_lora(model, self.lora)
+            adapted = attach_lora(model, self.lora)
         else:
-            self.model = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
-        self.model.train()
+            adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
+        self.model = ready_to_train(self, adapted)
 
     @property
     def policy(self) -> PairPolicy:

@@ -20,7 +20,7 @@ from vlm_calibration.models.forward import LabelledLogits, labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.device import device_of, ready_to_train
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
@@ -81,9 +81,7 @@ class SFTModule(L.LightningModule):
         if hasattr(self, "model"):
             return
         model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
-        self.model = attach_lora(model, self.lora)
-        # from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
-        self.model.train()
+        self.model = ready_to_train(self, attach_lora(model, self.lora))
 
     def on_fit_start(self) -> None:
         if getattr(self.trainer.datamodule, "pairs", None) is not None:  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""Several processes train as one does with the same global batch; sharded, in low precision, with 8-bit states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from safetensors.torch import load_file
+
+from .command_line import Ended, callback, run_plainly
+
+Start = Callable[..., list[str]]
+TWO = ["--trainer.devices", "2", "--data.batch_size", "1"]
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+
+
+def _losses(folder: Path) -> list[float]:
+    """Of each step: the mean over processes, which all have equally many queries."""
+    columns = [
+        [float(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("losses-*.txt"))
+    ]
+    return [sum(row) / len(row) for row in zip(*columns, strict=True)]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def _files(folder: Path) -> set[str]:
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith("losses")}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path, strategy: Any
+) -> None:
+    """Same loss curve to 1e-4, same weights to 1e-4, the same validation, each file once; float32, no dropout."""
+    watch, still = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
+    more: dict[str, Any] = {} if strategy == "ddp" else {"limit_val_batches": 0}
+    ended = run(*start("one", watch, **more), *still)
+    assert ended.status == 0, ended.err
+    ended = run_plainly([*start("two", watch, strategy=strategy, **more), *TWO, *still], root, tmp_path)
+    assert ended.status == 0, ended.err
+    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    assert len(one) == 14
+    assert two == pytest.approx(one, abs=1e-4)
+    assert one != pytest.approx([one[0]] * 14, abs=1e-2)
+    for name, weight in _weights(tmp_path / "one").items():
+        torch.testing.assert_close(_weights(tmp_path / "two")[name], weight, atol=1e-4, rtol=1e-3)
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+    if strategy == "ddp":
+        for name in ("metrics.json", "predictions.jsonl"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_accumulated_batches_are_one_large_batch(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
+) -> None:
+    still = ["--model.init_args.lora.dropout", "0.0", "--trainer.limit_train_batches"]
+    ended = run(*start("large"), *still, "3", "--data.batch_size", "4")
+    assert ended.status == 0, ended.err
+    ended = run(*start("small", accumulate_grad_batches=2), *still, "6", "--data.batch_size", "2")
+    assert ended.status == 0, ended.err
+    for name, weight in _weights(tmp_path / "large").items():
+        torch.testing.assert_close(_weights(tmp_path / "small")[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
+    """AdamW with a large eps moves by the gradient, and that is clipped to nearly nothing."""
+    ended = run(
+        *start("clipped", gradient_clip_val=1e-6),
+        *("--model.init_args.optimizer.eps", "1.0", "--model.init_args.optimizer.lr", "1.0"),
+    )
+    assert ended.status == 0, ended.err
+    up = [w for n, w in _weights(tmp_path / "clipped").items() if "lora_B" in n]
+    assert 0 < max(float(w.abs().max()) for w in up) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_low_precision_and_8_bit_states_resumed(
+    run: Callable[..., Ended], start: Start, tmp_path: Path, name: str
+) -> None:
+    low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", name]
+    assert run(*start("whole"), *low).status == 0
+    ended = run(*start("cut", callback("disasters.KillAt", epoch=1, batch=3)), *low)
+    assert ended.status == -9, ended.err
+    ended = run(*start("cut"), *low, "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    states = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    kinds = {t.dtype for t in _tensors(states["state"])}
+    assert torch.uint8 in kinds, "states of 8 bits"
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in value.values() for t in _tensors(v)] if isinstance(value, dict) else []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("fsdp2", ModelParallelStrategy), ("deepspeed_zero2", DeepSpeedStrategy)],
+)
+def test_strategies_of_shipped_configurations_can_be_made(root: Path, name: str, kind: type) -> None:
+    written = yaml.safe_load((root / f"configs/trainer/{name}.yaml").read_text(encoding="utf-8"))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=Strategy)
+    config = parser.parse_object({"strategy": written["trainer"]["strategy"]})
+    assert type(parser.instantiate_classes(config).strategy) is kind
