@@ -21,6 +21,7 @@ from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.export import export_command
 from vlm_calibration.reporting.memory import print_memory, split_tokens
 
 
@@ -128,6 +129,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "test": (lightning_command, "evaluate the base model and adapters side by side"),
     "predict": (lightning_command, "run a module's prediction over the data"),
     "levels": (levels_command, "`levels fit`: measure what anchored levels teach"),
+    "export": (export_command, "an adapter with its card, or merged into its base"),
     "estimate": (estimate_command, "the memory that `fit` takes with the same settings [--tokens N]"),
 }
 

@@ -1,22 +1,150 @@
-"""Writes the trained adapter as plain PEFT, with the processor beside it."""
+"""Writes the trained adapter as plain PEFT, with the processor beside it and a model card that says how to use both."""
 
 from __future__ import annotations
 
+import inspect
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 
 from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.callbacks.guard import BeforeAndAfter
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.models.sharding import whole_weights
+from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
+from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
+from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.scoring import HasResults
+from vlm_calibration.stages.sft import SFTModule
+
+ADAPTER = "adapter"
+"""The adapter's folder within a run directory."""
+SECRETS = ("token", "password", "secret", "api_key")
+"""Ends of the names of settings that are nobody else's business."""
 
 
 class AdapterWriter(L.Callback):
     """`adapter/` in the run directory, written when training ends, loadable with peft alone."""
 
+    def __init__(self) -> None:
+        self.results: dict[str, float] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.results = None
+        # What cannot be written up is better found out now than when training ends.
+        self.card(trainer, module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.results = dict(cast(HasResults, module).results[""])
+
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        model = cast(Any, module).model
+        weights = whole_weights(model)
         if trainer.is_global_zero and not trainer.interrupted:
-            with replacing(Path(trainer.default_root_dir) / "adapter") as temporary:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            card = self.card(trainer, module)
+            # peft's own loaders take the base at this revision.
+            model.peft_config["default"].revision = card.revision
+            with replacing(Path(trainer.default_root_dir) / ADAPTER) as temporary:
                 # A preference stage holds its frozen reference beside what it trains.
-                cast(Any, module).model.save_pretrained(temporary, selected_adapters=["default"])
-                trainer.datamodule.processor.save_pretrained(temporary)  # type: ignore[attr-defined]
+                model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
+                data.processor.save_pretrained(temporary)
+                save_card(temporary, card)
         trainer.strategy.barrier("adapter")
+
+    def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
+        """What there is to say about the adapter that was trained."""
+        data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        guards = [c for c in trainer.callbacks if isinstance(c, BeforeAndAfter)]  # type: ignore[attr-defined]
+        found = {"before": guards[0].before if guards else None, "after": self.results}
+        trained = cast(Any, module)
+        return Card(
+            base=trained.base.name_or_path,
+            revision=getattr(trained.model.config, "_commit_hash", None) or trained.base.revision,
+            location=shown_path(Path(trainer.default_root_dir) / ADAPTER),
+            trust_remote_code=trained.base.trust_remote_code,
+            quantization=trained.base.quantization,
+            training=_training(trained, data, trainer.global_step),
+            steps=data.noise.schedule.steps,
+            levels=_taught(data.noise.levels),
+            results={name: _overall(values) for name, values in found.items() if values is not None},
+            template=data.prompt.template,
+            conversation=data.chat.render(EXAMPLE),
+            has_chat_template=getattr(data.processor, "chat_template", None) is not None,
+            max_new_tokens=trained.max_new_tokens,
+        )
+
+
+def shown_path(path: Path) -> str:
+    """The path as text, relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
+
+
+def constructed(value: Any) -> str:
+    """An object in its constructor's words, as far as it keeps what it was given and that is plain."""
+    names = [name for name in inspect.signature(type(value)).parameters if not name.endswith(SECRETS)]
+    settings = {name: _plain(getattr(value, name)) for name in names if hasattr(value, name)}
+    inside = ", ".join(f"{name}={text}" for name, text in settings.items() if text is not None)
+    return f"{type(value).__name__}({inside})"
+
+
+def _plain(value: Any) -> str | None:
+    """Numbers, texts and sources, and lists of them, as text; None for anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_plain(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(str(_plain(v)) for v in value) + "]"
+    return constructed(value) if isinstance(value, QuerySource) else None
+
+
+def _stage(module: Any) -> str:
+    if isinstance(module, DPOModule):
+        start = "a new adapter" if module.adapter is None else f"the adapter {module.adapter}"
+        return f"preference optimisation by {module.loss!r}, reference {module.reference!r}, from {start}"
+    return "supervised fine-tuning (SFT)" if isinstance(module, SFTModule) else type(module).__name__
+
+
+def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[str, str]:
+    config = module.model.peft_config["default"]
+    kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
+    parts = {
+        "stage": _stage(module),
+        "steps": str(steps),
+        "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        "base": constructed(module.base),
+        "optimizer": constructed(module.optimizer_settings),
+        "levels": constructed(data.noise.levels),
+        "schedule": constructed(data.noise.schedule),
+        "noise": constructed(data.noise),
+    }
+    for name in ("train", "validation", "pairs"):
+        if (value := getattr(data, name)) is not None:
+            parts[name] = constructed(value)
+    return parts
+
+
+def _taught(levels: Levels) -> dict[str, list[list[float]]]:
+    """Answer type -> the confidence in [0, 1] that is stated at each of the levels' noise steps."""
+    kinds = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
+    return {kind: [[step, levels.confidence(step, kind)] for step in levels.steps] for kind in kinds}
+
+
+def _overall(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics that tables show, None where undefined: JSON has no NaN."""
+    return {
+        name: values[name] if math.isfinite(values[name]) else None
+        for name in ("n", *COLUMNS)
+        if name in values
+    }

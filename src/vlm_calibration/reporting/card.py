@@ -1,0 +1,300 @@
+"""The model card of an adapter, or of a model that it was merged into: what was trained, and how to ask it without us.
+
+`card_text` is a pure function of a `Card`. What it is made of is kept beside it as `calibration.json`, so that an export can
+write its own card, and programs need not read Markdown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.results import COLUMNS
+
+TEXT, FACTS = "README.md", "calibration.json"
+DIGEST = "readme_sha256"
+EXAMPLE = "Is there a dog in the image?"
+"""The question that cards show."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What there is to say about an adapter; all but the base may be unknown.
+
+    Args:
+        base: name on the Hub or folder of the base model, and revision: its commit or branch.
+        location: where the weights are: a folder, or a name on the Hub.
+        merged: whether these are the weights of the whole model, with the adapter in them.
+        trust_remote_code: whether loading the base needs it.
+        quantization: of the base in training, as `BaseModel` has it.
+        training: name -> what was trained on what: stage, adapter, data, noise.
+        steps: of the noise schedule, T.
+        levels: answer type -> pairs of noise step and the confidence in [0, 1] that was taught there.
+        results: "before" and "after" training -> metrics of the validation queries, None where undefined.
+        template: the prompt, with `{question}` in it. conversation: `EXAMPLE` asked so, as the chat template writes it.
+        has_chat_template: whether the processor has one; PaliGemma's writes its one form itself.
+        max_new_tokens: length limit of an answer.
+    """
+
+    base: str
+    revision: str | None = None
+    location: str = "."
+    merged: bool = False
+    trust_remote_code: bool = False
+    quantization: str = "none"
+    training: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+    levels: dict[str, list[list[float]]] = field(default_factory=dict)
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    template: str | None = None
+    conversation: str | None = None
+    has_chat_template: bool = True
+    max_new_tokens: int = 64
+
+
+def save_card(folder: Path, card: Card) -> None:
+    """Write `README.md` and `calibration.json`."""
+    text = card_text(card)
+    (folder / TEXT).write_text(text, encoding="utf-8")
+    facts = json.dumps({**asdict(card), DIGEST: _digest(text)}, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / FACTS).write_text(facts + "\n", encoding="utf-8")
+
+
+def load_card(folder: Path) -> Card | None:
+    """The card that `save_card` wrote, None if there is none.
+
+    Raises:
+        DataError: the file is not what `save_card` writes.
+    """
+    return None if (facts := _facts(folder)) is None else facts[0]
+
+
+def is_edited(folder: Path) -> bool:
+    """Whether there is a `README.md` that `save_card` did not write as it is; raises as `load_card` does."""
+    text = folder / TEXT
+    if not text.is_file():
+        return False
+    facts = _facts(folder)
+    return facts is None or _digest(text.read_text(encoding="utf-8")) != facts[1]
+
+
+def _facts(folder: Path) -> tuple[Card, str] | None:
+    """What `calibration.json` holds: the card, and the digest of the text that was made of it."""
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        digest = facts.pop(DIGEST, "")
+        return Card(**facts), digest
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not the facts of a model card: {error}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def card_text(card: Card) -> str:
+    """The card as Markdown, with the metadata that the Hub reads in front."""
+    sections = [
+        _head(card),
+        _usage(card),
+        _prompt(card) if card.template else "",
+        _reading(card) if card.template else "",
+        _levels(card) if card.levels else "",
+        _results(card) if card.results else "",
+        _training(card) if card.training else "",
+    ]
+    return f"---\n{_metadata(card)}---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
+
+
+def _metadata(card: Card) -> str:
+    data: dict[str, Any] = {
+        "base_model": card.base,
+        "base_model_relation": "finetune" if card.merged else "adapter",
+        "base_model_revision": card.revision,
+        "library_name": "transformers" if card.merged else "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": [
+            *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848"),
+            *([] if card.merged else ["lora"]),
+        ],
+    }
+    known = {name: value for name, value in data.items() if value is not None}
+    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+
+
+def _head(card: Card) -> str:
+    what = "with a LoRA adapter merged into it," if card.merged else "with a LoRA adapter,"
+    revision = f" (revision {_code(card.revision)})" if card.revision else ""
+    lines = [
+        f"# {card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated",
+        "",
+        f"{_code(card.base)}{revision} {what} fine-tuned so that the confidence it states is the probability that its "
+        "answer about an image is right (semantic perturbation, "
+        "[arXiv 2504.14848](https://arxiv.org/abs/2504.14848)).",
+    ]
+    if card.quantization != "none":
+        said = f"The base model was quantised ({card.quantization}) in training"
+        what = "merged into" if card.merged else "loaded below on"
+        lines += [
+            "",
+            f"{said}; here the adapter is {what} the base in full precision, which may answer slightly unlike it.",
+        ]
+    return "\n".join(lines)
+
+
+def _usage(card: Card) -> str:
+    needs = "transformers" if card.merged else "transformers and peft"
+    what = "model" if card.merged else "adapter"
+    return "\n\n".join(
+        [
+            "## How to ask it",
+            f"With {needs} alone; `path` is the folder of this {what} or its name on the Hub.",
+            _fenced(snippet(card), "python"),
+        ]
+    )
+
+
+def snippet(card: Card) -> str:
+    """A program that loads the model, asks it about `image.png`, and prints its answer and stated confidence."""
+    remote = ["trust_remote_code=True"] if card.trust_remote_code else []
+    base = [repr(card.base), *([f"revision={card.revision!r}"] if card.revision else [])]
+    whole = ", ".join([*(["path"] if card.merged else base), *remote, 'dtype="auto"'])
+    prompt = f"{card.template!r}.format(question=question)" if card.template else "question"
+    lines = [
+        *([] if card.merged else ["from peft import PeftModel"]),
+        "from PIL import Image",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f"path = {card.location!r}",
+        f"model = AutoModelForImageTextToText.from_pretrained({whole})",
+        *([] if card.merged else ["model = PeftModel.from_pretrained(model, path).eval()"]),
+        f"processor = AutoProcessor.from_pretrained({', '.join(['path', *remote])})",
+        "",
+        f'image, question = Image.open("image.png").convert("RGB"), {EXAMPLE!r}',
+        f"prompt = {prompt}",
+        *_asking(card),
+        "inputs = inputs.to(model.device, model.dtype)",
+        f"output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens={card.max_new_tokens})",
+        'reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
+        "",
+        'answer, *stated = reply.rsplit("Confidence:", 1)',
+        'confidence = float(stated[0].split("%")[0]) / 100 if stated else None',
+        "print(answer.strip(), confidence)",
+    ]
+    return "\n".join(lines)
+
+
+def _asking(card: Card) -> list[str]:
+    """Lines that make `inputs` of `image` and `prompt`."""
+    if not card.has_chat_template:
+        return ['inputs = processor(text=processor.image_token + prompt, images=image, return_tensors="pt")']
+    return [
+        'content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]',
+        'chat = [{"role": "user", "content": content}]',
+        'form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}',
+        "inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **form)",
+    ]
+
+
+def _prompt(card: Card) -> str:
+    parts = [
+        "## The prompt",
+        "Ask in these words, with the question in place of `{question}`; the model was trained with no others.",
+        _fenced(card.template or ""),
+    ]
+    if card.conversation:
+        parts += [f"The model reads {EXAMPLE!r} as", _fenced(card.conversation)]
+    return "\n\n".join(parts)
+
+
+def _reading(card: Card) -> str:
+    return "\n\n".join(
+        [
+            "## How to read the answer",
+            "The model replies as in `Yes. Confidence: 80%`. The confidence is the number behind `Confidence:`, in percent; "
+            "what stands before it is the answer. A reply without that word states no confidence: count it as such, and do "
+            "not put a number in its place.",
+        ]
+    )
+
+
+def _levels(card: Card) -> str:
+    rows: dict[float, list[str]] = {}
+    for place, pairs in enumerate(card.levels.values()):
+        for step, confidence in pairs:
+            rows.setdefault(step, ["-"] * len(card.levels))[place] = format(confidence, ".0%")
+    table = _table(
+        [f"noise step of {card.steps}", *card.levels], [[f"{step:g}", *rows[step]] for step in sorted(rows)]
+    )
+    return "\n\n".join(
+        [
+            "## What it was taught",
+            *([_code(kind)] if (kind := _kind(card)) else []),
+            "The confidence to state where the object in question is noised up to a step of the diffusion process, by type "
+            "of answer. At step 0 the image is as it was, at the last one nothing of the object is left.",
+            table,
+        ]
+    )
+
+
+def _kind(card: Card) -> str:
+    return ", ".join(card.training[name] for name in ("levels", "schedule") if name in card.training)
+
+
+def _results(card: Card) -> str:
+    n = next(iter(card.results.values())).get("n")
+    rows = [
+        [f"{name} training", *(_cell(values.get(key), form) for key, (_, form) in COLUMNS.items())]
+        for name, values in card.results.items()
+    ]
+    return "\n\n".join(
+        [
+            "## Results",
+            f"On {'the' if n is None else f'{n:g}'} validation queries, noised as in training. Calibration (ECE to "
+            "overconfidence) is over the answers whose confidence could be read, accuracy over all.",
+            _table(["", *(heading for heading, _ in COLUMNS.values())], rows),
+        ]
+    )
+
+
+def _training(card: Card) -> str:
+    lines = [f"{name}: {value}" for name, value in card.training.items()]
+    return "\n\n".join(["## Training", _fenced("\n".join(lines))])
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """Inline code, whatever is in it."""
+    ticks = "`" * (_longest_ticks(text) + 1)
+    pad = " " if "`" in text else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    fence = "`" * max(3, _longest_ticks(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_ticks(text: str) -> int:
+    longest = run = 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    return longest

@@ -1,0 +1,358 @@
+"""The adapter that appears whole, and its card, whose program says what we say in a process that knows nothing of us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import yaml
+from peft import PeftConfig, PeftModel
+from PIL import Image
+
+from vlm_calibration.callbacks.adapter import AdapterWriter, constructed, shown_path
+from vlm_calibration.callbacks.guard import BeforeAndAfter
+from vlm_calibration.data.collate import PromptCollator
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.pairs import PairPolicy
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.losses.preference import DPO
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.text.confidence import strip_confidence
+
+LIMIT = 300
+TABLE = LevelTable(
+    {
+        "yes_no": (StepCount(0, 10, 9), StepCount(1000, 10, 5)),
+        "short": (StepCount(0, 10, 8), StepCount(1000, 10, 0)),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def demo_model(root: Path) -> str:
+    """The demo's model, which is trained and so states its confidence."""
+    return str(root / "src/vlm_calibration/demo/model")
+
+
+def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
+    plain = {
+        "train": DemoSource("train", scenes=24),
+        "validation": DemoSource("calibration", scenes=2),
+        "noise": NoisePolicy(levels=AnchoredLevels(table=TABLE), mistakes=1.0),
+        "batch_size": 12,
+        "workers": 0,
+        "max_length": 300,
+    }
+    return PerturbedQueryDataModule(model, **{**plain, **settings})
+
+
+def _fit(
+    module: L.LightningModule,
+    data: PerturbedQueryDataModule,
+    folder: Path,
+    *more: L.Callback,
+    **settings: Any,
+) -> Path:
+    """Train for a few steps; the adapter's folder."""
+    plain = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": -1,
+        "use_distributed_sampler": False,
+        "max_epochs": 1,
+    }
+    L.Trainer(callbacks=[AdapterWriter(), *more], default_root_dir=folder, **{**plain, **settings}).fit(
+        module, data
+    )
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of a short stage 1 on the demo's model."""
+    module = SFTModule(
+        BaseModel(demo_model, dtype="float32"),
+        LoraSettings(r=8, alpha=16, dropout=0.0, parts=["language", "projector"]),
+        OptimizerSettings(lr=1e-2),
+        max_new_tokens=16,
+    )
+    return _fit(module, _data(demo_model), tmp_path_factory.mktemp("sft"), BeforeAndAfter(tolerance=1.0))
+
+
+def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
+    assert {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "calibration.json"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    } == {p.name for p in sft.iterdir()}
+    text = (sft / "README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in text, "peft's own card"
+    card = load_card(sft)
+    assert card is not None
+    assert text == card_text(card)
+
+
+def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
+    card = load_card(sft)
+    assert card is not None
+    assert (card.base, card.revision, card.quantization, card.merged) == (demo_model, None, "none", False)
+    assert card.location == str(sft)
+    assert card.training["stage"] == "supervised fine-tuning (SFT)"
+    assert card.training["steps"] == "6"
+    assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0"
+    assert card.training["train"] == "DemoSource(split='train', scenes=24, first=0, shifted=False)"
+    assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
+    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None)"
+    assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
+    assert "mistakes=1.0" in card.training["noise"]
+    assert "pairs" not in card.training
+    assert card.steps == 1000
+    assert card.levels == {"yes_no": [[0, 0.9], [1000, 0.5]], "short": [[0, 0.8], [1000, 0.0]]}
+    assert list(card.results) == ["before", "after"]
+    assert card.results["after"]["n"] == 6
+    assert card.results["before"] != card.results["after"]
+    assert card.conversation is not None
+    assert card.conversation.startswith(f"<|user|><image>{EXAMPLE}\nAnswer briefly")
+
+
+DRIVER = """
+import shutil, sys
+program, *images = sys.argv[1:]
+for image in images:
+    shutil.copy(image, "image.png")
+    exec(open(program).read(), {})
+assert not [name for name in sys.modules if name.startswith(("vlm_calibration", "lightning"))]
+"""
+
+
+def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path: Path) -> None:
+    text = (sft / "README.md").read_text(encoding="utf-8")
+    program = text.split("```python\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    samples = []
+    for scene in range(6):
+        image = render_scene(scene).image
+        Image.fromarray(np.asarray(image)).save(tmp_path / f"{scene}.png")
+        samples.append(Sample(Query(f"q{scene}", "x", EXAMPLE, "Yes", "yes_no"), np.asarray(image), 1.0, 0))
+    ran = subprocess.run(
+        [sys.executable, "-c", DRIVER, "program.py", *(f"{scene}.png" for scene in range(6))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    data = _data(demo_model)
+    batch = PromptCollator(data.chat)(samples)
+    base = load_vlm(BaseModel(demo_model))
+    before = answer_batch(base, batch, data.processor.tokenizer, 16)
+    found = answer_batch(
+        PeftModel.from_pretrained(base, str(sft)).eval(), batch, data.processor.tokenizer, 16
+    )
+    assert ran.stdout.splitlines() == [f"{strip_confidence(p.text)} {p.confidence}" for p in found]
+    assert all(p.confidence is not None for p in found)
+    assert [p.confidence for p in before] != [p.confidence for p in found], "the adapter speaks"
+
+
+def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Path) -> None:
+    module = DPOModule(
+        BaseModel(demo_model, dtype="float32"), str(sft), loss=DPO(beta=0.3), max_new_tokens=16
+    )
+    data = _data(
+        demo_model,
+        train=DemoSource("train", scenes=2),
+        batch_size=3,
+        pairs=PairPolicy(target="level"),
+        validation=None,
+    )
+    card = load_card(_fit(module, data, tmp_path, max_steps=1))
+    assert card is not None
+    assert card.training["stage"].startswith("preference optimisation by DPO(beta=0.3")
+    assert card.training["stage"].endswith(f"reference 'adapter', from the adapter {sft}")
+    assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0", (
+        "the adapter that is given keeps its own"
+    )
+    assert card.training["pairs"].startswith("PairPolicy(")
+    assert "validation" not in card.training
+    assert card.results == {}, "nothing was validated"
+    assert "## Results" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+# --- Whole or not at all ----------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Saves two files; fails between them if told to."""
+
+    def __init__(self, content: str, error: BaseException | None = None) -> None:
+        self.content = content
+        self.error = error
+        self.peft_config = {
+            "default": SimpleNamespace(revision=None, use_rslora=True, use_dora=True, r=1, lora_alpha=2)
+        }
+        self.peft_config["default"].lora_dropout = 0.5
+        self.config = SimpleNamespace(_commit_hash="0123abcd")
+
+    def save_pretrained(self, folder: Path, selected_adapters: list[str]) -> None:
+        assert selected_adapters == ["default"], "a frozen reference is no part of what was trained"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(self.peft_config["default"].__dict__))
+        (folder / "README.md").write_text("peft's own")
+        if self.error:
+            raise self.error
+        (folder / "adapter_model.safetensors").write_text(self.content)
+
+
+def _trainer(folder: Path, data: Any, **settings: Any) -> Any:
+    plain = {"is_global_zero": True, "interrupted": False, "callbacks": [], "global_step": 3}
+    strategy = SimpleNamespace(barrier=lambda name: None)
+    return SimpleNamespace(
+        default_root_dir=str(folder), datamodule=data, strategy=strategy, **{**plain, **settings}
+    )
+
+
+def _module(model: Any) -> Any:
+    return SimpleNamespace(
+        model=model,
+        base=BaseModel("org/model", revision="main", quantization="nf4"),
+        optimizer_settings=OptimizerSettings(),
+        max_new_tokens=7,
+    )
+
+
+def _end_fit(folder: Path, model: Any, data: Any, **settings: Any) -> None:
+    AdapterWriter().on_fit_end(_trainer(folder, data, **settings), _module(model))
+
+
+@pytest.fixture
+def data(model_folder: str) -> PerturbedQueryDataModule:
+    return _data(model_folder, noise=NoisePolicy())
+
+
+def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
+    for content in ("first", "second"):
+        _end_fit(tmp_path, Saver(content), data)
+        folder = tmp_path / "adapter"
+        assert (folder / "adapter_model.safetensors").read_text() == content
+        assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "0123abcd"
+        assert (folder / "tokenizer.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(front)["base_model_revision"] == "0123abcd", "the commit, not the branch asked for"
+    assert "rsLoRA DoRA LoRA, r=1, alpha=2, dropout=0.5" in text
+    assert "quantised (nf4)" in text
+    assert "| 500 | 50% |" in text, "linear levels are the same for any answer"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_half_written_adapter_is_never_seen(
+    tmp_path: Path, data: PerturbedQueryDataModule, error: BaseException
+) -> None:
+    with pytest.raises(type(error)):
+        _end_fit(tmp_path, Saver("half", error), data)
+    assert list(tmp_path.iterdir()) == []
+    _end_fit(tmp_path, Saver("whole"), data)
+    with pytest.raises(type(error)):
+        _end_fit(tmp_path, Saver("half", error), data)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
+
+
+def test_an_interrupted_run_and_other_processes_write_none(
+    tmp_path: Path, data: PerturbedQueryDataModule
+) -> None:
+    _end_fit(tmp_path, Saver("x"), data, interrupted=True)
+    _end_fit(tmp_path, Saver("x"), data, is_global_zero=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDataModule) -> None:
+    writer, module = AdapterWriter(), _module(Saver("x"))
+    module.results = {"": {"ece": 0.5}}
+    trainer = _trainer(Path("run"), data)
+    trainer.sanity_checking = True
+    writer.on_validation_end(trainer, module)
+    assert writer.results is None
+    trainer.sanity_checking = False
+    writer.on_validation_end(trainer, module)
+    module.results[""]["ece"] = 0.25
+    assert writer.results == {"ece": 0.5}, "a copy"
+    writer.on_validation_end(trainer, module)
+    assert writer.card(trainer, module).results == {"after": {"ece": 0.25}}
+    writer.on_train_start(trainer, module)
+    assert writer.card(trainer, module).results == {}
+    writer.results = {"ece": float("nan"), "auroc": float("inf"), "accuracy": 0.5, "accuracy/short": 0.1}
+    assert writer.card(trainer, module).results == {"after": {"accuracy": 0.5, "ece": None, "auroc": None}}
+
+
+def test_what_cannot_be_written_up_stops_the_run_before_training(
+    data: PerturbedQueryDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(question: str) -> str:
+        raise DataError("a template that refuses")
+
+    monkeypatch.setattr(data.chat, "render", refuse)
+    with pytest.raises(DataError, match="a template that refuses"):
+        AdapterWriter().on_train_start(_trainer(Path("run"), data), _module(Saver("x")))
+
+
+def test_peft_finds_the_base_at_its_revision(sft: Path, demo_model: str) -> None:
+    config = PeftConfig.from_pretrained(str(sft))
+    assert (config.base_model_name_or_path, config.revision) == (demo_model, None)
+
+
+# --- Words of the constructor -----------------------------------------------------------------------------------
+
+
+class Mixed(QuerySource):
+    def __init__(
+        self, sources: list[QuerySource], weights: dict[str, float], seed: Any, hub_token: str = ""
+    ) -> None:
+        self.sources, self.weights, self.seed, self.hub_token = sources, weights, seed, hub_token
+
+    def queries(self) -> list[Query]:
+        return []
+
+    def load(self, query: Query) -> LoadedImage:
+        raise NotImplementedError
+
+
+def test_sources_are_described_by_their_settings(tmp_path: Path) -> None:
+    source = Mixed(
+        [JsonlSource("data/a.jsonl"), DemoSource("test", 1)], {"a": 0.5}, object(), hub_token="hf_1"
+    )
+    assert constructed(source) == (
+        "Mixed(sources=[JsonlSource(path='data/a.jsonl', root='data', on_bad_record='raise'), "
+        "DemoSource(split='test', scenes=1, first=0, shifted=False)], weights={'a': 0.5})"
+    )
+
+
+def test_paths_below_the_working_directory_are_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "runs/x") == "runs/x"
+    assert shown_path(Path("runs/x")) == "runs/x"
+    assert shown_path(tmp_path.parent / "y") == str(tmp_path.parent / "y")

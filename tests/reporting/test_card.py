@@ -1,0 +1,172 @@
+"""The model card: metadata that parses, a program that compiles, and text that holds whatever is in it."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, snippet
+from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
+
+FULL = Card(
+    base="org/Model-7B",
+    revision="0123456789abcdef",
+    location="runs/sft/adapter",
+    training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
+    steps=1000,
+    levels={"yes_no": [[0, 0.95], [500, 0.7], [1000, 0.5]], "short": [[0, 0.9], [500, 0.45], [1000, 0.0]]},
+    results={
+        "before": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.5)},
+        "after": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.25), "auroc": None},
+    },
+    template=DEFAULT_TEMPLATE,
+    conversation="<|user|><image>A question?<|end|>",
+    max_new_tokens=16,
+)
+
+
+def _metadata(card: Card) -> dict[str, Any]:
+    _, front, _ = card_text(card).split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def _blocks(text: str, fence: str = "```") -> list[str]:
+    """The fenced blocks, without their fences and the name of their language."""
+    return [block.split("\n", 1)[1].rstrip("\n") for block in text.split(fence)[1::2]]
+
+
+def _table(text: str, heading: str) -> list[list[str]]:
+    lines = [
+        line for line in text.split(heading, 1)[1].split("\n## ", 1)[0].splitlines() if line.startswith("|")
+    ]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_metadata_is_what_the_hub_reads() -> None:
+    data = _metadata(FULL)
+    assert data.pop("tags") == [
+        *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848", "lora")
+    ]
+    assert data == {
+        "base_model": "org/Model-7B",
+        "base_model_relation": "adapter",
+        "base_model_revision": "0123456789abcdef",
+        "library_name": "peft",
+        "pipeline_tag": "image-text-to-text",
+    }
+    merged = _metadata(replace(FULL, merged=True, revision=None))
+    assert (merged["library_name"], merged["base_model_relation"]) == ("transformers", "finetune")
+    assert "lora" not in merged["tags"]
+    assert "base_model_revision" not in merged
+
+
+def test_a_strange_name_stays_one_value() -> None:
+    for name in ("a: b #c", "'quoted'", "yes", "0.1", "wörld/mödel", "a\nb"):
+        assert _metadata(Card(name, revision=name)) == {
+            **_metadata(Card("x", revision="x")),
+            "base_model": name,
+            "base_model_revision": name,
+        }
+
+
+def test_levels_and_results_are_tables() -> None:
+    text = card_text(FULL)
+    assert _table(text, "## What it was taught") == [
+        ["noise step of 1000", "yes_no", "short"],
+        ["0", "95%", "90%"],
+        ["500", "70%", "45%"],
+        ["1000", "50%", "0%"],
+    ]
+    assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
+    rows = _table(text, "## Results")
+    assert rows[0] == ["", *(heading for heading, _ in COLUMNS.values())]
+    assert [row[:4] for row in rows[1:]] == [
+        ["before training", "0.500", "0.500", "0.500"],
+        ["after training", "0.250", "0.250", "0.250"],
+    ]
+    assert rows[2][1 + list(COLUMNS).index("auroc")] == "-", "undefined"
+    assert "On 40 validation queries" in text
+
+
+def test_answer_types_measured_at_other_steps_leave_gaps() -> None:
+    card = replace(FULL, levels={"a": [[0, 1.0]], "b": [[500, 0.5]]})
+    assert _table(card_text(card), "## What it was taught")[1:] == [["0", "100%", "-"], ["500", "-", "50%"]]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_program_is_in_the_card_and_compiles(merged: bool) -> None:
+    card = replace(FULL, merged=merged)
+    program = snippet(card)
+    assert _blocks(card_text(card))[0] == program
+    imports = {
+        node.module
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+    }
+    assert imports == {"PIL", "transformers"} | (set() if merged else {"peft"})
+    assert ("'org/Model-7B', revision='0123456789abcdef'" in program) is not merged
+    assert "runs/sft/adapter" in program
+    assert "max_new_tokens=16" in program
+    assert "trust_remote_code" not in program
+    assert snippet(replace(card, trust_remote_code=True)).count("trust_remote_code=True") == 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [DEFAULT_TEMPLATE, 'It\'s "{question}"\\n\n{{really}}?', "```\n{question}\n```", "`{question}`"],
+)
+def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
+    card = replace(FULL, template=template)
+    tree = ast.parse(snippet(card))
+    prompt = next(
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "prompt"
+    )
+    question = 'Is {this} "it\'s"?'
+    asked = eval(ast.unparse(prompt), {"question": question})
+    assert asked == ElicitationPrompt(template).render(question)
+    fence = "````" if "```" in template else "```"
+    assert f"\n{fence}text\n{template}\n{fence}\n" in card_text(card)
+    assert f"\n```text\n{FULL.conversation}\n```\n" in card_text(card)
+
+
+def test_what_training_on_a_quantised_base_means_is_said() -> None:
+    assert "quantised" not in card_text(FULL)
+    card = replace(FULL, quantization="nf4")
+    assert "quantised (nf4) in training" in card_text(card)
+    assert "merged into the base in full precision" in card_text(replace(card, merged=True))
+
+
+def test_of_what_is_not_known_nothing_is_said() -> None:
+    text = card_text(Card("org/Model-7B", location="x"))
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Model-7B, calibrated",
+        "## How to ask it",
+    ]
+    assert "None" not in text.replace("else None", "")
+    assert EXAMPLE in text
+
+
+def test_a_card_comes_back_from_its_facts(tmp_path: Path) -> None:
+    assert load_card(tmp_path) is None
+    save_card(tmp_path, FULL)
+    assert load_card(tmp_path) == FULL
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == card_text(FULL)
+    facts = json.loads((tmp_path / "calibration.json").read_text(encoding="utf-8"))
+    assert facts["template"] == DEFAULT_TEMPLATE
+    assert facts["levels"]["short"][1] == [500, 0.45]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"bases": 1}', "{}", '"text"'])
+def test_facts_that_are_none_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(DataError, match=r"calibration.json: not the facts of a model card") as caught:
+        load_card(tmp_path)
+    assert "\n" not in str(caught.value)
