@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import torch
 import yaml
 from peft import PeftConfig, PeftModel
 from PIL import Image
@@ -204,10 +205,11 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
 # --- Whole or not at all ----------------------------------------------------------------------------------------
 
 
-class Saver:
+class Saver(torch.nn.Module):
     """Saves two files; fails between them if told to."""
 
     def __init__(self, content: str, error: BaseException | None = None) -> None:
+        super().__init__()
         self.content = content
         self.error = error
         self.peft_config = {
@@ -216,8 +218,11 @@ class Saver:
         self.peft_config["default"].lora_dropout = 0.5
         self.config = SimpleNamespace(_commit_hash="0123abcd")
 
-    def save_pretrained(self, folder: Path, selected_adapters: list[str]) -> None:
+    def save_pretrained(
+        self, folder: Path, selected_adapters: list[str], state_dict: dict[str, torch.Tensor] | None
+    ) -> None:
         assert selected_adapters == ["default"], "a frozen reference is no part of what was trained"
+        assert state_dict is None, "nothing is sharded"
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(self.peft_config["default"].__dict__))
         (folder / "README.md").write_text("peft's own")
