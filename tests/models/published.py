@@ -1,0 +1,286 @@
+"""The architectures of published models, as their configurations on the Hub state them, and the sizes that are stated for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers as tf
+
+
+@dataclass(frozen=True)
+class Published:
+    """repository: on the Hub. parameters: as stated there. config: makes the architecture's configuration."""
+
+    repository: str
+    parameters: float
+    config: Callable[[], Any]
+
+
+SO400M: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+"""The SigLIP tower of most of them."""
+
+QWEN2_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def _smolvlm(tied_to: dict[str, Any], **vision: Any) -> tf.SmolVLMConfig:
+    text = tf.LlamaConfig(vocab_size=49280, tie_word_embeddings=False, **tied_to)
+    scale = vision.pop("scale_factor")
+    return tf.SmolVLMConfig(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=scale,
+        image_token_id=49190,
+        tie_word_embeddings=False,
+    )
+
+
+def _smolvlm_small(**text: Any) -> tf.SmolVLMConfig:
+    return _smolvlm(
+        text,
+        scale_factor=4,
+        image_size=512,
+        patch_size=16,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    )
+
+
+def smolvlm2_256m() -> tf.SmolVLMConfig:
+    return _smolvlm_small(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+
+
+def smolvlm2_500m() -> tf.SmolVLMConfig:
+    return _smolvlm_small(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    )
+
+
+def smolvlm2_2_2b() -> tf.SmolVLMConfig:
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    }
+    return _smolvlm(text, scale_factor=3, image_size=384, **SO400M)
+
+
+def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
+    rotary = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": vision_width,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    return tf.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rotary},
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def qwen2_5_vl_3b() -> tf.Qwen2_5_VLConfig:
+    return _qwen2_5_vl(
+        2048,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+
+
+def qwen2_5_vl_7b() -> tf.Qwen2_5_VLConfig:
+    return _qwen2_5_vl(3584, vocab_size=152064, **QWEN2_7B)
+
+
+def _qwen3_vl(text: dict[str, Any], **vision: Any) -> tf.Qwen3VLConfig:
+    rotary = {
+        "rope_type": "default",
+        "rope_theta": 5000000.0,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
+    shared = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    return tf.Qwen3VLConfig(
+        text_config={**shared, **text, "vocab_size": 151936, "rope_parameters": rotary},
+        vision_config={
+            **vision,
+            "num_heads": 16,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": text["hidden_size"],
+        },
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def qwen3_vl_4b() -> tf.Qwen3VLConfig:
+    return _qwen3_vl(
+        {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+        depth=24,
+        hidden_size=1024,
+        intermediate_size=4096,
+        deepstack_visual_indexes=[5, 11, 17],
+    )
+
+
+def qwen3_vl_8b() -> tf.Qwen3VLConfig:
+    return _qwen3_vl(
+        {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+        depth=27,
+        hidden_size=1152,
+        intermediate_size=4304,
+        deepstack_visual_indexes=[8, 16, 24],
+    )
+
+
+def _internvl3(**text: Any) -> tf.InternVLConfig:
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": [448, 448],
+        "patch_size": [14, 14],
+    }
+    return tf.InternVLConfig(
+        vision_config=vision,
+        text_config=tf.Qwen2Config(vocab_size=151674, **text),
+        image_token_id=151667,
+        image_seq_length=256,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl3_2b() -> tf.InternVLConfig:
+    return _internvl3(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl3_8b() -> tf.InternVLConfig:
+    return _internvl3(**QWEN2_7B)
+
+
+def llava_1_5_7b() -> tf.LlavaConfig:
+    vision = tf.CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = tf.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32064,
+    )
+    return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
+
+
+def llava_onevision_7b() -> tf.LlavaOnevisionConfig:
+    vision = {**SO400M, "num_hidden_layers": 26}  # the last layer is not used
+    return tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**vision, image_size=384, vision_use_head=False),
+        text_config=tf.Qwen2Config(vocab_size=152000, **QWEN2_7B),
+        tie_word_embeddings=False,
+    )
+
+
+def gemma3_4b() -> tf.Gemma3Config:
+    text = tf.Gemma3TextConfig(
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=262208,
+        sliding_window=1024,
+    )
+    vision = tf.SiglipVisionConfig(**SO400M, image_size=896, vision_use_head=False)
+    return tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
+
+
+def paligemma2_3b() -> tf.PaliGemmaConfig:
+    text = tf.Gemma2Config(
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=257216,
+        sliding_window=4096,
+    )
+    vision = tf.SiglipVisionConfig(**SO400M, image_size=448, projection_dim=2304, vision_use_head=False)
+    return tf.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=2304, image_token_index=257152
+    )
+
+
+MODELS: dict[str, Published] = {
+    "smolvlm2_256m": Published("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", 256.5e6, smolvlm2_256m),
+    "smolvlm2_500m": Published("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 507.5e6, smolvlm2_500m),
+    "smolvlm2_2_2b": Published("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.25e9, smolvlm2_2_2b),
+    "qwen2_5_vl_3b": Published("Qwen/Qwen2.5-VL-3B-Instruct", 3.75e9, qwen2_5_vl_3b),
+    "qwen2_5_vl_7b": Published("Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9, qwen2_5_vl_7b),
+    "qwen3_vl_4b": Published("Qwen/Qwen3-VL-4B-Instruct", 4.44e9, qwen3_vl_4b),
+    "qwen3_vl_8b": Published("Qwen/Qwen3-VL-8B-Instruct", 8.77e9, qwen3_vl_8b),
+    "internvl3_2b": Published("OpenGVLab/InternVL3-2B-hf", 2.09e9, internvl3_2b),
+    "internvl3_8b": Published("OpenGVLab/InternVL3-8B-hf", 7.94e9, internvl3_8b),
+    "llava_1_5_7b": Published("llava-hf/llava-1.5-7b-hf", 7.06e9, llava_1_5_7b),
+    "llava_onevision_7b": Published("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03e9, llava_onevision_7b),
+    "gemma3_4b": Published("google/gemma-3-4b-it", 4.30e9, gemma3_4b),
+    "paligemma2_3b": Published("google/paligemma2-3b-mix-448", 3.03e9, paligemma2_3b),
+}
+"""By the name of the model's file in `configs/model`."""
