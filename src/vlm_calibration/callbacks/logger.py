@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 
 
@@ -21,6 +23,14 @@ def logged_in() -> bool:
         return bool(key)
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
+
+
+class LearningRate(LearningRateMonitor):
+    """A `LearningRateMonitor` that has nothing to say where nothing is logged, instead of refusing to run."""
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.loggers:
+            super().on_train_start(trainer, *args, **kwargs)
 
 
 class RunLogger(WandbLogger):

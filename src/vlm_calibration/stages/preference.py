@@ -278,7 +278,7 @@ class DPOModule(L.LightningModule):
                 self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_train_end(self) -> None:
-        warn_of_skipped(self.skipped)
+        warn_of_skipped(self, self.skipped)
 
     def configure_optimizers(self) -> Any:
         return optimizers_of(self, self.optimizer_settings)

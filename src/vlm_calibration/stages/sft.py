@@ -132,7 +132,7 @@ class SFTModule(L.LightningModule):
         log_results(self, self.results)
 
     def on_train_end(self) -> None:
-        warn_of_skipped(self.skipped)
+        warn_of_skipped(self, self.skipped)
 
     def configure_optimizers(self) -> Any:
         return optimizers_of(self, self.optimizer_settings)
