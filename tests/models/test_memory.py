@@ -1,179 +1,25 @@
-"""The memory estimate against what the allocator hands out in real steps, and against published sizes."""
+"""The memory estimate: quantised weights against loaded ones, what settings change, and published models."""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from torch.profiler import ProfilerActivity, profile
 
-from vlm_calibration.losses.sequence import IGNORE, token_log_likelihood
-from vlm_calibration.models.activations import (
-    RESPONSE_TOKENS,
-    LiveBytes,
-    TrainingStep,
-    part_of_adapters,
-    patches_per_token,
-)
+from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, continue_adapter
-from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.memory import MemoryEstimate, estimate_memory, quantised_bytes
 from vlm_calibration.records import DataError
 
-from .families import FAMILIES, IMAGE, build, collated, new_prompts
+from .families import IMAGE
 from .published import MODELS
-
-TOLERANCE = 0.1
-"""Of the activations' peak, as a share of what the allocator saw; deviations are at most 7%."""
-PLAIN = LoraSettings(dropout=0.0)
-"""CPUs keep another kind of mask for dropout than GPUs, which are what is estimated."""
-ROWS = 24
-BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[Any], str]:
-    """Writes a configuration to a folder, as all that an estimate needs of a model."""
-
-    def save(config: Any) -> str:
-        config.save_pretrained(tmp_path / "config")
-        return str(tmp_path / "config")
-
-    return save
-
-
-def _train(model: Any, inputs: dict[str, Any], labels: torch.Tensor, autocast: Any) -> None:
-    with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        found = labelled_logits(model, inputs, labels)
-        loss = -token_log_likelihood(found.logits, found.targets).sum()
-    del found
-    loss.backward()
-
-
-def _labels(ids: torch.Tensor) -> torch.Tensor:
-    labels = torch.full_like(ids, IGNORE)
-    labels[:, -RESPONSE_TOKENS:] = 5
-    return labels
-
-
-def allocated(run: Callable[[], None]) -> int:
-    """The most bytes that a run has from the allocator at any moment, without those that it found there.
-
-    The run must have been run before: it is to find its gradients there.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def _real(family: str, lora: LoraSettings, step: TrainingStep) -> tuple[Any, dict[str, Any], int]:
-    """An adapted model, its inputs, and the peak of a step through the full path: image, language model, loss, backward."""
-    model = build(family, dtype=BF16 if step.autocast else torch.float32)
-    if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = attach_lora(model, lora).train()
-    inputs = collated(new_prompts(family, ROWS), model.dtype)
-    labels = _labels(inputs["input_ids"])
-
-    def run() -> None:
-        _train(model, inputs, labels, step.autocast)
-
-    run()
-    return model, inputs, allocated(run)
-
-
-def _step(family: str, **settings: Any) -> TrainingStep:
-    prompts = new_prompts(family, ROWS)
-    longest = max(len(p.ids) for p in prompts)
-    images = sum(p.ids.count(IMAGE) for p in prompts) // ROWS
-    return TrainingStep(batch=ROWS, tokens=longest, image_tokens=images, **settings)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_estimate_is_what_training_takes(
-    saved: Callable[[Any], str], family: str, checkpointing: bool
-) -> None:
-    step = _step(family, checkpointing=checkpointing)
-    model, inputs, peak = _real(family, PLAIN, step)
-    estimate = estimate_memory(BaseModel(saved(model.get_base_model().config), dtype="bfloat16"), PLAIN, step)
-    assert inputs["input_ids"].shape == (step.batch, step.row)
-    assert estimate.activations == pytest.approx(peak, rel=TOLERANCE)
-    assert 0 < estimate.logits < estimate.activations
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    assert estimate.parameters == sum(p.numel() for p in parameters)
-    assert estimate.trained == sum(p.numel() for p in trained)
-    assert estimate.gradients == sum(p.grad.nbytes for p in trained)
-    for dtype in (BF16, torch.float32):
-        expected = sum(p.nbytes for p in parameters if p.dtype == dtype)
-        assert estimate.weights[str(dtype).removeprefix("torch.")] == expected
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl", "internvl", "smolvlm", "gemma3"])
-def test_an_adapted_tower_keeps_activations(
-    saved: Callable[[Any], str], family: str, checkpointing: bool
-) -> None:
-    lora = LoraSettings(dropout=0.0, parts=["language", "tower"])
-    step = _step(family, checkpointing=checkpointing)
-    model, _, peak = _real(family, lora, step)
-    base = BaseModel(saved(model.get_base_model().config), dtype="bfloat16")
-    estimate = estimate_memory(base, lora, step)
-    assert estimate.activations == pytest.approx(peak, rel=TOLERANCE)
-    assert estimate.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    alone = estimate_memory(base, PLAIN, step)
-    assert estimate.activations > alone.activations, "and a frozen one none"
-
-
-def test_without_mixed_precision(saved: Callable[[Any], str]) -> None:
-    step = _step("llava_siglip", autocast=None)
-    model, _, peak = _real("llava_siglip", PLAIN, step)
-    base = BaseModel(saved(model.get_base_model().config), dtype="float32")
-    assert estimate_memory(base, PLAIN, step).activations == pytest.approx(peak, rel=TOLERANCE)
-    half = TrainingStep(batch=2, tokens=20, autocast=None, cast=BF16)
-    cast = estimate_memory(base, PLAIN, half)
-    assert list(cast.weights) == ["bfloat16"]
-    assert cast.gradients == 2 * cast.trained
-
-
-def test_live_bytes_are_those_that_autograd_keeps() -> None:
-    """At the end of the forward pass, counted in another way: by the tensors that autograd saves."""
-    model = attach_lora(build("llava_siglip"), PLAIN).train()
-    inputs = collated(new_prompts("llava_siglip", ROWS))
-    labels = _labels(inputs["input_ids"])
-    found = [*model.parameters(), *model.buffers(), *inputs.values(), labels]
-    kept = {t.untyped_storage()._cdata: 0 for t in found}
-    tensors = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if kept.setdefault(storage._cdata, storage.nbytes()):
-            tensors.append(tensor)
-        return tensor
-
-    with LiveBytes(found) as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        logits = labelled_logits(model, inputs, labels).logits
-        loss = token_log_likelihood(logits, torch.zeros(len(logits), dtype=torch.int64)).sum()
-    assert sum(kept.values()) == pytest.approx(live.now, rel=0.02)
-    tensors.clear()
-    loss.backward()
-    del logits, loss
-    assert live.now == 0, "all that was counted is given back"
-
+from .steps import BF16, PLAIN, ROWS, TOLERANCE, allocated, labels_of, saved, train_step
 
 # --- Quantised weights --------------------------------------------------------------------------------------------
 
@@ -238,7 +84,7 @@ def test_qlora_takes_what_is_estimated(wide_folder: str, checkpointing: bool) ->
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(ROWS, 3, 16, 16)}
 
     def run() -> None:
-        _train(model, inputs, _labels(ids), BF16)
+        train_step(model, inputs, labels_of(ids), BF16)
 
     run()
     step = TrainingStep(ROWS, 150, checkpointing=checkpointing)
@@ -310,23 +156,6 @@ def test_more_of_anything_takes_more(model_folder: str) -> None:
     assert base.total == sum(base.weights.values()) + base.gradients + base.optimizer + base.activations
 
 
-def test_dropout_keeps_a_byte_a_number(model_folder: str) -> None:
-    """As on GPUs: a mask for the input of each adapted layer, and nothing more."""
-    without, with_ = (_estimate(model_folder, LoraSettings(dropout=p)) for p in (0.0, 0.1))
-    inputs = 4 * 90 * 4 * (6 * 128 + 352)  # rows x tokens x layers x (q, k, v, o, gate, up; down)
-    masks = with_.activations - without.activations
-    assert masks == pytest.approx(inputs, rel=0.15)
-
-
-def test_the_worst_kind_of_attention(model_folder: str) -> None:
-    """Eager attention keeps the attention of every token to every other."""
-    sdpa, eager = (
-        estimate_memory(BaseModel(model_folder, attn_implementation=name), PLAIN, TrainingStep(2, 500))
-        for name in (None, "eager")
-    )
-    assert eager.activations - sdpa.activations > 2 * 4 * 4 * 500**2 * 4
-
-
 @pytest.mark.parametrize(
     ("base", "lora", "says"),
     [
@@ -341,14 +170,6 @@ def test_what_is_not_there_is_named(tmp_path: Path, base: BaseModel, lora: LoraS
     assert "\n" not in str(caught.value)
 
 
-def test_parts_of_adapters(load_model: Callable[..., Any]) -> None:
-    model = attach_lora(load_model(), LoraSettings(parts=["language", "projector"]))
-    parts = part_of_adapters(model)
-    assert set(parts) == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(parts.values()) == {"language", "projector"}
-    assert all(("projector" in name) == (part == "projector") for name, part in parts.items())
-
-
 # --- Published models ---------------------------------------------------------------------------------------------
 
 
@@ -359,25 +180,8 @@ def test_published_sizes(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(MODELS[name].parameters, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("smolvlm2_256m", 16),
-        ("smolvlm2_2_2b", 9),
-        ("qwen2_5_vl_7b", 4),
-        ("qwen3_vl_4b", 4),
-        ("internvl3_2b", 4),
-        ("llava_1_5_7b", 1),
-        ("gemma3_4b", 16),
-        ("paligemma2_3b", 1),
-    ],
-)
-def test_patches_of_a_token(name: str, expected: int) -> None:
-    assert patches_per_token(MODELS[name].config()) == expected
-
-
-def test_seven_billion_parameters_without_the_memory_for_them(saved: Callable[[Any], str]) -> None:
-    folder = saved(MODELS["qwen2_5_vl_7b"].config())
+def test_seven_billion_parameters_without_the_memory_for_them(tmp_path: Path) -> None:
+    folder = saved(MODELS["qwen2_5_vl_7b"].config(), tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = TrainingStep(2, 4096, checkpointing=True)
     estimate = estimate_memory(BaseModel(folder, dtype="bfloat16"), LoraSettings(), step)
