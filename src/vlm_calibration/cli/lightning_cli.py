@@ -1,27 +1,26 @@
-"""The one command, `vlm-calibration`: LightningCLI's subcommands, and those that need no trainer of the user's.
+"""LightningCLI's subcommands, and the commands that read or run the same configuration: `levels fit` and `estimate`.
 
-Errors that a user can act on end in one line that names the culprit; all others keep their traceback.
+What only Lightning knows (that a run was stopped, misconfigured or interrupted) leaves here as a `CommandError`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped
 from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.cli import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.export import export_command
 from vlm_calibration.reporting.memory import print_memory, split_tokens
 
 
@@ -89,11 +88,37 @@ def _may_be_found(checkpoint: str) -> bool:
     return checkpoint in ("best", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
+@contextmanager
+def _ended_in_good_order() -> Iterator[None]:
+    """Lightning's ways of ending a run, as the one that `main` reports."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise CommandError(one_line(error), 2) from error
+    except Stopped as stop:
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        raise CommandError(stop.message if first else "", stop.code) from stop
+    except SystemExit as stop:
+        # Lightning ends an interrupted run in this way.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise CommandError("interrupted", 130) from stop
+        if isinstance(stop, SIGTERMException):
+            raise CommandError("terminated", 143) from stop
+        raise
+    except RuntimeError as error:
+        # A signal to all processes may reach a data worker first.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        terminated = "Terminated" in str(error)
+        raise CommandError(*("terminated", 143) if terminated else (one_line(error), 1)) from error
+
+
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
     """One of LightningCLI's own subcommands, with its settings."""
     # Lightning starts the other processes of a DDP run with the same arguments, which it reads here.
     sys.argv[1:] = args
-    return CalibrationCLI()
+    with _ended_in_good_order():
+        return CalibrationCLI()
 
 
 def levels_command(args: Sequence[str]) -> None:
@@ -102,8 +127,8 @@ def levels_command(args: Sequence[str]) -> None:
         raise DataError(
             "usage: vlm-calibration levels fit --config configs/levels.yaml [--model.init_args.out FILE]"
         )
-    levels = lightning_command(["test", *args[1:]]).model
-    print(f"wrote {levels.out}")
+    module = lightning_command(["test", *args[1:]]).model
+    print(f"wrote {module.out}")
 
 
 class ParsedCLI(CalibrationCLI):
@@ -120,81 +145,5 @@ def estimate_command(args: Sequence[str]) -> None:
     """`estimate`: the memory that `fit` takes with the same settings."""
     tokens, settings = split_tokens(args)
     sys.argv[1:] = ["fit", *settings]
-    print_memory(ParsedCLI().config.fit, tokens)
-
-
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
-    "fit": (lightning_command, "train: SFT or preference optimisation"),
-    "validate": (lightning_command, "answer and score the validation queries"),
-    "test": (lightning_command, "evaluate the base model and adapters side by side"),
-    "predict": (lightning_command, "run a module's prediction over the data"),
-    "levels": (levels_command, "`levels fit`: measure what anchored levels teach"),
-    "export": (export_command, "an adapter with its card, or merged into its base"),
-    "estimate": (estimate_command, "the memory that `fit` takes with the same settings [--tokens N]"),
-}
-
-
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    head = "usage: vlm-calibration COMMAND [--config FILE ...] [--KEY VALUE ...]"
-    foot = "`vlm-calibration COMMAND --help` lists the settings of a command."
-    return "\n".join([head, "", *lines, "", foot])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for an error in the data, 2 for one in the call, 130 or 143 if stopped."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if args else 2
-    if args[0] not in COMMANDS:
-        return _fail(f"unknown command {args[0]!r}: expected one of {', '.join(COMMANDS)}", 2)
-    command, _ = COMMANDS[args[0]]
-    own = command is not lightning_command
-    try:
-        command(args[1:] if own else args)
-    except ArgumentError as error:
-        return _fail(one_line(error), 2)
-    except MisconfigurationException as error:
-        return _fail(one_line(error), 2)
-    except DataError as error:
-        if os.environ.get("VLM_CALIBRATION_TRACEBACK"):
-            raise
-        return _fail(one_line(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except Stopped as stop:
-        return _fail(stop.message, stop.code) if getattr(rank_zero_only, "rank", 0) == 0 else stop.code
-    except SystemExit as stop:
-        # Lightning ends an interrupted run in this way.
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            return _fail("interrupted", 130)
-        if isinstance(stop, SIGTERMException):
-            return _fail("terminated", 143)
-        raise
-    except RuntimeError as error:
-        # A signal to all processes may reach a data worker first.
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        return _fail("terminated", 143) if "Terminated" in str(error) else _fail(one_line(error), 1)
-    return 0
-
-
-def one_line(error: BaseException) -> str:
-    """The message without the traceback that a data worker's error carries with it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if lines[0].startswith("Caught ") and "Traceback" in str(error):
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines)
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"vlm-calibration: error: {message}", file=sys.stderr)
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with _ended_in_good_order():
+        print_memory(ParsedCLI().config.fit, tokens)

@@ -1,0 +1,119 @@
+"""The one command, `vlm-calibration`: LightningCLI's subcommands, and those that need no trainer of the user's.
+
+Errors that a user can act on end in one line that names the culprit; all others keep their traceback. A command's module
+is imported when the command is run, so that one that needs neither Lightning nor a model starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlm_calibration.records import DataError
+
+if TYPE_CHECKING:
+    from vlm_calibration.cli.lightning_cli import CalibrationCLI, ParsedCLI, SaveRunConfig
+
+__all__ = [
+    "COMMANDS",
+    "CalibrationCLI",
+    "CommandError",
+    "ParsedCLI",
+    "SaveRunConfig",
+    "main",
+    "one_line",
+    "usage",
+]
+
+LIGHTNING = "vlm_calibration.cli.lightning_cli"
+TRAINER = f"{LIGHTNING}:lightning_command"
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": (TRAINER, "train: SFT or preference optimisation"),
+    "validate": (TRAINER, "answer and score the validation queries"),
+    "test": (TRAINER, "evaluate the base model and adapters side by side"),
+    "predict": (TRAINER, "run a module's prediction over the data"),
+    "levels": (f"{LIGHTNING}:levels_command", "`levels fit`: measure what anchored levels teach"),
+    "export": (
+        "vlm_calibration.reporting.export:export_command",
+        "an adapter with its card, or merged into its base",
+    ),
+    "estimate": (
+        f"{LIGHTNING}:estimate_command",
+        "the memory that `fit` takes with the same settings [--tokens N]",
+    ),
+}
+"""Name of a command -> the function that runs it, as module:function, and what it does. It is called with the arguments
+behind the name; LightningCLI reads the name as well."""
+
+
+class CommandError(Exception):
+    """The end of a command in good order: one line for the user, none if it is empty, and the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CalibrationCLI", "ParsedCLI", "SaveRunConfig"):
+        return getattr(import_module(LIGHTNING), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    head = "usage: vlm-calibration COMMAND [--config FILE ...] [--KEY VALUE ...]"
+    foot = "`vlm-calibration COMMAND --help` lists the settings of a command."
+    return "\n".join([head, "", *lines, "", foot])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for an error in the data, 2 for one in the call, 130 or 143 if stopped."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        return _fail(f"unknown command {args[0]!r}: expected one of {', '.join(COMMANDS)}", 2)
+    target, _ = COMMANDS[args[0]]
+    try:
+        _function(target)(args if target == TRAINER else args[1:])
+    except ArgumentError as error:
+        return _fail(one_line(error), 2)
+    except DataError as error:
+        if os.environ.get("VLM_CALIBRATION_TRACEBACK"):
+            raise
+        return _fail(one_line(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except CommandError as end:
+        return _fail(end.message, end.status)
+    return 0
+
+
+def _function(target: str) -> Callable[[Sequence[str]], Any]:
+    module, _, name = target.partition(":")
+    function: Callable[[Sequence[str]], Any] = getattr(import_module(module), name)
+    return function
+
+
+def one_line(error: BaseException) -> str:
+    """The message without the traceback that a data worker's error carries with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Caught ") and "Traceback" in str(error):
+        return lines[-1].split(": ", 1)[-1]
+    return " ".join(lines)
+
+
+def _fail(message: str, status: int) -> int:
+    if message:
+        print(f"vlm-calibration: error: {message}", file=sys.stderr)
+    return status
