@@ -1,0 +1,75 @@
+"""Lists of English words by what they are to a detector: nouns that name no thing, containers, groups, adjectives of no look.
+
+Kept apart from the rules that use them (`phrases.py`), so that a language, or a kind of data, can be taught without touching
+code.
+"""
+
+from __future__ import annotations
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _with_plurals(text: str) -> frozenset[str]:
+    words = _words(text)
+    return words | {w + "s" for w in words} | {w[:-1] + "ies" for w in words if w.endswith("y")}
+
+
+ATTRIBUTES = _with_plurals(
+    """color colour shape size height width length weight age gender sex material pattern texture style design brand name
+    word letter number digit text title logo time hour date day month year season holiday occasion event weather temperature
+    sport game activity action job occupation profession mood atmosphere emotion expression feeling condition state position
+    direction angle distance speed side country nationality language flavor flavour price purpose reason relationship"""
+)
+"""What is asked for with these words is no object: "What colour is the bus?"."""
+
+GENERIC = _with_plurals(
+    """kind type sort object thing item piece subject something anything element feature part stuff"""
+)
+"""Words that stand for the object that the answer names: "What object is on the desk?"."""
+
+PICTURE = _with_plurals(
+    """image picture photo photograph scene view frame background foreground left right top bottom middle center centre
+    corner front back end edge rest area place location spot perspective camera shot caption description detail sentence
+    statement question answer option example"""
+)
+"""The picture itself, and places within it."""
+
+COLOURS = _words("black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold")
+"""Tagged as nouns where they stand alone. "Orange" is left out, being a fruit as well."""
+
+NO_THING = (
+    ATTRIBUTES
+    | COLOURS
+    | GENERIC
+    | PICTURE
+    | _with_plurals(
+        """morning noon afternoon evening night midnight dawn dusk sunset sunrise today winter spring summer autumn fall
+        minute second moment week way lot amount percent group pair couple half total maximum minimum
+        safety fun order fact case kind sense impression idea thought interest addition relation comparison contrast
+        love joy happiness sadness anger fear peace silence beauty comfort work use help care attention focus
+        variety balance speech conversation discussion breakfast lunch dinner meal soccer baseball basketball tennis
+        football golf hockey surfing skiing snowboarding skateboarding swimming fishing racing tradition culture history
+        north south east west one none both other presence absence"""
+    )
+    - _words("couple couples group groups")
+)
+"""Nouns that a detector has nothing to look for."""
+
+GROUPS = _with_plurals(
+    "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
+)
+"""Of "a herd of elephants", the elephants are the objects."""
+
+CONTAINERS = _with_plurals(
+    """cup mug bowl plate bottle can jar basket bucket bag box pot pan tray carton vase glass slice pile stack loaf"""
+) | _words("glasses boxes loaves")
+""""A cup of coffee" is one object."""
+
+VAGUE = _words(
+    """main only same different other another many few several various certain such more most less own whole entire visible
+    present possible likely first second third next last left right top bottom front back upper lower middle central nearest
+    closest farthest overall general specific particular apparent single"""
+)
+"""Adjectives that say nothing of how a thing looks."""
