@@ -1,224 +1,53 @@
-"""The collators with other families of models: Qwen2.5-VL, SmolVLM and Gemma 3, built offline at toy size.
+"""The collators with every family of models that the project supports, built offline at toy size.
 
-Their processors differ in what the demo's does not: images of unlike size in one batch with unlike numbers of tokens, pixel
-values without a batch dimension, tiles, a template that writes the begin-of-sequence token, an end of turn that is not the
-end of sequence, and additional inputs. Each batch also goes through a tiny model of the family.
+What is the response is checked by decoding it, and what the processor makes of a conversation against what the collators do.
+Each batch also goes through a tiny model of the family.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as tf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from PIL import Image
 
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
+from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.pairs import PairCollator, PairPolicy
 from vlm_calibration.data.resolution import check_resolution
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.parts import part_of
-from vlm_calibration.records import LoadedImage, Query
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-QWEN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SMOLVLM_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
-    "{% endfor %}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.15,
+from ..models.processors import FAMILIES, Family, made
+
+REPHRASED = {
+    "llava_clip": ("ASSISTANT: {} ", "ASSISTANT: {}</s>"),
+    "llava_onevision": ("assistant \n{}<|im_end|>", "assistant\n{}<|im_end|>"),
 }
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A processor, its model, and the two special tokens that matter here."""
-
-    processor: Any
-    model: Any
-    image_token: str
-    end: str
-
-
-def _tokenizer(special: Sequence[str], named: dict[str, str], adds_begin: bool = False) -> Any:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")],
-        trainers.BpeTrainer(
-            vocab_size=330 + len(special),
-            special_tokens=list(special),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
-    if adds_begin:
-        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{fast.bos_token} $A", special_tokens=[(fast.bos_token, fast.bos_token_id)]
-        )
-    return fast
-
-
-def _qwen() -> Family:
-    special = [
-        *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-    ]
-    tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
-    size = {"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
-    processor = tf.Qwen2_5_VLProcessor(
-        image_processor=tf.Qwen2VLImageProcessor(patch_size=4, size=size),
-        tokenizer=tokenizer,
-        video_processor=tf.Qwen2VLVideoProcessor(patch_size=4),
-        chat_template=QWEN_TEMPLATE,
-    )
-    ids = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    config = tf.Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": rope,
-            "eos_token_id": ids("<|im_end|>"),
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 4,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 16,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )
-    return Family(processor, tf.Qwen2_5_VLForConditionalGeneration(config), "<|image_pad|>", "<|im_end|>")
-
-
-def _smolvlm() -> Family:
-    tiles = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
-    special = [
-        *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>"),
-        *("<fake_token_around_image>", "<image>", "<global-img>", *tiles),
-    ]
-    named = {"bos_token": "<|im_start|>", "pad_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}
-    tokenizer = _tokenizer(special, named)
-    processor = tf.Idefics3Processor(
-        image_processor=tf.Idefics3ImageProcessor(
-            size={"longest_edge": 48}, max_image_size={"longest_edge": 16}
-        ),
-        tokenizer=tokenizer,
-        image_seq_len=4,
-        chat_template=SMOLVLM_TEMPLATE,
-    )
-    text = tf.LlamaConfig(**TEXT, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    config = tf.Idefics3Config(
-        vision_config={**VISION, "image_size": 16, "patch_size": 4},
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-    )
-    return Family(processor, tf.Idefics3ForConditionalGeneration(config), "<image>", "<end_of_utterance>")
-
-
-def _gemma() -> Family:
-    special = [
-        *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
-        *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
-    ]
-    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    tokenizer = _tokenizer(special, named, adds_begin=True)
-    ids = tokenizer.convert_tokens_to_ids
-    for name, token in (
-        ("boi", "<start_of_image>"),
-        ("eoi", "<end_of_image>"),
-        ("image", "<image_soft_token>"),
-    ):
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", ids(token))
-    processor = tf.Gemma3Processor(
-        image_processor=tf.Gemma3ImageProcessor(size={"height": 16, "width": 16}),
-        tokenizer=tokenizer,
-        image_seq_length=4,
-        chat_template=GEMMA_TEMPLATE,
-    )
-    layers = ["sliding_attention", "full_attention"]
-    text = tf.Gemma3TextConfig(
-        **TEXT,
-        vocab_size=len(tokenizer),
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        layer_types=layers,
-        pad_token_id=0,
-    )
-    config = tf.Gemma3Config(
-        text_config=text,
-        vision_config=tf.SiglipVisionConfig(**VISION, image_size=16, patch_size=4, vision_use_head=False),
-        mm_tokens_per_image=4,
-        image_token_index=ids("<image_soft_token>"),
-        boi_token_index=ids("<start_of_image>"),
-        eoi_token_index=ids("<end_of_image>"),
-    )
-    return Family(processor, tf.Gemma3ForConditionalGeneration(config), "<image_soft_token>", "<end_of_turn>")
-
-
-FAMILIES: dict[str, Callable[[], Family]] = {"qwen2.5-vl": _qwen, "smolvlm": _smolvlm, "gemma3": _gemma}
+"""Where a template writes the response of a conversation otherwise than we do, and how we do."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
-    torch.manual_seed(0)
-    made = FAMILIES[request.param]()
-    with torch.no_grad():
-        for parameter in made.model.parameters():
-            if parameter.ndim > 1 and parameter.abs().max() == 0:
-                parameter.normal_(std=0.2)
-    made.model.eval()
-    return made
+    return made(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(family: Family) -> Any:
+    return family.model()
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +94,7 @@ def test_image_tokens_are_as_many_as_the_image_needs(
     alone = [int((SFTCollator(chat, 1000)([s]).inputs["input_ids"] == image).sum()) for s in unlike]
     assert together.tolist() == alone
     assert min(alone) > 0
-    if family.image_token != "<image_soft_token>":
-        assert len(set(alone)) > 1
+    assert (len(set(alone)) > 1) == family.varies
 
 
 def test_the_begin_token_comes_at_most_once(
@@ -274,7 +102,7 @@ def test_the_begin_token_comes_at_most_once(
 ) -> None:
     tokenizer = family.processor.tokenizer
     if tokenizer.bos_token is None:
-        assert family.end == "<|im_end|>", "Qwen has none"
+        assert family.end == "<|im_end|>", "Qwen, InternVL and LLaVA-OneVision have none"
         return
     for inputs in (SFTCollator(chat, 1000)(unlike).inputs, PromptCollator(chat)(unlike).inputs):
         begins = (inputs["input_ids"] == tokenizer.bos_token_id) & inputs["attention_mask"].bool()
@@ -305,11 +133,108 @@ def test_training_and_generation_have_the_same_prompt(
     assert (prompts.inputs["attention_mask"][:, -1] == 1).all(), "padded on the left"
 
 
-def test_the_model_takes_the_batch(family: Family, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
+def test_a_conversation_is_the_templates(family: Family, chat: ChatFormat) -> None:
+    """But for the end of a turn that is left open, and for what is read before an answer and not before a given one."""
+    if family.processor.chat_template is None:
+        assert chat.render("A dog?", "Yes.") == "<image><bos>A dog? How sure are you?\nYes.<eos>"
+        return
+    asked = [{"type": "image"}, {"type": "text", "text": chat.prompt.render("A dog?")}]
+    answered = [{"type": "text", "text": "Yes."}]
+    conversation = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    theirs = family.processor.apply_chat_template(conversation, tokenize=False)
+    written, ours = (text.format("Yes.") for text in REPHRASED.get(family.name, ("", "")))
+    assert theirs.endswith(written)
+    assert chat.render("A dog?", "Yes.") == theirs.removesuffix(written) + ours
+    assert chat.conversations("A dog?", ["Yes.", "No."]) == [
+        chat.render("A dog?", r) for r in ("Yes.", "No.")
+    ]
+
+
+def test_inputs_are_those_of_the_processor(
+    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
+) -> None:
+    """PaliGemma's writes the conversation itself: from the prompt, and the response as a `suffix`."""
+    responses = [render_response(s.answer, s.confidence) for s in unlike]
+    texts = [chat.render(s.query.question, r) for s, r in zip(unlike, responses, strict=True)]
+    more: dict[str, Any] = {}
+    if family.processor.chat_template is None:
+        texts, more = (
+            [f"<image>{chat.prompt.render(s.query.question)}" for s in unlike],
+            {"suffix": responses},
+        )
+    images = [[s.image] for s in unlike]
+    bos = family.processor.tokenizer.bos_token or "none"
+    theirs = family.processor(
+        images=images,
+        text=texts,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+        add_special_tokens=not texts[0].startswith((bos, "<image>")),
+        **more,
+    )
+    batch = SFTCollator(chat, 1000)(unlike)
+    labels = theirs.pop("labels", batch.labels)
+    assert torch.equal(batch.labels, labels)
+    assert batch.inputs.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert torch.equal(batch.inputs[name], values), name
+
+
+def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
+    unlike = [s._replace(confidence=c) for s, c in zip(unlike, (1.0, 0.3, 0.0, 0.8), strict=True)]
+    training = SFTCollator(chat, 1000)(unlike)
+    pairs = PairCollator(chat, LinearLevels(), PairPolicy(), 1000)(unlike)
+    for row, sample in enumerate(unlike):
+        labels, length = training.labels[row], int(pairs.lengths[row])
+        assert int((labels != IGNORE).nonzero()[0]) == length
+        for name, values in pairs.inputs.items():
+            if values.shape == pairs.inputs["input_ids"].shape:
+                assert torch.equal(values[row, :length], training.inputs[name][row, :length]), name
+        [same] = [c for c in pairs.candidates[row] if c.confidence == sample.confidence]
+        assert list(same.tokens) == labels[labels != IGNORE].tolist()
+
+
+def test_a_response_is_read_from_left_to_right(
+    model: Any, chat: ChatFormat, unlike: Sequence[Sample]
+) -> None:
+    """What comes later in a response does not change what is predicted before it, nor does it change the prompt."""
+    batch = SFTCollator(chat, 1000)(unlike)
+    changed = batch.inputs["input_ids"].clone()
+    last = [int((row != IGNORE).nonzero()[-1]) for row in batch.labels]
+    changed[range(len(last)), last] = chat.processor.tokenizer.convert_tokens_to_ids("s")
+    with torch.no_grad():
+        before, after = (
+            model(**{**batch.inputs, "input_ids": ids}, use_cache=False).logits
+            for ids in (batch.inputs["input_ids"], changed)
+        )
+    for row, end in enumerate(last):
+        assert torch.allclose(before[row, :end], after[row, :end], atol=1e-5)
+        assert not torch.allclose(before[row, end], after[row, end], atol=1e-2)
+
+
+def test_generation_begins_where_training_predicts(
+    model: Any, chat: ChatFormat, unlike: Sequence[Sample]
+) -> None:
+    training, prompts = SFTCollator(chat, 1000)(unlike), PromptCollator(chat)(unlike)
+    with torch.no_grad():
+        trained = model(**training.inputs, use_cache=False).logits
+        step = model.generate(
+            **prompts.inputs,
+            do_sample=False,
+            max_new_tokens=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    first = [int((row != IGNORE).nonzero()[0]) for row in training.labels]
+    assert torch.allclose(step.logits[0], trained[range(len(first)), [f - 1 for f in first]], atol=1e-4)
+
+
+def test_the_model_takes_the_batch(model: Any, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
     batch = SFTCollator(chat, 1000)(unlike)
     with torch.no_grad():
-        found = labelled_logits(family.model, batch.inputs, batch.labels)
-        full = family.model(**batch.inputs, use_cache=False).logits
+        found = labelled_logits(model, batch.inputs, batch.labels)
+        full = model(**batch.inputs, use_cache=False).logits
     predicted = batch.labels[:, 1:] != IGNORE
     assert torch.allclose(found.logits, full[:, :-1][predicted], atol=1e-5)
     assert torch.equal(found.targets, batch.labels[:, 1:][predicted])
@@ -317,18 +242,16 @@ def test_the_model_takes_the_batch(family: Family, chat: ChatFormat, unlike: Seq
 
 
 def test_the_model_answers_in_batches_as_it_does_alone(
-    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
+    model: Any, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:
-    collate, tokenizer = PromptCollator(chat), family.processor.tokenizer
-    together = generate_texts(family.model, collate(unlike).inputs, tokenizer, 5)
-    assert together == [generate_texts(family.model, collate([s]).inputs, tokenizer, 5)[0] for s in unlike]
+    collate, tokenizer = PromptCollator(chat), chat.processor.tokenizer
+    together = generate_texts(model, collate(unlike).inputs, tokenizer, 5)
+    assert together == [generate_texts(model, collate([s]).inputs, tokenizer, 5)[0] for s in unlike]
 
 
-def test_the_model_has_its_parts(family: Family) -> None:
-    parts = part_of(family.model)
-    assert set(parts.values()) == (
-        {"language", "tower"} if family.end == "<end_of_turn>" else {"language", "tower", "projector"}
-    )
+def test_the_model_has_its_parts(family: Family, model: Any) -> None:
+    parts = part_of(model)
+    assert set(parts.values()) == {"language", "tower", *(["projector"] if family.projects else [])}
     assert not [name for name in parts if "lm_head" in name]
 
 
@@ -336,13 +259,72 @@ def test_noise_survives_the_processor(family: Family) -> None:
     photo = np.full((300, 400, 3), 128, dtype=np.uint8)
     loaded = LoadedImage(photo, (np.ones((300, 400), dtype=bool),), ())
     query = Query("q", "x", "Dog?", "Yes", "yes_no")
-    image_processor = family.processor.image_processor
+    processor = family.processor
+    check_resolution(processor)
+
+    def tiles(image: np.ndarray) -> torch.Tensor:
+        """Pixels without the shrunken view of all that is among the tiles, and without the black around them."""
+        pixels = processor.image_processor(images=[image], do_normalize=False, return_tensors="pt")[
+            "pixel_values"
+        ]
+        if pixels.ndim == 5 or family.name == "internvl":
+            pixels = pixels.flatten(0, -4)
+            pixels = pixels[1:] if family.name == "llava_onevision" else pixels[:-1]
+        return pixels[pixels > 0]
+
     std = {}
     for resolution in ("model", "native"):
         policy = NoisePolicy(resolution=resolution, distractor_probability=0.0)  # type: ignore[arg-type]
-        image = perturb_query(query, loaded, policy, image_processor, 0, 150).image
-        pixels = image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        # In tiles the last one is a shrunken view of all; leave it out.
-        std[resolution] = float((pixels[:, :-1] if pixels.ndim == 5 else pixels).std())
-    flat = image_processor(images=[photo], return_tensors="pt", do_normalize=False)["pixel_values"].std()
-    assert std["model"] > 3 * std["native"] > 3 * float(flat)
+        image = perturb_query(query, loaded, policy, processor.image_processor, 0, 150).image
+        std[resolution] = float(tiles(image).std())
+    assert std["model"] > 3 * std["native"] > 3 * float(tiles(photo).std())
+
+
+def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) -> None:
+    chat = ChatFormat(made("qwen2_5_vl").processor, ElicitationPrompt())
+    line = unlike[2]._replace(image=np.zeros((2, 500, 3), dtype=np.uint8))
+    pairs = PairCollator(chat, LinearLevels(), PairPolicy(), 1000)
+    for collate in (SFTCollator(chat, 1000), PromptCollator(chat), pairs):
+        with pytest.raises(
+            DataError, match=r"^record 'q2': .*aspect ratio must be smaller than 200, got 250"
+        ):
+            collate([unlike[0], line, unlike[1]])  # type: ignore[operator]
+
+
+def test_an_image_whose_resolution_cannot_be_told_is_named(
+    write_jsonl: Callable[..., Path], record: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    Image.new("RGB", (500, 2)).save(tmp_path / "data" / "line.png")
+    source = JsonlSource(str(write_jsonl(record("one"), record("two", image="line.png"))))
+    processor = made("qwen2_5_vl").processor
+    queries = PerturbedQueries({"": Part(source)}, NoisePolicy(), processor.image_processor)
+    assert queries[0, 0].image.shape == (16, 24, 3)
+    with pytest.raises(
+        DataError, match=r"^record 'two': an image of 500 x 2 pixels: one side may be at most 200"
+    ):
+        queries[0, 1]
+
+
+def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
+    unlike: Sequence[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ChatFormat(made("gemma3").processor, ElicitationPrompt())
+    whole = chat.layout.inputs
+
+    def together(texts: list[str], *rest: Any) -> Any:
+        if len(texts) > 1:
+            raise ValueError("not together")
+        return whole(texts, *rest)
+
+    monkeypatch.setattr(chat.layout, "inputs", together)
+    with pytest.raises(ValueError, match="^not together$"):
+        PromptCollator(chat)(unlike)
+
+
+def test_the_image_tokens_of_each_family_are_refused_in_text(
+    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
+) -> None:
+    for token in {family.processor.image_token, family.image_token}:
+        query = replace(unlike[1].query, question=f"What is {token}?")
+        with pytest.raises(DataError, match=f"record 'q1': 'question' holds '{re.escape(token)}'"):
+            SFTCollator(chat, 1000)([unlike[0], unlike[1]._replace(query=query)])

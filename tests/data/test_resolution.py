@@ -33,7 +33,20 @@ SMOLVLM_WHOLE = transformers.SmolVLMImageProcessor(
     size={"longest_edge": 112}, max_image_size={"longest_edge": 28}, do_image_splitting=False
 )
 PIXTRAL = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
-INTERNVL = transformers.GotOcr2ImageProcessor(size={"height": 48, "width": 48})
+INTERNVL_WHOLE = transformers.GotOcr2ImageProcessor(size={"height": 48, "width": 48})
+INTERNVL = transformers.GotOcr2ImageProcessor(size={"height": 48, "width": 48}, crop_to_patches=True)
+INTERNVL_MORE = transformers.GotOcr2ImageProcessor(
+    size={"height": 30, "width": 30}, crop_to_patches=True, min_patches=2, max_patches=15
+)
+GRIDS = [[48 * rows, 48 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+ONEVISION = transformers.LlavaOnevisionImageProcessor(
+    size={"height": 48, "width": 48}, image_grid_pinpoints=GRIDS
+)
+LLAVA_NEXT = transformers.LlavaNextImageProcessor(
+    size={"shortest_edge": 48},
+    crop_size={"height": 48, "width": 48},
+    image_grid_pinpoints=[[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]],
+)
 GEMMA3 = transformers.Gemma3ImageProcessor(size={"height": 48, "width": 48})
 
 KNOWN = {
@@ -41,10 +54,28 @@ KNOWN = {
     for name, p in list(globals().items())
     if isinstance(p, transformers.image_processing_base.ImageProcessingMixin)
 }
-DEFAULTS = ("CLIP", "Siglip", "Qwen2VL", "Idefics3", "SmolVLM", "Pixtral", "Llava", "Blip")
+TILED = ("IDEFICS3", "SMOLVLM", "INTERNVL", "INTERNVL_MORE", "ONEVISION", "LLAVA_NEXT")
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolVLM2 2.2B": ("SmolVLM", {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}),
+    "SmolVLM2 500M": ("SmolVLM", {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}),
+    "Qwen2.5-VL": ("Qwen2VL", {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}),
+    "Qwen3-VL": ("Qwen2VL", {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}),
+    "InternVL3": ("GotOcr2", {"size": _square(448), "crop_to_patches": True}),
+    "LLaVA-1.5": ("CLIP", {"size": {"shortest_edge": 336}, "crop_size": _square(336)}),
+    "LLaVA-1.6": ("LlavaNext", {"size": {"shortest_edge": 336}, "crop_size": _square(336)}),
+    "LLaVA-OneVision": ("LlavaOnevision", {"size": _square(384)}),
+    "Gemma 3": ("Gemma3", {"size": _square(896)}),
+    "PaliGemma 2": ("Siglip", {"size": _square(448)}),
+}
+DEFAULTS = ("CLIP", "Siglip", "Qwen2VL", "Idefics3", "SmolVLM", "Pixtral", "Llava", "LlavaOnevision", "Blip")
 TILING = (
-    "LlavaNext",
-    "LlavaOnevision",
+    "LlavaNext",  # its stock tiles do not divide its stock grids
     "Llama4",
     "Cohere2Vision",
     "Idefics2",
@@ -70,6 +101,8 @@ def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]
     if "image_grid_thw" in found:
         _, rows, columns = found["image_grid_thw"][0].tolist()
         return rows * image_processor.patch_size, columns * image_processor.patch_size
+    if getattr(image_processor, "crop_to_patches", False) or hasattr(image_processor, "image_grid_pinpoints"):
+        return _first_resize(image_processor, height, width)
     if getattr(image_processor, "do_image_splitting", None):
         found = image_processor(images=[_noise(height, width)], return_row_col_info=True, return_tensors="pt")
         tile = image_processor.max_image_size["longest_edge"]
@@ -77,6 +110,19 @@ def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]
         return max(1, found["rows"][0][0]) * tile, max(1, found["cols"][0][0]) * tile
     height, width = found["pixel_values"].shape[-2:]
     return height, width
+
+
+def _first_resize(image_processor: Any, height: int, width: int) -> tuple[int, int]:
+    """The size that the image is brought to before it is cut into tiles; smaller views come later."""
+    sizes: list[tuple[int, int]] = []
+
+    class Watched(type(image_processor)):  # type: ignore[misc]
+        def resize(self, image: Any, size: Any, **rest: Any) -> Any:
+            sizes.append((size.height, size.width))
+            return super().resize(image, size, **rest)
+
+    _seen(Watched(**image_processor.to_dict()), _noise(height, width))
+    return sizes[0]
 
 
 @given(st.integers(10, 260), st.integers(10, 260))
@@ -96,16 +142,34 @@ def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, widt
     assert model_resolution(processor, *size) == size
     image = _noise(*size)
     resized = _seen(processor, image)["pixel_values"]
-    if name == "SMOLVLM_WHOLE":
+    if name in TILED:
+        assert _holds(_tiles(processor, image), image)
+    elif name == "SMOLVLM_WHOLE":
         # It is enlarged to the longest edge before it is shrunk to one tile.
         assert resized.std() > 0.8 * (image / 127.5 - 1).std()
-    elif name in ("SMOLVLM", "IDEFICS3"):
-        tile = processor.max_image_size["longest_edge"]
-        first = torch.from_numpy(image[:tile, :tile].copy()).permute(2, 0, 1) / 127.5 - 1
-        assert torch.allclose(resized[0, 0], first, atol=0.01)
     else:
         untouched = dict(processor(images=[image], do_resize=False, return_tensors="pt"))["pixel_values"]
         assert torch.equal(resized, untouched)
+
+
+def _tiles(image_processor: Any, image: np.ndarray) -> torch.Tensor:
+    """The tiles as pixels in 0..255, without the view of the whole image, [N, 3, H, W]."""
+    pixels = image_processor(images=[image], do_normalize=False, return_tensors="pt")["pixel_values"]
+    pixels = (pixels[0] if pixels.ndim == 5 else pixels) * 255
+    if len(pixels) == 1:
+        return pixels
+    return pixels[1:] if hasattr(image_processor, "image_grid_pinpoints") else pixels[:-1]
+
+
+def _holds(tiles: torch.Tensor, image: np.ndarray) -> bool:
+    """Whether the tiles hold every pixel of the image as it is, and beyond it only black."""
+    one = torch.tensor([1, 256, 256**2])
+    seen, wanted = (
+        (pixels.reshape(-1, 3).round().long() @ one).sort().values
+        for pixels in (tiles.permute(0, 2, 3, 1), torch.from_numpy(image).float())
+    )
+    black = len(seen) - len(wanted)
+    return not seen[:black].any() and torch.equal(seen[black:], wanted)
 
 
 def test_center_crop_comes_after() -> None:
@@ -132,6 +196,13 @@ def test_tiles_that_do_not_divide_the_longest_edge_are_refused() -> None:
         model_resolution(odd, 60, 80)
 
 
+@pytest.mark.parametrize("change", [{"size": {"height": 40, "width": 48}}, {"max_patches": 16}])
+def test_tiles_whose_size_would_not_stay_are_refused(change: dict[str, Any]) -> None:
+    odd = transformers.GotOcr2ImageProcessor(**{**INTERNVL.to_dict(), **change})
+    with pytest.raises(DataError, match="behind GotOcr2ImageProcessor"):
+        model_resolution(odd, 60, 80)
+
+
 @pytest.mark.parametrize(
     "size", [None, {}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 5, "longest_edge": 9}]
 )
@@ -143,6 +214,16 @@ def test_unknown_settings_are_refused(size: Any) -> None:
 @pytest.mark.parametrize("processor", KNOWN.values(), ids=KNOWN)
 def test_known_processors_pass_the_check(processor: Any) -> None:
     check_resolution(SimpleNamespace(image_processor=processor))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_pass_the_check(name: str) -> None:
+    kind, settings = PUBLISHED[name]
+    image_processor = getattr(transformers, f"{kind}ImageProcessor")(**settings)
+    check_resolution(SimpleNamespace(image_processor=image_processor))
+    for height, width in ((480, 640), (1333, 800), (90, 100), (3000, 4000), (2160, 480)):
+        size = model_resolution(image_processor, height, width)
+        assert model_resolution(image_processor, *size) == size
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -158,9 +239,22 @@ def test_tiling_and_padding_processors_are_refused(name: str) -> None:
 
 
 def test_settings_of_the_processor_around_count() -> None:
-    tiles = SimpleNamespace(image_processor=INTERNVL, images_kwargs={"crop_to_patches": True})
-    with pytest.raises(DataError, match="behind GotOcr2ImageProcessor"):
-        check_resolution(tiles)
+    image_processor = transformers.GotOcr2ImageProcessor(size={"height": 48, "width": 48})
+    assert model_resolution(image_processor, 100, 300) == (48, 48)
+    tiles = {"crop_to_patches": True, "max_patches": 4}
+    check_resolution(SimpleNamespace(image_processor=image_processor, images_kwargs=tiles))
+    assert model_resolution(image_processor, 100, 300) == (48, 3 * 48)
+
+
+def test_an_image_that_qwen_refuses_is_refused() -> None:
+    for height, width in ((10, 2001), (2001, 10)):
+        with pytest.raises(
+            DataError, match=f"an image of {width} x {height} pixels: one side may be at most 200"
+        ):
+            model_resolution(QWEN2, height, width)
+        with pytest.raises(ValueError, match="must be smaller than 200"):
+            _seen(QWEN2, _noise(height, width))
+    assert model_resolution(QWEN2, 10, 2000) == _real_size(QWEN2, 10, 2000)
 
 
 def test_the_demo_passes_the_check(processor: Any) -> None:

@@ -16,20 +16,64 @@ WORDS = (3, 140)
 IMAGE, VIDEO, BEGIN_OF_IMAGE, END_OF_IMAGE, PAD = 150, 151, 152, 153, 0
 WIDE = 4096
 """A sliding window that no row here is longer than."""
+PINPOINTS = [[16, 16], [16, 32], [32, 16]]
+"""The sizes that LLaVA-OneVision may bring an image to, as (height, width)."""
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.15,
-}
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is built for: the width of its language model, of four heads, and the token ids that it knows."""
+
+    width: int = 32
+    vocabulary: int = VOCABULARY
+    image: int = IMAGE
+    video: int = VIDEO
+    begin_of_image: int = BEGIN_OF_IMAGE
+    end_of_image: int = END_OF_IMAGE
+    pad: int = PAD
+    begin: int | None = 1
+    end: int = 2
+
+    @property
+    def head(self) -> int:
+        return self.width // 4
+
+    def text(self, **changes: Any) -> dict[str, Any]:
+        """Settings of the language model."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 2048,
+            "pad_token_id": self.pad,
+            "bos_token_id": self.begin,
+            "eos_token_id": self.end,
+            "initializer_range": 0.15,
+            **changes,
+        }
+
+    def mrope(self, **changes: Any) -> dict[str, Any]:
+        """Rotary positions in time, height and width."""
+        sections = [self.head // 4, self.head // 8, self.head // 8]
+        return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **changes}
+
+    @property
+    def qwen_tokens(self) -> dict[str, int]:
+        return {
+            "image_token_id": self.image,
+            "video_token_id": self.video,
+            "vision_start_token_id": self.begin_of_image,
+            "vision_end_token_id": self.end_of_image,
+        }
+
+    @property
+    def llava_tokens(self) -> dict[str, int]:
+        return {"image_token_index": self.image, "image_seq_length": 16}
+
+
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +82,6 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 QWEN_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
@@ -47,156 +90,158 @@ QWEN_VISION: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-QWEN_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": BEGIN_OF_IMAGE,
-    "vision_end_token_id": END_OF_IMAGE,
-}
-LLAVA_TOKENS = {"image_token_index": IMAGE, "image_seq_length": 16}
 
 
 def _siglip(**changes: Any) -> tf.SiglipVisionConfig:
     return tf.SiglipVisionConfig(**VISION, vision_use_head=False, **changes)
 
 
-def _llava_clip() -> tuple[Any, Any]:
-    vision, text = tf.CLIPVisionConfig(**VISION), tf.LlamaConfig(**TEXT)
+def _llava_clip(spec: Spec) -> tuple[Any, Any]:
+    vision, text = tf.CLIPVisionConfig(**VISION), tf.LlamaConfig(**spec.text())
     return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=vision, text_config=text, **LLAVA_TOKENS
+        vision_config=vision, text_config=text, **spec.llava_tokens
     )
 
 
-def _llava_siglip() -> tuple[Any, Any]:
+def _llava_siglip(spec: Spec) -> tuple[Any, Any]:
     return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
         vision_config=_siglip(),
-        text_config=tf.LlamaConfig(**TEXT),
+        text_config=tf.LlamaConfig(**spec.text()),
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
-        **LLAVA_TOKENS,
+        **spec.llava_tokens,
     )
 
 
-def _llava_mistral() -> tuple[Any, Any]:
-    vision, text = tf.CLIPVisionConfig(**VISION), tf.MistralConfig(**TEXT, sliding_window=WIDE)
+def _llava_mistral(spec: Spec) -> tuple[Any, Any]:
+    vision, text = tf.CLIPVisionConfig(**VISION), tf.MistralConfig(**spec.text(sliding_window=WIDE))
     return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=vision, text_config=text, **LLAVA_TOKENS
+        vision_config=vision, text_config=text, **spec.llava_tokens
     )
 
 
-def _idefics3() -> tuple[Any, Any]:
+def _idefics3(spec: Spec) -> tuple[Any, Any]:
     return tf.Idefics3ForConditionalGeneration, tf.Idefics3Config(
-        vision_config=dict(VISION), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+        vision_config=dict(VISION),
+        text_config=tf.LlamaConfig(**spec.text()),
+        image_token_id=spec.image,
+        scale_factor=2,
     )
 
 
-def _smolvlm() -> tuple[Any, Any]:
+def _smolvlm(spec: Spec) -> tuple[Any, Any]:
     return tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig(
-        vision_config=dict(VISION), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+        vision_config=dict(VISION),
+        text_config=tf.LlamaConfig(**spec.text()),
+        image_token_id=spec.image,
+        scale_factor=2,
     )
 
 
-def _qwen2_vl() -> tuple[Any, Any]:
-    vision = {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2}
+def _qwen2_vl(spec: Spec) -> tuple[Any, Any]:
+    vision = {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2, "hidden_size": spec.width}
+    text = spec.text(rope_parameters=spec.mrope())
     return tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS
+        text_config=text, vision_config=vision, **spec.qwen_tokens
     )
 
 
-def _qwen2_5_vl() -> tuple[Any, Any]:
+def _qwen2_5_vl(spec: Spec) -> tuple[Any, Any]:
     vision = {
         **QWEN_VISION,
         "intermediate_size": 48,
         "window_size": 16,
-        "out_hidden_size": 32,
+        "out_hidden_size": spec.width,
         "fullatt_block_indexes": [1],
     }
+    text = spec.text(rope_parameters=spec.mrope())
     return tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS
+        text_config=text, vision_config=vision, **spec.qwen_tokens
     )
 
 
-def _qwen3_vl() -> tuple[Any, Any]:
+def _qwen3_vl(spec: Spec) -> tuple[Any, Any]:
     vision = {
         **QWEN_VISION,
         "intermediate_size": 48,
-        "out_hidden_size": 32,
+        "out_hidden_size": spec.width,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
     }
-    text = {**TEXT, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    text = spec.text(head_dim=spec.head, rope_parameters=spec.mrope(mrope_interleaved=True))
     return tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLConfig(
-        text_config=text, vision_config=vision, **QWEN_TOKENS
+        text_config=text, vision_config=vision, **spec.qwen_tokens
     )
 
 
-def _internvl() -> tuple[Any, Any]:
+def _internvl(spec: Spec) -> tuple[Any, Any]:
     return tf.InternVLForConditionalGeneration, tf.InternVLConfig(
         vision_config={**VISION, "image_size": [16, 16], "patch_size": [4, 4]},
-        text_config=tf.Qwen2Config(**TEXT),
-        image_token_id=IMAGE,
+        text_config=tf.Qwen2Config(**spec.text()),
+        image_token_id=spec.image,
         image_seq_length=4,
         tie_word_embeddings=False,
     )
 
 
-def _llava_onevision() -> tuple[Any, Any]:
+def _llava_onevision(spec: Spec) -> tuple[Any, Any]:
     return tf.LlavaOnevisionForConditionalGeneration, tf.LlavaOnevisionConfig(
         vision_config=_siglip(),
-        text_config=tf.Qwen2Config(**TEXT),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[16, 16], [16, 32], [32, 16]],
+        text_config=tf.Qwen2Config(**spec.text()),
+        image_token_index=spec.image,
+        video_token_index=spec.video,
+        image_grid_pinpoints=PINPOINTS,
     )
 
 
-def _gemma3() -> tuple[Any, Any]:
+def _gemma3(spec: Spec) -> tuple[Any, Any]:
     text = tf.Gemma3TextConfig(
-        **TEXT,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=WIDE,
-        layer_types=["sliding_attention", "full_attention"],
+        **spec.text(
+            head_dim=spec.head,
+            query_pre_attn_scalar=spec.head,
+            sliding_window=WIDE,
+            layer_types=["sliding_attention", "full_attention"],
+        )
     )
     return tf.Gemma3ForConditionalGeneration, tf.Gemma3Config(
         text_config=text,
         vision_config=_siglip(),
         mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=BEGIN_OF_IMAGE,
-        eoi_token_index=END_OF_IMAGE,
+        image_token_index=spec.image,
+        boi_token_index=spec.begin_of_image,
+        eoi_token_index=spec.end_of_image,
     )
 
 
-def _paligemma_of(text: Any) -> tuple[Any, Any]:
+def _paligemma_of(text: Any, spec: Spec) -> tuple[Any, Any]:
     return tf.PaliGemmaForConditionalGeneration, tf.PaliGemmaConfig(
         text_config=text,
-        vision_config=_siglip(projection_dim=32),
-        projection_dim=32,
-        hidden_size=32,
-        image_token_index=IMAGE,
-        vocab_size=VOCABULARY,
+        vision_config=_siglip(projection_dim=spec.width),
+        projection_dim=spec.width,
+        hidden_size=spec.width,
+        image_token_index=spec.image,
+        vocab_size=spec.vocabulary,
     )
 
 
-def _paligemma() -> tuple[Any, Any]:
-    return _paligemma_of(tf.GemmaConfig(**TEXT, head_dim=8))
+def _paligemma(spec: Spec) -> tuple[Any, Any]:
+    return _paligemma_of(tf.GemmaConfig(**spec.text(head_dim=spec.head)), spec)
 
 
-def _paligemma2() -> tuple[Any, Any]:
-    return _paligemma_of(
-        tf.Gemma2Config(
-            **TEXT,
-            head_dim=8,
-            query_pre_attn_scalar=8,
+def _paligemma2(spec: Spec) -> tuple[Any, Any]:
+    text = tf.Gemma2Config(
+        **spec.text(
+            head_dim=spec.head,
+            query_pre_attn_scalar=spec.head,
             sliding_window=WIDE,
             attn_logit_softcapping=5.0,
             final_logit_softcapping=10.0,
         )
     )
+    return _paligemma_of(text, spec)
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
     "llava_clip": _llava_clip,
     "llava_siglip": _llava_siglip,
     "llava_mistral": _llava_mistral,
@@ -214,14 +259,18 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def build(
-    family: str, attention: str | None = None, dtype: torch.dtype = torch.float32, window: int | None = None
+    family: str,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    spec: Spec = Spec(),
 ) -> Any:
     """A model in eval mode.
 
     Args:
         attention: as `attn_implementation`. window: of sliding attention, instead of `WIDE`.
     """
-    kind, config = FAMILIES[family]()
+    kind, config = FAMILIES[family](spec)
     if window is not None:
         assert config.text_config.sliding_window == WIDE
         config.text_config.sliding_window = window

@@ -1,8 +1,7 @@
-"""From samples to model inputs, through any processor that has a chat template.
+"""From samples to model inputs, through any processor that has a chat template, and PaliGemma's that needs none.
 
-Which tokens are the response is known by construction: prompt and full conversation are both rendered by the template and
-tokenised, and what follows their longest common prefix is the response. The stated confidence is told from the answer in
-the same way. Processors replace an image token by many, but always before the response, so positions are counted from
+Which tokens are the response is known by construction: prompt and full conversation are both rendered and tokenised, and
+what follows their longest common prefix is the response. The stated confidence is told from the answer in the same way. Processors replace an image token by many, but always before the response, so positions are counted from
 the end.
 """
 
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from vlm_calibration.data.layout import Side, common_prefix, layout_of
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.records import DataError, Query
@@ -76,10 +76,10 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 class ChatFormat:
-    """Renders conversations with a processor's chat template and tokenises them.
+    """Renders conversations as a processor's model reads them, and tokenises them.
 
     Args:
-        processor: a transformers processor with a chat template.
+        processor: a transformers processor with a chat template, or PaliGemma's.
         prompt: how a question is put to the model.
 
     Raises:
@@ -87,22 +87,13 @@ class ChatFormat:
     """
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
-        if getattr(processor, "chat_template", None) is None:
-            raise DataError(
-                f"{type(processor).__name__} has no chat template: give one as `chat_template.jinja`"
-            )
         self.processor = processor
         self.prompt = prompt
+        self.layout = layout_of(processor)
 
     def render(self, question: str, response: str | None = None) -> str:
         """The conversation as text: up to where the model is to answer, or with the response."""
-        content = [{"type": "image"}, {"type": "text", "text": self.prompt.render(question)}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if response is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
+        return self.layout.render(self.prompt.render(question), response)
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
         """`render` with each of several responses; the template runs once where it inserts text as it is."""
@@ -117,27 +108,28 @@ class ChatFormat:
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered conversations, each image token once."""
-        return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
+        tokenizer = self.processor.tokenizer
+        return tokenizer(texts, add_special_tokens=self.layout.adds_special(texts[0]))["input_ids"]
 
-    def inputs(
-        self, texts: list[str], images: list[Any], side: Literal["left", "right"]
-    ) -> dict[str, torch.Tensor]:
+    def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
         """Padded model inputs of one image and one text each; nothing is ever cut."""
-        batch = self.processor(
-            text=texts,
-            images=[[image] for image in images],
-            padding=True,
-            padding_side=side,
-            truncation=False,
-            add_special_tokens=self._adds_special(texts[0]),
-            return_tensors="pt",
-        )
-        return dict(batch)
+        return self.layout.inputs(texts, images, side)
 
-    def _adds_special(self, text: str) -> bool:
-        # Many templates write the begin-of-sequence token themselves; it must not come twice.
-        bos = self.processor.tokenizer.bos_token
-        return not (bos and text.startswith(bos))
+    def inputs_of(self, samples: Sequence[Sample], texts: list[str], side: Side) -> dict[str, torch.Tensor]:
+        """`inputs` of samples and what is rendered of each.
+
+        Raises:
+            DataError: the processor refuses a sample, which is named.
+        """
+        try:
+            return self.inputs(texts, [s.image for s in samples], side)
+        except ValueError:
+            for sample, text in zip(samples, texts, strict=True):
+                try:
+                    self.inputs([text], [sample.image], side)
+                except ValueError as error:
+                    raise DataError(f"record {sample.query.id!r}: {error}") from error
+            raise
 
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
         """Full text, the token ids of the response, and how many of these belong to the answer.
@@ -174,23 +166,21 @@ class ChatFormat:
         """Refuse a query whose text, or that of other answers to it, would be taken for the image.
 
         Raises:
-            DataError: the question or an answer holds the processor's image token.
+            DataError: the question or an answer holds a token that stands for the image or a piece of it.
         """
-        image_token = getattr(self.processor, "image_token", None)
         texts = [("question", query.question), ("answer", query.answer)]
         for name, text in [*texts, *(("wrong answer", r) for r in responses)]:
-            if image_token and image_token in text:
-                raise DataError(
-                    f"record {query.id!r}: '{name}' holds {image_token!r}, which stands for the image: take it out"
-                )
+            for token in self.image_tokens:
+                if token in text:
+                    raise DataError(
+                        f"record {query.id!r}: '{name}' holds {token!r}, which stands for the image: take it out"
+                    )
 
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    @cached_property
+    def image_tokens(self) -> list[str]:
+        """The image's token in a text and, where it is another (Gemma 3), the one that it is replaced by."""
+        tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
+        return [token for token in dict.fromkeys(tokens) if token]
 
 
 class SFTCollator:
@@ -208,7 +198,7 @@ class SFTCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
         spans = [self.chat.response_spans(s) for s in samples]
-        inputs = self.chat.inputs([text for text, _, _ in spans], [s.image for s in samples], "right")
+        inputs = self.chat.inputs_of(samples, [text for text, _, _ in spans], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         fit, skipped = fitting(samples, lengths, self.max_length, self.on_too_long)
         if skipped:
@@ -223,6 +213,8 @@ class SFTCollator:
                     f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text behind "
                     "the image, so the response's tokens cannot be told from the prompt's"
                 )
+            if self.chat.layout.response_type is not None:
+                inputs["token_type_ids"][row, start:length] = self.chat.layout.response_type
             kept = self.chat.through_end(response, answer_length)
             labels[row, start : start + kept] = ids[:kept]
             stated[row, start + answer_length : start + kept] = True
@@ -273,7 +265,7 @@ class PromptCollator:
             self.chat.check(sample.query)
         texts = [self.chat.render(s.query.question) for s in samples]
         return PromptBatch(
-            self.chat.inputs(texts, [s.image for s in samples], "left"),
+            self.chat.inputs_of(samples, texts, "left"),
             tuple(s.query for s in samples),
             tuple(s.step for s in samples),
             tuple(s.confidence for s in samples),

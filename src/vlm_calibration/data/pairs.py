@@ -21,10 +21,10 @@ from vlm_calibration.data.collate import (
     PromptBatch,
     PromptCollator,
     TooLong,
-    common_prefix,
     fitting,
     move,
 )
+from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.data.noise import Sample, query_rng
 from vlm_calibration.perturbation.levels import Levels
 from vlm_calibration.records import DataError, Query
@@ -175,7 +175,7 @@ class PairCollator:
     def __call__(self, samples: Sequence[Sample]) -> PairBatch:
         found = [self._of_sample(s) for s in samples]
         prompts = [self.chat.render(s.query.question) for s in samples]
-        inputs = self.chat.inputs(prompts, [s.image for s in samples], "right")
+        inputs = self.chat.inputs_of(samples, prompts, "right")
         cut = torch.tensor([n for n, _ in found])
         lengths = inputs["attention_mask"].sum(dim=1) - cut
         longest = [

@@ -1,0 +1,352 @@
+"""Real processors of the families that the project supports, with tokenizers trained on the spot, and tiny models for them.
+
+Templates and special tokens are those of the published checkpoints, as far as a question about one image goes; image sizes
+are a few pixels. They differ in what the demo's processor does not show: images of unlike size in one batch with unlike
+numbers of tokens, pixel values without a batch dimension, tiles, a template that writes the begin-of-sequence token, one
+that leaves a turn open, one that asks for an answer in other words than it gives one, and no template at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from vlm_calibration.text.confidence import render_response
+
+from . import families
+from .families import PINPOINTS, Spec
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and system %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ '\n' + part['text'] }}{% endgeneration %}"
+    "{% else %}{{ '\n' + part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WIDTH = 64
+"""Of the language models: what nf4 needs."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A processor and what is particular about it.
+
+    image_token: the one that stands for a piece of the image. end: the end of a turn. varies: whether the number of image
+    tokens depends on the image. projects: whether there are linear layers between tower and language model.
+    """
+
+    name: str
+    processor: Any
+    spec: Spec
+    image_token: str
+    end: str
+    varies: bool = True
+    projects: bool = True
+
+    def model(self, **settings: Any) -> Any:
+        """A random model for the processor; as `families.build`."""
+        return families.build(self.name, spec=self.spec, **settings)
+
+    def save(self, folder: Path, **settings: Any) -> str:
+        """Write model and processor, as a checkpoint on the Hub holds them; settings as for `model`."""
+        self.model(**settings).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return str(folder)
+
+
+def _tokenizer(
+    special: Sequence[str],
+    named: dict[str, str],
+    *,
+    words: str = "byte-level",
+    adds_begin: bool = False,
+    own: dict[str, str] | None = None,
+) -> Any:
+    """A tokenizer that splits numbers into digits.
+
+    Args:
+        special: all special tokens. named: which of them is "pad_token" and so on. own: the same for names of the family.
+        words: "byte-level" as in Qwen; spaces as a mark on the word behind them, at the begin of a text too ("llama") or
+            only where there is one ("gemma").
+    """
+    texts = [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    if words == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        split, alphabet = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.ByteLevel.alphabet(),
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        scheme = {"llama": "first", "gemma": "never"}[words]
+        special = ["<unk>", *special]
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        split = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        alphabet = ["\n", "▁", *map(chr, range(33, 127))]
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, digits])
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + len(alphabet) + 80,
+        special_tokens=list(special),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if adds_begin:
+        begin = named["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A",
+            pair=f"{begin} $A $B:1",
+            special_tokens=[(begin, tokenizer.token_to_id(begin))],
+        )
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named, extra_special_tokens=own or {})
+
+
+def _spec(tokenizer: Any, image: str, **named: str) -> Spec:
+    ids = tokenizer.convert_tokens_to_ids
+    begin = tokenizer.bos_token_id
+    return Spec(
+        width=WIDTH,
+        vocabulary=len(tokenizer),
+        image=ids(image),
+        pad=tokenizer.pad_token_id,
+        begin=begin,
+        **{"end": tokenizer.eos_token_id, **{name: ids(token) for name, token in named.items()}},
+    )
+
+
+def _qwen(name: str, processor: Any, images: Any, videos: Any, system: bool = True) -> Family:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    made = processor(
+        image_processor=images(patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}),
+        tokenizer=tokenizer,
+        video_processor=videos(patch_size=4),
+        chat_template=QWEN_TEMPLATE.replace("and system", "" if system else "and false"),
+    )
+    spec = _spec(
+        tokenizer,
+        "<|image_pad|>",
+        video="<|video_pad|>",
+        begin_of_image="<|vision_start|>",
+        end_of_image="<|vision_end|>",
+    )
+    return Family(name, made, spec, "<|image_pad|>", "<|im_end|>")
+
+
+def _qwen2_vl() -> Family:
+    return _qwen("qwen2_vl", tf.Qwen2VLProcessor, tf.Qwen2VLImageProcessor, tf.Qwen2VLVideoProcessor)
+
+
+def _qwen2_5_vl() -> Family:
+    return _qwen("qwen2_5_vl", tf.Qwen2_5_VLProcessor, tf.Qwen2VLImageProcessor, tf.Qwen2VLVideoProcessor)
+
+
+def _qwen3_vl() -> Family:
+    videos = tf.Qwen3VLVideoProcessor
+    return _qwen("qwen3_vl", tf.Qwen3VLProcessor, tf.Qwen2VLImageProcessor, videos, system=False)
+
+
+def _idefics(name: str, make: Callable[[Any], Any]) -> Family:
+    tiles = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
+    special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>"]
+    special += ["<fake_token_around_image>", "<image>", "<global-img>", *tiles]
+    named = {"bos_token": "<|im_start|>", "pad_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}
+    tokenizer = _tokenizer(special, named)
+    return Family(name, make(tokenizer), _spec(tokenizer, "<image>"), "<image>", "<end_of_utterance>")
+
+
+IDEFICS_SIZES = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 16}}
+
+
+def _idefics3() -> Family:
+    return _idefics(
+        "idefics3",
+        lambda tokenizer: tf.Idefics3Processor(
+            image_processor=tf.Idefics3ImageProcessor(**IDEFICS_SIZES),
+            tokenizer=tokenizer,
+            image_seq_len=4,
+            chat_template=SMOLVLM_TEMPLATE,
+        ),
+    )
+
+
+def _smolvlm() -> Family:
+    return _idefics(
+        "smolvlm",
+        lambda tokenizer: tf.SmolVLMProcessor(
+            image_processor=tf.SmolVLMImageProcessor(**IDEFICS_SIZES),
+            tokenizer=tokenizer,
+            video_processor=tf.SmolVLMVideoProcessor(**IDEFICS_SIZES),
+            image_seq_len=4,
+            chat_template=SMOLVLM_TEMPLATE,
+        ),
+    )
+
+
+def _internvl() -> Family:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    own = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    tokenizer = _tokenizer(special, named, own=own)
+    size = {"height": 16, "width": 16}
+    processor = tf.InternVLProcessor(
+        image_processor=tf.GotOcr2ImageProcessor(size=size, max_patches=6),
+        tokenizer=tokenizer,
+        video_processor=tf.InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    return Family("internvl", processor, _spec(tokenizer, "<IMG_CONTEXT>"), "<IMG_CONTEXT>", "<|im_end|>")
+
+
+def _llava() -> Family:
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = _tokenizer(["<s>", "</s>", "<image>", "<pad>"], named, words="llama", adds_begin=True)
+    size = {"height": 16, "width": 16}
+    processor = tf.LlavaProcessor(
+        image_processor=tf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return Family("llava_clip", processor, _spec(tokenizer, "<image>"), "<image>", "</s>", varies=False)
+
+
+def _llava_onevision() -> Family:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    size = {"height": 16, "width": 16}
+    processor = tf.LlavaOnevisionProcessor(
+        image_processor=tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        tokenizer=tokenizer,
+        video_processor=tf.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+    )
+    spec = _spec(tokenizer, "<image>", video="<video>")
+    return Family("llava_onevision", processor, spec, "<image>", "<|im_end|>")
+
+
+def _gemma3() -> Family:
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    own = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    tokenizer = _tokenizer([*special, *own.values()], named, words="gemma", adds_begin=True, own=own)
+    processor = tf.Gemma3Processor(
+        image_processor=tf.Gemma3ImageProcessor(size={"height": 16, "width": 16}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=GEMMA_TEMPLATE,
+    )
+    spec = _spec(
+        tokenizer,
+        "<image_soft_token>",
+        begin_of_image="<start_of_image>",
+        end_of_image="<end_of_image>",
+        end="<end_of_turn>",
+    )
+    return Family(
+        "gemma3", processor, spec, "<image_soft_token>", "<end_of_turn>", varies=False, projects=False
+    )
+
+
+def _paligemma2() -> Family:
+    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    tokenizer = _tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<image>"],
+        named,
+        words="gemma",
+        adds_begin=True,
+        own={"image_token": "<image>"},
+    )
+    image_processor = tf.SiglipImageProcessor(size={"height": 16, "width": 16})
+    image_processor.image_seq_length = 16
+    processor = tf.PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    return Family("paligemma2", processor, _spec(tokenizer, "<image>"), "<image>", "<eos>", varies=False)
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "smolvlm": _smolvlm,
+    "idefics3": _idefics3,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "llava_clip": _llava,
+    "llava_onevision": _llava_onevision,
+    "gemma3": _gemma3,
+    "paligemma2": _paligemma2,
+}
+
+
+@cache
+def made(name: str) -> Family:
+    """A family by name, made once; SmolVLM's processor needs a package that spells out numbers, for its videos."""
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+    return FAMILIES[name]()

@@ -1,0 +1,155 @@
+"""Short runs of a family through both stages, on four records about images of unlike size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_calibration.data.collate import PromptCollator, SFTCollator
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.pairs import PairPolicy
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.loading import BaseModel, Quantization
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.sft import SFTModule
+
+from .processors import Family
+
+SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
+"""(height, width) of the images of a batch."""
+NOISE = NoisePolicy(
+    levels=LinearLevels(n_levels=3), level_weights=[0.0, 1.0, 0.0], distractor_probability=0.0
+)
+"""Half of the evidence is left, so that every response states 50%."""
+LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
+
+
+def write_records(folder: Path) -> str:
+    """Write four records of unlike images, questions and answers; returns the path of their JSONL file."""
+    rng = np.random.default_rng(0)
+    texts = (
+        ("A dog?", "Yes", "yes_no"),
+        ("What is at the very top left?", "umbrella", "short"),
+        ("Do you see a cup?", "No", "yes_no"),
+        ("Say in a few words what this is.", "a cat, or two", "open"),
+    )
+    keys = ("id", "image", "question", "answer", "answer_type", "regions")
+    lines = []
+    for i, (text, (height, width)) in enumerate(zip(texts, SIZES, strict=True)):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        region = {"label": "it", "box": [2, 2, width - 2, height - 2]}
+        lines.append(json.dumps(dict(zip(keys, (f"q{i}", f"{i}.png", *text, [region]), strict=True))))
+    path = folder / "queries.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+class Watch(L.Callback):
+    """Keeps the loss of every step, the first gradients, and all parameters as they were before."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.before: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.gradients:
+            named = pl_module.named_parameters()
+            self.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> PerturbedQueryDataModule:
+    """All records in one batch, noised at the resolution of the model."""
+    source = JsonlSource(records)
+    return PerturbedQueryDataModule(
+        folder, train=source, noise=NOISE, pairs=pairs, batch_size=len(SIZES), workers=0
+    )
+
+
+def fit(module: L.LightningModule, data: PerturbedQueryDataModule, steps: int) -> Watch:
+    """Train for so many steps."""
+    watch = Watch()
+    L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[watch],
+        max_steps=steps,
+    ).fit(module, datamodule=data)
+    return watch
+
+
+@dataclass
+class Run:
+    """A family's way through both stages. watched: each stage's training. adapters: folders of what each stage saved."""
+
+    family: Family
+    base: BaseModel
+    data: PerturbedQueryDataModule
+    sft: SFTModule
+    dpo: DPOModule
+    watched: dict[str, Watch]
+    adapters: dict[str, str]
+    batches: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        """How far log-likelihoods may lie apart that are computed in another way.
+
+        Which features LLM.int8() takes for outliers depends on what else is in the batch.
+        """
+        return 0.05 if self.base.quantization == "int8" else 1e-4
+
+    @property
+    def samples(self) -> list[Sample]:
+        dataset = self.data.train_dataloader().dataset
+        return [dataset[0, i] for i in range(len(SIZES))]
+
+    def batch(self, kind: Literal["sft", "pairs", "prompts"]) -> Any:
+        """The records as the collators of training and of generation make them."""
+        if kind not in self.batches:
+            collators = {
+                "sft": SFTCollator(self.data.chat, self.data.max_length),
+                "pairs": self.data.pair_collator,
+                "prompts": PromptCollator(self.data.chat),
+            }
+            self.batches[kind] = collators[kind](self.samples)  # type: ignore[operator]
+        return self.batches[kind]
+
+
+def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
+    """SFT, and DPO from its adapter; both adapters are saved."""
+    base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
+    watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
+    torch.manual_seed(0)
+    sft = SFTModule(base, LORA, OptimizerSettings(lr=2e-2, warmup_fraction=0.0))
+    watched["sft"] = fit(sft, data_of(base.name_or_path, records), 28)
+    sft.model.save_pretrained(adapters["sft"])
+    data = data_of(base.name_or_path, records, PairPolicy(target="level"))
+    dpo = DPOModule(base, adapters["sft"], optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0))
+    watched["dpo"] = fit(dpo, data, 2)
+    dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
+    dpo.model.eval()
+    return Run(family, base, data, sft, dpo, watched, adapters)

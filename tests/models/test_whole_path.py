@@ -1,0 +1,325 @@
+"""Every family through the whole path: collate, SFT, DPO from the SFT adapter, answer, save, load again without this package.
+
+Each with a real processor and a tiny random model, in full precision and with its language model quantised.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from vlm_calibration.data.collate import IGNORE, SFTBatch
+from vlm_calibration.data.pairs import PairPolicy
+from vlm_calibration.data.resolution import model_resolution
+from vlm_calibration.losses.sequence import token_log_likelihood
+from vlm_calibration.models import shared_prefix
+from vlm_calibration.models.adapters import using_adapter
+from vlm_calibration.models.forward import base_of, labelled_logits
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel, Quantization
+from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.text.confidence import render_response
+
+from .families import randomize_adapters
+from .processors import FAMILIES, made
+from .runs import LORA, SIZES, Run, data_of, fit, run_through, write_records
+
+OLDER = ("idefics3", "qwen2_vl")
+"""Much like others, so in full precision only."""
+CASES: list[tuple[str, Quantization]] = [
+    *((name, "none") for name in FAMILIES),
+    *((name, "nf4") for name in FAMILIES if name not in OLDER),
+    ("qwen2_5_vl", "int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    name, quantization = request.param
+    return run_through(made(name), quantization, records, tmp_path_factory.mktemp(name))
+
+
+def _lora(parameters: Iterable[str], adapter: str = "default") -> set[str]:
+    return {n for n in parameters if ".lora_" in n and f".{adapter}." in n}
+
+
+# --- What a step sees ---------------------------------------------------------------------------------------------
+
+
+def test_labels_are_the_response_and_its_end(run: Run) -> None:
+    batch: SFTBatch = run.batch("sft")
+    tokenizer = run.data.processor.tokenizer
+    for query, labels in zip(batch.queries, batch.labels, strict=True):
+        said = tokenizer.decode(labels[labels != IGNORE]).lstrip()
+        assert said == render_response(query.answer, 0.5) + run.family.end
+
+
+def test_images_differ_in_size_within_the_batch(run: Run) -> None:
+    ids = run.batch("sft").inputs["input_ids"]
+    image_tokens = (ids == run.family.spec.image).sum(dim=1).tolist()
+    assert (len(set(image_tokens)) > 1) == run.family.varies
+    assert min(image_tokens) > 0
+
+
+def test_noise_is_at_the_resolution_of_the_model(run: Run) -> None:
+    image_processor = run.data.processor.image_processor
+    for sample, size in zip(run.samples, SIZES, strict=True):
+        assert sample.image.shape[:2] == model_resolution(image_processor, *size)
+        assert sample.confidence == 0.5
+
+
+# --- Both stages --------------------------------------------------------------------------------------------------
+
+
+def test_sft_learns(run: Run) -> None:
+    watch = run.watched["sft"]
+    assert watch.losses[-1] < 0.6 * watch.losses[0]
+    trained = {n for n, p in run.sft.named_parameters() if p.requires_grad}
+    assert set(watch.gradients) == trained == _lora(watch.before)
+    assert len(trained) == 2 * 2 * 7, "A and B in seven linear layers of each of two layers"
+    for name, gradient in watch.gradients.items():
+        assert gradient.isfinite().all(), name
+        assert (gradient.abs().max() > 0) == ("lora_B" in name), name  # as long as B is zero
+    for name, parameter in run.sft.named_parameters():
+        assert torch.equal(parameter, watch.before[name]) == (name not in trained), name
+
+
+def test_dpo_goes_on_from_the_sft_adapter(run: Run) -> None:
+    watch = run.watched["dpo"]
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are alike at first"
+    assert watch.losses[1] < watch.losses[0]
+    trained, reference = _lora(watch.before), _lora(watch.before, "reference")
+    assert set(watch.gradients) == trained
+    sft = dict(run.sft.named_parameters())
+    for name in trained:
+        assert torch.equal(watch.before[name], sft[name])
+        assert watch.gradients[name].isfinite().all(), name
+        assert watch.gradients[name].abs().max() > 0, name
+    assert {n.replace(".reference.", ".default.") for n in reference} == trained
+    for name, parameter in run.dpo.named_parameters():
+        assert torch.equal(parameter, watch.before[name]) == (name not in trained), name
+
+
+def test_only_the_language_model_is_quantised(run: Run) -> None:
+    kinds = {"none": nn.Linear, "nf4": Linear4bit, "int8": Linear8bitLt}
+    model = base_of(run.dpo.model)
+    decoder = {id(m) for m in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            assert type(module) is (kinds[run.base.quantization] if id(module) in decoder else nn.Linear), (
+                name
+            )
+
+
+@pytest.mark.parametrize("scoring", ["shared", "plain"])
+def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> None:
+    """SFT by the whole conversation, DPO by a prompt with candidates behind it."""
+    batch, pairs = run.batch("sft"), run.batch("pairs")
+    with torch.no_grad():
+        found = labelled_logits(run.dpo.model, batch.inputs, batch.labels)
+        tokens = [[c.tokens for c in row] for row in pairs.candidates]
+        prompts = Prompts(pairs.inputs, pairs.lengths)
+        scores = score_responses(run.dpo.model, prompts, tokens, scoring)
+    likelihood = token_log_likelihood(found.logits, found.targets)
+    for row, candidates in enumerate(pairs.candidates):
+        k = [c.confidence for c in candidates].index(0.5)
+        expected = likelihood[found.rows == row]
+        assert torch.allclose(scores.log_likelihood[row, k, : len(expected)], expected, atol=run.tolerance)
+    assert why_not_shared(run.dpo.model, 1000) is None
+
+
+# --- Answers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_answers_as_it_learnt(run: Run) -> None:
+    prompts, tokenizer = run.batch("prompts"), run.data.processor.tokenizer
+    predictions = answer_batch(run.dpo.model, prompts, tokenizer, 16)
+    assert [p.id for p in predictions] == ["q0", "q1", "q2", "q3"]
+    assert [p.noise_step for p in predictions] == [500] * 4
+    for number, answer in ((0, "Yes"), (2, "No")):
+        assert predictions[number].text == f"{answer}. Confidence: 50%", "and there it stops"
+        assert predictions[number].correct
+        assert predictions[number].confidence == 0.5
+
+
+def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
+    """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
+    prompts, pairs = run.batch("prompts"), run.batch("pairs")
+    output = run.dpo.model.generate(
+        **prompts.inputs,
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    answers = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
+    stated = torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    with torch.no_grad():
+        asked = Prompts(pairs.inputs, pairs.lengths)
+        found = score_responses(run.dpo.model, asked, [[a] for a in answers.tolist()])
+    assert torch.allclose(found.log_likelihood[:, 0], stated, atol=run.tolerance)
+
+
+# --- Served elsewhere ---------------------------------------------------------------------------------------------
+
+FRESH = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+torch.set_num_threads(1)
+for line in sys.stdin:
+    job = json.loads(line)
+    settings = job["quantization"] and BitsAndBytesConfig.from_dict(job["quantization"])
+    model = AutoModelForImageTextToText.from_pretrained(
+        job["base"], dtype=torch.float32, quantization_config=settings or None
+    )
+    for module in model.modules():  # bitsandbytes computes in bfloat16 on some CPUs unless told not to
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    inputs, logits = torch.load(job["inputs"], weights_only=True), {}
+    for name, folder in job["adapters"].items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name).eval()
+        model.set_adapter(name)
+        with torch.no_grad():
+            logits[name] = model(**inputs).logits[:, -1]
+    torch.save(logits, job["logits"])
+    assert not [name for name in sys.modules if name.startswith(("vlm_calibration", "lightning"))]
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Run], dict[str, Tensor]]]:
+    """Logits behind prompts, of each adapter, in a process with transformers and peft and nothing of this package."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    process = subprocess.Popen(
+        [sys.executable, "-c", FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def logits(run: Run) -> dict[str, Tensor]:
+        torch.save(run.batch("prompts").inputs, folder / "inputs.pt")
+        settings = getattr(base_of(run.dpo.model).config, "quantization_config", None)
+        job = {
+            "base": run.base.name_or_path,
+            "adapters": run.adapters,
+            "quantization": settings and settings.to_dict(),
+            **{name: str(folder / f"{name}.pt") for name in ("inputs", "logits")},
+        }
+        stdin.write(json.dumps(job) + "\n")
+        stdin.flush()
+        assert stdout.readline() == "done\n"
+        return torch.load(folder / "logits.pt", weights_only=True)
+
+    yield logits
+    process.kill()
+    process.wait()
+
+
+def test_a_fresh_process_with_transformers_and_peft_gives_the_same_logits(
+    run: Run, elsewhere: Callable[[Run], dict[str, Tensor]]
+) -> None:
+    inputs, model, ours = run.batch("prompts").inputs, run.dpo.model, {}
+    for name, adapter in (("sft", "reference"), ("dpo", "default"), ("base", None)):
+        with torch.no_grad(), using_adapter(model, adapter):
+            ours[name] = model(**inputs).logits[:, -1]
+    theirs = elsewhere(run)
+    assert list(theirs) == ["sft", "dpo"]
+    for name, logits in theirs.items():
+        assert torch.allclose(logits, ours[name], atol=1e-4)
+        assert not torch.allclose(logits, ours["base"], atol=0.5)
+    assert not torch.allclose(ours["sft"], ours["dpo"], atol=1e-2)
+
+
+# --- Gradients ----------------------------------------------------------------------------------------------------
+
+
+def _adapted(run: Run, gradient_checkpointing: bool = False) -> SFTModule:
+    """The base model with a random adapter, in training."""
+    module = SFTModule(run.base, LORA, gradient_checkpointing=gradient_checkpointing)
+    module.configure_model()
+    randomize_adapters(module.model)
+    return module
+
+
+def _gradients(module: SFTModule, batch: SFTBatch) -> dict[str, Tensor]:
+    module.zero_grad(set_to_none=True)
+    found = labelled_logits(module.model, batch.inputs, batch.labels)
+    (-token_log_likelihood(found.logits, found.targets).mean()).backward()
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    assert len(gradients) == 2 * 2 * 7
+    assert all(g.abs().max() > 0 for g in gradients.values())
+    return gradients
+
+
+def _assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        atol = 1e-5 * float(gradient.abs().max())
+        assert torch.allclose(found[name], gradient, atol=atol, rtol=0), name
+
+
+def test_gradients_are_as_before_after_a_pass_in_eval_mode(run: Run) -> None:
+    """As validation between steps has it; on some CPUs bitsandbytes repacks weights for it, unless it is kept from that."""
+    module, batch = _adapted(run), run.batch("sft")
+    before = _gradients(module, batch)
+    module.model.eval()
+    generate_texts(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
+    module.model.train()
+    _assert_alike(_gradients(module, batch), before)
+
+
+def test_gradients_are_the_same_under_checkpointing(run: Run) -> None:
+    batch = run.batch("sft")
+    module = _adapted(run, gradient_checkpointing=True)
+    passes: list[int] = []
+    layer = base_of(module.model).get_decoder().layers[0].self_attn
+    layer.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = _gradients(module, batch)
+    assert len(passes) == 2, "once more in the backward pass"
+    _assert_alike(found, _gradients(_adapted(run), batch))
+
+
+# --- Where the prefix cannot be shared ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+def test_a_window_shorter_than_a_row_is_said_once_in_both_of_two_trainings(
+    name: str, records: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "_said", set())  # as in a process of its own
+    base = BaseModel(made(name).save(tmp_path, window=8), dtype="float32")
+    caplog.set_level(logging.INFO)
+    for n_rejected in (1, 2):  # rows of other lengths
+        policy = PairPolicy(target="level", rejected="far", n_rejected=n_rejected)
+        module = DPOModule(base, lora=LORA, reference="base")
+        watch = fit(module, data_of(base.name_or_path, records, policy), 3)
+        assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+        assert watch.losses[-1] < watch.losses[0]
+    said = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]
+    assert len(said) == 1
+    assert "longer than the attention window of 8" in said[0]
