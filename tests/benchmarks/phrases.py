@@ -88,12 +88,18 @@ def print_misses(part: str) -> None:
         if pair.part == part and (
             set(described.objects) != set(pair.objects) or set(described.absent) != set(pair.absent)
         ):
-            print(f"{pair.question} | {pair.answer}\n  found    {described}\n  labelled {pair.objects} {pair.absent}")
+            print(
+                f"{pair.question} | {pair.answer}\n  found    {described}\n  labelled {pair.objects} {pair.absent}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--misses", nargs="?", const=PARTS[0], choices=PARTS, help="list the pairs that went wrong")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--misses", nargs="?", const=PARTS[0], choices=PARTS, help="list the pairs that went wrong"
+    )
     args = parser.parse_args()
     print("| part | | precision | recall | pairs without error |\n|---|---|---|---|---|")
     for part in PARTS:

@@ -35,7 +35,7 @@ class Describer(ABC):
             raise DataError(f"max_phrases must be at least 1, found {max_phrases}")
         self.max_phrases = max_phrases
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device) -> None:  # noqa: B027  (nothing to load is the rule)
         """Load what describing takes onto this device; a describer by rules loads nothing."""
 
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.tagger import NounPhrase, Word, noun_phrases, tag
@@ -19,7 +20,9 @@ _EXISTENCE = re.compile(
     r"|(?:can|could|do|did) (?:you|we|i) (?:see|spot|find|notice|observe|detect|identify)\b"
     r"|(?:does|do|did) (?:the|this|that) (?:image|picture|photo|photograph|scene)s? (?:show|contain|have|include|feature|depict)\b"
 )
-_COUNTED = re.compile(r"(?:only|exactly|more|fewer|less|at least|at most|\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
+_COUNTED = re.compile(
+    r"(?:only|exactly|more|fewer|less|at least|at most|\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+)
 _READS_TEXT = re.compile(
     r"\b(?:say|says|read|reads|written|spell|spells|spelled)\b|\b(?:brand|name|word|letter|number|text|logo|title)s?\b"
 )
@@ -77,9 +80,7 @@ def _choose(question: str, answer: str) -> tuple[str, str]:
     else:
         return question, answer
     parts = _OPTION.split(listing)
-    options = {
-        (parts[i] or parts[i + 1]): parts[i + 2].strip(" .;,\n") for i in range(1, len(parts) - 2, 3)
-    }
+    options = {(parts[i] or parts[i + 1]): parts[i + 2].strip(" .;,\n") for i in range(1, len(parts) - 2, 3)}
     return question, options.get(answer.strip("(). "), answer)
 
 
@@ -165,7 +166,7 @@ def _settled(
     if not yes_no:
         alternatives = {
             p.first
-            for left, right in zip(asked, asked[1:], strict=False)
+            for left, right in pairwise(asked)
             if "or" in [w.text for w in words[left.last : right.first]]
             for p in (left, right)
         }

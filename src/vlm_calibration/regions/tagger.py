@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from vlm_calibration.records import DataError
 
-_WORD = re.compile(r"n't\b|['’]s?\b|[^\W\d_]+(?:-[^\W\d_]+)*?(?=n't\b)|[^\W\d_]+(?:-[^\W\d_]+)*|\d+(?::\d+)?|[^\w\s]")
+_WORD = re.compile(
+    r"n't\b|['’]s?\b|[^\W\d_]+(?:-[^\W\d_]+)*?(?=n't\b)|[^\W\d_]+(?:-[^\W\d_]+)*|\d+(?::\d+)?|[^\w\s]"
+)
 _NOUN, _ADJECTIVE, _PARTICIPLE = ("NN", "NP"), ("AJ", "ORD"), ("VVN", "VVD", "VVG")
 _OPENS = ("AT", "DPS", "DT", "CRD", "AJ", "PRP", "PRF", "CJ", "POS", "PU")
 """Tags of the words behind which a participle describes the noun that follows: "the stuffed animals"."""
@@ -70,7 +72,7 @@ def tag(text: str) -> tuple[Word, ...]:
     words = _WORD.findall(text)
     # Where a sentence begins, a capital would make a name of any noun.
     for i, word in enumerate(words):
-        if (i == 0 or words[i - 1] in ".!?:\"“(") and word[1:].islower():
+        if (i == 0 or words[i - 1] in '.!?:"“(') and word[1:].islower():
             words[i] = word.lower()
     if not words:
         return ()

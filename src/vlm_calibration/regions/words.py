@@ -36,7 +36,9 @@ PICTURE = _with_plurals(
 )
 """The picture itself, and places within it."""
 
-COLOURS = _words("black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold")
+COLOURS = _words(
+    "black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold"
+)
 """Tagged as nouns where they stand alone. "Orange" is left out, being a fruit as well."""
 
 NO_THING = (

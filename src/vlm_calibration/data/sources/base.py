@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, overload
 
-from vlm_calibration.records import LoadedImage, Query
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.regions.rle import region_to_mask
 from vlm_calibration.text.grading import grade
+
+OnBadRecord = Literal["raise", "skip"]
+MAX_NAMED = 5
 
 
 def opposite(query: Query) -> tuple[str, ...]:
@@ -14,6 +22,76 @@ def opposite(query: Query) -> tuple[str, ...]:
     if query.answer_type != "yes_no":
         return ()
     return ("No",) if grade("Yes", query.answer, "yes_no", ()).correct else ("Yes",)
+
+
+def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
+    """An image, uint8 [H, W, 3], with the masks of its query's regions.
+
+    Raises:
+        RecordError: a region does not fit the image.
+    """
+    height, width = image.shape[:2]
+    masks = [(r.label, region_to_mask(r, height, width)) for r in query.regions]
+    return LoadedImage(
+        image,
+        tuple(m for label, m in masks if query.is_evidence(label)),
+        tuple(m for label, m in masks if not query.is_evidence(label)),
+    )
+
+
+class BadRecords:
+    """What is wrong with the records of a source that cannot be used.
+
+    Args:
+        policy: "raise" stops at the first one, "skip" collects them.
+    """
+
+    def __init__(self, policy: OnBadRecord) -> None:
+        self.policy = policy
+        self.messages: list[str] = []
+
+    def add(self, message: str, cause: Exception | None = None) -> None:
+        """Note a record that is left out.
+
+        Raises:
+            DataError: under "raise".
+        """
+        if self.policy == "raise":
+            raise DataError(message) from cause
+        self.messages.append(message)
+
+    def report(self, kept: int) -> None:
+        """Warn of those that were left out; `kept` others were not."""
+        if self.messages:
+            shown = "; ".join(self.messages[:MAX_NAMED])
+            rank_zero_warn(f"left out {len(self.messages)} of {len(self.messages) + kept} records: {shown}")
+
+
+class LazyQueries(Sequence[Query]):
+    """Queries that are made when they are asked for, so that a million of them take no memory.
+
+    Args:
+        length: how many there are. make: the query at an index from 0 to `length` - 1.
+    """
+
+    def __init__(self, length: int, make: Callable[[int], Query]) -> None:
+        self._length = length
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Query: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Query]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._length))]
+        return self._make(range(self._length)[index])
+
+    def __iter__(self) -> Iterator[Query]:
+        return map(self._make, range(self._length))
 
 
 class QuerySource(ABC):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.perturbation.images import ImageError, load_image
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
-from vlm_calibration.regions.rle import region_to_mask
 
-MAX_NAMED = 5
+KNOWN_FILES = 100_000
+"""So many names of images that were found to exist are remembered while a file is read."""
 
 
 class JsonlSource(QuerySource):
     """One query as a JSON object on each line; blank lines are passed over.
+
+    Every line is checked when the file is opened; after that only the places of the lines stay in memory, and a query is
+    read from the file when it is asked for.
 
     Args:
         path: the JSONL file.
@@ -28,83 +35,81 @@ class JsonlSource(QuerySource):
             how many and why.
     """
 
-    def __init__(
-        self, path: str, root: str | None = None, on_bad_record: Literal["raise", "skip"] = "raise"
-    ) -> None:
+    def __init__(self, path: str, root: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
         self.path = Path(path)
         self.root = Path(root) if root is not None else self.path.parent
         self.on_bad_record = on_bad_record
-        self._queries: list[Query] | None = None
+        self.images = ImageFolder(self.root)
+        self.bad = BadRecords(on_bad_record)
+        self._places: array[int] | None = None
 
     def queries(self) -> Sequence[Query]:
-        if self._queries is None:
-            self._queries = self._read()
-        return self._queries
+        if self._places is None:
+            self._places = self._check()
+        return LazyQueries(len(self._places), self._query)
 
-    def _read(self) -> list[Query]:
+    def _check(self) -> array[int]:
+        """Where in the file each usable record begins."""
+        self.bad = BadRecords(self.on_bad_record)
         seen: dict[str, int] = {}
-        queries: list[Query] = []
-        bad: list[str] = []
+        files: set[str] = set()
+        places = array("q")
         try:
             lines = self.path.open("rb")
         except OSError as error:
             raise DataError(f"{self.path}: cannot read the queries: {error.strerror}") from error
         with lines:
+            place = 0
             for number, line in enumerate(lines, start=1):
+                begin, place = place, place + len(line)
                 if not line.strip():
                     continue
                 try:
-                    query = self._parse(line)
+                    query = _parse(line)
+                    self._check_image(query, files)
                     if query.id in seen:
                         raise RecordError(f"duplicate id {query.id!r}, first seen on line {seen[query.id]}")
                 except RecordError as error:
-                    message = f"{self.path}:{number}: {error}"
-                    if self.on_bad_record == "raise":
-                        raise DataError(message) from error
-                    bad.append(message)
+                    self.bad.add(f"{self.path}:{number}: {error}", error)
                     continue
                 seen[query.id] = number
-                queries.append(query)
-        if bad:
-            shown = "; ".join(bad[:MAX_NAMED])
-            rank_zero_warn(f"left out {len(bad)} of {len(bad) + len(queries)} records: {shown}")
-        if not queries:
+                places.append(begin)
+        self.bad.report(len(places))
+        if not places:
             raise DataError(f"{self.path}: no usable query in this file")
-        return queries
+        return places
 
-    def _parse(self, line: bytes) -> Query:
+    def _check_image(self, query: Query, files: set[str]) -> None:
+        if query.image in files:
+            return
         try:
-            data = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"not JSON: {error}") from error
-        query = query_from_dict(data)
-        image = self._image_path(query)
-        # Unlike Path.is_file, this takes any name, too long ones included.
-        if not os.path.isfile(image):
-            raise RecordError(f"record {query.id!r}: no such image: {image}")
-        return query
+            self.images.check(query.image)
+        except RecordError as error:
+            raise RecordError(f"record {query.id!r}: {error}") from error
+        if len(files) < KNOWN_FILES:
+            files.add(query.image)
 
-    def _image_path(self, query: Query) -> Path:
-        # Symbolic links count too: what is opened must really lie below the root.
-        root = os.path.realpath(self.root)
-        resolved = os.path.realpath(os.path.join(root, query.image))
-        if os.path.commonpath([root, resolved]) != root:
-            raise RecordError(
-                f"record {query.id!r}: the image path {query.image!r} leaves the data root {self.root}"
-            )
-        return Path(resolved)
+    def _query(self, index: int) -> Query:
+        assert self._places is not None
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._places[index])
+                return _parse(file.readline())
+        except (OSError, RecordError) as error:
+            raise DataError(f"{self.path}: changed while in use, at record {index + 1}: {error}") from error
 
     def load(self, query: Query) -> LoadedImage:
         try:
-            image = load_image(self._image_path(query))
-            height, width = image.shape[:2]
-            masks = [(r.label, region_to_mask(r, height, width)) for r in query.regions]
+            return with_regions(query, self.images.load(query.image))
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
-        return LoadedImage(
-            image,
-            tuple(m for label, m in masks if query.is_evidence(label)),
-            tuple(m for label, m in masks if not query.is_evidence(label)),
-        )
+
+
+def _parse(line: bytes) -> Query:
+    try:
+        data = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not JSON: {error}") from error
+    return query_from_dict(data)
