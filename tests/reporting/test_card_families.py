@@ -1,0 +1,49 @@
+"""The card's program asks as we do, for every family of models: same tokens, same pixels, same reply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.records import Query
+from vlm_calibration.reporting.card import EXAMPLE, Card, snippet
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..models.processors import FAMILIES, made
+
+PROMPT = ElicitationPrompt()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = made(family).processor
+    folder = made(family).save(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    has_template = getattr(processor, "chat_template", None) is not None
+    assert has_template == (family != "paligemma2")
+    card = Card(
+        "org/base",
+        location=folder,
+        merged=True,
+        template=PROMPT.template,
+        has_chat_template=has_template,
+        max_new_tokens=6,
+    )
+    scope: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(card), scope)
+    sample = Sample(Query("q", "x", EXAMPLE, "Yes", "yes_no"), pixels, 1.0, 0)
+    batch = PromptCollator(ChatFormat(processor, PROMPT))([sample])
+    for name, tensor in batch.inputs.items():
+        assert (scope["inputs"][name] == tensor).all(), name
+    model = load_vlm(BaseModel(folder))
+    assert generate_texts(model, batch.inputs, processor.tokenizer, 6) == [scope["reply"].strip()]
