@@ -1,0 +1,242 @@
+"""Queries from Parquet files: what `vlm-calibration predict` writes, and large data of one's own.
+
+The columns are the keys of a query. Images are files below a data root, or embedded in the file, or those of another source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
+from vlm_calibration.data.sources.checks import suspects
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.tables import (
+    EmbeddedImages,
+    is_embedded,
+    parquet_files,
+    read_columns,
+    schema_of,
+)
+from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+
+_TEXT = pa.string()
+REGION = pa.struct(
+    [
+        ("label", _TEXT),
+        ("box", pa.list_(pa.float64())),
+        ("mask", pa.struct([("size", pa.list_(pa.int64())), ("counts", _TEXT)])),
+        ("score", pa.float64()),
+    ]
+)
+"""A region as Parquet holds it."""
+
+REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
+OPTIONAL = {
+    "objects": pa.list_(_TEXT),
+    "regions": pa.list_(REGION),
+    "category": _TEXT,
+    "synonyms": pa.list_(_TEXT),
+}
+NOTES = ("outcome", "rejected", "note")
+"""Columns in which `predict` says how it went; they are no part of a query."""
+REPEATING = ("image", "answer", "answer_type", "category")
+"""Columns in which values repeat."""
+
+
+class ParquetSource(QuerySource):
+    """One query a row; the columns are checked when the file is opened, and then kept as Arrow arrays.
+
+    Args:
+        path: a Parquet file, or a folder of them, which are read in the order of their names.
+        root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
+        images: the source whose images these are, where they are no files of their own: the one that regions were
+            extracted from. Its images go by the names in the column `image`.
+        unpacked: folder that embedded images are unpacked into as they are met; without it each read of an image reads a
+            whole row group.
+        on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
+            how many and why.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        root: str | None = None,
+        images: QuerySource | None = None,
+        unpacked: str | None = None,
+        on_bad_record: OnBadRecord = "raise",
+    ) -> None:
+        self.path = Path(path)
+        self.root = Path(root) if root is not None else self._folder
+        self.images = images
+        self.unpacked = None if unpacked is None else Path(unpacked)
+        self.on_bad_record = on_bad_record
+        self.bad = BadRecords(on_bad_record)
+        self._files = ImageFolder(self.root)
+        self._embedded: EmbeddedImages | None = None
+        self._table: Any = None
+        self._rows: np.ndarray | None = None
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def queries(self) -> Sequence[Query]:
+        if self._rows is None:
+            self._open()
+        assert self._rows is not None
+        return LazyQueries(len(self._rows), self._query)
+
+    def _open(self) -> None:
+        files = parquet_files(self.path)
+        schema = schema_of(files)
+        self._check_columns(schema)
+        columns = [n for n in schema.names if n in REQUIRED | OPTIONAL]
+        if is_embedded(schema.field("image").type):
+            columns.remove("image")
+            self._embedded = EmbeddedImages(files, "image", self.unpacked)
+        repeating = [n for n in REPEATING if n in columns and pa.types.is_string(schema.field(n).type)]
+        self._table = _plainly_typed(read_columns(files, columns, repeating))
+        self._rows = self._usable()
+        self.bad.report(len(self._rows))
+        if not len(self._rows):
+            raise DataError(f"{self.path}: no usable query in this file")
+
+    def _check_columns(self, schema: pa.Schema) -> None:
+        for name in schema.names:
+            if name not in REQUIRED | OPTIONAL and name not in NOTES:
+                known = ", ".join([*REQUIRED, *OPTIONAL])
+                raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {known}")
+        for name, wanted in REQUIRED.items():
+            if name not in schema.names:
+                raise DataError(f"{self.path}: no column {name!r}")
+            kind = schema.field(name).type
+            if not (_is_text(kind) or (name == "image" and is_embedded(kind))):
+                raise DataError(f"{self.path}: the column {name!r} must be of type {wanted}, found {kind}")
+        for name, wanted in OPTIONAL.items():
+            if name in schema.names and not _fits(schema.field(name).type, wanted):
+                found = schema.field(name).type
+                raise DataError(f"{self.path}: the column {name!r} must be of type {wanted}, found {found}")
+
+    def _usable(self) -> np.ndarray:
+        """Numbers of the rows that are queries."""
+        self.bad = BadRecords(self.on_bad_record)
+        missing = self._missing_images()
+        table = self._table
+        doubted = np.union1d(suspects(table), missing)
+        usable = np.ones(table.num_rows, dtype=bool)
+        first: dict[str, int] = {}
+        if len(doubted):
+            first = {value: row for row, value in reversed(list(enumerate(table.column("id").to_pylist())))}
+        for row in map(int, doubted):
+            try:
+                query = self._read(row)
+                if first[query.id] != row:
+                    raise RecordError(f"duplicate id {query.id!r}, first seen in row {first[query.id]}")
+                if self._has_files:
+                    self._check_image(query)
+            except RecordError as error:
+                self.bad.add(f"{self.path}: row {row}: {error}", error)
+                usable[row] = False
+        return np.flatnonzero(usable)
+
+    @property
+    def _has_files(self) -> bool:
+        return self.images is None and self._embedded is None
+
+    def _missing_images(self) -> np.ndarray:
+        """Rows whose image is no file below the root; each name is looked for once."""
+        if not self._has_files:
+            return np.empty(0, dtype=np.int64)
+        column = self._table.column("image")
+        wrong = []
+        for name in column.unique().to_pylist():
+            try:
+                if name is not None and "\0" not in name:
+                    self._files.check(name)
+            except RecordError:
+                wrong.append(name)
+        return (
+            np.flatnonzero([name in wrong for name in column.to_pylist()]) if wrong else np.empty(0, np.int64)
+        )
+
+    def _check_image(self, query: Query) -> None:
+        try:
+            self._files.check(query.image)
+        except RecordError as error:
+            raise RecordError(f"record {query.id!r}: {error}") from error
+
+    def _read(self, row: int) -> Query:
+        [record] = self._table.slice(row, 1).to_pylist()
+        if self._embedded is not None:
+            record["image"] = self._embedded.name(row)
+        record["regions"] = [_region(region) for region in record.get("regions") or ()]
+        return query_from_dict(record)
+
+    def _query(self, index: int) -> Query:
+        assert self._rows is not None
+        try:
+            return self._read(int(self._rows[index]))
+        except RecordError as error:
+            raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
+
+    def load(self, query: Query) -> LoadedImage:
+        try:
+            if self.images is not None:
+                return with_regions(query, self.images.load(query).image)
+            return with_regions(query, (self._embedded or self._files).load(query.image))
+        except (RecordError, ImageError) as error:
+            raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
+
+
+def _plainly_typed(table: pa.Table) -> pa.Table:
+    """Texts and lists of texts in the types that they have in `REQUIRED` and `OPTIONAL`, and no column without a type."""
+    for place, field in reversed(list(enumerate(table.schema))):
+        wanted = REQUIRED.get(field.name) or OPTIONAL[field.name]
+        nothing = pa.types.is_null(field.type) or (
+            field.name == "regions" and pa.types.is_null(field.type.value_type)
+        )
+        if nothing:
+            table = table.remove_column(place)
+        elif field.name != "regions" and not pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(wanted))
+    return table
+
+
+def _region(region: Mapping[str, Any] | None) -> Any:
+    """A region without the keys that Parquet fills with nothing."""
+    if region is None:
+        return None
+    mask = region.get("mask")
+    if mask is not None and all(value is None for value in mask.values()):
+        mask = None
+    return {**region, "mask": mask}
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
+
+
+def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of one type can be read as those of the other; a column of nothing fits any."""
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_list(wanted):
+        return (pa.types.is_list(found) or pa.types.is_large_list(found)) and _fits(
+            found.value_type, wanted.value_type
+        )
+    if pa.types.is_struct(wanted):
+        return pa.types.is_struct(found) and {"label", "box"} <= {field.name for field in found}
+    return _is_text(found)

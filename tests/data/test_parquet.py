@@ -1,0 +1,269 @@
+"""Queries from Parquet: equal to those from JSON lines, bad rows said in the same words, images from three places."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlm_calibration.data.sources.base import with_regions
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.parquet import OPTIONAL, REQUIRED, ParquetSource
+from vlm_calibration.data.sources.tables import EmbeddedImages
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError, RecordError, query_from_dict
+from vlm_calibration.regions.rle import mask_to_rle
+
+SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items()])
+MASK = np.zeros((10, 20), dtype=bool)
+MASK[2:5, 3:6] = True
+REGION = {"label": "dog", "box": [3.0, 2.0, 6.0, 5.0], "mask": mask_to_rle(MASK), "score": 0.5}
+
+Record = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows to `data/NAME`, beside `data/a.png` of 20 x 10 pixels."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (20, 10), "red").save(folder / "a.png")
+
+    def written(
+        rows: list[dict[str, Any]], schema: pa.Schema | None = SCHEMA, name: str = "q.parquet"
+    ) -> Path:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / name, row_group_size=3)
+        return folder / name
+
+    return written
+
+
+def test_the_same_queries_as_from_json_lines(
+    write: Callable[..., Path], record: Record, tmp_path: Path
+) -> None:
+    rows = [
+        record("1"),
+        record("2", objects=["dog", "red cup"], regions=[REGION, {"label": "cat", "box": [0, 0, 5, 5]}]),
+        record("3", category="a/b", synonyms=["yep"], regions=[]),
+    ]
+    path = write(rows)
+    lines = tmp_path / "data" / "q.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours, theirs = ParquetSource(str(path)), JsonlSource(str(lines))
+    assert list(ours.queries()) == list(theirs.queries()) == [query_from_dict(row) for row in rows]
+    assert ours.queries()[-1].id == "3"
+    assert [q.id for q in ours.queries()[:2]] == ["1", "2"]
+    for query in ours.queries():
+        for mine, other in zip(ours.load(query), theirs.load(query), strict=True):
+            assert np.array_equal(mine, other)
+    assert np.array_equal(ours.load(ours.queries()[1]).evidence[0], MASK)
+
+
+def test_types_that_other_writers_choose(write: Callable[..., Path], record: Record) -> None:
+    """Inferred types: a column of nothing, lists of nothing, uncompressed counts, fields in another order."""
+    inferred = [record("1", category=None, objects=[], regions=[]), record("2", category=None, objects=[])]
+    assert [q.objects for q in ParquetSource(str(write(inferred, None))).queries()] == [(), ()]
+    region = {"score": 1, "box": [3, 2, 6, 5], "label": "dog", "mask": {"counts": [0, 200], "size": [10, 20]}}
+    source = ParquetSource(str(write([record("1", regions=[region])], None)))
+    [query] = source.queries()
+    assert source.load(query).evidence[0].all()
+    large = pa.schema([pa.field(n, pa.large_string()) for n in REQUIRED])
+    assert len(ParquetSource(str(write([record("1")], large))).queries()) == 1
+    table = pa.Table.from_pylist([record("1")], schema=pa.schema([*REQUIRED.items()]))
+    path = write([record("1")])
+    pq.write_table(table.set_column(3, "answer", table.column("answer").dictionary_encode()), path)
+    assert ParquetSource(str(path)).queries()[0].answer == "Yes"
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no id": ({"id": None}, "'id' must be a non-empty string"),
+    "a blank question": ({"question": " \n"}, "'question' must be a non-empty string"),
+    "a null character": ({"answer": "a\0"}, "'answer' holds a null character"),
+    "an unknown answer type": ({"answer_type": "boolean"}, "'answer_type' must be one of"),
+    "no answer type": ({"answer_type": None}, "'answer_type' must be one of"),
+    "an empty category": ({"category": ""}, "'category' must be a non-empty string"),
+    "an empty object": ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
+    "a missing object": ({"objects": [None]}, "'objects' must be a list of non-empty strings"),
+    "an empty synonym": ({"synonyms": [""]}, "'synonyms' must be a list of non-empty strings"),
+    "a missing region": ({"regions": [None]}, "'regions'[0] must be an object"),
+    "a region without a label": ({"regions": [{**REGION, "label": None}]}, "'regions'[0] must be an object"),
+    "a box of three numbers": ({"regions": [{**REGION, "box": [0, 0, 1]}]}, "'box' must be four finite"),
+    "no box": ({"regions": [{**REGION, "box": None}]}, "'box' must be four finite"),
+    "a box that is not finite": ({"regions": [{**REGION, "box": [0, 0, float("nan"), 1]}]}, "four finite"),
+    "an empty box": ({"regions": [REGION, {**REGION, "box": [2, 0, 2, 1]}]}, "'box' must have x1 > x0"),
+    "a score above 1": ({"regions": [{**REGION, "score": 1.5}]}, "'score' must be a number in [0, 1]"),
+    "a missing image": ({"image": "none.png"}, "record 'bad': no such image: "),
+    "an image outside": ({"image": "../a.png"}, "leaves the data root"),
+    "no image name": ({"image": None}, "'image' must be a non-empty string"),
+    "an id seen before": ({"id": "one"}, "duplicate id 'one', first seen in row 0"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_bad_row_is_named(write: Callable[..., Path], record: Record, what: str, policy: str) -> None:
+    change, says = BAD[what]
+    path = write([record("one"), record("two"), record("bad", **change), record("three")])
+    source = ParquetSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
+    if policy == "raise":
+        with pytest.raises(DataError) as caught:
+            source.queries()
+        assert str(caught.value).startswith(f"{path}: row 2: ")
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+    else:
+        with pytest.warns(UserWarning, match="left out 1 of 4 records"):
+            assert [q.id for q in source.queries()] == ["one", "two", "three"]
+        assert len(source.bad.messages) == 1
+        assert says in source.bad.messages[0]
+
+
+def test_checks_by_column_find_what_checks_by_record_find(write: Callable[..., Path], record: Record) -> None:
+    """All bad rows together in one file of several row groups, each amid good ones."""
+    changes = [c for c, _ in BAD.values() if "image" not in c and c != {"id": "one"}]
+    rows = [record("one")]
+    for i, change in enumerate(changes):
+        rows += [record(f"bad {i}", **change), record(f"good {i}", regions=[REGION], objects=["dog"])]
+    path = write(rows)
+    expected = []
+    for row in pq.read_table(path).to_pylist():
+        try:
+            query_from_dict(row)
+        except RecordError:
+            continue
+        expected.append(row["id"])
+    with pytest.warns(UserWarning, match="left out"):
+        found = [q.id for q in ParquetSource(str(path), on_bad_record="skip").queries()]
+    assert found == expected
+    assert len(rows) - len(found) == len(changes)
+
+
+def test_a_mask_without_counts_is_named_when_it_is_loaded(write: Callable[..., Path], record: Record) -> None:
+    source = ParquetSource(str(write([record("one", regions=[{**REGION, "mask": {"size": [10, 20]}}])])))
+    with pytest.raises(DataError, match="record 'one': the mask of region 'dog' is not a COCO RLE"):
+        source.load(source.queries()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"colour": pa.string()}, "unknown column 'colour'; a query has the columns id, image"),
+        ({"answer": None}, "no column 'answer'"),
+        ({"id": pa.int64()}, "the column 'id' must be of type string, found int64"),
+        ({"objects": pa.string()}, "the column 'objects' must be of type list<"),
+        ({"regions": pa.list_(pa.string())}, "the column 'regions' must be of type list<"),
+        ({"category": pa.int64()}, "the column 'category' must be of type string"),
+    ],
+)
+def test_a_column_of_another_kind_is_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    fields = {**REQUIRED, **OPTIONAL, **change}
+    schema = pa.schema([(n, kind) for n, kind in fields.items() if kind is not None])
+    pq.write_table(schema.empty_table(), tmp_path / "q.parquet")
+    with pytest.raises(DataError) as caught:
+        ParquetSource(str(tmp_path / "q.parquet")).queries()
+    assert str(caught.value).startswith(f"{tmp_path}/q.parquet: {says}")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, write: Callable[..., Path]) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"no")
+    (tmp_path / "folder").mkdir()
+    empty = write([])
+    for path, says in (
+        (tmp_path / "none.parquet", "no such file"),
+        (tmp_path / "folder", "no *.parquet file in this folder"),
+        (tmp_path / "broken.parquet", "not a Parquet file"),
+        (empty, "no usable query in this file"),
+    ):
+        with pytest.raises(DataError, match=str(path)) as caught:
+            ParquetSource(str(path)).queries()
+        assert says in str(caught.value)
+
+
+def test_a_folder_is_read_in_the_order_of_names(
+    write: Callable[..., Path], record: Record, tmp_path: Path
+) -> None:
+    write([record("3")], name="b.parquet")
+    write([record("1"), record("2")], name="a.parquet")
+    source = ParquetSource(str(tmp_path / "data"))
+    assert [q.id for q in source.queries()] == ["1", "2", "3"]
+    assert source.load(source.queries()[2]).image.shape == (10, 20, 3)
+
+
+def test_a_source_with_its_rows_travels_to_other_processes(
+    write: Callable[..., Path], record: Record
+) -> None:
+    source = ParquetSource(str(write([record("1"), record("2", regions=[REGION])])))
+    before = list(source.queries())
+    again = pickle.loads(pickle.dumps(source))
+    assert list(again.queries()) == before
+    assert again.has_evidence(before[1])
+
+
+def _png(value: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, record: Record) -> Path:
+    """Two files of 7 and 4 rows with images in them, the red of each being its row; row 5 has none."""
+    folder = tmp_path / "embedded"
+    folder.mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([(n, kind if n == "image" else t) for n, t in REQUIRED.items()])
+    rows = [
+        {**record(str(i)), "image": {"bytes": _png(i) if i != 5 else None, "path": None}} for i in range(11)
+    ]
+    for name, part in (("1.parquet", rows[:7]), ("2.parquet", rows[7:])):
+        pq.write_table(pa.Table.from_pylist(part, schema=schema), folder / name, row_group_size=3)
+    return folder
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_images_in_the_file(embedded: Path, tmp_path: Path, unpacked: bool) -> None:
+    place = tmp_path / "unpacked"
+    source = ParquetSource(str(embedded), unpacked=str(place) if unpacked else None)
+    queries = list(source.queries())
+    for _ in range(2):
+        for index in (10, 0, 6, 7, 3, 9):
+            assert (source.load(queries[index]).image[..., 0] == index).all()
+    with pytest.raises(DataError, match="record '5': row-5 holds no image bytes"):
+        source.load(queries[5])
+    if unpacked:
+        [folder] = place.iterdir()
+        assert sorted(p.name for p in folder.iterdir()) == sorted(map(str, {*range(11)} - {5}))
+
+
+def test_unpacked_images_are_read_without_the_file(embedded: Path, tmp_path: Path) -> None:
+    files = sorted(embedded.iterdir())
+    images = EmbeddedImages(files, "image", tmp_path / "unpacked")
+    assert images.load("row-4")[0, 0, 0] == 4
+    images.files = []
+    images._ends, images._groups, images._held = [], [], None
+    assert images.load("row-3")[0, 0, 0] == 3, "of the same row group"
+
+
+def test_images_of_the_source_that_they_came_from(write: Callable[..., Path]) -> None:
+    demo = DemoSource("test", scenes=2)
+    queries = demo.queries()
+    region = {"label": queries[0].objects[0], "box": [1.0, 1.0, 9.0, 9.0]}
+    path = write([{**asdict(q), "regions": [region]} for q in queries])
+    source = ParquetSource(str(path), images=demo)
+    for query, original in zip(source.queries(), queries, strict=True):
+        loaded = source.load(query)
+        image = demo.load(original).image
+        assert np.array_equal(loaded.image, image)
+        wanted = with_regions(query, image)
+        assert len(loaded.evidence) == len(wanted.evidence)
+        assert len(loaded.evidence) + len(loaded.distractors) == 1
