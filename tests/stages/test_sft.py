@@ -184,6 +184,20 @@ def test_gradient_checkpointing_changes_no_gradient(
         assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
 
 
+def test_checkpointing_leaves_a_frozen_tower_out_of_the_graph(
+    model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _module(model_folder, lora=LoraSettings(dropout=0.0), gradient_checkpointing=True)
+    observed = Observed(module, monkeypatch)
+    seen: list[bool] = []
+    module.model.get_base_model().model.vision_tower.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.last_hidden_state.requires_grad)
+    )
+    observed.loss(_batch(data())).backward()
+    assert seen == [False], "neither kept nor computed a second time"
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trained_parameters(module))
+
+
 class Losses(L.Callback):
     """Keeps the loss of each step and the confidence of each query by epoch."""
 

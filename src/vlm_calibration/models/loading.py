@@ -72,17 +72,12 @@ def load_vlm(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedM
     return model
 
 
-def load_for_training(
-    base: BaseModel, gradient_checkpointing: bool, device: torch.device | str = "cpu"
-) -> PreTrainedModel:
+def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the model to train an adapter on: a quantised one prepared by peft (what is not quantised in float32)."""
     model = load_vlm(base, device)
-    checkpointing = {"use_reentrant": False}
-    if base.quantization != "none":
-        return prepare_model_for_kbit_training(model, gradient_checkpointing, checkpointing)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
-    return model
+    if base.quantization == "none":
+        return model
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def empty_vlm(base: BaseModel) -> PreTrainedModel:

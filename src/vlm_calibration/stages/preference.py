@@ -136,12 +136,12 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
+        model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
             adapted = attach_lora(model, self.lora)
         else:
             adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
-        self.model = ready_to_train(self, adapted)
+        self.model = ready_to_train(self, adapted, self.gradient_checkpointing)
 
     @property
     def policy(self) -> PairPolicy:

@@ -80,8 +80,8 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_for_training(self.base, self.gradient_checkpointing, device_of(self))
-        self.model = ready_to_train(self, attach_lora(model, self.lora))
+        model = load_for_training(self.base, device_of(self))
+        self.model = ready_to_train(self, attach_lora(model, self.lora), self.gradient_checkpointing)
 
     def on_fit_start(self) -> None:
         if getattr(self.trainer.datamodule, "pairs", None) is not None:  # type: ignore[attr-defined]
