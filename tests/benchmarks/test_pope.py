@@ -1,0 +1,319 @@
+"""POPE's files and its rule, against the rule stated once more and against cases worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_calibration.benchmarks import pope
+from vlm_calibration.records import DataError
+
+from . import official_rules
+
+RIGHT = {"yes": "Yes", "no": "No"}
+ODD = (
+    *("Yes", "No", "yes", "no", "NO", "Yes.", "No.", "Yes, there is.", "No, there is not.", "It is not. Yes"),
+    *(
+        "",
+        " ",
+        ".",
+        ". No",
+        "\nNo",
+        "No\n",
+        "Not sure",
+        "not",
+        "cannot",
+        "no,",
+        "No,no",
+        "Nope",
+        "None",
+        "No dog",
+    ),
+    *(
+        "Yes\nno\nYes",
+        "Yes.\nNo.",
+        "I see no dog, sorry",
+        "There isn't",
+        "{}",
+        "null",
+        "无",
+        "no\u00a0dog",
+        "no\tdog",
+    ),
+    *(
+        "Ｎｏ",
+        "No;",
+        "\u2028No",
+        "Yes and no.",
+        "No. Yes.",
+        "a.b.no",
+        " no",
+        "no ",
+        "maybe",
+        "<pad>",
+        "Dr. No",
+    ),
+)
+TOKENS = st.sampled_from(["No", "no", "not", "Yes", "yes", " ", " ", ",", ".", "\n", "dog", "NO", "\t", "an"])
+TEXTS = st.lists(TOKENS, max_size=8).map("".join) | st.sampled_from(ODD)
+LABELS = st.sampled_from(["yes", "no"])
+
+
+def _questions(labels: list[str]) -> list[pope.PopeQuestion]:
+    return [pope.PopeQuestion("", str(i), "", "", label) for i, label in enumerate(labels)]  # type: ignore[arg-type]
+
+
+def _ours(labels: list[str], texts: list[str]) -> dict[str, float]:
+    return pope.count_answers(_questions(labels), texts).scores()
+
+
+def _theirs(labels: list[str], texts: list[str]) -> dict[str, float]:
+    return official_rules.pope([{"label": x} for x in labels], [{"answer": x} for x in texts])
+
+
+def _agree(labels: list[str], texts: list[str]) -> bool:
+    """Whether the script has scores at all; if so they are ours to the last bit."""
+    ours = _ours(labels, texts)
+    try:
+        theirs = _theirs(labels, texts)
+    except ZeroDivisionError:
+        assert any(math.isnan(value) for value in ours.values())
+        return False
+    assert ours == theirs
+    return True
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.tuples(LABELS, TEXTS), min_size=1, max_size=30))
+def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None:
+    labels, texts = map(list, zip(*answered, strict=True))
+    _agree(labels, texts)
+
+
+def test_thousands_of_answer_files() -> None:
+    rng = random.Random(0)
+    scored = 0
+    for _ in range(7_500):
+        labels = [rng.choice(("yes", "no")) for _ in range(rng.randint(1, 40))]
+        skill = rng.random()
+        texts = [RIGHT[label] if rng.random() < skill else rng.choice(ODD) for label in labels]
+        scored += _agree(labels, texts)
+    assert 5_000 < scored < 7_500, "most have scores, some divide by zero"
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts", "expected"),
+    [
+        # Two true and one false yes, one true and one false no.
+        (
+            ["yes", "yes", "no", "no", "yes"],
+            ["Yes", "Yes, a dog.", "Sure", "No", "no"],
+            {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 5},
+        ),
+        # Nothing is answered yes: no precision.
+        (
+            ["yes", "no"],
+            ["no", "no"],
+            {"accuracy": 1 / 2, "precision": math.nan, "recall": 0.0, "f1": math.nan, "yes_ratio": 0.0},
+        ),
+        # Nothing is labelled yes, as in the edited half of POPEv2: no recall.
+        (
+            ["no", "no"],
+            ["Yes", "no"],
+            {"accuracy": 1 / 2, "precision": 0.0, "recall": math.nan, "f1": math.nan, "yes_ratio": 1 / 2},
+        ),
+        # All wrong: precision and recall are 0, F1 is 0 / 0.
+        (
+            ["yes", "no"],
+            ["No", "Yes"],
+            {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": math.nan, "yes_ratio": 1 / 2},
+        ),
+    ],
+)
+def test_by_hand(labels: list[str], texts: list[str], expected: dict[str, float]) -> None:
+    assert _ours(labels, texts) == pytest.approx(expected, abs=0, rel=1e-15, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "no"),
+    [
+        ("Confidence: 0.9. No", True),
+        ("Confidence: 0.9. Yes", False),
+        ("No\nConfidence: 80%", True),
+        ("No. Confidence: 80%", True),
+        ("Yes. Confidence: 100%", False),
+        ("Yes. I am not 100% sure", False),
+        ('{"answer": "no", "confidence": 0.9}', True),
+        ("I am 80% sure. No", True),
+        # Without a stated confidence nothing is touched, not even a blank that hides the answer from the script.
+        ("\nNo", False),
+        ("No\n", False),
+        ("Sure. No", False),
+    ],
+)
+def test_the_stated_confidence_is_not_part_of_the_answer(text: str, no: bool) -> None:
+    assert (pope.count_answers(_questions(["no"]), [text]).tn == 1) is no
+
+
+def test_counts_add_up() -> None:
+    labels, texts = ["yes", "no", "no", "yes"], ["Yes", "Yes", "No", "No"]
+    parts = [pope.count_answers(_questions(labels[i:j]), texts[i:j]) for i, j in ((0, 1), (1, 4))]
+    assert parts[0] + parts[1] == pope.count_answers(_questions(labels), texts) == pope.PopeCounts(1, 1, 1, 1)
+
+
+POPE = [
+    {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"},
+    {"question_id": 2, "image": "a.jpg", "text": "Is there an apple in the image?", "label": "no"},
+]
+POPE_V2 = [
+    {
+        "image_id": 7,
+        "image_name": f"{folder}/7.jpg",
+        "target_object": "dog",
+        "query": "Is there a dog in the image?",
+        "label": x,
+    }
+    for folder, x in (("/images", "No"), ("/coco/train2017", "Yes"))
+]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Path]:
+    def write(name: str, rows: Any, lines: bool = True) -> Path:
+        path = tmp_path / name
+        text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows, indent=4)
+        path.write_text(rows if isinstance(rows, str) else text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("lines", [True, False], ids=["COCO", "A-OKVQA and GQA"])
+def test_official_questions(written: Callable[..., Path], lines: bool) -> None:
+    read = pope.read_questions(written("labels.json", POPE, lines))
+    assert [(q.id, q.image, q.label) for q in read.questions] == [("1", "a.jpg", "yes"), ("2", "a.jpg", "no")]
+    assert [q.query().objects for q in read.questions] == [("dog",), ("apple",)]
+    assert [q.query().answer for q in read.questions] == ["Yes", "No"]
+
+
+def test_annotations_of_popev2(written: Callable[..., Path]) -> None:
+    read = pope.read_questions(written("annotations.json", POPE_V2, False))
+    assert not read.numbered
+    assert [(q.id, q.image, q.label) for q in read.questions] == [
+        ("1", "images/7.jpg", "no"),
+        ("2", "coco/train2017/7.jpg", "yes"),
+    ]
+    labels = [json.dumps(row) for row in pope.official_labels(read.questions)]
+    assert [json.loads(row)["label"] for row in labels] == ["no", "yes"], "as the script spells it"
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_answers_are_matched_by_id_or_in_order(written: Callable[..., Path], numbered: bool) -> None:
+    labels = pope.read_questions(written("labels.json", POPE))
+    rows = [{"question": x["text"].lower() + " Yes or no?", "answer": x["label"]} for x in POPE]
+    if numbered:
+        rows = [{"question_id": x["question_id"], **row} for x, row in zip(POPE, rows, strict=True)][::-1]
+    read = pope.read_answers(written("answers.jsonl", rows), labels)
+    assert [given.text for given in read] == ["yes", "no"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_answers_to_questions_without_ids_keep_their_order(written: Callable[..., Path], first: int) -> None:
+    labels = pope.read_questions(written("annotations.json", POPE_V2, False))
+    rows = [{"question_id": first + i, "answer": x} for i, x in enumerate(("no", "yes"))]
+    assert [a.text for a in pope.read_answers(written("a.jsonl", rows), labels)] == ["no", "yes"]
+    with pytest.raises(DataError, match=r"r.jsonl:[12]: .*annotations.json has no ids.*expected"):
+        pope.read_answers(written("r.jsonl", rows[::-1]), labels)
+
+
+@pytest.mark.parametrize(
+    ("record", "confidence"),
+    [
+        ({"answer": "Yes", "confidence": 0.25}, 0.25),
+        ({"answer": "Yes. Confidence: 80%", "confidence": 1}, 1.0),
+        ({"answer": "Yes. Confidence: 80%", "confidence": None}, None),
+        ({"answer": "Yes. Confidence: 80%"}, 0.8),
+        ({"answer": "Yes"}, None),
+    ],
+)
+def test_a_confidence_of_its_own_comes_first(
+    written: Callable[..., Path], record: dict[str, Any], confidence: float | None
+) -> None:
+    labels = pope.read_questions(written("labels.json", POPE[:1]))
+    assert pope.read_answers(written("a.jsonl", [record]), labels)[0].confidence == confidence
+
+
+ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers", "says"),
+    [
+        (POPE, "", "a.jsonl: no record in this file"),
+        (POPE, "{}\n[1", "a.jsonl:2: not JSON"),
+        (POPE, '{"question_id": 1, "answer": "yes"}\n3\n', "a.jsonl:2: expected a JSON object, found int"),
+        (POPE, '[{"answer": "yes"},\n{"answer" "no"}]', "a.jsonl:2: not JSON"),
+        (POPE, '[{"question_id": 1, "answer": "yes"}, null]', "a.jsonl: record 2: expected a JSON object"),
+        (POPE, ANSWERS[:1], "a.jsonl: no answer to 1 of the 2 questions in {labels}: 2"),
+        (POPE, [*ANSWERS, ANSWERS[0]], "a.jsonl:3: a second answer to 1, the first is at {answers}:1"),
+        (POPE, [*ANSWERS, {"question_id": 9, "answer": ""}], "a.jsonl:3: 9 is no id in {labels}"),
+        (
+            POPE,
+            [*ANSWERS, {"answer": ""}],
+            "a.jsonl:3: no 'question_id', which other records of the file have",
+        ),
+        (
+            POPE,
+            [{"question_id": 1.5, "answer": ""}],
+            "a.jsonl:1: 'question_id' must be a whole number, found 1.5",
+        ),
+        (POPE, [{"question_id": 1, "text": "x"}], "a.jsonl:1: 'answer' must be a string, found no such key"),
+        (POPE, [{"question_id": 1, "answer": None}], "a.jsonl:1: 'answer' must be a string, found None"),
+        (POPE, [{**ANSWERS[0], "confidence": 80}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
+        (POPE, [{**ANSWERS[0], "confidence": "80%"}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
+        (POPE, [{"answer": "yes"}], "a.jsonl: 1 answers to the 2 questions in {labels}"),
+        (POPE, [{"answer": "", "question": "A cat?"}] * 2, "a.jsonl:1: answers are matched in order"),
+        ([{**POPE[0], "label": "maybe"}], ANSWERS, "l.json:1: 'label' must be yes or no, found 'maybe'"),
+        ([{"question_id": 1}], ANSWERS, "l.json:1: 'label' must be a string, found no such key"),
+        ([POPE[0], POPE[0]], ANSWERS, "l.json:2: duplicate question_id 1, first at {labels}:1"),
+    ],
+)
+def test_a_mistake_is_named(written: Callable[..., Path], labels: Any, answers: Any, says: str) -> None:
+    paths = {"labels": written("l.json", labels), "answers": written("a.jsonl", answers)}
+    with pytest.raises(DataError) as caught:
+        pope.read_answers(paths["answers"], pope.read_questions(paths["labels"]))
+    assert str(caught.value).startswith(f"{paths['labels'].parent}/{says.format(**paths)}")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.json: cannot be read: No such file"):
+        pope.read_questions(tmp_path / "none.json")
+    (tmp_path / "latin.json").write_bytes(b'{"label": "yes"}\n{"label": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.json:2: not UTF-8"):
+        pope.read_questions(tmp_path / "latin.json")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=12)
+)
+def test_what_is_written_for_the_script_scores_the_same_there(answered: list[tuple[str, str]]) -> None:
+    labels, texts = map(list, zip(*answered, strict=True))
+    asked = _questions(labels)
+    lines = [json.dumps(row) for row in pope.official_answers(asked, [(text, None) for text in texts])]
+    truths = [json.dumps(row) for row in pope.official_labels(asked)]
+    assert not any("\n" in line or not line.isascii() for line in lines)
+    try:
+        theirs = official_rules.pope([json.loads(x) for x in truths], [json.loads(x) for x in lines])
+    except ZeroDivisionError:
+        return
+    assert theirs == _ours(labels, texts)
