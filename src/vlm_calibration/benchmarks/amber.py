@@ -33,6 +33,9 @@ CATEGORIES = {
 """Type in the annotations -> what results are broken down by."""
 
 GENERATIVE = "generative"
+GENERATIVE_NOTE = (
+    "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
+)
 SCORES = ("accuracy", "precision", "recall", "f1")
 """What the script prints, in percent with one decimal."""
 

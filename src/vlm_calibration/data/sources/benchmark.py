@@ -1,0 +1,165 @@
+"""POPE and AMBER as sources of queries: their official files over a folder of images, and how their scripts score answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vlm_calibration.benchmarks import amber, pope
+from vlm_calibration.benchmarks.files import some
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
+
+
+class Counts(Protocol):
+    """What is counted of answers, enough for a benchmark's scores."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """The counts of both sets of answers."""
+        ...
+
+    def scores(self) -> dict[str, float]:
+        """The official scores by name, NaN where there is none."""
+        ...
+
+
+class BenchmarkSource(QuerySource):
+    """Questions of a benchmark in the order of its file. They have no regions.
+
+    Args:
+        path: the official file of questions. root: the folder that its image names are relative to.
+    """
+
+    def __init__(self, path: str, root: str) -> None:
+        self.path = path
+        self.root = root
+        self.images = ImageFolder(Path(root))
+
+    @abstractmethod
+    def _read(self) -> list[Query]:
+        """The queries, images not looked for."""
+
+    @abstractmethod
+    def count(self, texts: Sequence[str]) -> Counts:
+        """Judge the answers to all queries, in their order, by the benchmark's own rule."""
+
+    @abstractmethod
+    def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
+        """What to give to the benchmark's own script: end of a file name -> rows.
+
+        Args:
+            replies: text and confidence of the answers to all queries, in their order.
+        """
+
+    def queries(self) -> Sequence[Query]:
+        return self._queries
+
+    @cached_property
+    def _queries(self) -> list[Query]:
+        queries = self._read()
+        self._check_images(dict.fromkeys(query.image for query in queries))
+        return queries
+
+    def _check_images(self, names: dict[str, None]) -> None:
+        missing: list[str] = []
+        for name in names:
+            try:
+                self.images.check(name)
+            except RecordError:
+                missing.append(name or "(no name)")
+        if missing:
+            raise DataError(
+                f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: {some(missing)}"
+            )
+
+    def load(self, query: Query) -> LoadedImage:
+        try:
+            return LoadedImage(self.images.load(query.image), (), ())
+        except (RecordError, ImageError) as error:
+            raise DataError(f"{self.path}: record {query.id}: {error}") from error
+
+    def has_evidence(self, query: Query) -> bool:
+        return query.answer == "Yes"
+
+
+class PopeSource(BenchmarkSource):
+    """POPE's questions of one file: JSON lines (COCO), arrays (A-OKVQA, GQA), or POPEv2's annotations.
+
+    Args:
+        path: e.g. `coco_pope_random.json`, `gqa_pope_seem_popular.json`, `annotations.json` of POPEv2.
+        root: the images' folder: `val2014` of COCO, GQA's `images`; for POPEv2 one that holds `images` and `coco`.
+    """
+
+    @cached_property
+    def _questions(self) -> pope.PopeQuestions:
+        return pope.read_questions(self.path)
+
+    def _read(self) -> list[Query]:
+        for asked in self._questions.questions:
+            if not asked.image or not asked.question:
+                raise DataError(f"{asked.where}: a question needs an image and a text")
+        return [asked.query() for asked in self._questions.questions]
+
+    def count(self, texts: Sequence[str]) -> pope.PopeCounts:
+        return pope.count_answers(self._questions.questions, texts)
+
+    def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
+        asked = self._questions.questions
+        return {
+            "answers.jsonl": pope.official_answers(asked, replies),
+            "labels.jsonl": pope.official_labels(asked),
+        }
+
+
+class AmberSource(BenchmarkSource):
+    """AMBER's discriminative questions; generative ones in the file are left out with a warning.
+
+    Args:
+        path: one of `query_*.json`.
+        annotations: `annotations.json`.
+        root: the images' folder.
+    """
+
+    def __init__(self, path: str, annotations: str, root: str) -> None:
+        super().__init__(path, root)
+        self.annotations = annotations
+
+    @cached_property
+    def _pairs(self) -> list[tuple[Query, amber.AmberTruth]]:
+        annotations = amber.read_annotations(self.annotations)
+        pairs, generative = [], 0
+        for question in amber.read_queries(self.path):
+            if question.id in annotations.generative:
+                generative += 1
+                continue
+            truth = annotations.truths.get(question.id)
+            if truth is None:
+                raise DataError(f"{question.where}: {question.id} is no id in {self.annotations}")
+            pairs.append((truth.query(question), truth))
+        if not pairs:
+            raise DataError(
+                f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}, and there are no others"
+            )
+        if generative:
+            rank_zero_warn(f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}")
+        return pairs
+
+    def _read(self) -> list[Query]:
+        return [query for query, _ in self._pairs]
+
+    def count(self, texts: Sequence[str]) -> amber.AmberCounts:
+        return amber.count_answers([truth for _, truth in self._pairs], texts)
+
+    def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
+        return {"answers.json": amber.official_answers([truth for _, truth in self._pairs], replies)}
+
+    def has_evidence(self, query: Query) -> bool:
+        # Attributes and relations are asked of objects that are there.
+        return query.category != "existence"
