@@ -1,0 +1,123 @@
+"""RLAIF-V (Yu et al., arXiv 2405.17220; CC BY-NC 4.0): open questions with a preferred and a rejected response each.
+
+The preferred response is the gold answer, the rejected one an answer by mistake. Images are embedded in the Parquet files. There
+are no regions: extract them with `vlm-calibration predict --config configs/regions.yaml --config configs/data/rlaif_v.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
+from vlm_calibration.data.sources.tables import (
+    EmbeddedImages,
+    is_embedded,
+    parquet_files,
+    read_columns,
+    schema_of,
+)
+from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+
+TEXTS = ("question", "chosen", "rejected", "origin_dataset")
+
+
+class RlaifVSource(QuerySource):
+    """One query a pair of responses, by the number of its row: "rlaif-v-17".
+
+    Args:
+        path: a Parquet file of the data set, or the folder of all of them.
+        unpacked: folder that images are unpacked into as they are met; without it each read of an image reads a
+            whole row group.
+        on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
+            how many and why.
+    """
+
+    def __init__(self, path: str, unpacked: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
+        self.path = Path(path)
+        self.unpacked = None if unpacked is None else Path(unpacked)
+        self.on_bad_record = on_bad_record
+        self.bad = BadRecords(on_bad_record)
+        self._images: EmbeddedImages | None = None
+        self._table: Any = None
+        self._rows: np.ndarray | None = None
+
+    def queries(self) -> Sequence[Query]:
+        if self._rows is None:
+            self._open()
+        assert self._rows is not None
+        return LazyQueries(len(self._rows), self._query)
+
+    def _open(self) -> None:
+        files = parquet_files(self.path)
+        schema = schema_of(files)
+        for name in (*TEXTS, "image"):
+            if name not in schema.names:
+                raise DataError(f"{self.path}: no column {name!r}: these are not the files of RLAIF-V")
+        if not is_embedded(schema.field("image").type):
+            found = schema.field("image").type
+            raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {found}")
+        self._table = read_columns(files, TEXTS, ["origin_dataset"])
+        self._images = EmbeddedImages(files, "image", self.unpacked)
+        self._rows = self._usable()
+        self.bad.report(len(self._rows))
+        if not len(self._rows):
+            raise DataError(f"{self.path}: no usable query in these files")
+
+    def _usable(self) -> np.ndarray:
+        """Numbers of the rows that are queries: those with a question and a preferred response."""
+        self.bad = BadRecords(self.on_bad_record)
+        usable = np.ones(self._table.num_rows, dtype=bool)
+        for name in ("question", "chosen"):
+            blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(self._table.column(name))), 0)
+            usable &= ~pc.fill_null(blank, True).to_numpy().astype(bool)
+        for row in map(int, np.flatnonzero(~usable)):
+            try:
+                self._read(row)
+            except RecordError as error:
+                self.bad.add(f"{self.path}: row {row}: {error}", error)
+        return np.flatnonzero(usable)
+
+    def _read(self, row: int) -> Query:
+        [record] = self._table.slice(row, 1).to_pylist()
+        return query_from_dict(
+            {
+                "id": f"rlaif-v-{row}",
+                "image": EmbeddedImages.name(row),
+                "question": record["question"],
+                "answer": record["chosen"],
+                "answer_type": "open",
+                "category": record["origin_dataset"] or None,
+            }
+        )
+
+    def _query(self, index: int) -> Query:
+        assert self._rows is not None
+        try:
+            return self._read(int(self._rows[index]))
+        except RecordError as error:
+            raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
+
+    def load(self, query: Query) -> LoadedImage:
+        if self._images is None:
+            self._open()
+        assert self._images is not None
+        try:
+            return with_regions(query, self._images.load(query.image))
+        except (RecordError, ImageError) as error:
+            raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
+
+    def wrong_answers(self, query: Query) -> Sequence[str]:
+        rejected = self._table.column("rejected")[EmbeddedImages.row(query.image)].as_py()
+        return [rejected] if rejected and rejected.strip() and rejected != query.answer else []

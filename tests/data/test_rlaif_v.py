@@ -1,0 +1,102 @@
+"""RLAIF-V's files as queries: the preferred response is the gold one, the rejected one a mistake, images come from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vlm_calibration.data.sources.rlaif_v import RlaifVSource
+from vlm_calibration.records import DataError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+TEXTS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "image_path")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows, with the columns that the data set has, to two files of a folder."""
+    schema = pa.schema([*((n, pa.string()) for n in TEXTS), ("image", IMAGE), ("idx", pa.int64())])
+
+    def row(i: int, **changes: Any) -> dict[str, Any]:
+        file = BytesIO()
+        Image.new("RGB", (6, 4), (i, 0, 0)).save(file, "JPEG", quality=100)
+        plain = {
+            "ds_name": "RLAIF-V",
+            "question": f"What is in picture {i}?",
+            "chosen": f"A dog, {i} years old.",
+            "rejected": f"A cat, {i} years old.",
+            "origin_dataset": ("LCS-558K", "COCO")[i % 2],
+            "image": {"bytes": file.getvalue(), "path": f"{i}.jpg"},
+            "idx": i,
+        }
+        return {**plain, **changes}
+
+    def written(*changes: dict[str, Any]) -> str:
+        rows = [row(i, **change) for i, change in enumerate(changes)]
+        for name, part in (("a.parquet", rows[:3]), ("b.parquet", rows[3:])):
+            pq.write_table(pa.Table.from_pylist(part, schema=schema), tmp_path / name, row_group_size=2)
+        return str(tmp_path)
+
+    return written
+
+
+@pytest.mark.parametrize("unpacked", [None, "unpacked"])
+def test_queries_and_images(write: Callable[..., str], tmp_path: Path, unpacked: str | None) -> None:
+    folder = tmp_path / unpacked if unpacked else None
+    source = RlaifVSource(write(*[{}] * 5), unpacked=str(folder) if folder else None)
+    queries = source.queries()
+    assert [q.id for q in queries] == [f"rlaif-v-{i}" for i in range(5)]
+    assert queries[3].question == "What is in picture 3?"
+    assert queries[3].answer == "A dog, 3 years old."
+    assert (queries[3].answer_type, queries[3].category) == ("open", "COCO")
+    assert source.wrong_answers(queries[3]) == ["A cat, 3 years old."]
+    for i in (4, 0, 3, 1, 2, 0):
+        loaded = source.load(queries[i])
+        assert loaded.image.shape == (4, 6, 3)
+        assert abs(int(loaded.image[0, 0, 0]) - i) <= 1
+        assert loaded.evidence == loaded.distractors == ()
+        assert not source.has_evidence(queries[i])
+
+
+def test_rows_that_are_no_queries(write: Callable[..., str]) -> None:
+    path = write({}, {"chosen": " "}, {"question": None}, {}, {"rejected": None})
+    with pytest.raises(DataError, match="row 1: 'answer' must be a non-empty string"):
+        RlaifVSource(path).queries()
+    source = RlaifVSource(path, on_bad_record="skip")
+    with pytest.warns(UserWarning, match="left out 2 of 5 records"):
+        queries = source.queries()
+    assert [q.id for q in queries] == ["rlaif-v-0", "rlaif-v-3", "rlaif-v-4"]
+    assert source.wrong_answers(queries[2]) == []
+    assert source.load(queries[2]).image.shape == (4, 6, 3)
+
+
+def test_an_image_that_cannot_be_read(write: Callable[..., str]) -> None:
+    source = RlaifVSource(write({"image": {"bytes": b"no", "path": ""}}, {"image": None}))
+    for query, says in zip(
+        source.queries(), ("row-0: not an image", "row-1 holds no image bytes"), strict=True
+    ):
+        with pytest.raises(DataError, match=f"record '{query.id}': {says}"):
+            source.load(query)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("chosen", None, "no column 'chosen': these are not the files of RLAIF-V"),
+        ("image", pa.string(), "the column 'image' must hold {bytes, path}, found string"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, name: str, kind: Any, says: str) -> None:
+    fields = {**{n: pa.string() for n in TEXTS}, "image": IMAGE, name: kind}
+    schema = pa.schema([(n, k) for n, k in fields.items() if k is not None])
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
+        RlaifVSource(str(tmp_path)).queries()
+    assert says in str(caught.value)
