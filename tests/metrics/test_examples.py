@@ -10,7 +10,7 @@ import pytest
 import vlm_calibration.metrics as package
 
 ALLOWED = {"torch", "torchmetrics", "numpy", "matplotlib", "vlm_calibration"}
-ALLOWED |= {"collections", "dataclasses", "functools", "math", "typing", "warnings"}
+ALLOWED |= {"collections", "dataclasses", "functools", "importlib", "math", "typing", "warnings"}
 MODULES = sorted(path.stem for path in Path(package.__file__).parent.glob("*.py"))
 
 

@@ -1,18 +1,24 @@
 """Calibration metrics: one table of integer counts, every metric an exact function of it.
 
-Pure functions of raw values are in `functional`, those of a table in `table_metrics`, figures in `figures`.
+Pure functions of raw values are in `functional`, those of a table in `table_metrics`, figures in `figures`. The
+torchmetrics classes are imported when they are asked for: torchmetrics takes seconds, and scoring a file needs none of it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_intervals
-from vlm_calibration.metrics.calibration_metrics import CalibrationMetrics
-from vlm_calibration.metrics.counting import CalibrationMetric
 from vlm_calibration.metrics.levels import UndefinedMetricWarning
 from vlm_calibration.metrics.rounding import rounding_bounds
 from vlm_calibration.metrics.scores import BrierDecomposition
 from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
 from vlm_calibration.metrics.task import TaskTable, task_scores
-from vlm_calibration.metrics.task_metrics import TaskMetric, TaskMetrics
+
+if TYPE_CHECKING:
+    from vlm_calibration.metrics.calibration_metrics import CalibrationMetrics
+    from vlm_calibration.metrics.counting import CalibrationMetric
+    from vlm_calibration.metrics.task_metrics import TaskMetric, TaskMetrics
 
 __all__ = [
     "BrierDecomposition",
@@ -30,3 +36,16 @@ __all__ = [
     "tables_by_category",
     "task_scores",
 ]
+
+_MODULES = {
+    "CalibrationMetric": "counting",
+    "CalibrationMetrics": "calibration_metrics",
+    "TaskMetric": "task_metrics",
+    "TaskMetrics": "task_metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -4,8 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 
-from vlm_calibration.metrics.levels import UndefinedMetricWarning
-from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.levels import HasLevels, UndefinedMetricWarning
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 from vlm_calibration.metrics.task import UNDEFINED, TaskTable, task_scores
 
@@ -47,17 +46,17 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def table_values(table: ConfidenceTable, names: Iterable[str], suffix: str = "") -> dict[str, float]:
-    """The named metrics of one table, NaN where undefined, without a warning."""
+def table_values(table: HasLevels, names: Iterable[str], suffix: str = "") -> dict[str, float]:
+    """The named metrics of one table, or of levels, NaN where undefined, without a warning."""
     levels = table.levels()
     return {name + suffix: float(METRICS[name](levels)) for name in names}
 
 
 def summarize(
-    table: ConfidenceTable | None = None,
+    table: HasLevels | None = None,
     task: TaskTable | None = None,
     *,
-    categories: Mapping[str, ConfidenceTable] | None = None,
+    categories: Mapping[str, HasLevels] | None = None,
     task_categories: Mapping[str, TaskTable] | None = None,
     positive: str = "yes",
     metrics: Iterable[str] = REPORTED,
@@ -65,9 +64,9 @@ def summarize(
     """Every reported metric by its flat name, with a `/category` suffix where broken down.
 
     Args:
-        table: all answers, for the calibration metrics; left out, so are they.
+        table: all answers, as a table or as levels, for the calibration metrics; left out, so are they.
         task: all answers, for `accuracy, precision, recall, f1, yes_ratio`; left out, so are they.
-        categories: a table for each category.
+        categories: a table, or levels, for each category.
         task_categories: a task table for each category.
         positive: the class that precision, recall and F1 are about, `yes` or `no`.
         metrics: names from `METRICS`, by default those of `metrics.json`.
@@ -80,7 +79,7 @@ def summarize(
         ValueError: on an unknown metric, an empty category or another `positive`.
 
     Example:
-        >>> import torch
+        >>> from vlm_calibration.metrics import ConfidenceTable
         >>> table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None], [True, False, False, True])
         >>> {name: round(value, 3) for name, value in summarize(table, metrics=("n", "ece", "auroc")).items()}
         {'n': 4.0, 'ece': 0.367, 'auroc': 0.75}
