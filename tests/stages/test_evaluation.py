@@ -12,11 +12,12 @@ import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
@@ -83,7 +84,7 @@ def test_systems_side_by_side(
     # The metrics are those of the predictions.
     for system in SYSTEMS:
         scorer = Scorer(module.scorers[0].groups)
-        scorer.update([Prediction(**line) for line in lines[system]])
+        scorer.update([prediction_from_dict(line) for line in lines[system]])
         expected = {k: None if v != v else v for k, v in scorer.compute().items()}
         assert json.loads((folder / system / "metrics.json").read_text(encoding="utf-8")) == expected
         assert expected["n"] == len(samples)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import Prediction, Query
 from vlm_calibration.text.confidence import parse_confidence
@@ -14,7 +15,7 @@ from vlm_calibration.text.grading import grade
 
 
 def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
-    """Generate, parse and grade the answers to one batch."""
+    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`."""
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens)
     return [
         graded_prediction(query, text, step)
@@ -27,10 +28,10 @@ def tokenizer_of(module: L.LightningModule) -> Any:
     return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
 
 
-def graded_prediction(query: Query, text: str, noise_step: int | None) -> Prediction:
+def graded_prediction(query: Query, text: str, noise_step: int | None) -> EstimatedPrediction:
     """The prediction that this output amounts to."""
     outcome = grade(text, query.answer, query.answer_type, query.synonyms)
-    return Prediction(
+    return EstimatedPrediction(
         id=query.id,
         question=query.question,
         answer=query.answer,
@@ -41,4 +42,5 @@ def graded_prediction(query: Query, text: str, noise_step: int | None) -> Predic
         category=query.category,
         noise_step=noise_step,
         answer_type=query.answer_type,
+        image=query.image,
     )

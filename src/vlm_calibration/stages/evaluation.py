@@ -1,4 +1,7 @@
-"""Answers the same noised images with the base model and with any number of adapters, and scores each."""
+"""Answers the same noised images with the base model and with any number of adapters, and scores each.
+
+Beside the confidence that an answer states, further estimators may rate it, within the same pass over the images.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ import lightning as L
 from torch import nn
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.data.pairs import stated_levels
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
+from vlm_calibration.estimators.consistency import Generating
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.scoring import EstimateScorer
+from vlm_calibration.estimators.verbal import VerbalizedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import AnchoredLevels
-from vlm_calibration.records import DataError, Prediction, category_groups
+from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
+from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.scoring import Results, Scorer
@@ -36,6 +45,9 @@ class EvaluationModule(L.LightningModule):
             stated with the base model's measured accuracy at the true noise step. It knows the amount of noise, which
             no model is told, and nothing of any other loss of evidence.
         max_new_tokens: length limit of an answer.
+        estimators: what else is to rate the answers of models, beside the confidence that they state. Each adds a
+            key to `predictions.jsonl`, and to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as
+            `forward_passes@ESTIMATOR`.
     """
 
     model: Any
@@ -48,6 +60,7 @@ class EvaluationModule(L.LightningModule):
         with_base: bool = True,
         oracle_levels: str | None = None,
         max_new_tokens: int = 64,
+        estimators: list[Estimator] | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -67,13 +80,17 @@ class EvaluationModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
         self.scorers = nn.ModuleList(Scorer() for _ in self.systems)
+        self.estimators = named([VerbalizedConfidence(), *estimators]) if estimators else {}
+        further = [name for name in self.estimators if name != VERBALIZED]
+        rated = self.answering if self.estimators else []
+        self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
         self.results = {}
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             # Nothing is trained here: what is frozen may be shared between systems.
             self.model = (
-                load_adapters(load_vlm(self.base, device_of(self)), self.adapters)
+                load_adapters(load_base(self.base, device_of(self)), self.adapters)
                 .requires_grad_(False)
                 .eval()
             )
@@ -81,38 +98,81 @@ class EvaluationModule(L.LightningModule):
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
 
+    def _rated(self) -> dict[str, EstimateScorer]:
+        """The scorers of estimates, by system; empty without estimators."""
+        return {
+            s: cast(EstimateScorer, e) for s, e in zip(self.answering, self.estimate_scorers, strict=False)
+        }
+
+    @property
+    def levels(self) -> Levels:
+        """The confidences that estimators range over."""
+        own = [e.levels for e in self.estimators.values() if e.levels is not None]
+        return own[0] if own else self.trainer.datamodule.noise.levels  # type: ignore[attr-defined]
+
     def on_test_start(self) -> None:
         dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
-        if self.oracle:
-            for kind in {query.answer_type for query in dataset.queries}:
-                if kind not in self.oracle.answer_types:
-                    raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
+        for kind in {query.answer_type for query in dataset.queries}:
+            if self.oracle and kind not in self.oracle.answer_types:
+                raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
+            if self.estimators:
+                try:
+                    stated_levels(self.levels, kind)
+                except ValueError as error:
+                    raise DataError(f"model.estimators: {error}") from error
         groups = {g for query in dataset.queries for g in category_groups(query.category)}
-        for _, scorer in self._scored():
+        scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
+        for scorer in [*scorers, *self._rated().values()]:
             scorer.set_groups(groups)
             scorer.to(self.device)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        answers: dict[str, list[Prediction]] = {}
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+        answers: dict[str, list[EstimatedPrediction]] = {}
         with shared_vision(self.model):
             for system in self.answering:
                 with using_adapter(self.model, None if system == BASE else system):
-                    answers[system] = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+                    answers[system] = self._answered(system, batch)
         if self.oracle:
             answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         for system, scorer in self._scored():
             scorer.update(answers[system])
         return answers
 
-    def _oracle(self, prediction: Prediction) -> Prediction:
+    def _answered(self, system: str, batch: PromptBatch) -> list[EstimatedPrediction]:
+        """The answers of one system, which is active, with what every estimator says of them."""
+        generating = Generating(self.model)
+        answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
+        plain = cast(list[EstimatedPrediction], answers)
+        if not self.estimators:
+            return plain
+        chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
+        answered = AnsweredBatch(
+            self.model, batch, answers, generating.passes, chat, self.levels, self.max_new_tokens
+        )
+        found = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
+        further = {name: e.confidence for name, e in found.items() if name != VERBALIZED}
+        rated = [
+            replace(answer, estimates={name: _rounded(values[row]) for name, values in further.items()})
+            for row, answer in enumerate(plain)
+        ]
+        self._rated()[system].update(rated, {name: e.passes for name, e in found.items()})
+        return rated
+
+    def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None
         assert prediction.noise_step is not None
-        return replace(
-            prediction, confidence=self.oracle.accuracy(prediction.noise_step, prediction.answer_type)
-        )
+        accuracy = self.oracle.accuracy(prediction.noise_step, prediction.answer_type)
+        return replace(prediction, confidence=accuracy, estimates={})
 
     def on_test_epoch_end(self) -> None:
         self.results = {system: scorer.compute() for system, scorer in self._scored()}
+        for system, estimates in self._rated().items():
+            self.results[system] |= estimates.compute()
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)
+
+
+def _rounded(confidence: float | None) -> float | None:
+    """To a millionth: what is left of it differs by how many queries a batch has."""
+    return None if confidence is None else round(confidence, 6)

@@ -1,0 +1,118 @@
+"""What an evaluation writes about each answer: the prediction, its image, and what further estimators say of it.
+
+The image is what splits must not divide: answers to questions about one image are right or wrong together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, RecordError
+
+VERBALIZED = "verbalized"
+"""Name of the estimator whose key is `confidence`."""
+
+
+@dataclass(frozen=True)
+class EstimatedPrediction(Prediction):
+    """A prediction with all that was estimated of it.
+
+    Attributes:
+        image: the query's image, as its source names it; None where a file does not say.
+        estimates: estimator name -> confidence in [0, 1], None where it has none. Each is a key of its own in
+            `predictions.jsonl`.
+    """
+
+    image: str | None = None
+    estimates: Mapping[str, float | None] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "estimates"}
+        return {**own, **self.estimates}
+
+    def confidence_of(self, estimator: str) -> float | None:
+        """The confidence by this estimator; KeyError for one that there is not."""
+        return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
+
+
+KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates")
+REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is MISSING)
+
+
+def read_predictions(path: Path) -> list[EstimatedPrediction]:
+    """The predictions of a `predictions.jsonl`; blank lines are passed over.
+
+    Raises:
+        DataError: the file cannot be read, holds no prediction, repeats an id, or has a line that is none (named).
+    """
+    found: dict[str, EstimatedPrediction] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the predictions: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error}") from error
+    # Not splitlines: an answer may hold a line separator, which JSON leaves as it is.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            prediction = prediction_from_dict(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+        if prediction.id in found:
+            raise DataError(f"{path}:{number}: the id {prediction.id!r} comes twice")
+        found[prediction.id] = prediction
+    if not found:
+        raise DataError(f"{path}: no prediction in this file")
+    return list(found.values())
+
+
+def prediction_from_dict(data: Any) -> EstimatedPrediction:
+    """Check a decoded JSON object and make a prediction of it; a key that no prediction has is an estimator's.
+
+    Raises:
+        RecordError: not an object, a missing key, or a value of the wrong kind.
+    """
+    if not isinstance(data, Mapping):
+        raise RecordError("expected an object with the keys of a prediction")
+    if missing := [key for key in REQUIRED if key not in data]:
+        raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
+    for key in ("id", "question", "answer", "text"):
+        _check(data, key, isinstance(data[key], str), "a string")
+    for key in ("predicted", "category", "image"):
+        value = data.get(key)
+        _check(data, key, value is None or isinstance(value, str), "a string or null")
+    step = data["noise_step"]
+    whole = isinstance(step, int) and not isinstance(step, bool)
+    _check(data, "noise_step", step is None or whole, "a whole number or null")
+    _check(data, "correct", isinstance(data["correct"], bool), "true or false")
+    _check(data, "answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
+    further = [key for key in data if key not in KEYS]
+    for key in ("confidence", *further):
+        _check(data, key, _is_confidence(data[key]), "a number in [0, 1] or null")
+    own = {key: data[key] for key in KEYS if key in data}
+    return EstimatedPrediction(**own, estimates={key: data[key] for key in further})
+
+
+def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
+    """The estimators that every one of these predictions has, the verbalized confidence first."""
+    common = [n for n in predictions[0].estimates if all(n in p.estimates for p in predictions)]
+    return (VERBALIZED, *common)
+
+
+def _check(data: Mapping[str, Any], key: str, fine: bool, expected: str) -> None:
+    if not fine:
+        raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
+
+
+def _is_confidence(value: Any) -> bool:
+    if value is None:
+        return True
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and 0 <= value <= 1
