@@ -54,10 +54,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> st
 @pytest.fixture(scope="session")
 def load_model(model_folder: str) -> Callable[..., Any]:
     """Loads `model_folder` anew, for tests that change the model."""
-    from vlm_calibration.models.loading import BaseModel, load_vlm
+    from vlm_calibration.models.loading import BaseModel, load_base
 
     def load(attn_implementation: str | None = None) -> Any:
-        return load_vlm(BaseModel(model_folder, dtype="float32", attn_implementation=attn_implementation))
+        return load_base(BaseModel(model_folder, dtype="float32", attn_implementation=attn_implementation))
 
     return load
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 
 Row = dict[str, Any]
 """An example as TRL takes it: images, prompt, and chosen and rejected, or completion. Texts are rendered already."""
@@ -72,7 +72,7 @@ class TRLStep:
             "disable_tqdm": True,
         }
         made = {
-            "model": load_vlm(BaseModel(str(folder), dtype="float32")),
+            "model": load_base(BaseModel(str(folder), dtype="float32")),
             "train_dataset": _dataset(rows),
             "processing_class": AutoProcessor.from_pretrained(folder),
             "peft_config": lora,

@@ -29,7 +29,7 @@ from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
@@ -168,7 +168,7 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     assert ran.returncode == 0, ran.stderr
     data = _data(demo_model)
     batch = PromptCollator(data.chat)(samples)
-    base = load_vlm(BaseModel(demo_model))
+    base = load_base(BaseModel(demo_model))
     before = answer_batch(base, batch, data.processor.tokenizer, 16)
     found = answer_batch(
         PeftModel.from_pretrained(base, str(sft)).eval(), batch, data.processor.tokenizer, 16

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -346,7 +345,5 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 
 @cache
 def made(name: str) -> Family:
-    """A family by name, made once; SmolVLM's processor needs a package that spells out numbers, for its videos."""
-    if name == "smolvlm":
-        pytest.importorskip("num2words")
+    """A family by name, made once."""
     return FAMILIES[name]()

@@ -21,7 +21,7 @@ from vlm_calibration.models.adapters import (
     load_adapters,
     using_adapter,
 )
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base, load_vlm
 from vlm_calibration.models.parts import part_of
 from vlm_calibration.records import DataError
 
@@ -360,14 +360,14 @@ def test_a_folder_without_an_adapter_is_named(
 def test_a_missing_model_is_named(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:
-        load_vlm(BaseModel(name.format(tmp=tmp_path)))
+        load_base(BaseModel(name.format(tmp=tmp_path)))
     assert str(caught.value).startswith("cannot load a model " + says.format(tmp=tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_cannot_be_loaded_as_asked_is_named(model_folder: str) -> None:
     with pytest.raises(DataError, match="cannot load a model from the folder"):
-        load_vlm(BaseModel(model_folder, attn_implementation="none_such"))
+        load_base(BaseModel(model_folder, attn_implementation="none_such"))
 
 
 def test_a_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(model_folder: str) -> None:
@@ -376,7 +376,7 @@ def test_a_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(model_folder: st
         ("float32", torch.float32),
         ("bfloat16", torch.bfloat16),
     ):
-        model = load_vlm(BaseModel(model_folder, dtype=dtype))  # type: ignore[arg-type]
+        model = load_base(BaseModel(model_folder, dtype=dtype))  # type: ignore[arg-type]
         assert not model.training
         assert model.dtype == expected
 
@@ -410,3 +410,22 @@ def test_peft_alone_loads_a_saved_adapter(
     subprocess.run([sys.executable, "-c", FRESH, model_folder, *map(str, files)], check=True, timeout=300)
     assert torch.allclose(torch.load(files[2], weights_only=True), _logits(model, prompts), atol=1e-5)
     assert not list((tmp_path / "adapter").glob("*.bin")), "safetensors"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_model_by_name(model_folder: str, quantization: Any) -> None:
+    named = load_vlm(model_folder, quantization=quantization, dtype="float32", attn_implementation="eager")
+    same = load_base(BaseModel(model_folder, "float32", quantization, "eager"))
+    assert named.config._attn_implementation == "eager"
+    kinds = {type(m).__name__ for m in named.get_decoder().modules()}
+    assert ("Linear8bitLt" in kinds) == (quantization == "int8")
+    for one, other in zip(named.parameters(), same.parameters(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_nf4_names_a_layer_that_it_cannot_hold(model_folder: str) -> None:
+    with pytest.raises(
+        DataError, match=r"multiple of 64 inputs, model\.language_model\.layers\.0\.\S+ has \d+"
+    ):
+        load_vlm(model_folder, quantization="nf4")

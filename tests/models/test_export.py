@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.export import held_layers, merge_adapter, save_merged
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
 
 from .families import build, collated, new_prompts, randomize_adapters
@@ -34,7 +34,7 @@ def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _adapted(base: str, adapter: str) -> PeftModel:
-    return PeftModel.from_pretrained(load_vlm(BaseModel(base, dtype="float32")), adapter).eval()
+    return PeftModel.from_pretrained(load_base(BaseModel(base, dtype="float32")), adapter).eval()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def of_family(tmp_path: Path) -> Callable[..., tuple[str, str, dict[str, torch.T
     def make(family: str, parts: list[Any] = ALL_PARTS) -> tuple[str, str, dict[str, torch.Tensor]]:
         base, adapter = (str(tmp_path / name) for name in ("base", "adapter"))
         build(family).save_pretrained(base)
-        model = attach_lora(load_vlm(BaseModel(base)), LoraSettings(r=4, parts=parts))
+        model = attach_lora(load_base(BaseModel(base)), LoraSettings(r=4, parts=parts))
         randomize_adapters(model).save_pretrained(adapter)
         return base, adapter, collated(new_prompts(family, n=1))
 
@@ -72,7 +72,7 @@ def test_merged_is_adapted(
     assert not merged.model.training
     found = _logits(merged.model, prompts.inputs)
     torch.testing.assert_close(found, _logits(_adapted(base, adapter), prompts.inputs), **CLOSE)
-    plain = load_vlm(BaseModel(base))
+    plain = load_base(BaseModel(base))
     assert not torch.allclose(found, _logits(plain, prompts.inputs), atol=0.1)
     weights = dict(plain.named_parameters())
     changed = {
@@ -102,11 +102,11 @@ def test_other_families(
     base, adapter, inputs = of_family(family, parts)
     merged = merge_adapter(adapter, BaseModel(base))
     save_merged(merged.model, tmp_path / "merged")
-    read = load_vlm(BaseModel(str(tmp_path / "merged")))
+    read = load_base(BaseModel(str(tmp_path / "merged")))
     assert read.dtype == torch.float32
     found = _logits(read, inputs)
     torch.testing.assert_close(found, _logits(_adapted(base, adapter), inputs), **CLOSE)
-    assert not torch.allclose(found, _logits(load_vlm(BaseModel(base)), inputs), atol=1e-2)
+    assert not torch.allclose(found, _logits(load_base(BaseModel(base)), inputs), atol=1e-2)
     assert len(merged.layers) == len(held_layers(adapter))
 
 
@@ -156,19 +156,19 @@ def test_weights_are_rounded_once(
     expected: torch.dtype,
 ) -> None:
     base = str(tmp_path / "base")
-    load_vlm(BaseModel(model_folder, dtype=stored)).save_pretrained(base)
+    load_base(BaseModel(model_folder, dtype=stored)).save_pretrained(base)
     adapter = new_adapter(1)
     exact = merge_adapter(adapter, BaseModel(base), "float32").model.state_dict()
     merged = merge_adapter(adapter, BaseModel(base), dtype).model
     assert all(torch.equal(w, exact[name].to(expected)) for name, w in merged.state_dict().items())
     save_merged(merged, tmp_path / "merged")
-    assert load_vlm(BaseModel(str(tmp_path / "merged"))).dtype == expected
+    assert load_base(BaseModel(str(tmp_path / "merged"))).dtype == expected
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_in_full_precision(
     demo_model: str, prompts: PromptBatch, tmp_path: Path
 ) -> None:
-    quantised = load_vlm(BaseModel(demo_model, dtype="float32", quantization="int8"))
+    quantised = load_base(BaseModel(demo_model, dtype="float32", quantization="int8"))
     model = randomize_adapters(attach_lora(quantised, LoraSettings(r=4, alpha=8)))
     model.save_pretrained(tmp_path / "adapter")
     base = BaseModel(demo_model, quantization="int8", dtype="bfloat16")
@@ -187,7 +187,7 @@ def test_layers_without_an_update_stay_as_they_are(
     )
     merged = merge_adapter(adapter, BaseModel(model_folder))
     assert len(merged.layers) == 4 * 7
-    weights = dict(load_vlm(BaseModel(model_folder)).named_parameters())
+    weights = dict(load_base(BaseModel(model_folder)).named_parameters())
     same = {
         n
         for n in merged.layers
@@ -233,7 +233,7 @@ def test_weights_of_other_names_are_not_merged_into_nothing(
         new_adapter(1), tmp_path, name=lambda n: n.replace("model.language_model.", "model.text_model.")
     )
     plain = _adapted(model_folder, adapter).merge_and_unload()
-    base = dict(load_vlm(BaseModel(model_folder)).named_parameters())
+    base = dict(load_base(BaseModel(model_folder)).named_parameters())
     assert all(torch.equal(p, base[n]) for n, p in plain.named_parameters()), (
         "peft alone returns the base, and warns"
     )
@@ -314,7 +314,7 @@ def test_other_adapters_than_lora(model_folder: str, load_model: Callable[..., A
 
 def test_whole_modules_may_be_in_an_adapter(demo_model: str, prompts: PromptBatch, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["linear_1"])
-    model = randomize_adapters(get_peft_model(load_vlm(BaseModel(demo_model)), config))
+    model = randomize_adapters(get_peft_model(load_base(BaseModel(demo_model)), config))
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data *= 1.1
@@ -322,7 +322,7 @@ def test_whole_modules_may_be_in_an_adapter(demo_model: str, prompts: PromptBatc
     merged = merge_adapter(str(tmp_path / "adapter"), BaseModel(demo_model)).model
     expected = _logits(_adapted(demo_model, str(tmp_path / "adapter")), prompts.inputs)
     torch.testing.assert_close(_logits(merged, prompts.inputs), expected, **CLOSE)
-    base = load_vlm(BaseModel(demo_model))
+    base = load_base(BaseModel(demo_model))
     for name in ("language_model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"):
         weights = [m.get_parameter(f"model.{name}.weight") for m in (merged, base)]
         assert not torch.equal(*weights)

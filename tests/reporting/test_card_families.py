@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, snippet
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -45,5 +45,5 @@ def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pyt
     batch = PromptCollator(ChatFormat(processor, PROMPT))([sample])
     for name, tensor in batch.inputs.items():
         assert (scope["inputs"][name] == tensor).all(), name
-    model = load_vlm(BaseModel(folder))
+    model = load_base(BaseModel(folder))
     assert generate_texts(model, batch.inputs, processor.tokenizer, 6) == [scope["reply"].strip()]

@@ -37,7 +37,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.losses.preference import DPO, Hinge, Listwise, SimPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference, recalibration
@@ -73,7 +73,7 @@ def demo_adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> 
         folder = tmp_path_factory.mktemp("adapter")
         plain = {"r": 4, "alpha": 8, "dropout": 0.0}
         model = attach_lora(
-            load_vlm(BaseModel(demo_folder, dtype="float32")), LoraSettings(**{**plain, **settings})
+            load_base(BaseModel(demo_folder, dtype="float32")), LoraSettings(**{**plain, **settings})
         )
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -503,7 +503,7 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
     policy_now = _of_adapter(made, "default")
     assert policy_now.keys() == saved.keys()
     assert not any(torch.equal(policy_now[name], saved[name]) for name in saved)
-    base = dict(load_vlm(BaseModel(demo_folder, dtype="float32")).named_parameters())
+    base = dict(load_base(BaseModel(demo_folder, dtype="float32")).named_parameters())
     for name, parameter in made.model.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, base[name.replace("base_layer.", "")]), name
@@ -528,7 +528,7 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
 
     folder = tmp_path / "run" / "adapter"
     assert not (folder / "reference").exists()
-    again = PeftModel.from_pretrained(load_vlm(BaseModel(demo_folder, dtype="float32")), folder)
+    again = PeftModel.from_pretrained(load_base(BaseModel(demo_folder, dtype="float32")), folder)
     loaded = {name.replace(".default.", "."): p for name, p in again.named_parameters() if "lora_" in name}
     assert all(torch.equal(loaded[name], policy_now[name]) for name in saved)
 
@@ -631,7 +631,7 @@ def test_the_map_is_fitted_on_what_the_reference_answers_and_expects(
     assert made.recalibration is not None
 
     # By hand: generate with the adapter, and ask for every level behind the answer as it was given.
-    model = load_adapters(load_vlm(BaseModel(demo_folder, dtype="float32")), {"sft": adapter}).eval()
+    model = load_adapters(load_base(BaseModel(demo_folder, dtype="float32")), {"sft": adapter}).eval()
     rows: list[tuple[float, bool, str]] = []
     for batch in queries.val_dataloader():
         texts = generate_texts(model, batch.prompts.inputs, queries.processor.tokenizer, 8)

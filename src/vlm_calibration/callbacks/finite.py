@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+from vlm_calibration.callbacks.processes import of_all
 from vlm_calibration.records import DataError
 
 
@@ -52,18 +53,10 @@ class FiniteLoss(L.Callback):
 
     @staticmethod
     def _message(trainer: L.Trainer, lost: list[str], seen: list[str]) -> str:
-        records = [i for part in _of_all(trainer, lost) for i in part]
+        records = [i for part in of_all(trainer, lost) for i in part]
         what = "loss" if records else "gradient"
-        records = records or [i for part in _of_all(trainer, seen) for i in part]
+        records = records or [i for part in of_all(trainer, seen) for i in part]
         return (
             f"the {what} is not finite at step {trainer.global_step}, in a batch of the records {', '.join(records)}: look at "
             "their images and answers, or lower the learning rate; checkpoints are as they were before this step"
         )
-
-
-def _of_all(trainer: L.Trainer, ids: list[str]) -> list[list[str]]:
-    if trainer.world_size == 1:
-        return [ids]
-    gathered: list[list[str]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, ids)
-    return gathered

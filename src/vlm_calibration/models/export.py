@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_calibration.models.adapters import load_adapters
-from vlm_calibration.models.loading import BaseModel, Dtype, first_line, load_vlm
+from vlm_calibration.models.loading import BaseModel, Dtype, first_line, load_base
 from vlm_calibration.records import DataError
 
 
@@ -47,7 +47,7 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
             every layer that the adapter holds an update of.
     """
     target = _target_dtype(base, dtype)
-    model = load_vlm(replace(base, dtype="float32", quantization="none"))
+    model = load_base(replace(base, dtype="float32", quantization="none"))
     with _about(folder, base):
         wrapped = load_adapters(model, {"default": folder})
         assert isinstance(wrapped, PeftModel)

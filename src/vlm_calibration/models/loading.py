@@ -40,7 +40,25 @@ class BaseModel:
     trust_remote_code: bool = False
 
 
-def load_vlm(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_vlm(
+    name_or_path: str,
+    quantization: Quantization = "none",
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a model onto the CPU, in eval mode; the settings are those of `BaseModel`.
+
+    Raises:
+        DataError: there is no such model, or it cannot be loaded in this way.
+    """
+    return load_base(
+        BaseModel(name_or_path, dtype, quantization, attn_implementation, revision, trust_remote_code)
+    )
+
+
+def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the model, in eval mode.
 
     Args:
@@ -74,7 +92,7 @@ def load_vlm(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedM
 
 def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the model to train an adapter on: a quantised one prepared by peft (what is not quantised in float32)."""
-    model = load_vlm(base, device)
+    model = load_base(base, device)
     if base.quantization == "none":
         return model
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

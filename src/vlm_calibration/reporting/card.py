@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS
 
 TEXT, FACTS = "README.md", "calibration.json"
 DIGEST = "readme_sha256"

@@ -9,7 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.models.loading import BaseModel, load_vlm
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
@@ -57,7 +57,7 @@ class LevelFitModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            self.model = load_vlm(self.base, device_of(self)).eval()
+            self.model = load_base(self.base, device_of(self)).eval()
 
     def on_test_start(self) -> None:
         self.steps = self.trainer.datamodule.noise.levels.steps  # type: ignore[attr-defined]

@@ -76,4 +76,6 @@ def adamw_with_schedule(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, int(total_steps), settings)
     )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    # The name that the rate is logged under, the same for every optimiser.
+    scheduled = {"scheduler": schedule, "interval": "step", "name": "train/learning_rate"}
+    return {"optimizer": optimizer, "lr_scheduler": scheduled}

@@ -117,13 +117,13 @@ class CocoSource(QuerySource):
         taken = list(picture.objects)
         order = rng.permutation(len(picture.objects))[: self.per_image]
         for turn, present in enumerate(picture.objects[i] for i in order):
-            yield Plan(index, f"yes-{turn}", _is_there(present), "Yes", (present,), "existence/present")
             rule = self.negatives[(index + turn) % len(self.negatives)]
             missing = absent.draw(rule, present, taken, rng)
-            if missing is not None:
-                taken.append(missing)
-                category = f"existence/{rule}"
-                yield Plan(index, f"no-{turn}", _is_there(missing), "No", (missing,), category)
+            if missing is None:
+                return  # half of the questions are about absent objects, always
+            taken.append(missing)
+            yield Plan(index, f"yes-{turn}", _is_there(present), "Yes", (present,), "existence/present")
+            yield Plan(index, f"no-{turn}", _is_there(missing), "No", (missing,), f"existence/{rule}")
 
     def queries(self) -> Sequence[Query]:
         return LazyQueries(len(self._plans), self._query)
