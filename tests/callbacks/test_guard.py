@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlm_calibration.callbacks.guard import BeforeAndAfter
-from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS
 
 
 def _results(accuracy: float, ece: float = 0.25) -> dict[str, float]:

@@ -13,7 +13,7 @@ import yaml
 
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, snippet
-from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
 FULL = Card(

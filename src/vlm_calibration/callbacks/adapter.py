@@ -18,7 +18,7 @@ from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.models.sharding import whole_weights
 from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
-from vlm_calibration.reporting.results import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule

@@ -7,7 +7,7 @@ from typing import cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vlm_calibration.reporting.results import print_results
+from vlm_calibration.reporting.tables import print_results
 from vlm_calibration.stages.scoring import HasResults, Results
 
 

@@ -1,0 +1,67 @@
+"""Scores as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+Results = Mapping[str, Mapping[str, float]]
+"""Row -> metrics by flat name: of a system, or of a file of answers."""
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "accuracy": ("accuracy", ".3f"),
+    "ece": ("ECE", ".3f"),
+    "brier": ("Brier", ".3f"),
+    "auroc": ("AUROC", ".3f"),
+    "mean_confidence": ("mean conf.", ".3f"),
+    "overconfidence": ("overconf.", "+.3f"),
+    "parse_failure_rate": ("unparsed", ".1%"),
+}
+BROKEN_DOWN = ("accuracy", "ece", "auroc")
+
+
+def overall_table(results: Results) -> Table:
+    """One row a system, over all its answers."""
+    n = int(next(iter(results.values()))["n"])
+    table = Table(title=f"All {n} answers", title_justify="left", title_style="bold")
+    table.add_column("system")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for system, values in results.items():
+        table.add_row(system, *(_cell(values[k], form) for k, (_, form) in COLUMNS.items()))
+    return table
+
+
+def group_table(results: Results, metric: str, groups: Sequence[str]) -> Table:
+    """One metric: a row a group of answers, a column a system."""
+    heading, form = COLUMNS[metric]
+    table = Table(title=f"{heading} by group", title_justify="left", title_style="bold")
+    table.add_column("group")
+    table.add_column("n", justify="right")
+    for system in results:
+        table.add_column(system, justify="right")
+    first = next(iter(results.values()))
+    for group in groups:
+        cells = [_cell(values[f"{metric}/{group}"], form) for values in results.values()]
+        table.add_row(group, str(int(first[f"n/{group}"])), *cells)
+    return table
+
+
+def groups_of(results: Results, most_parts: int = 2) -> list[str]:
+    """The groups that results are broken down by, those of at most this many parts, coarse ones first."""
+    names = [k.split("/", 1)[1] for k in next(iter(results.values())) if k.startswith("n/")]
+    return sorted((n for n in names if n.count("/") < most_parts), key=lambda n: (n.count("/"), n))
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    console = console or Console()
+    console.print(overall_table(results))
+    groups = groups_of(results)
+    for metric in BROKEN_DOWN if groups else ():
+        console.print(group_table(results, metric, groups))
+
+
+def _cell(value: float, form: str) -> str:
+    return "-" if value != value else format(value, form)
