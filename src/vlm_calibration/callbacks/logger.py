@@ -1,16 +1,28 @@
-"""The logger of a run: W&B, in the run directory, without a login."""
+"""The logger of a run: W&B, in the run directory, without a login and without a network."""
 
 from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import lightning as L
+import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vlm_calibration.records import DataError
+
+TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
+"""Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
+STAGING = "WANDB_DATA_DIR"
+"""The variable that names the folder where W&B puts copies of what it is to upload."""
 
 
 def logged_in() -> bool:
@@ -36,11 +48,13 @@ class LearningRate(LearningRateMonitor):
 class RunLogger(WandbLogger):
     """A `WandbLogger` that is offline unless someone is logged in, and so never prompts.
 
-    `wandb sync` uploads an offline run later. WANDB_MODE, where set, decides instead.
+    It goes offline as well where the server cannot be reached. `wandb sync` uploads an offline run later. WANDB_MODE, where
+    set, decides instead; WANDB_RUN_ID continues a run.
 
     Args:
         save_dir: folder of the run; the command line gives the run directory.
-        project, name, group, tags: as W&B has them.
+        project, entity, group, job_type, tags: as W&B has them.
+        name: of the run; by default WANDB_NAME, or the name of `save_dir`.
         settings: further arguments of `wandb.init`.
     """
 
@@ -48,8 +62,10 @@ class RunLogger(WandbLogger):
         self,
         save_dir: str | None = None,
         project: str = "vlm-calibration",
+        entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
+        job_type: str | None = None,
         tags: list[str] | None = None,
         **settings: Any,
     ) -> None:
@@ -62,9 +78,64 @@ class RunLogger(WandbLogger):
         super().__init__(
             save_dir=directory,
             project=project,
-            name=name,
+            entity=entity,
+            name=name or os.environ.get("WANDB_NAME") or Path(directory).resolve().name,
             offline=offline,
             group=group,
+            job_type=job_type,
             tags=tags,
-            **settings,
+            **{**settings, "settings": _settings(settings.get("settings"))},
         )
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The `wandb.Run`.
+
+        Raises:
+            DataError: the server refuses the credentials.
+        """
+        if self._experiment is None and not self._offline:
+            try:
+                return super().experiment
+            except wandb.errors.AuthenticationError as error:
+                raise DataError(
+                    f"W&B refuses the credentials ({error}): `wandb login --relogin`, or WANDB_MODE=offline"
+                ) from error
+            except wandb.errors.CommError:
+                rank_zero_warn(
+                    "W&B cannot be reached: this run is logged offline, and `wandb sync` uploads it"
+                )
+                self._offline = True
+                # Not through the environment, which a session that has begun no longer reads.
+                self._wandb_init["mode"] = "offline"
+        return super().experiment
+
+
+def _settings(given: Any) -> Any:
+    """Ours, overridden by what the user gives, a mapping or a `wandb.Settings`."""
+    if given is not None and not isinstance(given, Mapping):
+        return given
+    return wandb.Settings(**{**TIMEOUTS, **(given or {})})
+
+
+def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:
+    """The trainer's W&B logger, on the first process; None on others and where there is none."""
+    found = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    return found[0] if found and trainer.is_global_zero else None
+
+
+@contextmanager
+def staged(logger: WandbLogger) -> Iterator[None]:
+    """A block in which W&B copies what it is to upload into the run directory instead of the home directory.
+
+    An offline run is then whole on its own. WANDB_DATA_DIR, where set, decides instead.
+    """
+    if STAGING in os.environ:
+        yield
+        return
+    os.environ[STAGING] = str(Path(logger.save_dir or ".").resolve() / "wandb")
+    try:
+        yield
+    finally:
+        del os.environ[STAGING]
