@@ -12,7 +12,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, RecordError
+from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
+from vlm_calibration.text.confidence import parse_confidence
+from vlm_calibration.text.grading import grade
 
 VERBALIZED = "verbalized"
 """Name of the estimator whose key is `confidence`."""
@@ -38,6 +40,24 @@ class EstimatedPrediction(Prediction):
     def confidence_of(self, estimator: str) -> float | None:
         """The confidence by this estimator; KeyError for one that there is not."""
         return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
+
+
+def graded_prediction(query: Query, text: str, noise_step: int | None) -> EstimatedPrediction:
+    """The prediction that this output amounts to."""
+    outcome = grade(text, query.answer, query.answer_type, query.synonyms)
+    return EstimatedPrediction(
+        id=query.id,
+        question=query.question,
+        answer=query.answer,
+        text=text,
+        predicted=outcome.predicted,
+        confidence=parse_confidence(text),
+        correct=outcome.correct,
+        category=query.category,
+        noise_step=noise_step,
+        answer_type=query.answer_type,
+        image=query.image,
+    )
 
 
 KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates")
