@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+from torch import Tensor
 
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.callbacks.guard import BeforeAndAfter
@@ -45,19 +46,28 @@ class AdapterWriter(L.Callback):
             self.results = dict(cast(HasResults, module).results[""])
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        model = cast(Any, module).model
-        weights = whole_weights(model)
+        weights = self.weights(module)
         if trainer.is_global_zero and not trainer.interrupted:
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            card = self.card(trainer, module)
-            # peft's own loaders take the base at this revision.
-            model.peft_config["default"].revision = card.revision
-            with replacing(Path(trainer.default_root_dir) / ADAPTER) as temporary:
-                # A preference stage holds its frozen reference beside what it trains.
-                model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
-                data.processor.save_pretrained(temporary)
-                save_card(temporary, card)
+            self.write(trainer, module, Path(trainer.default_root_dir) / ADAPTER, weights)
         trainer.strategy.barrier("adapter")
+
+    def weights(self, module: L.LightningModule) -> dict[str, Tensor] | None:
+        """What `write` needs of a sharded model; every process must call it."""
+        return whole_weights(cast(Any, module).model)
+
+    def write(
+        self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: dict[str, Tensor] | None
+    ) -> None:
+        """Write adapter, processor and card as they are now; `folder` appears whole or not at all."""
+        model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
+        card = self.card(trainer, module)
+        # peft's own loaders take the base at this revision.
+        model.peft_config["default"].revision = card.revision
+        with replacing(folder) as temporary:
+            # A preference stage holds its frozen reference beside what it trains.
+            model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
+            data.processor.save_pretrained(temporary)
+            save_card(temporary, card)
 
     def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
         """What there is to say about the adapter that was trained."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -25,16 +26,19 @@ from vlm_calibration.reporting.memory import print_memory, split_tokens
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the full configuration to `config.yaml` of the run directory."""
+    """Writes the full configuration to `config.yaml` of the run directory, and shows it to the loggers."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with replacing(Path(trainer.default_root_dir) / self.config_filename) as temporary:
+        path = Path(trainer.default_root_dir) / self.config_filename
+        with replacing(path) as temporary:
             self.parser.save(
                 self.config, temporary, skip_none=False, overwrite=True, multifile=self.multifile
             )
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 class CalibrationCLI(LightningCLI):

@@ -57,6 +57,7 @@ class PerturbedQueries(Dataset[Sample]):
     """
 
     def __init__(self, parts: Mapping[str, Part], policy: NoisePolicy, image_processor: Any) -> None:
+        self.parts = dict(parts)
         self.policy = policy
         self.image_processor = image_processor
         self._sections = [_section(name, part, policy) for name, part in parts.items()]
@@ -65,6 +66,14 @@ class PerturbedQueries(Dataset[Sample]):
             raise DataError(
                 "no query is left: with `absent: skip`, records need regions of the objects asked about"
             )
+
+    def is_noised(self, query_id: str) -> bool:
+        """Whether the policy noises the part that has the query of this id."""
+        return any(
+            query_id.startswith(f"{name}:" if name else "")
+            for name, part in self.parts.items()
+            if part.noise != "none"
+        )
 
     @property
     def queries(self) -> Sequence[Query]:

@@ -1,0 +1,219 @@
+"""Where a run comes from and what came of it, in W&B: code, data and adapters, as configuration and as artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+import vlm_calibration
+from vlm_calibration.callbacks.adapter import ADAPTER, AdapterWriter, constructed
+from vlm_calibration.callbacks.logger import staged, wandb_logger
+from vlm_calibration.data.dataset import PerturbedQueries
+from vlm_calibration.records import Query
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.sft import SFTModule
+
+STAGES = {SFTModule: "sft", DPOModule: "dpo", EvaluationModule: "evaluation"}
+LATEST, BEST, USED = "latest", "best", "used"
+
+
+class Artifacts(L.Callback):
+    """Logs to W&B what leads from data through the stages to an evaluation.
+
+    Configuration: `stage`, the `code`'s version and git commit, and `inputs`: sources and fingerprints of the data.
+    Inputs: an artifact for the training, validation and test data each (fingerprint and count, not the data), and the
+    adapters that the run starts from or evaluates.
+    Output: the adapter, as the artifact `RUN-adapter` of run directory RUN, after every validation and when training ends.
+    Its alias `latest` is the last one of these, `best` the one with the best validation of the run.
+
+    It goes behind `AdapterWriter`, which says what an adapter's folder holds.
+
+    Args:
+        monitor: metric of the validation that tells the best adapter.
+        lower_is_better: whether a low value of it is good.
+    """
+
+    def __init__(self, monitor: str = "brier", lower_is_better: bool = True) -> None:
+        self.monitor = monitor
+        self.lower_is_better = lower_is_better
+        self.best: float | None = None
+        self._digest: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs to know."""
+        return {"best": self.best, "digest": self._digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self._digest = state_dict["best"], state_dict["digest"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        found = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+        self._record(trainer, module, {role: loader.dataset for role, loader in found.items() if loader})
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._record(trainer, module, {"test": trainer.test_dataloaders.dataset})  # type: ignore[union-attr]
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Log the adapter as it was validated."""
+        writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]
+        logging = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+        if not (logging and writers) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        weights = writers[0].weights(module)
+        score = float(cast(Any, module).results[""][self.monitor])
+        improved = self._improves(score)
+        self.best = score if improved else self.best
+        logger = wandb_logger(trainer)
+        if logger is not None:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name) / ADAPTER
+                writers[0].write(trainer, module, folder, weights)
+                aliases = [LATEST, *([BEST] if improved else [])]
+                self._log(trainer, logger, folder, aliases, {self.monitor: _number(score)})
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Log the adapter that training ended with, unless the last validation's is the same."""
+        folder = Path(trainer.default_root_dir) / ADAPTER
+        logger = wandb_logger(trainer)
+        if logger is not None and not trainer.interrupted and folder.is_dir():
+            self._log(trainer, logger, folder, [LATEST, *([BEST] if self.best is None else [])], {})
+
+    def _improves(self, score: float) -> bool:
+        if math.isnan(score):
+            return False
+        return self.best is None or (score < self.best if self.lower_is_better else score > self.best)
+
+    def _log(
+        self, trainer: L.Trainer, logger: WandbLogger, folder: Path, aliases: list[str], facts: dict[str, Any]
+    ) -> None:
+        with staged(logger):
+            metadata = {"step": trainer.global_step, **facts}
+            artifact = folder_artifact(folder, run_name(Path(trainer.default_root_dir)), metadata)
+            if artifact.digest != self._digest:
+                logger.experiment.log_artifact(artifact, aliases=aliases)
+                self._digest = artifact.digest
+
+    def _record(
+        self, trainer: L.Trainer, module: L.LightningModule, datasets: Mapping[str, PerturbedQueries]
+    ) -> None:
+        logger = wandb_logger(trainer)
+        if logger is None:
+            return
+        data = {role: data_facts(dataset) for role, dataset in datasets.items()}
+        stage = STAGES.get(type(module), type(module).__name__)
+        logger.log_hyperparams({"stage": stage, "code": code_state(), "inputs": data})
+        with staged(logger):
+            for role, facts in data.items():
+                use(logger.experiment, data_artifact(role, facts), LATEST)
+            for folder in adapters_of(module):
+                use(logger.experiment, adapter_artifact(folder), USED)
+
+
+def use(run: Any, artifact: Any, alias: str) -> None:
+    """Declare an artifact, which need not be on the server yet, an input of the run, without waiting for the server.
+
+    The server takes content that it has for the version that it has, so the run that made an adapter and the one that goes
+    on from it meet, also if both were offline.
+    """
+    # `Run.use_artifact` does the same, but refuses to work offline, and waits where it is online.
+    run._log_artifact(artifact, aliases=[alias], is_user_created=True, use_after_commit=True)
+
+
+def adapters_of(module: L.LightningModule) -> list[str]:
+    """Where the adapters are from that a stage starts with."""
+    if isinstance(module, EvaluationModule):
+        return list(module.adapters.values())
+    return [module.adapter] if isinstance(module, DPOModule) and module.adapter is not None else []
+
+
+def run_name(folder: Path) -> str:
+    """The name of the artifact that holds the adapter of this run directory."""
+    return re.sub(r"[^\w.-]", "-", f"{folder.resolve().name}-{ADAPTER}")[-128:]
+
+
+def adapter_artifact(location: str) -> Any:
+    """The artifact of an adapter in a folder, or of one on the Hugging Face Hub."""
+    folder = Path(location)
+    if folder.is_dir():
+        return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder))
+    artifact = wandb.Artifact(run_name(folder), type=ADAPTER)
+    artifact.add_reference(f"https://huggingface.co/{location}", checksum=False)
+    return artifact
+
+
+def folder_artifact(folder: Path, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
+    """An artifact of the files in an adapter's folder."""
+    artifact = wandb.Artifact(name, type=ADAPTER, metadata=dict(metadata or {}))
+    # One by one: `add_dir` talks to the terminal.
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), skip_cache=True)
+    return artifact
+
+
+def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
+    """Where queries come from, how many there are, and their fingerprint."""
+    return {
+        "sources": [f"{constructed(part.source)}, noise: {part.noise}" for part in dataset.parts.values()],
+        "queries": len(dataset),
+        "fingerprint": fingerprint(dataset.queries),
+    }
+
+
+def fingerprint(queries: Sequence[Query], most: int = 50_000) -> str:
+    """SHA-256 over what the records say, in their order; images count by name, not by content.
+
+    Args:
+        most: of more queries than these, which take seconds to read, the number and evenly spaced ones.
+    """
+    digest = hashlib.sha256(str(len(queries)).encode())
+    for index in range(0, len(queries), math.ceil(len(queries) / most)):
+        digest.update(b"\n" + repr(queries[index]).encode())
+    return digest.hexdigest()
+
+
+def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
+    """An artifact whose versions are the data sets that were used for training, validation or testing."""
+    artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=dict(facts))
+    with artifact.new_file("data.json") as file:
+        json.dump({name: facts[name] for name in ("queries", "fingerprint")}, file)
+    return artifact
+
+
+def code_state() -> dict[str, Any]:
+    """Version of the package and, where it runs from a git checkout, the commit and whether files differ from it."""
+    folder = Path(vlm_calibration.__file__).parent
+    state: dict[str, Any] = {"version": version("vlm-calibration")}
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        state["commit"] = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
+        state["modified"] = bool(_git(folder, "status", "--porcelain", "--untracked-files=no", "."))
+    return state
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None if it fails, or if there is none."""
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout if ran.returncode == 0 else None
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,110 @@
+"""What a training step costs and whether it is sound: speed, waiting for data, memory, and the norm of the gradients."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vlm_calibration.data.pairs import PairBatch
+
+GIB = 2**30
+
+
+class Throughput(L.Callback):
+    """Logs, every `trainer.log_every_n_steps` steps, over the steps since the last time:
+
+    - `train/samples_per_second` and `train/tokens_per_second`: of all processes, each taken to be as fast as the first.
+      Tokens are those that are not padding, those of images included; where responses share a prompt, it counts once.
+      Waiting for data counts, validation does not.
+    - `train/data_wait`: the share of the time, in [0, 1], that was spent waiting for data.
+    - `train/grad_norm`: L2 norm of the gradients of that step, before they are clipped. DeepSpeed keeps it to itself.
+    - `memory/peak_gib`: the most memory held so far, of the GPU or else of this process.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+        self._norm: Tensor | None = None
+        self._tokens: Tensor | int = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._left = time.perf_counter()
+        self._begin()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            away = time.perf_counter() - self._paused
+            self._began += away
+            self._left += away
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.perf_counter() - self._left
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        self._due = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        gradients = [p.grad for p in module.parameters() if p.grad is not None] if self._due else []
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            # Of sharded gradients; all processes are here.
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += len(batch.queries)
+        self._tokens = self._tokens + tokens_of(batch)
+        if self._due:
+            self._log(trainer, module)
+            self._due, self._norm = False, None
+            self._begin()
+        self._left = time.perf_counter()
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Asking a device for a number waits until it is done with the steps.
+        tokens = float(self._tokens)
+        seconds = time.perf_counter() - self._began
+        values: dict[str, Any] = {
+            "train/samples_per_second": self._samples * trainer.world_size / seconds,
+            "train/tokens_per_second": tokens * trainer.world_size / seconds,
+            "train/data_wait": self._waited / seconds,
+            "memory/peak_gib": peak_memory(module.device) / GIB,
+        }
+        if self._norm is not None:
+            values["train/grad_norm"] = self._norm
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+        self._samples = 0
+        self._tokens = 0
+        self._waited = 0.0
+
+
+def tokens_of(batch: Any) -> Tensor | int:
+    """Tokens of a training batch that are not padding, on the batch's device; of a `PairBatch`, of all responses too."""
+    if not batch.inputs:
+        return 0
+    tokens: Tensor = batch.inputs["attention_mask"].sum()
+    if isinstance(batch, PairBatch):
+        tokens = tokens + sum(len(c.tokens) for candidates in batch.candidates for c in candidates)
+    return tokens
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: allocated on a CUDA device, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
