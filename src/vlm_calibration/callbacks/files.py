@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,21 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def json_number(name: str, value: float) -> float | int | None:
+    """A metric as JSON has it, which has no NaN: an undefined one is null. Counts are whole numbers."""
+    if value != value:
+        return None
+    return int(value) if name.split("/", 1)[0] == "n" else value
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) -> None:
+    """Write objects as lines of JSON or as an array, in ASCII, which any program reads."""
+    texts = [json.dumps(row) for row in rows]
+    text = "\n".join(texts) if lines else "[\n" + ",\n".join(texts) + "\n]"
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="ascii")
 
 
 def clear_leftovers(folder: Path) -> None:

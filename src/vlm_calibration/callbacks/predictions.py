@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 import lightning as L
 
-from vlm_calibration.callbacks.files import replacing, write_json
+from vlm_calibration.callbacks.files import json_number, replacing, write_json
 from vlm_calibration.records import Prediction
 from vlm_calibration.stages.scoring import HasResults, Results
 
@@ -78,7 +78,7 @@ class PredictionWriter(L.Callback):
                 for part in parts:
                     part.unlink(missing_ok=True)
                 if not trainer.sanity_checking:
-                    write_json(folder / "metrics.json", {k: _number(k, v) for k, v in metrics.items()})
+                    write_json(folder / "metrics.json", {k: json_number(k, v) for k, v in metrics.items()})
         trainer.strategy.barrier("predictions written")
 
 
@@ -104,10 +104,3 @@ def _weave(parts: Sequence[Path], out: Path) -> None:
 def _in_turn(files: Sequence[TextIO]) -> Iterator[str]:
     for lines in zip_longest(*files):
         yield from (line for line in lines if line is not None)
-
-
-def _number(name: str, value: float) -> float | int | None:
-    """JSON has no NaN: an undefined metric is null. Counts are whole numbers."""
-    if value != value:
-        return None
-    return int(value) if name.split("/", 1)[0] == "n" else value

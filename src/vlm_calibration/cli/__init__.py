@@ -37,6 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": (TRAINER, "evaluate the base model and adapters side by side"),
     "predict": (TRAINER, "run a module's prediction over the data"),
     "levels": (f"{LIGHTNING}:levels_command", "`levels fit`: measure what anchored levels teach"),
+    "score": (
+        "vlm_calibration.reporting.score:score_command",
+        "a file of answers: POPE, AMBER or predictions",
+    ),
     "export": (
         "vlm_calibration.reporting.export:export_command",
         "an adapter with its card, or merged into its base",

@@ -6,8 +6,10 @@ from typing import cast
 
 import lightning as L
 
-from vlm_calibration.reporting.tables import print_results
+from vlm_calibration.reporting.tables import COLUMNS, print_results
 from vlm_calibration.stages.scoring import HasResults
+
+__all__ = ["COLUMNS", "ResultsTable", "print_results"]
 
 
 class ResultsTable(L.Callback):

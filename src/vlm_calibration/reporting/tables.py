@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+
+from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
 
 Results = Mapping[str, Mapping[str, float]]
 """Row -> metrics by flat name: of a system, or of a file of answers."""
@@ -65,3 +68,44 @@ def print_results(results: Results, console: Console | None = None) -> None:
 
 def _cell(value: float, form: str) -> str:
     return "-" if value != value else format(value, form)
+
+
+OFFICIAL_COLUMNS = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "yes_ratio": "yes ratio",
+}
+
+
+def official_table(results: Results) -> Table:
+    """Scores under the benchmarks' own rules: a row for each system and part or block, `official/...` of the results."""
+    blocks = {system: blocks_of(official_of(values)) for system, values in results.items()}
+    columns = [
+        key for key in OFFICIAL_COLUMNS if any(key in b for of in blocks.values() for b in of.values())
+    ]
+    table = Table(
+        title="Official scores",
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption="By the benchmark's own rules, without the stated confidence. -: its script divides by zero.",
+    )
+    table.add_column("system")
+    table.add_column("part")
+    for key in columns:
+        table.add_column(OFFICIAL_COLUMNS[key], justify="right")
+    for system, of in blocks.items():
+        for block, scores in of.items():
+            # POPE's are fractions that are not rounded, AMBER's percent with one decimal.
+            form = ".4f" if "yes_ratio" in scores else ".1f"
+            table.add_row(
+                system, block or "all", *(_cell(scores.get(key, math.nan), form) for key in columns)
+            )
+    return table
+
+
+def official_of(values: Mapping[str, float]) -> dict[str, float]:
+    """The official scores among the metrics."""
+    return {name: value for name, value in values.items() if name.startswith(f"{OFFICIAL}/")}

@@ -6,28 +6,17 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.files import some
+from vlm_calibration.benchmarks.official import Counts
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
-
-
-class Counts(Protocol):
-    """What is counted of answers, enough for a benchmark's scores."""
-
-    def __add__(self, other: Self, /) -> Self:
-        """The counts of both sets of answers."""
-        ...
-
-    def scores(self) -> dict[str, float]:
-        """The official scores by name, NaN where there is none."""
-        ...
 
 
 class BenchmarkSource(QuerySource):
