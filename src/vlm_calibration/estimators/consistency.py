@@ -64,7 +64,7 @@ class DrawnTokens(LogitsProcessor):
         number = self.numbers[:, input_ids.shape[1] - self.prompt_length].to(scores.device, wide)
         # Of the total, which rounding keeps from being 1; its last token that has any probability at most.
         token = torch.searchsorted(reached, (number * reached[:, -1])[:, None], right=True)
-        token = torch.minimum(token, torch.searchsorted(reached, reached[:, -1:]))
+        token = torch.minimum(token, torch.searchsorted(reached, reached[:, -1:].contiguous()))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
