@@ -1,0 +1,391 @@
+"""`vlm-calibration score`: the benchmarks' scores against their rules stated once more, ours against the metrics of raw values.
+
+Through `main`, which is all that a process adds nothing to; one test starts the command in full.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_calibration.cli import main
+from vlm_calibration.metrics import functional
+
+from ..benchmarks import official_rules
+from ..benchmarks.test_amber import ANNOTATIONS, TYPES
+
+SCORES = ("accuracy", "precision", "recall", "f1")
+REPORTED = [
+    "n",
+    "ece",
+    "ace",
+    "mce",
+    "brier",
+    "brier_reliability",
+    "brier_resolution",
+    "brier_uncertainty",
+    "log_loss",
+    "auroc",
+    "aurc",
+    "smooth_ece",
+    "mean_confidence",
+    "overconfidence",
+    "parse_failure_rate",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "yes_ratio",
+]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    def write(name: str, rows: Any, lines: bool = True) -> str:
+        text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def scored(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The flat object that the command prints."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        assert main(["score", *arguments, "--json"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1, "nothing but the object is on standard output"
+        return json.loads(out)
+
+    return run
+
+
+def _pope(n: int = 200, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Labels, and answers that state no confidence in their text but carry one."""
+    rng = random.Random(seed)
+    labels = [
+        {
+            "question_id": i,
+            "image": "a.jpg",
+            "text": "Is there a dog in the image?",
+            "label": rng.choice(["yes", "no"]),
+        }
+        for i in range(1, n + 1)
+    ]
+    texts = ("Yes", "No", "no", "Yes, there is.", "There is not.", "NO", "", "\nNo", "Maybe")
+    answers = [
+        {
+            "question_id": x["question_id"],
+            "answer": rng.choice(texts),
+            "confidence": rng.randint(0, 100) / 100,
+        }
+        for x in labels
+    ]
+    return labels, answers
+
+
+def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rng = random.Random(seed)
+    annotations = [
+        {"id": i, "type": rng.choice(TYPES), "truth": rng.choice(["yes", "no"])} for i in range(1, n + 1)
+    ]
+    answers = [
+        {"id": x["id"], "response": rng.choice(["Yes", "No", "No.", "yes", ""]), "confidence": rng.random()}
+        for x in annotations
+    ]
+    return annotations, answers
+
+
+def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
+    labels, answers = _pope()
+    shuffled = random.Random(1).sample(answers, len(answers))
+    found = scored("pope", "--answers", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
+    expected = official_rules.pope(labels, answers)
+    assert {k: v for k, v in found.items() if "/" in k} == {f"official/{k}": v for k, v in expected.items()}
+    assert list(found)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
+    assert set(REPORTED) == {name for name in found if "/" not in name}
+    assert (found["n"], type(found["n"])) == (200, int)
+
+
+def test_our_grading_and_calibration_beside_it(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
+) -> None:
+    said = {"Yes": "yes", "No": "no", "no": "no", "Yes, there is.": "yes", "There is not.": "no", "NO": "no"}
+    said |= {"": None, "\nNo": "no", "Maybe": None}  # type: ignore[dict-item]
+    labels, answers = _pope()
+    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    right = [said[a["answer"]] == x["label"] for x, a in zip(labels, answers, strict=True)]
+    assert found["accuracy"] == sum(right) / 200
+    assert found["yes_ratio"] == sum(said[a["answer"]] == "yes" for a in answers) / 200
+    confidence = torch.tensor([a["confidence"] for a in answers], dtype=torch.float64)
+    correct = torch.tensor(right)
+    for name, metric in (
+        ("ece", functional.expected_calibration_error),
+        ("mce", functional.maximum_calibration_error),
+        ("ace", functional.adaptive_calibration_error),
+        ("brier", functional.brier_score),
+        ("auroc", functional.auroc),
+        ("aurc", functional.area_under_risk_coverage),
+        ("log_loss", functional.log_loss),
+        ("overconfidence", functional.overconfidence),
+        ("smooth_ece", functional.smooth_calibration_error),
+    ):
+        assert found[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
+
+
+@pytest.mark.parametrize("confidence", ["in the text", "in a key"])
+def test_a_stated_confidence(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]], confidence: str
+) -> None:
+    labels = [{"question_id": i, "label": x} for i, x in enumerate(("yes", "no", "no", "yes"))]
+    rows = [("Yes", 0.9), ("No", 0.8), ("Yes", 0.7), ("Yes", None)]
+    if confidence == "in a key":
+        answers = [{"question_id": i, "answer": a, "confidence": c} for i, (a, c) in enumerate(rows)]
+    else:
+        texts = ["Confidence: 0.9. Yes", "No\nConfidence: 80%", "Yes, I am 70% sure.", "Yes"]
+        answers = [{"question_id": i, "answer": text} for i, text in enumerate(texts)]
+    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    assert found["official/accuracy"] == found["accuracy"] == 3 / 4
+    assert (found["official/precision"], found["official/recall"]) == (2 / 3, 1.0)
+    assert found["parse_failure_rate"] == 1 / 4
+    assert found["mean_confidence"] == pytest.approx(0.8)
+    assert found["overconfidence"] == pytest.approx(0.8 - 2 / 3)
+
+
+def test_what_the_script_divides_by_zero_is_null(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
+) -> None:
+    labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
+    answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
+    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    official = {k: found[f"official/{k}"] for k in (*SCORES, "yes_ratio")}
+    assert official == {"accuracy": 0.5, "precision": None, "recall": 0.0, "f1": None, "yes_ratio": 0.0}
+    assert found["ece"] is None, "no confidence is stated"
+
+
+def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
+    annotations, answers = _amber()
+    files = (
+        "--answers",
+        written("a.json", answers, lines=False),
+        *("--annotations", written("t.json", annotations, lines=False)),
+    )
+    found = scored("amber", *files)
+    expected = {f"official/{k}": v for k, v in official_rules.amber(annotations, answers).items()}
+    assert {k: v for k, v in found.items() if k.startswith("official")} == expected
+    blocks = ("", "existence/", "attribute/", "state/", "number/", "action/", "relation/")
+    assert set(expected) == {f"official/{block}{k}" for block in blocks for k in SCORES}
+    groups = ("existence", "attribute", "state", "number", "action", "relation", "attribute/state")
+    assert {f"{k}/{group}" for k in REPORTED for group in groups} <= set(found)
+    existence = [a for a in annotations if a["type"] == "discriminative-hallucination"]
+    assert found["n/existence"] == len(existence)
+    only = scored("amber", *files, "--only", "existence")
+    assert {k: v for k, v in only.items() if k.startswith("official")} == {
+        k: v for k, v in expected.items() if k.startswith("official/existence/")
+    }
+    assert only["n"] == len(existence)
+
+
+def test_generative_answers_are_left_out_and_said_to_be(
+    written: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS]
+    files = (
+        "--answers",
+        written("a.json", answers, lines=False),
+        *("--annotations", written("t.json", ANNOTATIONS, lines=False)),
+    )
+    assert main(["score", "amber", *files, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in printed.err
+    assert json.loads(printed.out)["n"] == 6
+
+
+PREDICTIONS = [
+    {
+        "id": str(i),
+        "question": "What is it?",
+        "answer": "sofa",
+        "text": text,
+        "predicted": text.split(".")[0].lower(),
+        "confidence": confidence,
+        "correct": correct,
+        "category": "indoor",
+        "noise_step": 0,
+        "answer_type": "short",
+    }
+    for i, (text, confidence, correct) in enumerate(
+        (("Couch. Confidence: 90%", 0.9, True), ("Chair. Confidence: 80%", 0.8, False), ("Sofa", None, True))
+    )
+]
+
+
+def test_predictions_as_they_were_graded(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
+) -> None:
+    rows = [{**row, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
+    found = scored("jsonl", "--answers", written("p.jsonl", rows))
+    assert (found["n"], found["accuracy"], found["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
+    assert found["ece"] == pytest.approx((0.8 + 0.1) / 2)
+    assert found["accuracy/indoor"] == 2 / 3
+    assert found["ece@expected"] == pytest.approx((2 * 0.25 + 0.5) / 3)
+    assert found["auroc@expected/indoor"] == 1.0
+    assert not any(name.startswith("official") for name in found)
+
+
+def test_predictions_graded_anew_by_the_queries(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
+) -> None:
+    queries = [
+        {
+            "id": str(i),
+            "image": "none.png",
+            "question": "What is it?",
+            "answer": "sofa",
+            "answer_type": "short",
+        }
+        for i in range(3)
+    ]
+    answers = [{"id": row["id"], "text": row["text"]} for row in PREDICTIONS][::-1]
+    files = ("--answers", written("p.jsonl", answers), "--labels")
+    assert scored("jsonl", *files, written("q.jsonl", queries))["accuracy"] == 1 / 3
+    queries[0]["synonyms"] = ["couch"]  # type: ignore[assignment]
+    found = scored("jsonl", *files, written("q.jsonl", queries))
+    assert (found["accuracy"], found["mean_confidence"]) == (2 / 3, pytest.approx(0.85))
+
+
+def test_files_for_the_benchmarks_own_scripts(
+    written: Callable[..., str], scored: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    labels, answers = _pope(50)
+    for given, text in zip(answers, ("Confidence: 0.9. No", "No. Confidence: 70%"), strict=False):
+        del given["confidence"]
+        given["answer"] = text
+    labels[0]["label"] = "No"
+    out = tmp_path / "out.json"
+    files = (
+        "--answers",
+        written("a.jsonl", answers[::-1]),
+        "--labels",
+        written("l.json", labels, lines=False),
+    )
+    found = scored("pope", *files, "--write-official", str(out))
+    theirs = official_rules.pope(
+        *(
+            [json.loads(x) for x in path.read_text().splitlines()]
+            for path in (tmp_path / "out.labels.jsonl", out)
+        )
+    )
+    assert {k: v for k, v in found.items() if k.startswith("official")} == {
+        f"official/{k}": v for k, v in theirs.items()
+    }
+    again = scored("pope", "--answers", str(out), "--labels", str(tmp_path / "out.labels.jsonl"))
+    assert again == found, "ours, too, are those of the file that was written"
+
+    annotations, responses = _amber(80)
+    responses[0] = {"id": 1, "response": "No. Confidence: 80%"}
+    files = ("--annotations", written("t.json", annotations, lines=False), "--answers")
+    given = written("r.json", responses, lines=False)
+    found = scored("amber", *files, given, "--write-official", str(tmp_path))
+    theirs = official_rules.amber(annotations, json.loads((tmp_path / "answers.json").read_text()))
+    assert {k: v for k, v in found.items() if k.startswith("official")} == {
+        f"official/{k}": v for k, v in theirs.items()
+    }
+    assert scored("amber", *files, str(tmp_path / "answers.json")) == found
+
+
+def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    labels, answers = _pope(20)
+    assert (
+        main(
+            ["score", "pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels)]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "Official scores" in out
+    assert f"{official_rules.pope(labels, answers)['accuracy']:.4f}" in out
+    assert "All 20 answers" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        ([], "the following arguments are required: benchmark", 2),
+        (["mme"], "invalid choice: 'mme' (choose from 'pope', 'amber', 'jsonl')", 2),
+        (["pope", "--answers", "a.jsonl"], "the following arguments are required: --labels", 2),
+        (["jsonl", "--answer", "a.jsonl"], "the following arguments are required: --answers", 2),
+        (["jsonl", "--answers", "a.jsonl", "--write-official", "x"], "unrecognized arguments", 2),
+        (
+            ["pope", "--answers", "a.jsonl", "--labels", "none.json"],
+            "none.json: cannot be read: No such file",
+            1,
+        ),
+        (["jsonl", "--answers", "a.jsonl"], "a.jsonl:1: ", 1),
+        (["jsonl", "--answers", "a.jsonl", "--labels", "a.jsonl"], "a.jsonl:1: unknown key", 1),
+        (["jsonl", "--answers", "a.jsonl", "--labels", "q.jsonl"], "a.jsonl:1: 'id' must be a string", 1),
+        (
+            ["jsonl", "--answers", "t.jsonl", "--labels", "q.jsonl"],
+            "record '1': the gold answer of a yes/no",
+            1,
+        ),
+        (["jsonl", "--answers", "t.jsonl", "--labels", "qq.jsonl"], "qq.jsonl:2: duplicate id '1'", 1),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    written: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    status: int,
+) -> None:
+    query = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "perhaps", "answer_type": "yes_no"}
+    written("a.jsonl", [{"question_id": 1, "answer": "Yes"}])
+    written("t.jsonl", [{"id": "1", "text": "Yes"}])
+    written("q.jsonl", [query])
+    written("qq.jsonl", [query, query])
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", *arguments]) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("vlm-calibration: error: ")
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_it_starts_without_a_trainer(written: Callable[..., str]) -> None:
+    labels, answers = _pope(20)
+    code = (
+        "import sys; from vlm_calibration.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'lightning', 'transformers', 'torchmetrics', 'peft', 'wandb'} & set(sys.modules);"
+        "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
+    )
+    command = [
+        "score",
+        "pope",
+        "--answers",
+        written("a.jsonl", answers),
+        "--labels",
+        written("l.json", labels),
+    ]
+    ran = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(ran.stdout)["n"] == 20
