@@ -1,0 +1,218 @@
+"""From phrases to boxes: open-vocabulary detectors of transformers (Grounding DINO, OWLv2 and their kin).
+
+Boxes are scaled to pixels by the model's own processor. Labels are not taken from it: Grounding DINO's reads whatever tokens
+score high as text, which may be half a phrase or two phrases at once. Here every box has a score for every phrase, and goes to the
+phrases by those.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from vlm_calibration.models.loading import Dtype, first_line
+from vlm_calibration.records import DataError
+
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels, within the image."""
+
+
+SEPARATOR = ". "
+
+
+class Detection(NamedTuple):
+    """A box that shows what a phrase names. label: the phrase. score: in [0, 1]."""
+
+    label: str
+    box: Box
+    score: float
+
+
+class Detector(ABC):
+    """Finds phrases in images. Made from plain settings; `load` comes before the first detection."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Load the model onto this device.
+
+        Raises:
+            DataError: there is no such model, or it is of a kind that this detector cannot use.
+        """
+
+    @abstractmethod
+    def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        """For each image, uint8 [H, W, 3], the boxes of its phrases (at least one), best first."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the boxes depend on, as plain values."""
+
+
+class ZeroShotDetector(Detector):
+    """A detector from the Hub.
+
+    Args:
+        name_or_path: Grounding DINO (also MM Grounding DINO) or OWLv2 (also OWL-ViT): a name on the Hub or a folder.
+        threshold: a box needs a score above this for a phrase, in [0, 1]. OWLv2's scores are lower: 0.1 suits it.
+        labels: which phrases a box above the threshold goes to: "best", the one that scores highest, or "all" that score above
+            the threshold.
+        max_boxes: at most so many boxes for each phrase of an image, the best.
+        dtype: of the weights and the arithmetic.
+        revision, trust_remote_code: as in `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "IDEA-Research/grounding-dino-base",
+        threshold: float = 0.3,
+        labels: Literal["best", "all"] = "best",
+        max_boxes: int = 16,
+        dtype: Dtype = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if not 0 <= threshold < 1 or max_boxes < 1:
+            raise DataError(
+                f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {threshold} and {max_boxes}"
+            )
+        self.name_or_path = name_or_path
+        self.threshold = threshold
+        self.labels = labels
+        self.max_boxes = max_boxes
+        self.dtype: Dtype = dtype
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        self.processor: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("name_or_path", "revision", "threshold", "labels", "max_boxes", "dtype")
+        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
+    def load(self, device: torch.device) -> None:
+        self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)
+        if not isinstance(self._kind, str):
+            raise DataError(
+                f"{self.name_or_path!r} is a {self.model.config.model_type}: known are grounding-dino, "
+                "mm-grounding-dino, owlv2 and owlvit"
+            )
+
+    @property
+    def _kind(self) -> Literal["grounding", "owl"] | None:
+        kinds: dict[str, Literal["grounding", "owl"]] = {
+            "grounding-dino": "grounding",
+            "mm-grounding-dino": "grounding",
+            "owlv2": "owl",
+            "owlvit": "owl",
+        }
+        return kinds.get(self.model.config.model_type)
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        if not images:
+            return []
+        prompts = [[_prompt(p) for p in row] for row in phrases]
+        grounding = self._kind == "grounding"
+        text = [_joined(row) for row in prompts] if grounding else prompts
+        # OWL's processor pads texts by itself, to the length that it was trained with.
+        padding = {"padding": True} if grounding else {}
+        inputs = self.processor(
+            images=list(images), text=text, return_tensors="pt", truncation=True, **padding
+        )
+        outputs = self.model(**to_device(inputs, self.model))
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        # The whole output, in its order: what is kept is decided by phrase.
+        scaled = self.processor.image_processor.post_process_object_detection(
+            outputs, threshold=-1.0, target_sizes=sizes
+        )
+        probabilities = outputs.logits.float().sigmoid().cpu()
+        found = []
+        for i, (row, image) in enumerate(zip(phrases, images, strict=True)):
+            scores = self._phrase_scores(probabilities[i], prompts[i])
+            boxes = _clipped(scaled[i]["boxes"].float().cpu(), image.shape[0], image.shape[1])
+            found.append(self._chosen(row, scores, boxes))
+        return found
+
+    def _phrase_scores(self, probabilities: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score of each box for each phrase, float32 [boxes, phrases]: the highest of the phrase's tokens."""
+        if self._kind == "owl":
+            # Queries beyond the image's own pad the batch.
+            return probabilities[:, : len(prompts)]
+        offsets = self.processor.tokenizer(_joined(prompts), return_offsets_mapping=True)["offset_mapping"]
+        columns, begin = [], 0
+        for prompt in prompts:
+            end = begin + len(prompt)
+            tokens = [
+                t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end and t < probabilities.shape[1]
+            ]
+            columns.append(
+                probabilities[:, tokens].amax(dim=1) if tokens else torch.zeros(len(probabilities))
+            )
+            begin = end + len(SEPARATOR)
+        return torch.stack(columns, dim=1)
+
+    def _chosen(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
+        """Boxes above the threshold with something of the image in them, best first, at most `max_boxes` a phrase."""
+        above = scores > self.threshold
+        if self.labels == "best":
+            above &= torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
+        above &= ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))[:, None]
+        detections = []
+        for column, phrase in enumerate(phrases):
+            rows = above[:, column].nonzero()[:, 0]
+            order = scores[rows, column].argsort(descending=True, stable=True)[: self.max_boxes]
+            for row in rows[order].tolist():
+                x0, y0, x1, y1 = boxes[row].tolist()
+                detections.append(Detection(phrase, (x0, y0, x1, y1), float(scores[row, column])))
+        return sorted(detections, key=lambda d: -d.score)
+
+
+def _joined(prompts: Sequence[str]) -> str:
+    """The phrases as Grounding DINO reads them: "dog. red cup."."""
+    return SEPARATOR.join(prompts) + "."
+
+
+def _prompt(phrase: str) -> str:
+    """A phrase as detectors were trained on them: in lower case, and without the dot that separates phrases."""
+    return " ".join(phrase.lower().replace(".", " ").split()) or "object"
+
+
+def _clipped(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes within the image, float32 [N, 4]."""
+    limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:
+    """A model of an AutoModel class `kind`, in eval mode on the device, and its processor.
+
+    Args:
+        settings: with `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
+
+    Raises:
+        DataError: there is no such model, or it is not of this kind.
+    """
+    name = settings.name_or_path
+    origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    try:
+        model = kind.from_pretrained(name, dtype=dtype, **origin)
+        processor = AutoProcessor.from_pretrained(name, **origin)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"cannot load {name!r} as {kind.__name__}: {first_line(error)}") from error
+    return model.eval().to(device), processor
+
+
+def to_device(inputs: Any, model: Any) -> dict[str, Tensor]:
+    """Inputs on the model's device, numbers other than indices in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }

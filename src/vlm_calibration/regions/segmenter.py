@@ -1,0 +1,97 @@
+"""From boxes to masks: promptable segmenters of transformers (SAM, SAM 2)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForMaskGeneration
+
+from vlm_calibration.models.loading import Dtype
+from vlm_calibration.records import DataError
+from vlm_calibration.regions.detector import Box, load_pair, to_device
+
+
+class Segmenter(ABC):
+    """Outlines what is in a box. Made from plain settings; `load` comes before the first mask."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Load the model onto this device.
+
+        Raises:
+            DataError: there is no such model, or it is of a kind that this segmenter cannot use.
+        """
+
+    @abstractmethod
+    def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
+        """For each image, uint8 [H, W, 3], and its boxes (at least one), masks bool [boxes, H, W]."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the masks depend on, as plain values."""
+
+
+class PromptedSegmenter(Segmenter):
+    """A segmenter from the Hub. The image is encoded once, however many boxes it has.
+
+    Args:
+        name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
+        mask_threshold: a pixel is in the mask if its logit is above this; 0 is a probability of one half.
+        dtype: of the weights and the arithmetic.
+        revision, trust_remote_code: as in `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "facebook/sam2.1-hiera-large",
+        mask_threshold: float = 0.0,
+        dtype: Dtype = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name_or_path = name_or_path
+        self.mask_threshold = mask_threshold
+        self.dtype: Dtype = dtype
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        self.processor: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("name_or_path", "revision", "mask_threshold", "dtype")
+        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
+    def load(self, device: torch.device) -> None:
+        self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)
+        if self.model.config.model_type not in ("sam", "sam2", "sam2_video"):
+            raise DataError(
+                f"{self.name_or_path!r} is a {self.model.config.model_type}: known are sam and sam2"
+            )
+
+    @torch.inference_mode()
+    def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
+        if not images:
+            return []
+        most = max(len(row) for row in boxes)
+        # Boxes do not see one another, so repeating one to even out the batch changes nothing.
+        even = [[list(box) for box in [*row, *[row[-1]] * (most - len(row))]] for row in boxes]
+        inputs = self.processor(images=list(images), input_boxes=even, return_tensors="pt")
+        sizes = inputs.pop("original_sizes").tolist()
+        reshaped = inputs.pop("reshaped_input_sizes", None)
+        masks = self.model(**to_device(inputs, self.model), multimask_output=False).pred_masks
+        found = []
+        for i, row in enumerate(boxes):
+            # One image at a time: at full size the logits of all boxes may take a gigabyte.
+            more = {} if reshaped is None else {"reshaped_input_sizes": reshaped[i : i + 1].tolist()}
+            [whole] = self.processor.image_processor.post_process_masks(
+                [masks[i, : len(row)].float()],
+                original_sizes=sizes[i : i + 1],
+                mask_threshold=self.mask_threshold,
+                **more,
+            )
+            found.append(whole[:, 0].cpu().numpy())
+        return found

@@ -1,0 +1,219 @@
+"""Tiny Grounding DINO, OWLv2, SAM and SAM 2: boxes and masks against the arithmetic written down plainly, and in batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.records import DataError
+from vlm_calibration.regions.detector import Detection, ZeroShotDetector
+from vlm_calibration.regions.segmenter import PromptedSegmenter
+
+from .tiny import DETECTORS, SEGMENTERS, build
+
+CPU = torch.device("cpu")
+RNG = np.random.default_rng(0)
+IMAGES = [RNG.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((50, 80), (120, 60), (64, 64))]
+PHRASES = [["dog", "red cup"], ["cat"], ["a. Dog", "cup", "cat"]]
+BOXES: list[list[tuple[float, float, float, float]]] = [
+    [(5.0, 5.0, 30.0, 30.0), (1.0, 1.0, 70.0, 45.0)],
+    [(10.5, 10.25, 50.0, 100.0)],
+    [(0.0, 0.0, 64.0, 64.0), (20.0, 30.0, 25.0, 33.0), (40.0, 5.0, 60.0, 60.0)],
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a tiny model of a kind."""
+    made: dict[str, str] = {}
+
+    def folder(name: str) -> str:
+        if name not in made:
+            made[name] = build(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+def _detector(folder: str, **settings: Any) -> ZeroShotDetector:
+    detector = ZeroShotDetector(folder, **{"threshold": 0.05, **settings})
+    detector.load(CPU)
+    return detector
+
+
+def _close(found: Sequence[Detection], wanted: Sequence[Detection]) -> None:
+    assert [d.label for d in found] == [d.label for d in wanted]
+    assert np.allclose([d.box for d in found], [d.box for d in wanted], atol=1e-2)
+    assert np.allclose([d.score for d in found], [d.score for d in wanted], atol=1e-4)
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def _plainly(name: str, detector: ZeroShotDetector, image: np.ndarray, phrases: list[str]) -> list[Detection]:
+    """Detections of one image from the raw output, number by number."""
+    prompts = [p.lower().replace(".", "") for p in phrases]
+    text: Any = [". ".join(prompts) + "."] if name == "grounding_dino" else [prompts]
+    inputs = detector.processor(images=[image], text=text, return_tensors="pt", truncation=True)
+    with torch.no_grad():
+        output = detector.model(**inputs)
+    height, width = image.shape[:2]
+    across, down = (width, height) if name == "grounding_dino" else (max(height, width),) * 2
+    if name == "grounding_dino":
+        tokens = detector.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        belongs, phrase = [], 0
+        for token in tokens:
+            belongs.append(None if token in ("[CLS]", "[SEP]", ".") else phrase)
+            phrase += token == "."
+    found = []
+    for query in range(output.logits.shape[1]):
+        if name == "grounding_dino":
+            scores = [
+                max(_sigmoid(float(output.logits[0, query, t])) for t, b in enumerate(belongs) if b == p)
+                for p in range(len(phrases))
+            ]
+        else:
+            scores = [_sigmoid(float(v)) for v in output.logits[0, query]]
+        best = max(range(len(phrases)), key=lambda p: scores[p])
+        cx, cy, w, h = (float(v) for v in output.pred_boxes[0, query])
+        x0, x1 = (min(max((cx + s * w / 2) * across, 0), width) for s in (-1, 1))
+        y0, y1 = (min(max((cy + s * h / 2) * down, 0), height) for s in (-1, 1))
+        if scores[best] > detector.threshold and x1 > x0 and y1 > y0:
+            found.append(Detection(phrases[best], (x0, y0, x1, y1), scores[best]))
+    return sorted(found, key=lambda d: -d.score)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_against_the_raw_output(tiny: Callable[[str], str], name: str) -> None:
+    detector = _detector(tiny(name))
+    for image, phrases in zip(IMAGES, PHRASES, strict=True):
+        [found] = detector.detect([image], [phrases])
+        wanted = _plainly(name, detector, image, phrases)
+        assert len(wanted) > 1
+        _close(found, wanted)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_against_the_processor(tiny: Callable[[str], str], name: str) -> None:
+    """With one phrase there is nothing to tell apart: the boxes are the processor's own."""
+    detector = _detector(tiny(name))
+    image = IMAGES[0]
+    text: Any = ["dog."] if name == "grounding_dino" else [["dog"]]
+    inputs = detector.processor(images=[image], text=text, return_tensors="pt")
+    with torch.no_grad():
+        output = detector.model(**inputs)
+    [theirs] = detector.processor.post_process_grounded_object_detection(
+        output, threshold=0.05, target_sizes=[image.shape[:2]]
+    )
+    [ours] = detector.detect([image], [["dog"]])
+    boxes = np.clip(theirs["boxes"].numpy(), 0, [80, 50, 80, 50])
+    same = 0
+    assert len(ours) > 2
+    for detection in ours:
+        [match] = np.flatnonzero(np.abs(boxes - detection.box).max(axis=1) < 1e-2)
+        theirs_score = float(theirs["scores"][match])
+        # Grounding DINO's processor counts the dot and the ends of the text as well.
+        assert detection.score <= theirs_score + 1e-4
+        same += abs(detection.score - theirs_score) < 1e-4
+    assert same > 0 if name == "grounding_dino" else same == len(ours)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_batch_is_its_images_one_by_one(tiny: Callable[[str], str], name: str) -> None:
+    """Images of three sizes with one, two and three phrases: padding of either changes nothing that matters."""
+    detector = _detector(tiny(name))
+    together = detector.detect(IMAGES, PHRASES)
+    for image, phrases, found in zip(IMAGES, PHRASES, together, strict=True):
+        [alone] = detector.detect([image], [phrases])
+        assert {d.label for d in found} <= set(phrases)
+        if name == "owlv2":
+            _close(found, alone)
+        else:
+            # Grounding DINO's features see the padding a little, as transformers computes them.
+            assert abs(len(found) - len(alone)) <= 6
+    assert detector.detect([], []) == []
+    assert together == detector.detect(IMAGES, PHRASES), "the same batch gives the same boxes"
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_threshold_labels_and_limit(tiny: Callable[[str], str], name: str) -> None:
+    folder = tiny(name)
+    [every] = _detector(folder, labels="all", threshold=0.0, max_boxes=100).detect(
+        IMAGES[:1], [["dog", "cup"]]
+    )
+    [best] = _detector(folder, threshold=0.0, max_boxes=100).detect(IMAGES[:1], [["dog", "cup"]])
+    assert len(every) == 2 * len(best)
+    assert {d.box for d in every} == {d.box for d in best}
+    by_box: dict[Any, float] = {}
+    for d in every:
+        by_box[d.box] = max(by_box.get(d.box, 0.0), d.score)
+    assert {d.box: d.score for d in best} == by_box
+    limit = sorted(d.score for d in best)[len(best) // 2]
+    [above] = _detector(folder, threshold=limit, max_boxes=100).detect(IMAGES[:1], [["dog", "cup"]])
+    assert above == [d for d in best if d.score > limit]
+    [few] = _detector(folder, labels="all", threshold=0.0, max_boxes=2).detect(IMAGES[:1], [["dog", "cup"]])
+    for label in ("dog", "cup"):
+        assert [d for d in few if d.label == label] == [d for d in every if d.label == label][:2]
+
+
+def _masks_plainly(segmenter: PromptedSegmenter, image: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
+    """One mask from the raw output of one box, with the resizing of the SAM papers."""
+    inputs = segmenter.processor(images=[image], input_boxes=[[list(box)]], return_tensors="pt")
+    sizes = {k: inputs.pop(k) for k in ("original_sizes", "reshaped_input_sizes") if k in inputs}
+    inputs = {k: v.float() for k, v in inputs.items()}
+    with torch.no_grad():
+        logits = segmenter.model(**inputs, multimask_output=False).pred_masks[0, 0]
+    resize = torch.nn.functional.interpolate
+    if "reshaped_input_sizes" in sizes:
+        # SAM pads at the bottom and on the right, and the padding is cut off again.
+        height, width = sizes["reshaped_input_sizes"][0].tolist()
+        logits = resize(logits[None], (64, 64), mode="bilinear", align_corners=False)[0]
+        logits = logits[:, :height, :width]
+    return (resize(logits[None], image.shape[:2], mode="bilinear", align_corners=False)[0, 0] > 0).numpy()
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_masks_against_the_raw_output_alone_and_in_a_batch(tiny: Callable[[str], str], name: str) -> None:
+    segmenter = PromptedSegmenter(tiny(name))
+    segmenter.load(CPU)
+    together = segmenter.segment(IMAGES, BOXES)
+    shares = []
+    for image, boxes, masks in zip(IMAGES, BOXES, together, strict=True):
+        assert masks.shape == (len(boxes), *image.shape[:2])
+        assert masks.dtype == bool
+        for box, mask in zip(boxes, masks, strict=True):
+            wanted = _masks_plainly(segmenter, image, box)
+            shares.append(float(wanted.mean()))
+            assert (mask != wanted).mean() < 0.005
+    assert 0.05 < min(shares) < max(shares) < 0.95, "neither nothing nor everything"
+    assert len({round(s, 4) for s in shares}) == len(shares)
+    assert segmenter.segment([], []) == []
+
+
+def test_the_mask_threshold_counts(tiny: Callable[[str], str]) -> None:
+    def share(threshold: float) -> float:
+        segmenter = PromptedSegmenter(tiny("sam"), mask_threshold=threshold)
+        segmenter.load(CPU)
+        return float(segmenter.segment(IMAGES[:1], BOXES[:1])[0].mean())
+
+    assert share(-1.0) > share(0.0) > share(1.0)
+
+
+def test_models_that_cannot_be_used(tiny: Callable[[str], str], tmp_path: Path, model_folder: str) -> None:
+    for kind in (ZeroShotDetector, PromptedSegmenter):
+        with pytest.raises(DataError, match="cannot load 'no/such-model' as AutoModelFor") as caught:
+            kind("no/such-model").load(CPU)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(DataError, match="cannot load"):
+            kind(model_folder).load(CPU)
+    with pytest.raises(DataError, match="cannot load"):
+        ZeroShotDetector(tiny("sam")).load(CPU)
+    with pytest.raises(DataError, match="needs 0 <= threshold < 1"):
+        ZeroShotDetector(threshold=1.0)

@@ -1,0 +1,176 @@
+"""Tiny detectors and segmenters of the real architectures with random weights, with processors, built without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CLIP_LENGTH = 16
+
+
+def _bert_tokenizer(folder: Path) -> Any:
+    """Words of the alphabet, letter by letter, as BERT's tokenizer splits what it does not know."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?"]
+    words += [*LETTERS, *(f"##{c}" for c in LETTERS), "dog", "cat", "red", "cup", "##s"]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return tf.BertTokenizer(tokenizer_object=tokenizer, mask_token="[MASK]", **special)
+
+
+def grounding_dino(folder: Path) -> str:
+    tokenizer = _bert_tokenizer(folder)
+    backbone = tf.SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_indices=[2, 3, 4],
+    )
+    text = tf.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    config = tf.GroundingDinoConfig(
+        backbone_config=backbone,
+        text_config=text,
+        num_queries=12,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_feature_levels=4,
+        max_text_len=64,
+        use_timm_backbone=False,
+    )
+    model = tf.GroundingDinoForObjectDetection(config)
+    processor = tf.GroundingDinoProcessor(
+        tf.GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}), tokenizer
+    )
+    return _saved(model, processor, folder)
+
+
+def owlv2(folder: Path) -> str:
+    tokens = {"<|startoftext|>": 1, "<|endoftext|>": 2, "!": 0}
+    for letter in LETTERS:
+        tokens[letter] = len(tokens)
+        tokens[f"{letter}</w>"] = len(tokens)
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = tf.CLIPTokenizer(vocab=tokens, merges=[], pad_token="!", model_max_length=CLIP_LENGTH)
+    text = {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": CLIP_LENGTH, "pad_token_id": 0}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 64, "patch_size": 16}
+    config = tf.Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+    model = tf.Owlv2ForObjectDetection(config)
+    processor = tf.Owlv2Processor(tf.Owlv2ImageProcessor(size={"height": 64, "width": 64}), tokenizer)
+    return _saved(model, processor, folder)
+
+
+def sam(folder: Path) -> str:
+    vision = tf.SamVisionConfig(
+        hidden_size=16,
+        output_channels=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        mlp_dim=32,
+        window_size=2,
+        global_attn_indexes=[0],
+        num_pos_feats=8,
+    )
+    prompts = tf.SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    decoder = tf.SamMaskDecoderConfig(
+        hidden_size=16,
+        mlp_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        iou_head_hidden_dim=16,
+        iou_head_depth=2,
+    )
+    config = tf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    images = tf.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    return _saved(tf.SamModel(config), tf.SamProcessor(images), folder)
+
+
+def sam2(folder: Path) -> str:
+    backbone = tf.Sam2HieraDetConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 2, 4, 2],
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    vision = tf.Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+        num_feature_levels=3,
+    )
+    prompts = tf.Sam2PromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
+    decoder = tf.Sam2MaskDecoderConfig(
+        hidden_size=16,
+        mlp_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        iou_head_hidden_dim=16,
+        iou_head_depth=2,
+    )
+    config = tf.Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    images = tf.Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
+    return _saved(tf.Sam2Model(config), tf.Sam2Processor(images), folder)
+
+
+DETECTORS = {"grounding_dino": grounding_dino, "owlv2": owlv2}
+SEGMENTERS = {"sam": sam, "sam2": sam2}
+
+
+def build(name: str, folder: Path) -> str:
+    """One of the four, always with the same weights; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return {**DETECTORS, **SEGMENTERS}[name](folder)
+
+
+def _saved(model: Any, processor: Any, folder: Path) -> str:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # At their usual scale random weights say the same whatever they are shown.
+            if parameter.ndim > 1 and "embed" not in name and "head" not in name:
+                parameter.mul_(3.0)
+            elif name.startswith("bbox_embed") and name.endswith("bias"):
+                parameter.add_(torch.randn(parameter.shape) * 0.5)
+        if hasattr(model, "class_head"):
+            # Scores around one half, and boxes of a few patches.
+            model.class_head.logit_scale.bias.fill_(0.5)
+            model.box_head.dense2.weight.mul_(0.02)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
