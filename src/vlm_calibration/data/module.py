@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
+from vlm_calibration.data.raw import RawBatches, shard_count
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import EpochSampler, Place
 from vlm_calibration.data.sources.base import QuerySource
@@ -30,11 +31,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         train: queries to learn from.
         validation: queries that are noised in the same way and answered during training.
         test: named parts to be answered by `vlm-calibration test`.
+        predict: queries whose regions `vlm-calibration predict` extracts.
         noise: what noise a query gets, and which confidence that earns.
         pairs: which responses are compared, for preference optimisation; None: training is on the response alone.
         prompt: how a question is put to the model.
         batch_size: queries a training step and process.
         eval_batch_size: queries answered at a time.
+        shard_size: queries that `predict` does and writes as one; a run that is ended loses at most so many a process.
         workers: processes that load and noise.
         max_length: most tokens of a training sample, image tokens included.
         on_too_long: what happens to longer ones: "raise", or "skip" and count.
@@ -47,11 +50,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         train: QuerySource | None = None,
         validation: QuerySource | None = None,
         test: dict[str, Part] | None = None,
+        predict: QuerySource | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
         pairs: PairPolicy | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
         batch_size: int = 8,
         eval_batch_size: int = 32,
+        shard_size: int = 512,
         workers: int = 4,
         max_length: int = 4096,
         on_too_long: Literal["raise", "skip"] = "raise",
@@ -63,11 +68,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.train = train
         self.validation = validation
         self.test = test
+        self.predict = predict
         self.noise = noise
         self.pairs = pairs
         self.prompt = prompt
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.shard_size = shard_size
         self.workers = workers
         self.max_length = max_length
         self.on_too_long = on_too_long
@@ -75,6 +82,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._sets: dict[str, PerturbedQueries] = {}
         self._place: Place | None = None
+        self._finished: frozenset[int] = frozenset()
 
     @cached_property
     def processor(self) -> Any:
@@ -85,18 +93,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
-        try:
-            processor = AutoProcessor.from_pretrained(
-                self.processor_name, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError, ImportError) as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"cannot load a processor from {self.processor_name!r}: {cause}") from error
-        if not hasattr(processor, "image_processor"):
-            raise DataError(
-                f"{self.processor_name!r} has no image processor: it is not a vision-language model"
-            )
-        return processor
+        return load_processor(self.processor_name, self.revision, self.trust_remote_code)
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -105,6 +102,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the records that this stage needs, so that a bad one stops the run before anything is trained."""
         wanted: dict[str, dict[str, Part]] = {}
+        if stage == "predict":
+            _required(self.predict, "predict").queries()
+            return
         if stage == "fit":
             wanted["train"] = {"": Part(_required(self.train, "train"), noise="drawn")}
         if stage in ("fit", "validate") and self.validation is not None:
@@ -131,6 +131,24 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
+
+    def leave_out(self, shards: Collection[int]) -> None:
+        """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
+        self._finished = frozenset(shards)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of queries with their images as they are; each process has its own shards."""
+        source = _required(self.predict, "predict")
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        numbers = range(shard_count(len(source.queries()), self.shard_size))
+        missing = [n for n in numbers if n not in self._finished]
+        return DataLoader(
+            RawBatches(source, self.shard_size, self.eval_batch_size, missing[rank::processes]),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            worker_init_fn=_leave_signals,
+        )
 
     @property
     def pair_collator(self) -> PairCollator | None:
@@ -200,6 +218,28 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a vision-language model: image processor, tokenizer and chat template.
+
+    Raises:
+        DataError: there is none of this name, or it is not one for images and text.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot load a processor from {name!r}: {cause}") from error
+    if not hasattr(processor, "image_processor"):
+        raise DataError(f"{name!r} has no image processor: it is not a vision-language model")
+    return processor
 
 
 def _leave_signals(worker: int) -> None:
