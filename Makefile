@@ -14,10 +14,12 @@ VENV := .venv
 ifdef PYTHON
   SETUP :=
   DEV :=
+  DASHBOARD :=
 else
   PYTHON := $(VENV)/bin/python
   SETUP := $(VENV)/.setup
   DEV := $(VENV)/.setup-dev
+  DASHBOARD := $(VENV)/.setup-dashboard
 endif
 CLI := $(PYTHON) -m vlm_calibration.cli
 ARGS ?=
@@ -25,7 +27,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels test lint format type bench clean
+.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels dashboard test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,6 +41,10 @@ $(VENV)/.setup: pyproject.toml
 
 $(VENV)/.setup-dev: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+$(VENV)/.setup-dashboard: $(VENV)/.setup
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dashboard]'
 	touch $@
 
 demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, and one table of all
@@ -88,6 +94,12 @@ comma := ,
 
 evaluate: $(SETUP)  ## base model against the adapters in EVALUATED= on the demo's test split
 	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(ARGS)
+
+ENTITY ?=
+PROJECT ?= vlm-calibration
+
+dashboard: $(DASHBOARD)  ## workspace and report in W&B for PROJECT= of ENTITY= (ARGS=--print shows them, without a network)
+	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)
 
 demo-levels: $(SETUP)  ## measure what the demo's anchored levels teach
 	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json

@@ -34,7 +34,8 @@ LATEST, BEST, USED = "latest", "best", "used"
 class Artifacts(L.Callback):
     """Logs to W&B what leads from data through the stages to an evaluation.
 
-    Configuration: `stage`, the `code`'s version and git commit, and `inputs`: sources and fingerprints of the data.
+    Configuration: `stage` (a tag as well), the `code`'s version and git commit, and `inputs`: sources and fingerprints of
+    the data.
     Inputs: an artifact for the training, validation and test data each (fingerprint and count, not the data), and the
     adapters that the run starts from or evaluates.
     Output: the adapter, as the artifact `RUN-adapter` of run directory RUN, after every validation and when training ends.
@@ -116,11 +117,13 @@ class Artifacts(L.Callback):
         data = {role: data_facts(dataset) for role, dataset in datasets.items()}
         stage = STAGES.get(type(module), type(module).__name__)
         logger.log_hyperparams({"stage": stage, "code": code_state(), "inputs": data})
+        run = logger.experiment
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))
         with staged(logger):
             for role, facts in data.items():
-                use(logger.experiment, data_artifact(role, facts), LATEST)
+                use(run, data_artifact(role, facts), LATEST)
             for folder in adapters_of(module):
-                use(logger.experiment, adapter_artifact(folder), USED)
+                use(run, adapter_artifact(folder), USED)
 
 
 def use(run: Any, artifact: Any, alias: str) -> None:

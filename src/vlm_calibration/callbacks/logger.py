@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.records import DataError
 
+PROJECT = "vlm-calibration"
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
 STAGING = "WANDB_DATA_DIR"
@@ -53,7 +54,8 @@ class RunLogger(WandbLogger):
 
     Args:
         save_dir: folder of the run; the command line gives the run directory.
-        project, entity, group, job_type, tags: as W&B has them.
+        project: by default WANDB_PROJECT, or `vlm-calibration`.
+        entity, group, job_type, tags: as W&B has them.
         name: of the run; by default WANDB_NAME, or the name of `save_dir`.
         settings: further arguments of `wandb.init`.
     """
@@ -61,7 +63,7 @@ class RunLogger(WandbLogger):
     def __init__(
         self,
         save_dir: str | None = None,
-        project: str = "vlm-calibration",
+        project: str | None = None,
         entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
@@ -77,7 +79,7 @@ class RunLogger(WandbLogger):
             Path(directory).mkdir(parents=True, exist_ok=True)
         super().__init__(
             save_dir=directory,
-            project=project,
+            project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=entity,
             name=name or os.environ.get("WANDB_NAME") or Path(directory).resolve().name,
             offline=offline,

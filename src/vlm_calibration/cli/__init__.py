@@ -45,6 +45,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.reporting.export:export_command",
         "an adapter with its card, or merged into its base",
     ),
+    "dashboard": (
+        "vlm_calibration.reporting.dashboard:dashboard_command",
+        "a workspace and a report in W&B, as code",
+    ),
     "estimate": (
         f"{LIGHTNING}:estimate_command",
         "the memory that `fit` takes with the same settings [--tokens N]",
