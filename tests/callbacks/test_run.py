@@ -11,7 +11,8 @@ import pytest
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from vlm_calibration.callbacks.logger import RunLogger, logged_in
+from vlm_calibration.callbacks.logger import RunLogger
+from vlm_calibration.callbacks.login import logged_in
 
 LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import lightning as L
 import wandb
@@ -17,25 +15,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vlm_calibration.callbacks.login import PROJECT, logged_in
 from vlm_calibration.records import DataError
 
-PROJECT = "vlm-calibration"
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
 STAGING = "WANDB_DATA_DIR"
 """The variable that names the folder where W&B puts copies of what it is to upload."""
-
-
-def logged_in() -> bool:
-    """Whether W&B has credentials: in the environment, or in the netrc file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        _, _, key = netrc.netrc(os.environ.get("NETRC")).authenticators(host) or (None, None, None)
-        return bool(key)
-    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
-        return False
 
 
 class LearningRate(LearningRateMonitor):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm_calibration.callbacks.logger import PROJECT
+from vlm_calibration.callbacks.login import PROJECT
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import COLUMNS
 

@@ -10,7 +10,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from vlm_calibration.callbacks.logger import logged_in
+from vlm_calibration.callbacks.login import logged_in
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.dashboard import STEP, Panel, Section
 
