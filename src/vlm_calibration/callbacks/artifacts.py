@@ -18,7 +18,6 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-import vlm_calibration
 from vlm_calibration.callbacks.adapter import ADAPTER, AdapterWriter, constructed
 from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.data.dataset import PerturbedQueries
@@ -198,7 +197,7 @@ def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
 
 def code_state() -> dict[str, Any]:
     """Version of the package and, where it runs from a git checkout, the commit and whether files differ from it."""
-    folder = Path(vlm_calibration.__file__).parent
+    folder = Path(__file__).parents[1]
     state: dict[str, Any] = {"version": version("vlm-calibration")}
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         state["commit"] = (_git(folder, "rev-parse", "HEAD") or "").strip() or None
