@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.reporting.score:score_command",
         "a file of answers: POPE, AMBER or predictions",
     ),
+    "report": (
+        "vlm_calibration.reporting.report:report_command",
+        "a page on whether confidence can be trusted",
+    ),
     "export": (
         "vlm_calibration.reporting.export:export_command",
         "an adapter with its card, or merged into its base",

@@ -1,0 +1,82 @@
+"""`vlm-calibration report`: one self-contained page on whether a stated confidence can be trusted, from prediction files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report_data import System, read_systems
+from vlm_calibration.reporting.report_page import render_page
+from vlm_calibration.reporting.report_table import Comparison, compare, write_tables
+
+PAGE = "report.html"
+
+
+def report(
+    runs: list[str],
+    calibration: str | None = None,
+    out: str | None = None,
+    subject: str | None = None,
+    images: bool = True,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Write a report on runs and evaluations, and its table as CSV, Markdown, LaTeX and JSON beside it.
+
+    Args:
+        runs: folders of evaluations or runs, with predictions.jsonl in them or in folders of theirs. The first system, the
+            base model of an evaluation, is what others are compared with.
+        calibration: an evaluation of the same systems on other images, to fit recalibration on. Without it, answers are
+            recalibrated by what was fitted on those about other images, in five folds.
+        out: where to write the page; report.html in the first folder by default.
+        subject: the system that the summary and the examples are about; by default the last one that was trained.
+        images: show images, loaded from the data that the run's configuration names.
+        replicates: draws of the bootstrap. seed: of the draws.
+
+    Raises:
+        DataError: there are no predictions, a file cannot be used, the calibration split shares an image with the answers, or
+            there is no such system.
+    """
+    if replicates < 1:
+        raise DataError(f"--replicates must be at least 1, found {replicates}")
+    systems = read_systems(runs)
+    if subject is not None and subject not in [s.name for s in systems]:
+        raise DataError(f"--subject: no system {subject!r}; there are {', '.join(s.name for s in systems)}")
+    comparison = Comparison(_calibration(calibration, systems), replicates, seed)
+    compared = compare(systems, comparison)
+    page = Path(out) if out is not None else Path(runs[0]) / PAGE
+    html = render_page(systems, compared, comparison, subject, images)
+    with replacing(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    tables = write_tables(compared.rows, page)
+    print(f"wrote {page}, and its table as {', '.join(path.name for path in tables)}")
+
+
+def _calibration(folder: str | None, systems: Sequence[System]) -> dict[str, Sequence[EstimatedPrediction]]:
+    """The answers to fit recalibration on, by system."""
+    if folder is None:
+        return {}
+    found = {s.name: s.predictions for s in read_systems([folder])}
+    if not found.keys() & {s.name for s in systems}:
+        raise DataError(
+            f"--calibration {folder}: holds answers of {', '.join(found)}, and of none of "
+            f"{', '.join(s.name for s in systems)}"
+        )
+    return found
+
+
+def report_command(args: Sequence[str]) -> None:
+    """`report`: the settings of `report`.
+
+    Raises:
+        ArgumentError: a setting is unknown or has a wrong value, or no folder is given.
+    """
+    parser = ArgumentParser(prog="vlm-calibration report", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="folders of evaluations or runs")
+    parser.add_function_arguments(report, skip={"runs"})
+    report(**parser.parse_args(args).as_dict())

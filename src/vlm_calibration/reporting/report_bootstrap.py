@@ -1,0 +1,116 @@
+"""How far chance reaches: intervals and paired p-values from resampled images.
+
+Answers about one image are right or wrong together, so what is drawn with replacement are images, each with all its answers.
+Whoever answered the same questions is measured on the same draws, which pairs systems with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates
+from vlm_calibration.metrics.levels import Levels, group_values
+from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
+
+MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
+"""What is measured of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
+
+
+class Measured(NamedTuple):
+    """values: of the answers themselves, by metric, NaN where undefined. drawn: float64 [B], of each draw of images."""
+
+    values: Mapping[str, float]
+    drawn: Mapping[str, Tensor]
+
+    def interval(self, name: str, level: float = 0.95) -> Interval:
+        """The basic bootstrap interval: draws reflected around the value, within the metric's range.
+
+        An error such as the ECE is larger on a draw than on the answers, as it is larger there than in truth.
+        """
+        value = self.values[name]
+        if value != value:
+            return Interval(value, value, value)
+        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        low, high = (2 * value - self.drawn[name].nanquantile(tails.flip(0))).tolist()
+        least, most = (METRICS[name].lower, METRICS[name].upper) if name in METRICS else (0.0, 1.0)
+        return Interval(value, min(max(low, least), most), min(max(high, least), most))
+
+
+def p_value(one: Measured, other: Measured, name: str) -> float:
+    """Two-sided p-value of a difference between two confidences that were measured on the same draws.
+
+    How often the drawn difference is as far from the one found as that is from none (Hall & Wilson, 1991); at least
+    1 / (draws + 1), NaN where a metric is undefined.
+    """
+    found = one.values[name] - other.values[name]
+    away = (one.drawn[name] - other.drawn[name] - found).abs()
+    away = away[~away.isnan()]
+    if found != found or len(away) == 0:
+        return float("nan")
+    return (1 + int((away >= abs(found) - 1e-12).sum())) / (1 + len(away))
+
+
+class ImageBootstrap:
+    """Draws of the images of some answers.
+
+    Args:
+        predictions: the answers; one that does not say what its image is stands for itself.
+        replicates: number of draws. seed: of the draws, which are a function of it and of the names of the images.
+    """
+
+    def __init__(
+        self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
+    ) -> None:
+        self.units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
+        self.correct = np.array([p.correct for p in predictions])
+        self.replicates = replicates
+        self.seed = seed
+
+    @cached_property
+    def _unit_of(self) -> np.ndarray:
+        """Which of the sorted units each answer belongs to, int [N]."""
+        place = {unit: i for i, unit in enumerate(sorted(set(self.units)))}
+        return np.array([place[unit] for unit in self.units])
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each unit is in each draw, int [units, B]."""
+        n = len(set(self.units))
+        return np.random.default_rng(self.seed).multinomial(n, np.full(n, 1 / n), size=self.replicates).T
+
+    def measure(self, confidence: Sequence[float | None]) -> Measured:
+        """The metrics of one confidence in each of the answers, None where there is none."""
+        levels, drawn = self._levels(confidence)
+        right, n = (
+            np.bincount(self._unit_of, weights=w, minlength=len(self.weights))
+            for w in (self.correct.astype(np.float64), np.ones(len(self.correct)))
+        )
+        accuracy = torch.from_numpy((right @ self.weights) / (n @ self.weights))
+        return Measured(
+            {"accuracy": float(self.correct.mean()), **{m: float(METRICS[m](levels)) for m in MEASURED[1:]}},
+            {"accuracy": accuracy, **{m: bootstrap_replicates(drawn, METRICS[m]) for m in MEASURED[1:]}},
+        )
+
+    def _levels(self, confidence: Sequence[float | None]) -> tuple[Levels, Levels]:
+        """The levels of the answers, and those of every draw."""
+        said = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+        read = ~np.isnan(said)
+        known = torch.from_numpy(said[read])
+        levels = group_values(known, torch.from_numpy(self.correct[read]))
+        unread = torch.tensor(int((~read).sum()))
+        # The cell of each answer: two a level, wrong and right, and one for what could not be read.
+        cell = np.full(len(said), 2 * len(levels.value))
+        cell[read] = 2 * torch.searchsorted(levels.value, known).numpy() + self.correct[read]
+        shape = (2 * len(levels.value) + 1, len(self.weights))
+        held = csr_matrix((np.ones(len(said), dtype=np.int64), (cell, self._unit_of)), shape=shape)
+        counts = torch.from_numpy(np.ascontiguousarray((held @ self.weights).T))
+        drawn = counts[:, :-1].reshape(self.replicates, -1, 2)
+        return levels._replace(unparsed=unread), levels._replace(counts=drawn, unparsed=counts[:, -1])

@@ -1,0 +1,165 @@
+"""The report as a page: one HTML file that holds its figures and images and loads nothing.
+
+Every text that comes from a model, a data set or a configuration is escaped by the template, and the page itself forbids
+scripts and addresses outside it.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from typing import NamedTuple
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from vlm_calibration.benchmarks.official import blocks_of
+from vlm_calibration.estimators.recalibration import FOLDS
+from vlm_calibration.metrics.table_metrics import METRICS
+from vlm_calibration.reporting.report_data import System
+from vlm_calibration.reporting.report_examples import examples_of
+from vlm_calibration.reporting.report_figures import panels_of
+from vlm_calibration.reporting.report_images import thumbnails
+from vlm_calibration.reporting.report_summary import (
+    GROUPED,
+    ROUGH,
+    TRUSTED,
+    groups_of_system,
+    subject_of,
+    summarize_system,
+)
+from vlm_calibration.reporting.report_table import HEADINGS, RAW, Compared, Comparison, Row
+from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, official_of
+
+TEMPLATE = "report.html.j2"
+RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
+"""What is shown of estimators and of recalibration; accuracy is the same for all."""
+SHARES = frozenset(
+    ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
+)
+"""Metrics that read best in percent."""
+PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
+
+
+class Cell(NamedTuple):
+    """A metric in a table. mark: "better" or "worse" than the first system beyond chance, else empty. why: the p-value."""
+
+    value: str
+    interval: str = ""
+    mark: str = ""
+    why: str = ""
+
+
+def render_page(
+    systems: Sequence[System], compared: Compared, comparison: Comparison, subject: str | None, images: bool
+) -> str:
+    """The page, as HTML.
+
+    Args:
+        systems: the first is what others are compared with.
+        compared: of all of them, by `comparison`.
+        subject: name of the system that the summary and the examples are about; None: the last that was trained.
+        images: whether to show images.
+    """
+    about = next((s for s in systems if s.name == subject), subject_of(systems))
+    others = [s for s in (systems[0],) if s is not about]
+    examples = examples_of(about, others)
+    pictures, missing = thumbnails(about, examples.predictions) if images else ({}, "")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("vlm_calibration.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        summary=summarize_system(about, compared.rows),
+        thresholds=(TRUSTED, ROUGH),
+        systems=systems,
+        headings=HEADINGS,
+        stated=[
+            (row.system, [cell_of(row, name) for name in HEADINGS]) for row in compared.rows if row.is_stated
+        ],
+        panels=panels_of(systems),
+        official=_official(systems),
+        grouped=[(s, _groups(s)) for s in (*others, about)],
+        grouped_others=[(s, _groups(s)) for s in systems if s is not about and s not in others],
+        group_heads=[HEADINGS[name] for name in GROUPED],
+        rated_heads=[HEADINGS[name] for name in RATED],
+        rated=[_rated(s, compared.rows) for s in (*others, about)],
+        rated_others=[_rated(s, compared.rows) for s in systems if s is not about and s not in others],
+        recalibrated=any(row.recalibration != RAW for row in compared.rows),
+        folds=0 if comparison.calibration else FOLDS,
+        notes=compared.notes,
+        examples=examples,
+        pictures=pictures,
+        missing=missing,
+        configs=_configs(systems),
+        versions=_versions(),
+        comparison=comparison,
+    )
+
+
+def cell_of(row: Row, name: str) -> Cell:
+    """A metric of a row, as the page shows it."""
+    interval, p = row.metrics[name], row.p[name]
+    if math.isnan(interval.value):
+        return Cell("–")
+    bounds = f"{number(interval.low, name)} to {number(interval.high, name)}"
+    if p is None or math.isnan(p):
+        return Cell(number(interval.value, name), bounds)
+    higher = METRICS[name].higher_is_better if name in METRICS else True
+    mark = ""
+    if p < 0.05 and higher is not None:
+        mark = "better" if (row.difference[name] > 0) == higher else "worse"
+    return Cell(number(interval.value, name), bounds, mark, f"p = {p:.3f}")
+
+
+def number(value: float, name: str) -> str:
+    """A value as text, shares in percent."""
+    if math.isnan(value):
+        return "–"
+    sign = "+" if name == "overconfidence" else ""
+    return f"{100 * value:{sign}.1f}%" if name in SHARES else f"{value:.3f}"
+
+
+def _groups(system: System) -> list[tuple[str, int, list[str]]]:
+    return [(g.name, g.n, [number(g.metrics[m], m) for m in GROUPED]) for g in groups_of_system(system)]
+
+
+def _rated(system: System, rows: Sequence[Row]) -> tuple[System, list[tuple[Row, list[Cell]]]]:
+    """The rows of one system, every estimator as it is and recalibrated."""
+    own = [row for row in rows if row.system == system.name]
+    return system, [(row, [cell_of(row, name) for name in RATED]) for row in own]
+
+
+def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Scores by a benchmark's own rules: system, block, and (name, value) of each."""
+    found = []
+    for system in systems:
+        known = {k: v for k, v in system.metrics.items() if v is not None}
+        for block, scores in blocks_of(official_of(known)).items():
+            form = ".4f" if "yes_ratio" in scores else ".1f"
+            values = [
+                (heading, format(scores[key], form))
+                for key, heading in OFFICIAL_COLUMNS.items()
+                if key in scores
+            ]
+            found.append((system.name, block or "all", values))
+    return found
+
+
+def _configs(systems: Sequence[System]) -> list[tuple[str, str]]:
+    """(folder, YAML) of each configuration."""
+    configs = {str(s.folder): s.config for s in systems if s.config is not None}
+    return [(folder, yaml.safe_dump(config, sort_keys=False)) for folder, config in configs.items()]
+
+
+def _versions() -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return found

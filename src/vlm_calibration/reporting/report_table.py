@@ -1,0 +1,234 @@
+"""The comparison: every system, by every estimator of confidence, as it is and recalibrated, with intervals and p-values.
+
+It is written as CSV, Markdown, LaTeX and JSON beside the page that shows it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vlm_calibration.callbacks.files import replacing, write_json
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.recalibration import METHODS, recalibrated
+from vlm_calibration.metrics.bootstrap import Interval
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report_bootstrap import MEASURED, ImageBootstrap, Measured, p_value
+from vlm_calibration.reporting.report_data import ORACLE, System
+
+RAW = "raw"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how.
+
+    Args:
+        calibration: system name -> answers to fit recalibration on; empty: cross-fitted on the answers themselves.
+        replicates: draws of the bootstrap. seed: of the draws.
+    """
+
+    calibration: Mapping[str, Sequence[EstimatedPrediction]]
+    replicates: int = 1000
+    seed: int = 0
+
+
+class Row(NamedTuple):
+    """One confidence in the answers of one system.
+
+    n: answers. metrics: name -> value with its 95% interval, NaN where undefined. difference: name -> value minus that of the
+    first system's stated confidence. p: name -> p-value of that, None where other questions were answered. passes: forward passes a query, None where
+    they were not counted.
+    """
+
+    system: str
+    estimator: str
+    recalibration: str
+    n: int
+    metrics: Mapping[str, Interval]
+    difference: Mapping[str, float]
+    p: Mapping[str, float | None]
+    passes: float | None
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether this is the confidence as the model states it."""
+        return self.estimator == VERBALIZED and self.recalibration == RAW
+
+
+class Compared(NamedTuple):
+    """rows: of every system, those that it states first. notes: why a row is missing, each once."""
+
+    rows: list[Row]
+    notes: list[str]
+
+
+def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
+    """Measure every confidence of every system; the first system is the one that others are compared with."""
+    rows: list[Row] = []
+    notes: dict[str, None] = {}
+    base: tuple[System, Measured] | None = None
+    for system in systems:
+        bootstrap = ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
+        for estimator, recalibration, confidence in _confidences(system, comparison, notes):
+            measured = bootstrap.measure(confidence)
+            base = base or (system, measured)
+            paired = system.by_id.keys() == base[0].by_id.keys()
+            is_base = measured is base[1]
+            rows.append(
+                Row(
+                    system.name,
+                    estimator,
+                    recalibration,
+                    len(system.predictions),
+                    {name: measured.interval(name) for name in MEASURED},
+                    {name: measured.values[name] - base[1].values[name] for name in MEASURED},
+                    {
+                        name: p_value(measured, base[1], name) if paired and not is_base else None
+                        for name in MEASURED
+                    },
+                    system.passes(estimator) if recalibration == RAW else None,
+                )
+            )
+    return Compared(rows, list(notes))
+
+
+def _confidences(
+    system: System, comparison: Comparison, notes: dict[str, None]
+) -> Iterator[tuple[str, str, list[float | None]]]:
+    """(estimator, recalibration, confidences) of one system."""
+    for estimator in system.estimators:
+        yield estimator, RAW, [p.confidence_of(estimator) for p in system.predictions]
+        if system.name == ORACLE:  # it is calibrated by what it knows
+            continue
+        held = comparison.calibration.get(system.name)
+        if comparison.calibration and (held is None or not _has(held, estimator)):
+            notes[
+                f"{system.name}: not recalibrated by {estimator}, which the calibration split does not have"
+            ] = None
+            continue
+        for method in METHODS:
+            try:
+                yield estimator, method, recalibrated(method, system.predictions, estimator, held)
+            except DataError as error:
+                if held is not None:
+                    raise
+                notes[f"{system.name}: not recalibrated: {error}"] = None
+                break
+
+
+def _has(predictions: Sequence[EstimatedPrediction], estimator: str) -> bool:
+    return estimator == VERBALIZED or all(estimator in p.estimates for p in predictions)
+
+
+# --- As files ---------------------------------------------------------------------------------------------------
+
+HEADINGS: dict[str, str] = {
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "brier": "Brier",
+    "auroc": "AUROC",
+    "aurc": "AURC",
+    "smooth_ece": "smooth ECE",
+    "mean_confidence": "mean conf.",
+    "overconfidence": "overconf.",
+    "parse_failure_rate": "unread",
+}
+"""The metrics that the page, Markdown and LaTeX show; CSV and JSON hold all."""
+
+
+def write_tables(rows: Sequence[Row], page: Path) -> list[Path]:
+    """Write the comparison beside the page, under its name; returns the files."""
+    writers: dict[str, Callable[[Sequence[Row]], str]] = {
+        ".csv": as_csv,
+        ".md": as_markdown,
+        ".tex": as_latex,
+    }
+    paths = []
+    for suffix, write in writers.items():
+        paths.append(page.with_suffix(suffix))
+        with replacing(paths[-1]) as temporary:
+            temporary.write_text(write(rows), encoding="utf-8")
+    paths.append(page.with_suffix(".json"))
+    write_json(paths[-1], as_json(rows))
+    return paths
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """One object a row; what is undefined is null."""
+    return [
+        {
+            "system": row.system,
+            "estimator": row.estimator,
+            "recalibration": row.recalibration,
+            "n": row.n,
+            "forward_passes": row.passes,
+            **{
+                name: {**{k: _known(v) for k, v in interval._asdict().items()}, "p": _known(row.p[name])}
+                for name, interval in row.metrics.items()
+            },
+        }
+        for row in rows
+    ]
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Every metric with its bounds and p-value; what is undefined is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = [f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")]
+    writer.writerow(["system", "estimator", "recalibration", "n", "forward_passes", *columns])
+    for row in rows:
+        cells = [_known(v) for name in MEASURED for v in (*row.metrics[name], row.p[name])]
+        texts = ["" if v is None else repr(v) for v in (row.n, row.passes, *cells)]
+        writer.writerow([row.system, row.estimator, row.recalibration, *texts])
+    return out.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The headline metrics as value [low, high], a star where p < 0.05."""
+    heads = ["system", "estimator", "recalibration", *HEADINGS.values()]
+    lines = [heads, ["---"] * 3 + ["---:"] * len(HEADINGS)]
+    for row in rows:
+        names = [_plain(t, "|\\`*_<>[]") for t in (row.system, row.estimator, row.recalibration)]
+        lines.append([*names, *(cell(row, name) for name in HEADINGS)])
+    note = "Value [95% interval, images resampled]; * differs from the first row, p < 0.05 (paired)."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
+
+
+def as_latex(rows: Sequence[Row]) -> str:
+    """The headline metrics of `as_markdown` as a tabular for the package booktabs."""
+    heads = " & ".join(["system", "estimator", "recalibration", *HEADINGS.values()])
+    lines = [rf"\begin{{tabular}}{{lll{'r' * len(HEADINGS)}}}", r"\toprule", heads + r" \\", r"\midrule"]
+    for row in rows:
+        names = [_latex(t) for t in (row.system, row.estimator, row.recalibration)]
+        lines.append(" & ".join([*names, *(_latex(cell(row, name)) for name in HEADINGS)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def cell(row: Row, name: str) -> str:
+    """A metric as text: 0.031 [0.024, 0.038]*."""
+    interval, p = row.metrics[name], row.p[name]
+    if math.isnan(interval.value):
+        return "-"
+    form = "+.3f" if name == "overconfidence" else ".3f"
+    text = f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    return text + ("*" if p is not None and p < 0.05 else "")
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _plain(text: str, special: str) -> str:
+    return "".join(f"\\{c}" if c in special else c for c in " ".join(text.split()))
+
+
+def _latex(text: str) -> str:
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(named.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in " ".join(text.split()))
