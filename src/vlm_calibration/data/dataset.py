@@ -45,7 +45,7 @@ class _Section:
     def item(self, index: int) -> tuple[Query, int | None]:
         """The query at this place, by its full name, and its noise step."""
         place, at = divmod(index, len(self.steps))
-        query = _named(self.queries[place if self.chosen is None else int(self.chosen[place])], self.name)
+        query = named(self.queries[place if self.chosen is None else int(self.chosen[place])], self.name)
         step = self.steps[at]
         return (replace(query, id=f"{query.id}@{step}") if self.part.noise == "every_step" else query), step
 
@@ -114,7 +114,8 @@ def _section(name: str, part: Part, policy: NoisePolicy) -> _Section:
     return _Section(name, part, queries, chosen, steps[part.noise])
 
 
-def _named(query: Query, part: str) -> Query:
+def named(query: Query, part: str) -> Query:
+    """A part's query as an evaluation knows it: id and category with the part's name in front, if it has one."""
     if not part:
         return query
     category = f"{part}/{query.category}" if query.category else part

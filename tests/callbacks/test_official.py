@@ -1,0 +1,309 @@
+"""POPE and AMBER through the command line: official files and images in, official scores beside ours out.
+
+The files are made up, in the published formats; the model is the demo's, which says yes or no and how sure it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_calibration.benchmarks.amber import CATEGORIES
+from vlm_calibration.cli import main
+
+from ..benchmarks import official_rules
+from ..command_line import LIMIT, Ended
+
+SPLITS = ("random", "popular", "adversarial")
+SOURCES = "vlm_calibration.data.sources.benchmark"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The folder with POPE (lines, arrays, POPEv2) and AMBER in it."""
+    folder = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for name in (
+        "val2014/a.jpg",
+        "val2014/b.jpg",
+        "v2/images/7.jpg",
+        "v2/coco/train2017/7.jpg",
+        "image/AMBER_1.jpg",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    for split in SPLITS:
+        rows = [
+            {
+                "question_id": i,
+                "image": f"{'ab'[i % 2]}.jpg",
+                "text": f"Is there a {split} {i} in the image?",
+                "label": ["yes", "no"][i % 2],
+            }
+            for i in range(1, 6)
+        ]
+        if split == "adversarial":
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=4))
+        else:
+            (folder / f"{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    v2 = [
+        {
+            "image_id": 7,
+            "image_name": name,
+            "target_object": "cup",
+            "query": "Is there a cup in the image?",
+            "label": x,
+        }
+        for name, x in (("/images/7.jpg", "No"), ("/coco/train2017/7.jpg", "Yes"))
+    ]
+    (folder / "v2/annotations.json").write_text(json.dumps(v2))
+    kinds = [("generative", ["sky"]), *((kind, truth) for kind in CATEGORIES for truth in ("yes", "no"))]
+    annotations = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth) in enumerate(kinds, start=1)]
+    queries = [{"id": a["id"], "image": "AMBER_1.jpg", "query": f"Is it {a['id']}?"} for a in annotations]
+    (folder / "annotations.json").write_text(json.dumps(annotations))
+    (folder / "query_all.json").write_text(json.dumps(queries))
+    return folder
+
+
+@pytest.fixture
+def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments that evaluate a shipped configuration with our model and data, results in `tmp_path`/`out`."""
+
+    def arguments(config: str, test: dict[str, Any], out: str = "eval", **init_args: Any) -> list[str]:
+        shipped = yaml.safe_load((root / "configs/eval" / config).read_text(encoding="utf-8"))
+        trainer = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / out),
+        }
+        base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
+        trainer["callbacks"] = [c for c in shipped["trainer"]["callbacks"] if "RichProgressBar" not in str(c)]
+        shipped["trainer"] |= trainer
+        shipped["model"]["init_args"] |= {"base": base, "max_new_tokens": 16, **init_args}
+        shipped["data"] |= {"test": test, "eval_batch_size": 2, "workers": 0}
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(yaml.safe_dump(shipped), encoding="utf-8")
+        return ["test", "--config", str(path)]
+
+    return arguments
+
+
+def _source(kind: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "source": {"class_path": f"{SOURCES}.{kind}", "init_args": {k: str(v) for k, v in settings.items()}}
+    }
+
+
+def _pope(files: Path) -> dict[str, Any]:
+    return {s: _source("PopeSource", path=files / f"{s}.json", root=files / "val2014") for s in SPLITS}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_pope_in_one_process_and_in_two(
+    run: Callable[..., Ended],
+    evaluation: Callable[..., list[str]],
+    files: Path,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    adapters = {"sft": new_adapter(1)}
+    ended = run(*evaluation("pope.yaml", _pope(files), adapters=adapters))
+    assert ended.status == 0, ended.err
+    assert "Official scores" in ended.out
+    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [*evaluation("pope.yaml", _pope(files), "ddp", adapters=adapters), *several]
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Official scores") == 1, "one process reports"
+    written = ["metrics.json", "predictions.jsonl"]
+    written += [f"official/{split}.{what}.jsonl" for split in SPLITS for what in ("answers", "labels")]
+    for system in ("base", "sft"):
+        assert {
+            str(p.relative_to(tmp_path / "eval" / system))
+            for p in (tmp_path / "eval" / system).rglob("*.json*")
+        } == set(written)
+        for name in written:
+            one, two = (tmp_path / folder / system / name for folder in ("eval", "ddp"))
+            assert one.read_bytes() == two.read_bytes(), (system, name)
+        _check_pope(tmp_path / "eval" / system)
+
+
+def _check_pope(folder: Path) -> None:
+    """The scores in a system's folder are those that the script gives for the files in it."""
+    metrics = _metrics(folder)
+    assert metrics["n"] == 15
+    assert {metrics[f"n/{split}"] for split in SPLITS} == {5}
+    together: tuple[list[Any], list[Any]] = ([], [])
+    for split in SPLITS:
+        labels, answers = (
+            _lines(folder / f"official/{split}.{what}.jsonl") for what in ("labels", "answers")
+        )
+        assert [x["question_id"] for x in labels] == [x["question_id"] for x in answers] == [1, 2, 3, 4, 5]
+        _same(metrics, f"official/{split}/", labels, answers)
+        together[0].extend(labels)
+        together[1].extend(answers)
+    _same(metrics, "official/", *together)
+
+
+def _same(metrics: dict[str, Any], prefix: str, labels: list[Any], answers: list[Any]) -> None:
+    try:
+        expected = official_rules.pope(labels, answers)
+    except ZeroDivisionError:
+        assert metrics[f"{prefix}f1"] is None
+        return
+    assert {key: metrics[prefix + key] for key in expected} == expected
+
+
+def test_popev2_and_a_part_with_noise(
+    run: Callable[..., Ended], evaluation: Callable[..., list[str]], files: Path, tmp_path: Path
+) -> None:
+    part = _source("PopeSource", path=files / "v2/annotations.json", root=files / "v2")
+    ended = run(*evaluation("pope.yaml", {"v2": part, "noised": {**part, "noise": "drawn"}}))
+    assert ended.status == 0, ended.err
+    metrics = _metrics(tmp_path / "eval/base")
+    assert (metrics["n"], metrics["n/v2"], metrics["n/noised"]) == (4, 2, 2)
+    labels, answers = (
+        _lines(tmp_path / f"eval/base/official/v2.{what}.jsonl") for what in ("labels", "answers")
+    )
+    assert [x["label"] for x in labels] == ["no", "yes"]
+    assert [x["image"] for x in labels] == ["images/7.jpg", "coco/train2017/7.jpg"]
+    _same(metrics, "official/", labels, answers)
+    assert "official/v2/accuracy" not in metrics, "there is only one part without noise"
+
+
+def test_amber(
+    run: Callable[..., Ended],
+    evaluation: Callable[..., list[str]],
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"path": "query_all.json", "annotations": "annotations.json", "root": "image"}
+    part = _source("AmberSource", **{key: files / name for key, name in settings.items()})
+    ended = run(*evaluation("amber.yaml", {"amber": part}))
+    assert ended.status == 0, ended.err
+    assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in ended.err
+    folder = tmp_path / "eval/base"
+    metrics, predictions = _metrics(folder), _lines(folder / "predictions.jsonl")
+    assert [p["category"] for p in predictions] == [
+        f"amber/{c}" for c in CATEGORIES.values() for _ in range(2)
+    ]
+    assert (metrics["n"], metrics["n/attribute"], metrics["n/relation"]) == (12, 6, 4)
+    answers = json.loads((folder / "official/amber.answers.json").read_text())
+    assert [x["id"] for x in answers] == list(range(2, 14))
+    assert {x["response"] for x in answers} <= {"Yes", "No"}, "nothing of the confidence is left"
+    assert all(x["confidence"] is not None for x in answers)
+    expected = official_rules.amber(json.loads((files / "annotations.json").read_text()), answers)
+    assert {k: v for k, v in metrics.items() if k.startswith("official")} == {
+        f"official/{k}": v for k, v in expected.items()
+    }
+    # What was written is scored the same without a model.
+    written = ("--answers", str(folder / "official/amber.answers.json"))
+    assert main(["score", "amber", *written, "--annotations", str(files / "annotations.json"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    ours = {k: v for k, v in metrics.items() if "amber" not in k and "@" not in k}
+    assert {k: v for k, v in again.items() if v is not None} == pytest.approx(
+        {k: v for k, v in ours.items() if v is not None}
+    )
+    assert set(again) == set(ours)
+
+
+def test_own_queries(
+    run: Callable[..., Ended], evaluation: Callable[..., list[str]], files: Path, tmp_path: Path
+) -> None:
+    query = {
+        "id": "1",
+        "image": "val2014/a.jpg",
+        "question": "A cup?",
+        "answer": "No",
+        "answer_type": "yes_no",
+    }
+    (files / "test.jsonl").write_text(json.dumps(query))
+    source = {
+        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+        "init_args": {"path": str(files / "test.jsonl")},
+    }
+    ended = run(*evaluation("jsonl.yaml", {"own": {"source": source}}))
+    assert ended.status == 0, ended.err
+    metrics = _metrics(tmp_path / "eval/base")
+    assert metrics["n"] == 1
+    assert not any(name.startswith("official") for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("images", "{data}/random.json: 2 of 2 images are not in {data}: b.jpg, a.jpg"),
+        ("question", "{data}/bad.json:1: a question needs an image and a text"),
+        ("id", "{data}/q.json: record 1: 99 is no id in {data}/annotations.json"),
+        ("generative", "{data}/q.json: 1 generative records (descriptions) are left out"),
+        ("order", "trainer.callbacks: OfficialScores needs a PredictionWriter before it"),
+        ("climbing", "{data}/bad.json: 1 of 1 images are not in {data}/val2014: ../v2/images/7.jpg"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_before_anything_runs(
+    run: Callable[..., Ended],
+    evaluation: Callable[..., list[str]],
+    files: Path,
+    tmp_path: Path,
+    mistake: str,
+    says: str,
+) -> None:
+    pope = {"path": files / "random.json", "root": files / "val2014"}
+    amber = {"path": files / "q.json", "annotations": files / "annotations.json", "root": files / "image"}
+    image = {"image": "../v2/images/7.jpg"} if mistake == "climbing" else {}
+    (files / "bad.json").write_text(json.dumps({"label": "yes", "text": "A cup?", **image}))
+    number = 99 if mistake == "id" else 1
+    (files / "q.json").write_text(json.dumps([{"id": number, "image": "AMBER_1.jpg", "query": "Is it?"}]))
+    part = {
+        "images": _source("PopeSource", **{**pope, "root": files}),
+        "question": _source("PopeSource", **{**pope, "path": files / "bad.json"}),
+        "climbing": _source("PopeSource", **{**pope, "path": files / "bad.json"}),
+        "order": _source("PopeSource", **pope),
+    }.get(mistake) or _source("AmberSource", **amber)
+    arguments = evaluation("pope.yaml", {"part": part})
+    if mistake == "order":
+        config = yaml.safe_load((tmp_path / "eval.yaml").read_text())
+        config["trainer"]["callbacks"] = config["trainer"]["callbacks"][1::-1]
+        (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    ended = run(*arguments)
+    assert ended.error().startswith(says.format(data=files))
+    assert ended.status == 1
+    assert not list((tmp_path / "eval").rglob("*.jsonl"))
+
+
+def test_answers_that_are_missing_are_counted(
+    run: Callable[..., Ended], evaluation: Callable[..., list[str]], files: Path, tmp_path: Path
+) -> None:
+    ended = run(*evaluation("pope.yaml", _pope(files)), "--trainer.limit_test_batches", "3")
+    assert ended.status == 0, ended.err
+    assert "no official scores of data.test.popular: no answer to 4 of 5: popular:2, popular:3" in ended.err
+    metrics = _metrics(tmp_path / "eval/base")
+    assert "official/accuracy" in metrics, "the first split is complete"
+    assert metrics["n"] == 6
