@@ -38,13 +38,9 @@ class Describer(ABC):
     def load(self, device: torch.device) -> None:  # noqa: B027  (nothing to load is the rule)
         """Load what describing takes onto this device; a describer by rules loads nothing."""
 
+    @abstractmethod
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         """The key objects of each query. images: uint8 [H, W, 3], those that the queries are about."""
-        return [self.describe_pair(q.question, q.answer) for q in queries]
-
-    @abstractmethod
-    def describe_pair(self, question: str, answer: str) -> Description:
-        """The key objects of one question with its answer, the image unseen."""
 
     def settings(self) -> dict[str, Any]:
         """What the phrases depend on, as plain values."""

@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
+
+from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.tagger import NounPhrase, Word, noun_phrases, tag
 from vlm_calibration.regions.words import ATTRIBUTES, CONTAINERS, GENERIC, GROUPS, NO_THING, VAGUE
@@ -50,7 +53,12 @@ class RuleDescriber(Describer):
     def __init__(self, max_phrases: int = 8) -> None:
         super().__init__(max_phrases)
 
+    def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
+        """By question and answer alone: the images are not looked at."""
+        return [self.describe_pair(q.question, q.answer) for q in queries]
+
     def describe_pair(self, question: str, answer: str) -> Description:
+        """The key objects of one question with its answer."""
         question, answer = _choose(question.strip(), answer.strip())
         question = _ASIDES.sub(" ", question)
         words = tag(question)

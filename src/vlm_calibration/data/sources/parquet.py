@@ -65,6 +65,8 @@ class ParquetSource(QuerySource):
             extracted from. Its images go by the names in the column `image`.
         unpacked: folder that embedded images are unpacked into as they are met; without it each read of an image reads a
             whole row group.
+        begin, end: use the queries between these shares of them, in [0, 1], so that one file may serve for training and
+            validation: queries about one image mostly stand together.
         on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
             how many and why.
     """
@@ -75,12 +77,17 @@ class ParquetSource(QuerySource):
         root: str | None = None,
         images: QuerySource | None = None,
         unpacked: str | None = None,
+        begin: float = 0.0,
+        end: float = 1.0,
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
+        if not 0 <= begin < end <= 1:
+            raise DataError(f"ParquetSource: needs 0 <= begin < end <= 1, found {begin} and {end}")
         self.path = Path(path)
         self.root = Path(root) if root is not None else self._folder
         self.images = images
         self.unpacked = None if unpacked is None else Path(unpacked)
+        self.begin, self.end = begin, end
         self.on_bad_record = on_bad_record
         self.bad = BadRecords(on_bad_record)
         self._files = ImageFolder(self.root)
@@ -108,8 +115,9 @@ class ParquetSource(QuerySource):
             self._embedded = EmbeddedImages(files, "image", self.unpacked)
         repeating = [n for n in REPEATING if n in columns and pa.types.is_string(schema.field(n).type)]
         self._table = _plainly_typed(read_columns(files, columns, repeating))
-        self._rows = self._usable()
-        self.bad.report(len(self._rows))
+        rows = self._usable()
+        self.bad.report(len(rows))
+        self._rows = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
         if not len(self._rows):
             raise DataError(f"{self.path}: no usable query in this file")
 

@@ -1,0 +1,94 @@
+"""A describer that asks a model: slower than rules, but not bound to known forms of question, nor to English."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_calibration.data.collate import ChatFormat, move
+from vlm_calibration.data.module import load_processor
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.regions.describer import Describer, Description
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+DEFAULT_TEMPLATE = """Question about the image: {question}
+Correct answer: {answer}
+Which objects does one have to see in the image to answer? List short noun phrases, separated by commas, without any other words. \
+Put the word "absent" before each object that the answer says is not there. If there are none, write "none"."""
+
+_MARKER = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s*")
+_ABSENT = re.compile(r"^(?:absent|no|not)\b[\s:]*|\s*\((?:absent|not there|not present)\)$")
+LONGEST_PHRASE = 8
+"""A longer "phrase" is a sentence, which no detector was trained on."""
+
+
+class PromptedDescriber(Describer):
+    """Asks a vision-language model, which sees the image, and reads the list that it answers with.
+
+    Args:
+        base: the model.
+        template: with the places {question} and {answer}.
+        max_new_tokens: length limit of the list.
+        max_phrases: at most so many objects a query, the first ones listed.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        template: str = DEFAULT_TEMPLATE,
+        max_new_tokens: int = 64,
+        max_phrases: int = 8,
+    ) -> None:
+        super().__init__(max_phrases)
+        try:
+            template.format(question="", answer="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(
+                f"describer.template: knows only {{question}} and {{answer}}: {error!r}"
+            ) from error
+        self.base = base
+        self.template = template
+        self.max_new_tokens = max_new_tokens
+        self.model: Any = None
+        self.chat: ChatFormat | None = None
+
+    def load(self, device: torch.device) -> None:
+        processor = load_processor(self.base.name_or_path, self.base.revision, self.base.trust_remote_code)
+        self.chat = ChatFormat(processor, ElicitationPrompt("{question}"))
+        model = load_base(self.base, device).eval()
+        self.model = model if self.base.quantization != "none" else model.to(device)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "base": repr(self.base),
+            "template": self.template,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
+        if not queries:
+            return []
+        assert self.chat is not None
+        asked = [self.template.format(question=q.question, answer=q.answer) for q in queries]
+        texts = [self.chat.render(question) for question in asked]
+        inputs = move(self.chat.inputs(texts, list(images), "left"), self.model.device)
+        answers = generate_texts(self.model, inputs, self.chat.processor.tokenizer, self.max_new_tokens)
+        return [self.read(answer) for answer in answers]
+
+    def read(self, answer: str) -> Description:
+        """The objects of a list as models write them: by commas or lines, numbered or not, "absent" before or behind."""
+        objects: list[str] = []
+        absent: list[str] = []
+        for part in re.split(r"[,;\n]", answer):
+            phrase = _MARKER.sub("", part).strip(" .\"'`*").lower()
+            name = re.sub(r"^(?:an?|the)\s+", "", _ABSENT.sub("", phrase).strip())
+            if name and name not in ("none", "nothing") and len(name.split()) <= LONGEST_PHRASE:
+                (absent if _ABSENT.search(phrase) else objects).append(name)
+        return self.tidy(objects, absent)

@@ -1,0 +1,134 @@
+"""A picture of some queries with their regions and what noise makes of them, to judge a data set at a glance."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
+
+from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.callbacks.regions import QUERIES
+from vlm_calibration.data.noise import query_rng
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.perturbation.images import resize_image, resize_mask
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.noise import add_region_noise
+from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
+from vlm_calibration.records import DataError, LoadedImage, Query
+
+THUMB = 168
+MARGIN, LINE, TEXT_WIDTH = 6, 15, 260
+EVIDENCE, OTHER = (230, 30, 90), (40, 110, 230)
+
+
+class ContactSheet(L.Callback):
+    """`contact_sheet.png` in the run directory of `vlm-calibration predict`, behind `RegionWriter`.
+
+    Args:
+        queries: rows of the sheet. schedule: of the noise that is shown.
+        seed: which queries are shown.
+    """
+
+    def __init__(self, queries: int = 12, schedule: Schedule = CosineSchedule(), seed: int = 0) -> None:  # noqa: B008
+        if queries < 1:
+            raise DataError(f"ContactSheet: queries must be at least 1, found {queries}")
+        self.queries = queries
+        self.schedule = schedule
+        self.seed = seed
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            images = trainer.datamodule.predict  # type: ignore[attr-defined]
+            source = ParquetSource(str(folder / QUERIES), images=images)
+            with replacing(folder / "contact_sheet.png") as temporary:
+                contact_sheet(source, self.queries, self.schedule, self.seed).save(temporary, "PNG")
+
+
+def contact_sheet(source: QuerySource, count: int, schedule: Schedule, seed: int = 0) -> Image.Image:
+    """Random queries of a source, one a row: question and answer, the image with its regions, and the levels 100% to 0%.
+
+    What the question is about is outlined in red, other regions in blue; noise goes to the former, or to the latter where
+    there is none.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    queries = source.queries()
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    levels = LinearLevels(total_steps=schedule.steps)
+    header = ["", "regions", *(f"{levels.confidence(step):.0%}" for step in levels.steps)]
+    rows = []
+    for index in chosen:
+        query = queries[int(index)]
+        loaded = _shrunk(source.load(query))
+        union = _union(loaded.evidence or loaded.distractors, loaded.image)
+        noised = [
+            _noised(loaded.image, union, step, schedule, query, seed) if union.any() else loaded.image
+            for step in levels.steps
+        ]
+        rows.append((query, [_overlaid(loaded), *noised]))
+    return _laid_out(header, rows)
+
+
+def _shrunk(loaded: LoadedImage) -> LoadedImage:
+    """At the size of a thumbnail, masks too."""
+    height, width = loaded.image.shape[:2]
+    scale = THUMB / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return LoadedImage(
+        resize_image(loaded.image, size),
+        tuple(resize_mask(m, size) for m in loaded.evidence),
+        tuple(resize_mask(m, size) for m in loaded.distractors),
+    )
+
+
+def _union(masks: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
+    return np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
+
+
+def _noised(
+    image: np.ndarray, mask: np.ndarray, step: int, schedule: Schedule, query: Query, seed: int
+) -> np.ndarray:
+    noise = int(query_rng(seed, 0, query.id).integers(2**63))
+    return add_region_noise(image, mask, step, schedule=schedule, seed=noise) if step else image
+
+
+def _overlaid(loaded: LoadedImage) -> np.ndarray:
+    """The image with its regions tinted, their outlines in full colour."""
+    shown = loaded.image.astype(np.float32)
+    for masks, colour in ((loaded.distractors, OTHER), (loaded.evidence, EVIDENCE)):
+        for mask in masks:
+            shown[mask] = 0.6 * shown[mask] + 0.4 * np.array(colour, dtype=np.float32)
+            shown[mask & ~binary_erosion(mask)] = colour
+    return shown.round().astype(np.uint8)
+
+
+def _laid_out(header: Sequence[str], rows: Sequence[tuple[Query, list[np.ndarray]]]) -> Image.Image:
+    """Text at the left, thumbnails beside it."""
+    font = ImageFont.load_default(12)
+    cell = THUMB + MARGIN
+    sheet = Image.new("RGB", (TEXT_WIDTH + cell * (len(header) - 1), 24 + cell * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(header[1:]):
+        draw.text((TEXT_WIDTH + column * cell + THUMB // 2, 12), text, "black", font, anchor="mm")
+    for number, (query, pictures) in enumerate(rows):
+        top = 24 + number * cell
+        for line, text in enumerate(_caption(query)[: THUMB // LINE]):
+            draw.text((MARGIN, top + line * LINE), text, "black", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (TEXT_WIDTH + column * cell, top))
+    return sheet
+
+
+def _caption(query: Query) -> list[str]:
+    wrapped: list[str] = []
+    for text in (query.question, f"-> {query.answer}", f"[{', '.join(query.objects)}]", query.id):
+        wrapped += textwrap.wrap(text, 40)[:4]
+    return wrapped

@@ -1,0 +1,89 @@
+"""What became of the queries whose regions were extracted: how many have one, how large, and why the others have none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+from rich.console import Console
+from rich.table import Table
+
+from vlm_calibration.regions.extraction import OUTCOMES
+
+MAX_NOTES = 5
+
+
+class RegionSummary:
+    """Counts over the rows that `callbacks.regions` writes."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.named = self.located = 0
+        self.shares: list[float] = []
+        self.notes: list[str] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one query."""
+        self.outcomes[row["outcome"]] += 1
+        self.reasons.update(r["reason"] for r in row["rejected"])
+        if row["outcome"] in ("found", "rejected", "not detected"):
+            self.named += len(row["objects"])
+            self.located += len({r["label"] for r in row["regions"]} & set(row["objects"]))
+        own = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
+        if row["outcome"] == "found":
+            self.shares.append(union_share(own))
+        if row["note"] and len(self.notes) < MAX_NOTES:
+            self.notes.append(row["note"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values: counts, and deciles of the share of the image that the regions of a query cover."""
+        shares = np.quantile(self.shares, (0.1, 0.5, 0.9)).tolist() if self.shares else [None] * 3
+        return {
+            "queries": sum(self.outcomes.values()),
+            "outcomes": {name: self.outcomes[name] for name in OUTCOMES},
+            "phrases": {"named": self.named, "located": self.located},
+            "share_of_image": dict(zip(("p10", "median", "p90"), shares, strict=True)),
+            "rejected_regions": dict(sorted(self.reasons.items())),
+            "unreadable": self.notes,
+        }
+
+
+def union_share(regions: list[Mapping[str, Any]]) -> float:
+    """The share of the image that regions with masks cover together, in [0, 1]."""
+    masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in regions if r["mask"] is not None]
+    if not masks:
+        return 0.0
+    height, width = masks[0]["size"]
+    return float(coco.area(coco.merge(masks))) / (height * width)
+
+
+def print_summary(summary: RegionSummary, path: Path) -> None:
+    """The summary as a table, and where the queries are."""
+    values = summary.to_dict()
+    total = max(1, values["queries"])
+    table = Table(title=f"Regions of {values['queries']} queries")
+    for column in ("", "queries", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, count in values["outcomes"].items():
+        if count:
+            table.add_row(name, str(count), f"{count / total:.1%}")
+    console = Console()
+    console.print(table)
+    phrases, shares = values["phrases"], values["share_of_image"]
+    if phrases["named"]:
+        console.print(f"phrases: {phrases['located']} of {phrases['named']} located")
+    if shares["median"] is not None:
+        console.print(
+            f"share of the image: median {shares['median']:.1%}, 80% of queries within "
+            f"{shares['p10']:.1%} to {shares['p90']:.1%}"
+        )
+    for reason, count in values["rejected_regions"].items():
+        console.print(f"regions left out ({reason}): {count}")
+    for note in values["unreadable"]:
+        console.print(f"unreadable: {note}", soft_wrap=True, markup=False)
+    console.print(f"wrote {path}", soft_wrap=True, markup=False)
