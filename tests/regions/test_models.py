@@ -15,7 +15,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import Detection, ZeroShotDetector
 from vlm_calibration.regions.segmenter import PromptedSegmenter
 
-from .tiny import DETECTORS, SEGMENTERS, build
+from .tiny import DETECTORS, SEGMENTERS
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -26,19 +26,6 @@ BOXES: list[list[tuple[float, float, float, float]]] = [
     [(10.5, 10.25, 50.0, 100.0)],
     [(0.0, 0.0, 64.0, 64.0), (20.0, 30.0, 25.0, 33.0), (40.0, 5.0, 60.0, 60.0)],
 ]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The folder of a tiny model of a kind."""
-    made: dict[str, str] = {}
-
-    def folder(name: str) -> str:
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
 
 
 def _detector(folder: str, **settings: Any) -> ZeroShotDetector:

@@ -1,0 +1,229 @@
+"""The pipeline around the models: exact masks come out exact, instances are united, and every outcome has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.raw import RawQuery
+from vlm_calibration.data.sources.base import with_regions
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.regions.describer import Describer, Description
+from vlm_calibration.regions.detector import Box, Detection, Detector
+from vlm_calibration.regions.extraction import Pipeline, RegionGates
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.rle import mask_to_rle, region_to_mask
+from vlm_calibration.regions.segmenter import Segmenter
+
+from .truth import KnowingDetector, KnowingSegmenter, Truth, enlarged
+
+SCENES = 40
+ALL = RegionGates(0.0, 0.0, 1.0)
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return Truth(SCENES, factors=(1, 3))
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["one box", "two boxes united"])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_the_demo_s_scenes_come_out_exact(truth: Truth, halves: bool, factor: int) -> None:
+    """Phrases from the questions, boxes and masks from who knows them: mask IoU at least 0.95, here 1, for every query."""
+    source = DemoSource("test", scenes=SCENES)
+    pipeline = Pipeline(RuleDescriber(), KnowingDetector(truth, halves), KnowingSegmenter(truth), ALL)
+    queries = [replace(q, objects=()) for q in source.queries()]
+    compared = 0
+    for begin in range(0, len(queries), 7):
+        batch = [RawQuery(q, enlarged(source.load(q).image, factor)) for q in queries[begin : begin + 7]]
+        for raw, extracted in zip(batch, pipeline.extract(batch), strict=True):
+            original = next(q for q in source.queries() if q.id == raw.query.id)
+            exact = [enlarged(m, factor) for m in source.load(original).evidence]
+            assert extracted.query.objects == original.objects
+            if original.answer == "No":
+                assert extracted.outcome == "absent"
+                assert extracted.query.regions == ()
+                continue
+            if not exact[0].any():
+                continue
+            assert extracted.outcome == "found"
+            assert raw.image is not None
+            loaded = with_regions(extracted.query, raw.image)
+            assert len(loaded.evidence) == 1
+            assert loaded.distractors == ()
+            assert _iou(loaded.evidence[0], exact[0]) >= 0.95
+            x0, y0, x1, y1 = (int(v) for v in extracted.query.regions[0].box)
+            assert loaded.evidence[0][y0:y1, x0:x1].sum() == loaded.evidence[0].sum()
+            compared += 1
+    assert compared >= 2 * SCENES - 3
+
+
+def test_an_image_of_several_queries_is_encoded_once(truth: Truth) -> None:
+    source = DemoSource("test", scenes=2)
+    segmenter = KnowingSegmenter(truth)
+    batch = [RawQuery(replace(q, objects=()), source.load(q).image) for q in source.queries()]
+    found = Pipeline(RuleDescriber(), KnowingDetector(truth), segmenter, ALL).extract(batch)
+    assert [e.outcome for e in found].count("found") == 4
+    assert segmenter.encoded == 2
+
+
+class Scripted(Describer, Detector, Segmenter):
+    """Says what it is told: phrases, and for each phrase boxes with scores and masks of which pixels."""
+
+    def __init__(self, description: Description, boxes: Sequence[Detection] = (), masks: Any = ()) -> None:
+        Describer.__init__(self)
+        self.description = description
+        self.boxes = list(boxes)
+        self.masks = masks
+
+    def load(self, device: torch.device) -> None:
+        pass
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
+        return [self.description for _ in queries]
+
+    def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
+        return [[d for d in self.boxes if d.label in row] for row in phrases]
+
+    def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
+        places = {d.box: i for i, d in enumerate(self.boxes)}
+        return [np.stack([self.masks[places[box]] for box in row]) for row in boxes]
+
+
+def _mask(y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+PLAIN = Query("q", "x.png", "A question?", "Yes", "yes_no")
+IMAGE = np.zeros((20, 30, 3), dtype=np.uint8)
+
+
+def _extract(
+    scripted: Scripted, query: Query = PLAIN, gates: RegionGates = ALL, keep_known: bool = True
+) -> Any:
+    [found] = Pipeline(scripted, scripted, scripted, gates, keep_known).extract([RawQuery(query, IMAGE)])
+    return found
+
+
+def test_instances_of_a_phrase_are_united_and_phrases_kept_apart() -> None:
+    boxes = [
+        Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5),
+        Detection("cat", (10.0, 10.0, 14.0, 14.0), 0.7),
+        Detection("dog", (20.0, 2.0, 25.5, 8.0), 0.9),
+    ]
+    masks = [_mask(0, 4, 0, 4), _mask(10, 13, 10, 14), _mask(2, 8, 20, 26)]
+    found = _extract(Scripted(Description(("dog", "cat", "cup"), ("bird",)), boxes, masks))
+    assert found.outcome == "found"
+    assert found.query.objects == ("dog", "cat", "cup", "bird")
+    dog, cat = found.query.regions
+    assert (dog.label, dog.box, dog.score) == ("dog", (0.0, 0.0, 26.0, 8.0), 0.9)
+    assert np.array_equal(region_to_mask(dog, 20, 30), masks[0] | masks[2])
+    assert np.array_equal(region_to_mask(cat, 20, 30), masks[1])
+
+
+@pytest.mark.parametrize(
+    ("gates", "masks", "reason"),
+    [
+        (RegionGates(min_score=0.6), [_mask(0, 4, 0, 4)], "score"),
+        (RegionGates(0.0, min_area=0.05), [_mask(0, 4, 0, 4)], "small"),
+        (RegionGates(0.0, 0.0, max_area=0.5), [_mask(0, 20, 0, 29)], "large"),
+        (ALL, [_mask(10, 12, 10, 12)], "empty"),
+        (ALL, [_mask(0, 0, 0, 0)], "empty"),
+    ],
+)
+def test_a_region_that_is_not_good_enough_is_kept_with_the_reason(
+    gates: RegionGates, masks: list[np.ndarray], reason: str
+) -> None:
+    scripted = Scripted(Description(("dog",)), [Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5)], masks)
+    found = _extract(scripted, gates=gates)
+    assert found.outcome == "rejected"
+    assert found.query.regions == ()
+    assert found.query.objects == ("dog",)
+    [rejected] = found.rejected
+    assert rejected.reason == reason
+    assert rejected.region.label == "dog"
+    if reason == "empty":
+        assert rejected.region.mask is None
+        assert rejected.region.box == (0.0, 0.0, 4.0, 4.0)
+
+
+def test_gates_at_their_limits() -> None:
+    gates = RegionGates(0.5, 0.1, 0.4)
+    assert gates.reason(0.5, 0.1) is None
+    assert gates.reason(0.5, 0.4) is None
+    assert gates.reason(0.49, 0.2) == "score"
+    assert gates.reason(0.9, 0.09) == "small"
+    assert gates.reason(0.9, 0.41) == "large"
+    for bad in ((1.1, 0, 1), (0, 0.5, 0.4), (0, 0, 1.2), (0, -0.1, 1)):
+        with pytest.raises(DataError, match="gates: needs"):
+            RegionGates(*bad)
+
+
+def test_a_mask_beside_its_box_does_not_spoil_the_others() -> None:
+    boxes = [Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5), Detection("dog", (20.0, 2.0, 25.0, 8.0), 0.9)]
+    found = _extract(Scripted(Description(("dog",)), boxes, [_mask(10, 12, 10, 12), _mask(3, 5, 21, 23)]))
+    assert np.array_equal(region_to_mask(found.query.regions[0], 20, 30), _mask(3, 5, 21, 23))
+
+
+@pytest.mark.parametrize(
+    ("description", "outcome", "objects"),
+    [
+        (Description((), ("dog",)), "absent", ("dog",)),
+        (Description(()), "no phrase", ()),
+        (Description(("dog",)), "not detected", ("dog",)),
+    ],
+)
+def test_without_a_region(description: Description, outcome: str, objects: tuple[str, ...]) -> None:
+    found = _extract(Scripted(description))
+    assert (found.outcome, found.query.objects, found.query.regions) == (outcome, objects, ())
+
+
+DOG = Region("dog", (1.0, 1.0, 5.0, 5.0), mask_to_rle(_mask(1, 5, 1, 5)))
+
+
+def test_what_is_known_is_left_alone() -> None:
+    scripted = Scripted(
+        Description(("cat",)), [Detection("cat", (0.0, 0.0, 4.0, 4.0), 0.5)], [_mask(0, 4, 0, 4)]
+    )
+    known = replace(PLAIN, objects=("dog",), regions=(DOG,))
+    assert _extract(scripted, known).outcome == "known"
+    assert _extract(scripted, known).query == known
+    anew = _extract(scripted, replace(PLAIN, regions=(DOG,)), keep_known=False)
+    assert [r.label for r in anew.query.regions] == ["cat"]
+    with_distractor = _extract(scripted, replace(PLAIN, objects=("cat",), regions=(DOG,)))
+    assert with_distractor.outcome == "found"
+    assert [r.label for r in with_distractor.query.regions] == ["cat", "dog"]
+
+
+def test_objects_of_the_record_come_before_the_describer_s() -> None:
+    scripted = Scripted(
+        Description(("cat",), ("cup",)), [Detection("Dog", (0.0, 0.0, 4.0, 4.0), 0.5)], [_mask(0, 4, 0, 4)]
+    )
+    found = _extract(scripted, replace(PLAIN, objects=("Dog", "Cup")))
+    assert found.query.objects == ("Dog", "Cup")
+    assert [r.label for r in found.query.regions] == ["Dog"]
+    assert _extract(scripted, replace(PLAIN, objects=("cup",))).outcome == "absent"
+
+
+def test_an_image_that_cannot_be_read_is_noted() -> None:
+    scripted = Scripted(Description(("dog",)))
+    pipeline = Pipeline(scripted, scripted, scripted, ALL)
+    first, second = pipeline.extract([RawQuery(PLAIN, None, "x.png: damaged"), RawQuery(PLAIN, IMAGE)])
+    assert (first.outcome, first.note) == ("unreadable", "x.png: damaged")
+    assert second.outcome == "not detected"
+    assert pipeline.extract([]) == []
