@@ -226,7 +226,12 @@ def test_official_files(written: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("annotations", "answers", "says"),
     [
-        (ANNOTATIONS, ANSWERS[:-2], "a.json: no answer to 2 of the 6 questions in {annotations}: 6, 7"),
+        (ANNOTATIONS, ANSWERS[:-1], "a.json: no answer to 1 of the 6 questions in {annotations}: 7"),
+        (
+            ANNOTATIONS,
+            ANSWERS[:-2],
+            "a.json: no answer to 2 of the 6 questions in {annotations}: 6, 7; none is about relation: `--only` scores",
+        ),
         (
             ANNOTATIONS,
             [*ANSWERS, ANSWERS[0]],

@@ -169,7 +169,16 @@ def read_answers(
             others += 1
         else:
             ours.append(reply(record, str(number), record.text("response")))
-    replies = in_order_of(ours, [str(truth.id) for truth in wanted], path, annotations.path)
+    answered = {given.id for given in ours}
+    silent = {dimension_of(t.category) for t in wanted} - {
+        dimension_of(t.category) for t in wanted if str(t.id) in answered
+    }
+    hint = (
+        f"; none is about {' or '.join(sorted(silent))}: `--only` scores one dimension alone"
+        if silent
+        else ""
+    )
+    replies = in_order_of(ours, [str(truth.id) for truth in wanted], path, annotations.path, hint)
     return AmberAnswers(wanted, replies, generative, others)
 
 

@@ -55,13 +55,13 @@ def reply(record: Record, identifier: str | None, text: str) -> Reply:
 
 
 def in_order_of(
-    replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path
+    replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path, hint: str = ""
 ) -> list[Reply]:
     """The answer to each of the questions.
 
     Args:
         replies: answers that all have an id, in any order. ids: of all questions.
-        answers, questions: the files of both, for messages.
+        answers, questions: the files of both, for messages. hint: what to do where answers are missing.
 
     Raises:
         DataError: a question has no answer or several, or there is an answer to no question.
@@ -78,6 +78,6 @@ def in_order_of(
         found[given.id] = given
     if missing := [i for i in ids if i not in found]:
         raise DataError(
-            f"{answers}: no answer to {len(missing)} of the {len(ids)} questions in {questions}: {some(missing)}"
+            f"{answers}: no answer to {len(missing)} of the {len(ids)} questions in {questions}: {some(missing)}{hint}"
         )
     return [found[i] for i in ids]
