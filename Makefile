@@ -27,7 +27,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels dashboard test lint format type bench clean
+.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -107,6 +107,19 @@ demo-levels: $(SETUP)  ## measure what the demo's anchored levels teach
 demo-model: $(SETUP)  ## rebuild the shipped demo model and its levels (about half an hour)
 	$(PYTHON) -m vlm_calibration.demo.recipe $(ARGS)
 	$(MAKE) --no-print-directory demo-levels
+
+# On SLURM. configs/slurm/submit.sh and job.sh list the variables that these heed.
+slurm-sft: $(SETUP)  ## submit stage 1 to SLURM, e.g. NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu
+	$(if $(CONFIG),SFT_CONFIG="$(CONFIG)") configs/slurm/submit.sh sft
+
+slurm-dpo: $(SETUP)  ## submit stage 2 to SLURM, from the adapter of stage 1
+	$(if $(CONFIG),DPO_CONFIG="$(CONFIG)") configs/slurm/submit.sh dpo
+
+# The embedded demo has its regions: STAGES="sft dpo evaluate".
+STAGES ?= regions sft dpo evaluate
+slurm-all: $(SETUP)  ## submit STAGES= (regions sft dpo evaluate) to SLURM, each to begin after the one before
+	$(if $(CONFIG),$(error CONFIG= is for one stage; here SFT_CONFIG=, DPO_CONFIG=, EVALUATE_CONFIG=, REGIONS_CONFIG=)) \
+	configs/slurm/submit.sh $(STAGES)
 
 test: $(DEV)  ## the whole test suite
 	$(PYTHON) -m pytest $(ARGS)
