@@ -82,9 +82,9 @@ def test_scores_are_those_of_the_script(rows: list[tuple[str, str, str]]) -> Non
     assert _scores(annotations, answers) == official_rules.amber(annotations, answers)
 
 
-def test_thousands_of_answer_files() -> None:
+def test_thousands_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
-    for size in (*(rng.randint(1, 40) for _ in range(7_499)), 14_216):
+    for size in (*(rng.randint(1, 12) for _ in range(7_499)), 14_216):
         skill = rng.random()
         rows = []
         for _ in range(size):
@@ -92,7 +92,13 @@ def test_thousands_of_answer_files() -> None:
             right = "Yes" if truth == "yes" else "No"
             rows.append((kind, truth, right if rng.random() < skill else rng.choice(ODD)))
         annotations, answers = _file(rows)
-        assert _scores(annotations, answers) == official_rules.amber(annotations, answers)
+        for name, content in (("annotations.json", annotations), ("answers.json", answers[::-1])):
+            (tmp_path / name).write_text(json.dumps(content))
+        read = amber.read_answers(
+            tmp_path / "answers.json", amber.read_annotations(tmp_path / "annotations.json")
+        )
+        counts = amber.count_answers(read.truths, [reply.text for reply in read.replies])
+        assert counts.scores(amber.DIMENSIONS) == official_rules.amber(annotations, answers)
 
 
 def test_by_hand() -> None:
