@@ -53,6 +53,20 @@ class KillAt(L.Callback):
         self._at("validating")
 
 
+class KillPrediction(L.Callback):
+    """Sends SIGKILL to the whole group behind a batch of `predict` (from 0) of one of the processes."""
+
+    def __init__(self, batch: int, rank: int = 0) -> None:
+        self.batch = batch
+        self.rank = rank
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            os.killpg(0, 9)
+
+
 class Spoil(L.Callback):
     """Makes a weight NaN before a batch, so that what is computed with it is NaN too; in one of the processes."""
 

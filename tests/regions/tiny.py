@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CLIP_LENGTH = 16
 
 
-def _bert_tokenizer(folder: Path) -> Any:
+def _bert_tokenizer() -> Any:
     """Words of the alphabet, letter by letter, as BERT's tokenizer splits what it does not know."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?"]
-    words += [*LETTERS, *(f"##{c}" for c in LETTERS), "dog", "cat", "red", "cup", "##s"]
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(words) + "\n")
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return tf.BertTokenizer(tokenizer_object=tokenizer, mask_token="[MASK]", **special)
+    words += [*LETTERS, *(f"##{c}" for c in LETTERS), "dog", "cat", "red", "cup"]
+    return tf.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
 
 
 def grounding_dino(folder: Path) -> str:
-    tokenizer = _bert_tokenizer(folder)
+    tokenizer = _bert_tokenizer()
     backbone = tf.SwinConfig(
         image_size=64,
         embed_dim=8,
@@ -73,8 +64,6 @@ def owlv2(folder: Path) -> str:
     for letter in LETTERS:
         tokens[letter] = len(tokens)
         tokens[f"{letter}</w>"] = len(tokens)
-    (folder / "vocab.json").write_text(json.dumps(tokens))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = tf.CLIPTokenizer(vocab=tokens, merges=[], pad_token="!", model_max_length=CLIP_LENGTH)
     text = {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "max_position_embeddings": CLIP_LENGTH, "pad_token_id": 0}

@@ -1,0 +1,248 @@
+"""`vlm-calibration predict` on region extraction: one and two processes, killed and restarted, to what `fit` trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.regions.extraction import OUTCOMES
+
+from .command_line import Ended, callback, run_plainly
+from .regions.conftest import scene_files as scene_files
+from .regions.conftest import tiny as tiny
+
+SCENES = 5
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.fixture(scope="module")
+def queries(scene_files: Callable[..., Path]) -> Path:
+    """15 queries about five scenes, one about a damaged image and one that names nothing."""
+    plain = {"answer": "Yes", "answer_type": "yes_no"}
+    path = scene_files(
+        SCENES,
+        [
+            {"id": "damaged", "image": "damaged.png", "question": "Is there a dog?", **plain},
+            {"id": "nothing", "image": "test-000000.png", "question": "Is it raining?", **plain},
+        ],
+    )
+    (path.parent / "damaged.png").write_bytes(b"no picture")
+    return path
+
+
+@pytest.fixture
+def predict(
+    root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Path
+) -> Callable[..., list[str]]:
+    """Arguments of an extraction with tiny models, in shards of four queries and batches of three."""
+
+    def arguments(
+        name: str,
+        *more: dict[str, Any],
+        detector: str = "grounding_dino",
+        segmenter: str = "sam",
+        **model: Any,
+    ) -> list[str]:
+        overlay = {
+            "trainer": {
+                "accelerator": "cpu",
+                "default_root_dir": str(tmp_path / name),
+                "enable_progress_bar": False,
+                "callbacks": [
+                    *more,
+                    callback("regions.RegionWriter"),
+                    {
+                        "class_path": "vlm_calibration.reporting.contact_sheet.ContactSheet",
+                        "init_args": {"queries": 2},
+                    },
+                ],
+            },
+            "model": {
+                "init_args": {
+                    "detector": {
+                        "class_path": "vlm_calibration.regions.detector.ZeroShotDetector",
+                        "init_args": {"name_or_path": tiny(detector), "threshold": 0.0, "max_boxes": 2},
+                    },
+                    "segmenter": {
+                        "class_path": "vlm_calibration.regions.segmenter.PromptedSegmenter",
+                        "init_args": {"name_or_path": tiny(segmenter)},
+                    },
+                    "gates": {"min_score": 0.02, "min_area": 0.0},
+                    **model,
+                }
+            },
+            "data": {
+                "predict": {
+                    "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+                    "init_args": {"path": str(queries)},
+                },
+                "eval_batch_size": 3,
+                "shard_size": 4,
+                "workers": 1,
+            },
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return ["predict", "--config", str(root / "configs" / "regions.yaml"), "--config", str(path)]
+
+    return arguments
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Rows of every Parquet file, and the JSON files, by name."""
+    tables = {str(p.relative_to(folder)): pq.read_table(p).to_pylist() for p in folder.rglob("*.parquet")}
+    return {**tables, **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")}}
+
+
+@pytest.mark.parametrize(("detector", "segmenter"), [("grounding_dino", "sam2"), ("owlv2", "sam")])
+def test_all_four_models_from_queries_to_regions(
+    run: Callable[..., Ended],
+    predict: Callable[..., list[str]],
+    tmp_path: Path,
+    queries: Path,
+    detector: str,
+    segmenter: str,
+) -> None:
+    ended = run(*predict("run", detector=detector, segmenter=segmenter))
+    assert ended.status == 0, ended.err
+    folder = tmp_path / "run"
+    rows = pq.read_table(folder / "queries.parquet").to_pylist()
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
+    for row in rows:
+        labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
+        assert labels <= set(row["objects"])
+        assert row["outcome"] in OUTCOMES
+        assert (row["outcome"] == "found") == bool(row["regions"])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["queries"] == 17
+    assert summary["outcomes"]["absent"] == SCENES
+    assert summary["outcomes"]["unreadable"] == summary["outcomes"]["no phrase"] == 1
+    assert summary["outcomes"]["found"] >= 4
+    assert 0 < summary["share_of_image"]["median"] < 1
+    assert "damaged.png: not an image" in summary["unreadable"][0]
+    for text in ("Regions of 17 queries", "found", "unreadable", str(folder / "queries.parquet")):
+        assert text in ended.out
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 300
+    assert {p.name for p in folder.iterdir()} == {
+        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml")
+    }
+    source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
+    for query in source.queries():
+        loaded = source.load(query)
+        assert len(loaded.evidence) == len(query.regions)
+        assert all(m.shape == (96, 96) for m in loaded.evidence)
+
+
+def test_two_processes_and_restarts_give_the_content_of_one(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], root: Path, tmp_path: Path
+) -> None:
+    ended = run(*predict("one"))
+    assert ended.status == 0, ended.err
+    one = _content(tmp_path / "one")
+    assert len([n for n in one if n.startswith("shards")]) == 5
+    assert any(r["regions"] for r in one["queries.parquet"])
+
+    ended = run_plainly([*predict("two"), *TWO], root, tmp_path)
+    assert ended.status == 0, ended.err
+    assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
+    assert _content(tmp_path / "two") == one
+
+    kill = {"class_path": "disasters.KillPrediction", "init_args": {"batch": 5}}
+    ended = run(*predict("cut", kill))
+    assert ended.status == -9
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").glob("*.parquet")}
+    assert sorted(done) == ["00000000.parquet", "00000001.parquet", "00000002.parquet"][: len(done)]
+    assert len(done) >= 2
+    assert not (tmp_path / "cut" / "queries.parquet").exists()
+    ended = run_plainly([*predict("cut"), *TWO], root, tmp_path)
+    assert ended.status == 0, ended.err
+    assert _content(tmp_path / "cut") == one
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").glob("*.parquet")}
+    assert {n: after[n] for n in done} == done, "what was finished is not done again"
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()}
+    ended = run(*predict("cut"))
+    assert ended.status == 0, ended.err
+    assert "Regions of 17 queries" in ended.out, "nothing is missing, and the summary comes again"
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()} == before
+    assert _content(tmp_path / "cut") == one
+
+
+def test_other_settings_are_refused_where_shards_were_begun(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
+) -> None:
+    assert run(*predict("run")).status == 0
+    for more, says in (
+        (["--model.init_args.gates.min_area", "0.2"], "gates.min_area = 0.0, found 0.2"),
+        (["--data.shard_size", "5"], "data.shard_size = 4, found 5"),
+    ):
+        ended = run(*predict("run"), *more)
+        assert ended.error().startswith(f"{tmp_path}/run/shards: these shards were begun with {says}: ")
+        assert ended.status == 1
+    lines = queries.read_text().splitlines()
+    other = queries.with_name("other.jsonl")
+    other.write_text("\n".join([lines[0].replace('"question": "', '"question": "So: '), *lines[1:]]))
+    ended = run(*predict("run"), "--data.predict.init_args.path", str(other))
+    assert "these shards were begun with data.content = " in ended.error()
+
+
+def test_a_damaged_image_stops_the_run_if_it_is_to(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path
+) -> None:
+    ended = run(*predict("run", on_bad_image="raise"))
+    assert f"{queries}: record 'damaged': " in ended.error()
+    assert "damaged.png: not an image" in ended.error()
+    assert ended.status == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--model.init_args.detector.init_args.name_or_path", "no/model"], "cannot load 'no/model'"),
+        (["--data.predict", "null"], "data.predict is not set"),
+        (["--model.init_args.gates.max_area", "2"], "gates: needs 0 <= min_score <= 1"),
+        (["--model.init_args.describer.init_args.max_phrases", "0"], "max_phrases must be at least 1"),
+    ],
+)
+def test_mistakes_in_the_call(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], more: list[str], says: str
+) -> None:
+    ended = run(*predict("run"), *more)
+    assert says in ended.error()
+    assert ended.status == 1
+
+
+def test_training_on_what_was_extracted(
+    run: Callable[..., Ended],
+    predict: Callable[..., list[str]],
+    fit: Callable[..., list[str]],
+    root: Path,
+    queries: Path,
+    tmp_path: Path,
+) -> None:
+    """The overlay that ships, with nothing but the paths of this test."""
+    assert run(*predict("regions")).status == 0
+    file, images = str(tmp_path / "regions" / "queries.parquet"), str(queries.parent)
+    places = [
+        f"--data.{part}.init_args.{name}={value}"
+        for part in ("train", "validation")
+        for name, value in (("path", file), ("root", images))
+    ]
+    ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *places)
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    source = ParquetSource(file, root=images, end=0.95)
+    noised = [q for q in source.queries() if source.has_evidence(q)]
+    assert noised
+    assert all(isinstance(source.load(q).evidence[0], np.ndarray) for q in noised)
