@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -27,7 +26,7 @@ from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 
 STAGES = {SFTModule: "sft", DPOModule: "dpo", EvaluationModule: "evaluation"}
-LATEST, BEST, USED = "latest", "best", "used"
+LATEST, BEST = "latest", "best"
 
 
 class Artifacts(L.Callback):
@@ -120,19 +119,22 @@ class Artifacts(L.Callback):
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))
         with staged(logger):
             for role, facts in data.items():
-                use(run, data_artifact(role, facts), LATEST)
+                use(run, data_artifact(role, facts), [LATEST])
             for folder in adapters_of(module):
-                use(run, adapter_artifact(folder), USED)
+                use(run, adapter_artifact(folder))
 
 
-def use(run: Any, artifact: Any, alias: str) -> None:
+def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
     """Declare an artifact, which need not be on the server yet, an input of the run, without waiting for the server.
 
     The server takes content that it has for the version that it has, so the run that made an adapter and the one that goes
     on from it meet, also if both were offline.
     """
-    # `Run.use_artifact` does the same, but refuses to work offline, and waits where it is online.
-    run._log_artifact(artifact, aliases=[alias], is_user_created=True, use_after_commit=True)
+    # `Run.use_artifact` does the same, but refuses to work offline, waits where it is online, and makes of whatever is used
+    # the latest version. A run that is disabled has no interface.
+    if run._interface is not None:
+        artifact.finalize()
+        run._interface.publish_artifact(run, artifact, aliases, is_user_created=True, use_after_commit=True)
 
 
 def adapters_of(module: L.LightningModule) -> list[str]:
@@ -152,14 +154,21 @@ def adapter_artifact(location: str) -> Any:
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder))
-    artifact = wandb.Artifact(run_name(folder), type=ADAPTER)
+    artifact = new_artifact(run_name(folder), ADAPTER)
     artifact.add_reference(f"https://huggingface.co/{location}", checksum=False)
     return artifact
 
 
+def new_artifact(name: str, kind: str, metadata: Mapping[str, Any] | None = None) -> Any:
+    """An empty `wandb.Artifact`."""
+    import wandb
+
+    return wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
+
+
 def folder_artifact(folder: Path, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
     """An artifact of the files in an adapter's folder."""
-    artifact = wandb.Artifact(name, type=ADAPTER, metadata=dict(metadata or {}))
+    artifact = new_artifact(name, ADAPTER, metadata)
     # One by one: `add_dir` talks to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), skip_cache=True)
@@ -189,7 +198,7 @@ def fingerprint(queries: Sequence[Query], most: int = 50_000) -> str:
 
 def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
     """An artifact whose versions are the data sets that were used for training, validation or testing."""
-    artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=dict(facts))
+    artifact = new_artifact(f"{role}-data", "dataset", facts)
     with artifact.new_file("data.json") as file:
         json.dump({name: facts[name] for name in ("queries", "fingerprint")}, file)
     return artifact

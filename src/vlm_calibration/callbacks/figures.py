@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import lightning as L
-import wandb
 from lightning.pytorch.loggers import WandbLogger
-from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
+from vlm_calibration.callbacks.media import data_table, drawing
 from vlm_calibration.callbacks.processes import of_all
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
@@ -73,10 +71,10 @@ class CalibrationFigures(L.Callback):
         self._table: SampleTable | None = None
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.val_dataloaders)
+        self._begin(trainer, trainer.val_dataloaders, taught=True)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.test_dataloaders)
+        self._begin(trainer, trainer.test_dataloaders, taught=False)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
@@ -93,13 +91,13 @@ class CalibrationFigures(L.Callback):
         results = cast(HasResults, module).results
         self._finish(trainer, "test", {"test/comparison": comparison_table(results)})
 
-    def _begin(self, trainer: L.Trainer, loader: Any) -> None:
+    def _begin(self, trainer: L.Trainer, loader: Any, *, taught: bool) -> None:
         # The loggers are the same in all processes, which go on together.
         self._table = None
         if trainer.sanity_checking or not any(isinstance(log, WandbLogger) for log in trainer.loggers):
             return
         self._counts = {}
-        self._table = SampleTable(loader.dataset, self.samples, trainer.world_size)
+        self._table = SampleTable(loader.dataset, self.samples, trainer.world_size, taught)
 
     def _update(self, answers: Answers) -> None:
         if self._table is None:
@@ -132,21 +130,14 @@ class CalibrationFigures(L.Callback):
 def media_of(counts: Counts) -> dict[str, Any]:
     """The figures and tables of one system, by name."""
     media: dict[str, Any] = {
-        "reliability": picture(reliability_diagram(counts.table)),
-        "risk_coverage": picture(risk_coverage_figure(counts.table)),
+        "reliability": drawing(reliability_diagram(counts.table)),
+        "risk_coverage": drawing(risk_coverage_figure(counts.table)),
         "confidence_table": confidence_table(counts.table),
     }
     if counts.steps:
-        media["response_curve"] = picture(response_curve(counts.steps))
+        media["response_curve"] = drawing(response_curve(counts.steps))
         media["response_table"] = response_table(counts.steps)
     return media
-
-
-def picture(figure: Any) -> Any:
-    """A matplotlib figure as a `wandb.Image`, drawn without pyplot, whose figures would stay in memory."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return wandb.Image(Image.open(buffer))
 
 
 def confidence_table(table: ConfidenceTable) -> Any:
@@ -156,7 +147,7 @@ def confidence_table(table: ConfidenceTable) -> Any:
         for level, (wrong, right) in enumerate(table.counts.tolist())
         if right or wrong
     ]
-    return wandb.Table(columns=["confidence", "right", "wrong"], data=rows)
+    return data_table(["confidence", "right", "wrong"], rows)
 
 
 def response_table(tables: Mapping[int, ConfidenceTable]) -> Any:
@@ -170,7 +161,7 @@ def response_table(tables: Mapping[int, ConfidenceTable]) -> Any:
         for step, table in sorted(tables.items())
         if table.parsed
     ]
-    return wandb.Table(columns=["noise_step", "answers", "accuracy", "mean_confidence"], data=rows)
+    return data_table(["noise_step", "answers", "accuracy", "mean_confidence"], rows)
 
 
 def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:
@@ -180,4 +171,4 @@ def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:
         [system, *(None if values[name] != values[name] else values[name] for name in names)]
         for system, values in results.items()
     ]
-    return wandb.Table(columns=["system", *names], data=rows)
+    return data_table(["system", *names], rows)

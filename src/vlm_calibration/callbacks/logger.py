@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
@@ -83,6 +82,8 @@ class RunLogger(WandbLogger):
         Raises:
             DataError: the server refuses the credentials.
         """
+        import wandb
+
         if self._experiment is None and not self._offline:
             try:
                 return super().experiment
@@ -104,6 +105,8 @@ def _settings(given: Any) -> Any:
     """Ours, overridden by what the user gives, a mapping or a `wandb.Settings`."""
     if given is not None and not isinstance(given, Mapping):
         return given
+    import wandb
+
     return wandb.Settings(**{**TIMEOUTS, **(given or {})})
 
 

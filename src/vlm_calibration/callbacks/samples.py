@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import wandb
-from PIL import Image
 
+from vlm_calibration.callbacks.media import data_table, photo
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.records import Prediction
 
-LARGEST_SIDE = 512
-"""Pixels that an image is shrunk to for the table, if it is larger."""
-ASKED = ("id", "image", "question", "answer", "noise_step", "target_confidence")
+ASKED = ("id", "image", "question", "answer", "noise_step")
 SAID = ("text", "confidence", "correct")
 
 
@@ -32,10 +29,14 @@ class SampleTable:
         dataset: what is being answered.
         size: how many queries.
         processes: how many share the queries; those of the first process are taken.
+        taught: whether the noise policy is one that is being taught, and the confidence that it earns is of interest.
     """
 
-    def __init__(self, dataset: PerturbedQueries, size: int, processes: int = 1) -> None:
+    def __init__(
+        self, dataset: PerturbedQueries, size: int, processes: int = 1, taught: bool = False
+    ) -> None:
         self.dataset = dataset
+        self.taught = taught
         self.wanted = {dataset.queries[i].id: i for i in spread(len(dataset), size, processes)}
         self.answers: dict[str, dict[str, Prediction]] = {}
 
@@ -57,21 +58,14 @@ class SampleTable:
             found = [self.answers[system].get(query_id) for system in systems]
             if any(found):
                 rows.append([*self._asked(index), *(cell for p in found for cell in _said(p))])
-        return wandb.Table(columns=[*ASKED, *said], data=rows)
+        return data_table([*ASKED, *(["earned_confidence"] if self.taught else []), *said], rows)
 
     def _asked(self, index: int) -> list[Any]:
         # Evaluations are in epoch 0, whichever epoch of training they follow.
         sample = self.dataset[0, index]
         query = sample.query
-        picture = wandb.Image(shown(sample.image), file_type="jpg")
-        return [query.id, picture, query.question, query.answer, sample.step, sample.confidence]
-
-
-def shown(image: np.ndarray) -> Image.Image:
-    """A uint8 [H, W, 3] image, shrunk if it is larger than `LARGEST_SIDE`."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    return picture
+        asked = [query.id, photo(sample.image), query.question, query.answer, sample.step]
+        return [*asked, sample.confidence] if self.taught else asked
 
 
 def _said(prediction: Prediction | None) -> list[Any]:
