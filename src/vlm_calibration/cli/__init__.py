@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.reporting.dashboard:dashboard_command",
         "a workspace and a report in W&B, as code",
     ),
+    "data": (
+        "vlm_calibration.reporting.inspect:data_command",
+        "`data inspect`: what is in the sources of a configuration",
+    ),
     "estimate": (
         f"{LIGHTNING}:estimate_command",
         "the memory that `fit` takes with the same settings [--tokens N]",
