@@ -90,13 +90,13 @@ class Answer:
         return confidence is None or confidence < value
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; the distribution as pairs of confidence and probability, those below 0.01% left out."""
+        """As JSON has it; the distribution as pairs of confidence and probability, those below 0.1% left out."""
         return {
             "text": self.text,
             "answer": self.answer,
             "confidence": self.confidence,
             "expected": self.expected,
-            "distribution": [[level, round(p, 6)] for level, p in self.distribution.items() if p >= 1e-4],
+            "distribution": [[level, round(p, 6)] for level, p in self.distribution.items() if p >= 1e-3],
             "answer_type": self.answer_type,
         }
 
@@ -140,7 +140,7 @@ def _predictions(path: Path) -> Path:
     if path.is_dir():
         return path / PREDICTIONS
     # Metrics are of all answers together; which of them were right is beside them.
-    return path if path.suffix == ".jsonl" else path.with_name(PREDICTIONS)
+    return path.with_name(PREDICTIONS) if path.suffix == ".json" else path
 
 
 def _confident(predictions: list[EstimatedPrediction], estimator: str) -> tuple[torch.Tensor, torch.Tensor]:

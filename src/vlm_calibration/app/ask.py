@@ -70,10 +70,10 @@ def _parser() -> Parser:
         "--accuracy",
         type=float,
         metavar="A",
-        help="the lowest confidence from which on a share A of answers is right,",
+        help="the lowest confidence from which on a share A of the answers in --evaluated is right",
     )
     review.add_argument(
-        "--evaluated", type=Path, metavar="PATH", help="as measured in this predictions.jsonl"
+        "--evaluated", type=Path, metavar="PATH", help="a predictions.jsonl, or the folder that holds one"
     )
     review.add_argument(
         "--by",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -58,6 +60,7 @@ def load_model(found: argparse.Namespace) -> CalibratedModel:
     Raises:
         DataError: see `load_calibrated`.
     """
+    _quiet()
     from vlm_calibration.app.model import DEMO_MODEL, base_of, load_calibrated
     from vlm_calibration.models.loading import BaseModel
     from vlm_calibration.reporting.export import find_adapter
@@ -80,3 +83,13 @@ def load_model(found: argparse.Namespace) -> CalibratedModel:
 
 def _is_trained(run: str) -> bool:
     return (Path(run) / "adapter" / "adapter_config.json").is_file()
+
+
+def _quiet() -> None:
+    """Keep from the terminal what libraries say that nobody who asks a question can act on."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
