@@ -7,6 +7,7 @@ The keys are those of the files that users write and read: one JSON object a lin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
@@ -100,6 +101,10 @@ class Prediction:
         return asdict(self)
 
 
+_KEYS = frozenset(f.name for f in fields(Query))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class LoadedImage(NamedTuple):
     """A query's pixels and regions, ready to be perturbed.
 
@@ -129,9 +134,8 @@ def query_from_dict(data: Any) -> Query:
     """
     if not isinstance(data, Mapping):
         raise RecordError(f"expected an object with the keys of a query, found {_show(data)}")
-    known = {f.name for f in fields(Query)}
-    if unknown := sorted(set(data) - known):
-        raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(known))}")
+    if unknown := sorted(set(data) - _KEYS):
+        raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
     text = {key: _text(data, key) for key in ("id", "image", "question", "answer")}
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
@@ -167,7 +171,7 @@ def _text(data: Mapping[str, Any], key: str) -> str:
 
 def _unicode(value: str, key: str) -> str:
     # JSON can state both, but no file name or UTF-8 file can hold them.
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _SURROGATE.search(value):
         raise RecordError(f"'{key}' holds half of a surrogate pair: {_show(value)}")
     if "\0" in value:
         raise RecordError(f"'{key}' holds a null character: {_show(value)}")
