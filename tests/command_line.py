@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,11 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, arguments: list[str], cwd: Path) -> int:
-        """The process id of a new run."""
+    def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> int:
+        """The process id of a new run, with these further variables."""
         self.started += 1
         files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
-        return self._ask({"args": arguments, "cwd": str(cwd), "env": {}, **files})
+        return self._ask({"args": arguments, "cwd": str(cwd), "env": dict(env or {}), **files})
 
     def wait(self, pid: int) -> Ended:
         timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))

@@ -99,6 +99,14 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
     return ended
 
 
+@pytest.fixture(scope="session")
+def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Both stages and an evaluation of them as configured in `configs/`, but short: stage -> its `OfflineRun`."""
+    from .wandb_log import run_stages
+
+    return run_stages(root, server, tmp_path_factory.mktemp("offline"))
+
+
 @pytest.fixture
 def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
     """Arguments of a short training on a configuration that ships, with an overlay on top."""

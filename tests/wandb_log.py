@@ -1,4 +1,7 @@
-"""Reads back what an offline W&B run has written: the records of its `.wandb` file, which are in LevelDB's log format."""
+"""Reads back what an offline W&B run has written: the records of its `.wandb` file, which are in LevelDB's log format.
+
+Also makes such runs, by the command line and the configurations that ship.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from wandb.proto.wandb_internal_pb2 import Record
+
+from .command_line import Server
 
 BLOCK = 32768
 HEADER = 7
@@ -41,14 +47,15 @@ def records(path: Path) -> Iterator[Any]:
 class OfflineRun:
     """An offline run.
 
-    history: rows of what was logged, in order. config: what the run was configured with. artifacts: all of them, in order.
-    folder: the run's own. name, project, entity: of the run.
+    directory: the run directory. folder: W&B's folder in it. history: rows of what was logged, in order, images and tables
+    as the mappings that describe them. config: what the run was configured with. artifacts: all of them, in order.
     """
 
+    directory: Path
     folder: Path
     name: str = ""
     project: str = ""
-    entity: str = ""
+    tags: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     artifacts: list[Any] = field(default_factory=list)
@@ -61,35 +68,56 @@ class OfflineRun:
     def values(self, key: str) -> list[Any]:
         return [row[key] for row in self.history if key in row]
 
-    def file(self, value: dict[str, Any]) -> Path:
-        """The file of an image or table that was logged."""
-        return self.folder / "files" / value["path"]
+    def file(self, key: str) -> Path:
+        """The file of the last image or table that was logged under this name."""
+        return self.folder / "files" / self.values(key)[-1]["path"]
 
-    def table(self, key: str) -> dict[str, Any]:
-        """The columns and data of the last table that was logged under this name."""
-        read: dict[str, Any] = json.loads(self.file(self.values(key)[-1]).read_text(encoding="utf-8"))
-        return read
+    def table(self, key: str) -> list[dict[str, Any]]:
+        """The rows of the last table that was logged under this name."""
+        read = json.loads(self.file(key).read_text(encoding="utf-8"))
+        return [dict(zip(read["columns"], row, strict=True)) for row in read["data"]]
+
+    def logged(self, kind: str) -> list[Any]:
+        """The artifacts of this type that came of the run."""
+        return [a for a in self.artifacts if a.type == kind and not a.use_after_commit]
+
+    def used(self, kind: str) -> dict[str, Any]:
+        """The artifacts of this type that went into the run, by name."""
+        return {a.name: a for a in self.artifacts if a.type == kind and a.use_after_commit}
 
 
 def read_run(run_directory: Path) -> OfflineRun:
     """The one offline run of a run directory."""
     [path] = (run_directory / "wandb").glob("offline-run-*/*.wandb")
-    run = OfflineRun(path.parent)
+    run = OfflineRun(run_directory, path.parent)
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.name, run.project, run.entity = record.run.display_name, record.run.project, record.run.entity
+            run.name, run.project = record.run.display_name, record.run.project
+            run.tags = list(record.run.tags)
             _configure(run.config, record.run.config.update)
         elif kind == "config":
             _configure(run.config, record.config.update)
         elif kind == "history":
-            row: dict[str, Any] = {}
-            for item in record.history.item:
-                _put(row, ["/".join(item.nested_key) or item.key], json.loads(item.value_json))
-            run.history.append(row)
+            run.history.append(_row(record.history.item))
         elif kind == "artifact":
             run.artifacts.append(record.artifact)
     return run
+
+
+def _row(items: Any) -> dict[str, Any]:
+    """What was logged at once; of images and tables the parts of the mapping that describes them come one by one."""
+    media = {path for i in items if (path := "/".join(i.nested_key)).endswith("/_type")}
+    owners = {path.removesuffix("/_type") for path in media}
+    row: dict[str, Any] = {}
+    for item in items:
+        path, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
+        owner, _, part = path.rpartition("/")
+        if owner in owners:
+            row.setdefault(owner, {})[part] = value
+        else:
+            row[path] = value
+    return row
 
 
 def _configure(config: dict[str, Any], items: Any) -> None:
@@ -101,3 +129,65 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value
+
+
+SMALL = {
+    "trainer": {"accelerator": "cpu", "log_every_n_steps": 1},
+    "data": {"workers": 0, "batch_size": 4},
+}
+"""What makes a configuration of a stage short."""
+
+
+def short(command: str, config: Path, overlay: Path, run_directory: Path, **settings: Any) -> list[str]:
+    """Arguments of a short run as configured in `config`. settings: sections that go over `SMALL`."""
+    merged = {name: {**SMALL.get(name, {}), **settings.get(name, {})} for name in {*SMALL, *settings}}
+    merged["trainer"]["default_root_dir"] = str(run_directory)
+    overlay.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+    return [command, "--config", str(config), "--config", str(overlay)]
+
+
+def demo(split: str, scenes: int, **settings: Any) -> dict[str, Any]:
+    """The demo's source, as a configuration has it."""
+    name = "vlm_calibration.demo.source.DemoSource"
+    return {"class_path": name, "init_args": {"split": split, "scenes": scenes, **settings}}
+
+
+def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun]:
+    """SFT of two epochs, DPO of one, and an evaluation of both adapters on the demo: stage -> its run."""
+    adapters = {name: str(folder / name / "adapter") for name in ("sft", "dpo")}
+    test = demo("test", 2)
+    stages: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "sft": (
+            "fit",
+            "sft.yaml",
+            {
+                "trainer": {"max_epochs": 2},
+                "data": {"train": demo("train", 4), "validation": demo("calibration", 8)},
+            },
+        ),
+        "dpo": (
+            "fit",
+            "dpo.yaml",
+            {
+                "model": {"init_args": {"adapter": adapters["sft"]}},
+                "data": {"train": demo("train", 4, first=50), "validation": demo("calibration", 8)},
+            },
+        ),
+        "eval": (
+            "test",
+            "eval/demo.yaml",
+            {
+                "model": {"init_args": {"adapters": adapters}},
+                "data": {"test": {"clean": {"source": test}, "noised": {"source": test, "noise": "drawn"}}},
+            },
+        ),
+    }
+    runs = {}
+    for name, (command, config, settings) in stages.items():
+        arguments = short(
+            command, root / "configs" / config, folder / f"{name}.yaml", folder / name, **settings
+        )
+        ended = server.wait(server.start(arguments, root))
+        assert ended.status == 0, ended.err
+        runs[name] = read_run(folder / name)
+    return runs

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import builtins
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.loggers import CSVLogger
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from vlm_calibration.callbacks.logger import RunLogger
+from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.callbacks.login import logged_in
+
+from ..command_line import LIMIT
+from ..graphql_server import GraphQLServer
+from ..wandb_log import read_run
 
 LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 
@@ -20,7 +28,7 @@ LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home without credentials, and a terminal that nobody sits at."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "LOCAL_RANK"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR", "NETRC", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
@@ -126,6 +134,86 @@ def test_an_offline_run_is_written_without_a_question(
     logger.experiment.finish()
     [run] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
+
+
+PROGRAM = """
+from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
+logger = RunLogger(save_dir="run", settings={"init_timeout": 1.0})
+logger.log_metrics({"train/loss": 1.5}, step=0)
+print("offline:", logger.experiment.offline)
+"""
+
+
+def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
+    server = GraphQLServer()
+    server.close()
+    # Another test's W&B service would be found by this name.
+    clean = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    environment = {**clean, **server.environment, "HOME": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "offline: True" in ran.stdout
+    assert "this run is logged offline, and `wandb sync` uploads it" in ran.stderr
+    assert [row["train/loss"] for row in read_run(tmp_path / "run").history] == [1.5]
+
+
+def test_what_is_to_be_uploaded_stays_in_the_run_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    with staged(logger):
+        assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "run" / "wandb")
+    assert "WANDB_DATA_DIR" not in os.environ
+    monkeypatch.setenv("WANDB_DATA_DIR", "elsewhere")
+    with staged(logger):
+        assert os.environ["WANDB_DATA_DIR"] == "elsewhere", "where it is set, it decides"
+    assert os.environ["WANDB_DATA_DIR"] == "elsewhere"
+
+
+def test_names_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(**given: str) -> tuple[str, str]:
+        logger = RunLogger(save_dir=str(tmp_path / "my-run"), **given)  # type: ignore[arg-type]
+        return logger._wandb_init["name"], logger._wandb_init["project"]
+
+    for variable in ("WANDB_NAME", "WANDB_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert named() == ("my-run", "vlm-calibration")
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    monkeypatch.setenv("WANDB_PROJECT", "their-project")
+    assert named() == ("theirs", "their-project")
+    assert named(name="ours", project="our-project") == ("ours", "our-project")
+
+
+def test_the_server_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    def settings(given: Any) -> Any:
+        return RunLogger(save_dir=str(tmp_path), settings=given)._wandb_init["settings"]
+
+    found = settings(None)
+    assert (found.init_timeout, found.finish_timeout) == (30.0, 900.0)
+    found = settings({"init_timeout": 5.0})
+    assert (found.init_timeout, found.finish_timeout) == (5.0, 900.0)
+    assert settings(found) is found
+
+
+def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:
+    logger, other = RunLogger(save_dir=str(tmp_path)), CSVLogger(str(tmp_path))
+    for loggers, first, expected in (
+        ([other, logger], True, logger),
+        ([other, logger], False, None),
+        ([other], True, None),
+        ([], True, None),
+    ):
+        trainer: Any = SimpleNamespace(loggers=loggers, is_global_zero=first)
+        assert wandb_logger(trainer) is expected
 
 
 def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:

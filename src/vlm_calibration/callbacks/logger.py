@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.callbacks.login import PROJECT, logged_in
-from vlm_calibration.records import DataError
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
@@ -34,7 +33,7 @@ class LearningRate(LearningRateMonitor):
 class RunLogger(WandbLogger):
     """A `WandbLogger` that is offline unless someone is logged in, and so never prompts.
 
-    It goes offline as well where the server cannot be reached. `wandb sync` uploads an offline run later. WANDB_MODE, where
+    It goes offline as well where the server cannot be reached, or refuses. `wandb sync` uploads an offline run later. WANDB_MODE, where
     set, decides instead; WANDB_RUN_ID continues a run.
 
     Args:
@@ -77,23 +76,16 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`.
-
-        Raises:
-            DataError: the server refuses the credentials.
-        """
-        import wandb
+        """The `wandb.Run`, offline where the server cannot be reached or refuses."""
+        from wandb.errors import CommError
 
         if self._experiment is None and not self._offline:
             try:
                 return super().experiment
-            except wandb.errors.AuthenticationError as error:
-                raise DataError(
-                    f"W&B refuses the credentials ({error}): `wandb login --relogin`, or WANDB_MODE=offline"
-                ) from error
-            except wandb.errors.CommError:
+            except CommError as error:
+                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 rank_zero_warn(
-                    "W&B cannot be reached: this run is logged offline, and `wandb sync` uploads it"
+                    f"W&B cannot be used ({cause}): this run is logged offline, and `wandb sync` uploads it"
                 )
                 self._offline = True
                 # Not through the environment, which a session that has begun no longer reads.

@@ -1,0 +1,279 @@
+"""Inputs and outputs of a run as artifacts: which adapter is the best, what data is the same, and what code ran."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from vlm_calibration.callbacks import artifacts
+from vlm_calibration.callbacks.adapter import AdapterWriter
+from vlm_calibration.callbacks.artifacts import (
+    Artifacts,
+    adapter_artifact,
+    adapters_of,
+    code_state,
+    data_artifact,
+    data_facts,
+    fingerprint,
+    folder_artifact,
+    run_name,
+    use,
+)
+from vlm_calibration.callbacks.logger import RunLogger
+from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.preference import DPOModule
+
+VERSION = version("vlm-calibration")
+
+
+@pytest.fixture(autouse=True)
+def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of what is to be uploaded stay within the test's folder."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+
+
+class Writer(AdapterWriter):
+    """Writes the number of the validation instead of an adapter."""
+
+    content = 0
+
+    def weights(self, module: L.LightningModule) -> None:
+        self.content += 1
+
+    def write(self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(str(self.content))
+
+
+class Run:
+    """Takes down which artifacts are logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, list[str], dict[str, Any]]] = []
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        self.logged.append((artifact.name, aliases, dict(artifact.metadata)))
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A trainer in the middle of training in `runs/mine`, its writer and what its run has logged."""
+    logger = RunLogger(save_dir=str(tmp_path / "runs" / "mine"))
+    logger._experiment = Run()  # type: ignore[assignment]
+    writer = Writer()
+    trainer = SimpleNamespace(
+        loggers=[logger],
+        callbacks=[writer],
+        is_global_zero=True,
+        sanity_checking=False,
+        interrupted=False,
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+        default_root_dir=str(tmp_path / "runs" / "mine"),
+        global_step=10,
+    )
+    yield SimpleNamespace(trainer=trainer, writer=writer, run=logger._experiment)
+    logger._experiment = None
+
+
+def _validate(callback: Artifacts, trained: Any, score: float, metric: str = "brier") -> None:
+    module: Any = SimpleNamespace(results={"": {metric: score}})
+    callback.on_validation_end(trained.trainer, module)
+
+
+def test_best_is_the_best_validation_of_the_run(trained: Any) -> None:
+    callback = Artifacts()
+    for score in (0.3, float("nan"), 0.2, 0.25, 0.2):
+        _validate(callback, trained, score)
+    assert {name for name, _, _ in trained.run.logged} == {"mine-adapter"}
+    assert ["best" in aliases for _, aliases, _ in trained.run.logged] == [True, False, True, False, False]
+    assert all(aliases[0] == "latest" for _, aliases, _ in trained.run.logged)
+    assert [facts["brier"] for _, _, facts in trained.run.logged] == [0.3, None, 0.2, 0.25, 0.2]
+
+
+def test_another_metric_may_tell_the_best(trained: Any) -> None:
+    callback = Artifacts("auroc", lower_is_better=False)
+    for score in (0.6, 0.7, 0.65):
+        _validate(callback, trained, score, "auroc")
+    assert ["best" in aliases for _, aliases, _ in trained.run.logged] == [True, True, False]
+
+
+def test_a_run_that_goes_on_knows_its_best(trained: Any) -> None:
+    before, after = Artifacts(), Artifacts()
+    _validate(before, trained, 0.2)
+    after.load_state_dict(before.state_dict())
+    _validate(after, trained, 0.3)
+    assert trained.run.logged[-1][1] == ["latest"]
+
+
+def test_what_training_ends_with_is_logged_unless_it_was_just_validated(trained: Any) -> None:
+    callback, folder = Artifacts(), Path(trained.trainer.default_root_dir) / "adapter"
+    _validate(callback, trained, 0.2)
+    trained.writer.write(trained.trainer, None, folder, None)
+    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    assert len(trained.run.logged) == 1
+    (folder / "adapter_config.json").write_text("later")
+    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    assert trained.run.logged[-1] == ("mine-adapter", ["latest"], {"step": 10})
+
+
+def test_without_a_validation_what_training_ends_with_is_the_best(trained: Any) -> None:
+    trained.writer.write(trained.trainer, None, Path(trained.trainer.default_root_dir) / "adapter", None)
+    Artifacts().on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    assert [aliases for _, aliases, _ in trained.run.logged] == [["latest", "best"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sanity_checking": True},
+        {"state": SimpleNamespace(fn=TrainerFn.VALIDATING)},
+        {"callbacks": []},
+        {"loggers": []},
+        {"loggers": [CSVLogger("nowhere")]},
+    ],
+)
+def test_when_there_is_nothing_to_log(trained: Any, change: dict[str, Any]) -> None:
+    vars(trained.trainer).update(change)
+    _validate(Artifacts(), trained, 0.2)
+    assert trained.run.logged == []
+    assert trained.writer.content == 0, "nothing is gathered either"
+
+
+def test_other_processes_help_to_gather_and_log_nothing(trained: Any) -> None:
+    trained.trainer.is_global_zero = False
+    callback = Artifacts()
+    _validate(callback, trained, 0.2)
+    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    assert trained.run.logged == []
+    assert trained.writer.content == 1
+    assert callback.best == 0.2, "all processes save the same state"
+
+
+def test_an_interrupted_run_has_no_last_adapter(trained: Any) -> None:
+    trained.writer.write(trained.trainer, None, Path(trained.trainer.default_root_dir) / "adapter", None)
+    trained.trainer.interrupted = True
+    Artifacts().on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    assert trained.run.logged == []
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_has_the_name_of_its_run_wherever_it_is_met(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "my sft,1" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    made = folder_artifact(folder, run_name(tmp_path / "runs" / "my sft,1"))
+    met = adapter_artifact(str(folder))
+    assert met.name == made.name == "my-sft-1-adapter"
+    assert met.digest == made.digest
+    assert list(met.manifest.entries) == ["adapter_config.json"]
+    (folder / "adapter_config.json").write_text("{} ")
+    assert adapter_artifact(str(folder)).digest != made.digest
+    assert len(run_name(Path("x" * 200))) <= 128
+
+
+def test_a_folder_elsewhere_and_an_adapter_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert adapter_artifact(str(tmp_path / "mine")).name == "mine-adapter"
+    hub = adapter_artifact("someone/an-adapter")
+    assert hub.name == "an-adapter-adapter"
+    [entry] = hub.manifest.entries.values()
+    assert entry.ref == "https://huggingface.co/someone/an-adapter"
+
+
+def test_which_adapters_a_stage_starts_with() -> None:
+    base = BaseModel("nothing")
+    assert adapters_of(DPOModule(base, "runs/sft/adapter")) == ["runs/sft/adapter"]
+    assert adapters_of(DPOModule(base, reference="base")) == []
+    assert adapters_of(EvaluationModule(base, {"a": "1", "b": "2"})) == ["1", "2"]
+    assert adapters_of(L.LightningModule()) == []
+
+
+def test_using_an_artifact_works_in_a_run_that_is_disabled() -> None:
+    use(SimpleNamespace(_interface=None), SimpleNamespace())
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def _dataset(*scenes: int, noise: str = "drawn", name: str = "") -> PerturbedQueries:
+    part = Part(DemoSource("train", scenes=scenes[0], first=scenes[1]), noise)  # type: ignore[arg-type]
+    return PerturbedQueries({name: part}, NoisePolicy(resolution="native"), None)
+
+
+def test_facts_of_a_data_set() -> None:
+    facts = data_facts(_dataset(2, 0))
+    source = "DemoSource(split='train', scenes=2, first=0, shifted=False), noise: drawn"
+    assert facts["sources"] == [source]
+    assert facts["queries"] == 6
+    assert facts == data_facts(_dataset(2, 0)), "the same for the same queries"
+    assert facts["fingerprint"] != data_facts(_dataset(2, 1))["fingerprint"]
+    assert facts["fingerprint"] != data_facts(_dataset(2, 0, name="part"))["fingerprint"]
+
+
+def test_versions_of_a_data_artifact_are_data_sets() -> None:
+    one, other = data_facts(_dataset(2, 0)), data_facts(_dataset(2, 1))
+    made = data_artifact("train", one)
+    assert (made.name, made.type, made.metadata["queries"]) == ("train-data", "dataset", 6)
+    assert made.digest == data_artifact("train", {**one, "sources": ["elsewhere"]}).digest
+    assert made.digest != data_artifact("train", other).digest
+    [entry] = made.manifest.entries.values()
+    assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "fingerprint": one["fingerprint"]}
+
+
+def test_the_fingerprint_covers_every_query_or_evenly_spaced_ones() -> None:
+    queries = list(_dataset(5, 0).queries)
+    whole = fingerprint(queries)
+    for place in range(len(queries)):
+        changed = [*queries[:place], queries[place - 1], *queries[place + 1 :]]
+        assert fingerprint(changed) != whole
+    assert fingerprint(queries[:-1]) != whole
+    assert fingerprint(queries, most=4) != fingerprint(queries[:-1], most=4), "the number always counts"
+    assert fingerprint(queries, most=4) == fingerprint([queries[i - i % 4] for i in range(15)], most=4)
+
+
+# --- Code -------------------------------------------------------------------------------------------------------
+
+
+def test_the_commit_of_a_checkout_and_whether_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "src" / "callbacks"
+    package.mkdir(parents=True)
+    for path in (package / "artifacts.py", package.parent / "__init__.py"):
+        path.write_text("")
+    monkeypatch.setattr(artifacts, "__file__", str(package / "artifacts.py"))
+    assert code_state() == {"version": VERSION}, "no checkout"
+
+    def git(*arguments: str) -> str:
+        settings = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        ran = subprocess.run(
+            ["git", *settings, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return ran.stdout.strip()
+
+    git("init")
+    assert code_state() == {"version": VERSION}, "installed within a checkout of something else"
+    git("add", ".")
+    git("commit", "-m", "all", "--no-verify")
+    commit = git("rev-parse", "HEAD")
+    assert code_state() == {"version": VERSION, "commit": commit, "modified": False}
+    (package / "artifacts.py").write_text("changed")
+    assert code_state()["modified"]
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert code_state() == {"version": VERSION}, "no git"

@@ -1,0 +1,167 @@
+"""Speed, waiting, gradient norm and memory of training, on a clock that only the test moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from vlm_calibration.callbacks import throughput
+from vlm_calibration.callbacks.throughput import Throughput, peak_memory, tokens_of
+from vlm_calibration.data.pairs import Candidate, PairBatch
+
+COMPUTING, WAITING, VALIDATING = 3.0, 1.0, 100.0
+"""Seconds of a step, between two steps, and of a validation."""
+
+
+class Batch(NamedTuple):
+    """Two queries of 5 and 3 tokens."""
+
+    inputs: dict[str, torch.Tensor]
+    queries: tuple[str, ...]
+
+
+def _batch(_: Any) -> Batch:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    return Batch({"attention_mask": mask}, ("a", "b"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Hands(L.Callback):
+    """Moves the clock: in front of the measuring callback where a step ends, behind it where one begins to be awaited."""
+
+    def __init__(self, clock: Clock, first: bool) -> None:
+        self.clock = clock
+        self.first = first
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.clock.now += COMPUTING if self.first else WAITING
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.first:
+            self.clock.now += VALIDATING
+
+
+class Line(L.LightningModule):
+    """One weight; its gradient in the first step is 6, that of two accumulated batches as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+
+    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
+        return self.weight**2
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.25)
+
+
+def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[dict[str, float]]:
+    """What is logged by a training of six batches."""
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    logged: list[dict[str, float]] = []
+    logger = CSVLogger(folder)
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(dict(metrics)))
+    plain = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": logger,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 1,
+        "max_epochs": 1,
+        "log_every_n_steps": 2,
+        "gradient_clip_val": 0.1,
+        "default_root_dir": folder,
+    }
+    trainer = L.Trainer(
+        callbacks=[Hands(clock, True), Throughput(), Hands(clock, False)], **{**plain, **settings}
+    )
+    loader: DataLoader[Any] = DataLoader(range(6), batch_size=1, collate_fn=_batch)  # type: ignore[arg-type]
+    trainer.fit(Line(), loader, loader)
+    return [row for row in logged if "train/data_wait" in row]
+
+
+def test_speed_is_over_the_steps_since_the_last_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *later = _rows(tmp_path, monkeypatch)
+    # Two steps and the wait between them; then two steps and a wait before each.
+    assert first["train/samples_per_second"] == pytest.approx(4 / (2 * COMPUTING + WAITING))
+    assert first["train/data_wait"] == pytest.approx(WAITING / (2 * COMPUTING + WAITING))
+    assert len(later) == 2
+    for row in later:
+        assert row["train/samples_per_second"] == pytest.approx(4 / (2 * COMPUTING + 2 * WAITING))
+        assert row["train/tokens_per_second"] == pytest.approx(16 / (2 * COMPUTING + 2 * WAITING))
+        assert row["train/data_wait"] == pytest.approx(WAITING / (COMPUTING + WAITING))
+
+
+def test_validation_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    within = _rows(tmp_path, monkeypatch, val_check_interval=3)
+    without = _rows(tmp_path, monkeypatch, limit_val_batches=0)
+    for name in ("train/samples_per_second", "train/tokens_per_second", "train/data_wait"):
+        assert [row[name] for row in within] == [row[name] for row in without]
+
+
+def test_the_norm_is_that_of_the_step_before_clipping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = _rows(tmp_path, monkeypatch, log_every_n_steps=1)
+    assert first["train/grad_norm"] == pytest.approx(6.0)
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = _rows(tmp_path, monkeypatch, accumulate_grad_batches=2, log_every_n_steps=1)
+    assert first["train/grad_norm"] == pytest.approx(6.0), "the mean over the batches"
+    assert first["train/samples_per_second"] == pytest.approx(4 / (2 * COMPUTING + WAITING))
+    assert second["train/data_wait"] == third["train/data_wait"] == pytest.approx(0.25)
+
+
+def test_nothing_is_measured_where_nothing_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", asked)
+    assert _rows(tmp_path, monkeypatch, logger=False, gradient_clip_val=None) == []
+
+
+def test_tokens_of_pairs_count_the_prompt_once_and_every_response() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    candidates = ((Candidate((1, 2, 3), 1, 0.5, False), Candidate((1, 2), 1, 0.4, False)),) * 2
+    nothing: Any = SimpleNamespace()
+    batch = PairBatch(
+        {"attention_mask": mask},
+        torch.tensor([4, 2]),
+        candidates,
+        (0.5, 0.5),
+        (True, True),
+        (0, 0),
+        (nothing, nothing),
+        (),
+    )
+    assert int(tokens_of(batch)) == 6 + 2 * 5
+    assert tokens_of(batch._replace(inputs={})) == 0, "every sample was too long"
+
+
+def test_memory_of_the_process_where_there_is_no_gpu() -> None:
+    before = peak_memory(torch.device("cpu"))
+    assert before > 100 * 2**20
+    held = torch.ones(2**27, dtype=torch.uint8) + torch.ones(1, dtype=torch.uint8)
+    assert peak_memory(torch.device("cpu")) >= before
+    assert int(held[0]) == 2

@@ -1,0 +1,206 @@
+"""What the shipped configurations log to W&B, read back from the offline runs' own files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.metrics.table_metrics import REPORTED
+
+from ..wandb_log import OfflineRun
+
+Runs = dict[str, OfflineRun]
+ALWAYS = {
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "samples_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "skipped",
+}
+PAIRS = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
+TRAINED = {"sft": ALWAYS | {"nll_answer", "nll_confidence"}, "dpo": ALWAYS | PAIRS}
+VALIDATED: dict[str, set[str]] = {"sft": set(), "dpo": PAIRS | {"kl"}}
+TASK = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
+FIGURES = {"reliability", "response_curve", "risk_coverage"}
+TABLES = {"confidence_table", "response_table"}
+SYSTEMS = ("base", "sft", "dpo", "oracle")
+STEPS = 3
+"""Of an epoch of twelve queries in batches of four."""
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_stage_logs_all_of_this_and_nothing_else(offline_runs: Runs, stage: str) -> None:
+    validated = {*REPORTED, *TASK, *FIGURES, *TABLES, "samples", *VALIDATED[stage]}
+    expected = {f"train/{name}" for name in TRAINED[stage]} | {f"val/{name}" for name in validated}
+    assert offline_runs[stage].keys == expected | {"memory/peak_gib", "epoch", "trainer/global_step"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_every_step_is_logged_with_sound_numbers(offline_runs: Runs, stage: str) -> None:
+    run = offline_runs[stage]
+    epochs = 2 if stage == "sft" else 1
+    for name in (*TRAINED[stage], "loss"):
+        values = run.values(f"train/{name}")
+        assert len(values) == STEPS * epochs, name
+        assert np.isfinite(values).all(), name
+    assert all(0 <= share <= 1 for share in run.values("train/data_wait"))
+    assert all(norm > 0 for norm in run.values("train/grad_norm"))
+    # A prompt of the demo has 64 tokens of its image alone.
+    for samples, tokens in zip(
+        run.values("train/samples_per_second"), run.values("train/tokens_per_second"), strict=True
+    ):
+        assert tokens > 64 * samples > 0
+    assert run.values("memory/peak_gib") == sorted(run.values("memory/peak_gib")), "a peak never falls"
+    steps = [row["trainer/global_step"] for row in run.history if "train/loss" in row]
+    assert steps == list(range(STEPS * epochs))
+
+
+def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs: Runs) -> None:
+    run = offline_runs["sft"]
+    assert len(run.values("val/ece")) == len(run.values("val/reliability")) == 2
+    metrics = json.loads((run.directory / "metrics.json").read_text(encoding="utf-8"))
+    for name in (*REPORTED, *TASK):
+        last = run.values(f"val/{name}")[-1]
+        assert last == "NaN" if metrics[name] is None else last == pytest.approx(metrics[name], rel=1e-5)
+    predictions = _predictions(run.directory)
+    stated = [p["confidence"] for p in predictions if p["confidence"] is not None]
+    table = run.table("val/confidence_table")
+    assert sum(row["right"] + row["wrong"] for row in table) == len(stated)
+    for row in table:
+        same = [p["correct"] for p in predictions if p["confidence"] == row["confidence"]]
+        assert (row["right"], row["wrong"]) == (sum(same), len(same) - sum(same))
+    response = run.table("val/response_table")
+    assert sum(row["answers"] for row in response) == len(stated)
+    for row in response:
+        at = [p for p in predictions if p["noise_step"] == row["noise_step"] and p["confidence"] is not None]
+        assert row["accuracy"] == pytest.approx(np.mean([p["correct"] for p in at]))
+        assert row["mean_confidence"] == pytest.approx(np.mean([p["confidence"] for p in at]))
+
+
+def _predictions(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_figures_are_images_with_something_on_them(offline_runs: Runs) -> None:
+    wanted = {stage: [f"val/{name}" for name in FIGURES] for stage in ("sft", "dpo")}
+    wanted["eval"] = [f"test/{system}/{name}" for system in SYSTEMS for name in FIGURES]
+    for stage, keys in wanted.items():
+        for key in keys:
+            with Image.open(offline_runs[stage].file(key)) as figure:
+                assert figure.size == (800, 600)
+                assert len(figure.convert("RGB").getcolors(1 << 20) or ()) > 50, key
+
+
+def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_it(
+    offline_runs: Runs,
+) -> None:
+    sft, dpo = offline_runs["sft"], offline_runs["dpo"]
+    rows = sft.table("val/samples")
+    assert [row["id"] for row in rows] == [row["id"] for row in dpo.table("val/samples")]
+    assert len(rows) == 16
+    said = {p["id"]: p for p in _predictions(sft.directory)}
+    for row in rows:
+        for name in ("question", "answer", "text", "confidence", "correct", "noise_step"):
+            assert row[name] == said[row["id"]][name]
+        assert 0 <= row["earned_confidence"] <= 1
+    images = _images(sft, "samples")
+    assert len(images) == len(rows)
+    assert all(image.shape == (96, 96, 3) for image in images)
+    noisy = [row["noise_step"] >= 800 for row in rows]
+    assert any(noisy)
+    # Noise makes neighbours differ, and is the same at every validation.
+    rough = [float(np.abs(np.diff(image.astype(int), axis=0)).mean()) for image in images]
+    assert max(rough) > 2 * min(rough)
+    assert [i.tolist() for i in images] == [i.tolist() for i in _images(dpo, "samples")]
+
+
+def _images(run: OfflineRun, name: str) -> list[np.ndarray]:
+    """The images of the last table of this name, in the order of its rows."""
+    artifact = [a for a in run.artifacts if name in a.name][-1]
+    files = {c.path: c.local_path for c in artifact.manifest.contents}
+    [table] = [path for path in files if path.endswith(".table.json")]
+    read = json.loads(Path(files[table]).read_text(encoding="utf-8"))
+    column = read["columns"].index("image")
+    return [np.asarray(Image.open(files[row[column]["path"]])) for row in read["data"]]
+
+
+def test_an_evaluation_compares_its_systems(offline_runs: Runs) -> None:
+    run = offline_runs["eval"]
+    names = {*REPORTED, *TASK, *FIGURES, *TABLES}
+    expected = {f"test/{system}/{name}" for system in SYSTEMS for name in names}
+    assert run.keys == expected | {"test/comparison", "test/samples", "epoch", "trainer/global_step"}
+    rows = {row["system"]: row for row in run.table("test/comparison")}
+    assert list(rows) == list(SYSTEMS)
+    for system, row in rows.items():
+        metrics = json.loads((run.directory / system / "metrics.json").read_text(encoding="utf-8"))
+        assert row["n"] == metrics["n"] == 12
+        assert row["ece"] == pytest.approx(metrics["ece"])
+    # The clean part has no noise for confidence to respond to.
+    for system in SYSTEMS:
+        assert sum(row["answers"] for row in run.table(f"test/{system}/response_table")) <= 6
+    for row in run.table("test/samples"):
+        said = {s: {p["id"]: p for p in _predictions(run.directory / s)}[row["id"]] for s in SYSTEMS}
+        assert all(row[f"{s}_text"] == said[s]["text"] for s in SYSTEMS)
+    assert "earned_confidence" not in run.table("test/samples")[0], "nothing is taught"
+
+
+def test_the_configuration_says_what_ran_on_what(offline_runs: Runs, root: Path) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    for name, stage in (("sft", "sft"), ("dpo", "dpo"), ("eval", "evaluation")):
+        run = offline_runs[name]
+        assert (run.name, run.project, run.tags) == (name, "vlm-calibration", [stage])
+        assert run.config["stage"] == stage
+        assert run.config["code"]["version"] == version("vlm-calibration")
+        assert len(run.config["code"].get("commit") or commit) == len(commit)
+        assert run.config["model"]["init_args"]["base"]["name_or_path"] == "src/vlm_calibration/demo/model"
+    inputs = {name: run.config["inputs"] for name, run in offline_runs.items()}
+    assert list(inputs["sft"]) == ["train", "validation"]
+    assert inputs["sft"]["train"]["queries"] == 12
+    assert "DemoSource(split='train', scenes=4" in inputs["sft"]["train"]["sources"][0]
+    assert inputs["sft"]["validation"] == inputs["dpo"]["validation"]
+    assert inputs["sft"]["train"]["fingerprint"] != inputs["dpo"]["train"]["fingerprint"]
+    assert list(inputs["eval"]) == ["test"]
+
+
+def test_the_adapter_is_an_artifact_after_every_validation(offline_runs: Runs) -> None:
+    run = offline_runs["sft"]
+    first, last = run.logged("adapter")
+    assert {first.name, last.name} == {"sft-adapter"}
+    scores = [json.loads(a.metadata)["brier"] for a in (first, last)]
+    assert scores == pytest.approx(run.values("val/brier"), rel=1e-5)
+    assert list(first.aliases) == ["latest", "best"], "the first is the best so far"
+    assert list(last.aliases) == (["latest", "best"] if scores[1] < scores[0] else ["latest"])
+    written = {p.name: p for p in (run.directory / "adapter").iterdir()}
+    assert {c.path for c in last.manifest.contents} == set(written)
+    for entry in last.manifest.contents:
+        assert Path(entry.local_path).read_bytes() == written[entry.path].read_bytes(), entry.path
+        assert Path(entry.local_path).is_relative_to(run.directory), "the run directory holds all of the run"
+    assert [json.loads(a.metadata)["step"] for a in (first, last)] == [STEPS, 2 * STEPS]
+
+
+def test_lineage_leads_from_data_through_the_stages_to_the_evaluation(offline_runs: Runs) -> None:
+    sft, dpo, evaluation = (offline_runs[name] for name in ("sft", "dpo", "eval"))
+    assert list(sft.used("adapter")) == []
+    assert list(dpo.used("adapter")) == ["sft-adapter"]
+    assert sorted(evaluation.used("adapter")) == ["dpo-adapter", "sft-adapter"]
+    assert dpo.used("adapter")["sft-adapter"].digest == sft.logged("adapter")[-1].digest
+    assert evaluation.used("adapter")["sft-adapter"].digest == sft.logged("adapter")[-1].digest
+    assert evaluation.used("adapter")["dpo-adapter"].digest == dpo.logged("adapter")[-1].digest
+    assert list(evaluation.used("adapter")["sft-adapter"].aliases) == [], "using moves no alias"
+    assert sorted(sft.used("dataset")) == sorted(dpo.used("dataset")) == ["train-data", "validation-data"]
+    assert sft.used("dataset")["validation-data"].digest == dpo.used("dataset")["validation-data"].digest
+    assert sft.used("dataset")["train-data"].digest != dpo.used("dataset")["train-data"].digest
+    assert list(evaluation.used("dataset")) == ["test-data"]
+    assert not evaluation.logged("adapter")
