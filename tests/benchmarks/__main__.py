@@ -15,6 +15,8 @@ from tests.benchmarks.machine import processor, setting
 BENCHMARKS = {
     "perturbation": "Region noise",
     "metrics": "Calibration metrics",
+    "streaming": "A million records in the data module",
+    "phrases": "Phrases of key objects",
     "preference": "Training steps beside TRL's",
     "demo_seeds": "The method on the demo, three seeds (about 45 minutes)",
 }

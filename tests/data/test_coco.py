@@ -174,6 +174,25 @@ def test_the_same_queries_every_time_and_another_seed_draws_others(write: Callab
     assert {q.category for q in few} == {"counting"}
 
 
+def test_images_of_a_benchmark_are_left_out(write: Callable[..., Any], tmp_path: Path) -> None:
+    def renamed(content: dict[str, Any]) -> None:
+        for i, image in enumerate(content["images"]):
+            new = f"{i:012d}.jpg"
+            (tmp_path / "images" / image["file_name"]).rename(tmp_path / "images" / new)
+            image["file_name"] = new
+
+    path, root = write(6, change=renamed)
+    questions = tmp_path / "coco_pope.json"
+    questions.write_text(
+        '{"image": "COCO_val2014_000000000002.jpg"}\n{"image": "COCO_val2014_000000000004.jpg"}\n'
+    )
+    source = CocoSource(path, root, exclude=[str(questions)])
+    assert {q.image for q in source.queries()} == {f"{i:012d}.jpg" for i in (0, 1, 3, 5)}
+    questions.write_text("nothing of the kind 0000000000021\n")
+    with pytest.raises(DataError, match="names no image by a number of twelve digits"):
+        CocoSource(path, root, exclude=[str(questions)]).queries()
+
+
 def _by_the_rules(table: list[list[str]], kind: str, samples: int, choose: Callable[[list[str]], str]) -> Any:
     """The questions of POPE over images in a row, written down plainly from the paper and its official generator."""
     frequency: dict[str, int] = {}

@@ -6,6 +6,7 @@ is one object left of, right of, above or below another. All is a pure function 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,9 @@ IRREGULAR = {
 }
 
 
+_NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
+
+
 class Plan(NamedTuple):
     """What a query will be: the index of its image, and the rest of its fields."""
 
@@ -56,6 +60,8 @@ class CocoSource(QuerySource):
         per_image: at most so many present, and so many absent, objects are asked about in each image; and so many counting
             and spatial questions each.
         images: use only so many images, drawn at random; None: all that have annotations.
+        exclude: files that name images to leave out by their numbers of twelve digits, in whatever form: POPE's question
+            files, for one, whose images of val2014 are part of train2017.
         seed: of everything that is drawn.
     """
 
@@ -67,6 +73,7 @@ class CocoSource(QuerySource):
         negatives: list[Negatives] = ["random", "popular", "adversarial"],  # noqa: B006
         per_image: int = 3,
         images: int | None = None,
+        exclude: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         if not kinds or ("existence" in kinds and not negatives) or per_image < 1:
@@ -78,12 +85,16 @@ class CocoSource(QuerySource):
         self.negatives = list(negatives)
         self.per_image = per_image
         self.limit = images
+        self.exclude = [Path(path) for path in exclude or ()]
         self.seed = seed
         self._files = ImageFolder(Path(root))
 
     @cached_property
     def _pictures(self) -> list[Picture]:
-        pictures = read_instances(self.annotations)
+        excluded = {number for path in self.exclude for number in _numbers(path)}
+        pictures = [
+            p for p in read_instances(self.annotations) if not excluded & set(_NUMBER.findall(p.file))
+        ]
         if self.limit is not None and self.limit < len(pictures):
             chosen = np.random.default_rng(self.seed).permutation(len(pictures))[: self.limit]
             pictures = [pictures[i] for i in sorted(chosen)]
@@ -173,6 +184,21 @@ class CocoSource(QuerySource):
             return opposite(query)
         count = int(query.answer)
         return [str(n) for n in (count - 1, count + 1) if n > 0]
+
+
+def _numbers(path: Path) -> set[str]:
+    """The numbers of images that a file names.
+
+    Raises:
+        DataError: the file cannot be read, or names none.
+    """
+    try:
+        numbers = set(_NUMBER.findall(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read which images to leave out: {error}") from error
+    if not numbers:
+        raise DataError(f"{path}: names no image by a number of twelve digits")
+    return numbers
 
 
 def _counting(index: int, picture: Picture) -> Iterator[Plan]:

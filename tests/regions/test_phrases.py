@@ -1,0 +1,145 @@
+"""Key object phrases: rules one by one, the benchmark's figures as a floor, and the describer that asks a model."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.benchmarks.phrases import PARTS, agreement, head, measure, read_pairs
+
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.regions import tagger
+from vlm_calibration.regions.describer import Description
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.prompted import PromptedDescriber
+from vlm_calibration.regions.tagger import noun_phrases, tag
+
+RULES = RuleDescriber()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "objects", "absent"),
+    [
+        ("Is there a dog in the image?", "Yes", ("dog",), ()),
+        ("Is there a dog in the image?", "No", (), ("dog",)),
+        ("Is there a dog on the sofa?", "no.", ("sofa",), ("dog",)),
+        ("Is the dog brown?", "No", ("dog",), ()),
+        ("What colour is the fire hydrant?", "red", ("fire hydrant",), ()),
+        ("How many dogs are there?", "3", ("dogs",), ()),
+        ("What is the man holding?", "a red umbrella", ("man", "red umbrella"), ()),
+        ("What animal is on the bed?", "cat", ("bed", "cat"), ()),
+        ("Which dog is bigger?", "the left one", ("dog",), ()),
+        ("What does the sign say?", "stop", ("sign",), ()),
+        ("Is it a cat or a dog?", "a dog", ("dog",), ()),
+        ("What is this? (A) a cat (B) a dog", "B", ("dog",), ()),
+        ("What is in the glass?", "a glass of red wine", ("glass", "glass of red wine"), ()),
+        ("Describe it.", "A herd of elephants.", ("elephants",), ()),
+        ("What do you see?", "There is no dog, but there is a cat.", ("cat",), ("dog",)),
+        ("Is it raining?", "No", (), ()),
+        ("", "", (), ()),
+        ("?", "!", (), ()),
+    ],
+)
+def test_rules(question: str, answer: str, objects: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    assert RULES.describe_pair(question, answer) == Description(objects, absent)
+
+
+def test_the_most_that_is_named() -> None:
+    answer = "A dog, a cat, a cup, a car and a bus."
+    assert RuleDescriber(max_phrases=3).describe_pair("What?", answer).objects == ("dog", "cat", "cup")
+    with pytest.raises(DataError, match="max_phrases must be at least 1"):
+        RuleDescriber(0)
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_any_text_is_described(question: str, answer: str) -> None:
+    described = RULES.describe_pair(question, answer)
+    assert all(phrase.strip() == phrase != "" for phrase in (*described.objects, *described.absent))
+    assert len(described.objects) <= 8
+    assert not set(described.objects) & set(described.absent)
+
+
+def test_noun_phrases_by_hand() -> None:
+    words = tag("The little girl's stuffed animals and two old wooden boats")
+    assert [p.text() for p in noun_phrases(words)] == ["little girl", "stuffed animals", "old wooden boats"]
+
+
+def test_labelled_pairs_are_many_and_of_many_forms() -> None:
+    pairs = read_pairs()
+    assert len(pairs) >= 120
+    assert len({(p.question, p.answer) for p in pairs}) == len(pairs)
+    for part in PARTS:
+        assert len({p.form for p in pairs if p.part == part}) >= 12
+
+
+@pytest.mark.parametrize(("part", "floor"), zip(PARTS, (0.97, 0.95), strict=True))
+def test_precision_and_recall_stay(part: str, floor: float) -> None:
+    found = measure(part)["objects, whole phrase"]
+    assert found.precision >= floor
+    assert found.recall >= floor
+
+
+def test_agreement_by_hand() -> None:
+    found = agreement([["a", "b"], ["c"], []], [["a", "d"], ["c"], []])
+    assert found == (2, 3, 3, 2, 3)
+    assert found.precision == found.recall == pytest.approx(2 / 3)
+    assert [head(p) for p in ("red bicycle", "cup of coffee", "dog")] == ["bicycle", "cup", "dog"]
+
+
+def test_without_the_tagger_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    tagger._tagger.cache_clear()
+    tag.cache_clear()
+    with pytest.raises(DataError, match=re.escape("pip install 'vlm-calibration[regions]'")):
+        RULES.describe_pair("Is there a dog?", "Yes")
+    monkeypatch.undo()
+    tagger._tagger.cache_clear()
+    assert RULES.describe_pair("Is there a dog?", "Yes").objects == ("dog",)
+
+
+@pytest.mark.parametrize(
+    ("answer", "objects", "absent"),
+    [
+        ("dog, red bicycle, the cat.", ("dog", "red bicycle", "cat"), ()),
+        ("1. Dog\n2) a Cup\n- car", ("dog", "cup", "car"), ()),
+        ("sofa, absent dog, absent: cat, cup (absent)", ("sofa",), ("dog", "cat", "cup")),
+        ("none", (), ()),
+        ("The answer needs you to look at the whole picture carefully", (), ()),
+        ("dog, dog; dog", ("dog",), ()),
+        ("", (), ()),
+    ],
+)
+def test_lists_as_models_write_them(answer: str, objects: Any, absent: Any) -> None:
+    assert PromptedDescriber(BaseModel("none")).read(answer) == Description(objects, absent)
+
+
+def test_a_model_is_asked(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's architecture with random weights: what it is asked, and that its words are read, not what they mean."""
+    describer = PromptedDescriber(BaseModel(model_folder, dtype="float32"), max_new_tokens=4)
+    describer.load(torch.device("cpu"))
+    assert describer.chat is not None
+    seen: list[str] = []
+    inputs = describer.chat.inputs
+    monkeypatch.setattr(
+        describer.chat, "inputs", lambda texts, *more: (seen.extend(texts), inputs(texts, *more))[1]
+    )
+    queries = [Query(str(i), "x", f"Question {i}?", f"Answer {i}", "open") for i in range(3)]
+    images = [np.full((20 + i, 30, 3), 40 * i, dtype=np.uint8) for i in range(3)]
+    described = describer.describe(queries, images)
+    assert len(described) == 3
+    assert all(isinstance(d, Description) for d in described)
+    for i, text in enumerate(seen):
+        assert f"Question about the image: Question {i}?" in text
+        assert f"Correct answer: Answer {i}" in text
+    assert described == describer.describe(queries, images)
+    assert describer.describe([], []) == []
+    assert describer.settings()["template"].startswith("Question about the image")
+    with pytest.raises(DataError, match=r"describer\.template: knows only"):
+        PromptedDescriber(BaseModel("none"), template="{image}")
