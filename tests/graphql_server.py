@@ -79,7 +79,7 @@ class GraphQLServer:
         if "upsertView" in query:
             return 200, {"data": {"upsertView": self._view(variables)}}
         if re.search(r"\bupsertModel\b", query):
-            self.projects.append(variables.get("name") or variables.get("project"))
+            self.projects.append(variables["input"]["name"])
             return 200, {"data": {"upsertModel": {"project": self._project(self.projects[-1])}}}
         if re.search(r"\bmodels\b", query):
             edges = [{"node": self._project(name), "cursor": name} for name in self.projects]

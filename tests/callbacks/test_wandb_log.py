@@ -14,7 +14,8 @@ from PIL import Image
 
 from vlm_calibration.metrics.table_metrics import REPORTED
 
-from ..wandb_log import OfflineRun
+from ..command_line import run_plainly
+from ..wandb_log import OfflineRun, demo, read_run, short
 
 Runs = dict[str, OfflineRun]
 ALWAYS = {
@@ -204,3 +205,43 @@ def test_lineage_leads_from_data_through_the_stages_to_the_evaluation(offline_ru
     assert sft.used("dataset")["train-data"].digest != dpo.used("dataset")["train-data"].digest
     assert list(evaluation.used("dataset")) == ["test-data"]
     assert not evaluation.logged("adapter")
+
+
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "fsdp2"])
+def test_two_processes_log_once_and_for_both(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Any
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    trainer = {"devices": 2, "strategy": strategy, **({} if strategy == "ddp" else {"limit_val_batches": 0})}
+    sets = {"train": demo("train", 4), "validation": demo("calibration", 3), "batch_size": 2}
+    arguments = short(
+        "fit",
+        root / "configs" / "sft.yaml",
+        tmp_path / "two.yaml",
+        tmp_path / "two",
+        trainer=trainer,
+        data=sets,
+    )
+    ended = run_plainly(arguments, root, root)
+    assert ended.status == 0, ended.err
+    run = read_run(tmp_path / "two")
+    norms = run.values("train/grad_norm")
+    assert len(norms) == STEPS
+    assert all(norm > 0 for norm in norms)
+    assert [a.name for a in run.logged("adapter")] == ["two-adapter"]
+    if strategy == "ddp":
+        said = {p["id"]: p for p in _predictions(run.directory)}
+        stated = [p["confidence"] for p in said.values() if p["confidence"] is not None]
+        assert len(said) == 9
+        assert sum(row["right"] + row["wrong"] for row in run.table("val/confidence_table")) == len(stated)
+        assert sum(row["answers"] for row in run.table("val/response_table")) == len(stated)
+        rows = run.table("val/samples")
+        assert [row["id"] for row in rows] == list(said)[::2], "those of the first process"
+        assert all(row["text"] == said[row["id"]]["text"] for row in rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -225,15 +225,15 @@ def dashboard_command(args: Sequence[str]) -> None:
         raise ArgumentError(None, "give the team or user that has the project: --entity NAME")
     shown = sections(settings.systems)
     try:
-        from vlm_calibration.reporting import dashboard_wandb
+        from vlm_calibration.reporting.dashboard_wandb import build, specification
     except ModuleNotFoundError as error:
-        raise DataError(f"{error.name} is not installed: pip install 'vlm-calibration[dashboard]'") from error
+        if not (error.name or "").startswith("wandb_workspaces"):
+            raise
+        raise DataError(
+            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
+        ) from error
     if settings.print:
-        print(dashboard_wandb.specification(settings.entity, settings.project, shown))
+        print(specification(settings.entity, settings.project, shown))
         return
-    _announce(dashboard_wandb.build(settings.entity, settings.project, shown))
-
-
-def _announce(urls: dict[str, Any]) -> None:
-    for what, url in urls.items():
+    for what, url in build(settings.entity, settings.project, shown).items():
         print(f"{what}: {url}")

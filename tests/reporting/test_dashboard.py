@@ -1,0 +1,234 @@
+"""The W&B workspace and report: what is sent to a server, that it shows only what is logged, and what goes wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_calibration.cli import main
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.dashboard import Section, dashboard_command, sections
+
+from ..command_line import Ended, Server
+from ..graphql_server import ENTITY, GraphQLServer
+from ..wandb_log import OfflineRun
+
+KINDS = {"Run History Line Plot", "Bar Chart", "Media Browser", "Weave"}
+
+
+@pytest.fixture
+def wandb_server() -> Iterator[GraphQLServer]:
+    made = GraphQLServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def build(
+    server: Server, wandb_server: GraphQLServer, tmp_path: Path
+) -> Callable[..., tuple[Ended, list[dict[str, Any]]]]:
+    """Builds a dashboard on the server that only writes down; the run, and what was saved."""
+
+    def built(*arguments: str, **variables: str) -> tuple[Ended, list[dict[str, Any]]]:
+        environment = {"HOME": str(tmp_path), **wandb_server.environment, **variables}
+        command = ["dashboard", "--entity", ENTITY, *arguments]
+        return server.wait(server.start(command, tmp_path, environment)), wandb_server.saved
+
+    return built
+
+
+def _panels(specification: Any) -> list[dict[str, Any]]:
+    """Every panel within a specification, workspace or report."""
+    if isinstance(specification, dict):
+        if "viewType" in specification:
+            return [specification]
+        specification = list(specification.values())
+    if isinstance(specification, list):
+        return [panel for part in specification for panel in _panels(part)]
+    return []
+
+
+def _keys(panel: dict[str, Any]) -> set[str]:
+    """What a panel shows of what was logged."""
+    config = panel["config"]
+    if panel["viewType"] == "Weave":
+        return {config["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"]}
+    named = {*config.get("metrics", ()), *config.get("mediaKeys", ())}
+    return named | ({config["xAxis"]} if "xAxis" in config else set())
+
+
+def _texts(block: Any) -> str:
+    if isinstance(block, dict):
+        return str(block.get("text", "")) + _texts(block.get("children", []))
+    return "".join(map(_texts, block))
+
+
+def test_workspace_and_report_reach_the_server(
+    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
+) -> None:
+    ended, saved = build("--project", "mine")
+    assert ended.status == 0, ended.err
+    report, workspace = saved
+    assert {(v["entityName"], v["projectName"]) for v in saved} == {(ENTITY, "mine")}
+    assert [v["displayName"] for v in saved] == ["Calibration", "Calibration"]
+    assert (report["type"], workspace["type"]) == ("runs", "project-view")
+    assert wandb_server.projects == ["mine"], "the project is made where there is none"
+    urls = dict(line.split(": ", 1) for line in ended.out.splitlines() if line.startswith(("report", "work")))
+    assert urls["report"].startswith(f"{wandb_server.url}/{ENTITY}/mine/reports/Calibration--")
+    assert urls["workspace"].startswith(f"{wandb_server.url}/{ENTITY}/mine?nw=")
+
+    asked = sections()
+    bank = workspace["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [s["name"] for s in bank] == [s.question for s in asked]
+    assert [len(s["panels"]) for s in bank] == [len(s.panels) for s in asked]
+    assert workspace["spec"]["section"]["settings"]["xAxis"] == "trainer/global_step"
+    blocks = report["spec"]["blocks"]
+    assert [_texts(b) for b in blocks if b["type"] == "heading"] == [s.question for s in asked]
+    for section in asked:
+        assert section.note in [_texts(b) for b in blocks]
+    grids = [b for b in blocks if b["type"] == "panel-grid"]
+    assert [len(_panels(g)) for g in grids] == [len(s.panels) for s in asked]
+    for section, grid in zip(asked, grids, strict=True):
+        [runs] = grid["metadata"]["runSets"]
+        [filtered] = runs["filters"]["filters"]
+        assert filtered["key"] == {"section": "run", "name": "tags"}
+        assert filtered["value"] == (["evaluation"] if section.runs == "evaluation" else ["sft", "dpo"])
+
+
+def test_every_panel_shows_what_the_code_logs(
+    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], offline_runs: dict[str, OfflineRun]
+) -> None:
+    _, saved = build()
+    logged = {
+        "training": offline_runs["sft"].keys | offline_runs["dpo"].keys,
+        "evaluation": offline_runs["eval"].keys,
+    }
+    tags = {tag: run for run in offline_runs.values() for tag in run.tags}
+    assert set(tags) == {"sft", "dpo", "evaluation"}, "what the report filters runs by"
+    for view in saved:
+        panels = _panels(view["spec"])
+        assert {p["viewType"] for p in panels} == KINDS
+        for panel in panels:
+            assert _keys(panel)
+            missing = _keys(panel) - logged["training"] - logged["evaluation"]
+            assert not missing, panel["config"].get("chartTitle")
+    for section in sections():
+        for shown in section.panels:
+            assert set(shown.keys) <= logged[section.runs], section.question
+            media = shown.kind in ("figures", "table")
+            values = [v for run in offline_runs.values() for key in shown.keys for v in run.values(key)]
+            assert {isinstance(v, dict) for v in values} == {media}, shown.title
+
+
+def test_what_was_asked_for_is_there(offline_runs: dict[str, OfflineRun]) -> None:
+    shown = {key for section in sections() for panel in section.panels for key in panel.keys}
+    for name in ("loss", "reward_margin", "reward_accuracy", "learning_rate", "grad_norm"):
+        assert f"train/{name}" in shown
+    for name in ("ece", "brier", "auroc", "reliability", "response_curve", "risk_coverage", "samples"):
+        assert f"val/{name}" in shown
+    assert {f"test/{system}/ece" for system in ("base", "sft", "dpo")} <= shown
+
+
+def test_other_systems_are_compared_where_they_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dashboard_command(["--entity", ENTITY, "--print", "--systems", "base", "mine-1", "mine_2"])
+    specification = json.loads(capsys.readouterr().out)
+    for view in specification.values():
+        keys = {key for panel in _panels(view["spec"]) for key in _keys(panel)}
+        assert {f"test/{s}/ece" for s in ("base", "mine-1", "mine_2")} <= keys
+        assert not [key for key in keys if key.startswith("test/sft/")]
+
+
+def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard_command(["--entity", ENTITY, "--print"])
+    specification = json.loads(capsys.readouterr().out)
+    for block in specification["report"]["spec"]["blocks"]:
+        taken: set[tuple[int, int]] = set()
+        for panel in _panels(block):
+            at = panel["layout"]
+            cells = {
+                (x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
+            }
+            assert not cells & taken, panel
+            assert at["x"] + at["w"] <= 24
+            taken |= cells
+
+
+def test_printing_needs_neither_a_login_nor_a_network(
+    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
+) -> None:
+    ended, saved = build("--project", "mine", "--print", WANDB_API_KEY="")
+    assert ended.status == 0, ended.err
+    assert wandb_server.asked == saved == []
+    printed = json.loads(ended.out)
+    assert list(printed) == ["workspace", "report"]
+    assert printed["workspace"]["entity"] == ENTITY
+    assert printed["report"]["project"]["name"] == "mine"
+
+
+# --- What goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_logged_in(build: Callable[..., tuple[Ended, list[dict[str, Any]]]]) -> None:
+    ended, saved = build(WANDB_API_KEY="")
+    assert ended.error().startswith("nobody is logged in to W&B: run `wandb login`")
+    assert saved == []
+
+
+def test_the_server_refuses(
+    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
+) -> None:
+    wandb_server.refuse = 403
+    ended, _ = build("--project", "mine")
+    assert ended.status == 1
+    assert ended.error().startswith(f"W&B does not take the dashboard of {ENTITY}/mine: ")
+    assert "permission denied" in ended.error()
+
+
+def test_the_library_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "vlm_calibration.reporting.dashboard_wandb", raising=False)
+    for name in [n for n in sys.modules if n.split(".")[0] == "wandb_workspaces"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert main(["dashboard", "--entity", ENTITY, "--print"]) == 1
+    assert "pip install 'vlm-calibration[dashboard]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--entity NAME"),
+        (["--entity", ""], "--entity NAME"),
+        (["--entity", "team", "--projekt", "x"], "--projekt"),
+    ],
+)
+def test_a_call_that_cannot_be_right(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main(["dashboard", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+@pytest.mark.parametrize("systems", [[], ["a/b"], ["sft", ""]])
+def test_names_that_no_system_has(systems: list[str]) -> None:
+    with pytest.raises(DataError, match="--systems"):
+        sections(systems)
+
+
+def test_sections_are_questions() -> None:
+    found: list[Section] = sections()
+    assert len({section.question for section in found}) == len(found)
+    for section in found:
+        assert "?" in section.question
+        assert section.note.endswith(".")
+        titles = [panel.title for panel in section.panels]
+        assert len(set(titles)) == len(titles)
