@@ -15,11 +15,13 @@ ifdef PYTHON
   SETUP :=
   DEV :=
   DASHBOARD :=
+  APP :=
 else
   PYTHON := $(VENV)/bin/python
   SETUP := $(VENV)/.setup
   DEV := $(VENV)/.setup-dev
   DASHBOARD := $(VENV)/.setup-dashboard
+  APP := $(VENV)/.setup-app
 endif
 CLI := $(PYTHON) -m vlm_calibration.cli
 ARGS ?=
@@ -27,7 +29,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
+.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels app dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -45,6 +47,10 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 
 $(VENV)/.setup-dashboard: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dashboard]'
+	touch $@
+
+$(VENV)/.setup-app: $(VENV)/.setup
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,app]'
 	touch $@
 
 demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, and one table of all
@@ -97,6 +103,9 @@ evaluate: $(SETUP)  ## base model against the adapters in EVALUATED= on the demo
 
 ENTITY ?=
 PROJECT ?= vlm-calibration
+
+app: $(APP)  ## the web page on 127.0.0.1, with what was trained on the demo (ARGS="--adapter runs/mine --port 8000")
+	$(CLI) app $(ARGS)
 
 dashboard: $(DASHBOARD)  ## workspace and report in W&B for PROJECT= of ENTITY= (ARGS=--print shows them, without a network)
 	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)

@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.reporting.report:report_command",
         "a page on whether confidence can be trusted",
     ),
+    "app": ("vlm_calibration.app.serve:app_command", "a web page to try the models in, on this machine"),
     "ask": ("vlm_calibration.app.ask:ask_command", "one question about an image, or many from a file"),
     "export": (
         "vlm_calibration.reporting.export:export_command",

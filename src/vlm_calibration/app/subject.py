@@ -1,0 +1,157 @@
+"""What a visitor of the page looks at: an image, and where in it the key object is."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm_calibration.app.pixels import pixels_of
+from vlm_calibration.demo.questions import scene_queries, scene_seed
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.regions.describer import Describer
+from vlm_calibration.regions.detector import Detector
+from vlm_calibration.regions.segmenter import Segmenter
+
+DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
+MAX_PIXELS = 50_000_000
+"""Of an uploaded image; a camera's photograph has 12 to 48 million."""
+LARGEST_SIDE = 2048
+"""Uploaded images are kept at no more than this; no model here sees more of one."""
+MAX_MARKS = 2_000_000
+"""Most characters of what was painted."""
+_MARKS = "data:image/png;base64,"
+
+
+@dataclass
+class Subject:
+    """An image, uint8 [H, W, 3], its known objects by name, bool [H, W], and a question to begin with.
+
+    detected: question -> what was found for it; None: nothing.
+    """
+
+    image: np.ndarray
+    objects: Mapping[str, np.ndarray] = field(default_factory=dict)
+    question: str = ""
+    detected: dict[str, np.ndarray | None] = field(default_factory=dict)
+
+
+def demo_subject(index: int) -> Subject:
+    """A scene of the demo's test split, whose objects are known to the pixel."""
+    scene = render_scene(scene_seed("test", index))
+    objects = {o.name: o.mask for o in scene.objects if o.mask.any()}
+    return Subject(scene.image, objects, scene_queries("test", index)[0].question)
+
+
+def uploaded_subject(path: str | Path) -> Subject:
+    """An image that somebody sent.
+
+    Raises:
+        DataError: it cannot be used; the message does not say where on this machine it is.
+    """
+    image = pixels_of(path, MAX_PIXELS, name="the image")
+    shrink = LARGEST_SIDE / max(image.shape[:2])
+    if shrink < 1:
+        height, width = (max(1, round(n * shrink)) for n in image.shape[:2])
+        image = resize_image(image, (height, width))
+    return Subject(image)
+
+
+def named_in(question: str, names: Sequence[str]) -> str | None:
+    """The first of these names that the question holds as a word."""
+    return next((n for n in names if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE)), None)
+
+
+def painted(marks: str, shape: Sequence[int]) -> np.ndarray | None:
+    """The mask that somebody painted, bool [H, W]; None where there is no paint.
+
+    Args:
+        marks: a PNG as a data URL, black where it was painted and transparent elsewhere; empty: nothing was.
+        shape: of the image.
+
+    Raises:
+        DataError: something else.
+    """
+    if not marks:
+        return None
+    if not marks.startswith(_MARKS) or len(marks) > MAX_MARKS:
+        raise DataError("what was painted is not a PNG of a sensible size")
+    try:
+        drawn = load_image(base64.b64decode(marks[len(_MARKS) :], validate=True), max_pixels=4_000_000)
+    except (ValueError, binascii.Error) as error:
+        raise DataError("what was painted cannot be read") from error
+    mask = drawn[..., 0] < 128
+    return resize_mask(mask, (shape[0], shape[1])) if mask.any() else None
+
+
+@dataclass(frozen=True)
+class KeyObjectFinder:
+    """Finds the objects of a question in an image: describe, detect, outline.
+
+    The parts are loaded by `load`.
+    """
+
+    describer: Describer
+    detector: Detector
+    segmenter: Segmenter
+
+    def load(self, device: torch.device) -> None:
+        for part in (self.describer, self.detector, self.segmenter):
+            part.load(device)
+
+    def find(self, subject: Subject, question: str) -> np.ndarray | None:
+        """Every instance of what the question names, bool [H, W]; None where nothing is found. Remembered."""
+        if question not in subject.detected:
+            subject.detected[question] = self._find(subject.image, question)
+        return subject.detected[question]
+
+    def _find(self, image: np.ndarray, question: str) -> np.ndarray | None:
+        # With either answer the same objects are named; here they are looked for, there or not.
+        query = Query("question", "", question, "Yes", "yes_no")
+        [described] = self.describer.describe([query], [image])
+        if not described.objects:
+            return None
+        [found] = self.detector.detect([image], [described.objects])
+        if not found:
+            return None
+        [masks] = self.segmenter.segment([image], [[d.box for d in found]])
+        mask: np.ndarray = np.logical_or.reduce(masks)
+        return mask if mask.any() else None
+
+
+def choices(subject: Subject, finder: KeyObjectFinder | None) -> list[str]:
+    """What the key object may be taken to be."""
+    return [*subject.objects, *([DETECTED] if finder else []), DRAWN, WHOLE]
+
+
+def key_object(
+    subject: Subject, choice: str, marks: str, question: str, finder: KeyObjectFinder | None
+) -> np.ndarray:
+    """The mask of the key object, bool [H, W].
+
+    Raises:
+        DataError: it is not known yet; the message says what to do.
+    """
+    if choice in subject.objects:
+        return subject.objects[choice]
+    if choice == WHOLE:
+        return np.ones(subject.image.shape[:2], dtype=bool)
+    if choice == DETECTED and finder is not None:
+        mask = finder.find(subject, question)
+        if mask is None:
+            raise DataError(
+                "The detector finds no object of this question: paint over it, or take the whole image."
+            )
+        return mask
+    mask = painted(marks, subject.image.shape)
+    if mask is None:
+        raise DataError("Paint over the key object to put noise on it.")
+    return mask

@@ -1,0 +1,171 @@
+"""What the page shows of answers: bars, distributions and the response curve, as HTML and SVG that need nothing else.
+
+Pure functions of answers. Whatever a model or a person wrote is escaped here, and only here. Colours are those of
+`metrics.figures`; what differs in colour also differs in shape or line style.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from vlm_calibration.app.answers import Answer
+from vlm_calibration.app.model import BASE, CALIBRATED
+from vlm_calibration.metrics.figures import BLUE, ORANGE
+
+TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}
+COLOURS = {BASE: ORANGE, CALIBRATED: BLUE}
+LARGEST_PREVIEW = 768
+"""Pixels of the longer side of a picture that is sent to the browser."""
+
+
+def notice(text: str, kind: str = "hint") -> str:
+    """A line for the user. kind: "hint" or "problem", which screen readers announce."""
+    role = ' role="alert"' if kind == "problem" else ""
+    return f'<p class="notice {escape(kind)}"{role}>{escape(text)}</p>'
+
+
+def data_url(image: np.ndarray, side: int = LARGEST_PREVIEW) -> str:
+    """An image, uint8 [H, W, 3], with no side longer than this, as a browser takes it."""
+    shown = Image.fromarray(image)
+    shown.thumbnail((side, side))
+    file = io.BytesIO()
+    shown.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def picture(image: np.ndarray, caption: str) -> str:
+    """An image, uint8 [H, W, 3], with what it shows below it; small ones keep their pixels."""
+    small = " small" if max(image.shape[:2]) < 256 else ""
+    return (
+        f'<figure class="noised"><img class="noised{small}" alt="" src="{data_url(image)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def answer_panel(system: str, answer: Answer) -> str:
+    """What one system says: the answer, its stated and expected confidence as bars, and the distribution."""
+    return (
+        f'<section class="said {escape(system)}" style="--own: {COLOURS[system]}">'
+        f"<h3>{TITLES[system]}</h3>"
+        f'<p class="answer">{escape(answer.answer) or "<i>no answer</i>"}</p>'
+        f"{_bar('stated', answer.confidence)}{_bar('expected', answer.expected)}"
+        f"{_distribution(answer)}</section>"
+    )
+
+
+def _bar(name: str, value: float | None) -> str:
+    shown = "not stated" if value is None else f"{value:.0%}"
+    width = 0 if value is None else 100 * value
+    return (
+        f'<div class="row" role="img" aria-label="{name} confidence: {shown}"><span class="name">{name}</span>'
+        f'<span class="track"><span class="fill" style="width: {width:.1f}%"></span></span>'
+        f'<span class="value" data-bar="{name}">{shown}</span></div>'
+    )
+
+
+def _distribution(answer: Answer) -> str:
+    """Bars over 0% to 100%: how probable each statement was."""
+    if not answer.distribution:
+        return ""
+    highest = max(answer.distribution.values())
+    bars = "".join(
+        f'<rect x="{14 + 212 * level - 1.5:.2f}" y="{52 - 48 * p / highest:.2f}" width="3" height="{48 * p / highest:.2f}"/>'
+        for level, p in answer.distribution.items()
+        if p / highest > 0.005
+    )
+    likeliest = sorted(answer.distribution.items(), key=lambda item: -item[1])[:3]
+    said = ", ".join(f"{level:.0%} with probability {p:.2f}" for level, p in likeliest)
+    ticks = "".join(f'<text x="{14 + 2.12 * t}" y="66">{t}%</text>' for t in (0, 25, 50, 75, 100))
+    return (
+        f'<svg class="distribution" viewBox="0 0 240 70" role="img" aria-label="{escape(f"What might be stated: {said}")}">'
+        f'<line x1="8" y1="52.5" x2="232" y2="52.5"/>{bars}{ticks}</svg>'
+    )
+
+
+# --- The response curve ---------------------------------------------------------------------------------------------
+
+_LEFT, _TOP, _WIDTH, _HEIGHT = 44, 12, 420, 190
+
+
+def response_curve(
+    curves: Mapping[str, Sequence[Answer]], noise: Sequence[float], now: float | None = None
+) -> str:
+    """Confidence against the noise on the key object: stated as points, expected as a line.
+
+    Args:
+        curves: system -> its answers, one for each of `noise`. noise: amounts in [0, 1], rising, the first one 0.
+        now: the amount to mark.
+    """
+    ticks = "".join(_tick(t / 100) for t in (0, 25, 50, 75, 100))
+    marked = "" if now is None else _vertical(now, "now")
+    lines = "".join(_curve(system, answers, noise) for system, answers in curves.items())
+    legend = "".join(
+        f'<li class="{escape(system)}"><svg viewBox="0 0 34 14" width="34" height="14" style="--own: {COLOURS[system]}">'
+        f'<line class="line" x1="1" y1="7" x2="33" y2="7"/>{_point(system, 17, 7, False)}</svg> {TITLES[system]}</li>'
+        for system in curves
+    )
+    return (
+        f'<figure class="curve"><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves))}">'
+        f'{ticks}{marked}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">noise on the key object</text></svg>'
+        f"<ul>{legend}<li>points: as stated, hollow where the answer is another one than without noise; lines: expected</li>"
+        "</ul></figure>"
+    )
+
+
+def _x(noise: float) -> float:
+    return _LEFT + _WIDTH * noise
+
+
+def _y(confidence: float) -> float:
+    return _TOP + _HEIGHT * (1 - confidence)
+
+
+def _tick(share: float) -> str:
+    return (
+        f'<line class="grid" x1="{_LEFT}" y1="{_y(share):.1f}" x2="{_LEFT + _WIDTH}" y2="{_y(share):.1f}"/>'
+        f'<text class="y" x="{_LEFT - 6}" y="{_y(share) + 4:.1f}">{share:.0%}</text>'
+        f'<text class="x" x="{_x(share):.1f}" y="{_TOP + _HEIGHT + 18}">{share:.0%}</text>'
+    )
+
+
+def _vertical(noise: float, kind: str) -> str:
+    return (
+        f'<line class="{kind}" x1="{_x(noise):.1f}" y1="{_TOP}" x2="{_x(noise):.1f}" y2="{_TOP + _HEIGHT}"/>'
+    )
+
+
+def _curve(system: str, answers: Sequence[Answer], noise: Sequence[float]) -> str:
+    path = " ".join(
+        f"{_x(n):.1f},{_y(a.expected):.1f}"
+        for n, a in zip(noise, answers, strict=True)
+        if a.expected is not None
+    )
+    points = "".join(
+        _point(system, _x(n), _y(a.confidence), a.answer != answers[0].answer)
+        for n, a in zip(noise, answers, strict=True)
+        if a.confidence is not None
+    )
+    return f'<g class="{escape(system)}" style="--own: {COLOURS[system]}"><polyline class="line" points="{path}"/>{points}</g>'
+
+
+def _point(system: str, x: float, y: float, hollow: bool) -> str:
+    kind = "point hollow" if hollow else "point"
+    if system == BASE:
+        return f'<rect class="{kind}" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+
+
+def _in_words(curves: Mapping[str, Sequence[Answer]]) -> str:
+    def at(answer: Answer) -> str:
+        return "nothing" if answer.confidence is None else f"{answer.confidence:.0%}"
+
+    return "Confidence against noise. " + " ".join(
+        f"{TITLES[system]}: states {at(answers[0])} without noise and {at(answers[-1])} where nothing is left."
+        for system, answers in curves.items()
+    )

@@ -1,0 +1,69 @@
+"""The page's own components: a picture to paint the key object on (`marker.js` runs in the browser), and a strip of scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+
+from vlm_calibration.app import view
+from vlm_calibration.app.subject import Subject
+
+SIDE = 480
+"""Pixels of the longer side of the picture that is painted on."""
+
+_TEMPLATE = """
+<canvas width="480" height="480" tabindex="0" role="img"
+  aria-label="The image. Paint over the key object: with the keyboard, arrows move the brush, space paints, delete clears.">
+</canvas>
+<div class="tools">
+  <label>Brush <input type="range" min="3" max="40" value="14" aria-label="Brush size"></label>
+  <button type="button">Clear paint</button>
+</div>
+"""
+_STYLE = """
+canvas { display: block; width: 100%; max-width: 22rem; height: auto; margin: 0 auto; border-radius: 6px; cursor: crosshair;
+  touch-action: none; }
+canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
+.tools { display: flex; gap: 1rem; align-items: center; justify-content: center; margin-top: .5rem; font-size: .85rem; }
+.tools label { display: flex; gap: .5rem; align-items: center; }
+.tools button { padding: .25rem .75rem; border: 1px solid var(--border-color-primary); border-radius: 6px;
+  background: var(--background-fill-secondary); color: var(--body-text-color); font: inherit;
+  font-size: .85rem; white-space: nowrap; cursor: pointer; }
+"""
+
+
+def marker() -> gr.HTML:
+    """The component: `image` is the picture, as `view.data_url` makes it; the value is what was painted."""
+    return gr.HTML(
+        "",
+        image="",
+        html_template=_TEMPLATE,
+        css_template=_STYLE,
+        js_on_load=Path(__file__).with_name("marker.js").read_text(encoding="utf-8"),
+        elem_id="marker",
+    )
+
+
+_CHOOSE = """
+element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('button');
+  if (chosen) trigger('select', { index: Number(chosen.dataset.index) });
+});
+"""
+
+
+def scene_strip(subjects: Sequence[Subject]) -> gr.HTML:
+    """Small pictures to choose from; `select` says which, as `index`."""
+    buttons = "".join(
+        f'<button type="button" data-index="{index}" aria-label="Scene {index + 1}: {escape(", ".join(subject.objects))}">'
+        f'<img alt="" src="{view.data_url(subject.image)}"></button>'
+        for index, subject in enumerate(subjects)
+    )
+    return gr.HTML(
+        f'<div class="scenes" role="group" aria-label="Scenes of the demo">{buttons}</div>',
+        js_on_load=_CHOOSE,
+        elem_id="scenes",
+    )
