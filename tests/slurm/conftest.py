@@ -1,0 +1,126 @@
+"""The SLURM that the tests of a session share, and jobs on it."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .cluster import LIMIT, Cluster, missing, wait_for
+
+Ran = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if why := missing():
+        pytest.skip(f"SLURM JOBS ARE NOT TESTED: {why}")
+    made = Cluster()
+    yield made
+    made.stop()
+
+
+def variables(command: list[str], stage: str = "sft") -> dict[str, str]:
+    """Arguments of the command line in the variables that a stage's job takes: its configurations, and its settings."""
+    configs: list[str] = []
+    settings: list[str] = []
+    words = iter(command[1:])
+    for word in words:
+        if word == "--config":
+            configs.append(next(words))
+        else:
+            settings.append(word)
+    return {f"{stage.upper()}_CONFIG": " ".join(configs), f"{stage.upper()}_ARGS": shlex.join(settings)}
+
+
+class Jobs:
+    """Submits jobs as a person does, small ones on the CPU, with their run directories in `folder`."""
+
+    def __init__(self, cluster: Cluster, root: Path, folder: Path) -> None:
+        self.cluster = cluster
+        self.root = root
+        self.environment = {
+            **cluster.environment,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(root / "tests/slurm"),
+            "RUNS": str(folder),
+            "GPUS": "0",
+            "CPUS": "1",
+            # The nodes' names are not those of machines.
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        self.interpreter = str(root / "tests/slurm/interpreter")
+
+    def run(self, *command: str, **variables: str) -> Ran:
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+
+    def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        """A command in a group of its own, as under a terminal."""
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env={**self.environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def submit(self, *stages: str, **variables: str) -> list[str]:
+        """The numbers of these stages' jobs."""
+        return self.numbers(self.run("configs/slurm/submit.sh", *stages, **variables))
+
+    def numbers(self, ran: Ran) -> list[str]:
+        assert ran.returncode == 0, ran.stderr
+        return [line.split(" job ")[1].split(",")[0] for line in ran.stdout.splitlines() if " job " in line]
+
+    def paused(self, number: str, run: Path) -> None:
+        """Wait until `pausing.PauseAt` holds the job up."""
+        wait_for(
+            lambda: (run / "paused").exists() or self.cluster.has_ended(number), f"job {number} training"
+        )
+        assert (run / "paused").exists(), logs(run)
+
+    def called(self, number: str, folder: Path) -> None:
+        """Wait until the stand-in for Python runs."""
+        wait_for(lambda: bool([*folder.glob("called-*")]) or self.cluster.has_ended(number), f"job {number}")
+
+    def done(self, number: str, run: Path) -> dict[str, str]:
+        """What SLURM says of a job once it has succeeded."""
+        job = self.cluster.ended(number)
+        assert job["JobState"] == "COMPLETED", f"{job}\n{logs(run)}"
+        return job
+
+
+def logs(run: Path) -> str:
+    """All that the jobs of a run directory wrote."""
+    return "\n".join(f"=== {path.name}\n{path.read_text()}" for path in sorted(run.glob("logs/*.log")))
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, root: Path, tmp_path: Path) -> Jobs:
+    return Jobs(cluster, root, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def late(cluster: Cluster, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Jobs, str, Path]:
+    """A job that takes no notice of signals; begun before others, since its time limit is a minute away at least."""
+    folder = tmp_path_factory.mktemp("late")
+    last = folder / "sft/checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    jobs = Jobs(cluster, root, folder)
+    ignoring = {"PYTHON": jobs.interpreter, "IGNORED": "USR1 TERM", "PROGRESS": str(last)}
+    (number,) = jobs.submit("sft", TIME="1", LEAD="1", **ignoring)
+    return jobs, number, folder / "sft"

@@ -1,0 +1,142 @@
+"""The jobs in configs/slurm on a real SLURM, with real training: interrupted in every way, chained, failing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ..regions.conftest import scene_files as scene_files
+from ..regions.conftest import tiny as tiny
+from .cluster import wait_for
+from .conftest import Jobs, logs, variables
+
+pytestmark = pytest.mark.usefixtures("late")
+
+FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
+LOGGER = {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}
+PAUSE = {"class_path": "pausing.PauseAt", "init_args": {"epoch": 1, "batch": 4}}
+
+Start = Callable[..., list[str]]
+
+
+def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+    """Two processes: requeued at the time limit on two nodes, killed and submitted again on one, and without SLURM."""
+    settings = variables([*start("run", workers=1, logger=LOGGER), "--data.batch_size", "1"])
+    pause = f"--trainer.callbacks+ {shlex.quote(json.dumps(PAUSE))}"
+    pausing = {**settings, "SFT_ARGS": f"{settings['SFT_ARGS']} {pause}"}
+    folders = {name: str(tmp_path / name) for name in ("whole", "limited", "killed")}
+    runs = {name: Path(folder) / "sft" for name, folder in folders.items()}
+
+    (limited,) = jobs.submit("sft", **pausing, RUNS=folders["limited"], NODES="2", TIME="10", LEAD="90")
+    (killed,) = jobs.submit("sft", **pausing, RUNS=folders["killed"], TASKS="2")
+    jobs.paused(limited, runs["limited"])
+    # Between one and two minutes from now, so that the signal is due; the next time there is enough.
+    ran = time.time() - jobs.cluster.started(limited)
+    jobs.cluster.limit(limited, int(ran // 60) + 2)
+    jobs.paused(killed, runs["killed"])
+    jobs.cluster("scancel", "--signal=KILL", killed)
+    assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
+    assert not (runs["killed"] / "adapter").exists()
+    (resumed,) = jobs.submit("sft", **settings, RUNS=folders["killed"], TASKS="2")
+    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] == "1", "requeue at the time limit")
+    jobs.cluster.limit(limited, 10)
+    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUNS=folders["whole"], TASKS="2")
+    assert whole.returncode == 0, whole.stderr
+
+    assert jobs.done(resumed, runs["killed"])["NumNodes"] == "1"
+    job = jobs.done(limited, runs["limited"])
+    assert (job["NumNodes"], job["Restarts"]) == ("2", "1")
+    for name in ("limited", "killed"):
+        for file in FILES:
+            assert (runs[name] / file).read_bytes() == (runs["whole"] / file).read_bytes(), f"{name}: {file}"
+    tasks = {path.name for path in (runs["limited"] / "logs").glob("*-task*.log")}
+    assert tasks == {f"{limited}-restart{n}-task{task}.log" for n in (0, 1) for task in (0, 1)}
+    log = (runs["limited"] / f"logs/{limited}.log").read_text()
+    for text in ("received USR1", "stopped by SIGUSR1", "requeued", "SFT is done", "wandb sync"):
+        assert text in log
+    ids = {name: _wandb_ids(run) for name, run in runs.items()}
+    assert [len(found) for found in ids.values()] == [1, 2, 2]
+    assert [len(set(found)) for found in ids.values()] == [1, 1, 1], "one W&B run, however often interrupted"
+    assert len({found[0] for found in ids.values()}) == 3
+
+
+def _wandb_ids(run: Path) -> list[str]:
+    return [path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")]
+
+
+def test_all_stages_one_after_the_other(
+    jobs: Jobs,
+    start: Start,
+    model_folder: str,
+    scene_files: Callable[..., Path],
+    tiny: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    """`make slurm-all`: regions in two jobs, then both stages and the evaluation; a signal comes before training begins."""
+    queries = scene_files(2)
+    regions = [
+        *("--model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
+        *("--model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
+        *("--data.eval_batch_size", "3", "--data.shard_size", "4", "--data.workers", "0"),
+    ]
+    found = {
+        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
+        "init_args": {"path": str(tmp_path / "regions/queries"), "root": str(queries.parent)},
+    }
+    test = {
+        "class_path": "vlm_calibration.demo.source.DemoSource",
+        "init_args": {"split": "test", "scenes": 1},
+    }
+    evaluate = [
+        *("--model.init_args.base.name_or_path", model_folder),
+        *("--model.init_args.oracle_levels", "null"),
+        *("--data.test", json.dumps({"clean": {"source": test}})),
+        *("--data.workers", "0"),
+    ]
+    short = {"max_steps": 2}
+    settings = {
+        "REGIONS_ARGS": shlex.join(regions),
+        **variables([*start("sft", **short), "--data.train", json.dumps(found)], "sft"),
+        **variables(start("dpo", stage="dpo", **short), "dpo"),
+        "EVALUATE_ARGS": shlex.join(evaluate),
+    }
+    ran = jobs.run("make", "slurm-all", **settings, QUERIES=str(queries), PARTS="2", TIME="10")
+    first, sft, dpo, evaluation = jobs.numbers(ran)
+    assert jobs.cluster.job(sft)["Dependency"].startswith(f"afterok:{first}")
+
+    log = tmp_path / f"sft/logs/{sft}.log"
+    wait_for(
+        lambda: (log.exists() and "SFT in" in log.read_text()) or jobs.cluster.has_ended(sft),
+        "the start of SFT",
+    )
+    jobs.cluster("scancel", "--batch", "--signal=USR1", sft)
+    assert jobs.done(sft, tmp_path / "sft")["Restarts"] == "1"
+    jobs.done(dpo, tmp_path / "dpo")
+    jobs.done(evaluation, tmp_path / "eval")
+    ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
+    assert pq.read_table(tmp_path / "regions/queries").column("id").to_pylist() == ids
+    for system in ("base", "sft", "dpo"):
+        assert json.loads((tmp_path / "eval" / system / "metrics.json").read_text())["n"] == 3
+    ends = [jobs.cluster.job(number)["EndTime"] for number in (f"{first}_0", f"{first}_1", sft, dpo)]
+    starts = [jobs.cluster.job(number)["StartTime"] for number in (sft, sft, dpo, evaluation)]
+    assert all(end <= start for end, start in zip(ends, starts, strict=True))
+
+
+def test_a_failing_stage_stops_the_chain(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+    settings = variables([*start("sft"), "--data.train.init_args.split", "nowhere"])
+    sft, dpo, evaluation = jobs.submit("sft", "dpo", "evaluate", **settings)
+    assert jobs.cluster.ended(sft)["JobState"] == "FAILED"
+    assert jobs.cluster.ended(dpo)["JobState"] == "CANCELLED"
+    assert jobs.cluster.ended(evaluation)["JobState"] == "CANCELLED"
+    log = (tmp_path / f"sft/logs/{sft}.log").read_text()
+    assert "vlm-calibration: error: " in log
+    assert "nowhere" in log.split("vlm-calibration: error: ")[1]
+    assert "SFT ended with status" in log
+    assert not (tmp_path / "dpo/adapter").exists()
+    assert logs(tmp_path / "dpo") == ""

@@ -1,0 +1,119 @@
+"""What SLURM is asked for, and when a job is put back in the queue: around an interpreter that only waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .cluster import wait_for
+from .conftest import Jobs, logs
+
+pytestmark = pytest.mark.usefixtures("late")
+
+
+def test_options(jobs: Jobs) -> None:
+    sft, dpo = jobs.submit(
+        *("sft", "dpo"),
+        NODES="2",
+        GPUS="2",
+        CPUS="2",
+        MEM="100M",
+        TIME="01:30:00",
+        PARTITION="tests",
+        OPTIONS="--hold --comment=night",
+    )
+    job = jobs.cluster.job(sft)
+    assert {k: job[k] for k in ("NumNodes", "NumTasks", "CPUs/Task", "TimeLimit", "Partition")} == {
+        "NumNodes": "2-2",
+        "NumTasks": "4",
+        "CPUs/Task": "2",
+        "TimeLimit": "01:30:00",
+        "Partition": "tests",
+    }
+    assert job["Requeue"] == "1"
+    assert job["TresPerNode"] == "gres/gpu:2"
+    assert job["Comment"] == "night"
+    assert jobs.cluster.job(dpo)["Dependency"].startswith(f"afterok:{sft}")
+    jobs.cluster("scancel", sft, dpo)
+
+
+@pytest.mark.parametrize(
+    ("stages", "variables", "message"),
+    [
+        ([], {}, "name stages: regions, sft, dpo, evaluate"),
+        (["stf"], {}, "no stage stf: expected regions, sft, dpo or evaluate"),
+        (["sft"], {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2: each GPU has one process"),
+        (["sft"], {"PARTITION": "nowhere"}, "invalid partition"),
+    ],
+)
+def test_what_cannot_be(jobs: Jobs, stages: list[str], variables: dict[str, str], message: str) -> None:
+    ran = jobs.run("configs/slurm/submit.sh", *stages, **variables)
+    assert ran.returncode != 0
+    assert message in ran.stderr
+
+
+def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
+    """All of them see all GPUs of their node, as Lightning expects."""
+    (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, NODES="2", GPUS="2", WAITS="0")
+    jobs.done(number, tmp_path / "sft")
+    for task in range(4):
+        log = (tmp_path / f"sft/logs/{number}-restart0-task{task}.log").read_text()
+        assert "gpus: 2" in log
+        assert "--config configs/slurm/environment.yaml --trainer.num_nodes 2 --trainer.devices 2" in log
+        assert "--trainer.accelerator gpu" in log
+
+
+def test_only_this_job_of_an_array_is_requeued(jobs: Jobs, tmp_path: Path) -> None:
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("{}\n" * 10)
+    (number,) = jobs.submit("regions", PYTHON=jobs.interpreter, PARTS="2", QUERIES=str(queries))
+    wait_for(lambda: len([*tmp_path.glob("called-*")]) == 2, "both jobs")
+    # SLURM gives the last job of an array the number of the array.
+    jobs.cluster("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    jobs.done(f"{number}_1", tmp_path / "regions/part-0001")
+    first = jobs.cluster.job(f"{number}_0")
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+    assert jobs.cluster.job(f"{number}_1")["Restarts"] == "1"
+    jobs.cluster("scancel", number)
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(jobs: Jobs, tmp_path: Path) -> None:
+    (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, WAITS="9")
+    for count in range(3):
+        wait_for(lambda count=count: len([*tmp_path.glob("called-*")]) == count + 1, f"start {count}")
+        jobs.cluster("scancel", "--batch", "--signal=USR1", number)
+    assert jobs.cluster.ended(number)["JobState"] == "FAILED"
+    assert "three times in a row the time limit came before a checkpoint" in logs(tmp_path / "sft")
+
+
+def test_a_cancelled_job_does_not_come_back(jobs: Jobs, tmp_path: Path) -> None:
+    """Not even when it is cancelled while it stops at its time limit."""
+    (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, IGNORED="USR1")
+    jobs.called(number, tmp_path)
+    jobs.cluster("scancel", "--batch", "--signal=USR1", number)
+    wait_for(lambda: "ignored USR1" in logs(tmp_path / "sft"), "the signal")
+    jobs.cluster("scancel", number)
+    job = jobs.cluster.ended(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert "ended with status 143 after SIGTERM" in logs(tmp_path / "sft")
+
+
+def test_an_evaluation_that_takes_too_long_fails(jobs: Jobs, tmp_path: Path) -> None:
+    """It would start from the beginning each time."""
+    (number,) = jobs.submit("evaluate", PYTHON=jobs.interpreter)
+    jobs.called(number, tmp_path)
+    jobs.cluster("scancel", "--batch", "--signal=USR1", number)
+    assert jobs.cluster.ended(number)["JobState"] == "FAILED"
+    assert (
+        "EVALUATE was not done within the time limit, and it cannot go on from the middle: raise TIME="
+        in logs(tmp_path / "eval")
+    )
+
+
+def test_a_job_that_does_not_stop_in_time_comes_back(late: tuple[Jobs, str, Path]) -> None:
+    jobs, number, run = late
+    assert jobs.done(number, run)["Restarts"] == "1"
+    log = logs(run)
+    assert "received TERM" in log
+    assert "requeued" in log
