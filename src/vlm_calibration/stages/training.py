@@ -55,6 +55,8 @@ def log_results(module: L.LightningModule, results: Results) -> None:
 
 def warn_of_skipped(module: L.LightningModule, skipped: int) -> None:
     """Say how many samples all processes together have left out."""
-    total = module.trainer.strategy.reduce(torch.tensor(float(skipped), device=module.device), reduce_op="sum")
+    total = module.trainer.strategy.reduce(
+        torch.tensor(float(skipped), device=module.device), reduce_op="sum"
+    )
     if total > 0:
         rank_zero_warn(f"left out {int(total)} samples that were longer than data.max_length")
