@@ -72,6 +72,8 @@ class RunLogger(WandbLogger):
             tags=tags,
             **{**settings, "settings": _settings(settings.get("settings"))},
         )
+        if offline:
+            self._go_offline()
 
     @property
     @rank_zero_experiment
@@ -87,10 +89,13 @@ class RunLogger(WandbLogger):
                 rank_zero_warn(
                     f"W&B cannot be used ({cause}): this run is logged offline, and `wandb sync` uploads it"
                 )
-                self._offline = True
-                # Not through the environment, which a session that has begun no longer reads.
-                self._wandb_init["mode"] = "offline"
+                self._go_offline()
         return super().experiment
+
+    def _go_offline(self) -> None:
+        self._offline = True
+        # Not through the environment alone, which a session that has begun no longer reads.
+        self._wandb_init["mode"] = "offline"
 
 
 def _settings(given: Any) -> Any:
