@@ -77,9 +77,11 @@ class Server:
         )
 
     def close(self) -> None:
+        # Closing its input is not enough: data workers that tests have left behind hold the other end as well.
+        self.process.terminate()
+        self.process.wait(timeout=LIMIT)
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=LIMIT)
 
 
 def callback(name: str, **settings: Any) -> dict[str, Any]:
