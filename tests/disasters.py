@@ -82,13 +82,6 @@ class Spoil(L.Callback):
                 next(p for p in module.parameters() if p.requires_grad).fill_(torch.nan)
 
 
-class FailValidation(L.Callback):
-    """Raises what nobody expects when a validation ends."""
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        raise RuntimeError("out of memory")
-
-
 class FillDisk(L.Callback):
     """From a batch on, no file of this process may grow beyond a number of bytes."""
 

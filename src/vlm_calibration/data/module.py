@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import signal
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -209,9 +207,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._go_on(sampler)
-        # Registered once, and called before multiprocessing waits for its children.
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -245,13 +240,6 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     if not hasattr(processor, "image_processor"):
         raise DataError(f"{name!r} has no image processor: it is not a vision-language model")
     return processor
-
-
-def _end_workers() -> None:
-    """Workers of a run that an error has ended would be told to end once, wait for the second time, and be waited for."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 def _leave_signals(worker: int) -> None:
