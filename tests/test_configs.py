@@ -32,10 +32,7 @@ DPO = CONFIGS / "dpo.yaml"
 # The first pattern that fits counts.
 OVERLAYS = {
     "experiment/*_dpo.yaml": (DPO,),
-    **{
-        f"{folder}/*.yaml": (SFT, DPO)
-        for folder in ("data", "model", "experiment", "trainer", "logger", "slurm")
-    },
+    **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
 }
 
 

@@ -3,7 +3,7 @@
 # Sourced from the root of a checkout. Without SLURM (`bash configs/slurm/sft.sbatch`) the same steps run on this machine.
 #
 #   PYTHON   interpreter; default: .venv/bin/python, else `python` of the active (conda) environment
-#   RUNS     folder of the run directories sft, dpo, eval and regions; default: runs
+#   RUNS_DIR folder of the run directories sft, dpo, eval and regions; default: runs
 #   GPUS     GPUs of each node, as many as there are tasks; 0: on the CPU. Without SLURM: all of this machine
 #   TASKS    processes on this machine, where there is no SLURM; default: GPUS, at least 1
 #   WAIT     seconds that the other processes may run on when one has ended; default: 300
@@ -11,7 +11,7 @@
 #   ARGS     settings of every stage; SFT_ARGS, DPO_ARGS, EVALUATE_ARGS, REGIONS_ARGS: of one stage
 #   SFT_CONFIG, DPO_CONFIG, EVALUATE_CONFIG, REGIONS_CONFIG   configurations of a stage, in order, separated by blanks;
 #            default: configs/sft.yaml, configs/dpo.yaml, configs/eval/demo.yaml, configs/regions.yaml
-#   ADAPTER  what DPO starts from; default: RUNS/sft/adapter
+#   ADAPTER  what DPO starts from; default: RUNS_DIR/sft/adapter
 #   QUERIES  JSONL or Parquet file whose regions are wanted; default: as configured
 #   PARTS    jobs that share these queries; default: 1, and regions/queries.parquet holds them all. Several have a folder each,
 #            and regions/queries/ is the data set. Without SLURM, PART (from 0) is the one to do
@@ -44,7 +44,7 @@ python=${PYTHON:-.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python
 command -v "$python" > /dev/null || die "no interpreter $python: run 'make setup', activate an environment, or set PYTHON="
 
-RUNS=${RUNS:-runs}
+RUNS_DIR=${RUNS_DIR:-runs}
 export NO_ALBUMENTATIONS_UPDATE=1 TOKENIZERS_PARALLELISM=false
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 export TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
@@ -74,8 +74,10 @@ start() {
     local gpus=${GPUS:-1} command=$1 status
     shift
     if [[ ${SLURM_JOB_ID:-} ]]; then
+        # This job asks for its requeue, once all processes have ended, and not Lightning in the middle of a step.
+        local environment=lightning.pytorch.plugins.environments.SLURMEnvironment
         local settings=(
-            --config configs/slurm/environment.yaml
+            --trainer.plugins+ "{class_path: $environment, init_args: {auto_requeue: false}}"
             --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "${SLURM_NTASKS_PER_NODE:?give sbatch --ntasks-per-node}"
         )
         # Where one has ended, another may still be writing, or may wait for it for ever.
@@ -90,7 +92,6 @@ start() {
     fi
     settings+=(--trainer.accelerator "$([[ $gpus == 0 ]] && echo cpu || echo gpu)")
     [[ -z $told ]] || return 138
-    # Settings that come later count; configurations come first, since they overwrite.
     "${launch[@]}" "$python" -u -m vlm_calibration.cli "$command" "$@" "${settings[@]}" &
     child=$!
     while :; do
@@ -144,14 +145,14 @@ requeue() {
 # stage NAME COMMAND FOLDER resumable|whole CONFIG ARGUMENT...: run one stage; if it fails, end this job with what there is to say.
 stage() {
     local name=${1^^} command=$2 kind=$4 default=$5 status=0 words config
-    run=$RUNS/$3
+    run=$RUNS_DIR/$3
     shift 5
     mkdir -p "$run/logs"
     words_of "$(config="${name}_CONFIG"; echo "${!config:-$default}")"
     local configs=("${words[@]}") arguments=()
     for config in "${configs[@]}"; do arguments+=(--config "$config"); done
     words_of "${ARGS:-} $(config="${name}_ARGS"; echo "${!config:-}")"
-    [[ " ${words[*]} " != *" --trainer.default_root_dir"* ]] || die "the run directory is $run: RUNS= chooses another folder"
+    [[ " ${words[*]} " != *" --trainer.default_root_dir"* ]] || die "the run directory is $run: RUNS_DIR= chooses another folder"
     arguments+=("$@" "${words[@]}" --trainer.default_root_dir "$run")
     if [[ $command == fit ]]; then
         continue_wandb

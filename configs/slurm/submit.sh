@@ -36,7 +36,7 @@ read -ra more <<< "${OPTIONS:-}"
 
 before=""
 for stage in "$@"; do
-    script=configs/slurm/$stage.sbatch logs=${RUNS:-runs}/${stage/evaluate/eval}/logs name=%j shown='' own=()
+    script=configs/slurm/$stage.sbatch logs=${RUNS_DIR:-runs}/${stage/evaluate/eval}/logs name=%j shown='' own=()
     [[ -f $script ]] || fail "no stage $stage: expected regions, sft, dpo or evaluate"
     if [[ $stage == regions ]]; then
         name=%A_%a shown='_*' own=(--array="0-$((${PARTS:-1} - 1))")

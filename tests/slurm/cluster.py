@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-LIMIT = 240
+LIMIT = 400
 """Seconds after which something counts as never going to happen."""
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")

@@ -47,7 +47,7 @@ class Jobs:
             **cluster.environment,
             "PYTHON": sys.executable,
             "PYTHONPATH": str(root / "tests/slurm"),
-            "RUNS": str(folder),
+            "RUNS_DIR": str(folder),
             "GPUS": "0",
             "CPUS": "1",
             # The nodes' names are not those of machines.

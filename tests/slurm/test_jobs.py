@@ -33,8 +33,8 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     folders = {name: str(tmp_path / name) for name in ("whole", "limited", "killed")}
     runs = {name: Path(folder) / "sft" for name, folder in folders.items()}
 
-    (limited,) = jobs.submit("sft", **pausing, RUNS=folders["limited"], NODES="2", TIME="10", LEAD="90")
-    (killed,) = jobs.submit("sft", **pausing, RUNS=folders["killed"], TASKS="2")
+    (limited,) = jobs.submit("sft", **pausing, RUNS_DIR=folders["limited"], NODES="2", TIME="10", LEAD="90")
+    (killed,) = jobs.submit("sft", **pausing, RUNS_DIR=folders["killed"], TASKS="2")
     jobs.paused(limited, runs["limited"])
     # Between one and two minutes from now, so that the signal is due; the next time there is enough.
     ran = time.time() - jobs.cluster.started(limited)
@@ -43,10 +43,10 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     jobs.cluster("scancel", "--signal=KILL", killed)
     assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
     assert not (runs["killed"] / "adapter").exists()
-    (resumed,) = jobs.submit("sft", **settings, RUNS=folders["killed"], TASKS="2")
-    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] == "1", "requeue at the time limit")
+    (resumed,) = jobs.submit("sft", **settings, RUNS_DIR=folders["killed"], TASKS="2")
+    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
     jobs.cluster.limit(limited, 10)
-    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUNS=folders["whole"], TASKS="2")
+    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUNS_DIR=folders["whole"], TASKS="2")
     assert whole.returncode == 0, whole.stderr
 
     assert jobs.done(resumed, runs["killed"])["NumNodes"] == "1"

@@ -60,7 +60,8 @@ def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
     for task in range(4):
         log = (tmp_path / f"sft/logs/{number}-restart0-task{task}.log").read_text()
         assert "gpus: 2" in log
-        assert "--config configs/slurm/environment.yaml --trainer.num_nodes 2 --trainer.devices 2" in log
+        assert "SLURMEnvironment, init_args: {auto_requeue: false}}" in log
+        assert "--trainer.num_nodes 2 --trainer.devices 2" in log
         assert "--trainer.accelerator gpu" in log
 
 

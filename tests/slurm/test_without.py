@@ -17,7 +17,7 @@ def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
     return {
         **surroundings(),
         "PYTHON": interpreter,
-        "RUNS": str(folder),
+        "RUNS_DIR": str(folder),
         "GPUS": "0",
         "WAITS": "0",
         **variables,
@@ -133,7 +133,7 @@ def test_parts_of_queries_are_all_of_them(root: Path, tmp_path: Path) -> None:
             {"ARGS": "--trainer.max_steps '3"},
             "cannot tell the words apart in: --trainer.max_steps '3",
         ),
-        ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS= chooses another folder"),
+        ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS_DIR= chooses another folder"),
         ("regions.sbatch", {"PARTS": "2"}, "PARTS=2 needs QUERIES="),
         ("regions.sbatch", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2: parts are counted from 0"),
     ],
