@@ -1,4 +1,4 @@
-"""A W&B server that knows nothing but how to take a report and a workspace, and writes down what it was asked."""
+"""A W&B server that knows only how to take a report, a workspace and the upload of a run, and writes down what it was asked."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ USER = {
 }
 
 
+def artifact_id(digest: str) -> str:
+    """The id of the artifact with this content."""
+    return f"artifact-{digest}"
+
+
 class GraphQLServer:
     """Listens on the loopback interface until it is closed.
 
@@ -35,19 +40,27 @@ class GraphQLServer:
         self.projects = list(projects)
         self.refuse = refuse
         self.asked: list[dict[str, Any]] = []
+        self.uploaded: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                # W&B's library reports about itself as well, elsewhere and not in JSON.
-                status, answer = outer.answer(json.loads(body)) if self.path == "/graphql" else (404, {})
+                # Elsewhere come the lines of a run's history, and reports of W&B's library about itself.
+                status, answer = outer.answer(json.loads(body)) if self.path == "/graphql" else (200, {})
                 text = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.uploaded.append(self.path.removeprefix("/upload/"))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -65,6 +78,10 @@ class GraphQLServer:
         """What makes W&B talk to this server, as someone who is logged in."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
 
+    def inputs(self, mutation: str) -> list[dict[str, Any]]:
+        """The input of every mutation of this name."""
+        return [q["variables"]["input"] for q in self.asked if f"{mutation}(" in q["query"]]
+
     @property
     def saved(self) -> list[dict[str, Any]]:
         """The variables of every view that was saved, its specification decoded."""
@@ -78,6 +95,19 @@ class GraphQLServer:
         query, variables = body.get("query", ""), body.get("variables") or {}
         if "upsertView" in query:
             return 200, {"data": {"upsertView": self._view(variables)}}
+        if "upsertBucket" in query:
+            return 200, {"data": {"upsertBucket": {"bucket": self._run(variables), "inserted": True}}}
+        if "createArtifact(" in query:
+            # It is there already, which is what a server says of content that it has.
+            artifact = {"id": artifact_id(variables["input"]["digest"]), "state": "COMMITTED"}
+            sequence = {"id": "1", "latestArtifact": {"id": artifact["id"], "versionIndex": 0}}
+            made = {"artifact": {**artifact, "artifactSequence": sequence}}
+            return 200, {"data": {"createArtifact": made}}
+        if "useArtifact" in query:
+            return 200, {"data": {"useArtifact": {"artifact": {"id": variables["input"]["artifactID"]}}}}
+        if "createRunFiles" in query:
+            files = [{"name": f, "uploadUrl": f"{self.url}/upload/{f}"} for f in variables["files"]]
+            return 200, {"data": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}}
         if re.search(r"\bupsertModel\b", query):
             self.projects.append(variables["input"]["name"])
             return 200, {"data": {"upsertModel": {"project": self._project(self.projects[-1])}}}
@@ -86,6 +116,20 @@ class GraphQLServer:
             page = {"endCursor": None, "hasNextPage": False}
             return 200, {"data": {"models": {"edges": edges, "pageInfo": page}}}
         return 200, {"data": {"viewer": USER, "serverInfo": None}}
+
+    @staticmethod
+    def _run(variables: dict[str, Any]) -> dict[str, Any]:
+        project = {"id": "1", "name": "mine", "entity": {"id": "1", "name": ENTITY}}
+        return {
+            "id": "QnVja2V0OjE=",
+            "name": variables.get("name"),
+            "displayName": variables.get("displayName"),
+            "description": "",
+            "config": "{}",
+            "sweepName": None,
+            "project": project,
+            "historyLineCount": 0,
+        }
 
     @staticmethod
     def _project(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "metrics": "Calibration metrics",
     "streaming": "A million records in the data module",
     "phrases": "Phrases of key objects",
+    "wandb_overhead": "Logging to W&B",
     "preference": "Training steps beside TRL's",
     "demo_seeds": "The method on the demo, three seeds (about 45 minutes)",
 }

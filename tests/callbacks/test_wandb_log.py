@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from PIL import Image
 
 from vlm_calibration.metrics.table_metrics import REPORTED
 
-from ..command_line import run_plainly
+from ..command_line import LIMIT, run_plainly
+from ..graphql_server import GraphQLServer, artifact_id
 from ..wandb_log import OfflineRun, demo, read_run, short
 
 Runs = dict[str, OfflineRun]
@@ -181,8 +184,8 @@ def test_the_adapter_is_an_artifact_after_every_validation(offline_runs: Runs) -
     assert {first.name, last.name} == {"sft-adapter"}
     scores = [json.loads(a.metadata)["brier"] for a in (first, last)]
     assert scores == pytest.approx(run.values("val/brier"), rel=1e-5)
-    assert list(first.aliases) == ["latest", "best"], "the first is the best so far"
-    assert list(last.aliases) == (["latest", "best"] if scores[1] < scores[0] else ["latest"])
+    assert sorted(first.aliases) == ["best", "latest"], "the first is the best so far"
+    assert sorted(last.aliases) == (["best", "latest"] if scores[1] < scores[0] else ["latest"])
     written = {p.name: p for p in (run.directory / "adapter").iterdir()}
     assert {c.path for c in last.manifest.contents} == set(written)
     for entry in last.manifest.contents:
@@ -205,6 +208,36 @@ def test_lineage_leads_from_data_through_the_stages_to_the_evaluation(offline_ru
     assert sft.used("dataset")["train-data"].digest != dpo.used("dataset")["train-data"].digest
     assert list(evaluation.used("dataset")) == ["test-data"]
     assert not evaluation.logged("adapter")
+
+
+def test_an_offline_run_can_be_uploaded_with_its_lineage(offline_runs: Runs, tmp_path: Path) -> None:
+    """By `wandb sync`, to a server that has the content of all artifacts already."""
+    run = offline_runs["dpo"]
+    server = GraphQLServer()
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", str(run.folder)],
+            cwd=tmp_path,
+            env={**os.environ, **server.environment, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    finally:
+        server.close()
+    assert ran.returncode == 0, ran.stderr
+    used = {i["artifactID"] for i in server.inputs("useArtifact")}
+    assert used == {artifact_id(a.digest) for kind in ("adapter", "dataset") for a in run.used(kind).values()}
+    assert artifact_id(offline_runs["sft"].logged("adapter")[-1].digest) in used
+    aliases = {
+        i["artifactCollectionName"]: [a["alias"] for a in i["aliases"] or ()]
+        for i in server.inputs("createArtifact")
+    }
+    assert sorted(aliases["dpo-adapter"]) == ["best", "latest"]
+    assert aliases["sft-adapter"] == []
+    for key in (*(f"val/{name}" for name in FIGURES | TABLES), "val/samples"):
+        assert run.values(key)[-1]["path"] in server.uploaded
 
 
 SHARDED = {
