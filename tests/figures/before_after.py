@@ -1,0 +1,96 @@
+"""The README's picture: `python -m tests.figures.before_after` draws what a model said and how often it was right, before and after.
+
+It reads the predictions of an evaluation, of the base model and of one adapter, and draws their reliability diagrams side by
+side, as reports and W&B show them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.metrics.figures import reliability_diagram
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table_metrics import METRICS
+from vlm_calibration.records import DataError
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "notebooks/before_after.png"
+WIDTH = 1600
+"""Pixels: twice what a page shows, for screens that have them."""
+COLOURS = 64
+
+
+def read_table(predictions: Path) -> ConfidenceTable:
+    """The answers of one system.
+
+    Raises:
+        DataError: the file cannot be read, or no answer in it states a confidence.
+    """
+    answers = read_predictions(predictions)
+    table = ConfidenceTable.from_predictions([a.confidence for a in answers], [a.correct for a in answers])
+    if not table.parsed:
+        raise DataError(f"{predictions}: no answer states a confidence")
+    return table
+
+
+def title(name: str, table: ConfidenceTable) -> str:
+    """What the diagram comes down to: what is said on average, how often that is right, and the error."""
+    said, right, error = (
+        100 * float(METRICS[metric](table)) for metric in ("mean_confidence", "parsed_accuracy", "ece")
+    )
+    return (
+        f"{name}: says {said:.0f}%, is right {right:.0f}% of the time\n"
+        f"calibration error (ECE) {error:.1f}%, {table.n:,} answers"
+    )
+
+
+def side_by_side(before: ConfidenceTable, after: ConfidenceTable) -> Figure:
+    """Both reliability diagrams in one figure, with text that can be read at half of `WIDTH`."""
+    with rc_context({"font.size": 8, "axes.titlesize": 9.5, "axes.labelsize": 8.5, "legend.fontsize": 7.5}):
+        figure = Figure(figsize=(8, 4.1), dpi=WIDTH / 8, layout="constrained")
+        for ax, table, name in zip(figure.subplots(1, 2), (before, after), ("Before", "After"), strict=True):
+            reliability_diagram(table, title=title(name, table), ax=ax)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a small file: few colours, and no text chunks with the versions of libraries."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.figures.before_after", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/eval", help="folder of an evaluation")
+    parser.add_argument("--before", default="base", help="name of the first system")
+    parser.add_argument("--after", default="dpo", help="name of the second")
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args(argv)
+    try:
+        before, after = (
+            read_table(given.runs / name / "predictions.jsonl") for name in (given.before, given.after)
+        )
+    except DataError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    with replacing(given.out) as temporary:
+        temporary.write_bytes(png(side_by_side(before, after)))
+    print(f"wrote {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

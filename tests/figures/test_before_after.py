@@ -1,0 +1,134 @@
+"""The README's picture, of prediction files that are written by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.metrics.table import ConfidenceTable
+
+from .before_after import OUT, ROOT, WIDTH, main, png, read_table, side_by_side
+
+SYSTEMS: dict[str, list[tuple[float | None, int, int]]] = {
+    "base": [(0.95, 30, 40)],
+    "dpo": [(0.5, 5, 10), (0.9, 27, 30)],
+    "silent": [(None, 3, 4)],
+}
+"""Of each system: a stated confidence, and how many answers with it are right, of how many."""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """An evaluation with the answers of `SYSTEMS`."""
+    for name, levels in SYSTEMS.items():
+        lines = [
+            {
+                "id": f"{level}-{i}",
+                "question": "Is there a dog?",
+                "answer": "Yes",
+                "text": "...",
+                "predicted": "yes" if i < right else "no",
+                "confidence": level,
+                "correct": i < right,
+                "category": None,
+                "noise_step": 0,
+                "answer_type": "yes_no",
+            }
+            for level, right, n in levels
+            for i in range(n)
+        ]
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        path = tmp_path / "eval" / name / "predictions.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return tmp_path / "eval"
+
+
+@pytest.fixture
+def table(runs: Path) -> Callable[[str], ConfidenceTable]:
+    return lambda name: read_table(runs / name / "predictions.jsonl")
+
+
+def _points(ax: Any) -> list[tuple[float, float]]:
+    """What the diagram's line goes through."""
+    [line] = [line for line in ax.lines if line.get_label() == "Answers, by bin"]
+    return [(round(float(x), 6), round(float(y), 6)) for x, y in line.get_xydata()]
+
+
+def test_both_diagrams_show_their_system(table: Callable[[str], ConfidenceTable]) -> None:
+    left, right = side_by_side(table("base"), table("dpo")).axes
+    assert _points(left) == [(95, 75)]
+    assert _points(right) == [(50, 50), (90, 90)]
+    assert left.get_title() == (
+        "Before: says 95%, is right 75% of the time\ncalibration error (ECE) 20.0%, 40 answers"
+    )
+    assert right.get_title() == (
+        "After: says 80%, is right 80% of the time\ncalibration error (ECE) 0.0%, 40 answers"
+    )
+
+
+def test_text_neither_leaves_the_picture_nor_overlaps(table: Callable[[str], ConfidenceTable]) -> None:
+    figure = side_by_side(table("base"), table("dpo"))
+    figure.canvas.draw()
+    titles = [ax.title.get_window_extent() for ax in figure.axes]
+    for box in titles:
+        assert 0 <= box.x0 < box.x1 <= WIDTH
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    assert titles[0].x1 < titles[1].x0
+    for ax in figure.axes:
+        ticks = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in pairwise(ticks))
+
+
+def test_the_file_is_small_and_the_same_each_time(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "picture.png"
+    call = ["--runs", str(runs), "--out", str(out)]
+    assert main(call) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    first = out.read_bytes()
+    assert len(first) < 100_000
+    picture = Image.open(io.BytesIO(first))
+    assert picture.width == 2 * 800, "twice what a page shows"
+    # Dark text and blue dots are still there with so few colours.
+    colours = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0).tolist()
+    assert [0, 0, 0] in colours
+    assert [0, 114, 178] in colours
+    assert main(call) == 0
+    assert out.read_bytes() == first
+    assert main([*call, "--before", "dpo", "--after", "base"]) == 0
+    assert out.read_bytes() == png(
+        side_by_side(*(read_table(runs / name / "predictions.jsonl") for name in ("dpo", "base")))
+    )
+    assert out.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("none", "none/predictions.jsonl: cannot read"), ("silent", "no answer states a confidence")],
+)
+def test_what_cannot_be_drawn_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    out = tmp_path / "picture.png"
+    assert main(["--runs", str(runs), "--after", name, "--out", str(out)]) == 1
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_readme_shows_the_picture_and_says_how_to_draw_it(root: Path) -> None:
+    assert root == ROOT
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    [(text, path)] = re.findall(r"^!\[(.+)\]\((\S+)\)$", readme, re.MULTILINE)
+    assert root / path == OUT
+    assert len(text) > 40, "it says what is to be seen for those who cannot see it"
+    assert "`python -m tests.figures.before_after`" in readme
