@@ -23,6 +23,8 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
@@ -154,6 +156,7 @@ class CalibratedModel:
         self.model = model
         self.chat = chat
         self.levels = levels
+        self._writer = AnswerWriter(chat, [levels])
         self.max_new_tokens = max_new_tokens
         self.name = name
         self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
@@ -243,10 +246,17 @@ class CalibratedModel:
         return found
 
     def _answer(self, batch: Any) -> list[Answer]:
-        texts = generate_texts(self.model, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens)
+        generating = Generating(self.model, remember=True)
+        texts = generate_texts(generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens)
         said = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
         answered = AnsweredBatch(
-            self.model, batch, said, [0] * len(said), self.chat, self.levels, self.max_new_tokens
+            self.model,
+            batch,
+            said,
+            generating.passes,
+            self._writer,
+            self.max_new_tokens,
+            generating.known,
         )
         expected = ExpectedConfidence().estimate(answered).confidence
         answers = []

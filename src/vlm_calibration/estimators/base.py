@@ -1,8 +1,9 @@
 """What every estimator of confidence offers, and what it is given: a batch of queries with a model's answers.
 
 All estimators rate the answer that the model gave; none changes it. What they cost is counted in forward passes of the
-language model for each query, as if nothing else were asked of it: a response that is scored is one pass over prompt and
-response, and each token that is generated is one (with its cache, over that token alone). Frozen vision runs once for all.
+language model for each query, as if nothing else were asked of it: responses to one prompt that are scored together are one
+pass, and each token that is generated is one. Passes behind a prompt that was read before are short, since its keys and
+values are kept, and frozen vision runs once for all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
-from vlm_calibration.estimators.passes import ResponsePass, right_padded, score_answers
+from vlm_calibration.estimators.cached import PromptCache
+from vlm_calibration.estimators.passes import AnswerWriter, ResponsePass, right_padded, score_answers
 from vlm_calibration.models.shared_prefix import Prompts
 from vlm_calibration.perturbation.levels import Levels
 from vlm_calibration.records import DataError, Prediction
@@ -36,17 +38,23 @@ class AnsweredBatch:
         model: a transformers or peft model, with the adapter active that gave the answers.
         batch: the prompts, padded on the left. predictions: the answers to them.
         answer_passes: how many forward passes each answer took.
-        chat: how prompts and responses are written. levels: the confidences that may be stated.
+        writer: writes responses, with the confidences that may be stated.
         max_new_tokens: length limit of an answer.
+        known: what generating the answers remembers of the prompts, None if nothing.
     """
 
     model: Any
     batch: PromptBatch
     predictions: Sequence[Prediction]
     answer_passes: Sequence[int]
-    chat: ChatFormat
-    levels: Levels
+    writer: AnswerWriter
     max_new_tokens: int
+    known: PromptCache | None = None
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How prompts and responses are written."""
+        return self.writer.chat
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -64,9 +72,11 @@ class AnsweredBatch:
     @cached_property
     def scored(self) -> list[ResponsePass | None]:
         """The one pass over each answer with every level behind it; None where there is no answer."""
-        return score_answers(
-            self.model, self.chat, self.prompts, self.batch.queries, self.answers, self.levels
-        )
+        # A query without an answer keeps its row, and what comes of it is dropped.
+        pairs = zip(self.batch.queries, self.answers, strict=True)
+        written = [self.writer.write(query, answer or query.answer) for query, answer in pairs]
+        found = score_answers(self.model, written, self.prompts, self.known)
+        return [f if a is not None else None for f, a in zip(found, self.answers, strict=True)]
 
 
 class Estimator(ABC):
@@ -74,11 +84,11 @@ class Estimator(ABC):
 
     Attributes:
         name: the key of its confidences in `predictions.jsonl`, and behind the "@" in `metrics.json`.
-        levels: the confidences that it ranges over; None: those of the data's noise.
+        levels: the confidences that it ranges over are those of any of these; none: those of the data's noise.
     """
 
     name: ClassVar[str]
-    levels: Levels | None = None
+    levels: Sequence[Levels] = ()
 
     @abstractmethod
     def estimate(self, answered: AnsweredBatch) -> Estimate:

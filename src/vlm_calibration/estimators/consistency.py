@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
+from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.grading import grade
-
-
-class Generating:
-    """A model to generate with, which counts the tokens that each answer took.
-
-    Args:
-        model: a transformers or peft model.
-        drawn: where tokens are not to be the likeliest ones, what draws them.
-    """
-
-    def __init__(self, model: Any, drawn: LogitsProcessor | None = None) -> None:
-        self.model = model
-        self.drawn = drawn
-        self.passes: list[int] = []
-
-    def generate(self, **settings: Any) -> Tensor:
-        """`model.generate`; afterwards `passes` has the number of tokens of each row, its end included."""
-        if self.drawn is not None:
-            settings["logits_processor"] = LogitsProcessorList([self.drawn])
-        output = self.model.generate(**settings)
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.as_tensor([] if ends is None else ends, device=output.device).reshape(-1)
-        new = output[:, settings["input_ids"].shape[1] :]
-        over = torch.isin(new, ends).cumsum(1) > 0
-        self.passes = ((~over).sum(1) + over.any(1)).tolist()
-        return output
 
 
 class DrawnTokens(LogitsProcessor):

@@ -64,13 +64,17 @@ class PTrue(Estimator):
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         pairs = zip(answered.batch.queries, answered.answers, strict=True)
-        follow_ups = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
-        prompts = right_padded(
-            answered.batch.inputs, [f.cut for f in follow_ups], [f.behind for f in follow_ups]
+        asked = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
+        inputs = answered.batch.inputs
+        prompts = right_padded(inputs, [f.cut for f in asked], [f.behind for f in asked])
+        cut, unshared = (
+            torch.tensor(n, device=prompts.lengths.device)
+            for n in ([f.cut for f in asked], [f.unshared for f in asked])
         )
-        unshared = torch.tensor([f.unshared for f in follow_ups], device=prompts.lengths.device)
+        kept = inputs["attention_mask"].sum(1) - cut
         prompts = prompts._replace(lengths=prompts.lengths - unshared)
-        scores, passes = score_counted(answered.model, prompts, [f.responses for f in follow_ups])
+        responses = [f.responses for f in asked]
+        scores, passes = score_counted(answered.model, prompts, responses, answered.known, kept)
         p = torch.softmax(scores.total.double(), -1)[:, 0].tolist()
         return Estimate(
             [

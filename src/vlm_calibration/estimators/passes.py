@@ -1,7 +1,7 @@
 """One pass that scores what a model answered with every confidence it could state behind it, and yes against no.
 
-All that estimators ask about an answer's tokens is in one packed row a query (`models.shared_prefix`), so image, prompt and
-answer run once whatever is asked.
+All that estimators ask about an answer's tokens is in one packed row a query (`models.shared_prefix`), so the answer runs
+once whatever is asked; image and prompt have run when the answer was generated (`cached`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.data.pairs import PairCollator, PairPolicy
+from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import base_of
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
 from vlm_calibration.perturbation.levels import Levels
@@ -40,13 +41,17 @@ class ResponsePass(NamedTuple):
     passes: int
 
 
-class _Wanted(NamedTuple):
-    """cut: tokens at the prompt's end that are scored too. levels and answer_length: as in `ResponsePass`, in tokens."""
+class WrittenAnswer(NamedTuple):
+    """An answer's responses, as token ids.
+
+    cut: tokens at the prompt's end that are in front of every response. tokens: one for each of `levels`, then, for a yes/no
+    question, the words yes and no. own: which tokens of the first are the answer.
+    """
 
     cut: int
     tokens: list[list[int]]
     levels: tuple[float, ...]
-    answer: slice
+    own: slice
 
 
 def right_padded(
@@ -94,9 +99,21 @@ def apart(first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
 
 
 def score_counted(
-    model: Any, prompts: Prompts, responses: Sequence[Sequence[Sequence[int]]]
+    model: Any,
+    prompts: Prompts,
+    responses: Sequence[Sequence[Sequence[int]]],
+    known: PromptCache | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:
-    """`score_responses`, and the forward passes of each query: one, or one a response where prefixes cannot be shared."""
+    """`score_responses`, and the forward passes of each query: one, or one a response where prefixes cannot be shared.
+
+    Args:
+        known: what generation remembers of the same prompts; they are not read again where that is exact.
+        kept: how many tokens of each prompt those are, where the prompts go on differently.
+    """
+    found = score_cached(model, known, prompts, responses, kept) if known is not None else None
+    if found is not None:
+        return found, [1] * len(responses)
     runs: list[int] = []
     handle = base_of(model).get_decoder().register_forward_pre_hook(lambda *_: runs.append(1))
     try:
@@ -108,46 +125,78 @@ def score_counted(
 
 def score_answers(
     model: Any,
-    chat: ChatFormat,
+    written: Sequence[WrittenAnswer],
     prompts: Prompts,
-    queries: Sequence[Query],
-    answers: Sequence[str | None],
-    levels: Levels,
-) -> list[ResponsePass | None]:
-    """Score B answers with every level behind them in one pass; None where there is no answer.
+    known: PromptCache | None = None,
+) -> list[ResponsePass]:
+    """Score B answers with every level behind them in one pass.
 
     Args:
-        prompts: B prompts, padded on the right.
-        levels: the confidences that may be stated.
+        prompts: B prompts, padded on the right. known: as in `score_counted`.
     """
-    collator = PairCollator(chat, levels, PairPolicy(), max_length=0)
-    # A query without an answer keeps its row, and what comes of it is dropped.
-    wanted = [_wanted(collator, q, a or q.answer) for q, a in zip(queries, answers, strict=True)]
-    lengths = prompts.lengths - torch.tensor([w.cut for w in wanted], device=prompts.lengths.device)
-    scores, passes = score_counted(model, prompts._replace(lengths=lengths), [w.tokens for w in wanted])
+    lengths = prompts.lengths - torch.tensor([w.cut for w in written], device=prompts.lengths.device)
+    tokens = [w.tokens for w in written]
+    scores, passes = score_counted(model, prompts._replace(lengths=lengths), tokens, known)
     log_p, total = scores.log_likelihood.float().cpu(), scores.total.float().cpu()
-    found: list[ResponsePass | None] = []
-    for row, (want, answer) in enumerate(zip(wanted, answers, strict=True)):
-        k = len(want.levels)
-        yes_no = total[row, k : k + 2] if len(want.tokens) > k else None
-        scored = ResponsePass(want.levels, total[row, :k], log_p[row, 0, want.answer], yes_no, passes[row])
-        found.append(scored if answer is not None else None)
+    found = []
+    for row, answer in enumerate(written):
+        k = len(answer.levels)
+        yes_no = total[row, k : k + 2] if len(answer.tokens) > k else None
+        found.append(
+            ResponsePass(answer.levels, total[row, :k], log_p[row, 0, answer.own], yes_no, passes[row])
+        )
     return found
 
 
-def _wanted(collator: PairCollator, query: Query, answer: str) -> _Wanted:
-    """The responses to one query: the answer with every level, then yes and no alone if that is the question."""
-    chat = collator.chat
-    cut, candidates = collator.candidates(query, [answer])
-    tokens, answer_length = [list(c.tokens) for c in candidates], candidates[0].answer_length
-    if query.answer_type == "yes_no":
-        prompt = chat.render(query.question)
-        texts = chat.conversations(query.question, [render_answer(word) for word in YES_NO])
-        other_cut, (yes, no) = behind_prompt(chat, prompt, texts)
-        shared, [ids] = max(cut, other_cut), chat.token_ids([prompt])
-        tokens = [[*ids[len(ids) - shared : len(ids) - cut], *t] for t in tokens]
-        tokens += [[*ids[len(ids) - shared : len(ids) - other_cut], *t] for t in apart(yes, no)]
-        first, cut = shared - cut, shared
-    else:
-        first = 0
-    return _Wanted(cut, tokens, tuple(c.confidence for c in candidates), slice(first, first + answer_length))
+class AnswerWriter:
+    """Writes answers down with every level behind them, as tokens.
+
+    What it wrote it remembers, since several systems often give the same answer to the same question.
+
+    Args:
+        chat: how prompts and responses are written.
+        levels: the confidences that may be stated are those of any of these.
+    """
+
+    remembered = 1 << 14
+
+    def __init__(self, chat: ChatFormat, levels: Sequence[Levels]) -> None:
+        self.chat = chat
+        self._collators = [PairCollator(chat, each, PairPolicy(), max_length=0) for each in levels]
+        self._written: dict[tuple[str, str, str], WrittenAnswer] = {}
+
+    def write(self, query: Query, answer: str) -> WrittenAnswer:
+        """The answer with every level, then yes and no alone if that is the question."""
+        key = (query.question, query.answer_type, answer)
+        if key not in self._written:
+            if len(self._written) >= self.remembered:
+                self._written.clear()
+            self._written[key] = self._write(query, answer)
+        return self._written[key]
+
+    def _write(self, query: Query, answer: str) -> WrittenAnswer:
+        parts = [collator.candidates(query, [answer]) for collator in self._collators]
+        words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
+        [ids] = self.chat.token_ids([self.chat.render(query.question)])
+        cut = max(words[0], *(c for c, _ in parts))
+
+        def behind(own: int, tokens: Sequence[int]) -> tuple[int, ...]:
+            # What one response shares with the prompt's end and another does not, all have in front.
+            return (*ids[len(ids) - cut : len(ids) - own], *tokens)
+
+        # Levels of two kinds may read alike.
+        stated = {behind(own, c.tokens): c.confidence for own, candidates in parts for c in candidates}
+        levels = sorted(stated.items(), key=lambda item: -item[1])
+        own, candidates = parts[0]
+        return WrittenAnswer(
+            cut,
+            [*(list(tokens) for tokens, _ in levels), *(list(behind(words[0], w)) for w in words[1])],
+            tuple(confidence for _, confidence in levels),
+            slice(cut - own, cut - own + candidates[0].answer_length),
+        )
+
+    def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:
+        """As `behind_prompt`, of the words alone."""
+        texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
+        cut, (yes, no) = behind_prompt(self.chat, self.chat.render(query.question), texts)
+        return cut, list(apart(yes, no))

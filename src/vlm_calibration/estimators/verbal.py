@@ -30,15 +30,14 @@ class ExpectedConfidence(Estimator):
     mean.
 
     Args:
-        levels: the levels to take the mean over; None: those of the data's noise, eleven unless it says otherwise. A model
-            is best asked about the levels that it was taught, and models of different levels about every whole percent
-            (`LinearLevels` with `n_levels: 101`).
+        levels: the mean is over the levels of any of these; None: those of the data's noise, eleven unless it says otherwise. A
+            model is best asked about the levels that it was taught, and several models about those of all of them.
     """
 
     name = "expected"
 
-    def __init__(self, levels: Levels | None = None) -> None:
-        self.levels = levels
+    def __init__(self, levels: list[Levels] | None = None) -> None:
+        self.levels = levels or []
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         confidence: list[float | None] = []

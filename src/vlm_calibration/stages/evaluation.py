@@ -15,7 +15,8 @@ from torch import nn
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.pairs import stated_levels
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
-from vlm_calibration.estimators.consistency import Generating
+from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.scoring import EstimateScorer
 from vlm_calibration.estimators.verbal import VerbalizedConfidence
@@ -105,21 +106,24 @@ class EvaluationModule(L.LightningModule):
         }
 
     @property
-    def levels(self) -> Levels:
-        """The confidences that estimators range over."""
-        own = [e.levels for e in self.estimators.values() if e.levels is not None]
-        return own[0] if own else self.trainer.datamodule.noise.levels  # type: ignore[attr-defined]
+    def levels(self) -> list[Levels]:
+        """The confidences that estimators range over are those of any of these."""
+        own = [level for e in self.estimators.values() for level in e.levels]
+        return own or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
         dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
         for kind in {query.answer_type for query in dataset.queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
-            if self.estimators:
-                try:
-                    stated_levels(self.levels, kind)
-                except ValueError as error:
-                    raise DataError(f"model.estimators: {error}") from error
+            try:
+                for levels in self.levels if self.estimators else ():
+                    stated_levels(levels, kind)
+            except ValueError as error:
+                raise DataError(f"model.estimators: {error}") from error
+        if self.estimators:
+            chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
+            self.writer = AnswerWriter(chat, self.levels)
         groups = {g for query in dataset.queries for g in category_groups(query.category)}
         scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
         for scorer in [*scorers, *self._rated().values()]:
@@ -140,14 +144,13 @@ class EvaluationModule(L.LightningModule):
 
     def _answered(self, system: str, batch: PromptBatch) -> list[EstimatedPrediction]:
         """The answers of one system, which is active, with what every estimator says of them."""
-        generating = Generating(self.model)
+        generating = Generating(self.model, remember=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
         if not self.estimators:
             return plain
-        chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
         answered = AnsweredBatch(
-            self.model, batch, answers, generating.passes, chat, self.levels, self.max_new_tokens
+            self.model, batch, answers, generating.passes, self.writer, self.max_new_tokens, generating.known
         )
         found = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
         further = {name: e.confidence for name, e in found.items() if name != VERBALIZED}

@@ -1,0 +1,52 @@
+"""Batches of answered questions, with answers that are written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.perturbation.levels import Levels, LinearLevels
+
+Answering = Callable[..., AnsweredBatch]
+
+
+@pytest.fixture(scope="session")
+def answering() -> Answering:
+    """A batch with these answers, or else with those that the model gives; `remember`: with what generation leaves behind."""
+
+    def answered(
+        model: Any,
+        chat: ChatFormat,
+        samples: Sequence[Sample],
+        texts: Sequence[str] | None = None,
+        levels: Levels | None = None,
+        remember: bool = False,
+        max_new_tokens: int = 3,
+    ) -> AnsweredBatch:
+        batch: PromptBatch = PromptCollator(chat)(samples)
+        generating = Generating(model, remember=remember)
+        with torch.no_grad():
+            said = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
+        answers = texts or said
+        predictions = [graded_prediction(s.query, t, s.step) for s, t in zip(samples, answers, strict=True)]
+        return AnsweredBatch(
+            model,
+            batch,
+            predictions,
+            generating.passes,
+            AnswerWriter(chat, [levels or LinearLevels()]),
+            max_new_tokens,
+            generating.known,
+        )
+
+    return answered

@@ -1,0 +1,151 @@
+"""Self-consistency: drawn with the model's own probabilities, the same whoever is drawn for beside; and what generation costs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.consistency import DrawnTokens, SelfConsistency
+from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import DataError
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from .conftest import Answering
+from .test_scored import ASKED, samples_of, scenes
+
+
+class Urn:
+    """A hand-made model: one word by its probability, then the end of the turn."""
+
+    def __init__(self, words: dict[int, float], end: int, vocabulary: int) -> None:
+        self.generation_config = SimpleNamespace(eos_token_id=end)
+        self.decoder = nn.Identity()
+        self.first = torch.full((vocabulary,), -torch.inf)
+        for word, p in words.items():
+            self.first[word] = torch.tensor(p).log()
+        self.then = torch.full((vocabulary,), -torch.inf)
+        self.then[end] = 0.0
+
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
+
+    def generate(self, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> Any:
+        ids = input_ids
+        for logits in (self.first, self.then):
+            drawn = logits_processor(ids, logits.expand(len(ids), -1).clone())
+            ids = torch.cat([ids, drawn.argmax(-1, keepdim=True)], 1)
+        return SimpleNamespace(sequences=ids)
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.75), (0.5, 0.9)])
+def test_the_share_is_the_models_probability(processor: Any, temperature: float, share: float) -> None:
+    """p(yes) = 3/4 against 1/4; at temperature 1/2 they are squared. 400 draws: 3 standard deviations are 0.065."""
+    tokenizer = processor.tokenizer
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
+    urn = Urn({yes: 0.75, no: 0.25}, tokenizer.eos_token_id, len(tokenizer))
+    chat = ChatFormat(processor, ElicitationPrompt())
+    samples = samples_of(scenes(4))
+    from vlm_calibration.data.collate import PromptCollator
+
+    texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
+    predictions = [graded_prediction(s.query, t, 0) for s, t in zip(samples, texts, strict=True)]
+    batch = AnsweredBatch(
+        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerWriter(chat, [LinearLevels()]), 4
+    )
+    found = SelfConsistency(400, temperature).estimate(batch)
+    agree, other, disagree, unread = found.confidence
+    assert agree == pytest.approx(share, abs=0.065)
+    assert disagree == pytest.approx(1 - share, abs=0.065)
+    assert other == 0
+    assert unread is None
+    assert found.passes == [800] * 4, "a word and the end, each time"
+    assert agree != pytest.approx(1 - disagree, abs=1e-9), "queries are drawn for on their own"
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    logits = torch.tensor([[0.3, -1.0, -torch.inf, 2.0, 0.0]]).expand(4000, -1)
+    numbers = (torch.arange(4000, dtype=torch.float64) / 4000)[torch.randperm(4000)][:, None]
+    ids = torch.zeros(4000, 7, dtype=torch.int64)
+    drawn = DrawnTokens(0.8, numbers, 7)(ids, logits).argmax(-1)
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    assert shares.tolist() == pytest.approx(torch.softmax(logits[0] / 0.8, -1).tolist(), abs=3e-4)
+    assert shares[2] == 0
+
+
+def test_the_ends_of_the_distribution() -> None:
+    largest = 1 - 2**-53
+    numbers = torch.tensor([[0.0, largest], [largest, 0.0]], dtype=torch.float64)
+    logits = torch.tensor([[-torch.inf, 0.1, 0.2, -torch.inf]]).expand(2, -1)
+    drawn = DrawnTokens(0.1, numbers, 3)
+    assert drawn(torch.zeros(2, 3), logits).argmax(-1).tolist() == [1, 2]
+    assert drawn(torch.zeros(2, 4), logits).argmax(-1).tolist() == [2, 1]
+
+
+@torch.no_grad()
+def test_a_query_is_drawn_for_in_the_same_way_wherever_it_is(
+    load_model: Any, processor: Any, answering: Answering
+) -> None:
+    model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
+    rows = tuple((q, a, "short", t) for q, a, _, t in ASKED)
+    samples = samples_of(scenes(4), rows)
+    estimator = SelfConsistency(8, temperature=0.3, seed=3)
+
+    def rated(chosen: list[Sample], seed: int = 3) -> dict[str, float | None]:
+        batch = answering(model, chat, chosen)
+        estimator.seed = seed
+        found = estimator.estimate(batch)
+        return {s.query.id: c for s, c in zip(chosen, found.confidence, strict=True)}
+
+    torch.manual_seed(0)
+    together = rated(samples)
+    assert len(set(together.values())) > 1
+    assert any(c is not None and 0 < c < 1 for c in together.values())
+    torch.manual_seed(1)
+    assert rated(samples[::-1]) == together
+    assert {k: v for s in samples for k, v in rated([s]).items()} == together
+    assert rated(samples, seed=4) != together
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        SelfConsistency(**settings)
+    assert says in str(caught.value)
+
+
+@torch.no_grad()
+def test_passes_are_counted_to_the_end_of_each_answer(
+    load_model: Any, processor: Any, answering: Answering
+) -> None:
+    model, tokenizer = load_model(), processor.tokenizer
+    end = tokenizer.eos_token_id
+    script = iter([[7, 7, end], [7, end, 8], [8, 9, 9], [9, 9, 9]])
+
+    def said(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        tokens = torch.tensor(next(script))
+        return torch.full_like(output, -100.0).scatter_(-1, tokens[:, None, None], 100.0)
+
+    handle = model.get_output_embeddings().register_forward_hook(said)
+    samples = samples_of(scenes(3), ASKED[:3])
+    batch = answering(model, ChatFormat(processor, ElicitationPrompt()), samples, max_new_tokens=4)
+    handle.remove()
+    assert list(batch.answer_passes) == [4, 2, 1]
+    assert Generating(model).passes == []

@@ -1,0 +1,116 @@
+"""Prediction files: what an evaluation writes is what is read back, and what cannot be used is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.estimators.predictions import (
+    EstimatedPrediction,
+    estimators_of,
+    prediction_from_dict,
+    read_predictions,
+)
+from vlm_calibration.records import DataError, RecordError
+
+LINE: dict[str, Any] = {
+    "id": "a",
+    "question": "A dog?",
+    "answer": "Yes",
+    "text": "Yes. 80%",
+    "predicted": "yes",
+    "confidence": 0.8,
+    "correct": True,
+    "category": "x/y",
+    "noise_step": 0,
+    "answer_type": "yes_no",
+}
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), encoding="utf-8")
+    return path
+
+
+@given(
+    text=st.text(),
+    confidence=st.none() | st.floats(0, 1),
+    estimates=st.dictionaries(st.sampled_from(["expected", "p_true"]), st.none() | st.floats(0, 1)),
+    image=st.none() | st.text(),
+)
+def test_what_is_written_is_read(
+    text: str, confidence: float | None, estimates: dict[str, float | None], image: str | None
+) -> None:
+    made = EstimatedPrediction(
+        "a", "?", "Yes", text, None, confidence, False, None, None, "short", image, estimates
+    )
+    assert prediction_from_dict(json.loads(json.dumps(made.to_dict(), ensure_ascii=False))) == made
+
+
+def test_files_from_before_are_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl", LINE, "", {**LINE, "id": "b", "text": "a\u2028b\u0085", "expected": 0.5}
+    )
+    first, second = read_predictions(path)
+    assert (first.image, first.estimates) == (None, {})
+    assert second.text == "a\u2028b\u0085"
+    assert second.confidence_of("expected") == 0.5
+    assert second.confidence_of("verbalized") == 0.8
+    assert estimators_of([first, second]) == ("verbalized",)
+    assert estimators_of([second]) == ("verbalized", "expected")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"confidence": 1.5}, "'confidence' must be a number in [0, 1] or null, found 1.5"),
+        ({"confidence": True}, "'confidence' must be"),
+        ({"expected": float("nan")}, "'expected' must be"),
+        ({"note": "well"}, "'note' must be a number in [0, 1] or null, found 'well'"),
+        ({"correct": 1}, "'correct' must be true or false"),
+        ({"noise_step": 0.5}, "'noise_step' must be a whole number or null"),
+        ({"answer_type": "number"}, "'answer_type' must be one of yes_no, short, open"),
+        ({"category": 3}, "'category' must be a string or null"),
+        ({"text": None}, "'text' must be a string"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        prediction_from_dict({**LINE, **change})
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("key", list(LINE))
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(RecordError, match=f"no key '{key}'"):
+        prediction_from_dict({k: v for k, v in LINE.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ((LINE, "{"), ":2: "),
+        ((LINE, LINE), ":2: the id 'a' comes twice"),
+        ((LINE, [1]), ":2: expected an object"),
+        (("", " "), "no prediction in this file"),
+    ],
+)
+def test_the_line_is_named(tmp_path: Path, lines: tuple[Any, ...], says: str) -> None:
+    path = write(tmp_path / "p.jsonl", *lines)
+    with pytest.raises(DataError) as caught:
+        read_predictions(path)
+    assert str(path) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none.jsonl: cannot read the predictions: No such file"):
+        read_predictions(tmp_path / "none.jsonl")
+    (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="p.jsonl: not UTF-8"):
+        read_predictions(tmp_path / "p.jsonl")

@@ -1,0 +1,284 @@
+"""What estimators read from one shared pass is what one forward for each candidate says, in every family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.architecture import IMAGE_TOKENS
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.estimators import passes
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.cached import reads_both_ways
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.p_true import TEMPLATE, PTrue
+from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
+from vlm_calibration.models import shared_prefix
+from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..models.processors import FAMILIES, made
+from ..models.runs import SIZES
+from .conftest import Answering
+from .naive import Alone
+
+ASKED = (
+    ("A dog?", "Yes", "yes_no", "Yes. Confidence: 80%"),
+    ("What is at the very top left?", "umbrella", "short", "a blue umbrella"),
+    ("Do you see a cup?", "Yes", "yes_no", "Confidence: 10%. No"),
+    ("Is it late?", "No", "yes_no", "It is white."),
+)
+LEVELS = AnchoredLevels.fit(
+    {
+        kind: [StepCount(0, 100, 90), StepCount(500, 100, 45), StepCount(1000, 100, 20)]
+        for kind in ("yes_no", "short")
+    }
+)
+"""90%, 45% and 20%: as many digits each, so that no level is far likelier than others for being short."""
+UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
+
+
+def samples_of(images: list[np.ndarray], rows: tuple[tuple[str, ...], ...] = ASKED) -> list[Sample]:
+    return [
+        Sample(Query(f"q{i}", f"{i}.png", q, a, kind), image, 0.5, 0)  # type: ignore[arg-type]
+        for i, ((q, a, kind, _), image) in enumerate(zip(rows, images, strict=True))
+    ]
+
+
+def logits(confidence: Sequence[float | None]) -> list[float]:
+    """Which tell apart what is all but certain."""
+    return [math.log(c / (1 - c)) for c in confidence if c is not None]
+
+
+def scenes(n: int) -> list[np.ndarray]:
+    return [np.asarray(render_scene(i).image) for i in range(n)]
+
+
+@pytest.fixture(scope="module", params=["demo", *FAMILIES])
+def asked(
+    request: pytest.FixtureRequest, model_folder: str, processor: Any
+) -> tuple[Any, ChatFormat, list[Sample]]:
+    prompt = ElicitationPrompt()
+    if request.param == "demo":
+        return request.getfixturevalue("load_model")(), ChatFormat(processor, prompt), samples_of(scenes(4))
+    family, rng = made(request.param), np.random.default_rng(0)
+    torch.manual_seed(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+    return family.model().eval(), ChatFormat(family.processor, prompt), samples_of(images)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["anew", "from the cache"])
+def answered(
+    request: pytest.FixtureRequest, asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+) -> AnsweredBatch:
+    texts = [text for *_, text in ASKED]
+    return answering(*asked, texts, LEVELS, remember=request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(asked: tuple[Any, ChatFormat, list[Sample]]) -> list[Alone]:
+    model, chat, samples = asked
+    return [Alone(model, chat, s.image, s.query.question) for s in samples]
+
+
+@torch.no_grad()
+def test_expected_confidence(answered: AnsweredBatch, alone: list[Alone]) -> None:
+    found = ExpectedConfidence().estimate(answered)
+    answers = ("Yes", "a blue umbrella", "No", "It is white")
+    expected = [a.expected(answer, (0.9, 0.45, 0.2)) for a, answer in zip(alone, answers, strict=True)]
+    assert found.confidence == pytest.approx(expected, abs=1e-5)
+    assert found.passes == [1] * 4
+    assert len({round(c, 2) for c in expected}) > 2
+
+
+@torch.no_grad()
+def test_likelihood(answered: AnsweredBatch, alone: list[Alone]) -> None:
+    found = AnswerLikelihood().estimate(answered)
+    yes, no = (a.against(a.prompt, "Yes.", "No.") for a in (alone[0], alone[2]))
+    expected = [yes, alone[1].likelihood("a blue umbrella"), 1 - no]
+    *rated, last = found.confidence
+    assert logits(rated) == pytest.approx(logits(expected), abs=1e-3)
+    assert last is None, "answered with neither yes nor no"
+    assert found.passes == [1] * 4
+
+
+@torch.no_grad()
+def test_p_true(answered: AnsweredBatch, alone: list[Alone]) -> None:
+    found = PTrue().estimate(answered)
+    answers = ("Yes.", "a blue umbrella", "No", "It is white.")
+    expected = [
+        a.against(TEMPLATE.format(question=a.question, answer=answer), "True", "False")
+        for a, answer in zip(alone, answers, strict=True)
+    ]
+    assert logits(found.confidence) == pytest.approx(logits(expected), abs=1e-3)
+    assert found.passes == [1] * 4
+    assert len({round(z, 2) for z in logits(expected)}) > 2
+
+
+@torch.no_grad()
+def test_the_prompt_is_not_read_again(
+    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chat, samples = asked
+    batch = answering(model, chat, samples, [text for *_, text in ASKED], LEVELS, remember=True)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("scored anew")
+
+    monkeypatch.setattr(passes, "score_responses", refuse)
+    ExpectedConfidence().estimate(batch)
+    AnswerLikelihood().estimate(batch)
+    if reads_both_ways(model):  # its prompt is read with the question in mind
+        with pytest.raises(AssertionError, match="scored anew"):
+            PTrue().estimate(batch)
+    else:
+        PTrue().estimate(batch)
+
+
+# --- On the demo's architecture alone -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo(load_model: Any, processor: Any) -> tuple[Any, ChatFormat]:
+    return load_model(), ChatFormat(processor, ElicitationPrompt())
+
+
+@torch.no_grad()
+def test_an_answer_that_says_nothing_has_no_confidence(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    rows = (UNANSWERED, ASKED[0], (*ASKED[1][:3], "an <image> of a dog"))
+    batch = answering(*demo, samples_of(scenes(3), rows), [text for *_, text in rows], remember=True)
+    for estimator in (ExpectedConfidence(), AnswerLikelihood(), PTrue()):
+        nothing, something, spelled = estimator.estimate(batch).confidence
+        assert nothing is None, estimator.name
+        assert something is not None
+        assert spelled is None, "the image token is not shown to the model"
+    assert VerbalizedConfidence().estimate(batch) == ([0.1, 0.8, None], list(batch.answer_passes))
+
+
+@torch.no_grad()
+def test_levels_of_several_kinds_are_taken_together(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    """Halves and thirds: 0 and 1 come once, and 33.3% reads as 33%."""
+    model, chat = demo
+    samples = samples_of(scenes(4))
+    batch = answering(model, chat, samples, [text for *_, text in ASKED])
+    both = replace(batch, writer=AnswerWriter(chat, [LinearLevels(3), LinearLevels(4)]))
+    found = ExpectedConfidence().estimate(both).confidence
+    levels = (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
+    expected = [
+        Alone(model, chat, s.image, s.query.question).expected(answer, levels)
+        for s, answer in zip(samples, ("Yes", "a blue umbrella", "No", "It is white"), strict=True)
+    ]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_scored_one_by_one_costs_more(
+    demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, texts = samples_of(scenes(4)), [text for *_, text in ASKED]
+    together = answering(*demo, samples, texts)
+    shared = ExpectedConfidence().estimate(together)
+    reason = "rows are read from left to right"
+    monkeypatch.setattr(shared_prefix, "why_not_shared", lambda model, length: reason)
+    one_by_one = ExpectedConfidence().estimate(answering(*demo, samples, texts))
+    assert one_by_one.confidence == pytest.approx(shared.confidence, abs=1e-5)
+    assert one_by_one.passes == [13, 11, 13, 13], "eleven levels, and yes and no"
+
+
+@torch.no_grad()
+def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
+    model, chat = demo
+    read: list[int] = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda m, a, k: read.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    towers: list[int] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: towers.append(1))
+    found = {}
+    for remember in (False, True):
+        batch = answering(model, chat, samples_of(scenes(4)), [text for *_, text in ASKED], remember=remember)
+        before = len(read)
+        for estimator in (ExpectedConfidence(), AnswerLikelihood(), PTrue()):
+            estimator.estimate(batch)
+        found[remember] = read[before:]
+    handle.remove()
+    assert len(towers) == 3 + 1, "without a cache for the answer and for each pass, with one for the answer"
+    assert [len(widths) for widths in found.values()] == [2, 2], "levels with the likelihood, and P(True)"
+    image = IMAGE_TOKENS
+    for anew, cached in zip(*found.values(), strict=True):
+        assert cached <= anew - image, "image and prompt are not read again"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"template": "{question} {answer} {more}"}, "only {question} and {answer}"),
+        ({"template": "{question}"}, "needs both"),
+        ({"template": "{question} {answer"}, "only {question} and {answer}"),
+        ({"true": "Yes", "false": "Yes "}, "two different answers"),
+    ],
+)
+def test_a_question_about_the_answer_that_makes_no_sense_is_refused(
+    settings: dict[str, str], says: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        PTrue(**settings)
+    assert says in str(caught.value)
+
+
+def test_a_template_with_the_question_before_the_image_is_named(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    model, chat = demo
+    batch = answering(model, chat, samples_of(scenes(4)), [text for *_, text in ASKED])
+
+    class Backwards:
+        def render(self, prompt: str, response: str | None) -> str:
+            return f"<|user|>{prompt}<image><|end|><|assistant|>" + (
+                "" if response is None else f"{response}<|end|>"
+            )
+
+        def adds_special(self, text: str) -> bool:
+            return False
+
+    chat.layout = Backwards()  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("vlm_calibration.data.collate.layout_of", lambda processor: Backwards())
+        with pytest.raises(DataError, match="q0.*puts the question before it"):
+            PTrue().estimate(batch)
+
+
+def test_adapters_and_the_cache(
+    demo: tuple[Any, ChatFormat], answering: Answering, new_adapter: Any, tmp_path: Path
+) -> None:
+    """An adapter's answers are rated by the adapter, whatever the base model would have kept."""
+    from vlm_calibration.models.adapters import load_adapters, using_adapter
+
+    model, chat = demo
+    adapted = load_adapters(model, {"one": new_adapter(1)})
+    samples, texts = samples_of(scenes(4)), [text for *_, text in ASKED]
+    found = {}
+    with torch.no_grad():
+        for name in (None, "one"):
+            for remember in (False, True):
+                with using_adapter(adapted, name):
+                    batch = answering(adapted, chat, samples, texts, remember=remember)
+                    found[name, remember] = ExpectedConfidence().estimate(batch).confidence
+    assert found[None, True] == pytest.approx(found[None, False], abs=1e-5)
+    assert found["one", True] == pytest.approx(found["one", False], abs=1e-5)
+    assert found["one", True] != pytest.approx(found[None, True], abs=1e-3)
