@@ -1,0 +1,159 @@
+"""The notebooks run from top to bottom, small, as someone who opens them would run them, and are stored without outputs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.perturbation import AnchoredLevels
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PERTURBATION, TRAIN, OWN = (
+    "01_semantic_perturbation.ipynb",
+    "02_train_and_evaluate.ipynb",
+    "03_your_own_data.ipynb",
+)
+SCENES = 12
+LIMIT = 240
+"""Seconds after which a cell counts as hanging."""
+
+Execute = Callable[..., tuple[Any, Path]]
+
+
+@pytest.fixture
+def execute(tmp_path: Path) -> Execute:
+    """Runs a notebook in a kernel that starts in `folder`; the notebook with its outputs, and the folder of its runs."""
+
+    def executed(name: str, folder: Path) -> tuple[Any, Path]:
+        notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+        environment = {
+            **os.environ,
+            "SCENES": str(SCENES),
+            "RUNS_DIR": str(tmp_path / "runs"),
+            "IPYTHONDIR": str(tmp_path / "ipython"),
+            "OMP_NUM_THREADS": "1",
+        }
+        client = NotebookClient(
+            notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        )
+        client.execute(env=environment)
+        ran = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert ran == list(range(1, len(ran) + 1))
+        [runs] = (tmp_path / "runs").iterdir()
+        return notebook, runs
+
+    return executed
+
+
+def _outputs(notebook: Any) -> Iterator[Any]:
+    for cell in notebook.cells:
+        yield from cell.get("outputs", [])
+
+
+def _pictures(notebook: Any) -> list[np.ndarray]:
+    """All figures that the notebook shows, uint8 [H, W, 3]."""
+    data = [
+        output.data["image/png"] for output in _outputs(notebook) if "image/png" in output.get("data", {})
+    ]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in data]
+
+
+def _text(notebook: Any) -> str:
+    """Everything that the notebook prints, or shows as text."""
+    return "\n".join(
+        output.text if output.output_type == "stream" else str(output.get("data", {}).get("text/plain", ""))
+        for output in _outputs(notebook)
+    )
+
+
+def test_every_notebook_is_run_here_and_named_in_the_readme() -> None:
+    found = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+    assert found == [PERTURBATION, TRAIN, OWN]
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"(notebooks/{name})" in readme for name in found)
+
+
+@pytest.mark.parametrize("name", [PERTURBATION, TRAIN, OWN])
+def test_stored_without_outputs(name: str) -> None:
+    stored = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
+    nbformat.validate(nbformat.from_dict(stored))
+    code = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    assert code
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert all(cell["metadata"] == {} for cell in stored["cells"])
+    # What differs from one person's kernel to another's.
+    assert set(stored["metadata"]["language_info"]) == {"name"}
+    assert stored["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("start", [".", "notebooks"])
+def test_what_levels_look_like(execute: Execute, root: Path, start: str) -> None:
+    notebook, runs = execute(PERTURBATION, root / start)
+    pictures = _pictures(notebook)
+    assert len(pictures) == 11
+    # A picture of one colour would be one of nothing.
+    assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 20 for picture in pictures)
+    assert Image.open(runs / "photo.png").size == (768, 768)
+
+
+def test_the_whole_method(execute: Execute, root: Path) -> None:
+    notebook, runs = execute(TRAIN, root)
+    assert len(_pictures(notebook)) == 3
+    text = _text(notebook)
+    for row in ("before", "after", "base", "sft", "dpo", "oracle"):
+        assert f"│ {row}" in text
+    assert "with probability" in text
+    adapters = [load_file(runs / stage / "adapter/adapter_model.safetensors") for stage in ("sft", "dpo")]
+    assert any(bool(weight.any()) for name, weight in adapters[0].items() if "lora_B" in name), "trained"
+    assert any(not torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
+    for system in ("base", "sft", "dpo", "oracle"):
+        answers = read_predictions(runs / "eval" / system / "predictions.jsonl")
+        assert len(answers) == 3 * 3 * 4, "three parts of four scenes with three questions each"
+
+
+def test_own_data(execute: Execute, root: Path) -> None:
+    notebook, runs = execute(OWN, root / "notebooks")
+    assert len(_pictures(notebook)) == 2
+    text = _text(notebook)
+    assert "data.train" in text
+    assert "│ sft" in text
+    _same_regions(JsonlSource(str(runs / "data/train.jsonl")), DemoSource("train", SCENES))
+    table = AnchoredLevels(runs / "levels.json").table
+    assert {kind: rows[0].n for kind, rows in table.counts.items()} == {"yes_no": 12, "short": 6}
+    assert len(read_predictions(runs / "eval/sft/predictions.jsonl")) == 18
+    trained, exported = (
+        load_file(runs / folder / "adapter_model.safetensors") for folder in ("sft/adapter", "exported")
+    )
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(weight, exported[name]) for name, weight in trained.items())
+    assert any(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name), "trained"
+
+
+def _same_regions(written: JsonlSource, drawn: DemoSource) -> None:
+    """What was written is what the demo draws: the images, and which pixels are evidence."""
+    pairs = list(zip(written.queries(), drawn.queries(), strict=True))
+    assert len(pairs) == 3 * SCENES
+    for mine, theirs in pairs:
+        assert (mine.id, mine.question, mine.answer) == (theirs.id, theirs.question, theirs.answer)
+        a, b = written.load(mine), drawn.load(theirs)
+        assert np.array_equal(a.image, b.image)
+        for kind in ("evidence", "distractors"):
+            masks, expected = getattr(a, kind), getattr(b, kind)
+            assert len(masks) == len(expected)
+            assert all(np.array_equal(x, y) for x, y in zip(masks, expected, strict=True))
