@@ -1,0 +1,431 @@
+"""Every command of the README: run as it stands there, with what makes it small behind it, or named with the test that runs it.
+
+A command that is in neither table fails, so that the README cannot promise what nobody has tried. The models are the demo's
+and tiny ones in place of those of the Hub, in a folder that holds what the README says a user has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.records import Query
+
+from .command_line import LIMIT, Server
+from .models.published import MODELS
+from .regions.conftest import tiny as tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = "src/vlm_calibration/demo/model"
+PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page: lines of its ```bash and indented blocks, and what begins with a program's name `in a line`.
+
+    Comments are left out, continued lines joined. An indented line of the form `name = ...` is a formula.
+
+    Raises:
+        ValueError: a block in a language for which there is no test.
+    """
+    lines: list[str] = []
+    for language, block in BLOCK.findall(text):
+        if language not in ("bash", "json"):
+            raise ValueError(f"a block of {language or 'no language'}: no test knows what it is")
+        if language == "bash":
+            lines += block.replace("\\\n", " ").splitlines()
+    rest = BLOCK.sub("", text)
+    for line in re.findall(r"^ {4}(\S.*)$", rest, re.MULTILINE):
+        if line.split()[1:2] != ["="]:
+            lines.append(line)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
+    lines += [span for span in spans if " " in span and Path(span.split()[0]).name in PROGRAMS]
+    found = (" ".join(re.sub(r"(^|\s)# .*$", "", line).split()) for line in lines)
+    return list(dict.fromkeys(line for line in found if line))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command is run here.
+
+    Attributes:
+        more: settings behind those of the README; `{root}` is the project's folder. writes: files that it must write.
+        says: what it must print. replace: words of the README that stand for something of the user's.
+    """
+
+    more: str = ""
+    writes: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
+    replace: tuple[tuple[str, str], ...] = ()
+
+
+BASE = f"--model.init_args.base.name_or_path {DEMO} --model.init_args.base.dtype float32"
+SMALL = f"{BASE} --trainer.accelerator cpu --trainer.devices 1 --model.init_args.max_new_tokens 8 --data.workers 0"
+TRAINED = (
+    f"{SMALL} --trainer.strategy auto --trainer.precision 32-true --trainer.accumulate_grad_batches 1"
+    " --data.batch_size 4"
+)
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md")
+RUN_FILES = ("config.yaml", "checkpoints/last.ckpt", "metrics.json", "predictions.jsonl", *ADAPTER_FILES)
+
+
+def _in(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+# The longest beginning that fits a command counts.
+RUNS: dict[str, Run] = {
+    "vlm-calibration levels fit": Run(SMALL, ("runs/levels.json",), ("wrote runs/levels.json",)),
+    "vlm-calibration fit --config configs/sft.yaml": Run(TRAINED, _in("runs/qwen", *RUN_FILES, "wandb")),
+    "vlm-calibration fit --config configs/dpo.yaml": Run(
+        f"{TRAINED} --trainer.logger false", _in("runs/qwen-dpo", *RUN_FILES), ("│ before", "│ after")
+    ),
+    "vlm-calibration fit --help": Run(says=("usage: ", "--config", "--data.batch_size")),
+    "vlm-calibration fit --model.help": Run(says=("answer_weight", "confidence_weight")),
+    "vlm-calibration estimate": Run(
+        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", says=("│ weights", "│ total", "GiB")
+    ),
+    "vlm-calibration export runs/sft --merge": Run(
+        writes=("exported/model.safetensors",), says=("wrote exported",)
+    ),
+    "vlm-calibration predict --config configs/regions.yaml": Run(
+        "--trainer.accelerator cpu --data.workers 0 --model.init_args.gates.min_score 0.02"
+        " --model.init_args.gates.min_area 0 --model.init_args.detector.init_args.threshold 0"
+        " --model.init_args.detector.init_args.max_boxes 2"
+        " --model.init_args.detector.init_args.name_or_path {grounding_dino}"
+        " --model.init_args.segmenter.init_args.name_or_path {sam2}",
+        _in("runs/regions", "queries.parquet", "summary.json", "contact_sheet.png"),
+    ),
+    "vlm-calibration data inspect": Run(
+        says=("data.train", "yes_no answers", "bad records"), replace=(("FILE", "configs/data/jsonl.yaml"),)
+    ),
+    "vlm-calibration ask photo.jpg": Run(says=("onfidence", "%")),
+    "vlm-calibration report runs/eval": Run("--replicates 20", ("runs/eval/report.html",)),
+    "vlm-calibration test --config configs/eval/pope.yaml": Run(
+        f"{SMALL} --trainer.logger false",
+        tuple(
+            f"runs/pope/{system}/{name}"
+            for system in ("base", "sft")
+            for name in ("metrics.json", "predictions.jsonl", "official/random.answers.jsonl")
+        ),
+        ("│ base", "│ sft"),
+    ),
+    "vlm-calibration score pope": Run(says=('"official/accuracy": 0.75', '"ece": ')),
+    "vlm-calibration score amber": Run(
+        writes=("for_amber.json",), says=("│ answers │ all       │     75.0", "│ answers │    0.750 │")
+    ),
+}
+
+ELSEWHERE: dict[str, str] = {
+    "make demo": "takes ten minutes: what make calls is in tests/test_packaging.py, all of it in short in tests/conftest.py",
+    "make train-sft": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
+    "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
+    "make test": "is this",
+    "make lint type test": "is what runs this, by .ci/run",
+    "make app": "serves until it is stopped: test_the_page_answers",
+    "make slurm-sft NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu": "needs SLURM: tests/slurm/test_jobs.py",
+    "make dashboard ENTITY=... PROJECT=...": "needs a login at W&B: tests/reporting/test_dashboard.py",
+    "vlm-calibration export runs/sft --push-to-hub NAME": "uploads: tests/reporting/test_export.py",
+    "wandb login": "needs an account at W&B",
+    "wandb sync": "uploads: tests/callbacks/test_wandb_log.py",
+    "wandb sync runs/NAME/wandb/offline-run-*": "uploads: tests/callbacks/test_wandb_log.py",
+    "pip install 'vlm-calibration[regions]'": "downloads; the extra is one of the test's own: tests/regions/test_phrases.py",
+    ".venv/bin/pip install jupyterlab ipywidgets": "downloads; notebooks are run without either: tests/notebooks/test_notebooks.py",
+    ".venv/bin/jupyter lab notebooks": "serves until it is stopped: tests/notebooks/test_notebooks.py",
+    "python -m tests.figures.before_after": "needs an evaluation: tests/figures/test_before_after.py",
+    "python -m tests.benchmarks.demo_seeds": "takes half an hour",
+    "python -m tests.benchmarks.phrases": "is timed and counted there: tests/regions/test_phrases.py",
+    "python -m tests.benchmarks.preference": "takes minutes: tests/losses/test_preference_trl.py",
+}
+
+
+def _run_of(command: str) -> Run | None:
+    """How a command is run here, None if it is not."""
+    fitting = [beginning for beginning in RUNS if command.startswith(beginning)]
+    return RUNS[max(fitting, key=len)] if fitting and command not in ELSEWHERE else None
+
+
+COMMANDS = commands(README)
+RUN_HERE = [command for command in COMMANDS if _run_of(command) is not None]
+
+
+def test_every_command_is_run_or_named() -> None:
+    unknown = [command for command in COMMANDS if _run_of(command) is None and command not in ELSEWHERE]
+    assert unknown == [], "say in RUNS how they are run here, or in ELSEWHERE why they are not"
+    idle = [b for b in RUNS if not any(_run_of(c) is RUNS[b] for c in COMMANDS)]
+    assert idle == [], "the README has no such command any more"
+    assert [c for c in ELSEWHERE if c not in COMMANDS] == []
+
+
+def test_what_is_not_run_here_exists() -> None:
+    for reason in ELSEWHERE.values():
+        assert all((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", reason)), reason
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            # Says what it would do: the target exists, and so does what it depends on.
+            done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        elif words[:2] == ["python", "-m"]:
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
+        elif words[1] == "install":
+            named = [
+                re.findall(r"\[(\w+)\]", word) for word in words[2:] if word.startswith("vlm-calibration")
+            ]
+            assert all(extra in extras for found in named for extra in found), command
+        elif words[0] in ("vlm-calibration", "wandb"):
+            assert find_spec(words[0].replace("-", "_")) is not None
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has who types the README's commands: data, trained adapters, an evaluation and a benchmark's files."""
+    folder = tmp_path_factory.mktemp("user")
+    for name in ("src", "configs", "Makefile"):
+        (folder / name).symlink_to(ROOT / name)
+    for adapter in ("sft", "dpo", "qwen"):
+        model = attach_lora(
+            load_base(BaseModel(str(ROOT / DEMO), dtype="float32")), LoraSettings(r=4, alpha=8)
+        )
+        model.peft_config["default"].base_model_name_or_path = DEMO
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                # As much as to have been trained, and too little to forget how to answer.
+                parameter.data.fill_(1e-4)
+        model.save_pretrained(folder / "runs" / adapter / "adapter")
+    shutil.copy(ROOT / "src/vlm_calibration/demo/levels.json", folder / "runs/levels.json")
+    _write_queries(folder)
+    _write_benchmarks(folder)
+    for system, confidence in (("base", 0.95), ("dpo", 0.75)):
+        rows = [
+            {
+                "id": str(i),
+                "question": "Is there a dog?",
+                "answer": "Yes",
+                "text": "...",
+                "predicted": "yes",
+                "confidence": confidence,
+                "correct": i % 4 > 0,
+                "category": None,
+                "noise_step": 0,
+                "answer_type": "yes_no",
+            }
+            for i in range(40)
+        ]
+        _write(folder / "runs/eval" / system / "predictions.jsonl", rows)
+    return folder
+
+
+def _write(path: Path, rows: list[dict[str, Any]], *, lines: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_queries(folder: Path) -> None:
+    """Photographs and queries about them, of the demo's scenes: `data/*.jsonl` and `my/queries.jsonl`."""
+    for name, split, scenes in (
+        ("data/train", "train", 3),
+        ("data/validation", "calibration", 2),
+        ("data/calibration", "calibration", 2),
+        ("my/queries", "test", 2),
+    ):
+        source = DemoSource(split, scenes)
+        rows = []
+        for query in source.queries():
+            loaded = source.load(query)
+            image = (folder / name).parent / "images" / f"{query.image}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(loaded.image).save(image)
+            rows.append(
+                {
+                    "id": query.id,
+                    "image": f"images/{image.name}",
+                    "question": query.question,
+                    "answer": query.answer,
+                    "answer_type": query.answer_type,
+                    "objects": list(query.objects),
+                    "regions": [{"label": query.objects[0], "box": _box(mask)} for mask in loaded.evidence],
+                }
+            )
+        _write(folder / f"{name}.jsonl", rows)
+    shutil.copy(folder / "my/images/test-000000.png", folder / "photo.jpg")
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    rows, columns = np.nonzero(mask)
+    return [int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+
+
+def _write_benchmarks(folder: Path) -> None:
+    """Four questions of POPE and of AMBER, and answers of which three are right."""
+    image = folder / "data/coco/val2014/one.jpg"
+    image.parent.mkdir(parents=True)
+    Image.fromarray(DemoSource("test", 1).load(DemoSource("test", 1).queries()[0]).image).save(image)
+    labels = ["yes", "yes", "no", "no"]
+    questions = [
+        {"question_id": i, "image": "one.jpg", "text": "Is there a dog in the image?", "label": label}
+        for i, label in enumerate(labels, start=1)
+    ]
+    for kind in ("random", "popular", "adversarial"):
+        _write(folder / f"data/pope/coco_pope_{kind}.json", questions)
+    _write(folder / "coco_pope_random.json", questions)
+    said = ["Yes. Confidence: 90%", "No. Confidence: 60%", "No. Confidence: 80%", "No. Confidence: 70%"]
+    _write(
+        folder / "answers.jsonl",
+        [{"question_id": i, "question": "Is there a dog?", "answer": s} for i, s in enumerate(said, start=1)],
+    )
+    kind = "discriminative-attribute-state"
+    truths = [{"id": i, "type": kind, "truth": label} for i, label in enumerate(labels, start=1)]
+    _write(folder / "annotations.json", truths, lines=False)
+    answers = [{"id": i, "response": s} for i, s in enumerate(said, start=1)]
+    _write(folder / "answers.json", answers, lines=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], str]) -> dict[str, str]:
+    """What stands for models of the Hub, by the name in a `Run`'s settings."""
+    qwen = tmp_path_factory.mktemp("qwen")
+    MODELS["qwen2_5_vl_7b"].config().save_pretrained(qwen)
+    return {"qwen2_5_vl_7b": str(qwen), "grounding_dino": tiny("grounding_dino"), "sam2": tiny("sam2")}
+
+
+@pytest.mark.parametrize("command", RUN_HERE, ids=lambda command: " ".join(command.split()[1:4]))
+def test_a_command_does_what_the_readme_says(
+    server: Server, prepared: Path, models: dict[str, str], tmp_path: Path, command: str
+) -> None:
+    project = tmp_path / "user"
+    shutil.copytree(prepared, project, symlinks=True)
+    run = _run_of(command)
+    assert run is not None
+    for word, meant in run.replace:
+        assert word in command
+        command = command.replace(word, meant)
+    program, *arguments = shlex.split(command)
+    assert program == "vlm-calibration"
+    before = {path: _stamp(project / path) for path in run.writes}
+    ended = server.wait(server.start([*arguments, *shlex.split(run.more.format(**models))], project))
+    assert ended.status == 0, ended.err
+    for path in run.writes:
+        assert (project / path).exists(), f"{path} is missing\n{ended.err}"
+        assert _stamp(project / path) != before[path], f"{path} is the old one"
+    for text in run.says:
+        assert text in ended.out, ended.out
+
+
+def _stamp(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def test_the_page_answers(prepared: Path, tmp_path: Path) -> None:
+    project = tmp_path / "user"
+    shutil.copytree(prepared, project, symlinks=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        made = subprocess.Popen(
+            ["make", "app", f"PYTHON={sys.executable}", f"ARGS=--port {port}"],
+            cwd=project,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + LIMIT
+        while f"http://127.0.0.1:{port}" not in log.read_text() and time.monotonic() < end:
+            assert made.poll() is None, log.read_text()
+            time.sleep(0.1)
+        page = _get(f"http://127.0.0.1:{port}", end)
+    finally:
+        os.killpg(made.pid, signal.SIGTERM)
+        made.wait(LIMIT)
+    assert "<html" in page
+    assert "gradio" in page
+
+
+def _get(url: str, end: float) -> str:
+    """The page at an address that may take a moment to answer."""
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                return reply.read().decode("utf-8")
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def test_the_query_of_the_readme_loads(tmp_path: Path) -> None:
+    [(_, example)] = [block for block in BLOCK.findall(README) if block[0] == "json"]
+    (tmp_path / "train.jsonl").write_text(example, encoding="utf-8")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (320, 240)).save(tmp_path / "images/street.jpg")
+    source = JsonlSource(str(tmp_path / "train.jsonl"))
+    [query] = source.queries()
+    loaded = source.load(query)
+    assert query.answer_type == "yes_no"
+    [mask] = loaded.evidence
+    # Its box, as the table says: x0, y0, x1, y1 in pixels.
+    assert mask[40:200, 20:180].all()
+    assert mask.sum() == 160 * 160
+
+
+def test_the_table_has_the_keys_of_a_query() -> None:
+    table = README.split("| key | meaning |", 1)[1].split("\n\n", 1)[0]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    keys = [key for cell in first for key in re.findall(r"`(\w+)`", cell)]
+    assert sorted(keys) == sorted(field.name for field in fields(Query))
+
+
+PAGE = """
+Text with `make thing` and `not a command`, and `vlm-calibration
+data` over two lines.
+
+```bash
+make it   # does it
+vlm-calibration fit --one 1 \\
+  --two '#2'
+```
+
+    x = y + z
+    vlm-calibration score
+
+- a list
+"""
+
+
+def test_what_is_a_command() -> None:
+    assert commands(PAGE) == [
+        *("make it", "vlm-calibration fit --one 1 --two '#2'", "vlm-calibration score"),
+        *("make thing", "vlm-calibration data"),
+    ]
+    with pytest.raises(ValueError, match="a block of fish"):
+        commands("```fish\nmake\n```\n")
