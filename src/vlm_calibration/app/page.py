@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from vlm_calibration.app import view
-from vlm_calibration.app.model import CalibratedModel
+from vlm_calibration.app.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.app.subject import (
     DRAWN,
     WHOLE,
@@ -33,6 +33,7 @@ from vlm_calibration.records import DataError
 SCENES = 8
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 LATEST = {**QUIET, "trigger_mode": "always_last"}
+_LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all that it might have stated.</p>'
 
 
 class Desk:
@@ -108,7 +109,7 @@ class Desk:
             if len(said) > 1
             else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
         )
-        return f'<div class="answers">{panels}</div>{hint}'
+        return f'<div class="answers">{panels}</div>{_LEGEND}{hint}'
 
     def curve(
         self, subject: Subject, choice: str, marks: str, question: str, noise: float
@@ -159,7 +160,7 @@ def build_page(desk: Desk) -> gr.Blocks:
 
 def _shown(name: str) -> str:
     """A model's name, its paths as seen from here."""
-    return name.replace(f"{Path.cwd()}/", "")
+    return name.replace(str(DEMO_MODEL), "the demo's model").replace(f"{Path.cwd()}/", "")
 
 
 def _ask_tab(page: gr.Blocks, desk: Desk) -> None:

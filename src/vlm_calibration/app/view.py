@@ -60,7 +60,7 @@ def answer_panel(system: str, answer: Answer) -> str:
 
 
 def _bar(name: str, value: float | None) -> str:
-    shown = "not stated" if value is None else f"{value:.0%}"
+    shown = "none" if value is None else f"{value:.0%}"
     width = 0 if value is None else 100 * value
     return (
         f'<div class="row" role="img" aria-label="{name} confidence: {shown}"><span class="name">{name}</span>'
@@ -85,6 +85,7 @@ def _distribution(answer: Answer) -> str:
     return (
         f'<svg class="distribution" viewBox="0 0 240 70" role="img" aria-label="{escape(f"What might be stated: {said}")}">'
         f'<line x1="8" y1="52.5" x2="232" y2="52.5"/>{bars}{ticks}</svg>'
+        '<p class="caption">how probable each statement was</p>'
     )
 
 
@@ -113,7 +114,7 @@ def response_curve(
     return (
         f'<figure class="curve"><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves))}">'
         f'{ticks}{marked}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">noise on the key object</text></svg>'
-        f"<ul>{legend}<li>points: as stated, hollow where the answer is another one than without noise; lines: expected</li>"
+        f"<ul>{legend}<li>Points: stated confidence, hollow where the answer has changed. Lines: expected confidence.</li>"
         "</ul></figure>"
     )
 

@@ -27,8 +27,9 @@ _STYLE = """
 canvas { display: block; width: 100%; max-width: 22rem; height: auto; margin: 0 auto; border-radius: 6px; cursor: crosshair;
   touch-action: none; }
 canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
-.tools { display: flex; gap: 1rem; align-items: center; justify-content: center; margin-top: .5rem; font-size: .85rem; }
+.tools { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: center; margin-top: .5rem; font-size: .85rem; }
 .tools label { display: flex; gap: .5rem; align-items: center; }
+.tools input { width: 6.5rem; }
 .tools button { padding: .25rem .75rem; border: 1px solid var(--border-color-primary); border-radius: 6px;
   background: var(--background-fill-secondary); color: var(--body-text-color); font: inherit;
   font-size: .85rem; white-space: nowrap; cursor: pointer; }
