@@ -29,7 +29,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo train-sft train-dpo evaluate demo-sft demo-dpo demo-model demo-levels app dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
+.PHONY: help setup demo train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels app dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -53,10 +53,12 @@ $(VENV)/.setup-app: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,app]'
 	touch $@
 
-demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, and one table of all
+demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, one table of all and a report
 	$(MAKE) --no-print-directory demo-sft
 	$(MAKE) --no-print-directory demo-dpo
 	$(MAKE) --no-print-directory evaluate ARGS=
+	$(MAKE) --no-print-directory report ARGS= RUNS=runs/eval
+	mkdir -p runs/demo && cp runs/eval/report.* runs/demo/
 
 # $(call side_by_side,ours,paper): two fits, one core each. The second one's output goes to its log.
 define side_by_side
@@ -110,6 +112,11 @@ app: $(APP)  ## the web page on 127.0.0.1, with what was trained on the demo (AR
 dashboard: $(DASHBOARD)  ## workspace and report in W&B for PROJECT= of ENTITY= (ARGS=--print shows them, without a network)
 	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)
 
+RUNS ?= runs/eval
+
+report: $(SETUP)  ## a page on whether confidence can be trusted, of the runs and evaluations in RUNS=
+	$(CLI) report $(RUNS) $(ARGS)
+
 demo-levels: $(SETUP)  ## measure what the demo's anchored levels teach
 	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json
 
@@ -148,4 +155,4 @@ bench: $(DEV)  ## every benchmark, as tables in runs/bench/benchmarks.md (about 
 	$(PYTHON) -m tests.benchmarks $(ARGS)
 
 clean:  ## remove caches and the demo's runs, keep the environment
-	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/demo runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ mend how sure a model is and not of what: only a better ranking, AUROC and AURC,
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -127,7 +128,9 @@ class Histogram(Recalibration):
     def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
         if len(np.unique(confidence)) == 1:  # which has no quantiles
             self.map = LinearRegression()
-        return super().fit(confidence, correct)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Bins whose width are too small")  # as it is said above
+            return super().fit(confidence, correct)
 
 
 METHODS: dict[str, type[Recalibration]] = {m.name: m for m in (Platt, Temperature, Isotonic, Histogram)}

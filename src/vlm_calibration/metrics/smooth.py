@@ -82,7 +82,20 @@ def _cosines(residual: Tensor, value: Tensor, terms: int) -> Tensor:
 
 
 def _smoothed_error(waves: Tensor, sigma: Tensor) -> Tensor:
-    """`integral |h|` of the smoothed residual, for each row at its own bandwidth: `(B, M), (B,)` to `(B,)`."""
+    """`integral |h|` of the smoothed residual, for each row at its own bandwidth: `(B, M), (B,)` to `(B,)`.
+
+    A wide kernel needs few nodes, so rows are taken together whose bandwidths are within a factor of two.
+    """
+    octave = sigma.clamp_min(MIN_BANDWIDTH).log2().floor()
+    error = torch.empty_like(sigma)
+    for each in octave.unique():
+        rows = octave == each
+        error[rows] = _smoothed_at_once(waves[rows], sigma[rows])
+    return error
+
+
+def _smoothed_at_once(waves: Tensor, sigma: Tensor) -> Tensor:
+    """`_smoothed_error` with nodes for the narrowest bandwidth in all rows."""
     narrowest = max(float(sigma.min()), MIN_BANDWIDTH)
     terms = min(_terms(narrowest), waves.shape[1])
     nodes = 128 * math.ceil(_NODES_PER_BANDWIDTH / narrowest / 128)

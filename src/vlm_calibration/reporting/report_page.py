@@ -24,7 +24,6 @@ from vlm_calibration.reporting.report_examples import examples_of
 from vlm_calibration.reporting.report_figures import panels_of
 from vlm_calibration.reporting.report_images import thumbnails
 from vlm_calibration.reporting.report_summary import (
-    GROUPED,
     ROUGH,
     TRUSTED,
     groups_of_system,
@@ -37,6 +36,8 @@ from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, official_of
 TEMPLATE = "report.html.j2"
 RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
 """What is shown of estimators and of recalibration; accuracy is the same for all."""
+OF_GROUPS = ("accuracy", "mean_confidence", "ece", "auroc")
+"""What is shown of each category."""
 SHARES = frozenset(
     ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
 )
@@ -66,6 +67,7 @@ def render_page(
     """
     about = next((s for s in systems if s.name == subject), subject_of(systems))
     others = [s for s in (systems[0],) if s is not about]
+    rest = [s for s in systems if s is not about and s not in others]
     examples = examples_of(about, others)
     pictures, missing = thumbnails(about, examples.predictions) if images else ({}, "")
     environment = Environment(
@@ -82,12 +84,13 @@ def render_page(
         ],
         panels=panels_of(systems),
         official=_official(systems),
-        grouped=[(s, _groups(s)) for s in (*others, about)],
-        grouped_others=[(s, _groups(s)) for s in systems if s is not about and s not in others],
-        group_heads=[HEADINGS[name] for name in GROUPED],
+        grouped=_groups((*others, about)),
+        grouped_others=_groups(rest),
+        group_heads=[HEADINGS[name] for name in OF_GROUPS],
         rated_heads=[HEADINGS[name] for name in RATED],
         rated=[_rated(s, compared.rows) for s in (*others, about)],
-        rated_others=[_rated(s, compared.rows) for s in systems if s is not about and s not in others],
+        rated_others=[_rated(s, compared.rows) for s in rest],
+        counted=any(row.passes is not None for row in compared.rows),
         recalibrated=any(row.recalibration != RAW for row in compared.rows),
         folds=0 if comparison.calibration else FOLDS,
         notes=compared.notes,
@@ -105,7 +108,8 @@ def cell_of(row: Row, name: str) -> Cell:
     interval, p = row.metrics[name], row.p[name]
     if math.isnan(interval.value):
         return Cell("–")
-    bounds = f"{number(interval.low, name)} to {number(interval.high, name)}"
+    between = " to " if name == "overconfidence" else "–"  # where a dash may be a minus
+    bounds = between.join(number(bound, name).removesuffix("%") for bound in interval[1:])
     if p is None or math.isnan(p):
         return Cell(number(interval.value, name), bounds)
     higher = METRICS[name].higher_is_better if name in METRICS else True
@@ -123,8 +127,19 @@ def number(value: float, name: str) -> str:
     return f"{100 * value:{sign}.1f}%" if name in SHARES else f"{value:.3f}"
 
 
-def _groups(system: System) -> list[tuple[str, int, list[str]]]:
-    return [(g.name, g.n, [number(g.metrics[m], m) for m in GROUPED]) for g in groups_of_system(system)]
+def _groups(systems: Sequence[System]) -> tuple[Sequence[System], list[tuple[str, str, list[str]]]]:
+    """Systems, and for each group its name, its size and the metrics of one system after the other."""
+    of = [{g.name: g for g in groups_of_system(s)} for s in systems]
+    rows = []
+    for name in dict.fromkeys(name for groups in of for name in groups):
+        sizes = [groups[name].n for groups in of if name in groups]
+        cells = [
+            number(groups[name].metrics[metric], metric) if name in groups else ""
+            for groups in of
+            for metric in OF_GROUPS
+        ]
+        rows.append((name, f"{max(sizes):,}", cells))
+    return systems, rows
 
 
 def _rated(system: System, rows: Sequence[Row]) -> tuple[System, list[tuple[Row, list[Cell]]]]:

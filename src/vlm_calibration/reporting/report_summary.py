@@ -26,7 +26,7 @@ EDGES = (0, 20, 40, 60, 80, 90, 100)
 FEW = 30
 """Groups of fewer answers are not singled out."""
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "ece", "auroc")
-"""What is shown of each group."""
+"""What is known of each group."""
 
 
 class Band(NamedTuple):
@@ -125,11 +125,20 @@ def bands_of(predictions: Sequence[EstimatedPrediction]) -> list[Band]:
 
 
 def groups_of_system(system: System) -> list[Group]:
-    """The metrics of each group of categories, coarse groups first, empty without categories."""
+    """The metrics of each group of categories, coarse groups first, empty without categories.
+
+    A combination that holds the same answers as one of its parts is left out.
+    """
     values = system.values
+    names = groups_of({system.name: values})
+    whole = [
+        n
+        for n in names
+        if values[f"n/{n}"] not in [values[f"n/{part}"] for part in n.split("/") if part != n]
+    ]
     return [
         Group(name, int(values[f"n/{name}"]), {metric: values[f"{metric}/{name}"] for metric in GROUPED})
-        for name in groups_of({system.name: values})
+        for name in whole
     ]
 
 

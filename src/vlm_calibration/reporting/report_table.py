@@ -109,7 +109,7 @@ def _confidences(
         held = comparison.calibration.get(system.name)
         if comparison.calibration and (held is None or not _has(held, estimator)):
             notes[
-                f"{system.name}: not recalibrated by {estimator}, which the calibration split does not have"
+                f"{system.name}: {estimator} is not recalibrated, since the calibration split does not have it."
             ] = None
             continue
         for method in METHODS:
@@ -118,7 +118,7 @@ def _confidences(
             except DataError as error:
                 if held is not None:
                     raise
-                notes[f"{system.name}: not recalibrated: {error}"] = None
+                notes[f"Not recalibrated: {error}."] = None
                 break
 
 

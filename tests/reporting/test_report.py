@@ -1,0 +1,410 @@
+"""The report: its table against naive resampling and plain metrics, its page as a browser would read it, and its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from vlm_calibration.callbacks.files import write_rows
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.estimators.recalibration import METHODS
+from vlm_calibration.metrics.bootstrap import Interval
+from vlm_calibration.metrics.functional import (
+    area_under_risk_coverage,
+    auroc,
+    brier_score,
+    expected_calibration_error,
+)
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report import report
+from vlm_calibration.reporting.report_bootstrap import ImageBootstrap, p_value
+from vlm_calibration.reporting.report_data import System, read_systems
+from vlm_calibration.reporting.report_examples import examples_of
+from vlm_calibration.reporting.report_images import thumbnail
+from vlm_calibration.reporting.report_summary import bands_of, subject_of, verdict_of
+from vlm_calibration.reporting.report_table import Comparison, as_latex, as_markdown, compare
+
+from ..command_line import Server
+
+NAMES = {
+    "ece": expected_calibration_error,
+    "brier": brier_score,
+    "auroc": auroc,
+    "aurc": area_under_risk_coverage,
+}
+EVIL = "<script>alert(1)</script>\"'<img src=http://evil.example/x onerror=alert(2)>"
+
+
+def answers(
+    seed: int, n: int = 60, honest: bool = True, estimators: bool = True
+) -> list[EstimatedPrediction]:
+    """Three questions an image; a model that is honest, or always 95% sure."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        level = float(rng.choice([0.2, 0.5, 0.8, 1.0]))
+        right = bool(rng.random() < level)
+        confidence = level if honest else 0.95
+        found.append(
+            EstimatedPrediction(
+                id=f"q{i}",
+                question=f"Is there a dog, {i}?",
+                answer="Yes",
+                text=f"{'Yes' if right else 'No'}. Confidence: {100 * confidence:.0f}%",
+                predicted="yes" if right else "no",
+                confidence=None if i == 7 else confidence,
+                correct=right,
+                category="noised/dog" if i % 2 else "clean/dog",
+                noise_step=(i % 4) * 250 if i % 2 else 0,
+                answer_type="yes_no",
+                image=f"{i // 3}.png",
+                estimates={"likelihood": round(float(rng.random()), 6)} if estimators else {},
+            )
+        )
+    return found
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """The folder of an evaluation of a base model and an adapter."""
+    folder = tmp_path / "eval"
+    config = {"model": {"init_args": {"adapters": {"tuned": "runs/tuned/adapter"}}}}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, honest in (("tuned", True), ("base", False)):
+        (folder / name).mkdir()
+        write_rows(
+            folder / name / "predictions.jsonl", [p.to_dict() for p in answers(0, honest=honest)], lines=True
+        )
+        (folder / name / "metrics.json").write_text(json.dumps({"forward_passes@likelihood": 1.0}))
+    return folder
+
+
+class Page(HTMLParser):
+    """The tags of a page, its text, and all that it would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.handlers: list[str] = []
+        self.policy = ""
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "data", "srcset")]
+        self.handlers += [key for key, _ in attrs if key.startswith("on")]
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def system(name: str, predictions: list[EstimatedPrediction]) -> System:
+    return System(name, "", predictions, {}, Path("eval"), None)
+
+
+# --- The table ----------------------------------------------------------------------------------------------------
+
+
+def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_its_confidences() -> None:
+    systems = [system("base", answers(0, honest=False)), system("tuned", answers(0))]
+    rows = compare(systems, Comparison({}, replicates=20)).rows
+    assert [(r.system, r.estimator, r.recalibration) for r in rows] == [
+        (s, e, m) for s in ("base", "tuned") for e in ("verbalized", "likelihood") for m in ("raw", *METHODS)
+    ]
+    for row, estimator in ((rows[0], "verbalized"), (rows[15], "likelihood")):
+        predictions = next(s for s in systems if s.name == row.system).predictions
+        read = [(p.confidence_of(estimator), p.correct) for p in predictions]
+        known = [(c, r) for c, r in read if c is not None]
+        confidence = torch.tensor([c for c, _ in known], dtype=torch.float64)
+        correct = torch.tensor([r for _, r in known])
+        for name, metric in NAMES.items():
+            assert row.metrics[name].value == pytest.approx(float(metric(confidence, correct)), abs=1e-9), (
+                name
+            )
+        assert row.metrics["accuracy"].value == pytest.approx(np.mean([p.correct for p in predictions]))
+
+
+def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> None:
+    base, tuned = answers(0, honest=False), answers(0)
+    replicates, seed = 300, 3
+    one, other = (ImageBootstrap(p, replicates, seed) for p in (tuned, base))
+    measured = [b.measure([p.confidence for p in ps]) for b, ps in ((one, tuned), (other, base))]
+
+    images = sorted({p.image for p in base})
+    weights = np.random.default_rng(seed).multinomial(
+        len(images), [1 / len(images)] * len(images), replicates
+    )
+    drawn: dict[str, list[list[float]]] = {name: [[], []] for name in ("accuracy", "brier")}
+    for draw in weights:
+        for side, predictions in enumerate((tuned, base)):
+            chosen = [
+                p for image, times in zip(images, draw, strict=True) for p in predictions if p.image == image
+                for _ in range(times)
+            ]  # fmt: skip
+            drawn["accuracy"][side].append(float(np.mean([p.correct for p in chosen])))
+            read = [(p.confidence, p.correct) for p in chosen if p.confidence is not None]
+            drawn["brier"][side].append(float(np.mean([(c - r) ** 2 for c, r in read])))
+    for name, (ours, theirs) in drawn.items():
+        assert measured[0].drawn[name].numpy() == pytest.approx(np.array(ours), abs=1e-12)
+        value = measured[0].values[name]
+        low, high = 2 * value - np.quantile(ours, [0.975, 0.025])
+        assert measured[0].interval(name)[1:] == pytest.approx((max(low, 0), min(high, 1)), abs=1e-9)
+        difference = np.array(ours) - np.array(theirs)
+        found = value - measured[1].values[name]
+        extreme = (np.abs(difference - found) >= abs(found) - 1e-12).sum()
+        assert p_value(*measured, name) == pytest.approx((1 + extreme) / (1 + replicates))
+    assert p_value(*measured, "brier") < 0.05 < p_value(*measured, "accuracy")
+
+
+def test_answers_about_one_image_are_drawn_together() -> None:
+    """Three copies of each answer say no more than one: the interval is as wide."""
+    once = answers(0, n=60)
+    alone = [
+        EstimatedPrediction(**{**vars(p), "id": f"{p.id}-{k}", "image": p.id}) for p in once for k in range(3)
+    ]
+    single = [EstimatedPrediction(**{**vars(p), "image": p.id}) for p in once]
+    width = {}
+    for name, predictions in (("copies", alone), ("single", single)):
+        interval = (
+            ImageBootstrap(predictions, 500).measure([p.confidence for p in predictions]).interval("brier")
+        )
+        width[name] = interval.high - interval.low
+    assert width["copies"] == pytest.approx(width["single"], rel=0.1)
+
+
+def test_systems_with_other_questions_are_not_paired() -> None:
+    rows = compare(
+        [system("a", answers(0)), system("b", answers(1, n=30))], Comparison({}, replicates=5)
+    ).rows
+    assert all(row.p["ece"] is None for row in rows if row.system == "b")
+    assert any(row.p["ece"] is not None for row in rows if row.system == "a")
+
+
+def test_names_are_plain_text_in_markdown_and_latex() -> None:
+    rows = compare([system("a|b_50%\n#", answers(0, estimators=False))], Comparison({}, replicates=5)).rows
+    first = as_markdown(rows).splitlines()[2]
+    assert first.startswith(r"| a\|b\_50% #"), first
+    assert first.replace(r"\|", "").count("|") == as_markdown(rows).splitlines()[0].count("|")
+    assert r"a|b\_50\% \# & verbalized" in as_latex(rows)
+
+
+# --- The summary --------------------------------------------------------------------------------------------------
+
+
+def stated(ece: float, ranking: float) -> Any:
+    """As much of a row as the verdict looks at."""
+    return SimpleNamespace(metrics={"ece": Interval(ece, ece, ece), "auroc": Interval(ranking, 0, 1)})
+
+
+@pytest.mark.parametrize(
+    ("ece", "ranking", "verdict"),
+    [
+        (0.05, 0.70, "yes"),
+        (0.051, 0.9, "partly"),
+        (0.05, 0.69, "partly"),
+        (0.10, 0.60, "partly"),
+        (0.101, 0.9, "no"),
+        (0.01, 0.5, "no"),
+        (0.01, math.nan, "yes"),
+    ],
+)
+def test_verdict(ece: float, ranking: float, verdict: str) -> None:
+    assert verdict_of(stated(ece, ranking)) == verdict
+
+
+def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
+    rows = [(0.0, True), (0.2, False), (0.29, True), (0.8, True), (0.9, False), (1.0, True), (1.0, True)]
+    predictions = [
+        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, r, None, None, "yes_no")
+        for i, (c, r) in enumerate(rows)
+    ]
+    bands = bands_of(
+        [*predictions, EstimatedPrediction("x", "?", "Yes", "", "yes", None, True, None, None, "yes_no")]
+    )
+    assert [(b.name, b.answers, round(b.said, 6), round(b.right, 3)) for b in bands] == [
+        ("90–100%", 3, 96.666667, 66.667),
+        ("80–89%", 1, 80.0, 100.0),
+        ("20–39%", 2, 24.5, 50.0),
+        ("0–19%", 1, 0.0, 100.0),
+    ]
+
+
+def test_the_report_is_about_the_last_that_was_trained() -> None:
+    systems = [system(name, answers(0, n=6)) for name in ("base", "sft", "dpo", "oracle")]
+    assert subject_of(systems).name == "dpo"
+    assert subject_of(systems[-1:]).name == "oracle"
+
+
+# --- The files ----------------------------------------------------------------------------------------------------
+
+
+def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
+    report([str(evaluation)], replicates=50, images=False)
+    page = Page((evaluation / "report.html").read_text())
+    predictions = answers(0)
+    most = [p for p in predictions if p.confidence is not None and p.confidence >= 0.9]
+    right = 100 * sum(p.correct for p in most) / len(most)
+    assert f"When it says 90–100%, on average 100%, it is right {right:.0f}% of the time." in page.text
+    assert "“base” says 95% on average" in page.text
+    for heading in (
+        "Side by side", "Reliability", "What is stated, and how often", "Answering only when sure",
+        "Response to noise on the evidence", "By category", "Surest, and wrong",
+    ):  # fmt: skip
+        assert heading in page.text, heading
+    assert all(load.startswith("data:image/") for load in page.loads if load), page.loads
+    assert page.tags.count("img") == 2 * 4, "four figures for each of two systems"
+    assert "script" not in page.tags
+
+    rows = list(csv.DictReader((evaluation / "report.csv").open()))
+    assert [r["system"] for r in rows] == ["base"] * 10 + ["tuned"] * 10
+    objects = json.loads((evaluation / "report.json").read_text())
+    assert len(objects) == len(rows)
+    for row, value in zip(rows, objects, strict=True):
+        for name in ("ece", "auroc"):
+            assert float(row[name]) == value[name]["value"]
+            assert float(row[f"{name}_low"]) <= value[name]["value"] + 1e-9
+    assert rows[5]["forward_passes"] == "1.0"
+    assert (evaluation / "report.md").read_text().count("\n| ") == 1 + 20
+    assert (evaluation / "report.tex").read_text().count(r" \\") == 1 + 20
+
+
+def test_nothing_that_models_or_data_say_runs_or_loads(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    evil = [
+        EstimatedPrediction(
+            f"q{i}{EVIL}", EVIL, EVIL, EVIL, EVIL, i / 40, i % 3 == 0, EVIL.replace("/", "|"), 0, "open", image=f"{i}{EVIL}"
+        )
+        for i in range(40)
+    ]  # fmt: skip
+    write_rows(folder / "predictions.jsonl", [p.to_dict() for p in evil], lines=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"note": EVIL}}}))
+    report([str(folder)], replicates=5)
+    page = Page((folder / "report.html").read_text())
+    assert "script" not in page.tags
+    assert page.handlers == []
+    assert not [load for load in page.loads if "evil" in load or load.startswith(("http", "//"))]
+    assert "default-src 'none'" in page.policy
+    assert "script-src" not in page.policy
+    assert "alert(1)" in page.text, "it is shown as what it is"
+
+
+def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = evaluation / "report.html"
+    page.write_text("before")
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise DataError("no page")
+
+    monkeypatch.setattr("vlm_calibration.reporting.report.render_page", fail)
+    with pytest.raises(DataError):
+        report([str(evaluation)], replicates=5)
+    assert page.read_text() == "before"
+    assert sorted(p.name for p in evaluation.glob("report*")) == ["report.html"]
+
+
+def test_images_come_back_with_their_noise(
+    server: Server, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of the demo, reported by the command line: thumbnails are what the model was shown."""
+    out = tmp_path / "eval"
+    scenes = [f"--data.test.{part}.source.init_args.scenes=4" for part in ("clean", "noised", "shifted")]
+    evaluated = server.wait(
+        server.start(
+            [
+                *("test", "--config", "configs/eval/demo.yaml", "--trainer.default_root_dir", str(out)),
+                *("--model.init_args.adapters", "{}", "--model.init_args.estimators", "[]"),
+                *("--trainer.logger", "false", "--data.workers", "0", *scenes),
+            ],
+            root,
+        )
+    )
+    assert evaluated.status == 0, evaluated.err
+    ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--subject", "base"], root))
+    assert ended.status == 0, ended.err
+    html = (out / "report.html").read_text()
+    [base, *_] = read_systems([str(out)])
+    shown = examples_of(base, []).predictions
+    assert any(p.noise_step for p in shown)
+
+    monkeypatch.chdir(root)
+    data = PerturbedQueryDataModule(
+        "src/vlm_calibration/demo/model",
+        test={
+            "clean": Part(DemoSource("test", 4)),
+            "noised": Part(DemoSource("test", 4), "drawn"),
+            "shifted": Part(DemoSource("test", 4, shifted=True)),
+        },
+    )
+    data.setup("test")
+    dataset = data.test_dataloader().dataset
+    place = {query.id: i for i, query in enumerate(dataset.queries)}
+    for prediction in shown:
+        sample = dataset[0, place[prediction.id]]
+        assert sample.step == prediction.noise_step
+        assert thumbnail(sample.image) in html, prediction.id
+    assert html.count('alt="the image of the question') == len(shown)
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_reported_is_named(evaluation: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for settings, says in (
+        ({"runs": [str(empty)]}, "no predictions.jsonl"),
+        ({"runs": [str(evaluation)], "subject": "nobody"}, "there are base, tuned"),
+        ({"runs": [str(evaluation)], "replicates": 0}, "at least 1, found 0"),
+        ({"runs": [str(evaluation)], "calibration": str(evaluation)}, "image"),
+    ):
+        with pytest.raises(DataError, match=says):
+            report(**settings)  # type: ignore[arg-type]
+
+
+def test_a_calibration_split_is_what_recalibration_is_fitted_on(evaluation: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    for name in ("base", "tuned"):
+        (held / name).mkdir(parents=True)
+        moved = [
+            EstimatedPrediction(**{**vars(p), "id": f"h{p.id}", "image": f"h{p.image}", "correct": True})
+            for p in answers(5)
+        ]
+        write_rows(held / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
+    report([str(evaluation)], calibration=str(held), replicates=5, images=False)
+    rows = list(csv.DictReader((evaluation / "report.csv").open()))
+    isotonic = [r for r in rows if r["recalibration"] == "isotonic" and r["estimator"] == "verbalized"]
+    assert [float(r["mean_confidence"]) for r in isotonic] == [1.0, 1.0], "all held-out answers are right"
+    assert "shares no image with these answers" in (evaluation / "report.html").read_text()
+
+
+def test_names_that_come_twice_are_told_apart(evaluation: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "tuned"
+    other.mkdir(parents=True)
+    write_rows(other / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
+    report([str(evaluation), str(tmp_path / "other")], replicates=5, images=False)
+    names = list(dict.fromkeys(r["system"] for r in csv.DictReader((evaluation / "report.csv").open())))
+    assert names == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
