@@ -25,7 +25,7 @@ from vlm_calibration.app.subject import (
     named_in,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import SIDE, marker, scene_strip
+from vlm_calibration.app.widgets import SIDE, Choice, marker, scene_strip
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
@@ -109,7 +109,7 @@ class Desk:
             if len(said) > 1
             else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
         )
-        return f'<div class="answers">{panels}</div>{_LEGEND}{hint}'
+        return f'<div class="answers" data-noise="{noise:.0f}">{panels}</div>{_LEGEND}{hint}'
 
     def curve(
         self, subject: Subject, choice: str, marks: str, question: str, noise: float
@@ -170,13 +170,15 @@ def _ask_tab(page: gr.Blocks, desk: Desk) -> None:
     with gr.Row():
         with gr.Column(min_width=320):
             scenes = scene_strip([demo_subject(i) for i in range(SCENES)])
-            upload = gr.UploadButton("or upload an image", file_types=["image"], size="sm", elem_id="upload")
+            upload = gr.UploadButton(
+                "or upload an image (up to 20 MB)", file_types=["image"], size="sm", elem_id="upload"
+            )
             problem = gr.HTML(elem_id="problem")
             with gr.Row(elem_id="pictures"):
                 picture = marker()
                 seen = gr.HTML(elem_id="seen")
             noise = gr.Slider(0, 100, 0, step=5, label="Noise on the key object (%)", elem_id="noise")
-            choice = gr.Dropdown(label="Key object", elem_id="object")
+            choice = Choice(label="Key object", elem_id="object")
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):

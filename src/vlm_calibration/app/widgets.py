@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -34,6 +35,19 @@ canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
   background: var(--background-fill-secondary); color: var(--body-text-color); font: inherit;
   font-size: .85rem; white-space: nowrap; cursor: pointer; }
 """
+
+
+class Choice(gr.Dropdown):
+    """A dropdown whose value may be one of the choices of a moment ago.
+
+    What a visitor did just before another image came asks about an object of the image before. Gradio would report that as an
+    error; `subject.key_object`, which checks what is chosen, takes it for nothing that is known.
+    """
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload if isinstance(payload, str) else None
 
 
 def marker() -> gr.HTML:
