@@ -39,6 +39,8 @@ setup: $(SETUP)  ## build the virtual environment, once; again only when the req
 $(VENV)/.setup: pyproject.toml
 	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo]'
+	@# What a first run would do once: compile the modules, list the fonts.
+	$(VENV)/bin/python -c 'import vlm_calibration.cli.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
@@ -88,12 +90,15 @@ train-dpo: $(SETUP)  ## stage 2 on the demo, or on CONFIG=, from the adapter of 
 else
 # The paper's preset is trained beside ours for the comparison.
 train-sft: demo-sft
-	$(MAKE) --no-print-directory evaluate ARGS= EVALUATED="sft-paper sft"
+	$(MAKE) --no-print-directory evaluate EVALUATED="sft-paper sft" ARGS="$(STATED)"
 
 train-dpo: $(SETUP)
 	$(CLI) fit --config configs/dpo.yaml $(ARGS)
-	$(MAKE) --no-print-directory evaluate ARGS= EVALUATED="sft dpo"
+	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo" ARGS="$(STATED)"
 endif
+
+# Confidence as it is stated, without other estimators.
+STATED := --model.init_args.estimators=[]
 
 # Names of runs: by default those of the demo that have been trained.
 EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))

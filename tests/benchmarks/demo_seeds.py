@@ -22,7 +22,7 @@ STAGE_1 = {
 # Stage 2 from the adapter of "sft", each unlike the default in one thing.
 STAGE_2 = {
     "dpo": [],
-    "dpo-expected": ["--data.pairs.target", "expected"],
+    "dpo-recalibrated": ["--data.pairs.target", "recalibrated"],
     "dpo-level": ["--data.pairs.target", "level"],
     "simpo": [
         *("--model.init_args.loss", f"{LOSSES}SimPO"),
@@ -43,8 +43,8 @@ SYSTEMS = {
     "sft-paper": "SFT, paper's preset",
     "dpo-paper": "SFT + SimPO, paper's preset",
     "sft": "SFT",
-    "dpo": "SFT + DPO (target: recalibrated)",
-    "dpo-expected": "SFT + DPO, target: expected",
+    "dpo": "SFT + DPO (target: expected)",
+    "dpo-recalibrated": "SFT + DPO, target: recalibrated",
     "dpo-level": "SFT + DPO, target: level",
     "simpo": "SFT + SimPO",
     "ordinal": "SFT + ordinal",

@@ -42,7 +42,7 @@ class FiniteLoss(L.Callback):
         """
         batches, self._losses = self._losses, []
         finite = torch.stack([loss for loss, _ in batches]).isfinite()
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler
         whole = finite.all() if scaled else finite.all() & torch.nn.utils.get_total_norm(gradients).isfinite()
         if not trainer.strategy.reduce_boolean_decision(bool(whole), all=True):

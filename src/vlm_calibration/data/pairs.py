@@ -50,7 +50,7 @@ class PairPolicy:
         seed: of what is drawn.
     """
 
-    target: Literal["level", "expected", "recalibrated"] = "recalibrated"
+    target: Literal["level", "expected", "recalibrated"] = "expected"
     rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
     n_rejected: int | None = None
     on_policy: bool = False

@@ -135,6 +135,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8)).convert("RGBA")
 
 
+@lru_cache(maxsize=1 << 14)
 def scene_layout(seed: int | tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Which classes are in the scene of this seed, and in which corners, without drawing it."""
     return _draw_layout(np.random.default_rng(seed))
