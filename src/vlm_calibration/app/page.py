@@ -25,7 +25,7 @@ from vlm_calibration.app.subject import (
     named_in,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import SIDE, Choice, marker, scene_strip
+from vlm_calibration.app.widgets import SIDE, marker, object_choice, scene_strip
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
@@ -60,7 +60,8 @@ class Desk:
         return [subject, picture, question, gr.Dropdown(choices=known, value=chosen), 0]
 
     def begin_scene(self, event: gr.EventData) -> list[Any]:
-        return self.begin(demo_subject(int(event.index) % SCENES))
+        """As `begin`, and what there was to complain of is settled."""
+        return [*self.begin(demo_subject(int(event.index) % SCENES)), ""]
 
     def begin_upload(self, path: str) -> list[Any]:
         try:
@@ -178,7 +179,7 @@ def _ask_tab(page: gr.Blocks, desk: Desk) -> None:
                 picture = marker()
                 seen = gr.HTML(elem_id="seen")
             noise = gr.Slider(0, 100, 0, step=5, label="Noise on the key object (%)", elem_id="noise")
-            choice = Choice(label="Key object", elem_id="object")
+            choice = object_choice()
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
@@ -196,7 +197,7 @@ def _ask_tab(page: gr.Blocks, desk: Desk) -> None:
         ).then(desk.curve, asked, [curves, curve], api_visibility="private")
 
     shown(page.load(lambda: desk.begin(demo_subject(0)), None, begun, **QUIET))
-    shown(scenes.select(desk.begin_scene, None, begun, **QUIET))
+    shown(scenes.select(desk.begin_scene, None, [*begun, problem], **QUIET))
     shown(upload.upload(desk.begin_upload, upload, [*begun, problem], **QUIET))
     shown(gr.on([ask.click, question.submit, choice.input], lambda: "", None, problem, **QUIET))
     shown(picture.input(lambda: DRAWN, None, choice, **LATEST))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -37,17 +36,16 @@ canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
 """
 
 
-class Choice(gr.Dropdown):
-    """A dropdown whose value may be one of the choices of a moment ago.
+def object_choice() -> gr.Dropdown:
+    """The dropdown of key objects, whose value may also be one of the choices of a moment ago.
 
     What a visitor did just before another image came asks about an object of the image before. Gradio would report that as an
     error; `subject.key_object`, which checks what is chosen, takes it for nothing that is known.
     """
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload if isinstance(payload, str) else None
+    choice = gr.Dropdown(label="Key object", elem_id="object")
+    # A class of its own would have Gradio write a stub file beside this one.
+    choice.preprocess = lambda payload: payload if isinstance(payload, str) else ""
+    return choice
 
 
 def marker() -> gr.HTML:
