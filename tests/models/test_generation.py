@@ -10,7 +10,9 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator, SFTBatch
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.text.confidence import ends_in_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -81,3 +83,31 @@ def test_training_mode_and_gradients_come_back(
     generate_texts(model, prompts.inputs, processor.tokenizer, 2)
     assert torch.is_grad_enabled()
     assert model.training
+
+
+def test_an_answer_ends_where_it_is_complete(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+) -> None:
+    """The model would go on for ever; of three rows one is never complete and takes all tokens."""
+    model, tokenizer = load_model(), processor.tokenizer
+    said = "Yes. Confidence: 80%"
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    [dog] = tokenizer("dog", add_special_tokens=False)["input_ids"]
+    steps: list[int] = []
+
+    def script(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        token = [*ids, *[dog] * 20][len(steps)]
+        steps.append(token)
+        wanted = torch.tensor([token, token, dog])[: len(output), None, None]
+        return torch.full_like(output, -100.0).scatter(-1, wanted.expand(*output.shape[:2], 1), 100.0)
+
+    model.get_output_embeddings().register_forward_hook(script)
+    generating = Generating(model)
+    texts = generate_texts(generating, prompts.inputs, tokenizer, 16, ends_in_confidence)
+    assert texts == [said, said, " ".join(["dog"] * 16)]
+    assert generating.passes == [len(ids), len(ids), 16]
+
+    steps.clear()
+    complete = {name: values[:2] for name, values in prompts.inputs.items()}
+    assert generate_texts(generating, complete, tokenizer, 16, ends_in_confidence) == [said, said]
+    assert len(steps) == len(ids), "no pass after all are complete"

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import (
+    ends_in_confidence,
     _plain,
     parse_confidence,
     render_answer,
@@ -398,3 +399,37 @@ def test_time_is_linear_on_adversarial_text(piece):
     parse_confidence(f"Confidence: 80%{body}{body}")
     # Takes up to 1 s; anything quadratic takes minutes.
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [
+        ("Yes. Confidence: 80%", True),
+        ("A red bicycle.\nConfidence: 7.5% ", True),
+        ("Yes. **Confidence:** 85\\%", True),
+        ("是。置信度：８０％", True),
+        ("Yes. Confidence: 80", False),
+        ("Confidence: 80%", False),  # the answer is still to come
+        ("**Confidence:** 80%", False),
+        ("Yes. Confidence: 80%, since", False),
+        ("Yes. Confidence: 80-90%", False),
+        ("Yes. Confidence: 150%", False),
+        ("I am 80%", False),  # of a sentence that goes on
+        ("The label says 80%", False),
+        ("50% of them are dogs. Confidence: 90%", True),
+        ("%", False),
+        ("", False),
+    ],
+)
+def test_what_is_complete(text: str, complete: bool) -> None:
+    assert ends_in_confidence(text) is complete
+
+
+@given(st.text(max_size=60), st.floats(0, 1))
+def test_a_rendered_response_is_complete_and_no_beginning_of_it(answer: str, confidence: float) -> None:
+    response = render_response(answer, confidence)
+    stated = response.rindex("Confidence")
+    if any(c.isalnum() for c in strip_confidence(response)):
+        assert ends_in_confidence(response)
+    for end in range(stated, len(response)):
+        assert not ends_in_confidence(response[:end]) or ends_in_confidence(response[:stated])

@@ -11,6 +11,7 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.text.confidence import ends_in_confidence
 from vlm_calibration.text.grading import grade
 
 
@@ -89,7 +90,9 @@ class SelfConsistency(Estimator):
             inputs["input_ids"].shape[1],
         )
         generating = Generating(answered.model, drawn)
-        texts = generate_texts(generating, inputs, answered.chat.processor.tokenizer, limit)
+        texts = generate_texts(
+            generating, inputs, answered.chat.processor.tokenizer, limit, ends_in_confidence
+        )
         return texts, generating.passes
 
     def _numbers(self, query_id: str, sample: int, count: int) -> Tensor:

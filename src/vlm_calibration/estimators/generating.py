@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_calibration.estimators.cached import PromptCache, remembered
 from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.generation import Completed
 
 
 class Generating:
@@ -45,6 +46,10 @@ class Generating:
             self.known = remembered(output, settings, positions[0])
         new = output.sequences[:, settings["input_ids"].shape[1] :]
         self.passes = self._lengths(new)
+        for criterion in settings.get("stopping_criteria", ()):
+            if isinstance(criterion, Completed):
+                lengths = criterion.lengths.tolist()
+                self.passes = [own or n for own, n in zip(lengths, self.passes, strict=True)]
         return output.sequences
 
     def _lengths(self, new: Tensor) -> list[int]:

@@ -10,11 +10,12 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import Prediction
+from vlm_calibration.text.confidence import ends_in_confidence
 
 
 def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
-    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`."""
-    texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens)
+    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`, and ends with its confidence."""
+    texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, ends_in_confidence)
     return [
         graded_prediction(query, text, step)
         for query, text, step in zip(batch.queries, texts, batch.steps, strict=True)

@@ -42,6 +42,19 @@ def parse_confidence(text: str) -> float | None:
     return stated[-1].value if stated else None
 
 
+def ends_in_confidence(text: str) -> bool:
+    """Whether a text holds an answer and ends in a complete statement of confidence, as in "Yes. Confidence: 80%".
+
+    A statement is complete with its percent sign, so a model has then said what it was asked for: what it would say behind
+    it is another statement, a range, or an explanation.
+    """
+    plain = _plain(text).rstrip()
+    stated = _labelled(plain) if _ENDS_IN_PERCENT.search(plain[-20:]) else []
+    if not stated or stated[-1].value is None or stated[-1].end < len(plain):
+        return False
+    return any(c.isalnum() for c in strip_confidence(plain))
+
+
 def render_answer(answer: str) -> str:
     """The answer as a sentence, the way `render_response` begins: "Yes" becomes "Yes."; ending punctuation is kept."""
     answer = answer.strip()
