@@ -132,17 +132,19 @@ def test_own_data(execute: Execute, root: Path) -> None:
     assert len(_pictures(notebook)) == 2
     text = _text(notebook)
     assert "data.train" in text
-    assert "│ sft" in text
+    assert all(f"│ {row}" in text for row in ("before", "after", "base", "sft", "dpo"))
     _same_regions(JsonlSource(str(runs / "data/train.jsonl")), DemoSource("train", SCENES))
     table = AnchoredLevels(runs / "levels.json").table
     assert {kind: rows[0].n for kind, rows in table.counts.items()} == {"yes_no": 12, "short": 6}
-    assert len(read_predictions(runs / "eval/sft/predictions.jsonl")) == 18
-    trained, exported = (
-        load_file(runs / folder / "adapter_model.safetensors") for folder in ("sft/adapter", "exported")
+    assert len(read_predictions(runs / "eval/dpo/predictions.jsonl")) == 18
+    sft, dpo, exported = (
+        load_file(runs / folder / "adapter_model.safetensors")
+        for folder in ("sft/adapter", "dpo/adapter", "exported")
     )
-    assert trained.keys() == exported.keys()
-    assert all(torch.equal(weight, exported[name]) for name, weight in trained.items())
-    assert any(bool(weight.any()) for name, weight in trained.items() if "lora_B" in name), "trained"
+    assert any(bool(weight.any()) for name, weight in sft.items() if "lora_B" in name), "trained"
+    assert any(not torch.equal(weight, dpo[name]) for name, weight in sft.items())
+    assert dpo.keys() == exported.keys()
+    assert all(torch.equal(weight, exported[name]) for name, weight in dpo.items())
 
 
 def _same_regions(written: JsonlSource, drawn: DemoSource) -> None:
