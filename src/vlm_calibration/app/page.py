@@ -14,6 +14,7 @@ import gradio as gr
 
 from vlm_calibration.app import view
 from vlm_calibration.app.model import DEMO_MODEL, CalibratedModel
+from vlm_calibration.app.serve import MAX_UPLOAD
 from vlm_calibration.app.subject import (
     DRAWN,
     WHOLE,
@@ -25,7 +26,7 @@ from vlm_calibration.app.subject import (
     named_in,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import SIDE, marker, object_choice, scene_strip
+from vlm_calibration.app.widgets import SIDE, complaints, marker, object_choice, scene_strip
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
@@ -172,9 +173,12 @@ def _ask_tab(page: gr.Blocks, desk: Desk) -> None:
         with gr.Column(min_width=320):
             scenes = scene_strip([demo_subject(i) for i in range(SCENES)])
             upload = gr.UploadButton(
-                "or upload an image (up to 20 MB)", file_types=["image"], size="sm", elem_id="upload"
+                f"or upload an image (up to {MAX_UPLOAD >> 20} MB)",
+                file_types=["image"],
+                size="sm",
+                elem_id="upload",
             )
-            problem = gr.HTML(elem_id="problem")
+            problem = complaints(MAX_UPLOAD)
             with gr.Row(elem_id="pictures"):
                 picture = marker()
                 seen = gr.HTML(elem_id="seen")

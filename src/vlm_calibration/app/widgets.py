@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -34,6 +35,32 @@ canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
   background: var(--background-fill-secondary); color: var(--body-text-color); font: inherit;
   font-size: .85rem; white-space: nowrap; cursor: pointer; }
 """
+
+
+_REFUSE = """
+document.addEventListener('change', (event) => {
+  const file = event.target.type === 'file' && event.target.files[0];
+  if (file && file.size > LARGEST) props.value = TOO_LARGE;
+  else if (file && !file.type.startsWith('image/')) props.value = NO_IMAGE;
+}, true);
+"""
+
+
+def complaints(largest: int) -> gr.HTML:
+    """Where the page says what is wrong with an image; the browser says it of files that it does not even send.
+
+    Gradio drops those without a word.
+
+    Args:
+        largest: bytes of a file that may be sent.
+    """
+    texts = {
+        "LARGEST": largest,
+        "TOO_LARGE": view.notice(f"the image: a file of more than {largest >> 20} MB; shrink it", "problem"),
+        "NO_IMAGE": view.notice("the file is not an image", "problem"),
+    }
+    script = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items()) + _REFUSE
+    return gr.HTML("", js_on_load=script, elem_id="problem")
 
 
 def object_choice() -> gr.Dropdown:
