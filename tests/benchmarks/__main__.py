@@ -18,6 +18,7 @@ BENCHMARKS = {
     "streaming": "A million records in the data module",
     "phrases": "Phrases of key objects",
     "wandb_overhead": "Logging to W&B",
+    "estimators": "What estimators of confidence cost",
     "preference": "Training steps beside TRL's",
     "demo_seeds": "The method on the demo, three seeds (about 45 minutes)",
 }

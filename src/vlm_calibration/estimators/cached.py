@@ -1,26 +1,32 @@
 """Scores responses behind a prompt that has just been answered, without reading the prompt again.
 
-Generation leaves the prompt's keys and values in its cache. A row `[last token of the prompt, response 1, response 2, ...]` over
-that cache is all that is left to compute: some dozens of tokens, where image and prompt have hundreds. The same holds of
-another prompt that begins like it, from where it goes on differently. As in
+Generation leaves the prompt's keys and values in its cache. What is left to compute are the prompt's last token and the
+responses, as a tree: where they begin alike they share their tokens, so that an answer is computed once for all confidences
+behind it. The same holds of another prompt that begins like the one in the cache, from where it goes on differently. As in
 `models.shared_prefix`, the model builds mask and positions in its own way, and a hook in front of its language model puts
 right what each token sees and where it stands. Where that would not be exact, nothing is scored here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.forward import base_of, logits_at
-from vlm_calibration.models.shared_prefix import Packed, Prompts, ResponseScores, pack, why_not_shared
+from vlm_calibration.models.shared_prefix import (
+    Prompts,
+    Responses,
+    ResponseScores,
+    padded,
+    padded_table,
+    scores_at,
+    why_not_shared,
+)
 
 KEYWORDS = ("cache", "past_key_values")
 """What transformers calls the cache, the newer name first."""
@@ -40,13 +46,24 @@ class PromptCache(NamedTuple):
     keyword: str
 
 
-class _Chunk(NamedTuple):
-    """The tokens to compute, [B, W]: ids, segment and shift as in `Packed`. first: the column of the prompt that they begin at."""
+class _Tree(NamedTuple):
+    """The tokens to compute, [B, W], each row a tree in an order in which parents come first.
+
+    ids: the tokens, 0 for padding. parent: the column of the token that comes before, -1 for the first and for padding.
+    depth: how many come before. first: int64 [B], the column of the prompt that the first stands in. rows, columns: int64 [M],
+    the tokens that predict. predictor, targets: int64 [N], the different predictions: by which of the M, and of which token.
+    which: int64 [B, K, T], which of the N is token t of response k; -1 where there is none.
+    """
 
     ids: Tensor
-    segment: Tensor
-    shift: Tensor
+    parent: Tensor
+    depth: Tensor
     first: Tensor
+    rows: Tensor
+    columns: Tensor
+    predictor: Tensor
+    targets: Tensor
+    which: Tensor
 
 
 def remembered(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> PromptCache | None:
@@ -74,7 +91,7 @@ def score_cached(
     model: Any,
     known: PromptCache,
     prompts: Prompts,
-    responses: Sequence[Sequence[Sequence[int]]],
+    responses: Responses,
     kept: Tensor | None = None,
 ) -> ResponseScores | None:
     """`score_responses` behind prompts that begin as those in a cache do; None where that would not be exact.
@@ -87,42 +104,88 @@ def score_cached(
     lengths = known.mask.sum(1)
     same = kept is None
     kept = prompts.lengths - 1 if kept is None else kept
-    packed = pack(prompts, responses)
-    chunk = _chunk(packed, kept, known.mask.shape[1] - lengths + kept)
+    tree = _tree(prompts, responses, kept, known.mask.shape[1] - lengths + kept)
     held = known.cache.get_seq_length()
-    if why_not_shared(model, held + chunk.ids.shape[1]) is not None:
+    if why_not_shared(model, held + tree.ids.shape[1]) is not None:
         return None
     if reads_both_ways(model) and not (same and bool((kept == lengths - 1).all())):
         return None
-    if bool(torch.isin(chunk.ids[:, 0], _image_tokens(model, chunk.ids)).any()):
+    if bool(torch.isin(tree.ids[:, 0], _image_tokens(model, tree.ids)).any()):
         return None  # which is not read as a token
-    hook = partial(_place, known=known, chunk=chunk)
+    hook = partial(_place, known=known, tree=tree)
     handle = base_of(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     inputs = {
-        "input_ids": chunk.ids,
-        "attention_mask": known.mask.new_ones(len(chunk.ids), held + chunk.ids.shape[1]),
+        "input_ids": tree.ids,
+        "attention_mask": known.mask.new_ones(len(tree.ids), held + tree.ids.shape[1]),
         known.keyword: known.cache,
     }
     try:
-        logits = logits_at(model, inputs, packed.rows, packed.positions - kept[packed.rows])
+        logits = logits_at(model, inputs, tree.rows, tree.columns)
     finally:
         handle.remove()
         known.cache.crop(held - known.cache.get_seq_length())
-    found, tokens = token_log_likelihood(logits, packed.targets), packed.which >= 0
-    return ResponseScores(torch.where(tokens, found[packed.which.clamp(min=0)], 0.0), tokens)
+    return scores_at(logits.float().log_softmax(-1)[tree.predictor, tree.targets], tree.which)
 
 
-def _chunk(packed: Packed, kept: Tensor, first: Tensor) -> _Chunk:
-    """What packed rows hold behind their first `kept` tokens."""
-    starts, ends = kept.tolist(), (packed.segment >= 0).sum(1).tolist()
-
-    def behind(values: Tensor, padding: int) -> Tensor:
-        rows = [row[start:end] for row, start, end in zip(values, starts, ends, strict=True)]
-        return pad_sequence(rows, batch_first=True, padding_value=padding)
-
-    return _Chunk(
-        behind(packed.inputs["input_ids"], 0), behind(packed.segment, -1), behind(packed.shift, 0), first
+def _tree(prompts: Prompts, responses: Responses, kept: Tensor, first: Tensor) -> _Tree:
+    """What prompts hold behind their first `kept` tokens, and the responses behind them."""
+    ids: list[list[int]] = []
+    parents: list[list[int]] = []
+    depths: list[list[int]] = []
+    predictors: dict[tuple[int, int], int] = {}  # (row, column) -> which of the M
+    predictions: dict[tuple[int, int], int] = {}  # (which of the M, token) -> which of the N
+    which: list[list[list[int]]] = []
+    bounds = zip(prompts.inputs["input_ids"].tolist(), kept.tolist(), prompts.lengths.tolist(), strict=True)
+    for row, ((prompt, start, end), candidates) in enumerate(zip(bounds, responses, strict=True)):
+        tokens = prompt[start:end]
+        parent, depth = list(range(-1, len(tokens) - 1)), list(range(len(tokens)))
+        last = len(tokens) - 1
+        children: dict[tuple[int, int], int] = {}  # (column, token) -> the column of that token behind it
+        of_row = []
+        for candidate in candidates:
+            column, found = last, []
+            for place, token in enumerate(candidate):
+                predictor = predictors.setdefault((row, column), len(predictors))
+                found.append(predictions.setdefault((predictor, token), len(predictions)))
+                if place == len(candidate) - 1:
+                    break  # the last token of a response predicts nothing
+                if (column, token) not in children:
+                    children[column, token] = len(tokens)
+                    tokens.append(token)
+                    parent.append(column)
+                    depth.append(depth[column] + 1)
+                column = children[column, token]
+            of_row.append(found)
+        ids.append(tokens)
+        parents.append(parent)
+        depths.append(depth)
+        which.append(of_row)
+    device = prompts.lengths.device
+    rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
+    by, targets = torch.tensor(list(predictions), device=device).unbind(-1)
+    return _Tree(
+        padded(ids, 0, device),
+        padded(parents, -1, device),
+        padded(depths, 0, device),
+        first,
+        rows,
+        columns,
+        by,
+        targets,
+        padded_table(which, device),
     )
+
+
+def _seen(parent: Tensor) -> Tensor:
+    """Which tokens of its tree each token sees: itself and what comes before it, bool [B, W, W]."""
+    batch, width = parent.shape
+    seen = torch.zeros(batch, width, width, dtype=torch.bool, device=parent.device)
+    rows = torch.arange(batch, device=parent.device)
+    for column in range(width):
+        before = parent[:, column]
+        seen[:, column] = seen[rows, before.clamp(min=0)] & (before >= 0)[:, None]
+        seen[:, column, column] = True
+    return seen
 
 
 def _image_tokens(model: Any, like: Tensor) -> Tensor:
@@ -132,32 +195,27 @@ def _image_tokens(model: Any, like: Tensor) -> Tensor:
 
 
 def _place(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: PromptCache, chunk: _Chunk
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: PromptCache, tree: _Tree
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """In front of the language model: what each token of the chunk sees, and its position."""
-    dtype, device = kwargs["inputs_embeds"].dtype, chunk.ids.device
-    batch, width = chunk.ids.shape
+    """In front of the language model: what each token of the tree sees, and its position."""
+    dtype, device = kwargs["inputs_embeds"].dtype, tree.ids.device
+    batch, width = tree.ids.shape
     prompt = known.mask.shape[1]
-    # Of the cache: the prompt up to where the chunk begins, and nothing that was generated.
+    # Of the cache: the prompt up to where the tree begins, and nothing that was generated.
     columns = torch.arange(prompt, device=device)
-    of_prompt = known.mask.bool() & (columns[None] < chunk.first[:, None])
+    of_prompt = known.mask.bool() & (columns[None] < tree.first[:, None])
     open_to = torch.zeros(batch, width, known.cache.get_seq_length() + width, dtype=torch.bool, device=device)
     open_to[:, :, :prompt] = of_prompt[:, None]
-    query, key = chunk.segment[:, :, None], chunk.segment[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    diagonal = torch.eye(
-        width, dtype=torch.bool, device=device
-    )  # a row of nothing would be a mean over nothing
-    open_to[:, :, -width:] = (((key == 0) | (key == query)) & (key >= 0) & causal) | diagonal
+    open_to[:, :, -width:] = _seen(tree.parent)
     mask = torch.zeros(open_to.shape, dtype=dtype, device=device).masked_fill(
         ~open_to, torch.finfo(dtype).min
     )[:, None]
-    # Where the prompt has its token that the chunk begins at, or another one in its place.
+    # Where the prompt has its token that the tree begins at, or another one in its place.
     rows = torch.arange(batch, device=device)
-    begin = known.positions.to(device)[..., rows, chunk.first]
+    begin = known.positions.to(device)[..., rows, tree.first]
     given = kwargs.get("attention_mask")
     return args, {
         **kwargs,
         "attention_mask": dict.fromkeys(given, mask) if isinstance(given, dict) else mask,
-        "position_ids": begin[..., None] + torch.arange(width, device=device) - chunk.shift,
+        "position_ids": begin[..., None] + tree.depth,
     }

@@ -178,13 +178,13 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     rows, positions, targets = torch.tensor(list(places), device=device).unbind(-1)
     return Packed(
         _followed_by(prompts, ids),
-        _padded(segments, -1, device),
-        _padded(shifts, 0, device),
+        padded(segments, -1, device),
+        padded(shifts, 0, device),
         rows,
         positions,
         targets,
         prompts.lengths,
-        _padded_table(index, device),
+        padded_table(index, device),
     )
 
 
@@ -198,7 +198,7 @@ def score_packed(model: Any, packed: Packed) -> ResponseScores:
         logits = logits_at(model, inputs, packed.rows, packed.positions)
     finally:
         handle.remove()
-    return _table(token_log_likelihood(logits, packed.targets), packed.which)
+    return scores_at(token_log_likelihood(logits, packed.targets), packed.which)
 
 
 def score_plainly(model: Any, prompts: Prompts, responses: Responses) -> ResponseScores:
@@ -210,7 +210,7 @@ def score_plainly(model: Any, prompts: Prompts, responses: Responses) -> Respons
         alone = pack(prompts, column)
         inputs = _with_response_types(model, alone)
         logits = logits_at(model, inputs, alone.rows, alone.positions)
-        found = _table(token_log_likelihood(logits, alone.targets), alone.which)
+        found = scores_at(token_log_likelihood(logits, alone.targets), alone.which)
         there = torch.tensor([k < len(r) for r in responses], device=found.tokens.device)[:, None]
         columns.append((found.log_likelihood[:, 0] * there, found.tokens[:, 0] & there))
     log_likelihood, tokens = (
@@ -288,16 +288,18 @@ def _separate(
     }
 
 
-def _table(log_likelihood: Tensor, index: Tensor) -> ResponseScores:
+def scores_at(log_likelihood: Tensor, index: Tensor) -> ResponseScores:
+    """The scores of candidates whose tokens are predictions of these numbers, int64 [B, K, T]; -1 where there is none."""
     tokens = index >= 0
     return ResponseScores(torch.where(tokens, log_likelihood[index.clamp(min=0)], 0.0), tokens)
 
 
-def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
+def padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
+    """Ragged rows as int64 [B, L], this value behind the shorter ones."""
     return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value).to(device)
 
 
-def _padded_table(index: list[list[list[int]]], device: torch.device) -> Tensor:
+def padded_table(index: list[list[list[int]]], device: torch.device) -> Tensor:
     """[B, K, T] of ragged lists, -1 where there is nothing."""
     widest = max(len(c) for row in index for c in row)
     most = max(map(len, index))
