@@ -1,0 +1,231 @@
+"""The page as a visitor has it: the command in a process of its own, and a headless Chromium that watches what goes where."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, expect
+from playwright.sync_api import Error as BrowserError
+
+from ..command_line import LIMIT
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+expect.set_options(timeout=1000 * LIMIT)
+
+
+def missing() -> str | None:
+    """Why there can be no browser here, if so."""
+    return None if Path(CHROMIUM).is_file() else f"{CHROMIUM} not found; tests/app/setup installs it"
+
+
+class App:
+    """`vlm-calibration app` on a port that was free, in a folder of its own, which also is where it puts temporary files."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        self.folder = folder
+        (folder / "temporary").mkdir()
+        self.port = _free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.errors = folder / "stderr"
+        command = [sys.executable, "-m", "vlm_calibration.cli", "app", "--port", str(self.port), *arguments]
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "temporary")},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.address, timeout=LIMIT) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def wait(self) -> None:
+        end = time.monotonic() + LIMIT
+        while not self.answers():
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < end, "the page is not there"
+            time.sleep(0.2)
+
+    def files(self) -> list[Path]:
+        """What it has put on the disk for now."""
+        return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
+
+    def interrupt(self) -> int:
+        """End it as Ctrl+C does; its exit status."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(LIMIT)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+class Visit:
+    """Somebody at the page, with nothing from visits before.
+
+    Attributes:
+        page: Playwright's. hosts: whom the page sent requests to. complaints: errors of its scripts and in its console.
+    """
+
+    def __init__(self, browser: Browser, address: str, width: int = 1280, height: int = 900) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height})
+        self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(1000 * LIMIT)
+        self.hosts: set[str] = set()
+        self.complaints: list[str] = []
+        self.page.on("request", self._requested)
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(address)
+        # It is the last thing to appear.
+        self.page.locator("#curve figure").wait_for()
+
+    def _requested(self, request: Request) -> None:
+        if not request.url.startswith(("data:", "blob:", "about:")):
+            self.hosts.add("/".join(request.url.split("/")[:3]))
+
+    def _said(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def close(self) -> None:
+        self.context.close()
+
+    # What there is to do.
+
+    def renewed(self, part: str, action: Callable[[], Any]) -> None:
+        """Do something, and wait until this part of the page has been drawn anew."""
+        self.page.evaluate(
+            "part => document.querySelectorAll(`#${part} .prose > *`).forEach(e => e.dataset.old = '')", part
+        )
+        action()
+        self.page.locator(f"#{part} .prose > :not([data-old])").first.wait_for()
+
+    def choose_scene(self, index: int) -> None:
+        self.renewed("curve", self.page.locator("#scenes button").nth(index).click)
+
+    def send(self, *file: str | Path | FilePayload) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#upload").click()
+        chooser.value.set_files(*file)
+
+    def ask(self, question: str) -> None:
+        self.page.locator("#question textarea").fill(question)
+        self.renewed("curve", self.page.locator("#ask").click)
+
+    def set_noise(self, percent: int, wait: bool = True) -> None:
+        """By dragging, as a mouse does; wait until the models have answered, if so asked."""
+        slider = self.page.locator("#noise input[type=range]")
+        slider.scroll_into_view_if_needed()
+        box = slider.bounding_box()
+        assert box is not None
+        at = self.page.evaluate("() => Number(document.querySelector('#noise input[type=range]').value)")
+        # The knob's middle stays half its width away from either end.
+        spots = [box["x"] + 8 + (box["width"] - 16) * share / 100 for share in (at, percent)]
+        y = box["y"] + box["height"] / 2
+        self.page.mouse.move(spots[0], y)
+        self.page.mouse.down()
+        self.page.mouse.move(spots[1], y, steps=3)
+        self.page.mouse.up()
+        expect(self.page.locator("#noise input[type=number]")).to_have_value(str(percent))
+        if wait:
+            self.answered(percent)
+
+    def answered(self, noise: int) -> None:
+        """Wait until the picture and the answers are those of this noise, in percent."""
+        caption = f"{noise}% noise" if noise else "no noise"
+        expect(self.page.locator("#seen figcaption")).to_contain_text(f": {caption}")
+        self.page.locator(f"#answers .answers[data-noise='{noise}']").wait_for()
+
+    def paint(self, *spots: tuple[float, float]) -> None:
+        """Draw a line through these spots, in shares of the picture's width and height."""
+        canvas = self.page.locator("#marker canvas")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box is not None
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in spots]
+        self.page.mouse.move(*points[0])
+        self.page.mouse.down()
+        for point in points[1:]:
+            self.page.mouse.move(*point, steps=4)
+        self.page.mouse.up()
+
+    # What there is to see.
+
+    def seen(self) -> np.ndarray:
+        """The picture of what the models see, uint8 [H, W, 3]."""
+        source = self.page.locator("#seen img").get_attribute("src")
+        assert source is not None
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"))
+
+    def object(self) -> str:
+        return self.page.locator("#object input").input_value()
+
+    def objects(self) -> list[str]:
+        """What the key object may be taken to be."""
+        self.page.locator("#object input").click()
+        offered = self.page.get_by_role("option").all_inner_texts()
+        self.page.keyboard.press("Escape")
+        return [re.sub(r"^✓\s*", "", name).strip() for name in offered]
+
+    def said(self, system: str) -> tuple[str, str, str]:
+        """A system's answer, and its stated and its expected confidence, as shown."""
+        panel = self.page.locator(f"#answers .said.{system}")
+        values = [panel.locator(f"[data-bar={bar}]").inner_text() for bar in ("stated", "expected")]
+        return panel.locator(".answer").inner_text(), values[0], values[1]
+
+    def bars(self, system: str) -> list[float]:
+        """How far a system's two bars are filled."""
+        widths = """bars => bars.map(bar => bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"""
+        found: list[float] = self.page.locator(f"#answers .said.{system} .track").evaluate_all(widths)
+        return found
+
+    def too_wide(self) -> list[str]:
+        """What of the page sticks out of its window, which holds no more than `document.documentElement.clientWidth`."""
+        return list(
+            self.page.evaluate(
+                """() => {
+                  const width = document.documentElement.clientWidth;
+                  const out = [...document.body.querySelectorAll('*')].filter(e => {
+                    const box = e.getBoundingClientRect();
+                    return e.checkVisibility() && box.width > 1 && (box.right > width + 1 || box.left < -1);
+                  }).map(e => `${e.tagName} ${e.className.baseVal ?? e.className} in #${e.closest('[id]')?.id}`);
+                  return document.documentElement.scrollWidth > width ? ['the page itself', ...out] : out;
+                }"""
+            )
+        )
+
+
+def is_error(call: Callable[[], Any]) -> bool:
+    """Whether the browser refuses to do this."""
+    try:
+        call()
+    except BrowserError:
+        return True
+    return False
