@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.scoring import REPORTED_FOR_ESTIMATORS
 from vlm_calibration.metrics.table_metrics import REPORTED
+from vlm_calibration.stages.evaluation import ORACLE
 
 from ..command_line import LIMIT, run_plainly
 from ..graphql_server import GraphQLServer, artifact_id
@@ -36,7 +39,8 @@ VALIDATED: dict[str, set[str]] = {"sft": set(), "dpo": PAIRS | {"kl"}}
 TASK = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
 FIGURES = {"reliability", "response_curve", "risk_coverage"}
 TABLES = {"confidence_table", "response_table"}
-SYSTEMS = ("base", "sft", "dpo", "oracle")
+SYSTEMS = ("base", "sft", "dpo", ORACLE)
+ESTIMATORS = ("expected", "likelihood")
 STEPS = 3
 """Of an epoch of twelve queries in batches of four."""
 
@@ -141,7 +145,10 @@ def _images(run: OfflineRun, name: str) -> list[np.ndarray]:
 def test_an_evaluation_compares_its_systems(offline_runs: Runs) -> None:
     run = offline_runs["eval"]
     names = {*REPORTED, *TASK, *FIGURES, *TABLES}
-    expected = {f"test/{system}/{name}" for system in SYSTEMS for name in names}
+    rated = {f"{name}@{e}" for name in REPORTED_FOR_ESTIMATORS for e in ESTIMATORS}
+    rated |= {f"forward_passes@{e}" for e in (VERBALIZED, *ESTIMATORS)}
+    of_answers = {s: names | rated if s != ORACLE else names for s in SYSTEMS}
+    expected = {f"test/{system}/{name}" for system, found in of_answers.items() for name in found}
     assert run.keys == expected | {"test/comparison", "test/samples", "epoch", "trainer/global_step"}
     rows = {row["system"]: row for row in run.table("test/comparison")}
     assert list(rows) == list(SYSTEMS)

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import (
-    ends_in_confidence,
     _plain,
+    ends_in_confidence,
     parse_confidence,
     render_answer,
     render_response,

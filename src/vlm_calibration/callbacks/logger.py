@@ -72,6 +72,9 @@ class RunLogger(WandbLogger):
             tags=tags,
             **{**settings, "settings": _settings(settings.get("settings"))},
         )
+        # Lightning passes it on even if nobody has set it, of which W&B then complains.
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)
         if offline:
             self._go_offline()
 
