@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,57 @@ class WriteLosses(L.Callback):
         path = Path(trainer.default_root_dir) / f"losses-{trainer.global_rank}.txt"
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{float(outputs['loss'])!r}\n")
+
+
+class KillTest(L.Callback):
+    """Sends a signal to the whole group in an evaluation, from one of its processes.
+
+    Args:
+        batch: in which batch (from 0). when: "asked", before the batch is answered; "answered", behind it; "writing", in
+            the middle of what this process writes down of it, with SIGXFSZ to itself; "ending", behind the last batch.
+    """
+
+    def __init__(self, batch: int, when: str, number: int = 9, rank: int = 0) -> None:
+        self.place = (when, batch)
+        self.number = number
+        self.rank = rank
+
+    def _at(self, trainer: L.Trainer, when: str, batch: int) -> bool:
+        return self.place == (when, batch) and trainer.global_rank == self.rank
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._at(trainer, "asked", batch_idx):
+            os.killpg(0, self.number)
+        if self._at(trainer, "writing", batch_idx):
+            file = Path(trainer.default_root_dir) / f".answered.{trainer.global_rank}.jsonl"
+            limit = file.stat().st_size + 100
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._at(trainer, "answered", batch_idx):
+            os.killpg(0, self.number)
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._at(trainer, "ending", 0):
+            os.killpg(0, self.number)
+
+
+class WriteAsked(L.Callback):
+    """Appends the id of each query that an evaluation asks to a file.
+
+    Args:
+        path: of the file; each process has its own, with its rank behind this.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_test_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *_: Any) -> None:
+        with Path(f"{self.path}{trainer.global_rank}").open("a", encoding="utf-8") as file:
+            file.writelines(f"{query.id}\n" for query in batch.queries)

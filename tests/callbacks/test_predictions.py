@@ -1,4 +1,4 @@
-"""The prediction writer: the order of one process for any number of them, and nothing half written."""
+"""The prediction writer in validation: the order of one process for any number of them, and nothing half written."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Processes:
             shards = {system: predictions[rank::count] for system, predictions in systems.items()}
             for start in range(0, max(map(len, shards.values())), batch_size):
                 outputs = {system: shard[start : start + batch_size] for system, shard in shards.items()}
-                writer.on_test_batch_end(trainer, None, outputs, None, 0, 0)  # type: ignore[arg-type]
+                writer.on_validation_batch_end(trainer, None, outputs, None, 0, 0)  # type: ignore[arg-type]
 
     def finish(self, results: dict[str, dict[str, float]]) -> None:
         module: Any = SimpleNamespace(results=results)
         for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
-            writer.on_test_end(trainer, module)
+            writer.on_validation_end(trainer, module)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -112,7 +112,7 @@ def test_parts_of_a_killed_run_do_not_leak_into_the_next(tmp_path: Path) -> None
     killed.write({"": [_prediction(i) for i in range(9)], "sft": [_prediction(i) for i in range(9)]})
     processes = Processes(tmp_path, 2)
     for writer, trainer in zip(processes.writers, processes.trainers, strict=True):
-        writer.setup(trainer, None, "test")  # type: ignore[arg-type]
+        writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
     # The second process answers nothing, and so opens no part of its own.
     processes.write({"": [_prediction(0)], "sft": [_prediction(0)]})
     processes.finish({"": {"n": 1.0}, "sft": {"n": 1.0}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.callbacks.media import data_table, drawing
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.processes import of_all
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
@@ -21,7 +22,7 @@ from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.scoring import HasResults
 
-Answers = dict[str, list[Prediction]]
+Answers = Mapping[str, Sequence[Prediction]]
 
 
 @dataclass
@@ -75,6 +76,10 @@ class CalibrationFigures(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin(trainer, trainer.test_dataloaders, taught=False)
+        for writer in trainer.callbacks if self._table else ():  # type: ignore[attr-defined]
+            if isinstance(writer, PredictionWriter):
+                for answered in writer.answered_before():
+                    self._update(answered.answers)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any

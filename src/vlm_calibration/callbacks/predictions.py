@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.callbacks.files import json_number, replacing, write_json
+from vlm_calibration.callbacks.fingerprint import fingerprint
+from vlm_calibration.callbacks.processes import from_first
+from vlm_calibration.callbacks.progress import Answered, Before, Progress
+from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import Prediction
+from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import HasResults, Results
 
 PART = ".predictions.{}.jsonl"
@@ -21,35 +27,90 @@ class PredictionWriter(L.Callback):
     """Predictions and metrics of validation and test.
 
     A system named "" is the run itself; others get a folder of their name in it. Each process writes what it answered
-    to a part file, so that memory does not grow; the first process then weaves the parts into the order that a single
-    process would have written.
+    to a file of its own, so that memory does not grow; the first process then brings them into the order that a single
+    process would have written. In a test those files stay where the run ends early, and the next run with the same
+    settings and data in this run directory goes on from there.
     """
 
     def __init__(self) -> None:
         self._open: dict[str, TextIO] = {}
+        self._progress: Progress | None = None
+        self._decisive: dict[str, str] = {}
+        self._before = Before(False, [], "")
+        self._done = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Clear away the parts of a run that was killed here."""
+        """Clear away the parts of a validation that was killed here; find out what a test that was has answered."""
+        folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
             for part in [*folder.glob(PART.format("*")), *folder.glob(f"*/{PART.format('*')}")]:
                 part.unlink(missing_ok=True)
+        self._progress, self._done = None, False
+        if stage == "test":
+            self._progress = Progress(folder, trainer.global_rank)
+            self._before = from_first(trainer, lambda: self._find(trainer, cast(EvaluationModule, pl_module)))
+            _data(trainer).leave_out_answered(self._before.places)
+
+    def _find(self, trainer: L.Trainer, module: EvaluationModule) -> Before:
+        assert self._progress is not None
+        data = _data(trainer)
+        self._decisive = fingerprint(trainer, module, data)
+        whole = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
+        return self._progress.find(self._decisive, len(data.test_set), whole=whole)
+
+    def answered_before(self) -> Iterator[Answered]:
+        """The batches that an earlier run answered, in the first process; none in others."""
+        return iter(()) if self._progress is None else self._progress.before()
+
+    def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin, or go on, now that the model is loaded and nothing stands against it."""
+        # The other processes wait: their files may be cleared away.
+        from_first(trainer, lambda: self._begin(cast(EvaluationModule, module)))
+
+    def _begin(self, module: EvaluationModule) -> None:
+        assert self._progress is not None
+        if self._before.message:
+            rank_zero_info(self._before.message)
+        self._progress.clear_leftovers(module.systems)
+        self._progress.begin(self._decisive, anew=not self._before.goes_on)
+        for answered in self._progress.before():
+            module.count(answered.answers, answered.passes)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
         self._write(trainer, outputs)
 
-    def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self._write(trainer, outputs)
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        assert self._progress is not None
+        if places := _data(trainer).asked(batch_idx):
+            self._progress.append(Answered(places, outputs, cast(EvaluationModule, module).passes))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._finish(trainer, cast(HasResults, module).results)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._finish(trainer, cast(HasResults, module).results)
+        assert self._progress is not None
+        self._progress.close()
+        trainer.strategy.barrier("answers")
+        if trainer.is_global_zero:
+            for system, metrics in cast(HasResults, module).results.items():
+                folder = system_folder(trainer, system)
+                self._progress.write_predictions(system, folder / "predictions.jsonl", int(metrics["n"]))
+                _write_metrics(folder, metrics)
+        trainer.strategy.barrier("predictions written")
+        self._done = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The end of a run that was not interrupted: the files are written, and nobody has to go on."""
+        if self._progress is not None and self._done and trainer.is_global_zero:
+            self._progress.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if self._progress is not None:
+            self._progress.close()
         for system, file in self._open.items():
             file.close()
             _part(trainer, system, trainer.global_rank).unlink(missing_ok=True)
@@ -78,8 +139,16 @@ class PredictionWriter(L.Callback):
                 for part in parts:
                     part.unlink(missing_ok=True)
                 if not trainer.sanity_checking:
-                    write_json(folder / "metrics.json", {k: json_number(k, v) for k, v in metrics.items()})
+                    _write_metrics(folder, metrics)
         trainer.strategy.barrier("predictions written")
+
+
+def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    write_json(folder / "metrics.json", {k: json_number(k, v) for k, v in metrics.items()})
+
+
+def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def system_folder(trainer: L.Trainer, system: str) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import lightning as L
 import torch
+
+from vlm_calibration.records import DataError
 
 T = TypeVar("T")
 
@@ -17,3 +20,21 @@ def of_all(trainer: L.Trainer, value: T) -> list[T]:
     gathered: list[T] = [value] * trainer.world_size
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def from_first(trainer: L.Trainer, find: Callable[[], T]) -> T:
+    """What the first process finds, in all of them; every process must call it.
+
+    Raises:
+        DataError, OSError: the first process does; in all of them, so that none waits for it.
+    """
+    found: T | DataError | OSError | None = None
+    if trainer.is_global_zero:
+        try:
+            found = find()
+        except (DataError, OSError) as error:
+            found = error
+    found = trainer.strategy.broadcast(found)
+    if isinstance(found, DataError | OSError):
+        raise found
+    return found  # type: ignore[return-value]

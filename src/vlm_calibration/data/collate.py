@@ -255,12 +255,14 @@ def fitting(
 
 
 class PromptCollator:
-    """Makes a `PromptBatch` of samples."""
+    """Makes a `PromptBatch` of samples; without inputs where there are none."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self.chat = chat
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
+        if not samples:
+            return PromptBatch({}, (), (), ())
         for sample in samples:
             self.chat.check(sample.query)
         texts = [self.chat.render(s.query.question) for s in samples]

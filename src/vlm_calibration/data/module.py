@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._sets: dict[str, PerturbedQueries] = {}
         self._place: Place | None = None
         self._finished: frozenset[int] = frozenset()
+        self._answered: frozenset[int] = frozenset()
+        self._asked: Sequence[int] = ()
 
     @cached_property
     def processor(self) -> Any:
@@ -113,6 +115,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             _required(self.validation, "validation")
         if stage == "test":
             wanted["test"] = _required(self.test, "test")
+            self._answered = frozenset()
         if self.noise.resolution == "model":
             check_resolution(self.processor)
         for name, parts in wanted.items():
@@ -129,8 +132,23 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         collate = ValidationCollator(PromptCollator(self.chat), self.pair_collator)
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
+    @property
+    def test_set(self) -> PerturbedQueries:
+        """All that `test` asks, answered before or not."""
+        return self._sets["test"]
+
+    def leave_out_answered(self, places: Collection[int]) -> None:
+        """Leave out the queries at these places of `test_set`. Every process must be told the same."""
+        self._answered = frozenset(places)
+
     def test_dataloader(self) -> DataLoader:
+        """Batches of the queries that are left to answer; a process that has none left gets a batch of none."""
         return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
+
+    def asked(self, batch: int) -> list[int]:
+        """Places in `test_set` of the queries of a batch of this process."""
+        begin = batch * self.eval_batch_size
+        return list(self._asked[begin : begin + self.eval_batch_size])
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
@@ -202,11 +220,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             shuffle=training,
             even=training,
             seed=self.noise.seed,
+            done=self._answered if name == "test" else (),
         )
         if training and len(sampler) == 0:
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._go_on(sampler)
+        if name == "test":
+            self._asked = sampler.places().tolist()
+            if len(sampler) == 0:
+                # Lightning leaves a process without a batch out of all that follows, where others wait for it.
+                return DataLoader(dataset, batch_sampler=[[]], collate_fn=collate)
         return DataLoader(
             dataset,
             batch_size=batch_size,

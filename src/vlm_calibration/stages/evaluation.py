@@ -6,6 +6,7 @@ Beside the confidence that an answer states, further estimators may rate it, wit
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,6 +30,11 @@ from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.scoring import Results, Scorer
 
+Answers = Mapping[str, Sequence[EstimatedPrediction]]
+"""System -> its answers to the queries of a batch."""
+Passes = Mapping[str, Mapping[str, Sequence[int]]]
+"""System -> estimator -> the forward passes of each query of a batch; empty without estimators."""
+
 BASE = "base"
 ORACLE = "oracle"
 
@@ -49,10 +55,14 @@ class EvaluationModule(L.LightningModule):
         estimators: what else is to rate the answers of models, beside the confidence that they state. Each adds a
             key to `predictions.jsonl`, and to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as
             `forward_passes@ESTIMATOR`.
+
+    Attributes:
+        passes: what the answers to the last batch cost.
     """
 
     model: Any
     results: Results
+    passes: Passes
 
     def __init__(
         self,
@@ -86,6 +96,7 @@ class EvaluationModule(L.LightningModule):
         rated = self.answering if self.estimators else []
         self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
         self.results = {}
+        self.passes = {}
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
@@ -131,24 +142,33 @@ class EvaluationModule(L.LightningModule):
             scorer.to(self.device)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
-        answers: dict[str, list[EstimatedPrediction]] = {}
-        with shared_vision(self.model):
-            for system in self.answering:
-                with using_adapter(self.model, None if system == BASE else system):
-                    answers[system] = self._answered(system, batch)
-        if self.oracle:
-            answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-        for system, scorer in self._scored():
-            scorer.update(answers[system])
+        answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
+        passes: dict[str, dict[str, list[int]]] = {}
+        if batch.queries:
+            with shared_vision(self.model):
+                for system in self.answering:
+                    with using_adapter(self.model, None if system == BASE else system):
+                        answers[system], passes[system] = self._answered(batch)
+            if self.oracle:
+                answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
+            self.count(answers, passes)
+        self.passes = passes
         return answers
 
-    def _answered(self, system: str, batch: PromptBatch) -> list[EstimatedPrediction]:
-        """The answers of one system, which is active, with what every estimator says of them."""
+    def count(self, answers: Answers, passes: Passes) -> None:
+        """Count the answers of all systems to a batch in the results; also those that an earlier run gave."""
+        for system, scorer in self._scored():
+            scorer.update(answers[system])
+        for system, estimates in self._rated().items():
+            estimates.update(answers[system], passes[system])
+
+    def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
+        """The answers of the system that is active, with what every estimator says of them, and what that took."""
         generating = Generating(self.model, remember=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
         if not self.estimators:
-            return plain
+            return plain, {}
         answered = AnsweredBatch(
             self.model, batch, answers, generating.passes, self.writer, self.max_new_tokens, generating.known
         )
@@ -158,8 +178,7 @@ class EvaluationModule(L.LightningModule):
             replace(answer, estimates={name: _rounded(values[row]) for name, values in further.items()})
             for row, answer in enumerate(plain)
         ]
-        self._rated()[system].update(rated, {name: e.passes for name, e in found.items()})
-        return rated
+        return rated, {name: e.passes for name, e in found.items()}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None

@@ -81,13 +81,14 @@ class CocoSource(QuerySource):
                 "CocoSource: needs at least one of `kinds` and of `negatives`, and per_image >= 1"
             )
         self.annotations = Path(annotations)
+        self.root = Path(root)
         self.kinds = list(kinds)
         self.negatives = list(negatives)
         self.per_image = per_image
-        self.limit = images
+        self.images = images
         self.exclude = [Path(path) for path in exclude or ()]
         self.seed = seed
-        self._files = ImageFolder(Path(root))
+        self._files = ImageFolder(self.root)
 
     @cached_property
     def _pictures(self) -> list[Picture]:
@@ -95,8 +96,8 @@ class CocoSource(QuerySource):
         pictures = [
             p for p in read_instances(self.annotations) if not excluded & set(_NUMBER.findall(p.file))
         ]
-        if self.limit is not None and self.limit < len(pictures):
-            chosen = np.random.default_rng(self.seed).permutation(len(pictures))[: self.limit]
+        if self.images is not None and self.images < len(pictures):
+            chosen = np.random.default_rng(self.seed).permutation(len(pictures))[: self.images]
             pictures = [pictures[i] for i in sorted(chosen)]
         return pictures
 

@@ -1,0 +1,314 @@
+"""An evaluation that ended early goes on from what was answered, and ends with the files of one that did not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+
+from vlm_calibration.callbacks.figures import CalibrationFigures, Counts
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.callbacks.samples import SampleTable
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.stages.evaluation import EvaluationModule
+
+from ..command_line import Ended, callback, run_plainly
+
+Data = Callable[..., PerturbedQueryDataModule]
+SYSTEMS = ("base", "one", "oracle")
+FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
+ESTIMATORS = ("expected", "likelihood", "self_consistency")
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+WRITER = callback("predictions.PredictionWriter")
+
+
+def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
+    settings = {"split": "test", "scenes": scenes, "shifted": shifted}
+    return {
+        "source": {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings},
+        "noise": noise,
+    }
+
+
+@pytest.fixture
+def test(
+    root: Path, model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
+) -> Callable[..., list[str]]:
+    """Arguments of an evaluation of 15 queries in folder `name` by three systems, with callbacks around the writer."""
+    adapter = new_adapter(1)
+    kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood", "consistency.SelfConsistency")
+    estimators: list[dict[str, Any]] = [{"class_path": f"vlm_calibration.estimators.{k}"} for k in kinds]
+    estimators[2]["init_args"] = {"samples": 2}
+
+    def arguments(name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3) -> list[str]:
+        asked = callback("disasters.WriteAsked", path=str(tmp_path / f"{name}.asked."))
+        overlay = {
+            "trainer": {
+                "accelerator": "cpu",
+                "logger": False,
+                "enable_progress_bar": False,
+                "default_root_dir": str(tmp_path / name),
+                "callbacks": [asked, *(() if behind else disaster), WRITER, *(disaster if behind else ())],
+            },
+            "model": {
+                "init_args": {
+                    "base": {"name_or_path": model_folder},
+                    "adapters": {"one": adapter},
+                    "oracle_levels": str(root / "src/vlm_calibration/demo/levels.json"),
+                    "max_new_tokens": 3,
+                    "estimators": estimators,
+                }
+            },
+            "data": {
+                "test": {"clean": _part(2), "noised": _part(2, "drawn"), "shifted": _part(1, shifted=True)},
+                "eval_batch_size": batch,
+                "workers": 0,
+            },
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return ["test", "--config", str(root / "configs/eval/demo.yaml"), "--config", str(path)]
+
+    return arguments
+
+
+def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
+    return callback("disasters.KillTest", batch=batch, when=when, **settings)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """All that is there but the configuration, which names the folder."""
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name != "config.yaml"}
+
+
+def _said(ended: Ended) -> list[str]:
+    """What was said of an earlier run, by all processes."""
+    return re.findall(r"goes on: .*|.*starts anew.*", ended.err)
+
+
+def test_killed_again_and_again(
+    run: Callable[..., Ended], test: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ended = run(*test("whole"))
+    assert ended.status == 0, ended.err
+    whole = _files(tmp_path / "whole")
+    assert sorted(whole) == sorted(FILES)
+    ids = (tmp_path / "whole.asked.0").read_text().splitlines()
+    assert len(set(ids)) == len(ids) == 15
+    log = tmp_path / "cut.asked.0"
+
+    # (disaster, whether it comes behind the writer, exit status), batches answered before and asked in this run
+    runs: list[tuple[Any, bool, int, int, int]] = [
+        (_kill(0, "asked"), False, -signal.SIGKILL, 0, 1),
+        (_kill(1, "answered"), False, -signal.SIGKILL, 0, 2),
+        (_kill(1, "writing"), False, -signal.SIGXFSZ, 1, 2),
+        (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 2, 1),
+        (_kill(0, "answered"), True, -signal.SIGKILL, 3, 1),
+        (_kill(0, "ending"), False, -signal.SIGKILL, 4, 1),
+        (_kill(0, "ending"), True, -signal.SIGKILL, 5, 0),
+        (None, False, 0, 5, 0),
+    ]
+    for number, (disaster, behind, status, before, asked) in enumerate(runs):
+        log.write_text("")
+        ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
+        assert ended.status == status, f"{number}: {ended.err}"
+        expected = [f"goes on: {3 * before} of 15 queries were answered before"] if before else []
+        assert _said(ended) == expected, number
+        assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
+        if number == 2:
+            written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
+            assert written.count(b"\n") == 2
+            assert not written.endswith(b"\n"), "this was killed while it wrote"
+    assert _files(tmp_path / "cut") == whole
+
+    log.write_text("")
+    ended = run(*test("cut"))
+    assert ended.status == 0, ended.err
+    assert _said(ended) == []
+    assert log.read_text().splitlines() == ids, "what was done is done anew"
+    assert _files(tmp_path / "cut") == whole
+
+
+def test_two_processes_and_then_one(
+    run: Callable[..., Ended], test: Callable[..., list[str]], root: Path, tmp_path: Path
+) -> None:
+    ended = run_plainly([*test("whole", batch=2), *TWO], root, tmp_path)
+    assert ended.status == 0, ended.err
+    whole = _files(tmp_path / "whole")
+    assert sorted(whole) == sorted(FILES)
+
+    ended = run_plainly([*test("cut", _kill(2, "answered", rank=1), batch=2), *TWO], root, tmp_path)
+    assert ended.status == -signal.SIGKILL
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    lines = {p.name: p.read_bytes().count(b"\n") for p in (tmp_path / "cut").glob(".answered.*.jsonl")}
+    assert lines[".answered.1.jsonl"] == 2
+
+    ended = run_plainly([*test("cut", _kill(0, "ending"), batch=2), *TWO], root, tmp_path)
+    assert ended.status == -signal.SIGKILL
+    answered = 2 * sum(lines.values())
+    assert _said(ended) == [f"goes on: {answered} of 15 queries were answered before"]
+    # The first process has no query left, the second has.
+    part = tmp_path / "cut/.answered.1.jsonl"
+    part.write_bytes(b"".join(part.read_bytes().splitlines(keepends=True)[:3]) + b'{"places": [')
+    for path in tmp_path.glob("cut.asked.*"):
+        path.unlink()
+    ended = run_plainly([*test("cut", batch=2), *TWO], root, tmp_path)
+    assert ended.status == 0, ended.err
+    assert _said(ended) == ["goes on: 14 of 15 queries were answered before"]
+    assert [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)] == [0, 1]
+    assert "before the ``update`` method" not in ended.err
+    assert _files(tmp_path / "cut") == whole
+
+    ended = run(*test("one", batch=4))
+    assert ended.status == 0, ended.err
+    assert _said(ended) == [f"goes on: {answered} of 15 queries were answered before"]
+    assert (tmp_path / "one.asked.0").read_text().count("\n") == 15 - answered
+    assert set(_files(tmp_path / "one")) == set(whole)
+    for system in SYSTEMS:
+        one, two = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("one", "whole"))
+        none = dict.fromkeys(ESTIMATORS) if system != "oracle" else {}
+        assert [{**p.to_dict(), **none} for p in one] == [{**p.to_dict(), **none} for p in two]
+        for a, b in zip(one, two, strict=True):
+            assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
+        metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("one", "whole")]
+        assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
+
+
+class Stop(L.Callback):
+    """An error, or what stands for Ctrl-C, before a batch."""
+
+    def __init__(self, batch: int, error: type[BaseException]) -> None:
+        self.batch = batch
+        self.error = error
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        if args[3] == self.batch:
+            raise self.error
+
+
+class Counted(CalibrationFigures):
+    """Counts what it would draw, without W&B."""
+
+    found: dict[str, Counts]
+    answers: dict[str, Any]
+
+    def _begin(self, trainer: L.Trainer, loader: Any, *, taught: bool) -> None:
+        self._counts = {}
+        self._table = SampleTable(loader.dataset, self.samples)
+
+    def _finish(self, trainer: L.Trainer, stage: str, more: Any = None) -> None:
+        assert self._table is not None
+        self.found, self.answers = self._counts, self._table.answers
+
+
+@pytest.fixture
+def evaluate(
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    levels_file: str,
+    tmp_path: Path,
+) -> Callable[..., None]:
+    """Evaluates in this process, in folder `name`."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(new_adapter(1), adapter)
+
+    def run(name: str, *callbacks: L.Callback, queries: Any = None, limit: Any = None, **model: Any) -> None:
+        settings = {"oracle_levels": levels_file, "max_new_tokens": 3, "estimators": [ExpectedConfidence()]}
+        base = BaseModel(model_folder, dtype="float32")
+        module = EvaluationModule(base, {"one": str(adapter)}, **{**settings, **model})
+        more = {"default_root_dir": tmp_path / name, "limit_test_batches": limit}
+        trainer(*callbacks, PredictionWriter(), **more).test(
+            module, datamodule=queries or data(), verbose=False
+        )
+
+    return run
+
+
+def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
+    evaluate: Callable[..., None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+    whole, cut = Counted(), Counted()
+    evaluate("whole", whole)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("cut", Stop(1, ZeroDivisionError))
+    with pytest.raises(SystemExit):
+        evaluate("cut", Stop(1, KeyboardInterrupt))
+    evaluate("cut", cut)
+    assert [f"{tmp_path}/cut: goes on: {n} of 15 queries were answered before" for n in (4, 8)] == [
+        r.getMessage() for r in caplog.records if "goes on" in r.getMessage()
+    ]
+    assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
+    assert sorted(whole.found) == sorted(SYSTEMS)
+    assert cut.answers == whole.answers
+    for system in SYSTEMS:
+        assert cut.found[system].table.counts.tolist() == whole.found[system].table.counts.tolist()
+        assert set(cut.found[system].steps) == set(whole.found[system].steps)
+
+
+def test_other_settings_start_anew(
+    evaluate: Callable[..., None],
+    new_adapter: Callable[..., str],
+    data: Data,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("cut", Stop(2, ZeroDivisionError))
+
+    def other(name: str, changed: str, **settings: Any) -> None:
+        shutil.copytree(tmp_path / "cut", tmp_path / name)
+        caplog.clear()
+        evaluate(name, **settings)
+        message = f"{tmp_path}/{name}: the evaluation that ended early here starts anew; changed: {changed}"
+        assert [r.getMessage() for r in caplog.records if "anew" in r.getMessage()] == [message]
+        assert not list((tmp_path / name).glob(".*"))
+        n = json.loads((tmp_path / name / "one/metrics.json").read_text())["n"]
+        assert n == len(read_predictions(tmp_path / name / "one/predictions.jsonl"))
+
+    other("tokens", "model.max_new_tokens", max_new_tokens=2)
+    fewer = {"clean": Part(DemoSource("test", scenes=2))}
+    other("data", "data.test, the queries of data.test", queries=data(test=fewer))
+    other("limited", "trainer.limit_test_batches", limit=1)
+    weights = "adapter_model.safetensors"
+    shutil.copyfile(Path(new_adapter(2)) / weights, tmp_path / "adapter" / weights)
+    other("weights", "model.adapters")
+
+    # Where nothing is asked, nothing is lost.
+    before = _files(tmp_path / "cut")
+    assert len(before) == 2, "the header, and what one process has answered"
+    evaluate("cut", limit=0)
+    assert _files(tmp_path / "cut") == before
+    (tmp_path / "adapter/adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="no adapter at"):
+        evaluate("cut")
+    assert _files(tmp_path / "cut") == before
+
+
+def test_a_part_does_not_go_on_from_a_part(
+    evaluate: Callable[..., None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("cut", Stop(1, ZeroDivisionError), limit=2)
+    evaluate("cut", limit=2)
+    assert "starts anew; trainer.limit_test_batches is set" in caplog.text
+    assert len(read_predictions(tmp_path / "cut/one/predictions.jsonl")) == 8
