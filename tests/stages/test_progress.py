@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-from ..command_line import Ended, callback, run_plainly
+from ..command_line import Ended, Server, callback
 
 Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
@@ -144,40 +145,56 @@ def test_killed_again_and_again(
     assert _files(tmp_path / "cut") == whole
 
 
+@pytest.fixture
+def run_two(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
+    """Runs the command in two processes of one evaluation, as a cluster starts them, so that one may die alone."""
+
+    def ended(*arguments: str) -> tuple[Ended, Ended]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+        pids = [server.start([*arguments, *TWO], tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
+        first, other = server.wait(pids[1]), server.wait(pids[0])
+        # What `wait` reads is what was started last.
+        files = [server.folder / f"{server.started - 1}.{name}" for name in ("out", "err")]
+        return first, Ended(other.status, *(file.read_text() for file in files))
+
+    return ended
+
+
 def test_two_processes_and_then_one(
-    run: Callable[..., Ended], test: Callable[..., list[str]], root: Path, tmp_path: Path
+    run: Callable[..., Ended],
+    run_two: Callable[..., tuple[Ended, Ended]],
+    test: Callable[..., list[str]],
+    tmp_path: Path,
 ) -> None:
-    ended = run_plainly([*test("whole", batch=2), *TWO], root, tmp_path)
-    assert ended.status == 0, ended.err
+    first, other = run_two(*test("whole", batch=2))
+    assert (first.status, other.status) == (0, 0), first.err + other.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
-    ended = run_plainly([*test("cut", _kill(2, "answered", rank=1), batch=2), *TWO], root, tmp_path)
-    assert ended.status == -signal.SIGKILL
+    # One process is killed, which the other one finds out when it has answered its own queries.
+    first, other = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
+    assert other.status == -signal.SIGKILL, other.err
+    assert first.status not in (0, -signal.SIGKILL), first.err
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
-    lines = {p.name: p.read_bytes().count(b"\n") for p in (tmp_path / "cut").glob(".answered.*.jsonl")}
-    assert lines[".answered.1.jsonl"] == 2
-
-    ended = run_plainly([*test("cut", _kill(0, "ending"), batch=2), *TWO], root, tmp_path)
-    assert ended.status == -signal.SIGKILL
-    answered = 2 * sum(lines.values())
-    assert _said(ended) == [f"goes on: {answered} of 15 queries were answered before"]
-    # The first process has no query left, the second has.
-    part = tmp_path / "cut/.answered.1.jsonl"
-    part.write_bytes(b"".join(part.read_bytes().splitlines(keepends=True)[:3]) + b'{"places": [')
+    with (tmp_path / "cut/.answered.1.jsonl").open("a") as part:
+        part.write('{"places": [9, 1')
     for path in tmp_path.glob("cut.asked.*"):
         path.unlink()
-    ended = run_plainly([*test("cut", batch=2), *TWO], root, tmp_path)
-    assert ended.status == 0, ended.err
-    assert _said(ended) == ["goes on: 14 of 15 queries were answered before"]
-    assert [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)] == [0, 1]
-    assert "before the ``update`` method" not in ended.err
+    first, other = run_two(*test("cut", batch=2))
+    assert (first.status, other.status) == (0, 0), first.err + other.err
+    assert _said(first) == ["goes on: 12 of 15 queries were answered before"]
+    assert _said(other) == []
+    asked = [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)]
+    assert asked == [0, 3], "the first process had no query left"
+    assert "before the ``update`` method" not in first.err + other.err
     assert _files(tmp_path / "cut") == whole
 
     ended = run(*test("one", batch=4))
     assert ended.status == 0, ended.err
-    assert _said(ended) == [f"goes on: {answered} of 15 queries were answered before"]
-    assert (tmp_path / "one.asked.0").read_text().count("\n") == 15 - answered
+    assert _said(ended) == ["goes on: 12 of 15 queries were answered before"]
+    assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
     assert set(_files(tmp_path / "one")) == set(whole)
     for system in SYSTEMS:
         one, two = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("one", "whole"))
