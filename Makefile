@@ -28,6 +28,9 @@ ARGS ?=
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
+# A step on the CPU takes and gives back the same large tensors as the one before: glibc is to keep them, up to 1 GiB.
+export MALLOC_MMAP_THRESHOLD_ ?= 268435456
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 .PHONY: help setup demo train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels app dashboard slurm-sft slurm-dpo slurm-all test lint format type bench clean
 
