@@ -11,6 +11,8 @@ import json
 import os
 import re
 import struct
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,9 +24,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, expect, sync_playwright
 
+from vlm_calibration import cli
 from vlm_calibration.app import view
 from vlm_calibration.app.answers import Answer
 from vlm_calibration.app.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
+from vlm_calibration.app.serve import MAX_UPLOAD
 from vlm_calibration.app.subject import DRAWN, MAX_PIXELS, WHOLE, demo_subject
 from vlm_calibration.reporting.report import report
 
@@ -369,6 +373,16 @@ def test_what_is_no_image_is_refused(visit: Visit, app: App, content: Callable[[
     expect(visit.page.locator("#problem")).to_be_hidden()
 
 
+def test_what_is_too_large_is_refused(visit: Visit, app: App, tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(_png(10, 10) + b"\0" * (MAX_UPLOAD + 1000))
+    visit.renewed("problem", lambda: visit.send(path))
+    expect(visit.page.get_by_role("alert")).to_have_text("the image: a file of more than 20 MB; shrink it")
+    assert not [file for file in app.files() if file.stat().st_size > MAX_UPLOAD // 2]
+    visit.choose_scene(SCENE)
+    expect(visit.page.locator("#problem")).to_be_hidden()
+
+
 def test_nothing_that_is_written_is_run(visit: Visit) -> None:
     visit.ask(f"Is there a {HTML} in the image?")
     assert visit.page.get_by_label("Question").input_value() == f"Is there a {HTML} in the image?"
@@ -382,7 +396,101 @@ def test_nothing_that_is_written_is_run(visit: Visit) -> None:
     assert visit.page.evaluate("window.ran") is None
 
 
+def test_visits_share_nothing(visits: Callable[..., Visit], photograph: Path) -> None:
+    one, other = visits(), visits()
+    default = other.seen()
+    one.renewed("curve", lambda: one.send(photograph))
+    one.ask("Is there a secret?")
+    own = one.seen()
+    other.set_noise(100)
+    assert other.page.get_by_label("Question").input_value() == demo_subject(0).question
+    mask = demo_subject(0).objects["horse"]
+    np.testing.assert_array_equal(other.seen()[~mask], default[~mask])
+    other.choose_scene(SCENE)
+    one.ask("Is there another secret?")
+    np.testing.assert_array_equal(one.seen(), own)
+    third = visits()
+    np.testing.assert_array_equal(third.seen(), default)
+    assert "secret" not in third.page.content()
+
+
+def test_the_page_stays_on_this_machine(visit: Visit, app: App) -> None:
+    blocked = visit.page.evaluate(
+        """async url => {
+          const told = new Promise(done => document.addEventListener('securitypolicyviolation', e => done(e.blockedURI)));
+          fetch(url).catch(() => null);
+          return await told;
+        }""",
+        "http://192.0.2.1/",
+    )
+    assert blocked.startswith("http://192.0.2.1")
+    assert visit.complaints
+    assert all("Content Security Policy" in complaint for complaint in visit.complaints)
+    visit.complaints.clear()
+
+    request = urllib.request.Request(app.address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        urllib.request.urlopen(request, timeout=30)
+
+
+def test_a_port_that_is_taken_is_named(app: App, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["app", "--port", str(app.port), "--base", str(DEMO_MODEL), "--device", "cpu"]) == 1
+    assert f"vlm-calibration: error: --port {app.port}: " in capsys.readouterr().err
+
+
 # --- Everybody's page -----------------------------------------------------------------------------------------------
+
+
+def _tab_to(visit: Visit, selector: str) -> None:
+    """Go on by the Tab key to what matches this, and see that it shows."""
+    for _ in range(30):
+        visit.page.keyboard.press("Tab")
+        if visit.page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            shown = visit.page.evaluate(
+                """() => {
+                  const style = getComputedStyle(document.activeElement);
+                  return style.outlineStyle !== 'none' || style.boxShadow !== 'none' ||
+                    getComputedStyle(document.activeElement.closest('.wrap, label') ?? document.body).boxShadow !== 'none';
+                }"""
+            )
+            assert shown, f"nothing shows that {selector} has the focus"
+            return
+    raise AssertionError(f"{selector} cannot be reached")
+
+
+def test_all_is_done_with_the_keyboard(visit: Visit) -> None:
+    keys = visit.page.keyboard
+    _tab_to(visit, f"#scenes button[data-index='{SCENE}']")
+    visit.renewed("curve", lambda: keys.press("Enter"))
+    clean = visit.seen()
+    _tab_to(visit, "#upload")
+    with visit.page.expect_file_chooser():
+        keys.press("Enter")
+    _tab_to(visit, "#marker canvas")
+    for _ in range(4):
+        keys.press("ArrowLeft")
+    visit.renewed("curve", lambda: keys.press("Space"))
+    assert visit.object() == DRAWN
+    _tab_to(visit, "#noise input[type=range]")
+    keys.press("End")
+    visit.answered(100)
+    y, x = np.nonzero((visit.seen() != clean).any(axis=2))
+    assert (x.mean() / 96, y.mean() / 96) == pytest.approx((0.5 - 0.12, 0.5), abs=0.02)
+    keys.press("ArrowLeft")
+    visit.answered(95)
+    _tab_to(visit, "#object input")
+    keys.press("ArrowDown")
+    visit.renewed("curve", lambda: keys.press("Enter"))
+    assert visit.object() in demo_subject(SCENE).objects or visit.object() == WHOLE
+    _tab_to(visit, "#question textarea")
+    keys.press("Control+A")
+    keys.type("Is there a house?")
+    visit.renewed("curve", lambda: keys.press("Enter"))
+    _tab_to(visit, "#ask")
+    visit.page.get_by_role("tab", name="Ask").focus()
+    keys.press("ArrowRight")
+    keys.press("Enter")
+    expect(visit.page.locator("iframe.report")).to_be_visible()
 
 
 @pytest.mark.parametrize("width", [400, 1280])

@@ -22,8 +22,8 @@ STAGE_1 = {
 # Stage 2 from the adapter of "sft", each unlike the default in one thing.
 STAGE_2 = {
     "dpo": [],
+    "dpo-expected": ["--data.pairs.target", "expected"],
     "dpo-recalibrated": ["--data.pairs.target", "recalibrated"],
-    "dpo-level": ["--data.pairs.target", "level"],
     "simpo": [
         *("--model.init_args.loss", f"{LOSSES}SimPO"),
         *("--model.init_args.loss.init_args.beta", "2.0"),
@@ -43,9 +43,9 @@ SYSTEMS = {
     "sft-paper": "SFT, paper's preset",
     "dpo-paper": "SFT + SimPO, paper's preset",
     "sft": "SFT",
-    "dpo": "SFT + DPO (target: expected)",
+    "dpo": "SFT + DPO (target: level)",
+    "dpo-expected": "SFT + DPO, target: expected",
     "dpo-recalibrated": "SFT + DPO, target: recalibrated",
-    "dpo-level": "SFT + DPO, target: level",
     "simpo": "SFT + SimPO",
     "ordinal": "SFT + ordinal",
     "listwise": "SFT + listwise",
@@ -110,7 +110,7 @@ def run_seed(seed: int, root: Path) -> dict[str, dict[str, float]]:
     finish(
         start(
             *("test", "--config", "configs/eval/demo.yaml", *own, *into(evaluated)),
-            *("--model.init_args.adapters", adapters),
+            *("--model.init_args.adapters", adapters, "--model.init_args.estimators", "[]"),
             threads=2,
         )
     )

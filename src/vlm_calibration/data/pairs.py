@@ -50,7 +50,7 @@ class PairPolicy:
         seed: of what is drawn.
     """
 
-    target: Literal["level", "expected", "recalibrated"] = "expected"
+    target: Literal["level", "expected", "recalibrated"] = "level"
     rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
     n_rejected: int | None = None
     on_policy: bool = False
