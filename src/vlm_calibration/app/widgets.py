@@ -67,12 +67,9 @@ def object_choice() -> gr.Dropdown:
     """The dropdown of key objects, whose value may also be one of the choices of a moment ago.
 
     What a visitor did just before another image came asks about an object of the image before. Gradio would report that as an
-    error; `subject.key_object`, which checks what is chosen, takes it for nothing that is known.
+    error; `subject.key_object`, which checks what is chosen or typed, takes it for nothing that is known.
     """
-    choice = gr.Dropdown(label="Key object", elem_id="object")
-    # A class of its own would have Gradio write a stub file beside this one.
-    choice.preprocess = lambda payload: payload if isinstance(payload, str) else ""
-    return choice
+    return gr.Dropdown(label="Key object", elem_id="object", allow_custom_value=True)
 
 
 def marker() -> gr.HTML:
