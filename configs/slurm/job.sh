@@ -126,14 +126,14 @@ at_time_limit() {
 
 # Put this job back in the queue, where it can go on from; not for ever, if it gets nowhere.
 requeue() {
-    [[ -z $requeued && $kind == resumable ]] || return 0
+    [[ -z $requeued ]] || return 0
     local began=$run/logs/$SLURM_JOB_ID.began idle=$run/logs/$SLURM_JOB_ID.idle
-    if [[ $(find "$run" \( -name last.ckpt -o -name '*.parquet' \) -newer "$began" -print -quit) ]]; then
+    if [[ $(find "$run" \( -name last.ckpt -o -name '*.parquet' -o -name '.answered.*.jsonl' \) -newer "$began" -print -quit) ]]; then
         rm -f "$idle"
     else
-        echo "$(date +%FT%T) no checkpoint" >> "$idle"
-        (( $(wc -l < "$idle") < 3 )) || die "three times in a row the time limit came before a checkpoint: raise TIME=," \
-            "or have checkpoints written more often (every_n_train_steps)"
+        echo "$(date +%FT%T) nothing was saved" >> "$idle"
+        (( $(wc -l < "$idle") < 3 )) || die "three times in a row the time limit came before anything was saved: raise TIME=," \
+            "or have training save more often (every_n_train_steps)"
     fi
     # By its number alone the last job of an array would stand for all of it.
     local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -142,11 +142,11 @@ requeue() {
     say "requeued"
 }
 
-# stage NAME COMMAND FOLDER resumable|whole CONFIG ARGUMENT...: run one stage; if it fails, end this job with what there is to say.
+# stage NAME COMMAND FOLDER CONFIG ARGUMENT...: run one stage; if it fails, end this job with what there is to say.
 stage() {
-    local name=${1^^} command=$2 kind=$4 default=$5 status=0 words config
+    local name=${1^^} command=$2 default=$4 status=0 words config
     run=$RUNS_DIR/$3
-    shift 5
+    shift 4
     mkdir -p "$run/logs"
     words_of "$(config="${name}_CONFIG"; echo "${!config:-$default}")"
     local configs=("${words[@]}") arguments=()
@@ -169,11 +169,8 @@ stage() {
     show_reason
     if (( status > 128 )) && at_time_limit; then
         requeue
-        [[ -z $requeued ]] || exit 0
-        die "$name was not done within the time limit, and it cannot go on from the middle: raise TIME="
+        exit 0
     fi
-    local hint=""
-    [[ $kind != resumable ]] || hint="; submitted again, it goes on from its last checkpoint, if any"
-    say "$name ended with status $status${told:+ after SIG$told}$hint"
+    say "$name ended with status $status${told:+ after SIG$told}; submitted again, it goes on from what it has saved, if anything"
     exit "$status"
 }

@@ -162,4 +162,4 @@ def test_a_signal_is_passed_on(root: Path, tmp_path: Path, number: signal.Signal
     started.send_signal(number)
     out, _ = started.communicate(timeout=30)
     assert started.returncode == status, out
-    assert "submitted again, it goes on from its last checkpoint" in out
+    assert "submitted again, it goes on from what it has saved" in out
