@@ -490,7 +490,8 @@ def test_all_is_done_with_the_keyboard(visit: Visit) -> None:
     visit.renewed("curve", lambda: keys.press("Enter"))
     _tab_to(visit, "#ask")
     visit.page.get_by_role("tab", name="Ask").focus()
-    keys.press("ArrowRight")
+    keys.press("Tab")
+    expect(visit.page.get_by_role("tab", name="Report")).to_be_focused()
     keys.press("Enter")
     expect(visit.page.locator("iframe.report")).to_be_visible()
 
