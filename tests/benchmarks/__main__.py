@@ -20,7 +20,7 @@ BENCHMARKS = {
     "wandb_overhead": "Logging to W&B",
     "estimators": "What estimators of confidence cost",
     "preference": "Training steps beside TRL's",
-    "demo_seeds": "The method on the demo, three seeds (about 45 minutes)",
+    "demo_seeds": "The method on the demo, three seeds (about 40 minutes)",
 }
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")
 

@@ -65,7 +65,13 @@ PARTS = {
     "/existence": "existence (yes/no)",
     "/position": "corner (short)",
 }
-METRICS = {"accuracy": "accuracy", "ece": "ECE", "brier": "Brier", "auroc": "AUROC"}
+METRICS = {
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "brier": "Brier",
+    "auroc": "AUROC",
+    "parse_failure_rate": "unread",
+}
 
 
 def start(*arguments: str, threads: int = 1) -> subprocess.Popen[bytes]:
@@ -143,6 +149,17 @@ def markdown(runs: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def against_stage_1(runs: list[dict[str, dict[str, float]]]) -> str:
+    """In how many of the seeds each system of stage 2 is better than the adapter that it began with, on the whole split."""
+    signs = {"ece": -1, "brier": -1, "auroc": 1}
+    heads = " | ".join(METRICS[metric] for metric in signs)
+    lines = [f"| better than SFT, of {len(runs)} seeds | {heads} |", "|---|---|---|---|"]
+    for system in STAGE_2:
+        wins = [sum(sign * (run[system][m] - run["sft"][m]) > 0 for run in runs) for m, sign in signs.items()]
+        lines.append(f"| {SYSTEMS[system]} | {' | '.join(map(str, wins))} |")
+    return "\n".join(lines)
+
+
 def against_recalibration(folders: list[Path]) -> str:
     """The base model recalibrated against the adapter of stage 2 as it is, for each seed."""
     lines = ["| seed | metric | base, isotonic | SFT + DPO, as stated | intervals |", "|---|---|---|---|---|"]
@@ -171,7 +188,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
     args = parser.parse_args()
-    print(markdown([run_seed(seed, args.out) for seed in args.seeds]))
+    runs = [run_seed(seed, args.out) for seed in args.seeds]
+    print(markdown(runs))
+    print(f"{against_stage_1(runs)}\n")
     print(against_recalibration([args.out / f"eval-{seed}" for seed in args.seeds]))
 
 

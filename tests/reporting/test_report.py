@@ -269,6 +269,7 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     right = 100 * sum(p.correct for p in most) / len(most)
     assert f"When it says 90–100%, on average 100%, it is right {right:.0f}% of the time." in page.text
     assert "“base” says 95% on average" in page.text
+    assert " 1 of the answers state none that could be read." in page.text
     for heading in (
         "Side by side", "Reliability", "What is stated, and how often", "Answering only when sure",
         "Response to noise on the evidence", "By category", "Surest, and wrong",

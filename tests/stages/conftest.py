@@ -9,11 +9,14 @@ from typing import Any
 import lightning as L
 import pytest
 
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import Part
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.stages.evaluation import EvaluationModule
 
 
 @pytest.fixture
@@ -69,3 +72,29 @@ def levels_file(tmp_path: Path) -> str:
     }
     AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
     return str(tmp_path / "levels.json")
+
+
+@pytest.fixture
+def run_evaluation(
+    model_folder: str,
+    data: Callable[..., PerturbedQueryDataModule],
+    trainer: Callable[..., L.Trainer],
+    levels_file: str,
+) -> Callable[..., EvaluationModule]:
+    """Evaluates the base model, adapters and the oracle; `trained` is for the Trainer, other settings are the module's."""
+
+    def run(
+        adapters: dict[str, str],
+        *callbacks: L.Callback,
+        queries: PerturbedQueryDataModule | None = None,
+        trained: dict[str, Any] | None = None,
+        **model: Any,
+    ) -> EvaluationModule:
+        settings = {"oracle_levels": levels_file, "max_new_tokens": 5, **model}
+        module = EvaluationModule(BaseModel(model_folder, dtype="float32"), adapters, **settings)
+        trainer(*callbacks, PredictionWriter(), **(trained or {})).test(
+            module, datamodule=queries or data(), verbose=False
+        )
+        return module
+
+    return run

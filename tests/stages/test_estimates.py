@@ -42,21 +42,9 @@ def estimators() -> list[Estimator]:
 
 @pytest.fixture
 def folder(
-    model_folder: str,
-    new_adapter: Callable[..., str],
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    levels_file: str,
-    tmp_path: Path,
+    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
 ) -> Path:
-    module = EvaluationModule(
-        BaseModel(model_folder, dtype="float32"),
-        {"one": new_adapter(1)},
-        oracle_levels=levels_file,
-        max_new_tokens=5,
-        estimators=estimators(),
-    )
-    trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
+    run_evaluation({"one": new_adapter(1)}, estimators=estimators())
     return tmp_path / "run"
 
 

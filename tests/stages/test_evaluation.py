@@ -31,19 +31,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def evaluated(
-    model_folder: str,
+    run_evaluation: Callable[..., EvaluationModule],
     new_adapter: Callable[..., str],
     data: Data,
-    trainer: Callable[..., L.Trainer],
-    levels_file: str,
     tmp_path: Path,
 ) -> tuple[EvaluationModule, PerturbedQueryDataModule, Path]:
-    adapters = {"one": new_adapter(1), "two": new_adapter(2)}
-    module = EvaluationModule(
-        BaseModel(model_folder, dtype="float32"), adapters, oracle_levels=levels_file, max_new_tokens=5
-    )
     queries = data()
-    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    module = run_evaluation({"one": new_adapter(1), "two": new_adapter(2)}, queries=queries)
     return module, queries, tmp_path / "run"
 
 

@@ -17,14 +17,12 @@ import pytest
 import yaml
 
 from vlm_calibration.callbacks.figures import CalibrationFigures, Counts
-from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import Part
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, Server, callback
@@ -235,25 +233,16 @@ class Counted(CalibrationFigures):
 
 @pytest.fixture
 def evaluate(
-    model_folder: str,
-    new_adapter: Callable[..., str],
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    levels_file: str,
-    tmp_path: Path,
+    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
 ) -> Callable[..., None]:
     """Evaluates in this process, in folder `name`."""
     adapter = tmp_path / "adapter"
     shutil.copytree(new_adapter(1), adapter)
 
     def run(name: str, *callbacks: L.Callback, queries: Any = None, limit: Any = None, **model: Any) -> None:
-        settings = {"oracle_levels": levels_file, "max_new_tokens": 3, "estimators": [ExpectedConfidence()]}
-        base = BaseModel(model_folder, dtype="float32")
-        module = EvaluationModule(base, {"one": str(adapter)}, **{**settings, **model})
-        more = {"default_root_dir": tmp_path / name, "limit_test_batches": limit}
-        trainer(*callbacks, PredictionWriter(), **more).test(
-            module, datamodule=queries or data(), verbose=False
-        )
+        trained = {"default_root_dir": tmp_path / name, "limit_test_batches": limit}
+        settings = {"max_new_tokens": 3, "estimators": [ExpectedConfidence()], **model}
+        run_evaluation({"one": str(adapter)}, *callbacks, queries=queries, trained=trained, **settings)
 
     return run
 

@@ -16,20 +16,17 @@ class Completed(StoppingCriteria):
 
     Args:
         tokenizer: of the model. prompts: int64 [B, L]; answers begin behind them.
-        complete: whether a text says all that is wanted; asked where a text ends in `closing`.
-        closing: a character that complete texts end in.
+        complete: whether a text says all that is wanted; asked where a text ends in a percent sign.
 
     Attributes:
         lengths: int64 [B], of the answers that were complete in tokens, 0 for others.
     """
 
-    def __init__(
-        self, tokenizer: Any, prompts: Tensor, complete: Callable[[str], bool], closing: str = "%"
-    ) -> None:
+    def __init__(self, tokenizer: Any, prompts: Tensor, complete: Callable[[str], bool]) -> None:
         self.tokenizer = tokenizer
         self.start = prompts.shape[1]
         self.complete = complete
-        self.closing = prompts.new_tensor(_tokens_with(tokenizer, closing))
+        self.closing = prompts.new_tensor(_closing_tokens(tokenizer))
         self.lengths = prompts.new_zeros(len(prompts))
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -43,9 +40,9 @@ class Completed(StoppingCriteria):
 
 
 @lru_cache(maxsize=4)
-def _tokens_with(tokenizer: Any, character: str) -> list[int]:
-    """Ids of the tokens that end in a character."""
-    return [i for token, i in tokenizer.get_vocab().items() if token.endswith(character)]
+def _closing_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end in a percent sign."""
+    return [i for token, i in tokenizer.get_vocab().items() if token.endswith("%")]
 
 
 @torch.no_grad()
