@@ -83,6 +83,23 @@ class Spoil(L.Callback):
                 next(p for p in module.parameters() if p.requires_grad).fill_(torch.nan)
 
 
+class SpoilGradient(L.Callback):
+    """Makes a gradient infinite, of a loss that is sound."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.now = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.now = batch_idx == self.batch
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.now:
+            next(p.grad for p in module.parameters() if p.grad is not None).fill_(torch.inf)
+
+
 class FillDisk(L.Callback):
     """From a batch on, no file of this process may grow beyond a number of bytes."""
 

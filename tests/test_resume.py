@@ -180,6 +180,18 @@ def test_a_loss_that_is_no_number_names_the_records(
     assert not (tmp_path / "run/adapter").exists()
 
 
+def test_a_gradient_that_is_no_number_names_the_records(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
+) -> None:
+    ended = run(*start("run", callback("disasters.SpoilGradient", batch=4), every=1))
+    assert ended.status == 1
+    said = r"the gradient is not finite at step 4, in a batch of the records (train-\S+), (train-\S+): look at .*"
+    assert re.fullmatch(said, ended.error()), ended.error()
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
+
+
 def test_a_loss_that_is_no_number_in_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
     ended = run_plainly([*start("run", callback("disasters.Spoil", batch=3, rank=1)), *two], root, tmp_path)
