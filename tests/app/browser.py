@@ -158,10 +158,11 @@ class Visit:
             self.answered(percent)
 
     def answered(self, noise: int) -> None:
-        """Wait until the picture and the answers are those of this noise, in percent."""
+        """Wait until the picture, the answers and the mark on the curve are those of this noise, in percent."""
         caption = f"{noise}% noise" if noise else "no noise"
         expect(self.page.locator("#seen figcaption")).to_contain_text(f": {caption}")
         self.page.locator(f"#answers .answers[data-noise='{noise}']").wait_for()
+        self.page.locator(f"#curve .curve[data-noise='{noise}']").wait_for()
 
     def paint(self, *spots: tuple[float, float]) -> None:
         """Draw a line through these spots, in shares of the picture's width and height."""
@@ -175,6 +176,13 @@ class Visit:
         for point in points[1:]:
             self.page.mouse.move(*point, steps=4)
         self.page.mouse.up()
+
+    def until(self, true: Callable[[], bool], found: Callable[[], str]) -> None:
+        """Wait until this is true of the page; if it never is, fail with what was found."""
+        end = time.monotonic() + LIMIT
+        while not true():
+            assert time.monotonic() < end, found()
+            self.page.wait_for_timeout(100)
 
     # What there is to see.
 

@@ -104,7 +104,7 @@ def response_curve(
         now: the amount to mark.
     """
     ticks = "".join(_tick(t / 100) for t in (0, 25, 50, 75, 100))
-    marked = "" if now is None else _vertical(now, "now")
+    marked, at = ("", "") if now is None else (_vertical(now, "now"), f' data-noise="{100 * now:.0f}"')
     lines = "".join(_curve(system, answers, noise) for system, answers in curves.items())
     legend = "".join(
         f'<li class="{escape(system)}"><svg viewBox="0 0 34 14" width="34" height="14" style="--own: {COLOURS[system]}">'
@@ -112,7 +112,7 @@ def response_curve(
         for system in curves
     )
     return (
-        f'<figure class="curve"><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves))}">'
+        f'<figure class="curve"{at}><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves))}">'
         f'{ticks}{marked}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">noise on the key object</text></svg>'
         f"<ul>{legend}<li>Points: stated confidence, hollow where the answer has changed. Lines: expected confidence.</li>"
         "</ul></figure>"
