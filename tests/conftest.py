@@ -14,10 +14,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from .command_line import Ended, Server, callback
 
 torch.set_num_threads(1)
+# That a busy machine makes one example slow is no failure.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")

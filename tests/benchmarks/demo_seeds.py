@@ -28,8 +28,9 @@ STAGE_1 = {
 # Stage 2 from the adapter of "sft", each unlike the default in one thing.
 STAGE_2 = {
     "dpo": [],
-    "dpo-expected": ["--data.pairs.target", "expected"],
+    "dpo-level": ["--data.pairs.target", "level"],
     "dpo-recalibrated": ["--data.pairs.target", "recalibrated"],
+    "dpo-coarse": ["--data.pairs.grid", "null"],
     "simpo": [
         *("--model.init_args.loss", f"{LOSSES}SimPO"),
         *("--model.init_args.loss.init_args.beta", "2.0"),
@@ -49,9 +50,10 @@ SYSTEMS = {
     "sft-paper": "SFT, paper's preset",
     "dpo-paper": "SFT + SimPO, paper's preset",
     "sft": "SFT",
-    "dpo": "SFT + DPO (target: level)",
-    "dpo-expected": "SFT + DPO, target: expected",
+    "dpo": "SFT + DPO (target: expected)",
+    "dpo-level": "SFT + DPO, target: level",
     "dpo-recalibrated": "SFT + DPO, target: recalibrated",
+    "dpo-coarse": "SFT + DPO, target: expected, grid: null",
     "simpo": "SFT + SimPO",
     "ordinal": "SFT + ordinal",
     "listwise": "SFT + listwise",

@@ -70,7 +70,7 @@ def _file(rows: list[tuple[str, str, str]]) -> tuple[list[dict[str, Any]], list[
     return annotations, [{"id": i, "response": text} for i, (_, _, text) in enumerate(rows, start=1)]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     st.lists(
         st.tuples(st.sampled_from(TYPES), st.sampled_from(["yes", "no"]), st.sampled_from(ODD)),
@@ -292,7 +292,7 @@ def test_queries_with_one_id_twice(written: Callable[..., Path]) -> None:
         amber.read_queries(written("q.json", [row, row]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

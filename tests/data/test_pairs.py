@@ -187,6 +187,8 @@ def test_a_wrong_answer_comes_last_and_states_the_target() -> None:
         ({"rejected": "far", "n_rejected": 0}, "pairs.n_rejected must be at least 1"),
         ({"rejected": "uniform", "n_rejected": -2}, "found -2"),
         ({"seed": -1}, "pairs.seed must be at least 0, found -1"),
+        ({"grid": 0}, "pairs.grid must be a whole number of percent that divides 100, found 0"),
+        ({"grid": 30}, "pairs.grid must be a whole number of percent that divides 100, found 30"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -242,6 +244,18 @@ def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None
         assert set(levels) == {grouped.confidence(step, kind) for step in grouped.steps}
     assert stated_levels(grouped, "yes_no") == (0.96, 0.61, 0.5)
     assert stated_levels(AnchoredLevels(table=table, groups=1), "short") == (0.45,)
+
+
+def test_a_grid_adds_its_percentages_to_the_levels() -> None:
+    coarse = AnchoredLevels(
+        table=LevelTable({"yes_no": (StepCount(0, 100, 96), StepCount(500, 100, 50))}), grid=1
+    )
+    assert stated_levels(coarse, "yes_no", 25) == (1.0, 0.96, 0.75, 0.5, 0.25, 0.0)
+    assert stated_levels(coarse, "yes_no", 100) == (1.0, 0.96, 0.5, 0.0)
+    for grid in (1, 2, 4, 5, 10, 20):
+        percents = [round(100 * c) for c in stated_levels(coarse, "yes_no", grid)]
+        assert percents == sorted({96, 50, *range(0, 101, grid)}, reverse=True)
+    assert stated_levels(LinearLevels(), "yes_no", 10) == TENTHS, "a percentage is stated once"
 
 
 @pytest.mark.parametrize(

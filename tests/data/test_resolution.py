@@ -126,7 +126,7 @@ def _first_resize(image_processor: Any, height: int, width: int) -> tuple[int, i
 
 
 @given(st.integers(10, 260), st.integers(10, 260))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"CLIP"}))
 def test_sizes_are_those_of_the_processor(name: str, height: int, width: int) -> None:
     processor = KNOWN[name]
@@ -134,7 +134,7 @@ def test_sizes_are_those_of_the_processor(name: str, height: int, width: int) ->
 
 
 @given(st.integers(10, 260), st.integers(10, 260))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, width: int) -> None:
     processor = KNOWN[name]

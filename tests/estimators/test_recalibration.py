@@ -104,7 +104,7 @@ def test_histogram_bins_hold_as_many_answers_and_state_their_accuracy() -> None:
     rows=st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=40),
     asked=st.lists(st.integers(0, 100), min_size=1, max_size=10),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_answers_give_probabilities(
     method: type[Recalibration], rows: list[tuple[int, bool]], asked: list[int]
 ) -> None:
@@ -125,7 +125,7 @@ def test_logits_are_finite() -> None:
 
 
 @given(images=st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda i: len(set(i)) > 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_image_is_fitted_on_and_held_out(images: list[int]) -> None:
     rows = predictions([0.5] * len(images), [True] * len(images), [f"{i}.png" for i in images])
     held: list[int] = []

@@ -22,7 +22,6 @@ from vlm_calibration.losses.preference import (
     Ordinal,
     PreferenceLoss,
     SimPO,
-    chosen_nll,
     preference_statistics,
 )
 from vlm_calibration.records import DataError
@@ -231,7 +230,7 @@ def test_padding_may_hold_anything(loss: PreferenceLoss, garbage: float) -> None
         )
         lengths = clean.lengths.masked_fill(~clean.valid, 1 if padding == 0 else 0)
         scores = CandidateScores(policy.requires_grad_(), reference, lengths, distance, clean.valid)
-        found = loss(scores) + chosen_nll(scores)
+        found = loss(scores)
         found.backward()
         values.append(found)
         gradients.append(policy.grad)
@@ -389,8 +388,6 @@ def test_statistics_spelled_out() -> None:
     )
     # equal rewards are no win
     assert float(preference_statistics(loss, table([[-1, -1]]))["reward_accuracy"]) == 0
-    # every query has a chosen response
-    assert float(chosen_nll(scores).detach()) == pytest.approx((0.5 + 1 + 2) / 3)
 
 
 def test_which_losses_need_the_reference() -> None:
@@ -427,7 +424,7 @@ def _with(**changes: Tensor) -> CandidateScores:
 )
 @pytest.mark.parametrize(
     "call",
-    [DPO(), Listwise(), SimPO().rewards, chosen_nll, lambda scores: preference_statistics(DPO(), scores)],
+    [DPO(), Listwise(), SimPO().rewards, lambda scores: preference_statistics(DPO(), scores)],
 )
 def test_tables_that_are_refused(
     scores: Callable[[], CandidateScores], message: str, call: Callable[[CandidateScores], object]

@@ -30,10 +30,9 @@ from vlm_calibration.losses.preference import (
     Hinge,
     PreferenceLoss,
     SimPO,
-    chosen_nll,
     preference_statistics,
 )
-from vlm_calibration.losses.sequence import token_log_likelihood
+from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 
 # A prompt and three responses of each query, the first one chosen; equally many pairs a query, so that TRL's mean over
 # pairs is our mean over queries.
@@ -77,12 +76,12 @@ def models() -> Models:
 
 def _log_likelihood(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return token_log_likelihood(logits, torch.tensor(response)).sum()
+    return token_log_likelihood(logits, torch.tensor(response))
 
 
 def score(models: Models) -> CandidateScores:
     policy, reference = (
-        torch.stack([torch.stack([_log_likelihood(model, p, r) for r in rs]) for p, rs in QUERIES])
+        torch.stack([torch.stack([_log_likelihood(model, p, r).sum() for r in rs]) for p, rs in QUERIES])
         for model in models
     )
     lengths = torch.tensor([[len(r) for r in responses] for _, responses in QUERIES])
@@ -241,7 +240,11 @@ def test_ipo_on_whole_responses(models: Models) -> None:
 def test_chosen_nll(models: Models) -> None:
     """TRL's "sft" averages over the tokens of a batch, which for one query is the mean that we take of each."""
     theirs = trl_dpo(models, "sft", 0.1, one_by_one=True)
-    assert_same(models, chosen_nll(score(models)), theirs)
+    chosen = [_log_likelihood(models.policy, prompt, responses[0]) for prompt, responses in QUERIES]
+    log_likelihood = torch.cat(chosen)
+    rows = torch.repeat_interleave(torch.tensor([len(c) for c in chosen]))
+    ours = response_nll(log_likelihood, rows, torch.ones_like(log_likelihood), len(QUERIES))
+    assert_same(models, ours, theirs)
 
 
 def test_statistics(models: Models) -> None:

@@ -226,6 +226,18 @@ def test_the_expected_level_is_that_of_plain_forwards(
     assert max(abs(a - b) for a, b in zip(policy, expected, strict=True)) > 0.01, "it is the reference's"
 
 
+def test_a_grid_lets_the_expected_confidence_be_stated_more_finely(
+    module: Callable[..., DPOModule], pairs: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = Observed(module(), pairs(PairPolicy(target="expected", grid=5)), monkeypatch, 6)
+    finer = [percent / 100 for percent in range(0, 101, 5)]
+    expected = [observed.expected(row) for row in range(6)]
+    chosen = observed.chosen()
+    assert [row[0].confidence for row in chosen] == [min(finer, key=lambda c: abs(c - e)) for e in expected]
+    assert {row[0].confidence for row in chosen} - set(LEVELS)
+    assert all(sorted(c.confidence for c in row) == finer for row in chosen)
+
+
 def test_the_recalibrated_level_is_the_map_of_the_expected_one(
     module: Callable[..., DPOModule], pairs: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +366,7 @@ def test_at_the_start_the_policy_is_the_reference(
     assert observed.logged["train/reward_margin"] == pytest.approx(0, abs=1e-3)
 
 
-def test_the_chosen_responses_weigh_as_the_confidence_that_they_state(
+def test_chosen_answers_weigh_as_the_confidence_to_state_and_confidences_fully(
     module: Callable[..., DPOModule], pairs: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = {}
@@ -362,12 +374,14 @@ def test_the_chosen_responses_weigh_as_the_confidence_that_they_state(
         with monkeypatch.context() as patch:
             observed = Observed(module(nll_weight=weight), pairs(PairPolicy(target="level")), patch, 9)
             losses[weight] = float(observed.step())
-    nll = []
+    nll, weights = [], []
     for row, [first, *_] in enumerate(observed.chosen()):
-        log_p, _, length = observed.plain(row, first)
+        log_p, answer_p, length = observed.plain(row, first)
         sample = observed.samples[row]
-        nll.append(-log_p / length * sample.confidence * (sample.mistake is None))
-    assert 1 < sum(value > 0 for value in nll) < 9, "wrong answers and those of no confidence are not taught"
+        weight = sample.confidence * (sample.mistake is None)
+        weights.append(weight)
+        nll.append(-(weight * answer_p + log_p - answer_p) / length)
+    assert 0 < sum(weight > 0 for weight in weights) < 9, "wrong answers are not taught"
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
 
 

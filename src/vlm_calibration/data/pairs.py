@@ -36,11 +36,13 @@ class PairPolicy:
     """What is preferred over what.
 
     Args:
-        target: the confidence that the chosen response states. "level": the level of the noise (the paper's). "expected":
-            the level nearest to the confidence that the reference expects, averaged over all levels, on this very image.
-            "recalibrated": the same after an isotonic map fitted on the validation queries before training.
+        target: the confidence that the chosen response states. "expected": the one nearest to what the reference expects,
+            averaged over all that may be stated, on this very image. "recalibrated": the same after an isotonic map fitted
+            on the validation queries before training. "level": the level of the noise (the paper's).
             Greedy decoding states the mode of what a model believes, and calibrated is its mean: preferring the level
             sharpens the mode, preferring the mean moves the mode there.
+        grid: percent, dividing 100: beside the levels of the noise, every multiple of it may be stated. Where the noise has
+            few levels, their mean lies between them. None: the levels of the noise alone.
         rejected: which other levels are rejected. "all" of them; or `n_rejected` drawn at random ("uniform"), the
             furthest from the target ("far"), or the nearest ("adjacent").
         n_rejected: how many; 1 by default. Not to be given with "all".
@@ -50,7 +52,8 @@ class PairPolicy:
         seed: of what is drawn.
     """
 
-    target: Literal["level", "expected", "recalibrated"] = "level"
+    target: Literal["expected", "recalibrated", "level"] = "expected"
+    grid: int | None = None
     rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
     n_rejected: int | None = None
     on_policy: bool = False
@@ -58,6 +61,10 @@ class PairPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.grid is not None and (self.grid < 1 or 100 % self.grid):
+            raise DataError(
+                f"pairs.grid must be a whole number of percent that divides 100, found {self.grid}"
+            )
         if self.n_rejected is not None and (self.rejected == "all" or self.n_rejected < 1):
             raise DataError(
                 f"pairs.n_rejected must be at least 1, and not be given with `rejected: all`, found {self.n_rejected}"
@@ -107,9 +114,14 @@ class PairBatch(NamedTuple):
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))
 
 
-def stated_levels(levels: Levels, answer_type: str) -> tuple[float, ...]:
-    """The confidences that are stated for this type of answer, highest first."""
-    found = sorted({levels.confidence(step, answer_type) for step in levels.steps})
+def stated_levels(levels: Levels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
+    """The confidences that are stated for this type of answer, highest first.
+
+    Args:
+        grid: percent, as in `PairPolicy`.
+    """
+    between = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
+    found = sorted({levels.confidence(step, answer_type) for step in levels.steps} | between)
     # Of levels that read alike, being less than a percent apart, the highest.
     return tuple({render_response("", c): c for c in found}.values())[::-1]
 
@@ -211,7 +223,7 @@ class PairCollator:
         Returns:
             How many tokens at the end of the prompt the responses do not share (most often 0), and the responses.
         """
-        levels = stated_levels(self.levels, query.answer_type)
+        levels = stated_levels(self.levels, query.answer_type, self.policy.grid)
         stated = [(a, c) for a in answers for c in levels]
         texts = self.chat.conversations(query.question, [render_response(a, c) for a, c in stated])
         answered = self.chat.conversations(query.question, [render_answer(a) for a in answers])

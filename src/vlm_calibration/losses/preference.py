@@ -274,17 +274,6 @@ class Listwise(PreferenceLoss):
         return _mean_over_queries(terms, counted)
 
 
-def chosen_nll(scores: CandidateScores, weights: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood per token of the chosen responses, averaged over queries (RPO, arXiv 2404.19733).
-
-    Args:
-        weights: float [B], what each query counts; None: 1.
-    """
-    filled = _filled(scores)
-    nll = -filled.policy[:, 0] / filled.lengths[:, 0]
-    return (nll if weights is None else nll * weights).mean()
-
-
 @torch.no_grad()
 def preference_statistics(loss: PreferenceLoss, scores: CandidateScores) -> dict[str, Tensor]:
     """What to log beside the loss.

@@ -30,9 +30,9 @@ from vlm_calibration.losses.preference import (
     DPO,
     CandidateScores,
     PreferenceLoss,
-    chosen_nll,
     preference_statistics,
 )
+from vlm_calibration.losses.sequence import response_nll
 from vlm_calibration.models.adapters import (
     REFERENCE,
     LoraSettings,
@@ -78,8 +78,8 @@ class DPOModule(L.LightningModule):
             `lora.parts`.
         optimizer: AdamW and its schedule.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
-            (arXiv 2404.19733). Within it a response counts as much as the confidence it states, and not at all if its
-            answer is wrong.
+            (arXiv 2404.19733). Within it the tokens of the confidence count fully, and those of the answer as much as the
+            confidence to state, and not at all if it is wrong: what the model cannot see it is not to assert.
         scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
         gradient_checkpointing: recompute activations in the backward pass.
         max_new_tokens: length limit of the answers generated in validation.
@@ -172,7 +172,7 @@ class DPOModule(L.LightningModule):
         scores = candidate_scores(found, reference, chosen)
         loss = self.loss(scores)
         if self.nll_weight:
-            loss = loss + self.nll_weight * chosen_nll(scores, nll_weights(scores, chosen, batch))
+            loss = loss + self.nll_weight * chosen_nll(found, chosen, batch)
         self._log(loss, scores, found, chosen, batch)
         return loss
 
@@ -308,13 +308,17 @@ def candidate_scores(found: ResponseScores, reference: Tensor | None, chosen: Ch
     )
 
 
-def nll_weights(scores: CandidateScores, chosen: Chosen, batch: PairBatch) -> Tensor:
-    """What the likelihood of each chosen response counts, float [B]: the confidence it states, 0 for a wrong answer.
+def chosen_nll(found: ResponseScores, chosen: Chosen, batch: PairBatch) -> Tensor:
+    """Weighted negative log-likelihood per token of the chosen responses, a mean over queries.
 
-    What the model cannot see it is not to assert, and a wrong answer is there to be doubted.
+    The confidence's tokens weigh 1; the answer's the confidence to state, or 0 if the answer is wrong.
     """
-    weights = [row[0].confidence * right for row, right in zip(chosen, batch.right, strict=True)]
-    return scores.policy.new_tensor(weights)
+    log_likelihood, tokens = found.log_likelihood[:, 0], found.tokens[:, 0]
+    weights = torch.ones_like(log_likelihood)
+    for row, (first, *_) in enumerate(chosen):
+        weights[row, : first.answer_length] = first.confidence * batch.right[row]
+    rows, _ = tokens.nonzero(as_tuple=True)
+    return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 
 
 @torch.no_grad()
