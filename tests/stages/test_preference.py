@@ -38,6 +38,7 @@ from vlm_calibration.losses.preference import DPO, Hinge, Listwise, SimPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference, recalibration
@@ -218,9 +219,8 @@ def test_the_expected_level_is_that_of_plain_forwards(
     observed = Observed(module(reference=reference), pairs(), monkeypatch)
     expected = [observed.expected(row) for row in range(4)]
     assert [row[0].confidence for row in observed.chosen()] == [_nearest(e) for e in expected]
-    belief = Belief(
-        observed.module.score_reference(observed.batch, observed.batch.candidates), observed.batch.candidates
-    )
+    found = observed.module.score_reference(observed.batch, observed.batch.candidates)
+    belief = Belief(found.total, observed.batch.candidates)
     assert [belief.expected(row) for row in range(4)] == pytest.approx(expected, abs=1e-4)
     policy = [observed.expected(row, reference=False) for row in range(4)]
     assert max(abs(a - b) for a, b in zip(policy, expected, strict=True)) > 0.01, "it is the reference's"
@@ -281,7 +281,7 @@ def test_the_references_likelihoods_belong_to_the_candidates(
     assert [len(row) == 4 for row in chosen] == list(observed.batch.right)
     for row, candidates in enumerate(chosen):
         plain = [observed.plain(row, c, reference=True)[0] for c in candidates]
-        assert reference[row, : len(candidates)].tolist() == pytest.approx(plain, abs=1e-3)
+        assert reference.total[row, : len(candidates)].tolist() == pytest.approx(plain, abs=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"loss": SimPO(), "reference": "none"}, {"loss": SimPO()}])
@@ -311,11 +311,11 @@ def test_the_reference_is_the_same_while_the_policy_is_trained(
     observed = Observed(module(demo_adapter(dropout=0.3), reference=reference), pairs(), monkeypatch)
     scores = observed.module.score_reference
     assert observed.module.model.training
-    first, again = (scores(observed.batch, observed.batch.candidates) for _ in range(2))
+    first, again = (scores(observed.batch, observed.batch.candidates).total for _ in range(2))
     assert observed.module.model.training
     assert torch.equal(first, again), "no dropout in what is frozen"
     observed.module.eval()
-    assert torch.allclose(first, scores(observed.batch, observed.batch.candidates), atol=1e-4)
+    assert torch.allclose(first, scores(observed.batch, observed.batch.candidates).total, atol=1e-4)
 
 
 # --- The loss ----------------------------------------------------------------------------------------------------
@@ -385,6 +385,29 @@ def test_chosen_answers_weigh_as_the_confidence_to_state_and_confidences_fully(
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
 
 
+@pytest.mark.parametrize("loss", [DPO(), SimPO()], ids=repr)
+@pytest.mark.parametrize("policy", [EXPECTED, PairPolicy(target="level", wrong_answer=True)], ids=repr)
+def test_the_answer_is_held_where_the_reference_has_it(
+    module: Callable[..., DPOModule],
+    pairs: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Any,
+    policy: PairPolicy,
+) -> None:
+    losses = {}
+    for weight in (0.0, 0.7):
+        with monkeypatch.context() as patch:
+            observed = Observed(module(loss=loss, answer_anchor=weight), pairs(policy), patch, 6)
+            losses[weight] = float(observed.step())
+    change = [
+        observed.plain(row, first)[1] - observed.plain(row, first, reference=True)[1]
+        for row, [first, *_] in enumerate(observed.chosen())
+    ]
+    assert min(change) < -0.01
+    assert max(change) > 0.01
+    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(np.square(change)), abs=1e-3)
+
+
 @pytest.mark.parametrize("loss", [DPO(), Listwise(beta=0.5)], ids=repr)
 def test_a_shared_prefix_changes_neither_loss_nor_gradient(
     module: Callable[..., DPOModule], pairs: Data, monkeypatch: pytest.MonkeyPatch, loss: Any
@@ -393,7 +416,9 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradient(
     found = []
     for scoring in ("plain", "shared"):
         with monkeypatch.context() as patch:
-            observed = Observed(module(loss=loss, scoring=scoring, nll_weight=0.5), pairs(policy), patch)
+            observed = Observed(
+                module(loss=loss, scoring=scoring, nll_weight=0.5, answer_anchor=0.5), pairs(policy), patch
+            )
             value = observed.step()
             value.backward()
             gradients = [p.grad for p in trained_parameters(observed.module)]
@@ -684,7 +709,7 @@ class Reference:
     def __init__(self) -> None:
         self.asked: list[list[list[int]]] = []
 
-    def score_reference(self, batch: PairBatch, candidates: Any) -> Tensor:
+    def score_reference(self, batch: PairBatch, candidates: Any) -> ResponseScores:
         prompts = [
             ids[:length].tolist()
             for ids, length in zip(batch.inputs["input_ids"], batch.lengths, strict=True)
@@ -692,7 +717,8 @@ class Reference:
         self.asked = [
             [[*prompt, *c.tokens] for c in row] for prompt, row in zip(prompts, candidates, strict=True)
         ]
-        return torch.zeros(len(candidates), max(map(len, candidates)))
+        nothing = torch.zeros(len(candidates), max(map(len, candidates)), 1)
+        return ResponseScores(nothing, nothing > 0)
 
 
 @pytest.mark.parametrize("text", ["Yes. Confidence: 90%", "A cat. Confidence: 80%"])
@@ -808,6 +834,11 @@ def test_a_loss_that_needs_a_reference_is_given_one(module: Callable[..., DPOMod
     module(reference="none", loss=DPO(reference_free=True))
 
 
+def test_an_anchor_needs_a_reference(module: Callable[..., DPOModule]) -> None:
+    with pytest.raises(DataError, match=r"model\.answer_anchor compares with the reference, but .* is none"):
+        module(reference="none", loss=SimPO(), answer_anchor=0.3)
+
+
 @pytest.mark.parametrize(
     "policy", [PairPolicy(target="expected"), PairPolicy(target="level", rejected="far", on_policy=True)]
 )
@@ -832,5 +863,6 @@ def test_an_adapter_to_compare_with_must_be_given(module: Callable[..., DPOModul
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_a_weight_that_makes_no_sense_is_refused(module: Callable[..., DPOModule], weight: float) -> None:
-    with pytest.raises(DataError, match=r"model\.nll_weight must be a finite number of at least 0"):
-        module(nll_weight=weight)
+    for name in ("nll_weight", "answer_anchor"):
+        with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
+            module(**{name: weight})

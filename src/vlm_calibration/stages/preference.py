@@ -80,6 +80,9 @@ class DPOModule(L.LightningModule):
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
             (arXiv 2404.19733). Within it the tokens of the confidence count fully, and those of the answer as much as the
             confidence to state, and not at all if it is wrong: what the model cannot see it is not to assert.
+        answer_anchor: weight of the squared change of the answer's log-likelihood since the reference beside the loss, at
+            least 0. Responses that differ in their confidence alone say nothing of the answer, and the gradient that
+            makes a confidence likely moves it all the same: without this, answers can fall apart.
         scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
         gradient_checkpointing: recompute activations in the backward pass.
         max_new_tokens: length limit of the answers generated in validation.
@@ -98,13 +101,15 @@ class DPOModule(L.LightningModule):
         parts: list[Part] | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(lr=2e-5),  # noqa: B008  (frozen)
         nll_weight: float = 0.0,
+        answer_anchor: float = 0.0,
         scoring: Scoring = "auto",
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
-        if not 0 <= nll_weight < math.inf:
-            raise DataError(f"model.nll_weight must be a finite number of at least 0, found {nll_weight}")
+        for name, weight in (("nll_weight", nll_weight), ("answer_anchor", answer_anchor)):
+            if not 0 <= weight < math.inf:
+                raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
         if reference == "adapter" and adapter is None:
             raise DataError(
                 "model.reference: adapter, but model.adapter is not set: give the adapter of stage 1, or "
@@ -114,6 +119,8 @@ class DPOModule(L.LightningModule):
             raise DataError("model.parts is for an adapter that is given: set model.lora.parts of a new one")
         if reference == "none" and loss.needs_reference:
             raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
+        if reference == "none" and answer_anchor:
+            raise DataError("model.answer_anchor compares with the reference, but model.reference is none")
         self.base = base
         self.adapter = adapter
         self.lora = lora
@@ -122,6 +129,7 @@ class DPOModule(L.LightningModule):
         self.parts = parts
         self.optimizer_settings = optimizer
         self.nll_weight = nll_weight
+        self.answer_anchor = answer_anchor
         self.scoring = scoring
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
@@ -173,6 +181,10 @@ class DPOModule(L.LightningModule):
         loss = self.loss(scores)
         if self.nll_weight:
             loss = loss + self.nll_weight * chosen_nll(found, chosen, batch)
+        if self.answer_anchor:
+            assert reference is not None
+            change = answer_log_likelihood(found, chosen) - answer_log_likelihood(reference, chosen)
+            loss = loss + self.answer_anchor * change.square().mean()
         self._log(loss, scores, found, chosen, batch)
         return loss
 
@@ -193,18 +205,19 @@ class DPOModule(L.LightningModule):
         return score_responses(self.model, Prompts(batch.inputs, batch.lengths), tokens, self.scoring)
 
     @torch.no_grad()
-    def score_reference(self, batch: PairBatch, candidates: Chosen) -> Tensor:
-        """log p of each candidate under the reference, [B, K]."""
+    def score_reference(self, batch: PairBatch, candidates: Chosen) -> ResponseScores:
+        """Log-likelihoods under the reference."""
         with self.as_reference():
-            return self.score(batch, candidates).total
+            return self.score(batch, candidates)
 
     def as_reference(self) -> AbstractContextManager[None]:
         """A context in which the model is the reference."""
         return using_adapter(self.model, REFERENCE if self.reference == "adapter" else None)
 
-    def compared(self, batch: PairBatch) -> tuple[Chosen, Tensor | None]:
-        """For each query the chosen candidate and behind it the rejected ones, and the reference's log p of them [B, K]."""
+    def compared(self, batch: PairBatch) -> tuple[Chosen, ResponseScores | None]:
+        """For each query the chosen candidate and behind it the rejected ones, and how likely the reference holds them."""
         policy = self.policy
+        needed = self.loss.needs_reference or self.answer_anchor > 0
         if not policy.needs_reference:
             picks = [
                 choose(policy, row, nearest([c.confidence for c in row], level), query, epoch)
@@ -213,12 +226,14 @@ class DPOModule(L.LightningModule):
                 )
             ]
             chosen = _picked(batch, picks)
-            return chosen, self.score_reference(batch, chosen) if self.loss.needs_reference else None
-        belief = Belief(self.score_reference(batch, batch.candidates), batch.candidates)
+            return chosen, self.score_reference(batch, chosen) if needed else None
+        found = self.score_reference(batch, batch.candidates)
+        belief = Belief(found.total, batch.candidates)
         picks = [self._pick(policy, batch, belief, row) for row in range(len(batch.queries))]
         width = max(map(len, picks))
         index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=belief.total.device)
-        reference = belief.total.gather(1, index) if self.loss.needs_reference else None
+        rows = torch.arange(len(picks), device=index.device)[:, None]
+        reference = ResponseScores(*(values[rows, index] for values in found)) if needed else None
         return _picked(batch, picks), reference
 
     def _pick(self, policy: PairPolicy, batch: PairBatch, belief: Belief, row: int) -> list[int]:
@@ -254,7 +269,7 @@ class DPOModule(L.LightningModule):
             believed = Belief(self.score(batch, batch.candidates).total, batch.candidates)
             before = None
             if self.reference != "none":
-                before = Belief(self.score_reference(batch, batch.candidates), batch.candidates)
+                before = Belief(self.score_reference(batch, batch.candidates).total, batch.candidates)
         scores = candidate_scores(found, reference, chosen)
         values = {**preference_statistics(self.loss, scores), **answer_statistics(found, chosen, batch)}
         if before is not None:
@@ -296,15 +311,25 @@ def _picked(batch: PairBatch, picks: list[list[int]]) -> Chosen:
     return tuple(tuple(row[i] for i in pick) for row, pick in zip(batch.candidates, picks, strict=True))
 
 
-def candidate_scores(found: ResponseScores, reference: Tensor | None, chosen: Chosen) -> CandidateScores:
+def candidate_scores(
+    found: ResponseScores, reference: ResponseScores | None, chosen: Chosen
+) -> CandidateScores:
     """What the losses take, of candidates of which each query's first is the chosen one."""
     width = found.total.shape[1]
     distance = [
         [1.0 if c.wrong else abs(c.confidence - row[0].confidence) for c in row] + [0.0] * (width - len(row))
         for row in chosen
     ]
+    before = None if reference is None else reference.total
     return CandidateScores(
-        found.total, reference, found.lengths, found.total.new_tensor(distance), found.lengths > 0
+        found.total, before, found.lengths, found.total.new_tensor(distance), found.lengths > 0
+    )
+
+
+def answer_log_likelihood(found: ResponseScores, chosen: Chosen) -> Tensor:
+    """log p of the answer within each query's chosen response, [B]."""
+    return torch.stack(
+        [found.log_likelihood[row, 0, : first.answer_length].sum() for row, (first, *_) in enumerate(chosen)]
     )
 
 
@@ -327,10 +352,7 @@ def answer_statistics(found: ResponseScores, chosen: Chosen, batch: PairBatch) -
 
     It falls when a model collapses: margins grow, and all responses become unlikely.
     """
-    values = [
-        found.log_likelihood[row, 0, : candidates[0].answer_length].sum()
-        for row, candidates in enumerate(chosen)
-        if batch.right[row]
-    ]
-    mean = torch.stack(values).mean() if values else found.log_likelihood.new_tensor(math.nan)
+    right = torch.tensor(batch.right, device=found.log_likelihood.device)
+    # The mean of nothing is nan.
+    mean = answer_log_likelihood(found, chosen)[right].mean()
     return {"logp_answer": mean}

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vlm_calibration.data.pairs import Candidate, IsotonicMap, PairBatch, fit_isotonic_map
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
@@ -26,8 +26,10 @@ class HasReference(Protocol):
     def as_reference(self) -> AbstractContextManager[None]:
         """A context in which the model is the reference."""
 
-    def score_reference(self, batch: PairBatch, candidates: tuple[tuple[Candidate, ...], ...]) -> Tensor:
-        """log p of each candidate under the reference, [B, K]."""
+    def score_reference(
+        self, batch: PairBatch, candidates: tuple[tuple[Candidate, ...], ...]
+    ) -> ResponseScores:
+        """Log-likelihoods under the reference."""
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def _expected(
     # How much of a prompt's end a response takes into its first token depends on the answer.
     cut = torch.tensor([n for n, _ in found], device=pairs.lengths.device)
     pairs = pairs._replace(lengths=pairs.inputs["attention_mask"].sum(dim=1) - cut)
-    belief = Belief(module.score_reference(pairs, candidates), candidates)
+    belief = Belief(module.score_reference(pairs, candidates).total, candidates)
     return [(belief.expected(row), answers[row].correct, answers[row].answer_type) for row in read]
 
 
