@@ -3,7 +3,7 @@
 Behind it is what an isotonic map of the base model's confidence comes to, which costs no training: it mends the calibration
 error, and ranks no better. "Apart" are intervals that do not overlap.
 Each seed has its own noise, order of data, adapter initialisation and test noise; the base model, its levels and the test
-scenes are the same. Values are mean ± standard deviation over seeds.
+scenes are the same. Values are mean ± standard deviation over seeds. Adapters that are in `--out` are not trained again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ STAGE_2 = {
         *("--model.init_args.loss.init_args.beta", "0.3"),
     ],
 }
-PAPER_2 = ["--config", "configs/experiment/paper.yaml", "--config", "configs/experiment/paper_dpo.yaml"]
+PAPER_2 = [
+    *("--config", "configs/experiment/paper.yaml", "--config", "configs/experiment/paper_dpo.yaml"),
+    # As in the Makefile: at ours it collapses.
+    *("--model.init_args.optimizer.lr", "3.0e-4"),
+]
 SYSTEMS = {
     "base": "base",
     "sft-paper": "SFT, paper's preset",
@@ -91,10 +95,11 @@ def into(folder: Path) -> list[str]:
     return ["--trainer.default_root_dir", str(folder)]
 
 
-def side_by_side(fits: list[list[str]]) -> None:
-    """Train one adapter on each core, as `make demo` does, until all are trained."""
-    for first in range(0, len(fits), 2):
-        for fit in [start("fit", *arguments) for arguments in fits[first : first + 2]]:
+def side_by_side(fits: dict[Path, list[str]]) -> None:
+    """Train one adapter on each core, as `make demo` does, until there is one in each folder."""
+    missing = [(folder, fit) for folder, fit in fits.items() if not (folder / "adapter").is_dir()]
+    for first in range(0, len(missing), 2):
+        for fit in [start("fit", *fit, *into(folder)) for folder, fit in missing[first : first + 2]]:
             finish(fit)
 
 
@@ -103,21 +108,18 @@ def run_seed(seed: int, root: Path) -> dict[str, dict[str, float]]:
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
     folders = {name: root / f"{name}-{seed}" for name in SYSTEMS if name not in ("base", "oracle")}
     side_by_side(
-        [
-            ["--config", "configs/sft.yaml", *extra, *own, *into(folders[name])]
-            for name, extra in STAGE_1.items()
-        ]
+        {folders[name]: ["--config", "configs/sft.yaml", *extra, *own] for name, extra in STAGE_1.items()}
     )
 
-    def stage_2(name: str, start_from: str, extra: list[str]) -> list[str]:
+    def stage_2(start_from: str, extra: list[str]) -> list[str]:
         adapter = ["--model.init_args.adapter", str(folders[start_from] / "adapter")]
-        return ["--config", "configs/dpo.yaml", *extra, *own, *adapter, *into(folders[name])]
+        return ["--config", "configs/dpo.yaml", *extra, *own, *adapter]
 
     side_by_side(
-        [
-            *(stage_2(name, "sft", extra) for name, extra in STAGE_2.items()),
-            stage_2("dpo-paper", "sft-paper", PAPER_2),
-        ]
+        {
+            **{folders[name]: stage_2("sft", extra) for name, extra in STAGE_2.items()},
+            folders["dpo-paper"]: stage_2("sft-paper", PAPER_2),
+        }
     )
     evaluated = root / f"eval-{seed}"
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})

@@ -143,7 +143,7 @@ def test_nothing_is_measured_where_nothing_is_logged(tmp_path: Path, monkeypatch
 
 def test_tokens_of_pairs_count_the_prompt_once_and_every_response() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    candidates = ((Candidate((1, 2, 3), 1, 0.5, False), Candidate((1, 2), 1, 0.4, False)),) * 2
+    candidates = ((Candidate((1, 2, 3), 1, 0, 0.5, False), Candidate((1, 2), 1, 0, 0.4, False)),) * 2
     nothing: Any = SimpleNamespace()
     batch = PairBatch(
         {"attention_mask": mask},

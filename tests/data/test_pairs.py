@@ -49,7 +49,7 @@ TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 
 def _candidates(levels: Sequence[float] = TENTHS, wrong: bool = False) -> tuple[Candidate, ...]:
     """One response a level, and then the same again with a wrong answer."""
-    right = [Candidate((i,), 1, c, False) for i, c in enumerate(levels)]
+    right = [Candidate((i,), 1, 0, c, False) for i, c in enumerate(levels)]
     return (*right, *(c._replace(wrong=True) for c in right if wrong))
 
 
@@ -342,6 +342,8 @@ def _check_candidates(
         rest = chat.processor.tokenizer.decode(candidate.tokens[candidate.answer_length :])
         assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", rest)
         assert parse_confidence(rest) == confidence
+        ending = candidate.tokens[len(candidate.tokens) - candidate.ending_length :]
+        assert chat.processor.tokenizer.decode(ending) == "%<|end|>"
 
 
 def test_prompt_and_candidate_are_the_whole_conversation(chat: ChatFormat, samples: Sequence[Sample]) -> None:

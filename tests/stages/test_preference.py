@@ -169,8 +169,8 @@ class Observed:
         with torch.no_grad():
             return [list(row) for row in self.module.compared(self.batch)[0]]
 
-    def plain(self, row: int, candidate: Candidate, reference: bool = False) -> tuple[float, float, int]:
-        """log p of a candidate and of its answer alone, by a plain forward over the whole conversation, and its length."""
+    def by_token(self, row: int, candidate: Candidate, reference: bool = False) -> list[float]:
+        """log p of a candidate's tokens, by a plain forward over the whole conversation."""
         sample, model = self.samples[row], self.module.model
         answer = sample.answer
         if candidate.wrong:
@@ -184,8 +184,13 @@ class Observed:
         with torch.no_grad(), using_adapter(model, name):
             log_p = torch.log_softmax(model(**batch.inputs).logits[0].double(), -1)
         places = (labels != IGNORE).nonzero()[:, 0]
-        values = log_p[places - 1, labels[places]]
-        return float(values.sum()), float(values[~is_stated[places]].sum()), len(places)
+        assert int((~is_stated[places]).sum()) == candidate.answer_length
+        return log_p[places - 1, labels[places]].tolist()
+
+    def plain(self, row: int, candidate: Candidate, reference: bool = False) -> tuple[float, float, int]:
+        """log p of a candidate and of its answer alone, and its length."""
+        values = self.by_token(row, candidate, reference)
+        return sum(values), sum(values[: candidate.answer_length]), len(values)
 
     def expected(self, row: int, reference: bool = True) -> float:
         """The mean of the levels under a softmax over the plain log-likelihoods of all of them."""
@@ -386,8 +391,16 @@ def test_chosen_answers_weigh_as_the_confidence_to_state_and_confidences_fully(
 
 
 @pytest.mark.parametrize("loss", [DPO(), SimPO()], ids=repr)
-@pytest.mark.parametrize("policy", [EXPECTED, PairPolicy(target="level", wrong_answer=True)], ids=repr)
-def test_the_answer_is_held_where_the_reference_has_it(
+@pytest.mark.parametrize(
+    "policy",
+    [
+        EXPECTED,
+        PairPolicy(target="expected", rejected="far", n_rejected=2),
+        PairPolicy(target="level", wrong_answer=True),
+    ],
+    ids=repr,
+)
+def test_what_responses_share_is_held_where_the_reference_has_it(
     module: Callable[..., DPOModule],
     pairs: Data,
     monkeypatch: pytest.MonkeyPatch,
@@ -397,15 +410,19 @@ def test_the_answer_is_held_where_the_reference_has_it(
     losses = {}
     for weight in (0.0, 0.7):
         with monkeypatch.context() as patch:
-            observed = Observed(module(loss=loss, answer_anchor=weight), pairs(policy), patch, 6)
+            observed = Observed(module(loss=loss, anchor_weight=weight), pairs(policy), patch, 6)
             losses[weight] = float(observed.step())
-    change = [
-        observed.plain(row, first)[1] - observed.plain(row, first, reference=True)[1]
-        for row, [first, *_] in enumerate(observed.chosen())
-    ]
-    assert min(change) < -0.01
-    assert max(change) > 0.01
-    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(np.square(change)), abs=1e-3)
+    anchors = []
+    for row, candidates in enumerate(observed.chosen()):
+        now, before = (
+            [observed.by_token(row, c, reference) for c in candidates] for reference in (False, True)
+        )
+        answer = candidates[0].answer_length
+        # "%" and the end of the turn
+        endings = [(sum(n[-2:]) - sum(b[-2:])) ** 2 for n, b in zip(now, before, strict=True)]
+        anchors.append((sum(now[0][:answer]) - sum(before[0][:answer])) ** 2 + np.mean(endings))
+    assert max(anchors) > 0.01
+    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(anchors), abs=1e-3)
 
 
 @pytest.mark.parametrize("loss", [DPO(), Listwise(beta=0.5)], ids=repr)
@@ -417,7 +434,7 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradient(
     for scoring in ("plain", "shared"):
         with monkeypatch.context() as patch:
             observed = Observed(
-                module(loss=loss, scoring=scoring, nll_weight=0.5, answer_anchor=0.5), pairs(policy), patch
+                module(loss=loss, scoring=scoring, nll_weight=0.5, anchor_weight=0.5), pairs(policy), patch
             )
             value = observed.step()
             value.backward()
@@ -796,7 +813,7 @@ def test_a_map_needs_answers_to_be_fitted_on(
 
 def _belief(*rows: Sequence[float]) -> Belief:
     """Three levels with the same again for a wrong answer, which does not count."""
-    levels = [Candidate((1,), 1, c, False) for c in (1.0, 0.5, 0.0)]
+    levels = [Candidate((1,), 1, 0, c, False) for c in (1.0, 0.5, 0.0)]
     candidates = (*levels, *(c._replace(wrong=True) for c in levels))
     return Belief(torch.tensor([[*row, 5.0, 6.0, 7.0] for row in rows]), (candidates,) * len(rows))
 
@@ -835,8 +852,8 @@ def test_a_loss_that_needs_a_reference_is_given_one(module: Callable[..., DPOMod
 
 
 def test_an_anchor_needs_a_reference(module: Callable[..., DPOModule]) -> None:
-    with pytest.raises(DataError, match=r"model\.answer_anchor compares with the reference, but .* is none"):
-        module(reference="none", loss=SimPO(), answer_anchor=0.3)
+    with pytest.raises(DataError, match=r"model\.anchor_weight compares with the reference, but .* is none"):
+        module(reference="none", loss=SimPO(), anchor_weight=0.3)
 
 
 @pytest.mark.parametrize(
@@ -863,6 +880,6 @@ def test_an_adapter_to_compare_with_must_be_given(module: Callable[..., DPOModul
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_a_weight_that_makes_no_sense_is_refused(module: Callable[..., DPOModule], weight: float) -> None:
-    for name in ("nll_weight", "answer_anchor"):
+    for name in ("nll_weight", "anchor_weight"):
         with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
             module(**{name: weight})

@@ -82,11 +82,13 @@ class Candidate(NamedTuple):
     """One response.
 
     tokens: its token ids behind the prompt, through the end of the turn. answer_length: how many of them are the answer.
-    confidence: what it states, in [0, 1]. wrong: it gives another answer than the chosen response.
+    ending_length: how many at the end are the same whatever confidence is stated. confidence: what it states, in [0, 1].
+    wrong: it gives another answer than the chosen response.
     """
 
     tokens: tuple[int, ...]
     answer_length: int
+    ending_length: int
     confidence: float
     wrong: bool
 
@@ -225,17 +227,27 @@ class PairCollator:
         """
         levels = stated_levels(self.levels, query.answer_type, self.policy.grid)
         stated = [(a, c) for a in answers for c in levels]
-        texts = self.chat.conversations(query.question, [render_response(a, c) for a, c in stated])
+        # Two numbers without a digit in common show what follows on any number.
+        probes = [(answers[0], c) for c in (0.11, 0.22)]
+        texts = self.chat.conversations(query.question, [render_response(a, c) for a, c in stated + probes])
         answered = self.chat.conversations(query.question, [render_answer(a) for a in answers])
         prompt, *ids = self.chat.token_ids([self.chat.render(query.question), *texts, *answered])
-        full, ends = ids[: len(stated)], ids[len(stated) :]
+        full, ends = ids[: len(texts)], ids[len(texts) :]
         start = min(common_prefix(prompt, f) for f in full)
-        found = []
-        for (answer, confidence), tokens in zip(stated, full, strict=True):
-            which = answers.index(answer)
+
+        def response(which: int, tokens: Sequence[int]) -> tuple[tuple[int, ...], int]:
             answer_length = common_prefix(ends[which], tokens) - start
             kept = self.chat.through_end(tokens[start:], answer_length)
-            found.append(Candidate(tuple(tokens[start : start + kept]), answer_length, confidence, which > 0))
+            return tuple(tokens[start : start + kept]), answer_length
+
+        one, other = (response(0, tokens)[0][::-1] for tokens in full[len(stated) :])
+        ending = one[: common_prefix(one, other)]
+        found = []
+        for (answer, confidence), conversation in zip(stated, full, strict=False):
+            which = answers.index(answer)
+            tokens, answer_length = response(which, conversation)
+            ending_length = common_prefix(tokens[::-1], ending)
+            found.append(Candidate(tokens, answer_length, ending_length, confidence, which > 0))
         return len(prompt) - start, tuple(found)
 
 

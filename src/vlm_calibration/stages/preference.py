@@ -45,6 +45,7 @@ from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.anchor import anchor
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.belief import Belief, divergence
 from vlm_calibration.stages.device import device_of, ready_to_train
@@ -80,9 +81,8 @@ class DPOModule(L.LightningModule):
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
             (arXiv 2404.19733). Within it the tokens of the confidence count fully, and those of the answer as much as the
             confidence to state, and not at all if it is wrong: what the model cannot see it is not to assert.
-        answer_anchor: weight of the squared change of the answer's log-likelihood since the reference beside the loss, at
-            least 0. Responses that differ in their confidence alone say nothing of the answer, and the gradient that
-            makes a confidence likely moves it all the same: without this, answers can fall apart.
+        anchor_weight: weight of the anchor beside the loss, at least 0: of the squared change since the reference of how
+            likely is what responses share, the answer and the ending. Without it both can fall apart.
         scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
         gradient_checkpointing: recompute activations in the backward pass.
         max_new_tokens: length limit of the answers generated in validation.
@@ -101,13 +101,13 @@ class DPOModule(L.LightningModule):
         parts: list[Part] | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(lr=2e-5),  # noqa: B008  (frozen)
         nll_weight: float = 0.0,
-        answer_anchor: float = 0.0,
+        anchor_weight: float = 0.0,
         scoring: Scoring = "auto",
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
-        for name, weight in (("nll_weight", nll_weight), ("answer_anchor", answer_anchor)):
+        for name, weight in (("nll_weight", nll_weight), ("anchor_weight", anchor_weight)):
             if not 0 <= weight < math.inf:
                 raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
         if reference == "adapter" and adapter is None:
@@ -119,8 +119,8 @@ class DPOModule(L.LightningModule):
             raise DataError("model.parts is for an adapter that is given: set model.lora.parts of a new one")
         if reference == "none" and loss.needs_reference:
             raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
-        if reference == "none" and answer_anchor:
-            raise DataError("model.answer_anchor compares with the reference, but model.reference is none")
+        if reference == "none" and anchor_weight:
+            raise DataError("model.anchor_weight compares with the reference, but model.reference is none")
         self.base = base
         self.adapter = adapter
         self.lora = lora
@@ -129,7 +129,7 @@ class DPOModule(L.LightningModule):
         self.parts = parts
         self.optimizer_settings = optimizer
         self.nll_weight = nll_weight
-        self.answer_anchor = answer_anchor
+        self.anchor_weight = anchor_weight
         self.scoring = scoring
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
@@ -181,10 +181,9 @@ class DPOModule(L.LightningModule):
         loss = self.loss(scores)
         if self.nll_weight:
             loss = loss + self.nll_weight * chosen_nll(found, chosen, batch)
-        if self.answer_anchor:
+        if self.anchor_weight:
             assert reference is not None
-            change = answer_log_likelihood(found, chosen) - answer_log_likelihood(reference, chosen)
-            loss = loss + self.answer_anchor * change.square().mean()
+            loss = loss + self.anchor_weight * anchor(found, reference, chosen)
         self._log(loss, scores, found, chosen, batch)
         return loss
 
@@ -217,7 +216,7 @@ class DPOModule(L.LightningModule):
     def compared(self, batch: PairBatch) -> tuple[Chosen, ResponseScores | None]:
         """For each query the chosen candidate and behind it the rejected ones, and how likely the reference holds them."""
         policy = self.policy
-        needed = self.loss.needs_reference or self.answer_anchor > 0
+        needed = self.loss.needs_reference or self.anchor_weight > 0
         if not policy.needs_reference:
             picks = [
                 choose(policy, row, nearest([c.confidence for c in row], level), query, epoch)
@@ -326,13 +325,6 @@ def candidate_scores(
     )
 
 
-def answer_log_likelihood(found: ResponseScores, chosen: Chosen) -> Tensor:
-    """log p of the answer within each query's chosen response, [B]."""
-    return torch.stack(
-        [found.log_likelihood[row, 0, : first.answer_length].sum() for row, (first, *_) in enumerate(chosen)]
-    )
-
-
 def chosen_nll(found: ResponseScores, chosen: Chosen, batch: PairBatch) -> Tensor:
     """Weighted negative log-likelihood per token of the chosen responses, a mean over queries.
 
@@ -352,7 +344,10 @@ def answer_statistics(found: ResponseScores, chosen: Chosen, batch: PairBatch) -
 
     It falls when a model collapses: margins grow, and all responses become unlikely.
     """
-    right = torch.tensor(batch.right, device=found.log_likelihood.device)
-    # The mean of nothing is nan.
-    mean = answer_log_likelihood(found, chosen)[right].mean()
+    values = [
+        found.log_likelihood[row, 0, : candidates[0].answer_length].sum()
+        for row, candidates in enumerate(chosen)
+        if batch.right[row]
+    ]
+    mean = torch.stack(values).mean() if values else found.log_likelihood.new_tensor(math.nan)
     return {"logp_answer": mean}
