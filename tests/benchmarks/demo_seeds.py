@@ -3,7 +3,7 @@
 Behind it is what an isotonic map of the base model's confidence comes to, which costs no training: it mends the calibration
 error, and ranks no better. "Apart" are intervals that do not overlap.
 Each seed has its own noise, order of data, adapter initialisation and test noise; the base model, its levels and the test
-scenes are the same. Values are mean ± standard deviation over seeds. Adapters that are in `--out` are not trained again.
+scenes are the same. Values are mean ± standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -95,20 +95,23 @@ def into(folder: Path) -> list[str]:
     return ["--trainer.default_root_dir", str(folder)]
 
 
-def side_by_side(fits: dict[Path, list[str]]) -> None:
+def side_by_side(fits: dict[Path, list[str]], resume: bool) -> None:
     """Train one adapter on each core, as `make demo` does, until there is one in each folder."""
-    missing = [(folder, fit) for folder, fit in fits.items() if not (folder / "adapter").is_dir()]
+    missing = [
+        (folder, fit) for folder, fit in fits.items() if not (resume and (folder / "adapter").is_dir())
+    ]
     for first in range(0, len(missing), 2):
         for fit in [start("fit", *fit, *into(folder)) for folder, fit in missing[first : first + 2]]:
             finish(fit)
 
 
-def run_seed(seed: int, root: Path) -> dict[str, dict[str, float]]:
+def run_seed(seed: int, root: Path, resume: bool) -> dict[str, dict[str, float]]:
     """Train all adapters with this seed and evaluate them; system -> metrics."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
     folders = {name: root / f"{name}-{seed}" for name in SYSTEMS if name not in ("base", "oracle")}
     side_by_side(
-        {folders[name]: ["--config", "configs/sft.yaml", *extra, *own] for name, extra in STAGE_1.items()}
+        {folders[name]: ["--config", "configs/sft.yaml", *extra, *own] for name, extra in STAGE_1.items()},
+        resume,
     )
 
     def stage_2(start_from: str, extra: list[str]) -> list[str]:
@@ -119,7 +122,8 @@ def run_seed(seed: int, root: Path) -> dict[str, dict[str, float]]:
         {
             **{folders[name]: stage_2("sft", extra) for name, extra in STAGE_2.items()},
             folders["dpo-paper"]: stage_2("sft-paper", PAPER_2),
-        }
+        },
+        resume,
     )
     evaluated = root / f"eval-{seed}"
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
@@ -191,8 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
+    parser.add_argument(
+        "--resume", action="store_true", help="do not train again what --out holds, of the same settings"
+    )
     args = parser.parse_args()
-    runs = [run_seed(seed, args.out) for seed in args.seeds]
+    runs = [run_seed(seed, args.out, args.resume) for seed in args.seeds]
     print(markdown(runs))
     print(f"{against_stage_1(runs)}\n")
     print(against_recalibration([args.out / f"eval-{seed}" for seed in args.seeds]))

@@ -233,6 +233,7 @@ class PairCollator:
         answered = self.chat.conversations(query.question, [render_answer(a) for a in answers])
         prompt, *ids = self.chat.token_ids([self.chat.render(query.question), *texts, *answered])
         full, ends = ids[: len(texts)], ids[len(texts) :]
+        probed = full[len(stated) :]
         start = min(common_prefix(prompt, f) for f in full)
 
         def response(which: int, tokens: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -240,10 +241,10 @@ class PairCollator:
             kept = self.chat.through_end(tokens[start:], answer_length)
             return tuple(tokens[start : start + kept]), answer_length
 
-        one, other = (response(0, tokens)[0][::-1] for tokens in full[len(stated) :])
+        one, other = (response(0, tokens)[0][::-1] for tokens in probed)
         ending = one[: common_prefix(one, other)]
         found = []
-        for (answer, confidence), conversation in zip(stated, full, strict=False):
+        for (answer, confidence), conversation in zip(stated, full[: len(stated)], strict=True):
             which = answers.index(answer)
             tokens, answer_length = response(which, conversation)
             ending_length = common_prefix(tokens[::-1], ending)
