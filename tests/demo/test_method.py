@@ -1,0 +1,140 @@
+"""What the demo is there to show, on scenes that nothing else uses, by the command line and the shipped configurations.
+
+The shipped model answers easy scenes, is always sure of it, and errs under noise as `levels.json` says; a short stage 1
+makes its stated confidence more honest, and a short stage 2 does so again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import fisher_exact
+
+from ..command_line import Server
+from ..wandb_log import demo, short
+
+UNSEEN = {"first": 50_000}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One system's `metrics.json` and the objects of its `predictions.jsonl`."""
+
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Runs commands on shipped configurations, each with an overlay, in a run directory of its name in `folder`."""
+
+    root: Path
+    server: Server
+    folder: Path
+
+    def __call__(self, name: str, command: str, config: str, *arguments: str, **sections: Any) -> Path:
+        overlay = self.folder / f"{name}.yaml"
+        words = short(command, self.root / "configs" / config, overlay, self.folder / name, **sections)
+        ended = self.server.wait(self.server.start([*command.split(), *words[1:], *arguments], self.root))
+        assert ended.status == 0, ended.err
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def call(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Caller:
+    return Caller(root, server, tmp_path_factory.mktemp("method"))
+
+
+@pytest.fixture(scope="module")
+def systems(call: Caller) -> dict[str, Evaluated]:
+    """The base model and adapters of both stages, each trained on few scenes, on clean and noised images."""
+    sft = call(
+        "sft",
+        "fit",
+        "sft.yaml",
+        trainer={"logger": False},
+        data={"train": demo("train", 900), "batch_size": 12},
+    )
+    dpo = call(
+        "dpo",
+        "fit",
+        "dpo.yaml",
+        *("--model.init_args.adapter", str(sft / "adapter")),
+        trainer={"logger": False, "num_sanity_val_steps": 0},
+        data={"train": demo("train", 500, first=3000), "batch_size": 16},
+    )
+    source = demo("calibration", 150, **UNSEEN)
+    evaluated = call(
+        "eval",
+        "test",
+        "eval/demo.yaml",
+        trainer={
+            "logger": False,
+            "callbacks": [{"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"}],
+        },
+        model={
+            "init_args": {
+                "adapters": {"sft": str(sft / "adapter"), "dpo": str(dpo / "adapter")},
+                "oracle_levels": None,
+                "estimators": [],
+            }
+        },
+        data={"test": {"clean": {"source": source}, "noised": {"source": source, "noise": "drawn"}}},
+    )
+    return {
+        name: Evaluated(
+            json.loads((evaluated / name / "metrics.json").read_text()),
+            [json.loads(line) for line in (evaluated / name / "predictions.jsonl").read_text().splitlines()],
+        )
+        for name in ("base", "sft", "dpo")
+    }
+
+
+def test_the_base_model_answers_easy_scenes_and_is_always_sure(systems: dict[str, Evaluated]) -> None:
+    base = systems["base"]
+    assert base.metrics["accuracy/clean"] >= 0.95
+    assert base.metrics["accuracy/noised"] <= base.metrics["accuracy/clean"] - 0.15
+    assert {p["confidence"] for p in base.predictions} == {0.9, 0.95, 1.0}
+    assert abs(base.metrics["auroc/noised"] - 0.5) < 0.1, "its confidence does not know of the noise"
+
+
+def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path) -> None:
+    shipped = json.loads((root / "src/vlm_calibration/demo/levels.json").read_text())["answer_types"]
+    source = demo("calibration", 60, **UNSEEN)
+    call(
+        "levels",
+        "levels fit",
+        "levels.yaml",
+        trainer={"logger": False},
+        model={"init_args": {"out": str(call.folder / "levels.json")}},
+        data={"test": {"calibration": {"source": source, "noise": "every_step"}}},
+    )
+    measured = json.loads((call.folder / "levels.json").read_text())["answer_types"]
+    assert measured.keys() == shipped.keys()
+    for kind, rows in shipped.items():
+        for old, new in zip(rows, measured[kind], strict=True):
+            assert old["step"] == new["step"]
+            table = [[row["n_correct"], row["n"] - row["n_correct"]] for row in (old, new)]
+            assert fisher_exact(table).pvalue > 1e-3, (kind, old, new)
+
+
+def test_stage_1_makes_stated_confidence_more_honest(systems: dict[str, Evaluated]) -> None:
+    base, sft = systems["base"].metrics, systems["sft"].metrics
+    assert sft["ece/noised"] < 0.9 * base["ece/noised"]
+    assert sft["brier/noised"] < base["brier/noised"] - 0.02
+    assert sft["auroc/noised"] > max(0.5, base["auroc/noised"]) + 0.08
+    assert sft["accuracy"] > base["accuracy"] - 0.03
+    assert sft["parse_failure_rate"] == 0
+
+
+def test_stage_2_makes_it_more_honest_still(systems: dict[str, Evaluated]) -> None:
+    sft, dpo = systems["sft"].metrics, systems["dpo"].metrics
+    assert dpo["ece/noised"] < 0.8 * sft["ece/noised"]
+    assert dpo["brier/noised"] < sft["brier/noised"]
+    assert dpo["auroc/noised"] > 0.58
+    assert dpo["accuracy"] > sft["accuracy"] - 0.03
+    assert dpo["parse_failure_rate"] == 0
