@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vlm_calibration.data.resolution import model_resolution
-from vlm_calibration.perturbation.images import resize_image, resize_mask
+from vlm_calibration.data.resolution import model_resolution, resize_to_model
+from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.levels import Levels, LinearLevels
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.regions import choose_region, region_mask
@@ -25,9 +25,9 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 class Sample(NamedTuple):
     """A query as the model meets it.
 
-    image: uint8 [H, W, 3], noised. confidence: what to state, in [0, 1]. step: diffusion step of the noise on the
-    evidence; 0 where the evidence is intact. epoch: in which this is. mistake: a wrong answer that the response gives
-    in place of the gold one, if any. wrong: answers that would be wrong.
+    image: uint8 [H, W, 3], of the size that the policy names where it is noised, else as in the file. confidence: what to
+    state, in [0, 1]. step: diffusion step of the noise on the evidence; 0 where the evidence is intact. epoch: in which this
+    is. mistake: a wrong answer that the response gives in place of the gold one, if any. wrong: answers that would be wrong.
     """
 
     query: Query
@@ -143,12 +143,11 @@ def perturb_query(
     distractor_probability = policy.distractor_probability if step is None else 0.0
     step = drawn if step is None else step
     image, evidence, distractors = loaded
+    size = image.shape[:2]
     if policy.resolution == "model":
-        size = model_resolution(image_processor, *image.shape[:2])
-        if size != image.shape[:2]:
-            image = resize_image(image, size)
-            evidence = tuple(resize_mask(m, size) for m in evidence)
-            distractors = tuple(resize_mask(m, size) for m in distractors)
+        size = model_resolution(image_processor, *size)
+        evidence = tuple(resize_mask(m, size) for m in evidence)
+        distractors = tuple(resize_mask(m, size) for m in distractors)
     # Grown before one is chosen, so that noise on a distractor cannot spill onto the evidence.
     choice = choose_region(
         [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in evidence],
@@ -156,9 +155,12 @@ def perturb_query(
         absent=policy.absent,
         distractor_probability=distractor_probability,
         rng=rng,
-        image_shape=image.shape[:2],
+        image_shape=size,
     )
+    # Without noise the image stays that of the file: the processor makes of it what it makes of it in use.
     if choice.mask is not None and step > 0:
+        if policy.resolution == "model":
+            image = resize_to_model(image_processor, image)
         image = add_region_noise(
             image, choice.mask, step, schedule=policy.schedule, seed=int(rng.integers(2**63))
         )

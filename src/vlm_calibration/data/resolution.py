@@ -1,7 +1,8 @@
 """The resolution at which a model sees an image, so that noise means the same on a thumbnail and on a photograph.
 
 Noise on a 12-megapixel photo is averaged away when the processor shrinks it. With `resolution: model` the image is first
-brought to the size that the processor would make of it and noised there; the processor's own resize then changes nothing.
+brought to the size that the processor would make of it, by the processor's own filter and in its own steps, and noised
+there; the processor's own resize then changes nothing, so that pixels without noise are those of the model in use.
 Where a processor cuts an image into tiles that is the size of all tiles together; the view of the whole image that some add
 is made of the noised image.
 """
@@ -13,11 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
+from vlm_calibration.perturbation.images import resize_image
+from vlm_calibration.perturbation.noise import ImageArray, check_image
 from vlm_calibration.records import DataError
 
 PROBES = ((60, 84), (700, 400))
-"""(height, width) of the blank images on which a processor must do what is expected of it."""
+"""(height, width) of the images on which a processor must do what is expected of it."""
+
+MAX_PROBE_DIFFERENCE = 0.1
+"""Of the mean absolute contrast of a probe: how far the pixels may be from those expected, on average. The view of the
+whole image beside the tiles is shrunk twice; another crop or order of the pixels is off by more than 1."""
 
 QWEN_MAX_RATIO = 200
 """How many times as long as the other one side may be; Qwen's processors refuse more."""
@@ -30,40 +38,77 @@ def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int
         image_processor: a transformers image processor; its settings say how it resizes.
 
     Raises:
+        DataError: as `resize_steps`.
+    """
+    return resize_steps(image_processor, height, width)[-1]
+
+
+def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
+    """The image at its `model_resolution`, with the pixels that the image processor's own resize gives it.
+
+    Args:
+        image_processor: a transformers image processor, of the torchvision or the PIL backend.
+        image: uint8 [H, W, 3].
+
+    Raises:
+        DataError: as `resize_steps`.
+    """
+    from transformers.image_utils import SizeDict  # deferred: slow to import, and loaded with any processor
+
+    check_image(image)
+    # The class at the root: those of Qwen and Pixtral choose a size themselves, which `resize_steps` has done.
+    resize = next(vars(c)["resize"] for c in reversed(type(image_processor).__mro__) if "resize" in vars(c))
+    pixels: Any = image.transpose(2, 0, 1)
+    if image_processor.backend != "pil":
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    for height, width in resize_steps(image_processor, *image.shape[:2]):
+        if pixels.shape[1:] != (height, width):
+            size = SizeDict(height=height, width=width)
+            pixels = resize(image_processor, pixels, size=size, resample=image_processor.resample)
+    return np.array(np.asarray(pixels).transpose(1, 2, 0), order="C")
+
+
+def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) that an image goes through until it has that of the model, at least one.
+
+    Args:
+        image_processor: a transformers image processor; its settings say how it resizes.
+
+    Raises:
         DataError: settings that this function does not know; use `resolution: native` with such a processor. Or an image
             that the processor refuses.
     """
     if not getattr(image_processor, "do_resize", True):
-        return height, width
+        return [(height, width)]
     size = _as_mapping(getattr(image_processor, "size", None))
     shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
     if grids := _grids(image_processor):
-        return _fit_within(height, width, *_best_grid(height, width, grids))
+        return [_fit_within(height, width, *_best_grid(height, width, grids))]
     if getattr(image_processor, "crop_to_patches", False):
         tiles = range(int(image_processor.min_patches), int(image_processor.max_patches) + 1)
         # Cut into more, an image of 3 x 3 tiles would be one of 4 x 4 the next time; and ratios are those of tiles.
         if tiles.stop > 16 or size.get("height") != size.get("width"):
             raise _unknown(image_processor)
-        return _fit_canvas(height, width, int(size["height"]), tiles)
+        return [_fit_canvas(height, width, int(size["height"]), tiles)]
     if shortest and longest and hasattr(image_processor, "merge_size"):
-        return _fit_pixels(height, width, shortest, longest, _factor(image_processor))
+        return [_fit_pixels(height, width, shortest, longest, _factor(image_processor))]
     tile = _split_side(image_processor)
     if longest and not shortest and tile and longest % tile == 0:
         return _fit_tiles(height, width, longest, tile, bool(image_processor.do_image_splitting))
     if longest and not shortest and hasattr(image_processor, "patch_size"):
-        return _fit_patches(height, width, longest, *_sides(image_processor.patch_size))
+        return [_fit_patches(height, width, longest, *_sides(image_processor.patch_size))]
     if size.get("height") and size.get("width"):
-        return int(size["height"]), int(size["width"])
+        return [(int(size["height"]), int(size["width"]))]
     if shortest and not longest:
         # transformers cuts the fraction off, it does not round.
         if height <= width:
-            return shortest, int(shortest * width / height)
-        return int(shortest * height / width), shortest
+            return [(shortest, int(shortest * width / height))]
+        return [(int(shortest * height / width), shortest)]
     raise _unknown(image_processor)
 
 
 def check_resolution(processor: Any) -> None:
-    """Let the processor process two blank images, and compare what comes out with `model_resolution`.
+    """Let the processor process two textured images, as they are and from `resize_to_model`, and compare what comes out.
 
     Settings alone do not tell every processor that cuts images into tiles or pads them. Those that a processor passes to its
     image processor on each call (InternVL's has images cut into tiles so) become the image processor's own.
@@ -80,20 +125,34 @@ def check_resolution(processor: Any) -> None:
         if hasattr(image_processor, name):
             setattr(image_processor, name, value)
 
-    def seen(height: int, width: int) -> Any:
-        blank = np.full((height, width, 3), 255, dtype=np.uint8)
-        return image_processor(images=[blank], return_tensors="pt", **settings).get("pixel_values")
+    def seen(image: ImageArray) -> Any:
+        return image_processor(images=[image], return_tensors="pt", **settings).get("pixel_values")
 
     for probe in PROBES:
-        size = model_resolution(image_processor, *probe)
-        before, after = seen(*probe), seen(*size)
+        image = _textured(*probe)
+        resized = resize_to_model(image_processor, image)
+        before, after = seen(image), seen(resized)
         if (
             before is None
-            or before.numel() != 3 * _pixels(image_processor, size)
+            or before.numel() != 3 * _pixels(image_processor, resized.shape[:2])
             or before.shape != after.shape
-            or (before - after).abs().max() > 0.02
+            or _mean(before - after) > MAX_PROBE_DIFFERENCE * _mean(before - before.mean())
         ):
             raise _unknown(image_processor)
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.abs().mean())
+
+
+def _textured(height: int, width: int) -> ImageArray:
+    """Blotches of many sizes, in which no part is like another and no colour like another, uint8 [H, W, 3]."""
+    rng = np.random.default_rng(0)
+    layers = [
+        resize_image(rng.integers(0, 256, (rows, max(1, rows * width // height), 3), np.uint8), (height, width))
+        for rows in (4, 16)
+    ]
+    return np.mean(layers, axis=0).astype(np.uint8)
 
 
 def _unknown(image_processor: Any) -> DataError:
@@ -166,13 +225,13 @@ def _fit_pixels(height: int, width: int, low: int, high: int, factor: int) -> tu
     return h, w
 
 
-def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool) -> tuple[int, int]:
+def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool) -> list[tuple[int, int]]:
     """The longest side brought to `longest`, then both up to whole tiles; one tile without splitting (Idefics 3, SmolVLM)."""
-    if not splitting:
-        return tile, tile
     ratio = width / height
     h, w = (int(longest / ratio), longest) if ratio >= 1 else (longest, int(longest * ratio))
-    h, w = max(1, h + h % 2), max(1, w + w % 2)
+    first = h, w = max(1, h + h % 2), max(1, w + w % 2)
+    if not splitting:
+        return [first, (tile, tile)]
     ratio = w / h
     if ratio >= 1:
         w = math.ceil(w / tile) * tile
@@ -180,7 +239,7 @@ def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool
     else:
         h = math.ceil(h / tile) * tile
         w = int(h * ratio)
-    return math.ceil(h / tile) * tile, math.ceil(w / tile) * tile
+    return [first, (math.ceil(h / tile) * tile, math.ceil(w / tile) * tile)]
 
 
 def _fit_patches(

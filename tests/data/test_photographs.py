@@ -1,0 +1,118 @@
+"""Photographs as a model gets them behind the noise policy, against what its processor alone makes of them, in every family."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from matplotlib import cbook
+from PIL import Image
+
+from vlm_calibration.data.noise import NoisePolicy, perturb_query
+from vlm_calibration.data.resolution import check_resolution, resize_to_model
+from vlm_calibration.demo.questions import scene_seed
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.records import LoadedImage, Query
+
+from ..models.processors import FAMILIES, made
+from .test_resolution import PUBLISHED
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """A portrait, large, small, wide and tall; and a drawn scene with the grain of a sensor."""
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        portrait = Image.open(file).convert("RGB")
+        portrait.load()
+    width, height = portrait.size
+    shapes = {
+        "portrait": portrait,
+        "large": portrait.resize((3 * width, 3 * height), Image.Resampling.LANCZOS),
+        "small": portrait.crop((150, 60, 211, 143)),
+        "wide": portrait.crop((0, 100, width, 220)),
+        "tall": portrait.crop((200, 0, 330, height)),
+    }
+    grain = np.random.default_rng(0).normal(0, 12, (480, 640, 3))
+    scene = Image.fromarray(render_scene(scene_seed("test", 0)).image).resize((640, 480))
+    drawn = np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8)
+    return {**{name: np.array(image) for name, image in shapes.items()}, "drawn": drawn}
+
+
+PHOTOGRAPHS = photographs()
+VIEWED_TWICE = ("InternVL", "LLaVA-1.6", "LLaVA-OneVision", "internvl", "llava_onevision")
+"""Beside the tiles there is a view of the whole image that the processor makes of the file, not of the tiles."""
+
+
+@pytest.fixture(params=[*FAMILIES, *PUBLISHED])
+def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """A name and an image processor: with few pixels, and as published."""
+    name = request.param
+    if name in PUBLISHED:
+        kind, settings = PUBLISHED[name]
+        return name, getattr(transformers, f"{kind}ImageProcessor")(**settings)
+    check_resolution(made(name).processor)
+    return name, made(name).processor.image_processor
+
+
+def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:
+    """What the processor makes of an image, in 0..255, one view or row of patches after the other."""
+    pixels = image_processor(images=[image], do_normalize=False, return_tensors="pt")["pixel_values"]
+    return (pixels[0] if pixels.ndim == 5 else pixels) * 255
+
+
+@pytest.mark.parametrize("photograph", PHOTOGRAPHS)
+def test_pixels_are_those_of_the_processor_alone(family: tuple[str, Any], photograph: str) -> None:
+    name, image_processor = family
+    image = PHOTOGRAPHS[photograph]
+    alone = _levels(image_processor, image)
+    ours = _levels(image_processor, resize_to_model(image_processor, image))
+    assert ours.shape == alone.shape
+    away = (ours - alone).abs().flatten(1).amax(1)
+    differing = int((away > 0.01).sum())
+    if name.startswith(VIEWED_TWICE):
+        assert differing <= 1
+        assert (ours - alone).abs().flatten(1).mean(1).max() < (4 if name in PUBLISHED else 12)
+    else:
+        assert differing == 0
+
+
+def _perturbed(image_processor: Any, image: np.ndarray, mask: np.ndarray, step: int) -> np.ndarray:
+    query = Query("q", "x.png", "A hat?", "Yes", "yes_no", objects=("hat",))
+    loaded = LoadedImage(image, (mask,), ())
+    return perturb_query(query, loaded, NoisePolicy(), image_processor, epoch=0, step=step).image
+
+
+def test_a_sample_without_noise_is_what_the_processor_makes_of_the_file(family: tuple[str, Any]) -> None:
+    _, image_processor = family
+    image = PHOTOGRAPHS["portrait"]
+    sample = _perturbed(image_processor, image, np.ones(image.shape[:2], dtype=bool), step=0)
+    assert torch.equal(_levels(image_processor, sample), _levels(image_processor, image))
+
+
+def test_noise_leaves_all_other_pixels_to_the_processor(family: tuple[str, Any]) -> None:
+    _, image_processor = family
+    image = PHOTOGRAPHS["portrait"]
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    mask[: len(mask) // 2] = True
+    sample, alone = _perturbed(image_processor, image, mask, step=500), resize_to_model(image_processor, image)
+    assert sample.shape == alone.shape
+    changed = (sample != alone).any(-1).mean(1)
+    assert changed[: len(changed) // 2 - 1].min() > 0.5
+    assert changed[len(changed) // 2 + 1 :].max() == 0
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "SmolVLM", "Qwen2VL"])
+def test_processors_that_resize_with_pillow_are_followed_too(kind: str) -> None:
+    image_processor = getattr(transformers, f"{kind}ImageProcessorPil")()
+    check_resolution(SimpleNamespace(image_processor=image_processor))
+    image = PHOTOGRAPHS["portrait"]
+    alone, ours = (_levels(image_processor, i) for i in (image, resize_to_model(image_processor, image)))
+    assert (alone - ours).abs().max() < 0.01
+
+
+def test_images_other_than_8_bit_rgb_are_refused() -> None:
+    with pytest.raises(TypeError, match="uint8"):
+        resize_to_model(transformers.SiglipImageProcessor(), np.zeros((8, 8, 3)))
