@@ -1,11 +1,20 @@
 """Binned calibration errors of a table: expected, maximum, adaptive and debiased calibration error."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import Binning, BinSums, Levels, bin_sums, table_metric
+from vlm_calibration.metrics.levels import (
+    Binning,
+    BinSums,
+    GapNorm,
+    Levels,
+    bin_index,
+    bin_sums,
+    table_metric,
+)
 
 Norm = Literal["l1", "l2", "max"]
 NO_ANSWERS = "there is no answer with a readable confidence"
@@ -132,3 +141,21 @@ def underconfident_error(levels: Levels, *, n_bins: int = 10, binning: Binning =
         float64 scalar in [0, 1]; NaN without answers.
     """
     return (-bin_sums(levels, n_bins, binning).gap).clamp_min(0).sum(-1) / levels.total
+
+
+def _members(binning: Binning) -> Callable[[Levels], Tensor]:
+    """Which level is in which of ten bins, `(L, K)`; bins without an answer are left out."""
+
+    def members(levels: Levels) -> Tensor:
+        one_hot = torch.nn.functional.one_hot(bin_index(levels, 10, binning), 10).double()
+        return one_hot[:, levels.answers @ one_hot > 0]
+
+    return members
+
+
+ECE_GAPS = GapNorm(_members("uniform"), lambda gaps: gaps.abs().sum(-1))
+"""`expected_calibration_error` with its defaults."""
+MCE_GAPS = GapNorm(_members("uniform"), lambda gaps: gaps.abs().amax(-1), of_bin=True)
+"""`maximum_calibration_error` with its defaults."""
+ACE_GAPS = GapNorm(_members("quantile"), lambda gaps: gaps.abs().mean(-1), of_bin=True)
+"""`adaptive_calibration_error` with its defaults, in the bins of these answers."""

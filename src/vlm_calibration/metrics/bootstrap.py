@@ -2,26 +2,37 @@
 
 Resampling N answers with replacement is one multinomial draw of the table's cells, so a replicate costs the
 same for a thousand answers as for a billion, and all replicates go through a metric as one batch.
+
+An interval always holds the value that it is about. For most metrics it is the expanded percentile interval (Hesterberg, 2015).
+Calibration errors need another: they are sums of absolute gaps, to which chance adds, so the error of the answers is too large
+and that of a resample larger still. Theirs inverts a test instead (Carpenter, 1999): it holds the errors that are compatible
+with the one found, among populations whose gaps are those found, all of them smaller or larger by as many standard errors.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import Levels
+from vlm_calibration.metrics.levels import GapNorm, Levels
 from vlm_calibration.metrics.summary import check_names, warn_undefined_values
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
+from vlm_calibration.metrics.table_metrics import METRICS, REPORTED, MetricSpec
 
 _BATCH_CELLS = 1 << 17
 """Replicates are computed in batches of about this many levels, which bounds memory for fine grids."""
 
+_HALVINGS = 14
+_WIDEST = 8.0
+"""How many standard errors above those found the gaps of a population may be."""
+
 
 class Interval(NamedTuple):
-    """A value on the table itself with its confidence bounds; all NaN where the metric is undefined."""
+    """A value with its confidence bounds, `low <= value <= high`; all NaN where the metric is undefined."""
 
     value: float
     low: float
@@ -72,50 +83,137 @@ def bootstrap_intervals(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-    method: Literal["basic", "percentile"] = "basic",
 ) -> dict[str, Interval]:
-    """Bootstrap confidence intervals (Efron & Tibshirani, 1993) for metrics of a table.
+    """Bootstrap confidence intervals for metrics of a table.
+
+    `python -m tests.benchmarks.intervals` measures how often they hold the truth.
 
     Args:
         table: the answers.
-        metrics: names from `METRICS`, or functions of `Levels` by name (for other arguments than the defaults).
+        metrics: names from `METRICS`, or functions of `Levels` by name (for other arguments than the defaults), which get
+            percentile intervals.
         replicates: number of resampled tables.
         level: nominal coverage, in (0, 1).
         seed: see `resample`.
-        method: `basic` reflects the replicates around the value. Errors such as ECE are larger on a resample
-            than on the answers themselves, just as they are larger there than in truth, and reflection undoes
-            that bias; bounds are kept within the metric's range. `percentile` takes the replicates' quantiles.
-            Neither covers the error of a model that is calibrated almost perfectly, which is at the edge of its range.
 
     Returns:
         name to `Interval`. Replicates on which a metric is undefined are left out. A metric that is undefined
         on the table has NaN bounds; there is one warning for all of them.
 
     Raises:
-        ValueError: on an unknown metric or method, a level outside (0, 1), or an empty table.
+        ValueError: on an unknown metric, a level outside (0, 1), or an empty table.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
-    if method not in ("basic", "percentile"):
-        raise ValueError(f"method must be basic or percentile, got {method!r}")
     if isinstance(metrics, Mapping):
         functions = dict(metrics)
     else:
         functions = {name: METRICS[name] for name in check_names(metrics)}
     drawn, own = resample(table, replicates, seed), table.levels()
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    intervals = {}
-    for name, function in functions.items():
-        value = float(function(own))
-        low, high = bootstrap_replicates(drawn, function).nanquantile(tails).tolist()
-        if method == "basic":
-            low, high = 2 * value - high, 2 * value - low
-            if name in METRICS:
-                low, high = (
-                    min(max(bound, METRICS[name].lower), METRICS[name].upper) for bound in (low, high)
-                )
-        if value != value:
-            low = high = value
-        intervals[name] = Interval(value, low, high)
+    intervals = {
+        name: interval_of(function, own, drawn, level=level) for name, function in functions.items()
+    }
     warn_undefined_values({name: interval.value for name, interval in intervals.items()})
     return intervals
+
+
+def interval_of(
+    function: Callable[[Levels], Tensor],
+    own: Levels,
+    drawn: Levels,
+    replicates: Tensor | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """The interval of one metric.
+
+    Args:
+        function: a function of levels, or a `MetricSpec`.
+        own: the answers.
+        drawn: as many answers drawn from them B times, whatever was drawn together: counts `(B, L, 2)` over the same levels.
+        replicates: the metric of the draws, `(B,)`, if known.
+        level: nominal coverage, in (0, 1).
+    """
+    value = float(function(own))
+    if value != value:
+        return Interval(value, value, value)
+    if isinstance(function, MetricSpec) and function.gaps is not None:
+        low, high = _compatible_errors(function.gaps, own, drawn, level)
+        return _around(value, low * value, min(high * value, function.upper))
+    if replicates is None:
+        replicates = bootstrap_replicates(drawn, function)
+    return percentile_interval(value, replicates, int(own.counts.sum(0).amin()), level)
+
+
+def percentile_interval(value: float, replicates: Tensor, rarer: int, level: float = 0.95) -> Interval:
+    """The middle of the replicates, as much wider as Student's t is than the normal distribution, and the value.
+
+    Args:
+        replicates: `(B,)`; those that are NaN are left out.
+        rarer: how many answers are right, or wrong if that is fewer: what is known of them is all that is known of accuracy or rank.
+    """
+    tail = 0.0
+    if rarer > 1:
+        tail = float(ndtr(math.sqrt(rarer / (rarer - 1)) * stdtrit(rarer - 1, (1 - level) / 2)))
+    low, high = replicates.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return _around(value, low, high)
+
+
+def _around(value: float, low: float, high: float) -> Interval:
+    return Interval(value, min(low, value), max(high, value))
+
+
+def _compatible_errors(gap_norm: GapNorm, own: Levels, drawn: Levels, level: float) -> tuple[float, float]:
+    """The least and the largest error compatible with the one found, as multiples of that."""
+    gaps, noise, spread = _gaps_and_noise(gap_norm, own, drawn)
+    norm, miss = gap_norm.norm, 1 - level
+    found = float(norm(gaps))
+    if found == 0:
+        return 0.0, 1.0
+
+    def population(shift: float) -> Tensor:
+        """Gaps that are larger, or smaller but of the same sign, by this many standard errors."""
+        return gaps.sign() * (gaps.abs() + shift * spread).clamp_min(0)
+
+    def may_be_less(shift: float) -> bool:
+        true = population(shift)
+        errors = norm(true + noise)
+        # Where the error found is never below the true one, no upper bound can be missed: all of the misses are here.
+        above = min(miss / 2, float((errors < norm(true)).double().mean()))
+        return float((errors >= found).double().mean()) >= miss - above
+
+    def may_be_more(shift: float) -> bool:
+        return float((norm(population(shift) + noise) <= found).double().mean()) >= miss / 2
+
+    nothing = -float((gaps.abs() / spread.clamp_min(1e-300)).max()) - 1
+    least = nothing if may_be_less(nothing) else _boundary(may_be_less, 0.0, nothing)
+    most = _boundary(may_be_more, 0.0, _WIDEST)
+    return float(norm(population(least))) / found, float(norm(population(most))) / found
+
+
+def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """The last number from `inside` towards `outside` for which this holds; `inside` if it holds nowhere."""
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
+
+
+def _gaps_and_noise(gap_norm: GapNorm, own: Levels, drawn: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """The gaps `(K,)`, what chance adds to them in B draws `(B, K)`, and its standard error `(K,)`."""
+    weights = gap_norm.weights(own)
+
+    def sums(levels: Levels) -> tuple[Tensor, Tensor]:
+        answers = levels.answers
+        per = answers @ weights if gap_norm.of_bin else levels.total.unsqueeze(-1)
+        return (answers * levels.value - levels.right) @ weights, per
+
+    (total, per), (total_drawn, per_drawn) = sums(own), sums(drawn)
+    gaps = total / per
+    noise = (total_drawn - gaps * per_drawn) / per
+    measured = noise.square().mean(0)
+    # Answers in a bin that are all right or all wrong show no chance at all. What they state says how much there is.
+    stated = (own.answers * own.value * (1 - own.value)) @ weights.square() / per.square()
+    generator = torch.Generator().manual_seed(0)
+    more = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
+    noise = noise + more * (stated - measured).clamp_min(0).sqrt()
+    return gaps, noise, torch.maximum(measured, stated).sqrt()

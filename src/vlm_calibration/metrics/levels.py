@@ -225,17 +225,38 @@ def bin_sums(levels: Levels, n_bins: int, binning: Binning) -> BinSums:
     sums = BinSums(answers, right, answers * levels.value)
     if binning == "levels":
         return sums
-    if binning == "uniform" and levels.resolution is not None:
-        index = uniform_bin_of_level(levels.cell, levels.resolution, n_bins)
-    elif binning == "uniform":
-        index = uniform_bin_of_value(levels.cell, n_bins)
-    elif binning == "quantile":
-        index = quantile_bin(levels.counts.sum(-1), n_bins)
-    else:
-        raise ValueError(f"binning must be one of {', '.join(BINNINGS)}; got {binning!r}")
-    index = index.expand_as(answers)
+    index = bin_index(levels, n_bins, binning).expand_as(answers)
     empty = answers.new_zeros((*answers.shape[:-1], n_bins))
     return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))
+
+
+def bin_index(levels: Levels, n_bins: int, binning: Binning) -> Tensor:
+    """The bin of each level, int64 `(L,)` in [0, n_bins - 1]; `(..., L)` for `quantile`, where it depends on the counts.
+
+    Raises:
+        ValueError: on a binning other than `uniform` and `quantile`, or a non-positive `n_bins`.
+    """
+    if binning == "uniform" and levels.resolution is not None:
+        return uniform_bin_of_level(levels.cell, levels.resolution, n_bins)
+    if binning == "uniform":
+        return uniform_bin_of_value(levels.cell, n_bins)
+    if binning == "quantile":
+        return quantile_bin(levels.counts.sum(-1), n_bins)
+    raise ValueError(f"binning must be one of {', '.join(BINNINGS)}; got {binning!r}")
+
+
+class GapNorm(NamedTuple):
+    """A calibration error as a norm of gaps: means of (confidence - correctness), which vary as any mean does.
+
+    Attributes:
+        weights: levels to `(L, K)` float64, how much an answer of each level weighs in each of K gaps.
+        norm: gaps `(..., K)` to `(...,)`, the error.
+        of_bin: whether a gap is the mean over the answers of its bin; else the sum over them, divided by all answers.
+    """
+
+    weights: Callable[[Levels], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    of_bin: bool = False
 
 
 def warn_undefined(name: str, reason: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.levels import Levels, table_metric
+from vlm_calibration.metrics.levels import GapNorm, Levels, quiet, table_metric
 
 MIN_BANDWIDTH = 1 / 1024
 """Narrowest kernel tried, as in the authors' code (0.001): a smaller error is reported at this bandwidth."""
@@ -23,6 +23,10 @@ _NODES_PER_BANDWIDTH = 8
 _DIRECT_LEVELS = 4096
 _FINE_GRID = 1 << 16
 _TOLERANCE = 1e-6
+
+
+_GAP_NODES = 128
+_NARROWEST_GAP = 1 / 64
 
 
 @table_metric(NO_ANSWERS)
@@ -171,3 +175,18 @@ def _search(waves: Tensor, low: Tensor, high: Tensor, above: Tensor, below: Tens
         rows, low, high, above, below = rows[going], low[going], high[going], above[going], below[going]
         last_side = side[going]
     return solution
+
+
+def _kernels(levels: Levels) -> Tensor:
+    """The reflected Gaussian at `_GAP_NODES` nodes around each level, `(L, K)`, as wide as the smooth ECE is large."""
+    error = quiet(smooth_calibration_error)(levels)
+    width = max(float(error), _NARROWEST_GAP)
+    order = torch.arange(_terms(width), dtype=torch.float64) * torch.pi
+    nodes = (torch.arange(_GAP_NODES, dtype=torch.float64) + 0.5) / _GAP_NODES
+    damped = (-0.5 * (order * width).square()).exp() * torch.where(order > 0, 2.0, 1.0)
+    waves = torch.outer(levels.value, order).cos() * damped
+    return waves @ torch.outer(order, nodes).cos() / _GAP_NODES
+
+
+SMOOTH_GAPS = GapNorm(_kernels, lambda gaps: gaps.abs().sum(-1))
+"""`smooth_calibration_error` at the bandwidth of these answers, to within its nodes."""

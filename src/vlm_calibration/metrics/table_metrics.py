@@ -14,6 +14,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from vlm_calibration.metrics.binned import (
+    ACE_GAPS,
+    ECE_GAPS,
+    MCE_GAPS,
     adaptive_calibration_error,
     debiased_calibration_error,
     expected_calibration_error,
@@ -21,7 +24,7 @@ from vlm_calibration.metrics.binned import (
     overconfident_error,
     underconfident_error,
 )
-from vlm_calibration.metrics.levels import Binning, HasLevels, quiet
+from vlm_calibration.metrics.levels import Binning, GapNorm, HasLevels, quiet
 from vlm_calibration.metrics.ranking import auroc, average_precision, monotonicity
 from vlm_calibration.metrics.scores import (
     BrierDecomposition,
@@ -47,7 +50,7 @@ from vlm_calibration.metrics.selective import (
     excess_area_under_risk_coverage,
     risk_coverage_curve,
 )
-from vlm_calibration.metrics.smooth import smooth_calibration_error
+from vlm_calibration.metrics.smooth import SMOOTH_GAPS, smooth_calibration_error
 
 __all__ = [
     "METRICS",
@@ -96,12 +99,14 @@ class MetricSpec:
         higher_is_better: None where neither direction is better by itself.
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
+        gaps: the same as a norm of gaps, for its interval; None for what is no calibration error.
     """
 
     function: Callable[..., Tensor]
     higher_is_better: bool | None
     lower: float = 0.0
     upper: float = 1.0
+    gaps: GapNorm | None = None
 
     def __call__(self, table: HasLevels, **options: Any) -> Tensor:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
@@ -115,9 +120,9 @@ class MetricSpec:
 
 METRICS: dict[str, MetricSpec] = {
     "n": MetricSpec(answer_count, None, upper=float("inf")),
-    "ece": MetricSpec(expected_calibration_error, False),
-    "ace": MetricSpec(adaptive_calibration_error, False),
-    "mce": MetricSpec(maximum_calibration_error, False),
+    "ece": MetricSpec(expected_calibration_error, False, gaps=ECE_GAPS),
+    "ace": MetricSpec(adaptive_calibration_error, False, gaps=ACE_GAPS),
+    "mce": MetricSpec(maximum_calibration_error, False, gaps=MCE_GAPS),
     "brier": MetricSpec(brier_score, False),
     "brier_reliability": MetricSpec(brier_reliability, False),
     "brier_resolution": MetricSpec(brier_resolution, True, upper=0.25),
@@ -125,7 +130,7 @@ METRICS: dict[str, MetricSpec] = {
     "log_loss": MetricSpec(log_loss, False, upper=float("inf")),
     "auroc": MetricSpec(auroc, True),
     "aurc": MetricSpec(area_under_risk_coverage, False),
-    "smooth_ece": MetricSpec(smooth_calibration_error, False),
+    "smooth_ece": MetricSpec(smooth_calibration_error, False, gaps=SMOOTH_GAPS),
     "mean_confidence": MetricSpec(mean_confidence, None),
     "overconfidence": MetricSpec(overconfidence, None, lower=-1.0),
     "parse_failure_rate": MetricSpec(parse_failure_rate, False),

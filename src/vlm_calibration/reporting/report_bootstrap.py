@@ -16,7 +16,12 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates
+from vlm_calibration.metrics.bootstrap import (
+    Interval,
+    bootstrap_replicates,
+    interval_of,
+    percentile_interval,
+)
 from vlm_calibration.metrics.levels import Levels, group_values
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 
@@ -25,23 +30,15 @@ MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 
 
 class Measured(NamedTuple):
-    """values: of the answers themselves, by metric, NaN where undefined. drawn: float64 [B], of each draw of images."""
+    """intervals: by metric, NaN where undefined. drawn: float64 [B], of each draw of images."""
 
-    values: Mapping[str, float]
+    intervals: Mapping[str, Interval]
     drawn: Mapping[str, Tensor]
 
-    def interval(self, name: str, level: float = 0.95) -> Interval:
-        """The basic bootstrap interval: draws reflected around the value, within the metric's range.
-
-        An error such as the ECE is larger on a draw than on the answers, as it is larger there than in truth.
-        """
-        value = self.values[name]
-        if value != value:
-            return Interval(value, value, value)
-        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        low, high = (2 * value - self.drawn[name].nanquantile(tails.flip(0))).tolist()
-        least, most = (METRICS[name].lower, METRICS[name].upper) if name in METRICS else (0.0, 1.0)
-        return Interval(value, min(max(low, least), most), min(max(high, least), most))
+    @property
+    def values(self) -> dict[str, float]:
+        """The metrics of the answers themselves."""
+        return {name: interval.value for name, interval in self.intervals.items()}
 
 
 def p_value(one: Measured, other: Measured, name: str) -> float:
@@ -94,9 +91,14 @@ class ImageBootstrap:
             for w in (self.correct.astype(np.float64), np.ones(len(self.correct)))
         )
         accuracy = torch.from_numpy((right @ self.weights) / (n @ self.weights))
+        of_draws = {name: bootstrap_replicates(drawn, METRICS[name]) for name in MEASURED[1:]}
+        intervals = {
+            name: interval_of(METRICS[name], levels, drawn, values) for name, values in of_draws.items()
+        }
+        rarer = int(min(self.correct.sum(), (~self.correct).sum()))
         return Measured(
-            {"accuracy": float(self.correct.mean()), **{m: float(METRICS[m](levels)) for m in MEASURED[1:]}},
-            {"accuracy": accuracy, **{m: bootstrap_replicates(drawn, METRICS[m]) for m in MEASURED[1:]}},
+            {"accuracy": percentile_interval(float(self.correct.mean()), accuracy, rarer), **intervals},
+            {"accuracy": accuracy, **of_draws},
         )
 
     def _levels(self, confidence: Sequence[float | None]) -> tuple[Levels, Levels]:

@@ -86,7 +86,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
                     estimator,
                     recalibration,
                     len(system.predictions),
-                    {name: measured.interval(name) for name in MEASURED},
+                    measured.intervals,
                     {name: measured.values[name] - base[1].values[name] for name in MEASURED},
                     {
                         name: p_value(measured, base[1], name) if paired and not is_base else None
