@@ -84,7 +84,9 @@ def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> Pertu
     )
 
 
-def fit(module: L.LightningModule, data: PerturbedQueryDataModule, steps: int) -> Watch:
+def fit(
+    module: L.LightningModule, data: PerturbedQueryDataModule, steps: int, precision: str = "32-true"
+) -> Watch:
     """Train for so many steps."""
     watch = Watch()
     L.Trainer(
@@ -97,6 +99,7 @@ def fit(module: L.LightningModule, data: PerturbedQueryDataModule, steps: int) -
         use_distributed_sampler=False,
         callbacks=[watch],
         max_steps=steps,
+        precision=precision,  # type: ignore[arg-type]
     ).fit(module, datamodule=data)
     return watch
 

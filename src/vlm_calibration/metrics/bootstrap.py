@@ -211,9 +211,10 @@ def _gaps_and_noise(gap_norm: GapNorm, own: Levels, drawn: Levels) -> tuple[Tens
     gaps = total / per
     noise = (total_drawn - gaps * per_drawn) / per
     measured = noise.square().mean(0)
-    # Answers in a bin that are all right or all wrong show no chance at all. What they state says how much there is.
+    # Answers in a bin that happen to be all right or all wrong show no chance at all. What they state says how much there
+    # would be if it were honest: of what is missing to that, half is added.
     stated = (own.answers * own.value * (1 - own.value)) @ weights.square() / per.square()
+    missing = (stated - measured).clamp_min(0) / 2
     generator = torch.Generator().manual_seed(0)
     more = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
-    noise = noise + more * (stated - measured).clamp_min(0).sqrt()
-    return gaps, noise, torch.maximum(measured, stated).sqrt()
+    return gaps, noise + more * missing.sqrt(), (measured + missing).sqrt()

@@ -1,0 +1,166 @@
+"""Every family trained as the presets ship it: nf4, bfloat16 and gradient checkpointing together, in both stages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+import yaml
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
+
+from vlm_calibration.data.collate import IGNORE, SFTBatch
+from vlm_calibration.data.pairs import PairPolicy
+from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.models.forward import base_of, labelled_logits
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.models.shared_prefix import Scoring
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.sft import SFTModule
+
+from . import families
+from .processors import FAMILIES, Family, made
+from .runs import LORA, Watch, data_of, fit, write_records
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def _llava_siglip() -> Family:
+    """LLaVA with a SigLIP tower, which has no token for the whole image."""
+    clip = made("llava_clip")
+    processor = tf.LlavaProcessor(
+        image_processor=tf.SiglipImageProcessor(size={"height": 16, "width": 16}),
+        tokenizer=clip.processor.tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=clip.processor.chat_template,
+    )
+    return replace(clip, name="llava_siglip", processor=processor)
+
+
+ALIKE = {
+    "llava_siglip": _llava_siglip,
+    "llava_mistral": lambda: replace(made("llava_clip"), name="llava_mistral"),
+    "paligemma": lambda: replace(made("paligemma2"), name="paligemma"),
+}
+"""Families that share another's processor."""
+
+
+def shipped() -> tuple[dict[str, Any], str, bool]:
+    """What qlora.yaml says of the base model, and the precision and checkpointing of the preset of a model."""
+    qlora, preset = (
+        yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()) for name in ("qlora", "qwen2_5_vl_7b")
+    )
+    checkpointing = preset["model"]["init_args"]["gradient_checkpointing"]
+    return qlora["model"]["init_args"]["base"], preset["trainer"]["precision"], checkpointing
+
+
+@dataclass
+class Trained:
+    """A family's two stages. sft, shared, plain: a module and what was watched; stage 2 once with each way of scoring.
+
+    batch: what stage 1 learns from.
+    """
+
+    batch: SFTBatch
+    sft: tuple[SFTModule, Watch]
+    shared: tuple[DPOModule, Watch]
+    plain: tuple[DPOModule, Watch]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def trained(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    settings, precision, checkpointing = shipped()
+    family = made(request.param) if request.param in FAMILIES else ALIKE[request.param]()
+    folder = tmp_path_factory.mktemp(request.param)
+    base = BaseModel(family.save(folder / "base"), **settings)
+    torch.manual_seed(0)
+    sft = SFTModule(
+        base, LORA, OptimizerSettings(lr=1e-2, warmup_fraction=0.0), gradient_checkpointing=checkpointing
+    )
+    data = data_of(base.name_or_path, records)
+    first = fit(sft, data, 6, precision)
+    batch = next(iter(data.train_dataloader()))
+    sft.model.save_pretrained(folder / "adapter")
+
+    def stage_2(scoring: Scoring) -> tuple[DPOModule, Watch]:
+        module = DPOModule(
+            base,
+            str(folder / "adapter"),
+            optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
+            nll_weight=1.0,  # so that the first loss is not that of two models alike
+            scoring=scoring,
+            gradient_checkpointing=checkpointing,
+        )
+        policy = PairPolicy(target="level")
+        return module, fit(module, data_of(base.name_or_path, records, policy), 3, precision)
+
+    return Trained(batch, (sft, first), stage_2("shared"), stage_2("plain"))
+
+
+def test_the_shipped_combination_is_nf4_in_bfloat16_under_checkpointing() -> None:
+    assert shipped() == ({"quantization": "nf4", "dtype": "bfloat16"}, "bf16-mixed", True)
+
+
+def test_the_language_model_is_quantised_and_computes_in_bfloat16(trained: Trained) -> None:
+    for module in (trained.sft[0], trained.shared[0]):
+        base = base_of(module.model)
+        layers = [m for m in base.get_decoder().modules() if isinstance(m, Linear4bit)]
+        assert len(layers) == 2 * 7
+        assert {m.compute_dtype for m in layers} == {torch.bfloat16}
+        assert {m.weight.quant_type for m in layers} == {"nf4"}
+        assert base.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("stage", ["sft", "shared", "plain"])
+def test_the_loss_falls_and_only_the_adapter_moves(trained: Trained, stage: str) -> None:
+    module, watch = getattr(trained, stage)
+    assert all(math.isfinite(loss) for loss in watch.losses)
+    assert watch.losses[-1] < watch.losses[0]
+    assert len(watch.gradients) == 2 * 2 * 7
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, watch.before[n])}
+    assert moved == set(watch.gradients)
+    assert all(gradient.isfinite().all() for gradient in watch.gradients.values())
+
+
+def test_both_ways_of_scoring_train_alike(trained: Trained) -> None:
+    """Measured, at most: losses 0.3% apart, gradients 2% of their norm."""
+    shared, plain = trained.shared[1], trained.plain[1]
+    assert shared.losses == pytest.approx(plain.losses, rel=0.01)
+    away, of = (
+        math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        for gradients in (
+            [shared.gradients[n] - g for n, g in plain.gradients.items()],
+            list(plain.gradients.values()),
+        )
+    )
+    assert away < 0.05 * of
+
+
+def test_the_loss_of_stage_1_is_that_of_a_whole_forward(trained: Trained) -> None:
+    """The output head only at labels, under checkpointing, against logits at every position without."""
+    model, batch = trained.sft[0].model, trained.batch
+
+    def loss(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        likelihood = token_log_likelihood(logits, targets)
+        return response_nll(likelihood, rows, torch.ones_like(likelihood), len(batch.queries))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = labelled_logits(model.train(), batch.inputs, batch.labels)
+        with torch.no_grad():
+            logits = model.eval()(**batch.inputs, use_cache=False).logits
+    rows, positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
+    expected = loss(logits[rows, positions - 1], rows, batch.labels[rows, positions])
+    assert float(loss(found.logits, found.rows, found.targets)) == pytest.approx(float(expected), rel=0.01)
