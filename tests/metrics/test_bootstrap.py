@@ -7,10 +7,20 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vlm_calibration.metrics.bootstrap import bootstrap_intervals, bootstrap_replicates, resample
+from vlm_calibration.metrics.bootstrap import (
+    bootstrap_intervals,
+    bootstrap_replicates,
+    percentile_interval,
+    resample,
+)
+from vlm_calibration.metrics.levels import UndefinedMetricWarning
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS, expected_calibration_error
+
+from ..benchmarks.intervals import POPULATIONS, coverage
 
 
 @pytest.fixture(scope="module")
@@ -72,40 +82,83 @@ def test_the_seed_decides(table):
 
 
 def test_it_equals_resampling_the_answers(table):
-    """Percentiles of the Brier score against a plain bootstrap over 1,950 answers, and the normal interval."""
+    """The interval of the Brier score against a plain bootstrap over 1,950 answers, and the normal interval."""
     rng = np.random.default_rng(1)
     level, right = np.repeat(np.arange(101), table.counts.sum(1)), []
     for wrong, correct in table.counts.tolist():
         right += [0] * wrong + [1] * correct
     squares = (level / 100 - np.array(right)) ** 2
     plain = np.quantile([rng.choice(squares, len(squares)).mean() for _ in range(2000)], [0.025, 0.975])
-    interval = bootstrap_intervals(table, ["brier"], replicates=4000, method="percentile")["brier"]
+    interval = bootstrap_intervals(table, ["brier"], replicates=4000)["brier"]
     half = 1.96 * squares.std() / math.sqrt(len(squares))
     assert interval.value == pytest.approx(squares.mean())
     assert [interval.low, interval.high] == pytest.approx(plain.tolist(), abs=0.12 * half)
     assert [interval.low, interval.high] == pytest.approx(
         [squares.mean() - half, squares.mean() + half], abs=0.12 * half
     )
-    basic = bootstrap_intervals(table, ["brier"], replicates=4000)["brier"]
-    assert basic.low == pytest.approx(2 * interval.value - interval.high)
 
 
-def test_intervals_cover():
-    """Nominal 95% intervals of a miscalibrated model cover the truth; for ECE reflection is what makes them."""
-    rng = np.random.default_rng(2)
-    truth = np.abs(0.3 + 0.4 * np.arange(11) / 10 - np.arange(11) / 10)
-    truth = (truth[:9].sum() + abs(truth[9] + truth[10])) / 11  # 90% and 100% share a bin
-    hits = {"basic": 0, "percentile": 0}
-    for i in range(200):
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 5, 50, 90, 95, 99, 100]) | st.integers(0, 100), st.booleans()), min_size=1),
+    st.integers(0, 3),
+)
+@settings(max_examples=60)
+def test_an_interval_holds_its_estimate(answers, seed):
+    percent, correct = (torch.tensor(column) for column in zip(*answers, strict=True))
+    table = ConfidenceTable.from_predictions(percent / 100, correct)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)
+        intervals = bootstrap_intervals(table, METRICS, replicates=20, seed=seed)
+    for name, (value, low, high) in intervals.items():
+        if math.isnan(value):
+            assert math.isnan(low), name
+            assert math.isnan(high), name
+        else:
+            assert METRICS[name].lower <= low <= value <= high <= METRICS[name].upper, name
+
+
+@pytest.mark.parametrize(
+    ("population", "metric"),
+    [
+        ("calibrated, 11 levels", "ece"),
+        ("calibrated, 11 levels", "brier"),
+        ("calibrated, 11 levels", "auroc"),
+        ("calibrated, 90 to 100%", "ece"),
+        ("one level off", "ece"),
+        ("overconfident, 11 levels", "ece"),
+        ("overconfident, 11 levels", "auroc"),
+        ("always 95%", "ece"),
+        ("always 95%", "brier"),
+        ("calibrated, 4 an image", "ece"),
+    ],
+)
+def test_intervals_cover(population, metric):
+    """Of 150 samples at least 135 hold the truth, of which 95% are 142.5; fewer do in one of 200 draws of samples."""
+    found = coverage(POPULATIONS[population], 200, [metric], samples=150, replicates=200)[metric]
+    assert found.samples == 150
+    assert 135 <= found.samples - found.below - found.above
+    assert found.width / found.samples < 0.2, "an interval that holds everything says nothing"
+
+
+def test_reflected_replicates_would_not_cover_the_error_of_a_calibrated_model():
+    """What an interval of the ECE has to do better than: the bounds reflect what chance adds to the error."""
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(100):
         level = rng.integers(0, 11, 200)
         table = ConfidenceTable.from_predictions(
-            torch.tensor(level / 10), torch.tensor(rng.random(200) < 0.3 + 0.04 * level)
+            torch.tensor(level / 10), torch.tensor(rng.random(200) < level / 10)
         )
-        for method in hits:
-            interval = bootstrap_intervals(table, ["ece"], replicates=200, method=method, seed=i)["ece"]
-            hits[method] += interval.low <= truth <= interval.high
-    assert hits["basic"] >= 170
-    assert hits["percentile"] < hits["basic"]
+        drawn = bootstrap_replicates(resample(table, 200, seed), METRICS["ece"])
+        held += 2 * float(METRICS["ece"](table)) - float(drawn.quantile(0.975)) <= 0
+    assert held < 75
+
+
+def test_bins_whose_answers_are_all_right_still_leave_a_doubt():
+    """60 answers of 95%, all right: no draw of them differs, but a calibrated model does so one time in 22."""
+    interval = bootstrap_intervals(ConfidenceTable.from_predictions([0.95] * 60, [True] * 60), ["ece"])["ece"]
+    assert interval.value == pytest.approx(0.05)
+    assert interval.low < 0.02
+    assert 0.06 < interval.high < 0.12
 
 
 def test_a_thousand_replicates_of_every_metric_take_well_under_a_second(table):
@@ -137,9 +190,25 @@ def test_replicates_without_a_value_are_left_out():
     drawn = resample(table, 300, seed=0)
     values = bootstrap_replicates(drawn, METRICS["auroc"])
     assert 0.2 < float(values.isnan().double().mean()) < 0.5
-    interval = bootstrap_intervals(table, ["auroc"], replicates=300, method="percentile")["auroc"]
-    expected = np.nanquantile(values.numpy(), [0.025, 0.975])
-    assert [interval.low, interval.high] == pytest.approx(expected.tolist())
+    assert percentile_interval(0.5, values, rarer=2, level=0.3) == percentile_interval(
+        0.5, values[~values.isnan()], rarer=2, level=0.3
+    )
+    interval = bootstrap_intervals(table, ["auroc"], replicates=300)["auroc"]
+    assert [interval.low, interval.high] == [np.nanmin(values.numpy()), np.nanmax(values.numpy())], (
+        "one wrong answer says next to nothing"
+    )
+
+
+def test_few_answers_of_one_kind_widen_the_interval():
+    replicates = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    widths = []
+    for rarer in (2, 7, 100, 10_000):
+        value, low, high = percentile_interval(0.5, replicates, rarer)
+        assert value - low == pytest.approx(high - value, abs=1e-9)
+        widths.append(high - low)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] == pytest.approx(0.95, abs=1e-3)
+    assert widths[1] == pytest.approx(0.992, abs=1e-3)
 
 
 def test_own_functions(table):
@@ -154,7 +223,6 @@ def test_own_functions(table):
     [
         ({"metrics": ["nope"]}, "unknown metric 'nope'"),
         ({"level": 1.0}, "level must be in"),
-        ({"method": "bca"}, "method must be"),
         ({"replicates": 0}, "replicates must be positive"),
     ],
 )

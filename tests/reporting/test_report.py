@@ -21,7 +21,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS
-from vlm_calibration.metrics.bootstrap import Interval
+from vlm_calibration.metrics.bootstrap import Interval, percentile_interval
 from vlm_calibration.metrics.functional import (
     area_under_risk_coverage,
     auroc,
@@ -35,7 +35,7 @@ from vlm_calibration.reporting.report_data import System, read_systems
 from vlm_calibration.reporting.report_examples import examples_of
 from vlm_calibration.reporting.report_images import thumbnail
 from vlm_calibration.reporting.report_summary import bands_of, subject_of, verdict_of
-from vlm_calibration.reporting.report_table import Comparison, as_latex, as_markdown, compare
+from vlm_calibration.reporting.report_table import Comparison, as_csv, as_latex, as_markdown, compare
 
 from ..command_line import Server
 
@@ -170,8 +170,9 @@ def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> 
     for name, (ours, theirs) in drawn.items():
         assert measured[0].drawn[name].numpy() == pytest.approx(np.array(ours), abs=1e-12)
         value = measured[0].values[name]
-        low, high = 2 * value - np.quantile(ours, [0.975, 0.025])
-        assert measured[0].interval(name)[1:] == pytest.approx((max(low, 0), min(high, 1)), abs=1e-9)
+        rarer = min(len({p.image for p in tuned if p.correct == kind}) for kind in (True, False))
+        expected = percentile_interval(value, torch.tensor(ours, dtype=torch.float64), rarer)
+        assert measured[0].intervals[name] == pytest.approx(expected, abs=1e-9)
         difference = np.array(ours) - np.array(theirs)
         found = value - measured[1].values[name]
         extreme = (np.abs(difference - found) >= abs(found) - 1e-12).sum()
@@ -188,11 +189,23 @@ def test_answers_about_one_image_are_drawn_together() -> None:
     single = [EstimatedPrediction(**{**vars(p), "image": p.id}) for p in once]
     width = {}
     for name, predictions in (("copies", alone), ("single", single)):
-        interval = (
-            ImageBootstrap(predictions, 500).measure([p.confidence for p in predictions]).interval("brier")
-        )
+        measured = ImageBootstrap(predictions, 500).measure([p.confidence for p in predictions])
+        interval = measured.intervals["brier"]
         width[name] = interval.high - interval.low
     assert width["copies"] == pytest.approx(width["single"], rel=0.1)
+
+
+def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
+    systems = [system("base", answers(0, honest=False)), system("tuned", answers(0)), system("few", answers(2, n=9))]
+    rows = compare(systems, Comparison({}, replicates=50)).rows
+    table = list(csv.DictReader(as_csv(rows).splitlines()))
+    cells = 0
+    for row in table:
+        for name in (key.removesuffix("_low") for key in row if key.endswith("_low")):
+            if row[name]:
+                cells += 1
+                assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"]), name
+    assert cells > 300
 
 
 def test_systems_with_other_questions_are_not_paired() -> None:

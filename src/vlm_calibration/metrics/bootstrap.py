@@ -122,6 +122,7 @@ def interval_of(
     own: Levels,
     drawn: Levels,
     replicates: Tensor | None = None,
+    rarer: int | None = None,
     level: float = 0.95,
 ) -> Interval:
     """The interval of one metric.
@@ -131,6 +132,7 @@ def interval_of(
         own: the answers.
         drawn: as many answers drawn from them B times, whatever was drawn together: counts `(B, L, 2)` over the same levels.
         replicates: the metric of the draws, `(B,)`, if known.
+        rarer: see `percentile_interval`; by default that of answers that were drawn one by one.
         level: nominal coverage, in (0, 1).
     """
     value = float(function(own))
@@ -141,7 +143,9 @@ def interval_of(
         return _around(value, low * value, min(high * value, function.upper))
     if replicates is None:
         replicates = bootstrap_replicates(drawn, function)
-    return percentile_interval(value, replicates, int(own.counts.sum(0).amin()), level)
+    if rarer is None:
+        rarer = int(own.counts.sum(0).amin())
+    return percentile_interval(value, replicates, rarer, level)
 
 
 def percentile_interval(value: float, replicates: Tensor, rarer: int, level: float = 0.95) -> Interval:
@@ -149,7 +153,8 @@ def percentile_interval(value: float, replicates: Tensor, rarer: int, level: flo
 
     Args:
         replicates: `(B,)`; those that are NaN are left out.
-        rarer: how many answers are right, or wrong if that is fewer: what is known of them is all that is known of accuracy or rank.
+        rarer: how many of what is drawn hold a right answer, or a wrong one if those are fewer: no more is known of
+            accuracy and rank than of these.
     """
     tail = 0.0
     if rarer > 1:

@@ -83,6 +83,11 @@ class ImageBootstrap:
         n = len(set(self.units))
         return np.random.default_rng(self.seed).multinomial(n, np.full(n, 1 / n), size=self.replicates).T
 
+    @cached_property
+    def _rarer(self) -> int:
+        """How many units hold a right answer, or a wrong one if those are fewer."""
+        return min(len(np.unique(self._unit_of[self.correct == kind])) for kind in (True, False))
+
     def measure(self, confidence: Sequence[float | None]) -> Measured:
         """The metrics of one confidence in each of the answers, None where there is none."""
         levels, drawn = self._levels(confidence)
@@ -93,11 +98,11 @@ class ImageBootstrap:
         accuracy = torch.from_numpy((right @ self.weights) / (n @ self.weights))
         of_draws = {name: bootstrap_replicates(drawn, METRICS[name]) for name in MEASURED[1:]}
         intervals = {
-            name: interval_of(METRICS[name], levels, drawn, values) for name, values in of_draws.items()
+            name: interval_of(METRICS[name], levels, drawn, values, self._rarer)
+            for name, values in of_draws.items()
         }
-        rarer = int(min(self.correct.sum(), (~self.correct).sum()))
         return Measured(
-            {"accuracy": percentile_interval(float(self.correct.mean()), accuracy, rarer), **intervals},
+            {"accuracy": percentile_interval(float(self.correct.mean()), accuracy, self._rarer), **intervals},
             {"accuracy": accuracy, **of_draws},
         )
 
