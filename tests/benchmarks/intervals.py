@@ -69,7 +69,9 @@ def continuous(a: float, b: float, accuracy: Callable[[np.ndarray], np.ndarray])
     return Population(level, value ** (a - 1) * (1 - value) ** (b - 1), accuracy(value))
 
 
-def stated(level: Sequence[int], share: Sequence[float], accuracy: Sequence[float], together: int = 1) -> Population:
+def stated(
+    level: Sequence[int], share: Sequence[float], accuracy: Sequence[float], together: int = 1
+) -> Population:
     """A few stated confidences, in percent."""
     return Population(
         np.array(level) * GRID // 100, np.array(share, float), np.array(accuracy, float), together

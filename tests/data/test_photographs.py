@@ -97,7 +97,10 @@ def test_noise_leaves_all_other_pixels_to_the_processor(family: tuple[str, Any])
     image = PHOTOGRAPHS["portrait"]
     mask = np.zeros(image.shape[:2], dtype=bool)
     mask[: len(mask) // 2] = True
-    sample, alone = _perturbed(image_processor, image, mask, step=500), resize_to_model(image_processor, image)
+    sample, alone = (
+        _perturbed(image_processor, image, mask, step=500),
+        resize_to_model(image_processor, image),
+    )
     assert sample.shape == alone.shape
     changed = (sample != alone).any(-1).mean(1)
     assert changed[: len(changed) // 2 - 1].min() > 0.5

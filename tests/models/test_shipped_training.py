@@ -56,7 +56,8 @@ ALIKE = {
 def shipped() -> tuple[dict[str, Any], str, bool]:
     """What qlora.yaml says of the base model, and the precision and checkpointing of the preset of a model."""
     qlora, preset = (
-        yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()) for name in ("qlora", "qwen2_5_vl_7b")
+        yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
+        for name in ("qlora", "qwen2_5_vl_7b")
     )
     checkpointing = preset["model"]["init_args"]["gradient_checkpointing"]
     return qlora["model"]["init_args"]["base"], preset["trainer"]["precision"], checkpointing
@@ -81,7 +82,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=families.FAMILIES)
-def trained(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(
+    request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
     settings, precision, checkpointing = shipped()
     family = made(request.param) if request.param in FAMILIES else ALIKE[request.param]()
     folder = tmp_path_factory.mktemp(request.param)

@@ -196,7 +196,11 @@ def test_answers_about_one_image_are_drawn_together() -> None:
 
 
 def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
-    systems = [system("base", answers(0, honest=False)), system("tuned", answers(0)), system("few", answers(2, n=9))]
+    systems = [
+        system("base", answers(0, honest=False)),
+        system("tuned", answers(0)),
+        system("few", answers(2, n=9)),
+    ]
     rows = compare(systems, Comparison({}, replicates=50)).rows
     table = list(csv.DictReader(as_csv(rows).splitlines()))
     cells = 0

@@ -149,7 +149,9 @@ def _textured(height: int, width: int) -> ImageArray:
     """Blotches of many sizes, in which no part is like another and no colour like another, uint8 [H, W, 3]."""
     rng = np.random.default_rng(0)
     layers = [
-        resize_image(rng.integers(0, 256, (rows, max(1, rows * width // height), 3), np.uint8), (height, width))
+        resize_image(
+            rng.integers(0, 256, (rows, max(1, rows * width // height), 3), np.uint8), (height, width)
+        )
         for rows in (4, 16)
     ]
     return np.mean(layers, axis=0).astype(np.uint8)

@@ -23,10 +23,10 @@ from vlm_calibration.metrics.summary import check_names, warn_undefined_values
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED, MetricSpec
 
-_BATCH_CELLS = 1 << 17
+_BATCH_CELLS = 1 << 19
 """Replicates are computed in batches of about this many levels, which bounds memory for fine grids."""
 
-_HALVINGS = 14
+_HALVINGS = 10
 _WIDEST = 8.0
 """How many standard errors above those found the gaps of a population may be."""
 
@@ -110,9 +110,7 @@ def bootstrap_intervals(
     else:
         functions = {name: METRICS[name] for name in check_names(metrics)}
     drawn, own = resample(table, replicates, seed), table.levels()
-    intervals = {
-        name: interval_of(function, own, drawn, level=level) for name, function in functions.items()
-    }
+    intervals = {name: interval_of(function, own, drawn, level=level) for name, function in functions.items()}
     warn_undefined_values({name: interval.value for name, interval in intervals.items()})
     return intervals
 
@@ -207,10 +205,14 @@ def _gaps_and_noise(gap_norm: GapNorm, own: Levels, drawn: Levels) -> tuple[Tens
     """The gaps `(K,)`, what chance adds to them in B draws `(B, K)`, and its standard error `(K,)`."""
     weights = gap_norm.weights(own)
 
+    # What a wrong and a right answer of each level add to the gaps, and to what they are divided by: (2 L, K).
+    value = torch.stack([own.value, own.value - 1], dim=-1)
+    added = (value[..., None] * weights[:, None]).flatten(0, 1)
+    counted = weights.repeat_interleave(2, 0) if gap_norm.of_bin else added.new_ones(len(added), 1)
+
     def sums(levels: Levels) -> tuple[Tensor, Tensor]:
-        answers = levels.answers
-        per = answers @ weights if gap_norm.of_bin else levels.total.unsqueeze(-1)
-        return (answers * levels.value - levels.right) @ weights, per
+        counts = levels.counts.flatten(-2).double()
+        return counts @ added, counts @ counted
 
     (total, per), (total_drawn, per_drawn) = sums(own), sums(drawn)
     gaps = total / per

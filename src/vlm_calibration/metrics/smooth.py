@@ -25,8 +25,8 @@ _FINE_GRID = 1 << 16
 _TOLERANCE = 1e-6
 
 
-_GAP_NODES = 128
-_NARROWEST_GAP = 1 / 64
+_GAP_NODES = 64
+_NARROWEST_GAP = 1 / 48
 
 
 @table_metric(NO_ANSWERS)
