@@ -139,7 +139,7 @@ def test_the_loss_falls_and_only_the_adapter_moves(trained: Trained, stage: str)
 
 
 def test_both_ways_of_scoring_train_alike(trained: Trained) -> None:
-    """Measured, at most: losses 0.3% apart, gradients 2% of their norm."""
+    """Losses within 1%, gradients within 5% of their norm: what is left is the rounding of bfloat16."""
     shared, plain = trained.shared[1], trained.plain[1]
     assert shared.losses == pytest.approx(plain.losses, rel=0.01)
     away, of = (
