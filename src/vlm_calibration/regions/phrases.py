@@ -16,10 +16,20 @@ import numpy as np
 from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.tagger import NounPhrase, Word, noun_phrases, tag
-from vlm_calibration.regions.words import ATTRIBUTES, CONTAINERS, GENERIC, GROUPS, NO_THING, VAGUE
+from vlm_calibration.regions.words import (
+    ATTRIBUTES,
+    BALLS,
+    CONTAINERS,
+    GENERIC,
+    GROUPS,
+    LOOKS,
+    NO_THING,
+    PICTURE,
+    VAGUE,
+)
 
 _EXISTENCE = re.compile(
-    r"(?:is|are|was|were) there\b|(?:is|are) (?:an?|any|some|the)\b.*\b(?:visible|present|shown|depicted)\b|any\b"
+    r"(?:is|are|was|were)(?:n['’]t)? there\b|(?:is|are) (?:an?|any|some|the)\b.*\b(?:visible|present|shown|depicted)\b|any\b"
     r"|(?:can|could|do|did) (?:you|we|i) (?:see|spot|find|notice|observe|detect|identify)\b"
     r"|(?:does|do|did) (?:the|this|that) (?:image|picture|photo|photograph|scene)s? (?:show|contain|have|include|feature|depict)\b"
 )
@@ -66,9 +76,11 @@ class RuleDescriber(Describer):
         statement = answer[verdict.end() :] if verdict else answer
         asked = list(_things(words))
         absent: list[str] = []
-        if verdict and verdict[1].lower() == "no" and (missing := _existential(question, words, asked)):
-            absent.append(_phrase(missing, words))
-            asked = [p for p in asked if p.first != missing.first]
+        existing = _existential(question, words, asked)
+        # "Is there no dog?" is answered the other way round.
+        if existing and verdict and (verdict[1].lower() in ("no", "false")) != (existing.before == "no"):
+            absent.append(_phrase(existing, words))
+            asked = [p for p in asked if p.first != existing.first]
         named = tag(statement) if verdict or _answer_names_things(question, statement) else ()
         told = list(_things(named))
         denied = [p for p in told if _is_negated(named, p)]
@@ -99,8 +111,24 @@ def _things(words: Sequence[Word]) -> Iterator[NounPhrase]:
         if i and phrases[i - 1].head in CONTAINERS and _of(words, phrases[i - 1], phrase):
             continue
         grouped = i + 1 < len(phrases) and phrase.head in GROUPS and _of(words, phrase, phrases[i + 1])
-        if not grouped and phrase.head not in NO_THING:
+        if not grouped and phrase.head not in NO_THING and not _is_meant_otherwise(words, phrase):
             yield phrase
+
+
+def _is_meant_otherwise(words: Sequence[Word], phrase: NounPhrase) -> bool:
+    """Whether a noun that may be a thing is none here: "orange" of "not orange", wood of "made of wood", football that is played, the camera looked at."""
+    earlier = words[: phrase.first]
+    if phrase.last - phrase.first == 1 and phrase.head in LOOKS and earlier and earlier[-1].text != "there":
+        if earlier[-1].tag.startswith(("VB", "XX", "AV")):
+            return True
+    if phrase.head in BALLS:
+        return not earlier or earlier[-1].text in ("play", "plays", "played", "playing", "watching")
+    if phrase.head in ("camera", "cameras"):
+        return any(w.text in ("at", "for", "toward", "towards", "facing") for w in earlier[-2:])
+    made = next((i for i in reversed(range(len(earlier))) if earlier[i].text == "made"), None)
+    return made is not None and all(
+        w.text in ("of", "out", "from", ",") or w.tag.startswith(("CJC", "NN", "AJ")) for w in earlier[made + 1 :]
+    )
 
 
 def _of(words: Sequence[Word], left: NounPhrase, right: NounPhrase) -> bool:
@@ -119,11 +147,12 @@ def _phrase(phrase: NounPhrase, words: Sequence[Word]) -> str:
 
 
 def _existential(question: str, words: Sequence[Word], asked: Sequence[NounPhrase]) -> NounPhrase | None:
-    """What a "no" says is absent: the first thing that the question asks for."""
+    """The first thing whose presence the question asks for; none where it asks for a number, or for "direct contact"."""
     found = _EXISTENCE.match(question.lower())
     if found is None or not asked or _COUNTED.match(question.lower()[found.end() :].strip()):
         return None
-    return asked[0]
+    first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
+    return None if first.head in NO_THING and not _of(words, first, asked[0]) else asked[0]
 
 
 def _answer_names_things(question: str, answer: str) -> bool:
@@ -171,7 +200,7 @@ def _settled(
     kind = _asked_kind(words)
     if kind is not None:
         asked = [p for p in asked if p.first != kind.first]
-    if not yes_no:
+    if not yes_no and not any(w.tag == "AJC" for w in words):
         alternatives = {
             p.first
             for left, right in pairwise(asked)

@@ -31,7 +31,7 @@ GENERIC = _with_plurals(
 
 PICTURE = _with_plurals(
     """image picture photo photograph scene view frame background foreground left right top bottom middle center centre
-    corner front back end edge rest area place location spot perspective camera shot caption description detail sentence
+    corner front back end edge rest area place location spot perspective shot caption description detail sentence
     statement question answer option example"""
 )
 """The picture itself, and places within it."""
@@ -40,6 +40,21 @@ COLOURS = _words(
     "black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold"
 )
 """Tagged as nouns where they stand alone. "Orange" is left out, being a fruit as well."""
+
+LOOKS = (
+    COLOURS
+    | _words(
+        """orange cream violet crimson emerald bronze square oval circle semicircle
+        plastic metal wood steel iron leather stone brick concrete marble ceramic porcelain cotton linen wool silk denim"""
+    )
+)
+"""Colours, shapes and materials, which are nouns and say what something is like: "Is the cup plastic?"."""
+
+DEGREES = _words("light dark bright pale deep brand")
+"""Words that belong to the adjective behind them: "light blue", "brand new"."""
+
+LIGHTS = _words("traffic street stop brake tail head ceiling flash night warning christmas")
+"""What stands before "light" in compounds."""
 
 NO_THING = (
     ATTRIBUTES
@@ -51,13 +66,16 @@ NO_THING = (
         minute second moment week way lot amount percent group pair couple half total maximum minimum
         safety fun order fact case kind sense impression idea thought interest addition relation comparison contrast
         love joy happiness sadness anger fear peace silence beauty comfort work use help care attention focus
-        variety balance speech conversation discussion breakfast lunch dinner meal soccer baseball basketball tennis
-        football golf hockey surfing skiing snowboarding skateboarding swimming fishing racing tradition culture history
+        variety balance bit contact interaction difference speech conversation discussion breakfast lunch dinner meal
+        soccer tennis golf hockey surfing skiing snowboarding skateboarding swimming fishing racing tradition culture history
         north south east west one none both other presence absence"""
     )
     - _words("couple couples group groups")
 )
 """Nouns that a detector has nothing to look for."""
+
+BALLS = _words("baseball basketball football volleyball")
+"""Games where they stand alone or are played, and otherwise balls."""
 
 GROUPS = _with_plurals(
     "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
