@@ -29,16 +29,6 @@ class Form(NamedTuple):
     beings: bool = False
 
 
-class Asked(NamedTuple):
-    """A form filled in."""
-
-    form: str
-    question: str
-    answer: str
-    objects: tuple[str, ...]
-    absent: tuple[str, ...]
-
-
 def _objects(text: str) -> tuple[tuple[str, str], ...]:
     """(one, several) of each object of a list; "/" stands between the two where "s" is not all."""
     pairs = [item.strip().split("/") for item in text.split(",")]
@@ -78,7 +68,12 @@ DEVELOPMENT = (
     Form("colour, plural", "Are the {xs} {w}?", "No", ("{xs}",), words=COLOURS),
     Form("colour, this", "Is this {x} {w}?", "Yes", words=COLOURS),
     Form("colour, in this image", "Is the {x} {w} in this image?", "No", words=COLOURS),
-    Form("colour, either", "Is the {x} {w} or white?", "white", words=_words("red, brown, orange, black, silver")),
+    Form(
+        "colour, either",
+        "Is the {x} {w} or white?",
+        "white",
+        words=_words("red, brown, orange, black, silver"),
+    ),
     Form("what colour", "What colour is the {x}?", "{w}", words=COLOURS),
     Form("what color, plural", "What color are the {xs}?", "{w}", ("{xs}",), words=COLOURS),
     Form("material, made of", "Is the {x} made of {w}?", "Yes", words=MATERIALS),
@@ -92,19 +87,39 @@ DEVELOPMENT = (
     Form("action, plural", "Are the {xs} {w}?", "Yes", ("{xs}",), words=DOING, beings=True),
     Form("action, AMBER", "Does the {x} {w} in this image?", "No", words=ACTIONS, beings=True),
     Form("action, plural do", "Do the {xs} {w}?", "No", ("{xs}",), words=ACTIONS, beings=True),
-    Form("action, somewhere", "Is the {x} {w} on the grass?", "Yes", ("{x}", "grass"), words=DOING, beings=True),
+    Form(
+        "action, somewhere", "Is the {x} {w} on the grass?", "Yes", ("{x}", "grass"), words=DOING, beings=True
+    ),
     Form("action, what", "What is the {x} doing?", "{w}", words=DOING, beings=True),
     Form("number, how many", "How many {xs} are there?", "3", ("{xs}",)),
     Form("number, how many in the image", "How many {xs} are in the image?", "two", ("{xs}",)),
-    Form("number, AMBER", "Are there {w} {xs} in this image?", "No", ("{xs}",), words=_words("two, three, four, five")),
+    Form(
+        "number, AMBER",
+        "Are there {w} {xs} in this image?",
+        "No",
+        ("{xs}",),
+        words=_words("two, three, four, five"),
+    ),
     Form("number, AMBER, one", "Is there one {x} in this image?", "No"),
     Form("existence, POPE", "Is there {a} {x} in the image?", "Yes"),
     Form("existence, POPE, no", "Is there {a} {x} in the image?", "No", (), ("{x}",)),
     Form("existence, AMBER", "Is there {a} {x} in this image?", "No", (), ("{x}",)),
     Form("existence, of a colour", "Is there a {w} {x}?", "Yes", ("{w} {x}",), words=COLOURS),
     Form("existence, doing", "Is there {a} {x} {w}?", "Yes", words=DOING, beings=True),
-    Form("relation, beside", "Is the {x} to the {w} of the {y}?", "Yes", ("{x}", "{y}"), words=("left", "right")),
-    Form("relation, preposition", "Is the {x} {w} the {y}?", "No", ("{x}", "{y}"), words=_words("on, under, behind, above, in")),
+    Form(
+        "relation, beside",
+        "Is the {x} to the {w} of the {y}?",
+        "Yes",
+        ("{x}", "{y}"),
+        words=("left", "right"),
+    ),
+    Form(
+        "relation, preposition",
+        "Is the {x} {w} the {y}?",
+        "No",
+        ("{x}", "{y}"),
+        words=_words("on, under, behind, above, in"),
+    ),
     Form("relation, AMBER", "Is there direct contact between the {x} and {y}?", "No", ("{x}", "{y}")),
     Form("relation, contact", "Is there direct contact between the {x} and the {y}?", "Yes", ("{x}", "{y}")),
     Form("comparison", "Is the {x} {w} than the {y}?", "Yes", ("{x}", "{y}"), words=COMPARED),
@@ -113,44 +128,147 @@ DEVELOPMENT = (
     Form("negation, not", "Is the {x} not {w}?", "Yes", words=(*COLOURS, *STATES)),
     Form("negation, no", "Is there no {x} in the image?", "Yes", (), ("{x}",)),
     Form("negation, isn't there", "Isn't there {a} {x} in the image?", "No", (), ("{x}",)),
-    Form("possession", "Does the {x} have {w}?", "Yes", ("{x}", "{h}"), words=_words("an umbrella, a tail, a hat, wings"), beings=True),
-    Form("possession, whose part", "Is the {x}'s {h} blue?", "Yes", ("{x}", "{h}"), words=_words("collar, hat, head"), beings=True),
+    Form(
+        "possession",
+        "Does the {x} have {w}?",
+        "Yes",
+        ("{x}", "{h}"),
+        words=_words("an umbrella, a tail, a hat, wings"),
+        beings=True,
+    ),
+    Form(
+        "possession, whose part",
+        "Is the {x}'s {h} blue?",
+        "Yes",
+        ("{x}", "{h}"),
+        words=_words("collar, hat, head"),
+        beings=True,
+    ),
     Form("where", "Where is the {x}?", "on the {y}", ("{x}", "{y}")),
     Form("why", "Why is the {x} {w}?", "because it rained", words=_words("wet, dirty, red, open")),
-    Form("what is on it", "What is on the {x}?", "{w}", ("{x}", "{h}"), words=_words("a cat, a plate, a hat")),
+    Form(
+        "what is on it", "What is on the {x}?", "{w}", ("{x}", "{h}"), words=_words("a cat, a plate, a hat")
+    ),
 )
 HELD_OUT = (
-    Form("both of", "Are both of the {xs} {w}?", "Yes", ("{xs}",), words=_words("purple, pink, dry, closed, rusty, round")),
-    Form("past", "Was the {x} {w}?", "Yes", words=_words("purple, pink, dry, full, rusty, striped, metallic")),
+    Form(
+        "both of",
+        "Are both of the {xs} {w}?",
+        "Yes",
+        ("{xs}",),
+        words=_words("purple, pink, dry, closed, rusty, round"),
+    ),
+    Form(
+        "past", "Was the {x} {w}?", "Yes", words=_words("purple, pink, dry, full, rusty, striped, metallic")
+    ),
     Form("that", "Is that {x} {w}?", "No", words=_words("purple, beige, tall, closed, shiny, silver")),
-    Form("these, material", "Are these {xs} {w}?", "Yes", ("{xs}",), words=_words("steel, ceramic, wooden, stone")),
+    Form(
+        "these, material",
+        "Are these {xs} {w}?",
+        "Yes",
+        ("{xs}",),
+        words=_words("steel, ceramic, wooden, stone"),
+    ),
     Form("any behind", "Are there any {xs} behind the {y}?", "Yes", ("{xs}", "{y}")),
-    Form("place and colour", "Is the {x} in front of the {y} {w}?", "Yes", ("{x}", "{y}"), words=_words("purple, pink, tan, dry")),
+    Form(
+        "place and colour",
+        "Is the {x} in front of the {y} {w}?",
+        "Yes",
+        ("{x}", "{y}"),
+        words=_words("purple, pink, tan, dry"),
+    ),
     Form("look", "Does the {x} look {w}?", "No", words=_words("shiny, new, heavy, fresh, rusty")),
     Form("more than", "Are there more {xs} than {ys}?", "Yes", ("{xs}", "{ys}")),
-    Form("as tall as", "Is the {x} as {w} as the {y}?", "No", ("{x}", "{y}"), words=_words("tall, big, wide, clean")),
+    Form(
+        "as tall as",
+        "Is the {x} as {w} as the {y}?",
+        "No",
+        ("{x}", "{y}"),
+        words=_words("tall, big, wide, clean"),
+    ),
     Form("can you see", "Can you see {a} {x} near the {y}?", "Yes", ("{x}", "{y}")),
     Form("true that", "Is it true that the {x} is {w}?", "Yes", words=_words("purple, pink, dry, square")),
     Form("whose", "Whose {x} is {w}?", "the woman's", ("{x}", "woman"), words=_words("purple, dry, blue")),
-    Form("part looks", "Does the {x}'s {h} look wet?", "Yes", ("{x}", "{h}"), words=_words("tail, face, ear"), beings=True),
-    Form("adjective and state", "Is the {w} {x} closed?", "No", ("{w} {x}",), words=_words("purple, small, striped, wooden")),
-    Form("two subjects", "Are the {x} and the {y} {w}?", "Yes", ("{x}", "{y}"), words=_words("purple, pink, dry, plastic")),
-    Form("touching", "Is the {x} {w} the {y}?", "Yes", ("{x}", "{y}"), words=_words("touching, facing, blocking, covering")),
+    Form(
+        "part looks",
+        "Does the {x}'s {h} look wet?",
+        "Yes",
+        ("{x}", "{h}"),
+        words=_words("tail, face, ear"),
+        beings=True,
+    ),
+    Form(
+        "adjective and state",
+        "Is the {w} {x} closed?",
+        "No",
+        ("{w} {x}",),
+        words=_words("purple, small, striped, wooden"),
+    ),
+    Form(
+        "two subjects",
+        "Are the {x} and the {y} {w}?",
+        "Yes",
+        ("{x}", "{y}"),
+        words=_words("purple, pink, dry, plastic"),
+    ),
+    Form(
+        "touching",
+        "Is the {x} {w} the {y}?",
+        "Yes",
+        ("{x}", "{y}"),
+        words=_words("touching, facing, blocking, covering"),
+    ),
     Form("how tall", "How {w} is the {x}?", "very", words=_words("tall, old, long, heavy")),
-    Form("what it holds", "What is the {x} holding?", "{w}", ("{x}", "{h}"), words=_words("a kite, a spoon, an apple"), beings=True),
-    Form("in this picture", "In this picture, is the {x} {w}?", "No", words=_words("purple, pink, dry, plastic, silver")),
-    Form("smiling", "Is the {x} {w}?", "Yes", words=_words("smiling, dancing, surfing, drinking, asleep, barefoot, fishing"), beings=True),
-    Form("do something", "Does the {x} {w}?", "Yes", words=_words("smile, surf, fly, dance, drink, fight"), beings=True),
-    Form("do it to", "Does the {x} {w} the ball?", "No", ("{x}", "ball"), words=_words("kick, hold, throw, catch"), beings=True),
-    Form("state", "Is the {x} {w} in this image?", "Yes", words=_words("purple, dry, rusty, closed, fresh, square, shiny, pink, bright, dark")),
+    Form(
+        "what it holds",
+        "What is the {x} holding?",
+        "{w}",
+        ("{x}", "{h}"),
+        words=_words("a kite, a spoon, an apple"),
+        beings=True,
+    ),
+    Form(
+        "in this picture",
+        "In this picture, is the {x} {w}?",
+        "No",
+        words=_words("purple, pink, dry, plastic, silver"),
+    ),
+    Form(
+        "smiling",
+        "Is the {x} {w}?",
+        "Yes",
+        words=_words("smiling, dancing, surfing, drinking, asleep, barefoot, fishing"),
+        beings=True,
+    ),
+    Form(
+        "do something",
+        "Does the {x} {w}?",
+        "Yes",
+        words=_words("smile, surf, fly, dance, drink, fight"),
+        beings=True,
+    ),
+    Form(
+        "do it to",
+        "Does the {x} {w} the ball?",
+        "No",
+        ("{x}", "ball"),
+        words=_words("kick, hold, throw, catch"),
+        beings=True,
+    ),
+    Form(
+        "state",
+        "Is the {x} {w} in this image?",
+        "Yes",
+        words=_words("purple, dry, rusty, closed, fresh, square, shiny, pink, bright, dark"),
+    ),
     Form("not there", "Are there no {xs} here?", "Yes", (), ("{xs}",)),
     Form("number at least", "Are there at least three {xs} in the photo?", "No", ("{xs}",)),
 )
 FORMS = {"development": DEVELOPMENT, "held out": HELD_OUT}
 
 
-def fill(form: Form, part: str) -> Iterator[Asked]:
-    """The form with each object of a part, and each of its words."""
+def fill(form: Form, part: str) -> Iterator[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:
+    """(form, question, answer, objects, absent) with each object of a part, and each of the form's words."""
     objects = (BEINGS if form.beings else THINGS)[part]
     for (index, (one, several)), word in product(enumerate(objects), form.words):
         other, others = objects[(index + 1) % len(objects)]
@@ -158,7 +276,7 @@ def fill(form: Form, part: str) -> Iterator[Asked]:
         # What the words name, without its article.
         thing = word.removeprefix("an ").removeprefix("a ")
         values = {"x": one, "xs": several, "a": article, "y": other, "ys": others, "w": word, "h": thing}
-        yield Asked(
+        yield (
             form.name,
             form.question.format(**values),
             form.answer.format(**values),

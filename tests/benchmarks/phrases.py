@@ -1,6 +1,7 @@
 """Precision and recall of the key object phrases, on question-response pairs labelled by hand (`phrases.jsonl`).
 
-Run with `python -m tests.benchmarks.phrases`; `--misses` lists what went wrong in the development part. The labels were written
+Run with `python -m tests.benchmarks.phrases`; it prints both parts of the file, and each form of `phrase_forms.py` by itself;
+`--misses` lists what went wrong in the development part. The labels were written
 before the rules, by these rules of their own: an object is what one can point at, with the adjectives and nouns that go with it
 but without articles and numbers; so the image and its sides, colours, counts, times, activities and what is written
 somewhere are none. "Cup of coffee" is one object, "herd of elephants" is "elephants". What the answer puts a name to ("What
@@ -15,7 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_calibration.regions.describer import Description
 from vlm_calibration.regions.phrases import RuleDescriber
+
+from .phrase_forms import FORMS, Form, fill
 
 PAIRS = Path(__file__).with_name("phrases.jsonl")
 PARTS = ("development", "held out")
@@ -82,16 +86,38 @@ def measure(part: str) -> dict[str, Agreement]:
     }
 
 
-def print_misses(part: str) -> None:
+def form_pairs(form: Form, part: str) -> list[Pair]:
+    """A form filled in with every object of a part."""
+    return [Pair(part, *asked) for asked in fill(form, part)]
+
+
+def misses(pairs: Iterable[Pair]) -> list[tuple[Pair, Description]]:
+    """The pairs whose objects, or what is absent, are not those that are labelled, with what was found."""
     describer = RuleDescriber()
-    for pair in read_pairs():
-        described = describer.describe_pair(pair.question, pair.answer)
-        if pair.part == part and (
-            set(described.objects) != set(pair.objects) or set(described.absent) != set(pair.absent)
-        ):
-            print(
-                f"{pair.question} | {pair.answer}\n  found    {described}\n  labelled {pair.objects} {pair.absent}"
-            )
+    described = [(pair, describer.describe_pair(pair.question, pair.answer)) for pair in pairs]
+    return [
+        (pair, found)
+        for pair, found in described
+        if set(found.objects) != set(pair.objects) or set(found.absent) != set(pair.absent)
+    ]
+
+
+def print_forms(part: str) -> None:
+    print(f"\n| form, {part} | for example | without error |\n|---|---|---|")
+    for form in FORMS[part]:
+        pairs = form_pairs(form, part)
+        right = len(pairs) - len(misses(pairs))
+        print(f"| {form.name} | {pairs[0].question} | {right / len(pairs):.3f} ({right}/{len(pairs)}) |")
+
+
+def print_misses(part: str) -> None:
+    pairs = [pair for pair in read_pairs() if pair.part == part]
+    for form in FORMS[part]:
+        pairs += form_pairs(form, part)
+    for pair, described in misses(pairs):
+        print(
+            f"{pair.question} | {pair.answer}\n  found    {described}\n  labelled {pair.objects} {pair.absent}"
+        )
 
 
 def main() -> None:
@@ -107,6 +133,8 @@ def main() -> None:
         for name, a in measure(part).items():
             shown = f"{a.precision:.3f} ({a.both}/{a.found}) | {a.recall:.3f} ({a.both}/{a.labelled})"
             print(f"| {part} | {name} | {shown} | {a.whole}/{a.pairs} |")
+    for part in PARTS:
+        print_forms(part)
     if args.misses:
         print_misses(args.misses)
 

@@ -116,18 +116,24 @@ def _things(words: Sequence[Word]) -> Iterator[NounPhrase]:
 
 
 def _is_meant_otherwise(words: Sequence[Word], phrase: NounPhrase) -> bool:
-    """Whether a noun that may be a thing is none here: "orange" of "not orange", wood of "made of wood", football that is played, the camera looked at."""
+    """Whether a noun is no thing in this place: "orange" of "not orange", football that is played, the camera looked at."""
     earlier = words[: phrase.first]
-    if phrase.last - phrase.first == 1 and phrase.head in LOOKS and earlier and earlier[-1].text != "there":
-        if earlier[-1].tag.startswith(("VB", "XX", "AV")):
-            return True
+    if phrase.head in LOOKS and phrase.last - phrase.first == 1 and earlier:
+        said_of_it = earlier[-1].tag.startswith(("VB", "XX", "AV")) and earlier[-1].text != "there"
+        return said_of_it or _is_material(earlier)
     if phrase.head in BALLS:
         return not earlier or earlier[-1].text in ("play", "plays", "played", "playing", "watching")
     if phrase.head in ("camera", "cameras"):
         return any(w.text in ("at", "for", "toward", "towards", "facing") for w in earlier[-2:])
+    return _is_material(earlier)
+
+
+def _is_material(earlier: Sequence[Word]) -> bool:
+    """Whether what follows these words is what something is made of."""
     made = next((i for i in reversed(range(len(earlier))) if earlier[i].text == "made"), None)
     return made is not None and all(
-        w.text in ("of", "out", "from", ",") or w.tag.startswith(("CJC", "NN", "AJ")) for w in earlier[made + 1 :]
+        w.text in ("of", "out", "from", ",") or w.tag.startswith(("CJC", "NN", "AJ"))
+        for w in earlier[made + 1 :]
     )
 
 

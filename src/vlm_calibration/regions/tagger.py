@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vlm_calibration.records import DataError
-from vlm_calibration.regions.words import DEGREES, LIGHTS, LOOKS, NO_THING, VAGUE
+from vlm_calibration.regions.words import DEGREES, LIGHTS, LOOKS, NO_THING, TAGS, VAGUE
 
 _WORD = re.compile(
     r"n't\b|['’]s?\b|[^\W\d_]+(?:-[^\W\d_]+)*?(?=n't\b)|[^\W\d_]+(?:-[^\W\d_]+)*|\d+(?::\d+)?|[^\w\s]"
@@ -22,12 +22,13 @@ _NOUN, _ADJECTIVE, _PARTICIPLE = ("NN", "NP"), ("AJ", "ORD"), ("VVN", "VVD", "VV
 _OPENS = ("AT", "DPS", "DT", "CRD", "AJ", "PRP", "PRF", "CJ", "POS", "PU")
 """Tags of the words behind which a participle describes the noun that follows: "the stuffed animals"."""
 _BE, _DO = ("VBB", "VBZ", "VBD"), ("VDB", "VDZ", "VDD")
-_FINITE = ("VVI", "VVB", "VH", "VB", "VD", "VM")
+_PRESENT = ("VVI", "VVB", "VVZ")
+_FINITE = (*_PRESENT, "VH", "VB", "VD", "VM")
 _SPECIFIERS = ("AT", "CRD", "DPS", "DT", "PRF", "XX")
-_CONTENT = (*_NOUN, *_ADJECTIVE, *_PARTICIPLE, "VVI", "VVB", "VVZ")
+_CONTENT = (*_NOUN, *_ADJECTIVE, *_PARTICIPLE, *_PRESENT)
 UNKNOWN = -25.0
 """Log-probabilities below this are those of words that the tagger guesses from their endings."""
-MARGIN = 1.0
+MARGIN = 0.95
 """A tag is possible for a word if its log-probability is at most this below that of the likeliest: "dancing" as a verb."""
 
 
@@ -98,7 +99,16 @@ def readings(word: str) -> dict[str, float]:
 def _may_be(word: str, kinds: tuple[str, ...]) -> bool:
     """Whether one of these tags is about as likely as any other for a word by itself."""
     known = readings(word)
-    return any(score > max(known.values()) - MARGIN for kind, score in known.items() if kind.startswith(kinds))
+    return any(
+        score > max(known.values()) - MARGIN for kind, score in known.items() if kind.startswith(kinds)
+    )
+
+
+def _verb_lead(word: str) -> float:
+    """By how much a word is likelier a verb than a noun, in log-probability."""
+    known = readings(word)
+    verb, noun = (max(known.get(kind, UNKNOWN) for kind in kinds) for kinds in (_PRESENT, ("NN1", "NN2")))
+    return verb - noun
 
 
 def _repaired(words: list[Word]) -> tuple[Word, ...]:
@@ -121,8 +131,8 @@ def _repaired(words: list[Word]) -> tuple[Word, ...]:
 
 def _tag_alone(word: Word) -> str:
     """The tag of a word that the tagger gives up on, or is wrong about whatever stands beside it."""
-    if word.text == "doing":
-        return "VDG"
+    if word.text in TAGS:
+        return TAGS[word.text]
     if word.tag == "UNC":
         known = readings(word.text)
         return max(known, key=lambda kind: known[kind]) if known else "NN1"
@@ -138,8 +148,8 @@ def _leave_one_verb(words: list[Word]) -> None:
     if verb is None or verb.tag not in _BE or words[-1].text != "?":
         return
     for i in range(1, len(words)):
-        noun = words[i].tag in ("VVI", "VVB", "VVZ") and words[i - 1].tag.startswith((*_NOUN, *_ADJECTIVE))
-        if noun and any(kind.startswith(_NOUN) for kind in readings(words[i].text)):
+        behind_noun = words[i].tag in _PRESENT and words[i - 1].tag.startswith((*_NOUN, *_ADJECTIVE))
+        if behind_noun and _verb_lead(words[i].text) < MARGIN:
             words[i] = Word(words[i].text, "NN1")
 
 
@@ -171,16 +181,10 @@ def _give_verb(words: list[Word], start: int) -> None:
     """The verb of a question with "do", where the tagger found none: a word behind the first of a compound."""
     if any(w.tag.startswith(_FINITE) for w in words[start:]):
         return
-
-    def likelihood(place: int) -> float:
-        known = readings(words[place].text)
-        verb = max(known.get("VVI", UNKNOWN), known.get("VVB", UNKNOWN))
-        return verb - max(known.get("NN1", UNKNOWN), known.get("NN2", UNKNOWN))
-
     places = [i for part in _parts(words, start) for i in range(part.begin + 1, part.stop)]
     if places:
         # The last one of equals: a word that is not in the lexicon rather names something.
-        verb = max(reversed(places), key=likelihood)
+        verb = max(reversed(places), key=lambda i: _verb_lead(words[i].text))
         words[verb] = Word(words[verb].text, "VVI")
         _name(words, verb - 1)
 
@@ -190,7 +194,8 @@ def _give_predicate(words: list[Word], start: int) -> None:
     parts = _parts(words, start)
     for part in parts:
         last = words[part.stop - 1].text
-        if part.stop - part.begin > 1 and (last in LOOKS or _may_be(last, ("AJ", *_PARTICIPLE))):
+        likely = last in LOOKS or _may_be(last, ("AJ", *_PARTICIPLE)) or _verb_lead(last) > MARGIN
+        if part.stop - part.begin > 1 and likely:
             _take_predicate(words, part.begin, part.stop)
             return
     subject = next((p for p in reversed(parts) if not p.prepositional), None)
@@ -264,7 +269,7 @@ def _grades(words: Sequence[Word], place: int) -> bool:
     """Whether a word belongs to the adjective behind it: "light blue", "pure white"; but "traffic light"."""
     if words[place].text == "light" and words[place - 1].text in LIGHTS:
         return False
-    return words[place].text in DEGREES or _may_be(words[place].text, ("AJ",))
+    return words[place].text in DEGREES or _may_be(words[place].text, ("AJ0",))
 
 
 def _name(words: list[Word], place: int) -> None:
