@@ -136,7 +136,7 @@ def _tag_alone(word: Word) -> str:
     if word.tag == "UNC":
         known = readings(word.text)
         return max(known, key=lambda kind: known[kind]) if known else "NN1"
-    if "-" in word.text and _may_be(word.text.rsplit("-", 1)[1], ("AJ", *_PARTICIPLE)):
+    if "-" in word.text[:-1] and _may_be(word.text.rsplit("-", 1)[1], ("AJ", *_PARTICIPLE)):
         # "plain-looking", "long-haired"
         return "AJ0"
     return word.tag
