@@ -41,21 +41,21 @@ setup: $(SETUP)  ## build the virtual environment, once; again only when the req
 
 $(VENV)/.setup: pyproject.toml
 	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions]'
 	@# What a first run would do once: compile the modules, list the fonts.
 	$(VENV)/bin/python -c 'import vlm_calibration.cli.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,dev]'
 	touch $@
 
 $(VENV)/.setup-dashboard: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dashboard]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,dashboard]'
 	touch $@
 
 $(VENV)/.setup-app: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,app]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,app]'
 	touch $@
 
 demo:  ## the whole method on the embedded demo: both stages, ours and the paper's, one table of all and a report
@@ -140,9 +140,9 @@ slurm-sft: $(SETUP)  ## submit stage 1 to SLURM, e.g. NODES=2 GPUS=8 TIME=04:00:
 slurm-dpo: $(SETUP)  ## submit stage 2 to SLURM, from the adapter of stage 1
 	$(if $(CONFIG),DPO_CONFIG="$(CONFIG)") configs/slurm/submit.sh dpo
 
-# The embedded demo has its regions: STAGES="sft dpo evaluate".
+# All on QUERIES=. The embedded demo has its regions: STAGES="sft dpo evaluate".
 STAGES ?= regions sft dpo evaluate
-slurm-all: $(SETUP)  ## submit STAGES= (regions sft dpo evaluate) to SLURM, each to begin after the one before
+slurm-all: $(SETUP)  ## submit STAGES= (regions sft dpo evaluate) to SLURM, on QUERIES=, each to begin after the one before
 	$(if $(CONFIG),$(error CONFIG= is for one stage; here SFT_CONFIG=, DPO_CONFIG=, EVALUATE_CONFIG=, REGIONS_CONFIG=)) \
 	configs/slurm/submit.sh $(STAGES)
 

@@ -35,7 +35,8 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert "--editable ." in pip
-    wanted = sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
+    extras = project["optional-dependencies"]
+    wanted = sorted(project["dependencies"] + extras["demo"] + extras["regions"])
     assert sorted(entry for entry in pip if entry != "--editable .") == wanted
     assert f"python{project['requires-python']}" in environment["dependencies"]
 

@@ -10,11 +10,14 @@
 #   OFFLINE  1 (default): no network on compute nodes, so nothing is looked for on the Hub and W&B stays offline; 0: online
 #   ARGS     settings of every stage; SFT_ARGS, DPO_ARGS, EVALUATE_ARGS, REGIONS_ARGS: of one stage
 #   SFT_CONFIG, DPO_CONFIG, EVALUATE_CONFIG, REGIONS_CONFIG   configurations of a stage, in order, separated by blanks;
-#            default: configs/sft.yaml, configs/dpo.yaml, configs/eval/demo.yaml, configs/regions.yaml
+#            default: configs/sft.yaml, configs/dpo.yaml, configs/eval/demo.yaml (configs/eval/jsonl.yaml with TRAIN_ON=regions), configs/regions.yaml
 #   ADAPTER  what DPO starts from; default: RUNS_DIR/sft/adapter
-#   QUERIES  JSONL or Parquet file whose regions are wanted; default: as configured
-#   PARTS    jobs that share these queries; default: 1, and regions/queries.parquet holds them all. Several have a folder each,
-#            and regions/queries/ is the data set. Without SLURM, PART (from 0) is the one to do
+#   QUERIES  whose regions are wanted: a file that ends in .jsonl or .parquet, or a folder of Parquet files; default: as configured
+#   DATA_ROOT folder that the image paths in QUERIES are relative to; default: the folder of QUERIES
+#   PARTS    jobs that share these queries; default: 1. The last one to end writes regions/queries.parquet, which holds them all, with
+#            one summary and contact sheet. Without SLURM, PART (from 0) is the one to do
+#   TRAIN_ON regions: train on the first 80% of RUNS_DIR/regions/queries.parquet, validate on the next 10%, evaluate the last 10%,
+#            whatever data the configurations name; submit.sh sets it behind stage `regions`. configured (default): the data that they name
 #
 # Caches and scratch, as the libraries read them; a home folder is often too small or too slow for them:
 #   HF_HOME                         models and data sets. Fill it where there is a network: hf download NAME
@@ -51,6 +54,35 @@ export TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
 if [[ ${OFFLINE:-1} == 1 ]]; then
     export HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline}
 fi
+
+# The class that reads QUERIES.
+source_class() {
+    case $QUERIES in
+        *.jsonl) echo vlm_calibration.data.sources.jsonl.JsonlSource ;;
+        *.parquet) echo vlm_calibration.data.sources.parquet.ParquetSource ;;
+        *)
+            [[ -d $QUERIES ]] || die "QUERIES=$QUERIES: expected a file that ends in .jsonl or .parquet, or a folder of Parquet files"
+            echo vlm_calibration.data.sources.parquet.ParquetSource
+            ;;
+    esac
+}
+
+# A text as JSON has it.
+quoted() {
+    local text=${1//\\/\\\\}
+    printf '"%s"' "${text//\"/\\\"}"
+}
+
+# extracted BEGIN END: the source of this share of what stage `regions` extracted, with the images of QUERIES, as JSON.
+extracted() {
+    local class root=""
+    [[ ${QUERIES:-} ]] || die "TRAIN_ON=regions needs QUERIES=, from which the regions were extracted"
+    class=$(source_class)
+    [[ -z ${DATA_ROOT:-} ]] || root=", \"root\": $(quoted "$DATA_ROOT")"
+    printf '{"class_path": "vlm_calibration.data.sources.parquet.ParquetSource", "init_args": {"path": %s, "begin": %s, "end": %s, ' \
+        "$(quoted "$RUNS_DIR/regions/queries.parquet")" "$1" "$2"
+    printf '"images": {"class_path": "%s", "init_args": {"path": %s%s}}}}' "$class" "$(quoted "$QUERIES")" "$root"
+}
 
 # The words of $1, quoted as in a shell, as the array `words`.
 words_of() {

@@ -20,6 +20,23 @@ fail() { echo "submit.sh: $*" >&2; exit 1; }
 command -v sbatch > /dev/null || fail "no sbatch here; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
 cd "$(dirname "$0")/../.."
 
+# A chain works on one data set: the queries whose regions it extracts.
+if [[ " $* " == *" regions "* && $# -gt 1 ]]; then
+    export TRAIN_ON=${TRAIN_ON:-regions}
+    [[ $TRAIN_ON != regions || ${QUERIES:-} ]] || fail "QUERIES= is not set: a .jsonl or .parquet file, or a folder of Parquet files," \
+        "whose regions are extracted for the other stages. On the embedded demo, which has its regions: STAGES=\"sft dpo evaluate\";" \
+        "on the data that the configurations name: TRAIN_ON=configured"
+fi
+if [[ ${TRAIN_ON:-} == regions ]]; then
+    for stage in "$@"; do
+        config=${stage^^}_CONFIG settings=${stage^^}_ARGS model=--model.init_args.base.name_or_path
+        [[ $stage != sft && $stage != dpo || ${!config:-} || "${ARGS:-} ${!settings:-}" == *"$model"* ]] ||
+            fail "$config= is not set, so $stage would train the demo's model on QUERIES=$QUERIES: name configurations with a model," \
+                "e.g. $config=\"configs/$stage.yaml configs/model/qwen2_5_vl_3b.yaml\""
+    done
+fi
+[[ -z ${QUERIES:-} || -e $QUERIES ]] || fail "QUERIES=$QUERIES: there is no such file or folder"
+
 gpus=${GPUS:-1}
 tasks=$gpus gres=gpu:${GPU_TYPE:+$GPU_TYPE:}$gpus
 if [[ $gpus == 0 ]]; then

@@ -78,31 +78,24 @@ def test_all_stages_one_after_the_other(
     tiny: Callable[[str], str],
     tmp_path: Path,
 ) -> None:
-    """`make slurm-all`: regions in two jobs, then both stages and the evaluation; a signal comes before training begins."""
-    queries = scene_files(2)
+    """`make slurm-all` on one data set: regions in two jobs, then both stages and the evaluation on what these found.
+
+    A signal comes before training begins.
+    """
+    queries = scene_files(7)
     regions = [
         *("--model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
         *("--model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
         *("--data.eval_batch_size", "3", "--data.shard_size", "4", "--data.workers", "0"),
     ]
-    found = {
-        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
-        "init_args": {"path": str(tmp_path / "regions/queries"), "root": str(queries.parent)},
-    }
-    test = {
-        "class_path": "vlm_calibration.demo.source.DemoSource",
-        "init_args": {"split": "test", "scenes": 1},
-    }
     evaluate = [
-        *("--model.init_args.base.name_or_path", model_folder),
-        *("--model.init_args.oracle_levels", "null"),
-        *("--data.test", json.dumps({"clean": {"source": test}})),
-        *("--data.workers", "0"),
+        *("--model.init_args.base", json.dumps({"name_or_path": model_folder, "dtype": "float32"})),
+        *("--model.init_args.max_new_tokens", "3", "--data.workers", "0"),
     ]
     short = {"max_steps": 2}
     settings = {
         "REGIONS_ARGS": shlex.join(regions),
-        **variables([*start("sft", **short), "--data.train", json.dumps(found)], "sft"),
+        **variables(start("sft", **short), "sft"),
         **variables(start("dpo", stage="dpo", **short), "dpo"),
         "EVALUATE_ARGS": shlex.join(evaluate),
     }
@@ -120,12 +113,20 @@ def test_all_stages_one_after_the_other(
     jobs.done(dpo, tmp_path / "dpo")
     jobs.done(evaluation, tmp_path / "eval")
     ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
-    assert pq.read_table(tmp_path / "regions/queries").column("id").to_pylist() == ids
+    assert pq.read_table(tmp_path / "regions/queries.parquet").column("id").to_pylist() == ids
+    assert json.loads((tmp_path / "regions/summary.json").read_text())["queries"] == len(ids) == 21
+    assert (tmp_path / "regions/contact_sheet.png").exists()
+    for folder, share in (("sft", slice(17, 19)), ("dpo", slice(17, 19))):
+        assert [i.removeprefix("own:") for i in _answered(tmp_path / folder)] == ids[share]
     for system in ("base", "sft", "dpo"):
-        assert json.loads((tmp_path / "eval" / system / "metrics.json").read_text())["n"] == 3
+        assert _answered(tmp_path / "eval" / system) == [f"own:{i}" for i in ids[19:]]
     ends = [jobs.cluster.job(number)["EndTime"] for number in (f"{first}_0", f"{first}_1", sft, dpo)]
     starts = [jobs.cluster.job(number)["StartTime"] for number in (sft, sft, dpo, evaluation)]
     assert all(end <= start for end, start in zip(ends, starts, strict=True))
+
+
+def _answered(folder: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_a_failing_stage_stops_the_chain(jobs: Jobs, start: Start, tmp_path: Path) -> None:

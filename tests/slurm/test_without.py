@@ -1,15 +1,28 @@
-"""The jobs in configs/slurm where there is no SLURM: under bash, around an interpreter that only says what it was given."""
+"""The jobs in configs/slurm where there is no SLURM: under bash, most around an interpreter that only says what it was given."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import shlex
 import signal
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from ..command_line import LIMIT
+from ..regions.conftest import scene_files as scene_files
+from ..regions.conftest import tiny as tiny
 from .cluster import surroundings, wait_for
+from .conftest import variables
 
 
 def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
@@ -25,6 +38,7 @@ def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
 
 
 def _bash(root: Path, folder: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
     environment = _environment(root, folder, **variables)
     # From anywhere: the job finds its checkout.
     return subprocess.run(
@@ -33,7 +47,7 @@ def _bash(root: Path, folder: Path, script: str, **variables: str) -> subprocess
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
     )
 
@@ -101,27 +115,151 @@ def test_evaluation_takes_the_adapters_that_are_there(root: Path, tmp_path: Path
     )
 
 
-def test_parts_of_queries_are_all_of_them(root: Path, tmp_path: Path) -> None:
-    queries = tmp_path / "queries.jsonl"
-    queries.write_text("".join(f'{{"id": "{n}"}}\n' for n in range(100)))
-    parts = []
-    for part in range(3):
-        ran = _bash(root, tmp_path, "regions.sbatch", QUERIES=str(queries), PARTS="3", PART=str(part))
+@pytest.fixture(scope="module")
+def queries(scene_files: Callable[..., Path]) -> Path:
+    """24 queries about seven scenes, as JSON lines, as `files.parquet` beside them, and with their images in `embedded.parquet`."""
+    plain = {"answer": "Yes", "answer_type": "yes_no"}
+    damaged = {"id": "damaged", "image": "damaged.png", "question": "Is there a dog?", **plain}
+    path = scene_files(7, [damaged])
+    (path.parent / "damaged.png").write_bytes(b"no picture")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    columns = ("id", "image", "question", "answer", "answer_type", "category")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path.with_name("files.parquet"))
+    for row in rows:
+        row["image"] = {"bytes": (path.parent / row["image"]).read_bytes(), "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), path.with_name("embedded.parquet"), row_group_size=5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def extraction(tiny: Callable[[str], str]) -> dict[str, str]:
+    """Variables of a job that extracts with tiny models, in shards of four queries."""
+    settings = {
+        "model.init_args.detector.init_args": {"name_or_path": tiny("grounding_dino"), "threshold": 0.0},
+        "model.init_args.segmenter.init_args.name_or_path": tiny("sam"),
+        "model.init_args.gates": {"min_score": 0.02, "min_area": 0.0, "max_area": 1.0},
+        "data.eval_batch_size": 3,
+        "data.shard_size": 4,
+        "data.workers": 0,
+    }
+    given = [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+    return {"PYTHON": sys.executable, "REGIONS_ARGS": shlex.join(given)}
+
+
+def _extracted(folder: Path) -> dict[str, Any]:
+    """What extraction leaves for those who come after: rows, summary, pixels of the contact sheet."""
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        pixels = sheet.convert("RGB").tobytes()
+    rows = pq.read_table(folder / "queries.parquet").to_pylist()
+    return {"rows": rows, "summary": json.loads((folder / "summary.json").read_text()), "sheet": pixels}
+
+
+def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
+    root: Path, tmp_path: Path, queries: Path, extraction: dict[str, str]
+) -> None:
+    ran = _bash(root, tmp_path / "one", "regions.sbatch", QUERIES=str(queries), **extraction)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    one = _extracted(tmp_path / "one/regions")
+    ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
+    assert [row["id"] for row in one["rows"]] == [i for i in ids if i != "damaged"]
+    assert sum(bool(row["regions"]) for row in one["rows"]) >= 7
+    assert one["summary"]["queries"] == len(ids)
+
+    two = {"QUERIES": str(queries.with_name("files.parquet")), "PARTS": "2", **extraction}
+    # A part that is at work at the same time: what it is writing stays.
+    shards = tmp_path / "two/regions/shards"
+    shards.mkdir(parents=True)
+    for number in (0, 1):
+        (shards / f".0000000{number}.parquet.1.tmp").touch()
+    ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="1", **two)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "part 1 of 2 is done; 3 of 6 shards are other parts'" in ran.stdout
+    assert [path.name for path in sorted(shards.glob("*.parquet"))] == [
+        f"0000000{n}.parquet" for n in (1, 3, 5)
+    ]
+    assert [path.name for path in shards.glob(".*.tmp")] == [".00000000.parquet.1.tmp"]
+    assert not list((tmp_path / "two/regions").glob("*.p*"))
+    ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="0", **two)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # Where an image lies is said in the note of the one that cannot be read.
+    found = _extracted(tmp_path / "two/regions")
+    notes = [extracted["summary"].pop("unreadable") for extracted in (one, found)]
+    assert all("damaged.png: not an image" in note for (note,) in notes)
+    assert found == one
+
+
+def test_training_behind_an_extraction_is_on_what_was_extracted(
+    root: Path,
+    tmp_path: Path,
+    queries: Path,
+    extraction: dict[str, str],
+    start: Callable[..., list[str]],
+) -> None:
+    """Images that are embedded in the file come from there."""
+    file = queries.with_name("embedded.parquet")
+    ran = _bash(root, tmp_path, "regions.sbatch", QUERIES=str(file), **extraction)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    training = variables(start("sft", max_steps=2), "sft")
+    ran = _bash(
+        *(root, tmp_path, "sft.sbatch"),
+        **{**training, "PYTHON": sys.executable, "QUERIES": str(file), "TRAIN_ON": "regions"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (tmp_path / "sft/adapter/adapter_model.safetensors").exists()
+    rows = pq.read_table(tmp_path / "regions/queries.parquet").to_pylist()
+    answered = [json.loads(line) for line in (tmp_path / "sft/predictions.jsonl").read_text().splitlines()]
+    begin, end = round(0.8 * len(rows)), round(0.9 * len(rows))
+    assert [a["id"] for a in answered] == [row["id"] for row in rows[begin:end]]
+
+
+def test_each_stage_behind_an_extraction_is_told_its_share(root: Path, tmp_path: Path) -> None:
+    shares: dict[str, list[float]] = {}
+    told = {"TRAIN_ON": "regions", "QUERIES": 'a "b"/q.jsonl', "DATA_ROOT": "my images"}
+    for stage in ("sft", "dpo", "evaluate"):
+        ran = _bash(root, tmp_path, f"{stage}.sbatch", **told)
         assert ran.returncode == 0, ran.stderr
-        own = tmp_path / f"regions/part-{part:04d}/queries.jsonl"
-        parts.append(own.read_text())
-        arguments = _arguments(ran.stdout)
-        assert _values(arguments, "data.predict.init_args.path") == [str(own)]
-        assert _values(arguments, "data.predict.init_args.root") == [str(tmp_path)]
-        assert (tmp_path / f"regions/queries/part-{part:04d}.parquet").is_symlink()
-    assert "".join(parts) == queries.read_text()
-    assert min(len(part) for part in parts) > 300
-    shares = []
-    for part in range(3):
-        ran = _bash(root, tmp_path, "regions.sbatch", QUERIES="q.parquet", PARTS="3", PART=str(part))
-        arguments = _arguments(ran.stdout)
-        shares += [float(_values(arguments, f"data.predict.init_args.{end}")[0]) for end in ("begin", "end")]
-    assert shares == [0.0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1.0]
+        [line] = [line for line in ran.stdout.splitlines() if line.startswith("arguments: ")]
+        for name, text in re.findall(r"--data\.(\w+) (\{.*?\})(?= --)", line):
+            value = json.loads(text)
+            settings = (value["own"]["source"] if name == "test" else value)["init_args"]
+            assert settings["path"] == f"{tmp_path}/regions/queries.parquet"
+            assert settings["images"]["class_path"].endswith("JsonlSource")
+            assert settings["images"]["init_args"] == {"path": 'a "b"/q.jsonl', "root": "my images"}
+            shares.setdefault(name, []).extend((settings["begin"], settings["end"]))
+    assert shares == {"train": [0, 0.8] * 2, "validation": [0.8, 0.9] * 2, "test": [0.9, 1]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "variables", "message"),
+    [
+        ("regions sft", {}, "QUERIES= is not set"),
+        ("regions", {"QUERIES": "nowhere.jsonl"}, "QUERIES=nowhere.jsonl: there is no such file or folder"),
+        (
+            "regions sft",
+            {"QUERIES": "README.md"},
+            "SFT_CONFIG= is not set, so sft would train the demo's model",
+        ),
+        (
+            "regions sft dpo",
+            {"QUERIES": "README.md", "SFT_CONFIG": "mine.yaml"},
+            "DPO_CONFIG= is not set, so dpo would train the demo's model",
+        ),
+    ],
+)
+def test_chains_that_would_work_on_two_data_sets_are_refused(
+    root: Path, tmp_path: Path, stages: str, variables: dict[str, str], message: str
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho 1 >> {tmp_path}/submitted; echo 1")
+    sbatch.chmod(0o755)
+    environment = {**_environment(root, tmp_path), **variables}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    command = ["bash", str(root / "configs/slurm/submit.sh"), *stages.split()]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"submit.sh: {message}"), ran.stderr
+    assert not (tmp_path / "submitted").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +272,12 @@ def test_parts_of_queries_are_all_of_them(root: Path, tmp_path: Path) -> None:
             "cannot tell the words apart in: --trainer.max_steps '3",
         ),
         ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS_DIR= chooses another folder"),
-        ("regions.sbatch", {"PARTS": "2"}, "PARTS=2 needs QUERIES="),
+        (
+            "regions.sbatch",
+            {"QUERIES": "q.csv"},
+            "QUERIES=q.csv: expected a file that ends in .jsonl or .parquet",
+        ),
+        ("sft.sbatch", {"TRAIN_ON": "regions"}, "TRAIN_ON=regions needs QUERIES="),
         ("regions.sbatch", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2: parts are counted from 0"),
     ],
 )

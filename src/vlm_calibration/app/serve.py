@@ -50,8 +50,10 @@ def app_command(args: Sequence[str]) -> None:
         parser.error("--detector and --segmenter belong together")
     if find_spec("gradio") is None:
         raise DataError("the page needs Gradio: pip install 'vlm-calibration[app]'")
+    finder = None if found.detector is None else _finder(found.detector, found.segmenter)
     model = load_model(found)
-    finder = None if found.detector is None else _finder(found.detector, found.segmenter, model.model.device)
+    if finder is not None:
+        finder.load(model.model.device)
     report = found.report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
     with _settled():
         from vlm_calibration.app.page import Desk
@@ -59,15 +61,18 @@ def app_command(args: Sequence[str]) -> None:
         _serve(Desk(model, finder, report), found.port)
 
 
-def _finder(detector: str, segmenter: str, device: Any) -> KeyObjectFinder:
+def _finder(detector: str, segmenter: str) -> KeyObjectFinder:
+    """What finds key objects, not loaded yet.
+
+    Raises:
+        DataError: the tagger is not installed.
+    """
     from vlm_calibration.app.subject import KeyObjectFinder
     from vlm_calibration.regions.detector import ZeroShotDetector
     from vlm_calibration.regions.phrases import RuleDescriber
     from vlm_calibration.regions.segmenter import PromptedSegmenter
 
-    finder = KeyObjectFinder(RuleDescriber(), ZeroShotDetector(detector), PromptedSegmenter(segmenter))
-    finder.load(device)
-    return finder
+    return KeyObjectFinder(RuleDescriber(), ZeroShotDetector(detector), PromptedSegmenter(segmenter))
 
 
 @contextmanager

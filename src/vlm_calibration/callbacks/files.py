@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,16 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
         temporary.write_text(text + "\n", encoding="ascii")
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while `replacing` something in this folder has left there."""
+def clear_leftovers(folder: Path, is_own: Callable[[str], bool] | None = None) -> None:
+    """Remove what a process that was killed while `replacing` something in this folder has left there.
+
+    Args:
+        is_own: whether nobody else may be writing what has this name; None: nobody writes here.
+    """
     for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        _remove(left)
+        # ".NAME.PROCESS.tmp"
+        if is_own is None or is_own(left.name[1:].rsplit(".", 2)[0]):
+            _remove(left)
 
 
 def _remove(path: Path) -> None:

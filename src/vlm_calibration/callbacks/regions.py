@@ -1,7 +1,8 @@
 """Writes extracted regions: a Parquet file a finished shard, and in the end all of them as one, with a summary.
 
 A shard's file appears whole or not at all, and its name and content do not depend on the process that wrote it; so a run that
-was ended goes on with the shards that are missing, with as many processes as there are now.
+was ended goes on with the shards that are missing, with as many processes as there are now. Several runs may share the shards
+(`data.parts`); the one that finds them all there writes what is common to them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class RegionWriter(L.Callback):
         data = _data(trainer)
         settings = {**cast(RegionExtractor, pl_module).settings(), "data": _data_settings(data)}
         if trainer.is_global_zero:
-            clear_leftovers(folder)
+            own = {f"{n:08d}.parquet" for n in range(data.part, _shards(data), data.parts)}
+            clear_leftovers(folder, None if data.parts == 1 else own.__contains__)
         _check_settings(folder / SETTINGS, settings, write=trainer.is_global_zero)
         self._rows.clear()
         data.leave_out({int(path.stem) for path in folder.glob("*.parquet")})
@@ -81,14 +83,30 @@ class RegionWriter(L.Callback):
         trainer.strategy.barrier("shards")
         if trainer.is_global_zero:
             data, folder = _data(trainer), Path(trainer.default_root_dir)
-            assert data.predict is not None
-            count = shard_count(len(data.predict.queries()), data.shard_size)
-            summary = RegionSummary()
-            shards = (read_rows(folder / SHARDS / f"{n:08d}.parquet") for n in range(count))
-            write_rows(folder / QUERIES, (_usable(rows, summary) for rows in shards))
-            write_json(folder / SUMMARY, summary.to_dict())
-            print_summary(summary, folder / QUERIES)
+            paths = [folder / SHARDS / f"{n:08d}.parquet" for n in range(_shards(data))]
+            # Files come before this look at them, so that the last part to end sees all.
+            missing = sum(not path.exists() for path in paths)
+            if missing and data.parts > 1:
+                print(
+                    f"part {data.part} of {data.parts} is done; {missing} of {len(paths)} shards are other parts': the last "
+                    f"to end writes {folder / QUERIES}"
+                )
+            else:
+                _merge(paths, folder)
         trainer.strategy.barrier("merged")
+
+
+def _merge(shards: Sequence[Path], folder: Path) -> None:
+    """Write what is in all shards as one, and sum it up."""
+    summary = RegionSummary()
+    write_rows(folder / QUERIES, (_usable(read_rows(path), summary) for path in shards))
+    write_json(folder / SUMMARY, summary.to_dict())
+    print_summary(summary, folder / QUERIES)
+
+
+def _shards(data: PerturbedQueryDataModule) -> int:
+    assert data.predict is not None
+    return shard_count(len(data.predict.queries()), data.shard_size)
 
 
 def _usable(rows: Sequence[dict[str, Any]], summary: RegionSummary) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         batch_size: queries a training step and process.
         eval_batch_size: queries answered at a time.
         shard_size: queries that `predict` does and writes as one; a run that is ended loses at most so many a process.
+        parts: runs of `predict` that share the shards in one run directory. part: which of them this is, from 0.
         workers: processes that load and noise.
         max_length: most tokens of a training sample, image tokens included.
         on_too_long: what happens to longer ones: "raise", or "skip" and count.
@@ -57,6 +58,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 32,
         shard_size: int = 512,
+        parts: int = 1,
+        part: int = 0,
         workers: int = 4,
         max_length: int = 4096,
         on_too_long: Literal["raise", "skip"] = "raise",
@@ -64,6 +67,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= part < parts:
+            raise DataError(
+                f"data: needs 0 <= part < parts, found part {part} of {parts}: parts are counted from 0"
+            )
         self.processor_name = processor
         self.train = train
         self.validation = validation
@@ -75,6 +82,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.shard_size = shard_size
+        self.parts = parts
+        self.part = part
         self.workers = workers
         self.max_length = max_length
         self.on_too_long = on_too_long
@@ -155,10 +164,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._finished = frozenset(shards)
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of queries with their images as they are; each process has its own shards."""
+        """Batches of queries with their images as they are; each part, and of it each process, has its own shards."""
         source = _required(self.predict, "predict")
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        numbers = range(shard_count(len(source.queries()), self.shard_size))
+        numbers = range(self.part, shard_count(len(source.queries()), self.shard_size), self.parts)
         missing = [n for n in numbers if n not in self._finished]
         return DataLoader(
             RawBatches(source, self.shard_size, self.eval_batch_size, missing[rank::processes]),

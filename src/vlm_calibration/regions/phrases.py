@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
-from vlm_calibration.regions.tagger import NounPhrase, Word, noun_phrases, tag
+from vlm_calibration.regions.tagger import NounPhrase, Word, check_tagger, noun_phrases, tag
 from vlm_calibration.regions.words import (
     ATTRIBUTES,
     BALLS,
@@ -58,10 +58,14 @@ class RuleDescriber(Describer):
 
     Args:
         max_phrases: at most so many objects a query, the first ones mentioned.
+
+    Raises:
+        DataError: the tagger is not installed; said before a detector or a segmenter is loaded.
     """
 
     def __init__(self, max_phrases: int = 8) -> None:
         super().__init__(max_phrases)
+        check_tagger()
 
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         """By question and answer alone: the images are not looked at."""

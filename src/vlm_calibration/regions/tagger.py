@@ -61,15 +61,25 @@ class NounPhrase(NamedTuple):
         return " ".join([*(a for a in self.adjectives if a not in without), *self.nouns])
 
 
-@lru_cache(maxsize=1)
-def _tagger() -> Any:
+def check_tagger() -> Any:
+    """HanTa's class of taggers; its model is not loaded yet.
+
+    Raises:
+        DataError: HanTa is not installed.
+    """
     try:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
         raise DataError(
-            "the describer of key objects needs a tagger: pip install 'vlm-calibration[regions]'"
+            f"the describer of key objects needs the tagger HanTa, found no module of it ({error}): "
+            "pip install 'vlm-calibration[regions]'"
         ) from error
-    return HanoverTagger("morphmodel_en.pgz")
+    return HanoverTagger
+
+
+@lru_cache(maxsize=1)
+def _tagger() -> Any:
+    return check_tagger()("morphmodel_en.pgz")
 
 
 @lru_cache(maxsize=4096)

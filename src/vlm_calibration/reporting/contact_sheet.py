@@ -44,8 +44,10 @@ class ContactSheet(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        if trainer.is_global_zero:
-            images = trainer.datamodule.predict  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # Of several parts, one that ends before another has nothing to show.
+        if trainer.is_global_zero and (data.parts == 1 or (folder / QUERIES).exists()):
+            images = data.predict
             source = ParquetSource(str(folder / QUERIES), images=images)
             with replacing(folder / "contact_sheet.png") as temporary:
                 contact_sheet(source, self.queries, self.schedule, self.seed).save(temporary, "PNG")

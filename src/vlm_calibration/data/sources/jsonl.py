@@ -18,6 +18,8 @@ from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
 
+PARQUET = b"PAR1"
+"""How a Parquet file begins."""
 KNOWN_FILES = 100_000
 """So many names of images that were found to exist are remembered while a file is read."""
 
@@ -59,6 +61,12 @@ class JsonlSource(QuerySource):
         except OSError as error:
             raise DataError(f"{self.path}: cannot read the queries: {error.strerror}") from error
         with lines:
+            if lines.read(len(PARQUET)) == PARQUET:
+                raise DataError(
+                    f"{self.path}: a Parquet file, expected JSON lines: read it with "
+                    "class_path: vlm_calibration.data.sources.parquet.ParquetSource"
+                )
+            lines.seek(0)
             place = 0
             for number, line in enumerate(lines, start=1):
                 begin, place = place, place + len(line)

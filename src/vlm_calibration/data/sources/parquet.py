@@ -118,8 +118,13 @@ class ParquetSource(QuerySource):
         rows = self._usable()
         self.bad.report(len(rows))
         self._rows = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
-        if not len(self._rows):
+        if not len(rows):
             raise DataError(f"{self.path}: no usable query in this file")
+        if not len(self._rows):
+            raise DataError(
+                f"{self.path}: none of its {len(rows)} queries is between the shares {self.begin:g} and {self.end:g}: move "
+                "begin and end, or use more queries"
+            )
 
     def _check_columns(self, schema: pa.Schema) -> None:
         for name in schema.names:
@@ -203,6 +208,9 @@ class ParquetSource(QuerySource):
         try:
             if self.images is not None:
                 return with_regions(query, self.images.load(query).image)
+            if self._rows is None:
+                # As the source of another one's images it has not been asked for its queries.
+                self._open()
             return with_regions(query, (self._embedded or self._files).load(query.image))
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.path}: record {query.id!r}: {error}") from error

@@ -1,0 +1,130 @@
+"""The key object of an image that somebody sends, as a detector and a segmenter find it, up to the noise that the page puts on it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm_calibration.app import serve
+from vlm_calibration.app.model import DEMO_MODEL
+from vlm_calibration.app.subject import (
+    DETECTED,
+    DRAWN,
+    WHOLE,
+    KeyObjectFinder,
+    Subject,
+    choices,
+    demo_subject,
+    key_object,
+    uploaded_subject,
+)
+from vlm_calibration.records import DataError
+from vlm_calibration.regions.detector import ZeroShotDetector
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.segmenter import PromptedSegmenter
+
+from ..regions.conftest import tiny as tiny
+from ..regions.truth import KnowingDetector, KnowingSegmenter, Truth
+
+SCENES = 6
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> Callable[[np.ndarray], Subject]:
+    """A subject as it comes out of a file that somebody sent: nothing is known of its objects."""
+
+    def sent(image: np.ndarray) -> Subject:
+        path = tmp_path / "sent.png"
+        Image.fromarray(image).save(path)
+        return uploaded_subject(path)
+
+    return sent
+
+
+def test_the_object_that_a_question_names_is_found(upload: Callable[[np.ndarray], Subject]) -> None:
+    truth = Truth(SCENES)
+    finder = KeyObjectFinder(RuleDescriber(), KnowingDetector(truth), KnowingSegmenter(truth))
+    found = 0
+    for index in range(SCENES):
+        scene = demo_subject(index)
+        subject = upload(scene.image)
+        assert choices(subject, finder) == [DETECTED, DRAWN, WHOLE]
+        masks = truth.masks(scene.image)
+        for name in scene.objects:
+            for question in (f"Is there a {name} in the image?", f"Is the {name} brown?"):
+                mask = key_object(subject, DETECTED, "", question, finder)
+                np.testing.assert_array_equal(mask, masks[name])
+                found += 1
+    assert found >= 4 * SCENES
+
+
+def test_all_objects_of_a_question_are_found_and_none_that_is_not_there(
+    upload: Callable[[np.ndarray], Subject],
+) -> None:
+    truth = Truth(SCENES)
+    detector = KnowingDetector(truth)
+    finder = KeyObjectFinder(RuleDescriber(), detector, KnowingSegmenter(truth))
+    scene = demo_subject(0)
+    subject = upload(scene.image)
+    first, second, *_ = scene.objects
+    question = f"Is the {first} to the left of the {second}?"
+    masks = truth.masks(scene.image)
+    np.testing.assert_array_equal(finder.find(subject, question), masks[first] | masks[second])
+    asked = len(detector.asked)
+    finder.find(subject, question)
+    assert len(detector.asked) == asked, "it is remembered"
+    for nothing in ("Is there a guitar?", "Is it raining?"):
+        with pytest.raises(DataError, match="detector finds no object of this question: paint over it"):
+            key_object(subject, DETECTED, "", nothing, finder)
+
+
+def _noised(html: str) -> np.ndarray:
+    """The image that the page shows, uint8 [H, W, 3]."""
+    [encoded] = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_command_s_detector_decides_where_the_page_puts_noise(
+    tiny: Callable[[str], str], upload: Callable[[np.ndarray], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vlm-calibration app --detector ... --segmenter ...` with models of random weights, by themselves as by the page."""
+    served: list[Any] = []
+    monkeypatch.setattr(serve, "_serve", lambda desk, port: served.append(desk))
+    models = ("--detector", tiny("grounding_dino"), "--segmenter", tiny("sam2"))
+    serve.app_command(["--base", str(DEMO_MODEL), "--device", "cpu", *models])
+    [desk] = served
+
+    scene = demo_subject(3)
+    subject, question = upload(scene.image), "Is there a cat in the image?"
+    detector, segmenter = ZeroShotDetector(tiny("grounding_dino")), PromptedSegmenter(tiny("sam2"))
+    for part in (detector, segmenter):
+        part.load(torch.device("cpu"))
+    [boxes] = detector.detect([scene.image], [["cat"]])
+    [masks] = segmenter.segment([scene.image], [[d.box for d in boxes]])
+    expected = masks.any(axis=0)
+    assert 0.02 < expected.mean() < 0.9, "some of the image, and not all of it"
+    np.testing.assert_array_equal(desk.finder.find(subject, question), expected)
+
+    clean = _noised(desk.see(subject, DETECTED, "", question, 0))
+    np.testing.assert_array_equal(clean, scene.image)
+    changed = (_noised(desk.see(subject, DETECTED, "", question, 100)) != clean).any(axis=2)
+    assert not changed[~expected].any()
+    assert changed[expected].mean() > 0.95
+    assert DETECTED in [value for value, _ in desk.begin(subject)[3].choices]
+
+
+def test_without_the_tagger_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    with pytest.raises(DataError, match=re.escape("pip install 'vlm-calibration[regions]'")):
+        serve.app_command(["--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"])
