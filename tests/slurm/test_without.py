@@ -200,7 +200,7 @@ def test_training_behind_an_extraction_is_on_what_was_extracted(
     file = queries.with_name("embedded.parquet")
     ran = _bash(root, tmp_path, "regions.sbatch", QUERIES=str(file), **extraction)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    training = variables(start("sft", max_steps=2), "sft")
+    training = variables(start("sft", max_steps=2, val_check_interval=2), "sft")
     ran = _bash(
         *(root, tmp_path, "sft.sbatch"),
         **{**training, "PYTHON": sys.executable, "QUERIES": str(file), "TRAIN_ON": "regions"},
