@@ -46,7 +46,8 @@ class Jobs:
         self.environment = {
             **cluster.environment,
             "PYTHON": sys.executable,
-            "PYTHONPATH": str(root / "tests/slurm"),
+            # The source of this checkout, whichever is installed.
+            "PYTHONPATH": f"{root}/tests/slurm:{root}/src",
             "RUNS_DIR": str(folder),
             "GPUS": "0",
             "CPUS": "1",

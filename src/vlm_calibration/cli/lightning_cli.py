@@ -84,7 +84,15 @@ class CalibrationCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            raise DataError(f"configuration: {error}") from error
+            raise _data_error(error) from error
+
+
+def _data_error(error: BaseException) -> DataError:
+    """The error of ours within one of jsonargparse, which wraps what constructors raise; or else all that there is."""
+    within: BaseException | None = error
+    while within is not None and not isinstance(within, DataError):
+        within = within.__cause__ or within.__context__
+    return within or DataError(f"configuration: {one_line(error)}")
 
 
 def _may_be_found(checkpoint: str) -> bool:
