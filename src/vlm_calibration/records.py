@@ -54,7 +54,8 @@ class Query:
         question, answer: as text, without any mention of confidence.
         answer_type: how the answer is graded.
         objects: phrases for the key objects, those the question is about. Regions with one of these labels are the
-            query's evidence, all others are distractors; without `objects`, every region is evidence.
+            query's evidence (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region
+            is evidence.
         regions: where objects are.
         category: a name to break results down by; "a/b" counts in a, in b and in a/b (see `category_groups`).
         synonyms: further answers that count as right.
@@ -69,10 +70,6 @@ class Query:
     regions: tuple[Region, ...] = ()
     category: str | None = None
     synonyms: tuple[str, ...] = ()
-
-    def is_evidence(self, label: str) -> bool:
-        """Whether a region with this label shows what the question is about."""
-        return not self.objects or label in self.objects
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,13 @@ class LoadedImage(NamedTuple):
     """A query's pixels and regions, ready to be perturbed.
 
     image: uint8 [H, W, 3] RGB. evidence: bool [H, W] masks of the objects asked about; distractors: of the others.
+    clipped: whether a part of a region lies outside the image.
     """
 
     image: np.ndarray
     evidence: tuple[np.ndarray, ...]
     distractors: tuple[np.ndarray, ...]
+    clipped: bool = False
 
 
 def category_groups(category: str | None) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ def perturb_query(
     drawn = policy.draw_step(rng)
     distractor_probability = policy.distractor_probability if step is None else 0.0
     step = drawn if step is None else step
-    image, evidence, distractors = loaded
+    image, evidence, distractors, _ = loaded
     size = image.shape[:2]
     if policy.resolution == "model":
         size = model_resolution(image_processor, *size)

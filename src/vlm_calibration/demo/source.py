@@ -12,6 +12,7 @@ from vlm_calibration.demo.questions import scene_queries, scene_seed
 from vlm_calibration.demo.scenes import CLASSES, glyph_font, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.text.labels import is_evidence
 
 
 def scene_index(query: Query) -> int:
@@ -64,8 +65,8 @@ class DemoSource(QuerySource):
             image = SHIFTS[name](image, strength, rng)
         return LoadedImage(
             image,
-            tuple(o.mask for o in scene.objects if query.is_evidence(o.name)),
-            tuple(o.mask for o in scene.objects if not query.is_evidence(o.name)),
+            tuple(o.mask for o in scene.objects if is_evidence(query, o.name)),
+            tuple(o.mask for o in scene.objects if not is_evidence(query, o.name)),
         )
 
     def wrong_answers(self, query: Query) -> Sequence[str]:

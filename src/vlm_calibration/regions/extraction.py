@@ -19,6 +19,8 @@ from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Detection, Detector
 from vlm_calibration.regions.rle import mask_to_rle
 from vlm_calibration.regions.segmenter import Segmenter
+from vlm_calibration.text.grading import same_phrase
+from vlm_calibration.text.labels import is_evidence
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -105,7 +107,7 @@ class Pipeline:
         if raw.image is None:
             return Extracted(replace(raw.query, regions=()), "unreadable", note=raw.problem)
         query = raw.query
-        if self.keep_known and any(query.is_evidence(r.label) for r in query.regions):
+        if self.keep_known and any(is_evidence(query, r.label) for r in query.regions):
             return Extracted(query, "known")
         return None
 
@@ -115,7 +117,9 @@ class Pipeline:
         merged = []
         for raw, description in zip(batch, described, strict=True):
             if raw.query.objects:
-                absent = tuple(o for o in raw.query.objects if o.lower() in description.absent)
+                absent = tuple(
+                    o for o in raw.query.objects if any(same_phrase(o, a) for a in description.absent)
+                )
                 present = tuple(o for o in raw.query.objects if o not in absent)
                 description = Description(present, absent)
             merged.append(description)

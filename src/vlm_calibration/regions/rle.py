@@ -11,7 +11,7 @@ from vlm_calibration.records import RecordError, Region
 
 
 def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
-    """The region's pixels in an image of this size, bool [height, width]; a region without a mask is its box.
+    """The region's pixels in an image of this size, bool [height, width]; a region without a mask is its box within the image.
 
     Raises:
         RecordError: the mask was made for another image size, its counts cannot be decoded, or nothing of the
@@ -28,6 +28,12 @@ def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
             f"the region {region.label!r} (box {list(region.box)}) covers no pixel of the {width} x {height} image"
         )
     return mask
+
+
+def leaves_image(region: Region, height: int, width: int) -> bool:
+    """Whether a part of the region, which has a box and no mask, lies outside an image of this size."""
+    x0, y0, x1, y1 = map(round, region.box)
+    return region.mask is None and (x0 < 0 or y0 < 0 or x1 > width or y1 > height)
 
 
 def _decode(region: Region, height: int, width: int) -> np.ndarray:

@@ -23,6 +23,7 @@ A further word does: "brown dog" is not "dog" (as "hot dog" is not), and "a dog 
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from vlm_calibration.records import ANSWER_TYPES, AnswerType
@@ -247,6 +248,16 @@ def _keep_or_space(mark: re.Match[str]) -> str:
     return " " if character == "_" or unicodedata.category(character).startswith("P") else character
 
 
+def same_phrase(a: str, b: str) -> bool:
+    """Whether two phrases differ at most in case, articles, punctuation, and singular or plural.
+
+    >>> same_phrase("a Dog", "dogs"), same_phrase("hot dog", "dog")
+    (True, False)
+    """
+    return a == b or _key(a) == _key(b) != ""
+
+
+@lru_cache(maxsize=8192)
 def _key(text: str) -> str:
     """What two answers are compared by: the normalised form with every word brought to one form for both numbers.
 
@@ -263,6 +274,13 @@ _IRREGULAR = {
     "geese": "goose",
     "mice": "mouse",
     "oxen": "ox",
+    "dice": "die",
+    "cacti": "cactus",
+    "lenses": "lens",
+    "canvases": "canvas",
+    "quizzes": "quiz",
+    "skis": "ski",
+    "taxis": "taxi",
 }
 
 

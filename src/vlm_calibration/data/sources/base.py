@@ -10,10 +10,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.regions.rle import region_to_mask
+from vlm_calibration.regions.rle import leaves_image, region_to_mask
 from vlm_calibration.text.grading import grade
+from vlm_calibration.text.labels import denies, is_evidence
 
 OnBadRecord = Literal["raise", "skip"]
+Presence = Literal["present", "absent", "unlocated"]
+"""Of what a query is about. present: a region shows it; absent: there is none, and the answer is no; unlocated: there is none
+although the answer does not say that it is absent."""
 MAX_NAMED = 5
 
 
@@ -25,17 +29,18 @@ def opposite(query: Query) -> tuple[str, ...]:
 
 
 def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
-    """An image, uint8 [H, W, 3], with the masks of its query's regions.
+    """An image, uint8 [H, W, 3], with the masks of its query's regions; what of a box lies outside the image is cut off.
 
     Raises:
-        RecordError: a region does not fit the image.
+        RecordError: a mask was made for another image size, or a region lies outside the image.
     """
     height, width = image.shape[:2]
-    masks = [(r.label, region_to_mask(r, height, width)) for r in query.regions]
+    masks = [(is_evidence(query, r.label), region_to_mask(r, height, width)) for r in query.regions]
     return LoadedImage(
         image,
-        tuple(m for label, m in masks if query.is_evidence(label)),
-        tuple(m for label, m in masks if not query.is_evidence(label)),
+        tuple(m for shown, m in masks if shown),
+        tuple(m for shown, m in masks if not shown),
+        any(leaves_image(r, height, width) for r in query.regions),
     )
 
 
@@ -99,7 +104,13 @@ class QuerySource(ABC):
 
     A source is made from plain settings, is cheap to pickle (it travels to worker processes), and does no work before
     `queries` is called.
+
+    Attributes:
+        on_bad_record: "raise" stops the run at a record that cannot be used, also at one that cannot be loaded; "skip" leaves
+            such records out.
     """
+
+    on_bad_record: OnBadRecord = "raise"
 
     @abstractmethod
     def queries(self) -> Sequence[Query]:
@@ -124,7 +135,7 @@ class QuerySource(ABC):
         """
         if query.answer_type != "short":
             return opposite(query)
-        labels = dict.fromkeys(r.label for r in query.regions if not query.is_evidence(r.label))
+        labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
         return [
             label
             for label in labels
@@ -132,5 +143,11 @@ class QuerySource(ABC):
         ]
 
     def has_evidence(self, query: Query) -> bool:
-        """Whether the object that the query is about is in its image, told without opening the image."""
-        return any(query.is_evidence(r.label) for r in query.regions)
+        """Whether a region shows what the query is about, told without opening the image."""
+        return any(is_evidence(query, r.label) for r in query.regions)
+
+    def presence(self, query: Query) -> Presence:
+        """What is known of the object that the query is about. Only the answer says that it is absent, never a missing region."""
+        if self.has_evidence(query):
+            return "present"
+        return "absent" if denies(query) else "unlocated"

@@ -74,9 +74,6 @@ class BenchmarkSource(QuerySource):
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.path}: record {query.id}: {error}") from error
 
-    def has_evidence(self, query: Query) -> bool:
-        return query.answer == "Yes"
-
 
 class PopeSource(BenchmarkSource):
     """POPE's questions of one file: JSON lines (COCO), arrays (A-OKVQA, GQA), or POPEv2's annotations.
@@ -148,7 +145,3 @@ class AmberSource(BenchmarkSource):
 
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
         return {"answers.json": amber.official_answers([truth for _, truth in self._pairs], replies)}
-
-    def has_evidence(self, query: Query) -> bool:
-        # Attributes and relations are asked of objects that are there.
-        return query.category != "existence"

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm_calibration.records import ANSWER_TYPES
+from vlm_calibration.text.grading import parse_answer
 
 TEXTS = ("id", "image", "question", "answer")
 LISTS = ("objects", "synonyms")
@@ -38,6 +39,7 @@ def _suspects_of(batch: pa.RecordBatch) -> Iterator[np.ndarray]:
         if name in columns:
             yield _where(_unfit(columns[name]))
     yield _where(pc.invert(pc.fill_null(pc.is_in(columns["answer_type"], pa.array(ANSWER_TYPES)), False)))
+    yield _where(_ungradable(columns["answer"], columns["answer_type"]))
     if "category" in columns:
         yield _where(pc.and_(pc.is_valid(columns["category"]), _unfit(columns["category"])))
     for name in LISTS:
@@ -71,6 +73,15 @@ def _unfit(texts: Any) -> Any:
     """Where a text is missing, blank, or holds a null character."""
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
     return pc.or_(pc.fill_null(blank, True), pc.fill_null(pc.match_substring(texts, "\0"), False))
+
+
+def _ungradable(answers: Any, kinds: Any) -> Any:
+    """Where a yes/no answer is neither, or another answer has neither letter nor digit."""
+    yes_no = pc.fill_null(pc.equal(kinds, "yes_no"), False)
+    given = [a for a in pc.unique(answers.filter(yes_no)).to_pylist() if a is not None]
+    neither = [a for a in given if parse_answer(a, "yes_no") is None]
+    wordless = pc.invert(pc.match_substring_regex(answers, r"[\pL\pN]"))
+    return pc.if_else(yes_no, pc.is_in(answers, pa.array(neither, pa.string())), pc.fill_null(wordless, True))
 
 
 def _repeated(ids: Any) -> np.ndarray:

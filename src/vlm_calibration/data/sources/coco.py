@@ -20,6 +20,7 @@ from vlm_calibration.data.sources.instances import Instance, Picture, object_mas
 from vlm_calibration.data.sources.pope import AbsentObjects, Negatives
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
+from vlm_calibration.text.labels import is_evidence
 
 Kind = Literal["existence", "counting", "spatial"]
 SIDES = ("to the left of", "to the right of", "above", "below")
@@ -173,12 +174,12 @@ class CocoSource(QuerySource):
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
         return LoadedImage(
             image,
-            tuple(m for name, m in masks if query.is_evidence(name) and m.any()),
-            tuple(m for name, m in masks if not query.is_evidence(name) and m.any()),
+            tuple(m for name, m in masks if is_evidence(query, name) and m.any()),
+            tuple(m for name, m in masks if not is_evidence(query, name) and m.any()),
         )
 
     def has_evidence(self, query: Query) -> bool:
-        return any(query.is_evidence(name) for name in self._picture(query).objects)
+        return any(is_evidence(query, name) for name in self._picture(query).objects)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":

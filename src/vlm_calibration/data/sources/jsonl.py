@@ -17,6 +17,7 @@ from vlm_calibration.data.sources.base import (
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+from vlm_calibration.text.labels import check_answer
 
 PARQUET = b"PAR1"
 """How a Parquet file begins."""
@@ -74,6 +75,7 @@ class JsonlSource(QuerySource):
                     continue
                 try:
                     query = _parse(line)
+                    check_answer(query)
                     self._check_image(query, files)
                     if query.id in seen:
                         raise RecordError(f"duplicate id {query.id!r}, first seen on line {seen[query.id]}")

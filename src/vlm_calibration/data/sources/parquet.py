@@ -30,6 +30,7 @@ from vlm_calibration.data.sources.tables import (
 )
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+from vlm_calibration.text.labels import check_answer
 
 _TEXT = pa.string()
 REGION = pa.struct(
@@ -155,6 +156,7 @@ class ParquetSource(QuerySource):
         for row in map(int, doubted):
             try:
                 query = self._read(row)
+                check_answer(query)
                 if first[query.id] != row:
                     raise RecordError(f"duplicate id {query.id!r}, first seen in row {first[query.id]}")
                 if self._has_files:

@@ -29,6 +29,7 @@ from vlm_calibration.data.sources.tables import (
 )
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+from vlm_calibration.text.labels import check_answer
 
 TEXTS = ("question", "chosen", "rejected", "origin_dataset")
 
@@ -76,15 +77,16 @@ class RlaifVSource(QuerySource):
             raise DataError(f"{self.path}: no usable query in these files")
 
     def _usable(self) -> np.ndarray:
-        """Numbers of the rows that are queries: those with a question and a preferred response."""
+        """Numbers of the rows that are queries: those with a question and a preferred response of at least a word."""
         self.bad = BadRecords(self.on_bad_record)
         usable = np.ones(self._table.num_rows, dtype=bool)
         for name in ("question", "chosen"):
-            blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(self._table.column(name))), 0)
-            usable &= ~pc.fill_null(blank, True).to_numpy().astype(bool)
+            worded = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
+            usable &= pc.fill_null(worded, False).to_numpy().astype(bool)
         for row in map(int, np.flatnonzero(~usable)):
             try:
-                self._read(row)
+                check_answer(self._read(row))
+                usable[row] = True
             except RecordError as error:
                 self.bad.add(f"{self.path}: row {row}: {error}", error)
         return np.flatnonzero(usable)
