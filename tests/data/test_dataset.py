@@ -29,7 +29,7 @@ class Square(QuerySource):
     def load(self, query: Query) -> LoadedImage:
         mask = np.zeros((10, 10), dtype=bool)
         mask[2:8, 2:8] = True
-        evidence, others = ((mask,), ()) if query.id == "dog" else ((), (mask,))
+        evidence, others = ((mask,), ()) if query.objects == ("dog",) else ((), (mask,))
         return LoadedImage(np.full((10, 10, 3), 128, dtype=np.uint8), evidence, others)
 
 

@@ -26,8 +26,8 @@ TooLong = Literal["raise", "skip"]
 class SFTBatch(NamedTuple):
     """Samples with the response to learn, padded on the right.
 
-    inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if every
-        sample was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
+    inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if there is
+        no sample, or every one was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
     stated: bool [B, L], where a label belongs to the confidence and not to the answer.
     confidence: float32 [B], the confidence to state. right: bool [B], whether the response gives the gold answer.
     queries: B of them. skipped: ids of samples that were too long.
@@ -197,12 +197,15 @@ class SFTCollator:
         self.on_too_long = on_too_long
 
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
+        if not samples:
+            none = torch.zeros((0, 0), dtype=torch.int64)
+            return SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
         spans = [self.chat.response_spans(s) for s in samples]
         inputs = self.chat.inputs_of(samples, [text for text, _, _ in spans], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         fit, skipped = fitting(samples, lengths, self.max_length, self.on_too_long)
         if skipped:
-            return self._of(fit)._replace(skipped=skipped)
+            return self(fit)._replace(skipped=skipped)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         stated = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
@@ -227,12 +230,6 @@ class SFTCollator:
             tuple(s.query for s in samples),
             (),
         )
-
-    def _of(self, samples: Sequence[Sample]) -> SFTBatch:
-        if samples:
-            return self(samples)
-        none = torch.zeros((0, 0), dtype=torch.int64)
-        return SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
 
 
 def fitting(

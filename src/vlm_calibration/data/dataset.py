@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.selection import Selection, select
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource
+from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.labels import denies
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,38 @@ class Part:
     noise: Literal["none", "drawn", "every_step"] = "none"
 
 
+class Drawn(NamedTuple):
+    """The samples of a batch.
+
+    samples: of the records that can be loaded. left_out: place in the data set of each other record -> what is wrong with it.
+    clipped: places of samples with a region that leaves the image.
+    """
+
+    samples: list[Sample]
+    left_out: dict[int, str]
+    clipped: list[int]
+
+
+class NothingShownError(DataError):
+    """No pixel of the image shows what its query is about, although the answer does not say that it is absent."""
+
+
 @dataclass(frozen=True)
 class _Section:
-    """The queries of one part: those at `chosen` of `queries` (None: all), each at every one of `steps`."""
+    """The queries of one part that are asked, each at every one of `steps`."""
 
     name: str
     part: Part
-    queries: Sequence[Query]
-    chosen: np.ndarray | None
+    selection: Selection
     steps: Sequence[int | None]
 
     def __len__(self) -> int:
-        return (len(self.queries) if self.chosen is None else len(self.chosen)) * len(self.steps)
+        return len(self.selection.chosen) * len(self.steps)
 
     def item(self, index: int) -> tuple[Query, int | None]:
         """The query at this place, by its full name, and its noise step."""
         place, at = divmod(index, len(self.steps))
-        query = named(self.queries[place if self.chosen is None else int(self.chosen[place])], self.name)
+        query = named(self.selection.queries[int(self.selection.chosen[place])], self.name)
         step = self.steps[at]
         return (replace(query, id=f"{query.id}@{step}") if self.part.noise == "every_step" else query), step
 
@@ -54,17 +71,36 @@ class PerturbedQueries(Dataset[Sample]):
     """Queries of one or several parts; `dataset[epoch, index]` is the query's `Sample` in that epoch.
 
     Where parts have names, a query's id and category get the part's name in front.
+
+    Args:
+        check: raises a DataError for a query that cannot be put to the model, or a wrong answer to it.
+        where: the setting that the parts are those of, for messages.
+
+    Raises:
+        DataError: a record cannot be used and is not to be left out, or no query is left.
     """
 
-    def __init__(self, parts: Mapping[str, Part], policy: NoisePolicy, image_processor: Any) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        policy: NoisePolicy,
+        image_processor: Any,
+        check: Callable[[Query, Sequence[str]], None] = lambda query, wrong: None,
+        where: str = "data",
+    ) -> None:
         self.parts = dict(parts)
         self.policy = policy
+        # What a clean image is worth does not matter where none is noised, so it need not have been measured.
+        self._clean = replace(policy, levels=LinearLevels(2, policy.schedule.steps), level_weights=None)
         self.image_processor = image_processor
-        self._sections = [_section(name, part, policy) for name, part in parts.items()]
+        self.where = where
+        self._check = check
+        self._sections = [self._section(name, part) for name, part in parts.items()]
         self._ends = list(accumulate(len(section) for section in self._sections))
         if not len(self):
             raise DataError(
-                "no query is left: with `absent: skip`, records need regions of the objects asked about"
+                f"{where}: no query is left: to be noised, a query needs a region of what it asks about, or an answer that "
+                "says that it is absent"
             )
 
     def is_noised(self, query_id: str) -> bool:
@@ -89,29 +125,56 @@ class PerturbedQueries(Dataset[Sample]):
         return section.part, query, step
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+        """The sample of (epoch, index).
+
+        Raises:
+            DataError: the record cannot be loaded.
+        """
+        return self._draw(*key)[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Drawn:
+        """The samples of a batch, without those of records that cannot be loaded and are to be left out."""
+        drawn = Drawn([], {}, [])
+        for epoch, index in keys:
+            try:
+                sample, clipped = self._draw(epoch, index)
+            except DataError as error:
+                nothing_shown = isinstance(error, NothingShownError)
+                source = self._item(index)[0].source
+                if (self.policy.no_region if nothing_shown else source.on_bad_record) == "raise":
+                    raise
+                drawn.left_out[index] = str(error)
+            else:
+                drawn.samples.append(sample)
+                drawn.clipped.extend([index] if clipped else [])
+        return drawn
+
+    def _draw(self, epoch: int, index: int) -> tuple[Sample, bool]:
+        """A sample, and whether a region of it leaves the image."""
         part, query, step = self._item(index)
         loaded = part.source.load(query)
+        if part.noise != "none" and not loaded.evidence and not denies(query):
+            raise NothingShownError(f"record {query.id!r}: no pixel of its image shows what it asks about")
+        policy = self._clean if part.noise == "none" else self.policy
         try:
             wrong = part.source.wrong_answers(query)
-            return perturb_query(query, loaded, self.policy, self.image_processor, epoch, step, wrong)
+            self._check(query, wrong)
+            sample = perturb_query(query, loaded, policy, self.image_processor, epoch, step, wrong)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
+        return sample, loaded.clipped
 
-
-def _section(name: str, part: Part, policy: NoisePolicy) -> _Section:
-    queries = part.source.queries()
-    chosen = None
-    if policy.absent == "skip":
-        has = np.fromiter((part.source.has_evidence(q) for q in queries), bool, len(queries))
-        chosen = np.flatnonzero(has)
-    # None: drawn when the query is asked.
-    steps: dict[str, Sequence[int | None]] = {
-        "every_step": policy.levels.steps,
-        "drawn": [None],
-        "none": [0],
-    }
-    return _Section(name, part, queries, chosen, steps[part.noise])
+    def _section(self, name: str, part: Part) -> _Section:
+        where = f"{self.where}.{name}" if name else self.where
+        policy = None if part.noise == "none" else self.policy
+        selection = select(part.source, policy, self._check, where)
+        # None: drawn when the query is asked.
+        steps: dict[str, Sequence[int | None]] = {
+            "every_step": self.policy.levels.steps,
+            "drawn": [None],
+            "none": [0],
+        }
+        return _Section(name, part, selection, steps[part.noise])
 
 
 def named(query: Query, part: str) -> Query:

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.loading import LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
 from vlm_calibration.data.raw import RawBatches, shard_count
@@ -90,6 +91,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self._sets: dict[str, PerturbedQueries] = {}
+        self._logs: dict[str, LoadingLog] = {}
         self._place: Place | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: frozenset[int] = frozenset()
@@ -129,7 +131,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             check_resolution(self.processor)
         for name, parts in wanted.items():
             if name not in self._sets:
-                self._sets[name] = PerturbedQueries(parts, self.noise, self.processor.image_processor)
+                self._sets[name] = PerturbedQueries(
+                    parts, self.noise, self.processor.image_processor, self.chat.check, f"data.{name}"
+                )
+                self._logs[name] = LoadingLog(self._sets[name])
+
+    def teardown(self, stage: str) -> None:
+        """Say how many records could not be loaded."""
+        if self.trainer is not None:
+            for log in self._logs.values():
+                log.report(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
         collate = self.pair_collator or SFTCollator(self.chat, self.max_length, self.on_too_long)
@@ -155,9 +166,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
 
     def asked(self, batch: int) -> list[int]:
-        """Places in `test_set` of the queries of a batch of this process."""
+        """Places in `test_set` of the queries of a batch of this process, less those that could not be loaded."""
         begin = batch * self.eval_batch_size
-        return list(self._asked[begin : begin + self.eval_batch_size])
+        places = self._asked[begin : begin + self.eval_batch_size]
+        return [place for place in places if not self._logs["test"].left_out[place]]
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
@@ -220,7 +232,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
     ) -> DataLoader:
-        dataset = self._sets[name]
+        dataset, log = self._sets[name], self._logs[name]
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochSampler(
             len(dataset),
@@ -239,12 +251,12 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             self._asked = sampler.places().tolist()
             if len(sampler) == 0:
                 # Lightning leaves a process without a batch out of all that follows, where others wait for it.
-                return DataLoader(dataset, batch_sampler=[[]], collate_fn=collate)
-        return DataLoader(
-            dataset,
+                return QueryLoader(log, collate, batch_sampler=[[]])
+        return QueryLoader(
+            log,
+            collate,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=collate,
             num_workers=self.workers,
             worker_init_fn=_leave_signals,
             persistent_workers=training and self.workers > 0,

@@ -56,7 +56,10 @@ class NoisePolicy:
         level_weights: relative frequency of each of the levels, as many as there are; None: all alike.
         clean_fraction: share of samples in [0, 1] that are left clean, whatever the weights.
         absent: what to noise where the question is about an object that is not there: another object or else a random
-            region ("distractor"), nothing ("clean"), or leave such queries out ("skip").
+            region ("distractor"), nothing ("clean"), or leave such queries out ("skip"). Only the answer says that it is not
+            there (no, to a yes/no question), never a missing region.
+        no_region: what happens to any other query without a region of what it is about: it is left out and counted ("skip"),
+            or stops the run ("raise"). On images that are not noised, queries need no region.
         distractor_probability: share of samples in [0, 1] in which noise goes to a region the question is not about,
             while the confidence stays that of a clean image.
         resolution: noise at the size the model sees ("model"), or that of the file ("native", the paper's reading).
@@ -74,6 +77,7 @@ class NoisePolicy:
     level_weights: list[float] | None = None
     clean_fraction: float = 0.0
     absent: Literal["distractor", "clean", "skip"] = "distractor"
+    no_region: Literal["skip", "raise"] = "skip"
     distractor_probability: float = 0.1
     resolution: Literal["model", "native"] = "model"
     shape: Literal["mask", "box"] = "mask"

@@ -96,7 +96,7 @@ class Candidate(NamedTuple):
 class PairBatch(NamedTuple):
     """Prompts with every response that may be compared.
 
-    inputs: what the model's forward takes, padded on the right; empty if every sample was too long. lengths: int64 [B],
+    inputs: what the model's forward takes, padded on the right; empty if there is no sample, or every one was too long. lengths: int64 [B],
     tokens of each prompt before its responses. candidates: for each query one response a level, in falling order of
     confidence, then the same with a wrong answer where pairs have one. levels: for each query the confidence that its noise
     earns. right: whether the responses give the gold answer. epochs: in which each is seen. skipped: ids of samples that
@@ -187,6 +187,8 @@ class PairCollator:
         self.on_too_long = on_too_long
 
     def __call__(self, samples: Sequence[Sample]) -> PairBatch:
+        if not samples:
+            return _EMPTY
         found = [self._of_sample(s) for s in samples]
         prompts = [self.chat.render(s.query.question) for s in samples]
         inputs = self.chat.inputs_of(samples, prompts, "right")
@@ -197,7 +199,7 @@ class PairCollator:
         ]
         kept, skipped = fitting(samples, longest, self.max_length, self.on_too_long)
         if skipped:
-            return (self(kept) if kept else _EMPTY)._replace(skipped=skipped)
+            return self(kept)._replace(skipped=skipped)
         return PairBatch(
             inputs,
             lengths,

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.base import MAX_NAMED, QuerySource, first_of
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
 USAGE = "usage: vlm-calibration data inspect --config FILE [--config FILE ...] [--sample N] [--data.KEY VALUE ...]"
 MOST_SHOWN = 8
-MAX_NAMED = 5
 
 
 @dataclass
@@ -35,7 +34,9 @@ class Inspection:
         answers: of each answer type, how often each answer is the gold one; of open answers, how often each number of words.
         categories: how often each occurs.
         with_evidence: queries with a region of what they are about, of all of them.
+        absent, unlocated: ids of queries about an object that is absent, and of those that need a region and have none.
         sizes: (width, height) of the images that were looked at; shares: which share of them evidence covers, in [0, 1].
+        clipped: ids of queries with a region that leaves the image, of those that were looked at.
         bad: what is wrong with records that cannot be used, of all; unloadable: of those that were looked at.
     """
 
@@ -43,9 +44,12 @@ class Inspection:
     answers: dict[str, Counter[str]] = field(default_factory=dict)
     categories: Counter[str] = field(default_factory=Counter)
     with_evidence: int = 0
+    absent: list[str] = field(default_factory=list)
+    unlocated: list[str] = field(default_factory=list)
     looked_at: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    clipped: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     unloadable: list[str] = field(default_factory=list)
 
@@ -59,9 +63,7 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
         DataError: the source cannot be read at all, or has no usable query.
     """
     found = Inspection()
-    # Both are there in sources that read records which may be bad.
-    if hasattr(source, "on_bad_record"):
-        source.on_bad_record = "skip"
+    source.on_bad_record = "skip"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -72,7 +74,10 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
     found.bad = list(getattr(getattr(source, "bad", None), "messages", []))
     for query in queries:
         _count(found, query)
-        found.with_evidence += source.has_evidence(query)
+        presence = source.presence(query)
+        found.with_evidence += presence == "present"
+        if presence != "present":
+            (found.absent if presence == "absent" else found.unlocated).append(query.id)
     chosen = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).round().astype(int))
     for index in chosen.tolist():
         _look(found, source, queries[index])
@@ -98,6 +103,8 @@ def _look(found: Inspection, source: QuerySource, query: Query) -> None:
     except DataError as error:
         found.unloadable.append(str(error))
         return
+    if loaded.clipped:
+        found.clipped.append(query.id)
     height, width = loaded.image.shape[:2]
     found.sizes.append((width, height))
     if loaded.evidence:
@@ -124,6 +131,10 @@ def lines_of(found: Inspection) -> Iterator[tuple[str, str]]:
         )
         yield "categories", ", ".join(f"{name} {count}" for name, count in shown) + others
     yield "with a region of their object", f"{found.with_evidence / max(1, found.queries):.1%}"
+    if found.absent:
+        yield "about an absent object", f"{len(found.absent)}: {first_of(found.absent)}"
+    if found.unlocated:
+        yield "without a region, and cannot be noised", f"{len(found.unlocated)}: {first_of(found.unlocated)}"
     if found.sizes:
         widths, heights = zip(*found.sizes, strict=True)
         yield (
@@ -134,6 +145,11 @@ def lines_of(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.shares:
         low, middle, high = np.quantile(found.shares, (0.1, 0.5, 0.9))
         yield "regions' share of the image", f"median {middle:.1%}, 80% within {low:.1%} to {high:.1%}"
+    if found.clipped:
+        yield (
+            "with a region that leaves the image",
+            f"{len(found.clipped)} of {found.looked_at} looked at: {first_of(found.clipped)}",
+        )
     yield "bad records", str(len(found.bad))
     if found.unloadable:
         yield "cannot be loaded", f"{len(found.unloadable)} of {found.looked_at} looked at"

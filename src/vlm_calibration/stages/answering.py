@@ -14,7 +14,12 @@ from vlm_calibration.text.confidence import ends_in_confidence
 
 
 def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
-    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`, and ends with its confidence."""
+    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`, and ends with its confidence.
+
+    A batch of no queries has no answers.
+    """
+    if not batch.queries:
+        return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, ends_in_confidence)
     return [
         graded_prediction(query, text, step)

@@ -65,6 +65,8 @@ class LevelFitModule(L.LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         predictions = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+        if not predictions:
+            return
         self.counts.update(
             torch.tensor([ANSWER_TYPES.index(p.answer_type) for p in predictions], device=self.device),
             torch.tensor([self.steps.index(p.noise_step) for p in predictions], device=self.device),

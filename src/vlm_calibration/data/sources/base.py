@@ -44,6 +44,11 @@ def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
     )
 
 
+def first_of(ids: Sequence[str]) -> str:
+    """The first few of these ids, for a message."""
+    return ", ".join([*map(repr, ids[:MAX_NAMED]), *(["..."] if len(ids) > MAX_NAMED else [])])
+
+
 class BadRecords:
     """What is wrong with the records of a source that cannot be used.
 
@@ -62,8 +67,13 @@ class BadRecords:
             DataError: under "raise".
         """
         if self.policy == "raise":
-            raise DataError(message) from cause
+            raise self.error(message) from cause
         self.messages.append(message)
+
+    def error(self, message: str) -> DataError:
+        """What to raise of a record; with advice, unless such records are left out already."""
+        advice = "; `on_bad_record: skip` leaves such records out"
+        return DataError(message + (advice if self.policy == "raise" else ""))
 
     def report(self, kept: int) -> None:
         """Warn of those that were left out; `kept` others were not."""

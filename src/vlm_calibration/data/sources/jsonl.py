@@ -112,7 +112,7 @@ class JsonlSource(QuerySource):
         try:
             return with_regions(query, self.images.load(query.image))
         except (RecordError, ImageError) as error:
-            raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
 
 def _parse(line: bytes) -> Query:

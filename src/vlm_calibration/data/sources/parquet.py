@@ -215,7 +215,7 @@ class ParquetSource(QuerySource):
                 self._open()
             return with_regions(query, (self._embedded or self._files).load(query.image))
         except (RecordError, ImageError) as error:
-            raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
 
 def _plainly_typed(table: pa.Table) -> pa.Table:

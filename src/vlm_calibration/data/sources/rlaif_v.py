@@ -118,7 +118,7 @@ class RlaifVSource(QuerySource):
         try:
             return with_regions(query, self._images.load(query.image))
         except (RecordError, ImageError) as error:
-            raise DataError(f"{self.path}: record {query.id!r}: {error}") from error
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         rejected = self._table.column("rejected")[EmbeddedImages.row(query.image)].as_py()
