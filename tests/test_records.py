@@ -133,12 +133,6 @@ def test_whatever_a_region_holds_is_a_query_or_a_record_error(value: Any) -> Non
             continue
 
 
-def test_evidence_is_what_objects_name() -> None:
-    query = Query("a", "a.png", "q", "r", "short", objects=("dog", "cat"))
-    assert [query.is_evidence(label) for label in ("dog", "cat", "cup")] == [True, True, False]
-    assert Query("a", "a.png", "q", "r", "short").is_evidence("anything")
-
-
 @pytest.mark.parametrize(
     ("category", "groups"),
     [

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.dataset import NothingShownError, Part, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.data.sources.benchmark import PopeSource
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
 
 POLICY = NoisePolicy(resolution="native", distractor_probability=0.0)
@@ -89,3 +98,225 @@ def test_an_error_names_the_record() -> None:
 
     with pytest.raises(DataError, match=r"record 'bad:dog': region mask is empty"):
         _dataset(bad=Part(Wrong(), "drawn"))[0, 0]
+
+
+Write = Callable[..., Path]
+Record = Callable[..., dict[str, Any]]
+DOG = [{"label": "dog", "box": [2, 2, 8, 8]}]
+
+
+def _jsonl(path: Path, policy: NoisePolicy = POLICY, noise: Any = "drawn", **source: Any) -> PerturbedQueries:
+    part = Part(JsonlSource(str(path), **source), noise)
+    return PerturbedQueries({"": part}, policy, None, where="data.train")
+
+
+@pytest.fixture
+def mixed(write_jsonl: Write, record: Record) -> Path:
+    """Of each kind: with a region, absent, and five that need a region and have none."""
+    no_dog = {"answer": "No", "objects": ["dog"]}
+    return write_jsonl(
+        record("shown", objects=["the Dogs"], regions=DOG),
+        record("absent", **no_dog),
+        record("absent, with another region", **no_dog, regions=[{"label": "cat", "box": [1, 1, 5, 5]}]),
+        record("no, about a dog that is there", **no_dog, regions=DOG),
+        record("yes without regions"),
+        record("yes with another region", objects=["cup"], regions=DOG),
+        record("short", answer="red", answer_type="short"),
+        record("a short no", answer="No", answer_type="short"),
+        record("open", answer="No dog.", answer_type="open"),
+    )
+
+
+ASKED = ["shown", "absent", "absent, with another region", "no, about a dog that is there"]
+UNLOCATED = ["yes without regions", "yes with another region", "short", "a short no", "open"]
+
+
+def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: Record) -> None:
+    """Not given noise elsewhere and the confidence of that noise."""
+    path = write_jsonl(*(record(f"yes {i}") for i in range(200)), record("shown", regions=DOG))
+    with pytest.warns(UserWarning, match="need a region") as warned:
+        dataset = _jsonl(path)
+    assert [q.id for q in dataset.queries] == ["shown"]
+    [message] = [str(w.message) for w in warned]
+    assert message == (
+        "data.train: left out: 200 of 201 queries need a region of what they ask about and have none: "
+        "'yes 0', 'yes 1', 'yes 2', 'yes 3', 'yes 4', ..."
+    )
+
+
+@pytest.mark.parametrize("noise", ["drawn", "every_step"])
+def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) -> None:
+    with pytest.warns(UserWarning, match="need a region") as warned:
+        dataset = _jsonl(mixed, noise=noise)
+    assert list(dict.fromkeys(q.id.split("@")[0] for q in dataset.queries)) == ASKED
+    [message] = [str(w.message) for w in warned]
+    assert message == (
+        f"data.train: left out: 5 of 9 queries need a region of what they ask about and have none: "
+        f"{', '.join(map(repr, UNLOCATED))}; 2 ask about an object that is absent (`absent: distractor`): "
+        "'absent', 'absent, with another region'"
+    )
+
+
+def test_a_no_about_an_object_that_is_there_is_noised_there(mixed: Path) -> None:
+    policy = NoisePolicy(resolution="native", distractor_probability=0.0, level_weights=[0] * 10 + [1])
+    with pytest.warns(UserWarning, match="need a region"):
+        dataset = _jsonl(mixed, policy)
+    changed = {q.id: (dataset[0, i].image != (255, 0, 0)).any(axis=-1) for i, q in enumerate(dataset.queries)}
+    dog = np.zeros((10, 20), dtype=bool)
+    dog[2:8, 2:8] = True
+    for name in ("shown", "no, about a dog that is there"):
+        assert not changed[name][~dog].any()
+        assert changed[name][dog].mean() > 0.9
+    assert changed["absent"].any()
+
+
+def test_absent_objects_may_be_left_out_too(mixed: Path) -> None:
+    policy = NoisePolicy(resolution="native", absent="skip")
+    with pytest.warns(UserWarning, match=re.escape("2 ask about an object that is absent (`absent: skip`)")):
+        assert [q.id for q in _jsonl(mixed, policy).queries] == [ASKED[0], ASKED[3]]
+
+
+def test_a_missing_region_may_stop_the_run(mixed: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise"))
+    message = str(caught.value)
+    assert message.startswith(
+        "data.train: 5 of 9 queries need a region of what they ask about and have none: 'yes without regions', "
+    )
+    assert "`data.noise.no_region: skip`" in message
+    assert "\n" not in message
+
+
+def test_clean_images_need_no_regions(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO):
+        warnings.simplefilter("error")
+        dataset = _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise", absent="skip"), "none")
+    assert [q.id for q in dataset.queries] == [*ASKED, *UNLOCATED]
+    assert {dataset[0, i].step for i in range(9)} == {0}
+    assert caplog.text == ""
+
+
+def test_a_benchmark_loses_no_question_where_it_is_not_noised(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    rows = [
+        f'{{"question_id": {i}, "image": "a.jpg", "text": "A dog?", "label": "{a}"}}'
+        for i, a in enumerate(("yes", "no"))
+    ]
+    (tmp_path / "q.json").write_text("\n".join(rows))
+    source = PopeSource(str(tmp_path / "q.json"), str(tmp_path))
+    clean = PerturbedQueries({"": Part(source)}, POLICY, None)
+    assert len(clean) == 2
+    with pytest.warns(UserWarning, match="1 of 2 queries need a region"):
+        noised = PerturbedQueries({"": Part(source, "drawn")}, POLICY, None)
+    assert [q.answer for q in noised.queries] == ["No"]
+
+
+def test_the_demo_loses_no_question(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO):
+        warnings.simplefilter("error")
+        dataset = PerturbedQueries(
+            {"": Part(DemoSource(scenes=50), "drawn")}, POLICY, None, where="data.train"
+        )
+    assert len(dataset) == 150
+    assert (
+        "data.train: of 150 queries, 50 ask about an object that is absent (`absent: distractor`): "
+        in caplog.text
+    )
+
+
+@pytest.fixture
+def levels() -> AnchoredLevels:
+    return AnchoredLevels.fit({"yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)]})
+
+
+def test_an_answer_type_without_levels_is_told_before_anything_is_loaded(
+    write_jsonl: Write, record: Record, levels: AnchoredLevels
+) -> None:
+    path = write_jsonl(
+        record("yes", regions=DOG), record("open", regions=DOG, answer="Dogs.", answer_type="open")
+    )
+    policy = NoisePolicy(resolution="native", levels=levels)
+    with pytest.raises(DataError) as caught:
+        _jsonl(path, policy)
+    assert str(caught.value) == (
+        "data.train: record 'open': no levels were measured for answer type 'open'; known: yes_no: measure them with "
+        "`vlm-calibration levels fit`; `on_bad_record: skip` leaves such records out"
+    )
+    with pytest.warns(UserWarning, match="left out 1 of 2 records: data.train: record 'open'"):
+        dataset = _jsonl(path, policy, on_bad_record="skip")
+    assert [q.id for q in dataset.queries] == ["yes"]
+    clean = _jsonl(path, policy, "none")
+    assert [clean[0, i].step for i in range(2)] == [0, 0], "clean images need no levels"
+
+
+def test_what_the_model_cannot_be_asked_is_told_before_anything_is_loaded(
+    write_jsonl: Write, record: Record
+) -> None:
+    def check(query: Query, wrong: Sequence[str]) -> None:
+        if "<image>" in query.question:
+            raise DataError(f"record {query.id!r}: '<image>'")
+
+    path = write_jsonl(record("one", regions=DOG), record("two", regions=DOG, question="<image>?"))
+    with pytest.raises(DataError, match="data: record 'two': '<image>'; `on_bad_record: skip`"):
+        PerturbedQueries({"": Part(JsonlSource(str(path)))}, POLICY, None, check)
+    skipping = Part(JsonlSource(str(path), on_bad_record="skip"))
+    with pytest.warns(UserWarning, match="left out 1 of 2 records"):
+        assert len(PerturbedQueries({"": skipping}, POLICY, None, check)) == 1
+
+
+@pytest.fixture
+def damaged(write_jsonl: Write, record: Record) -> Path:
+    """Of seven records the odd ones cannot be loaded: a damaged image, a region outside of it, a mask of another size."""
+    mask = {"label": "dog", "box": [0, 0, 1, 1], "mask": {"size": [5, 5], "counts": [0, 25]}}
+    path = write_jsonl(
+        *(record(str(i), regions=DOG, **c) for i, c in enumerate(({}, {"image": "b.png"}, {}))),
+        record("3", regions=[{"label": "dog", "box": [50, 50, 60, 60]}]),
+        record("4", regions=[{"label": "dog", "box": [-3, 0, 5, 5]}]),
+        record("5", regions=[mask]),
+        record("6", regions=DOG),
+    )
+    (path.parent / "b.png").write_bytes((path.parent / "a.png").read_bytes()[:40])
+    return path
+
+
+@pytest.mark.parametrize("noise", ["drawn", "none"])
+def test_records_that_cannot_be_loaded_are_left_out_of_a_batch(damaged: Path, noise: str) -> None:
+    """The samples of others are those that they are without them."""
+    dataset = _jsonl(damaged, noise=noise, on_bad_record="skip")
+    assert len(dataset) == 7, "which is not known before"
+    drawn = dataset.__getitems__([(3, i) for i in range(7)])
+    assert [s.query.id for s in drawn.samples] == ["0", "2", "4", "6"]
+    assert sorted(drawn.left_out) == [1, 3, 5]
+    assert drawn.clipped == [4]
+    for place, says in ((1, "b.png"), (3, "covers no pixel"), (5, "has size [5, 5]")):
+        assert drawn.left_out[place].startswith(f"{damaged}: record '{place}': ")
+        assert says in drawn.left_out[place]
+    for sample in drawn.samples:
+        alone = dataset[3, int(sample.query.id)]
+        assert np.array_equal(alone.image, sample.image)
+        assert (alone.confidence, alone.step) == (sample.confidence, sample.step)
+
+
+def test_a_record_that_cannot_be_loaded_stops_the_run_where_it_is_to(damaged: Path) -> None:
+    with pytest.raises(DataError, match="record '1': .*b.png.*`on_bad_record: skip` leaves such records out"):
+        _jsonl(damaged).__getitems__([(0, 0), (0, 1)])
+
+
+@pytest.mark.parametrize("rule", ["skip", "raise"])
+def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
+    """Known to `has_evidence`, but of no pixel: as COCO has some. Without noise it does not matter."""
+
+    class Empty(Square):
+        def load(self, query: Query) -> LoadedImage:
+            return super().load(query)._replace(evidence=())
+
+    policy = NoisePolicy(resolution="native", no_region=rule)
+    dataset = _dataset(policy, some=Part(Empty(), "drawn"))
+    if rule == "raise":
+        with pytest.raises(NothingShownError, match="record 'some:dog': no pixel of its image shows"):
+            dataset.__getitems__([(0, 0)])
+    else:
+        drawn = dataset.__getitems__([(0, 0), (0, 1)])
+        assert [s.query.id for s in drawn.samples] == ["some:cat"]
+        assert list(drawn.left_out) == [0]
+    assert len(_dataset(policy, some=Part(Empty())).__getitems__([(0, 0)]).samples) == 1

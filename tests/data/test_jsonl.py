@@ -8,7 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, r
         ({"image": "x" * 5000}, "record 'two': no such image: "),
         ({"answer": 5}, "'answer' must be a non-empty string, found 5"),
         ({"answer_type": "maybe"}, "'answer_type' must be one of"),
+        ({"answer": "banana"}, "record 'two': the gold answer of a yes/no question must be yes or no"),
+        (
+            {"answer": "?!", "answer_type": "open"},
+            "record 'two': the gold answer of a open question is empty",
+        ),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"question": None}, "'question' must be a non-empty string, found None"),
         (
@@ -181,6 +186,27 @@ def test_load_tells_evidence_from_distractors(write_jsonl: Write, record: Record
     assert [source.has_evidence(q) for q in (first, second, third)] == [True, True, False]
 
 
+def test_what_of_a_box_leaves_the_image_is_cut_off(write_jsonl: Write, record: Record) -> None:
+    """The image has 20 x 10 pixels. A box that only rounds to its edge does not leave it."""
+    boxes = [[-5, -5, 10, 5], [15, 5, 30, 30], [0, 0, 20.4, 10.4], [2, 2, 8, 8]]
+    path = write_jsonl(*(record(str(i), regions=[{"label": "dog", "box": b}]) for i, b in enumerate(boxes)))
+    source = JsonlSource(str(path))
+    loaded = [source.load(q) for q in source.queries()]
+    assert [found.clipped for found in loaded] == [True, True, False, False]
+    assert [int(found.evidence[0].sum()) for found in loaded] == [50, 25, 200, 36]
+    assert loaded[0].evidence[0][:5, :10].all()
+    assert loaded[1].evidence[0][5:, 15:].all()
+
+
+def test_how_to_go_on_is_said_where_a_record_stops_the_run(write_jsonl: Write, record: Record) -> None:
+    path = write_jsonl(record("one", regions=[{"label": "dog", "box": [30, 30, 40, 40]}]))
+    for policy, advised in (("raise", True), ("skip", False)):
+        source = JsonlSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
+        with pytest.raises(DataError) as caught:
+            source.load(source.queries()[0])
+        assert ("`on_bad_record: skip` leaves such records out" in str(caught.value)) is advised
+
+
 def _truncated_jpeg(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, "JPEG")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -255,13 +281,13 @@ _QUERIES = st.builds(
     id=_TEXT,
     image=st.just("a.png"),
     question=_TEXT,
-    answer=_TEXT,
+    answer=_TEXT.map(lambda text: f"x {text}"),
     answer_type=st.sampled_from(ANSWER_TYPES),
     objects=st.lists(_TEXT, max_size=3).map(tuple),
     regions=st.lists(_regions(), max_size=3).map(tuple),
     category=st.none() | _TEXT,
     synonyms=st.lists(_TEXT, max_size=3).map(tuple),
-)
+).map(lambda query: replace(query, answer="No") if query.answer_type == "yes_no" else query)
 
 
 @given(st.lists(_QUERIES, min_size=1, max_size=4, unique_by=lambda q: q.id), st.booleans())

@@ -22,7 +22,7 @@ from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.records import DataError, LoadedImage, Query, Region
 
 TRAIN = DemoSource("train", scenes=4)
 Drawn = dict[str, tuple[bytes, float]]
@@ -216,7 +216,8 @@ class Failing(QuerySource):
     """The image of the second query cannot be read."""
 
     def queries(self) -> Sequence[Query]:
-        return [Query(f"q{i}", "x", "A dog?", "Yes", "yes_no") for i in range(3)]
+        region = Region("dog", (0, 0, 8, 8))
+        return [Query(f"q{i}", "x", "A dog?", "Yes", "yes_no", regions=(region,)) for i in range(3)]
 
     def load(self, query: Query) -> LoadedImage:
         if query.id == "q1":
@@ -239,8 +240,9 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model
     try:
         module = _module(model_folder, workers=1)
         module.setup("fit")
-        batches = iter(module.train_dataloader())
-        [worker] = batches._workers  # type: ignore[attr-defined]
+        loader = module.train_dataloader()
+        batches = iter(loader)
+        [worker] = loader._iterator._workers  # type: ignore[union-attr]
         next(batches)
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             os.kill(worker.pid, number)

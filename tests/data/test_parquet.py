@@ -23,6 +23,7 @@ from vlm_calibration.data.sources.tables import EmbeddedImages
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError, RecordError, query_from_dict
 from vlm_calibration.regions.rle import mask_to_rle
+from vlm_calibration.text.labels import check_answer
 
 SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items()])
 MASK = np.zeros((10, 20), dtype=bool)
@@ -91,6 +92,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a null character": ({"answer": "a\0"}, "'answer' holds a null character"),
     "an unknown answer type": ({"answer_type": "boolean"}, "'answer_type' must be one of"),
     "no answer type": ({"answer_type": None}, "'answer_type' must be one of"),
+    "neither yes nor no": (
+        {"answer": "banana"},
+        "record 'bad': the gold answer of a yes/no question must be",
+    ),
+    "no word": ({"answer": "?!", "answer_type": "open"}, "the gold answer of a open question is empty"),
     "an empty category": ({"category": ""}, "'category' must be a non-empty string"),
     "an empty object": ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
     "a missing object": ({"objects": [None]}, "'objects' must be a list of non-empty strings"),
@@ -138,7 +144,7 @@ def test_checks_by_column_find_what_checks_by_record_find(write: Callable[..., P
     expected = []
     for row in pq.read_table(path).to_pylist():
         try:
-            query_from_dict(row)
+            check_answer(query_from_dict(row))
         except RecordError:
             continue
         expected.append(row["id"])

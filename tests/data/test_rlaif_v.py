@@ -66,11 +66,13 @@ def test_queries_and_images(write: Callable[..., str], tmp_path: Path, unpacked:
 
 
 def test_rows_that_are_no_queries(write: Callable[..., str]) -> None:
-    path = write({}, {"chosen": " "}, {"question": None}, {}, {"rejected": None})
+    path = write(
+        {}, {"chosen": " "}, {"question": None}, {"chosen": "♥"}, {"rejected": None}, {"chosen": "..."}
+    )
     with pytest.raises(DataError, match="row 1: 'answer' must be a non-empty string"):
         RlaifVSource(path).queries()
     source = RlaifVSource(path, on_bad_record="skip")
-    with pytest.warns(UserWarning, match="left out 2 of 5 records"):
+    with pytest.warns(UserWarning, match="left out 3 of 6 records"):
         queries = source.queries()
     assert [q.id for q in queries] == ["rlaif-v-0", "rlaif-v-3", "rlaif-v-4"]
     assert source.wrong_answers(queries[2]) == []

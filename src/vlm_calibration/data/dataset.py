@@ -90,8 +90,9 @@ class PerturbedQueries(Dataset[Sample]):
     ) -> None:
         self.parts = dict(parts)
         self.policy = policy
-        # What a clean image is worth does not matter where none is noised, so it need not have been measured.
-        self._clean = replace(policy, levels=LinearLevels(2, policy.schedule.steps), level_weights=None)
+        # Where nothing is noised, nothing need have been measured, and no query is absent.
+        levels = LinearLevels(2, policy.schedule.steps)
+        self._clean = replace(policy, levels=levels, level_weights=None, absent="clean")
         self.image_processor = image_processor
         self.where = where
         self._check = check
