@@ -5,13 +5,16 @@ What only Lightning knows (that a run was stopped, misconfigured or interrupted)
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -102,11 +105,18 @@ def _may_be_found(checkpoint: str) -> bool:
 
 @contextmanager
 def _ended_in_good_order() -> Iterator[None]:
-    """Lightning's ways of ending a run, as the one that `main` reports."""
+    """Lightning's ways of ending a run, as the one that `main` reports.
+
+    Of several processes the first to fail reports its error; those that fail with it end without a word.
+    """
     try:
         yield
+    except DataError as error:
+        if not _first_to_fail():
+            raise CommandError("", 1) from error
+        raise
     except MisconfigurationException as error:
-        raise CommandError(one_line(error), 2) from error
+        raise CommandError(one_line(error) if _first_to_fail() else "", 2) from error
     except Stopped as stop:
         first = getattr(rank_zero_only, "rank", 0) == 0
         raise CommandError(stop.message if first else "", stop.code) from stop
@@ -118,11 +128,27 @@ def _ended_in_good_order() -> Iterator[None]:
             raise CommandError("terminated", 143) from stop
         raise
     except RuntimeError as error:
+        # Where another process ends, what this one wanted of it fails.
+        if not _first_to_fail():
+            raise CommandError("", 1) from error
         # A signal to all processes may reach a data worker first.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         terminated = "Terminated" in str(error)
         raise CommandError(*("terminated", 143) if terminated else (one_line(error), 1)) from error
+
+
+def _first_to_fail() -> bool:
+    """Whether this process of a run is the first that has an error to report; the others' follow from it, or are the same."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    try:
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=5))
+        # torchrun keeps the store when it starts processes again.
+        return store.add(f"vlm_calibration/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except dist.DistError:
+        return False  # the first process, which keeps the store, has ended
 
 
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
