@@ -42,7 +42,7 @@ def jsonl(tmp_path: Path) -> Path:
 
     rows: list[Any] = [
         row(1, "wide.png", "Yes", "yes_no", **dog),
-        row(2, "wide.png", "yes.", "yes_no", **dog),
+        row(2, "wide.png", "yes.", "yes_no", **{**dog, "regions": [{**region, "box": [-9, 0, 30, 40]}]}),
         row(3, "small.jpg", "No", "yes_no", objects=["cat"]),
         row(4, "small.jpg", "red", "short", category="c"),
         row(5, "small.jpg", "A cat [that] sleeps", "open"),
@@ -62,6 +62,8 @@ def test_what_is_counted(jsonl: Path) -> None:
     assert found.answers == {"yes_no": {"yes": 2, "no": 1}, "short": {"red": 1, "blue": 1}, "open": {"4": 1}}
     assert found.categories == {"a/b": 2, "c": 1}
     assert found.with_evidence == 2
+    assert (found.absent, found.unlocated) == (["3"], ["4", "5", "6"])
+    assert found.clipped == ["2"]
     assert sorted(found.sizes) == [(20, 20)] * 3 + [(60, 40)] * 2
     assert found.shares == [0.5, 0.5]
     assert [m.split(": ", 1)[0] for m in found.bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
@@ -77,6 +79,8 @@ def test_a_source_without_bad_records() -> None:
     assert (found.queries, found.looked_at, found.bad, found.unloadable) == (12, 3, [], [])
     assert found.answers["yes_no"] == {"yes": 4, "no": 4}
     assert found.with_evidence == 8
+    assert len(found.absent) == 4
+    assert found.unlocated == found.clipped == []
 
 
 def test_a_source_of_only_bad_records_says_which(tmp_path: Path) -> None:
@@ -116,6 +120,12 @@ def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path
         "20..60 x 20..40, median 20 x 20",
         "a/b 2, c 1",
         "median 50.0%",
+        "about an absent object",
+        "1: '3'",
+        "without a region, and cannot be noised",
+        "3: '4', '5', '6'",
+        "with a region that leaves the image",
+        "1 of 6 looked at: '2'",
         " 15 ",
     ):
         assert text in ended.out, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ class Processes:
 
     def __init__(self, folder: Path, count: int, sanity_checking: bool = False) -> None:
         self.folder = folder
+        queries = [SimpleNamespace(id=f"q{i}") for i in range(20)]
         self.writers = [PredictionWriter() for _ in range(count)]
         self.trainers: list[Any] = [
             SimpleNamespace(
@@ -31,6 +33,7 @@ class Processes:
                 is_global_zero=rank == 0,
                 sanity_checking=sanity_checking,
                 strategy=SimpleNamespace(barrier=lambda name: None),
+                datamodule=SimpleNamespace(validation_set=SimpleNamespace(queries=queries)),
             )
             for rank in range(count)
         ]
@@ -55,14 +58,26 @@ class Processes:
 def test_files_are_the_same_for_any_number_of_processes(tmp_path: Path, count: int, total: int) -> None:
     predictions = [_prediction(i) for i in range(total)]
     processes = Processes(tmp_path, count)
-    processes.write({"base": predictions, "sft": predictions[::-1]})
+    others = [replace(p, text="No\n") for p in predictions]
+    processes.write({"base": predictions, "sft": others})
     processes.finish({"base": {"n": float(total)}, "sft": {"n": float(total)}})
-    for system, expected in (("base", predictions), ("sft", predictions[::-1])):
+    for system, expected in (("base", predictions), ("sft", others)):
         lines = (tmp_path / system / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
         assert lines.pop() == ""
         assert [json.loads(line) for line in lines] == [p.to_dict() for p in expected]
         assert "Größe" in lines[0], "UTF-8 as it is"
         assert {p.name for p in (tmp_path / system).iterdir()} == {"predictions.jsonl", "metrics.json"}
+
+
+def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -> None:
+    """Of twelve queries the first process, which has the even ones, answers two and the second all of its own."""
+    processes = Processes(tmp_path, 2)
+    dealt = [[_prediction(i) for i in (8, 10)], [_prediction(i) for i in range(1, 12, 2)]]
+    for writer, trainer, predictions in zip(processes.writers, processes.trainers, dealt, strict=True):
+        writer.on_validation_batch_end(trainer, None, {"": predictions}, None, 0, 0)  # type: ignore[arg-type]
+    processes.finish({"": {"n": 8.0}})
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"q{i}" for i in (1, 3, 5, 7, 8, 9, 10, 11)]
 
 
 def test_the_run_itself_has_no_folder_of_its_own(tmp_path: Path) -> None:

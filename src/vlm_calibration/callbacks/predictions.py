@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -131,11 +130,12 @@ class PredictionWriter(L.Callback):
         self._open.clear()
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
+            places = {query.id: place for place, query in enumerate(_data(trainer).validation_set.queries)}
             for system, metrics in results.items():
                 folder = system_folder(trainer, system)
                 parts = [_part(trainer, system, rank) for rank in range(trainer.world_size)]
                 with replacing(folder / "predictions.jsonl") as temporary:
-                    _weave([p for p in parts if p.exists()], temporary)
+                    _merge([p for p in parts if p.exists()], places, temporary)
                 for part in parts:
                     part.unlink(missing_ok=True)
                 if not trainer.sanity_checking:
@@ -159,17 +159,12 @@ def _part(trainer: L.Trainer, system: str, rank: int) -> Path:
     return system_folder(trainer, system) / PART.format(rank)
 
 
-def _weave(parts: Sequence[Path], out: Path) -> None:
-    """Line 1 of every part, then line 2 of every part, and so on: the order of the data."""
-    files = [p.open(encoding="utf-8") for p in parts]
-    try:
-        with out.open("w", encoding="utf-8") as merged:
-            merged.writelines(_in_turn(files))
-    finally:
-        for file in files:
-            file.close()
-
-
-def _in_turn(files: Sequence[TextIO]) -> Iterator[str]:
-    for lines in zip_longest(*files):
-        yield from (line for line in lines if line is not None)
+def _merge(parts: Sequence[Path], places: Mapping[str, int], out: Path) -> None:
+    """Write the lines of all parts in the order of the data: places of queries by id."""
+    lines: list[str] = []
+    for part in parts:
+        with part.open(encoding="utf-8") as file:
+            lines += file
+    lines.sort(key=lambda line: places[json.loads(line)["id"]])
+    with out.open("w", encoding="utf-8") as merged:
+        merged.writelines(lines)

@@ -153,6 +153,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
     @property
+    def validation_set(self) -> PerturbedQueries:
+        """All that is answered during training."""
+        return self._sets["validation"]
+
+    @property
     def test_set(self) -> PerturbedQueries:
         """All that `test` asks, answered before or not."""
         return self._sets["test"]
