@@ -140,7 +140,8 @@ def _ended_in_good_order() -> Iterator[None]:
 
 def _first_to_fail() -> bool:
     """Whether this process of a run is the first that has an error to report; the others' follow from it, or are the same."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not together or "MASTER_PORT" not in os.environ:
         return True
     try:
         port = int(os.environ["MASTER_PORT"])
