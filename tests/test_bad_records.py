@@ -91,6 +91,16 @@ def test_they_are_left_out_and_counted(
     assert json.loads((tmp_path / "run/metrics.json").read_text())["n"] == 11
 
 
+def test_where_no_record_can_be_loaded_the_run_fails(
+    run: Callable[..., Ended], start: Start, records: Callable[..., Any]
+) -> None:
+    source = records("q", **{str(i): {"image": "3.jpg"} for i in range(14)})
+    ended = run(*start("run"), *_on(source, "train"))
+    assert ended.error() == "data.train: none of its 14 records could be loaded; some of them are named above"
+    assert ended.status == 1
+    assert ended.err.count("data.train: left out: ") == 5
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     run: Callable[..., Ended],

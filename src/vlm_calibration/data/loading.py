@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vlm_calibration.data.dataset import Drawn, PerturbedQueries
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.data.sources.base import MAX_NAMED, first_of
+from vlm_calibration.records import DataError
 
 
 class LoadingLog:
@@ -41,11 +42,21 @@ class LoadingLog:
         self.clipped[drawn.clipped] = 1
 
     def report(self, trainer: L.Trainer) -> None:
-        """Say what all processes together have found, and forget it; every process must call this."""
+        """Say what all processes together have found, and forget it; every process must call this.
+
+        Raises:
+            DataError: no record could be loaded.
+        """
         strategy = trainer.strategy
         found = torch.stack([self.left_out, self.clipped]).to(strategy.root_device)
         left_out, clipped = torch.as_tensor(strategy.reduce(found, reduce_op="sum")).cpu() > 0
+        self.left_out.zero_()
+        self.clipped.zero_()
         where, total = self.dataset.where, len(self.dataset)
+        if bool(left_out.all()):
+            raise DataError(
+                f"{where}: none of its {total} records could be loaded; some of them are named above"
+            )
         for places, what in (
             (left_out, "could not be loaded and were left out"),
             (clipped, "have a region that leaves the image, of which only what lies within was used"),
@@ -54,8 +65,6 @@ class LoadingLog:
                 first = places.nonzero().flatten()[: MAX_NAMED + 1].tolist()
                 ids = first_of([self.dataset.queries[place].id for place in first])
                 rank_zero_warn(f"{where}: {count} of {total} queries {what}: {ids}")
-        self.left_out.zero_()
-        self.clipped.zero_()
 
 
 class QueryLoader(DataLoader):
