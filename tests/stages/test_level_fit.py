@@ -19,7 +19,7 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages import level_fit
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.level_fit import LevelFitModule, StepCounts
@@ -88,6 +88,35 @@ def test_clean_absent_objects_leave_the_clean_step(
     trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
     rows = {row.step: row.n for row in AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]}
     assert rows == {0: 2 + 2 * 3, 500: 2, 1000: 2}
+
+
+class Damaged(DemoSource):
+    """Without the images of the first scene, and without regions for the questions about a corner."""
+
+    on_bad_record = "skip"
+
+    def load(self, query: Query) -> LoadedImage:
+        if query.image.endswith("000000"):
+            raise DataError(f"record {query.id!r}: damaged")
+        return super().load(query)
+
+    def has_evidence(self, query: Query) -> bool:
+        return query.answer_type == "yes_no" and super().has_evidence(query)
+
+
+@pytest.mark.filterwarnings("ignore:data.test")
+def test_nothing_is_measured_on_what_has_no_region_or_cannot_be_loaded(
+    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """Two scenes of three are left, of each a yes and a no at every step; whole batches are of the first one."""
+    module = LevelFitModule(
+        BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
+    )
+    parts = {"calibration": Part(Damaged("calibration", scenes=3), "every_step")}
+    trainer().test(module, datamodule=data(test=parts), verbose=False)
+    counts = AnchoredLevels(tmp_path / "l.json").table.counts
+    assert list(counts) == ["yes_no"]
+    assert [row.n for row in counts["yes_no"]] == [4] * 11
 
 
 def test_a_step_nobody_was_asked_at_is_an_error(
