@@ -217,7 +217,8 @@ def test_objects_of_the_record_come_before_the_describer_s() -> None:
     found = _extract(scripted, replace(PLAIN, objects=("Dog", "Cup")))
     assert found.query.objects == ("Dog", "Cup")
     assert [r.label for r in found.query.regions] == ["Dog"]
-    assert _extract(scripted, replace(PLAIN, objects=("cup",))).outcome == "absent"
+    for name in ("cup", "a Cup", "the cups"):
+        assert _extract(scripted, replace(PLAIN, objects=(name,))).outcome == "absent"
 
 
 def test_an_image_that_cannot_be_read_is_noted() -> None:
