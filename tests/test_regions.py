@@ -286,7 +286,7 @@ def test_training_on_what_was_extracted(
     queries: Path,
     tmp_path: Path,
 ) -> None:
-    """The overlay that ships, with nothing but the paths of this test."""
+    """The overlay that ships, with the paths of this test, and half of its few queries for validation as well."""
     assert run(*predict("regions")).status == 0
     file, images = str(tmp_path / "regions" / "queries.parquet"), str(queries.parent)
     places = [
@@ -294,8 +294,10 @@ def test_training_on_what_was_extracted(
         for part in ("train", "validation")
         for name, value in (("path", file), ("root", images))
     ]
+    places.append("--data.validation.init_args.begin=0.5")
     ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *places)
     assert ended.status == 0, ended.err
+    assert "data.train: left out: " in ended.err, "not all that is asked about was found"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     source = ParquetSource(file, root=images, end=0.95)
     noised = [q for q in source.queries() if source.has_evidence(q)]
