@@ -51,7 +51,8 @@ def test_a_missing_key_is_named(key: str) -> None:
     ("change", "says"),
     [
         ({"colour": "red"}, "unknown key 'colour'"),
-        ({"id": 7}, "'id' must be a non-empty string, found 7"),
+        ({"id": 7.0}, "'id' must be a non-empty string, found 7.0"),
+        ({"id": True}, "'id' must be a non-empty string, found True"),
         ({"id": ""}, "'id' must be a non-empty string"),
         ({"question": " \n"}, "'question' must be a non-empty string"),
         ({"answer": None}, "'answer' must be a non-empty string, found None"),
@@ -94,6 +95,11 @@ def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
     with pytest.raises(RecordError) as caught:
         query_from_dict({**MINIMAL, **change})
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [1, 0, -7, 2**63])
+def test_a_whole_number_is_an_id(number: int) -> None:
+    assert query_from_dict({**MINIMAL, "id": number}).id == str(number)
 
 
 @pytest.mark.parametrize("data", [[], "text", 3, None, True])

@@ -126,7 +126,7 @@ def category_groups(category: str | None) -> tuple[str, ...]:
 
 
 def query_from_dict(data: Any) -> Query:
-    """Check a decoded JSON object and make a `Query` of it.
+    """Check a decoded JSON object and make a `Query` of it; a whole number as `id` is taken as its digits.
 
     Raises:
         RecordError: not an object, an unknown or missing key, or a value of the wrong kind.
@@ -135,6 +135,7 @@ def query_from_dict(data: Any) -> Query:
         raise RecordError(f"expected an object with the keys of a query, found {_show(data)}")
     if unknown := sorted(set(data) - _KEYS):
         raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
+    data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
     text = {key: _text(data, key) for key in ("id", "image", "question", "answer")}
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
@@ -153,6 +154,11 @@ def query_from_dict(data: Any) -> Query:
         category=category,
         synonyms=_texts(data, "synonyms"),
     )
+
+
+def id_text(value: Any) -> Any:
+    """A whole number as its digits, since files have ids of both kinds; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _show(value: Any) -> str:

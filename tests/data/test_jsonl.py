@@ -33,6 +33,14 @@ def test_reads_records_in_order_and_passes_over_blank_lines(write_jsonl: Write, 
     assert [q.id for q in pickle.loads(pickle.dumps(source)).queries()] == ["b", "a", "ä"]
 
 
+def test_an_id_may_be_a_whole_number(write_jsonl: Write, record: Record) -> None:
+    source = JsonlSource(str(write_jsonl(record("a", id=7), record("8"))))
+    assert [q.id for q in source.queries()] == ["7", "8"]
+    path = write_jsonl(record("a", id=7), record("7"))
+    with pytest.raises(DataError, match="q.*:2: duplicate id '7', first seen on line 1"):
+        JsonlSource(str(path)).queries()
+
+
 def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, record: Record) -> None:
     path = write_jsonl(b"\xef\xbb\xbf" + json.dumps(record("a")).encode(), record("b"))
     path.write_bytes(path.read_bytes().rstrip(b"\n"))

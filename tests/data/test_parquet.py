@@ -86,6 +86,19 @@ def test_types_that_other_writers_choose(write: Callable[..., Path], record: Rec
     assert ParquetSource(str(path)).queries()[0].answer == "Yes"
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.uint8()])
+def test_a_column_of_whole_numbers_as_id(
+    write: Callable[..., Path], record: Record, kind: pa.DataType
+) -> None:
+    schema = SCHEMA.set(SCHEMA.get_field_index("id"), pa.field("id", kind))
+    rows = [record("", id=7), record("", id=8)]
+    assert [q.id for q in ParquetSource(str(write(rows, schema))).queries()] == ["7", "8"]
+    for last, says in ((7, "row 2: duplicate id '7', first seen in row 0"), (None, "row 2: 'id' must be")):
+        path = write([*rows, record("", id=last)], schema)
+        with pytest.raises(DataError, match=says):
+            ParquetSource(str(path)).queries()
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no id": ({"id": None}, "'id' must be a non-empty string"),
     "a blank question": ({"question": " \n"}, "'question' must be a non-empty string"),
@@ -165,7 +178,7 @@ def test_a_mask_without_counts_is_named_when_it_is_loaded(write: Callable[..., P
     [
         ({"colour": pa.string()}, "unknown column 'colour'; a query has the columns id, image"),
         ({"answer": None}, "no column 'answer'"),
-        ({"id": pa.int64()}, "the column 'id' must be of type string, found int64"),
+        ({"id": pa.float64()}, "the column 'id' must be of type string or whole numbers, found double"),
         ({"objects": pa.string()}, "the column 'objects' must be of type list<"),
         ({"regions": pa.list_(pa.string())}, "the column 'regions' must be of type list<"),
         ({"category": pa.int64()}, "the column 'category' must be of type string"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vlm_calibration.data.sources.images import ImageFolder
-from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError
+from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
 
 KNOWN_KEYS = frozenset(f.name for f in fields(Query))
 
@@ -76,7 +76,7 @@ def _question(data: Any, number: int, where: str) -> Question:
     for key in ("image", "question"):
         if not isinstance(data.get(key), str) or not data[key].strip():
             raise RecordError(f"'{key}' must be a non-empty string")
-    identifier, kind = data.get("id", str(number)), data.get("answer_type")
+    identifier, kind = id_text(data.get("id", number)), data.get("answer_type")
     if not isinstance(identifier, str) or not identifier:
         raise RecordError("'id' must be a non-empty string")
     if kind is not None and kind not in ANSWER_TYPES:

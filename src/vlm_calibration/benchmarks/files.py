@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, id_text
 
 MAX_NAMED = 5
 """Most examples that a message names."""
@@ -20,12 +20,14 @@ class Record(NamedTuple):
     data: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The string under a key; it may be empty.
+        """The string under a key; it may be empty. A whole number as `id` is taken as its digits.
 
         Raises:
             DataError: there is no such key, or it holds something else.
         """
         value = self.data.get(key)
+        if key == "id":
+            value = id_text(value)
         if not isinstance(value, str):
             raise self.error(f"'{key}' must be a string, found {self.shown(key)}")
         return value

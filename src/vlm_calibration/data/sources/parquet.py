@@ -136,8 +136,12 @@ class ParquetSource(QuerySource):
             if name not in schema.names:
                 raise DataError(f"{self.path}: no column {name!r}")
             kind = schema.field(name).type
-            if not (_is_text(kind) or (name == "image" and is_embedded(kind))):
-                raise DataError(f"{self.path}: the column {name!r} must be of type {wanted}, found {kind}")
+            numbered = name == "id" and pa.types.is_integer(kind)
+            if not (_is_text(kind) or numbered or (name == "image" and is_embedded(kind))):
+                also = " or whole numbers" if name == "id" else ""
+                raise DataError(
+                    f"{self.path}: the column {name!r} must be of type {wanted}{also}, found {kind}"
+                )
         for name, wanted in OPTIONAL.items():
             if name in schema.names and not _fits(schema.field(name).type, wanted):
                 found = schema.field(name).type
