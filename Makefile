@@ -108,9 +108,11 @@ STATED := --model.init_args.estimators=[]
 EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))
 ADAPTERS = $(foreach run,$(EVALUATED),"$(run)": "runs/$(run)/adapter"$(comma))
 comma := ,
+# Adapters name their base model; without any there is the demo's.
+ALONE = $(if $(strip $(EVALUATED)),,--model.init_args.base.name_or_path src/vlm_calibration/demo/model)
 
 evaluate: $(SETUP)  ## base model against the adapters in EVALUATED= on the demo's test split
-	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(ARGS)
+	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(ALONE) $(ARGS)
 
 ENTITY ?=
 PROJECT ?= vlm-calibration

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records"},
+    {"records", "arguments", "hub"},
     {"text", "perturbation", "losses", "metrics"},
     {"regions", "data", "models", "benchmarks"},
     {"estimators"},
@@ -72,11 +72,13 @@ def _is_ours_or_heavy(name: str) -> bool:
 
 
 def _at_import(path: Path) -> Iterator[str]:
-    """What importing the module imports: the statements outside functions."""
+    """What importing the module imports: the statements outside functions, and not those for type checkers."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            pending += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield from _names(node, PACKAGE)
             pending += ast.iter_child_nodes(node)
 

@@ -3,23 +3,25 @@
 `load_calibrated` asks a trained one; everything else is in the packages below.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["Answer", "choose_threshold", "load_calibrated"]
 
-
-def __getattr__(name: str) -> Any:
+if TYPE_CHECKING:
+    from vlm_calibration.app.answers import Answer, choose_threshold
+    from vlm_calibration.app.model import load_calibrated
+else:
     # The command line imports this package first, and must not wait for a deep learning framework.
-    if name == "load_calibrated":
-        from vlm_calibration.app.model import load_calibrated
+    def __getattr__(name: str) -> Any:
+        if name == "load_calibrated":
+            from vlm_calibration.app.model import load_calibrated
 
-        return load_calibrated
-    if name in ("Answer", "choose_threshold"):
-        from vlm_calibration.app import answers
+            return load_calibrated
+        if name in ("Answer", "choose_threshold"):
+            from vlm_calibration.app import answers
 
-        return getattr(answers, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(answers, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    def __dir__() -> list[str]:
+        return [*globals(), *__all__]

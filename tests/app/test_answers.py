@@ -109,3 +109,11 @@ def test_what_has_no_threshold_is_named(tmp_path: Path) -> None:
             choose_threshold(folder, wanted)
     with pytest.raises(DataError, match="cannot read the predictions"):
         choose_threshold(tmp_path / "nowhere", 0.9)
+
+
+def test_an_answer_s_text_is_short() -> None:
+    levels = {i / 100: 0.01 for i in range(100, -1, -1)}
+    answer = Answer("Yes. Confidence: 90%", "Yes", 0.9, 0.87, levels, "yes_no")
+    assert repr(answer) == (
+        "Answer(text='Yes. Confidence: 90%', answer='Yes', confidence=0.9, expected=0.87, answer_type='yes_no')"
+    )

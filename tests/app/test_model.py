@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,45 @@ from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.text.confidence import strip_confidence
+
+SNIPPET = """
+import vlm_calibration
+from vlm_calibration import Answer, load_calibrated
+
+model = load_calibrated("base", "adapter", device="cpu")
+reveal_type(load_calibrated)
+reveal_type(model.ask("a.png", "A dog?").confidence)
+load_calibrated(devise="cpu")
+vlm_calibration.load_calibratd
+"""
+
+
+def test_editors_and_type_checkers_see_the_signature(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "snippet.py").write_text(SNIPPET)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "snippet.py"]
+    environment = {**os.environ, "MYPYPATH": str(root / "src"), "MYPY_CACHE_DIR": str(root / ".mypy_cache")}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert 'Revealed type is "def (base: ' in ran.stdout, ran.stdout + ran.stderr
+    assert "-> vlm_calibration.app.model.CalibratedModel" in ran.stdout
+    assert (
+        'Revealed type is "float | None"' in ran.stdout
+        or 'Revealed type is "Union[float, None]"' in ran.stdout
+    )
+    assert 'Unexpected keyword argument "devise" for "load_calibrated"' in ran.stdout
+    assert 'has no attribute "load_calibratd"' in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda:99", "device: 'cuda:99' needs a GPU, found"),
+        ("cudda", 'device: expected "cpu", "cuda" or "cuda:N", found \'cudda\''),
+    ],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device: str, says: str) -> None:
+    with pytest.raises(DataError, match=f"^{re.escape(says)}"):
+        load_calibrated("no/model", device=device)
+
 
 SOURCE = DemoSource("test", scenes=4)
 
@@ -260,7 +301,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_calibrated()
     with pytest.raises(DataError, match=f"no adapter at {tmp_path}"):
         load_calibrated(adapter=tmp_path)
-    with pytest.raises(DataError, match="cannot load a model from the folder"):
+    with pytest.raises(DataError, match="cannot load a model from '"):
         load_calibrated(str(tmp_path))
 
 

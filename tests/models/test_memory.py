@@ -161,8 +161,8 @@ def test_more_of_anything_takes_more(model_folder: str) -> None:
 @pytest.mark.parametrize(
     ("base", "lora", "says"),
     [
-        (BaseModel("no/model"), PLAIN, "cannot find the model 'no/model': "),
-        (BaseModel("{tmp}"), PLAIN, "cannot find the model '{tmp}'"),
+        (BaseModel("no/model"), PLAIN, "cannot load a model from 'no/model': "),
+        (BaseModel("{tmp}"), PLAIN, "cannot load a model from '{tmp}'"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, base: BaseModel, lora: LoraSettings, says: str) -> None:

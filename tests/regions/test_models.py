@@ -195,7 +195,7 @@ def test_the_mask_threshold_counts(tiny: Callable[[str], str]) -> None:
 
 def test_models_that_cannot_be_used(tiny: Callable[[str], str], tmp_path: Path, model_folder: str) -> None:
     for kind in (ZeroShotDetector, PromptedSegmenter):
-        with pytest.raises(DataError, match="cannot load 'no/such-model' as AutoModelFor") as caught:
+        with pytest.raises(DataError, match="cannot load AutoModelFor.* from 'no/such-model'") as caught:
             kind("no/such-model").load(CPU)
         assert "\n" not in str(caught.value)
         with pytest.raises(DataError, match="cannot load"):

@@ -48,7 +48,8 @@ class Answer:
         confidence: as stated, in [0, 1]; None where none could be read.
         expected: the mean of all confidences that the model might have stated behind its answer, in [0, 1]; None where
             there is no answer. Greedy decoding states the most probable one.
-        distribution: confidence -> the probability that it is the one stated, highest confidence first; they sum to 1.
+        distribution: confidence -> the probability that it is the one stated, highest confidence first; they sum to 1. It
+            is not in the text of an answer.
         answer_type: the kind of question that it was taken for.
     """
 
@@ -56,7 +57,7 @@ class Answer:
     answer: str
     confidence: float | None
     expected: float | None
-    distribution: Mapping[float, float] = field(hash=False)
+    distribution: Mapping[float, float] = field(hash=False, repr=False)
     answer_type: AnswerType
 
     def confidence_of(self, estimator: str) -> float | None:

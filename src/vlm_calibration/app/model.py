@@ -11,10 +11,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from vlm_calibration.app.answers import Answer
 from vlm_calibration.app.pixels import ImageLike, pixels_of
@@ -26,14 +27,15 @@ from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_adapter
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import Levels, LinearLevels
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
-from vlm_calibration.reporting.export import find_adapter
 from vlm_calibration.text.confidence import ends_in_confidence, parse_confidence, strip_confidence
 from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -59,9 +61,10 @@ def load_calibrated(
     What the adapter's card says of its training (prompt, length of answers) holds unless it is given here.
 
     Args:
-        base: name or folder of the base model, or how to load it; None: the one that the adapter names.
-        adapter: a run directory or the folder of an adapter; None: the base model as it is, which may be one that an
-            adapter was merged into.
+        base: name or folder of the base model, or how to load it; None: the one that the adapter names, of the dtype and
+            quantisation of its training.
+        adapter: a run directory, the folder of an adapter, or its name on the Hub, `owner/name` or `owner/name@revision`;
+            None: the base model as it is, which may be one that an adapter was merged into.
         device: where to; None: a GPU if there is one.
         levels: the confidences that `Answer.distribution` ranges over; None: every whole percent, so that what a model was
             not taught to state cannot be mistaken for what it believes.
@@ -71,11 +74,13 @@ def load_calibrated(
     Raises:
         DataError: there is no such model or adapter, neither is given, or they do not belong together.
     """
-    folder = None if adapter is None else find_adapter(str(adapter))
-    model = BaseModel(base) if isinstance(base, str) else base or base_of(folder)
+    device = _usable(device)
+    folder = None if adapter is None else find_adapter(adapter)
+    if base is None and folder is None:
+        raise DataError("nothing to ask: give a base model, an adapter, or both")
+    model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
     model = replace(model, name_or_path=_located(model.name_or_path))
-    card = load_card(folder or Path(model.name_or_path)) or Card(model.name_or_path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    card = load_card(folder or _card_folder(model)) or Card(model.name_or_path)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
         loaded = loaded.to(device)
@@ -109,27 +114,39 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def base_of(adapter: Path | None) -> BaseModel:
-    """The base model that an adapter names.
-
-    Args:
-        adapter: the folder of an adapter.
+def _usable(device: str | torch.device | None) -> torch.device:
+    """The device, checked before anything is loaded; None: a GPU if there is one.
 
     Raises:
-        DataError: it names none, or there is no adapter.
+        DataError: there is no such device.
     """
-    if adapter is None:
-        raise DataError("nothing to ask: give a base model, an adapter, or both")
-    config = PeftConfig.from_pretrained(str(adapter))
-    if not config.base_model_name_or_path:
-        raise DataError(f"{adapter}: its adapter_config.json names no base model: give one")
-    return BaseModel(config.base_model_name_or_path, revision=config.revision)
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise DataError(f'device: expected "cpu", "cuda" or "cuda:N", found {device!r}') from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DataError(
+            f"device: {str(found)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
+            'can use: take "cpu", or leave it out'
+        )
+    return found
 
 
 def _located(name: str) -> str:
     """The demo's model where it is installed, also for a run that names it from the root of the repository."""
     is_demo = Path(name).parts[-3:] == DEMO_MODEL.parts[-3:]
     return str(DEMO_MODEL) if is_demo and not Path(name).exists() else name
+
+
+def _card_folder(model: BaseModel) -> Path:
+    """Where the card of a merged model lies: in its folder, or in the cache of what the Hub has."""
+    if not is_hub_name(model.name_or_path):
+        return Path(model.name_or_path)
+    with loading("a model card", model.name_or_path):
+        try:
+            return Path(hf_hub_download(model.name_or_path, FACTS, revision=model.revision)).parent
+        except EntryNotFoundError:
+            return Path(model.name_or_path)
 
 
 def _processor_of(adapter: Path | None, base: BaseModel) -> str:

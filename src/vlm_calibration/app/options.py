@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, get_args
+
+from vlm_calibration.arguments import positive
+from vlm_calibration.models.base import BaseModel, Dtype, Quantization, base_of_adapter
 
 if TYPE_CHECKING:
     from vlm_calibration.app.model import CalibratedModel
@@ -17,20 +19,14 @@ DEMO_RUNS = ("runs/dpo", "runs/sft")
 """Where the demo's adapters are after training, the one to prefer first."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose every complaint is an `ArgumentError`, which the command line reports in one line."""
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(f"vlm-calibration {command}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_model` reads."""
     group = parser.add_argument_group("model")
-    group.add_argument("--adapter", metavar="RUN", help="a run directory, or the folder of an adapter")
+    group.add_argument(
+        "--adapter",
+        metavar="RUN",
+        help="a run directory, the folder of an adapter, or its name on the Hub (owner/name, owner/name@revision)",
+    )
     group.add_argument(
         "--base",
         metavar="MODEL",
@@ -38,20 +34,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         f"with the adapter in {' or '.join(DEMO_RUNS)} if there is one)",
     )
     group.add_argument("--device", help='e.g. "cpu" or "cuda:1" (default: a GPU if there is one)')
-    # The choices are those of `BaseModel`, which would import torch to print a usage.
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    group.add_argument("--quantization", default="none", choices=["none", "int8", "nf4"])
+    trained = "(default: as the adapter was trained with, else {})"
+    group.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        help=f"of the weights {trained.format('that of the checkpoint')}",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=get_args(Quantization),
+        help=f"of the language model {trained.format('none')}",
+    )
     group.add_argument("--revision", help="branch, tag or commit of the base model on the Hub")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     group.add_argument("--max-new-tokens", type=positive, metavar="N", help="length limit of an answer")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
-    return value
 
 
 def load_model(found: argparse.Namespace) -> CalibratedModel:
@@ -61,20 +57,18 @@ def load_model(found: argparse.Namespace) -> CalibratedModel:
         DataError: see `load_calibrated`.
     """
     _quiet()
-    from vlm_calibration.app.model import DEMO_MODEL, base_of, load_calibrated
-    from vlm_calibration.models.loading import BaseModel
-    from vlm_calibration.reporting.export import find_adapter
+    from vlm_calibration.app.model import DEMO_MODEL, load_calibrated
 
     base, adapter = found.base, found.adapter
     if base is None and adapter is None:
         base, adapter = str(DEMO_MODEL), next((run for run in DEMO_RUNS if _is_trained(run)), None)
         trained = f"and the adapter in {adapter}" if adapter else "alone (`make train-sft` trains an adapter)"
         print(f"asking the demo's model {trained}", file=sys.stderr)
-    named = base_of(find_adapter(adapter)) if base is None else BaseModel(base)
+    named = base_of_adapter(adapter) if base is None else BaseModel(base)
     model = replace(
         named,
-        dtype=found.dtype,
-        quantization=found.quantization,
+        dtype=found.dtype or named.dtype,
+        quantization=found.quantization or named.quantization,
         revision=found.revision or named.revision,
         trust_remote_code=found.trust_remote_code,
     )
@@ -89,7 +83,6 @@ def _quiet() -> None:
     """Keep from the terminal what libraries say that nobody who asks a question can act on."""
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.callbacks.guard import BeforeAndAfter
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import whole_weights
 from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
@@ -24,8 +25,6 @@ from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
 
-ADAPTER = "adapter"
-"""The adapter's folder within a run directory."""
 SECRETS = ("token", "password", "secret", "api_key")
 """Ends of the names of settings that are nobody else's business."""
 
@@ -80,6 +79,7 @@ class AdapterWriter(L.Callback):
             revision=getattr(trained.model.config, "_commit_hash", None) or trained.base.revision,
             location=shown_path(Path(trainer.default_root_dir) / ADAPTER),
             trust_remote_code=trained.base.trust_remote_code,
+            dtype=trained.base.dtype,
             quantization=trained.base.quantization,
             training=_training(trained, data, trainer.global_step),
             steps=data.noise.schedule.steps,

@@ -17,9 +17,10 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vlm_calibration.callbacks.adapter import ADAPTER, AdapterWriter, constructed
+from vlm_calibration.callbacks.adapter import AdapterWriter, constructed
 from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.data.dataset import PerturbedQueries
+from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.preference import DPOModule

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +20,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vlm_calibration.callbacks.files import clear_leftovers, replacing
+from vlm_calibration.hub import first_line
 from vlm_calibration.records import DataError
 
 LAST = "last.ckpt"
@@ -59,6 +63,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise DataError(
                 f"cannot write the checkpoint {path}: {error.strerror}; an earlier one is left as it was"
             ) from error
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        """Read a checkpoint; what is raised is that of `reading`."""
+        with reading(path):
+            return super().load_checkpoint(path, *arguments, **settings)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """A checkpoint is read inside.
+
+    Raises:
+        DataError: it is damaged, or holds objects that could run code when they are read.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {found[1]}" if found else "what is no tensor, number, text or list of them"
+        raise DataError(
+            f"--ckpt_path {path}: refused as unsafe: it holds {what}, and reading that could run code; give a checkpoint "
+            "that this program wrote"
+        ) from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise DataError(
+            f"--ckpt_path {path}: not a whole checkpoint ({first_line(error)}); give another one"
+        ) from error
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -20,6 +20,7 @@ from vlm_calibration.data.raw import RawBatches, shard_count
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import EpochSampler, Place
 from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -280,13 +281,10 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         DataError: there is none of this name, or it is not one for images and text.
     """
-    try:
+    with loading("a processor", name):
         processor = AutoProcessor.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot load a processor from {name!r}: {cause}") from error
     if not hasattr(processor, "image_processor"):
         raise DataError(f"{name!r} has no image processor: it is not a vision-language model")
     return processor

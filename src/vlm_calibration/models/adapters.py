@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,9 +11,11 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlm_calibration.models.base import CONFIG, find_adapter, read_object
 from vlm_calibration.models.parts import Part, part_of
 from vlm_calibration.records import DataError
 
@@ -58,20 +62,63 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: st
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """Load adapters from folders into one model, without a copy of the base; the model itself if there are none.
+    """Load adapters into one model, without a copy of the base; the model itself if there are none.
+
+    Args:
+        adapters: name -> adapter, as for `find_adapter`.
 
     Raises:
-        DataError: a folder does not hold an adapter.
+        DataError: there is no such adapter, or it does not fit the model.
     """
     wrapped: PeftModel | None = None
-    for name, folder in adapters.items():
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise DataError(f"no adapter at {folder} (expected adapter_config.json there): train one first")
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        else:
-            wrapped.load_adapter(folder, adapter_name=name)
+    for name, adapter in adapters.items():
+        folder = find_adapter(adapter)
+        with _fitting(folder, model.name_or_path):
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                wrapped.load_adapter(str(folder), adapter_name=name)
+            _check_whole(wrapped, name, folder)
     return model if wrapped is None else wrapped
+
+
+@contextmanager
+def _fitting(folder: Path, base: str) -> Iterator[None]:
+    """What goes wrong inside is that an adapter does not fit a base model."""
+    try:
+        with warnings.catch_warnings():
+            # Of weights that the model expects and the adapter lacks peft only warns.
+            warnings.filterwarnings("error", message="(?s).*Found missing adapter keys")
+            yield
+    except (OSError, ValueError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
+        trained = read_object(folder / CONFIG).get("base_model_name_or_path")
+        raise DataError(
+            f"the adapter at {folder} does not fit the base model {base}: {_misfit(error)}; it names {trained} as its "
+            "base model: give that one, or an adapter of this one"
+        ) from error
+
+
+_SIZE = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", re.DOTALL)
+
+
+def _misfit(error: BaseException) -> str:
+    """What peft says, short: of weights that differ in size the first."""
+    if found := _SIZE.search(str(error)):
+        return f"{_layer_of(found[1])} has a weight of size {found[2]} in the adapter and {found[3]} in the model"
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else f"{text[:297]}..."
+
+
+def _check_whole(model: PeftModel, name: str, folder: Path) -> None:
+    """Check that every LoRA layer in the adapter's file has a place in the model: peft passes over those that have none."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as weights:
+        held = [key for key in weights.keys() if ".lora_A." in key]  # noqa: SIM118
+    placed = [layer for layer in _tuner_layers(model) if name in getattr(layer, "lora_A", ())]
+    if len(placed) < len(held):
+        raise ValueError(f"it holds {len(held)} layers, of which the model has {len(placed)}")
 
 
 @contextmanager
@@ -118,14 +165,15 @@ def continue_adapter(
     """Go on training a saved adapter, beside a frozen copy of it as the adapter `REFERENCE`.
 
     Args:
-        folder: the saved adapter.
+        folder: the saved adapter, as for `find_adapter`.
         parts: train only its layers in these parts of the model; None: all of them.
         reference: whether to load the copy.
 
     Raises:
-        DataError: the folder does not hold an adapter, or the adapter has no layer in the wanted parts.
+        DataError: there is no such adapter, it does not fit the model, or it has no layer in the wanted parts.
     """
     where = part_of(model)
+    folder = str(find_adapter(folder))
     wrapped = load_adapters(model, {"default": folder})
     assert isinstance(wrapped, PeftModel)
     if reference:

@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from vlm_calibration.hub import first_line, loading
 from vlm_calibration.models.adapters import load_adapters
-from vlm_calibration.models.loading import BaseModel, Dtype, first_line, load_base
+from vlm_calibration.models.base import BaseModel, Dtype
+from vlm_calibration.models.loading import load_base
 from vlm_calibration.records import DataError
 
 
@@ -101,12 +103,10 @@ def _same(weight: Tensor, other: Tensor | None) -> bool:
 
 
 def _target_dtype(base: BaseModel, dtype: Dtype) -> torch.dtype:
-    try:
+    with loading("a model", base.name_or_path):
         config = AutoConfig.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot load a model from {base.name_or_path!r}: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
             f"the base model {base.name_or_path!r} is stored quantised, nothing can be merged into it: name the one in full "

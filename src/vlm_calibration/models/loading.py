@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
+from vlm_calibration import hub
+from vlm_calibration.models.base import BaseModel, Dtype, Quantization
 from vlm_calibration.models.parts import part_of
-from vlm_calibration.records import DataError
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["none", "int8", "nf4"]
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Which base model to load, and how.
-
-    Args:
-        name_or_path: name on the Hub, or a folder that `from_pretrained` reads.
-        dtype: of the weights, and of the arithmetic on quantised ones; "auto" keeps what the checkpoint says.
-        quantization: of the language model's linear layers, through bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339)
-            or "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
-        attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' choice.
-        revision: branch, tag or commit on the Hub.
-        trust_remote_code: run modelling code that comes with the checkpoint.
-    """
-
-    name_or_path: str
-    dtype: Dtype = "auto"
-    quantization: Quantization = "none"
-    attn_implementation: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def load_vlm(
@@ -71,7 +45,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
         "dtype": base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
         "attn_implementation": base.attn_implementation,
     }
-    try:
+    with hub.loading("a model", base.name_or_path):
         if base.quantization != "none":
             settings |= {"quantization_config": _quantization(base), "device_map": {"": device}}
         model = AutoModelForImageTextToText.from_pretrained(
@@ -80,11 +54,6 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
             trust_remote_code=base.trust_remote_code,
             **settings,
         )
-    except (OSError, ValueError, ImportError) as error:
-        kind = "folder" if Path(base.name_or_path).exists() else "name on the Hub or folder"
-        raise DataError(
-            f"cannot load a model from the {kind} {base.name_or_path!r}: {first_line(error)}"
-        ) from error
     if base.quantization == "nf4":
         _keep_layout(model)
     return model
@@ -102,13 +71,14 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
     """The architecture alone: the model with parameters that have shapes but no values, and take no memory.
 
     Raises:
-        OSError, ValueError: there is no such model.
+        DataError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(
-        base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
+    with hub.loading("a model", base.name_or_path):
+        config = AutoConfig.from_pretrained(
+            base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
 
 
 def quantised_layers(model: PreTrainedModel) -> list[str]:
@@ -146,7 +116,3 @@ def _keep_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,9 +22,8 @@ from vlm_calibration.models.activations import (
     worst_moment,
 )
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.loading import BaseModel, Quantization, empty_vlm, first_line, quantised_layers
+from vlm_calibration.models.loading import BaseModel, Quantization, empty_vlm, quantised_layers
 from vlm_calibration.models.parts import Part
-from vlm_calibration.records import DataError
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,7 @@ class _QuantisedProduct(torch.autograd.Function):
 
 def _adapted(base: BaseModel, lora: LoraSettings, step: TrainingStep) -> Any:
     """The architecture with its adapter, in train mode, each parameter of the dtype that it has in training."""
-    try:
-        model = empty_vlm(base)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot find the model {base.name_or_path!r}: {first_line(error)}") from error
+    model = empty_vlm(base)
     stated = model.config.dtype or torch.float32
     dtype = stated if base.dtype == "auto" else getattr(torch, base.dtype)
     # In `auto` bitsandbytes computes in bfloat16; peft turns into float32 what is not quantised.

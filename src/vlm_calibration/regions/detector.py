@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from vlm_calibration.models.loading import Dtype, first_line
+from vlm_calibration.hub import loading
+from vlm_calibration.models.base import Dtype
 from vlm_calibration.records import DataError
 
 Box = tuple[float, float, float, float]
@@ -201,11 +202,9 @@ def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]
     name = settings.name_or_path
     origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    try:
+    with loading(kind.__name__, name):
         model = kind.from_pretrained(name, dtype=dtype, **origin)
         processor = AutoProcessor.from_pretrained(name, **origin)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot load {name!r} as {kind.__name__}: {first_line(error)}") from error
     return model.eval().to(device), processor
 
 

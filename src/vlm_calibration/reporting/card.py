@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from vlm_calibration.models.base import FACTS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import COLUMNS
 
-TEXT, FACTS = "README.md", "calibration.json"
+TEXT = "README.md"
 DIGEST = "readme_sha256"
 EXAMPLE = "Is there a dog in the image?"
 """The question that cards show."""
@@ -33,7 +34,7 @@ class Card:
         location: where the weights are: a folder, or a name on the Hub.
         merged: whether these are the weights of the whole model, with the adapter in them.
         trust_remote_code: whether loading the base needs it.
-        quantization: of the base in training, as `BaseModel` has it.
+        dtype, quantization: of the base in training, as `BaseModel` has it.
         training: name -> what was trained on what: stage, adapter, data, noise.
         steps: of the noise schedule, T.
         levels: answer type -> pairs of noise step and the confidence in [0, 1] that was taught there.
@@ -48,6 +49,7 @@ class Card:
     location: str = "."
     merged: bool = False
     trust_remote_code: bool = False
+    dtype: str = "auto"
     quantization: str = "none"
     training: dict[str, str] = field(default_factory=dict)
     steps: int | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,11 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm_calibration.callbacks.adapter import ADAPTER, shown_path
+from vlm_calibration.arguments import explained_errors
 from vlm_calibration.callbacks.files import replacing, write_json
-from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.models.export import merge_adapter, save_merged
-from vlm_calibration.models.loading import BaseModel, Dtype
+from vlm_calibration.models.base import CONFIG, BaseModel, Dtype, base_of_adapter, find_adapter, read_object
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, save_card
-from vlm_calibration.reporting.hub import check_hub, push
-
-CONFIG = "adapter_config.json"
 
 
 def export(
@@ -42,7 +36,7 @@ def export(
     """Export an adapter, or the model that it makes of its base, with a model card.
 
     Args:
-        run: a run directory, or the folder of an adapter.
+        run: a run directory, the folder of an adapter, or its name on the Hub.
         out: folder to write to.
         merge: merge the adapter into its base model, and export the whole model. This takes 4 bytes of memory a parameter.
         dtype: of merged weights; "auto": that of the base's checkpoint.
@@ -57,6 +51,10 @@ def export(
     Raises:
         DataError: there is no adapter, it cannot be merged, `out` holds something, or the Hub refuses.
     """
+    # Lightning and transformers take seconds to import, which the help need not wait for.
+    from vlm_calibration.callbacks.adapter import shown_path
+    from vlm_calibration.reporting.hub import check_hub, push
+
     adapter = find_adapter(run)
     model = _base_of(adapter, base, base_revision, trust_remote_code)
     if push_to_hub is not None:
@@ -79,40 +77,10 @@ def export(
         print(f"pushed to {push_to_hub}")
 
 
-def find_adapter(run: str) -> Path:
-    """The adapter's folder: this one, or `adapter` in it.
-
-    Raises:
-        DataError: neither holds an adapter.
-    """
-    for folder in (Path(run), Path(run) / ADAPTER):
-        if (folder / CONFIG).is_file():
-            return folder
-    raise DataError(
-        f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
-    )
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    path = adapter / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return config
-
-
 def _base_of(adapter: Path, base: str | None, revision: str | None, trust_remote_code: bool) -> BaseModel:
     """The base model, as asked for or as the adapter names it."""
-    config = _config(adapter)
-    if base is None:
-        base = config.get("base_model_name_or_path")
-        revision = revision or config.get("revision")
-    if not base:
-        raise DataError(f"{adapter / CONFIG}: it names no base model: give --base")
-    return BaseModel(base, revision=revision, trust_remote_code=trust_remote_code)
+    named = base_of_adapter(adapter) if base is None else BaseModel(base)
+    return replace(named, revision=revision or named.revision, trust_remote_code=trust_remote_code)
 
 
 def _check_out(out: Path, adapter: Path, base: str, overwrite: bool) -> None:
@@ -142,7 +110,7 @@ def _written(out: str | None) -> Iterator[Path]:
 
 def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) -> None:
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    config = _config(adapter)
+    config = read_object(adapter / CONFIG)
     named = {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
     if any(config.get(key) != value for key, value in named.items()):
         write_json(folder / CONFIG, {**config, **named})
@@ -152,6 +120,8 @@ def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) 
 
 
 def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, location: str) -> None:
+    from vlm_calibration.models.export import merge_adapter, save_merged
+
     if is_edited(adapter):
         print(
             f"{adapter / TEXT} is not as training wrote it: the merged model gets a card without what is in it"
@@ -171,11 +141,18 @@ def _card(adapter: Path, base: BaseModel, location: str) -> Card:
 
 def _processor(adapter: Path, base: BaseModel) -> Any:
     """The processor that lies beside the adapter, or else that of its base."""
+    from vlm_calibration.data.module import load_processor
+
     own = any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     source, revision = (str(adapter), None) if own else (base.name_or_path, base.revision)
-    return PerturbedQueryDataModule(
-        source, revision=revision, trust_remote_code=base.trust_remote_code
-    ).processor
+    return load_processor(source, revision, base.trust_remote_code)
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `export`."""
+    parser = ArgumentParser(prog="vlm-calibration export", exit_on_error=False, allow_abbrev=False)
+    parser.add_function_arguments(export, as_positional=True)
+    return parser
 
 
 def export_command(args: Sequence[str]) -> None:
@@ -184,9 +161,8 @@ def export_command(args: Sequence[str]) -> None:
     Raises:
         ArgumentError: a setting is unknown or has a wrong value, or there is nowhere to export to.
     """
-    parser = ArgumentParser(prog="vlm-calibration export", exit_on_error=False, allow_abbrev=False)
-    parser.add_function_arguments(export, as_positional=True)
-    settings = parser.parse_args(_spelled_out(args)).as_dict()
+    with explained_errors(parser := export_parser()):
+        settings = parser.parse_args(_spelled_out(args)).as_dict()
     if settings["out"] is None and settings["push_to_hub"] is None:
         raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")
     export(**settings)

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from vlm_calibration.models.loading import first_line
+from vlm_calibration.hub import first_line, is_hub_name
 from vlm_calibration.records import DataError
 
 
@@ -25,7 +25,7 @@ def check_hub(name: str, base: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise DataError(f"--push-to-hub {name}: {first_line(error)}") from error
-    if not _is_hub_name(base):
+    if not is_hub_name(base):
         raise DataError(
             f"the base model {base} is a folder, which means nothing on the Hub: give its name there with --base"
         )
@@ -53,11 +53,3 @@ def push(folder: Path, name: str, private: bool = False, revision: str | None = 
     except (OSError, ValueError, HTTPError) as error:
         # What the Hub has against the card is on lines of its own.
         raise DataError(f"cannot push to {name}: {' '.join(str(error).split())}") from error
-
-
-def _is_hub_name(model: str) -> bool:
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return not Path(model).exists()

@@ -22,7 +22,8 @@ from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPredicti
 from vlm_calibration.estimators.scoring import EstimateScorer
 from vlm_calibration.estimators.verbal import VerbalizedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
+from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
 from vlm_calibration.records import DataError, category_groups
@@ -45,8 +46,8 @@ class EvaluationModule(L.LightningModule):
     All systems meet the same images in the same batches, and share one copy of the base model.
 
     Args:
-        base: the base model.
-        adapters: name -> folder of a peft adapter.
+        base: the base model; None: the one that the adapters name, of the dtype and quantisation of their training.
+        adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
         oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers,
             stated with the base model's measured accuracy at the true noise step. It knows the amount of noise, which
@@ -66,7 +67,7 @@ class EvaluationModule(L.LightningModule):
 
     def __init__(
         self,
-        base: BaseModel,
+        base: BaseModel | None = None,
         adapters: dict[str, str] | None = None,
         with_base: bool = True,
         oracle_levels: str | None = None,
@@ -74,8 +75,8 @@ class EvaluationModule(L.LightningModule):
         estimators: list[Estimator] | None = None,
     ) -> None:
         super().__init__()
-        self.base = base
-        self.adapters = dict(adapters or {})
+        self.adapters = {name: str(find_adapter(adapter)) for name, adapter in (adapters or {}).items()}
+        self.base = base or base_of_adapters(self.adapters)
         for name in self.adapters:
             if name in (BASE, ORACLE):
                 raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
@@ -106,6 +107,11 @@ class EvaluationModule(L.LightningModule):
                 .requires_grad_(False)
                 .eval()
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        raise DataError(
+            "--ckpt_path: an evaluation reads adapters, not checkpoints: give model.init_args.adapters"
+        )
 
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]

@@ -53,6 +53,7 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.recalibration import fit_recalibration
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
+    check_trained,
     keep_trained,
     log_results,
     no_loss,
@@ -302,6 +303,7 @@ class DPOModule(L.LightningModule):
         checkpoint["recalibration"] = None if self.recalibration is None else dict(self.recalibration.knots)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_trained(self, checkpoint)
         knots = checkpoint.get("recalibration")
         self.recalibration = None if knots is None else IsotonicMap(knots)
 

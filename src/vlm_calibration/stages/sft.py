@@ -24,6 +24,7 @@ from vlm_calibration.stages.device import device_of, ready_to_train
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
+    check_trained,
     keep_trained,
     log_results,
     no_loss,
@@ -139,3 +140,6 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_trained(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_trained(self, checkpoint)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.scoring import Results
 
@@ -25,6 +26,22 @@ def keep_trained(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Leave only what is trained in a checkpoint; the frozen rest comes from where it came from."""
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def check_trained(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint holds what is trained here, before any of it is loaded.
+
+    Raises:
+        DataError: it is one of another model or adapter.
+    """
+    wanted = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    found = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        there, here = (shapes.get(wrong[0], "missing") for shapes in (found, wanted))
+        raise DataError(
+            f"--ckpt_path: a checkpoint of another model or adapter: {len(wrong)} of its and this model's trained weights "
+            f"differ, the first is {wrong[0]}, there {there}, here {here}; give the settings of the run that wrote it"
+        )
 
 
 def optimizers_of(module: L.LightningModule, settings: OptimizerSettings) -> dict[str, Any]:

@@ -1,0 +1,266 @@
+"""The Hub as a user meets it: out of reach, which is one line at once, and in reach, with an adapter that `export` pushed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from vlm_calibration import hub
+from vlm_calibration.models.base import CONFIG, FACTS, base_of_adapter, base_of_adapters, find_adapter
+from vlm_calibration.records import DataError
+
+from .command_line import ERROR, LIMIT, Ended
+
+NOWHERE = "http://127.0.0.1:9"
+"""Nothing listens there, so that a connection is refused at once."""
+
+
+def _cold(folder: Path, *command: str, **environment: str) -> Ended:
+    """The command in a process of its own, with a cache of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--base", "org/model"), ("--adapter", "org/adapter")], ids=["a base model", "an adapter"]
+)
+def test_out_of_reach_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    ended = _cold(tmp_path, "ask", "a.png", "A dog?", *arguments, HF_ENDPOINT=NOWHERE)
+    assert f"{NOWHERE} cannot be reached (Connection refused)" in ended.error()
+    assert f"it is not in the cache {tmp_path}/cache/hub" in ended.error()
+    assert arguments[1] in ended.error()
+    assert ended.err == f"{ERROR}{ended.error()}\n", "no line of retries"
+
+
+def test_out_of_reach_does_not_wait(tmp_path: Path, fit: Callable[..., list[str]]) -> None:
+    began = time.monotonic()
+    settings = ("--model.init_args.base.name_or_path", "org/model", "--data.workers", "0")
+    ended = _cold(tmp_path, *fit(), *settings, HF_ENDPOINT=NOWHERE)
+    assert ended.error().startswith("cannot load a processor from 'org/model': there is no such folder, ")
+    assert "Retry" not in ended.err
+    assert time.monotonic() - began < 100, (
+        "with its five retries for each file it takes more on an idle machine"
+    )
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "/no/such/folder", "./none", "a b"])
+def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing(name: str) -> None:
+    says = "there is no such folder, and a name on the Hub has the form owner/model"
+    with pytest.raises(DataError, match=says), hub.loading("a model", name):
+        raise OSError("not found")
+
+
+def test_a_proxy_is_left_to_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    hub._why_offline.cache_clear()
+    try:
+        assert hub._why_offline() is None
+        assert not constants.HF_HUB_OFFLINE
+    finally:
+        hub._why_offline.cache_clear()
+
+
+# --- In reach -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[str, Path], str]]:
+    """Serves folders as repositories of the Hub, each at one commit; the address."""
+    repositories: dict[str, Path] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET(body=False)
+
+        def do_GET(self, body: bool = True) -> None:
+            path = self.path.split("?")[0]
+            api = re.fullmatch(r"/api/models/([\w-]+/[\w-]+)(/revision/(\w+))?", path)
+            file = re.fullmatch(r"/([\w-]+/[\w-]+)/resolve/(\w+)/(.+)", path)
+            if api and api[1] in repositories and api[3] in (None, "main", "v2", COMMIT):
+                names = sorted(p.name for p in repositories[api[1]].iterdir())
+                info = {
+                    "id": api[1],
+                    "modelId": api[1],
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": n} for n in names],
+                }
+                self._answer(json.dumps(info).encode(), body)
+            elif (tree := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/tree/\w+", path)) and tree[
+                1
+            ] in repositories:
+                files = sorted(repositories[tree[1]].iterdir())
+                listed = [
+                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _digest(p.read_bytes())}
+                    for p in files
+                ]
+                self._answer(json.dumps(listed).encode(), body)
+            elif file and (found := repositories.get(file[1], Path("none")) / file[3]).is_file():
+                self._answer(found.read_bytes(), body)
+            else:
+                kind = "EntryNotFound" if file and file[1] in repositories else "RepoNotFound"
+                self._answer(b"{}", body, 404, {"X-Error-Code": kind})
+
+        def _answer(
+            self, content: bytes, body: bool, status: int = 200, headers: dict[str, str] | None = None
+        ) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{_digest(content)}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+
+        def serving(name: str, folder: Path) -> str:
+            repositories[name] = folder
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield serving
+        server.shutdown()
+        thread.join()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_an_adapter_by_its_name_on_the_hub(
+    serve: Callable[[str, Path], str], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    """It answers as it does from its folder, also from the cache alone."""
+    adapter = new_adapter(5)
+    address = serve("org/mine", Path(adapter))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    command = ("ask", "a.png", "A dog?", "--json", "--max-new-tokens", "5", "--adapter")
+    local = _cold(tmp_path, *command, adapter)
+    assert local.status == 0, local.err
+    answers = []
+    for name, endpoint in (("org/mine", address), ("org/mine@v2", address), ("org/mine", NOWHERE)):
+        ended = _cold(tmp_path, *command, name, HF_ENDPOINT=endpoint)
+        assert ended.status == 0, ended.err
+        answers.append({**json.loads(ended.out), "model": None})
+    assert answers == 3 * [{**json.loads(local.out), "model": None}]
+    missing = _cold(tmp_path, *command, "org/none", HF_ENDPOINT=address)
+    assert missing.error().startswith("no adapter at org/none ")
+
+
+def test_a_repository_without_an_adapter(
+    serve: Callable[[str, Path], str], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(new_adapter(5), folder)
+    (folder / CONFIG).unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    ended = _cold(
+        tmp_path, "ask", "a.png", "?", "--adapter", "org/bare", HF_ENDPOINT=serve("org/bare", folder)
+    )
+    assert ended.error() == f"no adapter at org/bare: the repository on the Hub has no {CONFIG}"
+
+
+def test_a_folder_goes_before_the_hub(
+    new_adapter: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(new_adapter(1), "runs/sft/adapter")
+    for name in ("runs/sft", "runs/sft/adapter"):
+        assert find_adapter(name) == Path("runs/sft/adapter")
+    Path("runs/empty").mkdir()
+    with pytest.raises(DataError, match="no adapter at runs/empty .*: train one first$"):
+        find_adapter("runs/empty")
+
+
+# --- What an adapter says of its base -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (None, ("auto", "none")),
+        ({}, ("auto", "none")),
+        ({"quantization": "nf4"}, ("auto", "nf4")),
+        ({"dtype": "bfloat16", "quantization": "none"}, ("bfloat16", "none")),
+    ],
+)
+def test_the_base_is_loaded_as_in_training(
+    new_adapter: Callable[..., str], model_folder: str, card: dict[str, str] | None, expected: tuple[str, str]
+) -> None:
+    folder = Path(new_adapter(1))
+    if card is not None:
+        (folder / FACTS).write_text(json.dumps(card))
+    base = base_of_adapter(folder)
+    assert (base.dtype, base.quantization) == expected
+    assert (base.name_or_path, base.trust_remote_code) == (model_folder, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        (CONFIG, "{", "{folder}/adapter_config.json: not JSON: "),
+        (CONFIG, "[]", "{folder}/adapter_config.json: expected a JSON object"),
+        (CONFIG, "{}", "{folder}/adapter_config.json: it names no base model"),
+        (
+            FACTS,
+            '{"dtype": "bf16"}',
+            "{folder}/calibration.json: dtype must be one of auto, float32, bfloat16",
+        ),
+    ],
+)
+def test_what_an_adapter_says_wrong_is_named(
+    new_adapter: Callable[..., str], file: str, content: str, says: str
+) -> None:
+    folder = Path(new_adapter(1))
+    (folder / file).write_text(content)
+    with pytest.raises(DataError, match=f"^{re.escape(says.format(folder=folder))}"):
+        base_of_adapter(folder)
+
+
+def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
+    """One without a card goes along with the dtype of another; two that name different ones do not agree."""
+    one, two, three = (Path(new_adapter(seed)) for seed in (1, 2, 3))
+    (two / FACTS).write_text('{"dtype": "bfloat16"}')
+    assert base_of_adapters({"one": str(one), "two": str(two)}).dtype == "bfloat16"
+    for card, says in (
+        ('{"dtype": "float32"}', r"'two' and 'three' .* \(bfloat16\) and .* \(float32\)"),
+        ('{"dtype": "bfloat16", "quantization": "nf4"}', r"\(bfloat16\) and .* \(bfloat16, nf4\)"),
+    ):
+        (three / FACTS).write_text(card)
+        with pytest.raises(DataError, match=says):
+            base_of_adapters({"one": str(one), "two": str(two), "three": str(three)})
