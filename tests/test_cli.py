@@ -23,7 +23,9 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
+from vlm_calibration.demo.architecture import build_model
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 
 from .command_line import LIMIT, Ended, Server
@@ -151,8 +153,71 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        (["fiit"], "unknown command 'fiit': expected one of fit, validate, test", 2),
-        (["levels"], "usage: vlm-calibration levels fit", 1),
+        (["fiit"], "unknown command 'fiit' (did you mean fit?): expected one of fit, validate, test", 2),
+        (["levels"], "required: COMMAND; see `vlm-calibration levels --help`", 2),
+        (["levels", "fti"], "(did you mean fit?)", 2),
+        (["data", "inspct"], "(did you mean inspect?)", 2),
+        (["data", "inspect"], "nothing to inspect: give --config FILE", 2),
+        (["score", "amberr"], "(did you mean amber?)", 2),
+        (
+            ["ask", "a.png", "A dog?", "--adaptor", "runs/sft"],
+            "unknown setting adaptor (did you mean adapter?)",
+            2,
+        ),
+        (["export", "runs/sft", "--merg"], "unknown setting merg (did you mean merge?)", 2),
+        (
+            ["report", "runs/eval", "--replicate", "9"],
+            "unknown setting replicate (did you mean replicates?)",
+            2,
+        ),
+        (["dashboard", "--entty", "me"], "unknown setting entty (did you mean entity?)", 2),
+        (["estimate", "--token", "7"], "unknown setting token", 2),
+        (
+            ["fit", "--trainer.max_step", "3"],
+            "unknown setting trainer.max_step (did you mean trainer.max_steps?)",
+            2,
+        ),
+        (
+            ["fit", "--model.init_args.confidence_weigth", "3"],
+            "unknown setting model.init_args.confidence_weigth (did you mean confidence_weight?)",
+            2,
+        ),
+        (
+            ["fit", "--config", "unknown.yaml"],
+            "unknown setting data.bach_size (did you mean data.batch_size?)",
+            2,
+        ),
+        (
+            ["fit", "--data.noise.levels", "AnchoredLevel"],
+            "there is no 'AnchoredLevel' (did you mean AnchoredLevels?)",
+            2,
+        ),
+        (
+            ["fit", "--model.init_args.optimizer.lr", "fast"],
+            "model.init_args.optimizer.lr: expected a number, found 'fast'",
+            2,
+        ),
+        (
+            ["fit", "--model.init_args.lora.parts", "[langage]"],
+            "model.init_args.lora.parts: expected one of language, tower, projector, found 'langage' (did you mean language?)",
+            2,
+        ),
+        (
+            ["fit", "--data.pairs.n_rejected", "x"],
+            "data.pairs.n_rejected: expected a whole number, found 'x'",
+            2,
+        ),
+        (
+            ["test", "--model", "EvaluationModule", "--model.base.dtype", "float32"],
+            "model.init_args.base: needs name_or_path",
+            2,
+        ),
+        (["fit", "--trainer.precision", "bf17"], "or one of 64, 32, 16, bf16, found 'bf17'", 2),
+        (
+            ["fit", "--config", "{root}/configs/trainer/ddp.yaml"],
+            "trainer.accelerator: gpu, but this PyTorch",
+            1,
+        ),
         (["fit", "--config", "none.yaml"], "none.yaml", 2),
         (["fit", "--config", "broken.yaml"], "parsing config", 2),
         (
@@ -166,7 +231,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
             "none.json",
             1,
         ),
-        (["fit", "--data.train.class_path", "no.Source"], "no.Source", 2),
+        (["fit", "--data.train.class_path", "no.Source"], "data.train: there is no 'no", 2),
         (
             ["fit", "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"],
             "LearningRateMonitor",
@@ -180,14 +245,16 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
 def test_a_mistake_in_the_call(
     run: Callable[..., Ended],
     fit: Callable[..., list[str]],
+    root: Path,
     tmp_path: Path,
     arguments: list[str],
     says: str,
     status: int,
 ) -> None:
     (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 3\n")
+    (tmp_path / "unknown.yaml").write_text("data: {bach_size: 3}\n")
     base = fit()[1:] if arguments[0] in ("fit", "validate") else []
-    ended = run(arguments[0], *base, *arguments[1:])
+    ended = run(arguments[0], *base, *(word.replace("{root}", str(root)) for word in arguments[1:]))
     assert says in ended.error()
     assert ended.status == status
 
@@ -256,6 +323,137 @@ def test_no_adapter(run: Callable[..., Ended], model_folder: str, tmp_path: Path
     ended = run(*_evaluation(model_folder, tmp_path, {"sft": "runs/none/adapter"}))
     assert ended.error().startswith("no adapter at runs/none/adapter")
     assert ended.status == 1
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
+    """A model of the demo's architecture, but wider, with its processor."""
+    folder = tmp_path_factory.mktemp("other")
+    config = build_model(processor).config
+    config.text_config.hidden_size *= 2
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def _without_base(arguments: list[str]) -> list[str]:
+    """The same evaluation with a configuration that names no base model."""
+    path = Path(arguments[2])
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del config["model"]["init_args"]["base"]
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return arguments
+
+
+@pytest.mark.parametrize("command", ["test", "ask", "dpo"])
+def test_an_adapter_of_another_base_model(
+    run: Callable[..., Ended],
+    fit: Callable[..., list[str]],
+    model_folder: str,
+    other_model: str,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+    command: str,
+) -> None:
+    adapter = new_adapter(1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    settings = {
+        "test": _evaluation(other_model, tmp_path, {"one": adapter}),
+        "ask": ["ask", "a.png", "A dog?", "--base", other_model, "--adapter", adapter],
+        "dpo": [
+            *fit("dpo"),
+            "--model.init_args.adapter",
+            adapter,
+            "--model.init_args.base.name_or_path",
+            other_model,
+        ],
+    }
+    ended = run(*settings[command])
+    assert ended.status == 1
+    assert ended.error().startswith(
+        f"the adapter at {adapter} does not fit the base model {other_model}: model."
+    )
+    assert ended.error().endswith(
+        f"in the model; it names {model_folder} as its base model: give that one, or an adapter of this one"
+    )
+
+
+def test_the_base_model_is_the_one_that_the_adapters_name(
+    run: Callable[..., Ended],
+    model_folder: str,
+    other_model: str,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    adapters = {"one": new_adapter(1)}
+    named = run(*_evaluation(model_folder, tmp_path, adapters, scenes=1))
+    assert named.status == 0, named.err
+    (tmp_path / "eval").rename(tmp_path / "named")
+    ended = run(*_without_base(_evaluation(model_folder, tmp_path, adapters, scenes=1)))
+    assert ended.status == 0, ended.err
+    for name in ("base/predictions.jsonl", "one/predictions.jsonl", "one/metrics.json"):
+        assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
+    again = run("test", "--config", "eval/config.yaml", "--trainer.default_root_dir", "again")
+    assert again.status == 0, again.err
+
+
+def test_no_base_model_is_named(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
+    ended = run(*_without_base(_evaluation(model_folder, tmp_path, {})))
+    assert ended.error() == (
+        "no base model: there is no adapter that names one; give model.init_args.base.name_or_path, or adapters"
+    )
+    assert ended.status == 1
+    assert not (tmp_path / "eval").exists()
+
+
+def test_adapters_of_two_base_models(
+    run: Callable[..., Ended],
+    model_folder: str,
+    other_model: str,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    other = Path(new_adapter(2))
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": other_model}))
+    ended = run(
+        *_without_base(_evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": str(other)}))
+    )
+    assert ended.error().startswith(
+        f"the adapters 'one' and 'two' are of different base models: {model_folder} (auto) and {other_model} (auto); "
+    )
+    assert not (tmp_path / "eval").exists(), "told before anything is loaded or written"
+
+
+class Opens:
+    """What a checkpoint must not hold: reading it would call `open`."""
+
+    def __reduce__(self) -> Any:
+        return open, ("opened", "w")
+
+
+def test_a_checkpoint_that_cannot_be_resumed(
+    run: Callable[..., Ended], fit: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert run(*fit()).status == 0
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    torch.save({**torch.load(last, weights_only=True), "more": Opens()}, tmp_path / "unsafe.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(last.read_bytes()[:5000])
+    longer = ("--trainer.max_steps", "4", "--trainer.default_root_dir", "other")
+    for checkpoint, settings, says in (
+        (last, ("--model.init_args.lora.r", "8"), "--ckpt_path: a checkpoint of another model or adapter: "),
+        (
+            last,
+            ("--model.init_args.lora.parts", "[projector]"),
+            "--ckpt_path: a checkpoint of another model or adapter: ",
+        ),
+        ("unsafe.ckpt", (), "--ckpt_path unsafe.ckpt: refused as unsafe: "),
+        ("half.ckpt", (), "--ckpt_path half.ckpt: not a whole checkpoint ("),
+    ):
+        ended = run(*fit(), *longer, *settings, "--ckpt_path", str(checkpoint))
+        assert says in ended.error()
+        assert ended.status == 1
+    assert not (tmp_path / "opened").exists()
 
 
 def test_stage_2_without_stage_1(run: Callable[..., Ended], fit: Callable[..., list[str]]) -> None:
@@ -398,6 +596,19 @@ def test_levels_fit_writes_a_table(
     assert ended.out.splitlines()[-1] == "wrote levels.json"
     rows = AnchoredLevels(tmp_path / "levels.json").table.counts
     assert {kind: {row.n for row in counts} for kind, counts in rows.items()} == {"yes_no": {2}, "short": {1}}
+
+
+def test_runs_heed_ctrl_c_where_the_suite_itself_ignores_it(root: Path, tmp_path: Path) -> None:
+    """As one that a script has started in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = Server(root, tmp_path)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        server.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    [ignored] = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:")]
+    assert not ignored >> (signal.SIGINT - 1) & 1
 
 
 def _children(pid: int) -> list[int]:

@@ -6,6 +6,7 @@ the folder; a file in a folder that is not known here is a failure, so that none
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -70,6 +71,13 @@ class ParsingCLI(CalibrationCLI):
         pass
 
 
+class InstantiatingCLI(CalibrationCLI):
+    """Makes the objects; nothing is run."""
+
+    def _run_subcommand(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def parse() -> Callable[[list[str]], Any]:
     """Arguments to the configuration of their subcommand. The parser takes seconds to build, so it is built once."""
@@ -95,9 +103,22 @@ def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[st
     written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
     assert missing == [], "what the file says is what the command gets"
-    # Region extraction has no base model to take the processor of.
-    if "base" in config.model.init_args:
-        assert config.data.processor == config.model.init_args.base.name_or_path
+    assert "processor" not in config.data, "the module's base model decides"
+
+
+def test_the_processor_is_that_of_the_module_s_base_model(
+    model_folder: str, new_adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation has it from the adapters."""
+    named = ("--model.init_args.base.name_or_path", model_folder, "--model.init_args.base.revision", "v2")
+    adapters = ("--model.init_args.adapters", json.dumps({"one": new_adapter(1)}))
+    for command, config, settings, revision in (
+        ("fit", SFT, named, "v2"),
+        ("test", CONFIGS / "eval/pope.yaml", adapters, None),
+    ):
+        monkeypatch.setattr(sys, "argv", ["vlm-calibration", command, "--config", str(config), *settings])
+        data = InstantiatingCLI().datamodule
+        assert (data.processor_name, data.revision) == (model_folder, revision)
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

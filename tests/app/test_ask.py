@@ -321,7 +321,7 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["a.png", "A dog?", "--by", "expected"], "--by is for --accuracy"),
         (["a.png", "A dog?", "--review-below", "80"], r"--review-below must be in [0, 1], found 80.0"),
         (["a.png", "A dog?", "--batch-size", "0"], "must be at least 1"),
-        (["a.png", "A dog?", "--adaptor", "x"], "unrecognized arguments: --adaptor x"),
+        (["a.png", "A dog?", "--adaptor", "x"], "unknown setting adaptor (did you mean adapter?)"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says: str) -> None:
@@ -334,7 +334,11 @@ def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says:
     ("arguments", "says"),
     [
         (["a.png", "A dog?", "--adapter", "nowhere"], "no adapter at nowhere"),
-        (["a.png", "A dog?", "--base", "no/where"], "cannot load a model from the name on the Hub"),
+        (["a.png", "A dog?", "--device", "cuda:99"], "device: 'cuda:99' needs a GPU, found "),
+        (
+            ["a.png", "A dog?", "--base", "no/where"],
+            "cannot load a model from 'no/where': there is no such folder, HF_HUB_OFFLINE is set",
+        ),
         (["nowhere.png", "A dog?"], "nowhere.png: no such file"),
         (["--questions", "nowhere.jsonl", "--out", "b"], "nowhere.jsonl: cannot be read: No such file"),
         (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot read the predictions"),

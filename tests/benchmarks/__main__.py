@@ -15,6 +15,7 @@ from tests.benchmarks.machine import processor, setting
 BENCHMARKS = {
     "perturbation": "Region noise",
     "metrics": "Calibration metrics",
+    "startup": "Until a page of help is there",
     "streaming": "A million records in the data module",
     "phrases": "Phrases of key objects",
     "wandb_overhead": "Logging to W&B",

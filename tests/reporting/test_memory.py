@@ -18,7 +18,6 @@ from vlm_calibration.reporting.memory import (
     STATE_BYTES,
     memory_line,
     memory_of,
-    split_tokens,
     training_step,
 )
 from vlm_calibration.stages.optimization import OptimizerSettings
@@ -124,7 +123,7 @@ def test_the_command(
     assert "as given by --tokens" in out
     assert main([*arguments, "--model.init_args.base.name_or_path", "no/model"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("vlm-calibration: error: cannot find the model 'no/model': ")
+    assert error.startswith("vlm-calibration: error: cannot load a model from 'no/model': ")
 
 
 def test_settings_of_a_step(parse: Callable[..., Any]) -> None:
@@ -177,12 +176,21 @@ def test_a_module_that_trains_no_adapter(parse: Callable[..., Any]) -> None:
         memory_of(config, training_step(config))
 
 
-def test_tokens_are_told_from_the_settings() -> None:
-    assert split_tokens(["--config", "a.yaml"]) == (None, ["--config", "a.yaml"])
-    assert split_tokens(["--tokens=7", "--data.batch_size", "2"]) == (7, ["--data.batch_size", "2"])
-    for given, says in (
-        ("x", "--tokens: invalid int value: 'x'"),
-        ("0", "--tokens must be at least 1, found 0"),
-    ):
-        with pytest.raises(DataError, match=re.escape(says)):
-            split_tokens(["--tokens", given])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("x", "--tokens: invalid positive value: 'x'"), ("0", "--tokens: must be at least 1, found 0")],
+)
+def test_tokens_are_a_positive_number(capsys: pytest.CaptureFixture[str], given: str, says: str) -> None:
+    assert main(["estimate", "--config", "none.yaml", "--tokens", given]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_settings_count_in_the_order_given(
+    published: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    config = ["--config", str(CONFIGS / "sft.yaml")]
+    folder = ["--model.init_args.base.name_or_path", published("smolvlm2_256m")]
+    for early, late, rows in ((["--data.batch_size", "3"], [], 12), ([], ["--data.batch_size", "3"], 3)):
+        assert main(["estimate", *early, *config, *folder, "--tokens=700", *late]) == 0
+        assert f"{rows} x 700 tokens: " in capsys.readouterr().out.splitlines()[-1]

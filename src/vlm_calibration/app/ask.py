@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.app.options import Parser, add_model_options, load_model, positive
+from vlm_calibration.app.options import add_model_options, load_model
+from vlm_calibration.arguments import Parser, explained_errors, positive
 from vlm_calibration.records import ANSWER_TYPES, DataError
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def ask_command(args: Sequence[str]) -> None:
     Raises:
         ArgumentError: they make no sense. DataError: a file, image, question or model that cannot be used.
     """
-    found = _parser().parse_args(args)
+    with explained_errors(parser := ask_parser()):
+        found = parser.parse_args(args)
     _check(found)
     threshold = _threshold(found)
     if found.questions is not None:
@@ -38,8 +40,12 @@ def ask_command(args: Sequence[str]) -> None:
         _ask_one(found, threshold)
 
 
-def _parser() -> Parser:
-    parser = Parser("ask", "Ask a question about an image; print the answer and the confidence in it.")
+def ask_parser() -> Parser:
+    """The parser of `ask`."""
+    parser = Parser(
+        "vlm-calibration ask",
+        description="Ask a question about an image; print the answer and the confidence in it.",
+    )
     parser.add_argument("image", nargs="?", help="an image file")
     parser.add_argument("question", nargs="?", help="what to ask about it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.app.options import Parser, add_model_options, load_model, positive
+from vlm_calibration.app.options import add_model_options, load_model
+from vlm_calibration.arguments import Parser, explained_errors, positive
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -23,13 +24,12 @@ MAX_UPLOAD = 20 << 20
 REPORTS = ("runs/demo/report.html", "runs/eval/report.html")
 
 
-def app_command(args: Sequence[str]) -> None:
-    """Read the arguments behind `app`, and serve until interrupted.
-
-    Raises:
-        ArgumentError: they make no sense. DataError: a model that cannot be loaded, a port in use, or no Gradio.
-    """
-    parser = Parser("app", "A page to try out a base model and its calibrated adapter in, on this machine.")
+def app_parser() -> Parser:
+    """The parser of `app`."""
+    parser = Parser(
+        "vlm-calibration app",
+        description="A page to try out a base model and its calibrated adapter in, on this machine.",
+    )
     parser.add_argument("--port", type=positive, default=7860, help="(default: 7860)")
     parser.add_argument(
         "--report",
@@ -45,7 +45,17 @@ def app_command(args: Sequence[str]) -> None:
     )
     group.add_argument("--segmenter", metavar="MODEL", help="e.g. facebook/sam2.1-hiera-tiny")
     add_model_options(parser)
-    found = parser.parse_args(args)
+    return parser
+
+
+def app_command(args: Sequence[str]) -> None:
+    """Read the arguments behind `app`, and serve until interrupted.
+
+    Raises:
+        ArgumentError: they make no sense. DataError: a model that cannot be loaded, a port in use, or no Gradio.
+    """
+    with explained_errors(parser := app_parser()):
+        found = parser.parse_args(args)
     if (found.detector is None) != (found.segmenter is None):
         parser.error("--detector and --segmenter belong together")
     if find_spec("gradio") is None:

@@ -6,13 +6,16 @@ is imported when the command is run, so that one that needs neither Lightning no
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from vlm_calibration.arguments import did_you_mean
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -36,7 +39,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": (TRAINER, "answer and score the validation queries"),
     "test": (TRAINER, "evaluate the base model and adapters side by side"),
     "predict": (TRAINER, "run a module's prediction over the data"),
-    "levels": (f"{LIGHTNING}:levels_command", "`levels fit`: measure what anchored levels teach"),
+    "levels": (
+        "vlm_calibration.cli.configured:levels_command",
+        "`levels fit`: measure what anchored levels teach",
+    ),
     "score": (
         "vlm_calibration.reporting.score:score_command",
         "a file of answers: POPE, AMBER or predictions",
@@ -56,12 +62,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "a workspace and a report in W&B, as code",
     ),
     "data": (
-        "vlm_calibration.reporting.inspect:data_command",
+        "vlm_calibration.cli.configured:data_command",
         "`data inspect`: what is in the sources of a configuration",
     ),
     "estimate": (
-        f"{LIGHTNING}:estimate_command",
+        "vlm_calibration.cli.configured:estimate_command",
         "the memory that `fit` takes with the same settings [--tokens N]",
+    ),
+    "completion": (
+        "vlm_calibration.cli.completion:completion_command",
+        "a script that completes commands and settings in bash or zsh",
     ),
 }
 """Name of a command -> the function that runs it, as module:function, and what it does. It is called with the arguments
@@ -87,7 +97,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     head = "usage: vlm-calibration COMMAND [--config FILE ...] [--KEY VALUE ...]"
-    foot = "`vlm-calibration COMMAND --help` lists the settings of a command."
+    foot = "`vlm-calibration COMMAND --help` lists the settings of a command, `vlm-calibration --version` says which this is."
     return "\n".join([head, "", *lines, "", foot])
 
 
@@ -97,8 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"vlm-calibration {version('vlm-calibration')}")
+        return 0
     if args[0] not in COMMANDS:
-        return _fail(f"unknown command {args[0]!r}: expected one of {', '.join(COMMANDS)}", 2)
+        near = did_you_mean(args[0], COMMANDS)
+        return _fail(f"unknown command {args[0]!r}{near}: expected one of {', '.join(COMMANDS)}", 2)
+    # It says at every start that it found no kernels for 4-bit weights on the CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     target, _ = COMMANDS[args[0]]
     try:
         _function(target)(args if target == TRAINER else args[1:])

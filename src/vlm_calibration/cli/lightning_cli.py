@@ -1,4 +1,4 @@
-"""LightningCLI's subcommands, and the commands that read or run the same configuration: `levels fit` and `estimate`.
+"""LightningCLI's subcommands, and what other commands read or run of the same configuration.
 
 What only Lightning knows (that a run was stopped, misconfigured or interrupted) leaves here as a `CommandError`.
 """
@@ -6,26 +6,36 @@ What only Lightning knows (that a run was stopped, misconfigured or interrupted)
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped
+from vlm_calibration.arguments import explained
+from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.cli import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.memory import print_memory, split_tokens
+
+CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
+"""Packages with classes that a configuration may name."""
+DATA_DEFAULTS = {"name_or_path": None, "revision": None, "trust_remote_code": False}
+"""Settings of a base model -> what the data module takes where there is none."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -48,6 +58,7 @@ class CalibrationCLI(LightningCLI):
     """LightningCLI over our modules and the one data module."""
 
     def __init__(self) -> None:
+        _import_choices()
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=PerturbedQueryDataModule,
@@ -55,18 +66,33 @@ class CalibrationCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             trainer_defaults={"use_distributed_sampler": False},
             # argparse would take `--data.batch` for `--data.batch_size`.
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            parser_kwargs={"prog": "vlm-calibration", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The module knows its base model, which an evaluation may have from the adapters.
         for source, target in (
             ("name_or_path", "processor"),
             ("revision", "revision"),
             ("trust_remote_code", "trust_remote_code"),
         ):
-            parser.link_arguments(f"model.init_args.base.{source}", f"data.{target}")
+            parser.link_arguments(
+                "model", f"data.{target}", compute_fn=partial(_of_base, source), apply_on="instantiate"
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            own = self._subcommand_parsers.get(sys.argv[1], parser)
+            raise ArgumentError(None, explained(str(error), own)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI looks for settings in a checkpoint, before anything else does.
+        with reading(self.config[self.config.subcommand].get("ckpt_path")):
+            super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
@@ -84,6 +110,7 @@ class CalibrationCLI(LightningCLI):
                 settings.save_dir = trainer.default_root_dir
 
     def instantiate_classes(self) -> None:
+        _check_accelerator(self.config[self.subcommand].trainer.accelerator)
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -96,6 +123,34 @@ def _data_error(error: BaseException) -> DataError:
     while within is not None and not isinstance(within, DataError):
         within = within.__cause__ or within.__context__
     return within or DataError(f"configuration: {one_line(error)}")
+
+
+def _import_choices() -> None:
+    """Import what a configuration may name: a class without its path (`--model.help SFTModule`) is one that is imported."""
+    for package in CHOICES:
+        found = import_module(f"vlm_calibration.{package}")
+        for module in pkgutil.iter_modules(found.__path__):
+            import_module(f"{found.__name__}.{module.name}")
+
+
+def _of_base(name: str, module: L.LightningModule) -> Any:
+    """A setting of the module's base model; the data module's own default for a module without one."""
+    base = getattr(module, "base", None)
+    return getattr(base, name) if base is not None else DATA_DEFAULTS[name]
+
+
+def _check_accelerator(accelerator: Any) -> None:
+    """Check that there is a GPU where the configuration asks for one.
+
+    Raises:
+        DataError: there is none.
+    """
+    usable = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
+    if accelerator in ("gpu", "cuda") and not usable:
+        raise DataError(
+            f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
+            "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
+        )
 
 
 def _may_be_found(checkpoint: str) -> bool:
@@ -160,16 +215,6 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
         return CalibrationCLI()
 
 
-def levels_command(args: Sequence[str]) -> None:
-    """`levels fit`: measure the base model at every noise step and write a level table."""
-    if args[:1] != ["fit"]:
-        raise DataError(
-            "usage: vlm-calibration levels fit --config configs/levels.yaml [--model.init_args.out FILE]"
-        )
-    module = lightning_command(["test", *args[1:]]).model
-    print(f"wrote {module.out}")
-
-
 class ParsedCLI(CalibrationCLI):
     """Reads the configuration; nothing is built from it and nothing runs."""
 
@@ -180,9 +225,8 @@ class ParsedCLI(CalibrationCLI):
         pass
 
 
-def estimate_command(args: Sequence[str]) -> None:
-    """`estimate`: the memory that `fit` takes with the same settings."""
-    tokens, settings = split_tokens(args)
-    sys.argv[1:] = ["fit", *settings]
+def parsed_fit(args: Sequence[str]) -> Any:
+    """The configuration of `fit` with these settings; nothing is built from it."""
+    sys.argv[1:] = ["fit", *args]
     with _ended_in_good_order():
-        print_memory(ParsedCLI().config.fit, tokens)
+        return ParsedCLI().config.fit

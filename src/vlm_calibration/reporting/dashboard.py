@@ -12,6 +12,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from vlm_calibration.arguments import explained_errors
 from vlm_calibration.callbacks.login import PROJECT
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import COLUMNS
@@ -200,13 +201,8 @@ def _training() -> list[Section]:
     ]
 
 
-def dashboard_command(args: Sequence[str]) -> None:
-    """`dashboard`: build the workspace and the report of a project, or print what they would be.
-
-    Raises:
-        ArgumentError: a setting is missing or unknown.
-        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses.
-    """
+def dashboard_parser() -> ArgumentParser:
+    """The parser of `dashboard`."""
     parser = ArgumentParser(prog="vlm-calibration dashboard", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--entity", type=str, help="team or user that has the project (required)")
     parser.add_argument("--project", type=str, default=PROJECT, help="where runs are logged")
@@ -220,7 +216,18 @@ def dashboard_command(args: Sequence[str]) -> None:
     parser.add_argument(
         "--print", action="store_true", help="print the specification as JSON; nothing is built"
     )
-    settings = parser.parse_args(list(args))
+    return parser
+
+
+def dashboard_command(args: Sequence[str]) -> None:
+    """`dashboard`: build the workspace and the report of a project, or print what they would be.
+
+    Raises:
+        ArgumentError: a setting is missing or unknown.
+        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses.
+    """
+    with explained_errors(parser := dashboard_parser()):
+        settings = parser.parse_args(list(args))
     if not settings.entity:
         raise ArgumentError(None, "give the team or user that has the project: --entity NAME")
     shown = sections(settings.systems)

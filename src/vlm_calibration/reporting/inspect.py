@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections import Counter
@@ -17,12 +16,12 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from vlm_calibration.arguments import explained_errors
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import MAX_NAMED, QuerySource, first_of
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
-USAGE = "usage: vlm-calibration data inspect --config FILE [--config FILE ...] [--sample N] [--data.KEY VALUE ...]"
 MOST_SHOWN = 8
 
 
@@ -170,27 +169,18 @@ def print_inspection(name: str, found: Inspection, console: Console) -> None:
         console.print(message, soft_wrap=True, markup=False, highlight=False)
 
 
-def data_command(args: Sequence[str]) -> None:
-    """`data inspect`.
+def inspect_data(configs: Sequence[Path], rest: Sequence[str], sample: int) -> None:
+    """Print what is in the sources of configuration files and further settings, looking at `sample` images of each.
 
     Raises:
-        DataError: the call, a configuration file or a source cannot be used.
+        DataError: a configuration file or a source cannot be used.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[], type=Path)
-    parser.add_argument("--sample", type=int, default=200)
-    try:
-        own, rest = parser.parse_known_args(list(args[1:]))
-    except argparse.ArgumentError as error:
-        raise DataError(f"{USAGE}: {error}") from error
-    if args[:1] != ["inspect"] or not (own.config or rest) or own.sample < 1:
-        raise DataError(USAGE)
-    sources = list(_sources(read_data(own.config, rest)))
+    sources = list(_sources(read_data(configs, rest)))
     if not sources:
         raise DataError("nothing to inspect: none of data.train, validation, test and predict is set")
     console = Console()
     for name, source in sources:
-        print_inspection(name, inspect_source(source, own.sample), console)
+        print_inspection(name, inspect_source(source, sample), console)
 
 
 def read_data(configs: Sequence[Path], rest: Sequence[str]) -> PerturbedQueryDataModule:
@@ -210,7 +200,8 @@ def read_data(configs: Sequence[Path], rest: Sequence[str]) -> PerturbedQueryDat
             raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
         section = content.get("data") if isinstance(content, dict) else None
         given += ["--config", json.dumps({"data": section or {}})]
-    parsed = parser.parse_args([*given, *rest])
+    with explained_errors(parser):
+        parsed = parser.parse_args([*given, *rest])
     try:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
     except (ValueError, OSError) as error:

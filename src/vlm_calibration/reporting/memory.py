@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,23 +29,6 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "16-true": (None, torch.float16),
 }
 """trainer.precision -> the dtype of autocast, and the one that the Trainer turns all weights into."""
-
-
-def split_tokens(args: Sequence[str]) -> tuple[int | None, list[str]]:
-    """`--tokens N` and the arguments without it; None where it is not given.
-
-    Raises:
-        DataError: N is not a positive whole number.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--tokens", type=int)
-    try:
-        found, rest = parser.parse_known_args(args)
-    except argparse.ArgumentError as error:
-        raise DataError(f"--tokens: {error.message}") from error
-    if found.tokens is not None and found.tokens < 1:
-        raise DataError(f"--tokens must be at least 1, found {found.tokens}")
-    return found.tokens, rest
 
 
 def training_step(config: Any, tokens: int | None = None) -> TrainingStep:

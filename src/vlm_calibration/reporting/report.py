@@ -7,12 +7,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from vlm_calibration.arguments import explained_errors
 from vlm_calibration.callbacks.files import replacing
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report_data import System, read_systems
-from vlm_calibration.reporting.report_page import render_page
-from vlm_calibration.reporting.report_table import Comparison, compare, write_tables
 
 PAGE = "report.html"
 
@@ -42,12 +39,17 @@ def report(
         DataError: there are no predictions, a file cannot be used, the calibration split shares an image with the answers, or
             there is no such system.
     """
+    # These import torch and matplotlib, which the help need not wait for.
+    from vlm_calibration.reporting.report_data import read_calibration, read_systems
+    from vlm_calibration.reporting.report_page import render_page
+    from vlm_calibration.reporting.report_table import Comparison, compare, write_tables
+
     if replicates < 1:
         raise DataError(f"--replicates must be at least 1, found {replicates}")
     systems = read_systems(runs)
     if subject is not None and subject not in [s.name for s in systems]:
         raise DataError(f"--subject: no system {subject!r}; there are {', '.join(s.name for s in systems)}")
-    comparison = Comparison(_calibration(calibration, systems), replicates, seed)
+    comparison = Comparison(read_calibration(calibration, systems), replicates, seed)
     compared = compare(systems, comparison)
     page = Path(out) if out is not None else Path(runs[0]) / PAGE
     html = render_page(systems, compared, comparison, subject, images)
@@ -57,17 +59,12 @@ def report(
     print(f"wrote {page}, and its table as {', '.join(path.name for path in tables)}")
 
 
-def _calibration(folder: str | None, systems: Sequence[System]) -> dict[str, Sequence[EstimatedPrediction]]:
-    """The answers to fit recalibration on, by system."""
-    if folder is None:
-        return {}
-    found = {s.name: s.predictions for s in read_systems([folder])}
-    if not found.keys() & {s.name for s in systems}:
-        raise DataError(
-            f"--calibration {folder}: holds answers of {', '.join(found)}, and of none of "
-            f"{', '.join(s.name for s in systems)}"
-        )
-    return found
+def report_parser() -> ArgumentParser:
+    """The parser of `report`."""
+    parser = ArgumentParser(prog="vlm-calibration report", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="folders of evaluations or runs")
+    parser.add_function_arguments(report, skip={"runs"})
+    return parser
 
 
 def report_command(args: Sequence[str]) -> None:
@@ -76,7 +73,6 @@ def report_command(args: Sequence[str]) -> None:
     Raises:
         ArgumentError: a setting is unknown or has a wrong value, or no folder is given.
     """
-    parser = ArgumentParser(prog="vlm-calibration report", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="folders of evaluations or runs")
-    parser.add_function_arguments(report, skip={"runs"})
-    report(**parser.parse_args(args).as_dict())
+    with explained_errors(parser := report_parser()):
+        settings = parser.parse_args(args)
+    report(**settings.as_dict())

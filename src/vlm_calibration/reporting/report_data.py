@@ -149,3 +149,25 @@ def _metrics(path: Path) -> dict[str, float | None]:
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     return found if isinstance(found, dict) else {}
+
+
+def read_calibration(
+    folder: str | None, systems: Sequence[System]
+) -> dict[str, Sequence[EstimatedPrediction]]:
+    """The answers to fit recalibration on, by system.
+
+    Args:
+        folder: an evaluation; None: there are none. systems: those that are to be recalibrated.
+
+    Raises:
+        DataError: it holds answers of none of the systems.
+    """
+    if folder is None:
+        return {}
+    found = {s.name: s.predictions for s in read_systems([folder])}
+    if not found.keys() & {s.name for s in systems}:
+        raise DataError(
+            f"--calibration {folder}: holds answers of {', '.join(found)}, and of none of "
+            f"{', '.join(s.name for s in systems)}"
+        )
+    return found

@@ -1,20 +1,21 @@
 """`vlm-calibration score`: scores a file of answers, under a benchmark's own rules and ours, without a model.
 
-What scoring needs is imported at once and is light but for torch; no trainer, no transformers.
+Only the metrics need torch, which is imported when there are answers to score; no trainer, no transformers.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentError, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from vlm_calibration.arguments import Parser, explained_errors
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.answers import Reply, in_order_of, reply
 from vlm_calibration.benchmarks.files import read_records
@@ -22,7 +23,6 @@ from vlm_calibration.benchmarks.official import OFFICIAL
 from vlm_calibration.callbacks.files import json_number, write_rows
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction, read_predictions
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
-from vlm_calibration.reporting.summary import summarize_predictions
 from vlm_calibration.reporting.tables import official_table, print_results
 
 
@@ -44,7 +44,10 @@ def score_command(args: Sequence[str]) -> None:
         ArgumentError: a setting is missing, unknown or wrong.
         DataError: a file or a record of it cannot be used; the message names it.
     """
-    settings = _parser().parse_args(args)
+    with explained_errors(parser := score_parser()):
+        settings = parser.parse_args(args)
+    from vlm_calibration.reporting.summary import summarize_predictions
+
     scored: Scored = settings.score(settings)
     official = {f"{OFFICIAL}/{name}": value for name, value in scored.official.items()}
     values = {**official, **summarize_predictions(scored.predictions)}
@@ -59,19 +62,10 @@ def score_command(args: Sequence[str]) -> None:
     print_results(results, console)
 
 
-class _Parser(ArgumentParser):
-    """Raises instead of ending the program; argparse itself does so only for some mistakes."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{**settings, "exit_on_error": False, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(None, message)
-
-
-def _parser() -> ArgumentParser:
-    parser = _Parser(
-        prog="vlm-calibration score",
+def score_parser() -> Parser:
+    """The parser of `score`."""
+    parser = Parser(
+        "vlm-calibration score",
         description="Score a file of answers under a benchmark's own rules and ours; no model is needed.",
     )
     commands = parser.add_subparsers(dest="benchmark", required=True)

@@ -1,0 +1,168 @@
+"""The help of every command and sub-command: its own page, exit status 0, and at once where no trainer is needed.
+
+`tests/benchmarks/startup.py` measures how long each page takes in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from vlm_calibration.cli import COMMANDS, TRAINER
+from vlm_calibration.cli.completion import all_commands
+
+from .command_line import LIMIT, Ended
+
+HEAVY = ("torch", "lightning", "transformers", "peft", "wandb", "gradio", "matplotlib")
+LIGHT: dict[str, tuple[str, ...]] = {
+    "levels": ("fit",),
+    "levels fit": ("--config", "--model.init_args.out", "AnchoredLevels"),
+    "data": ("inspect",),
+    "data inspect": ("--config", "--sample"),
+    "estimate": ("--config", "--tokens", "memory"),
+    "score": ("pope", "amber", "jsonl"),
+    "score pope": ("--answers", "--labels", "--write-official"),
+    "score amber": ("--annotations", "--only"),
+    "score jsonl": ("--answers", "--labels"),
+    "report": ("--calibration", "--replicates"),
+    "app": ("--port", "--detector"),
+    "ask": ("--questions", "--adapter"),
+    "export": ("--merge", "--push_to_hub"),
+    "dashboard": ("--entity", "--systems"),
+    "completion": ("bash", "zsh"),
+}
+"""Command -> what its page names."""
+# Which of the heavy packages a command has imported when it ends.
+WATCHED = """
+import sys
+from vlm_calibration.cli import main
+try:
+    status = main(sys.argv[1:])
+finally:
+    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def _cold(*arguments: str, watch: bool = False) -> Ended:
+    """The command in a process that shares nothing with this one."""
+    start = ["-c", WATCHED.format(heavy=HEAVY)] if watch else ["-m", "vlm_calibration.cli"]
+    ran = subprocess.run(
+        [sys.executable, *start, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_a_page_of_its_own_without_a_framework(command: str) -> None:
+    ended = _cold(*command.split(), "--help", watch=True)
+    assert ended.status == 0, ended.err
+    assert ended.out.startswith(f"usage: vlm-calibration {command} "), ended.out
+    assert [name for name in LIGHT[command] if name not in ended.out] == []
+    assert "--trainer.max_epochs" not in ended.out, "the page of `fit`"
+    assert ended.err.splitlines() == ["[]"], "imported for a page of text"
+
+
+@pytest.mark.parametrize("command", [name for name, (target, _) in COMMANDS.items() if target == TRAINER])
+def test_the_page_of_a_trainer_s_command(run: Callable[..., Ended], command: str) -> None:
+    ended = run(command, "--help")
+    assert (ended.status, ended.errors) == (0, [])
+    assert ended.out.startswith(f"usage: vlm-calibration [options] {command} ")
+    assert {"--config", "--data.batch_size"} <= {word.strip(",") for word in ended.out.split()}
+
+
+def test_every_command_and_subcommand_is_tried() -> None:
+    """Whatever there is to complete has a page."""
+    pages = {
+        " ".join([name, *sub])
+        for name, parser in _commands(all_commands()).items()
+        for sub in ((), *((sub,) for sub in _commands(parser)))
+        if COMMANDS[name][0] != TRAINER
+    }
+    assert pages == set(LIGHT)
+
+
+def _commands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    found = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return dict(found[0]) if found else {}
+
+
+@pytest.mark.parametrize(
+    ("command", "module"), [("fit", "sft.SFTModule"), ("test", "evaluation.EvaluationModule")]
+)
+def test_a_class_is_known_by_its_name_in_a_fresh_process(command: str, module: str) -> None:
+    ended = _cold(command, "--model.help", module.split(".")[1])
+    assert (ended.status, ended.errors) == (0, []), ended.err
+    assert f"vlm_calibration.stages.{module}" in ended.out
+    assert "--model.init_args.max_new_tokens" in ended.out
+
+
+def test_the_version() -> None:
+    ended = _cold("--version", watch=True)
+    assert (ended.status, ended.out) == (0, f"vlm-calibration {version('vlm-calibration')}\n")
+    assert ended.err == "[]\n"
+
+
+COMPLETED = {
+    "": {"fit", "levels", "completion"},
+    "fit --trainer.max_e": {"--trainer.max_epochs"},
+    "fit --model.init_args.lora.al": {"--model.init_args.lora.alpha"},
+    "levels f": {"fit"},
+    "levels fit --model.init_args.o": {"--model.init_args.out"},
+    "data inspect --sa": {"--sample"},
+    "score amber --only a": {"attribute"},
+    "ask --quantization n": {"none", "nf4"},
+    "fit --config confi": {"config.yaml"},
+}
+"""What was typed -> what must be offered."""
+BASH = """
+source "$1"; shift
+COMP_WORDS=(vlm-calibration "$@"); COMP_CWORD=$#
+_shtab_vlm_calibration
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "script"
+    ended = _cold("completion", "bash")
+    assert ended.status == 0, ended.err
+    path.write_text(ended.out)
+    return path
+
+
+def test_bash_completes(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    missing = {}
+    for typed, expected in COMPLETED.items():
+        command = ["bash", "--norc", "-c", BASH, "bash", str(script), *(typed.split() or [""])]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ran.stderr == ""
+        missing[typed] = expected - set(ran.stdout.split())
+    assert not any(missing.values()), missing
+
+
+def test_bash_uses_the_script_for_the_command(script: Path) -> None:
+    shown = ["bash", "--norc", "-c", 'source "$1" && complete -p vlm-calibration', "bash", str(script)]
+    ran = subprocess.run(shown, capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("-F _shtab_vlm_calibration vlm-calibration\n")
+
+
+def test_zsh_gets_a_script_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlm_calibration.cli import main
+
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("#compdef vlm-calibration")
