@@ -18,6 +18,11 @@ LIMIT = 240
 """Seconds after which a run counts as hanging; far more than any needs."""
 
 
+def heed_interrupts() -> None:
+    """For `preexec_fn`: react to SIGINT, which a suite that a script started in the background passes on as ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Ended:
     """A finished run: its exit status, what it printed, and its lines that report an error."""
@@ -49,6 +54,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            preexec_fn=heed_interrupts,
         )
         self.started = 0
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ..command_line import LIMIT
+from ..command_line import LIMIT, heed_interrupts
 from ..regions.conftest import scene_files as scene_files
 from ..regions.conftest import tiny as tiny
 from .cluster import surroundings, wait_for
@@ -300,6 +300,7 @@ def test_a_signal_is_passed_on(root: Path, tmp_path: Path, number: signal.Signal
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     wait_for(lambda: bool(list(tmp_path.glob("called-*"))), "the interpreter")
     started.send_signal(number)
