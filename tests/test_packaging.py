@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,49 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     wanted = sorted(project["dependencies"] + extras["demo"] + extras["regions"])
     assert sorted(entry for entry in pip if entry != "--editable .") == wanted
     assert f"python{project['requires-python']}" in environment["dependencies"]
+
+
+EXTRAS = {"app": "app/", "dashboard": "reporting/dashboard_wandb.py", "regions": "regions/tagger.py"}
+"""Extra -> the modules that need it; no other may import what only it has."""
+
+
+def test_what_is_imported_is_declared(root: Path, project: dict) -> None:
+    source = root / "src/vlm_calibration"
+    distributions = packages_distributions()
+    declared = {None: project["dependencies"], **project["optional-dependencies"]}
+    undeclared = {}
+    for path in sorted(source.rglob("*.py")):
+        module = str(path.relative_to(source))
+        extra = next((name for name, place in EXTRAS.items() if module.startswith(place)), None)
+        allowed = {_distribution(line) for name in {None, extra} for line in declared[name]}
+        for name in third_party(path):
+            # What is not installed goes by its own name.
+            found = {_distribution(d) for d in distributions.get(name, [name])}
+            if not found & allowed:
+                undeclared[f"{module}: {name}"] = found
+    assert undeclared == {}
+
+
+def third_party(path: Path) -> set[str]:
+    """The top-level packages that a module imports, wherever in it, besides Python's own and ours."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"vlm_calibration"}
+
+
+def _distribution(requirement: str) -> str:
+    """The distribution's name in a requirement, as registries compare it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def test_an_import_in_a_function_counts(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("import os.path\nfrom . import beside\ndef f():\n    from scipy.stats import norm\n")
+    assert third_party(path) == {"scipy"}
 
 
 def test_the_console_script_is_the_cli(project: dict) -> None:
