@@ -161,20 +161,20 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
         (["score", "amberr"], "(did you mean amber?)", 2),
         (
             ["ask", "a.png", "A dog?", "--adaptor", "runs/sft"],
-            "unknown setting adaptor (did you mean adapter?)",
+            "unknown setting --adaptor (did you mean --adapter?)",
             2,
         ),
-        (["export", "runs/sft", "--merg"], "unknown setting merg (did you mean merge?)", 2),
+        (["export", "runs/sft", "--merg"], "unknown setting --merg (did you mean --merge?)", 2),
         (
             ["report", "runs/eval", "--replicate", "9"],
-            "unknown setting replicate (did you mean replicates?)",
+            "unknown setting --replicate (did you mean --replicates?)",
             2,
         ),
-        (["dashboard", "--entty", "me"], "unknown setting entty (did you mean entity?)", 2),
-        (["estimate", "--token", "7"], "unknown setting token", 2),
+        (["dashboard", "--entty", "me"], "unknown setting --entty (did you mean --entity?)", 2),
+        (["estimate", "--token", "7"], "unknown setting --token", 2),
         (
             ["fit", "--trainer.max_step", "3"],
-            "unknown setting trainer.max_step (did you mean trainer.max_steps?)",
+            "unknown setting --trainer.max_step (did you mean --trainer.max_steps?)",
             2,
         ),
         (

@@ -156,7 +156,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
         (["inspect", "--config", "config.yaml", "--sample", "none"], "--sample", 2),
         (
             ["inspect", "--config", "config.yaml", "--data.trian", "3"],
-            "data.trian (did you mean data.train?)",
+            "--data.trian (did you mean --data.train?)",
             2,
         ),
         (["inspect", "--config", "config.yaml", "--sample", "0"], "--sample: must be at least 1, found 0", 2),

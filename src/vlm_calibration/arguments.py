@@ -90,8 +90,11 @@ def explained(message: str, parser: argparse.ArgumentParser) -> str:
         elif found := _UNKNOWN.search(line):
             group = _GROUP.match(line)
             name = ".".join([*([group[1]] if group else []), next(filter(None, found.groups()))])
-            near = did_you_mean(name, _names(_parser_of(chosen) if chosen else parser))
-            return f"unknown setting {_dotted([*path, name])}{near}"
+            # As it was typed, where it was.
+            dashes = "--" if found[1] and not path else ""
+            known = _names(_parser_of(chosen) if chosen else parser)
+            near = did_you_mean(dashes + name, [dashes + option for option in known])
+            return f"unknown setting {dashes}{_dotted([*path, name])}{near}"
         elif found := _REQUIRED.match(line):
             return f"{_dotted(path)}: needs {found[1]}" if path else f"{line}; see `{parser.prog} --help`"
         elif found := _CHOICE.search(line):

@@ -321,7 +321,7 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["a.png", "A dog?", "--by", "expected"], "--by is for --accuracy"),
         (["a.png", "A dog?", "--review-below", "80"], r"--review-below must be in [0, 1], found 80.0"),
         (["a.png", "A dog?", "--batch-size", "0"], "must be at least 1"),
-        (["a.png", "A dog?", "--adaptor", "x"], "unknown setting adaptor (did you mean adapter?)"),
+        (["a.png", "A dog?", "--adaptor", "x"], "unknown setting --adaptor (did you mean --adapter?)"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says: str) -> None:

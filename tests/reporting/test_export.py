@@ -248,7 +248,7 @@ def test_what_goes_wrong_leaves_what_was_there(
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
         (["broken", "--out", "x"], "broken/adapter_config.json: not JSON", 1),
         (["list", "--out", "x"], "list/adapter_config.json: expected a JSON object", 1),
-        (["nameless", "--out", "x"], "nameless/adapter_config.json: it names no base model: give --base", 1),
+        (["nameless", "--out", "x"], "nameless/adapter_config.json: it names no base model: give one", 1),
         (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
         (
             ["run", "--push-to-hub", "org/x"],
@@ -280,7 +280,7 @@ def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["export", "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "a run directory, or the folder of an adapter" in out
+    assert "a run directory, the folder of an adapter" in out
     assert "--merge" in out
 
 

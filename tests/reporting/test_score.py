@@ -325,7 +325,7 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
         (["mme"], "invalid choice: 'mme' (choose from 'pope', 'amber', 'jsonl')", 2),
         (["pope", "--answers", "a.jsonl"], "the following arguments are required: --labels", 2),
         (["jsonl", "--answer", "a.jsonl"], "the following arguments are required: --answers", 2),
-        (["jsonl", "--answers", "a.jsonl", "--write-official", "x"], "unknown setting write-official", 2),
+        (["jsonl", "--answers", "a.jsonl", "--write-official", "x"], "unknown setting --write-official", 2),
         (
             ["pope", "--answers", "a.jsonl", "--labels", "none.json"],
             "none.json: cannot be read: No such file",

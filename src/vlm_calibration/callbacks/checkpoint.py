@@ -86,7 +86,7 @@ def reading(path: str | Path) -> Iterator[None]:
             f"--ckpt_path {path}: refused as unsafe: it holds {what}, and reading that could run code; give a checkpoint "
             "that this program wrote"
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
         raise DataError(
             f"--ckpt_path {path}: not a whole checkpoint ({first_line(error)}); give another one"
         ) from error
