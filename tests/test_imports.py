@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "arguments", "hub"},
+    {"records", "arguments", "hub", "files"},
     {"text", "perturbation", "losses", "metrics"},
     {"regions", "data", "models", "benchmarks"},
     {"estimators"},

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO
-from vlm_calibration.callbacks.files import clear_leftovers
+from vlm_calibration.files import clear_leftovers
 
 from .command_line import Ended, callback, run_plainly
 

@@ -16,8 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.files import replacing
 from vlm_calibration.metrics.figures import reliability_diagram
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS

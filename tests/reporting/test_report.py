@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from vlm_calibration.callbacks.files import write_rows
 from vlm_calibration.data.dataset import Part
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS
+from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.bootstrap import Interval, percentile_interval
 from vlm_calibration.metrics.functional import (
     area_under_risk_coverage,

@@ -12,10 +12,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import append, writing
 from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
 
 KNOWN_KEYS = frozenset(f.name for f in fields(Query))
@@ -92,7 +94,7 @@ class AnswerFile:
         done: id -> image and question of every answer in it. to_review: how many of them need review.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, file: FileIO, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
         self.done: dict[str, tuple[str, str]] = {}
@@ -102,27 +104,30 @@ class AnswerFile:
 
     def _read(self) -> None:
         end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break  # what a run that was killed had not written yet
-            end += len(line)
-            try:
-                row = json.loads(line)
-                identifier, asked = row["id"], (row["image"], row["question"])
-                settings = {key: row.get(key) for key in self.settings}
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break  # what a run that was killed had not written yet
+                end += len(line)
+                self._read_line(number, line)
+        self._file.truncate(end)
+
+    def _read_line(self, number: int, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            identifier, asked = row["id"], (row["image"], row["question"])
+            settings = {key: row.get(key) for key in self.settings}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.path}:{number}: not a line that `ask` wrote: choose another --out"
+            ) from error
+        for key, value in self.settings.items():
+            if settings[key] != value:
                 raise DataError(
-                    f"{self.path}:{number}: not a line that `ask` wrote: choose another --out"
-                ) from error
-            for key, value in self.settings.items():
-                if settings[key] != value:
-                    raise DataError(
-                        f"{self.path}:{number}: answered with {key} {settings[key]!r}, not {value!r}: choose another --out"
-                    )
-            self.done[identifier] = asked
-            self.to_review += row.get("needs_review") is True
-        self._file.seek(end)
-        self._file.truncate()
+                    f"{self.path}:{number}: answered with {key} {settings[key]!r}, not {value!r}: choose another --out"
+                )
+        self.done[identifier] = asked
+        self.to_review += row.get("needs_review") is True
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
         """Those questions that are not answered yet.
@@ -141,16 +146,20 @@ class AnswerFile:
                 )
 
     def add(self, rows: Sequence[tuple[Question, Mapping[str, Any]]]) -> None:
-        """Write the answers to some questions; they are on the disk when this returns."""
+        """Write the answers to some questions; they are on the disk when this returns.
+
+        Raises:
+            DataError: they cannot be written.
+        """
         lines = []
         for question, answer in rows:
             asked = {"id": question.id, "image": question.image, "question": question.question}
             lines.append(json.dumps({**asked, **answer, **self.settings}, ensure_ascii=False) + "\n")
             self.done[question.id] = (question.image, question.question)
             self.to_review += answer.get("needs_review") is True
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            append(self._file, "".join(lines).encode())
+            os.fsync(self._file.fileno())
 
 
 @contextmanager
@@ -163,17 +172,14 @@ def answer_file(path: Path, settings: Mapping[str, Any]) -> Iterator[AnswerFile]
     Raises:
         DataError: it cannot be written, is in use, or holds something else.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = cast(BinaryIO, path.open("a+b"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+        file = path.open("ab", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(f"{path}: another process is writing to it") from error
-        file.seek(0)
         yield AnswerFile(path, file, settings)
 
 

@@ -12,10 +12,10 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor
 
-from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.callbacks.guard import BeforeAndAfter
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.files import replacing
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import whole_weights
 from vlm_calibration.perturbation.levels import AnchoredLevels, Levels

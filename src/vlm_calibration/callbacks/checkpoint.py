@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import re
 import signal
@@ -19,7 +18,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vlm_calibration.callbacks.files import clear_leftovers, replacing
+from vlm_calibration.files import clear_leftovers, replacing
 from vlm_calibration.hub import first_line
 from vlm_calibration.records import DataError
 
@@ -54,15 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        try:
-            with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DataError(
-                f"cannot write the checkpoint {path}: {error.strerror}; an earlier one is left as it was"
-            ) from error
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Read a checkpoint; what is raised is that of `reading`."""

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from vlm_calibration.benchmarks.files import some
 from vlm_calibration.benchmarks.official import Counts, official_scores
-from vlm_calibration.callbacks.files import json_number, write_json, write_rows
 from vlm_calibration.callbacks.predictions import PredictionWriter, system_folder
 from vlm_calibration.data.dataset import Part, named
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.files import json_number, write_json, write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults

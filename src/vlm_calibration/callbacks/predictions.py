@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from vlm_calibration.callbacks.files import json_number, replacing, write_json
 from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.callbacks.processes import from_first
 from vlm_calibration.callbacks.progress import Answered, Before, Progress
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.files import append, json_number, replacing, write_json, writing
 from vlm_calibration.records import Prediction
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import HasResults, Results
@@ -32,7 +33,7 @@ class PredictionWriter(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._open: dict[str, TextIO] = {}
+        self._open: dict[str, FileIO] = {}
         self._progress: Progress | None = None
         self._decisive: dict[str, str] = {}
         self._before = Before(False, [], "")
@@ -117,12 +118,15 @@ class PredictionWriter(L.Callback):
 
     def _write(self, trainer: L.Trainer, outputs: dict[str, list[Prediction]]) -> None:
         for system, predictions in outputs.items():
-            if system not in self._open:
-                part = _part(trainer, system, trainer.global_rank)
-                part.parent.mkdir(parents=True, exist_ok=True)
-                self._open[system] = part.open("w", encoding="utf-8")
-            for prediction in predictions:
-                self._open[system].write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
+            part = _part(trainer, system, trainer.global_rank)
+            lines = [
+                json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n" for prediction in predictions
+            ]
+            with writing(part):
+                if system not in self._open:
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    self._open[system] = part.open("wb", buffering=0)
+                append(self._open[system], "".join(lines).encode())
 
     def _finish(self, trainer: L.Trainer, results: Results) -> None:
         for file in self._open.values():

@@ -12,8 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.callbacks.files import clear_leftovers, replacing, write_json
 from vlm_calibration.estimators.predictions import prediction_from_dict
+from vlm_calibration.files import append, clear_leftovers, replacing, write_json, writing
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import Answers, Passes
 
@@ -110,14 +110,10 @@ class Progress:
         """
         found = {system: [p.to_dict() for p in answers] for system, answers in answered.answers.items()}
         line = json.dumps(answered._replace(answers=found)._asdict(), ensure_ascii=False)  # type: ignore[arg-type]
-        try:
+        with writing(self.path):
             if self._file is None:
                 self._file = _open(self.path)
-            left = memoryview(line.encode() + b"\n")
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot write the answers: {error.strerror}") from error
+            append(self._file, line.encode() + b"\n")
 
     def close(self) -> None:
         if self._file is not None:

@@ -18,10 +18,10 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_calibration.callbacks.files import clear_leftovers, replacing, write_json
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
+from vlm_calibration.files import clear_leftovers, replacing, write_json, writing
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
@@ -55,7 +55,8 @@ class RegionWriter(L.Callback):
         """Find out which shards an earlier run has finished, the same ones in every process."""
         # Lightning lets all processes through to here, and on from here, together.
         folder = Path(trainer.default_root_dir) / SHARDS
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         data = _data(trainer)
         settings = {**cast(RegionExtractor, pl_module).settings(), "data": _data_settings(data)}
         if trainer.is_global_zero:

@@ -27,9 +27,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from vlm_calibration.arguments import explained
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
-from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.cli import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")

@@ -39,6 +39,7 @@ from vlm_calibration.demo.questions import (
 )
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
+from vlm_calibration.files import replacing
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -342,8 +343,9 @@ def make_demo_model(
     train_language(model, processor, language_steps, scenes)
     train_together(model, processor, joint_steps)
     model.eval()
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    with replacing(out) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     log(f"wrote {out}")
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from vlm_calibration.files import write_text
+
 FORMAT = "vlm_calibration.levels/1"
 
 
@@ -210,8 +212,11 @@ class AnchoredLevels(Levels):
         return cls(path, grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON; a reader sees the old file or the whole new one, never a part."""
-        path = Path(path)
+        """Write the table as JSON; a reader sees the old file or the whole new one, never a part.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         kinds = {
             kind: [
                 {**row._asdict(), "accuracy": float(accuracy)}
@@ -221,13 +226,7 @@ class AnchoredLevels(Levels):
         }
         content = {"format": FORMAT, "provenance": dict(self.table.provenance), "answer_types": kinds}
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(Path(path), text)
 
     @property
     def answer_types(self) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from vlm_calibration.callbacks.files import replacing
 from vlm_calibration.callbacks.regions import QUERIES
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.images import resize_image, resize_mask
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.perturbation.noise import add_region_noise

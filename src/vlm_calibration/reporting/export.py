@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vlm_calibration.arguments import explained_errors
-from vlm_calibration.callbacks.files import replacing, write_json
+from vlm_calibration.files import replacing, write_json
 from vlm_calibration.models.base import CONFIG, BaseModel, Dtype, base_of_adapter, find_adapter, read_object
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, save_card

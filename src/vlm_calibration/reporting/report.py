@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from vlm_calibration.arguments import explained_errors
-from vlm_calibration.callbacks.files import replacing
+from vlm_calibration.files import write_text
 from vlm_calibration.records import DataError
 
 PAGE = "report.html"
@@ -53,8 +53,7 @@ def report(
     compared = compare(systems, comparison)
     page = Path(out) if out is not None else Path(runs[0]) / PAGE
     html = render_page(systems, compared, comparison, subject, images)
-    with replacing(page) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(page, html)
     tables = write_tables(compared.rows, page)
     print(f"wrote {page}, and its table as {', '.join(path.name for path in tables)}")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_calibration.callbacks.files import replacing, write_json
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated
+from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report_bootstrap import MEASURED, ImageBootstrap, Measured, p_value
@@ -152,8 +152,7 @@ def write_tables(rows: Sequence[Row], page: Path) -> list[Path]:
     paths = []
     for suffix, write in writers.items():
         paths.append(page.with_suffix(suffix))
-        with replacing(paths[-1]) as temporary:
-            temporary.write_text(write(rows), encoding="utf-8")
+        write_text(paths[-1], write(rows))
     paths.append(page.with_suffix(".json"))
     write_json(paths[-1], as_json(rows))
     return paths

@@ -20,8 +20,8 @@ from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.answers import Reply, in_order_of, reply
 from vlm_calibration.benchmarks.files import read_records
 from vlm_calibration.benchmarks.official import OFFICIAL
-from vlm_calibration.callbacks.files import json_number, write_rows
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction, read_predictions
+from vlm_calibration.files import json_number, write_rows
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 from vlm_calibration.reporting.tables import official_table, print_results
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
 
@@ -144,13 +145,11 @@ class EmbeddedImages:
 
 def _unpack(folder: Path, first: int, contents: Any) -> None:
     """Write each image to a file named by its row; several processes may do so at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
     for row, content in enumerate(contents, start=first):
         place = folder / str(row)
         if content.is_valid and not place.exists():
-            temporary = folder / f".{row}.{os.getpid()}.tmp"
-            temporary.write_bytes(content.as_py())
-            temporary.replace(place)
+            with replacing(place, sync=False) as temporary:
+                temporary.write_bytes(content.as_py())
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

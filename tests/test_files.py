@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlm_calibration.callbacks.files import replacing, write_json
+from vlm_calibration.files import replacing, write_json
 
 
 def _make(path: Path, folder: bool, content: str) -> None:
