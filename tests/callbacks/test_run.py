@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
@@ -116,12 +117,22 @@ def test_offline_unless_logged_in(
         "g",
         ["t"],
     )
-    assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists(), "nothing has begun"
+
+
+def test_nothing_begins_while_the_logger_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    logger.waiting = True
+    logger.log_metrics({"train/loss": 1.5}, step=0)
+    assert logger.experiment is not None, "Lightning calls what it gets"
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_first_process_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    RunLogger(save_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    logger.log_metrics({"train/loss": 1.5}, step=0)
     assert not (tmp_path / "run").exists()
 
 

@@ -35,8 +35,17 @@ class AdapterWriter(L.Callback):
     def __init__(self) -> None:
         self.results: dict[str, float] | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed behind its last validation needs to know."""
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.results = state_dict["results"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.results = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # What cannot be written up is better found out now than when training ends.
         self.card(trainer, module)
 

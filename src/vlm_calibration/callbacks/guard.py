@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,6 +25,16 @@ class BeforeAndAfter(L.Callback):
         self.before: dict[str, float] | None = None
         self.after: dict[str, float] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The results so far: a run that is resumed has no validation before training of its own."""
+        return {"before": self.before, "after": self.after}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before, self.after = state_dict["before"], state_dict["after"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.before = self.after = None
+
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.num_sanity_val_steps == float("inf"):
             self.before = dict(cast(HasResults, module).results[""])
@@ -32,9 +42,6 @@ class BeforeAndAfter(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.after = dict(cast(HasResults, module).results[""])
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.after = None
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.before is None or not trainer.is_global_zero or trainer.interrupted:

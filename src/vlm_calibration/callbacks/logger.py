@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.callbacks.login import PROJECT, logged_in
+from vlm_calibration.files import writing
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
@@ -42,6 +43,9 @@ class RunLogger(WandbLogger):
         entity, group, job_type, tags: as W&B has them.
         name: of the run; by default WANDB_NAME, or the name of `save_dir`.
         settings: further arguments of `wandb.init`.
+
+    Attributes:
+        waiting: no run is begun yet, and nothing is logged; the command line ends this once a stage begins.
     """
 
     def __init__(
@@ -59,8 +63,7 @@ class RunLogger(WandbLogger):
         # "dryrun" is W&B's older word, which Lightning still sets.
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
         directory = save_dir or "runs"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            Path(directory).mkdir(parents=True, exist_ok=True)
+        self.waiting = False
         super().__init__(
             save_dir=directory,
             project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -81,9 +84,14 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`, offline where the server cannot be reached or refuses."""
+        """The `wandb.Run`, offline where the server cannot be reached or refuses; none while it is `waiting`."""
         from wandb.errors import CommError
 
+        if self.waiting:
+            return None
+        if self._experiment is None:
+            with writing(Path(self.save_dir or ".")):
+                Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
         if self._experiment is None and not self._offline:
             try:
                 return super().experiment

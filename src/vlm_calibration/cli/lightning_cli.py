@@ -20,38 +20,21 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from vlm_calibration.arguments import explained
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
+from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.cli import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
 """Packages with classes that a configuration may name."""
 DATA_DEFAULTS = {"name_or_path": None, "revision": None, "trust_remote_code": False}
 """Settings of a base model -> what the data module takes where there is none."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the full configuration to `config.yaml` of the run directory, and shows it to the loggers."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{**settings, "save_to_log_dir": False})
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        path = Path(trainer.default_root_dir) / self.config_filename
-        with replacing(path) as temporary:
-            self.parser.save(
-                self.config, temporary, skip_none=False, overwrite=True, multifile=self.multifile
-            )
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 class CalibrationCLI(LightningCLI):
@@ -109,8 +92,25 @@ class CalibrationCLI(LightningCLI):
             if settings is not None and "save_dir" in settings and settings.save_dir is None:
                 settings.save_dir = trainer.default_root_dir
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="Replace the run that trainer.default_root_dir holds, once the new one has been checked and begins.",
+            )
+        return parser
+
     def instantiate_classes(self) -> None:
         _check_accelerator(self.config[self.subcommand].trainer.accelerator)
+        if self.subcommand == "fit":
+            fit = self.config.fit
+            adapter = fit.model.init_args.get("adapter") if "init_args" in fit.model else None
+            folder = Path(fit.trainer.default_root_dir or ".")
+            check_run_directory(folder, fit.ckpt_path, fit.overwrite, adapter)
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -151,6 +151,13 @@ def _check_accelerator(accelerator: Any) -> None:
             f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
             "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveRunConfig):
+                callback.hold(trainer)
+        return trainer
 
 
 def _may_be_found(checkpoint: str) -> bool:

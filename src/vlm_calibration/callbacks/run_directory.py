@@ -1,0 +1,148 @@
+"""The run directory: whose it is, and the moment at which a run begins to write to it.
+
+Until everything that can be checked has been, the model loaded and a checkpoint read, nothing is written and no logger starts, so
+that a run that fails leaves the directory as it found it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+
+from vlm_calibration.callbacks.adapter import ADAPTER
+from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
+from vlm_calibration.callbacks.logger import RunLogger
+from vlm_calibration.callbacks.processes import from_first
+from vlm_calibration.files import remove, replacing
+from vlm_calibration.records import DataError
+
+CONFIG = "config.yaml"
+TRAINED = (ADAPTER, FOLDER, "metrics.json", "predictions.jsonl")
+"""What `fit` writes beside its configuration and its logs, and what `--overwrite` removes."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Begins a run: removes what it replaces, writes the full configuration to `config.yaml`, and starts the loggers."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "save_to_log_dir": False})
+
+    def hold(self, trainer: L.Trainer) -> None:
+        """Keep the trainer's loggers from starting before the run begins, and be the first callback to see it begin."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: callback is not self)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.waiting = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing is saved yet, unlike in Lightning's callback."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A run that was resumed behind its last step has not trained.
+        self._begin(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.already_saved:
+            return
+        self.already_saved = True
+        from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.waiting = False
+        if trainer.is_global_zero:
+            shown = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
+            for logger in trainer.loggers:
+                logger.log_hyperparams(shown)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write `config.yaml`, and remove what is overwritten, in the first process."""
+        folder, config = Path(trainer.default_root_dir), self.config.clone()
+        overwrite = config.pop("overwrite", False)
+        if is_own_checkpoint(folder, config.get("ckpt_path")):
+            # The configuration alone repeats the run, from its beginning.
+            config.ckpt_path = None
+        with replacing(folder / CONFIG) as temporary:
+            self.parser.save(
+                config,
+                temporary,
+                skip_none=False,
+                overwrite=True,
+                multifile=self.multifile,
+            )
+            for name in TRAINED if overwrite else ():
+                remove(folder / name)
+
+
+def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
+    """Whether a run that starts from this checkpoint resumes the one in this directory."""
+    if checkpoint is None:
+        return False
+    return checkpoint in ("best", "hpc") or Path(checkpoint).resolve().is_relative_to(folder.resolve())
+
+
+def check_run_directory(
+    folder: Path, checkpoint: str | None, overwrite: bool, adapter: str | None = None
+) -> None:
+    """Refuse to train into a directory that holds a run, unless that one is resumed or overwritten.
+
+    Args:
+        folder: the run directory. checkpoint: that training starts from.
+        overwrite: whether a run in it may be replaced.
+        adapter: the adapter that training starts from.
+
+    Raises:
+        DataError: it holds another run, or what the new one reads would be overwritten.
+    """
+    resumed = is_own_checkpoint(folder, checkpoint)
+    if resumed and overwrite:
+        raise DataError(
+            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of the two"
+        )
+    if adapter is not None and Path(adapter).resolve() == (folder / ADAPTER).resolve():
+        raise DataError(
+            f"model.adapter: the run in {folder} would replace {adapter}, from which it starts: choose another "
+            "trainer.default_root_dir"
+        )
+    if resumed:
+        return
+    another = "another --trainer.default_root_dir leaves it as it is"
+    if (folder / CONFIG).exists() and (
+        any(folder.glob("*/metrics.json")) or (folder / "queries.parquet").exists()
+    ):
+        raise DataError(f"{folder} holds the results of `test` or `predict`: {another}")
+    found = _found(folder)
+    if found is not None and not overwrite:
+        what, checkpoint = found
+        on = f"--ckpt_path {checkpoint} resumes it, " if checkpoint else ""
+        raise DataError(f"{folder} holds {what}: {on}--overwrite replaces it, {another}")
+
+
+def _found(folder: Path) -> tuple[str, str | None] | None:
+    """The run that a directory holds, and the checkpoint to resume it from; None if it holds none."""
+    checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    resumable = "last" if (folder / FOLDER / LAST).exists() else str(checkpoints[-1]) if checkpoints else None
+    if (folder / ADAPTER).exists():
+        return "a finished run", resumable
+    if resumable:
+        return "a run that was interrupted", resumable
+    return ("the results of a run", None) if (folder / "metrics.json").exists() else None

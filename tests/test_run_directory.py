@@ -1,0 +1,182 @@
+"""What `fit` does to the directory that it is to write to: nothing, unless it begins, and may."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from .command_line import Ended, callback, run_plainly
+
+Fit = Callable[..., list[str]]
+Run = Callable[..., Ended]
+LOGGED = {"logger": {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}}
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's time and content, by its path in the folder."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
+
+
+@pytest.fixture
+def finished(run: Run, fit: Fit, tmp_path: Path) -> Path:
+    ended = run(*fit(trainer=LOGGED))
+    assert ended.status == 0, ended.err
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
+    return tmp_path / "run"
+
+
+def _failing(tmp_path: Path, name: str) -> list[str]:
+    """Settings with which a run cannot begin."""
+    records = tmp_path / "queries.jsonl"
+    records.write_text(
+        '{"id": "one", "image": "none.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}\n'
+    )
+    source = {
+        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+        "init_args": {"path": str(records)},
+    }
+    levels = {
+        "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
+        "init_args": {"path": "none.json"},
+    }
+    return {
+        "a missing image": ["--data.train", yaml.safe_dump(source)],
+        "no level table": ["--data.noise.levels", yaml.safe_dump(levels)],
+        "no model": ["--model.init_args.base.name_or_path", str(tmp_path / "nowhere")],
+        "no such part": ["--model.init_args.lora.parts", "[vision, nose]"],
+        "no GPU": ["--trainer.accelerator", "gpu"],
+        "no such callback": ["--trainer.callbacks+", "vlm_calibration.callbacks.nothing.Nothing"],
+        "a sample that is too long": ["--data.max_length", "10", "--data.workers", "0"],
+    }[name]
+
+
+FAILURES = (
+    "a missing image",
+    "no level table",
+    "no model",
+    "no such part",
+    "no GPU",
+    "no such callback",
+)
+
+
+def test_a_run_that_fails_leaves_the_directory_as_it_was(
+    run: Run, fit: Fit, finished: Path, tmp_path: Path
+) -> None:
+    before = _files(finished)
+    for failure in FAILURES:
+        settings = _failing(tmp_path, failure)
+        ended = run(*fit(trainer=LOGGED), *settings, "--overwrite")
+        assert ended.error(), failure
+        assert _files(finished) == before, failure
+        ended = run(*fit(trainer=LOGGED), *settings, "--trainer.default_root_dir", str(tmp_path / "new"))
+        assert ended.error(), failure
+        assert not (tmp_path / "new").exists(), failure
+
+
+def test_an_adapter_that_is_missing_leaves_the_directory_as_it_was(
+    run: Run, fit: Fit, finished: Path, tmp_path: Path
+) -> None:
+    before = _files(finished)
+    ended = run(
+        *fit("dpo", trainer=LOGGED), "--model.init_args.adapter", str(tmp_path / "nowhere"), "--overwrite"
+    )
+    assert ended.error().startswith(f"no adapter at {tmp_path / 'nowhere'}")
+    assert _files(finished) == before
+
+
+def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Fit, finished: Path, root: Path) -> None:
+    before = _files(finished)
+    said = (
+        f"{finished} holds a finished run: --ckpt_path last resumes it, --overwrite replaces it, "
+        "another --trainer.default_root_dir leaves it as it is"
+    )
+    ended = run(*fit(trainer=LOGGED))
+    assert (ended.status, ended.error()) == (1, said)
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    ended = run_plainly([*fit(trainer=LOGGED), *two], root, finished.parent)
+    assert (ended.status, ended.error()) == (1, said)
+    assert _files(finished) == before
+
+
+def test_an_interrupted_run_is_refused_and_can_be_resumed(
+    run: Run, start: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    kill = callback("disasters.KillAt", epoch=0, batch=5)
+    assert run(*start("run", kill)).status == -signal.SIGKILL
+    before = _files(tmp_path / "run")
+    ended = run(*start("run"))
+    assert ended.error().startswith(
+        f"{tmp_path / 'run'} holds a run that was interrupted: --ckpt_path last resumes it"
+    )
+    assert _files(tmp_path / "run") == before
+    assert run(*start("run"), "--ckpt_path", "last").status == 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(
+    run: Run, start: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    kill = callback("disasters.KillAt", epoch=0, batch=0)
+    assert run(*start("run", kill)).status == -signal.SIGKILL
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert run(*start("run")).status == 0
+
+
+def test_a_run_that_is_overwritten_leaves_nothing_behind(
+    run: Run, fit: Fit, finished: Path, tmp_path: Path
+) -> None:
+    longer = ["--trainer.max_steps", "3"]
+    assert run(*fit(trainer=LOGGED), *longer, "--overwrite").status == 0
+    assert len(list((finished / "wandb").glob("offline-run-*"))) == 2, "logs stay"
+    assert run(*fit(trainer={"default_root_dir": str(tmp_path / "other")}), *longer).status == 0
+    old, new = ({n for n in _files(tmp_path / f) if "wandb" not in n} for f in ("run", "other"))
+    assert old == new
+    assert (finished / ADAPTER).read_bytes() == (tmp_path / "other" / ADAPTER).read_bytes()
+    last = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    assert "overwrite" not in yaml.safe_load((finished / "config.yaml").read_text())
+
+
+def test_an_overwritten_run_stands_until_the_new_one_trains(
+    run: Run, start: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert run(*start("run")).status == 0
+    kill = callback("disasters.KillAt", epoch=0, batch=0)
+    assert run(*start("run", kill), "--overwrite").status == -signal.SIGKILL
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
+
+
+def test_overwriting_and_resuming_are_two_things(run: Run, fit: Fit, finished: Path) -> None:
+    before = _files(finished)
+    ended = run(*fit(), "--overwrite", "--ckpt_path", "last")
+    last = finished / "checkpoints/last.ckpt"
+    assert ended.error() == (
+        f"--overwrite would remove {last}, from which --ckpt_path resumes: give one of the two"
+    )
+    assert _files(finished) == before
+
+
+def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
+    run: Run, fit: Fit, finished: Path
+) -> None:
+    adapter = finished / "adapter"
+    ended = run(*fit("dpo"), "--model.init_args.adapter", str(adapter), "--overwrite")
+    assert ended.error().startswith(f"model.adapter: the run in {finished} would replace {adapter}")
+    assert (adapter / "adapter_model.safetensors").exists()
+
+
+def test_an_evaluation_is_not_trained_over(run: Run, fit: Fit, tmp_path: Path) -> None:
+    (tmp_path / "run/base").mkdir(parents=True)
+    for name in ("config.yaml", "base/metrics.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    before = _files(tmp_path / "run")
+    ended = run(*fit(), "--overwrite")
+    assert ended.error().startswith(f"{tmp_path / 'run'} holds the results of `test` or `predict`: another")
+    assert _files(tmp_path / "run") == before
