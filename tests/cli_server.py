@@ -1,7 +1,8 @@
 """Starts the command line over and over without importing it anew: one fork for each request.
 
-A request is one JSON line on stdin: {"args": [...], "cwd": ..., "env": {...}, "out": file, "err": file}; the reply is the
-process id. The child leads a session of its own, as under a terminal, and goes on as `python -m vlm_calibration.cli` would.
+A request is one JSON line on stdin: {"args": [...], "cwd": ..., "env": {...}, "largest": bytes or null, "out": file,
+"err": file}; the reply is the process id. The child leads a session of its own, as under a terminal, and goes on as
+`python -m vlm_calibration.cli` would.
 {"wait": pid} replies with the exit status, that of a signal negative.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -46,6 +48,8 @@ def start(request: dict) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    if request["largest"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     sys.argv = ["vlm-calibration", *request["args"]]
 
 

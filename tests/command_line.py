@@ -65,11 +65,19 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> int:
-        """The process id of a new run, with these further variables."""
+    def start(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        largest: int | None = None,
+    ) -> int:
+        """The process id of a new run, with these further variables, whose files may not grow beyond `largest` bytes."""
         self.started += 1
         files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
-        return self._ask({"args": arguments, "cwd": str(cwd), "env": dict(env or {}), **files})
+        return self._ask(
+            {"args": arguments, "cwd": str(cwd), "env": dict(env or {}), "largest": largest, **files}
+        )
 
     def wait(self, pid: int) -> Ended:
         timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))

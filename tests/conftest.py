@@ -153,7 +153,10 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
 
 @pytest.fixture
 def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`."""
+    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`.
+
+    Stage "dpo" validates before training as well, and always warns of the accuracy.
+    """
 
     def arguments(
         name: str,
@@ -167,8 +170,10 @@ def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[s
             *disaster,
             callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
             *map(callback, ("finite.FiniteLoss", "adapter.AdapterWriter", "predictions.PredictionWriter")),
+            *([callback("guard.BeforeAndAfter", tolerance=-1.0)] if stage == "dpo" else []),
         ]
-        settings = {"max_steps": -1, "max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks}
+        settings = {"max_steps": -1, "max_epochs": 2, "callbacks": callbacks}
+        settings["num_sanity_val_steps"] = -1 if stage == "dpo" else 0
         command = fit(
             stage,
             trainer={**settings, "default_root_dir": str(tmp_path / name), **trainer},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -16,8 +17,8 @@ class KillAt(L.Callback):
     """Sends a signal to this process, or to its whole group, in a batch of an epoch (both from 0).
 
     Args:
-        when: "before" the batch is trained on, "between" backward pass and optimiser step, "after" the batch, or
-            "validating" behind it.
+        when: "before" the batch is trained on, "between" backward pass and optimiser step, "after" the batch,
+            "validating" behind it, or "ending": when training has ended, whatever the batch.
         rank: the process that does it.
     """
 
@@ -52,6 +53,10 @@ class KillAt(L.Callback):
 
     def on_validation_batch_start(self, *_: Any) -> None:
         self._at("validating")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.now = trainer.global_rank == self.rank
+        self._at("ending")
 
 
 class KillPrediction(L.Callback):
@@ -123,6 +128,14 @@ class WriteLosses(L.Callback):
         path = Path(trainer.default_root_dir) / f"losses-{trainer.global_rank}.txt"
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{float(outputs['loss'])!r}\n")
+
+
+class WriteMap(L.Callback):
+    """Writes the map that a preference stage was given when training starts to `map-RANK.json` of the run directory."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"map-{trainer.global_rank}.json"
+        path.write_text(json.dumps(module.recalibration.knots), encoding="utf-8")
 
 
 class KillTest(L.Callback):

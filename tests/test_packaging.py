@@ -198,9 +198,21 @@ def test_set_up_happens_once(checkout: Path) -> None:
 def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
     _make(checkout, "train-dpo", "ARGS=--data.batch_size 3")
     fit, evaluation = _of_the_command_line(_calls(checkout))
-    assert fit.endswith("fit --config configs/dpo.yaml --data.batch_size 3")
+    assert fit.endswith("fit --config configs/dpo.yaml --overwrite --data.batch_size 3")
     assert " test --config configs/eval/demo.yaml" in evaluation
     assert "batch_size" not in evaluation
+
+
+@pytest.mark.parametrize("target", ["train-sft", "train-dpo", "demo-sft", "demo-dpo"])
+def test_the_demo_s_targets_replace_their_own_runs_and_no_others(checkout: Path, target: str) -> None:
+    def fits(*settings: str) -> list[str]:
+        _make(checkout, target, *settings)
+        return [c for c in _of_the_command_line(_calls(checkout)) if " fit " in c]
+
+    assert fits()
+    assert all(" --overwrite" in c for c in fits())
+    for more in ("--ckpt_path last", "--trainer.default_root_dir mine"):
+        assert not any(" --overwrite" in c for c in fits(f"ARGS={more}"))
 
 
 def test_evaluated_is_what_was_trained_or_is_named(checkout: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import random
 import re
@@ -22,7 +23,8 @@ from vlm_calibration.files import clear_leftovers
 
 from .command_line import Ended, callback, run_plainly
 
-FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
+WEIGHTS = "adapter/adapter_model.safetensors"
+FILES = (WEIGHTS, "metrics.json", "predictions.jsonl")
 
 Start = Callable[..., list[str]]
 
@@ -31,6 +33,20 @@ def _same_files(folder: Path, *others: Path) -> None:
     for name in FILES:
         for other in others:
             assert (folder / name).read_bytes() == (other / name).read_bytes(), f"{other.name}: {name}"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its checkpoints, which hold times as well, and count by name."""
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    assert {WEIGHTS, "adapter/README.md", "adapter/calibration.json", "config.yaml"} < set(found)
+    return {name: b"" if name.endswith(".ckpt") else p.read_bytes() for name, p in sorted(found.items())}
+
+
+def _same_directory(whole: dict[str, bytes], folder: Path) -> None:
+    """All files of a run are those of another one."""
+    now = _contents(folder)
+    assert list(now) == list(whole)
+    assert [name for name in now if now[name] != whole[name]] == []
 
 
 MOMENTS = [(e, b, w) for e in range(2) for b in range(7) for w in ("before", "between", "after")]
@@ -55,34 +71,93 @@ def test_killed_twice_and_resumed(
         settings = {"stage": stage, "workers": workers, "accumulate_grad_batches": accumulated}
         return [*start(name, *disaster, **settings), *more]
 
-    whole = run(*command("whole"))
-    assert whole.status == 0, whole.err
+    ended = run(*command("run"))
+    assert ended.status == 0, ended.err
+    whole = _contents(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
     # The first checkpoint is written after two steps.
     moments = [m for m in MOMENTS if m[:2] >= (0, 2 * accumulated)]
     killed = sorted(random.Random(seed).sample(moments, 2))
     for n, (epoch, batch, when) in enumerate(killed):
         last = ["--ckpt_path", "last"] if n else []
-        ended = run(*command("cut", callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last)
+        ended = run(*command("run", callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last)
         assert ended.status == -signal.SIGKILL, ended.err
-        assert not (tmp_path / "cut/adapter").exists()
-    ended = run(*command("cut"), "--ckpt_path", "last")
+        assert not (tmp_path / "run/adapter").exists()
+    ended = run(*command("run"), "--ckpt_path", "last")
     assert ended.status == 0, ended.err
-    _same_files(tmp_path / "whole", tmp_path / "cut")
+    _same_directory(whole, tmp_path / "run")
+
+
+def test_a_run_killed_when_training_has_ended_ends_as_if_it_had_not_been(
+    run: Callable[..., Ended], start: Start, new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    """With the comparison of before and after, and the warning, that it has not come to."""
+    adapter = ["--model.init_args.adapter", new_adapter(1)]
+    once = run(*start("run", stage="dpo"), *adapter)
+    assert once.status == 0, once.err
+    whole = _contents(tmp_path / "run")
+    assert {"before", "after"} == set(json.loads(whole["adapter/calibration.json"])["results"])
+    shutil.rmtree(tmp_path / "run")
+    kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
+    ended = run(*start("run", kill, stage="dpo"), *adapter)
+    assert ended.status == -signal.SIGKILL, ended.err
+    assert not (tmp_path / "run/adapter").exists()
+    ended = run(*start("run", stage="dpo"), *adapter, "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _same_directory(whole, tmp_path / "run")
+    assert _comparison(ended) == _comparison(once)
+    assert "accuracy on the validation queries fell by" in ended.err
+
+
+def _comparison(ended: Ended) -> list[str]:
+    """The rows of the table that a run ends with."""
+    rows = [line for line in ended.out.splitlines() if "before" in line or "after" in line]
+    assert len(rows) == 2, ended.out
+    return rows
+
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_killed_and_stopped_in_two_processes_with_dropout_and_resumed(
+    start: Start, new_adapter: Callable[..., str], root: Path, tmp_path: Path, stage: str
+) -> None:
+    """First killed, then told to stop; in the end all files are those of a run that went through."""
+    adapter = new_adapter(1, dropout=0.2) if stage == "dpo" else None
+    more = [*TWO, *(["--model.init_args.adapter", adapter] if adapter else [])]
+
+    def ended(*disaster: dict[str, Any], last: bool = False) -> Ended:
+        command = [*start("run", *disaster, stage=stage), *more, *(["--ckpt_path", "last"] if last else [])]
+        return run_plainly(command, root, tmp_path)
+
+    once = ended()
+    assert once.status == 0, once.err
+    whole = _contents(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    killed = ended(callback("disasters.KillAt", epoch=0, batch=5))
+    assert killed.status == -signal.SIGKILL, killed.err
+    stop = callback("disasters.KillAt", epoch=1, batch=2, number=int(signal.SIGTERM))
+    stopped = ended(stop, last=True)
+    assert stopped.status == 143, stopped.err
+    assert not (tmp_path / "run/adapter").exists()
+    resumed = ended(last=True)
+    assert resumed.status == 0, resumed.err
+    _same_directory(whole, tmp_path / "run")
 
 
 def test_killed_and_resumed_in_two_processes_which_agree_with_one(
     run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
     still = ["--model.init_args.lora.dropout", "0.0"]  # dropout differs between processes
-    ended = run_plainly([*start("whole", workers=1), *two, *still], root, tmp_path)
+    ended = run_plainly([*start("whole", workers=1), *TWO, *still], root, tmp_path)
     assert ended.status == 0, ended.err
     kill = callback("disasters.KillAt", epoch=1, batch=4)
-    ended = run_plainly([*start("cut", kill, workers=1), *two, *still], root, tmp_path)
+    ended = run_plainly([*start("cut", kill, workers=1), *TWO, *still], root, tmp_path)
     assert ended.status == -signal.SIGKILL, ended.err
     # The same queries a step, so a checkpoint of two processes also serves one.
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
-    ended = run_plainly([*start("cut", workers=1), *two, *still, "--ckpt_path", "last"], root, tmp_path)
+    ended = run_plainly([*start("cut", workers=1), *TWO, *still, "--ckpt_path", "last"], root, tmp_path)
     assert ended.status == 0, ended.err
     _same_files(tmp_path / "whole", tmp_path / "cut")
     ended = run(*start("one"), *still, "--ckpt_path", "last")
@@ -126,8 +201,7 @@ def test_a_signal_saves_and_ends_the_run(
 
 def test_a_signal_to_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
     kill = callback("disasters.KillAt", epoch=0, batch=2, number=int(signal.SIGTERM), group=False, rank=1)
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
-    ended = run_plainly([*start("cut", kill, every=1000), *two], root, tmp_path)
+    ended = run_plainly([*start("cut", kill, every=1000), *TWO], root, tmp_path)
     assert ended.status == 143, ended.err
     assert ended.errors == [
         f"stopped by SIGTERM; `--ckpt_path last` goes on from {tmp_path / 'cut/checkpoints/last.ckpt'}"
@@ -193,8 +267,7 @@ def test_a_gradient_that_is_no_number_names_the_records(
 
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
-    ended = run_plainly([*start("run", callback("disasters.Spoil", batch=3, rank=1)), *two], root, tmp_path)
+    ended = run_plainly([*start("run", callback("disasters.Spoil", batch=3, rank=1)), *TWO], root, tmp_path)
     assert ended.status == 1, ended.err
     assert ended.errors
     for error in ended.errors:
@@ -245,9 +318,6 @@ def test_a_full_disk_is_reported_and_the_earlier_checkpoint_survives(
     ended = run(*start("run", full, every=1))
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert ended.status == 1
-    assert (
-        ended.error()
-        == f"cannot write the checkpoint {last}: File too large; an earlier one is left as it was"
-    )
+    assert ended.error() == f"cannot write {last}: File too large; what was there before is left as it was"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,35 @@ def test_two_processes_train_as_one(
     if strategy == "ddp":
         for name in ("metrics.json", "predictions.jsonl"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_processes(
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+) -> None:
+    """The demo's model answers, and is right about some; each process sees half of the answers."""
+    settings = {
+        "base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
+        "adapter": "null",
+        "reference": "base",
+        "parts": "null",
+        "max_new_tokens": "8",
+    }
+    answering = [word for key, value in settings.items() for word in (f"--model.init_args.{key}", value)]
+    answering += ["--data.pairs.target", "recalibrated", "--data.validation.init_args.scenes", "8"]
+    answering += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    watch = callback("disasters.WriteMap")
+    ended = run(*start("one", watch, stage="dpo"), *answering)
+    assert ended.status == 0, ended.err
+    command = [*start("two", watch, stage="dpo", strategy="ddp"), *answering, *TWO]
+    ended = run_plainly(command, root, tmp_path)
+    assert ended.status == 0, ended.err
+    one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/map-*.json")))
+    assert len(two) == 2
+    assert any(len(set(accuracies)) > 1 for _, accuracies in one.values()), "there is something to fit"
+    for fitted in two:
+        assert fitted.keys() == one.keys()
+        for kind, knots in one.items():
+            torch.testing.assert_close(torch.tensor(fitted[kind]), torch.tensor(knots), atol=1e-4, rtol=1e-3)
 
 
 def test_accumulated_batches_are_one_large_batch(

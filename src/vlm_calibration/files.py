@@ -54,7 +54,7 @@ def _why_unwritable(error: BaseException | None) -> str | None:
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         # safetensors and tokenizers raise errors of their own, with the system's number in the text.
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
+        if found := re.search(r"(?:os error|Errno) (\d+)", str(error)):
             number = int(found[1])
         if number in UNWRITABLE:
             return os.strerror(number)

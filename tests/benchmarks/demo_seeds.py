@@ -101,7 +101,9 @@ def side_by_side(fits: dict[Path, list[str]], resume: bool) -> None:
         (folder, fit) for folder, fit in fits.items() if not (resume and (folder / "adapter").is_dir())
     ]
     for first in range(0, len(missing), 2):
-        for fit in [start("fit", *fit, *into(folder)) for folder, fit in missing[first : first + 2]]:
+        for fit in [
+            start("fit", *fit, *into(folder), "--overwrite") for folder, fit in missing[first : first + 2]
+        ]:
             finish(fit)
 
 

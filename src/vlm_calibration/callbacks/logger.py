@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,15 @@ import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from vlm_calibration.callbacks.login import PROJECT, logged_in
 from vlm_calibration.files import writing
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
+ROOM = 1 << 18
+"""Bytes that must be free for W&B to log. It does not say so where it cannot write, and what was logged is lost."""
 STAGING = "WANDB_DATA_DIR"
 """The variable that names the folder where W&B puts copies of what it is to upload."""
 
@@ -64,6 +68,7 @@ class RunLogger(WandbLogger):
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
         directory = save_dir or "runs"
         self.waiting = False
+        self._warned = False
         super().__init__(
             save_dir=directory,
             project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -90,8 +95,10 @@ class RunLogger(WandbLogger):
         if self.waiting:
             return None
         if self._experiment is None:
-            with writing(Path(self.save_dir or ".")):
-                Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
+            with writing(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._is_full():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._experiment is None and not self._offline:
             try:
                 return super().experiment
@@ -102,6 +109,23 @@ class RunLogger(WandbLogger):
                 )
                 self._go_offline()
         return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log to the run, and say so once if there is no room for it."""
+        if not (self.waiting or self._warned) and self._is_full():
+            self._warned = True
+            rank_zero_warn(
+                f"cannot write {self._folder / 'wandb'}: {os.strerror(errno.ENOSPC)}; what is logged from here on is lost"
+            )
+        super().log_metrics(metrics, step)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.save_dir or ".")
+
+    def _is_full(self) -> bool:
+        return self._folder.is_dir() and shutil.disk_usage(self._folder).free < ROOM
 
     def _go_offline(self) -> None:
         self._offline = True
@@ -129,12 +153,17 @@ def staged(logger: WandbLogger) -> Iterator[None]:
     """A block in which W&B copies what it is to upload into the run directory instead of the home directory.
 
     An offline run is then whole on its own. WANDB_DATA_DIR, where set, decides instead.
+
+    Raises:
+        DataError: the copies cannot be written.
     """
     if STAGING in os.environ:
-        yield
+        with writing(Path(os.environ[STAGING])):
+            yield
         return
     os.environ[STAGING] = str(Path(logger.save_dir or ".").resolve() / "wandb")
     try:
-        yield
+        with writing(Path(os.environ[STAGING])):
+            yield
     finally:
         del os.environ[STAGING]

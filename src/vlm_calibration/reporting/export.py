@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vlm_calibration.arguments import explained_errors
-from vlm_calibration.files import replacing, write_json
+from vlm_calibration.files import replacing, write_json, writing
 from vlm_calibration.models.base import CONFIG, BaseModel, Dtype, base_of_adapter, find_adapter, read_object
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, save_card
@@ -52,7 +52,6 @@ def export(
         DataError: there is no adapter, it cannot be merged, `out` holds something, or the Hub refuses.
     """
     # Lightning and transformers take seconds to import, which the help need not wait for.
-    from vlm_calibration.callbacks.adapter import shown_path
     from vlm_calibration.reporting.hub import check_hub, push
 
     adapter = find_adapter(run)
@@ -104,7 +103,7 @@ def _written(out: str | None) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
     else:
-        with tempfile.TemporaryDirectory() as temporary:
+        with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
 
 
@@ -120,7 +119,6 @@ def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) 
 
 
 def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, location: str) -> None:
-    from vlm_calibration.models.export import merge_adapter, save_merged
 
     if is_edited(adapter):
         print(

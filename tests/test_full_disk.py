@@ -1,0 +1,259 @@
+"""A disk that is full is one line that names the file, wherever something is written, and what was there stays whole.
+
+A limit on the size of files stands in for the disk, since it takes no rights: the system refuses to write on, with another error.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import warnings
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from vlm_calibration.app.questions import Question, answer_file
+from vlm_calibration.callbacks import logger as logging
+from vlm_calibration.callbacks.logger import RunLogger, staged
+from vlm_calibration.callbacks.progress import Answered, Progress
+from vlm_calibration.callbacks.regions import SCHEMA, write_rows
+from vlm_calibration.data.sources.tables import _unpack
+from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.reporting.report import report_command
+
+from .command_line import Ended, Server, callback
+
+Run = Callable[..., Ended]
+Start = Callable[..., list[str]]
+LARGEST = 20_000
+"""Bytes that a file may have."""
+SAID = "File too large"
+LEFT = f"{SAID}; what was there before is left as it was"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests here keep a run that was stopped when training had ended."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def stopped(run: Run, start: Start, trained: Path, tmp_path: Path) -> Path:
+    """The run directory of a run that was stopped when training had ended, before it wrote its adapter."""
+    if not trained.exists():
+        kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
+        ended = run(*start("run", kill, max_epochs=1))
+        assert ended.status == -9, ended.err
+        (tmp_path / "run").rename(trained)
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def cramped(server: Server, tmp_path: Path) -> Run:
+    """Runs the command in `tmp_path`, where no file of it may have more than `LARGEST` bytes."""
+
+    def ended(*arguments: str) -> Ended:
+        return server.wait(server.start(list(arguments), tmp_path, largest=LARGEST))
+
+    return ended
+
+
+def test_the_configuration(cramped: Run, start: Start, stopped: Path) -> None:
+    before = _contents(stopped)
+    tags = {
+        "class_path": "vlm_calibration.callbacks.logger.RunLogger",
+        "init_args": {"tags": ["x" * 60] * 400},
+    }
+    ended = cramped(*start("run", logger=tags), "--overwrite")
+    assert ended.error() == f"cannot write {stopped / 'config.yaml'}: {LEFT}"
+    assert _contents(stopped) == before
+
+
+def test_a_checkpoint(cramped: Run, start: Start, stopped: Path, tmp_path: Path) -> None:
+    ended = cramped(*start("new"))
+    last = tmp_path / "new/checkpoints/last.ckpt"
+    assert ended.error() == f"cannot write {last}: {SAID}"
+    assert list(last.parent.iterdir()) == []
+    before = (stopped / "checkpoints/last.ckpt").read_bytes()
+    ended = cramped(*start("run"), "--ckpt_path", "last")
+    assert ended.error() == f"cannot write {stopped / 'checkpoints/last.ckpt'}: {LEFT}"
+    assert (stopped / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_the_adapter(run: Run, cramped: Run, start: Start, stopped: Path) -> None:
+    before = _contents(stopped)
+    ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
+    assert ended.error() == f"cannot write {stopped / 'adapter'}: {SAID}"
+    now = _contents(stopped)
+    assert now.pop("config.yaml") != before.pop("config.yaml"), "which nothing kills any more"
+    assert now == before
+    assert run(*start("run", max_epochs=1), "--ckpt_path", "last").status == 0
+    before = _contents(stopped)
+    ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
+    assert ended.error() == f"cannot write {stopped / 'adapter'}: {LEFT}"
+    assert _contents(stopped) == before
+
+
+def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:
+    callbacks = [callback("predictions.PredictionWriter")]
+    many = ["--data.validation.init_args.scenes", "40", "--trainer.max_steps", "1"]
+    ended = cramped(
+        *start("run", callbacks=callbacks, enable_checkpointing=False, val_check_interval=1), *many
+    )
+    assert ended.error() == f"cannot write {tmp_path / 'run/.predictions.0.jsonl'}: {SAID}"
+    assert not (tmp_path / "run/predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_an_export(
+    run: Run,
+    cramped: Run,
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
+    merge: list[str],
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("kept")
+    ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", *merge)
+    assert ended.error() == f"cannot write out: {LEFT}"
+    assert _contents(tmp_path) == {"out/mine": b"kept"}
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _levels(folder: Path) -> None:
+    rows = [StepCount(step, 100, 50) for step in range(0, 1001, 2)]
+    AnchoredLevels.fit({"yes_no": rows}).save(folder / "levels.json")
+
+
+def _shard(folder: Path) -> None:
+    noise = os.urandom(50_000).hex()
+    empty: Mapping[str, Any] = dict.fromkeys(SCHEMA.names)
+    write_rows(folder / "00000000.parquet", [[{**empty, "id": "one", "question": noise}]])
+
+
+def _answered(folder: Path) -> None:
+    said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
+    Progress(folder, 0).append(Answered([0], {"base": [said]}, {}))  # type: ignore[list-item]
+
+
+def _asked(folder: Path) -> None:
+    with answer_file(folder / "answers.jsonl", {}) as answers:
+        answers.add([(Question("q", "1", "a.png", "?", None), {"text": "Yes" * 10_000})])
+
+
+def _image(folder: Path) -> None:
+    _unpack(folder, 0, pa.array([os.urandom(50_000)]))
+
+
+def _report(folder: Path) -> None:
+    rows = [
+        {
+            "id": f"q{i}",
+            "image": f"{i}.png",
+            "question": "Is there a dog?",
+            "answer": "Yes",
+            "text": "Yes. Confidence: 90%",
+            "predicted": "yes",
+            "confidence": 0.9,
+            "correct": i % 4 > 0,
+            "category": None,
+            "noise_step": 0,
+            "answer_type": "yes_no",
+        }
+        for i in range(40)
+    ]
+    system = folder / "run" / "base"
+    system.mkdir(parents=True)
+    (system / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report_command([str(folder / "run"), "--out", str(folder / "report.html"), "--replicates", "20"])
+
+
+WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
+    "levels.json": (_levels, True),
+    "00000000.parquet": (_shard, True),
+    ".answered.0.jsonl": (_answered, False),
+    "answers.jsonl": (_asked, False),
+    "0": (_image, False),
+    "report.html": (_report, True),
+}
+"""File -> what writes it, and whether it replaces one that is there."""
+
+
+def _cramped(write: Callable[[Path], None], folder: Path, answers: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
+    try:
+        write(folder)
+        answers.put("written")
+    except DataError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file(tmp_path: Path, name: str) -> None:
+    write, replaces = WRITTEN[name]
+    if replaces:
+        (tmp_path / name).write_text("kept")
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=_cramped, args=(write, tmp_path, answers))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert answers.get(timeout=10) == f"cannot write {tmp_path / name}: {LEFT if replaces else SAID}"
+    left = {p for p in tmp_path.iterdir() if p.is_file()}
+    assert {p.name for p in left} <= {name}, "nothing is left beside it"
+    if replaces:
+        assert (tmp_path / name).read_text() == "kept"
+
+
+# --- Logs ----------------------------------------------------------------------------------------------------------------
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B itself loses what it cannot write, without a word."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger.log_metrics({"train/loss": 1.5}, step=0)
+    monkeypatch.setattr(logging.shutil, "disk_usage", lambda _: Usage(1 << 20, 1 << 20, 0))
+    with pytest.warns(
+        UserWarning, match="wandb: No space left on device; what is logged from here on is lost"
+    ):
+        logger.log_metrics({"train/loss": 1.5}, step=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger.log_metrics({"train/loss": 1.5}, step=2)
+    logger.experiment.finish()
+    with pytest.raises(DataError, match=r"cannot write .*/other: No space left on device"):
+        RunLogger(save_dir=str(tmp_path / "other")).log_metrics({"train/loss": 1.5}, step=0)
+
+
+def test_copies_for_an_upload(tmp_path: Path) -> None:
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    with (
+        pytest.raises(DataError, match=r"cannot write .*/run/wandb: No space left on device"),
+        staged(logger),
+    ):
+        raise OSError(28, "No space left on device")
