@@ -69,8 +69,13 @@ class AdapterWriter(L.Callback):
         """Write adapter, processor and card as they are now; `folder` appears whole or not at all."""
         model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
         card = self.card(trainer, module)
+        config = model.peft_config["default"]
         # peft's own loaders take the base at this revision.
-        model.peft_config["default"].revision = card.revision
+        config.revision = card.revision
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                # The order of a set differs between processes, and so would the file.
+                setattr(config, name, sorted(value))
         with replacing(folder) as temporary:
             # A preference stage holds its frozen reference beside what it trains.
             model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
