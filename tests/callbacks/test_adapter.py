@@ -306,7 +306,7 @@ def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDa
     assert writer.results == {"ece": 0.5}, "a copy"
     writer.on_validation_end(trainer, module)
     assert writer.card(trainer, module).results == {"after": {"ece": 0.25}}
-    writer.on_train_start(trainer, module)
+    writer.setup(trainer, module, "fit")
     assert writer.card(trainer, module).results == {}
     writer.results = {"ece": float("nan"), "auroc": float("inf"), "accuracy": 0.5, "accuracy/short": 0.1}
     assert writer.card(trainer, module).results == {"after": {"accuracy": 0.5, "ece": None, "auroc": None}}
@@ -320,7 +320,7 @@ def test_what_cannot_be_written_up_stops_the_run_before_training(
 
     monkeypatch.setattr(data.chat, "render", refuse)
     with pytest.raises(DataError, match="a template that refuses"):
-        AdapterWriter().on_train_start(_trainer(Path("run"), data), _module(Saver("x")))
+        AdapterWriter().on_fit_start(_trainer(Path("run"), data), _module(Saver("x")))
 
 
 def test_peft_finds_the_base_at_its_revision(sft: Path, demo_model: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -89,11 +89,11 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`, offline where the server cannot be reached or refuses; none while it is `waiting`."""
+        """The `wandb.Run`, offline where the server cannot be reached or refuses; one that does nothing while `waiting`."""
         from wandb.errors import CommError
 
         if self.waiting:
-            return None
+            return _DummyExperiment()
         if self._experiment is None:
             with writing(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
