@@ -20,7 +20,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from vlm_calibration.callbacks.adapter import AdapterWriter, constructed
 from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.data.dataset import PerturbedQueries
-from vlm_calibration.files import writing
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import Query
 from vlm_calibration.stages.evaluation import EvaluationModule
@@ -80,7 +79,7 @@ class Artifacts(L.Callback):
         self.best = score if improved else self.best
         logger = wandb_logger(trainer)
         if logger is not None:
-            with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as name:
+            with tempfile.TemporaryDirectory() as name:
                 folder = Path(name) / ADAPTER
                 writers[0].write(trainer, module, folder, weights)
                 aliases = [LATEST, *([BEST] if improved else [])]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,7 @@ from vlm_calibration.files import writing
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
-ROOM = 1 << 18
+ROOM = 1 << 20
 """Bytes that must be free for W&B to log. It does not say so where it cannot write, and what was logged is lost."""
 STAGING = "WANDB_DATA_DIR"
 """The variable that names the folder where W&B puts copies of what it is to upload."""
@@ -120,6 +123,14 @@ class RunLogger(WandbLogger):
             )
         super().log_metrics(metrics, step)
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status == "failed" and self._experiment is not None and self._is_full():
+            # W&B would wait for what it cannot write, and print tracebacks all the while.
+            logging.raiseExceptions = False
+            atexit.register(_leave)
+
     @property
     def _folder(self) -> Path:
         return Path(self.save_dir or ".")
@@ -131,6 +142,13 @@ class RunLogger(WandbLogger):
         self._offline = True
         # Not through the environment alone, which a session that has begun no longer reads.
         self._wandb_init["mode"] = "offline"
+
+
+def _leave() -> None:
+    """End this process, which has failed, without the functions that others have registered for its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _settings(given: Any) -> Any:
