@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Mapping
@@ -29,7 +31,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.report import report_command
 
-from .command_line import Ended, Server, callback
+from .command_line import LIMIT, Ended, Server, callback
 
 Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
@@ -248,6 +250,35 @@ def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger.experiment.finish()
     with pytest.raises(DataError, match=r"cannot write .*/other: No space left on device"):
         RunLogger(save_dir=str(tmp_path / "other")).log_metrics({"train/loss": 1.5}, step=0)
+
+
+FAILED = """
+import shutil
+from types import SimpleNamespace
+from vlm_calibration.callbacks.logger import RunLogger
+logger = RunLogger(save_dir="run")
+logger.log_metrics({"train/loss": 1.5}, step=0)
+if FULL:
+    shutil.disk_usage = lambda _: SimpleNamespace(free=0)
+logger.finalize("failed")
+"""
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
+    """W&B waits when the process ends, and then says where the log is."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FAILED.replace("FULL", str(full))],
+        cwd=tmp_path,
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert ran.returncode == int(full), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert ("wandb sync" in ran.stderr) is not full
 
 
 def test_copies_for_an_upload(tmp_path: Path) -> None:
