@@ -278,7 +278,7 @@ def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: P
     )
     assert ran.returncode == int(full), ran.stderr
     assert "Traceback" not in ran.stderr
-    assert ("wandb sync" in ran.stderr) is not full
+    assert ("wandb sync" in ran.stdout + ran.stderr) is not full
 
 
 def test_copies_for_an_upload(tmp_path: Path) -> None:
