@@ -36,7 +36,8 @@ class BeforeAndAfter(L.Callback):
         self.before = self.after = None
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.num_sanity_val_steps == float("inf"):
+        # A run that is resumed behind its last step validates the trained model here.
+        if self.before is None and trainer.num_sanity_val_steps == float("inf"):
             self.before = dict(cast(HasResults, module).results[""])
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
