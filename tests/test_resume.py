@@ -90,21 +90,26 @@ def test_killed_twice_and_resumed(
 
 
 def test_a_run_killed_when_training_has_ended_ends_as_if_it_had_not_been(
-    run: Callable[..., Ended], start: Start, new_adapter: Callable[..., str], tmp_path: Path
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
     """With the comparison of before and after, and the warning, that it has not come to."""
-    adapter = ["--model.init_args.adapter", new_adapter(1), "--model.init_args.optimizer.lr", "0.1"]
-    once = run(*start("run", stage="dpo"), *adapter)
+    # The demo's model, which answers; at this rate it does not any more when training has ended.
+    settings = [
+        *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
+        *("--model.init_args.adapter", "null", "--model.init_args.parts", "null"),
+        *("--model.init_args.reference", "base", "--model.init_args.optimizer.lr", "0.1"),
+    ]
+    once = run(*start("run", stage="dpo"), *settings)
     assert once.status == 0, once.err
     whole = _contents(tmp_path / "run")
     results = json.loads(whole["adapter/calibration.json"])["results"]
     assert results["before"] != results["after"]
     shutil.rmtree(tmp_path / "run")
     kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
-    ended = run(*start("run", kill, stage="dpo"), *adapter)
+    ended = run(*start("run", kill, stage="dpo"), *settings)
     assert ended.status == -signal.SIGKILL, ended.err
     assert not (tmp_path / "run/adapter").exists()
-    ended = run(*start("run", stage="dpo"), *adapter, "--ckpt_path", "last")
+    ended = run(*start("run", stage="dpo"), *settings, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     _same_directory(whole, tmp_path / "run")
     assert _comparison(ended) == _comparison(once)
