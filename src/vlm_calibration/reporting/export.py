@@ -52,6 +52,7 @@ def export(
         DataError: there is no adapter, it cannot be merged, `out` holds something, or the Hub refuses.
     """
     # Lightning and transformers take seconds to import, which the help need not wait for.
+    from vlm_calibration.callbacks.adapter import shown_path
     from vlm_calibration.reporting.hub import check_hub, push
 
     adapter = find_adapter(run)
@@ -119,6 +120,7 @@ def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) 
 
 
 def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, location: str) -> None:
+    from vlm_calibration.models.export import merge_adapter, save_merged
 
     if is_edited(adapter):
         print(
