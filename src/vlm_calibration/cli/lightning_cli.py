@@ -116,6 +116,13 @@ class CalibrationCLI(LightningCLI):
         except (ValueError, OSError) as error:
             raise _data_error(error) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveRunConfig):
+                callback.hold(trainer)
+        return trainer
+
 
 def _data_error(error: BaseException) -> DataError:
     """The error of ours within one of jsonargparse, which wraps what constructors raise; or else all that there is."""
@@ -151,13 +158,6 @@ def _check_accelerator(accelerator: Any) -> None:
             f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
             "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
         )
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SaveRunConfig):
-                callback.hold(trainer)
-        return trainer
 
 
 def _may_be_found(checkpoint: str) -> bool:
