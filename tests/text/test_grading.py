@@ -75,12 +75,124 @@ YES_NO = {
     '{"answer": "No", "confidence": 0.9}': "no",
 }
 
+HEDGED = {
+    "yes": [
+        "There appears to be a dog",
+        "There appear to be two dogs.",
+        "There seems to be a dog in the image",
+        "There looks to be a dog",
+        "There would appear to be a dog",
+        "There does appear to be a dog",
+        "Certainly, there appears to be a dog",
+        "Based on the image, there seems to be a dog",
+        "It appears that there is a dog",
+        "It seems there's a dog",
+        "It looks like there is a dog",
+        "It looks as if there is a dog",
+        "Looks like there are two dogs",
+        "There is clearly a dog",
+        "There probably is a dog",
+        "There is indeed a dog",
+        "I can clearly see a dog",
+        "I do see a dog",
+        "We see a dog",
+        "A dog is clearly visible in the background",
+        "In the image, a dog is visible",
+        "Two dogs are present",
+        "A dog can clearly be seen",
+        "The image appears to show a dog",
+        "The scene seems to contain a dog",
+        "It seems so",
+        "So it seems",
+        "I think so",
+        "Looks like it",
+        "Indeed",
+        "Indeed it is",
+        "Indeed, yes",
+        "Indeed, there is a dog",
+        "Apparently yes",
+    ],
+    "no": [
+        "There seems to be no dog",
+        "There appears not to be a dog",
+        "There does not appear to be a dog",
+        "There doesn't seem to be a dog",
+        "It appears that there is no dog",
+        "It looks like there isn't a dog",
+        "It doesn't look like there is a dog",
+        "It doesn't look like it",
+        "It does not seem so",
+        "It seems not",
+        "I don't think so",
+        "I think not",
+        "I'm afraid not",
+        "Apparently not",
+        "Unfortunately not",
+        "Indeed not",
+        "Indeed no",
+        "Indeed, there is no dog",
+        "Absolutely not",
+        "Certainly not",
+        "Of course not",
+        "Of course there isn't",
+        "Not really",
+        "Not at all",
+        "Not that I can see",
+        "Not visible",
+        "A dog is not visible",
+        "No dog can be seen",
+        "A dog can't be seen",
+        "The dog is nowhere to be seen",
+        "Nowhere to be seen",
+        "There isn't",
+        "There aren't any dogs",
+        "I don't see a dog",
+        "I see none",
+        "The image doesn't appear to show a dog",
+        "The image lacks a dog",
+        "The scene is devoid of dogs",
+        "A dog is missing from the image",
+        "The dog is absent",
+    ],
+    None: [
+        "There may be a dog",
+        "There might be a dog",
+        "It might be",
+        "Perhaps so",
+        "It looks like a dog",
+        "It appears to be red",
+        "It seems to be a cat",
+        "Is a dog visible?",
+        "I'm not sure there appears to be a dog",
+        "Looks can deceive",
+    ],
+}
+YES_NO |= {text: answer for answer, texts in HEDGED.items() for text in texts}
+
 
 @pytest.mark.parametrize(("text", "answer"), YES_NO.items())
 def test_yes_no_answers(text, answer):
     assert parse_answer(text, "yes_no") == answer
     assert grade(text, "Yes", "yes_no") == Grade(answer, answer == "yes")
     assert grade(text, "no.", "yes_no") == Grade(answer, answer == "no")
+
+
+OPENING = st.sampled_from(["", "Well, ", "I think ", "I believe that ", "It seems that ", "Certainly, ", "Indeed, "])
+THERE = st.sampled_from(["there is", "there appears to be", "there seems to be", "there looks to be"])
+NOUN = st.sampled_from(["dog", "red bicycle", "person with a hat"])
+PLACE = st.sampled_from(["", " in the image", " on the left", ", as far as I can see", ". It is brown"])
+
+
+@given(OPENING, THERE, NOUN, PLACE)
+def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
+    for article, answer in (("a", "yes"), ("no", "no")):
+        text = f"{opening}{there} {article} {noun}{place}."
+        assert parse_answer(text[0].upper() + text[1:], "yes_no") == answer
+
+
+@given(OPENING, st.sampled_from(["isn't", "is not", "does not appear to be", "doesn't seem to be"]), NOUN, PLACE)
+def test_a_negated_verb_is_no(opening, verb, noun, place):
+    assert parse_answer(f"{opening}there {verb} a {noun}{place}.", "yes_no") == "no"
 
 
 RIGHT = [

@@ -10,9 +10,11 @@ Yes/no replies, in this order:
    yes. Unless the other word stands alone as well ("Yes and no", "Yes. No.", "No, yes"): then there is no answer.
 3. Not being able to tell is no answer: "I don't know", "It cannot be determined", "Maybe".
 4. A yes or no that stands alone in a later clause decides ("A dog? Yes.").
-5. A first clause with a negation is no: "There is no dog", "I don't see one", "It is not red".
-6. "There is", "I see", "The image shows" and the like are yes. Any other statement is no answer: "It is white" may mean
-   either, depending on the question.
+5. A first clause with a negation is no: "There is no dog", "I don't see one", "It is not red", "Indeed not", "It is nowhere
+   to be seen", "The image lacks one".
+6. "There is", "There appears to be", "I see", "The image shows", "... is visible", "I think so" and the like are yes. Any
+   other statement is no answer: "It is white" may mean either, depending on the question, and "There may be a dog" says
+   neither.
 
 Short and open answers: a strict match. The reply, or its first sentence without a lead-in ("It is", "The object at the
 top left is") and without a closing phrase of place ("in the image", "at the top left"), must equal the gold answer
@@ -97,15 +99,19 @@ _IDIOMS = re.compile(
 )
 _YES_NO_LEAD_IN = re.compile(
     r"(?:(?:the |my |final |short |correct ){0,3}answer(?: to (?:the|this|your) question)?(?: is| would be)?\b"
-    r"|i (?:think|believe|guess|would say)\b|i'd say\b|i(?: am|'m) (?:sure|certain|confident)\b"
+    r"|i (?:think|believe|guess|would say)\b(?! so\b)|i'd say\b(?! so\b)|i(?: am|'m) (?:sure|certain|confident|afraid)\b"
     r"|(?:based on|in|from|looking at|according to) (?:the|this) (?:image|picture|photo)\b"
-    r"|(?:well|hmm|okay|ok|so|that|probably|likely|most likely|clearly)\b"
-    r"|(?:absolutely|definitely|certainly|of course|sure)(?=,? \w)) ?[:,]? ?"
+    r"|it (?:(?:would |does )?(?:seem|appear)|seems|appears)\b(?! (?:so|to)\b)"
+    r"|(?:it )?looks (?:like|as if|as though)(?= (?:there|the (?:image|picture|photo|scene)|i|you|we|no|yes|not)\b)"
+    r"|(?:well|hmm|okay|ok|so(?! it (?:seems|appears|looks)\b)|that|like|as if|probably|likely|most likely|clearly|apparently|actually|unfortunately|sadly)\b"
+    r"|(?:absolutely|definitely|certainly|of course|sure)(?=,? \w)"
+    # Before anything else it is the answer: "Indeed it is".
+    r"|indeed(?=,? (?:there|no|not|none|never|nothing|yes|i)\b)) ?[:,]? ?"
 )
 _YES = re.compile(
     r"(?:yes|yeah|yep|yup|affirmative|true|correct|indeed|absolutely|definitely|certainly|of course|sure)(?!\w)"
 )
-_NO = re.compile(r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|neither|never)(?!\w)")
+_NO = re.compile(r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|nowhere|neither|never)(?!\w)")
 # A yes or no that no word follows (other than "and", "or") and that begins its clause.
 _LONE = re.compile(
     r"(?:\A|[,;:/.!?—–-]|\b(?:and|or|but|also)\b) ?(yes|yeah|yep|no|nope|nah)(?= ?(?:\Z|[,;:/.!?—–-]|(?:and|or)\b))"
@@ -116,11 +122,21 @@ _CANNOT_TELL = re.compile(
     r"|(?:don't|do not|can't|cannot|can not|couldn't|could not)(?: really)? "
     r"(?:know|tell|say|determine|answer|be (?:sure|certain|determined|seen clearly)|judge|confirm|see clearly))\b"
 )
-_NEGATION = re.compile(r"\b(?:no|not|none|never|neither|nor|nothing|nobody|cannot)\b|n't\b")
+_PICTURE = r"(?:the|this) (?:image|picture|photo|photograph|scene)"
+_NEGATION = re.compile(
+    r"\b(?:no|not|none|never|neither|nor|nothing|nobody|nowhere|cannot|lacks?|devoid)\b|n't\b"
+    rf"|\b(?:absent|missing)\b(?= (?:from|in) {_PICTURE}|\Z)"
+)
+_SURELY = r"(?: (?:also|clearly|indeed|certainly|definitely|probably|likely|really|actually|just|do|does|can))?"
+_BE = r"(?: is| are|'s|(?: (?:would|do|does))? (?:appears?|seems?|looks?) to be)"
 _AFFIRMATION = re.compile(
-    r"there(?: is| are|'s)\b|i(?: can)? see\b|you can see\b"
-    r"|(?:the|this) (?:image|picture|photo|photograph|scene) "
-    r"(?:shows|does show|contains|does contain|includes|depicts|features|has)\b"
+    rf"there{_SURELY}{_BE}\b|(?:i|you|we|one){_SURELY}{_SURELY} (?:see|spot)s?\b"
+    rf"|{_PICTURE}{_SURELY} (?:shows?|contains?|includes?|depicts?|features?|has|have"
+    r"|(?:appears?|seems?) to (?:show|contain|include|depict|feature|have))\b"
+    r"|(?:(?:it|that)(?: (?:would|does))? (?:seems?|appears?|looks?)|(?:so it )?(?:seems|appears)"
+    r"|i (?:do )?(?:think|believe|guess|suppose|would say)|i'd say) so\b|so it (?:seems|appears|looks)\b"
+    r"|(?:it )?(?:does )?looks? like it\Z"
+    rf"|.*\b(?:is|are){_SURELY} (?:visible|present|seen)\b|.*\b(?:can|could){_SURELY} be{_SURELY} seen\b"
 )
 
 
