@@ -12,7 +12,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.text.confidence import ends_in_confidence
+from vlm_calibration.text.confidence import end_of_confidence, parse_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -91,7 +91,7 @@ def test_an_answer_ends_where_it_is_complete(
     """The model would go on for ever; of three rows one is never complete and takes all tokens."""
     model, tokenizer = load_model(), processor.tokenizer
     said = "Yes. Confidence: 80%"
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f"{said} dog", add_special_tokens=False)["input_ids"]
     [dog] = tokenizer("dog", add_special_tokens=False)["input_ids"]
     steps: list[int] = []
 
@@ -103,11 +103,36 @@ def test_an_answer_ends_where_it_is_complete(
 
     model.get_output_embeddings().register_forward_hook(script)
     generating = Generating(model)
-    texts = generate_texts(generating, prompts.inputs, tokenizer, 16, ends_in_confidence)
+    texts = generate_texts(generating, prompts.inputs, tokenizer, 16, end_of_confidence)
     assert texts == [said, said, " ".join(["dog"] * 16)]
     assert generating.passes == [len(ids), len(ids), 16]
 
     steps.clear()
     complete = {name: values[:2] for name, values in prompts.inputs.items()}
-    assert generate_texts(generating, complete, tokenizer, 16, ends_in_confidence) == [said, said]
+    assert generate_texts(generating, complete, tokenizer, 16, end_of_confidence) == [said, said]
     assert len(steps) == len(ids), "no pass after all are complete"
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        ("Yes. Confidence: 80% to 90%.", "Yes. Confidence: 80% to 90%."),
+        ("Yes. Confidence: 80%-90%.", "Yes. Confidence: 80%-90%."),
+        ("Yes. Confidence: 80% to be", "Yes. Confidence: 80%"),
+        ("50% Yes. Confidence: 80%. dog", "50% Yes. Confidence: 80%"),
+    ],
+)
+def test_an_answer_is_not_cut_within_a_range(
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch, stream: str, said: str
+) -> None:
+    """The model says the stream and ends its turn; stopped or not, the text states the same confidence."""
+    model, tokenizer = load_model(), processor.tokenizer
+    ids = [*tokenizer(stream, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    steps = _script(model, ids)
+    whole = generate_texts(model, prompts.inputs, tokenizer, 20)
+    steps.clear()
+    stopped = generate_texts(model, prompts.inputs, tokenizer, 20, end_of_confidence)
+    assert whole == [stream] * 3
+    assert stopped == [said] * 3
+    assert [parse_confidence(t) for t in stopped] == [parse_confidence(t) for t in whole]
+    assert (len(steps) < len(ids)) == (said != stream), "no token more than is needed"

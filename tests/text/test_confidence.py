@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import (
     _plain,
-    ends_in_confidence,
+    end_of_confidence,
     parse_confidence,
     render_answer,
     render_response,
@@ -402,27 +402,46 @@ def test_time_is_linear_on_adversarial_text(piece):
 
 
 @pytest.mark.parametrize(
-    ("text", "complete"),
+    ("text", "behind"),
     [
-        ("Yes. Confidence: 80%", True),
-        ("A red bicycle.\nConfidence: 7.5% ", True),
-        ("Yes. **Confidence:** 85\\%", True),
-        ("是。置信度：８０％", True),
-        ("Yes. Confidence: 80", False),
-        ("Confidence: 80%", False),  # the answer is still to come
-        ("**Confidence:** 80%", False),
-        ("Yes. Confidence: 80%, since", False),
-        ("Yes. Confidence: 80-90%", False),
-        ("Yes. Confidence: 150%", False),
-        ("I am 80%", False),  # of a sentence that goes on
-        ("The label says 80%", False),
-        ("50% of them are dogs. Confidence: 90%", True),
-        ("%", False),
-        ("", False),
+        ("Yes. Confidence: 80%", "."),
+        ("Yes. Confidence: 80%", " I"),
+        ("Yes. Confidence: 80%", ", or 90%"),
+        ("Yes. Confidence: 80%", " to be"),
+        ("Yes. Confidence: 80%", " to 90 dogs"),
+        ("Yes. Confidence: 80%", " or more"),
+        ("Yes. Confidence: 80%", "\n\nIs"),
+        ("Yes. Confidence: 80% ± 5%", "."),
+        ("A red bicycle.\nConfidence: 7.5%", ")"),
+        ("Yes. **Confidence:** 85\\%", "**"),
+        ("是。置信度：８０％", "。"),
+        ("50% of them are dogs. Confidence: 90%", "."),
+        ("Yes. Confidence: 80 percent", "."),
     ],
 )
-def test_what_is_complete(text: str, complete: bool) -> None:
-    assert ends_in_confidence(text) is complete
+def test_where_a_complete_answer_ends(text: str, behind: str) -> None:
+    assert end_of_confidence(text) is None, "what follows is not known yet"
+    assert end_of_confidence(text + behind) == len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"Yes. Confidence: 80%{more}" for more in ("", " ", "\n", "-", "\ufffd", " t", " to", " to 9", " to 90 ", " or")),
+        *("Yes. Confidence: 80% to 90%", "Yes. Confidence: 80%-90%.", "Yes. Confidence: 80% or 90%. It"),
+        "Yes. Confidence: 80.",
+        "Confidence: 80%. ",  # the answer is still to come
+        "**Confidence:** 80%. ",
+        "Yes. Confidence: 80-90%.",
+        "Yes. Confidence: 150%.",
+        "I am 80% ",  # of a sentence that goes on
+        "The label says 80%.",
+        "%",
+        "",
+    ],
+)
+def test_what_is_not_complete(text: str) -> None:
+    assert end_of_confidence(text) is None
 
 
 @given(st.text(max_size=60), st.floats(0, 1))
@@ -430,6 +449,21 @@ def test_a_rendered_response_is_complete_and_no_beginning_of_it(answer: str, con
     response = render_response(answer, confidence)
     stated = response.rindex("Confidence")
     if any(c.isalnum() for c in strip_confidence(response)):
-        assert ends_in_confidence(response)
+        assert end_of_confidence(f"{response}.") == len(response)
     for end in range(stated, len(response)):
-        assert not ends_in_confidence(response[:end]) or ends_in_confidence(response[:stated])
+        assert end_of_confidence(response[:end]) == end_of_confidence(response[:stated])
+
+
+PIECES = ["t", "to", "or", "thro", "ugh", "through", "-", "–", " ", "\n", "9", "90", ".", ",", "%", "per", "cent", " dogs", "I", "e"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+@example(" to 90%")
+@example("-90 percent of")
+@example(" through 9e1%")
+def test_stopping_early_loses_no_confidence(behind: str) -> None:
+    """A text that is read character by character and left where it is complete states what the whole text does."""
+    text = f"Yes. Confidence: 80%{behind}"
+    ends = (end_of_confidence(text[:length]) for length in range(len(text) + 1))
+    end = next((e for e in ends if e is not None), len(text))
+    assert parse_confidence(text[:end]) == parse_confidence(text)

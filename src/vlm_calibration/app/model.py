@@ -36,7 +36,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import Levels, LinearLevels
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
-from vlm_calibration.text.confidence import ends_in_confidence, parse_confidence, strip_confidence
+from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, strip_confidence
 from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -265,7 +265,7 @@ class CalibratedModel:
     def _answer(self, batch: Any) -> list[Answer]:
         generating = Generating(self.model, remember=True)
         texts = generate_texts(
-            generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, ends_in_confidence
+            generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
         )
         said = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
         answered = AnsweredBatch(

@@ -11,7 +11,7 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.text.confidence import ends_in_confidence
+from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import grade
 
 
@@ -91,7 +91,7 @@ class SelfConsistency(Estimator):
         )
         generating = Generating(answered.model, drawn)
         texts = generate_texts(
-            generating, inputs, answered.chat.processor.tokenizer, limit, ends_in_confidence
+            generating, inputs, answered.chat.processor.tokenizer, limit, end_of_confidence
         )
         return texts, generating.passes
 

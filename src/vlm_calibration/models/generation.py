@@ -16,33 +16,40 @@ class Completed(StoppingCriteria):
 
     Args:
         tokenizer: of the model. prompts: int64 [B, L]; answers begin behind them.
-        complete: whether a text says all that is wanted; asked where a text ends in a percent sign.
+        end_of: where a text ends that says all that is wanted, and that nothing to come can change; None for other texts.
+            Asked of texts with a percent sign.
 
     Attributes:
-        lengths: int64 [B], of the answers that were complete in tokens, 0 for others.
+        texts: row -> text of each answer that was complete, up to its end.
+        lengths: int64 [B], tokens of each answer when it was found complete, 0 for others.
     """
 
-    def __init__(self, tokenizer: Any, prompts: Tensor, complete: Callable[[str], bool]) -> None:
+    def __init__(self, tokenizer: Any, prompts: Tensor, end_of: Callable[[str], int | None]) -> None:
         self.tokenizer = tokenizer
         self.start = prompts.shape[1]
-        self.complete = complete
-        self.closing = prompts.new_tensor(_closing_tokens(tokenizer))
+        self.end_of = end_of
+        self.percent = prompts.new_tensor(_percent_tokens(tokenizer))
+        self.asked = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
+        self.texts: dict[int, str] = {}
         self.lengths = prompts.new_zeros(len(prompts))
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Which of B sequences are complete, bool [B]."""
         answers = input_ids[:, self.start :]
-        closed = torch.isin(answers[:, -1], self.closing) & (self.lengths == 0)
-        for row in closed.nonzero()[:, 0].tolist():
-            if self.complete(self.tokenizer.decode(answers[row], skip_special_tokens=True)):
+        self.asked |= torch.isin(answers[:, -1], self.percent)
+        for row in (self.asked & (self.lengths == 0)).nonzero()[:, 0].tolist():
+            text = self.tokenizer.decode(answers[row], skip_special_tokens=True)
+            end = self.end_of(text)
+            if end is not None:
+                self.texts[row] = text[:end]
                 self.lengths[row] = answers.shape[1]
         return self.lengths > 0
 
 
 @lru_cache(maxsize=4)
-def _closing_tokens(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end in a percent sign."""
-    return [i for token, i in tokenizer.get_vocab().items() if token.endswith("%")]
+def _percent_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the tokens with a percent sign."""
+    return [i for token, i in tokenizer.get_vocab().items() if "%" in token]
 
 
 @torch.no_grad()
@@ -51,13 +58,14 @@ def generate_texts(
     inputs: Mapping[str, Tensor],
     tokenizer: Any,
     max_new_tokens: int,
-    complete: Callable[[str], bool] | None = None,
+    end_of: Callable[[str], int | None] | None = None,
 ) -> list[str]:
     """Answer each prompt greedily.
 
     Args:
         inputs: left-padded prompts, input_ids int64 [B, L]. max_new_tokens: stop there if the model has not.
-        complete: whether a text that ends in a percent sign says all that is wanted, and the model need not go on.
+        end_of: where a text with a percent sign ends that says all that is wanted, whatever would follow; the model need
+            not go on, and what stands behind is dropped. None for a text that does not.
 
     Returns:
         B texts, without special tokens and surrounding space.
@@ -69,7 +77,7 @@ def generate_texts(
     if bool((mask[:, -1] == 0).any()):
         raise ValueError("generation needs prompts that are padded on the left")
     prompts = inputs["input_ids"]
-    completed = Completed(tokenizer, prompts, complete) if complete is not None else None
+    completed = Completed(tokenizer, prompts, end_of) if end_of is not None else None
     output = model.generate(
         **inputs,
         do_sample=False,
@@ -78,7 +86,7 @@ def generate_texts(
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList([completed] if completed is not None else []),
     )
-    answers = list(output[:, prompts.shape[1] :])
-    if completed is not None:
-        answers = [a[:n] if n else a for a, n in zip(answers, completed.lengths.tolist(), strict=True)]
-    return [t.strip() for t in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
+    for row, text in completed.texts.items() if completed is not None else ():
+        texts[row] = text
+    return [t.strip() for t in texts]

@@ -10,7 +10,7 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import Prediction
-from vlm_calibration.text.confidence import ends_in_confidence
+from vlm_calibration.text.confidence import end_of_confidence
 
 
 def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
@@ -20,7 +20,7 @@ def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens:
     """
     if not batch.queries:
         return []
-    texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, ends_in_confidence)
+    texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
     return [
         graded_prediction(query, text, step)
         for query, text, step in zip(batch.queries, texts, batch.steps, strict=True)

@@ -42,17 +42,22 @@ def parse_confidence(text: str) -> float | None:
     return stated[-1].value if stated else None
 
 
-def ends_in_confidence(text: str) -> bool:
-    """Whether a text holds an answer and ends in a complete statement of confidence, as in "Yes. Confidence: 80%".
+def end_of_confidence(text: str) -> int | None:
+    """Where a text ends that holds an answer and a complete statement of confidence in percent; None for any other text.
 
-    A statement is complete with its percent sign, so a model has then said what it was asked for: what it would say behind
-    it is another statement, a range, or an explanation.
+    A statement is complete when nothing to come can change its number, which the percent sign alone does not tell: "Yes.
+    Confidence: 80%" may go on as "to 90%", which is a range and no number. "Yes. Confidence: 80%." is complete, and so is
+    "Yes. Confidence: 80% to be", both at the percent sign. A model has then said what it was asked for: what follows is an
+    explanation, or another statement, which is not waited for.
     """
-    plain = _plain(text).rstrip()
-    stated = _labelled(plain) if _ENDS_IN_PERCENT.search(plain[-20:]) else []
-    if not stated or stated[-1].value is None or stated[-1].end < len(plain):
-        return False
-    return any(c.isalnum() for c in strip_confidence(plain))
+    plain = _plain(text)
+    stated = _labelled(plain)
+    if not stated or stated[-1].value is None:
+        return None
+    _, end, _ = stated[-1]
+    if not _ENDS_IN_PERCENT.search(plain[max(0, end - 20) : end]) or _MAY_BECOME_RANGE.match(plain, end):
+        return None
+    return end if any(c.isalnum() for c in strip_confidence(plain[:end])) else None
 
 
 def render_answer(answer: str) -> str:
@@ -241,6 +246,20 @@ _COUNTS_SOMETHING = re.compile(
     r"[ \t]{1,3}(?!(?:because|since|as|and|but|based|due|for)\b)[^\W\d_]", re.IGNORECASE
 )
 _ENDS_IN_PERCENT = re.compile(rf"{_PERCENT}\s{{0,3}}\Z", _FLAGS)
+
+
+def _beginnings(*words: str) -> str:
+    """A pattern of every beginning of some words, the longest first, the empty one included."""
+    return "|".join(sorted({word[:end] for word in words for end in range(len(word) + 1)}, reverse=True))
+
+
+_UNIT = rf"(?:\\?|{_beginnings('percent', 'pct')}|per\s(?:{_beginnings('cent')}))"
+# All that can stand between "80%" and the end of a text that may go on as "80% to 90%"; see `_RANGE`. U+FFFD is a dash of
+# which a model has said the first byte.
+_MAY_BECOME_RANGE = re.compile(
+    rf"""\s{{0,3}}(?:{_beginnings("to", "or", "through")}|(?:[-–—~\ufffd]|to|or|through)\s{{0,3}}(?:[\d.,]++(?:e[+-]?\d*)?)?+\s{{0,3}}{_UNIT})\Z""",
+    _FLAGS,
+)
 
 
 def _labelled(text: str) -> list[_Statement]:
