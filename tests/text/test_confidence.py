@@ -427,7 +427,10 @@ def test_where_a_complete_answer_ends(text: str, behind: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(f"Yes. Confidence: 80%{more}" for more in ("", " ", "\n", "-", "\ufffd", " t", " to", " to 9", " to 90 ", " or")),
+        *(
+            f"Yes. Confidence: 80%{more}"
+            for more in ("", " ", "\n", "-", "\ufffd", " t", " to", " to 9", " to 90 ", " or")
+        ),
         *("Yes. Confidence: 80% to 90%", "Yes. Confidence: 80%-90%.", "Yes. Confidence: 80% or 90%. It"),
         "Yes. Confidence: 80.",
         "Confidence: 80%. ",  # the answer is still to come
@@ -454,7 +457,28 @@ def test_a_rendered_response_is_complete_and_no_beginning_of_it(answer: str, con
         assert end_of_confidence(response[:end]) == end_of_confidence(response[:stated])
 
 
-PIECES = ["t", "to", "or", "thro", "ugh", "through", "-", "–", " ", "\n", "9", "90", ".", ",", "%", "per", "cent", " dogs", "I", "e"]
+PIECES = [
+    "t",
+    "to",
+    "or",
+    "thro",
+    "ugh",
+    "through",
+    "-",
+    "–",
+    " ",
+    "\n",
+    "9",
+    "90",
+    ".",
+    ",",
+    "%",
+    "per",
+    "cent",
+    " dogs",
+    "I",
+    "e",
+]
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))

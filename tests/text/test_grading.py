@@ -177,7 +177,9 @@ def test_yes_no_answers(text, answer):
     assert grade(text, "no.", "yes_no") == Grade(answer, answer == "no")
 
 
-OPENING = st.sampled_from(["", "Well, ", "I think ", "I believe that ", "It seems that ", "Certainly, ", "Indeed, "])
+OPENING = st.sampled_from(
+    ["", "Well, ", "I think ", "I believe that ", "It seems that ", "Certainly, ", "Indeed, "]
+)
 THERE = st.sampled_from(["there is", "there appears to be", "there seems to be", "there looks to be"])
 NOUN = st.sampled_from(["dog", "red bicycle", "person with a hat"])
 PLACE = st.sampled_from(["", " in the image", " on the left", ", as far as I can see", ". It is brown"])
@@ -190,7 +192,9 @@ def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
         assert parse_answer(text[0].upper() + text[1:], "yes_no") == answer
 
 
-@given(OPENING, st.sampled_from(["isn't", "is not", "does not appear to be", "doesn't seem to be"]), NOUN, PLACE)
+@given(
+    OPENING, st.sampled_from(["isn't", "is not", "does not appear to be", "doesn't seem to be"]), NOUN, PLACE
+)
 def test_a_negated_verb_is_no(opening, verb, noun, place):
     assert parse_answer(f"{opening}there {verb} a {noun}{place}.", "yes_no") == "no"
 

@@ -43,6 +43,7 @@ def fingerprint(
         "the queries of data.test": _digest_of(map(repr, data.test_set.queries)),
         "data.noise": data.noise,
         "data.prompt": data.prompt,
+        "data.grading": data.grading,
         "trainer.precision": str(trainer.precision),
         "trainer.accelerator": trainer.strategy.root_device.type,
         "trainer.limit_test_batches": repr(trainer.limit_test_batches),

@@ -104,6 +104,14 @@ class CalibrationCLI(LightningCLI):
             )
         return parser
 
+    def before_fit(self) -> None:
+        """What a module refuses of its data it refuses before anything is written."""
+        check = getattr(self.model, "check_data", None)
+        if check is not None:
+            check(self.datamodule)
+
+    before_validate = before_test = before_fit
+
     def instantiate_classes(self) -> None:
         _check_accelerator(self.config[self.subcommand].trainer.accelerator)
         if self.subcommand == "fit":

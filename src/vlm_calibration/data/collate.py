@@ -18,6 +18,7 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 TooLong = Literal["raise", "skip"]
@@ -56,16 +57,30 @@ class SFTBatch(NamedTuple):
         )
 
 
+class RankedAnswers(NamedTuple):
+    """The answers between which ranking decides.
+
+    cut: how many tokens at the prompt's end they have in front (most often 0). tokens: token ids of the gold answer, then of
+    each wrong one; of the gold answer alone where the query is not graded by ranking.
+    """
+
+    cut: int
+    tokens: tuple[tuple[int, ...], ...]
+
+
 class PromptBatch(NamedTuple):
     """Samples to be answered, padded on the left.
 
-    inputs: what generate takes. samples: queries with their noise step and true level, without their pixels.
+    inputs: what generate takes. samples: queries with their noise step and true level, without their pixels. grading: how the
+    answers are graded. ranked: of every query, empty if none is graded by ranking.
     """
 
     inputs: dict[str, torch.Tensor]
     queries: tuple[Query, ...]
     steps: tuple[int, ...]
     levels: tuple[float, ...]
+    grading: Grading = EXACT
+    ranked: tuple[RankedAnswers, ...] = ()
 
     def to(self, device: torch.device | str) -> PromptBatch:
         return self._replace(inputs=move(self.inputs, device))
@@ -110,6 +125,16 @@ class ChatFormat:
         """Token ids of rendered conversations, each image token once."""
         tokenizer = self.processor.tokenizer
         return tokenizer(texts, add_special_tokens=self.layout.adds_special(texts[0]))["input_ids"]
+
+    def behind_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
+        """Token ids of conversations behind the beginning that all of them share with their prompt.
+
+        Returns:
+            How many tokens at the prompt's end they do not share (most often 0), and the ids.
+        """
+        first, *full = self.token_ids([prompt, *conversations])
+        start = min(common_prefix(first, ids) for ids in full)
+        return len(first) - start, [ids[start:] for ids in full]
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
         """Padded model inputs of one image and one text each; nothing is ever cut."""
@@ -252,20 +277,41 @@ def fitting(
 
 
 class PromptCollator:
-    """Makes a `PromptBatch` of samples; without inputs where there are none."""
+    """Makes a `PromptBatch` of samples; without inputs where there are none.
 
-    def __init__(self, chat: ChatFormat) -> None:
+    Args:
+        grading: how the answers are to be graded.
+    """
+
+    def __init__(self, chat: ChatFormat, grading: Grading = EXACT) -> None:
         self.chat = chat
+        self.grading = grading
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
         if not samples:
-            return PromptBatch({}, (), (), ())
+            return PromptBatch({}, (), (), (), self.grading)
         for sample in samples:
             self.chat.check(sample.query)
+        ranking = any(self.grading.ranks(s.query.answer_type) for s in samples)
         texts = [self.chat.render(s.query.question) for s in samples]
         return PromptBatch(
             self.chat.inputs_of(samples, texts, "left"),
             tuple(s.query for s in samples),
             tuple(s.step for s in samples),
             tuple(s.confidence for s in samples),
+            self.grading,
+            tuple(self._ranked(s) for s in samples) if ranking else (),
         )
+
+    def _ranked(self, sample: Sample) -> RankedAnswers:
+        query = sample.query
+        wrong = sample.wrong if self.grading.ranks(query.answer_type) else ()
+        self.chat.check(query, wrong)
+        texts = self.chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
+        cut, tokens = self.chat.behind_prompt(self.chat.render(query.question), texts)
+        return RankedAnswers(cut, tuple(tuple(self._of_answer(ids)) for ids in tokens))
+
+    def _of_answer(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens in front of the end of the turn."""
+        end = self.chat.through_end(ids, 1)
+        return ids[: end - 1] if ids[end - 1] in self.chat.special_ids else ids[:end]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from vlm_calibration.data.sampling import EpochSampler, Place
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError
+from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -37,6 +38,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         noise: what noise a query gets, and which confidence that earns.
         pairs: which responses are compared, for preference optimisation; None: training is on the response alone.
         prompt: how a question is put to the model.
+        grading: how answers are graded, in `levels fit`, validation and `test` alike.
         batch_size: queries a training step and process.
         eval_batch_size: queries answered at a time.
         shard_size: queries that `predict` does and writes as one; a run that is ended loses at most so many a process.
@@ -57,6 +59,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
         pairs: PairPolicy | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
+        grading: Grading = EXACT,
         batch_size: int = 8,
         eval_batch_size: int = 32,
         shard_size: int = 512,
@@ -81,6 +84,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.noise = noise
         self.pairs = pairs
         self.prompt = prompt
+        self.grading = grading
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.shard_size = shard_size
@@ -136,6 +140,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     parts, self.noise, self.processor.image_processor, self.chat.check, f"data.{name}"
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
+            if name != "train" and self.grading.ranks("open"):
+                _check_ranking(parts)
 
     def teardown(self, stage: str) -> None:
         """Say how many records could not be loaded."""
@@ -150,7 +156,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
-        collate = ValidationCollator(PromptCollator(self.chat), self.pair_collator)
+        collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.pair_collator)
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
     @property
@@ -169,7 +175,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the queries that are left to answer; a process that has none left gets a batch of none."""
-        return self._loader("test", self.eval_batch_size, PromptCollator(self.chat), training=False)
+        collate = PromptCollator(self.chat, self.grading)
+        return self._loader("test", self.eval_batch_size, collate, training=False)
 
     def asked(self, batch: int) -> list[int]:
         """Places in `test_set` of the queries of a batch of this process, less those that could not be loaded."""
@@ -269,6 +276,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
+
+
+def _check_ranking(parts: Mapping[str, Part]) -> None:
+    """Refuse open queries that there is nothing to rank against, before any is asked."""
+    for part in parts.values():
+        for query in part.source.queries():
+            if query.answer_type == "open" and not part.source.wrong_answers(query):
+                raise DataError(
+                    f"record {query.id!r}: `data.grading.open: ranking` compares with a wrong answer, and its source knows "
+                    "none: leave the record out, or choose another rule"
+                )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -12,7 +12,7 @@ from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.grading import grade
+from vlm_calibration.text.grading import EXACT, Grading, grade
 
 
 class DrawnTokens(LogitsProcessor):
@@ -77,7 +77,7 @@ class SelfConsistency(Estimator):
         for sample in range(self.samples):
             texts, taken = self._sample(answered, sample)
             for row, (prediction, text) in enumerate(zip(answered.predictions, texts, strict=True)):
-                agreeing[row] += _agrees(prediction, text)
+                agreeing[row] += _agrees(prediction, text, answered.batch.grading)
                 passes[row] += taken[row]
         read = zip(agreeing, answered.predictions, strict=True)
         return Estimate([n / self.samples if p.predicted else None for n, p in read], passes)
@@ -99,7 +99,9 @@ class SelfConsistency(Estimator):
         return torch.from_numpy(query_rng(self.seed, sample, query_id, self.name).random(count))
 
 
-def _agrees(prediction: Prediction, text: str) -> bool:
+def _agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
     if not prediction.predicted:
         return False
-    return grade(text, prediction.predicted, prediction.answer_type).correct
+    # Two samples have no likelihoods to rank: they agree if they say the same.
+    rule = EXACT if grading.ranks(prediction.answer_type) else grading
+    return grade(text, prediction.predicted, prediction.answer_type, grading=rule).correct

@@ -9,7 +9,7 @@ import torch
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.passes import apart, behind_prompt, right_padded, score_counted
+from vlm_calibration.estimators.passes import apart, right_padded, score_counted
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -97,7 +97,7 @@ class PTrue(Estimator):
                 f"{type(chat.processor).__name__} puts the question before it"
             )
         texts = asking.conversations(text, [self.true, self.false])
-        unshared, (true, false) = behind_prompt(asking, prompt, texts)
+        unshared, (true, false) = asking.behind_prompt(prompt, texts)
         if true == false:
             raise DataError(f"p_true: the tokenizer cannot tell {self.true!r} from {self.false!r}")
         return _FollowUp(len(first) - shared, second[shared:], unshared, apart(true, false))

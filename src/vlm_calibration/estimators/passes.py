@@ -80,17 +80,6 @@ def right_padded(
     return Prompts(found, found["attention_mask"].sum(1))
 
 
-def behind_prompt(chat: ChatFormat, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
-    """Token ids of conversations behind the beginning that all of them share with their prompt.
-
-    Returns:
-        How many tokens at the prompt's end they do not share (most often 0), and the ids.
-    """
-    first, *full = chat.token_ids([prompt, *conversations])
-    start = min(common_prefix(first, ids) for ids in full)
-    return len(first) - start, [ids[start:] for ids in full]
-
-
 def apart(first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
     """Two responses without the tokens in which they end alike, as a full stop and the end of the turn."""
     same = common_prefix(first[::-1], second[::-1])
@@ -196,7 +185,7 @@ class AnswerWriter:
         )
 
     def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:
-        """As `behind_prompt`, of the words alone."""
+        """As `ChatFormat.behind_prompt`, of the words alone."""
         texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
-        cut, (yes, no) = behind_prompt(self.chat, self.chat.render(query.question), texts)
+        cut, (yes, no) = self.chat.behind_prompt(self.chat.render(query.question), texts)
         return cut, list(apart(yes, no))

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
 from vlm_calibration.text.confidence import parse_confidence
-from vlm_calibration.text.grading import grade
+from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
 
 VERBALIZED = "verbalized"
 """Name of the estimator whose key is `confidence`."""
@@ -42,9 +42,22 @@ class EstimatedPrediction(Prediction):
         return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
 
 
-def graded_prediction(query: Query, text: str, noise_step: int | None) -> EstimatedPrediction:
-    """The prediction that this output amounts to."""
-    outcome = grade(text, query.answer, query.answer_type, query.synonyms)
+def graded_prediction(
+    query: Query,
+    text: str,
+    noise_step: int | None,
+    grading: Grading = EXACT,
+    ranked_right: bool | None = None,
+) -> EstimatedPrediction:
+    """The prediction that this output amounts to.
+
+    Args:
+        grading: by which rule. ranked_right: where that is ranking, whether the gold answer is the likeliest.
+    """
+    if ranked_right is None:
+        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading)
+    else:
+        outcome = Grade(parse_answer(text, query.answer_type), ranked_right)
     return EstimatedPrediction(
         id=query.id,
         question=query.question,

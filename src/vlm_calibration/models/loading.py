@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
 from vlm_calibration.models.base import BaseModel, Dtype, Quantization
@@ -79,6 +87,73 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
         )
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
+
+
+SPANS, SPAN = 16, 1 << 20
+UNSTABLE = ("_name_or_path", "_commit_hash", "transformers_version")
+"""Keys of a model's configuration that say where it comes from and not what it is."""
+
+
+def weights_digest(base: BaseModel) -> str | None:
+    """What tells a model from any other wherever its files lie: a digest of its configuration and weights.
+
+    Of each file of weights the length and 16 spans of 1 MiB, evenly spread, are read, so small models wholly.
+
+    Returns:
+        32 hexadecimal digits, or None if the model is not, or not wholly, on this machine.
+    """
+    folder = _local_folder(base)
+    weights = _weight_files(folder) if folder is not None else None
+    if folder is None or weights is None or not (folder / "config.json").is_file():
+        return None
+    files = [folder / "config.json", *weights]
+    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+def _local_folder(base: BaseModel) -> Path | None:
+    """The model's folder: its own, or that in the Hub's cache."""
+    if Path(base.name_or_path).is_dir():
+        return Path(base.name_or_path)
+    try:
+        config = try_to_load_from_cache(base.name_or_path, "config.json", revision=base.revision)
+    except HFValidationError:
+        return None  # a folder that does not exist, which loading it says
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _weight_files(folder: Path) -> list[Path] | None:
+    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        index = folder / f"{name}.index.json"
+        names = {name}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if all((folder / n).is_file() for n in names):
+            return [folder / n for n in sorted(names)]
+    return None
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of a configuration and files of weights, each with its size and date, which keep an old digest from being given."""
+    (config, _, _), *weights = files
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key not in UNSTABLE}
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    for path, size, _ in weights:
+        digest.update(f"{size}\n".encode())
+        for span in _spans(path, size):
+            digest.update(span)
+    return digest.hexdigest()
+
+
+def _spans(path: Path, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if size <= SPANS * SPAN:
+            yield file.read()
+            return
+        for i in range(SPANS):
+            file.seek(i * (size - SPAN) // (SPANS - 1))
+            yield file.read(SPAN)
 
 
 def quantised_layers(model: PreTrainedModel) -> list[str]:

@@ -10,16 +10,20 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from vlm_calibration.files import write_text
-
-FORMAT = "vlm_calibration.levels/1"
+from vlm_calibration.perturbation.level_table import (
+    FORMAT,
+    LevelTable,
+    StepCount,
+    isotonic_accuracy,
+    read_table,
+)
 
 
 def check_confidence(confidence: float) -> float:
@@ -93,54 +97,6 @@ class LinearLevels(Levels):
         return nominal_step(confidence, self.total_steps)
 
 
-class StepCount(NamedTuple):
-    """How often the base model was right at one noise step: `n_correct` of `n` held-out queries."""
-
-    step: int
-    n: int
-    n_correct: int
-
-
-@dataclass(frozen=True)
-class LevelTable:
-    """What was measured, and how.
-
-    Args:
-        counts: answer type -> counts, one per noise step; every answer type has the same steps, 0 among them.
-        provenance: model, schedule, seed, number of queries, ...: whatever says where the counts come from.
-
-    Raises:
-        ValueError: if it is empty, counts are impossible, steps repeat or differ between answer types, or 0 is missing.
-    """
-
-    counts: Mapping[str, tuple[StepCount, ...]]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        ordered = {
-            kind: tuple(sorted(StepCount(*map(int, row)) for row in rows))
-            for kind, rows in self.counts.items()
-        }
-        object.__setattr__(self, "counts", ordered)
-        if not ordered:
-            raise ValueError("a level table needs counts for at least one answer type")
-        first = next(iter(ordered))
-        expected = [row.step for row in ordered[first]]
-        for kind, rows in ordered.items():
-            steps = [row.step for row in rows]
-            if not steps or steps[0] != 0:
-                raise ValueError(
-                    f"counts of answer type {kind!r} must begin at step 0, the clean image; got {steps}"
-                )
-            if len(set(steps)) != len(steps):
-                raise ValueError(f"counts of answer type {kind!r} repeat a step: {steps}")
-            if steps != expected:
-                raise ValueError(f"answer types {first!r} and {kind!r} were measured at different steps")
-            for row in rows:
-                if row.n < 1 or not 0 <= row.n_correct <= row.n:
-                    raise ValueError(f"impossible count for answer type {kind!r}: {row}")
-
-
 class AnchoredLevels(Levels):
     """Levels that state the base model's measured accuracy at each noise step, per answer type.
 
@@ -160,8 +116,8 @@ class AnchoredLevels(Levels):
         groups: most confidences stated per answer type; None: as many as the grid allows.
 
     Raises:
-        ValueError: if neither or both of `path` and `table` are given, the file is not a level table (names the
-            file), `grid` does not divide 100, or `groups` is below 1.
+        ValueError: if neither or both of `path` and `table` are given, the file is not a level table or one that teaches
+            nothing (see `LevelTable.check_usable`; names the file), `grid` does not divide 100, or `groups` is below 1.
         FileNotFoundError: if there is no such file.
     """
 
@@ -180,13 +136,14 @@ class AnchoredLevels(Levels):
         if groups is not None and groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
         if path is not None:
-            table = _read_table(Path(path))
+            table = read_table(Path(path))
+        self.source = "the level table" if path is None else os.fspath(path)
         assert table is not None  # for the type checker: one of the two was given
         self.table = table
         self.grid = grid
         self.groups = groups
         self.steps = tuple(row.step for row in next(iter(table.counts.values())))
-        self._fits = {kind: _isotonic_accuracy(rows) for kind, rows in table.counts.items()}
+        self._fits = {kind: isotonic_accuracy(rows) for kind, rows in table.counts.items()}
         self._stated = self._fits
         if groups is not None:
             self._stated = {
@@ -283,14 +240,6 @@ class AnchoredLevels(Levels):
         return f"AnchoredLevels({', '.join(self.answer_types)}; {len(self.steps)} steps, grid={self.grid})"
 
 
-def _isotonic_accuracy(rows: Sequence[StepCount]) -> np.ndarray:
-    """Weighted least-squares fit of the accuracies that never rises with the step; shape `(len(rows),)`."""
-    accuracy = np.array([row.n_correct / row.n for row in rows])
-    weights = np.array([row.n for row in rows], dtype=np.float64)
-    fit = isotonic_regression(accuracy, weights=weights, increasing=False).x
-    return np.clip(fit, 0.0, 1.0)  # block means may leave [0, 1] by one rounding error
-
-
 def _group_means(accuracy: np.ndarray, weights: Sequence[int], groups: int) -> np.ndarray:
     """Each value replaced by the weighted mean of its group: at most `groups` runs with the least sum of squared errors.
 
@@ -317,32 +266,6 @@ def _group_means(accuracy: np.ndarray, weights: Sequence[int], groups: int) -> n
         means[i:j] = run(i, j)[1]
         j = i
     return means
-
-
-def _read_table(path: Path) -> LevelTable:
-    if not path.is_file():
-        raise FileNotFoundError(f"no level table at {path}; write one with `vlm-calibration levels fit`")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"expected a JSON object with format {FORMAT!r}")
-        counts = {
-            kind: tuple(StepCount(row["step"], row["n"], row["n_correct"]) for row in rows)
-            for kind, rows in content["answer_types"].items()
-        }
-        table = LevelTable(counts, content["provenance"])
-        for kind, rows in table.counts.items():
-            stored = [
-                row["accuracy"] for row in sorted(content["answer_types"][kind], key=lambda row: row["step"])
-            ]
-            if not np.allclose(stored, _isotonic_accuracy(rows), rtol=0, atol=1e-9):
-                raise ValueError(
-                    f"the accuracies of {kind!r} are not the fit of its counts; was the file edited?"
-                )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"missing key {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not a level table: {reason}") from error
-    return table
 
 
 def _check_range(step: int, last: int) -> None:

@@ -14,6 +14,7 @@ import lightning as L
 from torch import nn
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.pairs import stated_levels
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import Generating
@@ -29,6 +30,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
 Answers = Mapping[str, Sequence[EstimatedPrediction]]
@@ -98,6 +100,13 @@ class EvaluationModule(L.LightningModule):
         self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
         self.results = {}
         self.passes = {}
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_data(self, data: PerturbedQueryDataModule) -> None:
+        """Refuse data for which the oracle's levels were not measured, before a model is loaded."""
+        check_levels(self.oracle, self.base, data)
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):

@@ -12,8 +12,9 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import ANSWER_TYPES, DataError
-from vlm_calibration.stages.answering import answer_batch, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, ranked_right, tokenizer_of
 from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.provenance import provenance_of
 
 
 class StepCounts(Metric):
@@ -41,6 +42,8 @@ class StepCounts(Metric):
 class LevelFitModule(L.LightningModule):
     """Answers held-out queries at every noise step with the base model and writes a level table.
 
+    Where `data.grading` ranks, nothing is generated: the gold answer is to be likelier than the wrong ones.
+
     Args:
         base: the base model.
         out: JSON file to write.
@@ -64,13 +67,17 @@ class LevelFitModule(L.LightningModule):
         self.counts = StepCounts(len(self.steps)).to(self.device)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        predictions = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
-        if not predictions:
+        if not batch.queries:
             return
+        if all(batch.grading.ranks(query.answer_type) for query in batch.queries):
+            right = [bool(found) for found in ranked_right(self.model, batch)]
+        else:
+            answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+            right = [answer.correct for answer in answers]
         self.counts.update(
-            torch.tensor([ANSWER_TYPES.index(p.answer_type) for p in predictions], device=self.device),
-            torch.tensor([self.steps.index(p.noise_step) for p in predictions], device=self.device),
-            torch.tensor([p.correct for p in predictions], device=self.device),
+            torch.tensor([ANSWER_TYPES.index(q.answer_type) for q in batch.queries], device=self.device),
+            torch.tensor([self.steps.index(step) for step in batch.steps], device=self.device),
+            torch.tensor(right, device=self.device),
         )
 
     def on_test_epoch_end(self) -> None:
@@ -87,16 +94,10 @@ class LevelFitModule(L.LightningModule):
                         f"no {kind} query was asked at noise step {step}: parts of data.test need `noise: every_step`"
                     )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.levels = AnchoredLevels.fit(
-            measured,
-            provenance={
-                "model": self.base.name_or_path,
-                "revision": self.base.revision,
-                "schedule": repr(data.noise.schedule),
-                "resolution": data.noise.resolution,
-                "seed": data.noise.seed,
-                "prompt": data.prompt.template,
-            },
-        )
+        self.levels = AnchoredLevels.fit(measured, provenance=provenance_of(self.base, data, measured))
+        try:
+            self.levels.table.check_usable()
+        except ValueError as error:
+            raise DataError(f"{self.out} is not written: {error}") from error
         if self.trainer.is_global_zero:
             self.levels.save(self.out)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.pairs import (
     Candidate,
     IsotonicMap,
@@ -50,6 +51,7 @@ from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.belief import Belief, divergence
 from vlm_calibration.stages.device import device_of, ready_to_train
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.recalibration import fit_recalibration
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
@@ -141,6 +143,13 @@ class DPOModule(L.LightningModule):
         self.recalibration: IsotonicMap | None = None
         # Checkpoints hold what is trained; base and reference come from where they came from.
         self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_data(self, data: PerturbedQueryDataModule) -> None:
+        """Refuse data whose levels were measured for something else, before a model is loaded."""
+        check_levels(data.noise.levels, self.base, data)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.data.collate import SFTBatch
+from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
@@ -22,6 +23,7 @@ from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.device import device_of, ready_to_train
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
     check_trained,
@@ -77,6 +79,13 @@ class SFTModule(L.LightningModule):
         self.skipped = 0
         # Checkpoints hold what is trained; the frozen base comes from where it came from.
         self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_data(self, data: PerturbedQueryDataModule) -> None:
+        """Refuse data whose levels were measured for something else, before a model is loaded."""
+        check_levels(data.noise.levels, self.base, data)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):

@@ -16,15 +16,18 @@ Yes/no replies, in this order:
    other statement is no answer: "It is white" may mean either, depending on the question, and "There may be a dog" says
    neither.
 
-Short and open answers: a strict match. The reply, or its first sentence without a lead-in ("It is", "The object at the
+Short and open answers, unless `Grading` names another rule: a strict match. The reply, or its first sentence without a lead-in ("It is", "The object at the
 top left is") and without a closing phrase of place ("in the image", "at the top left"), must equal the gold answer
 or a synonym once both are normalised as for VQA: case, punctuation, articles, number words and plurals do not count.
 A further word does: "brown dog" is not "dog" (as "hot dog" is not), and "a dog or a cat" is neither.
 """
 
 import re
+import string
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -37,6 +40,49 @@ class Grade(NamedTuple):
 
     predicted: str | None
     correct: bool
+
+
+TextGrader = Literal["exact", "contains", "token_f1"]
+
+
+@dataclass(frozen=True)
+class Grading:
+    """By which rule short and open answers are graded; yes/no answers have one rule only.
+
+    "exact": the strict match above. "contains": the reply holds the gold answer or a synonym as whole words, normalised in the
+    same way; what else it says does not count ("It is not a dog" contains "dog"). "token_f1": the words in common with the
+    gold answer or a synonym, as SQuAD counts them (Rajpurkar et al., arXiv 1606.05250), reach `min_f1`. "ranking": the model
+    holds the gold answer likelier, per token, than each wrong answer that the source knows, whatever it says; right half the
+    time by chance against one wrong answer.
+
+    Args:
+        short: rule for short answers.
+        open: rule for open answers.
+        min_f1: least F1 of a right answer under "token_f1", in (0, 1].
+
+    Raises:
+        ValueError: `min_f1` is not in (0, 1].
+    """
+
+    short: TextGrader = "exact"
+    open: TextGrader | Literal["ranking"] = "exact"
+    min_f1: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_f1 <= 1:
+            raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
+
+    def rule(self, answer_type: str) -> str:
+        """The rule for this type of answer, as a level table states it: "exact", "ranking", "token_f1 >= 0.5"."""
+        name = {"short": self.short, "open": self.open}.get(answer_type, "exact")
+        return f"{name} >= {self.min_f1:g}" if name == "token_f1" else name
+
+    def ranks(self, answer_type: str) -> bool:
+        """Whether answers of this type are graded by likelihoods and not by what is said."""
+        return self.rule(answer_type) == "ranking"
+
+
+EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType) -> str | None:
@@ -60,7 +106,9 @@ def parse_answer(text: str, answer_type: AnswerType) -> str | None:
     return _normalise(_essence(answer)) or _normalise(answer) or None
 
 
-def grade(text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[str] = ()) -> Grade:
+def grade(
+    text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[str] = (), grading: Grading = EXACT
+) -> Grade:
     """Read the answer from a reply and compare it with the gold one.
 
     Args:
@@ -68,9 +116,11 @@ def grade(text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[st
         answer: the gold answer; for yes/no, one that reads as yes or no itself.
         answer_type: "yes_no", "short" or "open".
         synonyms: other right answers (not used for yes/no).
+        grading: by which rule.
 
     Raises:
-        ValueError: for an unknown answer type, or a gold answer that is empty or, for yes/no, neither.
+        ValueError: for an unknown answer type, a gold answer that is empty or, for yes/no, neither, or a rule that needs more
+            than a text ("ranking").
     """
     predicted = parse_answer(text, answer_type)
     if answer_type == "yes_no":
@@ -80,6 +130,17 @@ def grade(text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[st
         return Grade(predicted, predicted == gold)
     if not _key(answer):
         raise ValueError(f"the gold answer of a {answer_type} question is empty: {answer!r}")
+    if grading.ranks(answer_type):
+        raise ValueError(f"{answer_type} answers are graded by ranking, which no text decides")
+    if grading.rule(answer_type) == "contains":
+        said = f" {_key(strip_confidence(text))} "
+        keys = (_key(right) for right in (answer, *synonyms))
+        return Grade(predicted, any(f" {key} " in said for key in keys if key))
+    if grading.rule(answer_type).startswith("token_f1"):
+        said = strip_confidence(text)
+        return Grade(
+            predicted, max(_token_f1(said, right) for right in (answer, *synonyms)) >= grading.min_f1
+        )
     accepted = {_key(right) for right in (answer, *synonyms)} - {""}
     # The whole reply counts as well, for answers that look like a lead-in or several sentences ("Dr. No").
     whole = _key(strip_confidence(text))
@@ -111,7 +172,9 @@ _YES_NO_LEAD_IN = re.compile(
 _YES = re.compile(
     r"(?:yes|yeah|yep|yup|affirmative|true|correct|indeed|absolutely|definitely|certainly|of course|sure)(?!\w)"
 )
-_NO = re.compile(r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|nowhere|neither|never)(?!\w)")
+_NO = re.compile(
+    r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|nowhere|neither|never)(?!\w)"
+)
 # A yes or no that no word follows (other than "and", "or") and that begins its clause.
 _LONE = re.compile(
     r"(?:\A|[,;:/.!?—–-]|\b(?:and|or|but|also)\b) ?(yes|yeah|yep|no|nope|nah)(?= ?(?:\Z|[,;:/.!?—–-]|(?:and|or)\b))"
@@ -127,7 +190,9 @@ _NEGATION = re.compile(
     r"\b(?:no|not|none|never|neither|nor|nothing|nobody|nowhere|cannot|lacks?|devoid)\b|n't\b"
     rf"|\b(?:absent|missing)\b(?= (?:from|in) {_PICTURE}|\Z)"
 )
-_SURELY = r"(?: (?:also|clearly|indeed|certainly|definitely|probably|likely|really|actually|just|do|does|can))?"
+_SURELY = (
+    r"(?: (?:also|clearly|indeed|certainly|definitely|probably|likely|really|actually|just|do|does|can))?"
+)
 _BE = r"(?: is| are|'s|(?: (?:would|do|does))? (?:appears?|seems?|looks?) to be)"
 _AFFIRMATION = re.compile(
     rf"there{_SURELY}{_BE}\b|(?:i|you|we|one){_SURELY}{_SURELY} (?:see|spot)s?\b"
@@ -310,6 +375,18 @@ def _one_form(word: str) -> str:
         if word.endswith(plural) and len(word) >= 3:
             return word[: -len(plural)] + form
     return word[:-1] if word.endswith(("se", "xe", "ze", "che", "she", "oe")) and len(word) > 3 else word
+
+
+def _token_f1(text: str, gold: str) -> float:
+    """F1 of the words in common, in [0, 1], without case, punctuation and articles: SQuAD's."""
+    said, right = _squad_words(text), _squad_words(gold)
+    common = (Counter(said) & Counter(right)).total()
+    return 2 * common / (len(said) + len(right)) if said and right else float(said == right)
+
+
+def _squad_words(text: str) -> list[str]:
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return [word for word in kept.split() if word not in _ARTICLES]
 
 
 def _fold(text: str) -> str:

@@ -210,6 +210,9 @@ class ParquetSource(QuerySource):
         except RecordError as error:
             raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
 
+    def wrong_answers(self, query: Query) -> Sequence[str]:
+        return super().wrong_answers(query) if self.images is None else self.images.wrong_answers(query)
+
     def load(self, query: Query) -> LoadedImage:
         try:
             if self.images is not None:

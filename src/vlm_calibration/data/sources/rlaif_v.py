@@ -121,5 +121,7 @@ class RlaifVSource(QuerySource):
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
+        if self._table is None:
+            self._open()
         rejected = self._table.column("rejected")[EmbeddedImages.row(query.image)].as_py()
         return [rejected] if rejected and rejected.strip() and rejected != query.answer else []
