@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from vlm_calibration.demo.architecture import build_model
-from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.perturbation.levels import AnchoredLevels
 
 from .command_line import LIMIT, Ended, Server
+from .level_tables import measured
 
 
 def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, Any]:
@@ -273,11 +274,7 @@ def test_without_a_level_table_the_shipped_configuration_says_how_to_get_one(
 
 def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scenes: int = 2) -> list[str]:
     """Arguments that evaluate the base model, adapters and the oracle, with the results in `folder`/eval."""
-    counts = {
-        kind: [StepCount(step, 100, top - step // 25) for step in range(0, 1001, 100)]
-        for kind, top in (("yes_no", 95), ("short", 88))
-    }
-    AnchoredLevels.fit(counts).save(folder / "levels.json")
+    measured(model_folder).save(folder / "levels.json")
     demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
     config = {
         "trainer": {
@@ -574,14 +571,12 @@ def test_two_processes_give_the_files_of_one(
     assert ran.stdout.count("All 15 answers") == 1, "one process reports"
 
 
-def test_levels_fit_writes_a_table(
-    run: Callable[..., Ended], root: Path, model_folder: str, tmp_path: Path
-) -> None:
+def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
     settings = {
-        "model.init_args.base.name_or_path": model_folder,
+        "model.init_args.base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
         "model.init_args.out": "levels.json",
         "model.init_args.max_new_tokens": "3",
-        "data.test.calibration.source.init_args.scenes": "1",
+        "data.test.calibration.source.init_args.scenes": "5",
         "data.workers": "0",
         "trainer.default_root_dir": str(tmp_path / "levels"),
     }
@@ -595,7 +590,10 @@ def test_levels_fit_writes_a_table(
     assert ended.status == 0, ended.err
     assert ended.out.splitlines()[-1] == "wrote levels.json"
     rows = AnchoredLevels(tmp_path / "levels.json").table.counts
-    assert {kind: {row.n for row in counts} for kind, counts in rows.items()} == {"yes_no": {2}, "short": {1}}
+    assert {kind: {row.n for row in counts} for kind, counts in rows.items()} == {
+        "yes_no": {10},
+        "short": {5},
+    }
 
 
 def test_runs_heed_ctrl_c_where_the_suite_itself_ignores_it(root: Path, tmp_path: Path) -> None:

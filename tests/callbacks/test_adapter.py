@@ -30,7 +30,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount
+from vlm_calibration.perturbation.levels import StepCount
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.answering import answer_batch
@@ -39,13 +39,13 @@ from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
+from ..level_tables import measured
+
 LIMIT = 300
-TABLE = LevelTable(
-    {
-        "yes_no": (StepCount(0, 10, 9), StepCount(1000, 10, 5)),
-        "short": (StepCount(0, 10, 8), StepCount(1000, 10, 0)),
-    }
-)
+COUNTS = {
+    "yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)],
+    "short": [StepCount(0, 10, 8), StepCount(1000, 10, 0)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     plain = {
         "train": DemoSource("train", scenes=24),
         "validation": DemoSource("calibration", scenes=2),
-        "noise": NoisePolicy(levels=AnchoredLevels(table=TABLE), mistakes=1.0),
+        "noise": NoisePolicy(levels=measured(model, COUNTS), mistakes=1.0),
         "batch_size": 12,
         "workers": 0,
         "max_length": 300,

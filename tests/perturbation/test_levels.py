@@ -1,13 +1,17 @@
 import json
 import pickle
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
+from scipy.stats import norm
 
+from vlm_calibration import demo
+from vlm_calibration.perturbation.level_table import trend_p_value
 from vlm_calibration.perturbation.levels import (
     AnchoredLevels,
     Levels,
@@ -231,6 +235,97 @@ def test_a_file_that_is_no_level_table_is_named(content, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no level table at .*missing\.json"):
         AnchoredLevels(tmp_path / "missing.json")
+
+
+STEPS = range(0, 1001, 100)
+
+
+def saved(folder, right, n=100, kind="open", **provenance):
+    """A file with these numbers of right answers of `n` at each step."""
+    rows = [StepCount(step, n, k) for step, k in zip(STEPS, right, strict=True)]
+    path = folder / "levels.json"
+    AnchoredLevels.fit({kind: rows}, provenance=provenance).save(path)
+    return path
+
+
+FALLING = [80, 79, 75, 70, 60, 50, 40, 30, 20, 10, 0]
+RANKING = {"grading": {"open": "ranking"}}
+
+
+@pytest.mark.parametrize(
+    ("right", "settings", "message"),
+    [
+        ([0] * 11, {}, "right on 0 of 100 clean images, not significantly more than the 5% of a blind guess"),
+        ([8, *[4] * 10], {}, "right on 8 of 100 clean images"),
+        ([80] * 11, {}, "noise does not significantly lower how often the base model is right"),
+        ([100] * 11, {}, "noise does not significantly lower"),
+        (FALLING[::-1], {"kind": "short"}, "right on 0 of 100 clean images"),
+        ([60, *range(60, 90, 3)], {}, "noise does not significantly lower"),
+        ([55, *[45] * 10], {"kind": "yes_no"}, "55 of 100 clean images, not significantly more than the 50%"),
+        ([55, *[45] * 10], RANKING, "55 of 100 clean images, not significantly more than the 50%"),
+        (
+            [4] * 5 + [2] * 6,
+            {"kind": "yes_no", "n": 4},
+            "4 clean queries are not enough answers to tell, which takes 5",
+        ),
+    ],
+)
+def test_a_table_that_teaches_nothing_is_refused(right, settings, message, tmp_path):
+    path = saved(tmp_path, right, **settings)
+    with pytest.raises(ValueError, match="teach no confidence") as error:
+        AnchoredLevels(path)
+    n = settings.get("n", 100)
+    for part in (
+        str(path),
+        settings.get("kind", "open"),
+        message,
+        f"{right[0]}/{n} at 0, {right[1]}/{n} at 100",
+    ):
+        assert part in str(error.value)
+    ranked_or_yes_no = settings in ({"kind": "yes_no"}, RANKING) or n == 4
+    assert ("data.grading" in str(error.value)) is not ranked_or_yes_no
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("right", "settings"),
+    [
+        (FALLING, {}),
+        ([12, 12, 11, 10, 8, 6, 4, 2, 0, 0, 0], {}),
+        ([65, *[64] * 5, *[50] * 5], {"kind": "yes_no"}),
+        ([65, *[64] * 5, *[50] * 5], RANKING),
+        ([5] * 6 + [2] * 5, {"kind": "yes_no", "n": 5}),
+        ([1] * 6 + [0] * 5, {"kind": "short", "n": 1}),
+    ],
+)
+def test_a_table_that_teaches_something_is_read(right, settings, tmp_path):
+    assert AnchoredLevels(saved(tmp_path, right, **settings)).steps == tuple(STEPS)
+
+
+def test_each_answer_type_must_teach_something(tmp_path):
+    rows = {"yes_no": [(0, 50, 48), (1000, 50, 25)], "short": [(0, 50, 40), (1000, 50, 40)]}
+    AnchoredLevels.fit(rows).save(tmp_path / "levels.json")
+    with pytest.raises(ValueError, match="short answers teach no confidence"):
+        AnchoredLevels(tmp_path / "levels.json")
+
+
+def test_the_trend_is_that_of_a_contingency_table():
+    """The square of the statistic is N times the squared correlation of step and being right."""
+    rows = [StepCount(0, 30, 25), StepCount(200, 20, 14), StepCount(700, 40, 22)]
+    steps = np.repeat([r.step for r in rows], [r.n for r in rows])
+    right = np.concatenate([np.arange(r.n) < r.n_correct for r in rows])
+    z = np.sqrt(len(right)) * np.corrcoef(steps, right)[0, 1]
+    assert trend_p_value(rows) == pytest.approx(norm.cdf(z))
+    rng, least = np.random.default_rng(0), []
+    for _ in range(2000):
+        least.append(trend_p_value([StepCount(s, 50, rng.binomial(50, 0.6)) for s in STEPS]))
+    assert np.mean(np.array(least) <= 0.05) == pytest.approx(0.05, abs=0.015), (
+        "refuses what noise does not change"
+    )
+
+
+def test_the_shipped_table_teaches_something():
+    AnchoredLevels(Path(demo.__file__).parent / "levels.json").table.check_usable()
 
 
 @pytest.mark.parametrize(

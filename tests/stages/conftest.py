@@ -15,8 +15,9 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.stages.evaluation import EvaluationModule
+
+from ..level_tables import measured
 
 
 @pytest.fixture
@@ -64,13 +65,9 @@ def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
 
 
 @pytest.fixture
-def levels_file(tmp_path: Path) -> str:
-    """A level table with an accuracy of its own for every step and answer type."""
-    counts = {
-        kind: [StepCount(step, 100, top - step // 25) for step in range(0, 1001, 100)]
-        for kind, top in (("yes_no", 95), ("short", 88))
-    }
-    AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
+def levels_file(model_folder: str, tmp_path: Path) -> str:
+    """A level table of the tiny model with an accuracy of its own for every step and answer type."""
+    measured(model_folder).save(tmp_path / "levels.json")
     return str(tmp_path / "levels.json")
 
 

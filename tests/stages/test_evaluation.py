@@ -16,10 +16,12 @@ from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
+
+from ..level_tables import measured
 
 Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "two", "oracle")
@@ -197,7 +199,7 @@ def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
+    table = measured(model_folder, {"yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)]})
     table.save(tmp_path / "levels.json")
     module = EvaluationModule(
         BaseModel(model_folder, dtype="float32"),

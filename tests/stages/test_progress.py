@@ -26,6 +26,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, Server, callback
+from ..level_tables import measured
 
 Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
@@ -49,6 +50,7 @@ def test(
 ) -> Callable[..., list[str]]:
     """Arguments of an evaluation of 15 queries in folder `name` by three systems, with callbacks around the writer."""
     adapter = new_adapter(1)
+    measured(model_folder).save(tmp_path / "levels.json")
     kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood", "consistency.SelfConsistency")
     estimators: list[dict[str, Any]] = [{"class_path": f"vlm_calibration.estimators.{k}"} for k in kinds]
     estimators[2]["init_args"] = {"samples": 2}
@@ -67,7 +69,7 @@ def test(
                 "init_args": {
                     "base": {"name_or_path": model_folder},
                     "adapters": {"one": adapter},
-                    "oracle_levels": str(root / "src/vlm_calibration/demo/levels.json"),
+                    "oracle_levels": str(tmp_path / "levels.json"),
                     "max_new_tokens": 3,
                     "estimators": estimators,
                 }

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.grading import Grade, grade, parse_answer
+from vlm_calibration.text.grading import Grade, Grading, grade, parse_answer
 
 YES_NO = {
     # a word at the start decides
@@ -294,6 +294,72 @@ def test_the_predicted_short_answer_is_readable(text, predicted):
     assert parse_answer(text, "short") == predicted
 
 
+CONTAINS = Grading(short="contains", open="contains")
+TOKEN_F1 = Grading(short="token_f1", open="token_f1")
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("A brown dog lies on the sofa. Confidence: 80%", "dog", True),
+        ("I can see two dogs", "a dog", True),
+        ("A red bicycle leans there", "red bicycle", True),
+        ("A red old bicycle", "red bicycle", False),
+        ("A doghouse", "dog", False),
+        ("Confidence: 80%", "80", False),
+        ("a puppy on a mat", "dog", False),
+    ],
+)
+def test_an_answer_may_contain_the_gold_one(text, gold, right):
+    for answer_type in ("short", "open"):
+        assert grade(text, gold, answer_type, grading=CONTAINS).correct is right
+
+
+def test_a_synonym_may_be_contained():
+    assert grade("a puppy on a mat", "dog", "short", ["Puppy"], CONTAINS).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "f1"),
+    [
+        ("The dog is on the sofa.", "A dog on a sofa", 6 / 7),
+        ("dog dog", "dog", 2 / 3),
+        ("cat", "dog", 0),
+        ("Dog!", "the dog", 1),
+        ("the", "a", 1),
+        ("", "dog", 0),
+        ("A dog on a sofa. Confidence: 90%", "A dog on a sofa", 1),
+    ],
+)
+def test_token_f1_is_that_of_squad(text, gold, f1):
+    for threshold in (0.01, 0.5, 0.67, 0.86, 1.0):
+        graded = grade(text, gold, "open", grading=Grading(open="token_f1", min_f1=threshold))
+        assert graded.correct is (f1 >= threshold)
+
+
+def test_a_synonym_may_have_the_words_in_common():
+    assert grade("a small puppy", "dog", "open", ["small brown puppy"], TOKEN_F1).correct
+
+
+def test_a_rule_is_for_its_type_of_answer_alone():
+    grading = Grading(short="contains", open="token_f1", min_f1=0.25)
+    assert [grading.rule(k) for k in ("yes_no", "short", "open")] == ["exact", "contains", "token_f1 >= 0.25"]
+    assert [Grading().rule(k) for k in ("yes_no", "short", "open")] == ["exact"] * 3
+    assert grade("There is no dog in it", "no", "yes_no", grading=grading).correct
+    assert not grade("a brown dog", "dog", "open", grading=Grading(short="contains")).correct
+
+
+def test_no_text_decides_a_ranking():
+    with pytest.raises(ValueError, match="open answers are graded by ranking"):
+        grade("a dog", "dog", "open", grading=Grading(open="ranking"))
+
+
+@pytest.mark.parametrize("least", [0.0, -1, 1.5, float("nan")])
+def test_the_least_f1_is_a_share(least):
+    with pytest.raises(ValueError, match=r"min_f1 must be in \(0, 1\]"):
+        Grading(min_f1=least)
+
+
 @pytest.mark.parametrize("gold", ["dog", "", "yes and no"])
 def test_a_gold_yes_no_answer_must_be_one(gold):
     with pytest.raises(ValueError, match="must be yes or no"):
@@ -325,9 +391,9 @@ WORDS = st.lists(
 )
 
 
-@given(WORDS.map(" ".join), st.floats(0, 1))
-def test_a_rendered_gold_answer_is_right(gold, confidence):
-    assert grade(render_response(gold, confidence), gold, "short").correct
+@given(WORDS.map(" ".join), st.floats(0, 1), st.sampled_from([Grading(), CONTAINS, TOKEN_F1]))
+def test_a_rendered_gold_answer_is_right(gold, confidence, grading):
+    assert grade(render_response(gold, confidence), gold, "short", grading=grading).correct
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""A level table is used for what it was measured for: one model, one kind of noise, one prompt, one way of grading."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.models import loading
+from vlm_calibration.models.loading import BaseModel, weights_digest
+from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
+from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.provenance import check_levels
+from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.text.grading import Grading
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..command_line import Ended
+from ..level_tables import measured
+
+Data = Callable[..., PerturbedQueryDataModule]
+ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
+
+
+@pytest.mark.parametrize(
+    ("measured_with", "used_with", "says"),
+    [
+        (
+            {"noise": NoisePolicy(schedule=CosineSchedule())},
+            {"noise": NoisePolicy(schedule=LinearSchedule())},
+            "data.noise.schedule was 'CosineSchedule(steps=1000, offset=0.008)' and is "
+            "'LinearSchedule(steps=1000, beta_start=0.0001, beta_end=0.02)'",
+        ),
+        (
+            {},
+            {"noise": NoisePolicy(schedule=CosineSchedule(offset=0.1))},
+            "data.noise.schedule was 'CosineSchedule(steps=1000, offset=0.008)' and is 'CosineSchedule(steps=1000, offset=0.1)'",
+        ),
+        (
+            {},
+            {"noise": NoisePolicy(resolution="native")},
+            "data.noise.resolution was 'model' and is 'native'",
+        ),
+        ({"noise": NoisePolicy(shape="box")}, {}, "data.noise.shape was 'box' and is 'mask'"),
+        ({"noise": NoisePolicy(dilate=0.2)}, {}, "data.noise.dilate was 0.2 and is 0.0"),
+        ({}, {"noise": NoisePolicy(absent="clean")}, "data.noise.absent was 'distractor' and is 'clean'"),
+        (
+            {"prompt": ElicitationPrompt("{question}\nHow sure are you?")},
+            {"prompt": ElicitationPrompt("{question}?")},
+            r"data.prompt.template was '{question}\nHow sure are you?' and is '{question}?'",
+        ),
+        (
+            {"grading": Grading(short="contains")},
+            {"grading": Grading(short="token_f1")},
+            "data.grading (short) was 'contains' and is 'token_f1 >= 0.5'",
+        ),
+    ],
+)
+def test_a_setting_that_differs_is_named_with_both_sides(
+    model_folder: str, data: Data, measured_with: dict[str, Any], used_with: dict[str, Any], says: str
+) -> None:
+    base, levels = BaseModel(model_folder), measured(model_folder, **measured_with)
+    check_levels(levels, base, data(**measured_with))
+    with pytest.raises(DataError) as caught:
+        check_levels(levels, base, data(**used_with))
+    assert says in str(caught.value)
+    assert str(caught.value).count(" and is ") == 1, "nothing else differs"
+    assert "levels fit" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "used_with",
+    [
+        {"noise": NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, mistakes=1.0)},
+        {"grading": Grading(open="ranking"), "batch_size": 1, "max_length": 9},
+    ],
+)
+def test_what_does_not_change_what_was_measured_may_differ(
+    model_folder: str, data: Data, used_with: dict[str, Any]
+) -> None:
+    check_levels(measured(model_folder), BaseModel(model_folder), data(**used_with))
+
+
+def test_linear_levels_were_measured_on_nothing(data: Data) -> None:
+    check_levels(LinearLevels(), BaseModel("nowhere"), data())
+
+
+def _changed(folder: Path) -> None:
+    """One weight of the model in this folder, a little."""
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[-1] += 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_model_is_the_same_wherever_it_lies(model_folder: str, data: Data, tmp_path: Path) -> None:
+    levels, copy = measured(model_folder), tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps({**config, "_name_or_path": "x", "transformers_version": "0"})
+    )
+    check_levels(levels, BaseModel(str(copy)), data())
+    _changed(copy)
+    with pytest.raises(DataError) as caught:
+        check_levels(levels, BaseModel(str(copy)), data())
+    for folder in (model_folder, str(copy)):
+        digest = weights_digest(BaseModel(folder))
+        assert digest is not None
+        assert f"{folder!r} (weights {digest[:8]})" in str(caught.value)
+
+
+def test_of_large_files_every_part_counts(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "SPAN", 256)
+    shutil.copytree(model_folder, tmp_path / "copy")
+    base, file = BaseModel(str(tmp_path / "copy")), tmp_path / "copy/model.safetensors"
+    whole, size = file.read_bytes(), file.stat().st_size
+    digests = {weights_digest(base)}
+    for place in (0, size // 15 - 1, size - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        digests.add(weights_digest(base))
+    file.write_bytes(whole[:1000] + whole[1001:])
+    assert len({*digests, weights_digest(base)}) == 5
+
+
+def test_shards_are_one_model_if_all_are_there(model_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "copy")
+    base, folder = BaseModel(str(tmp_path / "copy")), tmp_path / "copy"
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    assert weights_digest(base) is None
+    shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors")
+    assert weights_digest(base) is not None
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        (BaseModel("org/model"), BaseModel("org/model"), True),
+        (BaseModel("org/model", revision="a"), BaseModel("org/model", revision="b"), False),
+        (BaseModel("org/model"), BaseModel("org/other"), False),
+    ],
+)
+def test_a_model_that_is_not_here_goes_by_name_and_revision(
+    data: Data, was: BaseModel, now: BaseModel, same: bool
+) -> None:
+    levels = measured("org/model")
+    table = replace(levels.table, provenance={**levels.table.provenance, "revision": was.revision})
+    if same:
+        check_levels(AnchoredLevels(table=table), now, data())
+        return
+    with pytest.raises(DataError, match=r"model\.base was 'org/model' .*and is 'org/(other|model)' "):
+        check_levels(AnchoredLevels(table=table), now, data())
+
+
+def test_another_quantisation_is_warned_of(model_folder: str, data: Data) -> None:
+    with pytest.warns(UserWarning, match="measured with model.base.quantization none, and this run has nf4"):
+        check_levels(measured(model_folder), BaseModel(model_folder, quantization="nf4"), data())
+
+
+def test_a_table_that_does_not_say_how_it_was_measured_is_refused(model_folder: str, data: Data) -> None:
+    levels = measured(model_folder)
+    known = {k: v for k, v in levels.table.provenance.items() if k not in ("grading", "weights")}
+    unsaid = AnchoredLevels(table=replace(levels.table, provenance=known))
+    with pytest.raises(
+        DataError, match=r"does not say its weights, grading.*measure it again with `.*levels fit`"
+    ):
+        check_levels(unsaid, BaseModel(model_folder), data())
+
+
+def _modules(model: str, levels: Path) -> dict[str, Callable[[], L.LightningModule]]:
+    base = BaseModel(model, dtype="float32")
+    return {
+        "fit": lambda: SFTModule(base),
+        "validate": lambda: SFTModule(base),
+        "fit stage 2": lambda: DPOModule(base, reference="base"),
+        "test": lambda: EvaluationModule(base, oracle_levels=str(levels)),
+    }
+
+
+@pytest.mark.parametrize("use", ["fit", "validate", "fit stage 2", "test"])
+def test_every_use_is_checked_before_a_model_is_loaded(
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use: str,
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    for name in ("sft", "preference"):
+        monkeypatch.setattr(f"vlm_calibration.stages.{name}.load_for_training", loaded)
+    monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
+    path = tmp_path / "levels.json"
+    measured(model_folder, noise=NoisePolicy(schedule=LinearSchedule())).save(path)
+    levels = LinearLevels() if use == "test" else AnchoredLevels(path)
+    run = getattr(trainer(), use.split()[0])
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} was measured otherwise than it is used"):
+        run(_modules(model_folder, path)[use](), datamodule=data(noise=NoisePolicy(levels=levels)))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "validate"])
+def test_the_command_line_says_so_in_one_line_and_writes_nothing(
+    run: Callable[..., Ended], fit: Callable[..., list[str]], model_folder: str, tmp_path: Path, stage: str
+) -> None:
+    path = tmp_path / "levels.json"
+    measured(model_folder).save(path)
+    noise = {
+        "levels": {"class_path": ANCHORED, "init_args": {"path": str(path)}},
+        "schedule": {"class_path": "vlm_calibration.perturbation.schedules.LinearSchedule"},
+    }
+    command = fit("dpo" if stage == "dpo" else "sft", data={"noise": noise})
+    command = ["validate" if stage == "validate" else "fit", *command[1:]]
+    ended = run(*command)
+    assert ended.error().startswith(
+        f"{path} was measured otherwise than it is used: data.noise.schedule was 'Cosine"
+    )
+    assert ended.status == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_oracle_of_an_evaluation_is_checked(
+    run: Callable[..., Ended], root: Path, tmp_path: Path
+) -> None:
+    """The shipped table with another prompt; the demo's model is the same by whichever path it is named."""
+    demo = root / "src/vlm_calibration/demo"
+    overlay = {
+        "trainer": {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path / "run")},
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(demo / "model")},
+                "adapters": None,
+                "oracle_levels": str(demo / "levels.json"),
+                "estimators": None,
+            }
+        },
+        "data": {"prompt": {"template": "{question}"}},
+    }
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    ended = run(
+        *(
+            "test",
+            "--config",
+            str(root / "configs/eval/demo.yaml"),
+            "--config",
+            str(tmp_path / "overlay.yaml"),
+        )
+    )
+    assert "data.prompt.template was '{question}\\nAnswer briefly" in ended.error()
+    assert "and is '{question}': set what it was measured with" in ended.error()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,322 @@
+"""Open answers with a rejected one beside them are graded by which of the two the model holds likelier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vlm_calibration.data.collate import PromptCollator
+from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.data.sources.rlaif_v import RlaifVSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.stages.answering import answer_batch, ranked_right
+from vlm_calibration.stages.level_fit import LevelFitModule
+from vlm_calibration.text.confidence import render_answer
+from vlm_calibration.text.grading import Grading
+
+from ..command_line import Ended
+
+Data = Callable[..., PerturbedQueryDataModule]
+RANKING = Grading(open="ranking")
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+TEXTS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "image_path")
+SCENES = 30
+
+
+def _open(sample: Sample, answer: str, *wrong: str) -> Sample:
+    query = replace(sample.query, answer_type="open", answer=answer)
+    return sample._replace(query=query, wrong=wrong)
+
+
+@pytest.fixture
+def samples(data: Data) -> list[Sample]:
+    """An open query with one wrong answer, a yes/no query, and an open query with two wrong answers."""
+    queries = data()
+    queries.setup("fit")
+    plain = [queries._sets["train"][0, i] for i in range(3)]
+    return [
+        _open(plain[0], "A dog, I think", "cat"),
+        plain[1],
+        _open(plain[2], "cat", "dog", "Two red cats."),
+    ]
+
+
+def test_the_likelier_answer_per_token_wins(
+    load_model: Callable[..., Any], data: Data, samples: list[Sample]
+) -> None:
+    """Against one forward for each answer, spelt out: mean log-likelihood of its tokens behind the prompt."""
+    model, chat = load_model().eval(), data().chat
+    batch = PromptCollator(chat, RANKING)(samples)
+
+    def mean(sample: Sample, answer: str) -> float:
+        prompt = chat.render(sample.query.question)
+        inputs = chat.inputs([prompt + render_answer(answer)], [sample.image], "right")
+        start = chat.inputs([prompt], [sample.image], "right")["input_ids"].shape[1]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(**inputs).logits[0, start - 1 : -1].float(), -1)
+        return float(log_p.gather(-1, inputs["input_ids"][0, start:, None]).mean())
+
+    for changed in (samples, [_open(samples[0], "cat", "A dog, I think"), *samples[1:]]):
+        batch = PromptCollator(chat, RANKING)(changed)
+        wanted = [
+            s.query.answer_type == "open" and all(mean(s, s.query.answer) > mean(s, w) for w in s.wrong)
+            for s in changed
+        ]
+        assert ranked_right(model, batch) == [wanted[0], None, wanted[2]]
+        outcomes = answer_batch(model, batch, chat.processor.tokenizer, 3)
+        assert [outcomes[i].correct for i in (0, 2)] == [wanted[0], wanted[2]]
+    swapped = ranked_right(model, batch)[0]
+    assert swapped is not ranked_right(model, PromptCollator(chat, RANKING)(samples))[0]
+
+
+def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, samples: list[Sample]) -> None:
+    for chosen, grading in ((samples, Grading()), (samples[1:2], RANKING)):
+        batch = PromptCollator(data().chat, grading)(chosen)
+        assert batch.ranked == ()
+        assert ranked_right(load_model(), batch) == [None] * len(chosen)
+
+
+class OpenSource(DemoSource):
+    """The demo's corner questions as open ones, of which the second has no wrong answer."""
+
+    def queries(self) -> list[Query]:
+        return [replace(q, answer_type="open") for q in super().queries() if q.answer_type == "short"]
+
+    def load(self, query: Query) -> LoadedImage:
+        return super().load(replace(query, answer_type="short"))
+
+    def wrong_answers(self, query: Query) -> list[str]:
+        return [] if query.image.endswith("1") else ["cat"]
+
+
+def test_a_query_with_nothing_to_rank_against_is_refused_before_anything_is_answered(data: Data) -> None:
+    parts = {"one": Part(OpenSource("test", scenes=1)), "two": Part(OpenSource("test", scenes=2))}
+    data(test={"one": parts["one"]}, grading=RANKING).setup("test")
+    data(test=parts).setup("test")
+    with pytest.raises(
+        DataError, match=r"record 'test-000001-corner': `data\.grading\.open: ranking` compares"
+    ):
+        data(test=parts, grading=RANKING).setup("test")
+    with pytest.raises(DataError, match="record 'calibration-000001-corner'"):
+        data(validation=OpenSource("calibration", scenes=2), grading=RANKING).setup("fit")
+
+
+def _label(name: str) -> str:
+    # Not what the demo's model says, so that no exact match is possible.
+    return f"{name}, I think."
+
+
+@pytest.fixture(scope="module")
+def rlaif_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with RLAIF-V's columns over the demo's images, and the regions that were extracted for it."""
+    folder = tmp_path_factory.mktemp("rlaif")
+    source = DemoSource("calibration", scenes=SCENES, first=500)
+    rows, queries = [], []
+    corners = [q for q in source.queries() if q.answer_type == "short"]
+    for i, query in enumerate(corners):
+        loaded, file = source.load(query), BytesIO()
+        Image.fromarray(loaded.image).save(file, "PNG")
+        rejected = next(iter(source.wrong_answers(query)))
+        rows.append(
+            {
+                "ds_name": "RLAIF-V",
+                "image": {"bytes": file.getvalue(), "path": f"{i}.png"},
+                "question": query.question,
+                "chosen": _label(query.answer),
+                "rejected": _label(rejected),
+                "origin_dataset": "demo",
+                "origin_split": "{}",
+                "idx": i,
+                "image_path": f"{i}.png",
+            }
+        )
+        (mask,) = loaded.evidence
+        ys, xs = mask.nonzero()
+        box = [float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
+        region = {"label": query.answer, "box": box, "mask": None, "score": 0.9}
+        queries.append(
+            {
+                "id": f"rlaif-v-{i}",
+                "image": str(i),
+                "question": query.question,
+                "answer": _label(query.answer),
+                "answer_type": "open",
+                "objects": [query.answer],
+                "regions": [region],
+                "category": "demo",
+            }
+        )
+    (folder / "files").mkdir()
+    schema = pa.schema([*((n, pa.string()) for n in TEXTS), ("image", IMAGE), ("idx", pa.int64())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "files/a.parquet", row_group_size=8)
+    names = [q.image for q in RlaifVSource(str(folder / "files")).queries()]
+    queries = [{**query, "image": name} for query, name in zip(queries, names, strict=True)]
+    pq.write_table(pa.Table.from_pylist(queries), folder / "queries.parquet")
+    return folder
+
+
+def test_regions_beside_the_data_set_keep_its_rejected_answers(rlaif_v: Path) -> None:
+    """Also where nothing was loaded before."""
+    images = RlaifVSource(str(rlaif_v / "files"))
+    source = ParquetSource(str(rlaif_v / "queries.parquet"), images=images)
+    rejected = [source.wrong_answers(q) for q in source.queries()]
+    assert len(rejected) == SCENES
+    table = pq.read_table(rlaif_v / "files").column("rejected").to_pylist()
+    assert rejected == [[text] for text in table]
+
+
+def _source(folder: Path, begin: float, end: float) -> dict[str, Any]:
+    images = {
+        "class_path": "vlm_calibration.data.sources.rlaif_v.RlaifVSource",
+        "init_args": {"path": str(folder / "files"), "unpacked": str(folder / "unpacked")},
+    }
+    return {
+        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
+        "init_args": {
+            "path": str(folder / "queries.parquet"),
+            "images": images,
+            "begin": begin,
+            "end": end,
+        },
+    }
+
+
+def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: dict[str, Any]) -> list[str]:
+    """Arguments: configurations that ship, then what a user sets."""
+    overlay = {
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder / name),
+            **sections.get("trainer", {}),
+        },
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"},
+                "max_new_tokens": 16,
+                **sections.get("model", {}),
+            }
+        },
+        "data": {"workers": 0, "eval_batch_size": 64, **sections.get("data", {})},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    files = [*(str(root / "configs" / f"{config}.yaml") for config in configs), str(path)]
+    return [argument for file in files for argument in ("--config", file)]
+
+
+def _callbacks(*names: str) -> list[dict[str, str]]:
+    return [{"class_path": f"vlm_calibration.callbacks.{name}"} for name in names]
+
+
+def test_rlaif_v_from_levels_to_evaluation(
+    run: Callable[..., Ended], root: Path, rlaif_v: Path, tmp_path: Path
+) -> None:
+    levels = str(tmp_path / "levels.json")
+    held_out = {"calibration": {"source": _source(rlaif_v, 0.0, 0.8), "noise": "every_step"}}
+    measuring = ("levels", "data/rlaif_v_levels")
+
+    # By exact match no answer is right, and no table is written.
+    exact = {"test": held_out, "grading": {"open": "exact"}}
+    command = _configured(root, tmp_path, "exact", *measuring, model={"out": levels}, data=exact)
+    ended = run("levels", "fit", *command)
+    assert (
+        f"{levels} is not written: open answers teach no confidence: the base model is right on 0 of 24"
+        in ended.error()
+    )
+    assert not Path(levels).exists()
+
+    command = _configured(
+        root, tmp_path, "levels", *measuring, model={"out": levels}, data={"test": held_out}
+    )
+    ended = run("levels", "fit", *command)
+    assert ended.status == 0, ended.err
+    table = AnchoredLevels(levels)
+    assert table.table.provenance["grading"] == {"open": "ranking"}
+    assert table.accuracy(0, "open") >= 0.9
+    assert 0.2 <= table.accuracy(1000, "open") <= 0.7, "two answers to choose between"
+
+    trained = {
+        "train": _source(rlaif_v, 0.0, 0.8),
+        "validation": _source(rlaif_v, 0.8, 1.0),
+        "batch_size": 8,
+        "noise": {
+            "levels": {
+                "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
+                "init_args": {"path": levels, "grid": 1, "groups": 3},
+            }
+        },
+    }
+    writers = _callbacks("adapter.AdapterWriter", "predictions.PredictionWriter")
+    trainer = {"max_steps": 2, "max_epochs": None, "callbacks": writers}
+    presets = ("data/rlaif_v", "experiment/anchored")
+    ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
+    assert ended.status == 0, ended.err
+    card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
+    taught = [confidence for _, confidence in card["levels"]["open"]]
+    assert taught[0] >= 0.9
+    assert 0.2 <= taught[-1] <= 0.7
+
+    stage_2 = {"adapter": str(tmp_path / "sft/adapter")}
+    command = _configured(
+        *(root, tmp_path, "dpo", "dpo", *presets, "experiment/anchored_dpo"),
+        data=trained,
+        trainer={**trainer, "num_sanity_val_steps": 0},
+        model=stage_2,
+    )
+    ended = run("fit", *command)
+    assert ended.status == 0, ended.err
+    answered = (tmp_path / "dpo/predictions.jsonl").read_text().splitlines()
+    assert len(answered) == 6
+
+    evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}, "oracle_levels": levels}
+    graded = {"test": {"own": {"source": _source(rlaif_v, 0.0, 1.0)}}, "grading": {"open": "ranking"}}
+    settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated}
+    command = _configured(root, tmp_path, "eval", "eval/jsonl", data=graded, **settings)
+    ended = run("test", *command)
+    assert ended.status == 0, ended.err
+    for system in ("base", "dpo", "oracle"):
+        metrics = json.loads((tmp_path / "eval" / system / "metrics.json").read_text())
+        assert metrics["n"] == SCENES
+        assert metrics["accuracy"] >= 0.85, "ranked on clean images"
+    ended = run("test", *command, "--data.grading.open", "exact")
+    assert "data.grading (open) was 'ranking' and is 'exact'" in ended.error()
+
+
+def test_ranking_generates_nothing_to_measure_levels(
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    model_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+    module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"))
+    module.configure_model()
+    base_of(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    parts = {"calibration": Part(OpenSource("test", scenes=1), "every_step")}
+    with pytest.raises(DataError, match="open answers teach no confidence"):
+        trainer().test(
+            module, datamodule=data(test=parts, grading=RANKING, noise=NoisePolicy()), verbose=False
+        )
+    assert len(passes) == 3, "one for each batch of four of eleven steps"
