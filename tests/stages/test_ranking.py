@@ -121,8 +121,8 @@ def test_a_query_with_nothing_to_rank_against_is_refused_before_anything_is_answ
 
 
 def _label(name: str) -> str:
-    # Not what the demo's model says, so that no exact match is possible.
-    return f"{name}, I think."
+    # Not how the demo's model puts it, so that no answer matches exactly.
+    return f"{name} {name}."
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,7 @@ def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: 
             "accelerator": "cpu",
             "logger": False,
             "enable_progress_bar": False,
+            "callbacks": [],
             "default_root_dir": str(folder / name),
             **sections.get("trainer", {}),
         },
@@ -268,7 +269,7 @@ def test_rlaif_v_from_levels_to_evaluation(
         },
     }
     writers = _callbacks("adapter.AdapterWriter", "predictions.PredictionWriter")
-    trainer = {"max_steps": 2, "max_epochs": None, "callbacks": writers}
+    trainer = {"callbacks": writers}
     presets = ("data/rlaif_v", "experiment/anchored")
     ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
     assert ended.status == 0, ended.err
@@ -286,8 +287,12 @@ def test_rlaif_v_from_levels_to_evaluation(
     )
     ended = run("fit", *command)
     assert ended.status == 0, ended.err
-    answered = (tmp_path / "dpo/predictions.jsonl").read_text().splitlines()
-    assert len(answered) == 6
+    for stage in ("sft", "dpo"):
+        answered = [
+            json.loads(line) for line in (tmp_path / stage / "predictions.jsonl").open(encoding="utf-8")
+        ]
+        assert len(answered) == 6
+        assert any(answer["correct"] for answer in answered), "ranked in validation as well"
 
     evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}, "oracle_levels": levels}
     graded = {"test": {"own": {"source": _source(rlaif_v, 0.0, 1.0)}}, "grading": {"open": "ranking"}}

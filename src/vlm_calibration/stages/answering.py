@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.estimators.passes import right_padded
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.generation import generate_texts
@@ -20,11 +21,15 @@ def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens:
     """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`, and ends with its confidence.
 
     A batch of no queries has no answers.
+
+    Args:
+        model: a transformers or peft model, or `Generating` with one.
     """
     if not batch.queries:
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
-    rows = zip(batch.queries, texts, batch.steps, ranked_right(model, batch), strict=True)
+    ranking = ranked_right(model.model if isinstance(model, Generating) else model, batch)
+    rows = zip(batch.queries, texts, batch.steps, ranking, strict=True)
     return [graded_prediction(query, text, step, batch.grading, right) for query, text, step, right in rows]
 
 
