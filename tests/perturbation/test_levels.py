@@ -213,6 +213,11 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkey
         ('{"format": "vlm_calibration.levels/1"}', "missing key 'answer_types'"),
         ('{"format": "vlm_calibration.levels/1", "answer_types": [], "provenance": {}}', "items"),
         (
+            '{"format": "vlm_calibration.levels/1", "provenance": {"grading": "exact"},'
+            ' "answer_types": {"open": [{"step": 0, "n": 10, "n_correct": 9, "accuracy": 0.9}]}}',
+            "'grading' must be an object",
+        ),
+        (
             '{"format": "vlm_calibration.levels/1", "answer_types": {}, "provenance": {}}',
             "at least one answer type",
         ),

@@ -1,4 +1,4 @@
-"""Open answers with a rejected one beside them are graded by which of the two the model holds likelier."""
+"""How answers are graded is one setting; open ones with a rejected one beside them may be ranked by likelihood."""
 
 from __future__ import annotations
 
@@ -93,6 +93,35 @@ def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, sa
         batch = PromptCollator(data().chat, grading)(chosen)
         assert batch.ranked == ()
         assert ranked_right(load_model(), batch) == [None] * len(chosen)
+
+
+@pytest.mark.parametrize(
+    ("grading", "right"),
+    [
+        (Grading(), False),
+        (Grading(short="contains"), True),
+        (Grading(short="token_f1"), False),
+        (Grading(short="token_f1", min_f1=0.3), True),
+        (Grading(open="contains"), False),
+    ],
+)
+def test_one_setting_grades_validation_and_evaluation(
+    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, right: bool
+) -> None:
+    def said(model: Any, inputs: Any, *_: Any) -> list[str]:
+        return ["A big brown dog lies there. Confidence: 80%"] * len(inputs["input_ids"])
+
+    monkeypatch.setattr("vlm_calibration.stages.answering.generate_texts", said)
+    source = DemoSource("test", scenes=1)
+    queries = data(validation=source, test={"": Part(source)}, grading=grading)
+    queries.setup("fit")
+    queries.setup("test")
+    [validated], [tested] = queries.val_dataloader(), queries.test_dataloader()
+    for batch in (validated.prompts, tested):
+        dogs = batch._replace(
+            queries=tuple(replace(q, answer="dog", answer_type="short") for q in batch.queries)
+        )
+        assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [right] * 3
 
 
 class OpenSource(DemoSource):

@@ -77,7 +77,7 @@ class LevelTable:
             ValueError: they are not; the message names the answer type and its counts, and what to do.
         """
         for kind, rows in self.counts.items():
-            by_ranking = (self.provenance.get("grading") or {}).get(kind) == "ranking"
+            by_ranking = self.provenance.get("grading", {}).get(kind) == "ranking"
             guess = 0.5 if kind == "yes_no" or by_ranking else FREE_GUESS
             reason = _doubt(rows, guess)
             if reason is None:
@@ -140,6 +140,8 @@ def read_table(path: Path) -> LevelTable:
             for kind, rows in content["answer_types"].items()
         }
         table = LevelTable(counts, content["provenance"])
+        if not isinstance(table.provenance.get("grading", {}), dict):
+            raise ValueError("'grading' must be an object of rules by answer type")
         for kind, rows in table.counts.items():
             stored = [
                 row["accuracy"] for row in sorted(content["answer_types"][kind], key=lambda row: row["step"])

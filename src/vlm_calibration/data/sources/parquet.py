@@ -211,7 +211,9 @@ class ParquetSource(QuerySource):
             raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        return super().wrong_answers(query) if self.images is None else self.images.wrong_answers(query)
+        if self.images is not None and query.answer_type == "open":
+            return self.images.wrong_answers(query)
+        return super().wrong_answers(query)
 
     def load(self, query: Query) -> LoadedImage:
         try:
