@@ -256,7 +256,7 @@ def _write_queries(folder: Path) -> None:
     for name, split, scenes in (
         ("data/train", "train", 3),
         ("data/validation", "calibration", 2),
-        ("data/calibration", "calibration", 2),
+        ("data/calibration", "calibration", 6),
         ("my/queries", "test", 2),
     ):
         source = DemoSource(split, scenes)

@@ -23,6 +23,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.sources.rlaif_v import RlaifVSource
+from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.forward import base_of
 from vlm_calibration.models.loading import BaseModel
@@ -65,27 +66,43 @@ def test_the_likelier_answer_per_token_wins(
 ) -> None:
     """Against one forward for each answer, spelt out: mean log-likelihood of its tokens behind the prompt."""
     model, chat = load_model().eval(), data().chat
-    batch = PromptCollator(chat, RANKING)(samples)
 
-    def mean(sample: Sample, answer: str) -> float:
+    def log_p(sample: Sample, answer: str) -> torch.Tensor:
         prompt = chat.render(sample.query.question)
         inputs = chat.inputs([prompt + render_answer(answer)], [sample.image], "right")
         start = chat.inputs([prompt], [sample.image], "right")["input_ids"].shape[1]
         with torch.no_grad():
-            log_p = torch.log_softmax(model(**inputs).logits[0, start - 1 : -1].float(), -1)
-        return float(log_p.gather(-1, inputs["input_ids"][0, start:, None]).mean())
+            found = torch.log_softmax(model(**inputs).logits[0, start - 1 : -1].float(), -1)
+        return found.gather(-1, inputs["input_ids"][0, start:, None])
 
-    for changed in (samples, [_open(samples[0], "cat", "A dog, I think"), *samples[1:]]):
-        batch = PromptCollator(chat, RANKING)(changed)
-        wanted = [
-            s.query.answer_type == "open" and all(mean(s, s.query.answer) > mean(s, w) for w in s.wrong)
-            for s in changed
+    # Pairs in which the mean and the sum do not agree, so that it shows which of them counts.
+    pairs = []
+    for name in CLASSES[:20]:
+        short, long = log_p(samples[0], name), log_p(samples[0], "A dog, I think")
+        if (short.mean() > long.mean()) != (short.sum() > long.sum()):
+            pairs.append((name, bool(short.mean() > long.mean())))
+    assert pairs
+    for name, likelier in pairs[:3]:
+        chosen = [
+            _open(samples[0], name, "A dog, I think"),
+            samples[1],
+            _open(samples[0], "A dog, I think", name),
         ]
-        assert ranked_right(model, batch) == [wanted[0], None, wanted[2]]
-        outcomes = answer_batch(model, batch, chat.processor.tokenizer, 3)
-        assert [outcomes[i].correct for i in (0, 2)] == [wanted[0], wanted[2]]
-    swapped = ranked_right(model, batch)[0]
-    assert swapped is not ranked_right(model, PromptCollator(chat, RANKING)(samples))[0]
+        batch = PromptCollator(chat, RANKING)(chosen)
+        assert ranked_right(model, batch) == [likelier, None, not likelier]
+        answers = answer_batch(model, batch, chat.processor.tokenizer, 3)
+        assert [answers[i].correct for i in (0, 2)] == [likelier, not likelier]
+
+
+def test_every_wrong_answer_must_be_less_likely(
+    load_model: Callable[..., Any], data: Data, samples: list[Sample]
+) -> None:
+    model, collate = load_model().eval(), PromptCollator(data().chat, RANKING)
+    names = ("cat", "dog", "Two red cats.")
+    for gold in names:
+        others = [name for name in names if name != gold]
+        alone = [ranked_right(model, collate([_open(samples[0], gold, other)]))[0] for other in others]
+        assert ranked_right(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
 
 
 def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, samples: list[Sample]) -> None:
