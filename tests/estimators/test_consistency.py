@@ -12,12 +12,13 @@ from torch import nn
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.consistency import DrawnTokens, SelfConsistency
+from vlm_calibration.estimators.consistency import DrawnTokens, SelfConsistency, _agrees
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from .conftest import Answering
@@ -149,3 +150,19 @@ def test_passes_are_counted_to_the_end_of_each_answer(
     handle.remove()
     assert list(batch.answer_passes) == [4, 2, 1]
     assert Generating(model).passes == []
+
+
+@pytest.mark.parametrize(
+    ("grading", "agrees"),
+    [(Grading(), False), (Grading(short="contains"), True), (Grading(short="token_f1"), True)],
+)
+def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, agrees: bool) -> None:
+    query = Query("1", "a.png", "What is it?", "dog", "short")
+    assert _agrees(graded_prediction(query, "a dog", 0), "a big dog. Confidence: 80%", grading) is agrees
+
+
+def test_samples_have_nothing_to_rank_and_agree_if_they_say_the_same() -> None:
+    query = Query("1", "a.png", "What is it?", "a cat", "open")
+    said = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_right=True)
+    assert said.correct
+    assert [_agrees(said, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]
