@@ -122,17 +122,21 @@ class Damaged(DemoSource):
 
 @pytest.mark.filterwarnings("ignore:data.test")
 def test_nothing_is_measured_on_what_has_no_region_or_cannot_be_loaded(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    answers: list[Prediction],
 ) -> None:
-    """Two scenes of three are left, of each a yes and a no at every step; whole batches are of the first one."""
+    """Three scenes of four are left, of each a yes and a no at every step; whole batches are of the first one."""
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
-    parts = {"calibration": Part(Damaged("calibration", scenes=3), "every_step")}
+    parts = {"calibration": Part(Damaged("calibration", scenes=4), "every_step")}
     trainer().test(module, datamodule=data(test=parts), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
     assert list(counts) == ["yes_no"]
-    assert [row.n for row in counts["yes_no"]] == [4] * 11
+    assert [row.n for row in counts["yes_no"]] == [6] * 11
 
 
 def test_a_step_nobody_was_asked_at_is_an_error(
