@@ -371,21 +371,31 @@ def test_at_the_start_the_policy_is_the_reference(
     assert observed.logged["train/reward_margin"] == pytest.approx(0, abs=1e-3)
 
 
-def test_chosen_answers_weigh_as_the_confidence_to_state_and_confidences_fully(
-    module: Callable[..., DPOModule], pairs: Data, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("settings", "constant", "confidence_weight"),
+    [({}, False, 1.0), ({"answer_weight": "constant", "confidence_weight": 2.5}, True, 2.5)],
+)
+def test_tokens_of_chosen_responses_weigh_as_stated(
+    module: Callable[..., DPOModule],
+    pairs: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    constant: bool,
+    confidence_weight: float,
 ) -> None:
     losses = {}
     for weight in (0.0, 0.7):
         with monkeypatch.context() as patch:
-            observed = Observed(module(nll_weight=weight), pairs(PairPolicy(target="level")), patch, 9)
+            made = module(nll_weight=weight, **settings)
+            observed = Observed(made, pairs(PairPolicy(target="level")), patch, 9)
             losses[weight] = float(observed.step())
     nll, weights = [], []
     for row, [first, *_] in enumerate(observed.chosen()):
         log_p, answer_p, length = observed.plain(row, first)
         sample = observed.samples[row]
-        weight = sample.confidence * (sample.mistake is None)
+        weight = (1.0 if constant else sample.confidence) * (sample.mistake is None)
         weights.append(weight)
-        nll.append(-(weight * answer_p + log_p - answer_p) / length)
+        nll.append(-(weight * answer_p + confidence_weight * (log_p - answer_p)) / length)
     assert 0 < sum(weight > 0 for weight in weights) < 9, "wrong answers are not taught"
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
 
@@ -880,6 +890,6 @@ def test_an_adapter_to_compare_with_must_be_given(module: Callable[..., DPOModul
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_a_weight_that_makes_no_sense_is_refused(module: Callable[..., DPOModule], weight: float) -> None:
-    for name in ("nll_weight", "anchor_weight"):
+    for name in ("nll_weight", "confidence_weight", "anchor_weight"):
         with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
             module(**{name: weight})

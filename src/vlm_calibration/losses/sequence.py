@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = -100
 """Label of a token that no loss is taken on."""
+AnswerWeight = Literal["constant", "confidence"]
+"""What the tokens of a correct answer weigh in a loss: 1, or the confidence to state."""
 
 
 def token_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
@@ -16,6 +21,23 @@ def token_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
         logits: float [N, V], the scores that predict each target. targets: int64 [N].
     """
     return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def token_weights(
+    stated: Tensor, confidence: Tensor, right: Tensor, answer_weight: AnswerWeight, confidence_weight: float
+) -> Tensor:
+    """Weight of each response token in the loss, float32 of the shape of `stated`.
+
+    The tokens of a wrong answer weigh 0: it is there to be doubted, not to be learnt.
+
+    Args:
+        stated: bool, whether the token belongs to the confidence, and not to the answer.
+        confidence: float32 in [0, 1], the confidence to state. right: bool, whether the answer is correct. Both broadcast
+            to the shape of `stated`.
+        answer_weight: weight of an answer's tokens. confidence_weight: weight of a confidence's tokens, at least 0.
+    """
+    answer = torch.ones_like(confidence) if answer_weight == "constant" else confidence
+    return torch.where(stated, torch.full_like(confidence, confidence_weight), answer * right)
 
 
 def response_nll(log_likelihood: Tensor, rows: Tensor, weights: Tensor, n_rows: int) -> Tensor:

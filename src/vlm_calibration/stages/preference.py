@@ -33,7 +33,7 @@ from vlm_calibration.losses.preference import (
     PreferenceLoss,
     preference_statistics,
 )
-from vlm_calibration.losses.sequence import response_nll
+from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_weights
 from vlm_calibration.models.adapters import (
     REFERENCE,
     LoraSettings,
@@ -82,8 +82,8 @@ class DPOModule(L.LightningModule):
             `lora.parts`.
         optimizer: AdamW and its schedule.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside the loss, at least 0
-            (arXiv 2404.19733). Within it the tokens of the confidence count fully, and those of the answer as much as the
-            confidence to state, and not at all if it is wrong: what the model cannot see it is not to assert.
+            (arXiv 2404.19733).
+        confidence_weight, answer_weight: weights of the tokens within it, as in stage 1; those of a wrong answer have none.
         anchor_weight: weight of the anchor beside the loss, at least 0: of the squared change since the reference of how
             likely is what responses share, the answer and the ending. Without it both can fall apart.
         scoring: "auto" shares the prefix between candidates where that is exact, "shared" insists on it, "plain" does not.
@@ -104,13 +104,19 @@ class DPOModule(L.LightningModule):
         parts: list[Part] | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(lr=2e-5),  # noqa: B008  (frozen)
         nll_weight: float = 0.0,
+        confidence_weight: float = 1.0,
+        answer_weight: AnswerWeight = "confidence",
         anchor_weight: float = 0.0,
         scoring: Scoring = "auto",
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
-        for name, weight in (("nll_weight", nll_weight), ("anchor_weight", anchor_weight)):
+        for name, weight in (
+            ("nll_weight", nll_weight),
+            ("confidence_weight", confidence_weight),
+            ("anchor_weight", anchor_weight),
+        ):
             if not 0 <= weight < math.inf:
                 raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
         if reference == "adapter" and adapter is None:
@@ -132,6 +138,8 @@ class DPOModule(L.LightningModule):
         self.parts = parts
         self.optimizer_settings = optimizer
         self.nll_weight = nll_weight
+        self.confidence_weight = confidence_weight
+        self.answer_weight = answer_weight
         self.anchor_weight = anchor_weight
         self.scoring = scoring
         self.gradient_checkpointing = gradient_checkpointing
@@ -190,7 +198,8 @@ class DPOModule(L.LightningModule):
         scores = candidate_scores(found, reference, chosen)
         loss = self.loss(scores)
         if self.nll_weight:
-            loss = loss + self.nll_weight * chosen_nll(found, chosen, batch)
+            nll = chosen_nll(found, chosen, batch, self.answer_weight, self.confidence_weight)
+            loss = loss + self.nll_weight * nll
         if self.anchor_weight:
             assert reference is not None
             loss = loss + self.anchor_weight * anchor(found, reference, chosen)
@@ -336,15 +345,28 @@ def candidate_scores(
     )
 
 
-def chosen_nll(found: ResponseScores, chosen: Chosen, batch: PairBatch) -> Tensor:
-    """Weighted negative log-likelihood per token of the chosen responses, a mean over queries.
+def chosen_nll(
+    found: ResponseScores,
+    chosen: Chosen,
+    batch: PairBatch,
+    answer_weight: AnswerWeight = "confidence",
+    confidence_weight: float = 1.0,
+) -> Tensor:
+    """Negative log-likelihood per token of the chosen responses, weighed as by `token_weights`, a mean over queries.
 
-    The confidence's tokens weigh 1; the answer's the confidence to state, or 0 if the answer is wrong.
+    What follows the answer counts as the confidence.
     """
     log_likelihood, tokens = found.log_likelihood[:, 0], found.tokens[:, 0]
-    weights = torch.ones_like(log_likelihood)
-    for row, (first, *_) in enumerate(chosen):
-        weights[row, : first.answer_length] = first.confidence * batch.right[row]
+    firsts = [first for first, *_ in chosen]
+    lengths = torch.tensor([first.answer_length for first in firsts], device=tokens.device)
+    confidence = log_likelihood.new_tensor([first.confidence for first in firsts])
+    weights = token_weights(
+        torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None],
+        confidence[:, None],
+        torch.tensor(batch.right, device=tokens.device)[:, None],
+        answer_weight,
+        confidence_weight,
+    )
     rows, _ = tokens.nonzero(as_tuple=True)
     return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 

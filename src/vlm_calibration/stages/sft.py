@@ -6,7 +6,7 @@ Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,9 +15,14 @@ from torch import Tensor
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.pairs import ValidationBatch
-from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.losses.sequence import (
+    AnswerWeight,
+    response_nll,
+    token_log_likelihood,
+    token_weights,
+)
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.forward import LabelledLogits, labelled_logits
+from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
@@ -59,7 +64,7 @@ class SFTModule(L.LightningModule):
         lora: LoraSettings = LoraSettings(),  # noqa: B008  (frozen)
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (frozen)
         confidence_weight: float = 1.0,
-        answer_weight: Literal["constant", "confidence"] = "constant",
+        answer_weight: AnswerWeight = "constant",
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
@@ -108,7 +113,13 @@ class SFTModule(L.LightningModule):
             return no_loss(self)
         found = labelled_logits(self.model, batch.inputs, batch.labels)
         log_likelihood = token_log_likelihood(found.logits, found.targets)
-        weights = self.token_weights(batch, found)
+        weights = token_weights(
+            batch.stated_labels,
+            batch.confidence[found.rows],
+            batch.right[found.rows],
+            self.answer_weight,
+            self.confidence_weight,
+        )
         loss = response_nll(log_likelihood, found.rows, weights, len(batch.queries))
         stated = batch.stated_labels
         size = len(batch.queries)
@@ -121,13 +132,6 @@ class SFTModule(L.LightningModule):
         )
         self.log("train/skipped", float(self.skipped), batch_size=size)
         return loss
-
-    def token_weights(self, batch: SFTBatch, found: LabelledLogits) -> Tensor:
-        """Loss weight of each label token, float32 [N]."""
-        answer = torch.ones_like(batch.confidence) if self.answer_weight == "constant" else batch.confidence
-        answer = answer * batch.right  # a wrong answer is there to be doubted, not to be learnt
-        confidence = torch.full_like(batch.confidence, self.confidence_weight)
-        return torch.where(batch.stated_labels, confidence[found.rows], answer[found.rows])
 
     def on_validation_start(self) -> None:
         self.scorer.reset()
