@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vlm_calibration.estimators.predictions import VERBALIZED
@@ -21,9 +22,18 @@ from vlm_calibration.reporting.report_data import read_systems
 from vlm_calibration.reporting.report_table import RAW, Comparison, Row, cell, compare
 
 LOSSES = "vlm_calibration.losses.preference."
-STAGE_1 = {
-    "sft-paper": ["--config", "configs/experiment/paper.yaml"],
-    "sft": [],
+PAPER = ["--config", "configs/experiment/paper.yaml"]
+LINEAR = "vlm_calibration.perturbation.levels.LinearLevels"
+STAGE_1 = {"sft-paper": PAPER, "sft": []}
+# Stage 1 as it is, but for one thing, which the paper's preset has so.
+ABLATIONS = {
+    "linear-levels": ["--data.noise.levels", LINEAR],
+    "no-wrong-answers": ["--data.noise.mistakes", "0.0"],
+    "even-levels": ["--data.noise.level_weights", "null"],
+    "no-distractors": ["--data.noise.distractor_probability", "0.0"],
+    "native-resolution": ["--data.noise.resolution", "native"],
+    "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
+    "confidence-weight-1": ["--model.init_args.confidence_weight", "1.0"],
 }
 # Stage 2 from the adapter of "sft", each unlike the default in one thing.
 STAGE_2 = {
@@ -44,11 +54,14 @@ STAGE_2 = {
         *("--model.init_args.loss.init_args.beta", "0.3"),
     ],
 }
-PAPER_2 = [
-    *("--config", "configs/experiment/paper.yaml", "--config", "configs/experiment/paper_dpo.yaml"),
-    # As in the Makefile: at ours it collapses.
-    *("--model.init_args.optimizer.lr", "3.0e-4"),
-]
+# Stage 2 from the adapter of "sft-paper"; the learning rate is that of the Makefile: at ours it collapses.
+STAGE_2_PAPER = {
+    "dpo-paper": [
+        *(*PAPER, "--config", "configs/experiment/paper_dpo.yaml"),
+        *("--model.init_args.optimizer.lr", "3.0e-4"),
+    ]
+}
+UNTRAINED = ("base", "oracle")
 SYSTEMS = {
     "base": "base",
     "sft-paper": "SFT, paper's preset",
@@ -63,6 +76,17 @@ SYSTEMS = {
     "listwise": "SFT + listwise",
     "oracle": "level oracle",
 }
+ABLATED = {
+    "sft": "SFT",
+    "linear-levels": "linear levels",
+    "no-wrong-answers": "no wrong answers (`mistakes: 0`)",
+    "even-levels": "all levels alike often (`level_weights: null`)",
+    "no-distractors": "no distractors (`distractor_probability: 0`)",
+    "native-resolution": "noise at the file's resolution (`resolution: native`)",
+    "constant-answer-weight": "`answer_weight: constant`",
+    "confidence-weight-1": "`confidence_weight: 1`",
+    "sft-paper": "SFT, paper's preset: all of these",
+}
 PARTS = {
     "": "whole split",
     "/clean": "clean",
@@ -71,6 +95,8 @@ PARTS = {
     "/existence": "existence (yes/no)",
     "/position": "corner (short)",
 }
+Metrics = dict[str, dict[str, float]]
+"""System -> metrics by name."""
 METRICS = {
     "accuracy": "accuracy",
     "ece": "ECE",
@@ -95,38 +121,30 @@ def into(folder: Path) -> list[str]:
     return ["--trainer.default_root_dir", str(folder)]
 
 
-def side_by_side(fits: dict[Path, list[str]], resume: bool) -> None:
-    """Train one adapter on each core, as `make demo` does, until there is one in each folder."""
-    missing = [
-        (folder, fit) for folder, fit in fits.items() if not (resume and (folder / "adapter").is_dir())
-    ]
-    for first in range(0, len(missing), 2):
-        for fit in [
-            start("fit", *fit, *into(folder), "--overwrite") for folder, fit in missing[first : first + 2]
-        ]:
-            finish(fit)
+def train(fits: dict[Path, list[str]], resume: bool) -> None:
+    """Train one adapter on each of two cores, as `make demo` does, until there is one in each folder."""
+    missing = {f: fit for f, fit in fits.items() if not (resume and (f / "adapter").is_dir())}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda folder: finish(start("fit", *missing[folder], *into(folder), "--overwrite")), missing))
 
 
-def run_seed(seed: int, root: Path, resume: bool) -> dict[str, dict[str, float]]:
-    """Train all adapters with this seed and evaluate them; system -> metrics."""
+def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics:
+    """Train those of the systems that are trained with this seed, and evaluate them."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
-    folders = {name: root / f"{name}-{seed}" for name in SYSTEMS if name not in ("base", "oracle")}
-    side_by_side(
-        {folders[name]: ["--config", "configs/sft.yaml", *extra, *own] for name, extra in STAGE_1.items()},
-        resume,
-    )
+    folders = {name: root / f"{name}-{seed}" for name in systems if name not in UNTRAINED}
 
-    def stage_2(start_from: str, extra: list[str]) -> list[str]:
-        adapter = ["--model.init_args.adapter", str(folders[start_from] / "adapter")]
-        return ["--config", "configs/dpo.yaml", *extra, *own, *adapter]
+    def fits(stage: str, runs: dict[str, list[str]], begun_with: str | None = None) -> dict[Path, list[str]]:
+        adapter = f"--model.init_args.adapter={root / f'{begun_with}-{seed}' / 'adapter'}"
+        shared = ["--config", f"configs/{stage}.yaml"]
+        return {
+            folders[name]: [*shared, *settings, *own, *([adapter] if begun_with else [])]
+            for name, settings in runs.items()
+            if name in folders
+        }
 
-    side_by_side(
-        {
-            **{folders[name]: stage_2("sft", extra) for name, extra in STAGE_2.items()},
-            folders["dpo-paper"]: stage_2("sft-paper", PAPER_2),
-        },
-        resume,
-    )
+    train(fits("sft", STAGE_1), resume)
+    begun = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
+    train({**fits("sft", ABLATIONS), **begun}, resume)
     evaluated = root / f"eval-{seed}"
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(
@@ -136,7 +154,7 @@ def run_seed(seed: int, root: Path, resume: bool) -> dict[str, dict[str, float]]
             threads=2,
         )
     )
-    return {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in SYSTEMS}
+    return {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in systems}
 
 
 def spread(values: list[float | None]) -> str:
@@ -147,26 +165,29 @@ def spread(values: list[float | None]) -> str:
     return f"{statistics.mean(numbers):.3f} ± {deviation:.3f}"
 
 
-def markdown(runs: list[dict[str, dict[str, float]]]) -> str:
+def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
+    """A table for each part: of these systems as far as there are results."""
     lines = []
     for suffix, part in PARTS.items():
         n = runs[0]["base"][f"n{suffix}"]
         lines += [f"| {part} (n = {n}) | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 1) + "|"]
-        for system, name in SYSTEMS.items():
-            cells = [spread([run[system][f"{metric}{suffix}"] for run in runs]) for metric in METRICS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        for system, name in titles.items():
+            if system in runs[0]:
+                cells = [spread([run[system][f"{metric}{suffix}"] for run in runs]) for metric in METRICS]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def against_stage_1(runs: list[dict[str, dict[str, float]]]) -> str:
-    """In how many of the seeds each system of stage 2 is better than the adapter that it began with, on the whole split."""
+def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
+    """In how many of the seeds each system is better than "sft", on the whole split."""
     signs = {"ece": -1, "brier": -1, "auroc": 1}
     heads = " | ".join(METRICS[metric] for metric in signs)
     lines = [f"| better than SFT, of {len(runs)} seeds | {heads} |", "|---|---|---|---|"]
-    for system in STAGE_2:
-        wins = [sum(sign * (run[system][m] - run["sft"][m]) > 0 for run in runs) for m, sign in signs.items()]
-        lines.append(f"| {SYSTEMS[system]} | {' | '.join(map(str, wins))} |")
+    for system in titles:
+        if system in runs[0]:
+            wins = [sum(sign * (r[system][m] - r["sft"][m]) > 0 for r in runs) for m, sign in signs.items()]
+            lines.append(f"| {titles[system]} | {' | '.join(map(str, wins))} |")
     return "\n".join(lines)
 
 
@@ -194,16 +215,24 @@ def _row(rows: list[Row], system: str, recalibration: str) -> Row:
 
 
 def main() -> None:
+    known = list({**SYSTEMS, **ABLATED})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
     parser.add_argument(
         "--resume", action="store_true", help="do not train again what --out holds, of the same settings"
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=sorted({*known} - {"sft", "sft-paper", "dpo", *UNTRAINED})
+    )
     args = parser.parse_args()
-    runs = [run_seed(seed, args.out, args.resume) for seed in args.seeds]
-    print(markdown(runs))
-    print(f"{against_stage_1(runs)}\n")
+    systems = [name for name in known if name not in args.without]
+    runs = [run_seed(seed, args.out, systems, args.resume) for seed in args.seeds]
+    print(markdown(runs, SYSTEMS))
+    print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")
+    print("SFT with one thing as in the paper's preset:\n")
+    print(markdown(runs, ABLATED))
+    print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
     print(against_recalibration([args.out / f"eval-{seed}" for seed in args.seeds]))
 
 

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from vlm_calibration.data.collate import SFTBatch
