@@ -104,8 +104,8 @@ train-dpo: $(SETUP)
 	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo" ARGS="$(STATED)"
 endif
 
-# Confidence as it is stated, without other estimators.
-STATED := --model.init_args.estimators=[]
+# Confidence as it is stated, without other estimators or recalibration.
+STATED := --model.init_args.estimators=[] --data.calibration=null
 
 # Names of runs: by default those of the demo that have been trained.
 EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))

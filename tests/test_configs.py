@@ -144,6 +144,113 @@ def test_all_kinds_are_there() -> None:
     assert {"sft.yaml", "dpo.yaml", "levels.yaml", "eval/demo.yaml", "experiment/paper_dpo.yaml"} <= names
 
 
+# What the paper's preset changes. Everything else, such as the noise schedule, what is noised where an object is absent, the
+# LoRA layers and the optimiser, is the same in both: the paper does not publish it.
+ANCHORED = {
+    "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
+    "init_args": {
+        "path": "src/vlm_calibration/demo/levels.json",
+        "table": None,
+        "grid": 1,
+        "groups": 3,
+    },
+}
+LINEAR = {
+    "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
+    "init_args": {"n_levels": 11, "total_steps": 1000},
+}
+BOTH_STAGES = {
+    "data.noise.levels": (ANCHORED, LINEAR),
+    "data.noise.level_weights": ([4, 0.4, 0.4, 0.4, 0.6, 1, 1, 1, 0.8, 0.6, 0.6], None),
+    "data.noise.mistakes": (1.0, 0.0),
+    "data.noise.distractor_probability": (0.1, 0.0),
+    "data.noise.resolution": ("model", "native"),
+    "model.init_args.answer_weight": ("confidence", "constant"),
+}
+PRESETS = {
+    SFT: {**BOTH_STAGES, "model.init_args.confidence_weight": (2.0, 1.0)},
+    DPO: {
+        **BOTH_STAGES,
+        "model.init_args.loss": (
+            {
+                "class_path": "vlm_calibration.losses.preference.DPO",
+                "init_args": {"beta": 0.3, "label_smoothing": 0.0, "reference_free": False},
+            },
+            {
+                "class_path": "vlm_calibration.losses.preference.SimPO",
+                "init_args": {"beta": 2.0, "gamma": 1.0},
+            },
+        ),
+        "model.init_args.reference": ("adapter", "none"),
+        "model.init_args.nll_weight": (1.0, 0.0),
+        "model.init_args.anchor_weight": (1.0, 0.0),
+        "data.pairs.target": ("expected", "level"),
+        "data.pairs.grid": (10, None),
+        "data.pairs.rejected": ("all", "uniform"),
+        "data.pairs.n_rejected": (None, 1),
+    },
+}
+# What our preset for one's own data changes of the demo's: its own levels, and no weights that were found on the demo.
+OWN_DATA = {
+    "data.noise.levels": (
+        ANCHORED,
+        {**ANCHORED, "init_args": {**ANCHORED["init_args"], "path": "runs/levels.json"}},  # type: ignore[dict-item]
+    ),
+    "data.noise.level_weights": (BOTH_STAGES["data.noise.level_weights"][0], None),
+    "data.noise.clean_fraction": (0.0, 0.3),
+}
+
+
+def _settings(tree: Any, path: str = "") -> dict[str, Any]:
+    """Settings by name; one of a class of its own stands whole."""
+    if not isinstance(tree, dict) or (path and "class_path" in tree and path != "model"):
+        return {path: tree}
+    below = ((f"{path}.{key}" if path else key, value) for key, value in tree.items())
+    return {name: value for key, child in below for name, value in _settings(child, key).items()}
+
+
+def _differences(
+    parse: Callable[[list[str]], Any], base: Path, *overlays: Path
+) -> dict[str, tuple[Any, Any]]:
+    """Name -> what `base` alone sets, and what it sets with the overlays."""
+    ours, theirs = (
+        _settings(parse(["fit", *(a for path in (base, *more) for a in ("--config", str(path)))]).as_dict())
+        for more in ((), overlays)
+    )
+    names = sorted({*ours, *theirs} - {"config"})
+    return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
+
+
+@pytest.mark.parametrize("preset", ["paper", "anchored"])
+@pytest.mark.parametrize("stage", [SFT, DPO], ids=lambda path: path.stem)
+def test_presets_differ_in_these_settings_and_in_no_other(
+    parse: Callable[[list[str]], Any], preset: str, stage: Path
+) -> None:
+    files = [f"{preset}.yaml", *([f"{preset}_dpo.yaml"] if stage == DPO else [])]
+    found = _differences(parse, stage, *(CONFIGS / "experiment" / name for name in files))
+    for name, (one, other) in found.items():
+        print(f"{stage.stem}, {preset}: {name}: {one} -> {other}")
+    assert found == (PRESETS[stage] if preset == "paper" else OWN_DATA)
+
+
+def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
+    """Nor about those of the test set: of all scenes that a configuration names, by split and index."""
+    scenes: dict[str, set[tuple[str, int]]] = {}
+    for path in CONFIGS.rglob("*.yaml"):
+        for place, value in _leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            if place[-1] == "split":
+                source = _at(yaml.safe_load(path.read_text(encoding="utf-8")), place[:-1])
+                first = source.get("first", 0)
+                name = f"{path.relative_to(CONFIGS)}: {'.'.join(map(str, place[:-2]))}"
+                scenes[name] = {(value, i) for i in range(first, first + source["scenes"])}
+    held = {name for name in scenes if ": data.calibration." in name}
+    tested = {name for name in scenes if "eval/demo.yaml: data.test." in name}
+    assert (len(held), len(tested), len(scenes)) == (2, 3, 10)
+    for group in (held, tested):
+        for name in group:
+            assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
+
+
 def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:
     """A new class keeps the old one's settings of the same name, and DPO's beta is far too small for SimPO."""
     presets = [CONFIGS / "experiment" / f"{name}.yaml" for name in ("paper", "paper_dpo")]

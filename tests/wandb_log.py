@@ -178,7 +178,10 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
             "eval/demo.yaml",
             {
                 "model": {"init_args": {"adapters": adapters}},
-                "data": {"test": {"clean": {"source": test}, "noised": {"source": test, "noise": "drawn"}}},
+                "data": {
+                    "test": {"clean": {"source": test}, "noised": {"source": test, "noise": "drawn"}},
+                    "calibration": {"clean": {"source": demo("calibration", 1)}},
+                },
             },
         ),
     }

@@ -125,7 +125,11 @@ def train(fits: dict[Path, list[str]], resume: bool) -> None:
     """Train one adapter on each of two cores, as `make demo` does, until there is one in each folder."""
     missing = {f: fit for f, fit in fits.items() if not (resume and (f / "adapter").is_dir())}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda folder: finish(start("fit", *missing[folder], *into(folder), "--overwrite")), missing))
+        list(
+            pool.map(
+                lambda folder: finish(start("fit", *missing[folder], *into(folder), "--overwrite")), missing
+            )
+        )
 
 
 def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics:

@@ -77,7 +77,7 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     other.append(_answered(5, 7))
     assert [*later.before()] == [_answered(0, 2), _answered(4, 6), _answered(1, 3)]
     later.append(_answered(8))
-    later.write_predictions("one", tmp_path / "one.jsonl", 9)
+    later.write_predictions("one", tmp_path / "one.jsonl", range(9), 9)
     lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line)["id"] for line in lines] == [
         "q2",
@@ -166,7 +166,7 @@ def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> N
         if batch:
             Progress(tmp_path, 1).append(_answered(*batch))
         with pytest.raises(DataError, match="does another evaluation write into this folder"):
-            progress.write_predictions("base", tmp_path / "predictions.jsonl", total)
+            progress.write_predictions("base", tmp_path / "predictions.jsonl", range(total), total)
         (tmp_path / ".answered.1.jsonl").write_bytes(
             (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
         )

@@ -142,6 +142,30 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes
     assert again == drawn, "the same noise whoever answers, and each time"
 
 
+def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(model_folder: str) -> None:
+    test = {"clean": Part(DemoSource("test", scenes=3)), "sweep": Part(DemoSource("calibration", scenes=1))}
+    held = {"held": Part(DemoSource("calibration", scenes=2, first=1), "drawn")}
+    module = _module(model_folder, test=test, calibration=held, eval_batch_size=5)
+    module.setup("test")
+    module.leave_out_answered([0, 11, 12, 17])
+    loaders = module.test_dataloader()
+    asked = [
+        (module.asked(number, which), [q.id for q in batch.queries])
+        for which, loader in enumerate(loaders)
+        for number, batch in enumerate(loader)
+    ]
+    assert [places for places, _ in asked] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [13, 14, 15, 16]]
+    assert module.calibration_set is not None
+    ids = [q.id for dataset in (module.test_set, module.calibration_set) for q in dataset.queries]
+    assert [found for _, found in asked] == [[ids[place] for place in places] for places, _ in asked]
+
+    module = _module(model_folder, test=test, calibration={"held": Part(DemoSource("calibration", scenes=2))})
+    with pytest.raises(
+        DataError, match="data.calibration and data.test share 1 images, 'calibration-000000' among"
+    ):
+        module.setup("test")
+
+
 def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:
     module = _module(model_folder, validation=DemoSource("calibration", scenes=2))
     module.setup("fit")

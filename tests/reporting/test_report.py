@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,9 +78,17 @@ def answers(
     return found
 
 
+def held_out(seed: int, honest: bool = True) -> list[EstimatedPrediction]:
+    """Answers to a calibration set: about other images than `answers`, and not noised."""
+    return [
+        replace(p, id=f"h{p.id}", image=f"h{p.image}", category="clean/dog")
+        for p in answers(seed, honest=honest)
+    ]
+
+
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
-    """The folder of an evaluation of a base model and an adapter."""
+    """The folder of an evaluation of a base model and an adapter, with a calibration set."""
     folder = tmp_path / "eval"
     config = {"model": {"init_args": {"adapters": {"tuned": "runs/tuned/adapter"}}}}
     folder.mkdir()
@@ -89,6 +98,8 @@ def evaluation(tmp_path: Path) -> Path:
         write_rows(
             folder / name / "predictions.jsonl", [p.to_dict() for p in answers(0, honest=honest)], lines=True
         )
+        rows = [p.to_dict() for p in held_out(5, honest)]
+        write_rows(folder / name / "calibration.jsonl", rows, lines=True)
         (folder / name / "metrics.json").write_text(json.dumps({"forward_passes@likelihood": 1.0}))
     return folder
 
@@ -121,16 +132,21 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def system(name: str, predictions: list[EstimatedPrediction]) -> System:
-    return System(name, "", predictions, {}, Path("eval"), None)
+def system(
+    name: str, predictions: list[EstimatedPrediction], calibration: list[EstimatedPrediction] | None = None
+) -> System:
+    return System(name, "", predictions, {}, Path("eval"), None, calibration)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
 
 
 def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_its_confidences() -> None:
-    systems = [system("base", answers(0, honest=False)), system("tuned", answers(0))]
-    rows = compare(systems, Comparison({}, replicates=20)).rows
+    systems = [
+        system("base", answers(0, honest=False), held_out(5, honest=False)),
+        system("tuned", answers(0), held_out(5)),
+    ]
+    rows = compare(systems, Comparison(replicates=20)).rows
     assert [(r.system, r.estimator, r.recalibration) for r in rows] == [
         (s, e, m) for s in ("base", "tuned") for e in ("verbalized", "likelihood") for m in ("raw", *METHODS)
     ]
@@ -201,7 +217,7 @@ def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
         system("tuned", answers(0)),
         system("few", answers(2, n=9)),
     ]
-    rows = compare(systems, Comparison({}, replicates=50)).rows
+    rows = compare(systems, Comparison(replicates=50)).rows
     table = list(csv.DictReader(as_csv(rows).splitlines()))
     cells = 0
     for row in table:
@@ -213,15 +229,13 @@ def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
 
 
 def test_systems_with_other_questions_are_not_paired() -> None:
-    rows = compare(
-        [system("a", answers(0)), system("b", answers(1, n=30))], Comparison({}, replicates=5)
-    ).rows
+    rows = compare([system("a", answers(0)), system("b", answers(1, n=30))], Comparison(replicates=5)).rows
     assert all(row.p["ece"] is None for row in rows if row.system == "b")
     assert any(row.p["ece"] is not None for row in rows if row.system == "a")
 
 
 def test_names_are_plain_text_in_markdown_and_latex() -> None:
-    rows = compare([system("a|b_50%\n#", answers(0, estimators=False))], Comparison({}, replicates=5)).rows
+    rows = compare([system("a|b_50%\n#", answers(0, estimators=False))], Comparison(replicates=5)).rows
     first = as_markdown(rows).splitlines()[2]
     assert first.startswith(r"| a\|b\_50% #"), first
     assert first.replace(r"\|", "").count("|") == as_markdown(rows).splitlines()[0].count("|")
@@ -349,7 +363,8 @@ def test_images_come_back_with_their_noise(
 ) -> None:
     """An evaluation of the demo, reported by the command line: thumbnails are what the model was shown."""
     out = tmp_path / "eval"
-    scenes = [f"--data.test.{part}.source.init_args.scenes=4" for part in ("clean", "noised", "shifted")]
+    parts = ("test.clean", "test.noised", "test.shifted", "calibration.clean", "calibration.noised")
+    scenes = [f"--data.{part}.source.init_args.scenes=4" for part in parts]
     evaluated = server.wait(
         server.start(
             [
@@ -364,6 +379,7 @@ def test_images_come_back_with_their_noise(
     ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--subject", "base"], root))
     assert ended.status == 0, ended.err
     html = (out / "report.html").read_text()
+    assert "24 answers (12 clean, 12 noised), none of them shifted." in Page(html).text
     [base, *_] = read_systems([str(out)])
     shown = examples_of(base, []).predictions
     assert any(p.noise_step for p in shown)
@@ -378,7 +394,7 @@ def test_images_come_back_with_their_noise(
         },
     )
     data.setup("test")
-    dataset = data.test_dataloader().dataset
+    dataset = data.test_set
     place = {query.id: i for i, query in enumerate(dataset.queries)}
     for prediction in shown:
         sample = dataset[0, place[prediction.id]]
@@ -403,20 +419,71 @@ def test_what_cannot_be_reported_is_named(evaluation: Path, tmp_path: Path) -> N
             report(**settings)  # type: ignore[arg-type]
 
 
-def test_a_calibration_split_is_what_recalibration_is_fitted_on(evaluation: Path, tmp_path: Path) -> None:
+# --- Recalibration ------------------------------------------------------------------------------------------------
+
+
+def test_a_strictly_monotone_map_changes_no_ranking(evaluation: Path) -> None:
+    """Of the table that is written: confidences of a hundred levels, and of one that every answer states."""
+    report([str(evaluation)], replicates=5, images=False)
+    rows = {
+        (r["system"], r["estimator"], r["recalibration"]): r
+        for r in csv.DictReader((evaluation / "report.csv").open())
+    }
+    for name, estimator in (("base", "verbalized"), ("tuned", "verbalized")):
+        raw, platt, isotonic = (rows[name, estimator, m] for m in ("raw", "platt", "isotonic"))
+        for metric in ("auroc", "aurc"):
+            assert (platt[metric], platt[f"{metric}_low"]) == (raw[metric], raw[f"{metric}_low"])
+        assert platt["ece"] != raw["ece"] != isotonic["ece"]
+
+
+def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) -> None:
+    """Answers of the test set turned round change no recalibrated confidence in them."""
+    confidence = []
+    for right in (True, False):
+        rows = [replace(p, correct=p.correct == right) for p in answers(0)]
+        write_rows(evaluation / "tuned" / "predictions.jsonl", [p.to_dict() for p in rows], lines=True)
+        report([str(evaluation)], replicates=5, images=False)
+        table = csv.DictReader((evaluation / "report.csv").open())
+        confidence.append([r["mean_confidence"] for r in table if r["recalibration"] != "raw"])
+    assert confidence[0] == confidence[1]
+    page = Page((evaluation / "report.html").read_text()).text
+    assert "shares no image with these: 60 answers (60 clean), none of them noised." in page
+
+
+def test_another_evaluation_may_be_what_recalibration_is_fitted_on(evaluation: Path, tmp_path: Path) -> None:
     held = tmp_path / "held"
     for name in ("base", "tuned"):
         (held / name).mkdir(parents=True)
-        moved = [
-            EstimatedPrediction(**{**vars(p), "id": f"h{p.id}", "image": f"h{p.image}", "correct": True})
-            for p in answers(5)
-        ]
+        moved = [replace(p, correct=True) for p in held_out(6)]
         write_rows(held / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
     report([str(evaluation)], calibration=str(held), replicates=5, images=False)
     rows = list(csv.DictReader((evaluation / "report.csv").open()))
     isotonic = [r for r in rows if r["recalibration"] == "isotonic" and r["estimator"] == "verbalized"]
     assert [float(r["mean_confidence"]) for r in isotonic] == [1.0, 1.0], "all held-out answers are right"
-    assert "shares no image with these answers" in (evaluation / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (None, "there are no answers to a calibration set"),
+        (
+            [replace(p, estimates={}) for p in held_out(5)],
+            "likelihood is not recalibrated: the calibration set",
+        ),
+        (
+            [replace(p, confidence=None) for p in held_out(5)],
+            "verbalized is not recalibrated: none could be read",
+        ),
+    ],
+)
+def test_what_cannot_be_recalibrated_is_left_out_and_told(
+    held: list[EstimatedPrediction] | None, says: str
+) -> None:
+    compared = compare([system("tuned", answers(0), held)], Comparison(replicates=5))
+    found = {row.estimator for row in compared.rows if row.recalibration != "raw"}
+    told = [note for note in compared.notes if says in note]
+    assert len(told) == 2 - len(found)
+    assert {note.split()[1] for note in compared.notes} == {"verbalized", "likelihood"} - found
 
 
 def test_names_that_come_twice_are_told_apart(evaluation: Path, tmp_path: Path) -> None:

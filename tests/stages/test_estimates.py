@@ -135,6 +135,7 @@ def test_two_processes_estimate_as_one(
         "class_path": "vlm_calibration.demo.source.DemoSource",
         "init_args": {"split": "test", "scenes": 3},
     }
+    held = {**source, "init_args": {"split": "calibration", "scenes": 1}}
     kinds = (
         "verbal.ExpectedConfidence",
         "likelihood.AnswerLikelihood",
@@ -152,7 +153,12 @@ def test_two_processes_estimate_as_one(
                 "estimators": [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds],
             }
         },
-        "data": {"test": {"": {"source": source, "noise": "drawn"}}, "eval_batch_size": 4, "workers": 0},
+        "data": {
+            "test": {"": {"source": source, "noise": "drawn"}},
+            "calibration": {"held": {"source": held}},
+            "eval_batch_size": 4,
+            "workers": 0,
+        },
     }
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
     command = [
@@ -175,11 +181,12 @@ def test_two_processes_estimate_as_one(
     ended = run_plainly([*command, *two], root, tmp_path)
     assert ended.status == 0, ended.err
 
-    one, other = (read_predictions(tmp_path / name / "base" / "predictions.jsonl") for name in ("one", "two"))
-    assert len(one) == 9
-    for a, b in zip(one, other, strict=True):
-        assert {**a.to_dict(), **dict.fromkeys(NAMES)} == {**b.to_dict(), **dict.fromkeys(NAMES)}
-        assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
+    for file, n in (("predictions.jsonl", 9), ("calibration.jsonl", 3)):
+        one, other = (read_predictions(tmp_path / name / "base" / file) for name in ("one", "two"))
+        assert len(one) == n
+        for a, b in zip(one, other, strict=True):
+            assert {**a.to_dict(), **dict.fromkeys(NAMES)} == {**b.to_dict(), **dict.fromkeys(NAMES)}
+            assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
     metrics = [json.loads((tmp_path / name / "base/metrics.json").read_text()) for name in ("one", "two")]
     assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
     assert f"ece@{NAMES[-1]}" in metrics[0]

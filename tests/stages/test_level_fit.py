@@ -151,6 +151,15 @@ def test_a_step_nobody_was_asked_at_is_an_error(
     assert not (tmp_path / "l.json").exists()
 
 
+def test_a_calibration_set_is_refused_before_anything_is_loaded(
+    data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    module = LevelFitModule(BaseModel("no/such-model"), str(tmp_path / "l.json"))
+    held = {"held": Part(DemoSource("calibration", scenes=1, first=50))}
+    with pytest.raises(DataError, match="data.calibration is for evaluations"):
+        trainer().test(module, datamodule=data(test=SWEEP, calibration=held), verbose=False)
+
+
 def test_step_counts_count_repeats() -> None:
     counts = StepCounts(3)
     kinds, steps = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 2, 0])

@@ -18,7 +18,7 @@ import yaml
 
 from vlm_calibration.callbacks.figures import CalibrationFigures, Counts
 from vlm_calibration.callbacks.samples import SampleTable
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import Part, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
@@ -76,6 +76,7 @@ def test(
             },
             "data": {
                 "test": {"clean": _part(2), "noised": _part(2, "drawn"), "shifted": _part(1, shifted=True)},
+                "calibration": None,
                 "eval_batch_size": batch,
                 "workers": 0,
             },
@@ -209,12 +210,12 @@ def test_two_processes_and_then_one(
 class Stop(L.Callback):
     """An error, or what stands for Ctrl-C, before a batch."""
 
-    def __init__(self, batch: int, error: type[BaseException]) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
+        self.place = (batch, loader)
         self.error = error
 
     def on_test_batch_start(self, *args: Any) -> None:
-        if args[3] == self.batch:
+        if (args[3], args[4] if len(args) > 4 else 0) == self.place:
             raise self.error
 
 
@@ -224,9 +225,9 @@ class Counted(CalibrationFigures):
     found: dict[str, Counts]
     answers: dict[str, Any]
 
-    def _begin(self, trainer: L.Trainer, loader: Any, *, taught: bool) -> None:
+    def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
         self._counts = {}
-        self._table = SampleTable(loader.dataset, self.samples)
+        self._table = SampleTable(dataset, self.samples)
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Any = None) -> None:
         assert self._table is not None
@@ -269,6 +270,45 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
     for system in SYSTEMS:
         assert cut.found[system].table.counts.tolist() == whole.found[system].table.counts.tolist()
         assert set(cut.found[system].steps) == set(whole.found[system].steps)
+
+
+def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
+    evaluate: Callable[..., None], data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Five batches of the test set, the last one of three queries, and three of the calibration set."""
+
+    def queries() -> PerturbedQueryDataModule:
+        source = DemoSource("calibration", scenes=2)
+        return data(calibration={"clean": Part(source), "noised": Part(source, "drawn")})
+
+    caplog.set_level(logging.INFO)
+    plain, whole, cut = Counted(), Counted(), Counted()
+    evaluate("plain", plain)
+    evaluate("whole", whole, queries=queries())
+    found, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
+    held = {name: found.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
+    assert found == expected
+    assert whole.answers == plain.answers
+    for system in SYSTEMS:
+        assert whole.found[system].table.counts.tolist() == plain.found[system].table.counts.tolist()
+        answers = read_predictions(tmp_path / "whole" / system / "calibration.jsonl")
+        assert [p.id for p in answers] == [
+            f"{part}:{q.id}" for part in ("clean", "noised") for q in DemoSource("calibration", 2).queries()
+        ]
+        assert {p.noise_step for p in answers[:6]} == {0} != {p.noise_step for p in answers[6:]}
+
+    for batch in (2, 1):  # of the test set, and then of the calibration set
+        with pytest.raises(ZeroDivisionError):
+            evaluate("cut", Stop(batch, ZeroDivisionError, loader=2 - batch), queries=queries())
+    evaluate("cut", cut, queries=queries())
+    assert re.findall(r"goes on: .* before", caplog.text) == [
+        f"goes on: {n} of 27 queries were answered before" for n in (8, 19)
+    ]
+    assert _files(tmp_path / "cut") == {**found, **held}
+    assert cut.found["one"].table.counts.tolist() == plain.found["one"].table.counts.tolist()
+
+    evaluate("cut")
+    assert _files(tmp_path / "cut") == expected, "what an earlier evaluation was calibrated on is gone"
 
 
 def test_other_settings_start_anew(

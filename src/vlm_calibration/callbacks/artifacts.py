@@ -65,7 +65,7 @@ class Artifacts(L.Callback):
         self._record(trainer, module, {role: loader.dataset for role, loader in found.items() if loader})
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._record(trainer, module, {"test": trainer.test_dataloaders.dataset})  # type: ignore[union-attr]
+        self._record(trainer, module, {"test": trainer.datamodule.test_set})  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the adapter as it was validated."""

@@ -72,13 +72,13 @@ class CalibrationFigures(L.Callback):
         self._table: SampleTable | None = None
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.val_dataloaders, taught=True)
+        self._begin(trainer, trainer.val_dataloaders.dataset, taught=True)  # type: ignore[union-attr]
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.test_dataloaders, taught=False)
+        self._begin(trainer, trainer.datamodule.test_set, taught=False)  # type: ignore[attr-defined]
         for writer in trainer.callbacks if self._table else ():  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter):
-                for answered in writer.answered_before():
+                for answered in writer.answered_before(trainer):
                     self._update(answered.answers)
 
     def on_validation_batch_end(
@@ -86,8 +86,17 @@ class CalibrationFigures(L.Callback):
     ) -> None:
         self._update(outputs)
 
-    def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self._update(outputs)
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx == 0:  # the second loader has the calibration set
+            self._update(outputs)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._finish(trainer, "val")
@@ -96,13 +105,13 @@ class CalibrationFigures(L.Callback):
         results = cast(HasResults, module).results
         self._finish(trainer, "test", {"test/comparison": comparison_table(results)})
 
-    def _begin(self, trainer: L.Trainer, loader: Any, *, taught: bool) -> None:
+    def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
         # The loggers are the same in all processes, which go on together.
         self._table = None
         if trainer.sanity_checking or not any(isinstance(log, WandbLogger) for log in trainer.loggers):
             return
         self._counts = {}
-        self._table = SampleTable(loader.dataset, self.samples, trainer.world_size, taught)
+        self._table = SampleTable(dataset, self.samples, trainer.world_size, taught)
 
     def _update(self, answers: Answers) -> None:
         if self._table is None:

@@ -41,6 +41,10 @@ def fingerprint(
         "data.processor": [data.processor_name, _state(str(data.processor_name), data.revision)],
         "data.test": data.test,
         "the queries of data.test": _digest_of(map(repr, data.test_set.queries)),
+        "data.calibration": data.calibration,
+        "the queries of data.calibration": _digest_of(
+            map(repr, data.calibration_set.queries if data.calibration_set else ())
+        ),
         "data.noise": data.noise,
         "data.prompt": data.prompt,
         "data.grading": data.grading,

@@ -15,6 +15,7 @@ from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.callbacks.processes import from_first
 from vlm_calibration.callbacks.progress import Answered, Before, Progress
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import append, json_number, replacing, write_json, writing
 from vlm_calibration.records import Prediction
 from vlm_calibration.stages.evaluation import EvaluationModule
@@ -55,25 +56,27 @@ class PredictionWriter(L.Callback):
         assert self._progress is not None
         data = _data(trainer)
         self._decisive = fingerprint(trainer, module, data)
-        whole = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
-        return self._progress.find(self._decisive, len(data.test_set), whole=whole)
+        total = len(data.test_set) + len(data.calibration_set or ())
+        return self._progress.find(self._decisive, total, whole=_asks_all(trainer))
 
-    def answered_before(self) -> Iterator[Answered]:
-        """The batches that an earlier run answered, in the first process; none in others."""
-        return iter(()) if self._progress is None else self._progress.before()
+    def answered_before(self, trainer: L.Trainer) -> Iterator[Answered]:
+        """The batches of the test set that an earlier run answered, in the first process; none in others."""
+        end = len(_data(trainer).test_set)
+        before = iter(()) if self._progress is None else self._progress.before()
+        return (answered for answered in before if all(place < end for place in answered.places))
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin, or go on, now that the model is loaded and nothing stands against it."""
         # The other processes wait: their files may be cleared away.
-        from_first(trainer, lambda: self._begin(cast(EvaluationModule, module)))
+        from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
-    def _begin(self, module: EvaluationModule) -> None:
+    def _begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         assert self._progress is not None
         if self._before.message:
             rank_zero_info(self._before.message)
         self._progress.clear_leftovers(module.systems)
         self._progress.begin(self._decisive, anew=not self._before.goes_on)
-        for answered in self._progress.before():
+        for answered in self.answered_before(trainer):
             module.count(answered.answers, answered.passes)
 
     def on_validation_batch_end(
@@ -82,10 +85,16 @@ class PredictionWriter(L.Callback):
         self._write(trainer, outputs)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         assert self._progress is not None
-        if places := _data(trainer).asked(batch_idx):
+        if places := _data(trainer).asked(batch_idx, dataloader_idx):
             self._progress.append(Answered(places, outputs, cast(EvaluationModule, module).passes))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -96,12 +105,23 @@ class PredictionWriter(L.Callback):
         self._progress.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
-            for system, metrics in cast(HasResults, module).results.items():
-                folder = system_folder(trainer, system)
-                self._progress.write_predictions(system, folder / "predictions.jsonl", int(metrics["n"]))
-                _write_metrics(folder, metrics)
+            self._write_answers(trainer, cast(HasResults, module).results)
         trainer.strategy.barrier("predictions written")
         self._done = True
+
+    def _write_answers(self, trainer: L.Trainer, results: Results) -> None:
+        """Write all files of a test; a calibration set that an earlier one had here goes."""
+        assert self._progress is not None
+        end, calibration = len(_data(trainer).test_set), _data(trainer).calibration_set
+        for system, metrics in results.items():
+            folder = system_folder(trainer, system)
+            self._progress.write_predictions(system, folder / PREDICTIONS, range(end), int(metrics["n"]))
+            if calibration is None:
+                (folder / CALIBRATION).unlink(missing_ok=True)
+            else:
+                places = range(end, end + len(calibration))
+                self._progress.write_predictions(system, folder / CALIBRATION, places, None)
+            _write_metrics(folder, metrics)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The end of a run that was not interrupted: the files are written, and nobody has to go on."""
@@ -138,7 +158,7 @@ class PredictionWriter(L.Callback):
             for system, metrics in results.items():
                 folder = system_folder(trainer, system)
                 parts = [_part(trainer, system, rank) for rank in range(trainer.world_size)]
-                with replacing(folder / "predictions.jsonl") as temporary:
+                with replacing(folder / PREDICTIONS) as temporary:
                     _merge([p for p in parts if p.exists()], places, temporary)
                 for part in parts:
                     part.unlink(missing_ok=True)
@@ -149,6 +169,10 @@ class PredictionWriter(L.Callback):
 
 def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     write_json(folder / "metrics.json", {k: json_number(k, v) for k, v in metrics.items()})
+
+
+def _asks_all(trainer: L.Trainer) -> bool:
+    return isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

@@ -23,7 +23,7 @@ HEADER, LINES = ".answered.json", ".answered.{}.jsonl"
 class Answered(NamedTuple):
     """A batch that was answered.
 
-    places: of its queries in the test data. answers: of each system. passes: what they took, by system and estimator.
+    places: of its queries, as in `PerturbedQueryDataModule.asked`. answers: of each system. passes: what they took, by system and estimator.
     """
 
     places: list[int]
@@ -120,8 +120,11 @@ class Progress:
             self._file.close()
             self._file = None
 
-    def write_predictions(self, system: str, path: Path, total: int) -> None:
-        """Write what a system answered, one prediction a line, in the order of the data.
+    def write_predictions(self, system: str, path: Path, places: range, total: int | None) -> None:
+        """Write what a system answered to the queries at these places, one prediction a line, in the order of the data.
+
+        Args:
+            total: how many of the queries were asked; None: that is not known.
 
         Raises:
             DataError: the files do not hold `total` answers, each to another query.
@@ -130,8 +133,10 @@ class Progress:
         count = 0
         for _, line in self._lines({file: _end(file) for file in self._files()}):
             for place, prediction in zip(line["places"], line["answers"][system], strict=True):
-                found[place] = json.dumps(prediction, ensure_ascii=False) + "\n"
-                count += 1
+                if place in places:
+                    found[place] = json.dumps(prediction, ensure_ascii=False) + "\n"
+                    count += 1
+        total = len(found) if total is None else total
         if not count == len(found) == total:
             raise DataError(
                 f"{self.folder / LINES.format('*')}: {count} answers of {system!r} to {len(found)} queries, expected {total}: "

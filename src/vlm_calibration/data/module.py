@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+TESTED = ("test", "calibration")
+"""Data sets that `test` answers, in this order."""
+
 
 class PerturbedQueryDataModule(L.LightningDataModule):
     """Noises the key objects of queries in worker processes, anew every epoch.
@@ -34,6 +37,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         train: queries to learn from.
         validation: queries that are noised in the same way and answered during training.
         test: named parts to be answered by `vlm-calibration test`.
+        calibration: named parts, about other images, that `vlm-calibration test` answers as well: a report fits recalibration
+            on these answers. They count in no score.
         predict: queries whose regions `vlm-calibration predict` extracts.
         noise: what noise a query gets, and which confidence that earns.
         pairs: which responses are compared, for preference optimisation; None: training is on the response alone.
@@ -55,6 +60,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         train: QuerySource | None = None,
         validation: QuerySource | None = None,
         test: dict[str, Part] | None = None,
+        calibration: dict[str, Part] | None = None,
         predict: QuerySource | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
         pairs: PairPolicy | None = None,
@@ -80,6 +86,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.train = train
         self.validation = validation
         self.test = test
+        self.calibration = calibration
         self.predict = predict
         self.noise = noise
         self.pairs = pairs
@@ -100,7 +107,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._place: Place | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: frozenset[int] = frozenset()
-        self._asked: Sequence[int] = ()
+        self._asked: dict[str, list[int]] = {}
 
     @cached_property
     def processor(self) -> Any:
@@ -131,6 +138,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             _required(self.validation, "validation")
         if stage == "test":
             wanted["test"] = _required(self.test, "test")
+            if self.calibration:
+                wanted["calibration"] = self.calibration
             self._answered = frozenset()
         if self.noise.resolution == "model":
             check_resolution(self.processor)
@@ -142,6 +151,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
                 _check_ranking(parts)
+        if "calibration" in wanted:
+            _check_apart(wanted["calibration"], wanted["test"])
 
     def teardown(self, stage: str) -> None:
         """Say how many records could not be loaded."""
@@ -166,23 +177,44 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def test_set(self) -> PerturbedQueries:
-        """All that `test` asks, answered before or not."""
+        """The queries that `test` scores, answered before or not."""
         return self._sets["test"]
 
+    @property
+    def calibration_set(self) -> PerturbedQueries | None:
+        """The queries that `test` asks beside them for recalibration, answered before or not; None without any."""
+        return self._sets.get("calibration")
+
     def leave_out_answered(self, places: Collection[int]) -> None:
-        """Leave out the queries at these places of `test_set`. Every process must be told the same."""
+        """Leave out the queries at these places, as in `asked`. Every process must be told the same."""
         self._answered = frozenset(places)
 
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the queries that are left to answer; a process that has none left gets a batch of none."""
-        collate = PromptCollator(self.chat, self.grading)
-        return self._loader("test", self.eval_batch_size, collate, training=False)
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Batches of the queries that are left to answer; a process that has none left gets a batch of none.
 
-    def asked(self, batch: int) -> list[int]:
-        """Places in `test_set` of the queries of a batch of this process, less those that could not be loaded."""
-        begin = batch * self.eval_batch_size
-        places = self._asked[begin : begin + self.eval_batch_size]
-        return [place for place in places if not self._logs["test"].left_out[place]]
+        Where there is a calibration set, its batches come second, from a loader of their own.
+        """
+        names = [name for name in TESTED if name in self._sets]
+        collate = PromptCollator(self.chat, self.grading)
+        loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in names]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def asked(self, batch: int, loader: int = 0) -> list[int]:
+        """Places of the queries of a batch of this process: in `test_set`, and from its end on in `calibration_set`.
+
+        Those that could not be loaded are left out.
+
+        Args:
+            loader: which of the loaders of `test_dataloader` the batch comes from.
+        """
+        name, begin = TESTED[loader], batch * self.eval_batch_size
+        left_out, first = self._logs[name].left_out, self._first(name)
+        places = self._asked[name][begin : begin + self.eval_batch_size]
+        return [place for place in places if not left_out[place - first]]
+
+    def _first(self, name: str) -> int:
+        """The place of the first query of a data set, as `asked` counts."""
+        return len(self.test_set) if name == "calibration" else 0
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
@@ -246,6 +278,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
     ) -> DataLoader:
         dataset, log = self._sets[name], self._logs[name]
+        tested, first = name in TESTED, self._first(name)
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochSampler(
             len(dataset),
@@ -254,14 +287,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             shuffle=training,
             even=training,
             seed=self.noise.seed,
-            done=self._answered if name == "test" else (),
+            done=[p - first for p in self._answered if 0 <= p - first < len(dataset)] if tested else (),
         )
         if training and len(sampler) == 0:
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._go_on(sampler)
-        if name == "test":
-            self._asked = sampler.places().tolist()
+        if tested:
+            self._asked[name] = [first + place for place in sampler.places().tolist()]
             if len(sampler) == 0:
                 # Lightning leaves a process without a batch out of all that follows, where others wait for it.
                 return QueryLoader(log, collate, batch_sampler=[[]])
@@ -287,6 +320,23 @@ def _check_ranking(parts: Mapping[str, Part]) -> None:
                     f"record {query.id!r}: `data.grading.open: ranking` compares with a wrong answer, and its source knows "
                     "none: leave the record out, or choose another rule"
                 )
+
+
+def _check_apart(calibration: Mapping[str, Part], test: Mapping[str, Part]) -> None:
+    """Refuse a calibration set that shares an image with the test set.
+
+    Raises:
+        DataError: it does.
+    """
+    images, scored = (
+        {query.image for part in parts.values() for query in part.source.queries()}
+        for parts in (calibration, test)
+    )
+    if shared := sorted(images & scored):
+        raise DataError(
+            f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
+            "fitted on one and scored on the other, so give data.calibration queries about other images"
+        )
 
 
 def _as_it_is(batch: Any) -> Any:

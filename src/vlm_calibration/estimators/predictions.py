@@ -16,6 +16,8 @@ from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, 
 from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
 
+PREDICTIONS, CALIBRATION = "predictions.jsonl", "calibration.jsonl"
+"""Files of a system's answers: those that are scored, and those to the calibration set."""
 VERBALIZED = "verbalized"
 """Name of the estimator whose key is `confidence`."""
 

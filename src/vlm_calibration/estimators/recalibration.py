@@ -1,14 +1,14 @@
 """Recalibration after the fact, the baseline that training a model to be honest must beat.
 
-A map from confidence to accuracy is fitted on some answers and applied to others: to those of a calibration split, or, where
-there is none, to each fold of the answers the map of the other folds. No image is on both sides, since answers about one
-image are right or wrong together. The maps are those of scikit-learn. They are monotone but for histogram binning, so they
-mend how sure a model is and not of what: only a better ranking, AUROC and AURC, needs a better model.
+A map from confidence to accuracy is fitted on the answers of a calibration set and applied to those of a test set. No image
+is in both, since answers about one image are right or wrong together. One map is applied to all answers: confidences that
+several maps gave, each fitted on other folds of the test set, would not be ranked by the model alone. The maps are those of
+scikit-learn. They are monotone but for histogram binning, so they fix calibration, not ranking: AUROC and AURC need a better
+model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,16 +17,14 @@ from typing import ClassVar
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.records import DataError
 
-FOLDS = 5
 EPSILON = 0.005
-"""What a logit keeps away from 0 and 1: half a percent, since stated confidences are whole ones."""
+"""How near to 0 and 1 the logit gives way to its tangent: half a percent, since stated confidences are whole ones."""
 UNREGULARISED = 1e6
 """Inverse strength of the penalty on logistic weights: none to speak of, and yet finite where answers can be separated."""
 
@@ -139,59 +137,33 @@ Confidences = Sequence[float | None]
 
 
 def logit(confidence: np.ndarray) -> np.ndarray:
-    """log(c / (1 - c)), as if no confidence were within `EPSILON` of 0 or 1."""
+    """log(c / (1 - c)), and within `EPSILON` of 0 or 1 its tangent: finite, and strictly increasing all the way."""
     inside = np.clip(confidence, EPSILON, 1 - EPSILON)
-    return np.log(inside) - np.log1p(-inside)
+    return np.log(inside) - np.log1p(-inside) + (confidence - inside) / (inside * (1 - inside))
 
 
 def recalibrated(
     method: str,
     predictions: Sequence[EstimatedPrediction],
     estimator: str,
-    calibration: Sequence[EstimatedPrediction] | None = None,
+    calibration: Sequence[EstimatedPrediction],
 ) -> list[float | None]:
     """What a confidence becomes by a map fitted on answers about other images.
 
     Args:
         method: one of `METHODS`.
         predictions: answers to recalibrate. estimator: which of their confidences.
-        calibration: answers to fit on; None: the answers themselves, in `FOLDS` folds.
+        calibration: answers to fit on.
 
     Returns:
         For each prediction its recalibrated confidence, None where it has none.
 
     Raises:
-        DataError: an image is on both sides or not known, there is only one image, or nothing to fit on.
+        DataError: an image is on both sides or not known, or there is nothing to fit on.
     """
-    confidence = [p.confidence_of(estimator) for p in predictions]
-    if calibration is not None:
-        check_apart(calibration, predictions)
-        said = [p.confidence_of(estimator) for p in calibration]
-        return _applied(_fitted(method, calibration, said), confidence)
-    found: list[float | None] = [None] * len(predictions)
-    for fitted_on, held_out in folds(predictions):
-        part = [predictions[i] for i in fitted_on]
-        fit = _fitted(method, part, [confidence[i] for i in fitted_on])
-        for i, value in zip(held_out, _applied(fit, [confidence[i] for i in held_out]), strict=True):
-            found[i] = value
-    return found
-
-
-def folds(predictions: Sequence[EstimatedPrediction]) -> list[tuple[list[int], list[int]]]:
-    """Indices to fit on and indices held out, of each of `FOLDS` folds (fewer if there are fewer images).
-
-    No image is in both, and each answer is held out once. Which images share a fold does not depend on the order of answers.
-
-    Raises:
-        DataError: the image of an answer is not known, or there is only one.
-    """
-    images = images_of(predictions)
-    if len(set(images)) < 2:
-        raise DataError(f"recalibration needs answers about two images at least, found only {images[0]!r}")
-    # GroupKFold takes groups in the order of their names, which may be that of their difficulty.
-    names = [hashlib.blake2b(image.encode(), digest_size=16).hexdigest() for image in images]
-    split = GroupKFold(min(FOLDS, len(set(names)))).split(names, groups=names)
-    return [(fitted_on.tolist(), held_out.tolist()) for fitted_on, held_out in split]
+    check_apart(calibration, predictions)
+    fit = _fitted(method, calibration, [p.confidence_of(estimator) for p in calibration])
+    return _applied(fit, [p.confidence_of(estimator) for p in predictions])
 
 
 def check_apart(calibration: Sequence[EstimatedPrediction], test: Sequence[EstimatedPrediction]) -> None:

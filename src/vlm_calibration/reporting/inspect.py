@@ -211,7 +211,11 @@ def read_data(configs: Sequence[Path], rest: Sequence[str]) -> PerturbedQueryDat
 
 def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:
     """The sources of a data module by the names of their settings."""
-    parts: dict[str, Any] = {f"test.{name}": part.source for name, part in (data.test or {}).items()}
+    parts: dict[str, Any] = {
+        f"{split}.{name}": part.source
+        for split, named_parts in (("test", data.test), ("calibration", data.calibration))
+        for name, part in (named_parts or {}).items()
+    }
     named = {"train": data.train, "validation": data.validation, **parts, "predict": data.predict}
     for name, source in named.items():
         if source is not None:

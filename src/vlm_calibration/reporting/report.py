@@ -28,15 +28,16 @@ def report(
     Args:
         runs: folders of evaluations or runs, with predictions.jsonl in them or in folders of theirs. The first system, the
             base model of an evaluation, is what others are compared with.
-        calibration: an evaluation of the same systems on other images, to fit recalibration on. Without it, answers are
-            recalibrated by what was fitted on those about other images, in five folds.
+        calibration: an evaluation of the same systems on other images, whose answers recalibration is fitted on; by default
+            those to the calibration set of the evaluation itself (data.calibration). Where there is neither, nothing is
+            recalibrated.
         out: where to write the page; report.html in the first folder by default.
         subject: the system that the summary and the examples are about; by default the last one that was trained.
         images: show images, loaded from the data that the run's configuration names.
         replicates: draws of the bootstrap. seed: of the draws.
 
     Raises:
-        DataError: there are no predictions, a file cannot be used, the calibration split shares an image with the answers, or
+        DataError: there are no predictions, a file cannot be used, the calibration set shares an image with the answers, or
             there is no such system.
     """
     # These import torch and matplotlib, which the help need not wait for.
@@ -49,7 +50,9 @@ def report(
     systems = read_systems(runs)
     if subject is not None and subject not in [s.name for s in systems]:
         raise DataError(f"--subject: no system {subject!r}; there are {', '.join(s.name for s in systems)}")
-    comparison = Comparison(read_calibration(calibration, systems), replicates, seed)
+    if calibration is not None:
+        systems = read_calibration(calibration, systems)
+    comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
     page = Path(out) if out is not None else Path(runs[0]) / PAGE
     html = render_page(systems, compared, comparison, subject, images)

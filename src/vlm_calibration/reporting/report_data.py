@@ -12,11 +12,17 @@ from typing import Any
 
 import yaml
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction, estimators_of, read_predictions
+from vlm_calibration.estimators.predictions import (
+    CALIBRATION,
+    PREDICTIONS,
+    EstimatedPrediction,
+    estimators_of,
+    read_predictions,
+)
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.summary import summarize_predictions
 
-PREDICTIONS, METRICS, CONFIG = "predictions.jsonl", "metrics.json", "config.yaml"
+METRICS, CONFIG = "metrics.json", "config.yaml"
 BASE, ORACLE = "base", "oracle"
 
 
@@ -27,6 +33,7 @@ class System:
     Attributes:
         name: as in tables. label: what it is, empty where its folder does not say.
         predictions: its answers. metrics: what the evaluation wrote beside them; empty if nothing.
+        calibration: its answers to the calibration set, to fit recalibration on; None if there is none.
         folder: of the whole evaluation. config: the evaluation's configuration, None if there is none.
     """
 
@@ -36,6 +43,7 @@ class System:
     metrics: Mapping[str, float | None]
     folder: Path
     config: Mapping[str, Any] | None
+    calibration: Sequence[EstimatedPrediction] | None = None
 
     @cached_property
     def estimators(self) -> tuple[str, ...]:
@@ -93,6 +101,7 @@ def _systems_in(folder: Path) -> list[System]:
             _metrics(part / METRICS),
             folder,
             config,
+            read_predictions(part / CALIBRATION) if (part / CALIBRATION).is_file() else None,
         )
         for part in parts
     ]
@@ -151,23 +160,16 @@ def _metrics(path: Path) -> dict[str, float | None]:
     return found if isinstance(found, dict) else {}
 
 
-def read_calibration(
-    folder: str | None, systems: Sequence[System]
-) -> dict[str, Sequence[EstimatedPrediction]]:
-    """The answers to fit recalibration on, by system.
-
-    Args:
-        folder: an evaluation; None: there are none. systems: those that are to be recalibrated.
+def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
+    """The systems, each with the answers of an evaluation to fit recalibration on, as far as that has such a system.
 
     Raises:
         DataError: it holds answers of none of the systems.
     """
-    if folder is None:
-        return {}
     found = {s.name: s.predictions for s in read_systems([folder])}
     if not found.keys() & {s.name for s in systems}:
         raise DataError(
             f"--calibration {folder}: holds answers of {', '.join(found)}, and of none of "
             f"{', '.join(s.name for s in systems)}"
         )
-    return found
+    return [replace(s, calibration=found.get(s.name)) for s in systems]

@@ -81,5 +81,4 @@ def _dataset(config: Mapping[str, Any] | None) -> Any:
     data = parser.instantiate_classes(settings).data
     tested = data.test is not None
     data.setup("test" if tested else "validate")
-    loader = data.test_dataloader() if tested else data.val_dataloader()
-    return loader.dataset
+    return data.test_set if tested else data.val_dataloader().dataset

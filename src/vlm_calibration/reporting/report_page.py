@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -17,7 +18,6 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.benchmarks.official import blocks_of
-from vlm_calibration.estimators.recalibration import FOLDS
 from vlm_calibration.metrics.table_metrics import METRICS
 from vlm_calibration.reporting.report_data import System
 from vlm_calibration.reporting.report_examples import examples_of
@@ -92,7 +92,7 @@ def render_page(
         rated_others=[_rated(s, compared.rows) for s in rest],
         counted=any(row.passes is not None for row in compared.rows),
         recalibrated=any(row.recalibration != RAW for row in compared.rows),
-        folds=0 if comparison.calibration else FOLDS,
+        fitted_on=next((_fitted_on(s) for s in systems if s.calibration), ""),
         notes=compared.notes,
         examples=examples,
         pictures=pictures,
@@ -100,6 +100,22 @@ def render_page(
         configs=_configs(systems),
         versions=_versions(),
         comparison=comparison,
+    )
+
+
+def _fitted_on(system: System) -> str:
+    """How many answers recalibration is fitted on, of which parts, and which parts it then meets for the first time."""
+    assert system.calibration is not None
+    known, scored = (
+        Counter((p.category or "").split("/")[0] for p in answers)
+        for answers in (system.calibration, system.predictions)
+    )
+    named = ", ".join(f"{n:,} {part}" for part, n in known.items() if part)
+    unseen = ", ".join(part for part in scored if part and part not in known)
+    return (
+        f"{len(system.calibration):,} answers"
+        + (f" ({named})" if named else "")
+        + (f", none of them {unseen}" if unseen else "")
     )
 
 

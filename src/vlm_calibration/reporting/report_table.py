@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.predictions import VERBALIZED, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
-from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report_bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report_data import ORACLE, System
 
@@ -26,14 +25,12 @@ RAW = "raw"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and how.
+    """How systems are compared.
 
     Args:
-        calibration: system name -> answers to fit recalibration on; empty: cross-fitted on the answers themselves.
         replicates: draws of the bootstrap. seed: of the draws.
     """
 
-    calibration: Mapping[str, Sequence[EstimatedPrediction]]
     replicates: int = 1000
     seed: int = 0
 
@@ -75,7 +72,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     base: tuple[System, Measured] | None = None
     for system in systems:
         bootstrap = ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
-        for estimator, recalibration, confidence in _confidences(system, comparison, notes):
+        for estimator, recalibration, confidence in _confidences(system, notes):
             measured = bootstrap.measure(confidence)
             base = base or (system, measured)
             paired = system.by_id.keys() == base[0].by_id.keys()
@@ -98,32 +95,31 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     return Compared(rows, list(notes))
 
 
-def _confidences(
-    system: System, comparison: Comparison, notes: dict[str, None]
-) -> Iterator[tuple[str, str, list[float | None]]]:
+def _confidences(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str, list[float | None]]]:
     """(estimator, recalibration, confidences) of one system."""
     for estimator in system.estimators:
         yield estimator, RAW, [p.confidence_of(estimator) for p in system.predictions]
         if system.name == ORACLE:  # it is calibrated by what it knows
             continue
-        held = comparison.calibration.get(system.name)
-        if comparison.calibration and (held is None or not _has(held, estimator)):
-            notes[
-                f"{system.name}: {estimator} is not recalibrated, since the calibration split does not have it."
-            ] = None
+        if (reason := _unfit(system, estimator)) is not None:
+            notes[f"{system.name}: {estimator} is not recalibrated: {reason}."] = None
             continue
+        assert system.calibration is not None
         for method in METHODS:
-            try:
-                yield estimator, method, recalibrated(method, system.predictions, estimator, held)
-            except DataError as error:
-                if held is not None:
-                    raise
-                notes[f"Not recalibrated: {error}."] = None
-                break
+            yield estimator, method, recalibrated(method, system.predictions, estimator, system.calibration)
 
 
-def _has(predictions: Sequence[EstimatedPrediction], estimator: str) -> bool:
-    return estimator == VERBALIZED or all(estimator in p.estimates for p in predictions)
+def _unfit(system: System, estimator: str) -> str | None:
+    """Why there is nothing to fit a recalibration of this estimator on, None if there is."""
+    if system.calibration is None:
+        return (
+            "there are no answers to a calibration set (data.calibration of the evaluation, or --calibration)"
+        )
+    if estimator not in estimators_of(system.calibration):
+        return "the calibration set does not have it"
+    if all(p.confidence_of(estimator) is None for p in system.calibration):
+        return "none could be read in the calibration set"
+    return None
 
 
 # --- As files ---------------------------------------------------------------------------------------------------

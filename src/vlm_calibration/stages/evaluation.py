@@ -138,7 +138,7 @@ class EvaluationModule(L.LightningModule):
         return own or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
-        dataset = self.trainer.test_dataloaders.dataset  # type: ignore[union-attr]
+        dataset = self.trainer.datamodule.test_set  # type: ignore[attr-defined]
         for kind in {query.answer_type for query in dataset.queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
@@ -156,7 +156,9 @@ class EvaluationModule(L.LightningModule):
             scorer.set_groups(groups)
             scorer.to(self.device)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+    def test_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, list[EstimatedPrediction]]:
         answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
@@ -166,7 +168,8 @@ class EvaluationModule(L.LightningModule):
                         answers[system], passes[system] = self._answered(batch)
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-            self.count(answers, passes)
+            if dataloader_idx == 0:  # the second loader has the calibration set
+                self.count(answers, passes)
         self.passes = passes
         return answers
 

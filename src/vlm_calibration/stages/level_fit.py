@@ -58,6 +58,12 @@ class LevelFitModule(L.LightningModule):
         self.out = out
         self.max_new_tokens = max_new_tokens
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.datamodule.calibration:  # type: ignore[attr-defined]
+            raise DataError(
+                "data.calibration is for evaluations: levels are measured on data.test alone, so leave it out"
+            )
+
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             self.model = load_base(self.base, device_of(self)).eval()
