@@ -200,7 +200,7 @@ def against_recalibration(folders: list[Path]) -> str:
     lines = ["| seed | metric | base, isotonic | SFT + DPO, as stated | intervals |", "|---|---|---|---|---|"]
     for folder in folders:
         systems = [s for s in read_systems([str(folder)]) if s.name in ("base", "dpo")]
-        rows = compare(systems, Comparison({})).rows
+        rows = compare(systems, Comparison()).rows
         base, ours = (_row(rows, *wanted) for wanted in (("base", "isotonic"), ("dpo", RAW)))
         for metric in ("auroc", "aurc", "brier", "ece"):
             one, other = base.metrics[metric], ours.metrics[metric]
