@@ -307,6 +307,10 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     assert _files(tmp_path / "cut") == {**found, **held}
     assert cut.found["one"].table.counts.tolist() == plain.found["one"].table.counts.tolist()
 
+    evaluate("limited", queries=queries(), limit=1)
+    limited = [tmp_path / "limited/one" / f"{name}.jsonl" for name in ("predictions", "calibration")]
+    assert [len(read_predictions(path)) for path in limited] == [4, 4]
+
     evaluate("cut")
     assert _files(tmp_path / "cut") == expected, "what an earlier evaluation was calibrated on is gone"
 

@@ -23,7 +23,8 @@ HEADER, LINES = ".answered.json", ".answered.{}.jsonl"
 class Answered(NamedTuple):
     """A batch that was answered.
 
-    places: of its queries, as in `PerturbedQueryDataModule.asked`. answers: of each system. passes: what they took, by system and estimator.
+    places: of its queries, as `PerturbedQueryDataModule.asked` counts. answers: of each system. passes: what they took, by
+    system and estimator.
     """
 
     places: list[int]

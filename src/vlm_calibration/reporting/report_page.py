@@ -92,7 +92,7 @@ def render_page(
         rated_others=[_rated(s, compared.rows) for s in rest],
         counted=any(row.passes is not None for row in compared.rows),
         recalibrated=any(row.recalibration != RAW for row in compared.rows),
-        fitted_on=next((_fitted_on(s) for s in systems if s.calibration), ""),
+        fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=compared.notes,
         examples=examples,
         pictures=pictures,

@@ -138,8 +138,9 @@ class EvaluationModule(L.LightningModule):
         return own or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
-        dataset = self.trainer.datamodule.test_set  # type: ignore[attr-defined]
-        for kind in {query.answer_type for query in dataset.queries}:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        asked = [dataset for dataset in (data.test_set, data.calibration_set) if dataset is not None]
+        for kind in {query.answer_type for dataset in asked for query in dataset.queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
             try:
@@ -148,9 +149,8 @@ class EvaluationModule(L.LightningModule):
             except ValueError as error:
                 raise DataError(f"model.estimators: {error}") from error
         if self.estimators:
-            chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
-            self.writer = AnswerWriter(chat, self.levels)
-        groups = {g for query in dataset.queries for g in category_groups(query.category)}
+            self.writer = AnswerWriter(data.chat, self.levels)
+        groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
         for scorer in [*scorers, *self._rated().values()]:
             scorer.set_groups(groups)
