@@ -25,6 +25,8 @@ from vlm_calibration.records import DataError
 
 EPSILON = 0.005
 """How near to 0 and 1 the logit gives way to its tangent: half a percent, since stated confidences are whole ones."""
+LEAST_SLOPE = 1e-6
+"""Of a logistic map: with it, confidences keep their order, and differ by a hundred-thousandth."""
 UNREGULARISED = 1e6
 """Inverse strength of the penalty on logistic weights: none to speak of, and yet finite where answers can be separated."""
 
@@ -76,10 +78,21 @@ class _Logistic(Recalibration):
 
 
 class Platt(_Logistic):
-    """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b)."""
+    """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0.
+
+    It is strictly increasing, so it leaves AUROC as it is. Where answers that state more are right less often, a is
+    `LEAST_SLOPE`: all are mapped to about their accuracy.
+    """
 
     name = "platt"
     intercept = True
+
+    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
+        super().fit(confidence, correct)
+        if self.constant is None and (logistic := self.map[-1]).coef_[0, 0] < LEAST_SLOPE:  # type: ignore[index]
+            logistic.coef_ = np.array([[LEAST_SLOPE]])
+            logistic.intercept_ = logit(np.array([correct.mean()]))
+        return self
 
 
 class Temperature(_Logistic):
