@@ -78,8 +78,9 @@ define side_by_side
 endef
 
 PAPER := --config configs/experiment/paper.yaml
-# Nothing holds the paper's stage 2 to where it began: at our learning rate its answers fall apart.
-PAPER_DPO := $(PAPER) --config configs/experiment/paper_dpo.yaml --model.init_args.optimizer.lr 3.0e-4
+# Nothing holds the paper's stage 2 to where it began: at our learning rate its answers fall apart. Of 3e-4, 1e-4 and 3e-5 this one
+# has the best Brier score on the validation scenes.
+PAPER_DPO := $(PAPER) --config configs/experiment/paper_dpo.yaml --model.init_args.optimizer.lr 3.0e-5
 
 demo-sft: $(SETUP)  ## stage 1 on the demo, ours and the paper's, without evaluation
 	$(call side_by_side,--config configs/sft.yaml,--config configs/sft.yaml $(PAPER),sft-paper)

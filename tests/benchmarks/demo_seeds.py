@@ -54,11 +54,11 @@ STAGE_2 = {
         *("--model.init_args.loss.init_args.beta", "0.3"),
     ],
 }
-# Stage 2 from the adapter of "sft-paper"; the learning rate is that of the Makefile: at ours it collapses.
+# Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile: at ours it collapses.
 STAGE_2_PAPER = {
     "dpo-paper": [
         *(*PAPER, "--config", "configs/experiment/paper_dpo.yaml"),
-        *("--model.init_args.optimizer.lr", "3.0e-4"),
+        *("--model.init_args.optimizer.lr", "3.0e-5"),
     ]
 }
 UNTRAINED = ("base", "oracle")
@@ -165,8 +165,8 @@ def spread(values: list[float | None]) -> str:
     numbers = [v for v in values if v is not None]
     if not numbers:
         return "-"
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return f"{statistics.mean(numbers):.3f} ± {deviation:.3f}"
+    mean = f"{statistics.mean(numbers):.3f}"
+    return f"{mean} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else mean
 
 
 def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
