@@ -213,9 +213,9 @@ def test_answers_about_one_image_are_drawn_together() -> None:
 
 def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
     systems = [
-        system("base", answers(0, honest=False)),
-        system("tuned", answers(0)),
-        system("few", answers(2, n=9)),
+        system("base", answers(0, honest=False), held_out(5, honest=False)),
+        system("tuned", answers(0), held_out(5)),
+        system("few", answers(2, n=9), held_out(5)),
     ]
     rows = compare(systems, Comparison(replicates=50)).rows
     table = list(csv.DictReader(as_csv(rows).splitlines()))
@@ -351,7 +351,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> str:
         raise DataError("no page")
 
-    monkeypatch.setattr("vlm_calibration.reporting.report.render_page", fail)
+    monkeypatch.setattr("vlm_calibration.reporting.report_page.render_page", fail)
     with pytest.raises(DataError):
         report([str(evaluation)], replicates=5)
     assert page.read_text() == "before"
@@ -369,6 +369,7 @@ def test_images_come_back_with_their_noise(
         server.start(
             [
                 *("test", "--config", "configs/eval/demo.yaml", "--trainer.default_root_dir", str(out)),
+                *("--model.init_args.base.name_or_path", "src/vlm_calibration/demo/model"),
                 *("--model.init_args.adapters", "{}", "--model.init_args.estimators", "[]"),
                 *("--trainer.logger", "false", "--data.workers", "0", *scenes),
             ],

@@ -42,6 +42,24 @@ BASE = "base"
 ORACLE = "oracle"
 
 
+def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels: str | None) -> None:
+    """Refuse settings that make no sense, before anything is looked for.
+
+    Raises:
+        DataError: an adapter's name cannot be used, there is nothing to evaluate, or the oracle has no answers.
+    """
+    for name in adapters:
+        if name in (BASE, ORACLE):
+            raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
+        # It becomes a folder, and a key within peft's modules.
+        if not re.fullmatch(r"[\w-]+", name):
+            raise DataError(f"model.adapters: the name {name!r} must be of letters, digits, '_' and '-'")
+    if oracle_levels is not None and not with_base:
+        raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
+    if not adapters and not with_base:
+        raise DataError("nothing to evaluate: give model.adapters or set model.with_base")
+
+
 class EvaluationModule(L.LightningModule):
     """Evaluates *systems*: the base model, adapters on it, and the level oracle.
 
@@ -77,19 +95,10 @@ class EvaluationModule(L.LightningModule):
         estimators: list[Estimator] | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(adapters or {}, with_base, oracle_levels)
         self.adapters = {name: str(find_adapter(adapter)) for name, adapter in (adapters or {}).items()}
         self.base = base or base_of_adapters(self.adapters)
-        for name in self.adapters:
-            if name in (BASE, ORACLE):
-                raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
-            # It becomes a folder, and a key within peft's modules.
-            if not re.fullmatch(r"[\w-]+", name):
-                raise DataError(f"model.adapters: the name {name!r} must be of letters, digits, '_' and '-'")
-        if oracle_levels is not None and not with_base:
-            raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         self.answering: list[str] = [*([BASE] if with_base else []), *self.adapters]
-        if not self.answering:
-            raise DataError("nothing to evaluate: give model.adapters or set model.with_base")
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
