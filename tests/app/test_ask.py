@@ -19,6 +19,7 @@ from vlm_calibration.app.answers import Answer
 from vlm_calibration.app.ask import _shown
 from vlm_calibration.app.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.app.questions import answer_file
+from vlm_calibration.arguments import Parser
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import Dtype, Quantization
 from vlm_calibration.records import DataError
@@ -146,11 +147,11 @@ def test_without_a_model_the_demo_s_is_asked(
 
 
 def test_the_choices_are_those_of_a_base_model() -> None:
-    parser = options.Parser("ask", "")
+    parser = Parser("ask")
     options.add_model_options(parser)
     choices = {action.dest: action.choices for action in parser._actions}
-    assert choices["dtype"] == list(get_args(Dtype))
-    assert choices["quantization"] == list(get_args(Quantization))
+    assert choices["dtype"] == get_args(Dtype)
+    assert choices["quantization"] == get_args(Quantization)
 
 
 # --- Many questions ---------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: t
         ("[]", ":2: expected an object with 'image' and 'question'"),
         ('{"image": "a.png"}', ":2: 'question' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
-        ('{"image": "a.png", "question": "?", "id": 7}', ":2: 'id' must be a non-empty string"),
+        ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
         (b"\xff", ":2: 'utf-8' codec"),

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -22,7 +23,7 @@ from vlm_calibration.app.pixels import ImageLike, pixels_of
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.data.resolution import check_resolution
+from vlm_calibration.data.resolution import check_resolution, resize_to_model
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import Generating
 from vlm_calibration.estimators.passes import AnswerWriter
@@ -246,6 +247,10 @@ class CalibratedModel:
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
         return perturb_query(query, loaded, noise, self.chat.processor.image_processor, epoch=0, step=step)
+
+    def seen(self, sample: Sample) -> np.ndarray:
+        """The sample's image at the resolution at which the model sees it, uint8 [H, W, 3]."""
+        return resize_to_model(self.chat.processor.image_processor, sample.image)
 
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
         """What each system answers to one batch of samples.

@@ -96,7 +96,7 @@ class Desk:
             if noise
             else "What the models see: no noise"
         )
-        return view.picture(sample.image, caption)
+        return view.picture(self.model.seen(sample), caption)
 
     def answer(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
         """What each system says."""
