@@ -15,7 +15,6 @@ import yaml
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -120,10 +119,11 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
-    module = EvaluationModule(BaseModel(model_folder, dtype="float32"), estimators=[ExpectedConfidence()])
-    queries = data(noise=NoisePolicy(levels=table))
+    module = EvaluationModule(
+        BaseModel(model_folder, dtype="float32"), estimators=[ExpectedConfidence([table])]
+    )
     with pytest.raises(DataError, match="model.estimators: no levels were measured for answer type 'short'"):
-        trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+        trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
 
 
