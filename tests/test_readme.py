@@ -103,7 +103,9 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
 # The longest beginning that fits a command counts.
 RUNS: dict[str, Run] = {
     "vlm-calibration levels fit": Run(SMALL, ("runs/levels.json",), ("wrote runs/levels.json",)),
-    "vlm-calibration fit --config configs/sft.yaml": Run(TRAINED, _in("runs/qwen", *RUN_FILES, "wandb")),
+    "vlm-calibration fit --config configs/sft.yaml": Run(
+        f"{TRAINED} --overwrite", _in("runs/qwen", *RUN_FILES, "wandb")
+    ),
     "vlm-calibration fit --config configs/dpo.yaml": Run(
         f"{TRAINED} --trainer.logger false", _in("runs/qwen-dpo", *RUN_FILES), ("│ before", "│ after")
     ),

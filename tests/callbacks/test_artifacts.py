@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,11 +196,11 @@ def test_a_folder_elsewhere_and_an_adapter_on_the_hub(tmp_path: Path) -> None:
     assert entry.ref == "https://huggingface.co/someone/an-adapter"
 
 
-def test_which_adapters_a_stage_starts_with() -> None:
-    base = BaseModel("nothing")
+def test_which_adapters_a_stage_starts_with(new_adapter: Callable[..., str]) -> None:
+    base, first, second = BaseModel("nothing"), new_adapter(1), new_adapter(2)
     assert adapters_of(DPOModule(base, "runs/sft/adapter")) == ["runs/sft/adapter"]
     assert adapters_of(DPOModule(base, reference="base")) == []
-    assert adapters_of(EvaluationModule(base, {"a": "1", "b": "2"})) == ["1", "2"]
+    assert adapters_of(EvaluationModule(base, {"a": first, "b": second})) == [first, second]
     assert adapters_of(L.LightningModule()) == []
 
 

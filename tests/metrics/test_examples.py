@@ -9,7 +9,7 @@ import pytest
 
 import vlm_calibration.metrics as package
 
-ALLOWED = {"torch", "torchmetrics", "numpy", "matplotlib", "vlm_calibration"}
+ALLOWED = {"torch", "torchmetrics", "numpy", "scipy", "matplotlib", "vlm_calibration"}
 ALLOWED |= {"collections", "dataclasses", "functools", "importlib", "math", "typing", "warnings"}
 MODULES = sorted(path.stem for path in Path(package.__file__).parent.glob("*.py"))
 
@@ -29,7 +29,7 @@ def test_some_examples_exist():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports(name):
-    """Only torch, torchmetrics, numpy, matplotlib, the standard library and this package (or `records`)."""
+    """Only torch, torchmetrics, numpy, scipy, matplotlib, the standard library and this package (or `records`)."""
     tree = ast.parse((Path(package.__file__).parent / f"{name}.py").read_text())
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

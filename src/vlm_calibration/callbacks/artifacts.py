@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,7 @@ LATEST, BEST = "latest", "best"
 class Artifacts(L.Callback):
     """Logs to W&B what leads from data through the stages to an evaluation.
 
-    Configuration: `stage` (a tag as well), the `code`'s version and git commit, and `inputs`: sources and fingerprints of
+    Configuration: `stage` (a tag as well), the `code`'s version and git commit, the `base` model, and `inputs`: sources and fingerprints of
     the data.
     Inputs: an artifact for the training, validation and test data each (fingerprint and count, not the data), and the
     adapters that the run starts from or evaluates.
@@ -115,7 +116,9 @@ class Artifacts(L.Callback):
             return
         data = {role: data_facts(dataset) for role, dataset in datasets.items()}
         stage = STAGES.get(type(module), type(module).__name__)
-        logger.log_hyperparams({"stage": stage, "code": code_state(), "inputs": data})
+        # An evaluation may have its base model from its adapters, and then its settings name none.
+        base = asdict(cast(Any, module.base)) if hasattr(module, "base") else None
+        logger.log_hyperparams({"stage": stage, "code": code_state(), "base": base, "inputs": data})
         run = logger.experiment
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))
         with staged(logger):

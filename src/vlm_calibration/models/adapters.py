@@ -102,10 +102,13 @@ _SIZE = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*
 
 
 def _misfit(error: BaseException) -> str:
-    """What peft says, short: of weights that differ in size the first."""
+    """What peft says, short: of weights that differ in size, or are missing, the first."""
     if found := _SIZE.search(str(error)):
         return f"{_layer_of(found[1])} has a weight of size {found[2]} in the adapter and {found[3]} in the model"
     text = " ".join(str(error).split())
+    if "Found missing adapter keys" in text:
+        missing = list(dict.fromkeys(_layer_of(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text)))
+        return f"its file lacks the weights of {len(missing)} layers that its configuration names, the first is {missing[0]}"
     return text if len(text) < 300 else f"{text[:297]}..."
 
 
