@@ -165,8 +165,6 @@ def _merge_each(layers: dict[str, LoraLayer], silent: int, dtype: torch.dtype) -
 def _about(folder: str, base: BaseModel) -> Iterator[None]:
     """What goes wrong inside is about this adapter on this base."""
     with warnings.catch_warnings():
-        # What peft warns of here is counted instead, and is an error.
-        warnings.filterwarnings("ignore", message="(?s).*Found missing adapter keys")
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         try:
             yield
