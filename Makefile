@@ -65,13 +65,14 @@ demo:  ## the whole method on the embedded demo: both stages, ours and the paper
 	$(MAKE) --no-print-directory report ARGS= RUNS=runs/eval
 	mkdir -p runs/demo && cp runs/eval/report.* runs/demo/
 
-# The demo's run directories are its own: a run in them is replaced, unless ARGS= resumes it or names another directory.
-REPLACE = $(if $(findstring --ckpt_path,$(ARGS))$(findstring --trainer.default_root_dir,$(ARGS)),,--overwrite)
+# The demo's run directories are its own: a run in them is replaced, unless ARGS= resumes it. Ours may go to another one by ARGS=.
+REPLACE_PAPER = $(if $(findstring --ckpt_path,$(ARGS)),,--overwrite)
+REPLACE = $(if $(findstring --trainer.default_root_dir,$(ARGS)),,$(REPLACE_PAPER))
 
 # $(call side_by_side,ours,paper): two fits, one core each. The second one's output goes to its log.
 define side_by_side
 	mkdir -p runs; export OMP_NUM_THREADS=1; \
-	$(CLI) fit $(2) $(REPLACE) $(ARGS) --trainer.default_root_dir runs/$(3) > runs/$(3).log 2>&1 & paper=$$!; \
+	$(CLI) fit $(2) $(REPLACE_PAPER) $(ARGS) --trainer.default_root_dir runs/$(3) > runs/$(3).log 2>&1 & paper=$$!; \
 	trap "kill $$paper 2> /dev/null || true" EXIT; \
 	$(CLI) fit $(1) $(REPLACE) $(ARGS); \
 	wait $$paper || { cat runs/$(3).log; exit 1; }

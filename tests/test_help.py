@@ -106,7 +106,7 @@ def test_a_class_is_known_by_its_name_in_a_fresh_process(command: str, module: s
     ended = _cold(command, "--model.help", module.split(".")[1])
     assert (ended.status, ended.errors) == (0, []), ended.err
     assert f"vlm_calibration.stages.{module}" in ended.out
-    assert "max_new_tokens" in ended.out
+    assert "--model.max_new_tokens" in ended.out
 
 
 def test_the_version() -> None:
