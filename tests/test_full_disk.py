@@ -266,11 +266,14 @@ logger.finalize("failed")
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
-    """W&B waits when the process ends, and then says where the log is."""
+    """W&B waits when the process ends, and then says where the log is.
+
+    `WANDB_SERVICE` is that of the tests' own process, where an earlier one logged.
+    """
     ran = subprocess.run(
         [sys.executable, "-c", FAILED.replace("FULL", str(full))],
         cwd=tmp_path,
-        env={**os.environ, "WANDB_MODE": "offline"},
+        env={**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         timeout=LIMIT,
