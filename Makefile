@@ -168,7 +168,7 @@ type: $(DEV)  ## mypy
 	$(PYTHON) -m mypy
 
 bench: $(DEV)  ## every benchmark, as tables in runs/bench/benchmarks.md (about an hour; ARGS="--only metrics" for one)
-	$(PYTHON) -m tests.benchmarks $(ARGS)
+	$(PYTHON) -m tests.performance $(ARGS)
 
 clean:  ## remove caches and the demo's runs, keep the environment
 	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/demo runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,6 @@ FALLING = {
 
 
 def measured(model: str, counts: Mapping[str, Sequence[StepCount]] = FALLING, **data: Any) -> AnchoredLevels:
-    """Levels of the model in this folder, as measured on data with these settings."""
+    """ConfidenceLevels of the model in this folder, as measured on data with these settings."""
     provenance = provenance_of(BaseModel(model), PerturbedQueryDataModule(model, **data), counts)
     return AnchoredLevels.fit(counts, provenance=provenance)

@@ -286,7 +286,7 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
             "default_root_dir": str(folder / "eval"),
             "callbacks": [
                 {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
-                {"class_path": "vlm_calibration.reporting.results.ResultsTable"},
+                {"class_path": "vlm_calibration.callbacks.results_table.ResultsTable"},
             ],
         },
         "model": {
@@ -472,7 +472,7 @@ def test_both_stages(
         *fit("dpo", trainer=validated),
         *("--model.init_args.adapter", str(tmp_path / "run/adapter")),
         *("--trainer.default_root_dir", str(tmp_path / "dpo")),
-        *("--trainer.callbacks+", "vlm_calibration.callbacks.guard.BeforeAndAfter"),
+        *("--trainer.callbacks+", "vlm_calibration.callbacks.before_after.BeforeAfterCheck"),
     )
     assert second.status == 0, second.err
     for row in ("before", "after"):

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError
 
-from vlm_calibration.cli import CalibrationCLI, one_line
+from vlm_calibration.cli.errors import one_line
+from vlm_calibration.cli.lightning_cli import CalibrationCLI
 from vlm_calibration.losses.preference import SimPO
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -162,7 +163,7 @@ LINEAR = {
 BOTH_STAGES = {
     "data.noise.levels": (ANCHORED, LINEAR),
     "data.noise.level_weights": ([4, 0.4, 0.4, 0.4, 0.6, 1, 1, 1, 0.8, 0.6, 0.6], None),
-    "data.noise.mistakes": (1.0, 0.0),
+    "data.noise.wrong_answer_rate": (1.0, 0.0),
     "data.noise.distractor_probability": (0.1, 0.0),
     "data.noise.resolution": ("model", "native"),
     "model.init_args.answer_weight": ("confidence", "constant"),
@@ -183,7 +184,7 @@ PRESETS = {
         ),
         "model.init_args.reference": ("adapter", "none"),
         "model.init_args.nll_weight": (1.0, 0.0),
-        "model.init_args.anchor_weight": (1.0, 0.0),
+        "model.init_args.drift_weight": (1.0, 0.0),
         "data.pairs.target": ("expected", "level"),
         "data.pairs.grid": (10, None),
         "data.pairs.rejected": ("all", "uniform"),

@@ -21,15 +21,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from vlm_calibration.app.questions import Question, answer_file
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.progress import Answered, Progress
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
+from vlm_calibration.commands.questions import Question, answer_file
+from vlm_calibration.commands.report import report_command
 from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.reporting.report import report_command
 
 from .command_line import LIMIT, Ended, Server, callback
 

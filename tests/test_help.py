@@ -1,6 +1,6 @@
 """The help of every command and sub-command: its own page, exit status 0, and at once where no trainer is needed.
 
-`tests/benchmarks/startup.py` measures how long each page takes in a process of its own.
+`tests/performance/startup.py` measures how long each page takes in a process of its own.
 """
 
 from __future__ import annotations

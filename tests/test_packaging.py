@@ -44,7 +44,7 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     assert f"python{project['requires-python']}" in environment["dependencies"]
 
 
-EXTRAS = {"app": "app/", "dashboard": "reporting/dashboard_wandb.py", "regions": "regions/tagger.py"}
+EXTRAS = {"app": "app/", "dashboard": "reporting/dashboard.py", "regions": "regions/tagger.py"}
 """Extra -> the modules that need it; no other may import what only it has."""
 
 

@@ -112,7 +112,7 @@ RUNS: dict[str, Run] = {
     "vlm-calibration fit --help": Run(says=("usage: ", "--config", "--data.batch_size")),
     "vlm-calibration fit --model.help": Run(says=("answer_weight", "confidence_weight")),
     "vlm-calibration completion bash": Run(says=("complete ", "--trainer.max_epochs")),
-    "vlm-calibration estimate": Run(
+    "vlm-calibration estimate-memory": Run(
         "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", says=("│ weights", "│ total", "GiB")
     ),
     "vlm-calibration export runs/sft --merge": Run(
@@ -163,9 +163,9 @@ ELSEWHERE: dict[str, str] = {
     ".venv/bin/pip install jupyterlab ipywidgets": "downloads; notebooks are run without either: tests/notebooks/test_notebooks.py",
     ".venv/bin/jupyter lab notebooks": "serves until it is stopped: tests/notebooks/test_notebooks.py",
     "python -m tests.figures.before_after": "needs an evaluation: tests/figures/test_before_after.py",
-    "python -m tests.benchmarks.demo_seeds": "takes half an hour",
-    "python -m tests.benchmarks.phrases": "is timed and counted there: tests/regions/test_phrases.py",
-    "python -m tests.benchmarks.preference": "takes minutes: tests/losses/test_preference_trl.py",
+    "python -m tests.performance.demo_seeds": "takes half an hour",
+    "python -m tests.performance.phrases": "is timed and counted there: tests/regions/test_phrases.py",
+    "python -m tests.performance.preference": "takes minutes: tests/losses/test_preference_trl.py",
 }
 
 

@@ -64,7 +64,7 @@ def predict(
                     *more,
                     callback("regions.RegionWriter"),
                     {
-                        "class_path": "vlm_calibration.reporting.contact_sheet.ContactSheet",
+                        "class_path": "vlm_calibration.callbacks.contact_sheet.ContactSheet",
                         "init_args": {"queries": 2},
                     },
                 ],

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Answer", "choose_threshold", "load_calibrated"]
 
 if TYPE_CHECKING:
-    from vlm_calibration.app.answers import Answer, choose_threshold
-    from vlm_calibration.app.model import load_calibrated
+    from vlm_calibration.inference.answers import Answer, choose_threshold
+    from vlm_calibration.inference.model import load_calibrated
 else:
     # The command line imports this package first, and must not wait for a deep learning framework.
     def __getattr__(name: str) -> Any:
         if name == "load_calibrated":
-            from vlm_calibration.app.model import load_calibrated
+            from vlm_calibration.inference.model import load_calibrated
 
             return load_calibrated
         if name in ("Answer", "choose_threshold"):
-            from vlm_calibration.app import answers
+            from vlm_calibration.inference import answers
 
             return getattr(answers, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from vlm_calibration.app.model import CalibratedModel
+    from vlm_calibration.inference.model import CalibratedModel
 
 
 @pytest.fixture(scope="session")
 def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with an adapter of the demo's model, with its processor and card, as training leaves it."""
-    from vlm_calibration.app.model import DEMO_MODEL
     from vlm_calibration.data.module import PerturbedQueryDataModule
+    from vlm_calibration.inference.model import DEMO_MODEL
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
     from vlm_calibration.models.loading import BaseModel, load_base
     from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
@@ -37,6 +37,6 @@ def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(adapter_run: Path) -> CalibratedModel:
-    from vlm_calibration.app.model import load_calibrated
+    from vlm_calibration.inference.model import load_calibrated
 
     return load_calibrated(adapter=adapter_run, device="cpu", max_new_tokens=16)

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from vlm_calibration.app import serve
-from vlm_calibration.app.model import DEMO_MODEL
 from vlm_calibration.app.subject import (
     DETECTED,
     DRAWN,
@@ -28,6 +27,7 @@ from vlm_calibration.app.subject import (
     key_object,
     uploaded_subject,
 )
+from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
 from vlm_calibration.regions.phrases import RuleDescriber

@@ -26,11 +26,10 @@ from playwright.sync_api import Browser, FilePayload, expect, sync_playwright
 
 from vlm_calibration import cli
 from vlm_calibration.app import view
-from vlm_calibration.app.answers import Answer
-from vlm_calibration.app.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
-from vlm_calibration.app.serve import MAX_UPLOAD
-from vlm_calibration.app.subject import DRAWN, MAX_PIXELS, WHOLE, demo_subject
-from vlm_calibration.reporting.report import report
+from vlm_calibration.app.subject import DRAWN, MAX_PIXELS, MAX_UPLOAD, WHOLE, demo_subject
+from vlm_calibration.commands.report import report
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
 
 from ..command_line import Server
 from .browser import CHROMIUM, FLAGS, App, Visit, is_error, missing
@@ -68,7 +67,7 @@ def trained_run(root: Path, server: Server, tmp_path_factory: pytest.TempPathFac
         "model.init_args.confidence_weight": 3,
         "data.workers": 0,
         "data.noise.absent": "skip",
-        "data.noise.mistakes": 0,
+        "data.noise.wrong_answer_rate": 0,
         "data.noise.levels": {
             "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
             "init_args": {"n_levels": 2},

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 
 from vlm_calibration.callbacks.adapter import AdapterWriter, constructed, shown_path
-from vlm_calibration.callbacks.guard import BeforeAndAfter
+from vlm_calibration.callbacks.before_after import BeforeAfterCheck
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
@@ -34,8 +34,8 @@ from vlm_calibration.perturbation.levels import StepCount
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
-from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
@@ -58,7 +58,7 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     plain = {
         "train": DemoSource("train", scenes=24),
         "validation": DemoSource("calibration", scenes=2),
-        "noise": NoisePolicy(levels=measured(model, COUNTS), mistakes=1.0),
+        "noise": NoisePolicy(levels=measured(model, COUNTS), wrong_answer_rate=1.0),
         "batch_size": 12,
         "workers": 0,
         "max_length": 300,
@@ -100,7 +100,7 @@ def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         OptimizerSettings(lr=1e-2),
         max_new_tokens=16,
     )
-    return _fit(module, _data(demo_model), tmp_path_factory.mktemp("sft"), BeforeAndAfter(tolerance=1.0))
+    return _fit(module, _data(demo_model), tmp_path_factory.mktemp("sft"), BeforeAfterCheck(tolerance=1.0))
 
 
 def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
     assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None)"
     assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
-    assert "mistakes=1.0" in card.training["noise"]
+    assert "wrong_answer_rate=1.0" in card.training["noise"]
     assert "pairs" not in card.training
     assert card.steps == 1000
     assert card.levels == {"yes_no": [[0, 0.9], [1000, 0.5]], "short": [[0, 0.8], [1000, 0.0]]}

@@ -23,19 +23,19 @@ from vlm_calibration.callbacks.artifacts import (
     adapters_of,
     code_state,
     data_artifact,
+    data_digest,
     data_facts,
-    fingerprint,
     folder_artifact,
     run_name,
     use,
 )
 from vlm_calibration.callbacks.logger import RunLogger
-from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.preference import DPOModule
 
 VERSION = version("vlm-calibration")
 
@@ -212,7 +212,7 @@ def test_using_an_artifact_works_in_a_run_that_is_disabled() -> None:
 
 
 def _dataset(*scenes: int, noise: str = "drawn", name: str = "") -> PerturbedQueries:
-    part = Part(DemoSource("train", scenes=scenes[0], first=scenes[1]), noise)  # type: ignore[arg-type]
+    part = EvalSplit(DemoSource("train", scenes=scenes[0], first=scenes[1]), noise)  # type: ignore[arg-type]
     return PerturbedQueries({name: part}, NoisePolicy(resolution="native"), None)
 
 
@@ -222,8 +222,8 @@ def test_facts_of_a_data_set() -> None:
     assert facts["sources"] == [source]
     assert facts["queries"] == 6
     assert facts == data_facts(_dataset(2, 0)), "the same for the same queries"
-    assert facts["fingerprint"] != data_facts(_dataset(2, 1))["fingerprint"]
-    assert facts["fingerprint"] != data_facts(_dataset(2, 0, name="part"))["fingerprint"]
+    assert facts["data_digest"] != data_facts(_dataset(2, 1))["data_digest"]
+    assert facts["data_digest"] != data_facts(_dataset(2, 0, name="part"))["data_digest"]
 
 
 def test_versions_of_a_data_artifact_are_data_sets() -> None:
@@ -233,18 +233,18 @@ def test_versions_of_a_data_artifact_are_data_sets() -> None:
     assert made.digest == data_artifact("train", {**one, "sources": ["elsewhere"]}).digest
     assert made.digest != data_artifact("train", other).digest
     [entry] = made.manifest.entries.values()
-    assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "fingerprint": one["fingerprint"]}
+    assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "data_digest": one["data_digest"]}
 
 
 def test_the_fingerprint_covers_every_query_or_evenly_spaced_ones() -> None:
     queries = list(_dataset(5, 0).queries)
-    whole = fingerprint(queries)
+    whole = data_digest(queries)
     for place in range(len(queries)):
         changed = [*queries[:place], queries[place - 1], *queries[place + 1 :]]
-        assert fingerprint(changed) != whole
-    assert fingerprint(queries[:-1]) != whole
-    assert fingerprint(queries, most=4) != fingerprint(queries[:-1], most=4), "the number always counts"
-    assert fingerprint(queries, most=4) == fingerprint([queries[i - i % 4] for i in range(15)], most=4)
+        assert data_digest(changed) != whole
+    assert data_digest(queries[:-1]) != whole
+    assert data_digest(queries, most=4) != data_digest(queries[:-1], most=4), "the number always counts"
+    assert data_digest(queries, most=4) == data_digest([queries[i - i % 4] for i in range(15)], most=4)
 
 
 # --- Code -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 from vlm_calibration.callbacks.fingerprint import fingerprint, settings_of
 from vlm_calibration.callbacks.progress import HEADER, Answered, Progress
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
@@ -180,7 +180,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
     def found(**changes: Any) -> dict[str, str]:
         base = BaseModel(model_folder, **changes.pop("base", {}))
         model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
-        data = {"test": {"": Part(DemoSource("test", 2), "drawn")}, "workers": 0}
+        data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
         trainer: Any = SimpleNamespace(
             precision=changes.pop("precision", "32-true"),
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -207,9 +207,9 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
         ({"model": {"estimators": [ExpectedConfidence([LinearLevels(3)])]}}, "model.estimators"),
         ({"model": {"estimators": None}}, "model.estimators"),
         ({"model": {"adapters": {}}}, "model.adapters"),
-        ({"data": {"test": {"": Part(DemoSource("test", 2))}}}, "data.test"),
+        ({"data": {"test": {"": EvalSplit(DemoSource("test", 2))}}}, "data.test"),
         (
-            {"data": {"test": {"": Part(DemoSource("test", 3), "drawn")}}},
+            {"data": {"test": {"": EvalSplit(DemoSource("test", 3), "drawn")}}},
             "data.test, the queries of data.test",
         ),
         ({"data": {"noise": NoisePolicy(seed=1)}}, "data.noise"),

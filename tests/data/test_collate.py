@@ -95,10 +95,10 @@ def test_labels_are_the_response_and_its_end(chat: ChatFormat, samples: Sequence
 
 def test_stated_is_the_confidence_and_the_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     batch = _collate(chat, samples)
-    assert not batch.stated[batch.labels == IGNORE].any()
+    assert not batch.confidence_mask[batch.labels == IGNORE].any()
     for row, sample in enumerate(samples):
-        stated = _decode(chat, batch.labels[row][batch.stated[row]])
-        answer = _decode(chat, batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.stated[row]])
+        stated = _decode(chat, batch.labels[row][batch.confidence_mask[row]])
+        answer = _decode(chat, batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.confidence_mask[row]])
         assert answer.strip() == render_answer(sample.query.answer)
         assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", stated)
         assert parse_confidence(stated) == sample.confidence
@@ -157,7 +157,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
         for batch, index in ((together, row), (turned, len(samples) - 1 - row)):
             length = alone.labels.shape[1]
             assert torch.equal(batch.labels[index, :length], alone.labels[0])
-            assert torch.equal(batch.stated[index, :length], alone.stated[0])
+            assert torch.equal(batch.confidence_mask[index, :length], alone.stated[0])
             assert torch.equal(batch.inputs["input_ids"][index, :length], alone.inputs["input_ids"][0])
             assert torch.equal(batch.inputs["pixel_values"][index], alone.inputs["pixel_values"][0])
             assert (batch.labels[index, length:] == IGNORE).all()
@@ -185,7 +185,7 @@ def test_the_answer_may_hold_numbers_and_markup(chat: ChatFormat, samples: Seque
         batch = _collate(chat, [Sample(query, samples[0].image, 0.8, 0)])
         said = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
         assert said == render_response(answer, 0.8) + "<|end|>"
-        assert _decode(chat, batch.labels[0][batch.stated[0]]).lstrip() == "Confidence: 80%<|end|>"
+        assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
 
 
 def test_an_answer_with_the_end_of_turn_in_it_is_learnt_to_its_end(
@@ -193,7 +193,7 @@ def test_an_answer_with_the_end_of_turn_in_it_is_learnt_to_its_end(
 ) -> None:
     query = replace(samples[0].query, answer="Yes <|end|> no")
     batch = _collate(chat, [samples[0]._replace(query=query)])
-    assert _decode(chat, batch.labels[0][batch.stated[0]]).lstrip() == "Confidence: 100%<|end|>"
+    assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 100%<|end|>"
 
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
@@ -237,7 +237,7 @@ def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sam
     assert batch.inputs == {}
     assert batch.queries == ()
     assert batch.skipped == ("q0", "q1", "q2", "q3")
-    assert batch.labels.numel() == batch.stated.numel() == batch.confidence.numel() == 0
+    assert batch.labels.numel() == batch.confidence_mask.numel() == batch.confidence.numel() == 0
     assert batch.to("cpu").skipped == batch.skipped
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_calibration.data.dataset import NothingShownError, Part, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, NothingShownError, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.benchmark import PopeSource
@@ -42,19 +42,19 @@ class Square(QuerySource):
         return LoadedImage(np.full((10, 10, 3), 128, dtype=np.uint8), evidence, others)
 
 
-def _dataset(policy: NoisePolicy = POLICY, **parts: Part) -> PerturbedQueries:
-    return PerturbedQueries(parts or {"": Part(Square(), "drawn")}, policy, None)
+def _dataset(policy: NoisePolicy = POLICY, **parts: EvalSplit) -> PerturbedQueries:
+    return PerturbedQueries(parts or {"": EvalSplit(Square(), "drawn")}, policy, None)
 
 
 def test_parts_get_names_and_one_part_none() -> None:
-    dataset = _dataset(clean=Part(Square()), noised=Part(Square(), "drawn"))
+    dataset = _dataset(clean=EvalSplit(Square()), noised=EvalSplit(Square(), "drawn"))
     assert [q.id for q in dataset.queries] == ["clean:dog", "clean:cat", "noised:dog", "noised:cat"]
     assert [q.category for q in dataset.queries] == ["clean/existence", "clean", "noised/existence", "noised"]
     assert [(q.id, q.category) for q in _dataset().queries] == [("dog", "existence"), ("cat", None)]
 
 
 def test_a_clean_part_stays_clean_and_states_the_clean_confidence() -> None:
-    dataset = _dataset(clean=Part(Square()))
+    dataset = _dataset(clean=EvalSplit(Square()))
     for epoch in range(5):
         sample = dataset[epoch, 0]
         assert (sample.image == 128).all()
@@ -62,7 +62,7 @@ def test_a_clean_part_stays_clean_and_states_the_clean_confidence() -> None:
 
 
 def test_every_step_asks_each_query_at_each_step() -> None:
-    dataset = _dataset(sweep=Part(Square(), "every_step"))
+    dataset = _dataset(sweep=EvalSplit(Square(), "every_step"))
     steps = LinearLevels().steps
     assert len(dataset) == 2 * len(steps)
     assert [q.id for q in dataset.queries[:3]] == ["sweep:dog@0", "sweep:dog@100", "sweep:dog@200"]
@@ -73,7 +73,7 @@ def test_every_step_asks_each_query_at_each_step() -> None:
 
 def test_the_same_query_in_two_parts_gets_different_noise() -> None:
     policy = NoisePolicy(resolution="native", level_weights=[0] * 10 + [1])
-    dataset = _dataset(policy, one=Part(Square(), "drawn"), two=Part(Square(), "drawn"))
+    dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
     assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
 
 
@@ -88,7 +88,7 @@ def test_nothing_left_is_an_error() -> None:
             return super().queries()[1:]
 
     with pytest.raises(DataError, match="no query is left"):
-        _dataset(NoisePolicy(resolution="native", absent="skip"), some=Part(Absent(), "drawn"))
+        _dataset(NoisePolicy(resolution="native", absent="skip"), some=EvalSplit(Absent(), "drawn"))
 
 
 def test_an_error_names_the_record() -> None:
@@ -97,7 +97,7 @@ def test_an_error_names_the_record() -> None:
             return super().load(query)._replace(evidence=(np.zeros((10, 10), dtype=bool),))
 
     with pytest.raises(DataError, match=r"record 'bad:dog': region mask is empty"):
-        _dataset(bad=Part(Wrong(), "drawn"))[0, 0]
+        _dataset(bad=EvalSplit(Wrong(), "drawn"))[0, 0]
 
 
 Write = Callable[..., Path]
@@ -106,7 +106,7 @@ DOG = [{"label": "dog", "box": [2, 2, 8, 8]}]
 
 
 def _jsonl(path: Path, policy: NoisePolicy = POLICY, noise: Any = "drawn", **source: Any) -> PerturbedQueries:
-    part = Part(JsonlSource(str(path), **source), noise)
+    part = EvalSplit(JsonlSource(str(path), **source), noise)
     return PerturbedQueries({"": part}, policy, None, where="data.train")
 
 
@@ -204,10 +204,10 @@ def test_a_benchmark_loses_no_question_where_it_is_not_noised(tmp_path: Path) ->
     ]
     (tmp_path / "q.json").write_text("\n".join(rows))
     source = PopeSource(str(tmp_path / "q.json"), str(tmp_path))
-    clean = PerturbedQueries({"": Part(source)}, POLICY, None)
+    clean = PerturbedQueries({"": EvalSplit(source)}, POLICY, None)
     assert len(clean) == 2
     with pytest.warns(UserWarning, match="1 of 2 queries need a region"):
-        noised = PerturbedQueries({"": Part(source, "drawn")}, POLICY, None)
+        noised = PerturbedQueries({"": EvalSplit(source, "drawn")}, POLICY, None)
     assert [q.answer for q in noised.queries] == ["No"]
 
 
@@ -215,7 +215,7 @@ def test_the_demo_loses_no_question(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.INFO):
         warnings.simplefilter("error")
         dataset = PerturbedQueries(
-            {"": Part(DemoSource(scenes=50), "drawn")}, POLICY, None, where="data.train"
+            {"": EvalSplit(DemoSource(scenes=50), "drawn")}, POLICY, None, where="data.train"
         )
     assert len(dataset) == 150
     assert (
@@ -258,8 +258,8 @@ def test_what_the_model_cannot_be_asked_is_told_before_anything_is_loaded(
 
     path = write_jsonl(record("one", regions=DOG), record("two", regions=DOG, question="<image>?"))
     with pytest.raises(DataError, match="data: record 'two': '<image>'; `on_bad_record: skip`"):
-        PerturbedQueries({"": Part(JsonlSource(str(path)))}, POLICY, None, check)
-    skipping = Part(JsonlSource(str(path), on_bad_record="skip"))
+        PerturbedQueries({"": EvalSplit(JsonlSource(str(path)))}, POLICY, None, check)
+    skipping = EvalSplit(JsonlSource(str(path), on_bad_record="skip"))
     with pytest.warns(UserWarning, match="left out 1 of 2 records"):
         assert len(PerturbedQueries({"": skipping}, POLICY, None, check)) == 1
 
@@ -311,7 +311,7 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
             return super().load(query)._replace(evidence=())
 
     policy = NoisePolicy(resolution="native", no_region=rule)
-    dataset = _dataset(policy, some=Part(Empty(), "drawn"))
+    dataset = _dataset(policy, some=EvalSplit(Empty(), "drawn"))
     if rule == "raise":
         with pytest.raises(NothingShownError, match="record 'some:dog': no pixel of its image shows"):
             dataset.__getitems__([(0, 0)])
@@ -319,4 +319,4 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
         drawn = dataset.__getitems__([(0, 0), (0, 1)])
         assert [s.query.id for s in drawn.samples] == ["some:cat"]
         assert list(drawn.left_out) == [0]
-    assert len(_dataset(policy, some=Part(Empty())).__getitems__([(0, 0)]).samples) == 1
+    assert len(_dataset(policy, some=EvalSplit(Empty())).__getitems__([(0, 0)]).samples) == 1

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
-from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.pairs import PairCollator, PairPolicy
 from vlm_calibration.data.resolution import check_resolution
@@ -76,7 +76,7 @@ def test_labels_are_the_response_and_its_end(
     batch = SFTCollator(chat, 1000)(unlike)
     decode = family.processor.tokenizer.decode
     for row, sample in enumerate(unlike):
-        labels, stated = batch.labels[row], batch.stated[row]
+        labels, stated = batch.labels[row], batch.confidence_mask[row]
         response = render_response(sample.query.answer, sample.confidence) + family.end
         assert decode(labels[labels != IGNORE]).lstrip() == response
         assert decode(labels[(labels != IGNORE) & ~stated]).strip() == render_answer(sample.query.answer)
@@ -297,7 +297,7 @@ def test_an_image_whose_resolution_cannot_be_told_is_named(
     Image.new("RGB", (500, 2)).save(tmp_path / "data" / "line.png")
     source = JsonlSource(str(write_jsonl(record("one"), record("two", image="line.png"))))
     processor = made("qwen2_5_vl").processor
-    queries = PerturbedQueries({"": Part(source)}, NoisePolicy(), processor.image_processor)
+    queries = PerturbedQueries({"": EvalSplit(source)}, NoisePolicy(), processor.image_processor)
     assert queries[0, 0].image.shape == (10, 20, 3), "without noise it is left to the processor"
     with pytest.raises(
         DataError, match=r"^record 'two': an image of 500 x 2 pixels: one side may be at most 200"

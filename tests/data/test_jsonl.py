@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.perturbation.rle import mask_to_rle
 from vlm_calibration.records import ANSWER_TYPES, DataError, Query, Region
-from vlm_calibration.regions.rle import mask_to_rle
 
 Write = Callable[..., Path]
 Record = Callable[..., dict[str, Any]]

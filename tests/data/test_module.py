@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.pairs import ValidationBatch
@@ -119,9 +119,9 @@ def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> 
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes: int) -> None:
     parts = {
-        "clean": Part(DemoSource("test", scenes=3)),
-        "noised": Part(DemoSource("test", scenes=3), "drawn"),
-        "sweep": Part(DemoSource("calibration", scenes=1), "every_step"),
+        "clean": EvalSplit(DemoSource("test", scenes=3)),
+        "noised": EvalSplit(DemoSource("test", scenes=3), "drawn"),
+        "sweep": EvalSplit(DemoSource("calibration", scenes=1), "every_step"),
     }
     ids: list[list[str]] = []
     drawn: Drawn = {}
@@ -143,8 +143,11 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes
 
 
 def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(model_folder: str) -> None:
-    test = {"clean": Part(DemoSource("test", scenes=3)), "sweep": Part(DemoSource("calibration", scenes=1))}
-    held = {"held": Part(DemoSource("calibration", scenes=2, first=1), "drawn")}
+    test = {
+        "clean": EvalSplit(DemoSource("test", scenes=3)),
+        "sweep": EvalSplit(DemoSource("calibration", scenes=1)),
+    }
+    held = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
     module = _module(model_folder, test=test, calibration=held, eval_batch_size=5)
     module.setup("test")
     module.leave_out_answered([0, 11, 12, 17])
@@ -159,7 +162,9 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
     ids = [q.id for dataset in (module.test_set, module.calibration_set) for q in dataset.queries]
     assert [found for _, found in asked] == [[ids[place] for place in places] for places, _ in asked]
 
-    module = _module(model_folder, test=test, calibration={"held": Part(DemoSource("calibration", scenes=2))})
+    module = _module(
+        model_folder, test=test, calibration={"held": EvalSplit(DemoSource("calibration", scenes=2))}
+    )
     with pytest.raises(
         DataError, match="data.calibration and data.test share 1 images, 'calibration-000000' among"
     ):

@@ -211,7 +211,7 @@ def test_when_the_reference_is_asked(settings: dict[str, Any], needed: bool) -> 
     assert PairPolicy(**settings).needs_reference is needed
 
 
-# --- Levels ------------------------------------------------------------------------------------------------------
+# --- ConfidenceLevels ------------------------------------------------------------------------------------------------------
 
 
 def test_stated_levels_of_linear_levels() -> None:
@@ -363,7 +363,7 @@ def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sa
     _check_candidates(chat, batch, 1, ["umbrella", "a pizza"])
     _check_candidates(chat, batch, 2, ["No"])
     _check_candidates(chat, batch, 3, ["A cat, (or two!)", "Two cats. Maybe."])
-    assert batch.right == (True,) * 4
+    assert batch.is_correct == (True,) * 4
     for row, without in enumerate(_collate(chat, asked).candidates):
         assert batch.candidates[row][: len(without)] == without, "the other responses stay as they are"
 
@@ -396,7 +396,7 @@ def test_a_mistake_is_what_the_responses_give(chat: ChatFormat, samples: Sequenc
     batch = _collate(chat, mistaken, wrong_answers=True)
     _check_candidates(chat, batch, 0, ["No"])
     _check_candidates(chat, batch, 1, ["umbrella", "dog"])
-    assert batch.right == (False, True)
+    assert batch.is_correct == (False, True)
     assert batch.queries[0].answer == "Yes"
 
 
@@ -404,7 +404,7 @@ def test_what_travels_with_the_candidates(chat: ChatFormat, samples: Sequence[Sa
     asked = [s._replace(epoch=i) for i, s in enumerate(samples)]
     batch = _collate(chat, asked)
     assert batch.levels == (1.0, 0.3, 0.0, 0.85)
-    assert batch.right == (True,) * 4
+    assert batch.is_correct == (True,) * 4
     assert batch.epochs == (0, 1, 2, 3)
     assert batch.queries == tuple(s.query for s in samples)
     assert batch.skipped == ()
@@ -458,7 +458,7 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Samp
 def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     batch = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip")
     assert batch.inputs == {}
-    assert batch.candidates == batch.queries == batch.levels == batch.right == batch.epochs == ()
+    assert batch.candidates == batch.queries == batch.levels == batch.is_correct == batch.epochs == ()
     assert batch.skipped == ("q0", "q1", "q2", "q3")
     assert batch.to("cpu").skipped == batch.skipped
 

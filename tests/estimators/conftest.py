@@ -10,12 +10,12 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import Generating
-from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.perturbation.levels import Levels, LinearLevels
+from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 
 Answering = Callable[..., AnsweredBatch]
 
@@ -29,12 +29,12 @@ def answering() -> Answering:
         chat: ChatFormat,
         samples: Sequence[Sample],
         texts: Sequence[str] | None = None,
-        levels: Levels | None = None,
+        levels: ConfidenceLevels | None = None,
         remember: bool = False,
         max_new_tokens: int = 3,
     ) -> AnsweredBatch:
         batch: PromptBatch = PromptCollator(chat)(samples)
-        generating = Generating(model, remember=remember)
+        generating = GenerationRecorder(model, remember=remember)
         with torch.no_grad():
             said = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
         answers = texts or said

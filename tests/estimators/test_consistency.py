@@ -11,10 +11,10 @@ from torch import nn
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.consistency import DrawnTokens, SelfConsistency, _agrees
-from vlm_calibration.estimators.generating import Generating
-from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
@@ -149,7 +149,7 @@ def test_passes_are_counted_to_the_end_of_each_answer(
     batch = answering(model, ChatFormat(processor, ElicitationPrompt()), samples, max_new_tokens=4)
     handle.remove()
     assert list(batch.answer_passes) == [4, 2, 1]
-    assert Generating(model).passes == []
+    assert GenerationRecorder(model).passes == []
 
 
 @pytest.mark.parametrize(

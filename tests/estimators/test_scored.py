@@ -16,12 +16,12 @@ from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import IMAGE_TOKENS
 from vlm_calibration.demo.scenes import render_scene
-from vlm_calibration.estimators import passes
+from vlm_calibration.estimators import answer_scoring as passes
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.cached import reads_both_ways
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import TEMPLATE, PTrue
-from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.models import shared_prefix
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from vlm_calibration.losses.comparisons import dpo, hinge, ipo, odpo, simpo
+from vlm_calibration.losses.functional import dpo, hinge, ipo, odpo, simpo
 from vlm_calibration.losses.preference import (
     DPO,
     IPO,

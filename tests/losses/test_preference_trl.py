@@ -22,7 +22,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from vlm_calibration.losses.comparisons import dpo, log_ratio_difference
+from vlm_calibration.losses.functional import dpo, log_ratio_difference
 from vlm_calibration.losses.preference import (
     DPO,
     IPO,

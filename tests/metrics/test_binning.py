@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.metrics.levels import (
+from vlm_calibration.metrics.groups import (
     bin_sums,
     group_values,
     quantile_bin,

@@ -16,11 +16,11 @@ from vlm_calibration.metrics.bootstrap import (
     percentile_interval,
     resample,
 )
-from vlm_calibration.metrics.levels import UndefinedMetricWarning
+from vlm_calibration.metrics.groups import UndefinedMetricWarning
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS, expected_calibration_error
 
-from ..benchmarks.intervals import POPULATIONS, coverage
+from ..performance.intervals import POPULATIONS, coverage
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def size(figure):
         ConfidenceTable.from_predictions([0.0, 0.0], [False, False]),
         ConfidenceTable.from_predictions([0.123, 0.1234], [False, True], resolution=10_000),
     ],
-    ids=["tens", "percents", "empty", "unread", "one right", "all 0%", "fine"],
+    ids=["tens", "percents", "empty", "unparsed", "one right", "all 0%", "fine"],
 )
 def test_every_figure_draws_every_table(draw, table):
     figure = draw(table)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.metrics.levels import group_values
+from vlm_calibration.metrics.groups import group_values
 from vlm_calibration.metrics.rounding import rounding_bounds
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS

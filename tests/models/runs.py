@@ -21,8 +21,8 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, Quantization
 from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
-from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 
 from .processors import Family

@@ -10,7 +10,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator, SFTBatch
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -102,7 +102,7 @@ def test_an_answer_ends_where_it_is_complete(
         return torch.full_like(output, -100.0).scatter(-1, wanted.expand(*output.shape[:2], 1), 100.0)
 
     model.get_output_embeddings().register_forward_hook(script)
-    generating = Generating(model)
+    generating = GenerationRecorder(model)
     texts = generate_texts(generating, prompts.inputs, tokenizer, 16, end_of_confidence)
     assert texts == [said, said, " ".join(["dog"] * 16)]
     assert generating.passes == [len(ids), len(ids), 16]

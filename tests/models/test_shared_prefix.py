@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vlm_calibration.models import shared_prefix
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import (
     Packed,
     Prompts,
@@ -129,7 +129,7 @@ CASES = [
 def case(request: pytest.FixtureRequest) -> Case:
     family, attention = request.param
     found = new_case(family, attention)
-    assert base_of(found.model).config.get_text_config()._attn_implementation == (attention or "eager")
+    assert unwrap_peft(found.model).config.get_text_config()._attn_implementation == (attention or "eager")
     return found
 
 
@@ -166,7 +166,7 @@ def test_likelihoods_and_gradients_are_those_of_each_response_alone(
     case: Case, scoring: Any, checkpointing: bool
 ) -> None:
     passes: list[int] = []
-    inner = base_of(case.model).get_decoder().layers[0].self_attn
+    inner = unwrap_peft(case.model).get_decoder().layers[0].self_attn
     handle = inner.register_forward_pre_hook(lambda *_: passes.append(1))
     found = score_responses(case.model, case.batch, case.responses, scoring)
     gradients = gradients_of(case.model, unpadded(found, case.responses))
@@ -248,7 +248,7 @@ def test_in_bfloat16_packed_is_as_near_to_float32_as_plain_is(family: str, atten
 def _linear_attention() -> Case:
     case = new_case("llava_clip")
     # Set behind the model's back, so that there is still something to run.
-    base_of(case.model).config.text_config.layer_types = ["full_attention", "linear_attention"]
+    unwrap_peft(case.model).config.text_config.layer_types = ["full_attention", "linear_attention"]
     return case
 
 
@@ -256,7 +256,7 @@ def _own_attention() -> Case:
     case = new_case("llava_siglip", "sdpa")
     AttentionInterface.register("our_kernel", sdpa_attention_forward)
     AttentionMaskInterface.register("our_kernel", sdpa_mask)
-    base_of(case.model).config.get_text_config()._attn_implementation = "our_kernel"
+    unwrap_peft(case.model).config.get_text_config()._attn_implementation = "our_kernel"
     return case
 
 
@@ -352,7 +352,7 @@ def test_empty_responses_are_refused(responses: Responses, scoring: Any) -> None
 
 def test_hooks_are_gone_and_inputs_untouched_even_after_an_error() -> None:
     case = new_case("gemma3", "sdpa")
-    base, batch = base_of(case.model), case.batch
+    base, batch = unwrap_peft(case.model), case.batch
     before = {name: values.clone() for name, values in batch.inputs.items()}
     with torch.no_grad():
         plain = base(**before, use_cache=False).logits

@@ -17,11 +17,11 @@ from torch import Tensor
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
-from vlm_calibration.models.forward import base_of, labelled_logits
+from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.models.shared_prefix import Scoring
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
-from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 
 from . import families
@@ -119,7 +119,7 @@ def test_the_shipped_combination_is_nf4_in_bfloat16_under_checkpointing() -> Non
 
 def test_the_language_model_is_quantised_and_computes_in_bfloat16(trained: Trained) -> None:
     for module in (trained.sft[0], trained.shared[0]):
-        base = base_of(module.model)
+        base = unwrap_peft(module.model)
         layers = [m for m in base.get_decoder().modules() if isinstance(m, Linear4bit)]
         assert len(layers) == 2 * 7
         assert {m.compute_dtype for m in layers} == {torch.bfloat16}

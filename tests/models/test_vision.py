@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.vision import frozen_vision, shared_vision
 
 from .families import FAMILIES, build, collated, new_prompts, randomize_adapters
@@ -35,7 +35,7 @@ def adapted(family: str, *parts: str) -> Any:
 
 def names_of(model: Any) -> set[str]:
     """The frozen vision, by name."""
-    names = {id(module): name for name, module in base_of(model).named_modules()}
+    names = {id(module): name for name, module in unwrap_peft(model).named_modules()}
     return {names[id(module)] for module in frozen_vision(model)}
 
 
@@ -79,7 +79,7 @@ def test_what_is_adapted_or_trained_is_not_frozen(family: str) -> None:
         # That of the Qwen family is within the tower.
         assert names_of(adapted(family, "projector")) == ({tower} if projector else set())
     model = adapted(family, "language")
-    next(base_of(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
+    next(unwrap_peft(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
     assert names_of(model) == ({tower} if projector else set())
     assert not frozen_vision(build(family)), "all of it is to be trained"
 
@@ -97,7 +97,7 @@ def test_the_tower_runs_once_and_results_are_the_same(
     family: str, inputs: Callable[..., dict[str, Tensor]]
 ) -> None:
     model, batch = adapted(family, "language"), inputs(family)
-    runs = [count_runs(base_of(model).get_submodule(name)) for name in VISION[family]]
+    runs = [count_runs(unwrap_peft(model).get_submodule(name)) for name in VISION[family]]
     expected = logits_of(model, batch)
     assert [len(r) for r in runs] == [3] * len(runs), "as a check of the count"
     assert not torch.allclose(expected[0], expected[1], atol=0.1)
@@ -158,7 +158,7 @@ def test_gradients_of_trained_weights_are_the_same(
     family: str, part: int, inputs: Callable[..., dict[str, Tensor]]
 ) -> None:
     model, batch = adapted(family, "language"), inputs(family)
-    base_of(model).get_submodule(VISION[family][part]).requires_grad_(True)
+    unwrap_peft(model).get_submodule(VISION[family][part]).requires_grad_(True)
 
     def gradients() -> dict[str, Tensor | None]:
         model.zero_grad(set_to_none=True)
@@ -199,7 +199,7 @@ def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None
 def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
     """As accelerate and bitsandbytes put there."""
     model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
-    projector = base_of(model).model.multi_modal_projector
+    projector = unwrap_peft(model).model.multi_modal_projector
     usual, runs = projector.forward, []
 
     def doubled(features: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
 
 def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> None:
     model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
-    runs = count_runs(base_of(model).model.vision_tower)
+    runs = count_runs(unwrap_peft(model).model.vision_tower)
     expected = logits_of(model, batch)
     runs.clear()
     with shared_vision(model):

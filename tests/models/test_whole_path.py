@@ -24,12 +24,12 @@ from vlm_calibration.data.resolution import model_resolution
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models import shared_prefix
 from vlm_calibration.models.adapters import using_adapter
-from vlm_calibration.models.forward import base_of, labelled_logits
+from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, Quantization
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.answering import answer_batch
-from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 
@@ -120,7 +120,7 @@ def test_dpo_goes_on_from_the_sft_adapter(run: Run) -> None:
 
 def test_only_the_language_model_is_quantised(run: Run) -> None:
     kinds = {"none": nn.Linear, "nf4": Linear4bit, "int8": Linear8bitLt}
-    model = base_of(run.dpo.model)
+    model = unwrap_peft(run.dpo.model)
     decoder = {id(m) for m in model.get_decoder().modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lora_" not in name:
@@ -224,7 +224,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Ru
 
     def logits(run: Run) -> dict[str, Tensor]:
         torch.save(run.batch("prompts").inputs, folder / "inputs.pt")
-        settings = getattr(base_of(run.dpo.model).config, "quantization_config", None)
+        settings = getattr(unwrap_peft(run.dpo.model).config, "quantization_config", None)
         job = {
             "base": run.base.name_or_path,
             "adapters": run.adapters,
@@ -297,7 +297,7 @@ def test_gradients_are_the_same_under_checkpointing(run: Run) -> None:
     batch = run.batch("sft")
     module = _adapted(run, gradient_checkpointing=True)
     passes: list[int] = []
-    layer = base_of(module.model).get_decoder().layers[0].self_attn
+    layer = unwrap_peft(module.model).get_decoder().layers[0].self_attn
     layer.register_forward_pre_hook(lambda *_: passes.append(1))
     found = _gradients(module, batch)
     assert len(passes) == 2, "once more in the backward pass"

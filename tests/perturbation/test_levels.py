@@ -14,7 +14,7 @@ from vlm_calibration import demo
 from vlm_calibration.perturbation.level_table import trend_p_value
 from vlm_calibration.perturbation.levels import (
     AnchoredLevels,
-    Levels,
+    ConfidenceLevels,
     LevelTable,
     LinearLevels,
     StepCount,
@@ -502,7 +502,7 @@ def test_levels_survive_pickling(levels):
 def test_levels_can_be_named_in_a_configuration(levels, tmp_path):
     levels.save(tmp_path / "levels.json")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--levels", type=Levels)
+    parser.add_argument("--levels", type=ConfidenceLevels)
     parser.add_argument("--schedule", type=Schedule)
 
     def build(key, class_name, **arguments):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.benchmarks.phrase_forms import BEINGS, FORMS, THINGS, Form
-from tests.benchmarks.phrases import PARTS, agreement, form_pairs, head, measure, misses, read_pairs
+from tests.performance.phrase_forms import BEINGS, FORMS, THINGS, Form
+from tests.performance.phrases import PARTS, agreement, form_pairs, head, measure, misses, read_pairs
 
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.records import DataError, Query

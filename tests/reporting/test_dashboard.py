@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from vlm_calibration.cli import main
+from vlm_calibration.commands.dashboard import SYSTEMS, dashboard_command
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.dashboard import Section, dashboard_command, sections
+from vlm_calibration.reporting.dashboard import Section, sections
 
 from ..command_line import Ended, Server
 from ..graphql_server import ENTITY, GraphQLServer
@@ -82,7 +83,7 @@ def test_workspace_and_report_reach_the_server(
     assert urls["report"].startswith(f"{wandb_server.url}/{ENTITY}/mine/reports/Calibration--")
     assert urls["workspace"].startswith(f"{wandb_server.url}/{ENTITY}/mine?nw=")
 
-    asked = sections()
+    asked = sections(SYSTEMS)
     bank = workspace["spec"]["section"]["panelBankConfig"]["sections"]
     assert [s["name"] for s in bank] == [s.question for s in asked]
     assert [len(s["panels"]) for s in bank] == [len(s.panels) for s in asked]
@@ -117,7 +118,7 @@ def test_every_panel_shows_what_the_code_logs(
             assert _keys(panel)
             missing = _keys(panel) - logged["training"] - logged["evaluation"]
             assert not missing, panel["config"].get("chartTitle")
-    for section in sections():
+    for section in sections(SYSTEMS):
         for shown in section.panels:
             assert set(shown.keys) <= logged[section.runs], section.question
             media = shown.kind in ("figures", "table")
@@ -126,7 +127,7 @@ def test_every_panel_shows_what_the_code_logs(
 
 
 def test_what_was_asked_for_is_there(offline_runs: dict[str, OfflineRun]) -> None:
-    shown = {key for section in sections() for panel in section.panels for key in panel.keys}
+    shown = {key for section in sections(SYSTEMS) for panel in section.panels for key in panel.keys}
     for name in ("loss", "reward_margin", "reward_accuracy", "learning_rate", "grad_norm"):
         assert f"train/{name}" in shown
     for name in ("ece", "brier", "auroc", "reliability", "response_curve", "risk_coverage", "samples"):
@@ -194,7 +195,7 @@ def test_the_server_refuses(
 def test_the_library_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "vlm_calibration.reporting.dashboard_wandb", raising=False)
+    monkeypatch.delitem(sys.modules, "vlm_calibration.reporting.dashboard", raising=False)
     for name in [n for n in sys.modules if n.split(".")[0] == "wandb_workspaces"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
@@ -225,7 +226,7 @@ def test_names_that_no_system_has(systems: list[str]) -> None:
 
 
 def test_sections_are_questions() -> None:
-    found: list[Section] = sections()
+    found: list[Section] = sections(SYSTEMS)
     assert len({section.question for section in found}) == len(found)
     for section in found:
         assert "?" in section.question

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.commands.report import report
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
@@ -30,7 +31,6 @@ from vlm_calibration.metrics.functional import (
     expected_calibration_error,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report import report
 from vlm_calibration.reporting.report_bootstrap import ImageBootstrap, p_value
 from vlm_calibration.reporting.report_data import System, read_systems
 from vlm_calibration.reporting.report_examples import examples_of
@@ -389,9 +389,9 @@ def test_images_come_back_with_their_noise(
     data = PerturbedQueryDataModule(
         "src/vlm_calibration/demo/model",
         test={
-            "clean": Part(DemoSource("test", 4)),
-            "noised": Part(DemoSource("test", 4), "drawn"),
-            "shifted": Part(DemoSource("test", 4, shifted=True)),
+            "clean": EvalSplit(DemoSource("test", 4)),
+            "noised": EvalSplit(DemoSource("test", 4), "drawn"),
+            "shifted": EvalSplit(DemoSource("test", 4, shifted=True)),
         },
     )
     data.setup("test")

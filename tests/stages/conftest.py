@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
@@ -49,9 +49,9 @@ def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
             "train": DemoSource("train", scenes=3),
             "validation": DemoSource("calibration", scenes=1),
             "test": {
-                "clean": Part(DemoSource("test", scenes=2)),
-                "noised": Part(DemoSource("test", scenes=2), "drawn"),
-                "shifted": Part(DemoSource("test", scenes=1, shifted=True)),
+                "clean": EvalSplit(DemoSource("test", scenes=2)),
+                "noised": EvalSplit(DemoSource("test", scenes=2), "drawn"),
+                "shifted": EvalSplit(DemoSource("test", scenes=1, shifted=True)),
             },
             "noise": NoisePolicy(distractor_probability=0.0),
             "batch_size": 3,

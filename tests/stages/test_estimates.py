@@ -15,11 +15,11 @@ import yaml
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
-from vlm_calibration.estimators.passes import AnswerWriter
 from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.metrics import functional

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
@@ -25,8 +25,8 @@ from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.level_fit import LevelFitModule, StepCounts
 
 Data = Callable[..., PerturbedQueryDataModule]
-SWEEP = {"calibration": Part(DemoSource("calibration", scenes=4), "every_step")}
-FEW = {"calibration": Part(DemoSource("calibration", scenes=2), "every_step")}
+SWEEP = {"calibration": EvalSplit(DemoSource("calibration", scenes=4), "every_step")}
+FEW = {"calibration": EvalSplit(DemoSource("calibration", scenes=2), "every_step")}
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_nothing_is_measured_on_what_has_no_region_or_cannot_be_loaded(
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
-    parts = {"calibration": Part(Damaged("calibration", scenes=4), "every_step")}
+    parts = {"calibration": EvalSplit(Damaged("calibration", scenes=4), "every_step")}
     trainer().test(module, datamodule=data(test=parts), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
     assert list(counts) == ["yes_no"]
@@ -145,7 +145,7 @@ def test_a_step_nobody_was_asked_at_is_an_error(
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
-    parts = {"clean": Part(DemoSource("calibration", scenes=1))}
+    parts = {"clean": EvalSplit(DemoSource("calibration", scenes=1))}
     with pytest.raises(DataError, match="every_step"):
         trainer().test(module, datamodule=data(test=parts), verbose=False)
     assert not (tmp_path / "l.json").exists()
@@ -155,7 +155,7 @@ def test_a_calibration_set_is_refused_before_anything_is_loaded(
     data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     module = LevelFitModule(BaseModel("no/such-model"), str(tmp_path / "l.json"))
-    held = {"held": Part(DemoSource("calibration", scenes=1, first=50))}
+    held = {"held": EvalSplit(DemoSource("calibration", scenes=1, first=50))}
     with pytest.raises(DataError, match="data.calibration is for evaluations"):
         trainer().test(module, datamodule=data(test=SWEEP, calibration=held), verbose=False)
 

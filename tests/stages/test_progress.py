@@ -16,9 +16,9 @@ import lightning as L
 import pytest
 import yaml
 
-from vlm_calibration.callbacks.figures import CalibrationFigures, Counts
+from vlm_calibration.callbacks.figures import CalibrationFigures, ConfidenceCounts
 from vlm_calibration.callbacks.samples import SampleTable
-from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
@@ -220,9 +220,9 @@ class Stop(L.Callback):
 
 
 class Counted(CalibrationFigures):
-    """Counts what it would draw, without W&B."""
+    """ConfidenceCounts what it would draw, without W&B."""
 
-    found: dict[str, Counts]
+    found: dict[str, ConfidenceCounts]
     answers: dict[str, Any]
 
     def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
@@ -279,7 +279,7 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
 
     def queries() -> PerturbedQueryDataModule:
         source = DemoSource("calibration", scenes=2)
-        return data(calibration={"clean": Part(source), "noised": Part(source, "drawn")})
+        return data(calibration={"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn")})
 
     caplog.set_level(logging.INFO)
     plain, whole, cut = Counted(), Counted(), Counted()
@@ -337,7 +337,7 @@ def test_other_settings_start_anew(
         assert n == len(read_predictions(tmp_path / name / "one/predictions.jsonl"))
 
     other("tokens", "model.max_new_tokens", max_new_tokens=2)
-    fewer = {"clean": Part(DemoSource("test", scenes=2))}
+    fewer = {"clean": EvalSplit(DemoSource("test", scenes=2))}
     other("data", "data.test, the queries of data.test", queries=data(test=fewer))
     other("limited", "trainer.limit_test_batches", limit=1)
     weights = "adapter_model.safetensors"

@@ -22,8 +22,8 @@ from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
@@ -86,7 +86,7 @@ def test_a_setting_that_differs_is_named_with_both_sides(
 @pytest.mark.parametrize(
     "used_with",
     [
-        {"noise": NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, mistakes=1.0)},
+        {"noise": NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, wrong_answer_rate=1.0)},
         {"grading": Grading(open="ranking"), "batch_size": 1, "max_length": 9},
     ],
 )

@@ -18,14 +18,14 @@ import yaml
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptCollator
-from vlm_calibration.data.dataset import Part
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.sources.rlaif_v import RlaifVSource
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, LoadedImage, Query
@@ -130,7 +130,7 @@ def test_one_setting_grades_validation_and_evaluation(
 
     monkeypatch.setattr("vlm_calibration.stages.answering.generate_texts", said)
     source = DemoSource("test", scenes=1)
-    queries = data(validation=source, test={"": Part(source)}, grading=grading)
+    queries = data(validation=source, test={"": EvalSplit(source)}, grading=grading)
     queries.setup("fit")
     queries.setup("test")
     [validated], [tested] = queries.val_dataloader(), queries.test_dataloader()
@@ -155,7 +155,7 @@ class OpenSource(DemoSource):
 
 
 def test_a_query_with_nothing_to_rank_against_is_refused_before_anything_is_answered(data: Data) -> None:
-    parts = {"one": Part(OpenSource("test", scenes=1)), "two": Part(OpenSource("test", scenes=2))}
+    parts = {"one": EvalSplit(OpenSource("test", scenes=1)), "two": EvalSplit(OpenSource("test", scenes=2))}
     data(test={"one": parts["one"]}, grading=RANKING).setup("test")
     data(test=parts).setup("test")
     with pytest.raises(
@@ -364,8 +364,8 @@ def test_ranking_generates_nothing_to_measure_levels(
     passes: list[int] = []
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"))
     module.configure_model()
-    base_of(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
-    parts = {"calibration": Part(OpenSource("test", scenes=1), "every_step")}
+    unwrap_peft(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    parts = {"calibration": EvalSplit(OpenSource("test", scenes=1), "every_step")}
     with pytest.raises(DataError, match="open answers teach no confidence"):
         trainer().test(
             module, datamodule=data(test=parts, grading=RANKING, noise=NoisePolicy()), verbose=False

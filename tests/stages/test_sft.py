@@ -84,7 +84,7 @@ def _by_hand(
     """1/B sum_b 1/|b| sum_t -w_t log p_t, with w the row's `answer` weight or the `confidence` weight."""
     tokens = iter(log_likelihood)
     rows = []
-    for labels, stated, weight in zip(batch.labels, batch.stated, answer, strict=True):
+    for labels, stated, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
         terms = [
             -(confidence if is_stated else weight) * next(tokens)
             for label, is_stated in zip(labels.tolist(), stated.tolist(), strict=True)
@@ -122,7 +122,7 @@ def test_the_loss_weighs_as_stated(
     loss.backward()
     assert observed.found is not None
     gradient = observed.found.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
-    stated = batch.stated[:, 1:][batch.labels[:, 1:] != IGNORE]
+    stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     weights = torch.where(stated, torch.tensor(confidence), torch.tensor(answer)[observed.found.rows])
     assert torch.equal(gradient > 0, weights > 0)
 
@@ -142,7 +142,7 @@ def test_without_weight_the_confidence_teaches_nothing(
     observed.loss(batch).backward()
     assert observed.found is not None
     gradient = observed.found.logits.grad
-    stated = batch.stated[:, 1:][batch.labels[:, 1:] != IGNORE]
+    stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     assert gradient is not None
     assert gradient[stated].abs().max() == 0
     assert gradient[~stated].abs().amax(dim=-1).min() > 0
@@ -336,30 +336,30 @@ def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
     by_hand = _by_hand(batch, observed.log_likelihood, [1.0, 0.0, 1.0], 1.0)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert observed.found is not None
-    right = ~batch.stated_labels & (observed.found.rows != 1)
+    right = ~batch.label_confidence_mask & (observed.found.rows != 1)
     likelihood = torch.tensor(observed.log_likelihood)
     assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4)
     observed.loss(batch._replace(right=torch.tensor([False] * 3))).backward()
     gradient = observed.found.logits.grad
     assert gradient is not None
-    assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.stated_labels)
+    assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.label_confidence_mask)
     assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4), (
         "nothing new to log"
     )
 
 
 def test_the_batch_says_which_answers_are_wrong(model_folder: str, data: Data) -> None:
-    queries = data(noise=NoisePolicy(mistakes=1.0, level_weights=[0.0] * 5 + [1.0] + [0.0] * 5))
+    queries = data(noise=NoisePolicy(wrong_answer_rate=1.0, level_weights=[0.0] * 5 + [1.0] + [0.0] * 5))
     queries.setup("fit")
     loader = queries.train_dataloader()
     samples = {s.query.id: s for s in (loader.dataset[0, i] for i in range(9))}
     found = []
     for batch in loader:
-        found += batch.right.tolist()
+        found += batch.is_correct.tolist()
         for row, query in enumerate(batch.queries):
             sample = samples[query.id]
-            assert batch.right[row] == (sample.mistake is None)
-            answer = batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.stated[row]]
+            assert batch.is_correct[row] == (sample.wrong_answer is None)
+            answer = batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.confidence_mask[row]]
             said = queries.processor.tokenizer.decode(answer).strip()
             assert said == render_answer(sample.answer)
     assert set(found) == {True, False}

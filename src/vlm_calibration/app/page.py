@@ -13,10 +13,9 @@ from typing import Any
 import gradio as gr
 
 from vlm_calibration.app import view
-from vlm_calibration.app.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.app.serve import MAX_UPLOAD
 from vlm_calibration.app.subject import (
     DRAWN,
+    MAX_UPLOAD,
     WHOLE,
     KeyObjectFinder,
     Subject,
@@ -28,6 +27,7 @@ from vlm_calibration.app.subject import (
 )
 from vlm_calibration.app.widgets import SIDE, complaints, marker, object_choice, scene_strip
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 
@@ -37,7 +37,7 @@ LATEST = {**QUIET, "trigger_mode": "always_last"}
 _LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all that it might have stated.</p>'
 
 
-class Desk:
+class PageHandlers:
     """What the page's events come to. It holds the models and nothing of any visitor.
 
     Args:
@@ -143,7 +143,7 @@ class Desk:
         return f'<iframe class="report" title="Report" sandbox="allow-scripts" srcdoc="{content}"></iframe>'
 
 
-def build_page(desk: Desk) -> gr.Blocks:
+def build_page(desk: PageHandlers) -> gr.Blocks:
     """The page of a desk, not yet served."""
     with gr.Blocks(
         title="vlm-calibration", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
@@ -165,7 +165,7 @@ def _shown(name: str) -> str:
     return name.replace(str(DEMO_MODEL), "the demo's model").replace(f"{Path.cwd()}/", "")
 
 
-def _ask_tab(page: gr.Blocks, desk: Desk) -> None:
+def _ask_tab(page: gr.Blocks, desk: PageHandlers) -> None:
     first = demo_subject(0)
     subject = gr.State(first, time_to_live=3600)
     curves = gr.State(None, time_to_live=3600)

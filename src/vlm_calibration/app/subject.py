@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm_calibration.app.pixels import pixels_of
 from vlm_calibration.demo.questions import scene_queries, scene_seed
 from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.inference.pixels import pixels_of
 from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.describer import Describer
@@ -22,6 +22,8 @@ from vlm_calibration.regions.detector import Detector
 from vlm_calibration.regions.segmenter import Segmenter
 
 DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
+MAX_UPLOAD = 20 << 20
+"""Bytes of a file that may be sent."""
 MAX_PIXELS = 50_000_000
 """Of an uploaded image; a camera's photograph has 12 to 48 million."""
 LARGEST_SIDE = 2048

@@ -14,8 +14,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from vlm_calibration.app.answers import Answer
-from vlm_calibration.app.model import BASE, CALIBRATED
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED
 from vlm_calibration.metrics.figures import BLUE, ORANGE
 
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}

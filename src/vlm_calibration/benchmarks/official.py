@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 OFFICIAL = "official"
 
 
-class Counts(Protocol):
+class OfficialCounts(Protocol):
     """What is counted of answers, enough for a benchmark's scores."""
 
     def __add__(self, other: Self, /) -> Self:
@@ -22,7 +22,7 @@ class Counts(Protocol):
         ...
 
 
-def official_scores(parts: Mapping[str, Counts]) -> dict[str, float]:
+def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
     """The scores of one or several sets of questions by flat names.
 
     Args:

@@ -12,16 +12,16 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor
 
-from vlm_calibration.callbacks.guard import BeforeAndAfter
+from vlm_calibration.callbacks.before_after import BeforeAfterCheck
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import replacing
 from vlm_calibration.models.base import ADAPTER
-from vlm_calibration.models.sharding import whole_weights
-from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
+from vlm_calibration.models.sharding import full_state_dict
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
-from vlm_calibration.stages.preference import DPOModule
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
 
@@ -61,7 +61,7 @@ class AdapterWriter(L.Callback):
 
     def weights(self, module: L.LightningModule) -> dict[str, Tensor] | None:
         """What `write` needs of a sharded model; every process must call it."""
-        return whole_weights(cast(Any, module).model)
+        return full_state_dict(cast(Any, module).model)
 
     def write(
         self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: dict[str, Tensor] | None
@@ -85,7 +85,7 @@ class AdapterWriter(L.Callback):
     def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
         """What there is to say about the adapter that was trained."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        guards = [c for c in trainer.callbacks if isinstance(c, BeforeAndAfter)]  # type: ignore[attr-defined]
+        guards = [c for c in trainer.callbacks if isinstance(c, BeforeAfterCheck)]  # type: ignore[attr-defined]
         found = {"before": guards[0].before if guards else None, "after": self.results}
         trained = cast(Any, module)
         return Card(
@@ -159,7 +159,7 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
     return parts
 
 
-def _taught(levels: Levels) -> dict[str, list[list[float]]]:
+def _taught(levels: ConfidenceLevels) -> dict[str, list[list[float]]]:
     """Answer type -> the confidence in [0, 1] that is stated at each of the levels' noise steps."""
     kinds = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
     return {kind: [[step, levels.confidence(step, kind)] for step in levels.steps] for kind in kinds}

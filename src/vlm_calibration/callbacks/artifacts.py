@@ -23,8 +23,8 @@ from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import Query
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.preference import DPOModule
 from vlm_calibration.stages.sft import SFTModule
 
 STAGES = {SFTModule: "sft", DPOModule: "dpo", EvaluationModule: "evaluation"}
@@ -184,11 +184,11 @@ def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
     return {
         "sources": [f"{constructed(part.source)}, noise: {part.noise}" for part in dataset.parts.values()],
         "queries": len(dataset),
-        "fingerprint": fingerprint(dataset.queries),
+        "fingerprint": data_digest(dataset.queries),
     }
 
 
-def fingerprint(queries: Sequence[Query], most: int = 50_000) -> str:
+def data_digest(queries: Sequence[Query], most: int = 50_000) -> str:
     """SHA-256 over what the records say, in their order; images count by name, not by content.
 
     Args:

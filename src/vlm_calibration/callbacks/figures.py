@@ -9,10 +9,10 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
+from vlm_calibration.callbacks.distributed import all_gather
 from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.callbacks.media import data_table, drawing
 from vlm_calibration.callbacks.predictions import PredictionWriter
-from vlm_calibration.callbacks.processes import of_all
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.metrics.figures import reliability_diagram, response_curve, risk_coverage_figure
@@ -26,7 +26,7 @@ Answers = Mapping[str, Sequence[Prediction]]
 
 
 @dataclass
-class Counts:
+class ConfidenceCounts:
     """Answers of one system: all of them, and those to queries that were noised, by the step of the noise."""
 
     table: ConfidenceTable = field(default_factory=ConfidenceTable.empty)
@@ -41,9 +41,9 @@ class Counts:
             table = ConfidenceTable.from_predictions(
                 [p.confidence for p in found], [p.correct for p in found]
             )
-            self.add(Counts(table, {} if step is None else {step: table}))
+            self.add(ConfidenceCounts(table, {} if step is None else {step: table}))
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: ConfidenceCounts) -> None:
         self.table = self.table + other.table
         for step, table in other.steps.items():
             self.steps[step] = self.steps[step] + table if step in self.steps else table
@@ -68,7 +68,7 @@ class CalibrationFigures(L.Callback):
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = samples
-        self._counts: dict[str, Counts] = {}
+        self._counts: dict[str, ConfidenceCounts] = {}
         self._table: SampleTable | None = None
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -117,16 +117,16 @@ class CalibrationFigures(L.Callback):
         if self._table is None:
             return
         for system, predictions in answers.items():
-            self._counts.setdefault(system, Counts()).update(predictions, self._table.dataset)
+            self._counts.setdefault(system, ConfidenceCounts()).update(predictions, self._table.dataset)
             self._table.update(system, predictions)
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Mapping[str, Any] | None = None) -> None:
         if self._table is None:
             return
-        counts: dict[str, Counts] = {}
-        for part in of_all(trainer, self._counts):
+        counts: dict[str, ConfidenceCounts] = {}
+        for part in all_gather(trainer, self._counts):
             for system, found in part.items():
-                counts.setdefault(system, Counts()).add(found)
+                counts.setdefault(system, ConfidenceCounts()).add(found)
         logger = wandb_logger(trainer)
         if logger is None:
             return
@@ -141,7 +141,7 @@ class CalibrationFigures(L.Callback):
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
 
 
-def media_of(counts: Counts) -> dict[str, Any]:
+def media_of(counts: ConfidenceCounts) -> dict[str, Any]:
     """The figures and tables of one system, by name."""
     media: dict[str, Any] = {
         "reliability": drawing(reliability_diagram(counts.table)),

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from vlm_calibration.callbacks.login import PROJECT, logged_in
 from vlm_calibration.files import writing
+from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from vlm_calibration.benchmarks.files import some
-from vlm_calibration.benchmarks.official import Counts, official_scores
+from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
 from vlm_calibration.callbacks.predictions import PredictionWriter, system_folder
-from vlm_calibration.data.dataset import Part, named
+from vlm_calibration.data.dataset import EvalSplit, named
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.files import json_number, write_json, write_rows
@@ -52,7 +52,7 @@ class OfficialScores(L.Callback):
         trainer.strategy.barrier("official scores")
 
 
-def benchmark_parts(test: Mapping[str, Part]) -> dict[str, BenchmarkSource]:
+def benchmark_parts(test: Mapping[str, EvalSplit]) -> dict[str, BenchmarkSource]:
     """The parts of an evaluation that a benchmark's own rules apply to, by name."""
     return {
         name: part.source
@@ -64,7 +64,7 @@ def benchmark_parts(test: Mapping[str, Part]) -> dict[str, BenchmarkSource]:
 def _score(folder: Path, parts: Mapping[str, BenchmarkSource]) -> dict[str, float]:
     """Score one system's predictions and write the files into its folder."""
     given = {p.id: (p.text, p.confidence) for p in read_predictions(folder / "predictions.jsonl")}
-    counts: dict[str, Counts] = {}
+    counts: dict[str, OfficialCounts] = {}
     for name, source in parts.items():
         ids = [named(query, name).id for query in source.queries()]
         if missing := [i for i in ids if i not in given]:

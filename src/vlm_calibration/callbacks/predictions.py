@@ -11,9 +11,9 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.fingerprint import fingerprint
-from vlm_calibration.callbacks.processes import from_first
-from vlm_calibration.callbacks.progress import Answered, Before, Progress
+from vlm_calibration.callbacks.progress import Answered, Progress, ResumeState
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import append, json_number, replacing, write_json, writing
@@ -37,7 +37,7 @@ class PredictionWriter(L.Callback):
         self._open: dict[str, FileIO] = {}
         self._progress: Progress | None = None
         self._decisive: dict[str, str] = {}
-        self._before = Before(False, [], "")
+        self._before = ResumeState(False, [], "")
         self._done = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -49,10 +49,12 @@ class PredictionWriter(L.Callback):
         self._progress, self._done = None, False
         if stage == "test":
             self._progress = Progress(folder, trainer.global_rank)
-            self._before = from_first(trainer, lambda: self._find(trainer, cast(EvaluationModule, pl_module)))
+            self._before = broadcast_from_first(
+                trainer, lambda: self._find(trainer, cast(EvaluationModule, pl_module))
+            )
             _data(trainer).leave_out_answered(self._before.places)
 
-    def _find(self, trainer: L.Trainer, module: EvaluationModule) -> Before:
+    def _find(self, trainer: L.Trainer, module: EvaluationModule) -> ResumeState:
         assert self._progress is not None
         data = _data(trainer)
         self._decisive = fingerprint(trainer, module, data)
@@ -68,7 +70,7 @@ class PredictionWriter(L.Callback):
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin, or go on, now that the model is loaded and nothing stands against it."""
         # The other processes wait: their files may be cleared away.
-        from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
+        broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
     def _begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         assert self._progress is not None

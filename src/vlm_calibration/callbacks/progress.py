@@ -32,7 +32,7 @@ class Answered(NamedTuple):
     passes: Passes
 
 
-class Before(NamedTuple):
+class ResumeState(NamedTuple):
     """What an earlier run leaves to this one.
 
     goes_on: whether its answers count. places: of the queries that it answered. message: what to tell the user, if anything.
@@ -56,7 +56,7 @@ class Progress:
         self._file: FileIO | None = None
         self._ends: dict[Path, int] = {}
 
-    def find(self, decisive: dict[str, str], total: int, *, whole: bool = True) -> Before:
+    def find(self, decisive: dict[str, str], total: int, *, whole: bool = True) -> ResumeState:
         """Find out what was answered before.
 
         Args:
@@ -69,11 +69,11 @@ class Progress:
         self._ends = {}
         header = self._header()
         if header is None:
-            return Before(False, [], "")
+            return ResumeState(False, [], "")
         changed = [name for name in {**decisive, **header} if decisive.get(name) != header.get(name)]
         if changed or not whole:
             reason = f"changed: {', '.join(changed)}" if changed else "trainer.limit_test_batches is set"
-            return Before(
+            return ResumeState(
                 False, [], f"{self.folder}: the evaluation that ended early here starts anew; {reason}"
             )
         self._ends = {path: _end(path) for path in self._files()}
@@ -84,7 +84,7 @@ class Progress:
                 f"{HEADER}, and the evaluation starts anew"
             )
         message = f"{self.folder}: goes on: {len(places)} of {total} queries were answered before"
-        return Before(True, places, message if places else "")
+        return ResumeState(True, places, message if places else "")
 
     def begin(self, decisive: dict[str, str], *, anew: bool) -> None:
         """Be ready for answers; for the first process, and before any of them answers."""

@@ -15,8 +15,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
+from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
-from vlm_calibration.callbacks.processes import from_first
 from vlm_calibration.files import remove, replacing
 from vlm_calibration.records import DataError
 
@@ -65,7 +65,7 @@ class SaveRunConfig(SaveConfigCallback):
         if self.already_saved:
             return
         self.already_saved = True
-        from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
+        broadcast_from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.waiting = False

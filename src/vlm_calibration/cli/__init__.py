@@ -13,24 +13,11 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_calibration.arguments import did_you_mean
+from vlm_calibration.cli.errors import CommandError, one_line
 from vlm_calibration.records import DataError
-
-if TYPE_CHECKING:
-    from vlm_calibration.cli.lightning_cli import CalibrationCLI, ParsedCLI, SaveRunConfig
-
-__all__ = [
-    "COMMANDS",
-    "CalibrationCLI",
-    "CommandError",
-    "ParsedCLI",
-    "SaveRunConfig",
-    "main",
-    "one_line",
-    "usage",
-]
 
 LIGHTNING = "vlm_calibration.cli.lightning_cli"
 TRAINER = f"{LIGHTNING}:lightning_command"
@@ -44,28 +31,28 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "`levels fit`: measure what anchored levels teach",
     ),
     "score": (
-        "vlm_calibration.reporting.score:score_command",
+        "vlm_calibration.commands.score:score_command",
         "a file of answers: POPE, AMBER or predictions",
     ),
     "report": (
-        "vlm_calibration.reporting.report:report_command",
+        "vlm_calibration.commands.report:report_command",
         "a page on whether confidence can be trusted",
     ),
-    "app": ("vlm_calibration.app.serve:app_command", "a web page to try the models in, on this machine"),
-    "ask": ("vlm_calibration.app.ask:ask_command", "one question about an image, or many from a file"),
+    "app": ("vlm_calibration.commands.app:app_command", "a web page to try the models in, on this machine"),
+    "ask": ("vlm_calibration.commands.ask:ask_command", "one question about an image, or many from a file"),
     "export": (
-        "vlm_calibration.reporting.export:export_command",
+        "vlm_calibration.commands.export:export_command",
         "an adapter with its card, or merged into its base",
     ),
     "dashboard": (
-        "vlm_calibration.reporting.dashboard:dashboard_command",
+        "vlm_calibration.commands.dashboard:dashboard_command",
         "a workspace and a report in W&B, as code",
     ),
     "data": (
         "vlm_calibration.cli.configured:data_command",
         "`data inspect`: what is in the sources of a configuration",
     ),
-    "estimate": (
+    "estimate-memory": (
         "vlm_calibration.cli.configured:estimate_command",
         "the memory that `fit` takes with the same settings [--tokens N]",
     ),
@@ -76,21 +63,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name of a command -> the function that runs it, as module:function, and what it does. It is called with the arguments
 behind the name; LightningCLI reads the name as well."""
-
-
-class CommandError(Exception):
-    """The end of a command in good order: one line for the user, none if it is empty, and the exit status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("CalibrationCLI", "ParsedCLI", "SaveRunConfig"):
-        return getattr(import_module(LIGHTNING), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def usage() -> str:
@@ -135,16 +107,6 @@ def _function(target: str) -> Callable[[Sequence[str]], Any]:
     module, _, name = target.partition(":")
     function: Callable[[Sequence[str]], Any] = getattr(import_module(module), name)
     return function
-
-
-def one_line(error: BaseException) -> str:
-    """The message without the traceback that a data worker's error carries with it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if lines[0].startswith("Caught ") and "Traceback" in str(error):
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines)
 
 
 def _fail(message: str, status: int) -> int:

@@ -12,7 +12,7 @@ from vlm_calibration.cli import COMMANDS, TRAINER
 
 STAGES = (
     "vlm_calibration.stages.sft:SFTModule",
-    "vlm_calibration.stages.preference:DPOModule",
+    "vlm_calibration.stages.dpo:DPOModule",
     "vlm_calibration.stages.evaluation:EvaluationModule",
     "vlm_calibration.stages.level_fit:LevelFitModule",
     "vlm_calibration.stages.regions:RegionExtractor",

@@ -51,7 +51,7 @@ def levels_command(args: Sequence[str]) -> None:
 def estimate_parser() -> Parser:
     """The parser of `estimate`; other settings than it knows are those of `fit`."""
     parser = Parser(
-        "vlm-calibration estimate",
+        "vlm-calibration estimate-memory",
         parents=[_tokens_parser()],
         description="Estimate the GPU memory that `fit` takes with the same settings; needs neither a GPU nor the weights.",
         epilog="Every setting of `fit` may follow: `vlm-calibration fit --help` lists them.",
@@ -61,7 +61,7 @@ def estimate_parser() -> Parser:
 
 
 def _tokens_parser() -> Parser:
-    parser = Parser("vlm-calibration estimate", add_help=False)
+    parser = Parser("vlm-calibration estimate-memory", add_help=False)
     parser.add_argument(
         "--tokens",
         type=positive,
@@ -82,7 +82,7 @@ def estimate_command(args: Sequence[str]) -> None:
         # What is left is in the order given: later settings count.
         own, rest = _tokens_parser().parse_known_args(args)
     from vlm_calibration.cli.lightning_cli import parsed_fit
-    from vlm_calibration.reporting.memory import print_memory
+    from vlm_calibration.commands.estimate_memory import print_memory
 
     print_memory(parsed_fit(rest), own.tokens)
 
@@ -120,7 +120,7 @@ def data_command(args: Sequence[str]) -> None:
         own, rest = parser.parse_known_args(args)
         if not (own.config or rest):
             parser.error("data inspect: nothing to inspect: give --config FILE")
-    from vlm_calibration.reporting.inspect import inspect_data
+    from vlm_calibration.commands.inspect import inspect_data
 
     inspect_data([Path(path) for path in own.config], rest, own.sample)
 

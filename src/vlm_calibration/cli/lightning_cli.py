@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from vlm_calibration.arguments import explained
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
-from vlm_calibration.cli import CommandError, one_line
+from vlm_calibration.cli.errors import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.records import DataError
 

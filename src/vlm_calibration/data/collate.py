@@ -29,31 +29,31 @@ class SFTBatch(NamedTuple):
 
     inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if there is
         no sample, or every one was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
-    stated: bool [B, L], where a label belongs to the confidence and not to the answer.
-    confidence: float32 [B], the confidence to state. right: bool [B], whether the response gives the gold answer.
+    confidence_mask: bool [B, L], where a label belongs to the confidence and not to the answer.
+    confidence: float32 [B], the confidence to state. is_correct: bool [B], whether the response gives the gold answer.
     queries: B of them. skipped: ids of samples that were too long.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    stated: torch.Tensor
+    confidence_mask: torch.Tensor
     confidence: torch.Tensor
-    right: torch.Tensor
+    is_correct: torch.Tensor
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
 
     @property
-    def stated_labels(self) -> torch.Tensor:
+    def label_confidence_mask(self) -> torch.Tensor:
         """Whether each of the N label tokens belongs to the confidence, bool [N], in the order of the labels."""
-        return self.stated[self.labels != IGNORE]
+        return self.confidence_mask[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
         return self._replace(
             inputs=move(self.inputs, device),
             labels=self.labels.to(device),
-            stated=self.stated.to(device),
+            confidence_mask=self.confidence_mask.to(device),
             confidence=self.confidence.to(device),
-            right=self.right.to(device),
+            is_correct=self.is_correct.to(device),
         )
 
 
@@ -232,7 +232,7 @@ class SFTCollator:
         if skipped:
             return self(fit)._replace(skipped=skipped)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
-        stated = torch.zeros(labels.shape, dtype=torch.bool)
+        confidence_mask = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
             start = length - len(response)
             ids = torch.tensor(response)
@@ -245,13 +245,13 @@ class SFTCollator:
                 inputs["token_type_ids"][row, start:length] = self.chat.layout.response_type
             kept = self.chat.through_end(response, answer_length)
             labels[row, start : start + kept] = ids[:kept]
-            stated[row, start + answer_length : start + kept] = True
+            confidence_mask[row, start + answer_length : start + kept] = True
         return SFTBatch(
             inputs,
             labels,
-            stated,
+            confidence_mask,
             torch.tensor([s.confidence for s in samples], dtype=torch.float32),
-            torch.tensor([s.mistake is None for s in samples]),
+            torch.tensor([s.wrong_answer is None for s in samples]),
             tuple(s.query for s in samples),
             (),
         )

@@ -18,7 +18,7 @@ from vlm_calibration.text.labels import denies
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalSplit:
     """A named part of an evaluation.
 
     Args:
@@ -52,7 +52,7 @@ class _Section:
     """The queries of one part that are asked, each at every one of `steps`."""
 
     name: str
-    part: Part
+    part: EvalSplit
     selection: Selection
     steps: Sequence[int | None]
 
@@ -82,7 +82,7 @@ class PerturbedQueries(Dataset[Sample]):
 
     def __init__(
         self,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, EvalSplit],
         policy: NoisePolicy,
         image_processor: Any,
         check: Callable[[Query, Sequence[str]], None] = lambda query, wrong: None,
@@ -119,7 +119,7 @@ class PerturbedQueries(Dataset[Sample]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _item(self, index: int) -> tuple[Part, Query, int | None]:
+    def _item(self, index: int) -> tuple[EvalSplit, Query, int | None]:
         which = next(i for i, end in enumerate(self._ends) if index < end)
         section = self._sections[which]
         query, step = section.item(index - (self._ends[which] - len(section)))
@@ -165,7 +165,7 @@ class PerturbedQueries(Dataset[Sample]):
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped
 
-    def _section(self, name: str, part: Part) -> _Section:
+    def _section(self, name: str, part: EvalSplit) -> _Section:
         where = f"{self.where}.{name}" if name else self.where
         policy = None if part.noise == "none" else self.policy
         selection = select(part.source, policy, self._check, where)

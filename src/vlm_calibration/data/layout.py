@@ -60,7 +60,7 @@ def layout_of(processor: Any) -> Layout:
     return TemplateLayout(processor)
 
 
-class Turn(NamedTuple):
+class TemplateOffsets(NamedTuple):
     """Where a template's conversation is not to be taken as it is, in characters.
 
     prompted: with which the prompt ends and the conversation does not go on. begun: with which it goes on instead. tail:
@@ -101,12 +101,12 @@ class TemplateLayout:
         )
 
     @cached_property
-    def _turn(self) -> Turn:
+    def _turn(self) -> TemplateOffsets:
         asked, answered = self._apply(QUESTION, None), self._apply(QUESTION, RESPONSE)
         shared = common_prefix(asked, answered)
         start = answered.rfind(RESPONSE)
         if start < 0:  # rewritten by the template, so nothing is known of what is around it
-            return Turn(0, 0, None)
+            return TemplateOffsets(0, 0, None)
         if QUESTION in answered[shared:]:
             raise DataError(
                 f"the chat template of {type(self.processor).__name__} writes a question in one way where it asks for an "
@@ -115,7 +115,7 @@ class TemplateLayout:
         # Of a prompt that the conversation continues nothing is replaced.
         begun = start - shared if shared < len(asked) else 0
         tail = answered[start + len(RESPONSE) :]
-        return Turn(len(asked) - shared, begun, None if tail.strip() else len(tail))
+        return TemplateOffsets(len(asked) - shared, begun, None if tail.strip() else len(tail))
 
     def adds_special(self, text: str) -> bool:
         # Many templates write the begin-of-sequence token themselves; it must not come twice.

@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
-from vlm_calibration.data.dataset import Part, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
 from vlm_calibration.data.raw import RawBatches, shard_count
 from vlm_calibration.data.resolution import check_resolution
-from vlm_calibration.data.sampling import EpochSampler, Place
+from vlm_calibration.data.sampling import DataPosition, EpochSampler
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError
@@ -59,8 +59,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: str | None = None,
         train: QuerySource | None = None,
         validation: QuerySource | None = None,
-        test: dict[str, Part] | None = None,
-        calibration: dict[str, Part] | None = None,
+        test: dict[str, EvalSplit] | None = None,
+        calibration: dict[str, EvalSplit] | None = None,
         predict: QuerySource | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
         pairs: PairPolicy | None = None,
@@ -104,7 +104,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._sets: dict[str, PerturbedQueries] = {}
         self._logs: dict[str, LoadingLog] = {}
-        self._place: Place | None = None
+        self._place: DataPosition | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: frozenset[int] = frozenset()
         self._asked: dict[str, list[int]] = {}
@@ -126,14 +126,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the records that this stage needs, so that a bad one stops the run before anything is trained."""
-        wanted: dict[str, dict[str, Part]] = {}
+        wanted: dict[str, dict[str, EvalSplit]] = {}
         if stage == "predict":
             _required(self.predict, "predict").queries()
             return
         if stage == "fit":
-            wanted["train"] = {"": Part(_required(self.train, "train"), noise="drawn")}
+            wanted["train"] = {"": EvalSplit(_required(self.train, "train"), noise="drawn")}
         if stage in ("fit", "validate") and self.validation is not None:
-            wanted["validation"] = {"": Part(self.validation, noise="drawn")}
+            wanted["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
         if stage == "validate":
             _required(self.validation, "validation")
         if stage == "test":
@@ -242,15 +242,15 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return PairCollator(self.chat, self.noise.levels, self.pairs, self.max_length, self.on_too_long)
 
     def state_dict(self) -> dict[str, int]:
-        """The `Place` behind the batches that have been trained on."""
+        """The `DataPosition` behind the batches that have been trained on."""
         if self.trainer is None or "train" not in self._sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batch = divmod(trained, max(1, int(self.trainer.num_training_batches)))
-        return Place(epoch, batch, *self._shape())._asdict()
+        return DataPosition(epoch, batch, *self._shape())._asdict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._place = Place(**state_dict)
+        self._place = DataPosition(**state_dict)
 
     def _shape(self) -> tuple[int, int]:
         """Queries of an epoch and of a batch of all processes."""
@@ -311,7 +311,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
 
-def _check_ranking(parts: Mapping[str, Part]) -> None:
+def _check_ranking(parts: Mapping[str, EvalSplit]) -> None:
     """Refuse open queries that there is nothing to rank against, before any is asked."""
     for part in parts.values():
         for query in part.source.queries():
@@ -322,7 +322,7 @@ def _check_ranking(parts: Mapping[str, Part]) -> None:
                 )
 
 
-def _check_apart(calibration: Mapping[str, Part], test: Mapping[str, Part]) -> None:
+def _check_apart(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
     """Refuse a calibration set that shares an image with the test set.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm_calibration.data.resolution import model_resolution, resize_to_model
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.levels import Levels, LinearLevels
+from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.regions import choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
     image: uint8 [H, W, 3], of the size that the policy names where it is noised, else as in the file. confidence: what to
     state, in [0, 1]. step: diffusion step of the noise on the evidence; 0 where the evidence is intact. epoch: in which this
-    is. mistake: a wrong answer that the response gives in place of the gold one, if any. wrong: answers that would be wrong.
+    is. wrong_answer: a wrong answer that the response gives in place of the gold one, if any. wrong: answers that would be wrong.
     """
 
     query: Query
@@ -35,13 +35,13 @@ class Sample(NamedTuple):
     confidence: float
     step: int
     epoch: int = 0
-    mistake: str | None = None
+    wrong_answer: str | None = None
     wrong: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
         """The answer that the response gives."""
-        return self.query.answer if self.mistake is None else self.mistake
+        return self.query.answer if self.wrong_answer is None else self.wrong_answer
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class NoisePolicy:
         resolution: noise at the size the model sees ("model"), or that of the file ("native", the paper's reading).
         shape: noise the object's pixels ("mask") or its bounding box ("box", which hides the silhouette).
         dilate: grow the region in each direction, by this fraction of the longer side of its bounding box.
-        mistakes: how often the response to be trained gives a wrong answer, in [0, 1] times how often the stated
+        wrong_answer_rate: how often the response to be trained gives a wrong answer, in [0, 1] times how often the stated
             confidence says that it is wrong. With 1, a response that states c is right with probability c, as the
             model's own will be; with 0 the confidence follows on the gold answer alone, and a model learns to be sure
             of whatever it names. Wrong answers themselves are not taught. A source may know no wrong answer to a query.
         seed: of all of the above.
     """
 
-    levels: Levels = field(default_factory=LinearLevels)
+    levels: ConfidenceLevels = field(default_factory=LinearLevels)
     schedule: Schedule = field(default_factory=CosineSchedule)
     level_weights: list[float] | None = None
     clean_fraction: float = 0.0
@@ -82,11 +82,11 @@ class NoisePolicy:
     resolution: Literal["model", "native"] = "model"
     shape: Literal["mask", "box"] = "mask"
     dilate: float = 0.0
-    mistakes: float = 0.0
+    wrong_answer_rate: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("clean_fraction", "distractor_probability", "mistakes"):
+        for name in ("clean_fraction", "distractor_probability", "wrong_answer_rate"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
@@ -170,15 +170,15 @@ def perturb_query(
         )
     evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
     confidence = policy.levels.confidence(evidence_step, query.answer_type)
-    mistake = _mistake(query, confidence, policy, epoch, wrong) if wrong else None
-    return Sample(query, image, confidence, evidence_step, epoch, mistake, tuple(wrong))
+    wrong_answer = _wrong_answer(query, confidence, policy, epoch, wrong) if wrong else None
+    return Sample(query, image, confidence, evidence_step, epoch, wrong_answer, tuple(wrong))
 
 
-def _mistake(
+def _wrong_answer(
     query: Query, confidence: float, policy: NoisePolicy, epoch: int, wrong: Sequence[str]
 ) -> str | None:
     """The wrong answer that the response to this query gives in this epoch, if it gives one."""
     rng = query_rng(policy.seed, epoch, query.id, "mistake")
-    if rng.random() >= policy.mistakes * (1.0 - confidence):
+    if rng.random() >= policy.wrong_answer_rate * (1.0 - confidence):
         return None
     return wrong[int(rng.integers(len(wrong)))]

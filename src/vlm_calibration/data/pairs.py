@@ -26,7 +26,7 @@ from vlm_calibration.data.collate import (
 )
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.data.noise import Sample, query_rng
-from vlm_calibration.perturbation.levels import Levels
+from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 
@@ -99,7 +99,7 @@ class PairBatch(NamedTuple):
     inputs: what the model's forward takes, padded on the right; empty if there is no sample, or every one was too long. lengths: int64 [B],
     tokens of each prompt before its responses. candidates: for each query one response a level, in falling order of
     confidence, then the same with a wrong answer where pairs have one. levels: for each query the confidence that its noise
-    earns. right: whether the responses give the gold answer. epochs: in which each is seen. skipped: ids of samples that
+    earns. is_correct: whether the responses give the gold answer. epochs: in which each is seen. skipped: ids of samples that
     were too long.
     """
 
@@ -107,7 +107,7 @@ class PairBatch(NamedTuple):
     lengths: torch.Tensor
     candidates: tuple[tuple[Candidate, ...], ...]
     levels: tuple[float, ...]
-    right: tuple[bool, ...]
+    is_correct: tuple[bool, ...]
     epochs: tuple[int, ...]
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
@@ -116,7 +116,7 @@ class PairBatch(NamedTuple):
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))
 
 
-def stated_levels(levels: Levels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
+def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
     """The confidences that are stated for this type of answer, highest first.
 
     Args:
@@ -175,7 +175,7 @@ class PairCollator:
     def __init__(
         self,
         chat: ChatFormat,
-        levels: Levels,
+        levels: ConfidenceLevels,
         policy: PairPolicy,
         max_length: int,
         on_too_long: TooLong = "raise",
@@ -205,7 +205,7 @@ class PairCollator:
             lengths,
             tuple(candidates for _, candidates in found),
             tuple(s.confidence for s in samples),
-            tuple(s.mistake is None for s in samples),
+            tuple(s.wrong_answer is None for s in samples),
             tuple(s.epoch for s in samples),
             tuple(s.query for s in samples),
             (),
@@ -216,7 +216,7 @@ class PairCollator:
         self.chat.check(sample.query, [sample.answer, *wrong])
         answers = [sample.answer]
         # A response that is wrong already is not preferred over another wrong one.
-        if wrong and sample.mistake is None:
+        if wrong and sample.wrong_answer is None:
             rng = query_rng(self.policy.seed, sample.epoch, sample.query.id, "wrong")
             answers.append(wrong[int(rng.integers(len(wrong)))])
         return self.candidates(sample.query, answers)

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 
-class Place(NamedTuple):
+class DataPosition(NamedTuple):
     """A place in the training data: behind `batch` batches of epoch `epoch`.
 
     queries: how many an epoch has. batch_size: queries a batch, of all processes together.

@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
+from vlm_calibration.estimators.answer_scoring import AnswerWriter, ResponsePass, right_padded, score_answers
 from vlm_calibration.estimators.cached import PromptCache
-from vlm_calibration.estimators.passes import AnswerWriter, ResponsePass, right_padded, score_answers
 from vlm_calibration.models.shared_prefix import Prompts
-from vlm_calibration.perturbation.levels import Levels
+from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import strip_confidence
 
@@ -88,7 +88,7 @@ class Estimator(ABC):
     """
 
     name: ClassVar[str]
-    levels: Sequence[Levels] = ()
+    levels: Sequence[ConfidenceLevels] = ()
 
     @abstractmethod
     def estimate(self, answered: AnsweredBatch) -> Estimate:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlm_calibration.models.forward import base_of, logits_at
+from vlm_calibration.models.forward import logits_at, unwrap_peft
 from vlm_calibration.models.shared_prefix import (
     Prompts,
     Responses,
@@ -84,7 +84,7 @@ def remembered(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | No
 
 def reads_both_ways(model: Any) -> bool:
     """Whether a token of the prompt sees those behind it, so that a prompt of which something is cut off is another one."""
-    return base_of(model).config.model_type.startswith("paligemma")
+    return unwrap_peft(model).config.model_type.startswith("paligemma")
 
 
 def score_cached(
@@ -113,7 +113,7 @@ def score_cached(
     if bool(torch.isin(tree.ids[:, 0], _image_tokens(model, tree.ids)).any()):
         return None  # which is not read as a token
     hook = partial(_place, known=known, tree=tree)
-    handle = base_of(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     inputs = {
         "input_ids": tree.ids,
         "attention_mask": known.mask.new_ones(len(tree.ids), held + tree.ids.shape[1]),
@@ -189,7 +189,7 @@ def _seen(parent: Tensor) -> Tensor:
 
 
 def _image_tokens(model: Any, like: Tensor) -> Tensor:
-    config = base_of(model).config
+    config = unwrap_peft(model).config
     ids = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}
     return like.new_tensor([i for i in ids if i is not None])
 

@@ -8,7 +8,7 @@ from transformers import LogitsProcessor
 
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.generating import Generating
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
@@ -89,7 +89,7 @@ class SelfConsistency(Estimator):
             torch.stack([self._numbers(q.id, sample, limit) for q in answered.batch.queries]),
             inputs["input_ids"].shape[1],
         )
-        generating = Generating(answered.model, drawn)
+        generating = GenerationRecorder(answered.model, drawn)
         texts = generate_texts(
             generating, inputs, answered.chat.processor.tokenizer, limit, end_of_confidence
         )

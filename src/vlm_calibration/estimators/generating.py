@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_calibration.estimators.cached import PromptCache, remembered
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.generation import Completed
 
 
-class Generating:
+class GenerationRecorder:
     """A model to generate with, which counts the tokens that each answer took, and may keep what it read of the prompts.
 
     Args:
@@ -64,7 +64,7 @@ def _positions_of(model: Any) -> Iterator[list[Tensor | None]]:
     """The position ids that the language model is given, of one pass after the other; None where it is to count itself."""
     seen: list[Tensor | None] = []
     handle = (
-        base_of(model)
+        unwrap_peft(model)
         .get_decoder()
         .register_forward_pre_hook(lambda m, a, k: seen.append(k.get("position_ids")), with_kwargs=True)
     )

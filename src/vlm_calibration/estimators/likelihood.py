@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vlm_calibration.estimators.answer_scoring import YES_NO, ResponsePass
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.passes import YES_NO, ResponsePass
 
 
 class AnswerLikelihood(Estimator):

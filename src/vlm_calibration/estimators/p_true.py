@@ -8,8 +8,8 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
+from vlm_calibration.estimators.answer_scoring import right_padded, score_counted, strip_common_suffix
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.passes import apart, right_padded, score_counted
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -100,7 +100,7 @@ class PTrue(Estimator):
         unshared, (true, false) = asking.behind_prompt(prompt, texts)
         if true == false:
             raise DataError(f"p_true: the tokenizer cannot tell {self.true!r} from {self.false!r}")
-        return _FollowUp(len(first) - shared, second[shared:], unshared, apart(true, false))
+        return _FollowUp(len(first) - shared, second[shared:], unshared, strip_common_suffix(true, false))
 
 
 def _image_id(processor: Any) -> int | None:

@@ -6,7 +6,7 @@ import torch
 
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.perturbation.levels import Levels
+from vlm_calibration.perturbation.levels import ConfidenceLevels
 
 
 class VerbalizedConfidence(Estimator):
@@ -36,7 +36,7 @@ class ExpectedConfidence(Estimator):
 
     name = "expected"
 
-    def __init__(self, levels: list[Levels] | None = None) -> None:
+    def __init__(self, levels: list[ConfidenceLevels] | None = None) -> None:
         self.levels = levels or []
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:

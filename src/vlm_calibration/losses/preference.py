@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_calibration.losses.comparisons import dpo, hinge, ipo, odpo, plackett_luce, simpo
+from vlm_calibration.losses.functional import dpo, hinge, ipo, odpo, plackett_luce, simpo
 from vlm_calibration.records import DataError
 
 

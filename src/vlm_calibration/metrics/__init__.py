@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_intervals
-from vlm_calibration.metrics.levels import UndefinedMetricWarning
+from vlm_calibration.metrics.groups import UndefinedMetricWarning
 from vlm_calibration.metrics.rounding import rounding_bounds
 from vlm_calibration.metrics.scores import BrierDecomposition
 from vlm_calibration.metrics.summary import summarize

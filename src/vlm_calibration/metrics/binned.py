@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import (
+from vlm_calibration.metrics.groups import (
     Binning,
     BinSums,
+    ConfidenceGroups,
     GapNorm,
-    Levels,
     bin_index,
     bin_sums,
     table_metric,
@@ -34,7 +34,7 @@ def _largest(gap: Tensor, total: Tensor) -> Tensor:
 
 @table_metric(NO_ANSWERS)
 def expected_calibration_error(
-    levels: Levels, *, n_bins: int = 10, binning: Binning = "uniform", norm: Norm = "l1"
+    levels: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform", norm: Norm = "l1"
 ) -> Tensor:
     r"""Expected calibration error, Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
 
@@ -66,7 +66,9 @@ def expected_calibration_error(
 
 
 @table_metric(NO_ANSWERS)
-def maximum_calibration_error(levels: Levels, *, n_bins: int = 10, binning: Binning = "uniform") -> Tensor:
+def maximum_calibration_error(
+    levels: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform"
+) -> Tensor:
     """Maximum calibration error: the largest gap between accuracy and mean confidence of any bin.
 
     Args and errors as for `expected_calibration_error`, of which this is the `max` norm.
@@ -78,7 +80,9 @@ def maximum_calibration_error(levels: Levels, *, n_bins: int = 10, binning: Binn
 
 
 @table_metric(NO_ANSWERS)
-def adaptive_calibration_error(levels: Levels, *, n_bins: int = 10, binning: Binning = "quantile") -> Tensor:
+def adaptive_calibration_error(
+    levels: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "quantile"
+) -> Tensor:
     """Adaptive calibration error, Nixon et al. (arXiv 1904.01685): mean gap over equal-mass bins.
 
     Every bin that holds an answer weighs the same, which is what netcal's ACE does. All answers of one level
@@ -95,7 +99,9 @@ def adaptive_calibration_error(levels: Levels, *, n_bins: int = 10, binning: Bin
 
 
 @table_metric("no bin holds two answers")
-def debiased_calibration_error(levels: Levels, *, n_bins: int = 15, binning: Binning = "levels") -> Tensor:
+def debiased_calibration_error(
+    levels: ConfidenceGroups, *, n_bins: int = 15, binning: Binning = "levels"
+) -> Tensor:
     r"""Debiased l2 calibration error, Kumar, Liang & Ma (arXiv 1909.10155).
 
     The squared l2 error is too large by the sampling variance of each bin's accuracy, which is subtracted:
@@ -118,7 +124,9 @@ def debiased_calibration_error(levels: Levels, *, n_bins: int = 15, binning: Bin
 
 
 @table_metric(NO_ANSWERS)
-def overconfident_error(levels: Levels, *, n_bins: int = 10, binning: Binning = "uniform") -> Tensor:
+def overconfident_error(
+    levels: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform"
+) -> Tensor:
     r"""The part of the ECE that comes from overconfident bins: :math:`\sum_b w_b \max(conf_b - acc_b, 0)`.
 
     `overconfident_error + underconfident_error` is the l1 ECE, and their difference is `overconfidence`.
@@ -132,7 +140,9 @@ def overconfident_error(levels: Levels, *, n_bins: int = 10, binning: Binning = 
 
 
 @table_metric(NO_ANSWERS)
-def underconfident_error(levels: Levels, *, n_bins: int = 10, binning: Binning = "uniform") -> Tensor:
+def underconfident_error(
+    levels: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform"
+) -> Tensor:
     r"""The part of the ECE that comes from underconfident bins: :math:`\sum_b w_b \max(acc_b - conf_b, 0)`.
 
     Args and errors as for `expected_calibration_error`.
@@ -143,10 +153,10 @@ def underconfident_error(levels: Levels, *, n_bins: int = 10, binning: Binning =
     return (-bin_sums(levels, n_bins, binning).gap).clamp_min(0).sum(-1) / levels.total
 
 
-def _members(binning: Binning) -> Callable[[Levels], Tensor]:
+def _members(binning: Binning) -> Callable[[ConfidenceGroups], Tensor]:
     """Which level is in which of ten bins, `(L, K)`; bins without an answer are left out."""
 
-    def members(levels: Levels) -> Tensor:
+    def members(levels: ConfidenceGroups) -> Tensor:
         one_hot = torch.nn.functional.one_hot(bin_index(levels, 10, binning), 10).double()
         return one_hot[:, levels.answers @ one_hot > 0]
 

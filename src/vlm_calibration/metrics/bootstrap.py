@@ -18,7 +18,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import GapNorm, Levels
+from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm
 from vlm_calibration.metrics.summary import check_names, warn_undefined_values
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED, MetricSpec
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def resample(table: ConfidenceTable, replicates: int, seed: int) -> Levels:
+def resample(table: ConfidenceTable, replicates: int, seed: int) -> ConfidenceGroups:
     """Draw tables of as many answers with replacement, unparsed ones included.
 
     Args:
@@ -66,7 +66,7 @@ def resample(table: ConfidenceTable, replicates: int, seed: int) -> Levels:
     return levels._replace(counts=count, unparsed=drawn[:, -1])
 
 
-def bootstrap_replicates(levels: Levels, function: Callable[[Levels], Tensor]) -> Tensor:
+def bootstrap_replicates(levels: ConfidenceGroups, function: Callable[[ConfidenceGroups], Tensor]) -> Tensor:
     """A function of levels on every replicate, `(B,)` float64, in batches of bounded memory."""
     step = max(1, _BATCH_CELLS // max(len(levels.value), 512))
     parts = [
@@ -78,7 +78,7 @@ def bootstrap_replicates(levels: Levels, function: Callable[[Levels], Tensor]) -
 
 def bootstrap_intervals(
     table: ConfidenceTable,
-    metrics: Iterable[str] | Mapping[str, Callable[[Levels], Tensor]] = REPORTED,
+    metrics: Iterable[str] | Mapping[str, Callable[[ConfidenceGroups], Tensor]] = REPORTED,
     *,
     replicates: int = 1000,
     level: float = 0.95,
@@ -86,11 +86,11 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Bootstrap confidence intervals for metrics of a table.
 
-    `python -m tests.benchmarks.intervals` measures how often they hold the truth.
+    `python -m tests.performance.intervals` measures how often they hold the truth.
 
     Args:
         table: the answers.
-        metrics: names from `METRICS`, or functions of `Levels` by name (for other arguments than the defaults), which get
+        metrics: names from `METRICS`, or functions of `ConfidenceGroups` by name (for other arguments than the defaults), which get
             percentile intervals.
         replicates: number of resampled tables.
         level: nominal coverage, in (0, 1).
@@ -116,9 +116,9 @@ def bootstrap_intervals(
 
 
 def interval_of(
-    function: Callable[[Levels], Tensor],
-    own: Levels,
-    drawn: Levels,
+    function: Callable[[ConfidenceGroups], Tensor],
+    own: ConfidenceGroups,
+    drawn: ConfidenceGroups,
     replicates: Tensor | None = None,
     rarer: int | None = None,
     level: float = 0.95,
@@ -165,7 +165,9 @@ def _around(value: float, low: float, high: float) -> Interval:
     return Interval(value, min(low, value), max(high, value))
 
 
-def _compatible_errors(gap_norm: GapNorm, own: Levels, drawn: Levels, level: float) -> tuple[float, float]:
+def _compatible_errors(
+    gap_norm: GapNorm, own: ConfidenceGroups, drawn: ConfidenceGroups, level: float
+) -> tuple[float, float]:
     """The least and the largest error compatible with the one found, as multiples of that."""
     gaps, noise, spread = _gaps_and_noise(gap_norm, own, drawn)
     norm, miss = gap_norm.norm, 1 - level
@@ -201,7 +203,9 @@ def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> 
     return inside
 
 
-def _gaps_and_noise(gap_norm: GapNorm, own: Levels, drawn: Levels) -> tuple[Tensor, Tensor, Tensor]:
+def _gaps_and_noise(
+    gap_norm: GapNorm, own: ConfidenceGroups, drawn: ConfidenceGroups
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gaps `(K,)`, what chance adds to them in B draws `(B, K)`, and its standard error `(K,)`."""
     weights = gap_norm.weights(own)
 
@@ -210,7 +214,7 @@ def _gaps_and_noise(gap_norm: GapNorm, own: Levels, drawn: Levels) -> tuple[Tens
     added = (value[..., None] * weights[:, None]).flatten(0, 1)
     counted = weights.repeat_interleave(2, 0) if gap_norm.of_bin else added.new_ones(len(added), 1)
 
-    def sums(levels: Levels) -> tuple[Tensor, Tensor]:
+    def sums(levels: ConfidenceGroups) -> tuple[Tensor, Tensor]:
         counts = levels.counts.flatten(-2).double()
         return counts @ added, counts @ counted
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import bin_sums
+from vlm_calibration.metrics.groups import bin_sums
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS
 
@@ -272,8 +272,8 @@ def _number(table: ConfidenceTable, name: str) -> str:
 
 
 def _answers(table: ConfidenceTable) -> str:
-    unread = f" ({table.unparsed:,} unread)" if table.unparsed else ""
-    return f"{table.n:,} answer{'' if table.n == 1 else 's'}{unread}"
+    unparsed = f" ({table.unparsed:,} unparsed)" if table.unparsed else ""
+    return f"{table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
 
 
 def _nothing(tables: Mapping[int, ConfidenceTable]) -> ConfidenceTable:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_calibration.metrics import table_metrics as on_table
 from vlm_calibration.metrics.binned import Norm
-from vlm_calibration.metrics.levels import Binning, group_values
+from vlm_calibration.metrics.groups import Binning, group_values
 from vlm_calibration.metrics.scores import FLOAT64_EPS, BrierDecomposition
 from vlm_calibration.metrics.selective import RiskCoverageCurve
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import Levels, table_metric
+from vlm_calibration.metrics.groups import ConfidenceGroups, table_metric
 
 
 def _before(count: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def _before(count: Tensor) -> Tensor:
 
 
 @table_metric("it needs at least one right and one wrong answer")
-def auroc(levels: Levels) -> Tensor:
+def auroc(levels: ConfidenceGroups) -> Tensor:
     """Area under the ROC curve: the probability that a right answer states more confidence than a wrong one.
 
     A pair at the same level counts one half, so ties are in no particular order (Mann-Whitney).
@@ -28,7 +28,7 @@ def auroc(levels: Levels) -> Tensor:
 
 
 @table_metric("it needs at least one answer of the positive class")
-def average_precision(levels: Levels, *, positive: Literal["right", "wrong"] = "right") -> Tensor:
+def average_precision(levels: ConfidenceGroups, *, positive: Literal["right", "wrong"] = "right") -> Tensor:
     r"""Average precision :math:`\sum_k (R_k - R_{k-1}) P_k` over the levels, without interpolation.
 
     Args:
@@ -52,7 +52,7 @@ def average_precision(levels: Levels, *, positive: Literal["right", "wrong"] = "
 
 
 @table_metric("it needs two stated levels of different accuracy")
-def monotonicity(levels: Levels) -> Tensor:
+def monotonicity(levels: ConfidenceGroups) -> Tensor:
     """Does a higher stated level mean a higher accuracy? Spearman's correlation of the two over the answers.
 
     Every answer contributes the pair (its confidence, the accuracy of its level), so that a level weighs as

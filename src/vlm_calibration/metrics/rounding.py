@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from vlm_calibration.metrics.levels import Levels
+from vlm_calibration.metrics.groups import ConfidenceGroups
 from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, smooth_calibration_error
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.table_metrics import METRICS
@@ -73,7 +73,7 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     return bounds
 
 
-def _log_loss_bound(levels: Levels, half: float) -> float:
+def _log_loss_bound(levels: ConfidenceGroups, half: float) -> float:
     """Mean over the answers of the largest change of their own cost."""
     right_room, wrong_room = levels.value - half, 1 - levels.value - half
     cost = torch.where(levels.right > 0, levels.right * half / right_room.clamp_min(0), 0.0)
@@ -81,7 +81,7 @@ def _log_loss_bound(levels: Levels, half: float) -> float:
     return float(cost.sum() / levels.total)
 
 
-def _binned_bounds(levels: Levels, resolution: int, half: float, n_bins: int) -> dict[str, float]:
+def _binned_bounds(levels: ConfidenceGroups, resolution: int, half: float, n_bins: int) -> dict[str, float]:
     answers, total = levels.answers, float(levels.total)
     # An inner edge b / n_bins is in the cell ((2 i - 1), (2 i + 1)) / (2 resolution] of level i.
     edge = torch.arange(1, n_bins, dtype=torch.int64)
@@ -106,7 +106,7 @@ def _binned_bounds(levels: Levels, resolution: int, half: float, n_bins: int) ->
     }
 
 
-def _ranking_bounds(levels: Levels) -> dict[str, float]:
+def _ranking_bounds(levels: ConfidenceGroups) -> dict[str, float]:
     """Bounds of what depends on the order alone, from the ties within levels."""
     right, wrong = levels.right.flip(-1), levels.wrong.flip(-1)
     answers, total = right + wrong, float(levels.total)
@@ -133,6 +133,6 @@ def _ranking_bounds(levels: Levels) -> dict[str, float]:
     }
 
 
-def _smooth_bound(levels: Levels, half: float) -> float:
+def _smooth_bound(levels: ConfidenceGroups, half: float) -> float:
     bandwidth = max(float(smooth_calibration_error(levels)), MIN_BANDWIDTH)
     return min(1.0, half * (1 + math.sqrt(2 / math.pi) / bandwidth) + SMOOTH_ECE_NUMERICS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.levels import HasLevels, Levels, quiet, table_metric, warn_undefined
+from vlm_calibration.metrics.groups import ConfidenceGroups, HasLevels, quiet, table_metric, warn_undefined
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 
@@ -20,37 +20,37 @@ class BrierDecomposition(NamedTuple):
 
 
 @table_metric("there is no answer")
-def answer_count(levels: Levels) -> Tensor:
+def answer_count(levels: ConfidenceGroups) -> Tensor:
     """The number of all answers, those without a readable confidence included; never NaN."""
     return levels.total + levels.unparsed
 
 
 @table_metric("there is no answer")
-def parse_failure_rate(levels: Levels) -> Tensor:
+def parse_failure_rate(levels: ConfidenceGroups) -> Tensor:
     """The share of all answers whose confidence could not be read, in [0, 1]; NaN without answers."""
     return levels.unparsed / (levels.total + levels.unparsed)
 
 
 @table_metric(NO_ANSWERS)
-def mean_confidence(levels: Levels) -> Tensor:
+def mean_confidence(levels: ConfidenceGroups) -> Tensor:
     """Mean confidence in [0, 1]; NaN without answers."""
     return (levels.answers * levels.value).sum(-1) / levels.total
 
 
 @table_metric(NO_ANSWERS)
-def parsed_accuracy(levels: Levels) -> Tensor:
+def parsed_accuracy(levels: ConfidenceGroups) -> Tensor:
     """Accuracy in [0, 1] over the answers with a readable confidence; NaN without answers."""
     return levels.right.sum(-1) / levels.total
 
 
 @table_metric(NO_ANSWERS)
-def overconfidence(levels: Levels) -> Tensor:
+def overconfidence(levels: ConfidenceGroups) -> Tensor:
     """Mean confidence minus accuracy, signed, in [-1, 1]: positive is overconfident; NaN without answers."""
     return (levels.answers * levels.value - levels.right).sum(-1) / levels.total
 
 
 @table_metric(NO_ANSWERS)
-def sharpness(levels: Levels) -> Tensor:
+def sharpness(levels: ConfidenceGroups) -> Tensor:
     """Variance of the stated confidences, in [0, 1/4]: 0 says one number always; NaN without answers.
 
     Sharpness is a property of the forecasts alone, Gneiting, Balabdaoui & Raftery (2007): of two calibrated
@@ -61,21 +61,21 @@ def sharpness(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def brier_score(levels: Levels) -> Tensor:
+def brier_score(levels: ConfidenceGroups) -> Tensor:
     r"""Brier score (1950): :math:`\frac{1}{N} \sum_i (c_i - y_i)^2`, in [0, 1]; NaN without answers."""
     squares = levels.wrong * levels.value.square() + levels.right * (1 - levels.value).square()
     return squares.sum(-1) / levels.total
 
 
 @table_metric(NO_ANSWERS)
-def brier_reliability(levels: Levels) -> Tensor:
+def brier_reliability(levels: ConfidenceGroups) -> Tensor:
     r"""Murphy's reliability :math:`\sum_k w_k (c_k - acc_k)^2` over levels, in [0, 1], lower is better."""
     gap = levels.answers * levels.value - levels.right
     return (gap.square() / levels.answers.clamp_min(1)).sum(-1) / levels.total
 
 
 @table_metric(NO_ANSWERS)
-def brier_resolution(levels: Levels) -> Tensor:
+def brier_resolution(levels: ConfidenceGroups) -> Tensor:
     r"""Murphy's resolution :math:`\sum_k w_k (acc_k - acc)^2` over levels, in [0, 1/4], higher is better."""
     base = (levels.right.sum(-1) / levels.total).unsqueeze(-1)
     accuracy = levels.right / levels.answers.clamp_min(1)
@@ -83,7 +83,7 @@ def brier_resolution(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def brier_uncertainty(levels: Levels) -> Tensor:
+def brier_uncertainty(levels: ConfidenceGroups) -> Tensor:
     """Murphy's uncertainty `acc * (1 - acc)`, in [0, 1/4]: what the task is, whatever is stated."""
     base = levels.right.sum(-1) / levels.total
     return base * (1 - base)
@@ -111,7 +111,7 @@ def brier_decomposition(table: HasLevels) -> BrierDecomposition:
 
 
 @table_metric(NO_ANSWERS)
-def log_loss(levels: Levels, *, eps: float = FLOAT64_EPS) -> Tensor:
+def log_loss(levels: ConfidenceGroups, *, eps: float = FLOAT64_EPS) -> Tensor:
     r"""Logarithmic loss in nats: :math:`-\frac{1}{N} \sum_i [y_i \ln c_i + (1 - y_i) \ln (1 - c_i)]`.
 
     A wrong answer at 100% costs infinity, which no average survives and JSON cannot write; as in scikit-learn,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.levels import HasLevels, Levels, table_metric
+from vlm_calibration.metrics.groups import ConfidenceGroups, HasLevels, table_metric
 
 
 class RiskCoverageCurve(NamedTuple):
@@ -44,7 +44,7 @@ def _harmonic_difference(start: Tensor, length: Tensor) -> Tensor:
     return torch.digamma(start + length + 1) - torch.digamma(start + 1)
 
 
-def _aurc(levels: Levels) -> Tensor:
+def _aurc(levels: ConfidenceGroups) -> Tensor:
     answers, wrong = levels.answers.flip(-1), levels.wrong.flip(-1)
     answers_before = answers.cumsum(-1) - answers
     wrong_before = wrong.cumsum(-1) - wrong
@@ -55,7 +55,7 @@ def _aurc(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def area_under_risk_coverage(levels: Levels) -> Tensor:
+def area_under_risk_coverage(levels: ConfidenceGroups) -> Tensor:
     r"""AURC, Geifman & El-Yaniv (arXiv 1805.08206): :math:`\frac{1}{N} \sum_{k=1}^N risk_k`, lower is better.
 
     `risk_k` is the error rate of the `k` most confident answers, in expectation over the order of ties.
@@ -67,7 +67,7 @@ def area_under_risk_coverage(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def excess_area_under_risk_coverage(levels: Levels) -> Tensor:
+def excess_area_under_risk_coverage(levels: ConfidenceGroups) -> Tensor:
     r"""Excess AURC: the AURC minus that of the best ranking of the same answers, lower is better.
 
     The best ranking puts all `m` right answers first; its AURC is
@@ -83,7 +83,7 @@ def excess_area_under_risk_coverage(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def area_under_generalized_risk_coverage(levels: Levels) -> Tensor:
+def area_under_generalized_risk_coverage(levels: ConfidenceGroups) -> Tensor:
     """AUGRC, Traub et al. (arXiv 2407.01032): area under (coverage, answers given and wrong), lower is better.
 
     The curve starts at the origin and is linear within a level, which makes
@@ -98,7 +98,7 @@ def area_under_generalized_risk_coverage(levels: Levels) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def accuracy_at_coverage(levels: Levels, *, coverage: float = 0.8) -> Tensor:
+def accuracy_at_coverage(levels: ConfidenceGroups, *, coverage: float = 0.8) -> Tensor:
     """Accuracy of the most confident `coverage` share of the answers.
 
     The share need not be a whole number of answers: the level where it ends, and the answer where it ends,
@@ -124,7 +124,7 @@ def accuracy_at_coverage(levels: Levels, *, coverage: float = 0.8) -> Tensor:
 
 
 @table_metric(NO_ANSWERS)
-def coverage_at_risk(levels: Levels, *, risk: float = 0.05) -> Tensor:
+def coverage_at_risk(levels: ConfidenceGroups, *, risk: float = 0.05) -> Tensor:
     """The largest share of answers that a confidence threshold can give with an error rate of at most `risk`.
 
     Only thresholds are considered, so a level is answered wholly or not at all.

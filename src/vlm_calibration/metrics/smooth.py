@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.levels import GapNorm, Levels, quiet, table_metric
+from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm, quiet, table_metric
 
 MIN_BANDWIDTH = 1 / 1024
 """Narrowest kernel tried, as in the authors' code (0.001): a smaller error is reported at this bandwidth."""
@@ -30,7 +30,7 @@ _NARROWEST_GAP = 1 / 48
 
 
 @table_metric(NO_ANSWERS)
-def smooth_calibration_error(levels: Levels, *, bandwidth: float | None = None) -> Tensor:
+def smooth_calibration_error(levels: ConfidenceGroups, *, bandwidth: float | None = None) -> Tensor:
     r"""Smooth ECE: :math:`\int_0^1 |\frac{1}{N} \sum_i K_\sigma(t, c_i) (c_i - y_i)| dt` at :math:`\sigma = smECE_\sigma`.
 
     `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it
@@ -177,7 +177,7 @@ def _search(waves: Tensor, low: Tensor, high: Tensor, above: Tensor, below: Tens
     return solution
 
 
-def _kernels(levels: Levels) -> Tensor:
+def _kernels(levels: ConfidenceGroups) -> Tensor:
     """The reflected Gaussian at `_GAP_NODES` nodes around each level, `(L, K)`, as wide as the smooth ECE is large."""
     error = quiet(smooth_calibration_error)(levels)
     width = max(float(error), _NARROWEST_GAP)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 
-from vlm_calibration.metrics.levels import HasLevels, UndefinedMetricWarning
+from vlm_calibration.metrics.groups import HasLevels, UndefinedMetricWarning
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 from vlm_calibration.metrics.task import UNDEFINED, TaskTable, task_scores
 

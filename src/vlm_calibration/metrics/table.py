@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import Levels, check_confidence, check_correct
+from vlm_calibration.metrics.groups import ConfidenceGroups, check_confidence, check_correct
 
 CHUNK = 1 << 18
 """Predictions counted at a time, so that the memory of an update does not grow with its size."""
@@ -170,11 +170,11 @@ class ConfidenceTable:
         """All answers, those without a readable confidence included."""
         return self.parsed + self.unparsed
 
-    def levels(self) -> Levels:
+    def levels(self) -> ConfidenceGroups:
         """The occupied levels, as metrics take them."""
         cell = self.counts.sum(1).nonzero()[:, 0]
         value = cell.double() / self.resolution
-        return Levels(value, self.counts[cell], cell, self.resolution, torch.tensor(self.unparsed))
+        return ConfidenceGroups(value, self.counts[cell], cell, self.resolution, torch.tensor(self.unparsed))
 
     def __add__(self, other: "ConfidenceTable") -> "ConfidenceTable":
         """The table of both sets of answers.

@@ -24,7 +24,7 @@ from vlm_calibration.metrics.binned import (
     overconfident_error,
     underconfident_error,
 )
-from vlm_calibration.metrics.levels import Binning, GapNorm, HasLevels, quiet
+from vlm_calibration.metrics.groups import Binning, GapNorm, HasLevels, quiet
 from vlm_calibration.metrics.ranking import auroc, average_precision, monotonicity
 from vlm_calibration.metrics.scores import (
     BrierDecomposition,

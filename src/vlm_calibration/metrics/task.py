@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.levels import check_correct
+from vlm_calibration.metrics.groups import check_correct
 
 CLASSES = ("yes", "no")
 OTHER = 2

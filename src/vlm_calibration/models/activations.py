@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_calibration.losses.sequence import token_log_likelihood
-from vlm_calibration.models.forward import base_of
-from vlm_calibration.models.parts import Part, part_of
+from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.parts import ModelPart, part_of
 
 RESPONSE_TOKENS = 16
 """Tokens of an answer with its confidence, through the end of the turn: "a red bicycle. Confidence: 80%" and some more."""
@@ -105,7 +105,7 @@ class _Dropout(nn.Dropout):
 
 def worst_moment(model: Any, step: TrainingStep) -> tuple[int, int]:
     """The most bytes of activations in a step of the language model, and the most that its output head has."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     inside = {id(p) for p in decoder.parameters()}
     differentiable = any(p.requires_grad for p in base.parameters() if id(p) not in inside)
@@ -158,12 +158,12 @@ def _imagine(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Para
     return [t for t in made.values() if isinstance(t, nn.Parameter)]
 
 
-def part_of_adapters(model: Any) -> dict[str, Part]:
+def part_of_adapters(model: Any) -> dict[str, ModelPart]:
     """The part of the model that each parameter of an adapter belongs to."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     layers = part_of(base)
     prefix = next(name for name, module in model.named_modules() if module is base)
-    found: dict[str, Part] = {}
+    found: dict[str, ModelPart] = {}
     for name, _ in model.named_parameters():
         if "lora_" in name:
             layer = name.removeprefix(f"{prefix}.").split(".lora_")[0]
@@ -183,7 +183,7 @@ def vision_activations(model: Any, step: TrainingStep) -> int:
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapted = {part for name, part in part_of_adapters(model).items() if name in trained} - {"language"}
-    base = base_of(model)
+    base = unwrap_peft(model)
     size = (step.autocast or base.dtype).itemsize
     tokens = step.batch * (step.tokens if step.image_tokens is None else step.image_tokens)
     patches = round(tokens * patches_per_token(base.config))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_calibration.models.base import CONFIG, find_adapter, read_object
-from vlm_calibration.models.parts import Part, part_of
+from vlm_calibration.models.parts import ModelPart, part_of
 from vlm_calibration.records import DataError
 
 
@@ -34,7 +34,7 @@ class LoraSettings:
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    parts: list[Part] = field(default_factory=lambda: ["language"])
+    parts: list[ModelPart] = field(default_factory=lambda: ["language"])
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -163,7 +163,7 @@ REFERENCE = "reference"
 
 
 def continue_adapter(
-    model: PreTrainedModel, folder: str, parts: Sequence[Part] | None = None, reference: bool = True
+    model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
     """Go on training a saved adapter, beside a frozen copy of it as the adapter `REFERENCE`.
 

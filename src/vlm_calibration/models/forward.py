@@ -60,11 +60,11 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions:
         handle.remove()
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model below peft's wrappers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_head(model: Any) -> nn.Module:
     """The module that maps hidden states to logits."""
-    return base_of(model).get_output_embeddings()
+    return unwrap_peft(model).get_output_embeddings()

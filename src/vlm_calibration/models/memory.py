@@ -23,7 +23,7 @@ from vlm_calibration.models.activations import (
 )
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, Quantization, empty_vlm, quantised_layers
-from vlm_calibration.models.parts import Part
+from vlm_calibration.models.parts import ModelPart
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def estimate_memory(
     *,
     optimizer_bytes: float = 8,
     reference: bool = False,
-    trained: Sequence[Part] | None = None,
+    trained: Sequence[ModelPart] | None = None,
 ) -> MemoryEstimate:
     """What training this adapter takes on one GPU.
 

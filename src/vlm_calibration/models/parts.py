@@ -7,10 +7,10 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-Part = Literal["language", "tower", "projector"]
+ModelPart = Literal["language", "tower", "projector"]
 
 
-def part_of(model: PreTrainedModel) -> dict[str, Part]:
+def part_of(model: PreTrainedModel) -> dict[str, ModelPart]:
     """The part of the model that each linear layer belongs to, by its full name; the output head is in none.
 
     The language model is what `get_decoder` returns. Of the rest, layers below a module whose name ends in one of the
@@ -19,7 +19,7 @@ def part_of(model: PreTrainedModel) -> dict[str, Part]:
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
     inside = {id(m) for m in decoder.modules()}
-    parts: dict[str, Part] = {}
+    parts: dict[str, ModelPart] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
             continue

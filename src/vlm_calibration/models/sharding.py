@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
@@ -21,12 +21,12 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
 def transformer_blocks(model: Any) -> list[nn.Module]:
     """The blocks that transformers does not split between devices, of the language model and of the tower."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     names = {n for m in base.modules() for n in getattr(m, "_no_split_modules", None) or ()}
     return [m for m in base.modules() if type(m).__name__ in names]
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """All trained and adapter weights put together, for every process to call; None if the model is not sharded."""
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return None

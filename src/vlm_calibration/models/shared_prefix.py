@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_calibration.losses.sequence import token_log_likelihood
-from vlm_calibration.models.forward import base_of, logits_at
+from vlm_calibration.models.forward import logits_at, unwrap_peft
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,13 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     Args:
         row_length: tokens of the longest packed row.
     """
-    config = base_of(model).config.get_text_config()
+    config = unwrap_peft(model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ATTENTION:
         return f"attention {attention!r} takes no mask of its own kind (attn_implementation: sdpa does)"
     kinds = getattr(config, "layer_types", None)
     if strange := sorted(set(kinds or ()) - set(LAYER_TYPES)):
-        return f"{type(base_of(model)).__name__} has {strange[0]} layers, which read a row from left to right"
+        return f"{type(unwrap_peft(model)).__name__} has {strange[0]} layers, which read a row from left to right"
     window = getattr(config, "sliding_window", None)
     slides = kinds is None or "sliding_attention" in kinds
     if window is not None and slides and window < row_length:
@@ -190,7 +190,7 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
 
 def score_packed(model: Any, packed: Packed) -> ResponseScores:
     """One forward over packed rows."""
-    decoder = base_of(model).get_decoder()
+    decoder = unwrap_peft(model).get_decoder()
     hook = partial(_separate, segment=packed.segment, shift=packed.shift)
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -248,7 +248,7 @@ def _followed_by(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
 def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
     """PaliGemma reads tokens of type 0 in both directions; what it is to say has type 1."""
     inputs = packed.inputs
-    if "token_type_ids" not in inputs or not base_of(model).config.model_type.startswith("paligemma"):
+    if "token_type_ids" not in inputs or not unwrap_peft(model).config.model_type.startswith("paligemma"):
         return inputs
     types = inputs["token_type_ids"]
     response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]

@@ -15,12 +15,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 
 
 def frozen_vision(model: Any) -> list[nn.Module]:
     """The outermost modules beside the language model that no adapter and no training changes: tower, projector, ..."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     return list(_frozen(base, {id(decoder), id(head)}))
 

@@ -6,7 +6,7 @@ slow and few callers need it.
 
 from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask
 from vlm_calibration.perturbation.level_table import LevelTable, StepCount
-from vlm_calibration.perturbation.levels import AnchoredLevels, Levels, LinearLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.perturbation.noise import add_region_noise, perturb
 from vlm_calibration.perturbation.regions import RegionChoice, choose_region, region_mask
 from vlm_calibration.perturbation.schedules import (
@@ -19,10 +19,10 @@ from vlm_calibration.perturbation.schedules import (
 
 __all__ = [
     "AnchoredLevels",
+    "ConfidenceLevels",
     "CosineSchedule",
     "ImageError",
     "LevelTable",
-    "Levels",
     "LinearLevels",
     "LinearSchedule",
     "RegionChoice",

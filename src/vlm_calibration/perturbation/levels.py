@@ -1,4 +1,4 @@
-"""Levels: which confidence to state for which amount of noise, and back.
+"""ConfidenceLevels: which confidence to state for which amount of noise, and back.
 
 `LinearLevels` is the paper's mapping, confidence falling evenly with the noise step. `AnchoredLevels` teaches what
 the base model was measured to achieve at each step, per answer type, since a yes/no question is still answered
@@ -39,7 +39,7 @@ def nominal_step(confidence: float, total_steps: int) -> int:
     return round((1.0 - check_confidence(confidence)) * total_steps)
 
 
-class Levels(ABC):
+class ConfidenceLevels(ABC):
     """A finite set of noise steps with the confidence that each one stands for.
 
     Attributes:
@@ -58,7 +58,7 @@ class Levels(ABC):
 
 
 @dataclass(frozen=True)
-class LinearLevels(Levels):
+class LinearLevels(ConfidenceLevels):
     """The paper's levels: confidences 1, ..., 0 evenly spaced, `step = round((1 - c) * total_steps)`.
 
     Args:
@@ -97,8 +97,8 @@ class LinearLevels(Levels):
         return nominal_step(confidence, self.total_steps)
 
 
-class AnchoredLevels(Levels):
-    """Levels that state the base model's measured accuracy at each noise step, per answer type.
+class AnchoredLevels(ConfidenceLevels):
+    """ConfidenceLevels that state the base model's measured accuracy at each noise step, per answer type.
 
     Accuracies are made monotone (never rising with the noise) by isotonic regression weighted by `n`, and
     interpolated linearly between measured steps. `accuracy` gives that fit as it is; `confidence` rounds it to a
@@ -159,13 +159,13 @@ class AnchoredLevels(Levels):
         provenance: Mapping[str, Any] | None = None,
         grid: int = 5,
     ) -> "AnchoredLevels":
-        """Levels from measurements: answer type -> `(step, n, n_correct)` rows, in any order."""
+        """ConfidenceLevels from measurements: answer type -> `(step, n, n_correct)` rows, in any order."""
         table = LevelTable({kind: tuple(rows) for kind, rows in counts.items()}, dict(provenance or {}))
         return cls(table=table, grid=grid)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, grid: int = 5) -> "AnchoredLevels":
-        """Levels from a file that `save` wrote."""
+        """ConfidenceLevels from a file that `save` wrote."""
         return cls(path, grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 
 from vlm_calibration.data.raw import RawQuery
 from vlm_calibration.perturbation.masks import bounding_box
+from vlm_calibration.perturbation.rle import mask_to_rle
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Detection, Detector
-from vlm_calibration.regions.rle import mask_to_rle
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.text.grading import same_phrase
 from vlm_calibration.text.labels import is_evidence

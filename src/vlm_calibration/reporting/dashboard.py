@@ -1,26 +1,29 @@
-"""`vlm-calibration dashboard`: what a W&B workspace and report of a project show, by the questions that people bring to them.
-
-Here is what is shown, in words of our own; `dashboard_wandb` says it to W&B.
-"""
+"""The W&B workspace and report of a project: their sections and panels, ordered by the question that each answers."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+import wandb
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
 
-from vlm_calibration.arguments import explained_errors
-from vlm_calibration.callbacks.login import PROJECT
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.reporting.wandb_login import logged_in
 
 STEP = "trainer/global_step"
 """What curves are drawn over."""
-SYSTEMS = ("base", "sft", "dpo")
 COMPARED = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence")
+NAME = "Calibration"
+RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
+"""Which runs answer a section of the report, by the tags that `Artifacts` gives them."""
+GRID_COLUMNS, THIRD, HALF = 24, 8, 12
+"""Width of a report, and of panels in it."""
 Kind = Literal["curve", "bars", "figures", "table"]
 
 
@@ -59,7 +62,7 @@ def curve(
     return Panel(title, "curve", keys, unit, (low, high))
 
 
-def sections(systems: Sequence[str] = SYSTEMS) -> list[Section]:
+def sections(systems: Sequence[str]) -> list[Section]:
     """All sections, for an evaluation of these systems.
 
     Raises:
@@ -201,46 +204,116 @@ def _training() -> list[Section]:
     ]
 
 
-def dashboard_parser() -> ArgumentParser:
-    """The parser of `dashboard`."""
-    parser = ArgumentParser(prog="vlm-calibration dashboard", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--entity", type=str, help="team or user that has the project (required)")
-    parser.add_argument("--project", type=str, default=PROJECT, help="where runs are logged")
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        type=str,
-        default=list(SYSTEMS),
-        help="names that the evaluation knows its systems by",
+def workspace(entity: str, project: str, sections: Sequence[Section]) -> ws.Workspace:
+    """The workspace, a section a question."""
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[
+            ws.Section(
+                name=section.question,
+                panels=[wandb_panel(panel) for panel in section.panels],
+                is_open=True,
+            )
+            for section in sections
+        ],
+        settings=ws.WorkspaceSettings(x_axis=STEP),
     )
-    parser.add_argument(
-        "--print", action="store_true", help="print the specification as JSON; nothing is built"
-    )
-    return parser
 
 
-def dashboard_command(args: Sequence[str]) -> None:
-    """`dashboard`: build the workspace and the report of a project, or print what they would be.
+def report(entity: str, project: str, sections: Sequence[Section]) -> wr.Report:
+    """The report: each question, what to look for, and the panels."""
+    blocks: list[Any] = [wr.TableOfContents()]
+    for section in sections:
+        blocks += [
+            wr.H2(section.question),
+            wr.P(section.note),
+            wr.PanelGrid(
+                runsets=[wr.Runset(name=section.runs, filters=[ws.Tags().isin(RUNS[section.runs])])],
+                panels=_laid_out(section.panels),
+            ),
+        ]
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title=NAME,
+        description="Whether the confidence that the model states can be trusted.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def wandb_panel(panel: Panel, layout: wr.Layout | None = None) -> Any:
+    """The panel as W&B has it."""
+    place = {} if layout is None else {"layout": layout}
+    if panel.kind == "curve":
+        return wr.LinePlot(
+            title=panel.title,
+            x=STEP,
+            y=list(panel.keys),
+            range_y=panel.range,
+            title_x="Step",
+            title_y=panel.unit,
+            **place,
+        )
+    if panel.kind == "bars":
+        return wr.BarPlot(
+            title=panel.title, metrics=list(panel.keys), orientation="v", range_x=panel.range, **place
+        )
+    if panel.kind == "figures":
+        return wr.MediaBrowser(
+            title=panel.title, media_keys=list(panel.keys), num_columns=len(panel.keys), **place
+        )
+    [key] = panel.keys
+    return wr.WeavePanelSummaryTable(table_name=key, **place)
+
+
+def _laid_out(panels: Sequence[Panel]) -> list[Any]:
+    """Panels from left to right and top to bottom; tables and several figures take a whole row."""
+    placed, x, y, height = [], 0, 0, 0
+    for panel in panels:
+        width, tall = _size(panel)
+        if x + width > GRID_COLUMNS:
+            x, y, height = 0, y + height, 0
+        placed.append(wandb_panel(panel, wr.Layout(x=x, y=y, w=width, h=tall)))
+        x, height = x + width, max(height, tall)
+    return placed
+
+
+def _size(panel: Panel) -> tuple[int, int]:
+    if panel.kind in ("curve", "bars"):
+        return THIRD, 7
+    wide = panel.kind == "table" and panel.keys[0].rsplit("/", 1)[-1] in ("samples", "comparison")
+    return (GRID_COLUMNS if wide or len(panel.keys) > 1 else HALF), 11
+
+
+def specification(entity: str, project: str, sections: Sequence[Section]) -> str:
+    """What would be sent to the server, as JSON; made without a network."""
+    made = {
+        "workspace": workspace(entity, project, sections)._to_model(),
+        "report": report(entity, project, sections)._to_model(),
+    }
+    shown = {
+        what: json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+        for what, model in made.items()
+    }
+    return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, str]:
+    """Save the report, which makes the project if there is none, and the workspace; the address of each.
 
     Raises:
-        ArgumentError: a setting is missing or unknown.
-        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses.
+        DataError: nobody is logged in, or the server refuses or cannot be reached.
     """
-    with explained_errors(parser := dashboard_parser()):
-        settings = parser.parse_args(list(args))
-    if not settings.entity:
-        raise ArgumentError(None, "give the team or user that has the project: --entity NAME")
-    shown = sections(settings.systems)
+    if not logged_in():
+        raise DataError("nobody is logged in to W&B: run `wandb login`, or print the dashboard with --print")
     try:
-        from vlm_calibration.reporting.dashboard_wandb import build, specification
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("wandb_workspaces"):
-            raise
-        raise DataError(
-            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
-        ) from error
-    if settings.print:
-        print(specification(settings.entity, settings.project, shown))
-        return
-    for what, url in build(settings.entity, settings.project, shown).items():
-        print(f"{what}: {url}")
+        return {
+            "report": report(entity, project, sections).save().url,
+            "workspace": workspace(entity, project, sections).save().url,
+        }
+    except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"W&B does not take the dashboard of {entity}/{project}: {cause}") from error

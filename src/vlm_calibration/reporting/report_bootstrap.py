@@ -22,7 +22,7 @@ from vlm_calibration.metrics.bootstrap import (
     interval_of,
     percentile_interval,
 )
-from vlm_calibration.metrics.levels import Levels, group_values
+from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
 from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
@@ -106,13 +106,13 @@ class ImageBootstrap:
             {"accuracy": accuracy, **of_draws},
         )
 
-    def _levels(self, confidence: Sequence[float | None]) -> tuple[Levels, Levels]:
+    def _levels(self, confidence: Sequence[float | None]) -> tuple[ConfidenceGroups, ConfidenceGroups]:
         """The levels of the answers, and those of every draw."""
         said = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
         read = ~np.isnan(said)
         known = torch.from_numpy(said[read])
         levels = group_values(known, torch.from_numpy(self.correct[read]))
-        unread = torch.tensor(int((~read).sum()))
+        unparsed = torch.tensor(int((~read).sum()))
         # The cell of each answer: two a level, wrong and right, and one for what could not be read.
         cell = np.full(len(said), 2 * len(levels.value))
         cell[read] = 2 * torch.searchsorted(levels.value, known).numpy() + self.correct[read]
@@ -120,4 +120,4 @@ class ImageBootstrap:
         held = csr_matrix((np.ones(len(said), dtype=np.int64), (cell, self._unit_of)), shape=shape)
         counts = torch.from_numpy(np.ascontiguousarray((held @ self.weights).T))
         drawn = counts[:, :-1].reshape(self.replicates, -1, 2)
-        return levels._replace(unparsed=unread), levels._replace(counts=drawn, unparsed=counts[:, -1])
+        return levels._replace(unparsed=unparsed), levels._replace(counts=drawn, unparsed=counts[:, -1])

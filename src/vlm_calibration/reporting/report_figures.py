@@ -24,7 +24,7 @@ SIZE = (5.2, 4.4)
 """Inches of a figure: small, so that its text can still be read on a telephone."""
 
 
-class Picture(NamedTuple):
+class DrawnFigure(NamedTuple):
     """uri: the picture itself. caption: whose it is. text: what it shows, for those who cannot see it."""
 
     uri: str
@@ -32,24 +32,24 @@ class Picture(NamedTuple):
     text: str
 
 
-class Panel(NamedTuple):
+class FigurePanel(NamedTuple):
     """Figures of one kind side by side: a heading, how to read them, and one for each system."""
 
     heading: str
     how: str
-    pictures: list[Picture]
+    pictures: list[DrawnFigure]
 
 
-def panels_of(systems: Sequence[System]) -> list[Panel]:
+def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
     """Every kind of figure, for each system that has the answers for it."""
     found = [
-        Panel(
+        FigurePanel(
             "Reliability",
             "Answers are put in bins by what they state. A model whose word can be taken lies on the dashed line; below it "
             "is a model that promises too much.",
             [_picture(s, "reliability diagram", reliability_diagram, _table(s.predictions)) for s in systems],
         ),
-        Panel(
+        FigurePanel(
             "What is stated, and how often",
             "Right answers are drawn upwards, wrong ones downwards. Where both are at the same places, the number says nothing.",
             [
@@ -57,7 +57,7 @@ def panels_of(systems: Sequence[System]) -> list[Panel]:
                 for s in systems
             ],
         ),
-        Panel(
+        FigurePanel(
             "Answering only when sure",
             "The share of wrong answers among those given, if only the most confident are given. The lower, and the closer to "
             "the best possible ranking, the better.",
@@ -76,12 +76,12 @@ def panels_of(systems: Sequence[System]) -> list[Panel]:
             "The object asked about is replaced by noise, more of it to the right. Both curves should fall, and together: "
             "what is stated follows what can be seen."
         )
-        found.append(Panel("Response to noise on the evidence", how, curves))
+        found.append(FigurePanel("Response to noise on the evidence", how, curves))
     return found
 
 
-def _picture(system: System, kind: str, draw: Callable[..., Any], data: Any) -> Picture:
-    return Picture(picture_of(lambda ax: draw(data, ax=ax)), system.name, f"{system.name}: {kind}")
+def _picture(system: System, kind: str, draw: Callable[..., Any], data: Any) -> DrawnFigure:
+    return DrawnFigure(picture_of(lambda ax: draw(data, ax=ax)), system.name, f"{system.name}: {kind}")
 
 
 def picture_of(draw: Callable[[Axes], object]) -> str:

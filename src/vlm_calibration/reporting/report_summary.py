@@ -152,11 +152,13 @@ def _headline(bands: Sequence[Band]) -> str:
 
 
 def _overall(row: Row) -> str:
-    unread = row.metrics["parse_failure_rate"].value
-    if unread == 1:
+    unparsed = row.metrics["parse_failure_rate"].value
+    if unparsed == 1:
         return f"None of its {row.n:,} answers states a confidence that could be read."
     said, gap = row.metrics["mean_confidence"].value, row.metrics["overconfidence"].value
-    missing = f" {round(unread * row.n):,} of the answers state none that could be read." if unread else ""
+    missing = (
+        f" {round(unparsed * row.n):,} of the answers state none that could be read." if unparsed else ""
+    )
     return (
         f"Over {row.n:,} answers it says {_percent(said)} on average and is right {_percent(said - gap)} of the time; "
         f"what it says and what is true differ by {100 * row.metrics['ece'].value:.1f} points on average (ECE).{missing}"

@@ -133,7 +133,7 @@ HEADINGS: dict[str, str] = {
     "smooth_ece": "smooth ECE",
     "mean_confidence": "mean conf.",
     "overconfidence": "overconf.",
-    "parse_failure_rate": "unread",
+    "parse_failure_rate": "unparsed",
 }
 """The metrics that the page, Markdown and LaTeX show; CSV and JSON hold all."""
 

@@ -9,7 +9,7 @@ import torch
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
-from vlm_calibration.metrics.levels import Levels, group_values
+from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
 from vlm_calibration.metrics.summary import table_values
 from vlm_calibration.metrics.table_metrics import REPORTED
 from vlm_calibration.records import category_groups
@@ -47,7 +47,7 @@ def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[st
     return values
 
 
-def _levels(predictions: Sequence[EstimatedPrediction], estimator: str) -> Levels:
+def _levels(predictions: Sequence[EstimatedPrediction], estimator: str) -> ConfidenceGroups:
     """The distinct confidences with their counts; None counts as one that could not be read."""
     rows = [(p.confidence_of(estimator), p.correct) for p in predictions]
     known = [(confidence, right) for confidence, right in rows if confidence is not None]

@@ -8,8 +8,8 @@ import lightning as L
 import torch
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.estimators.generating import Generating
-from vlm_calibration.estimators.passes import right_padded
+from vlm_calibration.estimators.answer_scoring import right_padded
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.shared_prefix import score_responses
@@ -23,12 +23,12 @@ def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens:
     A batch of no queries has no answers.
 
     Args:
-        model: a transformers or peft model, or `Generating` with one.
+        model: a transformers or peft model, or `GenerationRecorder` with one.
     """
     if not batch.queries:
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
-    ranking = ranked_right(model.model if isinstance(model, Generating) else model, batch)
+    ranking = ranked_right(model.model if isinstance(model, GenerationRecorder) else model, batch)
     rows = zip(batch.queries, texts, batch.steps, ranking, strict=True)
     return [graded_prediction(query, text, step, batch.grading, right) for query, text, step, right in rows]
 

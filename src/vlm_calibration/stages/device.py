@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from vlm_calibration.models.forward import base_of
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.sharding import shard
 
 
@@ -24,7 +24,7 @@ def ready_to_train(module: L.LightningModule, model: Any, gradient_checkpointing
     from_pretrained leaves eval mode and Lightning keeps it; checkpointing and dropout need train mode.
     """
     if gradient_checkpointing:
-        base = base_of(model)
+        base = unwrap_peft(model)
         base.gradient_checkpointing_enable({"use_reentrant": False})
         # For checkpointing of the other kind, inputs now require gradients, those of a frozen tower too, which would be
         # computed twice and gone through backwards.

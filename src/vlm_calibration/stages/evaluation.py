@@ -16,9 +16,9 @@ from torch import nn
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.pairs import stated_levels
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
-from vlm_calibration.estimators.generating import Generating
-from vlm_calibration.estimators.passes import AnswerWriter
+from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.scoring import EstimateScorer
 from vlm_calibration.estimators.verbal import VerbalizedConfidence
@@ -26,7 +26,7 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
 from vlm_calibration.stages.device import device_of
@@ -141,7 +141,7 @@ class EvaluationModule(L.LightningModule):
         }
 
     @property
-    def levels(self) -> list[Levels]:
+    def levels(self) -> list[ConfidenceLevels]:
         """The confidences that estimators range over are those of any of these."""
         own = [level for e in self.estimators.values() for level in e.levels]
         return own or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ class EvaluationModule(L.LightningModule):
 
     def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
         """The answers of the system that is active, with what every estimator says of them, and what that took."""
-        generating = Generating(self.model, remember=bool(self.estimators))
+        generating = GenerationRecorder(self.model, remember=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
         if not self.estimators:

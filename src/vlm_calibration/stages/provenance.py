@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.models.loading import BaseModel, weights_digest
-from vlm_calibration.perturbation.levels import AnchoredLevels, Levels
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError
 
 COMPARED = {
@@ -51,7 +51,7 @@ def provenance_of(
     }
 
 
-def check_levels(levels: Levels | None, base: BaseModel, data: PerturbedQueryDataModule) -> None:
+def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: PerturbedQueryDataModule) -> None:
     """Refuse anchored levels that were measured otherwise than they are used; levels of other kinds are measured on nothing.
 
     A model is the same if its configuration and weights are, whatever it is called and wherever it lies; where one of the two

@@ -13,7 +13,7 @@ from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.belief import Belief
+from vlm_calibration.stages.level_distribution import LevelDistribution
 from vlm_calibration.text.confidence import strip_confidence
 
 
@@ -82,7 +82,7 @@ def _expected(
     # How much of a prompt's end a response takes into its first token depends on the answer.
     cut = torch.tensor([n for n, _ in found], device=pairs.lengths.device)
     pairs = pairs._replace(lengths=pairs.inputs["attention_mask"].sum(dim=1) - cut)
-    belief = Belief(module.score_reference(pairs, candidates).total, candidates)
+    belief = LevelDistribution(module.score_reference(pairs, candidates).total, candidates)
     return [(belief.expected(row), answers[row].correct, answers[row].answer_type) for row in read]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics
-from vlm_calibration.metrics.levels import UndefinedMetricWarning
+from vlm_calibration.metrics.groups import UndefinedMetricWarning
 from vlm_calibration.records import Prediction, category_groups
 
 Results = dict[str, dict[str, float]]

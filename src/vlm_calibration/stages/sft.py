@@ -113,17 +113,17 @@ class SFTModule(L.LightningModule):
         found = labelled_logits(self.model, batch.inputs, batch.labels)
         log_likelihood = token_log_likelihood(found.logits, found.targets)
         weights = token_weights(
-            batch.stated_labels,
+            batch.label_confidence_mask,
             batch.confidence[found.rows],
-            batch.right[found.rows],
+            batch.is_correct[found.rows],
             self.answer_weight,
             self.confidence_weight,
         )
         loss = response_nll(log_likelihood, found.rows, weights, len(batch.queries))
-        stated = batch.stated_labels
+        stated = batch.label_confidence_mask
         size = len(batch.queries)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        right = ~stated & batch.right[found.rows]
+        right = ~stated & batch.is_correct[found.rows]
         if bool(right.any()):
             self.log("train/nll_answer", -log_likelihood[right].mean().detach(), batch_size=size)
         self.log(

@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vlm_calibration.perturbation.rle import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.regions.rle import leaves_image, region_to_mask
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import denies, is_evidence
 

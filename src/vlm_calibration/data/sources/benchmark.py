@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.files import some
-from vlm_calibration.benchmarks.official import Counts
+from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.perturbation.images import ImageError
@@ -36,7 +36,7 @@ class BenchmarkSource(QuerySource):
         """The queries, images not looked for."""
 
     @abstractmethod
-    def count(self, texts: Sequence[str]) -> Counts:
+    def count(self, texts: Sequence[str]) -> OfficialCounts:
         """Judge the answers to all queries, in their order, by the benchmark's own rule."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
 from vlm_calibration.data.sources.images import ImageFolder
-from vlm_calibration.data.sources.instances import Instance, Picture, object_mask, read_instances
+from vlm_calibration.data.sources.instances import AnnotatedImage, Instance, object_mask, read_instances
 from vlm_calibration.data.sources.pope import AbsentObjects, Negatives
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -92,7 +92,7 @@ class CocoSource(QuerySource):
         self._files = ImageFolder(self.root)
 
     @cached_property
-    def _pictures(self) -> list[Picture]:
+    def _pictures(self) -> list[AnnotatedImage]:
         excluded = {number for path in self.exclude for number in _numbers(path)}
         pictures = [
             p for p in read_instances(self.annotations) if not excluded & set(_NUMBER.findall(p.file))
@@ -124,7 +124,7 @@ class CocoSource(QuerySource):
         return plans
 
     def _existence(
-        self, index: int, picture: Picture, absent: AbsentObjects, rng: np.random.Generator
+        self, index: int, picture: AnnotatedImage, absent: AbsentObjects, rng: np.random.Generator
     ) -> Iterator[Plan]:
         """A present object, then an absent one, and so on."""
         taken = list(picture.objects)
@@ -157,7 +157,7 @@ class CocoSource(QuerySource):
     def _places(self) -> dict[str, int]:
         return {p.file: i for i, p in enumerate(self._pictures)}
 
-    def _picture(self, query: Query) -> Picture:
+    def _picture(self, query: Query) -> AnnotatedImage:
         return self._pictures[self._places[query.image]]
 
     def load(self, query: Query) -> LoadedImage:
@@ -203,7 +203,7 @@ def _numbers(path: Path) -> set[str]:
     return numbers
 
 
-def _counting(index: int, picture: Picture) -> Iterator[Plan]:
+def _counting(index: int, picture: AnnotatedImage) -> Iterator[Plan]:
     """How many there are, for every object that is not in a crowd."""
     for name in picture.objects:
         same = [i for i in picture.instances if i.name == name]
@@ -212,7 +212,7 @@ def _counting(index: int, picture: Picture) -> Iterator[Plan]:
             yield Plan(index, f"count-{name}", question, str(len(same)), (name,), "counting")
 
 
-def _spatial(index: int, picture: Picture, rng: np.random.Generator) -> Iterator[Plan]:
+def _spatial(index: int, picture: AnnotatedImage, rng: np.random.Generator) -> Iterator[Plan]:
     """Where one object is with respect to another, for every two that are there once and lie apart; half are not so."""
     single = [
         i for i in picture.instances if [o.name for o in picture.instances].count(i.name) == 1 and not i.crowd

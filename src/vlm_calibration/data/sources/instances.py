@@ -21,7 +21,7 @@ class Instance(NamedTuple):
     crowd: bool
 
 
-class Picture(NamedTuple):
+class AnnotatedImage(NamedTuple):
     """An image: file name, size in pixels, and what is annotated in it."""
 
     file: str
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
         return tuple(dict.fromkeys(i.name for i in self.instances))
 
 
-def read_instances(path: Path) -> list[Picture]:
+def read_instances(path: Path) -> list[AnnotatedImage]:
     """The images of an annotation file that have annotations, in the order of their file names.
 
     Raises:
@@ -51,7 +51,7 @@ def read_instances(path: Path) -> list[Picture]:
             found = Instance(names[a["category_id"]], (x, y, width, height), shape, bool(a.get("iscrowd")))
             instances.setdefault(a["image_id"], []).append(found)
         pictures = [
-            Picture(i["file_name"], i["height"], i["width"], tuple(instances[i["id"]]))
+            AnnotatedImage(i["file_name"], i["height"], i["width"], tuple(instances[i["id"]]))
             for i in content["images"]
             if i["id"] in instances
         ]
@@ -92,7 +92,7 @@ def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
         raise RecordError(f"the segmentation of a {instance.name} cannot be drawn: {error}") from error
 
 
-def object_mask(picture: Picture, name: str) -> np.ndarray:
+def object_mask(picture: AnnotatedImage, name: str) -> np.ndarray:
     """The pixels of all instances of an object, bool [height, width]."""
     union = np.zeros((picture.height, picture.width), dtype=bool)
     for instance in picture.instances:

@@ -1,0 +1,1 @@
+"""Asking a trained model from Python: `load_calibrated` and what it answers."""

@@ -1,0 +1,340 @@
+"""`load_calibrated`: a base model and its adapter as one object to ask, which answers as an evaluation would."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.resolution import check_resolution, resize_to_model
+from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.hub import is_hub_name, loading
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.pixels import ImageLike, pixels_of
+from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_adapter
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import load_base
+from vlm_calibration.models.vision import shared_vision
+from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
+from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
+from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
+from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, strip_confidence
+from vlm_calibration.text.grading import parse_answer
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+logger = logging.getLogger(__name__)
+
+BASE, CALIBRATED = "base", "calibrated"
+EVERY_PERCENT = LinearLevels(n_levels=101)
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+
+
+def load_calibrated(
+    base: str | BaseModel | None = None,
+    adapter: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    levels: ConfidenceLevels | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+) -> CalibratedModel:
+    """Load a model to ask.
+
+    What the adapter's card says of its training (prompt, length of answers) holds unless it is given here.
+
+    Args:
+        base: name or folder of the base model, or how to load it; None: the one that the adapter names, of the dtype and
+            quantisation of its training.
+        adapter: a run directory, the folder of an adapter, or its name on the Hub, `owner/name` or `owner/name@revision`;
+            None: the base model as it is, which may be one that an adapter was merged into.
+        device: where to; None: a GPU if there is one.
+        levels: the confidences that `Answer.distribution` ranges over; None: every whole percent, so that what a model was
+            not taught to state cannot be mistaken for what it believes.
+        prompt: how a question is put, with `{question}` in it.
+        max_new_tokens: length limit of an answer.
+
+    Raises:
+        DataError: there is no such model or adapter, neither is given, or they do not belong together.
+    """
+    device = _usable(device)
+    folder = None if adapter is None else find_adapter(adapter)
+    if base is None and folder is None:
+        raise DataError("nothing to ask: give a base model, an adapter, or both")
+    model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
+    model = replace(model, name_or_path=_located(model.name_or_path))
+    card = load_card(folder or _card_folder(model)) or Card(model.name_or_path)
+    loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
+    if model.quantization == "none":
+        loaded = loaded.to(device)
+    template = prompt or card.template
+    data = PerturbedQueryDataModule(
+        _processor_of(folder, model),
+        prompt=ElicitationPrompt(template) if template else ElicitationPrompt(),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if prompt is None and card.conversation not in (None, data.chat.render(EXAMPLE)):
+        logger.warning(f"{folder or model.name_or_path}: its chat template is not the one of its training")
+    return CalibratedModel(
+        loaded.requires_grad_(False).eval(),
+        data.chat,
+        levels or EVERY_PERCENT,
+        max_new_tokens or card.max_new_tokens,
+        name=_name(model, folder),
+    )
+
+
+def _name(base: BaseModel, adapter: Path | None) -> str:
+    """What answers, for people and for telling two models apart: one that was trained anew has another name."""
+    parts = [base.name_or_path, base.revision and f"at {base.revision}"]
+    if base.quantization != "none":
+        parts.append(f"in {base.quantization}")
+    if adapter is not None:
+        weights = adapter / "adapter_model.safetensors"
+        digest = hashlib.sha256(weights.read_bytes() if weights.is_file() else b"").hexdigest()
+        parts.append(f"with {adapter} ({digest[:8]})")
+    return " ".join(part for part in parts if part)
+
+
+def _usable(device: str | torch.device | None) -> torch.device:
+    """The device, checked before anything is loaded; None: a GPU if there is one.
+
+    Raises:
+        DataError: there is no such device.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise DataError(f'device: expected "cpu", "cuda" or "cuda:N", found {device!r}') from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DataError(
+            f"device: {str(found)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
+            'can use: take "cpu", or leave it out'
+        )
+    return found
+
+
+def _located(name: str) -> str:
+    """The demo's model where it is installed, also for a run that names it from the root of the repository."""
+    is_demo = Path(name).parts[-3:] == DEMO_MODEL.parts[-3:]
+    return str(DEMO_MODEL) if is_demo and not Path(name).exists() else name
+
+
+def _card_folder(model: BaseModel) -> Path:
+    """Where the card of a merged model lies: in its folder, or in the cache of what the Hub has."""
+    if not is_hub_name(model.name_or_path):
+        return Path(model.name_or_path)
+    with loading("a model card", model.name_or_path):
+        try:
+            return Path(hf_hub_download(model.name_or_path, FACTS, revision=model.revision)).parent
+        except EntryNotFoundError:
+            return Path(model.name_or_path)
+
+
+def _processor_of(adapter: Path | None, base: BaseModel) -> str:
+    """The folder or name of the processor: the one beside the adapter if there is one."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    own = adapter is not None and any((adapter / name).is_file() for name in names)
+    return str(adapter) if own else base.name_or_path
+
+
+class CalibratedModel:
+    """A base model, with or without an adapter, that answers questions about images. Made by `load_calibrated`.
+
+    It may be asked from several threads; one is answered at a time.
+
+    Attributes:
+        model: the transformers or peft model. chat: how it is asked. levels: the confidences it may state.
+        max_new_tokens: length limit of an answer. name: what it is, for people.
+        systems: "base", and "calibrated" where there is an adapter.
+    """
+
+    def __init__(
+        self, model: Any, chat: ChatFormat, levels: ConfidenceLevels, max_new_tokens: int, name: str = "model"
+    ) -> None:
+        self.model = model
+        self.chat = chat
+        self.levels = levels
+        self._writer = AnswerWriter(chat, [levels])
+        self.max_new_tokens = max_new_tokens
+        self.name = name
+        self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
+        self.noise = NoisePolicy(resolution=_resolution(chat.processor))
+        self._one_at_a_time = threading.Lock()
+
+    def ask(
+        self, image: ImageLike, question: str, answer_type: AnswerType | None = None, *, as_base: bool = False
+    ) -> Answer:
+        """Ask one question.
+
+        Args:
+            image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
+            answer_type: "yes_no", "short" or "open"; None: told from the question.
+            as_base: answer without the adapter.
+
+        Raises:
+            DataError: an image or a question that cannot be used.
+        """
+        return next(self.ask_many([(image, question, answer_type)], as_base=as_base))
+
+    def ask_many(
+        self,
+        questions: Iterable[tuple[ImageLike, str] | tuple[ImageLike, str, AnswerType | None]],
+        batch_size: int = 8,
+        *,
+        as_base: bool = False,
+    ) -> Iterator[Answer]:
+        """Ask many questions; their answers in the same order, as they come.
+
+        Args:
+            questions: image, question and, if wanted, answer type, as for `ask`; only a batch of them is held at a time.
+            batch_size: questions answered together; the answers do not depend on it.
+            as_base: answer without the adapter.
+
+        Raises:
+            DataError: an image or a question that cannot be used.
+            ValueError: `batch_size` below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        system = BASE if as_base else self.systems[-1]
+        pending = iter(enumerate(questions, start=1))
+        while batch := list(islice(pending, batch_size)):
+            samples = [self.sample(*question, name=f"question {number}") for number, question in batch]
+            yield from self.answers(samples, [system])[system]
+
+    def sample(
+        self,
+        image: ImageLike,
+        question: str,
+        answer_type: AnswerType | None = None,
+        *,
+        name: str = "question",
+        mask: Any = None,
+        step: int = 0,
+    ) -> Sample:
+        """A question about an image, as the model meets it.
+
+        Args:
+            mask: bool [H, W], a region to noise. step: up to which diffusion step. name: for messages, and the noise's seed.
+
+        Raises:
+            DataError: an image or a question that cannot be used.
+        """
+        if not question.strip():
+            raise DataError(f"{name}: the question is empty")
+        # Nobody knows the right answer, and nothing is graded.
+        query = Query(name, "", question, "-", answer_type or answer_type_of(question))
+        loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
+        noise = self.noise if mask is not None else replace(self.noise, absent="clean")
+        return perturb_query(query, loaded, noise, self.chat.processor.image_processor, epoch=0, step=step)
+
+    def seen(self, sample: Sample) -> np.ndarray:
+        """The sample's image at the resolution at which the model sees it, uint8 [H, W, 3]."""
+        return resize_to_model(self.chat.processor.image_processor, sample.image)
+
+    def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
+        """What each system answers to one batch of samples.
+
+        Args:
+            systems: of `self.systems`.
+        """
+        batch = PromptCollator(self.chat)(samples).to(self.model.device)
+        found: dict[str, list[Answer]] = {}
+        sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
+        with self._one_at_a_time, torch.no_grad(), sharing:
+            for system in systems:
+                with using_adapter(self.model, None if system == BASE else system):
+                    found[system] = self._answer(batch)
+        return found
+
+    def _answer(self, batch: Any) -> list[Answer]:
+        generating = GenerationRecorder(self.model, remember=True)
+        texts = generate_texts(
+            generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
+        )
+        said = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
+        answered = AnsweredBatch(
+            self.model,
+            batch,
+            said,
+            generating.passes,
+            self._writer,
+            self.max_new_tokens,
+            generating.known,
+        )
+        expected = ExpectedConfidence().estimate(answered).confidence
+        answers = []
+        for prediction, mean, scored in zip(said, expected, answered.scored, strict=True):
+            p = [] if scored is None else torch.softmax(scored.level_log_p.double(), -1).tolist()
+            answers.append(
+                Answer(
+                    text=prediction.text,
+                    answer=strip_confidence(prediction.text),
+                    confidence=prediction.confidence,
+                    expected=mean,
+                    distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
+                    answer_type=prediction.answer_type,
+                )
+            )
+        return answers
+
+
+def _prediction(query: Query, text: str) -> Prediction:
+    """The answer as estimators take it; nothing is known of its being right."""
+    return Prediction(
+        id=query.id,
+        question=query.question,
+        answer=query.answer,
+        text=text,
+        predicted=parse_answer(text, query.answer_type),
+        confidence=parse_confidence(text),
+        correct=False,
+        category=None,
+        noise_step=None,
+        answer_type=query.answer_type,
+    )
+
+
+def _resolution(processor: Any) -> Any:
+    """At which resolution images are prepared: that of the model, unless it is not known for this processor."""
+    try:
+        check_resolution(processor)
+    except DataError:
+        return "native"
+    return "model"
+
+
+_BEGINS_YES_NO = re.compile(
+    r"\W*(?:is|are|was|were|am|do|does|did|can|could|has|have|had|will|would|should|must|may|might)(?:n't)?\b",
+    re.IGNORECASE,
+)
+
+
+def answer_type_of(question: str) -> AnswerType:
+    """The kind of answer that an English question asks for: yes or no if it begins with a verb and leaves no choice.
+
+    >>> answer_type_of("Is there a dog?"), answer_type_of("Is it a dog or a cat?"), answer_type_of("What is it?")
+    ('yes_no', 'short', 'short')
+    """
+    begins = _BEGINS_YES_NO.match(question) is not None
+    return "yes_no" if begins and not re.search(r"\bor\b", question, re.IGNORECASE) else "short"

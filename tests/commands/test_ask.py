@@ -1,0 +1,351 @@
+"""`vlm-calibration ask` as a user calls it: one question, many with restarts, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from PIL import Image
+
+from vlm_calibration import cli
+from vlm_calibration.arguments import Parser
+from vlm_calibration.commands import options
+from vlm_calibration.commands.ask import _shown
+from vlm_calibration.commands.questions import answer_file
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
+from vlm_calibration.models.loading import Dtype, Quantization
+from vlm_calibration.records import DataError
+
+from ..command_line import Ended, Server
+
+SOURCE = DemoSource("test", scenes=4)
+Call = Callable[..., Ended]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command in this process, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments: str) -> Ended:
+        status = cli.main(["ask", *arguments])
+        return Ended(status, *capsys.readouterr())
+
+    return called
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Twelve questions about four scenes."""
+    lines = []
+    for query in SOURCE.queries():
+        Image.fromarray(SOURCE.load(query).image).save(tmp_path / f"{query.image}.png")
+        lines.append({"id": query.id, "image": f"{query.image}.png", "question": query.question})
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def adapter(adapter_run: Path) -> tuple[str, ...]:
+    return ("--adapter", str(adapter_run), "--device", "cpu", "--max-new-tokens", "16")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- One question -----------------------------------------------------------------------------------------------
+
+
+def test_one_question(
+    call: Call, questions: Path, adapter: tuple[str, ...], calibrated: CalibratedModel
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    expected = calibrated.ask(questions.parent / row["image"], row["question"])
+    ended = call(row["image"], row["question"], *adapter)
+    assert ended.status == 0
+    assert ended.err == ""
+    lines = ended.out.splitlines()
+    assert lines[0] == expected.answer
+    assert lines[1].split() == ["stated", "confidence", f"{expected.confidence:.0%}"]
+    assert lines[2].split() == ["expected", "confidence", f"{expected.expected:.0%}"]
+    ended = call(row["image"], row["question"], *adapter, "--json")
+    found = json.loads(ended.out)
+    assert found.pop("model").endswith(")")
+    assert found == {"image": row["image"], "question": row["question"], **expected.to_dict()}
+
+
+def test_the_kind_of_question_and_the_threshold_can_be_given(
+    call: Call, questions: Path, adapter: tuple[str, ...]
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    asked = (row["image"], row["question"], *adapter, "--json")
+    found = json.loads(call(*asked, "--answer-type", "open", "--review-below", "0").out)
+    assert (found["answer_type"], found["needs_review"]) == ("open", found["confidence"] is None)
+    shown = call(*asked[:-1], "--review-below", "1").out
+    assert ("needs review" in shown) == (found["confidence"] != 1)
+
+
+def test_what_is_shown_of_an_answer() -> None:
+    answer = Answer("\x1b[2JYes", "\x1b[2JYes", None, 0.7, {0.9: 0.5, 0.5: 0.46, 0.1: 0.04}, "yes_no")
+    assert _shown(answer, 0.9).splitlines() == [
+        "\N{REPLACEMENT CHARACTER}[2JYes",
+        "  stated confidence     none",
+        "  expected confidence    70%",
+        "  might have stated    90% (p = 0.50), 50% (p = 0.46)",
+        "  needs review",
+    ]
+
+
+def test_a_threshold_from_an_evaluation(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
+    plain = {"question": "?", "answer": "Yes", "text": "", "predicted": None, "category": None}
+    plain |= {"noise_step": None, "answer_type": "yes_no"}
+    rows = [(0.99, True)] * 4 + [(0.2, False)] * 4
+    evaluated = questions.parent / "predictions.jsonl"
+    lines = [
+        json.dumps({"id": str(i), **plain, "confidence": c, "correct": r}) for i, (c, r) in enumerate(rows)
+    ]
+    evaluated.write_text("\n".join(lines))
+    row = json.loads(questions.read_text().splitlines()[0])
+    ended = call(
+        row["image"],
+        row["question"],
+        *adapter,
+        "--json",
+        "--accuracy",
+        "1",
+        "--evaluated",
+        str(evaluated.parent),
+    )
+    assert "review below 0.99 (verbalized): of the answers there 100.0% were right" in ended.err
+    found = json.loads(ended.out)
+    assert found["needs_review"] is (found["confidence"] is None or found["confidence"] < 0.99)
+
+
+def test_without_a_model_the_demo_s_is_asked(
+    call: Call, questions: Path, adapter_run: Path, tmp_path: Path
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    ended = call(row["image"], row["question"], "--json", "--max-new-tokens", "16")
+    assert "asking the demo's model alone" in ended.err
+    assert json.loads(ended.out)["model"] == str(DEMO_MODEL)
+    for run in ("runs/sft", "runs/dpo"):
+        (tmp_path / run).parent.mkdir(exist_ok=True)
+        (tmp_path / run).symlink_to(adapter_run)
+        ended = call(row["image"], row["question"], "--json", "--max-new-tokens", "16")
+        assert f"asking the demo's model and the adapter in {run}" in ended.err
+        assert f"with {run}/adapter (" in json.loads(ended.out)["model"]
+
+
+def test_the_choices_are_those_of_a_base_model() -> None:
+    parser = Parser("ask")
+    options.add_model_options(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["dtype"] == get_args(Dtype)
+    assert choices["quantization"] == get_args(Quantization)
+
+
+# --- Many questions ---------------------------------------------------------------------------------------------
+
+
+def test_many_questions(
+    call: Call, questions: Path, adapter: tuple[str, ...], calibrated: CalibratedModel
+) -> None:
+    ended = call("--questions", str(questions), "--out", "a/answers.jsonl", *adapter, "--batch-size", "5")
+    assert ended.status == 0, ended.err
+    assert ended.out == "12 of 12 questions answered: a/answers.jsonl\n"
+    asked = _rows(questions)
+    rows = _rows(questions.parent / "a" / "answers.jsonl")
+    expected = calibrated.ask_many((questions.parent / q["image"], q["question"]) for q in asked)
+    for row, question, answer in zip(rows, asked, expected, strict=True):
+        model, below = row.pop("model"), row.pop("review_below")
+        assert model.startswith(str(DEMO_MODEL))
+        assert below is None
+        assert {k: row[k] for k in question} == question
+        assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
+        assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
+    ended = call("--questions", str(questions), "--out", "a/answers.jsonl", *adapter, "--json")
+    counts = json.loads(ended.out)
+    assert counts == {
+        "questions": 12,
+        "answered_now": 0,
+        "answered_before": 12,
+        "skipped": 0,
+        "needs_review": None,
+        "out": "a/answers.jsonl",
+    }
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    call: Call, questions: Path, adapter: tuple[str, ...], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--questions", str(questions), "--batch-size", "1", *adapter]
+    assert call(*arguments, "--out", "whole.jsonl").status == 0
+    out = questions.parent / "killed.jsonl"
+    pid = server.start(["ask", *arguments, "--out", str(out)], questions.parent)
+    deadline = time.time() + 200
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        assert time.time() < deadline
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    server.wait(pid)
+    written = _rows(out)
+    assert 3 <= len(written) < 12
+    with out.open("a") as file:
+        file.write('{"id": "torn')
+    asked: list[str] = []
+    answers = CalibratedModel.answers
+
+    def noted(self: CalibratedModel, samples: Any, systems: Any) -> Any:
+        asked.extend(sample.query.question for sample in samples)
+        return answers(self, samples, systems)
+
+    monkeypatch.setattr(CalibratedModel, "answers", noted)
+    ended = call(*arguments, "--out", "killed.jsonl")
+    assert (
+        ended.out
+        == f"{12 - len(written)} of 12 questions answered, {len(written)} had been before: killed.jsonl\n"
+    )
+    assert asked == [q["question"] for q in _rows(questions)[len(written) :]]
+    assert out.read_text() == (questions.parent / "whole.jsonl").read_text()
+
+
+def test_answers_of_others_are_not_mixed(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
+    arguments = ("--questions", str(questions), "--out", "answers.jsonl")
+    assert call(*arguments, *adapter).status == 0
+    before = (questions.parent / "answers.jsonl").read_bytes()
+    ended = call(*arguments, "--base", str(DEMO_MODEL))
+    assert ended.error().startswith("answers.jsonl:1: answered with model '")
+    ended = call(*arguments, *adapter, "--review-below", "0.5")
+    assert "answers.jsonl:1: answered with review_below None, not 0.5: choose another --out" in ended.error()
+    first, *rest = questions.read_text().splitlines()
+    questions.write_text("\n".join([json.dumps({**json.loads(first), "question": "A cow?"}), *rest]))
+    ended = call(*arguments, *adapter)
+    assert f"{questions}:1: answers.jsonl holds an answer to another question" in ended.error()
+    assert (questions.parent / "answers.jsonl").read_bytes() == before
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
+    with (
+        answer_file(tmp_path / "a.jsonl", {}),
+        pytest.raises(DataError, match="another process is writing to it"),
+        answer_file(tmp_path / "a.jsonl", {}),
+    ):
+        pass
+
+
+def test_bad_images_stop_the_run_or_are_counted(
+    call: Call, questions: Path, adapter: tuple[str, ...]
+) -> None:
+    lines = questions.read_text().splitlines()
+    bad = [{"image": "nowhere.png", "question": "A dog?"}, {"image": "../x.png", "question": "A dog?"}]
+    (questions.parent / "torn.png").write_bytes((questions.parent / "test-000000.png").read_bytes()[:500])
+    bad.append({"image": "torn.png", "question": "A dog?"})
+    questions.write_text("\n".join([lines[0], *map(json.dumps, bad), lines[1]]) + "\n")
+    arguments = ("--questions", str(questions), "--out", "answers.jsonl", *adapter, "--batch-size", "1")
+    ended = call(*arguments)
+    assert f"{questions}:2: no such image: " in ended.error()
+    assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
+    ended = call(*arguments, "--skip-bad-images", "--review-below", "1")
+    assert "choose another --out" in ended.error()
+    ended = call(*arguments, "--skip-bad-images")
+    assert ended.out == "1 of 5 questions answered, 1 had been before, 3 left out: answers.jsonl\n"
+    for reason in (
+        ":2: no such image",
+        ":3: the image path '../x.png' leaves the data root",
+        "torn.png: damaged",
+    ):
+        assert reason in ended.err
+
+
+def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
+    arguments = ("--questions", str(questions), "--out", "answers.jsonl", *adapter, "--review-below", "0.97")
+    assert call(*arguments).status == 0
+    out = questions.parent / "answers.jsonl"
+    rows = _rows(out)
+    wanted = sum(row["needs_review"] for row in rows)
+    assert wanted == sum(row["confidence"] is None or row["confidence"] < 0.97 for row in rows)
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:7]))
+    assert f"{wanted} need review" in call(*arguments).out
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", ":2: Expecting property name"),
+        ("[]", ":2: expected an object with 'image' and 'question'"),
+        ('{"image": "a.png"}', ":2: 'question' must be a non-empty string"),
+        ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
+        ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
+        ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
+        ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
+        (b"\xff", ":2: 'utf-8' codec"),
+    ],
+)
+def test_bad_lines_are_named_before_a_model_is_loaded(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | bytes, says: str
+) -> None:
+    monkeypatch.setattr("vlm_calibration.commands.ask.load_model", lambda _: pytest.fail("loaded"))
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(
+        b'{"image": "a.png", "question": "A dog?"}\n' + (line if isinstance(line, bytes) else line.encode())
+    )
+    ended = call("--questions", "q.jsonl", "--out", "a.jsonl")
+    assert ended.error().startswith(f"q.jsonl{says}")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give an image and a question, or --questions FILE"),
+        (["a.png"], "give an image and a question, or --questions FILE"),
+        (["a.png", "A dog?", "--out", "b"], "--out is for many questions"),
+        (["a.png", "A dog?", "--batch-size", "3"], "--batch-size is for many questions"),
+        (["a.png", "A dog?", "--skip-bad-images"], "--skip-bad-images is for many questions"),
+        (["a.png", "A dog?", "--questions", "f", "--out", "b"], "give either an image and a question, or"),
+        (["--questions", "f"], "give --out FILE"),
+        (["--questions", "f", "--out", "b", "--answer-type", "open"], "--answer-type is for one question"),
+        (["a.png", "A dog?", "--accuracy", "0.9"], "--accuracy and --evaluated belong together"),
+        (["a.png", "A dog?", "--by", "expected"], "--by is for --accuracy"),
+        (["a.png", "A dog?", "--review-below", "80"], r"--review-below must be in [0, 1], found 80.0"),
+        (["a.png", "A dog?", "--batch-size", "0"], "must be at least 1"),
+        (["a.png", "A dog?", "--adaptor", "x"], "unknown setting --adaptor (did you mean --adapter?)"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says: str) -> None:
+    ended = call(*arguments)
+    assert ended.status == 2
+    assert says in ended.error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a.png", "A dog?", "--adapter", "nowhere"], "no adapter at nowhere"),
+        (["a.png", "A dog?", "--device", "cuda:99"], "device: 'cuda:99' needs a GPU, found "),
+        (
+            ["a.png", "A dog?", "--base", "no/where"],
+            "cannot load a model from 'no/where': there is no such folder, HF_HUB_OFFLINE is set",
+        ),
+        (["nowhere.png", "A dog?"], "nowhere.png: no such file"),
+        (["--questions", "nowhere.jsonl", "--out", "b"], "nowhere.jsonl: cannot be read: No such file"),
+        (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot read the predictions"),
+    ],
+)
+def test_what_is_missing_is_named(call: Call, arguments: list[str], says: str) -> None:
+    ended = call(*arguments)
+    assert ended.status == 1
+    assert says in ended.error()

@@ -1,0 +1,197 @@
+"""The command `estimate`: what it makes of the settings of `fit`, and that the models' configurations quote it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+import yaml
+
+from vlm_calibration.cli import main
+from vlm_calibration.cli.lightning_cli import ParsedCLI
+from vlm_calibration.commands.estimate_memory import (
+    STATE_BYTES,
+    memory_line,
+    memory_of,
+    training_step,
+)
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.optimization import OptimizerSettings
+
+from ..models.published import MODELS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
+BEHIND = re.compile(r"behind (\w+)\.yaml:$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def parse() -> Callable[..., Any]:
+    """Files under configs/ and further arguments to the configuration of `fit`. The parser takes seconds to build."""
+    before = sys.argv
+    sys.argv = ["vlm-calibration", "fit", "--config", str(CONFIGS / "sft.yaml")]
+    try:
+        parser = ParsedCLI().parser
+    finally:
+        sys.argv = before
+
+    def parsed(*files: str, **settings: Any) -> Any:
+        arguments = [a for name in files for a in ("--config", str(CONFIGS / name))]
+        keys = [f"--{k.replace('__', '.')}={v}" for k, v in settings.items()]
+        return parser.parse_args(["fit", *arguments, *keys]).fit
+
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a published model's configuration, by the name of its file."""
+    folder = tmp_path_factory.mktemp("published")
+
+    def saved(name: str) -> str:
+        MODELS[name].config().save_pretrained(folder / name)
+        return str(folder / name)
+
+    return saved
+
+
+def _quoted(name: str) -> str:
+    """The estimate in a file's comment."""
+    text = (CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^# (.* = [\d.]+ GiB)$", text, re.MULTILINE)
+    return line
+
+
+def test_every_file_is_of_a_published_model() -> None:
+    assert set(MODELS) == set(FILES)
+    for name, model in MODELS.items():
+        settings = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert settings["model"]["init_args"]["base"]["name_or_path"] == model.repository
+        assert settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"] == 32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_quote_the_estimate(
+    parse: Callable[..., Any], published: Callable[[str], str], name: str
+) -> None:
+    config = parse("sft.yaml", f"model/{name}.yaml", model__init_args__base__name_or_path=published(name))
+    step = training_step(config)
+    assert memory_line(memory_of(config, step), step) == _quoted(name)
+
+
+def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callable[[str], str]) -> None:
+    (name,) = BEHIND.findall((CONFIGS / "model" / "qlora.yaml").read_text(encoding="utf-8"))
+    files = ("sft.yaml", f"model/{name}.yaml", "model/qlora.yaml")
+    config = parse(*files, model__init_args__base__name_or_path=published(name))
+    assert config.model.init_args.base.quantization == "nf4"
+    step = training_step(config)
+    estimate = memory_of(config, step)
+    assert memory_line(estimate, step) == _quoted("qlora")
+    # Embeddings, output head and tower in float32, the rest in a little more than four bits.
+    assert estimate.weights["nf4"] == pytest.approx(6.53e9 * 0.516, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_preference_optimisation_takes_them_too(parse: Callable[..., Any], name: str) -> None:
+    for overlays in ([], ["model/qlora.yaml"]):
+        config = parse("dpo.yaml", f"model/{name}.yaml", *overlays)
+        assert config.model.init_args.lora.r == 16
+        assert training_step(config).responses == 11
+
+
+def test_the_command(
+    published: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    files = ["sft.yaml", "model/smolvlm2_256m.yaml"]
+    arguments = ["estimate", *(a for f in files for a in ("--config", str(CONFIGS / f)))]
+    folder = ["--model.init_args.base.name_or_path", published("smolvlm2_256m")]
+    assert main([*arguments, *folder]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"# {_quoted('smolvlm2_256m')}"
+    for row in ("weights in bfloat16", "gradients", "optimizer states", "activations, at most", "total"):
+        assert f"│ {row} " in out
+    assert "16 rows of 2048 tokens, with checkpointing" in out
+    assert "data.max_length" in out
+    assert main([*arguments, *folder, "--tokens", "700"]) == 0
+    out = capsys.readouterr().out
+    assert "16 x 700 tokens: " in out.splitlines()[-1]
+    assert "as given by --tokens" in out
+    assert main([*arguments, "--model.init_args.base.name_or_path", "no/model"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("vlm-calibration: error: cannot load a model from 'no/model': ")
+
+
+def test_settings_of_a_step(parse: Callable[..., Any]) -> None:
+    step = training_step(parse("sft.yaml"))
+    assert (step.batch, step.tokens, step.responses, step.checkpointing) == (12, 256, 1, False)
+    assert (step.autocast, step.cast) == (None, None)
+    assert training_step(parse("sft.yaml"), 100).tokens == 100
+    for precision, expected in (
+        ("bf16-mixed", (torch.bfloat16, None)),
+        ("bf16-true", (None, torch.bfloat16)),
+    ):
+        found = training_step(parse("sft.yaml", trainer__precision=precision))
+        assert (found.autocast, found.cast) == expected
+    with pytest.raises(DataError, match=r"trainer\.precision: no estimate for '64-true', expected 32, "):
+        training_step(parse("sft.yaml", trainer__precision="64-true"))
+
+
+def test_responses_of_preference_optimisation(parse: Callable[..., Any]) -> None:
+    pairs = {"data__pairs__rejected": "far", "data__pairs__n_rejected": 3}
+    assert training_step(parse("dpo.yaml")).responses == 11
+    assert training_step(parse("dpo.yaml", **pairs)).responses == 4
+    assert training_step(parse("dpo.yaml", **pairs, data__pairs__wrong_answer="true")).responses == 5
+    plain = training_step(parse("dpo.yaml", **pairs, model__init_args__scoring="plain"))
+    assert (plain.batch, plain.responses) == (16 * 4, 1)
+
+
+def test_a_reference_and_trained_parts_count(parse: Callable[..., Any], model_folder: str) -> None:
+    folder = {"model__init_args__base__name_or_path": model_folder}
+    lora = {"model__init_args__lora__parts": "[language,projector]"}
+
+    def estimate(**settings: Any) -> Any:
+        config = parse("dpo.yaml", **folder, **lora, **settings)
+        return memory_of(config, training_step(config, 90))
+
+    with_, without = estimate(), estimate(model__init_args__reference="base")
+    adapter = with_.parameters - without.parameters
+    assert adapter > with_.trained, "parts: [language] in dpo.yaml"
+    assert with_.weights["float32"] - without.weights["float32"] == 4 * adapter
+    assert with_.optimizer == 8 * with_.trained
+
+
+def test_every_optimizer_is_known() -> None:
+    assert set(get_args(get_type_hints(OptimizerSettings)["name"])) == set(STATE_BYTES)
+
+
+def test_a_module_that_trains_no_adapter(parse: Callable[..., Any]) -> None:
+    config = parse("sft.yaml")
+    del config.model.init_args["lora"]
+    with pytest.raises(DataError, match="SFTModule trains no adapter"):
+        memory_of(config, training_step(config))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("x", "--tokens: invalid positive value: 'x'"), ("0", "--tokens: must be at least 1, found 0")],
+)
+def test_tokens_are_a_positive_number(capsys: pytest.CaptureFixture[str], given: str, says: str) -> None:
+    assert main(["estimate", "--config", "none.yaml", "--tokens", given]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_settings_count_in_the_order_given(
+    published: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    config = ["--config", str(CONFIGS / "sft.yaml")]
+    folder = ["--model.init_args.base.name_or_path", published("smolvlm2_256m")]
+    for early, late, rows in ((["--data.batch_size", "3"], [], 12), ([], ["--data.batch_size", "3"], 3)):
+        assert main(["estimate", *early, *config, *folder, "--tokens=700", *late]) == 0
+        assert f"{rows} x 700 tokens: " in capsys.readouterr().out.splitlines()[-1]

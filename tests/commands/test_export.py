@@ -1,0 +1,480 @@
+"""`vlm-calibration export` as a user calls it: what is written, what is refused, and what the Hub is sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlm_calibration import cli
+from vlm_calibration.commands import export, hub
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.reporting.card import Card, load_card, save_card
+
+from ..command_line import Ended
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def trained(new_adapter: Callable[..., str], model_folder: str, processor: Any, tmp_path: Path) -> Path:
+    """A run directory as training leaves it."""
+    folder = tmp_path / "run" / "adapter"
+    shutil.copytree(new_adapter(1), folder)
+    processor.save_pretrained(folder)
+    save_card(folder, Card(model_folder, location="run/adapter", template="{question}?", max_new_tokens=5))
+    (tmp_path / "run" / "config.yaml").touch()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, in `tmp_path`: exit status, output, the line that reports an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_token")
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        status = cli.main(["export", *arguments])
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("vlm-calibration: error: ")]
+        assert len(errors) == (status != 0)
+        return status, out, "".join(errors).removeprefix("vlm-calibration: error: ")
+
+    return called
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# --- What is written --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    before = _files(trained / "adapter")
+    for run in ("run", "run/adapter"):
+        status, out, _ = call(run, "--out", f"to/{run}")
+        assert (status, out) == (0, f"wrote to/{run}\n")
+        found = _files(tmp_path / "to" / run)
+        assert {name for name in before if before[name] != found.pop(name)} == {
+            "README.md",
+            "calibration.json",
+        }
+        assert not found
+        card = load_card(tmp_path / "to" / run)
+        assert card is not None
+        assert card.location == f"to/{run}"
+        assert f"path = 'to/{run}'" in (tmp_path / "to" / run / "README.md").read_text()
+        shutil.rmtree(tmp_path / "to")
+    assert _files(trained / "adapter") == before
+
+
+def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str) -> None:
+    status, out, _ = call("run", "--merge", "--out", "merged", "--dtype", "bfloat16")
+    assert status == 0
+    assert out.splitlines() == [f"merged 28 layers of run/adapter into {model_folder}", "wrote merged"]
+    assert set(_files(tmp_path / "merged")) == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md", "calibration.json"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+    card = load_card(tmp_path / "merged")
+    assert card == Card(
+        model_folder, location="merged", merged=True, template="{question}?", max_new_tokens=5
+    )
+    text = (tmp_path / "merged/README.md").read_text()
+    assert "peft" not in text
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
+
+
+def test_the_card_of_a_merged_model_runs(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    assert call("run", "--merge", "--out", "merged")[0] == 0
+    Image.fromarray(render_scene(0).image).save(tmp_path / "image.png")
+    program = (tmp_path / "merged/README.md").read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    last = "import sys; assert not [m for m in sys.modules if m.startswith(('vlm_calibration', 'peft'))]"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{last}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith(" None\n"), "random weights state no confidence"
+
+
+def test_from_training_to_a_merged_model(
+    run: Callable[..., Ended], fit: Callable[..., list[str]], tmp_path: Path, model_folder: str
+) -> None:
+    trained = run(*fit(trainer={"val_check_interval": 2}))
+    assert trained.status == 0, trained.err
+    card = load_card(tmp_path / "run" / "adapter")
+    assert card is not None
+    assert (card.location, list(card.results)) == ("run/adapter", ["after"])
+    exported = run("export", "run", "--merge", "--out", "merged")
+    assert exported.status == 0, exported.err
+    assert exported.out.splitlines()[-1] == "wrote merged"
+    base, merged = (load_file(Path(f) / "model.safetensors") for f in (model_folder, tmp_path / "merged"))
+    assert base.keys() == merged.keys()
+    changed = [name for name in base if not torch.equal(base[name], merged[name])]
+    assert len(changed) == 30, "language model and projector"
+    again = run("export", "run", "--merge", "--out", "merged")
+    assert again.error().startswith("--out merged is not empty")
+    assert again.status == 1
+    assert run("export", "run").status == 2
+
+
+def test_a_card_that_someone_edited_is_kept(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    readme = trained / "adapter" / "README.md"
+    readme.write_text("my own")
+    assert call("run", "--out", "copy")[0] == 0
+    assert (tmp_path / "copy" / "README.md").read_text() == "my own"
+    status, out, _ = call("run", "--out", "merged", "--merge")
+    assert status == 0
+    assert out.startswith("run/adapter/README.md is not as training wrote it")
+    assert "merged into it" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_an_adapter_without_card_and_processor(
+    call: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path, model_folder: str
+) -> None:
+    (tmp_path / "plain").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(Path(new_adapter(1)) / name, tmp_path / "plain")
+    assert call("plain", "--out", "copy")[0] == 0
+    assert load_card(tmp_path / "copy") == Card(model_folder, location="copy")
+    assert call("plain", "--out", "merged", "--merge=true")[0] == 0
+    assert (tmp_path / "merged" / "tokenizer.json").is_file(), "the processor of the base"
+
+
+def test_another_base_is_loaded_and_named(
+    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str
+) -> None:
+    path = trained / "adapter" / CONFIG
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "gone", "revision": "v1"})
+    )
+    status, _, error = call("run", "--out", "merged", "--merge")
+    assert status == 1
+    assert error.startswith("cannot load a model from 'gone'")
+    assert not (tmp_path / "merged").exists()
+    shutil.copytree(model_folder, tmp_path / "moved")
+    assert call("run", "--out", "merged", "--merge", "--base", "moved")[0] == 0
+    assert call("run", "--out", "copy", "--base", "org/base", "--base-revision", "abc")[0] == 0
+    config = json.loads((tmp_path / "copy" / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+    assert "'org/base', revision='abc'" in (tmp_path / "copy" / "README.md").read_text()
+    assert call("run", "--out", "same")[0] == 0
+    assert json.loads((tmp_path / "same" / CONFIG).read_text())["revision"] == "v1", "the adapter's own"
+
+
+# --- What is refused --------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_the_way_stays_unless_it_is_to_go(
+    call: Callable[..., Any], trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    status, _, error = call("run", "--out", "full")
+    assert (status, error) == (1, "--out full is not empty: choose another folder, or give --overwrite")
+    (tmp_path / "empty").mkdir()
+    assert call("run", "--out", "empty")[0] == 0
+    assert call("run", "--out", "full", "--overwrite")[0] == 0
+    assert not (tmp_path / "full" / "mine.txt").exists()
+    assert (tmp_path / "full" / CONFIG).is_file()
+
+
+@pytest.mark.parametrize("out", [".", "..", "run", "run/adapter", "run/adapter/inside", "run/../run", "base"])
+def test_nothing_that_is_needed_is_replaced(
+    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, out: str
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "base")
+    before = _files(trained / "adapter")
+    status, _, error = call("run", "--out", out, "--merge", "--overwrite", "--base", "base")
+    assert status == 1
+    assert error.startswith(f"--out {out} ")
+    assert error.endswith("choose another folder")
+    assert _files(trained / "adapter") == before
+    assert (tmp_path / "base" / "config.json").is_file()
+
+
+def test_what_goes_wrong_leaves_what_was_there(
+    call: Callable[..., Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("run", "--out", "merged", "--merge")[0] == 0
+    before = _files(tmp_path / "merged")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    status, _, error = call("run", "--out", "merged", "--merge", "--overwrite")
+    assert status == 1
+    assert "No space left on device" in error
+    assert _files(tmp_path / "merged") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        (
+            ["none", "--out", "x"],
+            "no adapter at none (expected adapter_config.json there or in its folder 'adapter')",
+            1,
+        ),
+        (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
+        ([], "run", 2),
+        (["run", "--out", "x", "--merg"], "--merg", 2),
+        (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
+        (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
+        (["broken", "--out", "x"], "broken/adapter_config.json: not JSON", 1),
+        (["list", "--out", "x"], "list/adapter_config.json: expected a JSON object", 1),
+        (["nameless", "--out", "x"], "nameless/adapter_config.json: it names no base model: give one", 1),
+        (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
+        (
+            ["run", "--push-to-hub", "org/x"],
+            "the base model {base} is a folder, which means nothing on the Hub",
+            1,
+        ),
+    ],
+)
+def test_a_mistake_in_the_call(
+    call: Callable[..., Any],
+    trained: Path,
+    tmp_path: Path,
+    model_folder: str,
+    arguments: list[str],
+    says: str,
+    status: int,
+) -> None:
+    for name, content in (("broken", "{"), ("list", "[]"), ("nameless", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG).write_text(content)
+    ended, _, error = call(*arguments)
+    assert says.format(base=model_folder) in error
+    assert ended == status
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "a run directory, the folder of an adapter" in out
+    assert "--merge" in out
+
+
+def test_dashes_and_flags_are_spelled_out() -> None:
+    assert export._spelled_out(
+        ["run", "--merge", "--push-to-hub=a-b/c", "--private", "false", "--out", "a-b", "--overwrite"]
+    ) == [
+        "run",
+        "--merge=true",
+        "--push_to_hub=a-b/c",
+        "--private",
+        "false",
+        "--out",
+        "a-b",
+        "--overwrite=true",
+    ]
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------
+
+
+class FakeApi:
+    """Records calls and what would be uploaded."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+    uploaded: dict[str, bytes]
+    error: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def called(*arguments: Any, **settings: Any) -> None:
+            if name == "upload_folder":
+                FakeApi.uploaded = _files(settings.pop("folder_path"))
+                if FakeApi.error is not None:
+                    raise FakeApi.error
+            FakeApi.calls.append((name, arguments, settings))
+
+        return called
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
+    FakeApi.calls, FakeApi.uploaded, FakeApi.error = [], {}, None
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    return FakeApi
+
+
+def test_the_adapter_is_uploaded_to_a_branch(
+    call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path
+) -> None:
+    status, out, _ = call(
+        "run", "--push-to-hub", "org/mine", "--base", "org/base", "--private", "--revision", "v2"
+    )
+    assert (status, out) == (0, "pushed to org/mine\n")
+    assert api.calls == [
+        ("create_repo", ("org/mine",), {"repo_type": "model", "private": True, "exist_ok": True}),
+        ("create_branch", ("org/mine",), {"branch": "v2", "exist_ok": True}),
+        (
+            "upload_folder",
+            (),
+            {"repo_id": "org/mine", "revision": "v2", "commit_message": "Upload the model and its card"},
+        ),
+    ]
+    assert set(api.uploaded) == set(_files(trained / "adapter"))
+    assert json.loads(api.uploaded[CONFIG])["base_model_name_or_path"] == "org/base"
+    text = api.uploaded["README.md"].decode()
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base"
+    assert "path = 'org/mine'" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing is left here"
+
+
+def test_what_is_kept_here_may_be_uploaded_too(
+    call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path
+) -> None:
+    status, out, _ = call("run", "--out", "copy", "--push-to-hub", "org/mine", "--base", "org/base")
+    assert (status, out) == (0, "wrote copy\npushed to org/mine\n")
+    assert [name for name, _, _ in api.calls] == ["create_repo", "upload_folder"]
+    assert api.uploaded == _files(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("no route"), "no route"),
+        (
+            ValueError('Invalid metadata in README.md.\n- "license" is not allowed'),
+            '- "license" is not allowed',
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_reported(
+    call: Callable[..., Any], api: type[FakeApi], trained: Path, error: BaseException, says: str
+) -> None:
+    api.error = error
+    status, _, line = call("run", "--push-to-hub", "org/mine", "--base", "org/base")
+    assert status == 1
+    assert line.startswith("cannot push to org/mine: ")
+    assert says in line
+    assert issubclass(HfHubHTTPError, hub.HTTPError)
+
+
+def test_nobody_is_logged_in(
+    call: Callable[..., Any],
+    api: type[FakeApi],
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    status, _, error = call("run", "--push-to-hub", "org/mine", "--base", "org/base", "--out", "copy")
+    assert status == 1
+    assert error == "not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
+    assert api.calls == []
+    assert not (tmp_path / "copy").exists(), "told before any work is done"
+
+
+@pytest.fixture
+def the_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Answers as the Hub does; its address, and what was asked: path -> body."""
+    asked: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = (
+                self.rfile.read(int(self.headers["Content-Length"]))
+                if "Content-Length" in self.headers
+                else self._chunks()
+            )
+            asked[self.path] = body
+            assert self.headers["Authorization"] == "Bearer hf_secret"
+            answer: dict[str, Any] = {
+                "url": f"{address}/org/mine",
+                "commitUrl": f"{address}/org/mine/commit/1",
+                "commitOid": "1",
+            }
+            if "/preupload/" in self.path:
+                files = [f["path"] for f in json.loads(body)["files"]]
+                answer = {
+                    "files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]
+                }
+            self._answer({"errors": [], "warnings": [], **answer})
+
+        def do_GET(self) -> None:
+            self._answer({})
+
+        def _chunks(self) -> bytes:
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            return body
+
+        def _answer(self, content: dict[str, Any]) -> None:
+            encoded = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(encoded)))
+            self.end_headers()
+            self.wfile.write(encoded)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as serving:
+        address = f"http://127.0.0.1:{serving.server_port}"
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield address, asked
+        serving.shutdown()
+        thread.join()
+
+
+def test_the_real_client_uploads_to_a_server(
+    the_hub: tuple[str, dict[str, bytes]], trained: Path, tmp_path: Path
+) -> None:
+    address, asked = the_hub
+    command = ["export", "run", "--push-to-hub", "org/mine", "--base", "org/base", "--private"]
+    environment = {
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlm_calibration.cli", *command],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "pushed to org/mine\n"), ran.stderr
+    assert json.loads(asked["/api/repos/create"])["name"] == "mine"
+    lines = [json.loads(line) for line in asked["/api/models/org/mine/commit/main"].splitlines()]
+    sent = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+    assert set(sent) == set(_files(trained / "adapter"))
+    assert sent[WEIGHTS] == (trained / "adapter" / WEIGHTS).read_bytes()
+    assert b"base_model: org/base\n" in sent["README.md"]

@@ -1,0 +1,176 @@
+"""`vlm-calibration data inspect`: counts of every kind of source, and the first bad records by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_calibration.commands.inspect import inspect_source
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError
+
+from ..command_line import Ended
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Six usable queries over images of two sizes, one of them cut short, and three bad records."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for name, size in (("wide.png", (60, 40)), ("small.jpg", (20, 20)), ("cut.jpg", (60, 40))):
+        Image.fromarray(pixels).resize(size).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:200])
+    region = {"label": "dog", "box": [0, 0, 30, 40]}
+    dog = {"objects": ["dog"], "regions": [region], "category": "a/b"}
+
+    def row(i: Any, image: str, answer: str, kind: str, **more: Any) -> dict[str, Any]:
+        return {
+            "id": str(i),
+            "image": image,
+            "question": "So?",
+            "answer": answer,
+            "answer_type": kind,
+            **more,
+        }
+
+    rows: list[Any] = [
+        row(1, "wide.png", "Yes", "yes_no", **dog),
+        row(2, "wide.png", "yes.", "yes_no", **{**dog, "regions": [{**region, "box": [-9, 0, 30, 40]}]}),
+        row(3, "small.jpg", "No", "yes_no", objects=["cat"]),
+        row(4, "small.jpg", "red", "short", category="c"),
+        row(5, "small.jpg", "A cat [that] sleeps", "open"),
+        row(6, "cut.jpg", "blue", "short"),
+        row(7, "none.png", "blue", "short"),
+        row(1, "wide.png", "Yes", "yes_no"),
+        "{",
+    ]
+    path = tmp_path / "queries.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def test_what_is_counted(jsonl: Path) -> None:
+    found = inspect_source(JsonlSource(str(jsonl)), sample=100)
+    assert found.queries == 6
+    assert found.answers == {"yes_no": {"yes": 2, "no": 1}, "short": {"red": 1, "blue": 1}, "open": {"4": 1}}
+    assert found.categories == {"a/b": 2, "c": 1}
+    assert found.with_evidence == 2
+    assert (found.absent, found.unlocated) == (["3"], ["4", "5", "6"])
+    assert found.clipped == ["2"]
+    assert sorted(found.sizes) == [(20, 20)] * 3 + [(60, 40)] * 2
+    assert found.shares == [0.5, 0.5]
+    assert [m.split(": ", 1)[0] for m in found.bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
+    assert len(found.unloadable) == 1
+    assert "cut.jpg" in found.unloadable[0]
+    assert found.looked_at == 6
+    few = inspect_source(JsonlSource(str(jsonl)), sample=2)
+    assert (few.queries, few.looked_at) == (6, 2)
+
+
+def test_a_source_without_bad_records() -> None:
+    found = inspect_source(DemoSource("test", scenes=4), sample=3)
+    assert (found.queries, found.looked_at, found.bad, found.unloadable) == (12, 3, [], [])
+    assert found.answers["yes_no"] == {"yes": 4, "no": 4}
+    assert found.with_evidence == 8
+    assert len(found.absent) == 4
+    assert found.unlocated == found.clipped == []
+
+
+def test_a_source_of_only_bad_records_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text("{\n")
+    with pytest.raises(DataError, match=f"no usable query in this file: {path}:1: not JSON"):
+        inspect_source(JsonlSource(str(path)), sample=3)
+
+
+@pytest.fixture
+def config(jsonl: Path, tmp_path: Path) -> Path:
+    source = {
+        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+        "init_args": {"path": str(jsonl)},
+    }
+    demo = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 3}}
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {"max_steps": 3},
+                "model": {"class_path": "no.such.Model"},
+                "data": {"train": source, "test": {"clean": {"source": demo}}, "predict": demo},
+            }
+        )
+    )
+    return path
+
+
+def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path, jsonl: Path) -> None:
+    ended = run("data", "inspect", "--config", str(config), "--data.predict.init_args.scenes", "5")
+    assert (ended.status, ended.errors) == (0, []), ended.err
+    for name in ("data.train", "data.test.clean", "data.predict"):
+        assert name in ended.out.splitlines()[0] or f"\n{name}" in ended.out
+    for text in (
+        "yes 66.7%, no 33.3%",
+        "20..60 x 20..40, median 20 x 20",
+        "a/b 2, c 1",
+        "median 50.0%",
+        "about an absent object",
+        "1: '3'",
+        "without a region, and cannot be noised",
+        "3: '4', '5', '6'",
+        "with a region that leaves the image",
+        "1 of 6 looked at: '2'",
+        " 15 ",
+    ):
+        assert text in ended.out, text
+    assert f"\n{jsonl}:7: record '7': no such image: " in ended.out
+    assert "1 of 6 looked at" in ended.out
+
+
+@pytest.mark.parametrize("overlay", ["jsonl", "parquet", "rlaif_v", "coco"])
+def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, overlay: str) -> None:
+    ended = run("data", "inspect", "--config", str(root / f"configs/data/{overlay}.yaml"))
+    assert ended.status == 1
+    says = {
+        "jsonl": "data/train.jsonl",
+        "parquet": "runs/regions",
+        "rlaif_v": "data/rlaif_v",
+        "coco": "data/coco",
+    }
+    assert says[overlay] in ended.error() or "runs/regions/queries.parquet" in ended.error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [
+        ([], "required: COMMAND; see `vlm-calibration data --help`", 2),
+        (["look"], "invalid choice: 'look'", 2),
+        (["inspect"], "nothing to inspect: give --config FILE", 2),
+        (["inspect", "--config", "none.yaml"], "none.yaml: cannot be read", 1),
+        (["inspect", "--config", "config.yaml", "--sample", "none"], "--sample", 2),
+        (
+            ["inspect", "--config", "config.yaml", "--data.trian", "3"],
+            "--data.trian (did you mean --data.train?)",
+            2,
+        ),
+        (["inspect", "--config", "config.yaml", "--sample", "0"], "--sample: must be at least 1, found 0", 2),
+        (["inspect", "--config", "empty.yaml"], "nothing to inspect", 1),
+        (["inspect", "--config", "broken.yaml"], "broken.yaml: cannot be read", 1),
+        (["inspect", "--config", "unknown.yaml"], "trian", 2),
+    ],
+)
+def test_mistakes_in_the_call(
+    run: Callable[..., Ended], config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
+) -> None:
+    (tmp_path / "empty.yaml").write_text("trainer: {max_steps: 3}\n")
+    (tmp_path / "broken.yaml").write_text("data: {train\n")
+    (tmp_path / "unknown.yaml").write_text("data: {trian: 3}\n")
+    ended = run("data", *arguments)
+    assert says in ended.error()
+    assert ended.status == status

@@ -1,0 +1,221 @@
+"""Responses that give a wrong answer as often as the confidence says: how often, which, and what sources know to be wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, chisquare
+
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.demo.questions import scene_seed
+from vlm_calibration.demo.scenes import CLASSES, scene_layout
+from vlm_calibration.demo.source import DemoSource, scene_index
+from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.records import LoadedImage, Query, Region
+from vlm_calibration.text.grading import grade
+
+IMAGE = np.random.default_rng(0).integers(60, 200, (6, 6, 3), dtype=np.uint8)
+DOG = np.zeros((6, 6), dtype=bool)
+DOG[1:4, 1:4] = True
+SCENE = LoadedImage(IMAGE, (DOG,), ())
+QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no", objects=("dog",))
+
+
+def _sample(
+    number: int, wrong_answer_rate: float = 1.0, epoch: int = 0, step: int | None = None, **settings: Any
+) -> Sample:
+    wrong = settings.pop("wrong", ("No",))
+    query = replace(QUERY, id=f"q{number}", answer_type=settings.pop("kind", "yes_no"))
+    policy = NoisePolicy(**{"resolution": "native", "wrong_answer_rate": wrong_answer_rate, **settings})
+    return perturb_query(query, SCENE, policy, None, epoch, step, wrong)
+
+
+def _fits(wrong: int, n: int, share: float) -> bool:
+    if share in (0.0, 1.0):
+        return wrong == n * share
+    return binomtest(wrong, n, share).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("wrong_answer_rate", [1.0, 0.4])
+def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: float) -> None:
+    samples = [_sample(i, wrong_answer_rate, distractor_probability=0.2) for i in range(4000)]
+    for confidence in sorted({s.confidence for s in samples}):
+        of_level = [s for s in samples if s.confidence == confidence]
+        assert len(of_level) > 150
+        wrong = sum(s.wrong_answer is not None for s in of_level)
+        assert _fits(wrong, len(of_level), wrong_answer_rate * (1 - confidence)), (
+            confidence,
+            wrong,
+            len(of_level),
+        )
+    assert {s.confidence for s in samples} == {i / 10 for i in range(11)}
+
+
+def test_the_confidence_counts_and_not_the_noise() -> None:
+    # Half of all yes/no questions are still answered right when nothing is left to see.
+    counts = [StepCount(0, 100, 100), StepCount(1000, 100, 50)]
+    levels = AnchoredLevels.fit({"yes_no": counts, "short": [counts[0], StepCount(1000, 100, 0)]})
+    for kind, share in (("yes_no", 0.5), ("short", 1.0)):
+        for step, wrong in ((0, 0.0), (1000, share)):
+            found = [_sample(i, step=step, levels=levels, kind=kind).wrong_answer for i in range(600)]
+            assert _fits(sum(m is not None for m in found), 600, wrong)
+
+
+def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
+    for i in range(200):
+        for sample in (_sample(i, 0.0, step=1000), _sample(i, 1.0, step=1000, wrong=())):
+            assert sample.wrong_answer is None
+            assert sample.answer == "Yes"
+            assert sample.confidence == 0.0
+
+
+def test_wrong_answers_are_drawn_alike_often() -> None:
+    wrong = ("cat", "car", "tree")
+    samples = [_sample(i, step=1000, wrong=wrong) for i in range(1200)]
+    counts = Counter(s.answer for s in samples)
+    assert set(counts) == set(wrong)
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+    assert all(s.answer == s.wrong_answer and s.query.answer == "Yes" and s.wrong == wrong for s in samples)
+
+
+def test_a_mistake_is_a_pure_function_of_seed_epoch_and_id() -> None:
+    def drawn(**settings: Any) -> list[str]:
+        return [_sample(i, step=500, wrong=("a", "b"), **settings).answer for i in range(60)]
+
+    wanted = drawn()
+    np.random.seed(3)  # noqa: NPY002  (the legacy stream must not matter)
+    assert drawn() == wanted
+    assert wanted != drawn(epoch=1) != drawn(seed=1) != wanted
+    assert _sample(0, epoch=7).epoch == 7
+
+
+def test_mistakes_change_neither_level_nor_noise() -> None:
+    changed = 0
+    for i in range(100):
+        plain, mistaken = (
+            _sample(i, wrong_answer_rate, epoch=2, distractor_probability=0.3, clean_fraction=0.1)
+            for wrong_answer_rate in (0.0, 1.0)
+        )
+        assert np.array_equal(plain.image, mistaken.image)
+        assert (plain.confidence, plain.step, plain.wrong) == (
+            mistaken.confidence,
+            mistaken.step,
+            mistaken.wrong,
+        )
+        changed += mistaken.wrong_answer is not None
+    assert 20 < changed < 60
+
+
+def test_mistakes_have_a_stream_of_their_own() -> None:
+    # The first draw of the noise's stream says which samples stay clean, and the others' is above one half here.
+    weights = [0.0] * 4 + [1.0] * 3 + [0.0] * 4
+    rows = [_sample(i, clean_fraction=0.5, level_weights=weights) for i in range(3000)]
+    wrong = Counter(s.confidence for s in rows if s.wrong_answer is not None)
+    total = Counter(s.confidence for s in rows)
+    assert set(total) == {1.0, 0.6, 0.5, 0.4}
+    assert all(_fits(wrong[c], total[c], 1 - c) for c in total)
+
+
+# --- What sources know -------------------------------------------------------------------------------------------
+
+
+class Plain(QuerySource):
+    def queries(self) -> Sequence[Query]:
+        return [QUERY]
+
+    def load(self, query: Query) -> LoadedImage:
+        return SCENE
+
+
+def _regions(*labels: str) -> tuple[Region, ...]:
+    return tuple(Region(label, (0, 0, 1, 1)) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("gold", "expected"),
+    [("Yes", "No"), ("no", "Yes"), ("No.", "Yes"), ("yes, there is", "No"), ("There is no dog", "Yes")],
+)
+def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
+    query = replace(QUERY, answer=gold, regions=_regions("dog", "cat"))
+    assert opposite(query) == (expected,)
+    assert tuple(Plain().wrong_answers(query)) == (expected,)
+    assert not grade(expected, gold, "yes_no").correct
+
+
+@pytest.mark.parametrize(
+    ("labels", "objects", "expected"),
+    [
+        (("dog", "cat", "car"), ("dog",), ["cat", "car"]),
+        (("cat", "dog", "cat", "car", "cat"), ("dog",), ["cat", "car"]),
+        (("dog", "puppy", "Dogs", "a dog", "cat"), ("dog",), ["cat"]),
+        (("dog", "cat"), ("dog", "cat"), []),
+        (("cat", "car"), (), []),
+        (("dog",), ("dog",), []),
+        ((), ("dog",), []),
+    ],
+    ids=[
+        "others",
+        "each once",
+        "not what is right too",
+        "evidence",
+        "all is evidence",
+        "alone",
+        "unlabelled",
+    ],
+)
+def test_a_short_answer_may_be_taken_for_what_else_is_there(
+    labels: tuple[str, ...], objects: tuple[str, ...], expected: list[str]
+) -> None:
+    query = Query(
+        "q", "x", "What is it?", "dog", "short", objects, _regions(*labels), synonyms=("puppy", "hound")
+    )
+    assert opposite(query) == ()
+    assert list(Plain().wrong_answers(query)) == expected
+
+
+def test_a_label_without_a_word_is_no_answer() -> None:
+    query = Query("q", "x", "What is it?", "dog", "short", ("dog",), _regions("dog", "", " ", "cat"))
+    assert list(Plain().wrong_answers(query)) == ["cat"]
+
+
+def test_no_wrong_answer_is_known_to_an_open_question() -> None:
+    query = replace(QUERY, answer_type="open", regions=_regions("dog", "cat"))
+    assert list(Plain().wrong_answers(query)) == []
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_demo_knows_what_else_is_in_the_scene(shifted: bool) -> None:
+    source = DemoSource("train", scenes=60, shifted=shifted)
+    alone = 0
+    for query in source.queries():
+        wrong = list(source.wrong_answers(query))
+        assert wrong
+        assert not any(grade(w, query.answer, query.answer_type, query.synonyms).correct for w in wrong)
+        names = set(scene_layout(scene_seed("train", scene_index(query)))[0])
+        if query.answer_type == "yes_no":
+            assert wrong == [{"Yes": "No", "No": "Yes"}[query.answer]]
+        elif names == {query.answer}:
+            alone += 1
+            assert set(wrong) == set(CLASSES) - names
+        else:
+            assert set(wrong) == names - {query.answer}
+    assert alone, "scenes of a single object are among them"
+
+
+def test_the_dataset_asks_the_source() -> None:
+    source = DemoSource("train", scenes=4)
+    policy = NoisePolicy(levels=LinearLevels(), wrong_answer_rate=1.0, resolution="native")
+    for parts in ({"": EvalSplit(source, "drawn")}, {"named": EvalSplit(source, "every_step")}):
+        dataset = PerturbedQueries(parts, policy, None)
+        samples = [dataset[3, i] for i in range(len(dataset))]
+        assert all(s.wrong == tuple(source.wrong_answers(s.query)) for s in samples)
+        assert all(s.epoch == 3 for s in samples)
+        assert {s.wrong_answer is None for s in samples} == {True, False}
+        assert all(s.wrong_answer is None or s.wrong_answer in s.wrong for s in samples)

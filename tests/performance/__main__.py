@@ -1,0 +1,57 @@
+"""Every benchmark of the project, one after another: `python -m tests.performance` writes one Markdown page of their tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.performance.machine import processor, setting
+
+# Name -> what it shows. Those that need the machine to themselves come first, the one that takes longest last.
+BENCHMARKS = {
+    "perturbation": "Region noise",
+    "metrics": "Calibration metrics",
+    "startup": "Until a page of help is there",
+    "streaming": "A million records in the data module",
+    "phrases": "Phrases of key objects",
+    "wandb_overhead": "Logging to W&B",
+    "estimators": "What estimators of confidence cost",
+    "preference": "Training steps beside TRL's",
+    "demo_seeds": "The method on the demo, three seeds (about 40 minutes)",
+}
+PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/benchmarks.md"))
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    args = parser.parse_args()
+    page = [f"# Benchmarks\n\n{processor()}; {setting(*PACKAGES)}; {time.strftime('%Y-%m-%d')}\n"]
+    failed = []
+    for name in args.only:
+        print(f"running {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", f"tests.performance.{name}"]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        failed += [name] if found.returncode else []
+        status = f"\n\nEnded with status {found.returncode}." if found.returncode else ""
+        page.append(
+            f"## {BENCHMARKS[name]}\n\n`python -m tests.performance.{name}`\n\n{found.stdout.strip()}{status}\n"
+        )
+    text = "\n".join(page)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(args.out)
+    print(text)
+    print(f"wrote {args.out}", file=sys.stderr)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The demo over several seeds: `python -m tests.performance.demo_seeds` prints what the README states.
+
+Behind it is what an isotonic map of the base model's confidence comes to, which costs no training: it mends the calibration
+error, and ranks no better. "Apart" are intervals that do not overlap.
+Each seed has its own noise, order of data, adapter initialisation and test noise; the base model, its levels and the test
+scenes are the same. Values are mean ± standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.reporting.report_data import read_systems
+from vlm_calibration.reporting.report_table import RAW, Comparison, Row, cell, compare
+
+LOSSES = "vlm_calibration.losses.preference."
+PAPER = ["--config", "configs/experiment/paper.yaml"]
+LINEAR = "vlm_calibration.perturbation.levels.LinearLevels"
+STAGE_1 = {"sft-paper": PAPER, "sft": []}
+# Stage 1 as it is, but for one thing, which the paper's preset has so.
+ABLATIONS = {
+    "linear-levels": ["--data.noise.levels", LINEAR],
+    "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
+    "even-levels": ["--data.noise.level_weights", "null"],
+    "no-distractors": ["--data.noise.distractor_probability", "0.0"],
+    "native-resolution": ["--data.noise.resolution", "native"],
+    "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
+    "confidence-weight-1": ["--model.init_args.confidence_weight", "1.0"],
+}
+# Stage 2 from the adapter of "sft", each unlike the default in one thing.
+STAGE_2 = {
+    "dpo": [],
+    "dpo-level": ["--data.pairs.target", "level"],
+    "dpo-recalibrated": ["--data.pairs.target", "recalibrated"],
+    "dpo-coarse": ["--data.pairs.grid", "null"],
+    "simpo": [
+        *("--model.init_args.loss", f"{LOSSES}SimPO"),
+        *("--model.init_args.loss.init_args.beta", "2.0"),
+    ],
+    "ordinal": [
+        *("--model.init_args.loss", f"{LOSSES}Ordinal"),
+        *("--model.init_args.loss.init_args.beta", "0.3"),
+    ],
+    "listwise": [
+        *("--model.init_args.loss", f"{LOSSES}Listwise"),
+        *("--model.init_args.loss.init_args.beta", "0.3"),
+    ],
+}
+# Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile: at ours it collapses.
+STAGE_2_PAPER = {
+    "dpo-paper": [
+        *(*PAPER, "--config", "configs/experiment/paper_dpo.yaml"),
+        *("--model.init_args.optimizer.lr", "3.0e-5"),
+    ]
+}
+UNTRAINED = ("base", "oracle")
+SYSTEMS = {
+    "base": "base",
+    "sft-paper": "SFT, paper's preset",
+    "dpo-paper": "SFT + SimPO, paper's preset",
+    "sft": "SFT",
+    "dpo": "SFT + DPO (target: expected)",
+    "dpo-level": "SFT + DPO, target: level",
+    "dpo-recalibrated": "SFT + DPO, target: recalibrated",
+    "dpo-coarse": "SFT + DPO, target: expected, grid: null",
+    "simpo": "SFT + SimPO",
+    "ordinal": "SFT + ordinal",
+    "listwise": "SFT + listwise",
+    "oracle": "level oracle",
+}
+ABLATED = {
+    "sft": "SFT",
+    "linear-levels": "linear levels",
+    "no-wrong-answers": "no wrong answers (`wrong_answer_rate: 0`)",
+    "even-levels": "all levels alike often (`level_weights: null`)",
+    "no-distractors": "no distractors (`distractor_probability: 0`)",
+    "native-resolution": "noise at the file's resolution (`resolution: native`)",
+    "constant-answer-weight": "`answer_weight: constant`",
+    "confidence-weight-1": "`confidence_weight: 1`",
+    "sft-paper": "SFT, paper's preset: all of these",
+}
+PARTS = {
+    "": "whole split",
+    "/clean": "clean",
+    "/noised": "region noise",
+    "/shifted": "shifted",
+    "/existence": "existence (yes/no)",
+    "/position": "corner (short)",
+}
+Metrics = dict[str, dict[str, float]]
+"""System -> metrics by name."""
+METRICS = {
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "brier": "Brier",
+    "auroc": "AUROC",
+    "parse_failure_rate": "unparsed",
+}
+
+
+def start(*arguments: str, threads: int = 1) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, env=environment, stdout=sys.stderr)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise SystemExit(f"failed: {process.args}")
+
+
+def into(folder: Path) -> list[str]:
+    return ["--trainer.default_root_dir", str(folder)]
+
+
+def train(fits: dict[Path, list[str]], resume: bool) -> None:
+    """Train one adapter on each of two cores, as `make demo` does, until there is one in each folder."""
+    missing = {f: fit for f, fit in fits.items() if not (resume and (f / "adapter").is_dir())}
+    with ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda folder: finish(start("fit", *missing[folder], *into(folder), "--overwrite")), missing
+            )
+        )
+
+
+def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics:
+    """Train those of the systems that are trained with this seed, and evaluate them."""
+    own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
+    folders = {name: root / f"{name}-{seed}" for name in systems if name not in UNTRAINED}
+
+    def fits(stage: str, runs: dict[str, list[str]], begun_with: str | None = None) -> dict[Path, list[str]]:
+        adapter = f"--model.init_args.adapter={root / f'{begun_with}-{seed}' / 'adapter'}"
+        shared = ["--config", f"configs/{stage}.yaml"]
+        return {
+            folders[name]: [*shared, *settings, *own, *([adapter] if begun_with else [])]
+            for name, settings in runs.items()
+            if name in folders
+        }
+
+    train(fits("sft", STAGE_1), resume)
+    begun = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
+    train({**fits("sft", ABLATIONS), **begun}, resume)
+    evaluated = root / f"eval-{seed}"
+    adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
+    finish(
+        start(
+            *("test", "--config", "configs/eval/demo.yaml", *own, *into(evaluated)),
+            *("--model.init_args.adapters", adapters, "--model.init_args.estimators", "[]"),
+            threads=2,
+        )
+    )
+    return {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in systems}
+
+
+def spread(values: list[float | None]) -> str:
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return "-"
+    mean = f"{statistics.mean(numbers):.3f}"
+    return f"{mean} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else mean
+
+
+def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
+    """A table for each part: of these systems as far as there are results."""
+    lines = []
+    for suffix, part in PARTS.items():
+        n = runs[0]["base"][f"n{suffix}"]
+        lines += [f"| {part} (n = {n}) | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 1) + "|"]
+        for system, name in titles.items():
+            if system in runs[0]:
+                cells = [spread([run[system][f"{metric}{suffix}"] for run in runs]) for metric in METRICS]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
+    """In how many of the seeds each system is better than "sft", on the whole split."""
+    signs = {"ece": -1, "brier": -1, "auroc": 1}
+    heads = " | ".join(METRICS[metric] for metric in signs)
+    lines = [f"| better than SFT, of {len(runs)} seeds | {heads} |", "|---|---|---|---|"]
+    for system in titles:
+        if system in runs[0]:
+            wins = [sum(sign * (r[system][m] - r["sft"][m]) > 0 for r in runs) for m, sign in signs.items()]
+            lines.append(f"| {titles[system]} | {' | '.join(map(str, wins))} |")
+    return "\n".join(lines)
+
+
+def against_recalibration(folders: list[Path]) -> str:
+    """The base model recalibrated against the adapter of stage 2 as it is, for each seed."""
+    lines = ["| seed | metric | base, isotonic | SFT + DPO, as stated | intervals |", "|---|---|---|---|---|"]
+    for folder in folders:
+        systems = [s for s in read_systems([str(folder)]) if s.name in ("base", "dpo")]
+        rows = compare(systems, Comparison()).rows
+        base, ours = (_row(rows, *wanted) for wanted in (("base", "isotonic"), ("dpo", RAW)))
+        for metric in ("auroc", "aurc", "brier", "ece"):
+            one, other = base.metrics[metric], ours.metrics[metric]
+            apart = one.high < other.low or other.high < one.low
+            values = [cell(row, metric).removesuffix("*") for row in (base, ours)]
+            seed = folder.name.removeprefix("eval-")
+            lines.append(f"| {seed} | {metric} | {' | '.join(values)} | {'apart' if apart else 'overlap'} |")
+    return "\n".join(lines)
+
+
+def _row(rows: list[Row], system: str, recalibration: str) -> Row:
+    found = (
+        r for r in rows if (r.system, r.estimator, r.recalibration) == (system, VERBALIZED, recalibration)
+    )
+    return next(found)
+
+
+def main() -> None:
+    known = list({**SYSTEMS, **ABLATED})
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
+    parser.add_argument(
+        "--resume", action="store_true", help="do not train again what --out holds, of the same settings"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=sorted({*known} - {"sft", "sft-paper", "dpo", *UNTRAINED})
+    )
+    args = parser.parse_args()
+    systems = [name for name in known if name not in args.without]
+    runs = [run_seed(seed, args.out, systems, args.resume) for seed in args.seeds]
+    print(markdown(runs, SYSTEMS))
+    print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")
+    print("SFT with one thing as in the paper's preset:\n")
+    print(markdown(runs, ABLATED))
+    print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
+    print(against_recalibration([args.out / f"eval-{seed}" for seed in args.seeds]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How long one perturbation takes, beside albumentations' noise on the whole image and a plain float64 version.
+
+Run with `python -m tests.performance.perturbation`. The contestants take turns in one process on one thread, so that
+whatever else the machine does hits them alike; the table gives medians. The bar: at most 5 ms for ours.
+"""
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from tests.performance.machine import setting
+
+from vlm_calibration.perturbation.noise import add_region_noise
+from vlm_calibration.perturbation.schedules import LinearSchedule
+from vlm_calibration.perturbation.transform import RegionNoise
+
+# isort: split
+import albumentations as A
+import cv2
+
+HEIGHT, WIDTH, STEP = 480, 640, 500
+
+
+def ellipse_mask(share: float) -> np.ndarray:
+    """An ellipse in the middle that covers `share` of the image, a box around it in the ratio of the image."""
+    radius = np.sqrt(share / np.pi)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return ((y + 0.5) / HEIGHT - 0.5) ** 2 + ((x + 0.5) / WIDTH - 0.5) ** 2 < radius**2
+
+
+def plain_numpy(image: np.ndarray, mask: np.ndarray, alpha_bar: float, seed: int) -> np.ndarray:
+    """The formula as one would write it down: float64, the whole image, blended with the mask."""
+    clean = image / 127.5 - 1
+    noise = np.random.default_rng(seed).standard_normal(image.shape)
+    noisy = np.sqrt(alpha_bar) * clean + np.sqrt(1 - alpha_bar) * noise
+    blended = np.where(mask[..., None], noisy, clean)
+    return np.clip(np.rint((blended + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def contestants(share: float) -> dict[str, Callable[[int], object]]:
+    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    mask = ellipse_mask(share)
+    schedule = LinearSchedule()
+    alpha_bar = schedule.alpha_bar(STEP)
+    transform = A.Compose([RegionNoise()])
+    spread = float(np.sqrt(1 - alpha_bar) / 2)
+    gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
+    return {
+        "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
+        "`RegionNoise` in a `Compose`": lambda i: transform(
+            image=image, mask=mask, confidence=0.5, noise_seed=i
+        ),
+        "albumentations `GaussNoise`, whole image": lambda i: gauss(image=image),
+        "plain numpy, float64": lambda i: plain_numpy(image, mask, alpha_bar, i),
+    }
+
+
+def measure(share: float, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every round, after three to warm up; the order rotates, since each finds the caches as another left them."""
+    runs = contestants(share)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(-3, rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            runs[name](i + 3)
+            if i >= 0:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contestant")
+    parser.add_argument("--share", type=float, default=0.25, help="share of the image under the mask")
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    times = measure(arguments.share, arguments.rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ours = next(iter(medians.values()))
+    print(
+        f"{WIDTH} x {HEIGHT}, {arguments.share:.0%} mask, one thread, {arguments.rounds} interleaved rounds, "
+        f"{setting('numpy', 'albumentations')}\n"
+    )
+    print("| | median ms | 10% to 90% | ratio |\n|---|---|---|---|")
+    for name, values in times.items():
+        low, high = np.percentile(values, [10, 90])
+        print(f"| {name} | {medians[name]:.2f} | {low:.2f} to {high:.2f} | {medians[name] / ours:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""Preference and SFT training steps of this package beside TRL's, on the same model, data and LoRA initialisation.
+
+Run with `python -m tests.performance.preference`; prints a Markdown table. A step is collating a batch of two queries,
+forward, reference, loss, backward, clipping and AdamW. Both sides take turns in one process, so that whatever else the
+machine does hits them alike; ratios are of the same round. Peak memory is measured in a process for each. Each step's
+loss is compared too: training that differs is not the same work, and ends with status 1.
+
+The model is a LLaVA with a language model of 39M parameters, a vocabulary of 49k and 256 image tokens; the reference is
+the model without its adapter. TRL runs as it does on this machine ("stock") and with the output head at labelled
+positions only ("restricted"), as it does where it has Triton.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1", TOKENIZERS_PARALLELISM="false")
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from peft import load_peft_weights, set_peft_model_state_dict
+from tests.performance.machine import peak_bytes, processor, reset_peak, setting
+from transformers import (
+    AutoProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+from vlm_calibration.data.collate import ChatFormat, SFTCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.data.pairs import PairCollator, PairPolicy, choose, nearest
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from vlm_calibration.demo.scenes import CLASSES
+from vlm_calibration.losses.preference import DPO
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import Query
+from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+SIDE, PATCH, VOCABULARY = 256, 16, 49152
+BATCH, LR, BETA, CLIP = 2, 1e-4, 0.1, 1.0
+MEMORY_STEPS = 2
+TOLERANCE = 1e-4
+LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
+LEVELS = LinearLevels()
+
+OURS, RESTRICTED, STOCK = "ours", "TRL, restricted", "TRL, stock"
+ARMS = (OURS, RESTRICTED, STOCK)
+
+Step = Callable[[int], tuple[float, float]]
+"""Trains on the batch of this number; the loss, and the seconds that collating took."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Args:
+        rejected: rejected responses a query; 0 for SFT.
+        faster: how many times faster than an arm of TRL we are to be. memory: at most this share of its peak memory growth.
+    """
+
+    title: str
+    rejected: int
+    faster: dict[str, float]
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+TASKS = {
+    "dpo1": Task("DPO, 1 rejected", 1, {RESTRICTED: 1.8, STOCK: 6.0}, {RESTRICTED: 0.6}),
+    "dpo4": Task("DPO, 4 rejected", 4, {RESTRICTED: 7.0, STOCK: 25.0}, {RESTRICTED: 0.2}),
+    "sft": Task("SFT", 0, {RESTRICTED: 1.0}),
+}
+
+
+def write_model(folder: Path) -> None:
+    """Write model, processor and, in `adapter/`, a LoRA adapter, all random; none of the adapter's weights is 0."""
+    tokenizer = build_tokenizer()
+    image_processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    vision = SiglipVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    text = LlamaConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    adapted = attach_lora(model, LORA)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # at its usual 0 policy and reference agree, and so would any two losses
+                parameter.normal_(std=0.05)
+    adapted.save_pretrained(folder / "adapter")
+
+
+def make_samples(n: int) -> list[Sample]:
+    """Queries about noise, with prompts of unlike length."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(n):
+        question = " ".join(rng.choice(CLASSES, size=rng.integers(5, 25)))
+        query = Query(f"q{i}", "noise", question, ("Yes", "No")[i % 2], "yes_no")
+        image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        step = int(rng.choice(LEVELS.steps))
+        made.append(Sample(query, image, LEVELS.confidence(step), step))
+    return made
+
+
+def policy_of(task: Task) -> PairPolicy:
+    return PairPolicy(target="level", rejected="uniform", n_rejected=task.rejected)
+
+
+class OurStep:
+    """Training steps of this package's stages, with the collators that its data module would make."""
+
+    def __init__(self, task: Task, folder: Path, checkpointing: bool) -> None:
+        chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
+        base = BaseModel(str(folder), dtype="float32")
+        # No warm-up, and a cosine that ends where it begins: the rate is constant, as TRL's is here.
+        optimizer = OptimizerSettings(lr=LR, warmup_fraction=0.0, final_fraction=1.0)
+        adapter = str(folder / "adapter")
+        self.collate: Any
+        self.module: Any
+        if task.rejected:
+            self.collate = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
+            self.module = DPOModule(
+                base,
+                adapter,
+                DPO(beta=BETA),
+                reference="base",
+                optimizer=optimizer,
+                scoring="shared",
+                gradient_checkpointing=checkpointing,
+            )
+            self.module.configure_model()
+        else:
+            self.collate = SFTCollator(chat, max_length=4096)
+            self.module = SFTModule(base, LORA, optimizer, gradient_checkpointing=checkpointing)
+            self.module.configure_model()
+            set_peft_model_state_dict(self.model, load_peft_weights(adapter))
+        # All that is asked of its Trainer by a step, and by the optimizer's schedule.
+        datamodule = SimpleNamespace(pairs=policy_of(task) if task.rejected else None)
+        self.module.trainer = SimpleNamespace(datamodule=datamodule, estimated_stepping_batches=1000)
+        self.module.log = lambda *_, **__: None
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def model(self) -> Any:
+        return self.module.model
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[float, float]:
+        """One training step; its loss, and the seconds that collating took of it."""
+        start = time.perf_counter()
+        batch = self.collate(samples)
+        collated = time.perf_counter() - start
+        loss = self.module.training_step(batch, 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()), collated
+
+
+def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The samples as TRL takes them: for each rejected response a row, with the pairs that our side draws."""
+    from tests.performance.trl_peer import as_row
+
+    chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
+    pairs = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
+    rows = []
+    for sample in samples:
+        query = sample.query
+        candidates = pairs.candidates(query, [sample.answer])[1]
+        target = nearest([c.confidence for c in candidates], sample.confidence)
+        picks = (
+            choose(policy_of(task), candidates, target, query, sample.epoch) if task.rejected else [target]
+        )
+        prompt = chat.render(query.question)
+        texts = [render_response(sample.answer, candidates[i].confidence) for i in picks]
+        first, *others = (t.removeprefix(prompt) for t in chat.conversations(query.question, texts))
+        if task.rejected:
+            rows += [as_row(sample.image, prompt=prompt, chosen=first, rejected=other) for other in others]
+        else:
+            rows.append(as_row(sample.image, prompt=prompt, completion=first))
+    return rows
+
+
+def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: bool) -> tuple[Step, Any]:
+    """Training steps of one side on the batches of this benchmark, and its model."""
+    samples = make_samples(BATCH * n_batches)
+    if arm == OURS:
+        ours = OurStep(task, folder, checkpointing)
+        return (lambda i: ours(samples[BATCH * i : BATCH * (i + 1)])), ours.model
+    from tests.performance.trl_peer import TRLStep
+
+    rows = rows_of(task, folder, samples)
+    size = BATCH * max(1, task.rejected)
+    theirs = TRLStep(
+        folder,
+        rows,
+        batch=size,
+        lr=LR,
+        beta=BETA,
+        restricted=arm == RESTRICTED,
+        checkpointing=checkpointing,
+        scratch=folder / "trl",
+    )
+    return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs.model
+
+
+class Timing(NamedTuple):
+    """Of each round: seconds of a step, and of collating within it. losses: of each step, the one to warm up first."""
+
+    steps: list[float]
+    collating: list[float]
+    losses: list[float]
+
+
+def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dict[str, Timing]:
+    """Steps in turn, after one round to warm up; the order rotates, since each finds the caches as another left them."""
+    steps = {arm: make_arm(arm, task, folder, rounds + 1, checkpointing)[0] for arm in ARMS}
+    timings = {arm: Timing([], [], []) for arm in ARMS}
+    for i in range(rounds + 1):
+        for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
+            gc.collect()
+            start = time.perf_counter()
+            loss, collating = steps[arm](i)
+            seconds = time.perf_counter() - start
+            timings[arm].losses.append(loss)
+            if i > 0:
+                timings[arm].steps.append(seconds)
+                timings[arm].collating.append(collating)
+    return timings
+
+
+def memory_growth(arm: str, task: Task, folder: Path, checkpointing: bool) -> int:
+    """Bytes by which the first steps raise this process's memory above what the loaded model takes, at their peak."""
+    step, model = make_arm(arm, task, folder, MEMORY_STEPS, checkpointing)
+    for parameter in model.parameters():  # weights mapped from a file would count when they are first read
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    reset_peak()
+    before = peak_bytes()
+    for i in range(MEMORY_STEPS):
+        step(i)
+    return peak_bytes() - before
+
+
+def child(arm: str, what: str, folder: Path, arguments: argparse.Namespace) -> int:
+    """`memory_growth` in a process of its own."""
+    command = [sys.executable, "-m", "tests.performance.preference", "--threads", str(arguments.threads)]
+    command += ["--what", what, "--arm", arm, "--folder", str(folder)]
+    if arguments.gradient_checkpointing:
+        command.append("--gradient-checkpointing")
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def difference(timings: dict[str, Timing], arm: str) -> float:
+    """The largest difference between an arm's losses and ours, as a share of the loss."""
+    pairs = zip(timings[OURS].losses, timings[arm].losses, strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+HEADER = (
+    "what",
+    "side",
+    "step (s)",
+    "of it collating (s)",
+    "queries/s",
+    "ours is faster",
+    "to be at least",
+    "peak memory growth (MiB)",
+    "ours takes",
+    "to be at most",
+    "loss of the first step",
+    "largest difference to ours",
+)
+
+
+def lines(task: Task, timings: dict[str, Timing], memory: dict[str, int], checked: bool) -> list[str]:
+    """The rows of one task. checked: whether the targets hold for this run's settings."""
+    table = []
+    for arm, timing in timings.items():
+        median = statistics.median(timing.steps)
+        cells = [task.title, arm, f"{median:.3f}", f"{statistics.median(timing.collating):.3f}"]
+        cells.append(f"{BATCH / median:.2f}")
+        ratios = [theirs / ours for theirs, ours in zip(timing.steps, timings[OURS].steps, strict=True)]
+        ratio = statistics.median(ratios)
+        share = memory[OURS] / memory[arm] if memory else 0.0
+        cells += ["", ""] if arm == OURS else [f"{ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", ""]
+        if checked and arm in task.faster:
+            cells[-1] = f"{task.faster[arm]:g}x: {verdict(round(ratio, 2) >= task.faster[arm])}"
+        cells.append(f"{memory[arm] / 2**20:,.0f}" if memory else "-")
+        cells += ["", ""] if arm == OURS or not memory else [f"{share:.2f}", ""]
+        if checked and memory and arm in task.memory:
+            cells[-1] = f"{task.memory[arm]:g}: {verdict(round(share, 2) <= task.memory[arm])}"
+        cells.append(f"{timing.losses[0]:.6f}")
+        cells.append("" if arm == OURS else f"{difference(timings, arm):.1e}")
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--what", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="on both sides; without targets"
+    )
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if parsed.rounds < 1 or parsed.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, or with `--arm` the memory growth of one side in bytes."""
+    args = parse(arguments)
+    if missing := [name for name in ("trl", "datasets") if find_spec(name) is None]:
+        raise SystemExit(f"{missing[0]} is not installed: pip install -e '.[bench]'")
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    checkpointing = args.gradient_checkpointing
+    if args.arm:
+        print(memory_growth(args.arm, TASKS[args.what[0]], args.folder, checkpointing))
+        return
+    agree = True
+    print(
+        f"{processor()}, {args.threads} thread{'s' * (args.threads > 1)}, {args.rounds} interleaved rounds, "
+        f"{BATCH} queries a step{', gradient checkpointing' * checkpointing}, "
+        f"{setting('torch', 'transformers', 'peft', 'trl')}\n"
+    )
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder)
+        for what in args.what:
+            task = TASKS[what]
+            memory = {arm: child(arm, what, folder, args) for arm in ARMS} if args.memory else {}
+            timings = time_task(task, folder, args.rounds, checkpointing)
+            print("\n".join(lines(task, timings, memory, not checkpointing)), flush=True)
+            agree &= all(difference(timings, arm) <= TOLERANCE for arm in ARMS)
+    print(
+        f"\nMedians; ratios are medians of paired rounds (smallest to largest). A query with {TASKS['dpo4'].rejected} "
+        f"rejected responses is as many pairs to TRL. Losses of all {args.rounds + 1} steps "
+        f"{'agree' if agree else 'DISAGREE'} to four digits (relative difference at most {TOLERANCE:g})."
+    )
+    if not agree:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""TRL's side of `tests.performance.preference`: `DPOTrainer` and `SFTTrainer`, one training step at a time.
+
+The trainer is built by its own constructor; its own collator makes the batch, its own `training_step` runs forward,
+reference, loss and backward, and the optimizer is the one it makes. Only the loop around these is ours, so that its steps
+can take turns with others in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import torch
+import trl.trainer.utils
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from PIL import Image
+from transformers import AutoProcessor
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from vlm_calibration.models.loading import BaseModel, load_base
+
+Row = dict[str, Any]
+"""An example as TRL takes it: images, prompt, and chosen and rejected, or completion. Texts are rendered already."""
+
+datasets.disable_progress_bars()
+
+
+class TRLStep:
+    """Training steps of TRL.
+
+    Args:
+        folder: model, processor and, in `adapter/`, the LoRA adapter to start from. It is a new adapter to TRL, so that
+            its reference is the model without it.
+        rows: the data set, of preferences if they have a rejected response. batch: rows a step.
+        beta: of DPO, whose other settings are TRL's defaults.
+        restricted: apply the output head at labelled positions only, as TRL does where it has Triton kernels; without
+            them, as on a CPU, it applies the head at all of them.
+        scratch: folder that the trainer may write to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Row],
+        batch: int,
+        lr: float,
+        beta: float,
+        restricted: bool,
+        checkpointing: bool,
+        scratch: Path,
+    ) -> None:
+        self.restricted = restricted
+        adapter = str(folder / "adapter")
+        lora = LoraConfig.from_pretrained(adapter)
+        lora.inference_mode = False
+        settings = {
+            "output_dir": str(scratch),
+            "per_device_train_batch_size": batch,
+            "learning_rate": lr,
+            "weight_decay": 0.0,
+            "max_steps": 1000,
+            "max_length": None,
+            "gradient_checkpointing": checkpointing,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        made = {
+            "model": load_base(BaseModel(str(folder), dtype="float32")),
+            "train_dataset": _dataset(rows),
+            "processing_class": AutoProcessor.from_pretrained(folder),
+            "peft_config": lora,
+        }
+        if "rejected" in rows[0]:
+            trainer = DPOTrainer(args=DPOConfig(**settings, beta=beta), **made)
+        else:
+            trainer = SFTTrainer(args=SFTConfig(**settings, completion_only_loss=True), **made)
+        set_peft_model_state_dict(trainer.model, load_peft_weights(adapter))
+        # What `Trainer.train` does before its loop
+        trainer.model.train()
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.current_gradient_accumulation_steps = 1
+        self.trainer = trainer
+        self.optimizer = trainer.create_optimizer()
+        self.trained = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """One training step; its loss, and the seconds that collating took of it."""
+        start = time.perf_counter()
+        batch = self.trainer.data_collator([dict(row) for row in rows])
+        collated = time.perf_counter() - start
+        with mock.patch.object(trl.trainer.utils, "_use_triton", self._use_triton()):
+            loss = self.trainer.training_step(self.trainer.model, batch)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss), collated
+
+    def _use_triton(self) -> Callable[[torch.device], bool]:
+        # TRL asks this function whether to restrict the head; its kernels ask another one, which still says no.
+        return (lambda device: True) if self.restricted else trl.trainer.utils._use_triton
+
+
+def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
+    texts = {name: datasets.Value("string") for name in rows[0] if name != "images"}
+    features = datasets.Features({**texts, "images": datasets.List(datasets.Image())})
+    return datasets.Dataset.from_list(list(rows), features=features)
+
+
+def as_row(image: Any, **texts: str) -> Row:
+    """One example, of an image as uint8 [H, W, 3]."""
+    return {"images": [Image.fromarray(image)], **texts}
