@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from vlm_calibration import cli
+from vlm_calibration.cli.lightning_cli import CalibrationCLI
 
 
-class Parsing(cli.CalibrationCLI):
+class Parsing(CalibrationCLI):
     """Builds the parser, and so fills jsonargparse's caches, but runs nothing."""
 
     def instantiate_classes(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from vlm_calibration.app import serve
+from vlm_calibration.app.page import PageHandlers
 from vlm_calibration.app.subject import (
     DETECTED,
     DRAWN,
@@ -27,6 +28,7 @@ from vlm_calibration.app.subject import (
     key_object,
     uploaded_subject,
 )
+from vlm_calibration.commands.app import app_command
 from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
@@ -99,11 +101,12 @@ def test_the_command_s_detector_decides_where_the_page_puts_noise(
     tiny: Callable[[str], str], upload: Callable[[np.ndarray], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`vlm-calibration app --detector ... --segmenter ...` with models of random weights, by themselves as by the page."""
-    served: list[Any] = []
-    monkeypatch.setattr(serve, "_serve", lambda desk, port: served.append(desk))
+    served: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(serve, "serve", lambda *arguments: served.append(arguments))
     models = ("--detector", tiny("grounding_dino"), "--segmenter", tiny("sam2"))
-    serve.app_command(["--base", str(DEMO_MODEL), "--device", "cpu", *models])
-    [desk] = served
+    app_command(["--base", str(DEMO_MODEL), "--device", "cpu", *models])
+    [(model, finder, report, _)] = served
+    desk = PageHandlers(model, finder, report)
 
     scene = demo_subject(3)
     subject, question = upload(scene.image), "Is there a cat in the image?"
@@ -127,4 +130,4 @@ def test_the_command_s_detector_decides_where_the_page_puts_noise(
 def test_without_the_tagger_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
     with pytest.raises(DataError, match=re.escape("pip install 'vlm-calibration[regions]'")):
-        serve.app_command(["--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"])
+        app_command(["--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"])
