@@ -172,7 +172,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
             2,
         ),
         (["dashboard", "--entty", "me"], "unknown setting --entty (did you mean --entity?)", 2),
-        (["estimate", "--token", "7"], "unknown setting --token", 2),
+        (["estimate-memory", "--token", "7"], "unknown setting --token", 2),
         (
             ["fit", "--trainer.max_step", "3"],
             "unknown setting --trainer.max_step (did you mean --trainer.max_steps?)",

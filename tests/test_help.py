@@ -26,7 +26,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "levels fit": ("--config", "--model.init_args.out", "AnchoredLevels"),
     "data": ("inspect",),
     "data inspect": ("--config", "--sample"),
-    "estimate": ("--config", "--tokens", "memory"),
+    "estimate-memory": ("--config", "--tokens", "memory"),
     "score": ("pope", "amber", "jsonl"),
     "score pope": ("--answers", "--labels", "--write-official"),
     "score amber": ("--annotations", "--only"),

@@ -236,7 +236,7 @@ def test_versions_of_a_data_artifact_are_data_sets() -> None:
     assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "data_digest": one["data_digest"]}
 
 
-def test_the_fingerprint_covers_every_query_or_evenly_spaced_ones() -> None:
+def test_the_digest_covers_every_query_or_evenly_spaced_ones() -> None:
     queries = list(_dataset(5, 0).queries)
     whole = data_digest(queries)
     for place in range(len(queries)):

@@ -109,7 +109,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
     files = ["sft.yaml", "model/smolvlm2_256m.yaml"]
-    arguments = ["estimate", *(a for f in files for a in ("--config", str(CONFIGS / f)))]
+    arguments = ["estimate-memory", *(a for f in files for a in ("--config", str(CONFIGS / f)))]
     folder = ["--model.init_args.base.name_or_path", published("smolvlm2_256m")]
     assert main([*arguments, *folder]) == 0
     out = capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_a_module_that_trains_no_adapter(parse: Callable[..., Any]) -> None:
     [("x", "--tokens: invalid positive value: 'x'"), ("0", "--tokens: must be at least 1, found 0")],
 )
 def test_tokens_are_a_positive_number(capsys: pytest.CaptureFixture[str], given: str, says: str) -> None:
-    assert main(["estimate", "--config", "none.yaml", "--tokens", given]) == 2
+    assert main(["estimate-memory", "--config", "none.yaml", "--tokens", given]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -193,5 +193,5 @@ def test_settings_count_in_the_order_given(
     config = ["--config", str(CONFIGS / "sft.yaml")]
     folder = ["--model.init_args.base.name_or_path", published("smolvlm2_256m")]
     for early, late, rows in ((["--data.batch_size", "3"], [], 12), ([], ["--data.batch_size", "3"], 3)):
-        assert main(["estimate", *early, *config, *folder, "--tokens=700", *late]) == 0
+        assert main(["estimate-memory", *early, *config, *folder, "--tokens=700", *late]) == 0
         assert f"{rows} x 700 tokens: " in capsys.readouterr().out.splitlines()[-1]

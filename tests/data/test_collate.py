@@ -157,7 +157,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
         for batch, index in ((together, row), (turned, len(samples) - 1 - row)):
             length = alone.labels.shape[1]
             assert torch.equal(batch.labels[index, :length], alone.labels[0])
-            assert torch.equal(batch.confidence_mask[index, :length], alone.stated[0])
+            assert torch.equal(batch.confidence_mask[index, :length], alone.confidence_mask[0])
             assert torch.equal(batch.inputs["input_ids"][index, :length], alone.inputs["input_ids"][0])
             assert torch.equal(batch.inputs["pixel_values"][index], alone.inputs["pixel_values"][0])
             assert (batch.labels[index, length:] == IGNORE).all()
@@ -174,7 +174,7 @@ def test_what_travels_with_the_tensors(chat: ChatFormat, samples: Sequence[Sampl
     assert prompts.queries == batch.queries
     moved = batch.to("meta")
     assert {
-        t.device.type for t in [*moved.inputs.values(), moved.labels, moved.stated, moved.confidence]
+        t.device.type for t in [*moved.inputs.values(), moved.labels, moved.confidence_mask, moved.confidence]
     } == {"meta"}
     assert {t.device.type for t in prompts.to("meta").inputs.values()} == {"meta"}
 

@@ -116,7 +116,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
     for row, sample in enumerate(unlike):
         alone = SFTCollator(chat, 1000)([sample])
         length = alone.labels.shape[1]
-        for a, b in ((together.labels, alone.labels), (together.stated, alone.stated)):
+        for a, b in ((together.labels, alone.labels), (together.confidence_mask, alone.confidence_mask)):
             assert torch.equal(a[row, :length], b[0])
         assert torch.equal(together.inputs["input_ids"][row, :length], alone.inputs["input_ids"][0])
 

@@ -391,8 +391,8 @@ def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples:
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_a_mistake_is_what_the_responses_give(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    mistaken = [samples[0]._replace(mistake="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
+def test_a_wrong_answer_is_what_the_responses_give(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    mistaken = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
     batch = _collate(chat, mistaken, wrong_answers=True)
     _check_candidates(chat, batch, 0, ["No"])
     _check_candidates(chat, batch, 1, ["umbrella", "dog"])
@@ -473,7 +473,7 @@ def test_text_that_stands_for_the_image_is_refused(
         _collate(chat, [samples[0], samples[1]._replace(query=query)])
 
 
-@pytest.mark.parametrize("change", [{"mistake": "<image>"}, {"wrong": ("<image>",)}])
+@pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
 def test_a_wrong_answer_that_stands_for_the_image_is_refused(
     processor: Any, samples: Sequence[Sample], change: dict[str, Any]
 ) -> None:

@@ -34,9 +34,9 @@ LATEST, BEST = "latest", "best"
 class Artifacts(L.Callback):
     """Logs to W&B what leads from data through the stages to an evaluation.
 
-    Configuration: `stage` (a tag as well), the `code`'s version and git commit, the `base` model, and `inputs`: sources and fingerprints of
+    Configuration: `stage` (a tag as well), the `code`'s version and git commit, the `base` model, and `inputs`: sources and digests of
     the data.
-    Inputs: an artifact for the training, validation and test data each (fingerprint and count, not the data), and the
+    Inputs: an artifact for the training, validation and test data each (digest and count, not the data), and the
     adapters that the run starts from or evaluates.
     Output: the adapter, as the artifact `RUN-adapter` of run directory RUN, after every validation and when training ends.
     Its alias `latest` is the last one of these, `best` the one with the best validation of the run.
@@ -180,11 +180,11 @@ def folder_artifact(folder: Path, name: str, metadata: Mapping[str, Any] | None 
 
 
 def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
-    """Where queries come from, how many there are, and their fingerprint."""
+    """Where queries come from, how many there are, and their digest."""
     return {
         "sources": [f"{constructed(part.source)}, noise: {part.noise}" for part in dataset.parts.values()],
         "queries": len(dataset),
-        "fingerprint": data_digest(dataset.queries),
+        "data_digest": data_digest(dataset.queries),
     }
 
 
@@ -204,7 +204,7 @@ def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
     """An artifact whose versions are the data sets that were used for training, validation or testing."""
     artifact = new_artifact(f"{role}-data", "dataset", facts)
     with artifact.new_file("data.json") as file:
-        json.dump({name: facts[name] for name in ("queries", "fingerprint")}, file)
+        json.dump({name: facts[name] for name in ("queries", "data_digest")}, file)
     return artifact
 
 
