@@ -172,8 +172,8 @@ def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[s
         callbacks = [
             *disaster,
             callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
-            *map(callback, ("finite.NanGuard", "adapter.AdapterWriter", "predictions.PredictionWriter")),
-            *([callback("guard.BeforeAfterCheck", tolerance=-1.0)] if stage == "dpo" else []),
+            *map(callback, ("nan_guard.NanGuard", "adapter.AdapterWriter", "predictions.PredictionWriter")),
+            *([callback("before_after.BeforeAfterCheck", tolerance=-1.0)] if stage == "dpo" else []),
         ]
         settings = {"max_steps": -1, "max_epochs": 2, "callbacks": callbacks}
         settings["num_sanity_val_steps"] = -1 if stage == "dpo" else 0
