@@ -89,9 +89,6 @@ class Scripted(Describer, Detector, Segmenter):
     def load(self, device: torch.device) -> None:
         pass
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         return [self.description for _ in queries]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +50,6 @@ class KnowingDetector(Detector):
     def load(self, device: torch.device) -> None:
         pass
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         self.asked += [tuple(row) for row in phrases]
         found: list[list[Detection]] = []
@@ -85,9 +81,6 @@ class KnowingSegmenter(Segmenter):
 
     def load(self, device: torch.device) -> None:
         pass
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
         self.encoded += len(images)

@@ -207,7 +207,7 @@ def test_every_use_is_checked_before_a_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    for name in ("sft", "preference"):
+    for name in ("sft", "dpo"):
         monkeypatch.setattr(f"vlm_calibration.stages.{name}.load_for_training", loaded)
     monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
     path = tmp_path / "levels.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.settings import init_args
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
@@ -114,9 +114,8 @@ def shown_path(path: Path) -> str:
 
 def constructed(value: Any) -> str:
     """An object in its constructor's words, as far as it keeps what it was given and that is plain."""
-    names = [name for name in inspect.signature(type(value)).parameters if not name.endswith(SECRETS)]
-    settings = {name: _plain(getattr(value, name)) for name in names if hasattr(value, name)}
-    inside = ", ".join(f"{name}={text}" for name, text in settings.items() if text is not None)
+    texts = {name: _plain(value) for name, value in init_args(value).items() if not name.endswith(SECRETS)}
+    inside = ", ".join(f"{name}={text}" for name, text in texts.items() if text is not None)
     return f"{type(value).__name__}({inside})"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import Query
+from vlm_calibration.settings import digest
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.sft import SFTModule
@@ -189,15 +189,13 @@ def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
 
 
 def data_digest(queries: Sequence[Query], most: int = 50_000) -> str:
-    """SHA-256 over what the records say, in their order; images count by name, not by content.
+    """The digest of the records in their order; images count by name, not by content.
 
     Args:
         most: of more queries than these, which take seconds to read, the number and evenly spaced ones.
     """
-    digest = hashlib.sha256(str(len(queries)).encode())
-    for index in range(0, len(queries), math.ceil(len(queries) / most)):
-        digest.update(b"\n" + repr(queries[index]).encode())
-    return digest.hexdigest()
+    step = math.ceil(len(queries) / most) or 1
+    return digest([str(len(queries)), *(repr(queries[index]) for index in range(0, len(queries), step))])
 
 
 def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:

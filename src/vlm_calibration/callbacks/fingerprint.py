@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
-from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from transformers import PretrainedConfig
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.settings import digest, file_digest, settings_digest
 from vlm_calibration.stages.evaluation import BASE, EvaluationModule
 
 SOFTWARE = ("vlm-calibration", "torch", "transformers", "peft")
-CHUNK = 1 << 20
 
 
 def fingerprint(
@@ -40,9 +34,9 @@ def fingerprint(
         "model.estimators": module.estimators,
         "data.processor": [data.processor_name, _state(str(data.processor_name), data.revision)],
         "data.test": data.test,
-        "the queries of data.test": _digest_of(map(repr, data.test_set.queries)),
+        "the queries of data.test": digest(map(repr, data.test_set.queries)),
         "data.calibration": data.calibration,
-        "the queries of data.calibration": _digest_of(
+        "the queries of data.calibration": digest(
             map(repr, data.calibration_set.queries if data.calibration_set else ())
         ),
         "data.noise": data.noise,
@@ -53,44 +47,12 @@ def fingerprint(
         "trainer.limit_test_batches": repr(trainer.limit_test_batches),
         "installed packages": {name: version(name) for name in SOFTWARE},
     }
-    return {name: _digest_of([json.dumps(described(value))]) for name, value in decisive.items()}
-
-
-def described(value: Any) -> Any:
-    """A value as JSON has it, an object as its class and what its constructor was given, as far as it keeps that."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return [[described(key), described(content)] for key, content in value.items()]
-    if isinstance(value, list | tuple):
-        return [described(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    return [
-        f"{type(value).__module__}.{type(value).__qualname__}",
-        *map(described, settings_of(value).items()),
-    ]
-
-
-def settings_of(value: Any) -> dict[str, Any]:
-    """What an object was constructed with: the attributes with the names of parameters, one underscore in front or not."""
-    kept = {}
-    for name in inspect.signature(type(value)).parameters:
-        attribute = name if hasattr(value, name) else f"_{name}"
-        if hasattr(value, attribute):
-            kept[name] = getattr(value, attribute)
-    return kept
+    return {name: settings_digest(value) for name, value in decisive.items()}
 
 
 def _weights(folder: Path) -> dict[str, str]:
     """The digest of every file that peft reads from an adapter's folder."""
-    return {
-        path.name: _digest_of(_chunks(path)) for path in sorted(folder.glob("adapter_*")) if path.is_file()
-    }
+    return {path.name: file_digest(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
 
 
 def _state(name_or_path: str, revision: str | None) -> Any:
@@ -104,16 +66,3 @@ def _state(name_or_path: str, revision: str | None) -> Any:
     except OSError:
         # There is no such model, which loading it says, before anything is asked.
         return None
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _digest_of(parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode() + b"\n")
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ was ended goes on with the shards that are missing, with as many processes as th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,9 +21,10 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import clear_leftovers, replacing, write_json, writing
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
+from vlm_calibration.settings import digest, init_args, to_json
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, QUERIES, SUMMARY, SETTINGS = "shards", "queries.parquet", "summary.json", "settings.json"
@@ -58,7 +58,11 @@ class RegionWriter(L.Callback):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         data = _data(trainer)
-        settings = {**cast(RegionExtractor, pl_module).settings(), "data": _data_settings(data)}
+        settings = {
+            **to_json(init_args(cast(RegionExtractor, pl_module).pipeline)),
+            "precision": str(trainer.precision),
+            "data": _data_settings(data),
+        }
         if trainer.is_global_zero:
             own = {f"{n:08d}.parquet" for n in range(data.part, _shards(data), data.parts)}
             clear_leftovers(folder, None if data.parts == 1 else own.__contains__)
@@ -159,17 +163,10 @@ def _data_settings(data: PerturbedQueryDataModule) -> dict[str, Any]:
     queries = data.predict.queries()
     return {
         "queries": len(queries),
-        "content": _digest(queries),
+        "content": digest(map(repr, queries)),
         "shard_size": data.shard_size,
         "batch_size": data.eval_batch_size,
     }
-
-
-def _digest(queries: Iterable[Query]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for query in queries:
-        digest.update(repr(query).encode())
-    return digest.hexdigest()
 
 
 def _check_settings(path: Path, settings: dict[str, Any], *, write: bool) -> None:

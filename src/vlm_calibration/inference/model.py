@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import threading
@@ -37,6 +36,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
+from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, strip_confidence
 from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -110,8 +110,8 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
         parts.append(f"in {base.quantization}")
     if adapter is not None:
         weights = adapter / "adapter_model.safetensors"
-        digest = hashlib.sha256(weights.read_bytes() if weights.is_file() else b"").hexdigest()
-        parts.append(f"with {adapter} ({digest[:8]})")
+        content = file_digest(weights) if weights.is_file() else digest([])
+        parts.append(f"with {adapter} ({content[:8]})")
     return " ".join(part for part in parts if part)
 
 

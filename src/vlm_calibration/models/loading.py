@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from vlm_calibration import hub
 from vlm_calibration.models.base import BaseModel, Dtype, Quantization
 from vlm_calibration.models.parts import part_of
+from vlm_calibration.settings import digest
 
 
 def load_vlm(
@@ -107,7 +108,7 @@ def weights_digest(base: BaseModel) -> str | None:
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
     files = [folder / "config.json", *weights]
-    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _model_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 def _local_folder(base: BaseModel) -> Path | None:
@@ -133,17 +134,15 @@ def _weight_files(folder: Path) -> list[Path] | None:
 
 
 @lru_cache(maxsize=8)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _model_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Of a configuration and files of weights, each with its size and date, which keep an old digest from being given."""
     (config, _, _), *weights = files
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings = {key: value for key, value in settings.items() if key not in UNSTABLE}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    parts: list[Iterable[str | bytes]] = [[json.dumps(settings, sort_keys=True)]]
     for path, size, _ in weights:
-        digest.update(f"{size}\n".encode())
-        for span in _spans(path, size):
-            digest.update(span)
-    return digest.hexdigest()
+        parts += [[f"{size}\n"], _spans(path, size)]
+    return digest(chain.from_iterable(parts))
 
 
 def _spans(path: Path, size: int) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,10 +41,6 @@ class Describer(ABC):
     @abstractmethod
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         """The key objects of each query. images: uint8 [H, W, 3], those that the queries are about."""
-
-    def settings(self) -> dict[str, Any]:
-        """What the phrases depend on, as plain values."""
-        return {"class": type(self).__name__, "max_phrases": self.max_phrases}
 
     def tidy(self, objects: Iterable[str], absent: Iterable[str] = ()) -> Description:
         """Each phrase once, and not more than `max_phrases` objects."""

@@ -50,10 +50,6 @@ class Detector(ABC):
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         """For each image, uint8 [H, W, 3], the boxes of its phrases (at least one), best first."""
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What the boxes depend on, as plain values."""
-
 
 class ZeroShotDetector(Detector):
     """A detector from the Hub.
@@ -91,10 +87,6 @@ class ZeroShotDetector(Detector):
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
         self.processor: Any = None
-
-    def settings(self) -> dict[str, Any]:
-        names = ("name_or_path", "revision", "threshold", "labels", "max_boxes", "dtype")
-        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def load(self, device: torch.device) -> None:
         self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)

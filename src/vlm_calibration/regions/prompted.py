@@ -64,14 +64,6 @@ class PromptedDescriber(Describer):
         model = load_base(self.base, device).eval()
         self.model = model if self.base.quantization != "none" else model.to(device)
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            **super().settings(),
-            "base": repr(self.base),
-            "template": self.template,
-            "max_new_tokens": self.max_new_tokens,
-        }
-
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         if not queries:
             return []

@@ -30,10 +30,6 @@ class Segmenter(ABC):
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
         """For each image, uint8 [H, W, 3], and its boxes (at least one), masks bool [boxes, H, W]."""
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What the masks depend on, as plain values."""
-
 
 class PromptedSegmenter(Segmenter):
     """A segmenter from the Hub. The image is encoded once, however many boxes it has.
@@ -60,10 +56,6 @@ class PromptedSegmenter(Segmenter):
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
         self.processor: Any = None
-
-    def settings(self) -> dict[str, Any]:
-        names = ("name_or_path", "revision", "mask_threshold", "dtype")
-        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def load(self, device: torch.device) -> None:
         self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 
@@ -40,18 +39,6 @@ class RegionExtractor(L.LightningModule):
         super().__init__()
         self.pipeline = Pipeline(describer, detector, segmenter, gates, keep_known)
         self.on_bad_image = on_bad_image
-
-    def settings(self) -> dict[str, Any]:
-        """What the regions depend on, as plain values."""
-        pipeline = self.pipeline
-        return {
-            "describer": pipeline.describer.settings(),
-            "detector": pipeline.detector.settings(),
-            "segmenter": pipeline.segmenter.settings(),
-            "gates": asdict(pipeline.gates),
-            "keep_known": pipeline.keep_known,
-            "precision": str(self.trainer.precision),
-        }
 
     def configure_model(self) -> None:
         for part in (self.pipeline.describer, self.pipeline.detector, self.pipeline.segmenter):

@@ -7,7 +7,6 @@ images, filled as groups are read, makes random access cheap from the second tim
 
 from __future__ import annotations
 
-import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
+from vlm_calibration.settings import digest
 
 ROW = "row-"
 """An embedded image goes by the name of its row: "row-17"."""
@@ -90,7 +90,7 @@ class EmbeddedImages:
     def __init__(self, files: Sequence[Path], column: str, unpacked: Path | None = None) -> None:
         self.files = list(files)
         self.column = column
-        self.unpacked = None if unpacked is None else unpacked / _fingerprint(self.files)
+        self.unpacked = None if unpacked is None else unpacked / _files_digest(self.files)
         self._groups: list[tuple[Path, int]] = []
         self._ends: list[int] = []
         self._held: tuple[int, Any] | None = None
@@ -152,10 +152,10 @@ def _unpack(folder: Path, first: int, contents: Any) -> None:
                 temporary.write_bytes(content.as_py())
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
+def _files_digest(files: Sequence[Path]) -> str:
     """Another one for other files, so that unpacked images are never those of another data set."""
     sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
+    return digest([repr(sizes)])
 
 
 def _first(error: BaseException) -> str:

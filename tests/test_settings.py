@@ -1,0 +1,96 @@
+"""Constructor arguments read back from objects, their JSON form and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.benchmark import AmberSource, PopeSource
+from vlm_calibration.data.sources.coco import CocoSource
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.data.sources.rlaif_v import RlaifVSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.base import Estimator
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.models.base import BaseModel
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
+from vlm_calibration.regions.describer import Describer
+from vlm_calibration.regions.detector import Detector, ZeroShotDetector
+from vlm_calibration.regions.extraction import Pipeline, RegionGates
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.prompted import PromptedDescriber
+from vlm_calibration.regions.segmenter import PromptedSegmenter, Segmenter
+from vlm_calibration.settings import digest, file_digest, init_args, settings_digest, to_json
+
+
+def test_our_objects_keep_what_they_are_made_from() -> None:
+    """A setting that an object does not keep under its name would not be seen to change."""
+    kinds: list[Any] = [
+        *(DemoSource, JsonlSource, ParquetSource, CocoSource, RlaifVSource, PopeSource, AmberSource),
+        *(ExpectedConfidence, SelfConsistency, PTrue, LinearLevels, NoisePolicy),
+        *(RuleDescriber, PromptedDescriber, ZeroShotDetector, PromptedSegmenter),
+    ]
+    bases = (QuerySource, Estimator, ConfidenceLevels, Describer, Detector, Segmenter)
+    known = {k for base in bases for k in _subclasses(base)} - {AnchoredLevels}
+    ours = {k for k in known if k.__module__.startswith("vlm_calibration") and not inspect.isabstract(k)}
+    assert {k for k in ours if inspect.signature(k).parameters} <= set(kinds)
+    needed = {"path": "x", "root": "x", "annotations": "x", "base": BaseModel("x")}
+    for kind in kinds:
+        names = inspect.signature(kind).parameters
+        instance = kind(**{n: v for n, v in needed.items() if n in names})
+        assert set(init_args(instance)) == set(names), kind
+    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
+    assert set(init_args(table)) == {"table", "grid", "groups"}, "the content of the file at `path`"
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def test_objects_become_json_with_all_they_contain() -> None:
+    pipeline = Pipeline(RuleDescriber(3), ZeroShotDetector("a", 0.5), PromptedSegmenter("b"), RegionGates())
+    settings = to_json(init_args(pipeline))
+    assert settings == json.loads(json.dumps(settings))
+    assert settings["describer"] == {
+        "class_path": "vlm_calibration.regions.phrases.RuleDescriber",
+        "max_phrases": 3,
+    }
+    assert settings["detector"]["threshold"] == 0.5
+    assert settings["gates"]["min_score"] == 0.35
+    assert settings["keep_known"] is True
+    plain = {1: Path("a"), "b": (None, np.arange(2)), "c": {"x"}}
+    assert to_json(plain) == {"1": "a", "b": [None, [0, 1]], "c": ["'x'"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        (NoisePolicy(seed=1), False),
+        (NoisePolicy(levels=LinearLevels(3)), False),
+        (NoisePolicy(levels=LinearLevels(11)), True),
+        (LinearLevels(), False),
+    ],
+)
+def test_equal_settings_have_equal_digests(settings: Any, same: bool) -> None:
+    assert (settings_digest(settings) == settings_digest(NoisePolicy())) == same
+
+
+def test_digest_by_hand(tmp_path: Path) -> None:
+    expected = hashlib.blake2b("Größe".encode(), digest_size=16).hexdigest()
+    assert digest(["Gr", "ö".encode(), "ße"]) == expected
+    (tmp_path / "file").write_text("Größe", encoding="utf-8")
+    assert file_digest(tmp_path / "file") == expected
