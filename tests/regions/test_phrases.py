@@ -160,7 +160,7 @@ def test_without_the_tagger_the_error_says_what_to_install(monkeypatch: pytest.M
     ],
 )
 def test_lists_as_models_write_them(answer: str, objects: Any, absent: Any) -> None:
-    assert PromptedDescriber(BaseModel("none")).read(answer) == Description(objects, absent)
+    assert PromptedDescriber(BaseModel("none")).parse(answer) == Description(objects, absent)
 
 
 def test_a_model_is_asked(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,5 +183,5 @@ def test_a_model_is_asked(model_folder: str, monkeypatch: pytest.MonkeyPatch) ->
         assert f"Correct answer: Answer {i}" in text
     assert described == describer.describe(queries, images)
     assert describer.describe([], []) == []
-    with pytest.raises(DataError, match=r"describer\.template: knows only"):
+    with pytest.raises(DataError, match=r"describer\.template: the only placeholders"):
         PromptedDescriber(BaseModel("none"), template="{image}")

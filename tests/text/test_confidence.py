@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import (
-    _plain,
+    _replace_variants,
     end_of_confidence,
     parse_confidence,
     render_answer,
@@ -15,7 +15,7 @@ from vlm_calibration.text.confidence import (
     strip_confidence,
 )
 
-# Every row of the table in the module's docstring, and what real models were seen to write.
+# Every row of the table in the module's docstring, and statements observed from real models.
 STATED = {
     # percent
     "Confidence: 80%": 0.8,
@@ -40,7 +40,7 @@ STATED = {
     "Confidence: 4/5": 0.8,
     "Confidence: 8 out of 10": 0.8,
     "Confidence: 80 out of a 100": 0.8,
-    # a stated scale
+    # an explicit scale
     "Confidence (0-100): 85": 0.85,
     "Confidence (0-100): 1": 0.01,
     "Confidence (on a scale from 0 to 100): 85": 0.85,
@@ -180,7 +180,7 @@ NOT_STATED = [
     "Confidence: 8x",
     "Confidence: 80‰",
     '{"answer": "yes", "confidence": null}',
-    # denied
+    # negated
     "I am not 100% sure",
     "I'm not 100% sure",
     "I can't be 100% certain",
@@ -200,7 +200,7 @@ NOT_STATED = [
     "Yes. 1990-1995",
     "with high confidence because 80% of the image is a dog",
     "I have high confidence: 2 dogs",
-    # the last statement counts, even if it cannot be read
+    # the last statement counts, even if it cannot be parsed
     "Confidence: 80%. Confidence: 150%",
     "Confidence: 150%. 80%",
 ]
@@ -225,7 +225,7 @@ def test_any_text_gives_none_or_a_confidence(text):
         strip_confidence(candidate)
 
 
-# Pieces of statements in any order: answers that look as much like a confidence as an answer can.
+# Fragments of statements in random order, which build answers that resemble statements of confidence.
 FRAGMENTS = st.lists(
     st.sampled_from(
         [
@@ -379,7 +379,7 @@ def test_the_statement_is_removed_wherever_it_stands(text, answer):
 
 @given(st.text(alphabet=st.characters()))
 def test_replacing_characters_keeps_positions(text):
-    assert len(_plain(text)) == len(text)
+    assert len(_replace_variants(text)) == len(text)
 
 
 ADVERSARIAL = """1|1.|1,|9|confidence|confidence |confidence: |confidence is |confidence of about |is |sure |not |100% |
@@ -397,7 +397,7 @@ def test_time_is_linear_on_adversarial_text(piece):
     parse_confidence(text)
     strip_confidence(text)
     parse_confidence(f"Confidence: 80%{body}{body}")
-    # Takes up to 1 s; anything quadratic takes minutes.
+    # Linear time takes up to 1 s, quadratic time takes minutes.
     assert time.process_time() - start < 10
 
 
@@ -420,7 +420,7 @@ def test_time_is_linear_on_adversarial_text(piece):
     ],
 )
 def test_where_a_complete_answer_ends(text: str, behind: str) -> None:
-    assert end_of_confidence(text) is None, "what follows is not known yet"
+    assert end_of_confidence(text) is None, "the continuation is open"
     assert end_of_confidence(text + behind) == len(text)
 
 
@@ -433,11 +433,11 @@ def test_where_a_complete_answer_ends(text: str, behind: str) -> None:
         ),
         *("Yes. Confidence: 80% to 90%", "Yes. Confidence: 80%-90%.", "Yes. Confidence: 80% or 90%. It"),
         "Yes. Confidence: 80.",
-        "Confidence: 80%. ",  # the answer is still to come
+        "Confidence: 80%. ",  # the answer follows
         "**Confidence:** 80%. ",
         "Yes. Confidence: 80-90%.",
         "Yes. Confidence: 150%.",
-        "I am 80% ",  # of a sentence that goes on
+        "I am 80% ",  # a sentence that continues
         "The label says 80%.",
         "%",
         "",
@@ -486,7 +486,7 @@ PIECES = [
 @example("-90 percent of")
 @example(" through 9e1%")
 def test_stopping_early_loses_no_confidence(behind: str) -> None:
-    """A text that is read character by character and left where it is complete states what the whole text does."""
+    """Parsing each prefix and stopping at the first complete one gives the confidence of the full text."""
     text = f"Yes. Confidence: 80%{behind}"
     ends = (end_of_confidence(text[:length]) for length in range(len(text) + 1))
     end = next((e for e in ends if e is not None), len(text))

@@ -299,7 +299,7 @@ TOKEN_F1 = Grading(short="token_f1", open="token_f1")
 
 
 @pytest.mark.parametrize(
-    ("text", "gold", "right"),
+    ("text", "gold", "correct"),
     [
         ("A brown dog lies on the sofa. Confidence: 80%", "dog", True),
         ("I can see two dogs", "a dog", True),
@@ -310,9 +310,9 @@ TOKEN_F1 = Grading(short="token_f1", open="token_f1")
         ("a puppy on a mat", "dog", False),
     ],
 )
-def test_an_answer_may_contain_the_gold_one(text, gold, right):
+def test_an_answer_may_contain_the_gold_one(text, gold, correct):
     for answer_type in ("short", "open"):
-        assert grade(text, gold, answer_type, grading=CONTAINS).correct is right
+        assert grade(text, gold, answer_type, grading=CONTAINS).correct is correct
 
 
 def test_a_synonym_may_be_contained():
@@ -354,10 +354,10 @@ def test_no_text_decides_a_ranking():
         grade("a dog", "dog", "open", grading=Grading(open="ranking"))
 
 
-@pytest.mark.parametrize("least", [0.0, -1, 1.5, float("nan")])
-def test_the_least_f1_is_a_share(least):
+@pytest.mark.parametrize("min_f1", [0.0, -1, 1.5, float("nan")])
+def test_the_least_f1_is_a_share(min_f1):
     with pytest.raises(ValueError, match=r"min_f1 must be in \(0, 1\]"):
-        Grading(min_f1=least)
+        Grading(min_f1=min_f1)
 
 
 @pytest.mark.parametrize("gold", ["dog", "", "yes and no"])
@@ -424,5 +424,5 @@ def test_grading_time_is_linear_on_adversarial_text(piece):
     for text in (f"It is {body}", f"Yes. {body} dog"):
         parse_answer(text, "short")
         parse_answer(text, "yes_no")
-    # Takes up to 1 s; anything quadratic takes minutes.
+    # Linear time takes up to 1 s, quadratic time takes minutes.
     assert time.process_time() - start < 10

@@ -1,4 +1,4 @@
-"""Which regions show what a query asks about, and whether its answer says that it is absent."""
+"""Which regions are evidence for a query, and whether its answer states that the object is absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.records import Query, RecordError
 from vlm_calibration.text.grading import same_phrase
-from vlm_calibration.text.labels import check_answer, denies, is_evidence
+from vlm_calibration.text.labels import answer_is_no, check_answer, is_evidence
 
 
 def _query(answer: str = "Yes", kind: str = "yes_no", *objects: str) -> Query:
@@ -64,7 +64,7 @@ def test_no_two_objects_of_the_demo_are_taken_for_one_another() -> None:
 def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent(
     answer: str, kind: str, denied: bool
 ) -> None:
-    assert denies(_query(answer, kind)) is denied
+    assert answer_is_no(_query(answer, kind)) is denied
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vlm_calibration.data.selection import Selection, select
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.text.labels import denies
+from vlm_calibration.text.labels import answer_is_no
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class PerturbedQueries(Dataset[Sample]):
         """A sample, and whether a region of it leaves the image."""
         part, query, step = self._item(index)
         loaded = part.source.load(query)
-        if part.noise != "none" and not loaded.evidence and not denies(query):
+        if part.noise != "none" and not loaded.evidence and not answer_is_no(query):
             raise NothingShownError(f"record {query.id!r}: no pixel of its image shows what it asks about")
         policy = self._clean if part.noise == "none" else self.policy
         try:

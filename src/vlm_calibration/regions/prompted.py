@@ -1,4 +1,4 @@
-"""A describer that asks a model: slower than rules, but not bound to known forms of question, nor to English."""
+"""A describer that prompts a VLM: slower than rules, but not limited to known question forms or to English."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Put the word "absent" before each object that the answer says is not there. If t
 _MARKER = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s*")
 _ABSENT = re.compile(r"^(?:absent|no|not)\b[\s:]*|\s*\((?:absent|not there|not present)\)$")
 LONGEST_PHRASE = 8
-"""A longer "phrase" is a sentence, which no detector was trained on."""
+"""Maximum words of a phrase; detectors are not trained on longer ones, which are sentences."""
 
 
 class PromptedDescriber(Describer):
-    """Asks a vision-language model, which sees the image, and reads the list that it answers with.
+    """Prompts a vision-language model with the image, and parses the list that it generates.
 
     Args:
         base: the model.
-        template: with the places {question} and {answer}.
+        template: prompt with the placeholders {question} and {answer}.
         max_new_tokens: length limit of the list.
-        max_phrases: at most so many objects a query, the first ones listed.
+        max_phrases: maximum number of objects per query; the first ones listed are taken.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PromptedDescriber(Describer):
             template.format(question="", answer="")
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(
-                f"describer.template: knows only {{question}} and {{answer}}: {error!r}"
+                f"describer.template: the only placeholders are {{question}} and {{answer}}: {error!r}"
             ) from error
         self.base = base
         self.template = template
@@ -68,14 +68,14 @@ class PromptedDescriber(Describer):
         if not queries:
             return []
         assert self.chat is not None
-        asked = [self.template.format(question=q.question, answer=q.answer) for q in queries]
-        texts = [self.chat.render(question) for question in asked]
+        prompts = [self.template.format(question=q.question, answer=q.answer) for q in queries]
+        texts = [self.chat.render(prompt) for prompt in prompts]
         inputs = move(self.chat.inputs(texts, list(images), "left"), self.model.device)
         answers = generate_texts(self.model, inputs, self.chat.processor.tokenizer, self.max_new_tokens)
-        return [self.read(answer) for answer in answers]
+        return [self.parse(answer) for answer in answers]
 
-    def read(self, answer: str) -> Description:
-        """The objects of a list as models write them: by commas or lines, numbered or not, "absent" before or behind."""
+    def parse(self, answer: str) -> Description:
+        """Parse a list of objects: separated by commas or lines, numbered or not, with "absent" in front or behind."""
         objects: list[str] = []
         absent: list[str] = []
         for part in re.split(r"[,;\n]", answer):
@@ -83,4 +83,4 @@ class PromptedDescriber(Describer):
             name = re.sub(r"^(?:an?|the)\s+", "", _ABSENT.sub("", phrase).strip())
             if name and name not in ("none", "nothing") and len(name.split()) <= LONGEST_PHRASE:
                 (absent if _ABSENT.search(phrase) else objects).append(name)
-        return self.tidy(objects, absent)
+        return self.build_description(objects, absent)

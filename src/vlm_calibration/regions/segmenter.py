@@ -1,4 +1,4 @@
-"""From boxes to masks: promptable segmenters of transformers (SAM, SAM 2)."""
+"""Segmentation of boxes into masks with transformers' promptable segmenters (SAM, SAM 2)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from vlm_calibration.regions.detector import Box, load_pair, to_device
 
 
 class Segmenter(ABC):
-    """Outlines what is in a box. Made from plain settings; `load` comes before the first mask."""
+    """Segments the object in a box. The constructor takes settings only; call `load` before `segment`."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load the model onto this device.
 
         Raises:
-            DataError: there is no such model, or it is of a kind that this segmenter cannot use.
+            DataError: the model does not exist, or this segmenter does not support its type.
         """
 
     @abstractmethod
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
-        """For each image, uint8 [H, W, 3], and its boxes (at least one), masks bool [boxes, H, W]."""
+        """For each image, uint8 [H, W, 3], with at least one box: masks bool [boxes, H, W]."""
 
 
 class PromptedSegmenter(Segmenter):
-    """A segmenter from the Hub. The image is encoded once, however many boxes it has.
+    """A promptable segmenter from the Hub. Each image is encoded once for all its boxes.
 
     Args:
         name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
-        mask_threshold: a pixel is in the mask if its logit is above this; 0 is a probability of one half.
-        dtype: of the weights and the arithmetic.
-        revision, trust_remote_code: as in `from_pretrained`.
+        mask_threshold: minimum logit of a pixel of the mask, exclusive; 0 is a probability of one half.
+        dtype: of weights and arithmetic.
+        revision: as in `from_pretrained`.
+        trust_remote_code: as in `from_pretrained`.
     """
 
     def __init__(
@@ -61,29 +62,29 @@ class PromptedSegmenter(Segmenter):
         self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)
         if self.model.config.model_type not in ("sam", "sam2", "sam2_video"):
             raise DataError(
-                f"{self.name_or_path!r} is a {self.model.config.model_type}: known are sam and sam2"
+                f"{self.name_or_path!r} is a {self.model.config.model_type}, expected one of sam, sam2"
             )
 
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
         if not images:
             return []
-        most = max(len(row) for row in boxes)
-        # Boxes do not see one another, so repeating one to even out the batch changes nothing.
-        even = [[list(box) for box in [*row, *[row[-1]] * (most - len(row))]] for row in boxes]
-        inputs = self.processor(images=list(images), input_boxes=even, return_tensors="pt")
+        max_boxes = max(len(row) for row in boxes)
+        # Boxes are segmented independently, so repeated boxes pad the batch.
+        padded = [[list(box) for box in [*row, *[row[-1]] * (max_boxes - len(row))]] for row in boxes]
+        inputs = self.processor(images=list(images), input_boxes=padded, return_tensors="pt")
         sizes = inputs.pop("original_sizes").tolist()
         reshaped = inputs.pop("reshaped_input_sizes", None)
-        masks = self.model(**to_device(inputs, self.model), multimask_output=False).pred_masks
-        found = []
+        logits = self.model(**to_device(inputs, self.model), multimask_output=False).pred_masks
+        masks = []
         for i, row in enumerate(boxes):
-            # One image at a time: at full size the logits of all boxes may take a gigabyte.
+            # One image at a time: at full resolution the logits of all boxes may take a gigabyte.
             more = {} if reshaped is None else {"reshaped_input_sizes": reshaped[i : i + 1].tolist()}
-            [whole] = self.processor.image_processor.post_process_masks(
-                [masks[i, : len(row)].float()],
+            [image_masks] = self.processor.image_processor.post_process_masks(
+                [logits[i, : len(row)].float()],
                 original_sizes=sizes[i : i + 1],
                 mask_threshold=self.mask_threshold,
                 **more,
             )
-            found.append(whole[:, 0].cpu().numpy())
-        return found
+            masks.append(image_masks[:, 0].cpu().numpy())
+        return masks

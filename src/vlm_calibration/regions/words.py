@@ -1,7 +1,6 @@
-"""Lists of English words by what they are to a detector: nouns that name no thing, containers, groups, adjectives of no look.
+"""English word lists for the describer: nouns that name no object, containers, groups, adjectives without appearance.
 
-Kept apart from the rules that use them (`phrases.py`), so that a language, or a kind of data, can be taught without touching
-code.
+They are separate from the rules (`phrases.py`), so that another language or domain needs no change of code.
 """
 
 from __future__ import annotations
@@ -22,41 +21,41 @@ ATTRIBUTES = _with_plurals(
     sport game activity action job occupation profession mood atmosphere emotion expression feeling condition state position
     direction angle distance speed side country nationality language flavor flavour price purpose reason relationship"""
 )
-"""What is asked for with these words is no object: "What colour is the bus?"."""
+"""Questions about these ask for no object: "What colour is the bus?"."""
 
 GENERIC = _with_plurals(
     """kind type sort object thing item piece subject something anything element feature part stuff"""
 )
-"""Words that stand for the object that the answer names: "What object is on the desk?"."""
+"""Placeholders for the object that the answer names: "What object is on the desk?"."""
 
 PICTURE = _with_plurals(
     """image picture photo photograph scene view frame background foreground left right top bottom middle center centre
     corner front back end edge rest area place location spot perspective shot caption description detail sentence
     statement question answer option example"""
 )
-"""The picture itself, and places within it."""
+"""The picture itself and positions in it."""
 
 COLOURS = _words(
     "black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold"
 )
-"""Tagged as nouns where they stand alone. "Orange" is left out, being a fruit as well."""
+"""The tagger reads these as nouns when they stand alone. "Orange" is missing because it is also a fruit."""
 
 LOOKS = COLOURS | _words(
     """orange cream violet crimson emerald bronze square oval circle semicircle
         plastic metal wood steel iron leather stone brick concrete marble ceramic porcelain cotton linen wool silk denim"""
 )
-"""Colours, shapes and materials, which are nouns and say what something is like: "Is the cup plastic?"."""
+"""Colours, shapes and materials: nouns that describe appearance, as in "Is the cup plastic?"."""
 
 DEGREES = _words("light dark bright pale deep brand")
-"""Words that belong to the adjective behind them: "light blue", "brand new"."""
+"""Modifiers of the following adjective: "light blue", "brand new"."""
 
 TAGS = {"doing": "VDG", "no": "AT0", "remote": "NN1", "drier": "NN1"}
-"""C5 tags of words that the tagger is mostly wrong about in questions; a drier is a hair drier."""
+"""C5 tags of words that the tagger usually gets wrong in questions; a drier is a hair drier."""
 
 LIGHTS = _words("traffic street stop brake tail head ceiling flash night warning christmas")
-"""What stands before "light" in compounds."""
+"""First words of compounds with "light"."""
 
-NO_THING = (
+NO_OBJECT = (
     ATTRIBUTES
     | COLOURS
     | GENERIC
@@ -72,15 +71,15 @@ NO_THING = (
     )
     - _words("couple couples group groups")
 )
-"""Nouns that a detector has nothing to look for."""
+"""Nouns that name nothing a detector can find."""
 
 BALLS = _words("baseball basketball football volleyball")
-"""Games where they stand alone or are played, and otherwise balls."""
+"""Games if they stand alone or are played, otherwise balls."""
 
 GROUPS = _with_plurals(
     "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
 )
-"""Of "a herd of elephants", the elephants are the objects."""
+"""In "a herd of elephants" the elephants are the objects."""
 
 CONTAINERS = _with_plurals(
     """cup mug bowl plate bottle can jar basket bucket bag box pot pan tray carton vase glass slice pile stack loaf"""
@@ -92,4 +91,4 @@ VAGUE = _words(
     present possible likely first second third next last left right top bottom front back upper lower middle central nearest
     closest farthest overall general specific particular apparent single"""
 )
-"""Adjectives that say nothing of how a thing looks."""
+"""Adjectives that do not describe appearance."""

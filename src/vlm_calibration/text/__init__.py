@@ -1,4 +1,4 @@
-"""What the model is asked and what it says: prompts, stated confidence, grading. Pure functions of strings."""
+"""Prompts, stated confidence and grading of answers, as pure functions of strings."""
 
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response, strip_confidence
 from vlm_calibration.text.grading import Grade, Grading, grade, parse_answer

@@ -1,8 +1,8 @@
-"""Stated confidence: writing it into a response and reading it out of one.
+"""Render a stated confidence into a response, and parse it from one.
 
-This is the only place that knows percentages; everywhere else a confidence is a float in [0, 1]. Reading never
-raises and never guesses: what was not stated, was stated as a range, or lies outside [0, 1] is None, so that a
-parse failure is counted as one. Every pattern has bounded or possessive repetition, so time is linear in the text.
+Percentages appear in this module only; everywhere else a confidence is a float in [0, 1]. Parsing never raises and
+never guesses: a confidence that is missing, a range, or outside [0, 1] is None and counts as a parse failure. Every
+pattern has bounded or possessive repetition, so time is linear in the length of the text.
 
 What `parse_confidence` reads:
 
@@ -10,22 +10,22 @@ What `parse_confidence` reads:
 |---|---|---|
 | `Confidence: 80%`, `80 percent`, `８０％`, `80\\%` | 0.8 | a unit of percent |
 | `Confidence: 80/100`, `8 out of 10`, `4/5` | 0.8 | a ratio |
-| `Confidence (1-10): 8`, `Confidence (%): 80` | 0.8 | without a unit, a stated scale counts |
+| `Confidence (1-10): 8`, `Confidence (%): 80` | 0.8 | without a unit, the stated scale applies |
 | `Confidence: 0.8`, `1`, `0` | 0.8, 1.0, 0.0 | without unit and scale, up to 1: a fraction |
 | `Confidence: 85`, `87,5` | 0.85, 0.875 | without unit and scale, from 2: percent |
-| `Confidence: 1%` | 0.01 | the unit wins |
-| `Confidence: 1.5` | None | between 1 and 2 it fits neither scale |
-| `Confidence: ~80%`, `about 80%`, `at least 80%`, `80% ± 5%` | 0.8 | approximations and bounds count as their number |
+| `Confidence: 1%` | 0.01 | the unit takes precedence |
+| `Confidence: 1.5` | None | a number between 1 and 2 fits neither scale |
+| `Confidence: ~80%`, `about 80%`, `at least 80%`, `80% ± 5%` | 0.8 | approximations and bounds are read as their number |
 | `Confidence: 80-90%`, `between 80 and 90%`, `80% to 90%` | None | a range is not one number |
 | `Confidence: 150%`, `-5%`, `12/10`, `high`, no statement | None | out of range, not a number, missing |
 | `{"answer": "yes", "confidence": 0.9}`, `**Confidence:** 85%` | 0.9, 0.85 | JSON and Markdown |
 | `I am 80% sure`, `90% confident`, `with 90% confidence`, `certainty: 0.9`, `quite sure (80%)` | | other wordings |
-| `I am not 100% sure` | None | a denied number is no statement |
+| `I am not 100% sure` | None | a negated number is not a statement |
 | `80 %`, `0.8`, `8 out of 10`, `Yes, 80%`, `No. 0.9`, `Yes 80%` | | a bare number with a unit or decimal point, alone, or alone in the last clause |
 | `The label says 80%`, `2`, `Yes. 2` | None | any other number belongs to the answer |
 
-A label (`Confidence: ...`) wins over other wordings, those win over a bare number; of several statements of the
-same kind the last wins, even if its value is None.
+Precedence: a label (`Confidence: ...`), then other wordings, then a bare number. Of several statements of the same
+kind the last is read, even if its value is None.
 """
 
 import math
@@ -36,21 +36,21 @@ from typing import NamedTuple
 
 
 def parse_confidence(text: str) -> float | None:
-    """The confidence in [0, 1] that a text states, or None; see the table above. Never raises on a string."""
-    plain = _plain(text)
+    """Parse the confidence in [0, 1] that a text states, or None; see the table above. Never raises on a string."""
+    plain = _replace_variants(text)
     stated = _labelled(plain) or _worded(plain) or _bare(plain)
     return stated[-1].value if stated else None
 
 
 def end_of_confidence(text: str) -> int | None:
-    """Where a text ends that holds an answer and a complete statement of confidence in percent; None for any other text.
+    """Position at which generation may stop: the end of a complete statement in percent behind an answer; else None.
 
-    A statement is complete when nothing to come can change its number, which the percent sign alone does not tell: "Yes.
-    Confidence: 80%" may go on as "to 90%", which is a range and no number. "Yes. Confidence: 80%." is complete, and so is
-    "Yes. Confidence: 80% to be", both at the percent sign. A model has then said what it was asked for: what follows is an
-    explanation, or another statement, which is not waited for.
+    A statement is complete when no continuation can change its number. The percent sign alone is not enough: "Yes.
+    Confidence: 80%" may continue as "to 90%", a range. "Yes. Confidence: 80%." and "Yes. Confidence: 80% to be" are
+    complete, both at the percent sign. Text behind a complete statement is an explanation or a further statement, and
+    is ignored.
     """
-    plain = _plain(text)
+    plain = _replace_variants(text)
     stated = _labelled(plain)
     if not stated or stated[-1].value is None:
         return None
@@ -61,25 +61,25 @@ def end_of_confidence(text: str) -> int | None:
 
 
 def render_answer(answer: str) -> str:
-    """The answer as a sentence, the way `render_response` begins: "Yes" becomes "Yes."; ending punctuation is kept."""
+    """The answer as a sentence, the beginning of `render_response`: "Yes" becomes "Yes."; ending punctuation is kept."""
     answer = answer.strip()
     return answer if not answer or _ENDS_IN_PUNCTUATION.search(answer[-20:]) else f"{answer}."
 
 
 def render_response(answer: str, confidence: float) -> str:
-    """The response that states a confidence: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
+    """Render a response with its confidence: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
 
     Args:
-        answer: any text, stripped of surrounding white space.
-        confidence: in [0, 1]; rounded to the nearest whole percent, ties up, as its shortest decimal form reads
-            (0.125 is 13%, 0.995 is 100%).
+        answer: any text; surrounding white space is stripped.
+        confidence: in [0, 1]; its shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is
+            13%, 0.995 is 100%).
 
     Returns:
-        A text that starts with `render_answer(answer)` and from which `parse_confidence` reads the rounded confidence,
-        whatever the answer holds.
+        A text that starts with `render_answer(answer)`. `parse_confidence` reads the rounded confidence from it for any
+        answer.
 
     Raises:
-        ValueError: if the confidence is NaN or outside [0, 1].
+        ValueError: the confidence is NaN or outside [0, 1].
     """
     value = float(confidence)
     if not 0.0 <= value <= 1.0:
@@ -89,13 +89,13 @@ def render_response(answer: str, confidence: float) -> str:
 
 
 def strip_confidence(text: str) -> str:
-    """The answer alone: the text without its statements of confidence, wherever they stand.
+    """Remove all statements of confidence from a text, which leaves the answer.
 
-    "Confidence: 0.9. No" becomes "No", so that rules that look at the first sentence see the answer. Of a JSON reply
-    the value of "answer" is returned. A text without a statement is returned stripped of surrounding white space,
-    and so is one that is nothing but a number: that may be the answer.
+    "Confidence: 0.9. No" becomes "No", so that a rule that reads the first sentence gets the answer. For a JSON reply
+    the value of "answer" is returned. A text without a statement, or with only a number, which may be the answer, is
+    returned stripped of surrounding white space.
     """
-    plain = _plain(text)
+    plain = _replace_variants(text)
     verbal = [_Statement(match.start(), match.end(), None) for match in _VERBAL.finditer(plain)]
     statements = [*_labelled(plain), *_worded(plain), *verbal]
     if not statements:
@@ -115,7 +115,7 @@ def strip_confidence(text: str) -> str:
 
 
 class _Statement(NamedTuple):
-    """Characters `start:end` of the text, and the confidence that they state."""
+    """Characters `start:end` of the text and the confidence that they state."""
 
     start: int
     end: int
@@ -135,8 +135,8 @@ _CHARACTERS |= {ord("٫"): ".", ord("’"): "'"}
 _CHARACTERS |= dict.fromkeys([0x3000, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], " ")
 
 
-def _plain(text: str) -> str:
-    """The text with variants of digits and signs replaced one for one, so that positions stay the same."""
+def _replace_variants(text: str) -> str:
+    """Replace variants of digits and signs by ASCII, character by character, so that positions stay the same."""
     if text.isascii():
         return text
     text = text.translate(_CHARACTERS)
@@ -163,7 +163,7 @@ _AMOUNT = rf"""
 
 
 def _amount(match: re.Match[str], scale: float | None = None) -> float | None:
-    """The confidence that a match of `_AMOUNT` means, or None; `scale` is what 100% would be without a unit."""
+    """The confidence of a match of `_AMOUNT`, or None; `scale` is the number that means 100% if there is no unit."""
     value = _number(match["number"])
     if value is None or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
         return None
@@ -179,7 +179,7 @@ def _amount(match: re.Match[str], scale: float | None = None) -> float | None:
 
 
 def _number(digits: str) -> float | None:
-    """A number with a decimal point or a decimal comma (of one or two places, or after 0); None for anything else."""
+    """Parse a number with a decimal point or a decimal comma (one or two places, or after 0); None for anything else."""
     if "," in digits:
         whole, places = digits.split(",", 1)
         if len(places) > 2 and whole.strip("0"):
@@ -192,7 +192,7 @@ def _number(digits: str) -> float | None:
 
 
 def _has_unit(match: re.Match[str]) -> bool:
-    """Whether the number says by itself that it is a confidence: percent, a ratio, or a fraction such as 0.8."""
+    """Whether the number alone reads as a confidence: percent, a ratio, or a fraction such as 0.8."""
     if match["percent"] or match["denominator"] or match["range"]:
         return True
     value = _number(match["number"])
@@ -241,7 +241,7 @@ _BARE = re.compile(
 )
 _WEAK_GAP = re.compile(r"[\s*_]*")
 _FIRM_GAP = re.compile(r"[:=(]|\b(?:is|of|at)\b", re.IGNORECASE)
-_DENIED = re.compile(r"(?:\bnot|n't|\bcannot|\bnever)\s+(?:\w+\s+){0,2}\Z", re.IGNORECASE)
+_NEGATED = re.compile(r"(?:\bnot|n't|\bcannot|\bnever)\s+(?:\w+\s+){0,2}\Z", re.IGNORECASE)
 _COUNTS_SOMETHING = re.compile(
     r"[ \t]{1,3}(?!(?:because|since|as|and|but|based|due|for)\b)[^\W\d_]", re.IGNORECASE
 )
@@ -249,13 +249,13 @@ _ENDS_IN_PERCENT = re.compile(rf"{_PERCENT}\s{{0,3}}\Z", _FLAGS)
 
 
 def _beginnings(*words: str) -> str:
-    """A pattern of every beginning of some words, the longest first, the empty one included."""
+    """A pattern that matches every prefix of the words, longest first, including the empty one."""
     return "|".join(sorted({word[:end] for word in words for end in range(len(word) + 1)}, reverse=True))
 
 
 _UNIT = rf"(?:\\?|{_beginnings('percent', 'pct')}|per\s(?:{_beginnings('cent')}))"
-# All that can stand between "80%" and the end of a text that may go on as "80% to 90%"; see `_RANGE`. U+FFFD is a dash of
-# which a model has said the first byte.
+# What may follow "80%" at the end of a text that can continue as "80% to 90%"; see `_RANGE`. U+FFFD is a dash of which
+# only the first byte was generated.
 _MAY_BECOME_RANGE = re.compile(
     rf"""\s{{0,3}}(?:{_beginnings("to", "or", "through")}|(?:[-–—~\ufffd]|to|or|through)\s{{0,3}}(?:[\d.,]++(?:e[+-]?\d*)?)?+\s{{0,3}}{_UNIT})\Z""",
     _FLAGS,
@@ -263,7 +263,7 @@ _MAY_BECOME_RANGE = re.compile(
 
 
 def _labelled(text: str) -> list[_Statement]:
-    """Statements with the word confidence in front: `Confidence: 80%`, `my confidence in this is 80%`."""
+    """Statements after the word "confidence": `Confidence: 80%`, `my confidence in this is 80%`."""
     labels = list(_LABEL.finditer(text))
     statements = []
     for label, following in zip_longest(labels, labels[1:]):
@@ -274,14 +274,14 @@ def _labelled(text: str) -> list[_Statement]:
                 continue
         if following is not None and match.end("gap") > following.start():
             continue  # the number belongs to the next label
-        if not _has_unit(match) and _is_of_the_answer(text, label.start(), match.end()):
+        if not _has_unit(match) and _belongs_to_answer(text, label.start(), match.end()):
             continue
         statements.append(_statement(match, label.start(), _scale(match)))
     return statements
 
 
-def _is_of_the_answer(text: str, label_start: int, number_end: int) -> bool:
-    """Whether a number without a unit counts things ("confidence: 2 dogs") or has its label before ("90% confidence: 2")."""
+def _belongs_to_answer(text: str, label_start: int, number_end: int) -> bool:
+    """Whether a number without a unit counts things ("confidence: 2 dogs") or follows a statement ("90% confidence: 2")."""
     before = text[max(0, label_start - 12) : label_start]
     return bool(_COUNTS_SOMETHING.match(text, number_end) or _ENDS_IN_PERCENT.search(before))
 
@@ -291,11 +291,16 @@ def _worded(text: str) -> list[_Statement]:
     statements = [
         _statement(match, match.start())
         for match in _NUMBER_FIRST.finditer(text)
-        if _has_unit(match) and not _denied(text, match.start())
+        if _has_unit(match) and not _is_negated(text, match.start())
     ]
     for label in _OTHER_LABEL.finditer(text):
         match = _AFTER_LABEL.match(text, label.end())
-        if match and _FIRM_GAP.search(match["gap"]) and _has_unit(match) and not _denied(text, label.start()):
+        if (
+            match
+            and _FIRM_GAP.search(match["gap"])
+            and _has_unit(match)
+            and not _is_negated(text, label.start())
+        ):
             statements.append(_statement(match, label.start(), _scale(match)))
     return sorted(statements, key=lambda statement: statement.start)
 
@@ -319,13 +324,13 @@ def _statement(match: re.Match[str], start: int, scale: float | None = None) -> 
     return _Statement(start, match.end(), None if is_range else _amount(match, scale))
 
 
-def _denied(text: str, start: int) -> bool:
-    """Whether a negation stands before: "not 100% sure", "can't be 100% certain"."""
-    return _DENIED.search(text[max(0, start - 40) : start]) is not None
+def _is_negated(text: str, start: int) -> bool:
+    """Whether a negation precedes: "not 100% sure", "can't be 100% certain"."""
+    return _NEGATED.search(text[max(0, start - 40) : start]) is not None
 
 
 def _scale(match: re.Match[str]) -> float | None:
-    """What 100% is on the scale stated between label and number: 100 for "(0-100)" and "(%)", None without one."""
+    """The number that means 100% on the scale between label and number: 100 for "(0-100)" and "(%)"; None without a scale."""
     scale = match["scale"] or match["scale_words"] or ""
     numbers = re.findall(_NUMBER, scale, re.IGNORECASE)
     if numbers:
@@ -333,7 +338,7 @@ def _scale(match: re.Match[str]) -> float | None:
     return 100.0 if "%" in scale or "percent" in scale.lower() else None
 
 
-# --- Taking statements out --------------------------------------------------------------------------------------
+# --- Removing statements --------------------------------------------------------------------------------------
 
 _LEAD_IN = re.compile(
     r"""(?:(?<!\w)(?:and\s|but\s)?(?:I\s(?:am|have|would\ssay)(?:\san?)?|I'm|with(?:\san?)?|at(?:\san?)?|my|the)\s{1,3})?
@@ -357,7 +362,7 @@ _PAIRS = {")": "(", "]": "[", "}": "{", '"': '"', "'": "'", ">": "<"}
 
 
 def _widen(text: str, statement: _Statement) -> tuple[int, int]:
-    """The statement's characters with its lead-in ("I am", "with a"), its brackets and its markup."""
+    """The statement's span extended by its lead-in ("I am", "with a"), brackets and markup."""
     before = text[max(0, statement.start - 60) : statement.start]
     lead_in = _LEAD_IN.search(before)
     start = statement.start - (len(before) - lead_in.start() if lead_in else 0)
@@ -373,7 +378,7 @@ def _widen(text: str, statement: _Statement) -> tuple[int, int]:
 
 
 def _join(pieces: list[str]) -> str:
-    """The pieces of a text from which something was cut out between each two, without dangling punctuation."""
+    """Join the pieces around removed statements without dangling punctuation."""
     joined = pieces[0].rstrip()
     for piece in pieces[1:]:
         rest = piece.lstrip()

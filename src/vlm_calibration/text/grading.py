@@ -1,25 +1,26 @@
-"""Grading: which answer a reply gives, and whether it is the right one, by stated rules.
+"""Grade replies: parse the answer from a reply, and decide by fixed rules whether it is correct.
 
-The confidence is taken out of the reply first. What the rules do not settle is no answer (None) and counts as wrong:
-a grader that guesses would hide exactly the hedging that a calibrated model should express as a number.
+The stated confidence is removed from the reply first. A reply that the rules do not decide has no answer (None) and is
+wrong: a grader that guesses would hide the hedging that a calibrated model should express as a number.
 
 Yes/no replies, in this order:
 
-1. Turns of phrase that only look like a "no" are dropped ("no doubt", "without question", "not only").
+1. Idioms that only look like a "no" are removed ("no doubt", "without question", "not only").
 2. A yes or no word at the start decides, after lead-ins such as "The answer is" or "I think": "Yes, there is no dog" is
-   yes. Unless the other word stands alone as well ("Yes and no", "Yes. No.", "No, yes"): then there is no answer.
-3. Not being able to tell is no answer: "I don't know", "It cannot be determined", "Maybe".
+   yes. If the opposite word also stands alone ("Yes and no", "Yes. No.", "No, yes"), there is no answer.
+3. Uncertainty is no answer: "I don't know", "It cannot be determined", "Maybe".
 4. A yes or no that stands alone in a later clause decides ("A dog? Yes.").
-5. A first clause with a negation is no: "There is no dog", "I don't see one", "It is not red", "Indeed not", "It is nowhere
-   to be seen", "The image lacks one".
-6. "There is", "There appears to be", "I see", "The image shows", "... is visible", "I think so" and the like are yes. Any
-   other statement is no answer: "It is white" may mean either, depending on the question, and "There may be a dog" says
-   neither.
+5. A negation in the first clause means no: "There is no dog", "I don't see one", "It is not red", "Indeed not", "It is
+   nowhere to be seen", "The image lacks one".
+6. "There is", "There appears to be", "I see", "The image shows", "... is visible", "I think so" and similar phrases mean
+   yes. Any other statement is no answer: "It is white" may mean either, depending on the question, and "There may be a
+   dog" means neither.
 
-Short and open answers, unless `Grading` names another rule: a strict match. The reply, or its first sentence without a lead-in ("It is", "The object at the
-top left is") and without a closing phrase of place ("in the image", "at the top left"), must equal the gold answer
-or a synonym once both are normalised as for VQA: case, punctuation, articles, number words and plurals do not count.
-A further word does: "brown dog" is not "dog" (as "hot dog" is not), and "a dog or a cat" is neither.
+Short and open answers are matched strictly unless `Grading` selects another rule. The reply, or its first sentence
+without a lead-in ("It is", "The object at the top left is") and without a closing phrase of place ("in the image", "at
+the top left"), must equal the gold answer or a synonym after VQA normalisation, which ignores case, punctuation,
+articles, number words and plurals. An extra word makes an answer wrong: "brown dog" is not "dog" ("hot dog" is not
+either), and "a dog or a cat" matches neither.
 """
 
 import re
@@ -36,7 +37,12 @@ from vlm_calibration.text.confidence import strip_confidence
 
 
 class Grade(NamedTuple):
-    """The answer that was read from a reply (None if there is none), and whether it is right."""
+    """The grade of one reply.
+
+    Attributes:
+        predicted: the parsed answer, None if the reply has none.
+        correct: whether it is correct.
+    """
 
     predicted: str | None
     correct: bool
@@ -47,18 +53,18 @@ TextGrader = Literal["exact", "contains", "token_f1"]
 
 @dataclass(frozen=True)
 class Grading:
-    """By which rule short and open answers are graded; yes/no answers have one rule only.
+    """The rules by which short and open answers are graded; yes/no answers have a single rule.
 
-    "exact": the strict match above. "contains": the reply holds the gold answer or a synonym as whole words, normalised in the
-    same way; what else it says does not count ("It is not a dog" contains "dog"). "token_f1": the words in common with the
-    gold answer or a synonym, as SQuAD counts them (Rajpurkar et al., arXiv 1606.05250), reach `min_f1`. "ranking": the model
-    holds the gold answer likelier, per token, than each wrong answer that the source knows, whatever it says; right half the
-    time by chance against one wrong answer.
+    "exact": the strict match of this module. "contains": the reply contains the gold answer or a synonym as whole words
+    after the same normalisation; the rest of the reply is ignored ("It is not a dog" contains "dog"). "token_f1": the F1
+    of words shared with the gold answer or a synonym, as in SQuAD (Rajpurkar et al., arXiv 1606.05250), is at least
+    `min_f1`. "ranking": the model assigns the gold answer a higher log-likelihood per token than every wrong answer of
+    the source, whatever it generates; chance level is one half against one wrong answer.
 
     Args:
         short: rule for short answers.
         open: rule for open answers.
-        min_f1: least F1 of a right answer under "token_f1", in (0, 1].
+        min_f1: minimum F1 of a correct answer under "token_f1", in (0, 1].
 
     Raises:
         ValueError: `min_f1` is not in (0, 1].
@@ -73,12 +79,12 @@ class Grading:
             raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
 
     def rule(self, answer_type: str) -> str:
-        """The rule for this type of answer, as a level table states it: "exact", "ranking", "token_f1 >= 0.5"."""
+        """The rule for an answer type, as written in a level table: "exact", "ranking", "token_f1 >= 0.5"."""
         name = {"short": self.short, "open": self.open}.get(answer_type, "exact")
         return f"{name} >= {self.min_f1:g}" if name == "token_f1" else name
 
     def ranks(self, answer_type: str) -> bool:
-        """Whether answers of this type are graded by likelihoods and not by what is said."""
+        """Whether answers of this type are graded by log-likelihood instead of by the generated text."""
         return self.rule(answer_type) == "ranking"
 
 
@@ -86,41 +92,41 @@ EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType) -> str | None:
-    """The answer that a reply gives, normalised, or None; see the rules above. Never raises on a string.
+    """Parse the normalised answer from a reply, or None; see the rules above. Never raises on a string.
 
     Args:
         text: the reply, with or without a stated confidence.
         answer_type: "yes_no", "short" or "open".
 
     Returns:
-        "yes", "no" or None for yes/no; else the lower-case answer without articles, punctuation and lead-in, number
-        words as digits, or None if nothing is left.
+        "yes", "no" or None for yes/no; else the lower-case answer without articles, punctuation and lead-in and with
+        number words as digits, or None if nothing remains.
 
     Raises:
-        ValueError: for an unknown answer type.
+        ValueError: unknown answer type.
     """
     _check_type(answer_type)
     answer = strip_confidence(text)
     if answer_type == "yes_no":
         return _yes_or_no(answer)
-    return _normalise(_essence(answer)) or _normalise(answer) or None
+    return _normalise(_first_answer(answer)) or _normalise(answer) or None
 
 
 def grade(
     text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[str] = (), grading: Grading = EXACT
 ) -> Grade:
-    """Read the answer from a reply and compare it with the gold one.
+    """Grade a reply against the gold answer.
 
     Args:
         text: the reply, with or without a stated confidence.
-        answer: the gold answer; for yes/no, one that reads as yes or no itself.
+        answer: the gold answer; for yes/no, a text that itself parses as yes or no.
         answer_type: "yes_no", "short" or "open".
-        synonyms: other right answers (not used for yes/no).
-        grading: by which rule.
+        synonyms: other correct answers (not used for yes/no).
+        grading: the rules.
 
     Raises:
-        ValueError: for an unknown answer type, a gold answer that is empty or, for yes/no, neither, or a rule that needs more
-            than a text ("ranking").
+        ValueError: unknown answer type, an empty gold answer, a gold answer to a yes/no question that is neither, or a
+            rule that cannot be applied to a text ("ranking").
     """
     predicted = parse_answer(text, answer_type)
     if answer_type == "yes_no":
@@ -128,23 +134,26 @@ def grade(
         if gold is None:
             raise ValueError(f"the gold answer of a yes/no question must be yes or no, got {answer!r}")
         return Grade(predicted, predicted == gold)
-    if not _key(answer):
+    if not _match_key(answer):
         raise ValueError(f"the gold answer of a {answer_type} question is empty: {answer!r}")
     if grading.ranks(answer_type):
-        raise ValueError(f"{answer_type} answers are graded by ranking, which no text decides")
-    if grading.rule(answer_type) == "contains":
-        said = f" {_key(strip_confidence(text))} "
-        keys = (_key(right) for right in (answer, *synonyms))
-        return Grade(predicted, any(f" {key} " in said for key in keys if key))
-    if grading.rule(answer_type).startswith("token_f1"):
-        said = strip_confidence(text)
-        return Grade(
-            predicted, max(_token_f1(said, right) for right in (answer, *synonyms)) >= grading.min_f1
+        raise ValueError(
+            f"{answer_type} answers are graded by ranking, which needs log-likelihoods instead of a text"
         )
-    accepted = {_key(right) for right in (answer, *synonyms)} - {""}
-    # The whole reply counts as well, for answers that look like a lead-in or several sentences ("Dr. No").
-    whole = _key(strip_confidence(text))
-    return Grade(predicted, whole in accepted or (predicted is not None and _key(predicted) in accepted))
+    if grading.rule(answer_type) == "contains":
+        reply = f" {_match_key(strip_confidence(text))} "
+        keys = map(_match_key, (answer, *synonyms))
+        return Grade(predicted, any(f" {key} " in reply for key in keys if key))
+    if grading.rule(answer_type).startswith("token_f1"):
+        reply = strip_confidence(text)
+        f1 = max(_token_f1(reply, gold_answer) for gold_answer in (answer, *synonyms))
+        return Grade(predicted, f1 >= grading.min_f1)
+    accepted = set(map(_match_key, (answer, *synonyms))) - {""}
+    # The full reply may match as well: some answers look like a lead-in or several sentences ("Dr. No").
+    reply = _match_key(strip_confidence(text))
+    return Grade(
+        predicted, reply in accepted or (predicted is not None and _match_key(predicted) in accepted)
+    )
 
 
 def _check_type(answer_type: str) -> None:
@@ -166,7 +175,7 @@ _YES_NO_LEAD_IN = re.compile(
     r"|(?:it )?looks (?:like|as if|as though)(?= (?:there|the (?:image|picture|photo|scene)|i|you|we|no|yes|not)\b)"
     r"|(?:well|hmm|okay|ok|so(?! it (?:seems|appears|looks)\b)|that|like|as if|probably|likely|most likely|clearly|apparently|actually|unfortunately|sadly)\b"
     r"|(?:absolutely|definitely|certainly|of course|sure)(?=,? \w)"
-    # Before anything else it is the answer: "Indeed it is".
+    # In front of other words it is the answer itself: "Indeed it is".
     r"|indeed(?=,? (?:there|no|not|none|never|nothing|yes|i)\b)) ?[:,]? ?"
 )
 _YES = re.compile(
@@ -175,7 +184,7 @@ _YES = re.compile(
 _NO = re.compile(
     r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|nowhere|neither|never)(?!\w)"
 )
-# A yes or no that no word follows (other than "and", "or") and that begins its clause.
+# A yes or no at the start of a clause, followed by no word other than "and" or "or".
 _LONE = re.compile(
     r"(?:\A|[,;:/.!?—–-]|\b(?:and|or|but|also)\b) ?(yes|yeah|yep|no|nope|nah)(?= ?(?:\Z|[,;:/.!?—–-]|(?:and|or)\b))"
 )
@@ -206,7 +215,7 @@ _AFFIRMATION = re.compile(
 
 
 def _yes_or_no(answer: str) -> Literal["yes", "no"] | None:
-    """Rules 1 to 6 of the module, in their order."""
+    """Apply rules 1 to 6 of the module in order."""
     text = _IDIOMS.sub("", re.sub(r"[\s*_`\"#>“”]+", " ", _fold(answer))).strip(" ,;:.!—–-")
     for _ in range(4):
         lead_in = _YES_NO_LEAD_IN.match(text)
@@ -215,7 +224,7 @@ def _yes_or_no(answer: str) -> Literal["yes", "no"] | None:
     cannot_tell = _CANNOT_TELL.search(text)
     leading = yes or no
     if cannot_tell and (not leading or cannot_tell.start() == 0):
-        return None  # "not sure" begins with a negation, but is none
+        return None  # "not sure" starts with a negation but is uncertainty
     if leading:
         lone = {_polarity(word) for word in _LONE.findall(text[leading.end() :])}
         verdict: Literal["yes", "no"] = "yes" if yes else "no"
@@ -261,8 +270,8 @@ _LEAD_IN = re.compile(
 _CLOSING = re.compile(rf"(?<=\S) {_PLACE}\Z")
 
 
-def _essence(answer: str) -> str:
-    """The first sentence without its lead-in and closing phrase of place, lower-case."""
+def _first_answer(answer: str) -> str:
+    """The first sentence in lower case, without its lead-in and closing phrase of place."""
     first = _SENTENCE_END.split(answer.strip(), maxsplit=1)[0]
     text = re.sub(r"[\s*_`\"“”]+", " ", _fold(first)).strip(" .!,;:")
     for _ in range(2):
@@ -303,12 +312,12 @@ _TENS = {
 _NUMBERS |= _TENS
 _ARTICLES = frozenset(("a", "an", "the"))
 _NOT_A_WORD = re.compile(r"[^\w\s]|_")
-# Marks that are part of a value: 3.5, 10:30, -5, 50%, $5.
-_KEPT_MARK = re.compile(r"(?<=\d)[.:/](?=\d)|(?<!\S)-(?=\d)|[%$#&@]")
+# Punctuation that is part of a value: 3.5, 10:30, -5, 50%, $5.
+_VALUE_MARK = re.compile(r"(?<=\d)[.:/](?=\d)|(?<!\S)-(?=\d)|[%$#&@]")
 
 
 def _normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles (unless nothing else is left), number words as digits."""
+    """Lower-case the text, remove punctuation and articles (unless only articles remain), write number words as digits."""
     text = " ".join(_fold(text).replace("'", "").split()).replace(" %", "%")
     text = re.sub(r"(?<=\d),(?=\d\d\d(?!\d))", "", text)
     words = _NOT_A_WORD.sub(_keep_or_space, text).split()
@@ -324,27 +333,27 @@ def _normalise(text: str) -> str:
 
 def _keep_or_space(mark: re.Match[str]) -> str:
     character = mark[0]
-    if _KEPT_MARK.match(mark.string, mark.start()):
+    if _VALUE_MARK.match(mark.string, mark.start()):
         return character
     return " " if character == "_" or unicodedata.category(character).startswith("P") else character
 
 
 def same_phrase(a: str, b: str) -> bool:
-    """Whether two phrases differ at most in case, articles, punctuation, and singular or plural.
+    """Whether two phrases are equal up to case, articles, punctuation and number (singular or plural).
 
     >>> same_phrase("a Dog", "dogs"), same_phrase("hot dog", "dog")
     (True, False)
     """
-    return a == b or _key(a) == _key(b) != ""
+    return a == b or _match_key(a) == _match_key(b) != ""
 
 
 @lru_cache(maxsize=8192)
-def _key(text: str) -> str:
-    """What two answers are compared by: the normalised form with every word brought to one form for both numbers.
+def _match_key(text: str) -> str:
+    """The form in which two answers are compared: normalised, with each word mapped to a stem shared by its plural.
 
-    The forms need not be words, only the same for singular and plural: "shoes" and "shoe" are both "sho".
+    A stem need not be a word: "shoes" and "shoe" both become "sho".
     """
-    return " ".join(_one_form(word) for word in _normalise(text).split())
+    return " ".join(_stem(word) for word in _normalise(text).split())
 
 
 _IRREGULAR = {
@@ -365,7 +374,7 @@ _IRREGULAR = {
 }
 
 
-def _one_form(word: str) -> str:
+def _stem(word: str) -> str:
     if not word.isalpha() or not word.isascii():
         return word
     word = _IRREGULAR.get(word, word)
@@ -378,17 +387,17 @@ def _one_form(word: str) -> str:
 
 
 def _token_f1(text: str, gold: str) -> float:
-    """F1 of the words in common, in [0, 1], without case, punctuation and articles: SQuAD's."""
-    said, right = _squad_words(text), _squad_words(gold)
-    common = (Counter(said) & Counter(right)).total()
-    return 2 * common / (len(said) + len(right)) if said and right else float(said == right)
+    """SQuAD's F1 of shared words, in [0, 1]; case, punctuation and articles are ignored."""
+    words, gold_words = _squad_words(text), _squad_words(gold)
+    shared = (Counter(words) & Counter(gold_words)).total()
+    return 2 * shared / (len(words) + len(gold_words)) if words and gold_words else float(words == gold_words)
 
 
 def _squad_words(text: str) -> list[str]:
-    kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return [word for word in kept.split() if word not in _ARTICLES]
+    plain = "".join(character for character in text.lower() if character not in string.punctuation)
+    return [word for word in plain.split() if word not in _ARTICLES]
 
 
 def _fold(text: str) -> str:
-    """Compatibility forms, case and apostrophes made equal."""
+    """Normalise compatibility forms, case and apostrophes."""
     return unicodedata.normalize("NFKC", text).casefold().replace("’", "'")

@@ -1,7 +1,7 @@
-"""The question as the model is asked it: the record's question inside a prompt that elicits a confidence.
+"""The prompt that elicits a confidence.
 
-One short instruction that any chat model follows; it names the form of the reply ("Confidence: ...%") because that is
-the form that fine-tuning teaches, and holds no number that a model could parrot.
+The default is one short instruction that any chat model follows. It names the form of the reply ("Confidence: ...%"),
+which fine-tuning teaches, and contains no number that a model could repeat.
 """
 
 import string
@@ -17,11 +17,11 @@ class ElicitationPrompt:
     """A prompt template with the placeholder `{question}`.
 
     Args:
-        template: text that contains `{question}` at least once and no other placeholder; literal braces are doubled, as in
+        template: text with at least one `{question}` and no other placeholder; literal braces are doubled, as in
             `str.format`.
 
     Raises:
-        ValueError: if the template has no `{question}`, has another placeholder, or its braces do not match.
+        ValueError: the template has no `{question}` or another placeholder, or its braces do not match.
     """
 
     template: str = DEFAULT_TEMPLATE
@@ -35,7 +35,7 @@ class ElicitationPrompt:
         unknown = sorted({name for name in names if name != "question"})
         if unknown:
             raise ValueError(
-                f"prompt template {self.template!r} has unknown placeholders {unknown}; only {{question}} is known "
+                f"prompt template {self.template!r} has unknown placeholders {unknown}; the only placeholder is {{question}} "
                 "(double literal braces)"
             )
         if any(spec or conversion for _, name, spec, conversion in fields if name is not None):
@@ -44,5 +44,5 @@ class ElicitationPrompt:
             raise ValueError(f"prompt template {self.template!r} lacks the placeholder {{question}}")
 
     def render(self, question: str) -> str:
-        """The prompt for one question, which is inserted as it is, braces included."""
+        """The prompt for one question; the question is inserted unchanged, braces included."""
         return self.template.format(question=question)

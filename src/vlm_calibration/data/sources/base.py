@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.perturbation.rle import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.grading import grade
-from vlm_calibration.text.labels import denies, is_evidence
+from vlm_calibration.text.labels import answer_is_no, is_evidence
 
 OnBadRecord = Literal["raise", "skip"]
 Presence = Literal["present", "absent", "unlocated"]
@@ -160,4 +160,4 @@ class QuerySource(ABC):
         """What is known of the object that the query is about. Only the answer says that it is absent, never a missing region."""
         if self.has_evidence(query):
             return "present"
-        return "absent" if denies(query) else "unlocated"
+        return "absent" if answer_is_no(query) else "unlocated"
