@@ -370,9 +370,7 @@ def test_an_adapter_of_another_base_model(
     assert ended.error().startswith(
         f"the adapter at {adapter} does not fit the base model {other_model}: model."
     )
-    assert ended.error().endswith(
-        f"in the model; it names {model_folder} as its base model: give that one, or an adapter of this one"
-    )
+    assert f"its base model is {model_folder}: " in ended.error()
 
 
 def test_the_base_model_is_the_one_that_the_adapters_name(
@@ -396,9 +394,7 @@ def test_the_base_model_is_the_one_that_the_adapters_name(
 
 def test_no_base_model_is_named(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
     ended = run(*_without_base(_evaluation(model_folder, tmp_path, {})))
-    assert ended.error() == (
-        "no base model: there is no adapter that names one; give model.init_args.base.name_or_path, or adapters"
-    )
+    assert ended.error().startswith("no base model: give model.init_args.base.name_or_path")
     assert ended.status == 1
     assert not (tmp_path / "eval").exists()
 
@@ -417,7 +413,7 @@ def test_adapters_of_two_base_models(
         *_without_base(_evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": str(other)}))
     )
     assert ended.error().startswith(
-        f"the adapters 'one' and 'two' are of different base models: {model_folder} (auto) and {other_model} (auto); "
+        f"the adapters 'one' and 'two' have different base models: {model_folder} (auto) and {other_model} (auto); "
     )
     assert not (tmp_path / "eval").exists(), "told before anything is loaded or written"
 

@@ -235,7 +235,7 @@ def test_the_base_is_loaded_as_in_training(
     [
         (CONFIG, "{", "{folder}/adapter_config.json: not JSON: "),
         (CONFIG, "[]", "{folder}/adapter_config.json: expected a JSON object"),
-        (CONFIG, "{}", "{folder}/adapter_config.json: it names no base model"),
+        (CONFIG, "{}", "{folder}/adapter_config.json: the configuration names no base model"),
         (
             FACTS,
             '{"dtype": "bf16"}',

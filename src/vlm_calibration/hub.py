@@ -1,7 +1,7 @@
-"""Loading from a folder or the Hugging Face Hub, where everything that goes wrong is one line.
+"""Loading from a folder or the Hugging Face Hub, with errors of one line.
 
-`huggingface_hub` tries each file five times with longer and longer waits where there is no network, which takes minutes. So
-the Hub is knocked at once; if nobody answers, only the cache is used.
+Without a network `huggingface_hub` retries each file five times with growing waits, which takes minutes. Therefore the Hub is
+probed once; if it does not answer, only the cache is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONNECT_SECONDS = 5
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this may be a name on the Hub, `owner/model`, and is no folder here."""
+    """Whether this is a valid name on the Hub, `owner/model`, and not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -34,10 +34,10 @@ def is_hub_name(name: str) -> bool:
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Load `what` from the folder or Hub name `name` inside; without a network from the cache alone.
+    """Context in which `what` is loaded from the folder or Hub name `name`; without a network only from the cache.
 
     Raises:
-        DataError: it cannot be loaded; the message says whether the Hub could not be reached.
+        DataError: loading failed; the message tells whether the Hub was unreachable.
     """
     offline = _why_offline() if is_hub_name(name) else None
     try:
@@ -50,36 +50,41 @@ def loading(what: str, name: str) -> Iterator[None]:
         elif isinstance(error, OSError) and not is_hub_name(name) and not Path(name).exists():
             cause = "there is no such folder, and a name on the Hub has the form owner/model"
         elif isinstance(error, HTTPError):
-            # The first line has the status alone.
-            cause = " ".join(str(error).split())[:300]
+            cause = one_line(error)  # The first line has only the status.
         else:
             cause = first_line(error)
         raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
 
 
 def download(what: str, name: str, revision: str | None = None) -> Path:
-    """The folder with all files of a repository on the Hub, from the cache where that has them.
+    """Download all files of a repository on the Hub, or take them from the cache; returns their folder.
 
     Raises:
-        DataError: there is no such repository, or it can be neither reached nor found in the cache.
+        DataError: the repository does not exist, or is unreachable and not in the cache.
     """
     with loading(what, name):
         return Path(snapshot_download(name, revision=revision))
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message with line breaks as spaces, cut to `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) < limit else f"{text[: limit - 3]}..."
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @cache
 def _why_offline() -> str | None:
-    """Why only the cache is used, None if the Hub answers. Sets `huggingface_hub` to offline if it does not."""
+    """Why only the cache is used; None if the Hub answers. If it does not, `huggingface_hub` is set offline."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     address = urlsplit(constants.ENDPOINT)
     if address.hostname is None or address.scheme in getproxies():
-        return None  # A proxy reaches what this machine may not.
+        return None  # The proxy may reach the Hub although this machine does not.
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()

@@ -248,7 +248,11 @@ def test_what_goes_wrong_leaves_what_was_there(
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
         (["broken", "--out", "x"], "broken/adapter_config.json: not JSON", 1),
         (["list", "--out", "x"], "list/adapter_config.json: expected a JSON object", 1),
-        (["nameless", "--out", "x"], "nameless/adapter_config.json: it names no base model: give one", 1),
+        (
+            ["nameless", "--out", "x"],
+            "nameless/adapter_config.json: the configuration names no base model: give one",
+            1,
+        ),
         (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
         (
             ["run", "--push-to-hub", "org/x"],

@@ -25,7 +25,7 @@ from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.parts import part_of
+from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_answer, render_response
@@ -250,7 +250,7 @@ def test_the_model_answers_in_batches_as_it_does_alone(
 
 
 def test_the_model_has_its_parts(family: Family, model: Any) -> None:
-    parts = part_of(model)
+    parts = layer_parts(model)
     assert set(parts.values()) == {"language", "tower", *(["projector"] if family.projects else [])}
     assert not [name for name in parts if "lm_head" in name]
 

@@ -13,7 +13,7 @@ from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.activations import (
     LiveBytes,
     TrainingStep,
-    part_of_adapters,
+    adapter_parts,
     patches_per_token,
 )
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
@@ -142,7 +142,7 @@ def test_the_worst_kind_of_attention(model_folder: str) -> None:
 
 def test_parts_of_adapters(load_model: Callable[..., Any]) -> None:
     model = attach_lora(load_model(), LoraSettings(parts=["language", "projector"]))
-    parts = part_of_adapters(model)
+    parts = adapter_parts(model)
     assert set(parts) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(parts.values()) == {"language", "projector"}
     assert all(("projector" in name) == (part == "projector") for name, part in parts.items())

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.export import held_layers, merge_adapter, save_merged
+from vlm_calibration.models.export import adapter_layers, merge_adapter, save_merged
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
 
@@ -81,7 +81,7 @@ def test_merged_is_adapted(
         if not torch.equal(p, weights[n])
     }
     assert changed == set(merged.layers)
-    assert len(changed) == len(held_layers(adapter)) == 4 * 7 + 4 * 6 + 2
+    assert len(changed) == len(adapter_layers(adapter)) == 4 * 7 + 4 * 6 + 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_other_families(
     found = _logits(read, inputs)
     torch.testing.assert_close(found, _logits(_adapted(base, adapter), inputs), **CLOSE)
     assert not torch.allclose(found, _logits(load_base(BaseModel(base)), inputs), atol=1e-2)
-    assert len(merged.layers) == len(held_layers(adapter))
+    assert len(merged.layers) == len(adapter_layers(adapter))
 
 
 FRESH = """
@@ -238,7 +238,7 @@ def test_weights_of_other_names_are_not_merged_into_nothing(
         "peft alone returns the base, and warns"
     )
     assert _refused(adapter, model_folder).startswith(
-        "its file lacks the weights of 28 layers that its configuration names, the first is model.language_model"
+        "its file lacks the weights of 28 configured layers, the first is model.language_model"
     )
 
 
@@ -247,7 +247,7 @@ def test_weights_of_which_some_fit(
 ) -> None:
     adapter = _rewritten(new_adapter(1), tmp_path, name=lambda n: n.replace("layers.3.", "layers.9."))
     assert _refused(adapter, model_folder).startswith(
-        "its file lacks the weights of 7 layers that its configuration names, the first is model.language_model.layers.3"
+        "its file lacks the weights of 7 configured layers, the first is model.language_model.layers.3"
     )
 
 
@@ -258,7 +258,7 @@ def test_a_target_that_matches_less_than_the_file_holds(
         new_adapter(1), tmp_path, target_modules=["q_proj"], exclude_modules=".*vision_tower.*"
     )
     assert _refused(adapter, model_folder).startswith(
-        "it holds 28 layers, of which the model has 4; it names "
+        "its file has 28 layers, and the model has 4 of them; its base model is "
     )
 
 
@@ -313,7 +313,7 @@ def test_other_adapters_than_lora(model_folder: str, load_model: Callable[..., A
 
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(load_model(), config).save_pretrained(tmp_path / "ia3")
-    assert _refused(str(tmp_path / "ia3"), model_folder) == "it is no LoRA adapter"
+    assert _refused(str(tmp_path / "ia3"), model_folder) == "it is not a LoRA adapter"
 
 
 def test_whole_modules_may_be_in_an_adapter(demo_model: str, prompts: PromptBatch, tmp_path: Path) -> None:
@@ -349,9 +349,7 @@ def test_a_base_that_is_stored_quantised(
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForImageTextToText.from_pretrained(model_folder, quantization_config=config)
     model.save_pretrained(tmp_path / "quantised")
-    with pytest.raises(
-        DataError, match="quantised' is stored quantised, nothing can be merged into it: name the one"
-    ):
+    with pytest.raises(DataError, match="quantised' is stored quantised, and nothing can be merged into it"):
         merge_adapter(new_adapter(1), BaseModel(str(tmp_path / "quantised")))
 
 
@@ -390,7 +388,7 @@ def test_what_cannot_be_written_or_reads_back_otherwise_is_an_error(
 
     for number, (save, says) in enumerate(
         (
-            (half, "does not read back as it was written: .*o_proj"),
+            (half, "was not read back as written: .*o_proj"),
             (other, "1 weights differ"),
             (full, "No space left"),
         )

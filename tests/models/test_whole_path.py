@@ -311,7 +311,7 @@ def test_gradients_are_the_same_under_checkpointing(run: Run) -> None:
 def test_a_window_shorter_than_a_row_is_said_once_in_both_of_two_trainings(
     name: str, records: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prefix, "_said", set())  # as in a process of its own
+    monkeypatch.setattr(shared_prefix, "_logged", set())  # as in a new process
     base = BaseModel(made(name).save(tmp_path, window=8), dtype="float32")
     caplog.set_level(logging.INFO)
     for n_rejected in (1, 2):  # rows of other lengths

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_calibration.estimators.cached import PromptCache, remembered
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.generation import Completed
+from vlm_calibration.models.generation import CompleteAnswerCriteria
 
 
 class GenerationRecorder:
@@ -47,7 +47,7 @@ class GenerationRecorder:
         new = output.sequences[:, settings["input_ids"].shape[1] :]
         self.passes = self._lengths(new)
         for criterion in settings.get("stopping_criteria", ()):
-            if isinstance(criterion, Completed):
+            if isinstance(criterion, CompleteAnswerCriteria):
                 lengths = criterion.lengths.tolist()
                 self.passes = [own or n for own, n in zip(lengths, self.passes, strict=True)]
         return output.sequences

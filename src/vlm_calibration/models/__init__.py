@@ -1,1 +1,1 @@
-"""Vision-language models: loading, adapters, forwards that compute only what is needed, and generation."""
+"""Vision-language models: loading, adapters, shared forward passes, generation, export, and memory estimates."""

@@ -1,8 +1,8 @@
-"""How much memory the activations of a training step take, without computing any.
+"""Estimate the activation memory of a training step without computing activations.
 
-One step of the language model runs forwards and backwards on tensors that have shapes and dtypes but no values, and what is
-alive at its worst moment is counted: what autograd keeps, under checkpointing or not, and what operations need for a
-while. A frozen tower keeps nothing for the backward pass; what an adapted one keeps is estimated from its layers' shapes.
+A step of the language model runs forward and backward on fake tensors, which have shapes and dtypes but no values, and the
+peak of live bytes is counted: tensors saved by autograd, with or without checkpointing, and temporaries. A frozen tower saves
+nothing for the backward pass; for an adapted tower the saved bytes are estimated from layer shapes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.parts import ModelPart, part_of
+from vlm_calibration.models.parts import ModelPart, layer_parts
 
 RESPONSE_TOKENS = 16
-"""Tokens of an answer with its confidence, through the end of the turn: "a red bicycle. Confidence: 80%" and some more."""
+"""Tokens of an answer with its confidence up to the end of the turn: "a red bicycle. Confidence: 80%" with a margin."""
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one process does in one step.
+    """The work of one process in one training step.
 
     Args:
-        batch: prompts, each with one image. tokens: of a prompt with its image and one response.
-        image_tokens: how many of them stand for the image, which matters where the tower is adapted; None: all.
-        responses: to each prompt, of which all but the first make the row longer (see `shared_prefix`).
-        checkpointing: activations are computed again in the backward pass.
-        autocast: dtype of the arithmetic under mixed precision; None: that of the weights.
-        cast: dtype that all weights, the adapter's too, are turned into; None: they stay as loaded.
+        batch: number of prompts, each with one image.
+        tokens: tokens of a prompt with its image and one response.
+        image_tokens: tokens of the image, used if the tower is adapted; None: all tokens.
+        responses: responses per prompt; each further response lengthens the row (see `shared_prefix`).
+        checkpointing: recompute activations in the backward pass.
+        autocast: dtype of the arithmetic in mixed precision; None: the dtype of the weights.
+        cast: dtype to which all weights including the adapter's are converted; None: as loaded.
     """
 
     batch: int
@@ -51,22 +52,26 @@ class TrainingStep:
 
     @property
     def row(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
         return self.tokens + (self.responses - 1) * RESPONSE_TOKENS
 
     @property
     def labels(self) -> int:
-        """Tokens of a row at which the output head runs."""
+        """Positions per row at which the output head runs."""
         return self.responses * RESPONSE_TOKENS
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within it and still alive: `now`, and the most at any moment, `peak`.
+    """Counts the bytes of live tensors created in this context, for real and for fake tensors.
 
-    Works on real tensors and on imagined ones. What a kernel allocates and frees within one operation is not seen.
+    Memory that a kernel allocates and frees within one operation is not counted.
 
     Args:
-        existing: tensors that were there before and are not counted, whatever views are taken of them.
+        existing: earlier tensors, which are not counted, nor are their views.
+
+    Attributes:
+        now: live bytes.
+        peak: maximum of `now`.
     """
 
     def __init__(self, existing: Sequence[Tensor] = ()) -> None:
@@ -97,21 +102,21 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Dropout(nn.Dropout):
-    """Dropout as GPUs do it, with a mask of a byte for each value; CPUs keep a factor."""
+    """Dropout as on GPUs, which save a mask of one byte per value; CPUs save a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.native_dropout(x, self.p, True)[0]
 
 
-def worst_moment(model: Any, step: TrainingStep) -> tuple[int, int]:
-    """The most bytes of activations in a step of the language model, and the most that its output head has."""
+def peak_activations(model: Any, step: TrainingStep) -> tuple[int, int]:
+    """Peak bytes of activations in a step of the language model, and of its output head alone."""
     base = unwrap_peft(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     inside = {id(p) for p in decoder.parameters()}
     differentiable = any(p.requires_grad for p in base.parameters() if id(p) not in inside)
-    # Imagined on the CPU: tensors on "meta" know neither autocast nor which attention kernel they would run in.
-    imagined = FakeTensorMode()
-    parameters = _imagine([decoder, head], imagined)
+    # Fake CPU tensors: tensors on "meta" support neither autocast nor the choice of an attention kernel.
+    fake = FakeTensorMode()
+    parameters = _make_fake([decoder, head], fake)
     mixed = torch.autocast("cpu", dtype=step.autocast) if step.autocast else nullcontext()
     embeddings = decoder.get_input_embeddings().weight
     labels, width = step.batch * step.labels, embeddings.shape[1]
@@ -120,69 +125,67 @@ def worst_moment(model: Any, step: TrainingStep) -> tuple[int, int]:
         with mixed:
             return -token_log_likelihood(head(hidden), torch.zeros(labels, dtype=torch.int64)).sum()
 
-    with imagined:
+    with fake:
         for parameter in parameters:
-            if parameter.requires_grad:  # as it is from the second batch that is accumulated on
+            if parameter.requires_grad:  # the state from the second accumulated batch on
                 parameter.grad = torch.zeros_like(parameter)
         existing = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         rows = torch.empty(step.batch, step.row, width, dtype=embeddings.dtype, requires_grad=differentiable)
         mask = torch.ones(step.batch, step.row, dtype=torch.int64)
-        with LiveBytes(existing) as whole:
+        with LiveBytes(existing) as step_bytes:
             with mixed:
                 hidden = decoder(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
             loss_at(hidden[:, -step.labels :].flatten(0, 1)).backward()
-        with LiveBytes(existing) as alone:
+        with LiveBytes(existing) as head_bytes:
             loss_at(torch.empty(labels, width, dtype=hidden.dtype, requires_grad=True)).backward()
-    return whole.peak, alone.peak
+    return step_bytes.peak, head_bytes.peak
 
 
-def _imagine(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Parameter]:
-    """Give modules parameters and buffers without values, and GPUs' dropout; returns the parameters."""
-    made: dict[int, Tensor] = {}
+def _make_fake(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Parameter]:
+    """Replace parameters and buffers by fake tensors, and dropout by that of GPUs; returns the parameters."""
+    by_id: dict[int, Tensor] = {}
 
-    def imagined(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in by_id:
             with mode:
                 new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        return made[id(tensor)]
+            by_id[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return by_id[id(tensor)]
 
     for module in dict.fromkeys(m for top in modules for m in top.modules()):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = imagined(tensor)  # type: ignore[assignment]
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
         if type(module) is nn.Dropout and module.p:
             module.__class__ = _Dropout
-    return [t for t in made.values() if isinstance(t, nn.Parameter)]
+    return [t for t in by_id.values() if isinstance(t, nn.Parameter)]
 
 
-def part_of_adapters(model: Any) -> dict[str, ModelPart]:
-    """The part of the model that each parameter of an adapter belongs to."""
+def adapter_parts(model: Any) -> dict[str, ModelPart]:
+    """Name of each adapter parameter -> the part of the model that it belongs to."""
     base = unwrap_peft(model)
-    layers = part_of(base)
+    layers = layer_parts(base)
     prefix = next(name for name, module in model.named_modules() if module is base)
-    found: dict[str, ModelPart] = {}
+    parts: dict[str, ModelPart] = {}
     for name, _ in model.named_parameters():
         if "lora_" in name:
             layer = name.removeprefix(f"{prefix}.").split(".lora_")[0]
-            found[name] = layers[f"{layer}.base_layer"]
-    return found
-
-
-# A tower is not run: its inputs differ from family to family.
+            parts[name] = layers[f"{layer}.base_layer"]
+    return parts
 
 
 def vision_activations(model: Any, step: TrainingStep) -> int:
-    """Bytes that adapted layers beside the language model keep until their backward pass, an estimate from their shapes.
+    """Bytes that adapted layers outside the language model save for the backward pass, estimated from layer shapes.
 
-    Of each adapted layer one copy of the input (which the adapter needs) with a byte for dropout's mask, and one of the output
-    (which attention or an activation function needs); of each norm its input. With checkpointing the input of every block of
-    the tower instead: what is computed again comes when the language model is done, and takes less.
+    The tower is not run on fake tensors, because its inputs differ between families. Each adapted layer saves its input (for
+    the adapter) with one byte per value for dropout's mask, and its output (for attention or an activation function); each
+    norm saves its input. With checkpointing each block of the tower saves its input only: recomputation happens after the
+    backward pass of the language model and needs less.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapted = {part for name, part in part_of_adapters(model).items() if name in trained} - {"language"}
+    adapted = {part for name, part in adapter_parts(model).items() if name in trained} - {"language"}
     base = unwrap_peft(model)
     size = (step.autocast or base.dtype).itemsize
     tokens = step.batch * (step.tokens if step.image_tokens is None else step.image_tokens)
@@ -190,11 +193,11 @@ def vision_activations(model: Any, step: TrainingStep) -> int:
     outside = set(base.modules()) - set(base.get_decoder().modules())
     blocks = [m for m in outside if isinstance(m, GradientCheckpointingLayer)]
     total = 0
-    for name, part in part_of(base).items():
+    for name, part in layer_parts(base).items():
         if part in adapted and name.endswith("base_layer") and not (part == "tower" and step.checkpointing):
             layer = base.get_submodule(name)
-            kept = layer.in_features * (size + 1) + layer.out_features * size
-            total += kept * (patches if part == "tower" else tokens)
+            saved = layer.in_features * (size + 1) + layer.out_features * size
+            total += saved * (patches if part == "tower" else tokens)
     if "tower" not in adapted:
         return total
     norms = [m.weight.numel() for block in blocks for m in block.modules() if "Norm" in type(m).__name__]
@@ -203,7 +206,7 @@ def vision_activations(model: Any, step: TrainingStep) -> int:
 
 
 def patches_per_token(config: Any) -> float:
-    """How many patches of an image the vision tower has for each of its tokens in the language model."""
+    """Patches of an image in the vision tower per token of the image in the language model."""
     vision = config.vision_config
     for owner, name, power in (
         (vision, "spatial_merge_size", 2),

@@ -1,4 +1,4 @@
-"""LoRA adapters: where they go, how they are attached, and how several of them share one base model."""
+"""LoRA adapters: attach, load, switch and continue training them on one shared base model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlm_calibration.hub import one_line
 from vlm_calibration.models.base import CONFIG, find_adapter, read_object
-from vlm_calibration.models.parts import ModelPart, part_of
+from vlm_calibration.models.parts import ModelPart, layer_parts
 from vlm_calibration.records import DataError
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A LoRA adapter (Hu et al., arXiv 2106.09685), named as peft names it.
+    """Settings of a LoRA adapter (Hu et al., arXiv 2106.09685), with peft's names.
 
     Args:
-        r: rank. alpha: scale; the update is multiplied by alpha / r. dropout: on the adapter's input, in [0, 1).
-        parts: which parts of the model get one: the language model, the vision tower, the projector between them.
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: on the adapter's input, in [0, 1).
+        parts: parts of the model with an adapter: the language model, the vision tower, the projector between them.
         use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-        use_dora: learn magnitude and direction apart (arXiv 2402.09353).
+        use_dora: learn magnitude and direction separately (arXiv 2402.09353).
     """
 
     r: int = 16
@@ -40,20 +43,20 @@ class LoraSettings:
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default") -> PeftModel:
-    """Freeze the model and add a LoRA adapter to the linear layers of the wanted parts.
+    """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`.
 
     Raises:
         DataError: the model has no linear layer in one of the parts.
     """
-    found = part_of(model)
+    parts = layer_parts(model)
     for part in settings.parts:
-        if part not in found.values():
+        if part not in parts.values():
             raise DataError(f"lora.parts: {type(model).__name__} has no linear layer in its {part}")
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=[name for name, part in found.items() if part in settings.parts],
+        target_modules=[name for name, part in parts.items() if part in settings.parts],
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
@@ -62,73 +65,73 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: st
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """Load adapters into one model, without a copy of the base; the model itself if there are none.
+    """Load adapters into one model without copying the base; returns the model itself if there are none.
 
     Args:
         adapters: name -> adapter, as for `find_adapter`.
 
     Raises:
-        DataError: there is no such adapter, or it does not fit the model.
+        DataError: an adapter does not exist or does not fit the model.
     """
     wrapped: PeftModel | None = None
     for name, adapter in adapters.items():
         folder = find_adapter(adapter)
-        with _fitting(folder, model.name_or_path):
+        with _report_misfit(folder, model.name_or_path):
             if wrapped is None:
                 wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
             else:
                 wrapped.load_adapter(str(folder), adapter_name=name)
-            _check_whole(wrapped, name, folder)
+            _check_all_loaded(wrapped, name, folder)
     return model if wrapped is None else wrapped
 
 
 @contextmanager
-def _fitting(folder: Path, base: str) -> Iterator[None]:
-    """What goes wrong inside is that an adapter does not fit a base model."""
+def _report_misfit(folder: Path, base: str) -> Iterator[None]:
+    """Raise errors of the block as a DataError: the adapter does not fit the base model."""
     try:
         with warnings.catch_warnings():
-            # Of weights that the model expects and the adapter lacks peft only warns.
+            # peft only warns of weights that are missing in the adapter.
             warnings.filterwarnings("error", message="(?s).*Found missing adapter keys")
             yield
     except (OSError, ValueError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
         trained = read_object(folder / CONFIG).get("base_model_name_or_path")
         raise DataError(
-            f"the adapter at {folder} does not fit the base model {base}: {_misfit(error)}; it names {trained} as its "
-            "base model: give that one, or an adapter of this one"
+            f"the adapter at {folder} does not fit the base model {base}: {_shorten(error)}; its base model is {trained}: "
+            f"use that one, or an adapter of {base}"
         ) from error
 
 
 _SIZE = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", re.DOTALL)
 
 
-def _misfit(error: BaseException) -> str:
-    """What peft says, short: of weights that differ in size, or are missing, the first."""
-    if found := _SIZE.search(str(error)):
-        return f"{_layer_of(found[1])} has a weight of size {found[2]} in the adapter and {found[3]} in the model"
-    text = " ".join(str(error).split())
+def _shorten(error: BaseException) -> str:
+    """peft's error message in short, with the first weight that is missing or has another size."""
+    if match := _SIZE.search(str(error)):
+        return f"{_layer_of(match[1])} has a weight of size {match[2]} in the adapter and {match[3]} in the model"
+    text = str(error)
     if "Found missing adapter keys" in text:
         missing = list(dict.fromkeys(_layer_of(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text)))
-        return f"its file lacks the weights of {len(missing)} layers that its configuration names, the first is {missing[0]}"
-    return text if len(text) < 300 else f"{text[:297]}..."
+        return f"its file lacks the weights of {len(missing)} configured layers, the first is {missing[0]}"
+    return one_line(error)
 
 
-def _check_whole(model: PeftModel, name: str, folder: Path) -> None:
-    """Check that every LoRA layer in the adapter's file has a place in the model: peft passes over those that have none."""
+def _check_all_loaded(model: PeftModel, name: str, folder: Path) -> None:
+    """Check that the model has every LoRA layer of the adapter's file: peft ignores layers that it cannot place."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return
     with safe_open(file, framework="pt") as weights:
-        held = [key for key in weights.keys() if ".lora_A." in key]  # noqa: SIM118
-    placed = [layer for layer in _tuner_layers(model) if name in getattr(layer, "lora_A", ())]
-    if len(placed) < len(held):
-        raise ValueError(f"it holds {len(held)} layers, of which the model has {len(placed)}")
+        saved = sum(".lora_A." in key for key in weights.keys())  # noqa: SIM118
+    loaded = sum(name in getattr(layer, "lora_A", ()) for layer in _tuner_layers(model))
+    if loaded < saved:
+        raise ValueError(f"its file has {saved} layers, and the model has {loaded} of them")
 
 
 @contextmanager
 def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
-    """Run with this adapter, or with the base model alone (None); afterwards the one before is active again.
+    """Activate an adapter in the block, or the base model alone (None); restore the previous adapter on exit.
 
-    What is trained stays as it was: peft would unfreeze the adapter that it switches to.
+    `requires_grad` of all parameters is restored too: peft unfreezes the adapter that it activates.
     """
     if not isinstance(model, PeftModel):
         if name is not None:
@@ -159,13 +162,13 @@ def _tuner_layers(model: PeftModel) -> Iterator[BaseTunerLayer]:
 
 
 REFERENCE = "reference"
-"""Name of the frozen adapter that a preference loss compares with."""
+"""Name of the frozen adapter that is the reference model of a preference loss."""
 
 
 def continue_adapter(
     model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
-    """Go on training a saved adapter, beside a frozen copy of it as the adapter `REFERENCE`.
+    """Load a saved adapter for further training, with a frozen copy of it as the adapter `REFERENCE`.
 
     Args:
         folder: the saved adapter, as for `find_adapter`.
@@ -173,25 +176,25 @@ def continue_adapter(
         reference: whether to load the copy.
 
     Raises:
-        DataError: there is no such adapter, it does not fit the model, or it has no layer in the wanted parts.
+        DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
     """
-    where = part_of(model)
+    layers = layer_parts(model)
     folder = str(find_adapter(folder))
     wrapped = load_adapters(model, {"default": folder})
     assert isinstance(wrapped, PeftModel)
     if reference:
         wrapped.load_adapter(folder, adapter_name=REFERENCE)
         for layer in _tuner_layers(wrapped):
-            layer.lora_dropout[REFERENCE] = nn.Identity()  # what is compared with is not drawn at random
+            layer.lora_dropout[REFERENCE] = nn.Identity()  # the reference is deterministic
     wrapped.set_adapter("default")
-    wanted = {name for name, part in where.items() if parts is None or part in parts}
+    trained = {name for name, part in layers.items() if parts is None or part in parts}
     for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_(".default." in name and _layer_of(name) in wanted)
+        parameter.requires_grad_(".default." in name and _layer_of(name) in trained)
     if not any(p.requires_grad for p in wrapped.parameters()):
         raise DataError(f"the adapter at {folder} has no layer in {', '.join(parts or ())}")
     return wrapped
 
 
 def _layer_of(parameter: str) -> str:
-    """The linear layer that an adapter's parameter belongs to, by its name before peft wrapped the model."""
+    """The linear layer of an adapter's parameter, by its name without peft's prefix."""
     return parameter.removeprefix("base_model.model.").split(".lora_", 1)[0]

@@ -1,6 +1,6 @@
-"""Which base model and which adapter are meant: by name, by folder, or by what an adapter says. Nothing is loaded here.
+"""Locate base models and adapters by name, by folder, or from an adapter's files, without loading them.
 
-Neither torch nor transformers is imported, so that the help of a command need not wait for them.
+This module imports neither torch nor transformers, so that command help stays fast.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ Quantization = Literal["none", "int8", "nf4"]
 ADAPTER = "adapter"
 """The adapter's folder within a run directory."""
 CONFIG, FACTS = "adapter_config.json", "calibration.json"
-"""peft's description of an adapter, and what its model card is made of."""
+"""peft's configuration of an adapter, and the data of its model card."""
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base model to load, and how.
+    """A base model and how to load it.
 
     Args:
         name_or_path: name on the Hub, or a folder that `from_pretrained` reads.
-        dtype: of the weights, and of the arithmetic on quantised ones; "auto" keeps what the checkpoint says.
-        quantization: of the language model's linear layers, through bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339)
-            or "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
-        attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' choice.
+        dtype: of the weights, and of the arithmetic on quantised weights; "auto": the checkpoint's dtype.
+        quantization: of the language model's linear layers, with bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339) or
+            "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
+        attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' default.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: run modelling code that comes with the checkpoint.
+        trust_remote_code: run modelling code of the checkpoint.
     """
 
     name_or_path: str
@@ -45,13 +45,13 @@ class BaseModel:
 
 
 def find_adapter(run: str | Path) -> Path:
-    """The folder of an adapter: this one, `adapter` in it, or what the Hub has under this name.
+    """The folder of an adapter: `run` itself, `adapter` in it, or a download from the Hub.
 
     Args:
         run: a run directory, the folder of an adapter, or a name on the Hub, `owner/name` or `owner/name@revision`.
 
     Raises:
-        DataError: none of them holds an adapter.
+        DataError: there is no adapter.
     """
     for folder in (Path(run), Path(run) / ADAPTER):
         if (folder / CONFIG).is_file():
@@ -72,80 +72,80 @@ def find_adapter(run: str | Path) -> Path:
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:
-    """The base model that an adapter names, of the dtype and quantisation that it was trained with.
+    """The base model of an adapter, with the dtype and quantisation of its training.
 
-    Without a model card of ours, the dtype is that of the base's checkpoint.
+    Without this project's model card the dtype is that of the base's checkpoint.
 
     Args:
         adapter: as for `find_adapter`.
 
     Raises:
-        DataError: there is no adapter, or it names no base model.
+        DataError: there is no adapter, or its configuration names no base model.
     """
     folder = find_adapter(adapter)
     config = read_object(folder / CONFIG)
     name = config.get("base_model_name_or_path")
     if not name:
-        raise DataError(f"{folder / CONFIG}: it names no base model: give one")
+        raise DataError(f"{folder / CONFIG}: the configuration names no base model: give one")
     card = read_object(folder / FACTS) if (folder / FACTS).is_file() else {}
-    found = {"dtype": card.get("dtype", "auto"), "quantization": card.get("quantization", "none")}
-    for (key, value), known in zip(found.items(), (Dtype, Quantization), strict=True):
-        if value not in get_args(known):
+    settings = {"dtype": card.get("dtype", "auto"), "quantization": card.get("quantization", "none")}
+    for (key, value), choices in zip(settings.items(), (Dtype, Quantization), strict=True):
+        if value not in get_args(choices):
             raise DataError(
-                f"{folder / FACTS}: {key} must be one of {', '.join(get_args(known))}, found {value!r}"
+                f"{folder / FACTS}: {key} must be one of {', '.join(get_args(choices))}, found {value!r}"
             )
-    return BaseModel(name, revision=config.get("revision"), **found)
+    return BaseModel(name, revision=config.get("revision"), **settings)
 
 
 def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
-    """The one base model of all these adapters.
+    """The common base model of several adapters.
 
     Args:
         adapters: name -> adapter, as for `find_adapter`.
 
     Raises:
-        DataError: there is no adapter, or two of them name different base models, or different dtypes or quantisations.
+        DataError: there is no adapter, or two adapters differ in base model, dtype or quantisation.
     """
     if not adapters:
         raise DataError(
-            "no base model: there is no adapter that names one; give model.init_args.base.name_or_path, or adapters"
+            "no base model: give model.init_args.base.name_or_path, or model.init_args.adapters, which name one"
         )
-    named = {name: base_of_adapter(adapter) for name, adapter in adapters.items()}
-    # Without a card an adapter does not say in which dtype it was trained.
-    first = next((name for name, base in named.items() if base.dtype != "auto"), next(iter(named)))
-    for name, other in named.items():
-        if _differ(named[first], other):
+    bases = {name: base_of_adapter(adapter) for name, adapter in adapters.items()}
+    # Without a card, the dtype of an adapter's training is unknown.
+    first = next((name for name, base in bases.items() if base.dtype != "auto"), next(iter(bases)))
+    for name, base in bases.items():
+        if _differ(bases[first], base):
             raise DataError(
-                f"the adapters {first!r} and {name!r} are of different base models: {_shown(named[first])} and "
-                f"{_shown(other)}; evaluate them apart, or name the one for both with model.init_args.base.name_or_path"
+                f"the adapters {first!r} and {name!r} have different base models: {_describe(bases[first])} and "
+                f"{_describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
             )
-    return named[first]
+    return bases[first]
 
 
 def _differ(base: BaseModel, other: BaseModel) -> bool:
-    places = [
+    locations = [
         str(folder.resolve()) if (folder := Path(b.name_or_path)).is_dir() else b.name_or_path
         for b in (base, other)
     ]
     return (
-        places[0] != places[1]
+        locations[0] != locations[1]
         or base.revision != other.revision
         or base.quantization != other.quantization
         or (base.dtype != other.dtype and "auto" not in (base.dtype, other.dtype))
     )
 
 
-def _shown(base: BaseModel) -> str:
+def _describe(base: BaseModel) -> str:
     revision = f"@{base.revision}" if base.revision else ""
     kind = "" if base.quantization == "none" else f", {base.quantization}"
     return f"{base.name_or_path}{revision} ({base.dtype}{kind})"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a file with one JSON object.
 
     Raises:
-        DataError: it cannot be read, or is not one.
+        DataError: the file cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

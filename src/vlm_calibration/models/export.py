@@ -1,7 +1,7 @@
-"""Merging an adapter into its base model, with proof that it was merged.
+"""Merge an adapter into its base model, and verify the result.
 
-Merging goes wrong silently: where the names in an adapter do not fit the model, peft adapts nothing, merges nothing, and the
-result is the base model. So what is merged is counted and compared here, layer by layer, and what is written is read back.
+Merging can fail silently: if the names in an adapter do not match the model, peft merges nothing and the result is the base
+model. Therefore each layer is compared before and after, and the written model is read back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from vlm_calibration.hub import first_line, loading
+from vlm_calibration.hub import first_line, loading, one_line
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import BaseModel, Dtype
 from vlm_calibration.models.loading import load_base
@@ -29,77 +29,86 @@ from vlm_calibration.records import DataError
 
 
 class Merged(NamedTuple):
-    """model: with the adapter in its weights, in eval mode. layers: names of the layers that hold it."""
+    """A model with a merged adapter.
+
+    Attributes:
+        model: the model in eval mode.
+        layers: names of the layers that the adapter changed.
+    """
 
     model: PreTrainedModel
     layers: tuple[str, ...]
 
 
 def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged:
-    """Merge a LoRA adapter into its base model in float32, 4 bytes a parameter of CPU memory.
+    """Merge a LoRA adapter into its base model in float32; takes 4 bytes of CPU memory per parameter.
 
     Args:
         folder: the adapter, as peft saves it.
-        base: its base model; dtype and quantisation are not heeded. An adapter that was trained on a quantised base is
-            merged into the one in full precision.
-        dtype: of the merged weights; "auto": that of the base's checkpoint.
+        base: its base model; dtype and quantisation are ignored. An adapter trained on a quantised base is merged into the
+            base in full precision.
+        dtype: of the merged weights; "auto": the dtype of the base's checkpoint.
 
     Raises:
         DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or merging did not change
-            every layer that the adapter holds an update of.
+            every layer for which the adapter has an update.
     """
     target = _target_dtype(base, dtype)
     model = load_base(replace(base, dtype="float32", quantization="none"))
-    with _about(folder, base):
+    with _report_failure(folder, base):
         wrapped = load_adapters(model, {"default": folder})
         assert isinstance(wrapped, PeftModel)
         if wrapped.peft_config["default"].peft_type != PeftType.LORA:
-            raise ValueError("it is no LoRA adapter")
-        held = held_layers(folder)
+            raise ValueError("it is not a LoRA adapter")
+        saved = adapter_layers(folder)
         layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        if len(layers) != len(held):
-            raise ValueError(f"it holds {len(held)} layers, of which the model has {len(layers)}")
-        _check_shared(wrapped, layers)
-        _merge_each(layers, sum(not moves for moves in held.values()), target)
+        if len(layers) != len(saved):
+            raise ValueError(f"its file has {len(saved)} layers, and the model has {len(layers)} of them")
+        _check_tied_weights(wrapped, layers)
+        _merge_layers(layers, sum(not has_update for has_update in saved.values()), target)
         merged = wrapped.merge_and_unload()
-    return Merged(merged.to(target).eval(), tuple(map(_plain, layers)))
+    return Merged(merged.to(target).eval(), tuple(map(_unwrapped_name, layers)))
 
 
-def held_layers(folder: str) -> dict[str, bool]:
-    """The layers that a LoRA adapter's file holds, by their names there, and whether each update differs from zero."""
-    found: dict[str, bool] = {}
+def adapter_layers(folder: str) -> dict[str, bool]:
+    """Name of each layer in a LoRA adapter's file -> whether its update differs from zero."""
+    layers: dict[str, bool] = {}
     for name, weight in load_peft_weights(folder, device="cpu").items():
         layer, is_lora, which = name.partition(".lora_")
         if is_lora:
-            moves = which.startswith(("B", "embedding_B")) and bool(weight.any())
-            found[layer] = found.get(layer, False) or moves
-    return found
+            has_update = which.startswith(("B", "embedding_B")) and bool(weight.any())
+            layers[layer] = layers.get(layer, False) or has_update
+    return layers
 
 
 def save_merged(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
     """Write the model, and check that transformers reads the same weights back.
 
     Raises:
-        DataError: it cannot be written, or what is read back differs.
+        DataError: the model cannot be written, or different weights are read back.
     """
     try:
         model.save_pretrained(folder)
-        again, info = AutoModelForImageTextToText.from_pretrained(
+        reloaded, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write the merged model: {first_line(error)}") from error
-    read = again.state_dict()
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
-    wrong += [name for name, weight in model.state_dict().items() if not _same(weight, read.get(name))]
-    if wrong:
+    state = reloaded.state_dict()
+    different = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    different += [name for name, w in model.state_dict().items() if not _is_equal(w, state.get(name))]
+    if different:
         raise DataError(
-            f"the merged model does not read back as it was written: {len(wrong)} weights differ, the first is {wrong[0]}"
+            f"the merged model was not read back as written: {len(different)} weights differ, the first is {different[0]}"
         )
 
 
-def _same(weight: Tensor, other: Tensor | None) -> bool:
-    return other is not None and weight.shape == other.shape and torch.equal(weight, other.to(weight.dtype))
+def _is_equal(weight: Tensor, reloaded: Tensor | None) -> bool:
+    return (
+        reloaded is not None
+        and weight.shape == reloaded.shape
+        and torch.equal(weight, reloaded.to(weight.dtype))
+    )
 
 
 def _target_dtype(base: BaseModel, dtype: Dtype) -> torch.dtype:
@@ -109,61 +118,65 @@ def _target_dtype(base: BaseModel, dtype: Dtype) -> torch.dtype:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
-            f"the base model {base.name_or_path!r} is stored quantised, nothing can be merged into it: name the one in full "
-            "precision"
+            f"the base model {base.name_or_path!r} is stored quantised, and nothing can be merged into it: use the model in "
+            "full precision"
         )
     if dtype != "auto":
         return getattr(torch, dtype)
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
-def _check_shared(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
-    """Refuse layers whose weights another module uses as well: an adapter acts on one of the two, a merged one on both."""
-    mine = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
-    own = {id(layer.get_base_layer()) for layer in layers.values()}
-    for other, module in model.named_modules():
-        name = mine.get(id(getattr(module, "weight", None)))
-        if name is not None and id(module) not in own and module not in layers.values():
-            raise ValueError(f"it adapts {_plain(name)}, which shares its weights with {_plain(other)}")
+def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
+    """Refuse layers with tied weights: an adapter changes one of the two modules, merging changes both."""
+    by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    adapted = {id(layer.get_base_layer()) for layer in layers.values()}
+    for module_name, module in model.named_modules():
+        name = by_weight.get(id(getattr(module, "weight", None)))
+        if name is not None and id(module) not in adapted and module not in layers.values():
+            raise ValueError(
+                f"it adapts {_unwrapped_name(name)}, which shares its weights with {_unwrapped_name(module_name)}"
+            )
 
 
-def _plain(name: str) -> str:
-    """A layer's name before peft wrapped the model."""
+def _unwrapped_name(name: str) -> str:
+    """A layer's name without peft's prefix."""
     return name.removeprefix("base_model.model.")
 
 
 @torch.no_grad()
-def _merge_each(layers: dict[str, LoraLayer], silent: int, dtype: torch.dtype) -> None:
-    """Merge layer by layer, comparing each with what it was.
+def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtype: torch.dtype) -> None:
+    """Merge each layer and compare its weights before and after.
 
     Args:
-        silent: number of layers of which the adapter holds no update, such as those behind the last one that a model uses.
+        layers: name -> layer.
+        n_zero: number of layers whose update is zero, e.g. layers behind the last one that a model uses.
+        dtype: of the merged model.
 
     Raises:
-        ValueError: more layers than that stay as they were, or all do, or a change is lost in this dtype.
+        ValueError: more than `n_zero` layers or all layers are unchanged, or a change is lost in this dtype.
     """
-    unmoved, lost = [], []
+    unchanged, lost = [], []
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
         layer.merge(safe_merge=True)
         after = layer.get_base_layer().weight
         if torch.equal(before, after):
-            unmoved.append(name)
+            unchanged.append(name)
         elif torch.equal(before.to(dtype), after.to(dtype)):
             lost.append(name)
-    if len(unmoved) > silent:
+    if len(unchanged) > n_zero:
         raise ValueError(
-            f"{len(unmoved)} of {len(layers)} layers are as before, the first is {_plain(unmoved[0])}"
+            f"{len(unchanged)} of {len(layers)} layers are unchanged, the first is {_unwrapped_name(unchanged[0])}"
         )
-    if len(unmoved) == len(layers):
+    if len(unchanged) == len(layers):
         raise ValueError("all its updates are zero: it was never trained")
     if lost:
         raise ValueError(f"the updates of {len(lost)} layers are too small for {dtype}: merge in float32")
 
 
 @contextmanager
-def _about(folder: str, base: BaseModel) -> Iterator[None]:
-    """What goes wrong inside is about this adapter on this base."""
+def _report_failure(folder: str, base: BaseModel) -> Iterator[None]:
+    """Raise errors of the block as a DataError that names the adapter and its base model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         try:
@@ -171,8 +184,6 @@ def _about(folder: str, base: BaseModel) -> Iterator[None]:
         except DataError:
             raise
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            cause = " ".join(str(error).split())
-            cause = cause if len(cause) < 300 else f"{cause[:297]}..."
             raise DataError(
-                f"the adapter at {folder} cannot be merged into {base.name_or_path}: {cause}"
+                f"the adapter at {folder} cannot be merged into {base.name_or_path}: {one_line(error)}"
             ) from error

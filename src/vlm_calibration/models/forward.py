@@ -1,8 +1,8 @@
-"""A forward that evaluates the output head only where a token is predicted that matters.
+"""A forward pass that evaluates the output head only at selected positions.
 
-With a vocabulary of 150k tokens the logits of a whole conversation are by far its largest tensor, and all but the dozen at
-the response are thrown away. A hook in front of the head keeps just those rows, so whatever a family does behind the head
-(scaling, soft-capping) stays as it is.
+With a vocabulary of 150k tokens the logits of a conversation are by far its largest tensor, and only the dozen at the response
+are needed. A pre-hook of the head selects those hidden states, so that a family's operations behind the head (scaling,
+soft-capping) still apply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from vlm_calibration.losses.sequence import IGNORE
 
 
 class LabelledLogits(NamedTuple):
-    """logits float [N, V] at the N positions that predict a label, targets int64 [N], and their rows int64 [N]."""
+    """Logits at the N positions that predict a label.
+
+    Attributes:
+        logits: float [N, V].
+        targets: int64 [N], the labels.
+        rows: int64 [N], their rows in the batch.
+    """
 
     logits: Tensor
     targets: Tensor
@@ -27,27 +33,28 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
     """Logits that predict the labelled tokens.
 
     Args:
-        model: a transformers or peft model. inputs: what its forward takes.
+        model: a transformers or peft model.
+        inputs: arguments of its forward.
         labels: int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
 
     Raises:
-        ValueError: the first token of a sequence has a label: nothing predicts it.
+        ValueError: the first token of a sequence has a label, which no position predicts.
     """
     if bool((labels[:, 0] != IGNORE).any()):
-        raise ValueError(
-            "the first token of a sequence has a label, but nothing comes before it to predict it"
-        )
+        raise ValueError("the first token of a sequence has a label, but no earlier position predicts it")
     predicted = labels[:, 1:] != IGNORE
     rows, positions = predicted.nonzero(as_tuple=True)
     return LabelledLogits(logits_at(model, inputs, rows, positions), labels[:, 1:][predicted], rows)
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
-    """Logits at N places of a batch, float [N, V].
+    """Logits at N positions of a batch, float [N, V].
 
     Args:
-        model: a transformers or peft model. inputs: what its forward takes.
-        rows, positions: int64 [N], the places; one may come several times.
+        model: a transformers or peft model.
+        inputs: arguments of its forward.
+        rows: int64 [N]; positions may repeat.
+        positions: int64 [N].
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,17 +11,18 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 
-class Completed(StoppingCriteria):
-    """Ends an answer when its text is complete.
+class CompleteAnswerCriteria(StoppingCriteria):
+    """Stops the generation of an answer when its text is complete.
 
     Args:
-        tokenizer: of the model. prompts: int64 [B, L]; answers begin behind them.
-        end_of: where a text ends that says all that is wanted, and that nothing to come can change; None for other texts.
-            Asked of texts with a percent sign.
+        tokenizer: the model's tokenizer.
+        prompts: int64 [B, L]; answers begin behind them.
+        end_of: returns the position at which a complete text ends, None for an incomplete one. Called only for texts with
+            a percent sign.
 
     Attributes:
-        texts: row -> text of each answer that was complete, up to its end.
-        lengths: int64 [B], tokens of each answer when it was found complete, 0 for others.
+        texts: row -> text of each complete answer, up to its end.
+        lengths: int64 [B], tokens of each answer when it became complete, else 0.
     """
 
     def __init__(self, tokenizer: Any, prompts: Tensor, end_of: Callable[[str], int | None]) -> None:
@@ -29,15 +30,15 @@ class Completed(StoppingCriteria):
         self.start = prompts.shape[1]
         self.end_of = end_of
         self.percent = prompts.new_tensor(_percent_tokens(tokenizer))
-        self.asked = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
+        self.has_percent = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
         self.texts: dict[int, str] = {}
         self.lengths = prompts.new_zeros(len(prompts))
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Which of B sequences are complete, bool [B]."""
+        """Whether each sequence is complete, bool [B]."""
         answers = input_ids[:, self.start :]
-        self.asked |= torch.isin(answers[:, -1], self.percent)
-        for row in (self.asked & (self.lengths == 0)).nonzero()[:, 0].tolist():
+        self.has_percent |= torch.isin(answers[:, -1], self.percent)
+        for row in (self.has_percent & (self.lengths == 0)).nonzero()[:, 0].tolist():
             text = self.tokenizer.decode(answers[row], skip_special_tokens=True)
             end = self.end_of(text)
             if end is not None:
@@ -48,7 +49,7 @@ class Completed(StoppingCriteria):
 
 @lru_cache(maxsize=4)
 def _percent_tokens(tokenizer: Any) -> list[int]:
-    """Ids of the tokens with a percent sign."""
+    """Ids of the tokens that contain a percent sign."""
     return [i for token, i in tokenizer.get_vocab().items() if "%" in token]
 
 
@@ -60,33 +61,37 @@ def generate_texts(
     max_new_tokens: int,
     end_of: Callable[[str], int | None] | None = None,
 ) -> list[str]:
-    """Answer each prompt greedily.
+    """Generate an answer to each prompt greedily.
 
     Args:
-        inputs: left-padded prompts, input_ids int64 [B, L]. max_new_tokens: stop there if the model has not.
-        end_of: where a text with a percent sign ends that says all that is wanted, whatever would follow; the model need
-            not go on, and what stands behind is dropped. None for a text that does not.
+        model: a transformers or peft model.
+        inputs: left-padded prompts, input_ids int64 [B, L].
+        tokenizer: the model's tokenizer.
+        max_new_tokens: length limit of an answer.
+        end_of: returns the position at which a text with a percent sign is complete, None for an incomplete one.
+            Generation stops there, and text behind it is dropped.
 
     Returns:
-        B texts, without special tokens and surrounding space.
+        B texts without special tokens and surrounding space.
 
     Raises:
-        ValueError: prompts padded on the right, which would be answered behind their padding.
+        ValueError: prompts are padded on the right.
     """
     mask = inputs["attention_mask"]
     if bool((mask[:, -1] == 0).any()):
         raise ValueError("generation needs prompts that are padded on the left")
     prompts = inputs["input_ids"]
-    completed = Completed(tokenizer, prompts, end_of) if end_of is not None else None
+    criteria = [CompleteAnswerCriteria(tokenizer, prompts, end_of)] if end_of is not None else []
     output = model.generate(
         **inputs,
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([completed] if completed is not None else []),
+        stopping_criteria=StoppingCriteriaList(criteria),
     )
     texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
-    for row, text in completed.texts.items() if completed is not None else ():
-        texts[row] = text
+    for criterion in criteria:
+        for row, text in criterion.texts.items():
+            texts[row] = text
     return [t.strip() for t in texts]

@@ -1,4 +1,4 @@
-"""Loading a vision-language model by name or folder, in full precision or with its language model quantised."""
+"""Load a vision-language model by name or folder, in full precision or with a quantised language model."""
 
 from __future__ import annotations
 
@@ -18,37 +18,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
-from vlm_calibration.models.base import BaseModel, Dtype, Quantization
-from vlm_calibration.models.parts import part_of
+from vlm_calibration.models.base import BaseModel
+from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.settings import digest
 
 
-def load_vlm(
-    name_or_path: str,
-    quantization: Quantization = "none",
-    dtype: Dtype = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> PreTrainedModel:
-    """Load a model onto the CPU, in eval mode; the settings are those of `BaseModel`.
-
-    Raises:
-        DataError: there is no such model, or it cannot be loaded in this way.
-    """
-    return load_base(
-        BaseModel(name_or_path, dtype, quantization, attn_implementation, revision, trust_remote_code)
-    )
-
-
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model, in eval mode.
+    """Load the model in eval mode.
 
     Args:
-        device: where a quantised model is loaded to, which must not be moved later. Others are loaded onto the CPU.
+        base: the model and how to load it.
+        device: of a quantised model, which must not be moved later. Other models are loaded onto the CPU.
 
     Raises:
-        DataError: there is no such model, or it cannot be loaded in this way.
+        DataError: the model does not exist, or cannot be loaded with these settings.
     """
     settings: dict[str, Any] = {
         "dtype": base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
@@ -64,12 +47,12 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
             **settings,
         )
     if base.quantization == "nf4":
-        _keep_layout(model)
+        _prevent_repacking(model)
     return model
 
 
 def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model to train an adapter on: a quantised one prepared by peft (what is not quantised in float32)."""
+    """Load the model for training an adapter; peft prepares a quantised one (all other weights in float32)."""
     model = load_base(base, device)
     if base.quantization == "none":
         return model
@@ -77,10 +60,10 @@ def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> Pr
 
 
 def empty_vlm(base: BaseModel) -> PreTrainedModel:
-    """The architecture alone: the model with parameters that have shapes but no values, and take no memory.
+    """The model with meta tensors: parameters have shapes but no values and take no memory.
 
     Raises:
-        DataError: there is no such model.
+        DataError: the model does not exist.
     """
     with hub.loading("a model", base.name_or_path):
         config = AutoConfig.from_pretrained(
@@ -92,16 +75,16 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
 
 SPANS, SPAN = 16, 1 << 20
 UNSTABLE = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a model's configuration that say where it comes from and not what it is."""
+"""Keys of a model's configuration that describe its origin instead of the model."""
 
 
 def weights_digest(base: BaseModel) -> str | None:
-    """What tells a model from any other wherever its files lie: a digest of its configuration and weights.
+    """A digest of a model's configuration and weights, independent of name and location.
 
-    Of each file of weights the length and 16 spans of 1 MiB, evenly spread, are read, so small models wholly.
+    Of each weights file it covers the size and 16 evenly spread spans of 1 MiB, or the full content if smaller.
 
     Returns:
-        32 hexadecimal digits, or None if the model is not, or not wholly, on this machine.
+        32 hexadecimal digits, or None if files of the model are missing on this machine.
     """
     folder = _local_folder(base)
     weights = _weight_files(folder) if folder is not None else None
@@ -112,13 +95,13 @@ def weights_digest(base: BaseModel) -> str | None:
 
 
 def _local_folder(base: BaseModel) -> Path | None:
-    """The model's folder: its own, or that in the Hub's cache."""
+    """The model's folder, on disk or in the Hub's cache; None if there is none."""
     if Path(base.name_or_path).is_dir():
         return Path(base.name_or_path)
     try:
         config = try_to_load_from_cache(base.name_or_path, "config.json", revision=base.revision)
     except HFValidationError:
-        return None  # a folder that does not exist, which loading it says
+        return None  # the folder does not exist; loading reports it
     return Path(config).parent if isinstance(config, str) else None
 
 
@@ -135,7 +118,7 @@ def _weight_files(folder: Path) -> list[Path] | None:
 
 @lru_cache(maxsize=8)
 def _model_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of a configuration and files of weights, each with its size and date, which keep an old digest from being given."""
+    """Digest of a configuration and weights files. The cache key has their sizes and dates, so changes are noticed."""
     (config, _, _), *weights = files
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings = {key: value for key, value in settings.items() if key not in UNSTABLE}
@@ -156,36 +139,38 @@ def _spans(path: Path, size: int) -> Iterator[bytes]:
 
 
 def quantised_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers that quantisation replaces: those of the language model."""
-    return [name for name, part in part_of(model).items() if part == "language"]
+    """Full names of the linear layers that quantisation replaces: all of the language model."""
+    return [name for name, part in layer_parts(model).items() if part == "language"]
 
 
 def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     model = empty_vlm(base)
-    wanted = set(quantised_layers(model))
+    quantised = set(quantised_layers(model))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if base.quantization == "nf4":
-        _check_blocks(model, wanted)
+        _check_blocks(model, quantised)
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
-        llm_int8_skip_modules=[name for name in linear if name not in wanted],
+        llm_int8_skip_modules=[name for name in linear if name not in quantised],
     )
 
 
-def _check_blocks(model: PreTrainedModel, wanted: set[str]) -> None:
+def _check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
     for name, module in model.named_modules():
-        if name in wanted and module.in_features % 64:
-            raise ValueError(f"nf4 needs layers of a multiple of 64 inputs, {name} has {module.in_features}")
+        if name in quantised and module.in_features % 64:
+            raise ValueError(
+                f"nf4 needs layers with a multiple of 64 inputs, {name} has {module.in_features}"
+            )
 
 
-def _keep_layout(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights.
+def _prevent_repacking(model: PreTrainedModel) -> None:
+    """Prevent bitsandbytes from repacking 4-bit weights.
 
-    On CPUs with AVX512-BF16 it does so in the first pass in eval mode, and later gradients through them are wrong.
+    On CPUs with AVX512-BF16 it repacks in the first pass in eval mode, after which gradients through them are wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,7 +1,7 @@
-"""How much memory a training step takes on one GPU, found without a GPU and without the weights.
+"""Estimate the GPU memory of a training step; needs neither a GPU nor the weights.
 
-Weights, gradients and optimiser states follow from the architecture, activations from a step on tensors without values
-(`activations`). A model of 7 billion parameters takes seconds.
+Weights, gradients and optimiser states follow from the architecture, activations from a step on fake tensors (`activations`).
+A model of 7 billion parameters takes seconds.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from torch import Tensor, nn
 
 from vlm_calibration.models.activations import (
     TrainingStep,
-    part_of_adapters,
+    adapter_parts,
+    peak_activations,
     vision_activations,
-    worst_moment,
 )
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.loading import BaseModel, Quantization, empty_vlm, quantised_layers
+from vlm_calibration.models.base import BaseModel, Quantization
+from vlm_calibration.models.loading import empty_vlm, quantised_layers
 from vlm_calibration.models.parts import ModelPart
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Numbers of parameters, and bytes.
+    """Numbers of parameters and bytes of a training step.
 
-    parameters: with the adapters. trained: those of the adapter that is trained. weights: by dtype, or by the quantised
-    format. activations: the most that is alive at any moment of a step beside weights, gradients and optimiser states.
-    logits: the most of that at the output head, with loss and gradient.
+    Attributes:
+        parameters: number of parameters, adapters included.
+        trained: number of trained parameters.
+        weights: bytes by dtype or quantised format.
+        gradients: bytes.
+        optimizer: bytes of the optimiser's states.
+        activations: peak bytes in a step beside weights, gradients and optimiser states.
+        logits: peak bytes of these at the output head, loss and gradient included.
     """
 
     parameters: int
@@ -57,21 +63,23 @@ def estimate_memory(
     reference: bool = False,
     trained: Sequence[ModelPart] | None = None,
 ) -> MemoryEstimate:
-    """What training this adapter takes on one GPU.
+    """Estimate the memory of tensors when an adapter is trained on one GPU.
 
-    These are its tensors. The CUDA context (about half a GiB), what the allocator loses between tensors, and the second copy of
-    the gradients that DDP keeps come on top.
+    Not included: the CUDA context (about half a GiB), fragmentation in the allocator, and DDP's copy of the gradients.
 
     Args:
-        optimizer_bytes: of the optimiser's states for each trained parameter; 8 for AdamW, 2 for 8-bit AdamW.
-        reference: a second, frozen copy of the adapter is there to compare with.
-        trained: parts of the model whose adapters are trained; None: all that have one.
+        base: the base model.
+        lora: the adapter.
+        step: the work of one step.
+        optimizer_bytes: bytes of the optimiser's states per trained parameter; 8 for AdamW, 2 for 8-bit AdamW.
+        reference: whether a frozen copy of the adapter is loaded as the reference.
+        trained: parts of the model whose adapters are trained; None: all parts with an adapter.
 
     Raises:
-        DataError: there is no such model, or it has no linear layer in one of the parts.
+        DataError: the model does not exist, or has no linear layer in one of the parts.
     """
-    model = _adapted(base, lora, step)
-    for name, part in part_of_adapters(model).items():
+    model = _build_adapted(base, lora, step)
+    for name, part in adapter_parts(model).items():
         if trained is not None and part not in trained:
             model.get_parameter(name).requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -81,7 +89,7 @@ def estimate_memory(
     if reference:
         weights.update(_by_dtype(adapters))
     n_trained = sum(p.numel() for p in updated)
-    activations, logits = worst_moment(model, step)
+    activations, logits = peak_activations(model, step)
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters.values()) + reference * sum(p.numel() for p in adapters),
         trained=n_trained,
@@ -97,21 +105,21 @@ def estimate_memory(
 
 
 class _Quantised(nn.Linear):
-    """Stands in for a layer of bitsandbytes: the arithmetic in one dtype, the result in that of the input."""
+    """Replacement of a bitsandbytes layer: computes in one dtype and returns the dtype of the input."""
 
     compute_dtype: torch.dtype
-    keeps_input: bool
+    saves_input: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return _QuantisedProduct.apply(x, self.weight, self.bias, self.compute_dtype, self.keeps_input)
+        return _QuantisedProduct.apply(x, self.weight, self.bias, self.compute_dtype, self.saves_input)
 
 
 class _QuantisedProduct(torch.autograd.Function):
-    """A product with weights that are dequantised when needed; int8 keeps its input even where weights are frozen."""
+    """A product with weights that are dequantised on use; int8 saves its input even if weights are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: Any, keeps: bool) -> Tensor:
-        ctx.weight, ctx.dtype, ctx.kept = weight, dtype, x if keeps else None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: Any, saves: bool) -> Tensor:
+        ctx.weight, ctx.dtype, ctx.input = weight, dtype, x if saves else None
         product = nn.functional.linear(x.to(dtype), weight.to(dtype, copy=True))
         return (product if bias is None else product + bias.to(dtype)).to(x.dtype)
 
@@ -122,18 +130,18 @@ class _QuantisedProduct(torch.autograd.Function):
         return product.to(gradient.dtype), None, None, None, None
 
 
-def _adapted(base: BaseModel, lora: LoraSettings, step: TrainingStep) -> Any:
-    """The architecture with its adapter, in train mode, each parameter of the dtype that it has in training."""
+def _build_adapted(base: BaseModel, lora: LoraSettings, step: TrainingStep) -> Any:
+    """The architecture with its adapter in train mode, with the dtypes of training."""
     model = empty_vlm(base)
-    stated = model.config.dtype or torch.float32
-    dtype = stated if base.dtype == "auto" else getattr(torch, base.dtype)
-    # In `auto` bitsandbytes computes in bfloat16; peft turns into float32 what is not quantised.
+    checkpoint_dtype = model.config.dtype or torch.float32
+    dtype = checkpoint_dtype if base.dtype == "auto" else getattr(torch, base.dtype)
+    # With "auto" bitsandbytes computes in bfloat16; peft converts weights that are not quantised to float32.
     model.to(dtype if base.quantization == "none" else torch.float32)
     for name in quantised_layers(model) if base.quantization != "none" else ():
         layer = model.get_submodule(name)
         layer.__class__ = _Quantised
         layer.compute_dtype = torch.bfloat16 if base.dtype == "auto" else dtype
-        layer.keeps_input = base.quantization == "int8"
+        layer.saves_input = base.quantization == "int8"
     if base.attn_implementation == "eager":
         model.set_attn_implementation("eager")
     if step.checkpointing:
@@ -144,21 +152,21 @@ def _adapted(base: BaseModel, lora: LoraSettings, step: TrainingStep) -> Any:
 
 
 def _weight_bytes(model: Any, quantization: Quantization) -> dict[str, int]:
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     quantised = {id(m.weight) for m in model.modules() if isinstance(m, _Quantised)}
     for parameter in model.parameters():
         if id(parameter) in quantised:
-            found[quantization] += quantised_bytes(parameter.shape, quantization)
+            sizes[quantization] += quantised_bytes(parameter.shape, quantization)
         else:
-            found.update(_by_dtype([parameter]))
-    return dict(found)
+            sizes.update(_by_dtype([parameter]))
+    return dict(sizes)
 
 
 def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
     """Bytes of a quantised weight [out, in].
 
-    int8: a byte each, and a float32 scale a row. nf4 with double quantisation: 4 bits each, an 8-bit scale for every 64, and
-    for every 256 of those a float32 scale; without the tables of about 1 KiB that each layer has beside them.
+    int8: one byte per value and a float32 scale per row. nf4 with double quantisation: 4 bits per value, an 8-bit scale per
+    64 values, and a float32 scale per 256 of these; each layer's tables of about 1 KiB are not counted.
     """
     n = math.prod(shape)
     if quantization == "int8":
@@ -172,7 +180,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> dict[str, int]:
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for tensor in tensors:
-        found[str(tensor.dtype).removeprefix("torch.")] += _bytes([tensor])
-    return dict(found)
+        sizes[str(tensor.dtype).removeprefix("torch.")] += _bytes([tensor])
+    return dict(sizes)

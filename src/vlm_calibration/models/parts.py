@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 ModelPart = Literal["language", "tower", "projector"]
 
 
-def part_of(model: PreTrainedModel) -> dict[str, ModelPart]:
-    """The part of the model that each linear layer belongs to, by its full name; the output head is in none.
+def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
+    """Full name of each linear layer -> the part of the model that it belongs to; the output head is excluded.
 
-    The language model is what `get_decoder` returns. Of the rest, layers below a module whose name ends in one of the
-    names that transformers gives to projectors are the projector, and all others the tower.
+    The language model is the result of `get_decoder`. Other layers belong to the projector if their name contains one of
+    transformers' names for it, else to the tower.
     """
     decoder = model.get_decoder()
     head = model.get_output_embeddings()

@@ -1,11 +1,10 @@
 """Log-likelihoods of several responses to one prompt, with image and prompt computed once.
 
-Candidates differ in a few tokens at their end. One row a query holds `[prefix, suffix 1, suffix 2, ...]`, where the prefix
-reaches to the first token in which two responses differ, and no suffix sees another. The model builds its own attention
-mask and positions for that row; a hook in front of its language model then closes the mask between suffixes and lets each
-suffix's positions follow on the prefix. So nothing here depends on the family, and it holds under gradient checkpointing,
-where an expanded key-value cache is silently wrong. The plain path, one forward for each candidate, is what all of
-this equals.
+Candidates differ in a few tokens at their end. Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends
+before the first token in which two responses differ, and suffixes do not attend to each other. The model builds its attention
+mask and positions for the row; a pre-hook of its language model then masks other suffixes and makes each suffix's positions
+continue the prefix. This is independent of the model family and exact under gradient checkpointing, where an expanded
+key-value cache is silently wrong. The plain path, one forward per candidate, gives the same result and is the reference.
 """
 
 from __future__ import annotations
@@ -27,17 +26,18 @@ logger = logging.getLogger(__name__)
 
 Scoring = Literal["auto", "shared", "plain"]
 Responses = Sequence[Sequence[Sequence[int]]]
-"""For each query its candidates, each a sequence of token ids that follow the query's prompt."""
+"""For each query its candidates, each a sequence of token ids behind the query's prompt."""
 
 ATTENTION = ("eager", "sdpa")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Prompts(NamedTuple):
-    """Prompts that responses are to follow.
+    """A batch of prompts to which responses are appended.
 
-    inputs: what the model's forward takes, padded on the right. lengths: int64 [B], how many leading tokens of each row
-    come before the responses; the rest of a row is not looked at.
+    Attributes:
+        inputs: arguments of the model's forward, padded on the right.
+        lengths: int64 [B], tokens of each row before the responses; the rest of a row is ignored.
     """
 
     inputs: Mapping[str, Tensor]
@@ -45,19 +45,24 @@ class Prompts(NamedTuple):
 
 
 class ResponseScores(NamedTuple):
-    """log_likelihood: float32 [B, K, T], of each token of each candidate, 0 elsewhere. tokens: bool [B, K, T], where one is."""
+    """Log-likelihoods of the tokens of B x K candidates.
+
+    Attributes:
+        log_likelihood: float32 [B, K, T], 0 where there is no token.
+        tokens: bool [B, K, T], the mask of tokens.
+    """
 
     log_likelihood: Tensor
     tokens: Tensor
 
     @property
     def total(self) -> Tensor:
-        """log p of each candidate as a whole, [B, K]."""
+        """Log-likelihood of each candidate, float32 [B, K]."""
         return self.log_likelihood.sum(-1)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each candidate, int64 [B, K]; 0 where a query has fewer than K."""
+        """Tokens of each candidate, int64 [B, K]; 0 if a query has fewer than K."""
         return self.tokens.sum(-1)
 
 
@@ -68,40 +73,43 @@ def score_responses(
 
     Args:
         model: a transformers or peft model.
-        scoring: "shared" packs, "plain" runs one forward for each candidate, "auto" packs where that is exact and says
-            once in the log why it does not.
+        prompts: the prompts.
+        responses: the candidates of each query.
+        scoring: "shared" packs candidates into rows, "plain" runs one forward per candidate, "auto" packs if that is
+            exact, else it logs the reason once.
 
     Raises:
-        ValueError: a query without candidates or a candidate without tokens; "shared" with a model whose prefix cannot be
-            shared.
+        ValueError: a query has no candidates, a candidate has no tokens, or scoring is "shared" and the model's prefix
+            cannot be shared.
     """
     if len(responses) != len(prompts.lengths) or not all(r and all(r) for r in responses):
         raise ValueError("every query needs at least one response, and every response at least one token")
     if scoring == "plain":
-        return score_plainly(model, prompts, responses)
+        return _score_plain(model, prompts, responses)
     packed = pack(prompts, responses)
     reason = why_not_shared(model, packed.inputs["input_ids"].shape[1])
     if reason is None:
-        return score_packed(model, packed)
+        return _score_packed(model, packed)
     if scoring == "shared":
         raise ValueError(f"the prefix cannot be shared: {reason}; use `scoring: plain`")
-    _say_once(f"scoring each response on its own, which is slower: {reason}")
-    return score_plainly(model, prompts, responses)
+    _warn_once(f"scoring each response separately, which is slower: {reason}")
+    return _score_plain(model, prompts, responses)
 
 
 def why_not_shared(model: Any, row_length: int) -> str | None:
-    """Why packed rows of this length would be wrong for the model, or None.
+    """The reason why packed rows of this length are wrong for the model, or None.
 
     Args:
+        model: a transformers or peft model.
         row_length: tokens of the longest packed row.
     """
     config = unwrap_peft(model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ATTENTION:
-        return f"attention {attention!r} takes no mask of its own kind (attn_implementation: sdpa does)"
+        return f"attention {attention!r} takes no custom mask (use `attn_implementation: sdpa`)"
     kinds = getattr(config, "layer_types", None)
-    if strange := sorted(set(kinds or ()) - set(LAYER_TYPES)):
-        return f"{type(unwrap_peft(model)).__name__} has {strange[0]} layers, which read a row from left to right"
+    if unsupported := sorted(set(kinds or ()) - set(LAYER_TYPES)):
+        return f"{type(unwrap_peft(model)).__name__} has {unsupported[0]} layers, which process a row sequentially"
     window = getattr(config, "sliding_window", None)
     slides = kinds is None or "sliding_attention" in kinds
     if window is not None and slides and window < row_length:
@@ -109,25 +117,29 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     return None
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    # Row lengths differ from batch to batch; the reason is the same.
-    kind = re.sub(r"\d+", "#", message)
-    if kind not in _said:
-        _said.add(kind)
+def _warn_once(message: str) -> None:
+    # Row lengths differ between batches, the reason does not.
+    key = re.sub(r"\d+", "#", message)
+    if key not in _logged:
+        _logged.add(key)
         logger.warning(message)
 
 
 class Packed(NamedTuple):
-    """Rows `[prefix, suffix 1, suffix 2, ...]`.
+    """Rows `[prefix, suffix 1, suffix 2, ...]` and the N distinct predictions made in them.
 
-    inputs: what the model's forward takes. segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
-    shift: int64 [B, L], how far a token is behind where it would be without the suffixes before its own.
-    rows, positions, targets: int64 [N], the N different predictions: where each is made, and of which token.
-    lengths: int64 [B], tokens of each prompt. which: int64 [B, K, T], which of the N is token t of candidate k; -1 where
-    there is none.
+    Attributes:
+        inputs: arguments of the model's forward.
+        segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
+        shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
+        rows: int64 [N], the row of each prediction.
+        positions: int64 [N], the position in the row.
+        targets: int64 [N], the predicted token.
+        lengths: int64 [B], tokens of each prompt.
+        predictions: int64 [B, K, T], the number of the prediction of token t of candidate k; -1 where there is no token.
     """
 
     inputs: dict[str, Tensor]
@@ -137,20 +149,20 @@ class Packed(NamedTuple):
     positions: Tensor
     targets: Tensor
     lengths: Tensor
-    which: Tensor
+    predictions: Tensor
 
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
-    """Lay the candidates of each query out in one row."""
+    """Pack the candidates of each query into one row."""
     ids: list[list[int]] = []  # behind the prompt
     segments: list[list[int]] = []
     shifts: list[list[int]] = []
-    places: dict[tuple[int, int, int], int] = {}  # (row, position, target) -> which of the N
+    numbers: dict[tuple[int, int, int], int] = {}  # (row, position, target) -> number of the prediction
 
-    def predictions(row: int, positions: Iterable[int], targets: Sequence[int]) -> list[int]:
-        # Suffixes that begin alike share their first prediction, unless all of them do.
+    def number(row: int, positions: Iterable[int], targets: Sequence[int]) -> list[int]:
+        # Suffixes with the same first token share its prediction.
         return [
-            places.setdefault((row, position, token), len(places))
+            numbers.setdefault((row, position, token), len(numbers))
             for position, token in zip(positions, targets, strict=False)
         ]
 
@@ -159,14 +171,14 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     for row, (length, candidates) in enumerate(zip(lengths, responses, strict=True)):
         shared = _shared_length(candidates)
         common = list(candidates[0][:shared])
-        first = predictions(row, range(length - 1, length - 1 + shared), common)
+        first = number(row, range(length - 1, length - 1 + shared), common)
         behind, segment, shift, of_row = common, [0] * shared, [0] * shared, []
         for k, candidate in enumerate(candidates, start=1):
             suffix = list(candidate[shared:])
             start = length + len(behind)
-            # The last token of a response predicts nothing. The first of a suffix is predicted by the prefix's last.
-            where = [length + shared - 1, *range(start, start + len(suffix) - 1)]
-            of_row.append([*first, *predictions(row, where, suffix)])
+            # The prefix's last token predicts a suffix's first; the last token of a response predicts nothing.
+            positions = [length + shared - 1, *range(start, start + len(suffix) - 1)]
+            of_row.append([*first, *number(row, positions, suffix)])
             behind = behind + suffix[:-1]
             segment += [k] * (len(suffix) - 1)
             shift += [start - length - shared] * (len(suffix) - 1)
@@ -175,44 +187,43 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
         shifts.append([0] * length + shift)
         index.append(of_row)
     device = prompts.lengths.device
-    rows, positions, targets = torch.tensor(list(places), device=device).unbind(-1)
+    rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
     return Packed(
-        _followed_by(prompts, ids),
+        _append_tokens(prompts, ids),
         padded(segments, -1, device),
         padded(shifts, 0, device),
         rows,
-        positions,
+        at,
         targets,
         prompts.lengths,
         padded_table(index, device),
     )
 
 
-def score_packed(model: Any, packed: Packed) -> ResponseScores:
-    """One forward over packed rows."""
+def _score_packed(model: Any, packed: Packed) -> ResponseScores:
+    """Score all candidates with one forward over packed rows."""
     decoder = unwrap_peft(model).get_decoder()
-    hook = partial(_separate, segment=packed.segment, shift=packed.shift)
+    hook = partial(_isolate_suffixes, segment=packed.segment, shift=packed.shift)
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         inputs = _with_response_types(model, packed)
         logits = logits_at(model, inputs, packed.rows, packed.positions)
     finally:
         handle.remove()
-    return scores_at(token_log_likelihood(logits, packed.targets), packed.which)
+    return scores_at(token_log_likelihood(logits, packed.targets), packed.predictions)
 
 
-def score_plainly(model: Any, prompts: Prompts, responses: Responses) -> ResponseScores:
-    """One forward for each k over the k-th candidate of every query; images stay as they are."""
+def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> ResponseScores:
+    """Score the k-th candidate of every query with one forward per k."""
     columns = []
     for k in range(max(map(len, responses))):
-        # A query with fewer candidates repeats its first, and what comes of it is dropped.
-        column = [[r[k] if k < len(r) else r[0]] for r in responses]
-        alone = pack(prompts, column)
-        inputs = _with_response_types(model, alone)
-        logits = logits_at(model, inputs, alone.rows, alone.positions)
-        found = scores_at(token_log_likelihood(logits, alone.targets), alone.which)
-        there = torch.tensor([k < len(r) for r in responses], device=found.tokens.device)[:, None]
-        columns.append((found.log_likelihood[:, 0] * there, found.tokens[:, 0] & there))
+        # A query with fewer candidates repeats its first, whose score is masked.
+        single = pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses])
+        inputs = _with_response_types(model, single)
+        logits = logits_at(model, inputs, single.rows, single.positions)
+        scores = scores_at(token_log_likelihood(logits, single.targets), single.predictions)
+        mask = torch.tensor([k < len(r) for r in responses], device=scores.tokens.device)[:, None]
+        columns.append((scores.log_likelihood[:, 0] * mask, scores.tokens[:, 0] & mask))
     log_likelihood, tokens = (
         pad_sequence([c[i].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
     )
@@ -220,7 +231,7 @@ def score_plainly(model: Any, prompts: Prompts, responses: Responses) -> Respons
 
 
 def _shared_length(candidates: Sequence[Sequence[int]]) -> int:
-    """Tokens with which all candidates begin."""
+    """Number of leading tokens that all candidates share."""
     shared = 0
     for tokens in zip(*candidates, strict=False):
         if len(set(tokens)) > 1:
@@ -229,8 +240,8 @@ def _shared_length(candidates: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def _followed_by(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
-    """The prompts' inputs with further tokens behind each prompt, of the kind that text is."""
+def _append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
+    """Append text tokens to each prompt's inputs."""
     lengths = prompts.lengths.tolist()
     shape = prompts.inputs["input_ids"].shape
     inputs = dict(prompts.inputs)
@@ -246,7 +257,7 @@ def _followed_by(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
 
 
 def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """PaliGemma reads tokens of type 0 in both directions; what it is to say has type 1."""
+    """Give responses token type 1 for PaliGemma, which attends to type 0 in both directions."""
     inputs = packed.inputs
     if "token_type_ids" not in inputs or not unwrap_peft(model).config.model_type.startswith("paligemma"):
         return inputs
@@ -255,24 +266,23 @@ def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
     return {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
 
 
-def _separate(
+def _isolate_suffixes(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, segment: Tensor, shift: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """In front of the language model: close the mask between suffixes, and let each follow on the prefix."""
+    """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix."""
     embeddings = kwargs["inputs_embeds"]
     length, dtype = segment.shape[1], embeddings.dtype
     query, key = segment[:, :, None], segment[:, None, :]
-    open_to = ((key == 0) | (key == query)) & (key >= 0)
+    same_path = ((key == 0) | (key == query)) & (key >= 0)
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     diagonal = torch.eye(length, dtype=torch.bool, device=segment.device)
 
-    def closed(mask: Tensor | None) -> Tensor:
-        if mask is None or mask.ndim == 2:  # the model will make a causal one of it
-            allowed = (open_to & causal)[:, None]
+    def restrict(mask: Tensor | None) -> Tensor:
+        if mask is None or mask.ndim == 2:  # the model would make it causal
+            allowed = (same_path & causal)[:, None]
         else:
-            allowed = (mask if mask.dtype == torch.bool else mask == 0) & open_to[:, None]
-        # A row without an open place, as padding has, would be a mean over nothing. Additive, since eager attention
-        # adds whatever it is given.
+            allowed = (mask if mask.dtype == torch.bool else mask == 0) & same_path[:, None]
+        # The diagonal keeps softmax defined for padding. Additive, because eager attention adds its mask.
         blocked = ~(allowed | diagonal)
         return torch.zeros(blocked.shape, dtype=dtype, device=segment.device).masked_fill(
             blocked, torch.finfo(dtype).min
@@ -283,27 +293,33 @@ def _separate(
         positions = torch.arange(length, device=segment.device)[None]
     return args, {
         **kwargs,
-        "attention_mask": {k: closed(m) for k, m in mask.items()} if isinstance(mask, dict) else closed(mask),
+        "attention_mask": {k: restrict(m) for k, m in mask.items()}
+        if isinstance(mask, dict)
+        else restrict(mask),
         "position_ids": positions - shift,
     }
 
 
-def scores_at(log_likelihood: Tensor, index: Tensor) -> ResponseScores:
-    """The scores of candidates whose tokens are predictions of these numbers, int64 [B, K, T]; -1 where there is none."""
-    tokens = index >= 0
-    return ResponseScores(torch.where(tokens, log_likelihood[index.clamp(min=0)], 0.0), tokens)
+def scores_at(log_likelihood: Tensor, predictions: Tensor) -> ResponseScores:
+    """Gather the scores of candidates.
+
+    Args:
+        log_likelihood: float32 [N], of each prediction.
+        predictions: int64 [B, K, T], the number of each token's prediction; -1 where there is no token.
+    """
+    tokens = predictions >= 0
+    return ResponseScores(torch.where(tokens, log_likelihood[predictions.clamp(min=0)], 0.0), tokens)
 
 
 def padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
-    """Ragged rows as int64 [B, L], this value behind the shorter ones."""
+    """Pad ragged rows on the right with `value`, int64 [B, L]."""
     return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value).to(device)
 
 
 def padded_table(index: list[list[list[int]]], device: torch.device) -> Tensor:
-    """[B, K, T] of ragged lists, -1 where there is nothing."""
-    widest = max(len(c) for row in index for c in row)
-    most = max(map(len, index))
-    table = torch.full((len(index), most, widest), -1)
+    """Pad nested ragged lists with -1, int64 [B, K, T]."""
+    longest = max(len(candidate) for row in index for candidate in row)
+    table = torch.full((len(index), max(map(len, index)), longest), -1)
     for b, row in enumerate(index):
         for k, candidate in enumerate(row):
             table[b, k, : len(candidate)] = torch.tensor(candidate, dtype=torch.int64)

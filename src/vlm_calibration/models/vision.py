@@ -1,7 +1,7 @@
-"""Frozen vision computed once for every pass over the same images.
+"""Frozen vision modules computed once for several passes over the same images.
 
-Policy and reference, or a base model and its adapters, see the same images through the same frozen tower. Within
-`shared_vision` each frozen part beside the language model runs once, and later passes are given what it found.
+Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower. Within
+`shared_vision` each frozen module outside the language model runs once, and later passes reuse its result.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from vlm_calibration.models.forward import unwrap_peft
 
 
 def frozen_vision(model: Any) -> list[nn.Module]:
-    """The outermost modules beside the language model that no adapter and no training changes: tower, projector, ..."""
+    """The outermost modules outside the language model without an adapter or trained parameters: tower, projector, ..."""
     base = unwrap_peft(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
-    return list(_frozen(base, {id(decoder), id(head)}))
+    return list(_frozen_modules(base, {id(decoder), id(head)}))
 
 
-def _frozen(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
+def _frozen_modules(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
     for child in module.children():
         inside = {id(m) for m in child.modules()}
         if id(child) in language:
             continue
         if inside & language:
-            yield from _frozen(child, language)
+            yield from _frozen_modules(child, language)
         elif not any(isinstance(m, BaseTunerLayer) for m in child.modules()) and not any(
             p.requires_grad for p in child.parameters()
         ):
@@ -40,26 +40,26 @@ def _frozen(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
 
 @contextmanager
 def shared_vision(model: Any) -> Iterator[None]:
-    """Within this context, frozen vision modules run once for the same inputs.
+    """Run frozen vision modules once for equal inputs within this context.
 
-    One that is given other inputs than the first time, such as a frozen projector behind an adapted tower, runs as usual.
+    A module whose inputs differ from the first call, such as a frozen projector behind an adapted tower, runs as usual.
     """
     modules = frozen_vision(model)
-    before = [m.__dict__.get("forward") for m in modules]
+    originals = [m.__dict__.get("forward") for m in modules]
     for module in modules:
-        module.forward = _Remembered(module.forward)
+        module.forward = _CachedForward(module.forward)
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
+        for module, original in zip(modules, originals, strict=True):
+            if original is None:
                 del module.__dict__["forward"]
-            else:  # accelerate and bitsandbytes put a forward of their own here
-                module.forward = own
+            else:  # accelerate and bitsandbytes replace `forward` on the instance
+                module.forward = original
 
 
-class _Remembered:
-    """A forward that runs on its first call and gives the same result to all others with the same inputs."""
+class _CachedForward:
+    """A forward that runs on its first call, and returns that result again for equal inputs."""
 
     def __init__(self, forward: Any) -> None:
         self.forward = forward
@@ -76,5 +76,5 @@ class _Remembered:
             self.inputs = inputs
         elif len(inputs) != len(self.inputs) or not all(map(torch.equal, inputs, self.inputs)):
             return self.forward(*args, **kwargs)
-        # Some families replace parts of what their tower returned.
+        # Some families replace fields of the tower's output in place.
         return copy(self.result)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskGeneration
 
-from vlm_calibration.models.loading import Dtype
+from vlm_calibration.models.base import Dtype
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import Box, load_pair, to_device
 
