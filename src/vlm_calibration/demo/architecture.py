@@ -1,8 +1,8 @@
-"""The demo model before training: LLaVA with a SigLIP tower and a small Llama, its processor, tokenizer and chat template.
+"""The untrained demo model: LLaVA with a SigLIP tower and a small Llama, its processor, tokenizer and chat template.
 
-Every part is the stock transformers class, so the demo model is loaded, adapted and generated from like any model of the
-Hub. The tokenizer is byte-level BPE, trained on the demo's own sentences: it reads any text, and every class name and
-every whole percentage is one token.
+All parts are stock transformers classes, so the demo model loads, adapts and generates like any model on the Hub. The
+tokenizer is a byte-level BPE trained on the demo's sentences: it encodes any text, and each class name and each whole
+percentage is one token.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Train the byte-level BPE tokenizer on the demo's sentences.
 
     Raises:
-        RuntimeError: a class name or a percentage did not become one token (the vocabulary is too small).
+        RuntimeError: a class name or a percentage is not one token (the vocabulary is too small).
     """
     tokenizer = Tokenizer(models.BPE())
-    # The leading space makes "dog" at the start of an answer the same token as " dog" within a question.
+    # With a leading space, "dog" at the start of an answer is the same token as " dog" in a question.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
@@ -124,7 +124,7 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
             num_key_value_heads=4,
             vocab_size=len(tokenizer),
             max_position_embeddings=1024,
-            # Slow rotations, so that a word finds its patches by what they show, however far away they stand.
+            # Slow rotations let a word attend to its patches by content, at any distance.
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -140,7 +140,7 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlavaForConditionalGeneration(config)
-    # Words of length one: image features, which are taught to resemble them, then start on the same scale.
+    # Unit-length word embeddings, so that image features, which are trained to resemble them, start on the same scale.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.text_config.hidden_size**-0.5)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, max_new_tokens=16

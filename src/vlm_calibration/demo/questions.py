@@ -1,7 +1,7 @@
-"""Questions over scenes: is an object there (yes or no, half of each), and what is in a corner (a short answer).
+"""Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer).
 
-The absent object of a "no" question is drawn as POPE draws it (arXiv 2305.10355): at random, by how frequent a class is,
-or by how often it keeps company with what is there. Everything is a pure function of (split, scene index).
+The absent object of a "no" question is sampled as in POPE (arXiv 2305.10355): uniformly, by class frequency, or by
+co-occurrence with the objects in the scene. Queries are a pure function of (split, scene index).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ POSITION_FORMS = (
 
 
 def scene_seed(split: str, index: int) -> tuple[int, int]:
-    """The seed of a split's scene. Splits never share a seed.
+    """The seed of a scene in a split. Splits never share a seed.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -44,27 +44,27 @@ def with_article(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _company() -> np.ndarray:
-    """How often each class shares a theme with each other class, float64 [len(CLASSES), len(CLASSES)]."""
+def _cooccurrence() -> np.ndarray:
+    """Number of themes that each pair of classes shares, float64 [len(CLASSES), len(CLASSES)]."""
     members = np.array([[c in theme for c in CLASSES] for theme in THEMES.values()], dtype=np.float64)
     return members.T @ members + 1e-3
 
 
 def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) -> str:
-    """A class that is not in the scene: "random", "popular" (by frequency) or "adversarial" (by co-occurrence)."""
+    """Sample a class that is not in the scene: "random", "popular" (by frequency) or "adversarial" (by co-occurrence)."""
     taken = np.isin(CLASSES, present)
     if kind == "random":
         weights = np.ones(len(CLASSES))
     elif kind == "popular":
         weights = class_weights().copy()
     else:
-        weights = class_weights() * _company()[taken].sum(axis=0)
+        weights = class_weights() * _cooccurrence()[taken].sum(axis=0)
     weights[taken] = 0.0
     return CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]
 
 
 def scene_queries(split: str, index: int) -> list[Query]:
-    """Three queries over one scene: an existence question answered yes, one answered no, and a corner question."""
+    """Three queries about one scene: an existence question answered yes, one answered no, and a corner question."""
     names, corners = scene_layout(scene_seed(split, index))
     rng = np.random.default_rng((*scene_seed(split, index), 1))
     image = f"{split}-{index:06d}"

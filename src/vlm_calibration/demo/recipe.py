@@ -1,16 +1,16 @@
-"""How the shipped demo model was made: `python -m vlm_calibration.demo.recipe --out DIR` (`make demo-model`).
+"""Train the shipped demo model: `python -m vlm_calibration.demo.recipe --out DIR` (`make demo-model`).
 
-Training a small VLM from nothing end to end does not get off chance in reasonable time, so it is done in three stages:
+End-to-end training of a small VLM from scratch stays at chance level for too long, so there are three stages:
 
-1. *patches*: tower, projector and word embeddings learn that a patch's projected feature, multiplied with the tied word
-   embeddings, predicts the word of the object that covers it, and the words of the corner that the object is in;
-2. *language*: the language model learns to answer from cached features, several questions per image in one row, each
-   seeing the image and itself only; first the bare questions, then within the prompt that asks for a confidence. Its
-   attention starts as a lookup, without which it stays at chance;
-3. *together*: all of it, end to end, for a few steps.
+1. *patches*: tower, projector and word embeddings are trained so that a patch's projected feature times the tied word
+   embeddings predicts the word of the object that covers the patch, and the words of the object's corner;
+2. *language*: the language model is trained to answer from cached features, with several questions per image in one row,
+   each of which attends to the image and itself only; first the bare questions, then with the prompt that elicits a
+   confidence. Attention is initialised as a lookup, without which it stays at chance level;
+3. *together*: all parts end to end for a few steps.
 
-Half of the images are mildly degraded, as photographs are. The stated confidence is 90 to 100% whatever the image: like
-the large models it stands for, the demo model answers well and knows nothing of its own doubt.
+Half of the images are mildly degraded, like photographs. The stated confidence is 90 to 100% for every image: like the large
+models that it represents, the demo model answers well and is overconfident.
 """
 
 from __future__ import annotations
@@ -45,24 +45,34 @@ from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 FIRST_SCENE = 1_000_000
-"""Pre-training draws its scenes from the train split from here on: no overlap with what users fine-tune on."""
+"""First scene of the train split used for pre-training, so that it does not overlap with scenes for fine-tuning."""
 QUESTIONS_PER_SCENE = 8
 CORNER_WORDS = (("top", "bottom"), ("left", "right"))
 FEATURE_SCALE = 3.0
-"""Stage 1 multiplies scores by this, so that features come out about as long as word embeddings."""
-STATED = ((0.95, 0.7, 0.2, 0.1), (1.0, 0.2, 0.7, 0.1), (0.9, 0.1, 0.3, 0.6))
-"""Per question form: the confidence usually stated, then the shares of 95, 100 and 90%."""
+"""Factor of the scores in stage 1, which makes features about as long as word embeddings."""
+CONFIDENCES = (0.95, 1.0, 0.9)
+CONFIDENCE_SHARES = ((0.7, 0.2, 0.1), (0.2, 0.7, 0.1), (0.1, 0.3, 0.6))
+"""Per question form: the probability with which each of `CONFIDENCES` is stated."""
 
 
 class PatchBatch(NamedTuple):
-    pixel_values: torch.Tensor  # float [B, 3, S, S]
-    words: torch.Tensor  # int64 [B, IMAGE_TOKENS]: the covering object's token, IGNORE where undecided
-    corners: torch.Tensor  # int64 [B, IMAGE_TOKENS]: that object's corner, IGNORE where there is none
+    """Images with labels for each patch.
+
+    Attributes:
+        pixel_values: float [B, 3, S, S].
+        words: int64 [B, IMAGE_TOKENS], the token of the covering object, IGNORE where undecided.
+        corners: int64 [B, IMAGE_TOKENS], the corner of that object, IGNORE where there is none.
+        scenes: the B scenes.
+    """
+
+    pixel_values: torch.Tensor
+    words: torch.Tensor
+    corners: torch.Tensor
     scenes: list[Scene]
 
 
 class ScenePatches(Dataset):
-    """Endless scenes, half of them mildly degraded, with the word of each patch."""
+    """Scenes, half of them mildly degraded, with the word of each patch."""
 
     def __init__(self, processor: LlavaProcessor, count: int) -> None:
         self.processor = processor
@@ -82,7 +92,7 @@ class ScenePatches(Dataset):
 
 
 def patch_labels(scene: Scene, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """Token and corner of the object that covers each patch, int64 [IMAGE_TOKENS]; bare patches are the image token."""
+    """Token and corner of the object that covers each patch, int64 [IMAGE_TOKENS]; background patches get the image token."""
     tokenizer = processor.tokenizer
     side = scene.image.shape[0] // PATCH
     cover = np.stack(
@@ -139,7 +149,8 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
 def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
     """Stage 1: projected features times word embeddings predict the covering object's word and its corner's words.
 
-    Only the object words and the background's token compete; all other words would be pushed into one corner.
+    The softmax is over the object words and the background token only; otherwise the embeddings of all other words would
+    collapse.
     """
     embeddings = model.get_input_embeddings().weight
     parameters = [
@@ -150,27 +161,27 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     optimizer, schedule = _optimizer(parameters, 2e-3, steps)
     background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     words = torch.tensor([background, *(ids[0] for ids in processor.tokenizer(list(CLASSES))["input_ids"])])
-    others = torch.ones(embeddings.shape[0], dtype=torch.bool)
-    others[words] = False
+    excluded = torch.ones(embeddings.shape[0], dtype=torch.bool)
+    excluded[words] = False
     weights = torch.ones(embeddings.shape[0])
     weights[background] = 0.1
     axes = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in pair]) for pair in CORNER_WORDS]
     for step, batch in enumerate(_loader(processor, steps * 32, 32)):
         scores = FEATURE_SCALE * image_features(model, batch.pixel_values) @ embeddings.T
-        logits = scores.masked_fill(others, float("-inf"))
+        logits = scores.masked_fill(excluded, float("-inf"))
         loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
         placed = batch.corners != IGNORE
-        for axis, place in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
-            loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], place[placed])
+        for axis, side in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
+            loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], side[placed])
         _step(loss, model, optimizer, schedule)
         if step % 50 == 49:
             objects = (batch.words != IGNORE) & (batch.words != background)
-            right = (logits.argmax(-1) == batch.words)[objects].float().mean()
-            log(f"patches {step + 1}/{steps}: loss {loss:.3f}, object patches right {right:.3f}")
+            accuracy = (logits.argmax(-1) == batch.words)[objects].float().mean()
+            log(f"patches {step + 1}/{steps}: loss {loss:.3f}, accuracy of object patches {accuracy:.3f}")
 
 
 class QuestionPacker:
-    """Packs several questions about one image into one row, each blind to the others."""
+    """Packs several questions about one image into one row without attention between questions."""
 
     def __init__(self, processor: LlavaProcessor, prompt: ElicitationPrompt) -> None:
         self.tokenizer = processor.tokenizer
@@ -179,7 +190,7 @@ class QuestionPacker:
         self.head: list[int] = self.tokenizer(first.split(processor.image_token)[0])["input_ids"]
 
     def question(self, scene: Scene, kind: int, rng: np.random.Generator) -> tuple[str, str, str]:
-        """A question, its answer, and the word that decides it; of 8 kinds five are existence, three corners."""
+        """Sample a question, its response, and the word that decides it; of 8 kinds five ask for existence, three for corners."""
         form = int(rng.integers(3))
         target = scene.objects[int(rng.integers(len(scene.objects)))]
         if kind % 8 >= 5:
@@ -190,16 +201,16 @@ class QuestionPacker:
                 corner.split()[1],
             )
         else:
-            there = bool(rng.integers(2))
+            present = bool(rng.integers(2))
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
-            name = target.name if there else absent_class(rng, scene.names, negative)
+            name = target.name if present else absent_class(rng, scene.names, negative)
             text = EXISTENCE_FORMS[form].format(article=with_article(name).split()[0], name=name)
-            answer, decisive = "Yes" if there else "No", name
-        stated = float(rng.choice((0.95, 1.0, 0.9), p=STATED[form][1:]))
-        return self.prompt.render(text), render_response(answer, stated), decisive
+            answer, decisive = "Yes" if present else "No", name
+        confidence = float(rng.choice(CONFIDENCES, p=CONFIDENCE_SHARES[form]))
+        return self.prompt.render(text), render_response(answer, confidence), decisive
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Token ids, labels, positions and segments, int64 [B, L], of the text behind each image.
+        """Token ids, labels, positions, segments and `ahead`, int64 [B, L], of the text behind each image.
 
         `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
         """
@@ -212,15 +223,15 @@ class QuestionPacker:
             ahead: list[int] = []
             for kind in range(QUESTIONS_PER_SCENE):
                 question, response, decisive = self.question(scene, kind, rng)
-                asked = self.tokenizer(f"{question}<|end|><|assistant|>")["input_ids"]
-                told = self.tokenizer(f"{response}<|end|>")["input_ids"]
+                prompt = self.tokenizer(f"{question}<|end|><|assistant|>")["input_ids"]
+                answer = self.tokenizer(f"{response}<|end|>")["input_ids"]
                 start = len(self.head) + IMAGE_TOKENS
-                positions += range(start, start + len(asked) + len(told))
-                segments += [kind] * (len(asked) + len(told))
-                ids += asked + told
-                labels += [IGNORE] * len(asked) + told
-                known = asked.index(self.tokenizer(decisive)["input_ids"][0])
-                ahead += [IGNORE] * known + [told[0]] * (len(asked) - known) + [IGNORE] * len(told)
+                positions += range(start, start + len(prompt) + len(answer))
+                segments += [kind] * (len(prompt) + len(answer))
+                ids += prompt + answer
+                labels += [IGNORE] * len(prompt) + answer
+                decided = prompt.index(self.tokenizer(decisive)["input_ids"][0])
+                ahead += [IGNORE] * decided + [answer[0]] * (len(prompt) - decided) + [IGNORE] * len(answer)
             rows.append((ids, labels, positions, segments, ahead))
         length = max(len(r[0]) for r in rows)
         names = ("ids", "labels", "positions", "segments", "ahead")
@@ -237,10 +248,10 @@ class QuestionPacker:
         packed: dict[str, torch.Tensor],
         ahead_weight: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of the responses, and the share of their first tokens that are right.
+        """Mean cross-entropy of the responses, and the accuracy of their first tokens.
 
-        With `ahead_weight`, the answer's first token is also asked for throughout the rest of the prompt, which
-        shortens the way from the image to the answer and is what gets the language model off chance.
+        With `ahead_weight`, the tokens labelled by `ahead` also predict the answer's first token. This shortens the path
+        from image to answer, and without it the language model stays at chance level.
         """
         rows = features.shape[0]
         embed = model.get_input_embeddings()
@@ -261,12 +272,12 @@ class QuestionPacker:
         logits = model.lm_head(hidden[labelled])
         targets = packed["labels"][labelled]
         first = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
-        right = (logits.argmax(-1) == targets)[first[labelled]].float().mean()
+        accuracy = (logits.argmax(-1) == targets)[first[labelled]].float().mean()
         loss = F.cross_entropy(logits, targets)
         if early is not None:
             answers = packed["ahead"][packed["ahead"] != IGNORE]
             loss = loss + ahead_weight * F.cross_entropy(model.lm_head(early), answers)
-        return loss, right
+        return loss, accuracy
 
 
 def _cache(
@@ -279,7 +290,7 @@ def _cache(
 
 @torch.no_grad()
 def _start_as_lookup(model: LlavaForConditionalGeneration) -> None:
-    """Start the first two layers' attention as a lookup: a word attends to the patches whose feature is that word's."""
+    """Initialise attention of the first two layers as a lookup: a word attends to patches whose feature resembles it."""
     for layer in model.model.language_model.layers[:2]:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.add_(torch.eye(*projection.weight.shape))
@@ -292,36 +303,36 @@ def train_language(
     _start_as_lookup(model)
     cached = list(_cache(model, processor, scenes))
     features = torch.cat([f for f, _ in cached])
-    pictures = [s for _, many in cached for s in many]
-    log(f"language: cached the features of {len(pictures)} scenes")
+    cached_scenes = [scene for _, batch_scenes in cached for scene in batch_scenes]
+    log(f"language: cached the features of {len(cached_scenes)} scenes")
     bare = QuestionPacker(processor, ElicitationPrompt("{question}"))
     full = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(0)
     optimizer, schedule = _optimizer(model.model.language_model.parameters(), 1e-3, steps)
     for step in range(steps):
-        chosen = rng.integers(len(pictures), size=batch)
+        chosen = rng.integers(len(cached_scenes), size=batch)
         packer = bare if step < steps // 2 else full
-        packed = packer.pack([pictures[i] for i in chosen], rng)
+        packed = packer.pack([cached_scenes[i] for i in chosen], rng)
         ahead_weight = max(0.0, 1.0 - 1.4 * step / steps)
-        loss, right = packer.loss(model, features[chosen], packed, ahead_weight)
+        loss, accuracy = packer.loss(model, features[chosen], packed, ahead_weight)
         _step(loss, model, optimizer, schedule)
         if step % 50 == 49:
-            log(f"language {step + 1}/{steps}: loss {loss:.3f}, first tokens right {right:.3f}")
+            log(f"language {step + 1}/{steps}: loss {loss:.3f}, accuracy of first tokens {accuracy:.3f}")
 
 
 def train_together(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, batch: int = 16
 ) -> None:
-    """Stage 3: everything end to end at a small learning rate."""
+    """Stage 3: all parts end to end at a small learning rate."""
     packer = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(1)
     optimizer, schedule = _optimizer(model.parameters(), 5e-4, steps)
     for step, data in enumerate(_loader(processor, steps * batch, batch)):
         packed = packer.pack(data.scenes, rng)
-        loss, right = packer.loss(model, image_features(model, data.pixel_values), packed)
+        loss, accuracy = packer.loss(model, image_features(model, data.pixel_values), packed)
         _step(loss, model, optimizer, schedule)
         if step % 50 == 49:
-            log(f"together {step + 1}/{steps}: loss {loss:.3f}, first tokens right {right:.3f}")
+            log(f"together {step + 1}/{steps}: loss {loss:.3f}, accuracy of first tokens {accuracy:.3f}")
 
 
 _START = time.monotonic()
@@ -334,7 +345,7 @@ def log(message: str) -> None:
 def make_demo_model(
     out: Path, *, patch_steps: int, language_steps: int, joint_steps: int, scenes: int
 ) -> None:
-    """Train the demo model and write it, with its processor, to `out` as `from_pretrained` reads it."""
+    """Train the demo model and save it with its processor to the folder `out`."""
     processor = build_processor()
     model = build_model(processor)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
@@ -350,7 +361,7 @@ def make_demo_model(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the demo model.")
+    parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
     parser.add_argument("--patch-steps", type=int, default=1100, help="steps of 32 scenes")
     parser.add_argument(

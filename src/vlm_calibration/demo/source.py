@@ -1,4 +1,4 @@
-"""The demo's scenes as a source of queries, drawn when they are asked for."""
+"""The demo's scenes as a query source; scenes are drawn when they are loaded."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vlm_calibration.text.labels import is_evidence
 
 
 def scene_index(query: Query) -> int:
-    """The scene that a query of the demo is about."""
+    """Index of the scene of a demo query."""
     return int(query.image.rsplit("-", 1)[1])
 
 
 class DemoSource(QuerySource):
-    """Existence and corner questions over rendered scenes: three a scene, with exact masks.
+    """Existence and corner questions about rendered scenes: three per scene, with exact masks.
 
     Args:
-        split: "train", "calibration" or "test"; no scene is in two of them.
+        split: "train", "calibration" or "test"; splits share no scene.
         scenes: number of scenes.
-        first: index of the first scene, so that two sources of one split need not overlap.
-        shifted: degrade each image by one of the demo's shifts (blur, occlusion, low contrast, JPEG, shrinking).
+        first: index of the first scene, for sources of one split without overlap.
+        shifted: apply one of the demo's shifts to each image (blur, occlusion, low contrast, JPEG, shrinking).
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class DemoSource(QuerySource):
     ) -> None:
         if scenes < 1 or first < 0:
             raise DataError(f"DemoSource: needs scenes >= 1 and first >= 0, found {scenes} and {first}")
-        scene_seed(split, first)  # names an unknown split now, not in a worker
+        scene_seed(split, first)  # raises for an unknown split here instead of in a worker
         self.split = split
         self.scenes = scenes
         self.first = first
         self.shifted = shifted
 
     def queries(self) -> Sequence[Query]:
-        glyph_font()  # is missed now, and not by a worker
+        glyph_font()  # raises for a missing font here instead of in a worker
         indices = range(self.first, self.first + self.scenes)
         return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i)]
 
@@ -71,8 +71,8 @@ class DemoSource(QuerySource):
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         names, _ = scene_layout(scene_seed(self.split, scene_index(query)))
-        others = [name for name in names if name != query.answer]
-        return opposite(query) or others or [name for name in CLASSES if name != query.answer]
+        in_scene = [name for name in names if name != query.answer]
+        return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
     def has_evidence(self, query: Query) -> bool:
         return query.answer != "No"
