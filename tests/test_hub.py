@@ -1,4 +1,4 @@
-"""The Hub as a user meets it: out of reach, which is one line at once, and in reach, with an adapter that `export` pushed."""
+"""The Hub from the command line: unreachable, which is a one-line error at once, and reachable, with an exported adapter."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vlm_calibration.records import DataError
 from .command_line import ERROR, LIMIT, Ended
 
 NOWHERE = "http://127.0.0.1:9"
-"""Nothing listens there, so that a connection is refused at once."""
+"""An address without a server, which refuses connections at once."""
 
 
 def _cold(folder: Path, *command: str, **environment: str) -> Ended:
-    """The command in a process of its own, with a cache of its own."""
+    """Run the command in a new process with an empty cache."""
     ran = subprocess.run(
         [sys.executable, "-m", "vlm_calibration.cli", *command],
         cwd=folder,
@@ -53,7 +53,7 @@ def test_out_of_reach_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) ->
     assert f"{NOWHERE} cannot be reached (Connection refused)" in ended.error()
     assert f"it is not in the cache {tmp_path}/cache/hub" in ended.error()
     assert arguments[1] in ended.error()
-    assert ended.err == f"{ERROR}{ended.error()}\n", "no line of retries"
+    assert ended.err == f"{ERROR}{ended.error()}\n", "no retries"
 
 
 def test_out_of_reach_does_not_wait(tmp_path: Path, fit: Callable[..., list[str]]) -> None:
@@ -62,15 +62,13 @@ def test_out_of_reach_does_not_wait(tmp_path: Path, fit: Callable[..., list[str]
     ended = _cold(tmp_path, *fit(), *settings, HF_ENDPOINT=NOWHERE)
     assert ended.error().startswith("cannot load a processor from 'org/model': there is no such folder, ")
     assert "Retry" not in ended.err
-    assert time.monotonic() - began < 100, (
-        "with its five retries for each file it takes more on an idle machine"
-    )
+    assert time.monotonic() - began < 100, "five retries per file take longer even on an idle machine"
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/no/such/folder", "./none", "a b"])
 def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing(name: str) -> None:
-    says = "there is no such folder, and a name on the Hub has the form owner/model"
-    with pytest.raises(DataError, match=says), hub.loading("a model", name):
+    message = "there is no such folder, and a name on the Hub has the form owner/model"
+    with pytest.raises(DataError, match=message), hub.loading("a model", name):
         raise OSError("not found")
 
 
@@ -86,12 +84,12 @@ def test_a_proxy_is_left_to_reach_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
         hub._why_offline.cache_clear()
 
 
-# --- In reach -----------------------------------------------------------------------------------------------------
+# --- A reachable Hub ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[str, Path], str]]:
-    """Serves folders as repositories of the Hub, each at one commit; the address."""
+    """Serves folders as repositories of the Hub, each at one commit; returns the address."""
     repositories: dict[str, Path] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -165,7 +163,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_an_adapter_by_its_name_on_the_hub(
     serve: Callable[[str, Path], str], new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    """It answers as it does from its folder, also from the cache alone."""
+    """Answers equal those of the adapter's folder, also with only the cache."""
     adapter = new_adapter(5)
     address = serve("org/mine", Path(adapter))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
@@ -207,7 +205,7 @@ def test_a_folder_goes_before_the_hub(
         find_adapter("runs/empty")
 
 
-# --- What an adapter says of its base -----------------------------------------------------------------------------
+# --- The base model of an adapter -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +229,7 @@ def test_the_base_is_loaded_as_in_training(
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "says"),
+    ("file", "content", "message"),
     [
         (CONFIG, "{", "{folder}/adapter_config.json: not JSON: "),
         (CONFIG, "[]", "{folder}/adapter_config.json: expected a JSON object"),
@@ -243,24 +241,24 @@ def test_the_base_is_loaded_as_in_training(
         ),
     ],
 )
-def test_what_an_adapter_says_wrong_is_named(
-    new_adapter: Callable[..., str], file: str, content: str, says: str
+def test_an_invalid_file_of_an_adapter_is_named(
+    new_adapter: Callable[..., str], file: str, content: str, message: str
 ) -> None:
     folder = Path(new_adapter(1))
     (folder / file).write_text(content)
-    with pytest.raises(DataError, match=f"^{re.escape(says.format(folder=folder))}"):
+    with pytest.raises(DataError, match=f"^{re.escape(message.format(folder=folder))}"):
         base_of_adapter(folder)
 
 
 def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
-    """One without a card goes along with the dtype of another; two that name different ones do not agree."""
+    """An adapter without a card matches any dtype; adapters with different cards do not match."""
     one, two, three = (Path(new_adapter(seed)) for seed in (1, 2, 3))
     (two / FACTS).write_text('{"dtype": "bfloat16"}')
     assert base_of_adapters({"one": str(one), "two": str(two)}).dtype == "bfloat16"
-    for card, says in (
+    for card, message in (
         ('{"dtype": "float32"}', r"'two' and 'three' .* \(bfloat16\) and .* \(float32\)"),
         ('{"dtype": "bfloat16", "quantization": "nf4"}', r"\(bfloat16\) and .* \(bfloat16, nf4\)"),
     ):
         (three / FACTS).write_text(card)
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             base_of_adapters({"one": str(one), "two": str(two), "three": str(three)})

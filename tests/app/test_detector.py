@@ -36,7 +36,7 @@ from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.segmenter import PromptedSegmenter
 
 from ..regions.conftest import tiny as tiny
-from ..regions.truth import KnowingDetector, KnowingSegmenter, Truth
+from ..regions.truth import ExactDetector, ExactSegmenter, Truth
 
 SCENES = 6
 
@@ -55,7 +55,7 @@ def upload(tmp_path: Path) -> Callable[[np.ndarray], Subject]:
 
 def test_the_object_that_a_question_names_is_found(upload: Callable[[np.ndarray], Subject]) -> None:
     truth = Truth(SCENES)
-    finder = KeyObjectFinder(RuleDescriber(), KnowingDetector(truth), KnowingSegmenter(truth))
+    finder = KeyObjectFinder(RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth))
     found = 0
     for index in range(SCENES):
         scene = demo_subject(index)
@@ -74,8 +74,8 @@ def test_all_objects_of_a_question_are_found_and_none_that_is_not_there(
     upload: Callable[[np.ndarray], Subject],
 ) -> None:
     truth = Truth(SCENES)
-    detector = KnowingDetector(truth)
-    finder = KeyObjectFinder(RuleDescriber(), detector, KnowingSegmenter(truth))
+    detector = ExactDetector(truth)
+    finder = KeyObjectFinder(RuleDescriber(), detector, ExactSegmenter(truth))
     scene = demo_subject(0)
     subject = upload(scene.image)
     first, second, *_ = scene.objects

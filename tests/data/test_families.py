@@ -31,7 +31,7 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, Family, made
+from ..models.processors import FAMILIES, Family, cached_family
 
 REPHRASED = {
     "llava_clip": ("ASSISTANT: {} ", "ASSISTANT: {}</s>"),
@@ -42,7 +42,7 @@ REPHRASED = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
-    return made(request.param)
+    return cached_family(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_noise_survives_the_processor(family: Family) -> None:
 
 
 def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) -> None:
-    chat = ChatFormat(made("qwen2_5_vl").processor, ElicitationPrompt())
+    chat = ChatFormat(cached_family("qwen2_5_vl").processor, ElicitationPrompt())
     line = unlike[2]._replace(image=np.zeros((2, 500, 3), dtype=np.uint8))
     pairs = PairCollator(chat, LinearLevels(), PairPolicy(), 1000)
     for collate in (SFTCollator(chat, 1000), PromptCollator(chat), pairs):
@@ -296,7 +296,7 @@ def test_an_image_whose_resolution_cannot_be_told_is_named(
 ) -> None:
     Image.new("RGB", (500, 2)).save(tmp_path / "data" / "line.png")
     source = JsonlSource(str(write_jsonl(record("one"), record("two", image="line.png"))))
-    processor = made("qwen2_5_vl").processor
+    processor = cached_family("qwen2_5_vl").processor
     queries = PerturbedQueries({"": EvalSplit(source)}, NoisePolicy(), processor.image_processor)
     assert queries[0, 0].image.shape == (10, 20, 3), "without noise it is left to the processor"
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_an_image_whose_resolution_cannot_be_told_is_named(
 def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
     unlike: Sequence[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = ChatFormat(made("gemma3").processor, ElicitationPrompt())
+    chat = ChatFormat(cached_family("gemma3").processor, ElicitationPrompt())
     whole = chat.layout.inputs
 
     def together(texts: list[str], *rest: Any) -> Any:

@@ -18,7 +18,7 @@ from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.records import LoadedImage, Query
 
-from ..models.processors import FAMILIES, made
+from ..models.processors import FAMILIES, cached_family
 from .test_resolution import PUBLISHED
 
 
@@ -53,8 +53,8 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
     if name in PUBLISHED:
         kind, settings = PUBLISHED[name]
         return name, getattr(transformers, f"{kind}ImageProcessor")(**settings)
-    check_resolution(made(name).processor)
-    return name, made(name).processor.image_processor
+    check_resolution(cached_family(name).processor)
+    return name, cached_family(name).processor.image_processor
 
 
 def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The demo model before training: stock classes that `from_pretrained` reads, and a tokenizer that suits the demo."""
+"""The untrained demo model: stock transformers classes, and a tokenizer for the demo's sentences."""
 
 from __future__ import annotations
 

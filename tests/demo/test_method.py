@@ -1,7 +1,7 @@
-"""What the demo is there to show, on scenes that nothing else uses, by the command line and the shipped configurations.
+"""The effects that the demo demonstrates, with the shipped configurations on unused scenes.
 
-The shipped model answers easy scenes, is always sure of it, and errs under noise as `levels.json` says; a short stage 1
-makes its stated confidence more honest, and a short stage 2 does so again.
+The shipped model answers easy scenes, is always confident, and has the accuracy of `levels.json` under noise. A short stage 1
+improves the calibration of its stated confidence, and a short stage 2 improves it further.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ UNSEEN = {"first": 50_000}
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One system's `metrics.json` and the objects of its `predictions.jsonl`."""
+    """The files of one evaluated system.
+
+    Attributes:
+        metrics: `metrics.json`.
+        predictions: the objects of `predictions.jsonl`.
+    """
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]]
@@ -30,7 +35,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Caller:
-    """Runs commands on shipped configurations, each with an overlay, in a run directory of its name in `folder`."""
+    """Runs commands with shipped configurations and overlays.
+
+    Attributes:
+        root: the repository.
+        server: the process that runs commands.
+        folder: parent of the run directories.
+    """
 
     root: Path
     server: Server
@@ -51,7 +62,7 @@ def call(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def systems(call: Caller) -> dict[str, Evaluated]:
-    """The base model and adapters of both stages, each trained on few scenes, on clean and noised images."""
+    """The base model and adapters of both stages, trained on few scenes and evaluated on clean and noised images."""
     sft = call(
         "sft",
         "fit",
@@ -99,7 +110,7 @@ def test_the_base_model_answers_easy_scenes_and_is_always_sure(systems: dict[str
     assert base.metrics["accuracy/clean"] >= 0.95
     assert base.metrics["accuracy/noised"] <= base.metrics["accuracy/clean"] - 0.15
     assert {p["confidence"] for p in base.predictions} == {0.9, 0.95, 1.0}
-    assert abs(base.metrics["auroc/noised"] - 0.5) < 0.1, "its confidence does not know of the noise"
+    assert abs(base.metrics["auroc/noised"] - 0.5) < 0.1, "confidence does not depend on the noise"
 
 
 def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path) -> None:
@@ -134,7 +145,7 @@ def test_stage_1_makes_stated_confidence_more_honest(systems: dict[str, Evaluate
 def test_stage_2_makes_it_more_honest_still(systems: dict[str, Evaluated]) -> None:
     base, sft, dpo = (systems[name].metrics for name in ("base", "sft", "dpo"))
     assert dpo["ece/noised"] < 0.8 * sft["ece/noised"]
-    # Room for another processor's rounding, and still far from the base model.
+    # Tolerance for rounding on other processors, still far from the base model.
     assert dpo["brier/noised"] < sft["brier/noised"] + 0.005
     assert dpo["brier/noised"] < base["brier/noised"] - 0.03
     assert dpo["auroc/noised"] > 0.58

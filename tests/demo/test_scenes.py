@@ -1,4 +1,4 @@
-"""Scenes, questions and shifts: functions of their seed, with exact masks, balanced, and disjoint between splits."""
+"""Scenes, questions and shifts: deterministic in their seed, exact masks, balanced, and disjoint between splits."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def test_scenes_are_as_described() -> None:
         assert scene_layout(seed) == (scene.names, tuple(o.corner for o in scene.objects))
         assert len(set(scene.names)) == len({o.corner for o in scene.objects}) == len(scene.objects)
         counts[len(scene.objects)] += 1
-        for thing in scene.objects:
-            assert thing.mask.shape == (SCENE_SIZE, SCENE_SIZE)
-            assert thing.mask.dtype == bool
-            assert thing.mask.sum() > 40
-            rows, columns = np.nonzero(thing.mask)
+        for item in scene.objects:
+            assert item.mask.shape == (SCENE_SIZE, SCENE_SIZE)
+            assert item.mask.dtype == bool
+            assert item.mask.sum() > 40
+            rows, columns = np.nonzero(item.mask)
             middle = (
                 ["top", "bottom"][int(rows.mean() >= 48)] + " " + ["left", "right"][int(columns.mean() >= 48)]
             )
-            assert middle == CORNERS[thing.corner]
+            assert middle == CORNERS[item.corner]
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > 60
     assert len(CLASSES) >= 24
@@ -77,7 +77,7 @@ def test_masks_hold_exactly_what_the_objects_colour() -> None:
         changed = (scene.image != background).any(axis=-1)
         covered = np.logical_or.reduce([o.mask for o in scene.objects])
         assert not changed[~covered].any()
-        assert changed[covered].mean() > 0.98, "faint edges may round to the background"
+        assert changed[covered].mean() > 0.98, "faint edges may round to the background colour"
         assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
 
 
@@ -110,9 +110,9 @@ def test_frequencies_make_popular_absent_objects_popular() -> None:
         for kind, counts in drawn.items()
     }
     assert share["popular"] > 1.3 * share["random"]
-    company = {"pig", "dog", "tree", "house"}
+    related = {"pig", "dog", "tree", "house"}
     share = {
-        kind: sum(n for name, n in counts.items() if name in company) / 3000 for kind, counts in drawn.items()
+        kind: sum(n for name, n in counts.items() if name in related) / 3000 for kind, counts in drawn.items()
     }
     assert share["adversarial"] > 3 * share["popular"]
 
@@ -120,7 +120,7 @@ def test_frequencies_make_popular_absent_objects_popular() -> None:
 def test_questions_fit_their_scenes() -> None:
     corners: Counter[str] = Counter()
     for index in MANY:
-        names, places = scene_layout(scene_seed("train", index))
+        names, in_corners = scene_layout(scene_seed("train", index))
         yes, no, corner = scene_queries("train", index)
         assert (yes.answer, no.answer) == ("Yes", "No")
         assert yes.objects[0] in names
@@ -129,7 +129,7 @@ def test_questions_fit_their_scenes() -> None:
         assert with_article(no.objects[0]) in no.question
         asked = next(c for c in CORNERS if c in corner.question)
         corners[asked] += 1
-        assert names[places.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
+        assert names[in_corners.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
         assert [q.answer_type for q in (yes, no, corner)] == ["yes_no", "yes_no", "short"]
         assert [q.category for q in (yes, no, corner)] == ["existence", "existence", "position"]
         assert all(grade(q.answer, q.answer, q.answer_type).correct for q in (yes, no, corner))

@@ -28,7 +28,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, St
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, made
+from ..models.processors import FAMILIES, cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -72,7 +72,7 @@ def asked(
     prompt = ElicitationPrompt()
     if request.param == "demo":
         return request.getfixturevalue("load_model")(), ChatFormat(processor, prompt), samples_of(scenes(4))
-    family, rng = made(request.param), np.random.default_rng(0)
+    family, rng = cached_family(request.param), np.random.default_rng(0)
     torch.manual_seed(0)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
     return family.model().eval(), ChatFormat(family.processor, prompt), samples_of(images)

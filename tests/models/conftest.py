@@ -1,4 +1,4 @@
-"""A batch for the tiny model, of rows of unlike length."""
+"""Batches for the tiny model, with rows of different lengths."""
 
 from __future__ import annotations
 

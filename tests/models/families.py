@@ -1,4 +1,4 @@
-"""Tiny vision-language models of thirteen kinds with random weights, and prompts for them, all without a network."""
+"""Tiny vision-language models of thirteen families with random weights, and prompts for them, without a network."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from torch import Tensor
 
 VOCABULARY = 200
 WORDS = (3, 140)
-"""Token ids of plain text, from and below."""
+"""Range of token ids of plain text."""
 IMAGE, VIDEO, BEGIN_OF_IMAGE, END_OF_IMAGE, PAD = 150, 151, 152, 153, 0
 WIDE = 4096
-"""A sliding window that no row here is longer than."""
+"""A sliding window longer than every row of the tests."""
 PINPOINTS = [[16, 16], [16, 32], [32, 16]]
-"""The sizes that LLaVA-OneVision may bring an image to, as (height, width)."""
+"""LLaVA-OneVision's image sizes as (height, width)."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a model is built for: the width of its language model, of four heads, and the token ids that it knows."""
+    """Sizes and token ids of a model; its language model has four heads.
+
+    Attributes:
+        width: hidden size of the language model.
+        vocabulary: number of token ids.
+        image: id of an image token.
+        video: id of a video token.
+        begin_of_image: id in front of image tokens.
+        end_of_image: id behind image tokens.
+        pad: id of padding.
+        begin: id at the begin of a sequence, None without one.
+        end: id at the end of a turn.
+    """
 
     width: int = 32
     vocabulary: int = VOCABULARY
@@ -265,10 +277,14 @@ def build(
     window: int | None = None,
     spec: Spec = Spec(),
 ) -> Any:
-    """A model in eval mode.
+    """Build a model in eval mode.
 
     Args:
-        attention: as `attn_implementation`. window: of sliding attention, instead of `WIDE`.
+        family: key of `FAMILIES`.
+        attention: as `attn_implementation`.
+        dtype: of the weights.
+        window: of sliding attention; None: `WIDE`.
+        spec: sizes and token ids.
     """
     kind, config = FAMILIES[family](spec)
     if window is not None:
@@ -277,7 +293,7 @@ def build(
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
     with torch.no_grad():
-        # What starts at zero would hide whatever flows through it.
+        # Zero-initialised weights would hide errors in their inputs.
         for name, parameter in model.named_parameters():
             if "image_newline" in name or (parameter.ndim > 1 and parameter.abs().max() == 0):
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
@@ -285,7 +301,7 @@ def build(
 
 
 def randomize_adapters(model: Any, seed: int = 3) -> Any:
-    """Random weights in every LoRA layer, B included."""
+    """Set random weights in every LoRA layer, including B."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -295,14 +311,20 @@ def randomize_adapters(model: Any, seed: int = 3) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image and text. ids: with the image's tokens. image: what the model's forward takes of the image."""
+    """A prompt with one image.
+
+    Attributes:
+        family: key of `FAMILIES`.
+        ids: token ids with image tokens.
+        image: image arguments of the model's forward.
+    """
 
     family: str
     ids: list[int]
     image: dict[str, Tensor]
 
     def text_inputs(self, response: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Unpadded inputs of one row, with the types of token that the family's processor gives."""
+        """Unpadded inputs of one row, with token types as from the family's processor."""
         ids = torch.tensor([[*self.ids, *response]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family.startswith("paligemma"):
@@ -315,7 +337,7 @@ class Prompt:
 
 
 def _image(family: str, number: int) -> dict[str, Tensor]:
-    """A random image; its size depends on the number where the family's models take images of unlike size."""
+    """A random image; its size depends on the number if the family supports images of different sizes."""
     generator = torch.Generator().manual_seed(100 + number)
 
     def pixels(*shape: int) -> Tensor:
@@ -328,9 +350,9 @@ def _image(family: str, number: int) -> dict[str, Tensor]:
             "image_grid_thw": torch.tensor([grid]),
         }
     if family in ("idefics3", "smolvlm"):
-        shown = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-        shown[..., : [16, 8, 12][number % 3]] = True
-        return {"pixel_values": pixels(1, 1, 3, 16, 16), "pixel_attention_mask": shown}
+        mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+        mask[..., : [16, 8, 12][number % 3]] = True
+        return {"pixel_values": pixels(1, 1, 3, 16, 16), "pixel_attention_mask": mask}
     if family == "llava_onevision":
         size, tiles = [((16, 16), 2), ((16, 32), 3), ((32, 16), 3)][number % 3]
         values = torch.zeros(1, 3, 3, 16, 16)
@@ -344,7 +366,7 @@ def _n_image_tokens(family: str, number: int) -> int:
         return [4, 6, 8][number % 3]
     if family in ("idefics3", "smolvlm", "internvl", "gemma3"):
         return 4
-    if family == "llava_onevision":  # the whole image, its tiles and a token at the end of each of their rows
+    if family == "llava_onevision":  # the full image, its tiles, and a token behind each row of tiles
         return 16 + [4 * 5, 4 * 9, 8 * 5][number % 3]
     return 16
 
@@ -355,9 +377,9 @@ def words(generator: torch.Generator, n: int) -> list[int]:
 
 
 def new_prompts(family: str, n: int = 3, seed: int = 7) -> list[Prompt]:
-    """Prompts of unlike length, each with one image."""
+    """Prompts of different lengths, each with one image."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    prompts = []
     for number in range(n):
         before, behind = words(generator, 1 + number), words(generator, 4 + 3 * number)
         image = [IMAGE] * _n_image_tokens(family, number)
@@ -365,8 +387,8 @@ def new_prompts(family: str, n: int = 3, seed: int = 7) -> list[Prompt]:
             ids = [*image, 1, *behind]
         else:
             ids = [*before, BEGIN_OF_IMAGE, *image, END_OF_IMAGE, *behind]
-        found.append(Prompt(family, ids, _image(family, number)))
-    return found
+        prompts.append(Prompt(family, ids, _image(family, number)))
+    return prompts
 
 
 def collated(prompts: Sequence[Prompt], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Real processors of the families that the project supports, with tokenizers trained on the spot, and tiny models for them.
+"""Real processors of the supported families with tokenizers trained in the test, and tiny models for them.
 
-Templates and special tokens are those of the published checkpoints, as far as a question about one image goes; image sizes
-are a few pixels. They differ in what the demo's processor does not show: images of unlike size in one batch with unlike
-numbers of tokens, pixel values without a batch dimension, tiles, a template that writes the begin-of-sequence token, one
-that leaves a turn open, one that asks for an answer in other words than it gives one, and no template at all.
+Templates and special tokens are those of the published checkpoints for a question about one image; image sizes are a few
+pixels. They cover cases that the demo's processor lacks: images of different sizes and numbers of tokens in one batch, pixel
+values without a batch dimension, tiles, a template that writes the begin-of-sequence token, one that leaves a turn open, one
+whose generation prompt differs from its answers, and no template.
 """
 
 from __future__ import annotations
@@ -73,15 +73,21 @@ ONEVISION_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WIDTH = 64
-"""Of the language models: what nf4 needs."""
+"""Width of the language models, a multiple of 64 for nf4."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A processor and what is particular about it.
+    """A processor and its properties.
 
-    image_token: the one that stands for a piece of the image. end: the end of a turn. varies: whether the number of image
-    tokens depends on the image. projects: whether there are linear layers between tower and language model.
+    Attributes:
+        name: key of `families.FAMILIES`.
+        processor: the processor.
+        spec: sizes and token ids of its model.
+        image_token: the placeholder of an image patch.
+        end: text at the end of a turn.
+        varies: whether the number of image tokens depends on the image.
+        projects: whether there are linear layers between tower and language model.
     """
 
     name: str
@@ -93,11 +99,11 @@ class Family:
     projects: bool = True
 
     def model(self, **settings: Any) -> Any:
-        """A random model for the processor; as `families.build`."""
+        """Build a random model for the processor, as `families.build`."""
         return families.build(self.name, spec=self.spec, **settings)
 
     def save(self, folder: Path, **settings: Any) -> str:
-        """Write model and processor, as a checkpoint on the Hub holds them; settings as for `model`."""
+        """Write model and processor like a checkpoint on the Hub; settings as for `model`."""
         self.model(**settings).save_pretrained(folder)
         self.processor.save_pretrained(folder)
         return str(folder)
@@ -111,12 +117,14 @@ def _tokenizer(
     adds_begin: bool = False,
     own: dict[str, str] | None = None,
 ) -> Any:
-    """A tokenizer that splits numbers into digits.
+    """Train a tokenizer that splits numbers into digits.
 
     Args:
-        special: all special tokens. named: which of them is "pad_token" and so on. own: the same for names of the family.
-        words: "byte-level" as in Qwen; spaces as a mark on the word behind them, at the begin of a text too ("llama") or
-            only where there is one ("gemma").
+        special: all special tokens.
+        named: standard name, e.g. "pad_token" -> special token.
+        words: "byte-level" as in Qwen; "llama" marks each word and the begin of a text, "gemma" each space.
+        adds_begin: whether texts get a begin-of-sequence token.
+        own: name of the family -> special token.
     """
     texts = [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")]
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -169,7 +177,7 @@ def _qwen(name: str, processor: Any, images: Any, videos: Any, system: bool = Tr
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
-    made = processor(
+    qwen_processor = processor(
         image_processor=images(patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}),
         tokenizer=tokenizer,
         video_processor=videos(patch_size=4),
@@ -182,7 +190,7 @@ def _qwen(name: str, processor: Any, images: Any, videos: Any, system: bool = Tr
         begin_of_image="<|vision_start|>",
         end_of_image="<|vision_end|>",
     )
-    return Family(name, made, spec, "<|image_pad|>", "<|im_end|>")
+    return Family(name, qwen_processor, spec, "<|image_pad|>", "<|im_end|>")
 
 
 def _qwen2_vl() -> Family:
@@ -344,6 +352,6 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 
 
 @cache
-def made(name: str) -> Family:
-    """A family by name, made once."""
+def cached_family(name: str) -> Family:
+    """A family by name, built once."""
     return FAMILIES[name]()

@@ -1,4 +1,4 @@
-"""The architectures of published models, as their configurations on the Hub state them, and the sizes that are stated for them."""
+"""Architectures of published models from their configurations on the Hub, with their published sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import transformers as tf
 
 @dataclass(frozen=True)
 class Published:
-    """repository: on the Hub. parameters: as stated there. config: makes the architecture's configuration."""
+    """A published model.
+
+    Attributes:
+        repository: name on the Hub.
+        parameters: published number of parameters.
+        config: builds the configuration.
+    """
 
     repository: str
     parameters: float
@@ -25,7 +31,7 @@ SO400M: dict[str, Any] = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-"""The SigLIP tower of most of them."""
+"""The SigLIP tower of most models."""
 
 QWEN2_7B: dict[str, Any] = {
     "hidden_size": 3584,
@@ -283,4 +289,4 @@ MODELS: dict[str, Published] = {
     "gemma3_4b": Published("google/gemma-3-4b-it", 4.30e9, gemma3_4b),
     "paligemma2_3b": Published("google/paligemma2-3b-mix-448", 3.03e9, paligemma2_3b),
 }
-"""By the name of the model's file in `configs/model`."""
+"""File name in `configs/model` -> model."""

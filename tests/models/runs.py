@@ -1,4 +1,4 @@
-"""Short runs of a family through both stages, on four records about images of unlike size."""
+"""Short trainings of a family in both stages, on four records with images of different sizes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from vlm_calibration.stages.sft import SFTModule
 from .processors import Family
 
 SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
-"""(height, width) of the images of a batch."""
+"""(height, width) of the images in a batch."""
 NOISE = NoisePolicy(
     levels=LinearLevels(n_levels=3), level_weights=[0.0, 1.0, 0.0], distractor_probability=0.0
 )
-"""Half of the evidence is left, so that every response states 50%."""
+"""Half noise, so that every response states 50%."""
 LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
 
 
 def write_records(folder: Path) -> str:
-    """Write four records of unlike images, questions and answers; returns the path of their JSONL file."""
+    """Write four records with different images, questions and answers; returns the path of their JSONL file."""
     rng = np.random.default_rng(0)
     texts = (
         ("A dog?", "Yes", "yes_no"),
@@ -57,7 +57,7 @@ def write_records(folder: Path) -> str:
 
 
 class Watch(L.Callback):
-    """Keeps the loss of every step, the first gradients, and all parameters as they were before."""
+    """Records the loss of every step, the first gradients, and all initial parameters."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -77,7 +77,7 @@ class Watch(L.Callback):
 
 
 def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> PerturbedQueryDataModule:
-    """All records in one batch, noised at the resolution of the model."""
+    """All records in one batch, with noise at the model's resolution."""
     source = JsonlSource(records)
     return PerturbedQueryDataModule(
         folder, train=source, noise=NOISE, pairs=pairs, batch_size=len(SIZES), workers=0
@@ -87,7 +87,7 @@ def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> Pertu
 def fit(
     module: L.LightningModule, data: PerturbedQueryDataModule, steps: int, precision: str = "32-true"
 ) -> Watch:
-    """Train for so many steps."""
+    """Train for `steps` steps."""
     watch = Watch()
     L.Trainer(
         accelerator="cpu",
@@ -106,7 +106,18 @@ def fit(
 
 @dataclass
 class Run:
-    """A family's way through both stages. watched: each stage's training. adapters: folders of what each stage saved."""
+    """A family trained in both stages.
+
+    Attributes:
+        family: the family.
+        base: its base model.
+        data: the data of stage 2.
+        sft: the module of stage 1.
+        dpo: the module of stage 2.
+        watched: stage -> recorded training.
+        adapters: stage -> folder of its adapter.
+        batches: batches by kind, as a cache of `batch`.
+    """
 
     family: Family
     base: BaseModel
@@ -119,9 +130,9 @@ class Run:
 
     @property
     def tolerance(self) -> float:
-        """How far log-likelihoods may lie apart that are computed in another way.
+        """Tolerance between log-likelihoods that are computed in different ways.
 
-        Which features LLM.int8() takes for outliers depends on what else is in the batch.
+        In LLM.int8() the outlier features depend on the batch.
         """
         return 0.05 if self.base.quantization == "int8" else 1e-4
 
@@ -131,7 +142,7 @@ class Run:
         return [dataset[0, i] for i in range(len(SIZES))]
 
     def batch(self, kind: Literal["sft", "pairs", "prompts"]) -> Any:
-        """The records as the collators of training and of generation make them."""
+        """The records as collated for training and for generation."""
         if kind not in self.batches:
             collators = {
                 "sft": SFTCollator(self.data.chat, self.data.max_length),
@@ -143,7 +154,7 @@ class Run:
 
 
 def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
-    """SFT, and DPO from its adapter; both adapters are saved."""
+    """Train SFT, then DPO from its adapter, and save both adapters."""
     base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
     watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Estimated activations against what the allocator hands out in real steps of tiny models."""
+"""Estimated activations against the memory allocated in real steps of tiny models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .steps import BF16, PLAIN, ROWS, TOLERANCE, allocated, labels_of, saved, tr
 
 
 def _real(family: str, lora: LoraSettings, step: TrainingStep) -> tuple[Any, dict[str, Any], int]:
-    """An adapted model, its inputs, and the peak of a step through the full path: image, language model, loss, backward."""
+    """An adapted model, its inputs, and the peak memory of a full step: image, language model, loss, backward."""
     model = build(family, dtype=BF16 if step.autocast else torch.float32)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -81,7 +81,7 @@ def test_an_adapted_tower_keeps_activations(tmp_path: Path, family: str, checkpo
     assert estimate.activations == pytest.approx(peak, rel=TOLERANCE)
     assert estimate.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     alone = estimate_memory(base, PLAIN, step)
-    assert estimate.activations > alone.activations, "and a frozen one none"
+    assert estimate.activations > alone.activations, "a frozen tower saves no activations"
 
 
 def test_without_mixed_precision(tmp_path: Path) -> None:
@@ -96,32 +96,32 @@ def test_without_mixed_precision(tmp_path: Path) -> None:
 
 
 def test_live_bytes_are_those_that_autograd_keeps() -> None:
-    """At the end of the forward pass, counted in another way: by the tensors that autograd saves."""
+    """Compare with the bytes of the tensors that autograd saves by the end of the forward pass."""
     model = attach_lora(build("llava_siglip"), PLAIN).train()
     inputs = collated(new_prompts("llava_siglip", ROWS))
     labels = labels_of(inputs["input_ids"])
-    found = [*model.parameters(), *model.buffers(), *inputs.values(), labels]
-    kept = {t.untyped_storage()._cdata: 0 for t in found}
+    existing = [*model.parameters(), *model.buffers(), *inputs.values(), labels]
+    sizes = {t.untyped_storage()._cdata: 0 for t in existing}
     tensors = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if kept.setdefault(storage._cdata, storage.nbytes()):
+        if sizes.setdefault(storage._cdata, storage.nbytes()):
             tensors.append(tensor)
         return tensor
 
-    with LiveBytes(found) as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with LiveBytes(existing) as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = labelled_logits(model, inputs, labels).logits
         loss = token_log_likelihood(logits, torch.zeros(len(logits), dtype=torch.int64)).sum()
-    assert sum(kept.values()) == pytest.approx(live.now, rel=0.02)
+    assert sum(sizes.values()) == pytest.approx(live.now, rel=0.02)
     tensors.clear()
     loss.backward()
     del logits, loss
-    assert live.now == 0, "all that was counted is given back"
+    assert live.now == 0, "all counted bytes are freed"
 
 
 def test_dropout_keeps_a_byte_a_number(model_folder: str) -> None:
-    """As on GPUs: a mask for the input of each adapted layer, and nothing more."""
+    """As on GPUs: only a mask for the input of each adapted layer."""
     without, with_ = (
         estimate_memory(BaseModel(model_folder), LoraSettings(dropout=p), TrainingStep(4, 90))
         for p in (0.0, 0.1)
@@ -132,7 +132,7 @@ def test_dropout_keeps_a_byte_a_number(model_folder: str) -> None:
 
 
 def test_the_worst_kind_of_attention(model_folder: str) -> None:
-    """Eager attention keeps the attention of every token to every other."""
+    """Eager attention saves the attention weights of all pairs of tokens."""
     sdpa, eager = (
         estimate_memory(BaseModel(model_folder, attn_implementation=name), PLAIN, TrainingStep(2, 500))
         for name in (None, "eager")

@@ -1,4 +1,4 @@
-"""LoRA adapters: on which layers they sit, that several share one base, and that peft alone can read them back."""
+"""LoRA adapters: the adapted layers, several adapters on one base, and loading with peft alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _expected(part: str) -> set[str]:
 
 
 def _adapted(model: PeftModel) -> set[str]:
-    """Names of the layers that carry an adapter, as they were called before."""
+    """Names of the adapted layers, without peft's prefix."""
     base = model.get_base_model()
     return {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
 
@@ -114,25 +114,25 @@ def test_two_adapters_share_one_base(
 
     both = load_adapters(model, folders)
     assert list(both.peft_config) == ["one", "two"]
-    kept = {
+    shared = {
         name.replace("base_layer.", ""): p
         for name, p in both.get_base_model().named_parameters()
         if "lora_" not in name
     }
-    assert {name: p.data_ptr() for name, p in kept.items()} == before
-    assert sum(p.numel() for p in kept.values()) == parameters
+    assert {name: p.data_ptr() for name, p in shared.items()} == before
+    assert sum(p.numel() for p in shared.values()) == parameters
 
-    found = {}
+    by_adapter = {}
     for name in (None, "one", "two", None, "one"):
         with using_adapter(both, name):
             logits = _logits(both, prompts)
-        assert torch.equal(logits, found.setdefault(name, logits)), "the same each time"
-    assert torch.equal(found[None], base)
-    assert not torch.allclose(found["one"], base, atol=0.1)
-    assert not torch.allclose(found["one"], found["two"], atol=0.1)
+        assert torch.equal(logits, by_adapter.setdefault(name, logits)), "equal each time"
+    assert torch.equal(by_adapter[None], base)
+    assert not torch.allclose(by_adapter["one"], base, atol=0.1)
+    assert not torch.allclose(by_adapter["one"], by_adapter["two"], atol=0.1)
     for name, folder in folders.items():
         alone = PeftModel.from_pretrained(load_model(), folder)
-        assert torch.allclose(_logits(alone, prompts), found[name], atol=1e-5)
+        assert torch.allclose(_logits(alone, prompts), by_adapter[name], atol=1e-5)
 
 
 def test_no_adapters_is_the_model_itself(load_model: Callable[..., Any], prompts: PromptBatch) -> None:
@@ -155,7 +155,7 @@ def test_the_base_comes_back_after_an_error(
     assert torch.equal(_logits(model, prompts), adapted)
 
 
-# --- A policy beside its reference ------------------------------------------------------------------------------
+# --- Policy and reference -------------------------------------------------------------------------------------------
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -166,7 +166,7 @@ def policy(load_model: Callable[..., Any], new_adapter: Callable[..., str]) -> P
 
 
 def _state(model: PeftModel) -> tuple[str, list[str], set[bool], set[str]]:
-    """What is active, in peft's wrapper and in its layers, and what is trained."""
+    """Active adapters of peft's wrapper and layers, disabled flags, and trained parameters."""
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     active = sorted({name for layer in layers for name in layer.active_adapters})
     disabled = {layer.disable_adapters for layer in layers}
@@ -174,7 +174,7 @@ def _state(model: PeftModel) -> tuple[str, list[str], set[bool], set[str]]:
 
 
 def _train(model: PeftModel, prompts: PromptBatch, steps: int = 3) -> None:
-    """Away from the reference, which runs in between, as in preference optimisation."""
+    """Train away from the reference, which runs in each step as in preference optimisation."""
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
     )
@@ -194,7 +194,7 @@ def test_a_policy_starts_as_its_reference(
     policy = continue_adapter(load_model(), folder).eval()
     assert sorted(policy.peft_config) == ["default", REFERENCE]
     logits = _logits(policy, prompts)
-    # Not bit for bit: the order of a sum may depend on where in memory a weight lies.
+    # Not bit-identical: the order of a sum may depend on a weight's address.
     alone = PeftModel.from_pretrained(load_model(), folder).eval()
     assert torch.allclose(logits, _logits(alone, prompts), atol=1e-5)
     with using_adapter(policy, REFERENCE):
@@ -209,11 +209,11 @@ def test_only_the_policy_is_trained(policy: PeftModel, prompts: PromptBatch) -> 
     assert trained == {n for n, _ in policy.named_parameters() if ".default." in n}
 
     def logits() -> list[torch.Tensor]:
-        found = []
+        results = []
         for name in ("default", REFERENCE, None):
             with using_adapter(policy, name):
-                found.append(_logits(policy, prompts))
-        return found
+                results.append(_logits(policy, prompts))
+        return results
 
     weights = {n: p.clone() for n, p in policy.named_parameters()}
     before = logits()
@@ -234,7 +234,9 @@ def test_the_reference_is_not_drawn_at_random(
     with using_adapter(model, REFERENCE):
         expected = _logits(model, prompts)
     model.train()
-    assert not torch.allclose(_logits(model, prompts), _logits(model, prompts), atol=0.1), "the policy is"
+    assert not torch.allclose(_logits(model, prompts), _logits(model, prompts), atol=0.1), (
+        "the policy has dropout"
+    )
     with using_adapter(model, REFERENCE):
         assert torch.equal(_logits(model, prompts), expected)
 
@@ -291,21 +293,21 @@ def test_adapters_may_be_nested(
 
 
 @pytest.mark.parametrize("parts", [["language"], ["projector"], ["tower", "projector"]])
-def test_only_the_wanted_parts_are_trained(
+def test_only_the_given_parts_are_trained(
     load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch, parts: list[Any]
 ) -> None:
     model = continue_adapter(load_model(), new_adapter(1, parts=ALL_PARTS), parts).eval()
-    wanted = set().union(*(_expected(part) for part in parts))
+    layers = set().union(*(_expected(part) for part in parts))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {
-        f"base_model.model.{layer}.lora_{side}.default.weight" for layer in wanted for side in "AB"
+        f"base_model.model.{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"
     }
     weights = {n: p.clone() for n, p in model.named_parameters()}
     _train(model, prompts, 2)
     assert {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])} == trained
 
 
-def test_an_adapter_without_the_wanted_parts_is_named(
+def test_an_adapter_without_the_given_parts_is_named(
     load_model: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
     folder = new_adapter(1, parts=["language"])
@@ -328,15 +330,15 @@ def test_policy_and_reference_share_one_copy_of_the_base(
         if "lora_" not in name
     }
     assert {name: base[name].data_ptr() for name in before} == before
-    assert {p.data_ptr() for p in base.values()} == set(before.values()), "nothing beside them"
+    assert {p.data_ptr() for p in base.values()} == set(before.values()), "no copies"
     assert not [name for name, p in base.items() if p.requires_grad]
     adapters = [p.data_ptr() for name, p in parameters if "lora_" in name]
     assert len(set(adapters)) == len(adapters) == 2 * 2 * len(layer_parts(load_model())), (
-        "A and B, of each of two"
+        "A and B of two adapters"
     )
 
 
-# --- What cannot be loaded --------------------------------------------------------------------------------------
+# --- Loading errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [None, "empty"])
@@ -351,17 +353,17 @@ def test_a_folder_without_an_adapter_is_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("{tmp}/empty", "from '{tmp}/empty': "),
         ("{tmp}/none", "from '{tmp}/none': there is no such folder"),
     ],
 )
-def test_a_missing_model_is_named(tmp_path: Path, name: str, says: str) -> None:
+def test_a_missing_model_is_named(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:
         load_base(BaseModel(name.format(tmp=tmp_path)))
-    assert str(caught.value).startswith("cannot load a model " + says.format(tmp=tmp_path))
+    assert str(caught.value).startswith("cannot load a model " + message.format(tmp=tmp_path))
     assert "\n" not in str(caught.value)
 
 

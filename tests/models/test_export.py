@@ -1,4 +1,4 @@
-"""Merging: the merged model is the adapted one, it is not the base, and an adapter that does not fit is never merged."""
+"""Merging: the merged model equals the adapted one and differs from the base, and a misfit adapter is refused."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def _adapted(base: str, adapter: str) -> PeftModel:
 
 @pytest.fixture(scope="module")
 def demo_model(root: Path) -> str:
-    """The demo's trained model. With the random weights of `model_folder` rounding errors grow large."""
+    """The demo's trained model. The random weights of `model_folder` amplify rounding errors."""
     return str(root / "src/vlm_calibration/demo/model")
 
 
 @pytest.fixture
 def of_family(tmp_path: Path) -> Callable[..., tuple[str, str, dict[str, torch.Tensor]]]:
-    """A model of a family in a folder, a random adapter for it in another, and inputs."""
+    """Builds a model of a family and a random adapter; returns their folders and inputs."""
 
     def make(family: str, parts: list[Any] = ALL_PARTS) -> tuple[str, str, dict[str, torch.Tensor]]:
         base, adapter = (str(tmp_path / name) for name in ("base", "adapter"))
@@ -57,7 +57,7 @@ def of_family(tmp_path: Path) -> Callable[..., tuple[str, str, dict[str, torch.T
     return make
 
 
-# --- What is merged ---------------------------------------------------------------------------------------------
+# --- Merged weights -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_merged_is_adapted(
     adapter = new_adapter(1, parts=ALL_PARTS, **settings)
     merged = merge_adapter(adapter, BaseModel(base))
     assert not merged.model.training
-    found = _logits(merged.model, prompts.inputs)
-    torch.testing.assert_close(found, _logits(_adapted(base, adapter), prompts.inputs), **CLOSE)
+    logits = _logits(merged.model, prompts.inputs)
+    torch.testing.assert_close(logits, _logits(_adapted(base, adapter), prompts.inputs), **CLOSE)
     plain = load_base(BaseModel(base))
-    assert not torch.allclose(found, _logits(plain, prompts.inputs), atol=0.1)
+    assert not torch.allclose(logits, _logits(plain, prompts.inputs), atol=0.1)
     weights = dict(plain.named_parameters())
     changed = {
         n.removesuffix(".weight")
@@ -104,9 +104,9 @@ def test_other_families(
     save_merged(merged.model, tmp_path / "merged")
     read = load_base(BaseModel(str(tmp_path / "merged")))
     assert read.dtype == torch.float32
-    found = _logits(read, inputs)
-    torch.testing.assert_close(found, _logits(_adapted(base, adapter), inputs), **CLOSE)
-    assert not torch.allclose(found, _logits(load_base(BaseModel(base)), inputs), atol=1e-2)
+    logits = _logits(read, inputs)
+    torch.testing.assert_close(logits, _logits(_adapted(base, adapter), inputs), **CLOSE)
+    assert not torch.allclose(logits, _logits(load_base(BaseModel(base)), inputs), atol=1e-2)
     assert len(merged.layers) == len(adapter_layers(adapter))
 
 
@@ -181,7 +181,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_in_full_precision(
 def test_layers_without_an_update_stay_as_they_are(
     model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    """LLaVA does not use the last layer of its tower, so that an adapter there never learns."""
+    """LLaVA does not use the last layer of its tower, so an adapter there gets no updates."""
     adapter = _rewritten(
         new_adapter(1), tmp_path, lambda n, w: w * 0 if "layers.3" in n and "lora_B" in n else w
     )
@@ -196,7 +196,7 @@ def test_layers_without_an_update_stay_as_they_are(
     assert same == {n for n in merged.layers if "layers.3." in n}
 
 
-# --- What does not fit ------------------------------------------------------------------------------------------
+# --- Misfit adapters ------------------------------------------------------------------------------------------------
 
 
 def _rewritten(
@@ -235,7 +235,7 @@ def test_weights_of_other_names_are_not_merged_into_nothing(
     plain = _adapted(model_folder, adapter).merge_and_unload()
     base = dict(load_base(BaseModel(model_folder)).named_parameters())
     assert all(torch.equal(p, base[n]) for n, p in plain.named_parameters()), (
-        "peft alone returns the base, and warns"
+        "peft alone returns the base with a warning"
     )
     assert _refused(adapter, model_folder).startswith(
         "its file lacks the weights of 28 configured layers, the first is model.language_model"
@@ -295,8 +295,8 @@ def test_updates_that_rounding_would_lose(
 ) -> None:
     adapter = _rewritten(new_adapter(1), tmp_path, weight=lambda n, w: w * 1e-7 if "lora_B" in n else w)
     assert merge_adapter(adapter, BaseModel(model_folder)).layers
-    says = _refused(adapter, model_folder, "bfloat16")
-    assert says.endswith("layers are too small for torch.bfloat16: merge in float32")
+    message = _refused(adapter, model_folder, "bfloat16")
+    assert message.endswith("layers are too small for torch.bfloat16: merge in float32")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0rubbish"])
@@ -336,11 +336,11 @@ def test_whole_modules_may_be_in_an_adapter(demo_model: str, prompts: PromptBatc
 def test_embeddings_that_are_tied_to_the_output_head(
     load_model: Callable[..., Any], model_folder: str, tmp_path: Path
 ) -> None:
-    """An adapter acts on one of the two; merged into what they share it would act on both."""
+    """An adapter changes one of the two modules, merging would change both."""
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
     randomize_adapters(get_peft_model(load_model(), config)).save_pretrained(tmp_path / "adapter")
-    says = _refused(str(tmp_path / "adapter"), model_folder)
-    assert says == "it adapts model.language_model.embed_tokens, which shares its weights with lm_head"
+    message = _refused(str(tmp_path / "adapter"), model_folder)
+    assert message == "it adapts model.language_model.embed_tokens, which shares its weights with lm_head"
 
 
 def test_a_base_that_is_stored_quantised(
@@ -362,7 +362,7 @@ def test_a_missing_base_or_adapter_is_named(
         merge_adapter(str(tmp_path), BaseModel(model_folder))
 
 
-# --- What is written --------------------------------------------------------------------------------------------
+# --- Written files --------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_written_or_reads_back_otherwise_is_an_error(
@@ -386,7 +386,7 @@ def test_what_cannot_be_written_or_reads_back_otherwise_is_an_error(
     def full(self: Any, folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    for number, (save, says) in enumerate(
+    for number, (save, message) in enumerate(
         (
             (half, "was not read back as written: .*o_proj"),
             (other, "1 weights differ"),
@@ -394,5 +394,5 @@ def test_what_cannot_be_written_or_reads_back_otherwise_is_an_error(
         )
     ):
         monkeypatch.setattr(type(model), "save_pretrained", save)
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             save_merged(model, tmp_path / str(number))

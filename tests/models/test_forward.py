@@ -1,4 +1,4 @@
-"""The head evaluated only where there is a label: the same loss and gradients as the plain path, and less memory."""
+"""The output head at labels only: the loss and gradients of the plain path with less memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ALL_PARTS = ["language", "tower", "projector"]
 
 
 def plain_logits(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> LabelledLogits:
-    """All logits, then those that matter."""
+    """Compute all logits, then select those at labels."""
     logits = model(**inputs, use_cache=False).logits
-    wanted = labels[:, 1:] != IGNORE
-    return LabelledLogits(logits[:, :-1][wanted], labels[:, 1:][wanted], wanted.nonzero()[:, 0])
+    labelled = labels[:, 1:] != IGNORE
+    return LabelledLogits(logits[:, :-1][labelled], labels[:, 1:][labelled], labelled.nonzero()[:, 0])
 
 
-def _loss(found: LabelledLogits, n_rows: int) -> Tensor:
-    log_likelihood = token_log_likelihood(found.logits, found.targets)
-    return response_nll(log_likelihood, found.rows, torch.ones_like(log_likelihood), n_rows)
+def _loss(labelled: LabelledLogits, n_rows: int) -> Tensor:
+    log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)
+    return response_nll(log_likelihood, labelled.rows, torch.ones_like(log_likelihood), n_rows)
 
 
 def _with_lora(model: Any, checkpointing: bool) -> Any:
@@ -52,21 +52,21 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
     results = []
     for logits_of in (plain_logits, labelled_logits):
         model.zero_grad(set_to_none=True)
-        found = logits_of(model, batch.inputs, batch.labels)
-        loss = _loss(found, 3)
+        labelled = logits_of(model, batch.inputs, batch.labels)
+        loss = _loss(labelled, 3)
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-        results.append((found, loss.detach(), gradients))
-    (plain, plain_loss, plain_gradients), (ours, our_loss, our_gradients) = results
-    assert torch.equal(ours.targets, plain.targets)
-    assert torch.equal(ours.rows, plain.rows)
-    assert torch.allclose(ours.logits, plain.logits, atol=1e-6, rtol=1e-6)
-    assert abs(float(our_loss - plain_loss)) < 1e-6
-    assert len(our_gradients) > 50
+        results.append((labelled, loss.detach(), gradients))
+    (plain, plain_loss, plain_gradients), (selected, selected_loss, selected_gradients) = results
+    assert torch.equal(selected.targets, plain.targets)
+    assert torch.equal(selected.rows, plain.rows)
+    assert torch.allclose(selected.logits, plain.logits, atol=1e-6, rtol=1e-6)
+    assert abs(float(selected_loss - plain_loss)) < 1e-6
+    assert len(selected_gradients) > 50
     for name, gradient in plain_gradients.items():
         assert gradient.abs().max() > 0, name
         scale = float(gradient.abs().max())
-        assert torch.allclose(our_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
+        assert torch.allclose(selected_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
 
 
 def test_labels_far_apart_are_found_as_well(load_model: Callable[..., Any], batch: SFTBatch) -> None:
@@ -74,10 +74,10 @@ def test_labels_far_apart_are_found_as_well(load_model: Callable[..., Any], batc
     labels = torch.full_like(batch.labels, IGNORE)
     labels[0, 1], labels[1, 70], labels[1, -1], labels[2, 5] = 9, 8, 7, 6
     with torch.no_grad():
-        ours, plain = (f(model, batch.inputs, labels) for f in (labelled_logits, plain_logits))
-    assert ours.targets.tolist() == [9, 8, 7, 6]
-    assert ours.rows.tolist() == [0, 1, 1, 2]
-    assert torch.allclose(ours.logits, plain.logits, atol=1e-6)
+        selected, plain = (f(model, batch.inputs, labels) for f in (labelled_logits, plain_logits))
+    assert selected.targets.tolist() == [9, 8, 7, 6]
+    assert selected.rows.tolist() == [0, 1, 1, 2]
+    assert torch.allclose(selected.logits, plain.logits, atol=1e-6)
 
 
 def test_a_label_on_the_first_token_is_refused(load_model: Callable[..., Any], batch: SFTBatch) -> None:
@@ -104,15 +104,15 @@ def test_the_hook_is_gone_afterwards_even_after_an_error(
 
 
 def _peak_bytes(run: Callable[[], None]) -> int:
-    """The most bytes that tensors held at once while running, above what they held before."""
+    """Peak bytes of tensors allocated by `run`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert len(events) > 100
-    held = peak = 0
+    now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        now += event.nbytes()
+        peak = max(peak, now)
     return peak
 
 
@@ -146,8 +146,8 @@ def test_peak_memory_falls() -> None:
         return lambda: _loss(logits_of(model, inputs, labels), rows).backward()
 
     step(labelled_logits)()
-    plain, ours = _peak_bytes(step(plain_logits)), _peak_bytes(step(labelled_logits))
+    plain, selected = _peak_bytes(step(plain_logits)), _peak_bytes(step(labelled_logits))
     everything = rows * length * vocabulary * 4
-    assert plain > everything, "the plain path holds all logits"
-    assert ours < everything / 4
-    assert plain > 5 * ours
+    assert plain > everything, "the plain path has all logits"
+    assert selected < everything / 4
+    assert plain > 5 * selected

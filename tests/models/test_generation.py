@@ -1,4 +1,4 @@
-"""Greedy generation in batches: what each prompt gets alone, whatever it is padded with."""
+"""Greedy generation in batches gives the answer of each prompt alone, for any padding."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def test_a_batch_is_answered_like_each_prompt_alone(
 
 
 def _script(model: Any, tokens: list[int]) -> list[int]:
-    """Make the model say these tokens, the last one for ever; returns a list that grows by one with each step."""
+    """Make the model generate these tokens, then the last one forever; returns a list that grows with each step."""
     steps: list[int] = []
 
-    def said(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def script(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         token = tokens[min(len(steps), len(tokens) - 1)]
         steps.append(token)
         return torch.full_like(output, -100.0).index_fill(-1, torch.tensor([token]), 100.0)
 
-    model.get_output_embeddings().register_forward_hook(said)
+    model.get_output_embeddings().register_forward_hook(script)
     return steps
 
 
@@ -88,33 +88,33 @@ def test_training_mode_and_gradients_come_back(
 def test_an_answer_ends_where_it_is_complete(
     load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
 ) -> None:
-    """The model would go on for ever; of three rows one is never complete and takes all tokens."""
+    """The model never ends a turn; one of three rows is never complete and takes all tokens."""
     model, tokenizer = load_model(), processor.tokenizer
-    said = "Yes. Confidence: 80%"
-    ids = tokenizer(f"{said} dog", add_special_tokens=False)["input_ids"]
+    answer = "Yes. Confidence: 80%"
+    ids = tokenizer(f"{answer} dog", add_special_tokens=False)["input_ids"]
     [dog] = tokenizer("dog", add_special_tokens=False)["input_ids"]
     steps: list[int] = []
 
     def script(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         token = [*ids, *[dog] * 20][len(steps)]
         steps.append(token)
-        wanted = torch.tensor([token, token, dog])[: len(output), None, None]
-        return torch.full_like(output, -100.0).scatter(-1, wanted.expand(*output.shape[:2], 1), 100.0)
+        target = torch.tensor([token, token, dog])[: len(output), None, None]
+        return torch.full_like(output, -100.0).scatter(-1, target.expand(*output.shape[:2], 1), 100.0)
 
     model.get_output_embeddings().register_forward_hook(script)
     generating = GenerationRecorder(model)
     texts = generate_texts(generating, prompts.inputs, tokenizer, 16, end_of_confidence)
-    assert texts == [said, said, " ".join(["dog"] * 16)]
+    assert texts == [answer, answer, " ".join(["dog"] * 16)]
     assert generating.passes == [len(ids), len(ids), 16]
 
     steps.clear()
     complete = {name: values[:2] for name, values in prompts.inputs.items()}
-    assert generate_texts(generating, complete, tokenizer, 16, end_of_confidence) == [said, said]
-    assert len(steps) == len(ids), "no pass after all are complete"
+    assert generate_texts(generating, complete, tokenizer, 16, end_of_confidence) == [answer, answer]
+    assert len(steps) == len(ids), "no pass after all answers are complete"
 
 
 @pytest.mark.parametrize(
-    ("stream", "said"),
+    ("stream", "answer"),
     [
         ("Yes. Confidence: 80% to 90%.", "Yes. Confidence: 80% to 90%."),
         ("Yes. Confidence: 80%-90%.", "Yes. Confidence: 80%-90%."),
@@ -123,16 +123,16 @@ def test_an_answer_ends_where_it_is_complete(
     ],
 )
 def test_an_answer_is_not_cut_within_a_range(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch, stream: str, said: str
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch, stream: str, answer: str
 ) -> None:
-    """The model says the stream and ends its turn; stopped or not, the text states the same confidence."""
+    """The model generates the stream and ends its turn; a stopped answer states the same confidence."""
     model, tokenizer = load_model(), processor.tokenizer
     ids = [*tokenizer(stream, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     steps = _script(model, ids)
-    whole = generate_texts(model, prompts.inputs, tokenizer, 20)
+    full = generate_texts(model, prompts.inputs, tokenizer, 20)
     steps.clear()
     stopped = generate_texts(model, prompts.inputs, tokenizer, 20, end_of_confidence)
-    assert whole == [stream] * 3
-    assert stopped == [said] * 3
-    assert [parse_confidence(t) for t in stopped] == [parse_confidence(t) for t in whole]
-    assert (len(steps) < len(ids)) == (said != stream), "no token more than is needed"
+    assert full == [stream] * 3
+    assert stopped == [answer] * 3
+    assert [parse_confidence(t) for t in stopped] == [parse_confidence(t) for t in full]
+    assert (len(steps) < len(ids)) == (answer != stream), "no unnecessary token"

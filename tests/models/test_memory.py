@@ -1,4 +1,4 @@
-"""The memory estimate: quantised weights against loaded ones, what settings change, and published models."""
+"""The memory estimate: quantised weights against loaded ones, effects of settings, and published models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .families import IMAGE
 from .published import MODELS
 from .steps import BF16, PLAIN, ROWS, TOLERANCE, allocated, labels_of, saved, train_step
 
-# --- Quantised weights --------------------------------------------------------------------------------------------
+# --- Quantised weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny LLaVA whose language model has layers of multiples of 64, as 4-bit blocks need."""
+    """A tiny LLaVA whose language model has widths that are multiples of 64, as required by nf4."""
     text = tf.LlamaConfig(
         hidden_size=128,
         intermediate_size=192,
@@ -53,7 +53,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _stored(model: Any) -> Iterator[tuple[str, int]]:
-    """Kind and bytes of every weight, with the scales of quantised ones and without their constant tables."""
+    """Kind and bytes of every weight, including quantisation scales without constant tables."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -111,7 +111,7 @@ def test_quantised_bytes() -> None:
     assert quantised_bytes((64, 256), "int8") == 64 * 256 + 64 * 4
 
 
-# --- What is asked for --------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------------------------
 
 
 def _estimate(folder: str, lora: LoraSettings = PLAIN, **settings: Any) -> MemoryEstimate:
@@ -129,22 +129,22 @@ def test_a_reference_is_a_second_adapter(model_folder: str, new_adapter: Callabl
     real = continue_adapter(
         load_for_training(BaseModel(model_folder)), new_adapter(1, parts=lora.parts), ["language"]
     )
-    found = _estimate(model_folder, lora, reference=True, trained=["language"])
-    assert found.parameters == sum(p.numel() for p in real.parameters())
-    assert found.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert found.weights == {"float32": sum(p.nbytes for p in real.parameters())}
+    estimate = _estimate(model_folder, lora, reference=True, trained=["language"])
+    assert estimate.parameters == sum(p.numel() for p in real.parameters())
+    assert estimate.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert estimate.weights == {"float32": sum(p.nbytes for p in real.parameters())}
     alone = _estimate(model_folder, lora)
-    assert alone.trained > found.trained
-    assert alone.parameters < found.parameters
+    assert alone.trained > estimate.trained
+    assert alone.parameters < estimate.parameters
 
 
 def test_responses_make_a_row_longer(model_folder: str) -> None:
     step = TrainingStep(4, 90, responses=11)
     assert (step.row, step.labels) == (90 + 10 * RESPONSE_TOKENS, 11 * RESPONSE_TOKENS)
-    one, many = (_estimate(model_folder, responses=n) for n in (1, 11))
+    single, listwise = (_estimate(model_folder, responses=n) for n in (1, 11))
     longer = _estimate(model_folder, tokens=step.row)
-    assert one.activations < longer.activations <= many.activations
-    assert many.logits > 8 * one.logits
+    assert single.activations < longer.activations <= listwise.activations
+    assert listwise.logits > 8 * single.logits
 
 
 def test_more_of_anything_takes_more(model_folder: str) -> None:
@@ -159,20 +159,22 @@ def test_more_of_anything_takes_more(model_folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "lora", "says"),
+    ("base", "lora", "message"),
     [
         (BaseModel("no/model"), PLAIN, "cannot load a model from 'no/model': "),
         (BaseModel("{tmp}"), PLAIN, "cannot load a model from '{tmp}'"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path: Path, base: BaseModel, lora: LoraSettings, says: str) -> None:
+def test_what_is_not_there_is_named(
+    tmp_path: Path, base: BaseModel, lora: LoraSettings, message: str
+) -> None:
     with pytest.raises(DataError) as caught:
         estimate_memory(BaseModel(base.name_or_path.format(tmp=tmp_path)), lora, TrainingStep(1, 10))
-    assert str(caught.value).startswith(says.format(tmp=tmp_path))
+    assert str(caught.value).startswith(message.format(tmp=tmp_path))
     assert "\n" not in str(caught.value)
 
 
-# --- Published models ---------------------------------------------------------------------------------------------
+# --- Published models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)

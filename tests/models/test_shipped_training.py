@@ -1,4 +1,4 @@
-"""Every family trained as the presets ship it: nf4, bfloat16 and gradient checkpointing together, in both stages."""
+"""Every family trained in both stages with the shipped presets: nf4, bfloat16 and gradient checkpointing together."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
 
 from . import families
-from .processors import FAMILIES, Family, made
+from .processors import FAMILIES, Family, cached_family
 from .runs import LORA, Watch, data_of, fit, write_records
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def _llava_siglip() -> Family:
-    """LLaVA with a SigLIP tower, which has no token for the whole image."""
-    clip = made("llava_clip")
+    """LLaVA with a SigLIP tower, which has no class token."""
+    clip = cached_family("llava_clip")
     processor = tf.LlavaProcessor(
         image_processor=tf.SiglipImageProcessor(size={"height": 16, "width": 16}),
         tokenizer=clip.processor.tokenizer,
@@ -47,14 +47,14 @@ def _llava_siglip() -> Family:
 
 ALIKE = {
     "llava_siglip": _llava_siglip,
-    "llava_mistral": lambda: replace(made("llava_clip"), name="llava_mistral"),
-    "paligemma": lambda: replace(made("paligemma2"), name="paligemma"),
+    "llava_mistral": lambda: replace(cached_family("llava_clip"), name="llava_mistral"),
+    "paligemma": lambda: replace(cached_family("paligemma2"), name="paligemma"),
 }
-"""Families that share another's processor."""
+"""Families that use the processor of another family."""
 
 
 def shipped() -> tuple[dict[str, Any], str, bool]:
-    """What qlora.yaml says of the base model, and the precision and checkpointing of the preset of a model."""
+    """The base model settings of qlora.yaml, and the precision and checkpointing of a model's preset."""
     qlora, preset = (
         yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
         for name in ("qlora", "qwen2_5_vl_7b")
@@ -65,9 +65,13 @@ def shipped() -> tuple[dict[str, Any], str, bool]:
 
 @dataclass
 class Trained:
-    """A family's two stages. sft, shared, plain: a module and what was watched; stage 2 once with each way of scoring.
+    """A family trained in both stages.
 
-    batch: what stage 1 learns from.
+    Attributes:
+        batch: the training batch of stage 1.
+        sft: module and recorded training of stage 1.
+        shared: the same of stage 2 with shared prefixes.
+        plain: the same of stage 2 with plain scoring.
     """
 
     batch: SFTBatch
@@ -86,7 +90,7 @@ def trained(
     request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     settings, precision, checkpointing = shipped()
-    family = made(request.param) if request.param in FAMILIES else ALIKE[request.param]()
+    family = cached_family(request.param) if request.param in FAMILIES else ALIKE[request.param]()
     folder = tmp_path_factory.mktemp(request.param)
     base = BaseModel(family.save(folder / "base"), **settings)
     torch.manual_seed(0)
@@ -103,7 +107,7 @@ def trained(
             base,
             str(folder / "adapter"),
             optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
-            nll_weight=1.0,  # so that the first loss is not that of two models alike
+            nll_weight=1.0,  # without it the first loss is log 2 for any scores
             scoring=scoring,
             gradient_checkpointing=checkpointing,
         )
@@ -139,21 +143,21 @@ def test_the_loss_falls_and_only_the_adapter_moves(trained: Trained, stage: str)
 
 
 def test_both_ways_of_scoring_train_alike(trained: Trained) -> None:
-    """Losses within 1%, gradients within 5% of their norm: what is left is the rounding of bfloat16."""
+    """Losses agree within 1%, gradients within 5% of their norm; the rest is rounding in bfloat16."""
     shared, plain = trained.shared[1], trained.plain[1]
     assert shared.losses == pytest.approx(plain.losses, rel=0.01)
-    away, of = (
+    difference, norm = (
         math.sqrt(sum(float(g.square().sum()) for g in gradients))
         for gradients in (
             [shared.gradients[n] - g for n, g in plain.gradients.items()],
             list(plain.gradients.values()),
         )
     )
-    assert away < 0.05 * of
+    assert difference < 0.05 * norm
 
 
 def test_the_loss_of_stage_1_is_that_of_a_whole_forward(trained: Trained) -> None:
-    """The output head only at labels, under checkpointing, against logits at every position without."""
+    """Compare the output head at labels under checkpointing with logits at every position without it."""
     model, batch = trained.sft[0].model, trained.batch
 
     def loss(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
@@ -161,9 +165,11 @@ def test_the_loss_of_stage_1_is_that_of_a_whole_forward(trained: Trained) -> Non
         return response_nll(likelihood, rows, torch.ones_like(likelihood), len(batch.queries))
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = labelled_logits(model.train(), batch.inputs, batch.labels)
+        labelled = labelled_logits(model.train(), batch.inputs, batch.labels)
         with torch.no_grad():
             logits = model.eval()(**batch.inputs, use_cache=False).logits
     rows, positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
     expected = loss(logits[rows, positions - 1], rows, batch.labels[rows, positions])
-    assert float(loss(found.logits, found.rows, found.targets)) == pytest.approx(float(expected), rel=0.01)
+    assert float(loss(labelled.logits, labelled.rows, labelled.targets)) == pytest.approx(
+        float(expected), rel=0.01
+    )

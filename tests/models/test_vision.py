@@ -1,4 +1,4 @@
-"""The frozen vision, run once for several passes: which modules it is, and that nothing but the time changes."""
+"""Frozen vision modules run once for several passes: which modules, and with unchanged results."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ VISION = dict.fromkeys(FAMILIES, TOWER_AND_PROJECTOR) | {
     "qwen2_5_vl": ("model.visual",),
     "qwen3_vl": ("model.visual",),
 }
-"""Tower and, where it is a module of its own, projector."""
+"""Tower and, if it is a separate module, projector."""
 VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
 
 
 def adapted(family: str, *parts: str) -> Any:
-    """A model with a random adapter on these parts; everything else is frozen."""
+    """A model with a random adapter on these parts and all else frozen."""
     model = attach_lora(build(family), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts)))  # type: ignore[arg-type]
     return randomize_adapters(model).eval()
 
 
 def names_of(model: Any) -> set[str]:
-    """The frozen vision, by name."""
+    """Names of the frozen vision modules."""
     names = {id(module): name for name, module in unwrap_peft(model).named_modules()}
     return {names[id(module)] for module in frozen_vision(model)}
 
 
 def count_runs(module: nn.Module) -> list[int]:
-    """Grows by one whenever the module's first layer runs."""
+    """A list that grows whenever the module's first layer runs."""
     runs: list[int] = []
     layer = next(m for m in module.modules() if not list(m.children()))
     layer.register_forward_hook(lambda *_: runs.append(1))
@@ -48,22 +48,22 @@ def count_runs(module: nn.Module) -> list[int]:
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Of the model with its adapter, without, and with it again."""
-    found = []
+    """Logits of the model with its adapter, without it, and with it again."""
+    logits = []
     with torch.no_grad():
         for adapter in ("default", None, "default"):
             with using_adapter(model, adapter):
-                found.append(model(**inputs, use_cache=False).logits)
-    return found
+                logits.append(model(**inputs, use_cache=False).logits)
+    return logits
 
 
 @pytest.fixture(scope="module")
 def inputs() -> Callable[..., dict[str, Tensor]]:
-    """A batch of prompts for a model of a family."""
+    """Builds a batch of prompts for a family."""
     return lambda family, n=3: collated(new_prompts(family, n))
 
 
-# --- Which modules ----------------------------------------------------------------------------------------------
+# --- Which modules --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,12 +76,12 @@ def test_what_is_adapted_or_trained_is_not_frozen(family: str) -> None:
     tower, *projector = VISION[family]
     assert tower not in names_of(adapted(family, "language", "tower"))
     if family != "gemma3":  # its projector has no linear layer
-        # That of the Qwen family is within the tower.
+        # The projector of the Qwen family is part of the tower.
         assert names_of(adapted(family, "projector")) == ({tower} if projector else set())
     model = adapted(family, "language")
     next(unwrap_peft(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
     assert names_of(model) == ({tower} if projector else set())
-    assert not frozen_vision(build(family)), "all of it is to be trained"
+    assert not frozen_vision(build(family)), "all weights are trained"
 
 
 def test_a_model_without_adapters_may_be_frozen_too() -> None:
@@ -89,7 +89,7 @@ def test_a_model_without_adapters_may_be_frozen_too() -> None:
     assert names_of(model) == set(TOWER_AND_PROJECTOR)
 
 
-# --- Results ----------------------------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,16 +99,16 @@ def test_the_tower_runs_once_and_results_are_the_same(
     model, batch = adapted(family, "language"), inputs(family)
     runs = [count_runs(unwrap_peft(model).get_submodule(name)) for name in VISION[family]]
     expected = logits_of(model, batch)
-    assert [len(r) for r in runs] == [3] * len(runs), "as a check of the count"
+    assert [len(r) for r in runs] == [3] * len(runs), "check of the count"
     assert not torch.allclose(expected[0], expected[1], atol=0.1)
-    for _ in range(2):  # nothing is kept from one context to the next
+    for _ in range(2):  # each context has its own cache
         for run in runs:
             run.clear()
         with shared_vision(model):
-            found = logits_of(model, batch)
+            actual = logits_of(model, batch)
         assert [len(r) for r in runs] == [1] * len(runs)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert torch.equal(mine, theirs)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
         batch = {n: -v if n == "pixel_values" else v for n, v in batch.items()}
         expected = logits_of(model, batch)
 
@@ -122,9 +122,9 @@ def test_adapters_in_the_vision_are_still_told_apart(
     expected = logits_of(model, batch)
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
     with shared_vision(model):
-        found = logits_of(model, batch)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert torch.equal(mine, theirs)
+        actual = logits_of(model, batch)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
@@ -132,7 +132,7 @@ def test_adapters_in_the_vision_are_still_told_apart(
 def test_gradients_are_the_same(
     family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
 ) -> None:
-    """Of a policy behind a reference, as preference optimisation has them."""
+    """Gradients of a policy after a pass of the reference, as in preference optimisation."""
     model, batch = adapted(family, *parts), inputs(family)
 
     def gradients() -> dict[str, Tensor]:
@@ -146,10 +146,10 @@ def test_gradients_are_the_same(
     expected = gradients()
     assert all(g is not None and g.abs().max() > 0 for g in expected.values())
     with shared_vision(model):
-        found = gradients()
+        actual = gradients()
     for name, gradient in expected.items():
-        assert found[name] is not None, name
-        assert torch.equal(found[name], gradient), name
+        assert actual[name] is not None, name
+        assert torch.equal(actual[name], gradient), name
 
 
 @pytest.mark.parametrize("part", [0, -1], ids=["tower", "projector"])
@@ -167,20 +167,20 @@ def test_gradients_of_trained_weights_are_the_same(
 
     expected = gradients()
     with shared_vision(model):
-        found = gradients()
+        actual = gradients()
     for name, gradient in expected.items():
-        if gradient is None:  # the last layer of a tower whose features are those of the one before
-            assert found[name] is None, name
+        if gradient is None:  # a tower's unused last layer
+            assert actual[name] is None, name
         else:
-            assert found[name] is not None, name
-            assert torch.equal(found[name], gradient), name
+            assert actual[name] is not None, name
+            assert torch.equal(actual[name], gradient), name
 
 
-# --- Coming and going -------------------------------------------------------------------------------------------
+# --- Restored forwards ----------------------------------------------------------------------------------------------
 
 
 def forwards_of(model: Any) -> dict[str, Any]:
-    """Every forward that belongs to a module and not to its class."""
+    """Forwards that are attributes of an instance instead of its class."""
     return {n: m.__dict__["forward"] for n, m in model.named_modules() if "forward" in m.__dict__}
 
 
@@ -197,7 +197,7 @@ def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None
 
 
 def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    """As accelerate and bitsandbytes put there."""
+    """Such as the forwards that accelerate and bitsandbytes set."""
     model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
     projector = unwrap_peft(model).model.multi_modal_projector
     usual, runs = projector.forward, []
@@ -213,9 +213,9 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
     before = forwards_of(model)
     runs.clear()
     with shared_vision(model):
-        found = logits_of(model, batch)
+        actual = logits_of(model, batch)
     assert len(runs) == 1
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert forwards_of(model) == before
     assert projector.__dict__["forward"] is doubled
     with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
@@ -232,9 +232,9 @@ def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> Non
         logits_of(model, batch)
         with shared_vision(model):
             logits_of(model, batch)
-        found = logits_of(model, batch)
+        actual = logits_of(model, batch)
     assert len(runs) == 1
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert not forwards_of(model)
 
 
@@ -249,8 +249,8 @@ def test_other_images_are_not_mistaken_for_the_first(
     with torch.no_grad():
         expected = [model(**b, use_cache=False).logits for b in batches]
         with shared_vision(model):
-            found = [model(**b, use_cache=False).logits for b in batches]
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+            actual = [model(**b, use_cache=False).logits for b in batches]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_text_alone_may_pass_between(inputs: Callable[..., dict[str, Tensor]]) -> None:

@@ -1,6 +1,6 @@
-"""Every family through the whole path: collate, SFT, DPO from the SFT adapter, answer, save, load again without this package.
+"""Every family end to end: collate, SFT, DPO from the SFT adapter, answer, save, and load without this package.
 
-Each with a real processor and a tiny random model, in full precision and with its language model quantised.
+Each family has a real processor and a tiny random model, in full precision and with a quantised language model.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 
 from .families import randomize_adapters
-from .processors import FAMILIES, made
+from .processors import FAMILIES, cached_family
 from .runs import LORA, SIZES, Run, data_of, fit, run_through, write_records
 
 OLDER = ("idefics3", "qwen2_vl")
-"""Much like others, so in full precision only."""
+"""Similar to other families, so tested in full precision only."""
 CASES: list[tuple[str, Quantization]] = [
     *((name, "none") for name in FAMILIES),
     *((name, "nf4") for name in FAMILIES if name not in OLDER),
@@ -54,22 +54,22 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     name, quantization = request.param
-    return run_through(made(name), quantization, records, tmp_path_factory.mktemp(name))
+    return run_through(cached_family(name), quantization, records, tmp_path_factory.mktemp(name))
 
 
 def _lora(parameters: Iterable[str], adapter: str = "default") -> set[str]:
     return {n for n in parameters if ".lora_" in n and f".{adapter}." in n}
 
 
-# --- What a step sees ---------------------------------------------------------------------------------------------
+# --- Inputs of a step -----------------------------------------------------------------------------------------------
 
 
 def test_labels_are_the_response_and_its_end(run: Run) -> None:
     batch: SFTBatch = run.batch("sft")
     tokenizer = run.data.processor.tokenizer
     for query, labels in zip(batch.queries, batch.labels, strict=True):
-        said = tokenizer.decode(labels[labels != IGNORE]).lstrip()
-        assert said == render_response(query.answer, 0.5) + run.family.end
+        text = tokenizer.decode(labels[labels != IGNORE]).lstrip()
+        assert text == render_response(query.answer, 0.5) + run.family.end
 
 
 def test_images_differ_in_size_within_the_batch(run: Run) -> None:
@@ -86,7 +86,7 @@ def test_noise_is_at_the_resolution_of_the_model(run: Run) -> None:
         assert sample.confidence == 0.5
 
 
-# --- Both stages --------------------------------------------------------------------------------------------------
+# --- Both stages ----------------------------------------------------------------------------------------------------
 
 
 def test_sft_learns(run: Run) -> None:
@@ -97,14 +97,14 @@ def test_sft_learns(run: Run) -> None:
     assert len(trained) == 2 * 2 * 7, "A and B in seven linear layers of each of two layers"
     for name, gradient in watch.gradients.items():
         assert gradient.isfinite().all(), name
-        assert (gradient.abs().max() > 0) == ("lora_B" in name), name  # as long as B is zero
+        assert (gradient.abs().max() > 0) == ("lora_B" in name), name  # while B is zero
     for name, parameter in run.sft.named_parameters():
         assert torch.equal(parameter, watch.before[name]) == (name not in trained), name
 
 
 def test_dpo_goes_on_from_the_sft_adapter(run: Run) -> None:
     watch = run.watched["dpo"]
-    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are alike at first"
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5), "policy and reference are equal at first"
     assert watch.losses[1] < watch.losses[0]
     trained, reference = _lora(watch.before), _lora(watch.before, "reference")
     assert set(watch.gradients) == trained
@@ -131,22 +131,22 @@ def test_only_the_language_model_is_quantised(run: Run) -> None:
 
 @pytest.mark.parametrize("scoring", ["shared", "plain"])
 def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> None:
-    """SFT by the whole conversation, DPO by a prompt with candidates behind it."""
+    """SFT scores a full conversation, DPO a prompt with candidates."""
     batch, pairs = run.batch("sft"), run.batch("pairs")
     with torch.no_grad():
-        found = labelled_logits(run.dpo.model, batch.inputs, batch.labels)
+        labelled = labelled_logits(run.dpo.model, batch.inputs, batch.labels)
         tokens = [[c.tokens for c in row] for row in pairs.candidates]
         prompts = Prompts(pairs.inputs, pairs.lengths)
         scores = score_responses(run.dpo.model, prompts, tokens, scoring)
-    likelihood = token_log_likelihood(found.logits, found.targets)
+    likelihood = token_log_likelihood(labelled.logits, labelled.targets)
     for row, candidates in enumerate(pairs.candidates):
         k = [c.confidence for c in candidates].index(0.5)
-        expected = likelihood[found.rows == row]
+        expected = likelihood[labelled.rows == row]
         assert torch.allclose(scores.log_likelihood[row, k, : len(expected)], expected, atol=run.tolerance)
     assert why_not_shared(run.dpo.model, 1000) is None
 
 
-# --- Answers ------------------------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------------------------------------
 
 
 def test_the_model_answers_as_it_learnt(run: Run) -> None:
@@ -155,13 +155,13 @@ def test_the_model_answers_as_it_learnt(run: Run) -> None:
     assert [p.id for p in predictions] == ["q0", "q1", "q2", "q3"]
     assert [p.noise_step for p in predictions] == [500] * 4
     for number, answer in ((0, "Yes"), (2, "No")):
-        assert predictions[number].text == f"{answer}. Confidence: 50%", "and there it stops"
+        assert predictions[number].text == f"{answer}. Confidence: 50%", "generation stops at the end"
         assert predictions[number].correct
         assert predictions[number].confidence == 0.5
 
 
 def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
-    """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
+    """Generation scores token by token with a cache, training scores prompt and answer in one pass."""
     prompts, pairs = run.batch("prompts"), run.batch("pairs")
     output = run.dpo.model.generate(
         **prompts.inputs,
@@ -172,14 +172,14 @@ def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
         return_dict_in_generate=True,
     )
     answers = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-    stated = torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    generated = torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
     with torch.no_grad():
-        asked = Prompts(pairs.inputs, pairs.lengths)
-        found = score_responses(run.dpo.model, asked, [[a] for a in answers.tolist()])
-    assert torch.allclose(found.log_likelihood[:, 0], stated, atol=run.tolerance)
+        prefix = Prompts(pairs.inputs, pairs.lengths)
+        scores = score_responses(run.dpo.model, prefix, [[a] for a in answers.tolist()])
+    assert torch.allclose(scores.log_likelihood[:, 0], generated, atol=run.tolerance)
 
 
-# --- Served elsewhere ---------------------------------------------------------------------------------------------
+# --- Without this package -------------------------------------------------------------------------------------------
 
 FRESH = """
 import json, sys
@@ -213,7 +213,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Run], dict[str, Tensor]]]:
-    """Logits behind prompts, of each adapter, in a process with transformers and peft and nothing of this package."""
+    """Computes each adapter's logits behind prompts in a process with transformers and peft but without this package."""
     folder = tmp_path_factory.mktemp("elsewhere")
     process = subprocess.Popen(
         [sys.executable, "-c", FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -244,23 +244,23 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Ru
 def test_a_fresh_process_with_transformers_and_peft_gives_the_same_logits(
     run: Run, elsewhere: Callable[[Run], dict[str, Tensor]]
 ) -> None:
-    inputs, model, ours = run.batch("prompts").inputs, run.dpo.model, {}
+    inputs, model, here = run.batch("prompts").inputs, run.dpo.model, {}
     for name, adapter in (("sft", "reference"), ("dpo", "default"), ("base", None)):
         with torch.no_grad(), using_adapter(model, adapter):
-            ours[name] = model(**inputs).logits[:, -1]
-    theirs = elsewhere(run)
-    assert list(theirs) == ["sft", "dpo"]
-    for name, logits in theirs.items():
-        assert torch.allclose(logits, ours[name], atol=1e-4)
-        assert not torch.allclose(logits, ours["base"], atol=0.5)
-    assert not torch.allclose(ours["sft"], ours["dpo"], atol=1e-2)
+            here[name] = model(**inputs).logits[:, -1]
+    fresh = elsewhere(run)
+    assert list(fresh) == ["sft", "dpo"]
+    for name, logits in fresh.items():
+        assert torch.allclose(logits, here[name], atol=1e-4)
+        assert not torch.allclose(logits, here["base"], atol=0.5)
+    assert not torch.allclose(here["sft"], here["dpo"], atol=1e-2)
 
 
-# --- Gradients ----------------------------------------------------------------------------------------------------
+# --- Gradients ------------------------------------------------------------------------------------------------------
 
 
 def _adapted(run: Run, gradient_checkpointing: bool = False) -> SFTModule:
-    """The base model with a random adapter, in training."""
+    """The base model with a random adapter in train mode."""
     module = SFTModule(run.base, LORA, gradient_checkpointing=gradient_checkpointing)
     module.configure_model()
     randomize_adapters(module.model)
@@ -269,22 +269,22 @@ def _adapted(run: Run, gradient_checkpointing: bool = False) -> SFTModule:
 
 def _gradients(module: SFTModule, batch: SFTBatch) -> dict[str, Tensor]:
     module.zero_grad(set_to_none=True)
-    found = labelled_logits(module.model, batch.inputs, batch.labels)
-    (-token_log_likelihood(found.logits, found.targets).mean()).backward()
+    labelled = labelled_logits(module.model, batch.inputs, batch.labels)
+    (-token_log_likelihood(labelled.logits, labelled.targets).mean()).backward()
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     assert len(gradients) == 2 * 2 * 7
     assert all(g.abs().max() > 0 for g in gradients.values())
     return gradients
 
 
-def _assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
         atol = 1e-5 * float(gradient.abs().max())
-        assert torch.allclose(found[name], gradient, atol=atol, rtol=0), name
+        assert torch.allclose(actual[name], gradient, atol=atol, rtol=0), name
 
 
 def test_gradients_are_as_before_after_a_pass_in_eval_mode(run: Run) -> None:
-    """As validation between steps has it; on some CPUs bitsandbytes repacks weights for it, unless it is kept from that."""
+    """As in validation between steps; on some CPUs bitsandbytes would repack weights in eval mode."""
     module, batch = _adapted(run), run.batch("sft")
     before = _gradients(module, batch)
     module.model.eval()
@@ -299,20 +299,20 @@ def test_gradients_are_the_same_under_checkpointing(run: Run) -> None:
     passes: list[int] = []
     layer = unwrap_peft(module.model).get_decoder().layers[0].self_attn
     layer.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = _gradients(module, batch)
-    assert len(passes) == 2, "once more in the backward pass"
-    _assert_alike(found, _gradients(_adapted(run), batch))
+    gradients = _gradients(module, batch)
+    assert len(passes) == 2, "recomputed in the backward pass"
+    _assert_alike(gradients, _gradients(_adapted(run), batch))
 
 
-# --- Where the prefix cannot be shared ----------------------------------------------------------------------------
+# --- Unshared prefixes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
-def test_a_window_shorter_than_a_row_is_said_once_in_both_of_two_trainings(
+def test_a_window_shorter_than_a_row_is_logged_once_in_both_of_two_trainings(
     name: str, records: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_prefix, "_logged", set())  # as in a new process
-    base = BaseModel(made(name).save(tmp_path, window=8), dtype="float32")
+    base = BaseModel(cached_family(name).save(tmp_path, window=8), dtype="float32")
     caplog.set_level(logging.INFO)
     for n_rejected in (1, 2):  # rows of other lengths
         policy = PairPolicy(target="level", rejected="far", n_rejected=n_rejected)
@@ -320,6 +320,6 @@ def test_a_window_shorter_than_a_row_is_said_once_in_both_of_two_trainings(
         watch = fit(module, data_of(base.name_or_path, records, policy), 3)
         assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5)
         assert watch.losses[-1] < watch.losses[0]
-    said = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]
-    assert len(said) == 1
-    assert "longer than the attention window of 8" in said[0]
+    messages = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]
+    assert len(messages) == 1
+    assert "longer than the attention window of 8" in messages[0]

@@ -1,9 +1,9 @@
-"""The demo over several seeds: `python -m tests.performance.demo_seeds` prints what the README states.
+"""The demo over several seeds: `python -m tests.performance.demo_seeds` prints the README's tables.
 
-Behind it is what an isotonic map of the base model's confidence comes to, which costs no training: it mends the calibration
-error, and ranks no better. "Apart" are intervals that do not overlap.
-Each seed has its own noise, order of data, adapter initialisation and test noise; the base model, its levels and the test
-scenes are the same. Values are mean ± standard deviation over seeds.
+The last table compares with an isotonic map of the base model's confidence, which needs no training: it improves calibration and
+does not improve ranking. Intervals that do not overlap are "apart". Each seed changes training noise, order of data, adapter
+initialisation and test noise; the base model, its levels and the test scenes are fixed. Values are mean ± standard deviation over
+seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOSSES = "vlm_calibration.losses.preference."
 PAPER = ["--config", "configs/experiment/paper.yaml"]
 LINEAR = "vlm_calibration.perturbation.levels.LinearLevels"
 STAGE_1 = {"sft-paper": PAPER, "sft": []}
-# Stage 1 as it is, but for one thing, which the paper's preset has so.
+# Stage 1 with one setting of the paper's preset each.
 ABLATIONS = {
     "linear-levels": ["--data.noise.levels", LINEAR],
     "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
@@ -35,7 +35,7 @@ ABLATIONS = {
     "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
     "confidence-weight-1": ["--model.init_args.confidence_weight", "1.0"],
 }
-# Stage 2 from the adapter of "sft", each unlike the default in one thing.
+# Stage 2 from the adapter of "sft", each with one setting changed.
 STAGE_2 = {
     "dpo": [],
     "dpo-level": ["--data.pairs.target", "level"],
@@ -54,7 +54,7 @@ STAGE_2 = {
         *("--model.init_args.loss.init_args.beta", "0.3"),
     ],
 }
-# Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile: at ours it collapses.
+# Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile; at the default one it collapses.
 STAGE_2_PAPER = {
     "dpo-paper": [
         *(*PAPER, "--config", "configs/experiment/paper_dpo.yaml"),
@@ -122,7 +122,7 @@ def into(folder: Path) -> list[str]:
 
 
 def train(fits: dict[Path, list[str]], resume: bool) -> None:
-    """Train one adapter on each of two cores, as `make demo` does, until there is one in each folder."""
+    """Train an adapter into each folder, two at a time as in `make demo`; with `resume`, only missing ones."""
     missing = {f: fit for f, fit in fits.items() if not (resume and (f / "adapter").is_dir())}
     with ThreadPoolExecutor(2) as pool:
         list(
@@ -133,22 +133,22 @@ def train(fits: dict[Path, list[str]], resume: bool) -> None:
 
 
 def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics:
-    """Train those of the systems that are trained with this seed, and evaluate them."""
+    """Train and evaluate the systems with this seed; returns their metrics."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
     folders = {name: root / f"{name}-{seed}" for name in systems if name not in UNTRAINED}
 
-    def fits(stage: str, runs: dict[str, list[str]], begun_with: str | None = None) -> dict[Path, list[str]]:
-        adapter = f"--model.init_args.adapter={root / f'{begun_with}-{seed}' / 'adapter'}"
+    def fits(stage: str, runs: dict[str, list[str]], start_from: str | None = None) -> dict[Path, list[str]]:
+        adapter = f"--model.init_args.adapter={root / f'{start_from}-{seed}' / 'adapter'}"
         shared = ["--config", f"configs/{stage}.yaml"]
         return {
-            folders[name]: [*shared, *settings, *own, *([adapter] if begun_with else [])]
+            folders[name]: [*shared, *settings, *own, *([adapter] if start_from else [])]
             for name, settings in runs.items()
             if name in folders
         }
 
     train(fits("sft", STAGE_1), resume)
-    begun = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
-    train({**fits("sft", ABLATIONS), **begun}, resume)
+    stage_2 = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
+    train({**fits("sft", ABLATIONS), **stage_2}, resume)
     evaluated = root / f"eval-{seed}"
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(
@@ -170,7 +170,7 @@ def spread(values: list[float | None]) -> str:
 
 
 def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
-    """A table for each part: of these systems as far as there are results."""
+    """A table for each part of the test set, with a row for each of these systems that has results."""
     lines = []
     for suffix, part in PARTS.items():
         n = runs[0]["base"][f"n{suffix}"]
@@ -184,7 +184,7 @@ def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
 
 
 def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
-    """In how many of the seeds each system is better than "sft", on the whole split."""
+    """Number of seeds in which each system is better than "sft" on the whole split."""
     signs = {"ece": -1, "brier": -1, "auroc": 1}
     heads = " | ".join(METRICS[metric] for metric in signs)
     lines = [f"| better than SFT, of {len(runs)} seeds | {heads} |", "|---|---|---|---|"]
@@ -196,41 +196,42 @@ def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
 
 
 def against_recalibration(folders: list[Path]) -> str:
-    """The base model recalibrated against the adapter of stage 2 as it is, for each seed."""
+    """The recalibrated base model against the adapter of stage 2 without recalibration, for each seed."""
     lines = ["| seed | metric | base, isotonic | SFT + DPO, as stated | intervals |", "|---|---|---|---|---|"]
     for folder in folders:
         systems = [s for s in read_systems([str(folder)]) if s.name in ("base", "dpo")]
         rows = compare(systems, Comparison()).rows
-        base, ours = (_row(rows, *wanted) for wanted in (("base", "isotonic"), ("dpo", RAW)))
+        base, dpo = _row(rows, "base", "isotonic"), _row(rows, "dpo", RAW)
         for metric in ("auroc", "aurc", "brier", "ece"):
-            one, other = base.metrics[metric], ours.metrics[metric]
-            apart = one.high < other.low or other.high < one.low
-            values = [cell(row, metric).removesuffix("*") for row in (base, ours)]
+            first, second = base.metrics[metric], dpo.metrics[metric]
+            apart = first.high < second.low or second.high < first.low
+            values = [cell(row, metric).removesuffix("*") for row in (base, dpo)]
             seed = folder.name.removeprefix("eval-")
             lines.append(f"| {seed} | {metric} | {' | '.join(values)} | {'apart' if apart else 'overlap'} |")
     return "\n".join(lines)
 
 
 def _row(rows: list[Row], system: str, recalibration: str) -> Row:
-    found = (
-        r for r in rows if (r.system, r.estimator, r.recalibration) == (system, VERBALIZED, recalibration)
-    )
-    return next(found)
+    key = (system, VERBALIZED, recalibration)
+    return next(r for r in rows if (r.system, r.estimator, r.recalibration) == key)
 
 
 def main() -> None:
-    known = list({**SYSTEMS, **ABLATED})
+    all_systems = list({**SYSTEMS, **ABLATED})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
     parser.add_argument(
-        "--resume", action="store_true", help="do not train again what --out holds, of the same settings"
+        "--resume", action="store_true", help="reuse adapters in --out; they must have the same settings"
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], choices=sorted({*known} - {"sft", "sft-paper", "dpo", *UNTRAINED})
+        "--without",
+        nargs="+",
+        default=[],
+        choices=sorted({*all_systems} - {"sft", "sft-paper", "dpo", *UNTRAINED}),
     )
     args = parser.parse_args()
-    systems = [name for name in known if name not in args.without]
+    systems = [name for name in all_systems if name not in args.without]
     runs = [run_seed(seed, args.out, systems, args.resume) for seed in args.seeds]
     print(markdown(runs, SYSTEMS))
     print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")

@@ -1,9 +1,9 @@
-"""What further estimators of confidence cost an evaluation, beside the confidence that an answer states anyway.
+"""Cost of further confidence estimators in an evaluation, relative to the verbalized confidence alone.
 
-Run with `python -m tests.performance.estimators`; prints a Markdown table. A batch of questions is answered greedily, with the
-passes of one set of estimators behind it; the sets take turns, and a ratio is of the same round. The bar: the expected
-confidence over eleven levels costs at most 15%. That is for prompts of the usual length, here of a LLaVA with 256 image tokens
-and a language model of 39M parameters. The embedded demo's prompts have a third of that, in front of as many levels.
+`python -m tests.performance.estimators` prints a Markdown table. A batch of questions is answered greedily, followed by the forward
+passes of one set of estimators; sets alternate, and ratios compare times of the same round. Target: the expected confidence over
+eleven levels costs at most 15%. The target is for prompts of typical length, measured on a LLaVA with 256 image tokens and a
+language model of 39M parameters. The embedded demo's prompts are a third as long, with the same number of levels.
 """
 
 from __future__ import annotations
@@ -61,7 +61,16 @@ SETS: dict[str, Sequence[Estimator]] = {
 
 
 class Bench(NamedTuple):
-    """A model with questions to it. tokens: of an answer that is generated."""
+    """A model with a batch of questions.
+
+    Attributes:
+        name: title of the model.
+        model: the model.
+        chat: its chat format.
+        batch: the questions.
+        writer: writes responses for estimators.
+        tokens: length of a generated answer.
+    """
 
     name: str
     model: Any
@@ -72,7 +81,7 @@ class Bench(NamedTuple):
 
 
 def bench_of(name: str, folder: Path, side: int) -> Bench:
-    """Questions about images of noise: time does not depend on what is in them."""
+    """Questions about noise images; time does not depend on their content."""
     rng = np.random.default_rng(0)
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
     samples = [
@@ -92,16 +101,16 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
 
 @torch.no_grad()
 def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
-    """Answer the batch and let the estimators rate "Yes. Confidence: 80%"."""
+    """Seconds to answer the batch and to estimate the confidence of "Yes. Confidence: 80%"."""
     began = time.perf_counter()
     generating = GenerationRecorder(bench.model, remember=bool(estimators))
     generate_texts(generating, bench.batch.inputs, bench.chat.processor.tokenizer, bench.tokens)
     if estimators:
-        said = [graded_prediction(q, render_response("Yes", 0.8), 0) for q in bench.batch.queries]
+        predictions = [graded_prediction(q, render_response("Yes", 0.8), 0) for q in bench.batch.queries]
         answered = AnsweredBatch(
             bench.model,
             bench.batch,
-            said,
+            predictions,
             generating.passes,
             bench.writer,
             bench.tokens,
@@ -112,15 +121,15 @@ def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
     return time.perf_counter() - began
 
 
-def measured(bench: Bench, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every set in every round, in which all take turns; the first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in SETS}
+def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every set in every round; the sets alternate, and the first round is a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in SETS}
     for number in range(rounds + 1):
         for name, estimators in SETS.items():
-            taken = seconds(bench, estimators)
+            elapsed = seconds(bench, estimators)
             if number:
-                found[name].append(taken)
-    return found
+                times[name].append(elapsed)
+    return times
 
 
 def main() -> None:
@@ -141,10 +150,10 @@ def main() -> None:
             bench_of("LLaVA, 256 image tokens", Path(folder), SIDE),
             bench_of("embedded demo", DEMO, SCENE_SIZE),
         ):
-            taken = measured(bench, args.rounds)
+            times = measure(bench, args.rounds)
             length = bench.batch.inputs["input_ids"].shape[1]
-            for name, values in taken.items():
-                ratios = [v / alone for v, alone in zip(values, taken[ALONE], strict=True)]
+            for name, values in times.items():
+                ratios = [v / alone for v, alone in zip(values, times[ALONE], strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 missed |= name == EXPECTED and bench.name != "embedded demo" and middle > 1 + TARGET
                 each = 1000 * statistics.median(values) / BATCH

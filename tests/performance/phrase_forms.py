@@ -1,8 +1,9 @@
-"""Forms of questions, each asked about many objects: what `phrases.jsonl` has no room for, and a share over all forms would hide.
+"""Question forms, each filled in with many objects, so that a form that fails for every object is visible.
 
-A form is a template. `{x}` stands for an object, `{xs}` for several of it, `{a}` for its article, `{y}` for the next object of the
-list and `{w}` for each of the form's words in turn. Forms and words of the "development" part were looked at while the rules were made,
-those of "held out" were written before they were first measured, and have other objects and other words.
+A form is a template: `{x}` is an object, `{xs}` its plural, `{a}` its article, `{y}` the next object of the list, `{ys}` the plural
+of that, `{w}` each of the form's words in turn, and `{h}` the word without its article. The rules were developed on the forms and
+words of the "development" part. Those of the "held out" part were written before the first measurement, with other objects and
+words.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import NamedTuple
 
 
 class Form(NamedTuple):
-    """A form of question with its answer.
+    """A question form with its answer.
 
     Attributes:
-        words: what `{w}` stands for. objects, absent: templates of the phrases that are to be found.
-        beings: it is asked about what can act.
+        name: title of the form.
+        question: template.
+        answer: template.
+        objects: templates of the expected objects.
+        absent: templates of the expected absent objects.
+        words: values of `{w}`.
+        beings: whether objects are people and animals.
     """
 
     name: str
@@ -30,7 +36,7 @@ class Form(NamedTuple):
 
 
 def _objects(text: str) -> tuple[tuple[str, str], ...]:
-    """(one, several) of each object of a list; "/" stands between the two where "s" is not all."""
+    """(singular, plural) of each object of a list; "/" separates them if the plural is not the singular with "s"."""
     pairs = [item.strip().split("/") for item in text.split(",")]
     return tuple((pair[0], pair[-1] if len(pair) > 1 else pair[0] + "s") for pair in pairs)
 
@@ -268,22 +274,27 @@ FORMS = {"development": DEVELOPMENT, "held out": HELD_OUT}
 
 
 def fill(form: Form, part: str) -> Iterator[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:
-    """(form, question, answer, objects, absent) with each object of a part, and each of the form's words."""
+    """(form, question, answer, objects, absent) for each object of a part and each of the form's words."""
     objects = (BEINGS if form.beings else THINGS)[part]
-    for (index, (one, several)), word in product(enumerate(objects), form.words):
-        other, others = objects[(index + 1) % len(objects)]
-        article = "an" if one[0] in "aeiou" else "a"
-        # What the words name, without its article.
-        thing = word.removeprefix("an ").removeprefix("a ")
-        values = {"x": one, "xs": several, "a": article, "y": other, "ys": others, "w": word, "h": thing}
+    for (index, (singular, plural)), word in product(enumerate(objects), form.words):
+        next_singular, next_plural = objects[(index + 1) % len(objects)]
+        values = {
+            "x": singular,
+            "xs": plural,
+            "a": "an" if singular[0] in "aeiou" else "a",
+            "y": next_singular,
+            "ys": next_plural,
+            "w": word,
+            "h": word.removeprefix("an ").removeprefix("a "),
+        }
         yield (
             form.name,
             form.question.format(**values),
             form.answer.format(**values),
-            _filled(form.objects, values),
-            _filled(form.absent, values),
+            _fill_all(form.objects, values),
+            _fill_all(form.absent, values),
         )
 
 
-def _filled(templates: Sequence[str], values: dict[str, str]) -> tuple[str, ...]:
+def _fill_all(templates: Sequence[str], values: dict[str, str]) -> tuple[str, ...]:
     return tuple(template.format(**values) for template in templates)

@@ -1,13 +1,12 @@
-"""Precision and recall of the key object phrases, on question-response pairs labelled by hand (`phrases.jsonl`).
+"""Precision and recall of the key object phrases on hand-labelled question-response pairs (`phrases.jsonl`).
 
-Run with `python -m tests.performance.phrases`; it prints both parts of the file, and each form of `phrase_forms.py` by itself;
-`--misses` lists what went wrong in the development part. The labels were written
-before the rules, by these rules of their own: an object is what one can point at, with the adjectives and nouns that go with it
-but without articles and numbers; so the image and its sides, colours, counts, times, activities and what is written
-somewhere are none. "Cup of coffee" is one object, "herd of elephants" is "elephants". What the answer puts a name to ("What
-animal ...?" - "cat") counts by that name. `absent` is what the answer says is not there. The rules were made to
-fit the development part, three of whose labels were then corrected to follow the rules above; the held-out part was measured
-only. Both parts are by one author, who wrote the rules as well: questions of real users will fare worse.
+`python -m tests.performance.phrases` prints both parts of the file and each form of `phrase_forms.py`; `--misses` lists the errors
+in the development part. The labels were written before the rules, with these guidelines: an object is anything that one can point
+at, with its adjectives and nouns and without articles and numbers. The image and its sides, colours, counts, times, activities and
+written text are not objects. "Cup of coffee" is one object, "herd of elephants" is "elephants". An object that the answer names
+("What animal ...?" - "cat") has that name. `absent` lists objects that are not in the image according to the answer. The rules were
+developed on the development part, of which three labels were corrected later to follow the guidelines; the held-out part was only
+measured. One author wrote both parts and the rules, so accuracy on questions of real users will be lower.
 """
 
 import argparse
@@ -26,7 +25,16 @@ PARTS = ("development", "held out")
 
 
 class Pair(NamedTuple):
-    """One line of the file: a question with its response, and what is to be found."""
+    """One line of the file: a question with its answer and the expected phrases.
+
+    Attributes:
+        part: "development" or "held out".
+        form: the question's form.
+        question: the question.
+        answer: the answer.
+        objects: expected objects.
+        absent: expected absent objects.
+    """
 
     part: str
     form: str
@@ -37,21 +45,29 @@ class Pair(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Counts of phrases: found and labelled, found, labelled; and of pairs without any error, and of pairs."""
+    """Counts of phrases and pairs.
 
-    both: int = 0
+    Attributes:
+        correct: phrases that are found and labelled.
+        found: phrases found.
+        labelled: phrases labelled.
+        exact: pairs without an error.
+        pairs: all pairs.
+    """
+
+    correct: int = 0
     found: int = 0
     labelled: int = 0
-    whole: int = 0
+    exact: int = 0
     pairs: int = 0
 
     @property
     def precision(self) -> float:
-        return self.both / max(1, self.found)
+        return self.correct / max(1, self.found)
 
     @property
     def recall(self) -> float:
-        return self.both / max(1, self.labelled)
+        return self.correct / max(1, self.labelled)
 
 
 def read_pairs(path: Path = PAIRS) -> list[Pair]:
@@ -60,7 +76,7 @@ def read_pairs(path: Path = PAIRS) -> list[Pair]:
 
 
 def head(phrase: str) -> str:
-    """The noun that the phrase is about: "bicycle" of "red bicycle", "cup" of "cup of coffee"."""
+    """The head noun of a phrase: "bicycle" in "red bicycle", "cup" in "cup of coffee"."""
     return phrase.split(" of ")[0].split()[-1]
 
 
@@ -73,32 +89,32 @@ def agreement(found: Iterable[Sequence[str]], labelled: Iterable[Sequence[str]])
 
 
 def measure(part: str) -> dict[str, Agreement]:
-    """Of the objects and of what is absent; phrases must agree word for word, or in their heads only."""
+    """Agreement of objects and of absent objects; phrases must match exactly, or in their head nouns."""
     pairs = [p for p in read_pairs() if p.part == part]
     describer = RuleDescriber()
     described = [describer.describe_pair(p.question, p.answer) for p in pairs]
-    objects, wanted = [d.objects for d in described], [p.objects for p in pairs]
-    heads = [[[head(p) for p in row] for row in rows] for rows in (objects, wanted)]
+    objects, expected = [d.objects for d in described], [p.objects for p in pairs]
+    heads = [[[head(p) for p in row] for row in rows] for rows in (objects, expected)]
     return {
-        "objects, whole phrase": agreement(objects, wanted),
+        "objects, whole phrase": agreement(objects, expected),
         "objects, head noun": agreement(*heads),
         "absent, whole phrase": agreement([d.absent for d in described], [p.absent for p in pairs]),
     }
 
 
 def form_pairs(form: Form, part: str) -> list[Pair]:
-    """A form filled in with every object of a part."""
+    """A form filled in with each object of a part."""
     return [Pair(part, *asked) for asked in fill(form, part)]
 
 
 def misses(pairs: Iterable[Pair]) -> list[tuple[Pair, Description]]:
-    """The pairs whose objects, or what is absent, are not those that are labelled, with what was found."""
+    """The pairs with an error, and their descriptions."""
     describer = RuleDescriber()
     described = [(pair, describer.describe_pair(pair.question, pair.answer)) for pair in pairs]
     return [
-        (pair, found)
-        for pair, found in described
-        if set(found.objects) != set(pair.objects) or set(found.absent) != set(pair.absent)
+        (pair, description)
+        for pair, description in described
+        if set(description.objects) != set(pair.objects) or set(description.absent) != set(pair.absent)
     ]
 
 
@@ -106,8 +122,8 @@ def print_forms(part: str) -> None:
     print(f"\n| form, {part} | for example | without error |\n|---|---|---|")
     for form in FORMS[part]:
         pairs = form_pairs(form, part)
-        right = len(pairs) - len(misses(pairs))
-        print(f"| {form.name} | {pairs[0].question} | {right / len(pairs):.3f} ({right}/{len(pairs)}) |")
+        exact = len(pairs) - len(misses(pairs))
+        print(f"| {form.name} | {pairs[0].question} | {exact / len(pairs):.3f} ({exact}/{len(pairs)}) |")
 
 
 def print_misses(part: str) -> None:
@@ -125,14 +141,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--misses", nargs="?", const=PARTS[0], choices=PARTS, help="list the pairs that went wrong"
+        "--misses", nargs="?", const=PARTS[0], choices=PARTS, help="list the pairs with an error"
     )
     args = parser.parse_args()
     print("| part | | precision | recall | pairs without error |\n|---|---|---|---|---|")
     for part in PARTS:
         for name, a in measure(part).items():
-            shown = f"{a.precision:.3f} ({a.both}/{a.found}) | {a.recall:.3f} ({a.both}/{a.labelled})"
-            print(f"| {part} | {name} | {shown} | {a.whole}/{a.pairs} |")
+            cells = f"{a.precision:.3f} ({a.correct}/{a.found}) | {a.recall:.3f} ({a.correct}/{a.labelled})"
+            print(f"| {part} | {name} | {cells} | {a.exact}/{a.pairs} |")
     for part in PARTS:
         print_forms(part)
     if args.misses:

@@ -1,6 +1,6 @@
-"""Seconds until each page of help is there, in a process of its own: `python -m tests.performance.startup`.
+"""Seconds to print each help page in a new process: `python -m tests.performance.startup`.
 
-What needs no trainer is meant to take less than two.
+Target: less than two seconds for commands that need no trainer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ REPEATED = 3
 
 
 def seconds(*arguments: str) -> float:
-    """The median of some runs, in seconds."""
-    found = []
+    """Median seconds of a command."""
+    times = []
     for _ in range(REPEATED):
         began = time.perf_counter()
         command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What logging to W&B costs: steps of the demo's stages with and without it, in turn, within one training.
+"""Overhead of logging to W&B: steps of the demo's stages with and without logging, alternating in one training.
 
-Run with `python -m tests.performance.wandb_overhead`. Every ten steps, which is how often is logged, the logger and all
-callbacks that log are taken out of the trainer or put back; all else goes on, so that both sides meet the same model, data
-and machine. The bar: less than 2% of a step. The demo's step takes a fraction of a second; it is the hardest case.
+Run with `python -m tests.performance.wandb_overhead`. Every ten steps, the interval of logging, the logger and all logging callbacks
+are removed from the trainer or restored, so that both cases have the same model, data and machine. Target: less than 2% of a step.
+The demo's step takes a fraction of a second, which is the hardest case.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ TARGET = 0.02
 TRAINING_HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 VALIDATION_HOOKS = ("on_validation_start", "on_validation_batch_end", "on_validation_end")
 QUERIES = 3
-"""Questions about a scene of the demo."""
+"""Questions per scene of the demo."""
 
 
 class Window(NamedTuple):
-    """Seconds of ten steps: on the clock, and of this process on any processor."""
+    """Seconds of ten steps.
+
+    Attributes:
+        wall: wall-clock time.
+        cpu: processor time of this process.
+    """
 
     wall: float
     cpu: float
@@ -55,10 +60,7 @@ def now() -> Window:
 
 
 class Switch(L.Callback):
-    """Takes logging out of the trainer, or puts it back, every ten steps, and times what lies between.
-
-    It is to be the first callback.
-    """
+    """Removes or restores logging every ten steps and measures the time between; must be the first callback."""
 
     def __init__(self) -> None:
         self.windows: dict[bool, list[Window]] = {True: [], False: []}
@@ -86,7 +88,7 @@ class Switch(L.Callback):
         if batch_idx % WINDOW:
             return
         end = now()
-        if self.since is not None and batch_idx > 2 * WINDOW:  # the first of each are there to warm up
+        if self.since is not None and batch_idx > 2 * WINDOW:  # the first windows are a warm-up
             self.shares += [self.inside / (end.wall - self.since.wall)] if self.logs else []
             self.windows[self.logs].append(Window(end.wall - self.since.wall, end.cpu - self.since.cpu))
         self._set(trainer, batch_idx // WINDOW % 2 == 0)
@@ -95,7 +97,7 @@ class Switch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_last_batch:  # validation comes next, and is logged
+        if trainer.is_last_batch:  # the following validation is logged
             self._set(trainer, True)
 
     def _set(self, trainer: L.Trainer, logs: bool) -> None:
@@ -106,7 +108,7 @@ class Switch(L.Callback):
         ]
 
     def _timed(self, hook: Callable[..., None], total: str) -> Callable[..., None]:
-        """The hook, its seconds added to the attribute of the name `total`."""
+        """Wrap a hook so that its seconds are added to the attribute `total`."""
 
         def timed(*arguments: Any, **settings: Any) -> None:
             start = time.perf_counter()
@@ -117,16 +119,16 @@ class Switch(L.Callback):
 
 
 def measure(stage: str, rounds: int, folder: Path) -> Switch:
-    """Train for so many pairs of windows, and validate once."""
+    """Train for `rounds` pairs of windows, and validate once."""
     config = yaml.safe_load(Path("configs", f"{stage}.yaml").read_text(encoding="utf-8"))
     trainer, data = config["trainer"], config["data"]
     switch = {"class_path": "tests.performance.wandb_overhead.Switch"}
-    left_out = ("RunCheckpoint", "RichProgressBar", "BeforeAfterCheck")
-    kept = [c for c in trainer["callbacks"] if not c["class_path"].endswith(left_out)]
+    excluded = ("RunCheckpoint", "RichProgressBar", "BeforeAfterCheck")
+    callbacks = [c for c in trainer["callbacks"] if not c["class_path"].endswith(excluded)]
     scenes = (rounds + 1) * 2 * WINDOW * data["batch_size"] // QUERIES + 1
     data["train"]["init_args"]["scenes"] = scenes
     trainer.update(
-        callbacks=[switch, *kept],
+        callbacks=[switch, *callbacks],
         default_root_dir=str(folder / stage),
         accelerator="cpu",
         num_sanity_val_steps=0,
@@ -140,29 +142,29 @@ def measure(stage: str, rounds: int, folder: Path) -> Switch:
     path = folder / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        ran = lightning_command(["fit", "--config", str(path)])
-    # This module is imported anew by the name that the configuration has.
-    [found] = [c for c in ran.trainer.callbacks if type(c).__name__ == "Switch"]  # type: ignore[attr-defined]
-    return found  # type: ignore[return-value]
+        cli = lightning_command(["fit", "--config", str(path)])
+    # By name: the configuration's class path imports this module a second time.
+    [result] = [c for c in cli.trainer.callbacks if type(c).__name__ == "Switch"]  # type: ignore[attr-defined]
+    return result  # type: ignore[return-value]
 
 
 def ratios(windows: dict[bool, list[Window]], clock: str) -> list[float]:
-    """Time with logging, as a share of that without, of neighbouring windows."""
+    """Time with logging relative to time without, for each pair of windows."""
     pairs = zip(windows[True], windows[False], strict=False)
     return [getattr(on, clock) / getattr(off, clock) for on, off in pairs]
 
 
-def row(stage: str, found: Switch) -> str:
-    """The line of one stage."""
-    cells = [stage, f"{statistics.median(w.wall for w in found.windows[False]) / WINDOW * 1000:.0f}"]
+def row(stage: str, switch: Switch) -> str:
+    """The table row of one stage."""
+    cells = [stage, f"{statistics.median(w.wall for w in switch.windows[False]) / WINDOW * 1000:.0f}"]
     medians = []
     for clock in ("wall", "cpu"):
-        values = sorted(ratios(found.windows, clock))
+        values = sorted(ratios(switch.windows, clock))
         quarter = len(values) // 4
         medians.append(statistics.median(values) - 1)
         cells.append(f"{medians[-1]:+.1%} ({values[quarter] - 1:+.1%} to {values[-1 - quarter] - 1:+.1%})")
-    cells.append(f"{statistics.median(found.shares):.2%}")
-    cells += ["met" if medians[0] < TARGET else "missed", f"{found.validating:.1f}"]
+    cells.append(f"{statistics.median(switch.shares):.2%}")
+    cells += ["met" if medians[0] < TARGET else "missed", f"{switch.validating:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -180,15 +182,13 @@ def main() -> None:
         f"{setting('torch', 'lightning', 'wandb')}\n"
     )
     print(
-        "| stage | step without logging (ms) | logging adds, on the clock | of processor time | share of the clock within its "
-        "own code | less than 2% | a validation adds (s) |\n|---|---|---|---|---|---|---|"
+        "| stage | step without logging (ms) | overhead, wall time | overhead, processor time | share of wall time in logging "
+        "code | less than 2% | per validation (s) |\n|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         for stage in STAGES:
             print(row(stage, measure(stage, arguments.rounds, Path(folder))), flush=True)
-    print(
-        "\nMedians of pairs (the middle half of them). Processor time leaves out what other programs do to the clock."
-    )
+    print("\nMedians and quartiles over pairs. Processor time excludes the effect of other programs.")
 
 
 if __name__ == "__main__":

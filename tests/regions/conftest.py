@@ -1,4 +1,4 @@
-"""Tiny models of the four kinds, built once, and the demo's scenes as files with queries about them."""
+"""Tiny detectors and segmenters, built once, and the demo's scenes as files with queries."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .tiny import build
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The folder of a tiny model of a kind."""
-    made: dict[str, str] = {}
+    """Returns the folder of a tiny model by name."""
+    folders: dict[str, str] = {}
 
     def folder(name: str) -> str:
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
+        if name not in folders:
+            folders[name] = build(name, tmp_path_factory.mktemp(name))
+        return folders[name]
 
     return folder
 
 
 @pytest.fixture(scope="session")
 def scene_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes so many of the demo's scenes as PNG files, and their queries without objects and regions as JSON lines."""
+    """Writes a number of the demo's scenes as PNG files, and their queries without objects and regions as JSON lines."""
 
     def write(scenes: int, extra: list[dict[str, Any]] | None = None) -> Path:
         folder = tmp_path_factory.mktemp("scenes")

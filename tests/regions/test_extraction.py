@@ -1,4 +1,4 @@
-"""The pipeline around the models: exact masks come out exact, instances are united, and every outcome has its reason."""
+"""The extraction pipeline: exact masks stay exact, instances are united, and every outcome has its reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlm_calibration.regions.extraction import Pipeline, RegionGates
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.segmenter import Segmenter
 
-from .truth import KnowingDetector, KnowingSegmenter, Truth, enlarged
+from .truth import ExactDetector, ExactSegmenter, Truth, enlarged
 
 SCENES = 40
 ALL = RegionGates(0.0, 0.0, 1.0)
@@ -39,9 +39,9 @@ def truth() -> Truth:
 @pytest.mark.parametrize("halves", [False, True], ids=["one box", "two boxes united"])
 @pytest.mark.parametrize("factor", [1, 3])
 def test_the_demo_s_scenes_come_out_exact(truth: Truth, halves: bool, factor: int) -> None:
-    """Phrases from the questions, boxes and masks from who knows them: mask IoU at least 0.95, here 1, for every query."""
+    """With phrases from the questions and exact boxes and masks, mask IoU is at least 0.95 for every query (measured: 1)."""
     source = DemoSource("test", scenes=SCENES)
-    pipeline = Pipeline(RuleDescriber(), KnowingDetector(truth, halves), KnowingSegmenter(truth), ALL)
+    pipeline = Pipeline(RuleDescriber(), ExactDetector(truth, halves), ExactSegmenter(truth), ALL)
     queries = [replace(q, objects=()) for q in source.queries()]
     compared = 0
     for begin in range(0, len(queries), 7):
@@ -70,15 +70,15 @@ def test_the_demo_s_scenes_come_out_exact(truth: Truth, halves: bool, factor: in
 
 def test_an_image_of_several_queries_is_encoded_once(truth: Truth) -> None:
     source = DemoSource("test", scenes=2)
-    segmenter = KnowingSegmenter(truth)
+    segmenter = ExactSegmenter(truth)
     batch = [RawQuery(replace(q, objects=()), source.load(q).image) for q in source.queries()]
-    found = Pipeline(RuleDescriber(), KnowingDetector(truth), segmenter, ALL).extract(batch)
-    assert [e.outcome for e in found].count("found") == 4
+    results = Pipeline(RuleDescriber(), ExactDetector(truth), segmenter, ALL).extract(batch)
+    assert [e.outcome for e in results].count("found") == 4
     assert segmenter.encoded == 2
 
 
 class Scripted(Describer, Detector, Segmenter):
-    """Says what it is told: phrases, and for each phrase boxes with scores and masks of which pixels."""
+    """A describer, detector and segmenter that return fixed phrases, boxes and masks."""
 
     def __init__(self, description: Description, boxes: Sequence[Detection] = (), masks: Any = ()) -> None:
         Describer.__init__(self)
@@ -96,8 +96,8 @@ class Scripted(Describer, Detector, Segmenter):
         return [[d for d in self.boxes if d.label in row] for row in phrases]
 
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
-        places = {d.box: i for i, d in enumerate(self.boxes)}
-        return [np.stack([self.masks[places[box]] for box in row]) for row in boxes]
+        rows = {d.box: i for i, d in enumerate(self.boxes)}
+        return [np.stack([self.masks[rows[box]] for box in row]) for row in boxes]
 
 
 def _mask(y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
@@ -113,8 +113,8 @@ IMAGE = np.zeros((20, 30, 3), dtype=np.uint8)
 def _extract(
     scripted: Scripted, query: Query = PLAIN, gates: RegionGates = ALL, keep_known: bool = True
 ) -> Any:
-    [found] = Pipeline(scripted, scripted, scripted, gates, keep_known).extract([RawQuery(query, IMAGE)])
-    return found
+    [result] = Pipeline(scripted, scripted, scripted, gates, keep_known).extract([RawQuery(query, IMAGE)])
+    return result
 
 
 def test_instances_of_a_phrase_are_united_and_phrases_kept_apart() -> None:
@@ -124,10 +124,10 @@ def test_instances_of_a_phrase_are_united_and_phrases_kept_apart() -> None:
         Detection("dog", (20.0, 2.0, 25.5, 8.0), 0.9),
     ]
     masks = [_mask(0, 4, 0, 4), _mask(10, 13, 10, 14), _mask(2, 8, 20, 26)]
-    found = _extract(Scripted(Description(("dog", "cat", "cup"), ("bird",)), boxes, masks))
-    assert found.outcome == "found"
-    assert found.query.objects == ("dog", "cat", "cup", "bird")
-    dog, cat = found.query.regions
+    result = _extract(Scripted(Description(("dog", "cat", "cup"), ("bird",)), boxes, masks))
+    assert result.outcome == "found"
+    assert result.query.objects == ("dog", "cat", "cup", "bird")
+    dog, cat = result.query.regions
     assert (dog.label, dog.box, dog.score) == ("dog", (0.0, 0.0, 26.0, 8.0), 0.9)
     assert np.array_equal(region_to_mask(dog, 20, 30), masks[0] | masks[2])
     assert np.array_equal(region_to_mask(cat, 20, 30), masks[1])
@@ -147,11 +147,11 @@ def test_a_region_that_is_not_good_enough_is_kept_with_the_reason(
     gates: RegionGates, masks: list[np.ndarray], reason: str
 ) -> None:
     scripted = Scripted(Description(("dog",)), [Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5)], masks)
-    found = _extract(scripted, gates=gates)
-    assert found.outcome == "rejected"
-    assert found.query.regions == ()
-    assert found.query.objects == ("dog",)
-    [rejected] = found.rejected
+    result = _extract(scripted, gates=gates)
+    assert result.outcome == "rejected"
+    assert result.query.regions == ()
+    assert result.query.objects == ("dog",)
+    [rejected] = result.rejected
     assert rejected.reason == reason
     assert rejected.region.label == "dog"
     if reason == "empty":
@@ -173,8 +173,8 @@ def test_gates_at_their_limits() -> None:
 
 def test_a_mask_beside_its_box_does_not_spoil_the_others() -> None:
     boxes = [Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5), Detection("dog", (20.0, 2.0, 25.0, 8.0), 0.9)]
-    found = _extract(Scripted(Description(("dog",)), boxes, [_mask(10, 12, 10, 12), _mask(3, 5, 21, 23)]))
-    assert np.array_equal(region_to_mask(found.query.regions[0], 20, 30), _mask(3, 5, 21, 23))
+    result = _extract(Scripted(Description(("dog",)), boxes, [_mask(10, 12, 10, 12), _mask(3, 5, 21, 23)]))
+    assert np.array_equal(region_to_mask(result.query.regions[0], 20, 30), _mask(3, 5, 21, 23))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_mask_beside_its_box_does_not_spoil_the_others() -> None:
     ],
 )
 def test_without_a_region(description: Description, outcome: str, objects: tuple[str, ...]) -> None:
-    found = _extract(Scripted(description))
-    assert (found.outcome, found.query.objects, found.query.regions) == (outcome, objects, ())
+    result = _extract(Scripted(description))
+    assert (result.outcome, result.query.objects, result.query.regions) == (outcome, objects, ())
 
 
 DOG = Region("dog", (1.0, 1.0, 5.0, 5.0), mask_to_rle(_mask(1, 5, 1, 5)))
@@ -200,8 +200,8 @@ def test_what_is_known_is_left_alone() -> None:
     known = replace(PLAIN, objects=("dog",), regions=(DOG,))
     assert _extract(scripted, known).outcome == "known"
     assert _extract(scripted, known).query == known
-    anew = _extract(scripted, replace(PLAIN, regions=(DOG,)), keep_known=False)
-    assert [r.label for r in anew.query.regions] == ["cat"]
+    again = _extract(scripted, replace(PLAIN, regions=(DOG,)), keep_known=False)
+    assert [r.label for r in again.query.regions] == ["cat"]
     with_distractor = _extract(scripted, replace(PLAIN, objects=("cat",), regions=(DOG,)))
     assert with_distractor.outcome == "found"
     assert [r.label for r in with_distractor.query.regions] == ["cat", "dog"]
@@ -211,9 +211,9 @@ def test_objects_of_the_record_come_before_the_describer_s() -> None:
     scripted = Scripted(
         Description(("cat",), ("cup",)), [Detection("Dog", (0.0, 0.0, 4.0, 4.0), 0.5)], [_mask(0, 4, 0, 4)]
     )
-    found = _extract(scripted, replace(PLAIN, objects=("Dog", "Cup")))
-    assert found.query.objects == ("Dog", "Cup")
-    assert [r.label for r in found.query.regions] == ["Dog"]
+    result = _extract(scripted, replace(PLAIN, objects=("Dog", "Cup")))
+    assert result.query.objects == ("Dog", "Cup")
+    assert [r.label for r in result.query.regions] == ["Dog"]
     for name in ("cup", "a Cup", "the cups"):
         assert _extract(scripted, replace(PLAIN, objects=(name,))).outcome == "absent"
 

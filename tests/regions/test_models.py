@@ -1,4 +1,4 @@
-"""Tiny Grounding DINO, OWLv2, SAM and SAM 2: boxes and masks against the arithmetic written down plainly, and in batches."""
+"""Tiny Grounding DINO, OWLv2, SAM and SAM 2: boxes and masks against plain arithmetic, alone and in batches."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def _detector(folder: str, **settings: Any) -> ZeroShotDetector:
     return detector
 
 
-def _close(found: Sequence[Detection], wanted: Sequence[Detection]) -> None:
-    assert [d.label for d in found] == [d.label for d in wanted]
-    assert np.allclose([d.box for d in found], [d.box for d in wanted], atol=1e-2)
-    assert np.allclose([d.score for d in found], [d.score for d in wanted], atol=1e-4)
+def _assert_close(actual: Sequence[Detection], expected: Sequence[Detection]) -> None:
+    assert [d.label for d in actual] == [d.label for d in expected]
+    assert np.allclose([d.box for d in actual], [d.box for d in expected], atol=1e-2)
+    assert np.allclose([d.score for d in actual], [d.score for d in expected], atol=1e-4)
 
 
 def _sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def _plainly(name: str, detector: ZeroShotDetector, image: np.ndarray, phrases: list[str]) -> list[Detection]:
-    """Detections of one image from the raw output, number by number."""
+def _detect_plainly(
+    name: str, detector: ZeroShotDetector, image: np.ndarray, phrases: list[str]
+) -> list[Detection]:
+    """Detections of one image, computed from the raw output."""
     prompts = [p.lower().replace(".", "") for p in phrases]
     text: Any = [". ".join(prompts) + "."] if name == "grounding_dino" else [prompts]
     inputs = detector.processor(images=[image], text=text, return_tensors="pt", truncation=True)
@@ -55,15 +57,15 @@ def _plainly(name: str, detector: ZeroShotDetector, image: np.ndarray, phrases: 
     across, down = (width, height) if name == "grounding_dino" else (max(height, width),) * 2
     if name == "grounding_dino":
         tokens = detector.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-        belongs, phrase = [], 0
+        phrase_of, phrase = [], 0
         for token in tokens:
-            belongs.append(None if token in ("[CLS]", "[SEP]", ".") else phrase)
+            phrase_of.append(None if token in ("[CLS]", "[SEP]", ".") else phrase)
             phrase += token == "."
-    found = []
+    detections = []
     for query in range(output.logits.shape[1]):
         if name == "grounding_dino":
             scores = [
-                max(_sigmoid(float(output.logits[0, query, t])) for t, b in enumerate(belongs) if b == p)
+                max(_sigmoid(float(output.logits[0, query, t])) for t, q in enumerate(phrase_of) if q == p)
                 for p in range(len(phrases))
             ]
         else:
@@ -73,58 +75,58 @@ def _plainly(name: str, detector: ZeroShotDetector, image: np.ndarray, phrases: 
         x0, x1 = (min(max((cx + s * w / 2) * across, 0), width) for s in (-1, 1))
         y0, y1 = (min(max((cy + s * h / 2) * down, 0), height) for s in (-1, 1))
         if scores[best] > detector.threshold and x1 > x0 and y1 > y0:
-            found.append(Detection(phrases[best], (x0, y0, x1, y1), scores[best]))
-    return sorted(found, key=lambda d: -d.score)
+            detections.append(Detection(phrases[best], (x0, y0, x1, y1), scores[best]))
+    return sorted(detections, key=lambda d: -d.score)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_boxes_against_the_raw_output(tiny: Callable[[str], str], name: str) -> None:
     detector = _detector(tiny(name))
     for image, phrases in zip(IMAGES, PHRASES, strict=True):
-        [found] = detector.detect([image], [phrases])
-        wanted = _plainly(name, detector, image, phrases)
-        assert len(wanted) > 1
-        _close(found, wanted)
+        [detections] = detector.detect([image], [phrases])
+        expected = _detect_plainly(name, detector, image, phrases)
+        assert len(expected) > 1
+        _assert_close(detections, expected)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_boxes_against_the_processor(tiny: Callable[[str], str], name: str) -> None:
-    """With one phrase there is nothing to tell apart: the boxes are the processor's own."""
+    """With a single phrase the boxes are those of the processor."""
     detector = _detector(tiny(name))
     image = IMAGES[0]
     text: Any = ["dog."] if name == "grounding_dino" else [["dog"]]
     inputs = detector.processor(images=[image], text=text, return_tensors="pt")
     with torch.no_grad():
         output = detector.model(**inputs)
-    [theirs] = detector.processor.post_process_grounded_object_detection(
+    [reference] = detector.processor.post_process_grounded_object_detection(
         output, threshold=0.05, target_sizes=[image.shape[:2]]
     )
-    [ours] = detector.detect([image], [["dog"]])
-    boxes = np.clip(theirs["boxes"].numpy(), 0, [80, 50, 80, 50])
+    [detections] = detector.detect([image], [["dog"]])
+    boxes = np.clip(reference["boxes"].numpy(), 0, [80, 50, 80, 50])
     same = 0
-    assert len(ours) > 2
-    for detection in ours:
+    assert len(detections) > 2
+    for detection in detections:
         [match] = np.flatnonzero(np.abs(boxes - detection.box).max(axis=1) < 1e-2)
-        theirs_score = float(theirs["scores"][match])
-        # Grounding DINO's processor counts the dot and the ends of the text as well.
-        assert detection.score <= theirs_score + 1e-4
-        same += abs(detection.score - theirs_score) < 1e-4
-    assert same > 0 if name == "grounding_dino" else same == len(ours)
+        reference_score = float(reference["scores"][match])
+        # Grounding DINO's processor also scores the dot and the special tokens.
+        assert detection.score <= reference_score + 1e-4
+        same += abs(detection.score - reference_score) < 1e-4
+    assert same > 0 if name == "grounding_dino" else same == len(detections)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_batch_is_its_images_one_by_one(tiny: Callable[[str], str], name: str) -> None:
-    """Images of three sizes with one, two and three phrases: padding of either changes nothing that matters."""
+    """Three image sizes with one, two and three phrases: padding changes the results little or not at all."""
     detector = _detector(tiny(name))
     together = detector.detect(IMAGES, PHRASES)
-    for image, phrases, found in zip(IMAGES, PHRASES, together, strict=True):
+    for image, phrases, batched in zip(IMAGES, PHRASES, together, strict=True):
         [alone] = detector.detect([image], [phrases])
-        assert {d.label for d in found} <= set(phrases)
+        assert {d.label for d in batched} <= set(phrases)
         if name == "owlv2":
-            _close(found, alone)
+            _assert_close(batched, alone)
         else:
-            # Grounding DINO's features see the padding a little, as transformers computes them.
-            assert abs(len(found) - len(alone)) <= 6
+            # In transformers, padding slightly affects Grounding DINO's features.
+            assert abs(len(batched) - len(alone)) <= 6
     assert detector.detect([], []) == []
     assert together == detector.detect(IMAGES, PHRASES), "the same batch gives the same boxes"
 
@@ -150,8 +152,8 @@ def test_threshold_labels_and_limit(tiny: Callable[[str], str], name: str) -> No
         assert [d for d in few if d.label == label] == [d for d in every if d.label == label][:2]
 
 
-def _masks_plainly(segmenter: PromptedSegmenter, image: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
-    """One mask from the raw output of one box, with the resizing of the SAM papers."""
+def _mask_plainly(segmenter: PromptedSegmenter, image: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
+    """The mask of one box, computed from the raw output with the resizing of the SAM papers."""
     inputs = segmenter.processor(images=[image], input_boxes=[[list(box)]], return_tensors="pt")
     sizes = {k: inputs.pop(k) for k in ("original_sizes", "reshaped_input_sizes") if k in inputs}
     inputs = {k: v.float() for k, v in inputs.items()}
@@ -159,7 +161,7 @@ def _masks_plainly(segmenter: PromptedSegmenter, image: np.ndarray, box: tuple[f
         logits = segmenter.model(**inputs, multimask_output=False).pred_masks[0, 0]
     resize = torch.nn.functional.interpolate
     if "reshaped_input_sizes" in sizes:
-        # SAM pads at the bottom and on the right, and the padding is cut off again.
+        # SAM pads at the bottom and on the right; remove the padding.
         height, width = sizes["reshaped_input_sizes"][0].tolist()
         logits = resize(logits[None], (64, 64), mode="bilinear", align_corners=False)[0]
         logits = logits[:, :height, :width]
@@ -176,10 +178,10 @@ def test_masks_against_the_raw_output_alone_and_in_a_batch(tiny: Callable[[str],
         assert masks.shape == (len(boxes), *image.shape[:2])
         assert masks.dtype == bool
         for box, mask in zip(boxes, masks, strict=True):
-            wanted = _masks_plainly(segmenter, image, box)
-            shares.append(float(wanted.mean()))
-            assert (mask != wanted).mean() < 0.005
-    assert 0.05 < min(shares) < max(shares) < 0.95, "neither nothing nor everything"
+            expected = _mask_plainly(segmenter, image, box)
+            shares.append(float(expected.mean()))
+            assert (mask != expected).mean() < 0.005
+    assert 0.05 < min(shares) < max(shares) < 0.95, "neither empty nor full masks"
     assert len({round(s, 4) for s in shares}) == len(shares)
     assert segmenter.segment([], []) == []
 

@@ -1,4 +1,4 @@
-"""Key object phrases: rules one by one, the benchmark's figures as a floor, and the describer that asks a model."""
+"""Key object phrases: single rules, minimum figures of the benchmark, and the prompted describer."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_labelled_pairs_are_many_and_of_many_forms() -> None:
 
 @pytest.mark.parametrize(("part", "floor"), [*zip(PARTS, (0.99, 0.98), strict=True)])
 def test_precision_and_recall_stay(part: str, floor: float) -> None:
-    found = measure(part)["objects, whole phrase"]
-    assert found.precision >= floor
-    assert found.recall >= floor
+    objects = measure(part)["objects, whole phrase"]
+    assert objects.precision >= floor
+    assert objects.recall >= floor
 
 
 def test_forms_are_many_and_asked_about_many_objects() -> None:
@@ -116,7 +116,7 @@ def test_forms_are_many_and_asked_about_many_objects() -> None:
     ("part", "form"), [pytest.param(part, f, id=f"{part}: {f.name}") for part in PARTS for f in FORMS[part]]
 )
 def test_no_form_is_lost(part: str, form: Form) -> None:
-    """A share over all forms would hide one that fails for every object."""
+    """Checks each form, because a mean over all forms would hide one that fails for every object."""
     pairs = form_pairs(form, part)
     wrong = misses(pairs)
     assert len(wrong) <= 0.1 * len(pairs), wrong[:3]
@@ -130,9 +130,9 @@ def test_forms_carry_over_to_other_objects(form: Form) -> None:
 
 
 def test_agreement_by_hand() -> None:
-    found = agreement([["a", "b"], ["c"], []], [["a", "d"], ["c"], []])
-    assert found == (2, 3, 3, 2, 3)
-    assert found.precision == found.recall == pytest.approx(2 / 3)
+    result = agreement([["a", "b"], ["c"], []], [["a", "d"], ["c"], []])
+    assert result == (2, 3, 3, 2, 3)
+    assert result.precision == result.recall == pytest.approx(2 / 3)
     assert [head(p) for p in ("red bicycle", "cup of coffee", "dog")] == ["bicycle", "cup", "dog"]
 
 
@@ -164,7 +164,7 @@ def test_lists_as_models_write_them(answer: str, objects: Any, absent: Any) -> N
 
 
 def test_a_model_is_asked(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's architecture with random weights: what it is asked, and that its words are read, not what they mean."""
+    """With random weights: the prompts of the model, and that its output is parsed."""
     describer = PromptedDescriber(BaseModel(model_folder, dtype="float32"), max_new_tokens=4)
     describer.load(torch.device("cpu"))
     assert describer.chat is not None

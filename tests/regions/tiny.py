@@ -1,4 +1,4 @@
-"""Tiny detectors and segmenters of the real architectures with random weights, with processors, built without a network."""
+"""Tiny detectors and segmenters of the real architectures with random weights and their processors, without a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLIP_LENGTH = 16
 
 
 def _bert_tokenizer() -> Any:
-    """Words of the alphabet, letter by letter, as BERT's tokenizer splits what it does not know."""
+    """A BERT tokenizer with the letters of the alphabet, into which it splits unknown words."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?"]
     words += [*LETTERS, *(f"##{c}" for c in LETTERS), "dog", "cat", "red", "cup"]
     return tf.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
@@ -141,7 +141,7 @@ SEGMENTERS = {"sam": sam, "sam2": sam2}
 
 
 def build(name: str, folder: Path) -> str:
-    """One of the four, always with the same weights; returns its folder."""
+    """Build a model by name with fixed random weights; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -151,13 +151,13 @@ def build(name: str, folder: Path) -> str:
 def _saved(model: Any, processor: Any, folder: Path) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # At their usual scale random weights say the same whatever they are shown.
+            # At their usual scale random weights give the same output for any input.
             if parameter.ndim > 1 and "embed" not in name and "head" not in name:
                 parameter.mul_(3.0)
             elif name.startswith("bbox_embed") and name.endswith("bias"):
                 parameter.add_(torch.randn(parameter.shape) * 0.5)
         if hasattr(model, "class_head"):
-            # Scores around one half, and boxes of a few patches.
+            # Scores around one half and boxes of a few patches.
             model.class_head.logit_scale.bias.fill_(0.5)
             model.box_head.dense2.weight.mul_(0.02)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A detector and a segmenter that know the demo's scenes: what they return is exact, so what comes out is the pipeline's doing."""
+"""A detector and a segmenter with the exact boxes and masks of the demo's scenes, to test the pipeline around them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm_calibration.regions.segmenter import Segmenter
 
 
 class Truth:
-    """The scenes of a split by their pixels, each enlarged by a whole factor, as some images of a data set are."""
+    """The scenes of the test split by their pixels, enlarged by integer factors."""
 
     def __init__(self, scenes: int, factors: Sequence[int] = (1,)) -> None:
         self.scenes: dict[bytes, tuple[Scene, int]] = {}
@@ -38,8 +38,8 @@ def box_of(mask: np.ndarray) -> Box:
     return float(box.left), float(box.top), float(box.right), float(box.bottom)
 
 
-class KnowingDetector(Detector):
-    """Boxes of the objects that phrases end with; in two halves where `halves` asks for several instances."""
+class ExactDetector(Detector):
+    """Returns the box of the object whose name ends the phrase, or with `halves` two boxes of its halves."""
 
     def __init__(self, truth: Truth, halves: bool = False, score: float = 0.9) -> None:
         self.truth = truth
@@ -52,15 +52,17 @@ class KnowingDetector(Detector):
 
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         self.asked += [tuple(row) for row in phrases]
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         for image, row in zip(images, phrases, strict=True):
             masks = self.truth.masks(image)
-            found.append([])
+            detections.append([])
             for phrase in row:
                 mask = masks.get(phrase.split()[-1])
                 if mask is not None:
-                    found[-1] += [Detection(phrase, box_of(part), self.score) for part in self._parts(mask)]
-        return found
+                    detections[-1] += [
+                        Detection(phrase, box_of(part), self.score) for part in self._parts(mask)
+                    ]
+        return detections
 
     def _parts(self, mask: np.ndarray) -> list[np.ndarray]:
         if not self.halves:
@@ -72,8 +74,8 @@ class KnowingDetector(Detector):
         return [part for part in (left, right) if part.any()]
 
 
-class KnowingSegmenter(Segmenter):
-    """What the objects show of themselves within a box: of the object whose box contains it."""
+class ExactSegmenter(Segmenter):
+    """Returns the visible part of an object within a box: of the object whose box contains the box."""
 
     def __init__(self, truth: Truth) -> None:
         self.truth = truth

@@ -17,15 +17,15 @@ from vlm_calibration.records import Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, snippet
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, made
+from ..models.processors import FAMILIES, cached_family
 
 PROMPT = ElicitationPrompt()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processor = made(family).processor
-    folder = made(family).save(tmp_path / "model")
+    processor = cached_family(family).processor
+    folder = cached_family(family).save(tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     has_template = getattr(processor, "chat_template", None) is not None

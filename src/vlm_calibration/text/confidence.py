@@ -124,7 +124,7 @@ class _Statement(NamedTuple):
 
 _ENDS_IN_PUNCTUATION = re.compile(r"""[.!?…。！？,;:][)\]}"'”’»*_`]*\Z""")
 
-# --- Characters -------------------------------------------------------------------------------------------------
+# --- Characters -----------------------------------------------------------------------------------------------------
 
 _CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
 _CHARACTERS |= dict.fromkeys(map(ord, "﹪٪"), "%")
@@ -143,7 +143,7 @@ def _replace_variants(text: str) -> str:
     return "".join(str(int(c)) if c.isdecimal() else c for c in text)
 
 
-# --- Numbers ----------------------------------------------------------------------------------------------------
+# --- Numbers --------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:\d++(?:[.,]\d++)*+|(?<!\w)\.\d++)(?:e[+-]?\d{1,3}(?!\w))?+"
 _PERCENT = r"(?:\\?%|per\s?cent\b|pct\b)"
@@ -199,7 +199,7 @@ def _has_unit(match: re.Match[str]) -> bool:
     return "." in match["number"] and value is not None and value <= 1
 
 
-# --- Statements -------------------------------------------------------------------------------------------------
+# --- Statements -----------------------------------------------------------------------------------------------------
 
 _FLAGS = re.IGNORECASE | re.VERBOSE
 _LABEL = re.compile(
@@ -338,7 +338,7 @@ def _scale(match: re.Match[str]) -> float | None:
     return 100.0 if "%" in scale or "percent" in scale.lower() else None
 
 
-# --- Removing statements --------------------------------------------------------------------------------------
+# --- Removing statements --------------------------------------------------------------------------------------------
 
 _LEAD_IN = re.compile(
     r"""(?:(?<!\w)(?:and\s|but\s)?(?:I\s(?:am|have|would\ssay)(?:\san?)?|I'm|with(?:\san?)?|at(?:\san?)?|my|the)\s{1,3})?

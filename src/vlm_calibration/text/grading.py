@@ -161,7 +161,7 @@ def _check_type(answer_type: str) -> None:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
 
 
-# --- Yes or no --------------------------------------------------------------------------------------------------
+# --- Yes or no ------------------------------------------------------------------------------------------------------
 
 _IDIOMS = re.compile(
     r"\b(?:there(?: is|'s) )?no (?:doubt|question)\b(?: about (?:it|that)\b)?(?: that\b)?"
@@ -244,7 +244,7 @@ def _polarity(word: str) -> Literal["yes", "no"]:
     return "yes" if word.startswith("y") else "no"
 
 
-# --- Short and open ---------------------------------------------------------------------------------------------
+# --- Short and open -------------------------------------------------------------------------------------------------
 
 _SENTENCE_END = re.compile(r"(?:(?<=\w\w\w)|(?<=\d))[.!?]\s|\n")  # not after "Dr." and "St."
 _PLACE_WORD = (
