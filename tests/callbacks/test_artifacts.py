@@ -222,8 +222,8 @@ def test_facts_of_a_data_set() -> None:
     assert facts["sources"] == [source]
     assert facts["queries"] == 6
     assert facts == data_facts(_dataset(2, 0)), "the same for the same queries"
-    assert facts["fingerprint"] != data_facts(_dataset(2, 1))["fingerprint"]
-    assert facts["fingerprint"] != data_facts(_dataset(2, 0, name="part"))["fingerprint"]
+    assert facts["data_digest"] != data_facts(_dataset(2, 1))["data_digest"]
+    assert facts["data_digest"] != data_facts(_dataset(2, 0, name="part"))["data_digest"]
 
 
 def test_versions_of_a_data_artifact_are_data_sets() -> None:
@@ -233,7 +233,7 @@ def test_versions_of_a_data_artifact_are_data_sets() -> None:
     assert made.digest == data_artifact("train", {**one, "sources": ["elsewhere"]}).digest
     assert made.digest != data_artifact("train", other).digest
     [entry] = made.manifest.entries.values()
-    assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "fingerprint": one["fingerprint"]}
+    assert json.loads(Path(entry.local_path).read_text()) == {"queries": 6, "data_digest": one["data_digest"]}
 
 
 def test_the_digest_covers_every_query_or_evenly_spaced_ones() -> None:

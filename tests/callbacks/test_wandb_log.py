@@ -181,7 +181,7 @@ def test_the_configuration_says_what_ran_on_what(offline_runs: Runs, root: Path)
     assert inputs["sft"]["train"]["queries"] == 12
     assert "DemoSource(split='train', scenes=4" in inputs["sft"]["train"]["sources"][0]
     assert inputs["sft"]["validation"] == inputs["dpo"]["validation"]
-    assert inputs["sft"]["train"]["fingerprint"] != inputs["dpo"]["train"]["fingerprint"]
+    assert inputs["sft"]["train"]["data_digest"] != inputs["dpo"]["train"]["data_digest"]
     assert list(inputs["eval"]) == ["test"]
 
 
