@@ -21,7 +21,7 @@ from vlm_calibration.commands.questions import answer_file
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.models.loading import Dtype, Quantization
+from vlm_calibration.models.base import Dtype, Quantization
 from vlm_calibration.records import DataError
 
 from ..command_line import Ended, Server

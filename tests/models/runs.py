@@ -19,7 +19,7 @@ from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
-from vlm_calibration.models.loading import BaseModel, Quantization
+from vlm_calibration.models.base import BaseModel, Quantization
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
