@@ -188,6 +188,7 @@ def test_other_settings_are_refused_where_shards_were_begun(
     assert run(*predict("run")).status == 0
     for more, message in (
         (["--model.init_args.gates.min_area", "0.2"], "gates.min_area = 0.0, found 0.2"),
+        (["--model.init_args.detector.init_args.threshold", "0.5"], "detector.threshold = 0.0, found 0.5"),
         (["--data.shard_size", "5"], "data.shard_size = 4, found 5"),
     ):
         ended = run(*predict("run"), *more)

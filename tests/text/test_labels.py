@@ -6,8 +6,8 @@ import pytest
 
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.records import Query, RecordError
-from vlm_calibration.text.grading import same_phrase
 from vlm_calibration.text.labels import answer_is_no, check_answer, is_evidence
+from vlm_calibration.text.matching import same_phrase
 
 
 def _query(answer: str = "Yes", kind: str = "yes_no", *objects: str) -> Query:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_calibration.losses.sequence import token_log_likelihood
+from vlm_calibration.models.adapters import unwrapped_name
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.parts import ModelPart, layer_parts
 
@@ -165,15 +166,9 @@ def _make_fake(modules: Sequence[nn.Module], mode: FakeTensorMode) -> list[nn.Pa
 
 def adapter_parts(model: Any) -> dict[str, ModelPart]:
     """Name of each adapter parameter -> the part of the model that it belongs to."""
-    base = unwrap_peft(model)
-    layers = layer_parts(base)
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    parts: dict[str, ModelPart] = {}
-    for name, _ in model.named_parameters():
-        if "lora_" in name:
-            layer = name.removeprefix(f"{prefix}.").split(".lora_")[0]
-            parts[name] = layers[f"{layer}.base_layer"]
-    return parts
+    layers = layer_parts(unwrap_peft(model))
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    return {name: layers[f"{unwrapped_name(name)}.base_layer"] for name in names}
 
 
 def vision_activations(model: Any, step: TrainingStep) -> int:

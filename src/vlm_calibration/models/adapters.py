@@ -107,10 +107,12 @@ _SIZE = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*
 def _shorten(error: BaseException) -> str:
     """peft's error message in short, with the first weight that is missing or has another size."""
     if match := _SIZE.search(str(error)):
-        return f"{_layer_of(match[1])} has a weight of size {match[2]} in the adapter and {match[3]} in the model"
+        return f"{unwrapped_name(match[1])} has a weight of size {match[2]} in the adapter and {match[3]} in the model"
     text = str(error)
     if "Found missing adapter keys" in text:
-        missing = list(dict.fromkeys(_layer_of(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text)))
+        missing = list(
+            dict.fromkeys(unwrapped_name(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text))
+        )
         return f"its file lacks the weights of {len(missing)} configured layers, the first is {missing[0]}"
     return one_line(error)
 
@@ -189,12 +191,12 @@ def continue_adapter(
     wrapped.set_adapter("default")
     trained = {name for name, part in layers.items() if parts is None or part in parts}
     for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_(".default." in name and _layer_of(name) in trained)
+        parameter.requires_grad_(".default." in name and unwrapped_name(name) in trained)
     if not any(p.requires_grad for p in wrapped.parameters()):
         raise DataError(f"the adapter at {folder} has no layer in {', '.join(parts or ())}")
     return wrapped
 
 
-def _layer_of(parameter: str) -> str:
-    """The linear layer of an adapter's parameter, by its name without peft's prefix."""
-    return parameter.removeprefix("base_model.model.").split(".lora_", 1)[0]
+def unwrapped_name(name: str) -> str:
+    """Name in the base model of an adapted layer or of the layer of an adapter's parameter, without peft's prefix."""
+    return name.removeprefix("base_model.model.").split(".lora_", 1)[0]

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_calibration.hub import first_line, loading, one_line
-from vlm_calibration.models.adapters import load_adapters
+from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.records import DataError
@@ -67,7 +67,7 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
         _check_tied_weights(wrapped, layers)
         _merge_layers(layers, sum(not has_update for has_update in saved.values()), target)
         merged = wrapped.merge_and_unload()
-    return Merged(merged.to(target).eval(), tuple(map(_unwrapped_name, layers)))
+    return Merged(merged.to(target).eval(), tuple(map(unwrapped_name, layers)))
 
 
 def adapter_layers(folder: str) -> dict[str, bool]:
@@ -134,13 +134,8 @@ def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
         name = by_weight.get(id(getattr(module, "weight", None)))
         if name is not None and id(module) not in adapted and module not in layers.values():
             raise ValueError(
-                f"it adapts {_unwrapped_name(name)}, which shares its weights with {_unwrapped_name(module_name)}"
+                f"it adapts {unwrapped_name(name)}, which shares its weights with {unwrapped_name(module_name)}"
             )
-
-
-def _unwrapped_name(name: str) -> str:
-    """A layer's name without peft's prefix."""
-    return name.removeprefix("base_model.model.")
 
 
 @torch.no_grad()
@@ -166,7 +161,7 @@ def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtype: torch.dtype)
             lost.append(name)
     if len(unchanged) > n_zero:
         raise ValueError(
-            f"{len(unchanged)} of {len(layers)} layers are unchanged, the first is {_unwrapped_name(unchanged[0])}"
+            f"{len(unchanged)} of {len(layers)} layers are unchanged, the first is {unwrapped_name(unchanged[0])}"
         )
     if len(unchanged) == len(layers):
         raise ValueError("all its updates are zero: it was never trained")

@@ -23,6 +23,8 @@ from vlm_calibration.records import DataError
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels, inside the image."""
 
+GROUNDING_DINO, OWL = ("grounding-dino", "mm-grounding-dino"), ("owlv2", "owlvit")
+"""Supported model types."""
 SEPARATOR = ". "
 
 
@@ -95,31 +97,24 @@ class ZeroShotDetector(Detector):
 
     def load(self, device: torch.device) -> None:
         self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)
-        if not isinstance(self._kind, str):
+        model_type = self.model.config.model_type
+        if model_type not in (*GROUNDING_DINO, *OWL):
             raise DataError(
-                f"{self.name_or_path!r} is a {self.model.config.model_type}, expected one of grounding-dino, "
-                "mm-grounding-dino, owlv2, owlvit"
+                f"{self.name_or_path!r} is a {model_type}, expected one of {', '.join((*GROUNDING_DINO, *OWL))}"
             )
 
     @property
-    def _kind(self) -> Literal["grounding", "owl"] | None:
-        kinds: dict[str, Literal["grounding", "owl"]] = {
-            "grounding-dino": "grounding",
-            "mm-grounding-dino": "grounding",
-            "owlv2": "owl",
-            "owlvit": "owl",
-        }
-        return kinds.get(self.model.config.model_type)
+    def _is_grounding_dino(self) -> bool:
+        return self.model.config.model_type in GROUNDING_DINO
 
     @torch.inference_mode()
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         if not images:
             return []
         prompts = [[_to_prompt(p) for p in row] for row in phrases]
-        grounding = self._kind == "grounding"
-        text = [_join_prompts(row) for row in prompts] if grounding else prompts
+        text = [_join_prompts(row) for row in prompts] if self._is_grounding_dino else prompts
         # OWL's processor pads texts itself, to its training length.
-        padding = {"padding": True} if grounding else {}
+        padding = {"padding": True} if self._is_grounding_dino else {}
         inputs = self.processor(
             images=list(images), text=text, return_tensors="pt", truncation=True, **padding
         )
@@ -139,7 +134,7 @@ class ZeroShotDetector(Detector):
 
     def _phrase_scores(self, probabilities: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score of each box for each phrase, float32 [boxes, phrases]: the maximum over the phrase's tokens."""
-        if self._kind == "owl":
+        if not self._is_grounding_dino:
             # Further columns pad the batch.
             return probabilities[:, : len(prompts)]
         offsets = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)[

@@ -19,8 +19,8 @@ from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Detection, Detector
 from vlm_calibration.regions.segmenter import Segmenter
-from vlm_calibration.text.grading import same_phrase
 from vlm_calibration.text.labels import is_evidence
+from vlm_calibration.text.matching import same_phrase
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -62,7 +62,12 @@ class RegionGates:
 
 
 class Rejected(NamedTuple):
-    """A region that failed a check."""
+    """A region that failed a check.
+
+    Attributes:
+        region: the region.
+        reason: the failed check.
+    """
 
     region: Region
     reason: Reason

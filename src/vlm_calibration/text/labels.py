@@ -1,7 +1,8 @@
 """Facts about an image that follow from a query's words: which regions are evidence, and whether the object is absent."""
 
 from vlm_calibration.records import Query, RecordError
-from vlm_calibration.text.grading import grade, parse_answer, same_phrase
+from vlm_calibration.text.grading import grade, parse_answer
+from vlm_calibration.text.matching import same_phrase
 
 
 def is_evidence(query: Query, label: str) -> bool:
