@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits, output_head
+
+from .steps import allocated
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -103,19 +104,6 @@ def test_the_hook_is_gone_afterwards_even_after_an_error(
     assert logits.shape[:2] == batch.inputs["input_ids"].shape
 
 
-def _peak_bytes(run: Callable[[], None]) -> int:
-    """Peak bytes of tensors allocated by `run`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert len(events) > 100
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def test_peak_memory_falls() -> None:
     vocabulary, length, rows = 50_000, 256, 2
     torch.manual_seed(0)
@@ -146,7 +134,7 @@ def test_peak_memory_falls() -> None:
         return lambda: _loss(logits_of(model, inputs, labels), rows).backward()
 
     step(labelled_logits)()
-    plain, selected = _peak_bytes(step(plain_logits)), _peak_bytes(step(labelled_logits))
+    plain, selected = allocated(step(plain_logits)), allocated(step(labelled_logits))
     everything = rows * length * vocabulary * 4
     assert plain > everything, "the plain path has all logits"
     assert selected < everything / 4

@@ -44,36 +44,13 @@ def first_answer(answer: str) -> str:
     return _CLOSING.sub("", text)
 
 
-_WORDS_0_19 = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_NUMBERS = {word: value for value, word in enumerate(_WORDS_0_19)}
-_TENS = {
-    word: 10 * value
-    for value, word in enumerate(
-        ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2
-    )
-}
-_NUMBERS |= _TENS
+_WORDS_0_19 = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_WORDS_20_90 = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = {word: 10 * value for value, word in enumerate(_WORDS_20_90.split(), start=2)}
+_NUMBERS = {word: value for value, word in enumerate(_WORDS_0_19.split())} | _TENS
 _ARTICLES = frozenset(("a", "an", "the"))
 _NOT_A_WORD = re.compile(r"[^\w\s]|_")
 # Punctuation that is part of a value: 3.5, 10:30, -5, 50%, $5.
