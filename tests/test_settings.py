@@ -55,6 +55,14 @@ def test_our_objects_keep_what_they_are_made_from() -> None:
     assert set(init_args(table)) == {"table", "grid", "groups"}, "the content of the file at `path`"
 
 
+def test_private_attributes_count_and_others_are_left_out() -> None:
+    class Source:
+        def __init__(self, path: str, shuffle: bool, cache: int = 0) -> None:
+            self.path, self._shuffle, self.rows = path, shuffle, [cache]
+
+    assert init_args(Source("a", True)) == {"path": "a", "shuffle": True}
+
+
 def _subclasses(kind: type) -> Iterator[type]:
     for child in kind.__subclasses__():
         yield child
