@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.estimators.scoring import REPORTED_FOR_ESTIMATORS
-from vlm_calibration.metrics.table_metrics import REPORTED
+from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.stages.evaluation import ORACLE
+from vlm_calibration.stages.scoring import REPORTED_FOR_ESTIMATORS
 
 from ..command_line import LIMIT, run_plainly
 from ..graphql_server import GraphQLServer, artifact_id

@@ -19,8 +19,8 @@ from PIL import Image
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.files import replacing
 from vlm_calibration.metrics.figures import reliability_diagram
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS
 from vlm_calibration.records import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -129,12 +129,6 @@ class Exact:
         )
         return max(float(squared), 0.0) ** 0.5
 
-    def over(self, n_bins: int = 10) -> Fraction:
-        return sum(Fraction(n, self.n) * max(conf - acc, 0) for n, acc, conf in self.bins(n_bins, "uniform"))
-
-    def under(self, n_bins: int = 10) -> Fraction:
-        return sum(Fraction(n, self.n) * max(acc - conf, 0) for n, acc, conf in self.bins(n_bins, "uniform"))
-
     def mean(self) -> Fraction:
         return sum(self.c) / self.n
 

@@ -69,7 +69,7 @@ def test_quantiles_are_those_of_numpy(cases):
     for kind in ("tens", "percents", "few"):
         for percent, correct in cases(70, kind, seed=41, largest=80):
             table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
-            levels = table.levels()
+            levels = table.groups()
             for n_bins in (1, 2, 5, 10, 15):
                 bins = quantile_bin(levels.counts.sum(-1), n_bins).tolist()
                 # Percents as integers and a step of 1 / 1e9 keep interpolated quantiles off the values they equal.
@@ -91,7 +91,7 @@ def test_bin_sums_lose_nothing(cases):
         for binning in ("uniform", "quantile", "levels"):
             sums = bin_sums(levels, 10, binning)
             assert float(sums.answers.sum()) == len(percent)
-            assert float(sums.right.sum()) == correct.sum()
+            assert float(sums.correct.sum()) == correct.sum()
             assert float(sums.confidence.sum()) == pytest.approx(percent.sum() / 100)
 
 

@@ -16,9 +16,9 @@ from vlm_calibration.metrics.bootstrap import (
     percentile_interval,
     resample,
 )
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.groups import UndefinedMetricWarning
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS, expected_calibration_error
 
 from ..performance.intervals import POPULATIONS, coverage
 
@@ -70,7 +70,7 @@ def test_draws(table):
     drawn = resample(table, 4000, seed=2)
     assert (drawn.counts.sum((1, 2)) + drawn.unparsed == table.n).all()
     assert float(drawn.unparsed.double().mean()) == pytest.approx(50, abs=0.5)
-    mean, expected = drawn.counts.double().mean(0), table.levels().counts.double()
+    mean, expected = drawn.counts.double().mean(0), table.groups().counts.double()
     assert torch.allclose(mean, expected, rtol=0.02, atol=0.6)
     variance = drawn.counts.double().var(0)
     assert torch.allclose(variance, expected * (1 - expected / table.n), rtol=0.15)
@@ -216,9 +216,9 @@ def test_few_answers_of_one_kind_widen_the_interval():
 
 def test_own_functions(table):
     intervals = bootstrap_intervals(
-        table, {"ece_15": lambda levels: expected_calibration_error(levels, n_bins=15)}, replicates=20
+        table, {"ece_15": lambda groups: METRICS["ece"](groups, n_bins=15)}, replicates=20
     )
-    assert intervals["ece_15"].value == pytest.approx(float(expected_calibration_error(table, n_bins=15)))
+    assert intervals["ece_15"].value == pytest.approx(float(METRICS["ece"](table, n_bins=15)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every metric, from raw values and from a table, against the rational reference: random cases and all edges."""
 
 import math
+import re
 import warnings
 from fractions import Fraction
 
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.metrics import functional, table_metrics
+from vlm_calibration.metrics import functional
+from vlm_calibration.metrics.functional import METRICS
+from vlm_calibration.metrics.scores import brier_decomposition
+from vlm_calibration.metrics.selective import risk_coverage_curve
+from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable
 
 CHECKS = {
@@ -31,8 +36,6 @@ CHECKS = {
         {"binning": "uniform", "n_bins": 10},
         lambda e: e.debiased(10, "uniform"),
     ),
-    "overconfident": ("overconfident_error", {}, lambda e: e.over()),
-    "underconfident": ("underconfident_error", {}, lambda e: e.under()),
     "brier": ("brier_score", {}, lambda e: e.brier()),
     "auroc": ("auroc", {}, lambda e: e.auroc()),
     "ap right": ("average_precision", {}, lambda e: e.average_precision()),
@@ -59,6 +62,8 @@ CHECKS = {
     "sharpness": ("sharpness", {}, lambda e: e.sharpness()),
 }
 
+SPECS = {spec.function.__name__: spec for spec in METRICS.values()}
+
 
 def check(percent, correct, exact, name):
     """Raw float64, raw float32 (for what is not sensitive to its rounding) and table values against the truth."""
@@ -70,9 +75,7 @@ def check(percent, correct, exact, name):
         warnings.simplefilter("ignore")
         raw = getattr(functional, function)(confidence, right, **options)
         single = getattr(functional, function)(confidence.float(), right, **options)
-        table = getattr(table_metrics, function)(
-            ConfidenceTable.from_predictions(confidence, right), **options
-        )
+        table = SPECS[function](ConfidenceTable.from_predictions(confidence, right), **options)
     assert raw.dtype == table.dtype == torch.float64
     assert raw.shape == table.shape == ()
     assert float(raw) == pytest.approx(truth, abs=3e-8 if "debiased" in name else 1e-12, nan_ok=True)
@@ -99,28 +102,13 @@ def test_brier_decomposition_adds_up(cases, exact):
         for percent, correct in cases(70, kind, seed=3, largest=40):
             truth = exact(percent, correct).decomposition()
             table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
-            parts = table_metrics.brier_decomposition(table)
+            parts = brier_decomposition(table.groups())
             raw = functional.brier_decomposition(torch.tensor(percent / 100), torch.tensor(correct))
             assert [float(p) for p in parts] == pytest.approx([float(t) for t in truth], abs=1e-12)
             assert [float(p) for p in raw] == pytest.approx([float(t) for t in truth], abs=1e-12)
-            single = (
-                table_metrics.brier_reliability(table),
-                table_metrics.brier_resolution(table),
-                table_metrics.brier_uncertainty(table),
-            )
-            assert single == tuple(parts)
+            assert [METRICS[f"brier_{part}"](table) for part in parts._fields] == list(parts)
             total = parts.reliability - parts.resolution + parts.uncertainty
-            assert float(total) == pytest.approx(float(table_metrics.brier_score(table)), abs=1e-12)
-
-
-def test_the_ece_splits_into_over_and_underconfidence(cases):
-    for percent, correct in cases(200, "percents", seed=4):
-        table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
-        over, under = table_metrics.overconfident_error(table), table_metrics.underconfident_error(table)
-        assert float(over + under) == pytest.approx(
-            float(table_metrics.expected_calibration_error(table)), abs=1e-12
-        )
-        assert float(over - under) == pytest.approx(float(table_metrics.overconfidence(table)), abs=1e-12)
+            assert float(total) == pytest.approx(float(METRICS["brier"](table)), abs=1e-12)
 
 
 def test_augrc_equals_its_published_closed_form(cases):
@@ -128,11 +116,9 @@ def test_augrc_equals_its_published_closed_form(cases):
         if correct.all() or not correct.any():
             continue
         table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
-        accuracy, auroc = correct.mean(), float(table_metrics.auroc(table))
+        accuracy, auroc = correct.mean(), float(METRICS["auroc"](table))
         closed = (1 - auroc) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
-        assert float(table_metrics.area_under_generalized_risk_coverage(table)) == pytest.approx(
-            closed, abs=1e-12
-        )
+        assert float(METRICS["augrc"](table)) == pytest.approx(closed, abs=1e-12)
 
 
 def test_aurc_is_the_mean_over_all_orders_of_ties():
@@ -163,12 +149,12 @@ def test_aurc_of_many_answers_is_stable():
             area += ((errors + k * wrong / (wrong + right)) / (done + k)).sum()
         errors, done = errors + wrong, done + wrong + right
     table = ConfidenceTable(counts)
-    assert float(table_metrics.area_under_risk_coverage(table)) == pytest.approx(area / done, rel=1e-9)
+    assert float(METRICS["aurc"](table)) == pytest.approx(area / done, rel=1e-9)
 
 
 def test_risk_coverage_curve():
     table = ConfidenceTable.from_predictions([0.9, 0.9, 0.5, 0.5, 0.1], [True, False, True, True, False])
-    curve = table_metrics.risk_coverage_curve(table)
+    curve = risk_coverage_curve(table.groups())
     assert curve.threshold.tolist() == pytest.approx([0.9, 0.5, 0.1])
     assert curve.coverage.tolist() == pytest.approx([0.4, 0.8, 1.0])
     assert curve.risk.tolist() == pytest.approx([1 / 2, 1 / 4, 2 / 5])
@@ -181,39 +167,44 @@ def test_risk_coverage_curve():
 
 
 UNDEFINED_WITHOUT_ANSWERS = sorted(
-    {function for function, _, _ in CHECKS.values()} | {"log_loss", "monotonicity"}
+    {function for function, _, _ in CHECKS.values()}
+    | {"log_loss", "smooth_calibration_error", "parse_failure_rate", "parsed_accuracy"}
+    | {f"brier_{part}" for part in ("reliability", "resolution", "uncertainty")}
 )
 
 
-@pytest.mark.parametrize("function", [*UNDEFINED_WITHOUT_ANSWERS, "smooth_calibration_error"])
+@pytest.mark.parametrize("function", UNDEFINED_WITHOUT_ANSWERS)
 def test_no_answers_give_nan_and_one_warning(function):
-    for call in (
+    name = SPECS[function].name
+    unparsed = ConfidenceTable.from_predictions([None, None], [True, False])
+    calls = [
         lambda: getattr(functional, function)(torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
-        lambda: getattr(table_metrics, function)(ConfidenceTable.empty()),
-        lambda: getattr(table_metrics, function)(
-            ConfidenceTable.from_predictions([None, None], [True, False])
-        ),
-    ):
+        lambda: summarize(ConfidenceTable.empty(), metrics=[name])[name],
+    ]
+    if name != "parse_failure_rate":
+        calls.append(lambda: summarize(unparsed, metrics=[name])[name])
+    for call in calls:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             value = call()
         assert math.isnan(value)
         assert [w.category.__name__ for w in caught] == ["UndefinedMetricWarning"]
-        assert function in str(caught[0].message)
+        assert {function, name} & set(re.findall(r"\w+", str(caught[0].message)))
 
 
 def test_one_class_has_no_auroc():
-    for right in (True, False):
-        table = ConfidenceTable.from_predictions([0.2, 0.8], [right, right])
-        with pytest.warns(UserWarning, match="auroc is undefined .* one right and one wrong") as caught:
-            assert math.isnan(table_metrics.auroc(table))
+    for correct in (True, False):
+        with pytest.warns(
+            UserWarning, match="auroc is undefined .* all answers are correct or all"
+        ) as caught:
+            assert math.isnan(functional.auroc(torch.tensor([0.2, 0.8]), torch.tensor([correct, correct])))
         assert len(caught) == 1
-    with pytest.warns(UserWarning, match="brier_decomposition"):
-        assert all(math.isnan(part) for part in table_metrics.brier_decomposition(ConfidenceTable.empty()))
+    with pytest.warns(UserWarning, match="brier_decomposition") as caught:
+        parts = functional.brier_decomposition(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert all(math.isnan(part) for part in parts)
+    assert len(caught) == 1
     with pytest.warns(UserWarning, match="average_precision"):
         assert math.isnan(functional.average_precision(torch.tensor([0.5]), torch.tensor([False])))
-    with pytest.warns(UserWarning, match="monotonicity .* different accuracy"):
-        assert math.isnan(functional.monotonicity(torch.tensor([0.5, 0.5]), torch.tensor([False, True])))
 
 
 @pytest.mark.parametrize(

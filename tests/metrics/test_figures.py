@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, TaskMetrics, figures
 from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
+from vlm_calibration.metrics.functional import METRICS
 
 DRAWN = [figures.reliability_diagram, figures.confidence_histogram, figures.risk_coverage_figure]
 
@@ -111,9 +112,7 @@ def test_the_risk_coverage_figure_integrates_to_aurc():
     figure = figures.risk_coverage_figure(table)
     line = next(li for li in figure.axes[0].lines if li.get_label() == "By stated confidence")
     area = np.trapezoid(line.get_ydata(), line.get_xdata()) / 1e4
-    from vlm_calibration.metrics.table_metrics import area_under_risk_coverage
-
-    assert area == pytest.approx(float(area_under_risk_coverage(table)), abs=2e-3)
+    assert area == pytest.approx(float(METRICS["aurc"](table)), abs=2e-3)
     points = next(li for li in figure.axes[0].lines if li.get_label() == "Thresholds")
     assert len(points.get_xdata()) == 11
     assert points.get_xdata()[-1] == pytest.approx(100)

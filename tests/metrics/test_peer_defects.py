@@ -14,13 +14,13 @@ from netcal.metrics import ECE
 from torchmetrics.functional.classification import binary_calibration_error
 
 from vlm_calibration.metrics import functional
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import expected_calibration_error, smooth_calibration_error
 
 
 def ours(confidence, correct):
     """Ours from float64 and float32 values and from a table, which must be the same number."""
-    table = expected_calibration_error(ConfidenceTable.from_predictions(confidence, correct))
+    table = METRICS["ece"](ConfidenceTable.from_predictions(confidence, correct))
     right = torch.tensor(correct)
     for dtype in (torch.float64, torch.float32):
         value = functional.expected_calibration_error(torch.tensor(confidence, dtype=dtype), right)
@@ -108,7 +108,7 @@ def test_a_missing_confidence_is_not_one_half():
     imputed = ours([0.9, 0.9, 0.5], [True, False, False])
     assert imputed == pytest.approx(1.3 / 3)
     table = ConfidenceTable.from_predictions([0.9, 0.9, None], [True, False, False])
-    assert float(expected_calibration_error(table)) == pytest.approx(0.4)
+    assert float(METRICS["ece"](table)) == pytest.approx(0.4)
     assert (table.n, table.parsed, table.unparsed) == (3, 2, 1)
 
 
@@ -132,7 +132,7 @@ def test_relplot_smooth_ece_counts_half_of_what_is_at_0_and_1():
     confidence, correct = np.array([1.0, 1.0, 0.5, 0.5]), np.array([0.0, 0.0, 1.0, 0.0])
     assert relplot.smECE(confidence, correct) == pytest.approx(1 / 3, abs=0.01)
     table = ConfidenceTable.from_predictions(confidence.tolist(), correct.astype(bool).tolist())
-    assert float(smooth_calibration_error(table)) == pytest.approx(0.5, abs=1e-6)
+    assert float(METRICS["smooth_ece"](table)) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_relplot_smooth_ece_agrees_once_its_boundary_is_repaired(cases, monkeypatch):

@@ -6,9 +6,9 @@ import torch
 from scipy.optimize import brentq
 
 from vlm_calibration.metrics import functional
-from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, _integral_of_absolute, smooth_calibration_error
+from vlm_calibration.metrics.functional import METRICS
+from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, _integral_of_absolute
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import expected_calibration_error, overconfidence
 
 
 def definition(confidence, correct, sigma, nodes=4000):
@@ -60,10 +60,10 @@ def test_bounds(cases):
     """|overconfidence| <= smooth ECE <= ECE over levels, for raw values and tables alike."""
     for percent, correct in cases(200, "percents", seed=34):
         table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
-        smooth = float(smooth_calibration_error(table))
+        smooth = float(METRICS["smooth_ece"](table))
         assert smooth == pytest.approx(value(percent / 100, correct), abs=1e-9)
-        assert abs(float(overconfidence(table))) <= smooth + 1e-5
-        assert smooth <= float(expected_calibration_error(table, binning="levels")) + 1e-5
+        assert abs(float(METRICS["overconfidence"](table))) <= smooth + 1e-5
+        assert smooth <= float(METRICS["ece"](table, binning="levels")) + 1e-5
 
 
 def test_perfect_and_worst():
@@ -77,7 +77,7 @@ def test_a_small_error_is_that_of_the_narrowest_kernel():
     """A millionth too confident at two far levels in opposite directions: at 1/1024 they do not cancel."""
     counts = torch.zeros(101, 2, dtype=torch.int64)
     counts[20], counts[80] = torch.tensor([[800_100, 199_900], [199_900, 800_100]])
-    value = float(smooth_calibration_error(ConfidenceTable(counts)))
+    value = float(METRICS["smooth_ece"](ConfidenceTable(counts)))
     assert value == pytest.approx(1e-4, abs=1e-9)
 
 
@@ -110,9 +110,9 @@ def test_batched_replicates_equal_single_tables(cases):
         for p, y in cases(60, "percents", seed=35, largest=200)
     ]
     counts = torch.stack([t.counts for t in tables])
-    full = ConfidenceTable(torch.ones(101, 2, dtype=torch.int64)).levels()
-    batch = smooth_calibration_error(full._replace(counts=counts))
-    single = torch.stack([smooth_calibration_error(t) for t in tables])
+    full = ConfidenceTable(torch.ones(101, 2, dtype=torch.int64)).groups()
+    batch = METRICS["smooth_ece"](full._replace(counts=counts))
+    single = torch.stack([METRICS["smooth_ece"](t) for t in tables])
     assert torch.allclose(batch, single, atol=1e-5, rtol=0)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 from vlm_calibration.metrics.task import TaskTable, task_scores
 
 NAMES = [
@@ -70,7 +70,7 @@ def test_one_warning_for_all_that_is_undefined():
     assert len(caught) == 1
     message = str(caught[0].message)
     for part in (
-        "auroc, auroc/x: it needs at least one right and one wrong",
+        "auroc, auroc/x: all answers are correct or all are wrong",
         "ece/x",
         "yes_ratio: there is no yes/no question",
     ):

@@ -131,7 +131,7 @@ def test_a_table_owns_its_counts():
 def test_resolution_is_free():
     table = ConfidenceTable.from_predictions([0.8051, 0.80509], [True, False], resolution=10_000)
     assert table.counts[8051].tolist() == [1, 1]
-    assert table.levels().value.tolist() == [0.8051]
+    assert table.groups().value.tolist() == [0.8051]
     assert table.resolution == 10_000
 
 

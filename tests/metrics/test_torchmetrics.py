@@ -20,7 +20,7 @@ from vlm_calibration.metrics import (
     task_scores,
 )
 from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
-from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
+from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.task import TASK_METRICS
 from vlm_calibration.metrics.task_metrics import TASK_CLASSES
 
@@ -96,19 +96,34 @@ def test_categories_may_come_from_a_generator():
     assert metrics["ece"].categories == metrics["brier"].categories == ("a", "b")
 
 
+def test_an_answer_may_be_in_several_categories():
+    metrics, tasks = CalibrationMetrics(categories=["a", "b"]), TaskMetrics(categories=["a", "b"])
+    confidence, correct = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([True, False, False])
+    category = [("a", "b"), None, ["b"]]
+    metrics.update(confidence, correct, category)
+    tasks.update(["yes", "no", "no"], ["yes", "yes", "yes"], correct, category)
+    values = {**metrics.compute(), **tasks.compute()}
+    assert [values[f"n{suffix}"] for suffix in ("", "/a", "/b")] == [3, 1, 2]
+    assert [values[f"accuracy{suffix}"] for suffix in ("", "/a", "/b")] == [pytest.approx(1 / 3), 1, 1 / 2]
+    assert float(values["mean_confidence/b"]) == pytest.approx(0.55)
+    with pytest.raises(ValueError, match=r"confidence\[1\] = 1.5"):
+        metrics.update(torch.tensor([0.5, 1.5]), torch.tensor([True, True]), [("a", "b"), ("a",)])
+
+
 def test_an_update_runs_one_bincount(monkeypatch):
-    """Twenty-six members and three categories: one count an update, the first one included, and one a forward."""
-    calls = []
+    """All members and two categories: one count an update, the first one included, and one a forward."""
+    calls, made = [], batches(sizes=(40, 30, 7))
+    sizes = [2 * len(category) - category.count(None) for _, _, category in made]  # overall and by category
     bincount = torch.bincount
     monkeypatch.setattr(torch, "bincount", lambda x, **k: (calls.append(len(x)), bincount(x, **k))[1])
     metrics = CalibrationMetrics(categories=["a", "b"], metrics=METRICS)
-    for confidence, correct, category in batches(sizes=(40, 30)):
-        metrics.update(confidence, correct, category)
-    assert calls == [40, 30]
+    for batch in made[:2]:
+        metrics.update(*batch)
+    assert calls == sizes[:2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        metrics(*batches(sizes=(7,))[0])
-        assert calls == [40, 30, 7]
+        metrics(*made[2])
+        assert calls == sizes
         metrics.compute()
     assert len(calls) == 3
     tasks = TaskMetrics()
@@ -261,7 +276,7 @@ def test_constants_that_torchmetrics_users_read():
         assert member.plot_lower_bound == spec.lower
         assert member.plot_upper_bound == (None if math.isinf(spec.upper) else spec.upper)
     for name, cls in TASK_CLASSES.items():
-        assert cls().higher_is_better is TASK_METRICS[name]
+        assert cls().higher_is_better is TASK_METRICS[name].higher_is_better
 
 
 def test_task_metrics():

@@ -17,8 +17,8 @@ import torch
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.bootstrap import Interval, interval_of
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.groups import ConfidenceGroups
-from vlm_calibration.metrics.table_metrics import METRICS
 from vlm_calibration.reporting.report_bootstrap import ImageBootstrap
 
 GRID = 1000

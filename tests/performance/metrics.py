@@ -66,7 +66,7 @@ def netcal(confidence, correct):
 
 def all_reported():
     """The names that `metrics.json` holds."""
-    from vlm_calibration.metrics.table_metrics import REPORTED
+    from vlm_calibration.metrics.functional import REPORTED
 
     return REPORTED
 

@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import yaml
 
-from vlm_calibration.callbacks.figures import CalibrationFigures, ConfidenceCounts
+from vlm_calibration.callbacks.figures import CalibrationFigures, StepTables
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -220,18 +220,18 @@ class Stop(L.Callback):
 
 
 class Counted(CalibrationFigures):
-    """ConfidenceCounts what it would draw, without W&B."""
+    """Keeps the tables and answers that it would log, without W&B."""
 
-    found: dict[str, ConfidenceCounts]
+    tables: dict[str, StepTables]
     answers: dict[str, Any]
 
     def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
-        self._counts = {}
-        self._table = SampleTable(dataset, self.samples)
+        self._tables = {}
+        self._samples = SampleTable(dataset, self.samples)
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Any = None) -> None:
-        assert self._table is not None
-        self.found, self.answers = self._counts, self._table.answers
+        assert self._samples is not None
+        self.tables, self.answers = self._tables, self._samples.answers
 
 
 @pytest.fixture
@@ -265,11 +265,9 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
         r.getMessage() for r in caplog.records if "goes on" in r.getMessage()
     ]
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
-    assert sorted(whole.found) == sorted(SYSTEMS)
+    assert sorted(whole.tables) == sorted(SYSTEMS)
     assert cut.answers == whole.answers
-    for system in SYSTEMS:
-        assert cut.found[system].table.counts.tolist() == whole.found[system].table.counts.tolist()
-        assert set(cut.found[system].steps) == set(whole.found[system].steps)
+    assert cut.tables == whole.tables
 
 
 def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
@@ -290,7 +288,7 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     assert found == expected
     assert whole.answers == plain.answers
     for system in SYSTEMS:
-        assert whole.found[system].table.counts.tolist() == plain.found[system].table.counts.tolist()
+        assert whole.tables[system] == plain.tables[system]
         answers = read_predictions(tmp_path / "whole" / system / "calibration.jsonl")
         assert [p.id for p in answers] == [
             f"{part}:{q.id}" for part in ("clean", "noised") for q in DemoSource("calibration", 2).queries()
@@ -305,7 +303,7 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
         f"goes on: {n} of 27 queries were answered before" for n in (8, 19)
     ]
     assert _files(tmp_path / "cut") == {**found, **held}
-    assert cut.found["one"].table.counts.tolist() == plain.found["one"].table.counts.tolist()
+    assert cut.tables["one"] == plain.tables["one"]
 
     evaluate("limited", queries=queries(), limit=1)
     limited = [tmp_path / "limited/one" / f"{name}.jsonl" for name in ("predictions", "calibration")]

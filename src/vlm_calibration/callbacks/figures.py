@@ -1,9 +1,8 @@
-"""What a validation or an evaluation found, as figures and tables in W&B: reliability, response to noise, risk and coverage."""
+"""Figures and tables of a validation or an evaluation in W&B: reliability, response to noise, risk and coverage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -16,8 +15,8 @@ from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.metrics.figures import reliability_diagram, response_curve, risk_coverage_figure
-from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS
+from vlm_calibration.metrics.functional import METRICS
+from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
 from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.scoring import HasResults
@@ -25,58 +24,57 @@ from vlm_calibration.stages.scoring import HasResults
 Answers = Mapping[str, Sequence[Prediction]]
 
 
-@dataclass
-class ConfidenceCounts:
-    """Answers of one system: all of them, and those to queries that were noised, by the step of the noise."""
+StepTables = dict[int, ConfidenceTable]
+"""The answers of a system by noise step, those to queries that were not noised under `UNNOISED`."""
+UNNOISED = -1
 
-    table: ConfidenceTable = field(default_factory=ConfidenceTable.empty)
-    steps: dict[int, ConfidenceTable] = field(default_factory=dict)
 
-    def update(self, predictions: Iterable[Prediction], dataset: PerturbedQueries) -> None:
-        by_step: dict[int | None, list[Prediction]] = {}
-        for prediction in predictions:
-            step = prediction.noise_step if dataset.is_noised(prediction.id) else None
-            by_step.setdefault(step, []).append(prediction)
-        for step, found in by_step.items():
-            table = ConfidenceTable.from_predictions(
-                [p.confidence for p in found], [p.correct for p in found]
-            )
-            self.add(ConfidenceCounts(table, {} if step is None else {step: table}))
+def tables_by_step(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> StepTables:
+    """Count predictions by the noise step of their image."""
+    steps = [p.noise_step if dataset.is_noised(p.id) else None for p in predictions]
+    return tables_by_category(
+        [p.confidence for p in predictions],
+        [p.correct for p in predictions],
+        [UNNOISED if step is None else step for step in steps],
+    )
 
-    def add(self, other: ConfidenceCounts) -> None:
-        self.table = self.table + other.table
-        for step, table in other.steps.items():
-            self.steps[step] = self.steps[step] + table if step in self.steps else table
+
+def add_tables(total: StepTables, tables: StepTables) -> None:
+    """Add tables to `total`, in place."""
+    for step, table in tables.items():
+        total[step] = total[step] + table if step in total else table
 
 
 class CalibrationFigures(L.Callback):
-    """Logs to W&B, after every validation and evaluation, for each system that answered:
+    """Log figures and tables to W&B after every validation and evaluation.
 
-    - `reliability`, `risk_coverage` and, where images were noised, `response_curve`: figures.
+    For each system:
+
+    - `reliability`, `risk_coverage` and, if images were noised, `response_curve`: figures.
     - `confidence_table` and `response_table`: the numbers behind them.
 
-    and once for all systems:
+    Once for all systems:
 
-    - `samples`: answers to the same queries each time, with the image as the model saw it.
+    - `samples`: answers to the same queries each time, with the image that the model was given.
     - `comparison`, in an evaluation: metrics, a row a system.
 
-    Their names begin with `val/`, or `test/` and the system's name. Without a W&B logger nothing is drawn.
+    Names begin with `val/`, or with `test/` and the system's name. Without a W&B logger nothing is drawn.
 
     Args:
-        samples: how many queries `samples` holds.
+        samples: number of queries in `samples`.
     """
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = samples
-        self._counts: dict[str, ConfidenceCounts] = {}
-        self._table: SampleTable | None = None
+        self._tables: dict[str, StepTables] = {}
+        self._samples: SampleTable | None = None
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin(trainer, trainer.val_dataloaders.dataset, taught=True)  # type: ignore[union-attr]
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin(trainer, trainer.datamodule.test_set, taught=False)  # type: ignore[attr-defined]
-        for writer in trainer.callbacks if self._table else ():  # type: ignore[attr-defined]
+        for writer in trainer.callbacks if self._samples else ():  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter):
                 for answered in writer.answered_before(trainer):
                     self._update(answered.answers)
@@ -106,66 +104,69 @@ class CalibrationFigures(L.Callback):
         self._finish(trainer, "test", {"test/comparison": comparison_table(results)})
 
     def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
-        # The loggers are the same in all processes, which go on together.
-        self._table = None
+        # All processes have the same loggers, so all of them return here or none.
+        self._samples = None
         if trainer.sanity_checking or not any(isinstance(log, WandbLogger) for log in trainer.loggers):
             return
-        self._counts = {}
-        self._table = SampleTable(dataset, self.samples, trainer.world_size, taught)
+        self._tables = {}
+        self._samples = SampleTable(dataset, self.samples, trainer.world_size, taught)
 
     def _update(self, answers: Answers) -> None:
-        if self._table is None:
+        if self._samples is None:
             return
         for system, predictions in answers.items():
-            self._counts.setdefault(system, ConfidenceCounts()).update(predictions, self._table.dataset)
-            self._table.update(system, predictions)
+            tables = tables_by_step(predictions, self._samples.dataset)
+            add_tables(self._tables.setdefault(system, {}), tables)
+            self._samples.update(system, predictions)
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Mapping[str, Any] | None = None) -> None:
-        if self._table is None:
+        if self._samples is None:
             return
-        counts: dict[str, ConfidenceCounts] = {}
-        for part in all_gather(trainer, self._counts):
-            for system, found in part.items():
-                counts.setdefault(system, ConfidenceCounts()).add(found)
+        totals: dict[str, StepTables] = {}
+        for of_process in all_gather(trainer, self._tables):
+            for system, tables in of_process.items():
+                add_tables(totals.setdefault(system, {}), tables)
         logger = wandb_logger(trainer)
         if logger is None:
             return
         with staged(logger):
             media = dict(more or {})
-            for system, found in counts.items():
+            for system, tables in totals.items():
                 prefix = f"{stage}/{system}" if system else stage
-                media.update((f"{prefix}/{name}", value) for name, value in media_of(found).items())
-            if self._table.answers:
-                media[f"{stage}/samples"] = self._table.draw()
+                media.update((f"{prefix}/{name}", value) for name, value in media_of(tables).items())
+            if self._samples.answers:
+                media[f"{stage}/samples"] = self._samples.draw()
             # Lightning counts the steps of metrics from 0.
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
 
 
-def media_of(counts: ConfidenceCounts) -> dict[str, Any]:
+def media_of(tables: StepTables) -> dict[str, Any]:
     """The figures and tables of one system, by name."""
+    total = sum(tables.values(), start=ConfidenceTable.empty())
+    noised = {step: table for step, table in tables.items() if step != UNNOISED}
     media: dict[str, Any] = {
-        "reliability": drawing(reliability_diagram(counts.table)),
-        "risk_coverage": drawing(risk_coverage_figure(counts.table)),
-        "confidence_table": confidence_table(counts.table),
+        "reliability": drawing(reliability_diagram(total)),
+        "risk_coverage": drawing(risk_coverage_figure(total)),
+        "confidence_table": confidence_table(total),
     }
-    if counts.steps:
-        media["response_curve"] = drawing(response_curve(counts.steps))
-        media["response_table"] = response_table(counts.steps)
+    if noised:
+        media["response_curve"] = drawing(response_curve(noised))
+        media["response_table"] = response_table(noised)
     return media
 
 
 def confidence_table(table: ConfidenceTable) -> Any:
-    """Right and wrong answers at each confidence in [0, 1] that was stated."""
+    """Correct and wrong answers at each stated confidence in [0, 1]."""
     rows = [
-        [level / table.resolution, int(right), int(wrong)]
-        for level, (wrong, right) in enumerate(table.counts.tolist())
-        if right or wrong
+        [level / table.resolution, correct, wrong]
+        for level, (wrong, correct) in enumerate(table.counts.tolist())
+        if correct or wrong
     ]
     return data_table(["confidence", "right", "wrong"], rows)
 
 
 def response_table(tables: Mapping[int, ConfidenceTable]) -> Any:
-    """Answers with a readable confidence at each noise step, their accuracy, and the mean confidence that they state."""
+    """Number of answers with a readable confidence at each noise step, their accuracy and mean confidence."""
     rows = [
         [
             step,

@@ -121,7 +121,7 @@ def choose_threshold(evaluated: str | Path, accuracy: float, estimator: str = VE
         raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(known)}")
     levels = group_values(*_confident(predictions, estimator))
     # From the most confident down: all who reach each level.
-    answers, right = levels.answers.flip(-1).cumsum(-1), levels.right.flip(-1).cumsum(-1)
+    answers, right = levels.answers.flip(-1).cumsum(-1), levels.correct.flip(-1).cumsum(-1)
     reached = (right / answers >= accuracy - 1e-12).nonzero()[:, 0]
     if not len(reached):
         raise DataError(f"{path}: {_best(levels.value.flip(-1), right / answers)}, less than {accuracy:.1%}")

@@ -1,7 +1,8 @@
 """Calibration metrics: one table of integer counts, every metric an exact function of it.
 
-Pure functions of raw values are in `functional`, those of a table in `table_metrics`, figures in `figures`. The
-torchmetrics classes are imported when they are asked for: torchmetrics takes seconds, and scoring a file needs none of it.
+`functional` declares every metric as a function of raw values, and `functional.METRICS` holds the declarations, which take
+tables. Figures are in `figures`. The torchmetrics classes are imported on first use: importing torchmetrics takes seconds, and
+scoring a file does not need it.
 """
 
 from importlib import import_module
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_intervals
 from vlm_calibration.metrics.groups import UndefinedMetricWarning
-from vlm_calibration.metrics.rounding import rounding_bounds
 from vlm_calibration.metrics.scores import BrierDecomposition
 from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
@@ -31,7 +31,6 @@ __all__ = [
     "TaskTable",
     "UndefinedMetricWarning",
     "bootstrap_intervals",
-    "rounding_bounds",
     "summarize",
     "tables_by_category",
     "task_scores",

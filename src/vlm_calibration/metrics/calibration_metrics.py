@@ -1,253 +1,28 @@
-"""The calibration metrics as torchmetrics: one thin class for each, and `CalibrationMetrics`, all of them."""
+"""The calibration metrics as torchmetrics: one class for each metric of `METRICS`, and `CalibrationMetrics`, all of them.
+
+The classes are generated: `ExpectedCalibrationError` from the declaration of `expected_calibration_error`, and so on;
+`CALIBRATION_CLASSES` lists them.
+"""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.metrics.counting import CalibrationMetric, SharedStateCollection
+from vlm_calibration.metrics.counting import CalibrationMetric, SharedStateCollection, class_of
+from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.summary import check_names
-from vlm_calibration.metrics.table_metrics import REPORTED
-
-
-class AnswerCount(CalibrationMetric):
-    """The number of all answers, unparsed ones included."""
-
-    name = "n"
-    plot_upper_bound = None
-
-
-class ExpectedCalibrationError(CalibrationMetric):
-    """Expected calibration error over equal-width bins."""
-
-    name = "ece"
-    higher_is_better = False
-    figure = "reliability_diagram"
-    binned = True
-
-
-class AdaptiveCalibrationError(CalibrationMetric):
-    """Adaptive calibration error over equal-mass bins."""
-
-    name = "ace"
-    higher_is_better = False
-    figure = "reliability_diagram"
-    binned = True
-
-
-class MaximumCalibrationError(CalibrationMetric):
-    """Maximum calibration error over equal-width bins."""
-
-    name = "mce"
-    higher_is_better = False
-    figure = "reliability_diagram"
-    binned = True
-
-
-class BrierScore(CalibrationMetric):
-    """Brier score."""
-
-    name = "brier"
-    higher_is_better = False
-
-
-class BrierReliability(CalibrationMetric):
-    """Murphy's reliability, over levels."""
-
-    name = "brier_reliability"
-    higher_is_better = False
-    figure = "reliability_diagram"
-
-
-class BrierResolution(CalibrationMetric):
-    """Murphy's resolution, over levels."""
-
-    name = "brier_resolution"
-    higher_is_better = True
-    figure = "reliability_diagram"
-    plot_upper_bound = 0.25
-
-
-class BrierUncertainty(CalibrationMetric):
-    """Murphy's uncertainty."""
-
-    name = "brier_uncertainty"
-    figure = "reliability_diagram"
-    plot_upper_bound = 0.25
-
-
-class ConfidenceLogLoss(CalibrationMetric):
-    """Logarithmic loss in nats."""
-
-    name = "log_loss"
-    higher_is_better = False
-    plot_upper_bound = None
-
-
-class ConfidenceAUROC(CalibrationMetric):
-    """AUROC of confidence for telling right answers from wrong ones."""
-
-    name = "auroc"
-    higher_is_better = True
-
-
-class AreaUnderRiskCoverage(CalibrationMetric):
-    """Area under the risk-coverage curve."""
-
-    name = "aurc"
-    higher_is_better = False
-    figure = "risk_coverage_figure"
-
-
-class SmoothCalibrationError(CalibrationMetric):
-    """Smooth calibration error."""
-
-    name = "smooth_ece"
-    higher_is_better = False
-    figure = "reliability_diagram"
-
-
-class MeanConfidence(CalibrationMetric):
-    """Mean confidence."""
-
-    name = "mean_confidence"
-
-
-class Overconfidence(CalibrationMetric):
-    """Mean confidence minus accuracy, signed."""
-
-    name = "overconfidence"
-    figure = "reliability_diagram"
-    plot_lower_bound = -1.0
-
-
-class ParseFailureRate(CalibrationMetric):
-    """Share of the answers whose confidence could not be read."""
-
-    name = "parse_failure_rate"
-    higher_is_better = False
-
-
-class DebiasedCalibrationError(CalibrationMetric):
-    """Debiased l2 calibration error over levels."""
-
-    name = "debiased_l2_ece"
-    higher_is_better = False
-    figure = "reliability_diagram"
-
-
-class OverconfidentError(CalibrationMetric):
-    """The part of the ECE from overconfident bins."""
-
-    name = "overconfident_error"
-    higher_is_better = False
-    figure = "reliability_diagram"
-    binned = True
-
-
-class UnderconfidentError(CalibrationMetric):
-    """The part of the ECE from underconfident bins."""
-
-    name = "underconfident_error"
-    higher_is_better = False
-    figure = "reliability_diagram"
-    binned = True
-
-
-class ConfidenceAveragePrecision(CalibrationMetric):
-    """Average precision of confidence for finding right answers."""
-
-    name = "average_precision"
-    higher_is_better = True
-
-
-class ExcessAreaUnderRiskCoverage(CalibrationMetric):
-    """AURC minus that of the best ranking."""
-
-    name = "excess_aurc"
-    higher_is_better = False
-    figure = "risk_coverage_figure"
-
-
-class AreaUnderGeneralizedRiskCoverage(CalibrationMetric):
-    """Area under the generalized risk-coverage curve."""
-
-    name = "augrc"
-    higher_is_better = False
-    figure = "risk_coverage_figure"
-    plot_upper_bound = 0.5
-
-
-class AccuracyAtCoverage(CalibrationMetric):
-    """Accuracy of the most confident 80% of the answers."""
-
-    name = "accuracy_at_coverage"
-    higher_is_better = True
-    figure = "risk_coverage_figure"
-
-
-class CoverageAtRisk(CalibrationMetric):
-    """Share of the answers that a threshold can give with at most 5% errors."""
-
-    name = "coverage_at_risk"
-    higher_is_better = True
-    figure = "risk_coverage_figure"
-
-
-class ParsedAccuracy(CalibrationMetric):
-    """Accuracy over the answers with a readable confidence."""
-
-    name = "parsed_accuracy"
-    higher_is_better = True
-    figure = "reliability_diagram"
-
-
-class Sharpness(CalibrationMetric):
-    """Variance of the stated confidences."""
-
-    name = "sharpness"
-    plot_upper_bound = 0.25
-
-
-class Monotonicity(CalibrationMetric):
-    """Spearman's correlation of confidence and the accuracy of its level."""
-
-    name = "monotonicity"
-    higher_is_better = True
-    figure = "reliability_diagram"
-    plot_lower_bound = -1.0
-
 
 CALIBRATION_CLASSES: dict[str, type[CalibrationMetric]] = {
-    cls.name: cls
-    for cls in (
-        AnswerCount,
-        ExpectedCalibrationError,
-        AdaptiveCalibrationError,
-        MaximumCalibrationError,
-        BrierScore,
-        BrierReliability,
-        BrierResolution,
-        BrierUncertainty,
-        ConfidenceLogLoss,
-        ConfidenceAUROC,
-        AreaUnderRiskCoverage,
-        SmoothCalibrationError,
-        MeanConfidence,
-        Overconfidence,
-        ParseFailureRate,
-        DebiasedCalibrationError,
-        OverconfidentError,
-        UnderconfidentError,
-        ConfidenceAveragePrecision,
-        ExcessAreaUnderRiskCoverage,
-        AreaUnderGeneralizedRiskCoverage,
-        AccuracyAtCoverage,
-        CoverageAtRisk,
-        ParsedAccuracy,
-        Sharpness,
-        Monotonicity,
-    )
+    name: class_of(spec, CalibrationMetric, __name__) for name, spec in METRICS.items()
 }
 """The class of each metric by its flat name."""
+
+globals().update({cls.__name__: cls for cls in CALIBRATION_CLASSES.values()})
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[CalibrationMetric]:
+        """The generated classes, for type checkers."""
+        ...
 
 
 class CalibrationMetrics(SharedStateCollection):
@@ -255,7 +30,7 @@ class CalibrationMetrics(SharedStateCollection):
 
     `compute()` returns `n, ece, ace, mce, brier, brier_reliability, brier_resolution, brier_uncertainty, log_loss,
     auroc, aurc, smooth_ece, mean_confidence, overconfidence, parse_failure_rate`, float64, each again with a
-    `/category` suffix for every category. `n` counts all answers, the others are over those whose confidence
+    `/category` suffix for every category. `n` counts all answers; the other metrics are over the answers whose confidence
     could be read.
 
     Args:

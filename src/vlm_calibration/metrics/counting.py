@@ -1,40 +1,42 @@
-"""The base of our torchmetrics: one int64 tensor of counts as the whole state, shared by a collection.
+"""The base of the torchmetrics classes: one int64 tensor of counts as the whole state, shared by a collection.
 
-The state is O(1) in the number of predictions, is not touched by autocast or dtype casts, and is reduced across
+The state is O(1) in the number of predictions, is not changed by autocast or dtype casts, and is reduced across
 processes by a single all-reduce sum, however many members a collection has.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from vlm_calibration.metrics.functional import to_device_of
+from vlm_calibration.metrics.groups import MetricSpec, check_correct
 from vlm_calibration.metrics.summary import check_category, warn_undefined_values
 from vlm_calibration.metrics.table import ConfidenceTable, check_resolution, count_cells
-from vlm_calibration.metrics.table_metrics import METRICS
+
+Category = str | Collection[str] | None
+"""The category of an answer, several of them, or none."""
+M = TypeVar("M", bound="CountingMetric")
 
 
 def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
-    """The sum of `counts` over all processes by one all-reduce, as the one-element list torchmetrics sums up."""
+    """The sum of `counts` over all processes by one all-reduce, as the one-element list that torchmetrics sums up."""
     total = counts.contiguous().clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]
 
 
 class CountingMetric(Metric):
-    """A metric whose whole state is one int64 tensor `counts`, the first dimension a row for each category.
+    """A metric whose whole state is one int64 tensor `counts`.
 
-    Row 0 counts the answers without a category; the overall value is over the sum of the rows.
+    Row 0 counts all answers, each further row those of one category; an answer may be in several categories.
     """
 
     is_differentiable = False
     full_state_update = False
-    name: ClassVar[str]
-    plot_lower_bound: float | None = 0.0
-    plot_upper_bound: float | None = 1.0
+    spec: ClassVar[MetricSpec]
     counts: Tensor
 
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None, **kwargs: Any) -> None:
@@ -52,34 +54,36 @@ class CountingMetric(Metric):
         rows = 1 + len(self.categories or ())
         self.add_state("counts", torch.zeros(rows, *shape, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def rows(self, category: Sequence[str | None] | None, n: int) -> Tensor | None:
-        """The row of each answer, or None if there is no breakdown.
+    def rows(self, category: Sequence[Category] | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which of N answers to count in which rows, int64 [M] each; None and None for every answer in row 0.
 
         Raises:
             ValueError: on a category that was not declared, or another number of categories than answers.
         """
-        if self.categories is None or category is None:
-            return None
+        if not self.categories or category is None:
+            return None, None
         if isinstance(category, str) or len(category) != n:
             raise ValueError(f"category must hold one name for each of the {n} answers, got {category!r}")
-        unknown = {name for name in category if name is not None and name not in self._row_of}
+        names = [(name,) if isinstance(name, str) else name or () for name in category]
+        unknown = {name for of_answer in names for name in of_answer if name not in self._row_of}
         if unknown:
             raise ValueError(f"unknown categories {sorted(unknown)}; declared are {list(self.categories)}")
-        row = [0 if name is None else self._row_of[name] for name in category]
-        return torch.tensor(row, dtype=torch.int64, device=self.counts.device)
+        # All answers come first, so that an error in one names its index.
+        index = [*range(n), *(i for i, of_answer in enumerate(names) for _ in of_answer)]
+        row = [0] * n + [self._row_of[name] for of_answer in names for name in of_answer]
+        return torch.tensor(index, dtype=torch.int64), torch.tensor(row, dtype=torch.int64)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "CountingMetric":
-        """Counts are integers whatever the dtype, so this changes nothing."""
+        """Do nothing: counts are integers whatever the dtype."""
         return self
 
     def by_category(self) -> dict[str, Tensor]:
-        """Counts on the CPU: all answers under the empty suffix, then each category under `/category`."""
+        """Counts on the CPU by suffix: all answers under the empty one, then `/category`."""
         counts = self.counts.cpu()
-        parts = {"": counts.sum(0)}
-        return parts | {f"/{name}": counts[row] for name, row in self._row_of.items()}
+        return {"": counts[0], **{f"/{name}": counts[row] for name, row in self._row_of.items()}}
 
     def tables(self) -> dict[str, Any]:
-        """The tables by suffix: all answers under the empty one, then `/category` ones; of this process alone."""
+        """The tables of this process by suffix: all answers under the empty one, then `/category`."""
         raise NotImplementedError
 
     def evaluate(self, table: Any) -> Tensor:
@@ -92,11 +96,11 @@ class CountingMetric(Metric):
         Returns:
             a scalar without categories, else a dict with the keys `name` and `name/category`.
         """
-        values = evaluate_all({self.name: self}, self.tables())
-        return values[self.name] if self.categories is None else values
+        values = evaluate_all({self.spec.name: self}, self.tables())
+        return values[self.spec.name] if self.categories is None else values
 
     def _plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot values as torchmetrics does, on a figure that pyplot does not keep."""
+        """Plot values as torchmetrics does, on a figure that is not registered with pyplot."""
         if ax is not None:
             super()._plot(val, ax)
             return ax.figure, ax
@@ -105,6 +109,19 @@ class CountingMetric(Metric):
         ax = new_axes()
         super()._plot(val, ax)
         return ax.figure, ax
+
+
+def class_of(spec: MetricSpec, base: type[M], module: str) -> type[M]:
+    """The torchmetrics class of a declared metric, a subclass of `base` that pickles as a member of `module`."""
+    members = {
+        "__doc__": f"{spec.summary}\n\n{spec.range} Arguments are those of `{base.__name__}`.",
+        "__module__": module,
+        "spec": spec,
+        "higher_is_better": spec.higher_is_better,
+        "plot_lower_bound": spec.lower,
+        "plot_upper_bound": None if spec.upper == float("inf") else spec.upper,
+    }
+    return type(spec.class_name, (base,), members)
 
 
 def evaluate_all(members: Mapping[str, CountingMetric], tables: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -120,21 +137,18 @@ def evaluate_all(members: Mapping[str, CountingMetric], tables: Mapping[str, Any
 
 
 class CalibrationMetric(CountingMetric):
-    """Base of the calibration metrics: `name` picks the function and what `plot` draws.
+    """Base class of the calibration metrics.
 
     Args:
         categories: names to break the metric down by, fixed so that every process has the same state; None for
             no breakdown, in which case the categories of an update are not used.
-        resolution: grid steps from 0 to 1; see `rounding_bounds` for what a coarser grid costs.
+        resolution: grid steps from 0 to 1.
         n_bins: bins of binned metrics and of the reliability diagram.
         kwargs: those of `torchmetrics.Metric`.
 
     Raises:
         ValueError: on a bad resolution, an empty or repeated category.
     """
-
-    figure: ClassVar[str] = "confidence_histogram"
-    binned: ClassVar[bool] = False
 
     def __init__(
         self, categories: Iterable[str] | None = None, resolution: int = 100, n_bins: int = 10, **kwargs: Any
@@ -145,39 +159,39 @@ class CalibrationMetric(CountingMetric):
         self.resolution = resolution
         self.n_bins = n_bins
 
-    def update(
-        self, confidence: Tensor, correct: Tensor, category: Sequence[str | None] | None = None
-    ) -> None:
+    def update(self, confidence: Tensor, correct: Tensor, category: Sequence[Category] | None = None) -> None:
         """Count N answers.
 
         Args:
-            confidence: `(N,)` floating in [0, 1], NaN where it could not be parsed.
-            correct: `(N,)` bool.
-            category: N names (None for an answer without), if the metric has categories.
+            confidence: float [N] in [0, 1], NaN where it could not be parsed.
+            correct: bool [N].
+            category: N names, collections of names or None, if the metric has categories.
 
         Raises:
             ValueError: on a confidence outside [0, 1], a `correct` of another shape, an undeclared category.
         """
-        row = self.rows(category, len(confidence))
-        row = row if row is None else row.to(confidence.device)
+        correct = check_correct(correct, confidence.shape)
+        index, row = self.rows(category, len(confidence))
+        if index is not None and row is not None:
+            confidence, correct = confidence[index.to(confidence.device)], correct[index.to(correct.device)]
+            row = row.to(confidence.device)
         cells = count_cells(confidence, correct, self.resolution, row, len(self.counts))
         self.counts = self.counts + cells.to(self.counts.device)
 
     def tables(self) -> dict[str, ConfidenceTable]:
-        """The tables by suffix: all answers under the empty one, then `/category` ones; of this process alone."""
+        """The tables of this process by suffix: all answers under the empty one, then `/category`."""
         return {suffix: ConfidenceTable.from_cells(cells) for suffix, cells in self.by_category().items()}
 
     def evaluate(self, table: ConfidenceTable) -> Tensor:
         """The metric on one table, a float64 scalar, NaN where undefined, without a warning."""
-        options = {"n_bins": self.n_bins} if self.binned else {}
-        return METRICS[self.name](table, **options)
+        return self.spec(table, **({"n_bins": self.n_bins} if self.spec.is_binned else {}))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the metric.
 
         Args:
             val: results of `compute` or `forward` (one or several) to plot as values, as torchmetrics does;
-                without it, the figure that shows what the metric measures is drawn from the table of this process.
+                without it, draw the figure that shows what the metric measures, from the table of this process.
             ax: matplotlib axes to draw into, or None for a new figure.
 
         Returns:
@@ -187,10 +201,10 @@ class CalibrationMetric(CountingMetric):
             return self._plot(val, ax)
         from vlm_calibration.metrics import figures
 
-        draw = getattr(figures, self.figure)
-        options = {"n_bins": self.n_bins} if self.figure == "reliability_diagram" else {}
-        drawn = draw(self.tables()[""], ax=ax, **options)
-        return drawn, ax if ax is not None else drawn.axes[0]
+        draw = getattr(figures, self.spec.figure)
+        options = {"n_bins": self.n_bins} if self.spec.figure == "reliability_diagram" else {}
+        figure = draw(self.tables()[""], ax=ax, **options)
+        return figure, ax if ax is not None else figure.axes[0]
 
 
 class SharedStateCollection(MetricCollection):
@@ -199,7 +213,7 @@ class SharedStateCollection(MetricCollection):
     def __init__(
         self, members: Mapping[str, CountingMetric], prefix: str | None, postfix: str | None
     ) -> None:
-        """Put all members into one compute group, known from the start, so that the first update is shared too."""
+        """Put all members into one compute group from the start, so that the first update is shared too."""
         super().__init__(dict(members), prefix=prefix, postfix=postfix, compute_groups=[list(members)])
         self._order = tuple(members)  # a MetricCollection sorts its members by name
 
@@ -209,7 +223,7 @@ class SharedStateCollection(MetricCollection):
         return self._modules[self._groups[0][0]]
 
     def tables(self, sync: bool = False) -> dict[str, Any]:
-        """The tables behind the values by suffix: all answers under the empty one, then `/category` ones.
+        """The tables behind the values by suffix: all answers under the empty one, then `/category`.
 
         Args:
             sync: sum over all processes, each of which must then call this; else those of this process alone.
@@ -242,7 +256,7 @@ class SharedStateCollection(MetricCollection):
         return values
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "SharedStateCollection":
-        """Counts are integers whatever the dtype, so this changes nothing."""
+        """Do nothing: counts are integers whatever the dtype."""
         return self
 
     def plot(self, val: Any = None, ax: Any = None, together: bool = False) -> Any:
@@ -254,5 +268,5 @@ class SharedStateCollection(MetricCollection):
         if val is not None or together:
             return super().plot(val, ax, together)
         members = list(self.values(copy_state=False))
-        places = [None] * len(members) if ax is None else list(ax)
-        return [member.plot(ax=place) for member, place in zip(members, places, strict=True)]
+        axes = [None] * len(members) if ax is None else list(ax)
+        return [member.plot(ax=axis) for member, axis in zip(members, axes, strict=True)]

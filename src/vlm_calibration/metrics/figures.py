@@ -1,8 +1,8 @@
-"""Figures of tables: what `plot()` draws and what reports show.
+"""Figures of tables for `plot()`, reports and W&B: reliability, histogram, risk and coverage, response to noise.
 
 Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless axes are given. Figures are
-built from objects, without pyplot, so that they need no display and are safe in threads. Colours are those of
-Okabe & Ito (2008); what differs in colour also differs in shape, line style or hatching.
+built without pyplot, so that they need no display and are safe in threads. Colours are those of Okabe & Ito
+(2008); elements that differ in colour also differ in shape, line style or hatching.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.groups import bin_sums
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,25 +25,25 @@ _Z95 = 1.959963984540054
 
 
 def new_axes() -> "Axes":
-    """Axes of a new 800 x 600 pixel figure that pyplot does not know of."""
+    """Axes of a new 800 x 600 pixel figure that is not registered with pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, 6), dpi=100, layout="constrained").subplots()
 
 
-def wilson_interval(right: Tensor, answers: Tensor, z: float = _Z95) -> tuple[Tensor, Tensor]:
+def wilson_interval(correct: Tensor, answers: Tensor, z: float = _Z95) -> tuple[Tensor, Tensor]:
     """Wilson's score interval (1927) of an accuracy, by default at 95%.
 
     Args:
-        right: right answers, any shape, float64.
-        answers: answers, same shape; where it is 0 the interval is [0, 1].
+        correct: number of correct answers, float64 of any shape.
+        answers: number of answers, same shape; where it is 0 the interval is [0, 1].
         z: the normal quantile.
 
     Returns:
         lower and upper bound, each in [0, 1].
     """
     n = answers.clamp_min(1e-12)
-    rate = right / n
+    rate = correct / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     radius = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)).sqrt()
     return (centre - radius).clamp(0, 1), (centre + radius).clamp(0, 1)
@@ -57,7 +57,7 @@ def reliability_diagram(
     Args:
         table: the answers.
         n_bins: number of bins, as in the ECE.
-        title: replaces the default one, which names ECE and the number of answers.
+        title: replaces the default title, which holds ECE and the number of answers.
         ax: axes to draw into, or None for a new figure.
     """
     ax = new_axes() if ax is None else ax
@@ -65,12 +65,12 @@ def reliability_diagram(
     _percent_axis(ax, "y", "Accuracy (%)")
     ax.set_title(title or f"Reliability: ECE {_percent(table, 'ece', n_bins=n_bins)}, {_answers(table)}")
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
-    sums = bin_sums(table.levels(), n_bins, "uniform") if table.parsed else None
+    sums = bin_sums(table.groups(), n_bins, "uniform") if table.parsed else None
     if sums is not None:
-        full = sums.answers > 0
-        answers, right = sums.answers[full], sums.right[full]
-        x, y = 100 * sums.confidence[full] / answers, 100 * right / answers
-        low, high = (100 * bound for bound in wilson_interval(right, answers))
+        occupied = sums.answers > 0
+        answers, correct = sums.answers[occupied], sums.correct[occupied]
+        x, y = 100 * sums.confidence[occupied] / answers, 100 * correct / answers
+        low, high = (100 * bound for bound in wilson_interval(correct, answers))
         ax.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
         ax.vlines(x, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
         ax.plot(x, y, color=BLUE, marker="o", markersize=6, linewidth=1.8, label="Answers, by bin")
@@ -85,12 +85,12 @@ def reliability_diagram(
 def confidence_histogram(
     table: ConfidenceTable, *, n_bins: int = 20, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """How often each confidence is stated: right answers upwards, wrong ones downwards.
+    """Histogram of the stated confidences: correct answers upwards, wrong ones downwards.
 
     Args:
         table: the answers.
-        n_bins: number of equal-width bins, if there are more levels than that; else every level has its own bar.
-        title: replaces the default one, which names AUROC and the number of answers.
+        n_bins: number of equal-width bins if there are more levels than that; else every level has its own bar.
+        title: replaces the default title, which holds AUROC and the number of answers.
         ax: axes to draw into, or None for a new figure.
     """
     from matplotlib.ticker import MaxNLocator
@@ -102,8 +102,8 @@ def confidence_histogram(
     if not table.parsed:
         _note_empty(ax)
         return _figure(ax)
-    centre, width, right, wrong = _histogram(table, n_bins)
-    ax.bar(centre.numpy(), right.numpy(), width, color=BLUE, label="Right")
+    centre, width, correct, wrong = _histogram(table, n_bins)
+    ax.bar(centre.numpy(), correct.numpy(), width, color=BLUE, label="Right")
     ax.bar(
         centre.numpy(),
         -wrong.numpy(),
@@ -119,11 +119,11 @@ def confidence_histogram(
     ax.axvline(
         100 * _value(table, "mean_confidence"), color="black", linewidth=1.6, label=f"Mean confidence {mean}"
     )
-    at = 100 * _value(table, "parsed_accuracy")
-    ax.axvline(at, color=GREEN, linestyle="--", linewidth=1.8, label=f"Accuracy {accuracy}")
-    top, bottom = float(right.max()), float(wrong.max())
-    room = 0.08 * (top + bottom)
-    ax.set_ylim(-bottom - room, top + room)
+    x = 100 * _value(table, "parsed_accuracy")
+    ax.axvline(x, color=GREEN, linestyle="--", linewidth=1.8, label=f"Accuracy {accuracy}")
+    top, bottom = float(correct.max()), float(wrong.max())
+    margin = 0.08 * (top + bottom)
+    ax.set_ylim(-bottom - margin, top + margin)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
@@ -133,14 +133,14 @@ def confidence_histogram(
 def risk_coverage_figure(
     table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Error rate of the answers given against the share given, most confident first.
+    """Risk-coverage curve: error rate of the answered questions against their share, most confident first.
 
-    Points are the thresholds that can be set; between them a level is cut in random order. The best possible
-    ranking of the same answers, and answering at random, frame the curve.
+    Points are the thresholds that can be set; between them equally confident answers come in random order. The best
+    possible ranking of the same answers and a random ranking are drawn for comparison.
 
     Args:
         table: the answers.
-        title: replaces the default one, which names AURC and the number of answers.
+        title: replaces the default title, which holds AURC and the number of answers.
         ax: axes to draw into, or None for a new figure.
     """
     ax = new_axes() if ax is None else ax
@@ -150,18 +150,18 @@ def risk_coverage_figure(
     if not table.parsed:
         _note_empty(ax)
         return _figure(ax)
-    levels = table.levels()
-    answers, wrong = levels.answers.flip(-1), levels.wrong.flip(-1)
+    groups = table.groups()
+    answers, wrong = groups.answers.flip(-1), groups.wrong.flip(-1)
     total, errors = float(answers.sum()), float(wrong.sum())
     ends, ends_wrong = answers.cumsum(-1), wrong.cumsum(-1)
-    given = torch.cat([torch.linspace(0, total, 513, dtype=torch.float64)[1:], ends]).sort().values
-    level = torch.searchsorted(ends, given).clamp_max(len(ends) - 1)
-    cut = given - (ends - answers)[level]
-    risk = ((ends_wrong - wrong)[level] + cut * (wrong / answers)[level]) / given
-    coverage = 100 * given / total
+    answered = torch.cat([torch.linspace(0, total, 513, dtype=torch.float64)[1:], ends]).sort().values
+    level = torch.searchsorted(ends, answered).clamp_max(len(ends) - 1)
+    of_level = answered - (ends - answers)[level]
+    risk = ((ends_wrong - wrong)[level] + of_level * (wrong / answers)[level]) / answered
+    coverage = 100 * answered / total
     ax.plot(coverage, 100 * risk, color=BLUE, linewidth=1.8, label="By stated confidence")
     ax.plot(100 * ends / total, 100 * ends_wrong / ends, "o", color=BLUE, markersize=5, label="Thresholds")
-    best = (given - (total - errors)).clamp_min(0) / given
+    best = (answered - (total - errors)).clamp_min(0) / answered
     ax.plot(coverage, 100 * best, color=GREEN, linestyle="--", linewidth=1.6, label="Best possible ranking")
     ax.axhline(100 * errors / total, color=GREY, linestyle=":", linewidth=1.6, label="No ranking")
     highest = max(100 * float(risk.max()), 100 * errors / total, 1)
@@ -180,7 +180,7 @@ def response_curve(
 
     Args:
         tables: a table for each noise step (0 is the clean image).
-        title: replaces the default one.
+        title: replaces the default title.
         ax: axes to draw into, or None for a new figure.
 
     Raises:
@@ -189,7 +189,8 @@ def response_curve(
     if not tables:
         raise ValueError("a response curve needs at least one table")
     ax = new_axes() if ax is None else ax
-    ax.set_title(title or f"Response to noise: {_answers(sum(tables.values(), start=_nothing(tables)))}")
+    first, *others = tables.values()
+    ax.set_title(title or f"Response to noise: {_answers(sum(others, start=first))}")
     ax.set_xlabel("Noise on the key object (diffusion step; 0 is the clean image)")
     _percent_axis(ax, "y", "Percent of the answers, or stated percent")
     steps = sorted(step for step, table in tables.items() if table.parsed)
@@ -198,9 +199,9 @@ def response_curve(
         return _figure(ax)
     confidence = [100 * _value(tables[step], "mean_confidence") for step in steps]
     accuracy = [100 * _value(tables[step], "parsed_accuracy") for step in steps]
-    right = torch.tensor([float(tables[step].counts[:, 1].sum()) for step in steps], dtype=torch.float64)
+    correct = torch.tensor([float(tables[step].counts[:, 1].sum()) for step in steps], dtype=torch.float64)
     answers = torch.tensor([tables[step].parsed for step in steps], dtype=torch.float64)
-    low, high = (100 * bound for bound in wilson_interval(right, answers))
+    low, high = (100 * bound for bound in wilson_interval(correct, answers))
     ax.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="Accuracy, 95% interval")
     ax.vlines(steps, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
     ax.plot(steps, accuracy, color=BLUE, marker="o", linewidth=1.8, label="Accuracy")
@@ -219,18 +220,18 @@ def response_curve(
 
 
 def _histogram(table: ConfidenceTable, n_bins: int) -> tuple[Tensor, float, Tensor, Tensor]:
-    """Bar centres and width in percent, right and wrong answers; one bar a level if the levels are few."""
-    levels = table.levels()
-    gap = float(levels.value.diff().min()) if len(levels.value) > 1 else 1.0
-    if len(levels.value) <= n_bins and gap > 0.009:
-        return 100 * levels.value, min(80 * gap, 4.0), levels.right, levels.wrong
-    sums = bin_sums(levels, n_bins, "uniform")
+    """Bar centres and width in percent, correct and wrong answers; one bar a level if there are few levels."""
+    groups = table.groups()
+    gap = float(groups.value.diff().min()) if len(groups.value) > 1 else 1.0
+    if len(groups.value) <= n_bins and gap > 0.009:
+        return 100 * groups.value, min(80 * gap, 4.0), groups.correct, groups.wrong
+    sums = bin_sums(groups, n_bins, "uniform")
     centre = (torch.arange(n_bins) + 0.5) * (100 / n_bins)
-    return centre, 90 / n_bins, sums.right, sums.answers - sums.right
+    return centre, 90 / n_bins, sums.correct, sums.answers - sums.correct
 
 
 def _draw_bin_counts(ax: "Axes", answers: Tensor, n_bins: int) -> None:
-    """Bars of the number of answers in each bin in a strip under 0%, with the number above where there is room."""
+    """Draw the number of answers in each bin as bars in a strip under 0%, with the numbers above them if they fit."""
     floor, height = -38.0, 20.0
     width = 100 / n_bins
     centre = (torch.arange(n_bins) + 0.5) * width
@@ -274,10 +275,6 @@ def _number(table: ConfidenceTable, name: str) -> str:
 def _answers(table: ConfidenceTable) -> str:
     unparsed = f" ({table.unparsed:,} unparsed)" if table.unparsed else ""
     return f"{table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
-
-
-def _nothing(tables: Mapping[int, ConfidenceTable]) -> ConfidenceTable:
-    return ConfidenceTable.empty(next(iter(tables.values())).resolution)
 
 
 def _note_empty(ax: "Axes") -> None:

@@ -1,24 +1,37 @@
-"""The metrics as pure functions of `(confidence, correct)`, exact for any float confidences.
+"""Every metric, declared once: here as a pure function of `(confidence, correct)`, and in `METRICS` by its flat name.
 
-Values are grouped (one sort of N values) and handed to the same formulas as a table; nothing is rounded to a
-grid, so these are also what a table is tested against. For many predictions prefer a `ConfidenceTable`.
+A declaration gives the formula (a function of `ConfidenceGroups`, in the module that it comes from), heading, bounds, direction
+and figure. The torchmetrics classes, the documentation, the columns of tables and the tests follow from it.
 
-Common to all of them: `confidence` is `(N,)` floating in [0, 1] without NaN, `correct` is `(N,)` bool; a
-ValueError names the first value that is neither. The result is a float64 scalar on the device of `confidence`
-(float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric has no value. Formulas, papers and
-ranges are in the docstrings of the same names in `table_metrics`.
+Common to all functions: `confidence` is float [N] in [0, 1] without NaN, `correct` is bool [N]; a ValueError names the
+first value that is neither. Values are grouped by one sort and not rounded. The result is a float64 scalar on the device of
+`confidence` (float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric is undefined. For many predictions
+prefer a `ConfidenceTable`, which `METRICS[name](table)` takes. A table is exact for confidences on its grid; other
+confidences move to the nearest grid level, by at most `1 / (2 * resolution)`.
 """
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics import table_metrics as on_table
-from vlm_calibration.metrics.binned import Norm
-from vlm_calibration.metrics.groups import Binning, group_values
-from vlm_calibration.metrics.scores import FLOAT64_EPS, BrierDecomposition
-from vlm_calibration.metrics.selective import RiskCoverageCurve
+from vlm_calibration.metrics import binned, ranking, scores, selective, smooth
+from vlm_calibration.metrics.groups import ConfidenceGroups, MetricSpec, group_values, warn_undefined
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+METRICS: dict[str, MetricSpec] = {}
+"""The declarations of all metrics by flat name, those of `metrics.json` first and in their order there."""
+
+
+class ValueFunction(Protocol[P, R]):
+    """A function of raw values and the options of its formula."""
+
+    def __call__(self, confidence: Tensor, correct: Tensor, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
 def to_device_of(value: Tensor, like: Tensor) -> Tensor:
@@ -26,159 +39,225 @@ def to_device_of(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device, torch.float32 if like.device.type == "mps" else torch.float64)
 
 
-def expected_calibration_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 10, binning: Binning = "uniform", norm: Norm = "l1"
-) -> Tensor:
-    """Expected calibration error (`norm` l1, l2 or max; `binning` uniform, quantile or levels), in [0, 1].
+def _of_values(
+    formula: Callable[Concatenate[ConfidenceGroups, P], R], undefined: str = ""
+) -> ValueFunction[P, R]:
+    """Turn a formula of `ConfidenceGroups` into a function of raw values with its own signature and documentation."""
 
-    Example:
-        >>> import torch
-        >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
-        tensor(0.3667, dtype=torch.float64)
+    @wraps(formula)
+    def function(confidence: Tensor, correct: Tensor, *args: P.args, **kwargs: P.kwargs) -> Any:
+        value: Any = formula(group_values(confidence, correct), *args, **kwargs)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(bool(part.isnan().any()) for part in parts):
+            warn_undefined(formula.__name__, undefined)
+        moved = [to_device_of(part, confidence) for part in parts]
+        return type(value)(*moved) if isinstance(value, tuple) else moved[0]
+
+    signature = inspect.signature(formula)
+    values = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
+        for name in ("confidence", "correct")
+    ]
+    parameters = [*values, *list(signature.parameters.values())[1:]]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__module__ = __name__
+    function.__doc__ = (formula.__doc__ or "").replace(
+        "groups: the answers.", "confidence: float [N] in [0, 1].\n        correct: bool [N]."
+    )
+    return cast(ValueFunction[P, R], function)
+
+
+def metric(
+    name: str,
+    formula: Callable[Concatenate[ConfidenceGroups, P], Tensor],
+    heading: str,
+    undefined: str = "there is no answer with a readable confidence",
+    **declaration: Any,
+) -> ValueFunction[P, Tensor]:
+    """Declare a metric: enter it in `METRICS` and return its functional form.
+
+    Args:
+        name: flat name, not yet taken.
+        formula: the metric as a function of `ConfidenceGroups`.
+        heading: short name for table columns.
+        undefined: when the value is NaN.
+        declaration: further fields of `MetricSpec`.
+
+    Raises:
+        ValueError: if the name is taken.
     """
-    levels = group_values(confidence, correct)
-    value = on_table.expected_calibration_error(levels, n_bins=n_bins, binning=binning, norm=norm)
-    return to_device_of(value, confidence)
+    if name in METRICS:
+        raise ValueError(f"the metric {name!r} is declared twice")
+    METRICS[name] = MetricSpec(name, formula, heading, undefined, **declaration)
+    return _of_values(formula, undefined)
 
 
-def maximum_calibration_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 10, binning: Binning = "uniform"
-) -> Tensor:
-    """Largest gap between accuracy and mean confidence of any bin, in [0, 1]."""
-    value = on_table.maximum_calibration_error(
-        group_values(confidence, correct), n_bins=n_bins, binning=binning
-    )
-    return to_device_of(value, confidence)
+answer_count = metric("n", scores.answer_count, "n", "", upper=float("inf"), reported=True)
+expected_calibration_error = metric(
+    "ece",
+    binned.expected_calibration_error,
+    "ECE",
+    higher_is_better=False,
+    figure="reliability_diagram",
+    gaps=binned.ECE_GAPS,
+    reported=True,
+)
+adaptive_calibration_error = metric(
+    "ace",
+    binned.adaptive_calibration_error,
+    "ACE",
+    higher_is_better=False,
+    figure="reliability_diagram",
+    gaps=binned.ACE_GAPS,
+    reported=True,
+)
+maximum_calibration_error = metric(
+    "mce",
+    binned.maximum_calibration_error,
+    "MCE",
+    higher_is_better=False,
+    figure="reliability_diagram",
+    gaps=binned.MCE_GAPS,
+    reported=True,
+)
+brier_score = metric("brier", scores.brier_score, "Brier", higher_is_better=False, reported=True)
+brier_reliability = metric(
+    "brier_reliability",
+    scores.brier_reliability,
+    "reliability",
+    higher_is_better=False,
+    figure="reliability_diagram",
+    reported=True,
+)
+brier_resolution = metric(
+    "brier_resolution",
+    scores.brier_resolution,
+    "resolution",
+    higher_is_better=True,
+    upper=0.25,
+    figure="reliability_diagram",
+    reported=True,
+)
+brier_uncertainty = metric(
+    "brier_uncertainty",
+    scores.brier_uncertainty,
+    "uncertainty",
+    upper=0.25,
+    figure="reliability_diagram",
+    reported=True,
+)
+log_loss = metric(
+    "log_loss",
+    scores.log_loss,
+    "log loss",
+    higher_is_better=False,
+    upper=float("inf"),
+    class_name="ConfidenceLogLoss",
+    reported=True,
+)
+auroc = metric(
+    "auroc",
+    ranking.auroc,
+    "AUROC",
+    "all answers are correct or all are wrong",
+    higher_is_better=True,
+    class_name="ConfidenceAUROC",
+    reported=True,
+)
+area_under_risk_coverage = metric(
+    "aurc",
+    selective.area_under_risk_coverage,
+    "AURC",
+    higher_is_better=False,
+    figure="risk_coverage_figure",
+    reported=True,
+)
+smooth_calibration_error = metric(
+    "smooth_ece",
+    smooth.smooth_calibration_error,
+    "smooth ECE",
+    higher_is_better=False,
+    figure="reliability_diagram",
+    gaps=smooth.SMOOTH_GAPS,
+    reported=True,
+)
+mean_confidence = metric("mean_confidence", scores.mean_confidence, "mean conf.", reported=True)
+overconfidence = metric(
+    "overconfidence",
+    scores.overconfidence,
+    "overconf.",
+    lower=-1.0,
+    format="+.3f",
+    figure="reliability_diagram",
+    reported=True,
+)
+parse_failure_rate = metric(
+    "parse_failure_rate",
+    scores.parse_failure_rate,
+    "unparsed",
+    "there is no answer",
+    higher_is_better=False,
+    format=".1%",
+    reported=True,
+)
+debiased_calibration_error = metric(
+    "debiased_l2_ece",
+    binned.debiased_calibration_error,
+    "debiased l2 ECE",
+    "no bin holds two answers",
+    higher_is_better=False,
+    figure="reliability_diagram",
+)
+average_precision = metric(
+    "average_precision",
+    ranking.average_precision,
+    "AP",
+    "there is no answer of the positive class",
+    higher_is_better=True,
+    class_name="ConfidenceAveragePrecision",
+)
+excess_area_under_risk_coverage = metric(
+    "excess_aurc",
+    selective.excess_area_under_risk_coverage,
+    "excess AURC",
+    higher_is_better=False,
+    figure="risk_coverage_figure",
+)
+area_under_generalized_risk_coverage = metric(
+    "augrc",
+    selective.area_under_generalized_risk_coverage,
+    "AUGRC",
+    higher_is_better=False,
+    upper=0.5,
+    figure="risk_coverage_figure",
+)
+accuracy_at_coverage = metric(
+    "accuracy_at_coverage",
+    selective.accuracy_at_coverage,
+    "acc. at 80%",
+    higher_is_better=True,
+    figure="risk_coverage_figure",
+)
+coverage_at_risk = metric(
+    "coverage_at_risk",
+    selective.coverage_at_risk,
+    "cov. at 5% risk",
+    higher_is_better=True,
+    figure="risk_coverage_figure",
+)
+parsed_accuracy = metric(
+    "parsed_accuracy",
+    scores.parsed_accuracy,
+    "accuracy (parsed)",
+    higher_is_better=True,
+    figure="reliability_diagram",
+)
+sharpness = metric("sharpness", scores.sharpness, "sharpness", upper=0.25)
 
+brier_decomposition = _of_values(scores.brier_decomposition, "there is no answer with a readable confidence")
+risk_coverage_curve = _of_values(selective.risk_coverage_curve)
 
-def adaptive_calibration_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 10, binning: Binning = "quantile"
-) -> Tensor:
-    """Mean gap over equal-mass bins (Nixon et al.), in [0, 1]."""
-    value = on_table.adaptive_calibration_error(
-        group_values(confidence, correct), n_bins=n_bins, binning=binning
-    )
-    return to_device_of(value, confidence)
+REPORTED = tuple(name for name, spec in METRICS.items() if spec.reported)
+"""The names that `metrics.json` holds: `n` to `parse_failure_rate`."""
 
-
-def debiased_calibration_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 15, binning: Binning = "levels"
-) -> Tensor:
-    """Debiased l2 calibration error (Kumar et al.), in [0, 1].
-
-    The default bins are distinct values; for continuous confidences choose `quantile` or `uniform`.
-    """
-    value = on_table.debiased_calibration_error(
-        group_values(confidence, correct), n_bins=n_bins, binning=binning
-    )
-    return to_device_of(value, confidence)
-
-
-def smooth_calibration_error(
-    confidence: Tensor, correct: Tensor, *, bandwidth: float | None = None
-) -> Tensor:
-    """Smooth ECE (Błasiok & Nakkiran), in [0, 1]; accurate to about 1e-5."""
-    value = on_table.smooth_calibration_error(group_values(confidence, correct), bandwidth=bandwidth)
-    return to_device_of(value, confidence)
-
-
-def brier_score(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Mean squared difference of confidence and correctness, in [0, 1]."""
-    return to_device_of(on_table.brier_score(group_values(confidence, correct)), confidence)
-
-
-def brier_decomposition(confidence: Tensor, correct: Tensor) -> BrierDecomposition:
-    """Murphy's reliability, resolution and uncertainty over distinct confidences."""
-    parts = on_table.brier_decomposition(group_values(confidence, correct))
-    return BrierDecomposition(*(to_device_of(part, confidence) for part in parts))
-
-
-def log_loss(confidence: Tensor, correct: Tensor, *, eps: float = FLOAT64_EPS) -> Tensor:
-    """Mean negative log-likelihood in nats, confidences read as at least `eps` away from 0 and 1."""
-    return to_device_of(on_table.log_loss(group_values(confidence, correct), eps=eps), confidence)
-
-
-def auroc(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Probability that a right answer states more confidence than a wrong one (ties half), in [0, 1]."""
-    return to_device_of(on_table.auroc(group_values(confidence, correct)), confidence)
-
-
-def average_precision(
-    confidence: Tensor, correct: Tensor, *, positive: Literal["right", "wrong"] = "right"
-) -> Tensor:
-    """Average precision for finding right (or wrong) answers by confidence, in [0, 1]."""
-    return to_device_of(
-        on_table.average_precision(group_values(confidence, correct), positive=positive), confidence
-    )
-
-
-def area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    """AURC (Geifman & El-Yaniv), ties in expectation over their order, in [0, 1]."""
-    return to_device_of(on_table.area_under_risk_coverage(group_values(confidence, correct)), confidence)
-
-
-def excess_area_under_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    """AURC minus that of the best ranking of the same answers, in [0, 1]."""
-    return to_device_of(
-        on_table.excess_area_under_risk_coverage(group_values(confidence, correct)), confidence
-    )
-
-
-def area_under_generalized_risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    """AUGRC (Traub et al.), in [0, 1/2]."""
-    return to_device_of(
-        on_table.area_under_generalized_risk_coverage(group_values(confidence, correct)), confidence
-    )
-
-
-def risk_coverage_curve(confidence: Tensor, correct: Tensor) -> RiskCoverageCurve:
-    """One point for each distinct confidence, from the most confident down."""
-    curve = on_table.risk_coverage_curve(group_values(confidence, correct))
-    return RiskCoverageCurve(*(to_device_of(part, confidence) for part in curve))
-
-
-def accuracy_at_coverage(confidence: Tensor, correct: Tensor, *, coverage: float = 0.8) -> Tensor:
-    """Accuracy of the most confident `coverage` share of the answers, in [0, 1]."""
-    value = on_table.accuracy_at_coverage(group_values(confidence, correct), coverage=coverage)
-    return to_device_of(value, confidence)
-
-
-def coverage_at_risk(confidence: Tensor, correct: Tensor, *, risk: float = 0.05) -> Tensor:
-    """Largest share of answers that a threshold can give with an error rate of at most `risk`, in [0, 1]."""
-    return to_device_of(on_table.coverage_at_risk(group_values(confidence, correct), risk=risk), confidence)
-
-
-def mean_confidence(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Mean confidence, in [0, 1]."""
-    return to_device_of(on_table.mean_confidence(group_values(confidence, correct)), confidence)
-
-
-def overconfidence(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Mean confidence minus accuracy, signed, in [-1, 1]."""
-    return to_device_of(on_table.overconfidence(group_values(confidence, correct)), confidence)
-
-
-def overconfident_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 10, binning: Binning = "uniform"
-) -> Tensor:
-    """The part of the ECE that comes from overconfident bins, in [0, 1]."""
-    value = on_table.overconfident_error(group_values(confidence, correct), n_bins=n_bins, binning=binning)
-    return to_device_of(value, confidence)
-
-
-def underconfident_error(
-    confidence: Tensor, correct: Tensor, *, n_bins: int = 10, binning: Binning = "uniform"
-) -> Tensor:
-    """The part of the ECE that comes from underconfident bins, in [0, 1]."""
-    value = on_table.underconfident_error(group_values(confidence, correct), n_bins=n_bins, binning=binning)
-    return to_device_of(value, confidence)
-
-
-def sharpness(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Variance of the confidences, in [0, 1/4]."""
-    return to_device_of(on_table.sharpness(group_values(confidence, correct)), confidence)
-
-
-def monotonicity(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Spearman's correlation of confidence and the accuracy of its level, in [-1, 1]."""
-    return to_device_of(on_table.monotonicity(group_values(confidence, correct)), confidence)
+__doc__ = (__doc__ or "") + "".join(f"\n- `{name}`: {s.summary} {s.range}" for name, s in METRICS.items())

@@ -1,14 +1,15 @@
-"""ConfidenceGroups: the distinct confidences of a set of answers, and how many answers with each were right.
+"""ConfidenceGroups: the distinct confidences of a set of answers, with the number of correct and wrong answers at each.
 
-Every metric of this package is a function of `ConfidenceGroups`. A confidence table is one way to get them (integers
-on a grid), grouping raw values is the other, and bootstrap replicates are a batch of counts over the same
-levels. Binning lives here too, so that an edge is defined in exactly one place.
+Every metric is a function of `ConfidenceGroups`. A `ConfidenceTable` (integers on a grid) and raw values convert to them, and
+bootstrap replicates are a batch of counts over the same confidences. Binning lives here too, so that bin edges are defined
+once.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
-from functools import wraps
-from typing import Concatenate, Literal, NamedTuple, ParamSpec, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,23 +17,21 @@ from torch import Tensor
 Binning = Literal["uniform", "quantile", "levels"]
 BINNINGS: tuple[Binning, ...] = ("uniform", "quantile", "levels")
 
-P = ParamSpec("P")
-
 
 class UndefinedMetricWarning(UserWarning):
-    """A metric has no value on the given answers (for example AUROC when all are right); NaN is returned."""
+    """A metric is undefined on the given answers, such as AUROC when all are correct, and is NaN."""
 
 
 class ConfidenceGroups(NamedTuple):
-    """Distinct confidences and the answers at each; the CPU side of every metric.
+    """Distinct confidences and the answers at each, on the CPU.
 
     Attributes:
-        value: `(L,)` float64, ascending and distinct, in [0, 1].
-        counts: `(..., L, 2)` int64; `[..., 0]` counts wrong answers and `[..., 1]` right ones. Leading
-            dimensions are bootstrap replicates.
-        cell: `(L,)` what binning compares: the integer level of a grid, or raw values in their own dtype.
+        value: float64 [L], ascending and distinct, in [0, 1].
+        counts: int64 [..., L, 2]; `[..., 0]` counts wrong answers, `[..., 1]` correct ones. Leading dimensions are
+            bootstrap replicates.
+        cell: [L], what binning compares: integer grid levels, or raw values in their own dtype.
         resolution: the number of grid steps if `cell` holds integers, None if it holds raw values.
-        unparsed: `(...,)` int64, the answers without a readable confidence.
+        unparsed: int64 [...], the answers without a readable confidence.
     """
 
     value: Tensor
@@ -41,50 +40,130 @@ class ConfidenceGroups(NamedTuple):
     resolution: int | None
     unparsed: Tensor
 
-    def levels(self) -> "ConfidenceGroups":
-        """These levels themselves, so that a metric takes levels and tables alike."""
+    def groups(self) -> "ConfidenceGroups":
+        """Return `self`, so that functions accept groups and tables alike."""
         return self
 
     @property
     def wrong(self) -> Tensor:
-        """Wrong answers a level, `(..., L)` float64."""
+        """Wrong answers at each confidence, float64 [..., L]."""
         return self.counts[..., 0].double()
 
     @property
-    def right(self) -> Tensor:
-        """Right answers a level, `(..., L)` float64."""
+    def correct(self) -> Tensor:
+        """Correct answers at each confidence, float64 [..., L]."""
         return self.counts[..., 1].double()
 
     @property
     def answers(self) -> Tensor:
-        """Answers a level, `(..., L)` float64."""
+        """Answers at each confidence, float64 [..., L]."""
         return self.counts.sum(-1).double()
 
     @property
     def total(self) -> Tensor:
-        """Answers with a readable confidence, `(...,)` float64."""
+        """Answers with a readable confidence, float64 [...]."""
         return self.counts.sum((-1, -2)).double()
 
 
-class HasLevels(Protocol):
-    """Whatever can be read as levels: a `ConfidenceTable`, or `ConfidenceGroups` themselves."""
+class HasGroups(Protocol):
+    """A `ConfidenceTable` or `ConfidenceGroups`."""
 
-    def levels(self) -> ConfidenceGroups:
-        """The occupied levels and their counts."""
+    def groups(self) -> ConfidenceGroups:
+        """The distinct confidences with their counts."""
         ...
 
 
 class BinSums(NamedTuple):
-    """Sums over the answers of each bin, every field `(..., B)` float64; an empty bin holds zeros."""
+    """Sums over the answers of each bin; an empty bin holds zeros.
+
+    Attributes:
+        answers: number of answers, float64 [..., B].
+        correct: number of correct answers, float64 [..., B].
+        confidence: sum of their confidences, float64 [..., B].
+    """
 
     answers: Tensor
-    right: Tensor
+    correct: Tensor
     confidence: Tensor
 
     @property
     def gap(self) -> Tensor:
-        """Sum of (confidence - correctness) over the bin: positive where the bin is overconfident."""
-        return self.confidence - self.right
+        """Sum of (confidence - correctness) in each bin, float64 [..., B]: positive where the bin is overconfident."""
+        return self.confidence - self.correct
+
+
+class GapNorm(NamedTuple):
+    """A calibration error as a norm of K gaps, each a mean of (confidence - correctness).
+
+    Attributes:
+        weights: from groups to float64 [L, K], the weight of an answer of each confidence in each gap.
+        norm: from gaps [..., K] to the error [...].
+        of_bin: whether a gap is the mean over its bin; else it is the sum over its bin divided by the number of all answers.
+    """
+
+    weights: Callable[[ConfidenceGroups], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    of_bin: bool = False
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """The declaration of a metric, from which its class, functional form, documentation, tables and tests are made.
+
+    Attributes:
+        name: flat name, the key in `metrics.json`.
+        function: the formula, of `ConfidenceGroups` or of a `TaskTable`; NaN where undefined.
+        heading: short name for table columns.
+        undefined: when the value is NaN, as the end of a sentence.
+        higher_is_better: None where neither direction is better by itself.
+        lower: smallest possible value.
+        upper: largest possible value; infinity if there is none.
+        figure: the function of `metrics.figures` that shows what the metric measures.
+        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
+        class_name: name of the torchmetrics class; by default that of the function in CamelCase.
+        format: format of the value in tables.
+        reported: whether `metrics.json` holds the metric.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    heading: str
+    undefined: str
+    higher_is_better: bool | None = None
+    lower: float = 0.0
+    upper: float = 1.0
+    figure: str = "confidence_histogram"
+    gaps: GapNorm | None = None
+    class_name: str = ""
+    format: str = ".3f"
+    reported: bool = False
+
+    def __post_init__(self) -> None:
+        """Derive the class name."""
+        camel_case = self.function.__name__.title().replace("_", "")
+        object.__setattr__(self, "class_name", self.class_name or camel_case)
+
+    def __call__(self, table: HasGroups, **options: Any) -> Tensor:
+        """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
+        return self.function(table.groups(), **options)
+
+    @property
+    def is_binned(self) -> bool:
+        """Whether the formula has an option `n_bins`."""
+        return "n_bins" in inspect.signature(self.function).parameters
+
+    @property
+    def summary(self) -> str:
+        """The first line of the formula's docstring."""
+        return (self.function.__doc__ or "").split("\n", 1)[0]
+
+    @property
+    def range(self) -> str:
+        """Bounds, direction and when the value is undefined, as one sentence."""
+        direction = {True: ", higher is better", False: ", lower is better", None: ""}[self.higher_is_better]
+        end = ")" if self.upper == float("inf") else "]"
+        undefined = f"; NaN where {self.undefined}" if self.undefined else ""
+        return f"In [{self.lower:g}, {self.upper:g}{end}{direction}{undefined}."
 
 
 def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
@@ -92,7 +171,7 @@ def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
 
     Args:
         correct: bool, or integers that are all 0 or 1.
-        shape: the shape of the confidences, which it must share.
+        shape: the expected shape, that of the confidences.
 
     Raises:
         ValueError: on another shape, a floating dtype, or an integer other than 0 and 1.
@@ -109,12 +188,12 @@ def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool, offset: int = 0) -> None:
-    """Refuse a confidence that is no probability.
+    """Refuse confidences that are not probabilities.
 
     Args:
-        confidence: `(N,)` floating.
-        nan_is_unparsed: whether NaN is allowed, as the mark of a confidence that could not be read.
-        offset: added to the index that an error names.
+        confidence: float [N].
+        nan_is_unparsed: whether NaN is allowed, for a confidence that could not be read.
+        offset: added to the index in the error message.
 
     Raises:
         ValueError: if `confidence` is not a floating vector, holds a value outside [0, 1], or holds NaN while
@@ -132,20 +211,20 @@ def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool, offset: int =
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         value = float(confidence[index])
-        what = (
-            "is not a number; leave answers without a confidence out"
+        problem = (
+            "is not a number; leave out answers without a confidence"
             if value != value
             else "is outside [0, 1]"
         )
-        raise ValueError(f"confidence[{offset + index}] = {value} {what}")
+        raise ValueError(f"confidence[{offset + index}] = {value} {problem}")
 
 
 def group_values(confidence: Tensor, correct: Tensor) -> ConfidenceGroups:
-    """Group raw confidences by value: exact for any float, at the price of one sort.
+    """Group raw confidences by value, exactly for any float, with one sort.
 
     Args:
-        confidence: `(N,)` floating, in [0, 1].
-        correct: `(N,)` bool.
+        confidence: float [N] in [0, 1].
+        correct: bool [N].
 
     Raises:
         ValueError: see `check_confidence` and `check_correct`; NaN is refused.
@@ -167,12 +246,12 @@ def _check_bins(n_bins: int) -> None:
 def uniform_bin_of_level(level: Tensor, resolution: int, n_bins: int) -> Tensor:
     """The equal-width bin of each grid level, in integer arithmetic.
 
-    Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge thus
-    belongs to the bin above it, as in `numpy.histogram`, netcal and torchmetrics, so that results compare;
-    being computed as `level * n_bins // resolution`, no edge is ever a rounded float.
+    Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to
+    the bin above it, as in `numpy.histogram`, netcal and torchmetrics, so that results compare. Edges are computed as
+    `level * n_bins // resolution` and never rounded.
 
     Args:
-        level: int64 tensor with values in [0, resolution].
+        level: int64, in [0, resolution].
         resolution: grid steps from 0 to 1.
         n_bins: number of bins, 1 or more.
     """
@@ -184,7 +263,7 @@ def uniform_bin_of_value(value: Tensor, n_bins: int) -> Tensor:
     """The equal-width bin of each raw confidence, with the convention of `uniform_bin_of_level`.
 
     An edge is the number nearest to `b / n_bins` in the dtype of `value`, which is what a literal such as 0.3
-    is in that dtype; 0.3 is therefore in the bin that starts at 0.3 in bfloat16, float32 and float64 alike.
+    is in that dtype. 0.3 is therefore in the bin that starts at 0.3 in bfloat16, float32 and float64 alike.
     """
     _check_bins(n_bins)
     edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(value)
@@ -192,17 +271,17 @@ def uniform_bin_of_value(value: Tensor, n_bins: int) -> Tensor:
 
 
 def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
-    """The equal-mass bin of each level; all answers of a level share a bin, so that ties have no order.
+    """The equal-mass bin of each distinct confidence; equal confidences share a bin.
 
-    This equals binning at the edges `numpy.quantile(confidences, b / n_bins)` with the edge in the upper bin,
-    in integers: `(rank of the level's last answer - 1) * n_bins // (N - 1)`.
+    This equals binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it,
+    in integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`.
 
     Args:
-        count: `(..., L)` int64, answers a level, ascending in confidence.
+        count: int64 [..., L], answers at each confidence, ascending in confidence.
         n_bins: number of bins, 1 or more.
 
     Returns:
-        `(..., L)` int64 in [0, n_bins - 1].
+        int64 [..., L] in [0, n_bins - 1].
     """
     _check_bins(n_bins)
     rank = count.cumsum(-1)
@@ -210,87 +289,41 @@ def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
     return ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp(0, n_bins - 1)
 
 
-def bin_sums(levels: ConfidenceGroups, n_bins: int, binning: Binning) -> BinSums:
-    """Sum answers, right answers and confidence over bins.
+def bin_sums(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> BinSums:
+    """Sum answers, correct answers and confidence over bins.
 
     Args:
-        levels: the answers.
-        n_bins: number of bins; not used by `levels` binning, where every level is its own bin.
-        binning: `uniform` (equal width), `quantile` (equal mass) or `levels`.
+        groups: the answers.
+        n_bins: number of bins; not used by `levels` binning.
+        binning: `uniform` (equal width), `quantile` (equal mass) or `levels` (one bin for each distinct confidence).
 
     Raises:
         ValueError: on another binning or a non-positive `n_bins`.
     """
-    answers, right = levels.answers, levels.right
-    sums = BinSums(answers, right, answers * levels.value)
+    answers, correct = groups.answers, groups.correct
+    sums = BinSums(answers, correct, answers * groups.value)
     if binning == "levels":
         return sums
-    index = bin_index(levels, n_bins, binning).expand_as(answers)
+    index = bin_index(groups, n_bins, binning).expand_as(answers)
     empty = answers.new_zeros((*answers.shape[:-1], n_bins))
     return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))
 
 
-def bin_index(levels: ConfidenceGroups, n_bins: int, binning: Binning) -> Tensor:
-    """The bin of each level, int64 `(L,)` in [0, n_bins - 1]; `(..., L)` for `quantile`, where it depends on the counts.
+def bin_index(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> Tensor:
+    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts.
 
     Raises:
         ValueError: on a binning other than `uniform` and `quantile`, or a non-positive `n_bins`.
     """
-    if binning == "uniform" and levels.resolution is not None:
-        return uniform_bin_of_level(levels.cell, levels.resolution, n_bins)
+    if binning == "uniform" and groups.resolution is not None:
+        return uniform_bin_of_level(groups.cell, groups.resolution, n_bins)
     if binning == "uniform":
-        return uniform_bin_of_value(levels.cell, n_bins)
+        return uniform_bin_of_value(groups.cell, n_bins)
     if binning == "quantile":
-        return quantile_bin(levels.counts.sum(-1), n_bins)
+        return quantile_bin(groups.counts.sum(-1), n_bins)
     raise ValueError(f"binning must be one of {', '.join(BINNINGS)}; got {binning!r}")
 
 
-class GapNorm(NamedTuple):
-    """A calibration error as a norm of gaps: means of (confidence - correctness), which vary as any mean does.
-
-    Attributes:
-        weights: levels to `(L, K)` float64, how much an answer of each level weighs in each of K gaps.
-        norm: gaps `(..., K)` to `(...,)`, the error.
-        of_bin: whether a gap is the mean over the answers of its bin; else the sum over them, divided by all answers.
-    """
-
-    weights: Callable[[ConfidenceGroups], Tensor]
-    norm: Callable[[Tensor], Tensor]
-    of_bin: bool = False
-
-
 def warn_undefined(name: str, reason: str) -> None:
-    """Issue the one warning that goes with a NaN."""
+    """Warn that a metric is NaN, and why."""
     warnings.warn(f"{name} is undefined (NaN): {reason}", UndefinedMetricWarning, stacklevel=3)
-
-
-def table_metric(
-    undefined: str,
-) -> Callable[
-    [Callable[Concatenate[ConfidenceGroups, P], Tensor]], Callable[Concatenate[HasLevels, P], Tensor]
-]:
-    """Turn a function of `ConfidenceGroups` into one of tables that warns once when its value is NaN.
-
-    Args:
-        undefined: when the metric has no value; becomes the warning's text.
-    """
-
-    def decorate(
-        function: Callable[Concatenate[ConfidenceGroups, P], Tensor],
-    ) -> Callable[Concatenate[HasLevels, P], Tensor]:
-        @wraps(function)
-        def metric(table: HasLevels, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-            value = function(table.levels(), *args, **kwargs)
-            if bool(value.isnan().any()):
-                warn_undefined(function.__name__, undefined)
-            return value
-
-        metric.undefined = undefined  # type: ignore[attr-defined]
-        return cast(Callable[Concatenate[HasLevels, P], Tensor], metric)
-
-    return decorate
-
-
-def quiet(metric: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of `ConfidenceGroups` inside a table metric, which returns NaN without a warning."""
-    return cast(Callable[..., Tensor], metric.__wrapped__)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Answering only when confident enough: the risk-coverage curve of a table and the numbers read from it.
+"""Selective answering: the risk-coverage curve and the metrics computed from it.
 
-A table cannot say in which order equally confident answers came, so where a level is cut its answers are
-taken in random order and the expectation is computed, in closed form. Without ties this is the usual curve.
+A table does not record the order of equally confident answers. Where a threshold would split them, their expected
+contribution over random orders is computed in closed form. Without ties this is the usual curve.
 """
 
 from typing import NamedTuple
@@ -9,18 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.groups import ConfidenceGroups, HasLevels, table_metric
+from vlm_calibration.metrics.groups import ConfidenceGroups
 
 
 class RiskCoverageCurve(NamedTuple):
-    """One point for each stated level, from the most confident down; every field `(L,)` float64.
+    """One point for each distinct confidence, from the most confident down.
 
     Attributes:
-        threshold: answer if the confidence is at least this.
-        coverage: share of the answers given, in (0, 1].
-        risk: share of wrong answers among those given (selective risk).
-        generalized_risk: answers that are given and wrong, as a share of all answers.
+        threshold: the lowest confidence that is answered, float64 [L].
+        coverage: share of the questions that are answered, float64 [L] in (0, 1].
+        risk: share of wrong answers among the answered questions (selective risk), float64 [L].
+        generalized_risk: questions that are answered wrongly, as a share of all, float64 [L].
     """
 
     threshold: Tensor
@@ -29,13 +28,25 @@ class RiskCoverageCurve(NamedTuple):
     generalized_risk: Tensor
 
 
-def risk_coverage_curve(table: HasLevels) -> RiskCoverageCurve:
-    """The risk-coverage curve, El-Yaniv & Wiener (2010): empty without answers."""
-    levels = table.levels()
-    answers, wrong = levels.answers.flip(-1).cumsum(-1), levels.wrong.flip(-1).cumsum(-1)
-    total = levels.total.unsqueeze(-1)
+def risk_coverage_curve(groups: ConfidenceGroups) -> RiskCoverageCurve:
+    """Risk-coverage curve, El-Yaniv & Wiener (2010): one point for each distinct confidence, from the most confident down.
+
+    Args:
+        groups: the answers.
+
+    Returns:
+        the curve; empty without answers.
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import risk_coverage_curve
+        >>> risk_coverage_curve(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False])).risk
+        tensor([0.5000, 0.6667], dtype=torch.float64)
+    """
+    answers, wrong = groups.answers.flip(-1).cumsum(-1), groups.wrong.flip(-1).cumsum(-1)
+    total = groups.total.unsqueeze(-1)
     return RiskCoverageCurve(
-        levels.value.flip(-1), answers / total, wrong / answers.clamp_min(1), wrong / total
+        groups.value.flip(-1), answers / total, wrong / answers.clamp_min(1), wrong / total
     )
 
 
@@ -44,68 +55,86 @@ def _harmonic_difference(start: Tensor, length: Tensor) -> Tensor:
     return torch.digamma(start + length + 1) - torch.digamma(start + 1)
 
 
-def _aurc(levels: ConfidenceGroups) -> Tensor:
-    answers, wrong = levels.answers.flip(-1), levels.wrong.flip(-1)
+def area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
+    r"""Area under the risk-coverage curve (AURC), Geifman & El-Yaniv (arXiv 1805.08206).
+
+    :math:`\frac{1}{N} \sum_{k=1}^N risk_k`, where `risk_k` is the error rate of the `k` most confident answers, in
+    expectation over the order of ties.
+
+    Args:
+        groups: the answers.
+
+    Returns:
+        float64 scalar in [0, 1]; NaN without answers.
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import area_under_risk_coverage
+        >>> area_under_risk_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+        tensor(0.5556, dtype=torch.float64)
+    """
+    answers, wrong = groups.answers.flip(-1), groups.wrong.flip(-1)
     answers_before = answers.cumsum(-1) - answers
     wrong_before = wrong.cumsum(-1) - wrong
     rate = wrong / answers.clamp_min(1)
-    # E[risk after k answers] = (wrong_before + (k - answers_before) * rate) / k, summed over the level's k.
+    # E[risk after k answers] = (wrong_before + (k - answers_before) * rate) / k, summed over the k of one confidence.
     area = wrong + (wrong_before - answers_before * rate) * _harmonic_difference(answers_before, answers)
-    return area.sum(-1) / levels.total
+    return area.sum(-1) / groups.total
 
 
-@table_metric(NO_ANSWERS)
-def area_under_risk_coverage(levels: ConfidenceGroups) -> Tensor:
-    r"""AURC, Geifman & El-Yaniv (arXiv 1805.08206): :math:`\frac{1}{N} \sum_{k=1}^N risk_k`, lower is better.
+def excess_area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
+    r"""Excess AURC, Geifman, Uziel & El-Yaniv (arXiv 1805.08206): AURC minus that of the best ranking of the same answers.
 
-    `risk_k` is the error rate of the `k` most confident answers, in expectation over the order of ties.
+    The best ranking puts all `m` correct answers first; its AURC is
+    :math:`\frac{1}{N} \sum_{k=m+1}^N (k - m) / k` exactly. The published :math:`e + (1 - e) \ln (1 - e)` is its limit.
 
-    Returns:
-        float64 scalar in [0, 1]; NaN without answers.
-    """
-    return _aurc(levels)
-
-
-@table_metric(NO_ANSWERS)
-def excess_area_under_risk_coverage(levels: ConfidenceGroups) -> Tensor:
-    r"""Excess AURC: the AURC minus that of the best ranking of the same answers, lower is better.
-
-    The best ranking puts all `m` right answers first; its AURC is
-    :math:`\frac{1}{N} \sum_{k=m+1}^N (k - m) / k` exactly, of which the published
-    :math:`e + (1 - e) \ln (1 - e)` is the limit.
+    Args:
+        groups: the answers.
 
     Returns:
         float64 scalar in [0, 1]; NaN without answers.
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import excess_area_under_risk_coverage
+        >>> excess_area_under_risk_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+        tensor(0.1667, dtype=torch.float64)
     """
-    right, wrong = levels.right.sum(-1), levels.wrong.sum(-1)
-    best = (wrong - right * _harmonic_difference(right, wrong)) / levels.total
-    return (_aurc(levels) - best).clamp_min(0)
+    correct, wrong = groups.correct.sum(-1), groups.wrong.sum(-1)
+    best = (wrong - correct * _harmonic_difference(correct, wrong)) / groups.total
+    return (area_under_risk_coverage(groups) - best).clamp_min(0)
 
 
-@table_metric(NO_ANSWERS)
-def area_under_generalized_risk_coverage(levels: ConfidenceGroups) -> Tensor:
-    """AUGRC, Traub et al. (arXiv 2407.01032): area under (coverage, answers given and wrong), lower is better.
+def area_under_generalized_risk_coverage(groups: ConfidenceGroups) -> Tensor:
+    """Area under the generalized risk-coverage curve (AUGRC), Traub et al. (arXiv 2407.01032).
 
-    The curve starts at the origin and is linear within a level, which makes
-    `AUGRC = (1 - AUROC) * acc * (1 - acc) + (1 - acc)^2 / 2` exact.
+    The curve is that of the share answered wrongly over coverage. It starts at the origin and is linear between thresholds, so that
+    `AUGRC = (1 - AUROC) * acc * (1 - acc) + (1 - acc)^2 / 2` exactly.
+
+    Args:
+        groups: the answers.
 
     Returns:
         float64 scalar in [0, 1/2]; NaN without answers.
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import area_under_generalized_risk_coverage
+        >>> area_under_generalized_risk_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+        tensor(0.2778, dtype=torch.float64)
     """
-    answers, wrong = levels.answers.flip(-1), levels.wrong.flip(-1)
+    answers, wrong = groups.answers.flip(-1), groups.wrong.flip(-1)
     height = wrong.cumsum(-1) - wrong / 2
-    return (answers * height).sum(-1) / levels.total.square()
+    return (answers * height).sum(-1) / groups.total.square()
 
 
-@table_metric(NO_ANSWERS)
-def accuracy_at_coverage(levels: ConfidenceGroups, *, coverage: float = 0.8) -> Tensor:
+def accuracy_at_coverage(groups: ConfidenceGroups, *, coverage: float = 0.8) -> Tensor:
     """Accuracy of the most confident `coverage` share of the answers.
 
-    The share need not be a whole number of answers: the level where it ends, and the answer where it ends,
-    count in part.
+    The share need not be a whole number of answers: ties at the cut, and the answer at the cut, count in part.
 
     Args:
-        levels: a table.
+        groups: the answers.
         coverage: in (0, 1].
 
     Returns:
@@ -113,24 +142,29 @@ def accuracy_at_coverage(levels: ConfidenceGroups, *, coverage: float = 0.8) -> 
 
     Raises:
         ValueError: if `coverage` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import accuracy_at_coverage
+        >>> accuracy_at_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]), coverage=0.5)
+        tensor(0.5000, dtype=torch.float64)
     """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must be in (0, 1], got {coverage}")
-    answers, right = levels.answers.flip(-1), levels.right.flip(-1)
-    given = coverage * levels.total
+    answers, correct = groups.answers.flip(-1), groups.correct.flip(-1)
+    answered = coverage * groups.total
     before = answers.cumsum(-1) - answers
-    share = ((given.unsqueeze(-1) - before) / answers.clamp_min(1)).clamp(0, 1)
-    return (right * share).sum(-1) / given
+    share = ((answered.unsqueeze(-1) - before) / answers.clamp_min(1)).clamp(0, 1)
+    return (correct * share).sum(-1) / answered
 
 
-@table_metric(NO_ANSWERS)
-def coverage_at_risk(levels: ConfidenceGroups, *, risk: float = 0.05) -> Tensor:
-    """The largest share of answers that a confidence threshold can give with an error rate of at most `risk`.
+def coverage_at_risk(groups: ConfidenceGroups, *, risk: float = 0.05) -> Tensor:
+    """Largest coverage of a confidence threshold whose error rate is at most `risk`.
 
-    Only thresholds are considered, so a level is answered wholly or not at all.
+    Equally confident questions are all answered or all declined.
 
     Args:
-        levels: a table.
+        groups: the answers.
         risk: in [0, 1].
 
     Returns:
@@ -138,10 +172,17 @@ def coverage_at_risk(levels: ConfidenceGroups, *, risk: float = 0.05) -> Tensor:
 
     Raises:
         ValueError: if `risk` is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import coverage_at_risk
+        >>> coverage_at_risk(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]), risk=0.5)
+        tensor(0.6667, dtype=torch.float64)
     """
     if not 0 <= risk <= 1:
         raise ValueError(f"risk must be in [0, 1], got {risk}")
-    answers, wrong = levels.answers.flip(-1).cumsum(-1), levels.wrong.flip(-1).cumsum(-1)
-    allowed = torch.where(wrong / answers.clamp_min(1) <= risk, answers, 0.0)
-    best = allowed.amax(-1) if allowed.shape[-1] else torch.zeros_like(levels.total)
-    return best / levels.total
+    curve = risk_coverage_curve(groups)
+    answers = groups.answers.flip(-1).cumsum(-1)
+    allowed = torch.where(curve.risk <= risk, answers, 0.0)
+    largest = allowed.amax(-1) if allowed.shape[-1] else torch.zeros_like(groups.total)
+    return largest / groups.total

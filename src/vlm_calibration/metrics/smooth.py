@@ -1,8 +1,8 @@
-"""Smooth calibration error of a table (Błasiok & Nakkiran, arXiv 2309.12236), without bins.
+"""Smooth calibration error (Błasiok & Nakkiran, arXiv 2309.12236), without bins.
 
 The residuals (confidence - correctness), placed on [0, 1] at their confidences, are smoothed with a Gaussian
-reflected at 0 and 1. That is the heat kernel of the interval, so in the cosine basis smoothing is a product:
-the whole computation is one cosine transform and a search for the bandwidth that equals its own error.
+reflected at 0 and 1. This is the heat kernel of the interval, so smoothing is a product in the cosine basis. The
+computation is one cosine transform and a search for the bandwidth that equals the error at that bandwidth.
 """
 
 import math
@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.binned import NO_ANSWERS
-from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm, quiet, table_metric
+from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm
 
 MIN_BANDWIDTH = 1 / 1024
-"""Narrowest kernel tried, as in the authors' code (0.001): a smaller error is reported at this bandwidth."""
+"""Narrowest kernel, close to that of the authors' code (0.001): a smaller error is computed at this bandwidth."""
 
 _KERNEL_TAIL = 6.5
 """Cosines beyond `_KERNEL_TAIL / (pi * bandwidth)` are damped by less than exp(-_KERNEL_TAIL**2 / 2) = 7e-10."""
@@ -24,24 +23,21 @@ _DIRECT_LEVELS = 4096
 _FINE_GRID = 1 << 16
 _TOLERANCE = 1e-6
 
-
 _GAP_NODES = 64
 _NARROWEST_GAP = 1 / 48
 
 
-@table_metric(NO_ANSWERS)
-def smooth_calibration_error(levels: ConfidenceGroups, *, bandwidth: float | None = None) -> Tensor:
+def smooth_calibration_error(groups: ConfidenceGroups, *, bandwidth: float | None = None) -> Tensor:
     r"""Smooth ECE: :math:`\int_0^1 |\frac{1}{N} \sum_i K_\sigma(t, c_i) (c_i - y_i)| dt` at :math:`\sigma = smECE_\sigma`.
 
-    `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it
-    has no edges: moving a confidence a little changes it a little. It lies between `|overconfidence|` and the
-    l1 ECE of `levels` binning.
+    `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it has no edges:
+    a small change of a confidence changes it little. It lies between `|overconfidence|` and the l1 ECE of `levels` binning.
 
     The fixed point is searched down to a bandwidth of `MIN_BANDWIDTH`, and the integral is accurate to about
-    1e-5 (also above 4,096 levels, where residuals are first split linearly over a grid of 65,536 cells).
+    1e-5 (also above 4,096 distinct confidences, where residuals are first split linearly over a grid of 65,536 cells).
 
     Args:
-        levels: a table.
+        groups: the answers.
         bandwidth: a fixed :math:`\sigma`, at least `MIN_BANDWIDTH`, instead of the fixed point.
 
     Returns:
@@ -49,29 +45,37 @@ def smooth_calibration_error(levels: ConfidenceGroups, *, bandwidth: float | Non
 
     Raises:
         ValueError: if `bandwidth` is below `MIN_BANDWIDTH`.
+
+    Example:
+        All residuals have one sign, so the error is their mean.
+
+        >>> import torch
+        >>> from vlm_calibration.metrics.functional import smooth_calibration_error
+        >>> smooth_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([False, False, False]))
+        tensor(0.7000, dtype=torch.float64)
     """
-    total = levels.total
-    if levels.value.numel() == 0:
+    total = groups.total
+    if groups.value.numel() == 0:
         return torch.full_like(total, torch.nan)
-    residual = (levels.answers * levels.value - levels.right) / total.clamp_min(1).unsqueeze(-1)
+    residual = (groups.answers * groups.value - groups.correct) / total.clamp_min(1).unsqueeze(-1)
     flat = residual.reshape(-1, residual.shape[-1])
-    if bandwidth is not None:
-        if not bandwidth >= MIN_BANDWIDTH:
-            raise ValueError(f"bandwidth must be at least {MIN_BANDWIDTH}, got {bandwidth}")
+    if bandwidth is None:
+        error = _fixed_point(flat, groups.value)
+    elif bandwidth >= MIN_BANDWIDTH:
         sigma = flat.new_full(flat.shape[:1], bandwidth)
-        waves = _cosines(flat, levels.value, _terms(bandwidth))
-        return torch.where(total > 0, _smoothed_error(waves, sigma).reshape(total.shape), torch.nan)
-    error = _fixed_point(flat, levels.value).reshape(total.shape)
-    return torch.where(total > 0, error, torch.nan)
+        error = _smoothed_error(_cosines(flat, groups.value, _terms(bandwidth)), sigma)
+    else:
+        raise ValueError(f"bandwidth must be at least {MIN_BANDWIDTH}, got {bandwidth}")
+    return torch.where(total > 0, error.reshape(total.shape), torch.nan)
 
 
 def _terms(bandwidth: float) -> int:
-    """How many cosines a kernel of this bandwidth lets through."""
+    """Number of cosines that a kernel of this bandwidth does not damp away."""
     return math.ceil(_KERNEL_TAIL / (math.pi * bandwidth)) + 1
 
 
 def _cosines(residual: Tensor, value: Tensor, terms: int) -> Tensor:
-    """Cosine coefficients `sum_i residual_i cos(m pi value_i)` for m = 0 .. terms - 1: `(B, L)` to `(B, terms)`."""
+    """Cosine coefficients `sum_i residual_i cos(m pi value_i)` for m = 0 .. terms - 1, from [B, L] to [B, terms]."""
     if len(value) <= _DIRECT_LEVELS:
         order = torch.arange(terms, dtype=torch.float64) * torch.pi
         return residual @ torch.outer(value, order).cos_()
@@ -86,20 +90,20 @@ def _cosines(residual: Tensor, value: Tensor, terms: int) -> Tensor:
 
 
 def _smoothed_error(waves: Tensor, sigma: Tensor) -> Tensor:
-    """`integral |h|` of the smoothed residual, for each row at its own bandwidth: `(B, M), (B,)` to `(B,)`.
+    """`integral |h|` of the smoothed residual, for each row at its own bandwidth, from [B, M] and [B] to [B].
 
-    A wide kernel needs few nodes, so rows are taken together whose bandwidths are within a factor of two.
+    A wide kernel needs few nodes, so rows are batched by octave of their bandwidth.
     """
     octave = sigma.clamp_min(MIN_BANDWIDTH).log2().floor()
     error = torch.empty_like(sigma)
-    for each in octave.unique():
-        rows = octave == each
-        error[rows] = _smoothed_at_once(waves[rows], sigma[rows])
+    for value in octave.unique():
+        rows = octave == value
+        error[rows] = _smoothed_error_of_octave(waves[rows], sigma[rows])
     return error
 
 
-def _smoothed_at_once(waves: Tensor, sigma: Tensor) -> Tensor:
-    """`_smoothed_error` with nodes for the narrowest bandwidth in all rows."""
+def _smoothed_error_of_octave(waves: Tensor, sigma: Tensor) -> Tensor:
+    """`_smoothed_error` with the nodes of the narrowest bandwidth for all rows."""
     narrowest = max(float(sigma.min()), MIN_BANDWIDTH)
     terms = min(_terms(narrowest), waves.shape[1])
     nodes = 128 * math.ceil(_NODES_PER_BANDWIDTH / narrowest / 128)
@@ -111,17 +115,17 @@ def _smoothed_at_once(waves: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _integral_of_absolute(height: Tensor) -> Tensor:
-    """Trapezoid rule for |h| on [0, 1] from nodes `(B, G + 1)`, exact to third order at sign changes.
+    """Trapezoid rule for |h| on [0, 1] from nodes [B, G + 1], exact to third order at sign changes.
 
-    In a cell where h changes sign the straight line has area `(a^2 + b^2) / (2 (|a| + |b|))` instead of
+    In a cell where h changes sign the absolute value of the straight line has area `(a^2 + b^2) / (2 (|a| + |b|))` instead of
     `(|a| + |b|) / 2`, and the jump of the slope of |h| adds the Euler-Maclaurin term `|b - a| / 6`.
     """
     nodes = height.shape[1] - 1
     size = height.abs()
     area = size.sum(1) - (size[:, 0] + size[:, -1]) / 2
-    left, right = height[:, :-1], height[:, 1:]
-    row, cell = ((left < 0) != (right < 0)).nonzero(as_tuple=True)
-    a, b = left[row, cell].abs(), right[row, cell].abs()
+    start, end = height[:, :-1], height[:, 1:]
+    row, cell = ((start < 0) != (end < 0)).nonzero(as_tuple=True)
+    a, b = start[row, cell].abs(), end[row, cell].abs()
     span = a + b
     correction = torch.where(
         span > 0, (a * a + b * b) / (2 * span.clamp_min(1e-300)) - span / 2 + span / 6, 0.0
@@ -130,10 +134,10 @@ def _integral_of_absolute(height: Tensor) -> Tensor:
 
 
 def _fixed_point(residual: Tensor, value: Tensor) -> Tensor:
-    """Solve `error(sigma) = sigma` for each row of `(B, L)`; the error does not rise with sigma.
+    """Solve `error(sigma) = sigma` for each row of [B, L]; the error does not rise with sigma.
 
     `|sum of residuals| <= error <= sum of |residuals|` brackets the solution, and the error at the upper end is a
-    better lower end. Where the bracket stays open, `_search` closes it.
+    tighter lower end. `_search` narrows brackets that are still wider than the tolerance.
     """
     high = residual.abs().sum(1).clamp_min(MIN_BANDWIDTH)
     at_high = _smoothed_error(_cosines(residual, value, _terms(float(high.min()))), high)
@@ -145,18 +149,17 @@ def _fixed_point(residual: Tensor, value: Tensor) -> Tensor:
     low, high, at_high = low[rows], high[rows], at_high[rows]
     waves = _cosines(residual[rows], value, _terms(float(low.min())))
     at_low = _smoothed_error(waves, low)
-    # Where the error at `low` is not above it, that is the answer: `low` is the narrowest kernel, or the solution.
+    # Where the error at `low` is not above `low`, `low` is the solution or the narrowest kernel.
     result[rows] = torch.where(low > MIN_BANDWIDTH, low, at_low)
     rising = at_low - low > _TOLERANCE
-    found = _search(
+    result[rows[rising]] = _search(
         waves[rising], low[rising], high[rising], (at_low - low)[rising], (at_high - high)[rising]
     )
-    result[rows[rising]] = found
     return result
 
 
 def _search(waves: Tensor, low: Tensor, high: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Illinois regula falsi for `error(sigma) - sigma = 0`, of value `above` > 0 at `low` and `below` < 0 at `high`."""
+    """Solve `error(sigma) - sigma = 0` by Illinois regula falsi; the value is `above` > 0 at `low`, `below` < 0 at `high`."""
     solution = high.clone()
     rows = torch.arange(len(low))
     last_side = torch.zeros_like(low)
@@ -171,22 +174,21 @@ def _search(waves: Tensor, low: Tensor, high: Tensor, above: Tensor, below: Tens
         above = torch.where(side > 0, excess, torch.where(stuck, above / 2, above))
         below = torch.where(side > 0, torch.where(stuck, below / 2, below), excess)
         solution[rows] = guess
-        going = (excess.abs() > _TOLERANCE) & (high - low > _TOLERANCE)
-        rows, low, high, above, below = rows[going], low[going], high[going], above[going], below[going]
-        last_side = side[going]
+        open_ = (excess.abs() > _TOLERANCE) & (high - low > _TOLERANCE)
+        rows, low, high, above, below = rows[open_], low[open_], high[open_], above[open_], below[open_]
+        last_side = side[open_]
     return solution
 
 
-def _kernels(levels: ConfidenceGroups) -> Tensor:
-    """The reflected Gaussian at `_GAP_NODES` nodes around each level, `(L, K)`, as wide as the smooth ECE is large."""
-    error = quiet(smooth_calibration_error)(levels)
-    width = max(float(error), _NARROWEST_GAP)
+def _kernels(groups: ConfidenceGroups) -> Tensor:
+    """The reflected Gaussian around each confidence at `_GAP_NODES` nodes, float64 [L, K]; its width is the smooth ECE."""
+    width = max(float(smooth_calibration_error(groups)), _NARROWEST_GAP)
     order = torch.arange(_terms(width), dtype=torch.float64) * torch.pi
     nodes = (torch.arange(_GAP_NODES, dtype=torch.float64) + 0.5) / _GAP_NODES
     damped = (-0.5 * (order * width).square()).exp() * torch.where(order > 0, 2.0, 1.0)
-    waves = torch.outer(levels.value, order).cos() * damped
+    waves = torch.outer(groups.value, order).cos() * damped
     return waves @ torch.outer(order, nodes).cos() / _GAP_NODES
 
 
 SMOOTH_GAPS = GapNorm(_kernels, lambda gaps: gaps.abs().sum(-1))
-"""`smooth_calibration_error` at the bandwidth of these answers, to within its nodes."""
+"""`smooth_calibration_error` at its bandwidth on these answers, up to the spacing of the nodes."""

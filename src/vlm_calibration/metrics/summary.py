@@ -1,12 +1,15 @@
-"""The flat summary of tables, with the names of `metrics.json`: what scores a prediction file."""
+"""The flat summary of tables, with the names of `metrics.json`, for scoring prediction files."""
 
 import math
 import warnings
 from collections.abc import Iterable, Mapping
 
-from vlm_calibration.metrics.groups import HasLevels, UndefinedMetricWarning
-from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
-from vlm_calibration.metrics.task import UNDEFINED, TaskTable, task_scores
+from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.groups import HasGroups, UndefinedMetricWarning
+from vlm_calibration.metrics.task import TASK_METRICS, TaskTable, task_scores
+
+ALL_METRICS = {**TASK_METRICS, **METRICS}
+"""The declarations of task and calibration metrics by flat name."""
 
 
 def base_name(name: str) -> str:
@@ -15,30 +18,24 @@ def base_name(name: str) -> str:
 
 
 def check_category(category: str) -> None:
-    """Raise a ValueError for the empty category, whose names would end in a bare slash."""
+    """Raise a ValueError for an empty category, whose metric names would end in a bare slash."""
     if not isinstance(category, str) or not category:
         raise ValueError(f"a category must be a non-empty string, got {category!r}")
 
 
 def warn_undefined_values(values: Mapping[str, float]) -> None:
-    """One warning for all values that are NaN, naming them and why."""
+    """Issue one warning that names all values that are NaN, and why they are."""
     by_reason: dict[str, list[str]] = {}
     for name, value in values.items():
         if math.isnan(value):
-            by_reason.setdefault(_reason(base_name(name)), []).append(name)
+            by_reason.setdefault(ALL_METRICS[base_name(name)].undefined, []).append(name)
     if by_reason:
         message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)
 
 
-def _reason(base: str) -> str:
-    if base in METRICS:
-        return METRICS[base].undefined
-    return UNDEFINED.get(base, "it has no value on these answers")
-
-
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple; a ValueError names one that `METRICS` does not have."""
+    """The names as a tuple; a ValueError names the first that is not in `METRICS`."""
     names = tuple(names)
     for name in names:
         if name not in METRICS:
@@ -46,17 +43,17 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def table_values(table: HasLevels, names: Iterable[str], suffix: str = "") -> dict[str, float]:
-    """The named metrics of one table, or of levels, NaN where undefined, without a warning."""
-    levels = table.levels()
-    return {name + suffix: float(METRICS[name](levels)) for name in names}
+def table_values(table: HasGroups, names: Iterable[str], suffix: str = "") -> dict[str, float]:
+    """The named metrics of one table, NaN where undefined, without a warning."""
+    groups = table.groups()
+    return {name + suffix: float(METRICS[name](groups)) for name in names}
 
 
 def summarize(
-    table: HasLevels | None = None,
+    table: HasGroups | None = None,
     task: TaskTable | None = None,
     *,
-    categories: Mapping[str, HasLevels] | None = None,
+    categories: Mapping[str, HasGroups] | None = None,
     task_categories: Mapping[str, TaskTable] | None = None,
     positive: str = "yes",
     metrics: Iterable[str] = REPORTED,
@@ -64,16 +61,16 @@ def summarize(
     """Every reported metric by its flat name, with a `/category` suffix where broken down.
 
     Args:
-        table: all answers, as a table or as levels, for the calibration metrics; left out, so are they.
-        task: all answers, for `accuracy, precision, recall, f1, yes_ratio`; left out, so are they.
-        categories: a table, or levels, for each category.
+        table: all answers, for the calibration metrics; None: no calibration metrics.
+        task: all answers, for `accuracy, precision, recall, f1, yes_ratio`; None: no task metrics.
+        categories: a table for each category.
         task_categories: a task table for each category.
-        positive: the class that precision, recall and F1 are about, `yes` or `no`.
+        positive: the positive class of precision, recall and F1, `yes` or `no`.
         metrics: names from `METRICS`, by default those of `metrics.json`.
 
     Returns:
         name to number; `n` counts all answers, the other calibration metrics are over those whose confidence
-        could be read. What is undefined is NaN, with one warning for all of them.
+        could be read. Undefined metrics are NaN, with one warning for all of them.
 
     Raises:
         ValueError: on an unknown metric, an empty category or another `positive`.

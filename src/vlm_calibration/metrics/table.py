@@ -1,19 +1,22 @@
 """ConfidenceTable: integer counts of (confidence level, correctness), from which every metric is computed.
 
-What a model verbalizes is an integer percent, so a 101 x 2 table of counts is a sufficient statistic of any
-number of predictions: it is updated by one `bincount`, added across processes by one sum, and never rounded.
+A model states integer percents, so a 101 x 2 table of counts is a sufficient statistic of any number of
+predictions. It is updated by one `bincount`, added across processes by one sum, and never rounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.groups import ConfidenceGroups, check_confidence, check_correct
 
+C = TypeVar("C", bound=Hashable)
+
 CHUNK = 1 << 18
-"""Predictions counted at a time, so that the memory of an update does not grow with its size."""
+"""Predictions counted at a time, which bounds the memory of an update."""
 
 
 def check_resolution(resolution: int) -> None:
@@ -25,15 +28,15 @@ def check_resolution(resolution: int) -> None:
 def to_level(confidence: Tensor, resolution: int) -> Tensor:
     """The nearest grid level of each confidence, computed in float64; NaN becomes `resolution + 1`.
 
-    The product with `resolution` is rounded to the nearest integer, a half to the even one: 0.29 is level 29
+    The product with `resolution` is rounded to the nearest integer, halves to even: 0.29 is level 29
     in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * resolution)`.
 
     Args:
-        confidence: `(N,)` floating, in [0, 1] or NaN; not checked here.
+        confidence: float [N], in [0, 1] or NaN; not checked here.
         resolution: grid steps from 0 to 1.
 
     Returns:
-        `(N,)` int64 in [0, resolution + 1].
+        int64 [N] in [0, resolution + 1].
     """
     product = (
         confidence.to(torch.float64) * resolution
@@ -49,14 +52,14 @@ def count_cells(
     """Count predictions by row, level and correctness: one `bincount` for each `CHUNK` of them.
 
     Args:
-        confidence: `(N,)` floating in [0, 1], NaN where it could not be parsed.
-        correct: `(N,)` bool.
+        confidence: float [N] in [0, 1], NaN where it could not be parsed.
+        correct: bool [N].
         resolution: grid steps from 0 to 1.
-        row: `(N,)` int64 in [0, rows), or None for row 0.
+        row: int64 [N] in [0, rows), or None for row 0.
         rows: number of rows.
 
     Returns:
-        `(rows, resolution + 2, 2)` int64 on the device of `confidence`; the last level counts the unparsed.
+        int64 [rows, resolution + 2, 2] on the device of `confidence`; the last level counts the unparsed.
 
     Raises:
         ValueError: on a confidence outside [0, 1] (not NaN) or a `correct` of another shape or kind.
@@ -76,22 +79,22 @@ def count_cells(
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
-    """A float tensor of confidences; None becomes NaN, the mark of an answer whose confidence is missing."""
+    """Confidences as a float tensor [N]; None becomes NaN."""
     if isinstance(confidence, Tensor):
         return confidence
-    missing = float("nan")
-    return torch.tensor([missing if c is None else c for c in confidence], dtype=torch.float64)
+    nan = float("nan")
+    return torch.tensor([nan if c is None else c for c in confidence], dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class ConfidenceTable:
-    """How many answers stated each confidence level, right and wrong.
+    """Counts of correct and wrong answers at each confidence level.
 
     Attributes:
-        counts: `(resolution + 1, 2)` int64 on the CPU; `counts[i, 1]` right answers at confidence
+        counts: int64 [resolution + 1, 2] on the CPU; `counts[i, 1]` correct answers at confidence
             `i / resolution`, `counts[i, 0]` wrong ones.
-        unparsed: answers whose confidence could not be read. They are in no metric but `n` and
-            `parse_failure_rate`; nothing is imputed.
+        unparsed: answers whose confidence could not be read. Only `n` and `parse_failure_rate` count them;
+            nothing is imputed.
 
     Raises:
         ValueError: on another shape or dtype, or a negative count.
@@ -135,10 +138,9 @@ class ConfidenceTable:
         """Count predictions.
 
         Args:
-            confidence: `(N,)` in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
-                between two grid levels goes to the nearer one, see `to_level`; `rounding_bounds` says how far
-                each metric can move by that.
-            correct: `(N,)` bool.
+            confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
+                between two grid levels goes to the nearer one, see `to_level`.
+            correct: bool [N].
             resolution: grid steps from 0 to 1; 100 for stated percentages, 10_000 for probabilities.
 
         Raises:
@@ -152,7 +154,7 @@ class ConfidenceTable:
 
     @classmethod
     def from_cells(cls, cells: Tensor) -> "ConfidenceTable":
-        """A table from the layout of `count_cells`: `(resolution + 2, 2)`, the last level unparsed."""
+        """A table from one row of `count_cells`: int64 [resolution + 2, 2], the last level unparsed."""
         return cls(cells[:-1], int(cells[-1].sum()))
 
     @property
@@ -167,11 +169,11 @@ class ConfidenceTable:
 
     @property
     def n(self) -> int:
-        """All answers, those without a readable confidence included."""
+        """All answers, unparsed ones included."""
         return self.parsed + self.unparsed
 
-    def levels(self) -> ConfidenceGroups:
-        """The occupied levels, as metrics take them."""
+    def groups(self) -> ConfidenceGroups:
+        """The levels that hold answers, as metrics take them."""
         cell = self.counts.sum(1).nonzero()[:, 0]
         value = cell.double() / self.resolution
         return ConfidenceGroups(value, self.counts[cell], cell, self.resolution, torch.tensor(self.unparsed))
@@ -189,7 +191,7 @@ class ConfidenceTable:
         return ConfidenceTable(self.counts + other.counts, self.unparsed + other.unparsed)
 
     def __radd__(self, other: object) -> "ConfidenceTable":
-        """Let `sum(tables)` work, which starts from 0."""
+        """Support `sum(tables)`, which starts from 0."""
         return self if other == 0 else NotImplemented
 
     def __eq__(self, other: object) -> bool:
@@ -204,15 +206,15 @@ class ConfidenceTable:
 def tables_by_category(
     confidence: Tensor | Sequence[float | None],
     correct: Tensor | Sequence[bool],
-    category: Sequence[str | None],
+    category: Sequence[C | None],
     resolution: int = 100,
-) -> dict[str, ConfidenceTable]:
+) -> dict[C, ConfidenceTable]:
     """One table for each category, in order of first appearance; answers without a category are left out.
 
     Args:
         confidence: as in `ConfidenceTable.from_predictions`.
-        correct: `(N,)` bool.
-        category: N names, None where there is none.
+        correct: bool [N].
+        category: N names or other keys, None where there is none.
         resolution: grid steps from 0 to 1.
 
     Raises:

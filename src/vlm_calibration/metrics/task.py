@@ -1,6 +1,8 @@
-"""Task metrics beside the calibration metrics: accuracy over all answers, and yes/no metrics with a named class.
+"""Task metrics beside the calibration metrics: accuracy over all answers, and yes/no metrics with a positive class.
 
-State is again a small table of counts: (gold, predicted, correct) with gold and predicted one of yes, no, other.
+The state is a small table of counts: (gold, predicted, correct) with gold and predicted one of yes, no, other. Precision,
+recall, F1 and yes ratio are over the yes/no questions, whose gold answer is yes or no. A prediction that is neither
+counts as negative, and stays in the denominator of the yes ratio.
 """
 
 import math
@@ -10,30 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.groups import check_correct
+from vlm_calibration.metrics.groups import MetricSpec, check_correct
 
 CLASSES = ("yes", "no")
 OTHER = 2
 SHAPE = (3, 3, 2)
-TASK_METRICS: dict[str, bool | None] = {
-    "accuracy": True,
-    "precision": True,
-    "recall": True,
-    "f1": True,
-    "yes_ratio": None,
-}
-"""Names of the task metrics and whether higher is better."""
-
-UNDEFINED = {
-    "accuracy": "there is no answer",
-    "precision": "the positive class was never predicted on a yes/no question",
-    "recall": "the positive class is the gold answer of no question",
-    "f1": "the positive class was neither predicted nor a gold answer",
-    "yes_ratio": "there is no yes/no question",
-}
 
 
-def class_of(answer: str | None) -> int:
+def class_of_answer(answer: str | None) -> int:
     """0 for yes, 1 for no, 2 for anything else; case, outer spaces and a final period do not matter."""
     if answer is None:
         return OTHER
@@ -51,6 +37,7 @@ def count_answers(
     predicted: Sequence[str | None],
     answer: Sequence[str],
     correct: Tensor,
+    index: Tensor | None = None,
     row: Tensor | None = None,
     rows: int = 1,
 ) -> Tensor:
@@ -59,12 +46,13 @@ def count_answers(
     Args:
         predicted: N parsed answers, None where none could be parsed.
         answer: N gold answers.
-        correct: `(N,)` bool.
-        row: `(N,)` int64 in [0, rows), or None for row 0.
+        correct: bool [N].
+        index: int64 [M] in [0, N), the answers to count; None for each of them once.
+        row: int64 [M] in [0, rows), the row of each; None for row 0.
         rows: number of rows.
 
     Returns:
-        `(rows, 3, 3, 2)` int64 on the device of `correct`.
+        int64 [rows, 3, 3, 2] on the device of `correct`.
 
     Raises:
         ValueError: if the lengths differ or `correct` is not bool.
@@ -72,11 +60,13 @@ def count_answers(
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
     correct = check_correct(correct, torch.Size([len(answer)]))
-    pairs = [class_of(a) * 3 + class_of(p) for p, a in zip(predicted, answer, strict=True)]
-    index = torch.tensor(pairs, dtype=torch.int64, device=correct.device) * 2 + correct
+    pairs = [class_of_answer(a) * 3 + class_of_answer(p) for p, a in zip(predicted, answer, strict=True)]
+    cell = torch.tensor(pairs, dtype=torch.int64, device=correct.device) * 2 + correct
+    if index is not None:
+        cell = cell[index.to(cell.device)]
     if row is not None:
-        index = index + row * math.prod(SHAPE)
-    return torch.bincount(index, minlength=rows * math.prod(SHAPE)).view(rows, *SHAPE)
+        cell = cell + row.to(cell.device) * math.prod(SHAPE)
+    return torch.bincount(cell, minlength=rows * math.prod(SHAPE)).view(rows, *SHAPE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +74,7 @@ class TaskTable:
     """Counts of (gold, predicted, correct).
 
     Attributes:
-        counts: `(3, 3, 2)` int64 on the CPU; gold and predicted are yes, no, other, in this order.
+        counts: int64 [3, 3, 2] on the CPU; gold and predicted are yes, no, other, in this order.
 
     Raises:
         ValueError: on another shape or dtype, or a negative count.
@@ -121,7 +111,7 @@ class TaskTable:
         return TaskTable(self.counts + other.counts) if isinstance(other, TaskTable) else NotImplemented
 
     def __radd__(self, other: object) -> "TaskTable":
-        """Let `sum(tables)` work, which starts from 0."""
+        """Support `sum(tables)`, which starts from 0."""
         return self if other == 0 else NotImplemented
 
     def __eq__(self, other: object) -> bool:
@@ -130,17 +120,80 @@ class TaskTable:
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def yes_no(self) -> Tensor:
+        """Answers to yes/no questions by gold class (yes, no) and predicted class (yes, no, other), int64 [2, 3]."""
+        return self.counts.sum(-1)[:OTHER]
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part.double() / whole) if int(whole) else math.nan
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> float:
+    return float(numerator.double() / denominator) if int(denominator) else math.nan
+
+
+def accuracy(table: TaskTable, positive: str = "yes") -> float:
+    """Share of correct answers, over all of them."""
+    return _ratio(table.counts[..., 1].sum(), table.counts.sum())
+
+
+def precision(table: TaskTable, positive: str = "yes") -> float:
+    """Precision of the positive class over the yes/no questions."""
+    k = CLASSES.index(positive)
+    return _ratio(table.yes_no[k, k], table.yes_no[:, k].sum())
+
+
+def recall(table: TaskTable, positive: str = "yes") -> float:
+    """Recall of the positive class over the yes/no questions."""
+    k = CLASSES.index(positive)
+    return _ratio(table.yes_no[k, k], table.yes_no[k].sum())
+
+
+def f1(table: TaskTable, positive: str = "yes") -> float:
+    """F1 of the positive class over the yes/no questions."""
+    k = CLASSES.index(positive)
+    return _ratio(2 * table.yes_no[k, k], table.yes_no[:, k].sum() + table.yes_no[k].sum())
+
+
+def yes_ratio(table: TaskTable, positive: str = "yes") -> float:
+    """Share of the yes/no questions that are answered yes, whatever the positive class."""
+    return _ratio(table.yes_no[:, 0].sum(), table.yes_no.sum())
+
+
+TASK_METRICS: dict[str, MetricSpec] = {
+    spec.name: spec
+    for spec in (
+        MetricSpec("accuracy", accuracy, "accuracy", "there is no answer", True, class_name="AnswerAccuracy"),
+        MetricSpec(
+            "precision",
+            precision,
+            "precision",
+            "the positive class was never predicted on a yes/no question",
+            True,
+            class_name="YesNoPrecision",
+        ),
+        MetricSpec(
+            "recall",
+            recall,
+            "recall",
+            "the positive class is the gold answer of no question",
+            True,
+            class_name="YesNoRecall",
+        ),
+        MetricSpec(
+            "f1",
+            f1,
+            "F1",
+            "the positive class was neither predicted nor a gold answer",
+            True,
+            class_name="YesNoF1",
+        ),
+        MetricSpec("yes_ratio", yes_ratio, "yes ratio", "there is no yes/no question"),
+    )
+}
+"""The declarations of the task metrics by flat name; their functions take (table, positive)."""
 
 
 def task_scores(table: TaskTable, *, positive: str = "yes") -> dict[str, float]:
-    """The task metrics of a table, NaN where undefined, without a warning.
-
-    Accuracy is the share of `correct` over all answers. Precision, recall, F1 and yes ratio are over the yes/no
-    questions, those whose gold answer is yes or no; a prediction that is neither counts as negative, and stays
-    in the denominator of the yes ratio. The yes ratio is that of the predictions, whatever `positive` is.
+    """The task metrics of a table by flat name, NaN where undefined, without a warning.
 
     Args:
         table: the counts.
@@ -150,14 +203,4 @@ def task_scores(table: TaskTable, *, positive: str = "yes") -> dict[str, float]:
         ValueError: if `positive` is neither.
     """
     check_positive(positive)
-    gold_positive = CLASSES.index(positive)
-    by_class = table.counts.sum(-1)[:OTHER]
-    hits = by_class[gold_positive, gold_positive]
-    predicted, gold = by_class[:, gold_positive].sum(), by_class[gold_positive].sum()
-    return {
-        "accuracy": _ratio(table.counts[..., 1].sum(), table.counts.sum()),
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, gold),
-        "f1": _ratio(2 * hits, predicted + gold),
-        "yes_ratio": _ratio(by_class[:, 0].sum(), by_class.sum()),
-    }
+    return {name: spec.function(table, positive) for name, spec in TASK_METRICS.items()}

@@ -1,20 +1,21 @@
-"""The task metrics as torchmetrics, and `TaskMetrics`, all of them."""
+"""The task metrics as torchmetrics: one class for each metric of `TASK_METRICS`, and `TaskMetrics`, all of them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.counting import CountingMetric, SharedStateCollection
-from vlm_calibration.metrics.task import SHAPE, TaskTable, check_positive, count_answers, task_scores
+from vlm_calibration.metrics.counting import Category, CountingMetric, SharedStateCollection, class_of
+from vlm_calibration.metrics.groups import check_correct
+from vlm_calibration.metrics.task import SHAPE, TASK_METRICS, TaskTable, check_positive, count_answers
 
 
 class TaskMetric(CountingMetric):
-    """Base of the task metrics: `name` picks the value.
+    """Base class of the task metrics.
 
     Args:
-        positive: the class that precision, recall and F1 are about, `yes` or `no`.
+        positive: the positive class of precision, recall and F1, `yes` or `no`.
         categories: as for `CalibrationMetric`.
         kwargs: those of `torchmetrics.Metric`.
 
@@ -33,82 +34,55 @@ class TaskMetric(CountingMetric):
         predicted: Sequence[str | None],
         answer: Sequence[str],
         correct: Tensor,
-        category: Sequence[str | None] | None = None,
+        category: Sequence[Category] | None = None,
     ) -> None:
         """Count N answers.
 
         Args:
             predicted: N parsed answers, None where none could be parsed.
             answer: N gold answers.
-            correct: `(N,)` bool, for the accuracy.
-            category: N names (None for an answer without), if the metric has categories.
+            correct: bool [N], for the accuracy.
+            category: as for `CalibrationMetric.update`.
 
         Raises:
             ValueError: if the lengths differ, `correct` is not bool, or a category was not declared.
         """
-        row = self.rows(category, len(answer))
-        row = row if row is None else row.to(correct.device)
-        counted = count_answers(predicted, answer, correct, row, len(self.counts))
-        self.counts = self.counts + counted.to(self.counts.device)
+        correct = check_correct(correct, torch.Size([len(answer)]))
+        cells = count_answers(predicted, answer, correct, *self.rows(category, len(answer)), len(self.counts))
+        self.counts = self.counts + cells.to(self.counts.device)
 
     def tables(self) -> dict[str, TaskTable]:
-        """The task tables by suffix: all answers under the empty one, then `/category`; of this process alone."""
+        """The task tables of this process by suffix: all answers under the empty one, then `/category`."""
         return {suffix: TaskTable(counts) for suffix, counts in self.by_category().items()}
 
     def evaluate(self, table: TaskTable) -> Tensor:
         """The metric on one table, a float64 scalar, NaN where undefined, without a warning."""
-        return torch.tensor(task_scores(table, positive=self.positive)[self.name], dtype=torch.float64)
+        return torch.tensor(self.spec.function(table, self.positive), dtype=torch.float64)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one or several values, by default the current one; returns the figure and its axes."""
         return self._plot(self.compute() if val is None else val, ax)
 
 
-class AnswerAccuracy(TaskMetric):
-    """Share of right answers, over all of them."""
-
-    name = "accuracy"
-    higher_is_better = True
-
-
-class YesNoPrecision(TaskMetric):
-    """Precision of the positive class over the yes/no questions."""
-
-    name = "precision"
-    higher_is_better = True
-
-
-class YesNoRecall(TaskMetric):
-    """Recall of the positive class over the yes/no questions."""
-
-    name = "recall"
-    higher_is_better = True
-
-
-class YesNoF1(TaskMetric):
-    """F1 of the positive class over the yes/no questions."""
-
-    name = "f1"
-    higher_is_better = True
-
-
-class YesRatio(TaskMetric):
-    """Share of the yes/no questions that are answered yes."""
-
-    name = "yes_ratio"
-
-
 TASK_CLASSES: dict[str, type[TaskMetric]] = {
-    cls.name: cls for cls in (AnswerAccuracy, YesNoPrecision, YesNoRecall, YesNoF1, YesRatio)
+    name: class_of(spec, TaskMetric, __name__) for name, spec in TASK_METRICS.items()
 }
 """The class of each task metric by its flat name."""
+
+globals().update({cls.__name__: cls for cls in TASK_CLASSES.values()})
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[TaskMetric]:
+        """The generated classes, for type checkers."""
+        ...
 
 
 class TaskMetrics(SharedStateCollection):
     """Accuracy over all answers; precision, recall, F1 and yes ratio over the yes/no questions.
 
     Args:
-        positive: the class that precision, recall and F1 are about, `yes` or `no`.
+        positive: the positive class of precision, recall and F1, `yes` or `no`.
         prefix: put before every key.
         postfix: put after every key, category included.
         categories: names to break down by; None for no breakdown.

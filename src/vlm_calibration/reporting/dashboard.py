@@ -12,6 +12,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
+from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.reporting.wandb_login import logged_in
@@ -97,8 +98,8 @@ def _comparison(systems: Sequence[str]) -> Section:
 
 
 def _range(metric: str) -> tuple[float | None, float | None]:
-    """Overconfidence is signed; all others are shown from 0, so that bars can be compared."""
-    return (None, None) if metric == "overconfidence" else (0.0, None)
+    """The range of an axis: metrics that are not signed are shown from 0, so that bars can be compared."""
+    return (None, None) if ALL_METRICS[metric].lower < 0 else (0.0, None)
 
 
 def _answers() -> list[Section]:

@@ -22,8 +22,8 @@ from vlm_calibration.metrics.bootstrap import (
     interval_of,
     percentile_interval,
 )
+from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
-from vlm_calibration.metrics.table_metrics import METRICS, REPORTED
 
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 """What is measured of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""

@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.benchmarks.official import blocks_of
-from vlm_calibration.metrics.table_metrics import METRICS
+from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.reporting.report_data import System
 from vlm_calibration.reporting.report_examples import examples_of
 from vlm_calibration.reporting.report_figures import panels_of
@@ -124,11 +124,11 @@ def cell_of(row: Row, name: str) -> Cell:
     interval, p = row.metrics[name], row.p[name]
     if math.isnan(interval.value):
         return Cell("–")
-    between = " to " if name == "overconfidence" else "–"  # where a dash may be a minus
+    between = " to " if ALL_METRICS[name].lower < 0 else "–"  # where a dash may be a minus
     bounds = between.join(number(bound, name).removesuffix("%") for bound in interval[1:])
     if p is None or math.isnan(p):
         return Cell(number(interval.value, name), bounds)
-    higher = METRICS[name].higher_is_better if name in METRICS else True
+    higher = ALL_METRICS[name].higher_is_better
     mark = ""
     if p < 0.05 and higher is not None:
         mark = "better" if (row.difference[name] > 0) == higher else "worse"
@@ -139,7 +139,7 @@ def number(value: float, name: str) -> str:
     """A value as text, shares in percent."""
     if math.isnan(value):
         return "–"
-    sign = "+" if name == "overconfidence" else ""
+    sign = "+" if ALL_METRICS[name].lower < 0 else ""
     return f"{100 * value:{sign}.1f}%" if name in SHARES else f"{value:.3f}"
 
 

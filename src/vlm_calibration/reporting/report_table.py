@@ -17,6 +17,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
+from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.reporting.report_bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report_data import ORACLE, System
 
@@ -125,15 +126,11 @@ def _unfit(system: System, estimator: str) -> str | None:
 # --- As files ---------------------------------------------------------------------------------------------------
 
 HEADINGS: dict[str, str] = {
-    "accuracy": "accuracy",
-    "ece": "ECE",
-    "brier": "Brier",
-    "auroc": "AUROC",
-    "aurc": "AURC",
-    "smooth_ece": "smooth ECE",
-    "mean_confidence": "mean conf.",
-    "overconfidence": "overconf.",
-    "parse_failure_rate": "unparsed",
+    name: ALL_METRICS[name].heading
+    for name in (
+        *("accuracy", "ece", "brier", "auroc", "aurc", "smooth_ece"),
+        *("mean_confidence", "overconfidence", "parse_failure_rate"),
+    )
 }
 """The metrics that the page, Markdown and LaTeX show; CSV and JSON hold all."""
 
@@ -211,7 +208,7 @@ def cell(row: Row, name: str) -> str:
     interval, p = row.metrics[name], row.p[name]
     if math.isnan(interval.value):
         return "-"
-    form = "+.3f" if name == "overconfidence" else ".3f"
+    form = "+.3f" if ALL_METRICS[name].lower < 0 else ".3f"
     text = f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
     return text + ("*" if p is not None and p < 0.05 else "")
 

@@ -9,9 +9,9 @@ import torch
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
+from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
 from vlm_calibration.metrics.summary import table_values
-from vlm_calibration.metrics.table_metrics import REPORTED
 from vlm_calibration.records import category_groups
 
 

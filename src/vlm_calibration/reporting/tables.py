@@ -9,19 +9,25 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
+from vlm_calibration.metrics.summary import ALL_METRICS
+from vlm_calibration.metrics.task import TASK_METRICS
 
 Results = Mapping[str, Mapping[str, float]]
 """Row -> metrics by flat name: of a system, or of a file of answers."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
-    "accuracy": ("accuracy", ".3f"),
-    "ece": ("ECE", ".3f"),
-    "brier": ("Brier", ".3f"),
-    "auroc": ("AUROC", ".3f"),
-    "mean_confidence": ("mean conf.", ".3f"),
-    "overconfidence": ("overconf.", "+.3f"),
-    "parse_failure_rate": ("unparsed", ".1%"),
+    name: (ALL_METRICS[name].heading, ALL_METRICS[name].format)
+    for name in [
+        "accuracy",
+        "ece",
+        "brier",
+        "auroc",
+        "mean_confidence",
+        "overconfidence",
+        "parse_failure_rate",
+    ]
 }
+"""The headline metrics by flat name: heading and format."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
 
 
@@ -70,13 +76,7 @@ def _cell(value: float, form: str) -> str:
     return "-" if value != value else format(value, form)
 
 
-OFFICIAL_COLUMNS = {
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "yes_ratio": "yes ratio",
-}
+OFFICIAL_COLUMNS = {name: spec.heading for name, spec in TASK_METRICS.items()}
 
 
 def official_table(results: Results) -> Table:

@@ -20,7 +20,6 @@ from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
-from vlm_calibration.estimators.scoring import EstimateScorer
 from vlm_calibration.estimators.verbal import VerbalizedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
@@ -102,11 +101,11 @@ class EvaluationModule(L.LightningModule):
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
-        self.scorers = nn.ModuleList(Scorer() for _ in self.systems)
         self.estimators = named([VerbalizedConfidence(), *estimators]) if estimators else {}
         further = [name for name in self.estimators if name != VERBALIZED]
-        rated = self.answering if self.estimators else []
-        self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
+        self.scorers = nn.ModuleList(
+            Scorer(estimators=further if system in self.answering else ()) for system in self.systems
+        )
         self.results = {}
         self.passes = {}
 
@@ -134,12 +133,6 @@ class EvaluationModule(L.LightningModule):
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
 
-    def _rated(self) -> dict[str, EstimateScorer]:
-        """The scorers of estimates, by system; empty without estimators."""
-        return {
-            s: cast(EstimateScorer, e) for s, e in zip(self.answering, self.estimate_scorers, strict=False)
-        }
-
     @property
     def levels(self) -> list[ConfidenceLevels]:
         """The confidences that estimators range over are those of any of these."""
@@ -160,8 +153,7 @@ class EvaluationModule(L.LightningModule):
         if self.estimators:
             self.writer = AnswerWriter(data.chat, self.levels)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
-        scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
-        for scorer in [*scorers, *self._rated().values()]:
+        for _, scorer in self._scored():
             scorer.set_groups(groups)
             scorer.to(self.device)
 
@@ -185,9 +177,7 @@ class EvaluationModule(L.LightningModule):
     def count(self, answers: Answers, passes: Passes) -> None:
         """Count the answers of all systems to a batch in the results; also those that an earlier run gave."""
         for system, scorer in self._scored():
-            scorer.update(answers[system])
-        for system, estimates in self._rated().items():
-            estimates.update(answers[system], passes[system])
+            scorer.update(answers[system], passes.get(system))
 
     def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
         """The answers of the system that is active, with what every estimator says of them, and what that took."""
@@ -215,8 +205,6 @@ class EvaluationModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.results = {system: scorer.compute() for system, scorer in self._scored()}
-        for system, estimates in self._rated().items():
-            self.results[system] |= estimates.compute()
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)

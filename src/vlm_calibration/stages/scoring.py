@@ -1,83 +1,144 @@
-"""Scores predictions as they come in, over all of them and over each group, the same in one process as in many."""
+"""Scoring of predictions as they come in: one accumulator for the answers of a system, the same in one process as in many.
+
+Metrics have flat names, with `/group` behind them for each group of categories. Those of an estimator beside the stated
+confidence have "@" and its name before the group: `ece@expected`, `ece@expected/existence`. `forward_passes@expected` is the cost
+of the estimator a query, `forward_passes@verbalized` that of the answer.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
-from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics
-from vlm_calibration.metrics.groups import UndefinedMetricWarning
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
+from vlm_calibration.metrics.functional import REPORTED
+from vlm_calibration.metrics.table import as_confidence_tensor
 from vlm_calibration.records import Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
+RESOLUTION = 10_000
+"""Grid steps from 0 to 1 for estimators, whose probabilities are not whole percents."""
+REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
 
 class HasResults(Protocol):
-    """What a module that scores offers to callbacks: the last results."""
+    """A module that scores predictions.
+
+    Attributes:
+        results: of the last evaluation or validation.
+    """
 
     results: Results
 
 
-class Scorer(nn.Module):
-    """Calibration and task metrics of predictions, flat names to numbers, `/group` behind the name where broken down.
+class PassCount(Metric):
+    """Mean number of forward passes a query, for each of several estimators."""
 
-    The groups must be known before the first update, since every process has to hold the same state.
+    full_state_update = False
+    passes: Tensor
+    queries: Tensor
+
+    def __init__(self, estimators: int) -> None:
+        super().__init__()
+        self.add_state("passes", torch.zeros(estimators, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("queries", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, passes: Sequence[Sequence[int]]) -> None:
+        """Add the passes of each of N queries, for each estimator."""
+        self.passes += torch.tensor([sum(p) for p in passes], device=self.passes.device)
+        self.queries += len(passes[0])
+
+    def compute(self) -> Tensor:
+        """float64 [estimators], NaN without queries."""
+        return self.passes.double() / self.queries
+
+
+class Scorer(nn.Module):
+    """Calibration and task metrics of the answers of one system, over all of them and over each group of categories.
+
+    Args:
+        groups: to break results down by. They must be set before the first update, since every process needs the same state.
+        estimators: names of further estimators, beside the stated confidence, that every prediction has.
     """
 
-    def __init__(self, groups: Sequence[str] = ()) -> None:
+    task: TaskMetrics
+    passes: PassCount
+
+    def __init__(self, groups: Iterable[str] = (), estimators: Sequence[str] = ()) -> None:
         super().__init__()
+        self.confidences = [VERBALIZED, *estimators]
         self.set_groups(groups)
 
     def set_groups(self, groups: Iterable[str]) -> None:
-        """Forget everything and count in these groups from here on."""
+        """Reset, and break results down by these groups from now on."""
         self.groups = sorted(set(groups))
-        self.calibration = CalibrationMetrics()
-        self.task = TaskMetrics()
-        self.group_calibration = CalibrationMetrics(categories=self.groups)
-        self.group_task = TaskMetrics(categories=self.groups)
+        self.task = TaskMetrics(categories=self.groups)
+        self.calibration = nn.ModuleList([CalibrationMetrics(categories=self.groups)])
+        for _ in self.confidences[1:]:
+            self.calibration.append(
+                CalibrationMetrics(
+                    categories=self.groups, resolution=RESOLUTION, metrics=REPORTED_FOR_ESTIMATORS
+                )
+            )
+        self.passes = PassCount(len(self.confidences))
+
+    def _calibration(self) -> dict[str, CalibrationMetrics]:
+        """The calibration metrics of each confidence."""
+        metrics = cast(Iterable[CalibrationMetrics], self.calibration)
+        return dict(zip(self.confidences, metrics, strict=True))
 
     def reset(self) -> None:
-        for metric in (self.calibration, self.task, self.group_calibration, self.group_task):
-            metric.reset()
+        self.task.reset()
+        self.passes.reset()
+        for metrics in self._calibration().values():
+            metrics.reset()
 
-    def update(self, predictions: Sequence[Prediction]) -> None:
-        _update(self.calibration, self.task, [(p, None) for p in predictions])
-        if not self.groups:
+    def update(
+        self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Count predictions.
+
+        Args:
+            predictions: if the scorer has estimators, `EstimatedPrediction`s with an estimate of each.
+            passes: the forward passes of each prediction by estimator, the stated confidence included, if the scorer has
+                estimators.
+        """
+        if not predictions:
             return
         known = set(self.groups)
-        _update(
-            self.group_calibration,
-            self.group_task,
-            [(p, g) for p in predictions for g in category_groups(p.category) if g in known],
-        )
+        groups = [[g for g in category_groups(p.category) if g in known] for p in predictions]
+        correct = torch.tensor([p.correct for p in predictions])
+        self.task.update([p.predicted for p in predictions], [p.answer for p in predictions], correct, groups)
+        for name, metrics in self._calibration().items():
+            confidences = [
+                p.confidence if name == VERBALIZED else cast(EstimatedPrediction, p).estimates[name]
+                for p in predictions
+            ]
+            metrics.update(as_confidence_tensor(confidences), correct, groups)
+        if self.confidences[1:]:
+            assert passes is not None
+            self.passes.update([passes[name] for name in self.confidences])
 
     def compute(self) -> dict[str, float]:
-        """Every metric; NaN where it is undefined."""
+        """All metrics, NaN where undefined: overall, by group, then forward passes and metrics of the estimators."""
         with warnings.catch_warnings():
-            # Expected: a group of short answers has no yes ratio. Tables show a dash, files null.
+            # A group of short answers has no yes ratio, and one without errors no AUROC. Tables show a dash, files null.
             warnings.simplefilter("ignore", UndefinedMetricWarning)
-            found = {**self.calibration.compute(), **self.task.compute()}
-            if self.groups:
-                broken_down = {**self.group_calibration.compute(), **self.group_task.compute()}
-                found.update((k, v) for k, v in broken_down.items() if "/" in k)
-        return {name: float(value) for name, value in found.items()}
-
-
-def _update(
-    calibration: CalibrationMetrics, task: TaskMetrics, rows: Sequence[tuple[Prediction, str | None]]
-) -> None:
-    if not rows:
-        return
-    nan = float("nan")
-    confidence = torch.tensor(
-        [nan if p.confidence is None else p.confidence for p, _ in rows], dtype=torch.float64
-    )
-    correct = torch.tensor([p.correct for p, _ in rows])
-    category = [g for _, g in rows] if rows[0][1] is not None else None
-    calibration.update(confidence, correct, category)
-    task.update([p.predicted for p, _ in rows], [p.answer for p, _ in rows], correct, category)
+            by_confidence = {name: metrics.compute() for name, metrics in self._calibration().items()}
+            values = by_confidence.pop(VERBALIZED) | self.task.compute()
+        results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
+        if by_confidence:
+            costs = zip(self.confidences, self.passes.compute().tolist(), strict=True)
+            results |= {f"forward_passes@{name}": cost for name, cost in costs}
+        for estimator, values in by_confidence.items():
+            for key, value in values.items():
+                metric, slash, group = key.partition("/")
+                results[f"{metric}@{estimator}{slash}{group}"] = float(value)
+        return results

@@ -1,17 +1,17 @@
-"""How far rounding confidences to a table's grid can move each metric: bounds that the table itself gives.
+"""Bounds of the change of each metric when confidences are rounded to a table's grid, computed from the table.
 
-Confidences that are on the grid, as stated percentages are, do not move at all and need no bound. Any other
-moves by at most `d = 1 / (2 * resolution)`, without changing the order of two different levels.
+Confidences on the grid, such as stated percentages, do not move. Any other moves by at most
+`d = 1 / (2 * resolution)`, and different levels keep their order.
 """
 
 import math
 
 import torch
 
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.groups import ConfidenceGroups
 from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, smooth_calibration_error
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.metrics.table_metrics import METRICS
 
 ACCURACY_COVERAGE = 0.8
 SMOOTH_ECE_NUMERICS = 1e-4
@@ -32,7 +32,7 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
       that share a level, for AUGRC times `acc * (1 - acc)`.
     - `aurc`, `excess_aurc`: within a level of `n` answers, `e` of them wrong, the errors counted so far differ by
       at most `e (n - e) / n` from their expectation over the order.
-    - `ece`, `overconfident_error`, `underconfident_error` (uniform bins): `d + 2 m`, where `m` is the share of
+    - `ece` (uniform bins): `d + 2 m`, where `m` is the share of
       answers on levels whose rounding cell contains a bin edge, which may change bins.
     - `mce`: `d` if `m = 0`, else 1: a binned maximum is not continuous.
     - `ace` (quantile bins): `d` if no level's answers could belong to two bins, else 1.
@@ -41,8 +41,8 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     - `average_precision`: the precision at any right answer of a level lies between all wrong answers of the
       level coming first and all of them coming last.
     - `accuracy_at_coverage` (0.8): as for `aurc`, in the level where the answers end.
-    - No bound below the range: `brier_reliability`, `brier_resolution`, `debiased_l2_ece` and `monotonicity`,
-      which are about the levels themselves (reliability minus resolution moves by at most `2 d`), and
+    - No bound below the range: `brier_reliability`, `brier_resolution` and `debiased_l2_ece`,
+      which depend on the levels themselves (reliability minus resolution moves by at most `2 d`), and
       `coverage_at_risk`, which jumps.
 
     Args:
@@ -54,62 +54,59 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     """
     if table.parsed == 0:
         raise ValueError("a table without readable confidences has no bounds")
-    levels = table.levels()
+    groups = table.groups()
     half = 1 / (2 * table.resolution)
     bounds = dict.fromkeys(("n", "parse_failure_rate", "brier_uncertainty", "parsed_accuracy"), 0.0)
     bounds |= dict.fromkeys(("mean_confidence", "overconfidence", "sharpness"), half)
-    bounds |= {"brier": 2 * half, "log_loss": _log_loss_bound(levels, half)}
+    bounds |= {"brier": 2 * half, "log_loss": _log_loss_bound(groups, half)}
     for name in (
         "brier_reliability",
         "brier_resolution",
         "debiased_l2_ece",
-        "monotonicity",
         "coverage_at_risk",
     ):
         bounds[name] = METRICS[name].upper - METRICS[name].lower
-    bounds |= _binned_bounds(levels, table.resolution, half, n_bins)
-    bounds |= _ranking_bounds(levels)
-    bounds["smooth_ece"] = _smooth_bound(levels, half)
+    bounds |= _binned_bounds(groups, table.resolution, half, n_bins)
+    bounds |= _ranking_bounds(groups)
+    bounds["smooth_ece"] = _smooth_bound(groups, half)
     return bounds
 
 
-def _log_loss_bound(levels: ConfidenceGroups, half: float) -> float:
+def _log_loss_bound(groups: ConfidenceGroups, half: float) -> float:
     """Mean over the answers of the largest change of their own cost."""
-    right_room, wrong_room = levels.value - half, 1 - levels.value - half
-    cost = torch.where(levels.right > 0, levels.right * half / right_room.clamp_min(0), 0.0)
-    cost = cost + torch.where(levels.wrong > 0, levels.wrong * half / wrong_room.clamp_min(0), 0.0)
-    return float(cost.sum() / levels.total)
+    right_room, wrong_room = groups.value - half, 1 - groups.value - half
+    cost = torch.where(groups.correct > 0, groups.correct * half / right_room.clamp_min(0), 0.0)
+    cost = cost + torch.where(groups.wrong > 0, groups.wrong * half / wrong_room.clamp_min(0), 0.0)
+    return float(cost.sum() / groups.total)
 
 
-def _binned_bounds(levels: ConfidenceGroups, resolution: int, half: float, n_bins: int) -> dict[str, float]:
-    answers, total = levels.answers, float(levels.total)
+def _binned_bounds(groups: ConfidenceGroups, resolution: int, half: float, n_bins: int) -> dict[str, float]:
+    answers, total = groups.answers, float(groups.total)
     # An inner edge b / n_bins is in the cell ((2 i - 1), (2 i + 1)) / (2 resolution] of level i.
     edge = torch.arange(1, n_bins, dtype=torch.int64)
     cell = (2 * edge * resolution + n_bins) // (2 * n_bins)
     half_edge = (2 * edge * resolution + n_bins) % (2 * n_bins) == 0
     touched = torch.cat([cell, cell[half_edge] - 1])
-    moved = float(answers[torch.isin(levels.cell, touched)].sum()) / total
+    moved = float(answers[torch.isin(groups.cell, touched)].sum()) / total
     l1 = min(1.0, half + 2 * moved)
-    rank = levels.counts.sum(-1).cumsum(-1)
+    rank = groups.counts.sum(-1).cumsum(-1)
     last = (rank[-1:] - 1).clamp_min(1)
     first_bin = (
-        ((rank - levels.counts.sum(-1)) * n_bins).div(last, rounding_mode="floor").clamp_max(n_bins - 1)
+        ((rank - groups.counts.sum(-1)) * n_bins).div(last, rounding_mode="floor").clamp_max(n_bins - 1)
     )
     last_bin = ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp_max(n_bins - 1)
     split = bool((first_bin != last_bin).any())
     return {
         "ece": l1,
-        "overconfident_error": l1,
-        "underconfident_error": l1,
         "mce": half if moved == 0 else 1.0,
         "ace": 1.0 if split else half,
     }
 
 
-def _ranking_bounds(levels: ConfidenceGroups) -> dict[str, float]:
-    """Bounds of what depends on the order alone, from the ties within levels."""
-    right, wrong = levels.right.flip(-1), levels.wrong.flip(-1)
-    answers, total = right + wrong, float(levels.total)
+def _ranking_bounds(groups: ConfidenceGroups) -> dict[str, float]:
+    """Bounds of what depends on the order alone, from the ties within groups."""
+    right, wrong = groups.correct.flip(-1), groups.wrong.flip(-1)
+    answers, total = right + wrong, float(groups.total)
     before = answers.cumsum(-1) - answers
     right_before = right.cumsum(-1) - right
     pairs = float(right.sum() * wrong.sum())
@@ -133,6 +130,6 @@ def _ranking_bounds(levels: ConfidenceGroups) -> dict[str, float]:
     }
 
 
-def _smooth_bound(levels: ConfidenceGroups, half: float) -> float:
-    bandwidth = max(float(smooth_calibration_error(levels)), MIN_BANDWIDTH)
+def _smooth_bound(groups: ConfidenceGroups, half: float) -> float:
+    bandwidth = max(float(smooth_calibration_error(groups)), MIN_BANDWIDTH)
     return min(1.0, half * (1 + math.sqrt(2 / math.pi) / bandwidth) + SMOOTH_ECE_NUMERICS)

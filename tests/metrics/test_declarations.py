@@ -1,0 +1,142 @@
+"""Declarations of metrics: what follows from each, and that one declaration is all that a new metric takes."""
+
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlm_calibration
+from vlm_calibration.metrics import ConfidenceTable, functional, summarize
+from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES
+from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.task import TASK_METRICS
+from vlm_calibration.metrics.task_metrics import TASK_CLASSES
+
+DECLARATION = """
+def mean_doubt(groups: ConfidenceGroups) -> Tensor:
+    \"\"\"Mean distance of the confidences from certainty.
+
+    Args:
+        groups: the answers.
+    \"\"\"
+    return (groups.answers * (1 - groups.value)).sum(-1) / groups.total
+
+
+mean_doubt = metric("doubt", mean_doubt, "doubt", higher_is_better=False, reported=True)
+
+"""
+USES = """
+import pickle, torch
+from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, bootstrap_intervals, functional, summarize
+from vlm_calibration.metrics.calibration_metrics import MeanDoubt
+from vlm_calibration.reporting.report_bootstrap import MEASURED
+from vlm_calibration.reporting.summary import summarize_predictions
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.stages.scoring import Scorer
+
+confidence, correct = torch.tensor([0.9, 0.5]), torch.tensor([True, False])
+table = ConfidenceTable.from_predictions(confidence, correct)
+metrics = CalibrationMetrics(categories=["a"])
+metrics.update(confidence, correct, ["a", None])
+alone = MeanDoubt()
+alone.update(confidence, correct)
+rows = zip(confidence.tolist(), correct.tolist(), [0.9, 0.5], strict=True)
+answers = [
+    EstimatedPrediction(str(i), "?", "Yes", "", "yes", round(c, 2), y, "a", 0, "yes_no", estimates={"other": e})
+    for i, (c, y, e) in enumerate(rows)
+]
+scorer = Scorer(["a"], ["other"])
+scorer.update(answers, {"verbalized": [1, 1], "other": [2, 2]})
+values = {
+    "functional": functional.mean_doubt(confidence, correct),
+    "collection": metrics.compute()["doubt"],
+    "summary": summarize(table)["doubt"],
+    "class": alone.compute(),
+    "interval": bootstrap_intervals(table, ["doubt"], replicates=10)["doubt"].value,
+    "evaluation": scorer.compute()["doubt"],
+    "group": scorer.compute()["doubt/a"],
+    "estimator": scorer.compute()["doubt@other/a"],
+    "file": summarize_predictions(answers)["doubt"],
+}
+assert all(abs(float(value) - 0.3) < 1e-6 for value in values.values()), values
+assert abs(float(metrics.compute()["doubt/a"]) - 0.1) < 1e-6
+assert "doubt" in MEASURED
+assert MeanDoubt.higher_is_better is False and MeanDoubt.plot_upper_bound == 1
+assert type(pickle.loads(pickle.dumps(alone))) is MeanDoubt
+assert "`doubt`: Mean distance of the confidences from certainty. In [0, 1], lower is better" in functional.__doc__
+"""
+
+
+def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
+    """A formula and its declaration, added to a copy of the package, are in every place where metrics are."""
+    shutil.copytree(Path(vlm_calibration.__file__).parent, tmp_path / "vlm_calibration")
+    path = tmp_path / "vlm_calibration" / "metrics" / "functional.py"
+    before, marker, after = path.read_text().partition("\nREPORTED = ")
+    path.write_text(before + DECLARATION + marker + after)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", USES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_is_declared_once():
+    with pytest.raises(ValueError, match="'ece' is declared twice"):
+        functional.metric("ece", METRICS["ece"].function, "ECE")
+
+
+def test_the_reported_metrics_come_first():
+    assert tuple(METRICS)[: len(REPORTED)] == REPORTED
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_form_has_the_same_value_within_the_declared_bounds(cases, name):
+    spec = METRICS[name]
+    for kind in ("tens", "few"):
+        for percent, correct in cases(40, kind, seed=len(name)):
+            confidence, correct = torch.tensor(percent / 100), torch.tensor(correct)
+            table = ConfidenceTable.from_predictions(confidence, correct)
+            member = CALIBRATION_CLASSES[name]()
+            member.update(confidence, correct)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                values = [
+                    float(getattr(functional, spec.function.__name__)(confidence, correct)),
+                    float(member.compute()),
+                    summarize(table, metrics=[name])[name],
+                ]
+            assert values == pytest.approx([float(spec(table))] * 3, abs=3e-8, nan_ok=True)
+            assert math.isnan(values[0]) or spec.lower - 1e-9 <= values[0] <= spec.upper + 1e-9
+
+
+DIRECTED = [name for name, spec in METRICS.items() if spec.higher_is_better is not None]
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*DIRECTED} - {"parsed_accuracy"})
+)  # which the confidences do not change
+def test_an_oracle_is_at_the_better_bound(name):
+    """Certain and correct, or certain that it is wrong: no metric with a direction can be better."""
+    spec = METRICS[name]
+    table = ConfidenceTable.from_predictions([1.0] * 9 + [0.0] * 9, [True] * 9 + [False] * 9)
+    lied = ConfidenceTable.from_predictions([0.0] * 9 + [1.0] * 9, [True] * 9 + [False] * 9)
+    best, worst = float(spec(table)), float(spec(lied))
+    if best != worst:
+        assert (best > worst) == spec.higher_is_better
+    assert best != worst or name in ("parse_failure_rate", "brier_resolution")
+
+
+def test_classes_are_members_of_their_modules():
+    for classes, specs in ((CALIBRATION_CLASSES, METRICS), (TASK_CLASSES, TASK_METRICS)):
+        assert set(classes) == set(specs)
+        for name, cls in classes.items():
+            assert cls.__name__ == specs[name].class_name
+            assert type(pickle.loads(pickle.dumps(cls()))) is cls
+            assert cls.__doc__.startswith(specs[name].summary)
