@@ -1,7 +1,7 @@
-"""Losses that prefer one response to a query over others, from the log-likelihoods of whole responses.
+"""Preference losses: one response to a query over others, from the log-likelihoods of whole responses.
 
-Every loss is a frozen dataclass of its settings that is called with `CandidateScores`. The arithmetic is in
-`comparisons`; here are padding, means and the settings.
+Every loss is a frozen dataclass of its settings, called with `CandidateScores`. The formulas are in `functional`; this
+module handles settings, padding and means.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from vlm_calibration.records import DataError
 class CandidateScores(NamedTuple):
     """Log-likelihoods of K candidate responses to each of B queries; column 0 is the chosen one.
 
-    policy: float [B, K], sum of log p over the response's tokens. reference: the same under the frozen reference, or None.
-    lengths: [B, K], number of tokens, at least 1. distance: float [B, K] in [0, 1], how far the response is from the
-    target: 0 for the chosen one, |stated level - target level|, 1 for a wrong answer. valid: bool [B, K], False for
-    padding, whose numbers may be anything; column 0 is always valid.
+    Attributes:
+        policy: float [B, K], sum of log p over the response's tokens.
+        reference: float [B, K], the same under the frozen reference, or None.
+        lengths: [B, K], number of tokens, at least 1.
+        distance: float [B, K] in [0, 1], distance to the target: |stated level - target level|, which is 0 for the chosen
+            response, and 1 for a wrong answer.
+        valid: bool [B, K], False for padding, whose numbers may be anything; column 0 is always valid.
     """
 
     policy: Tensor
@@ -35,7 +38,14 @@ class CandidateScores(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Log-likelihoods of chosen and rejected responses; those of the reference are 0 for a loss without one."""
+    """Log-likelihoods of chosen and rejected responses, per token if the loss is.
+
+    Attributes:
+        chosen: float [B, 1].
+        rejected: float [B, K - 1].
+        ref_chosen: float [B, 1], under the reference; 0 for a loss without reference.
+        ref_rejected: float [B, K - 1], under the reference; 0 for a loss without reference.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -43,14 +53,19 @@ class Pairs(NamedTuple):
     ref_rejected: Tensor
 
 
-def _filled(scores: CandidateScores) -> CandidateScores:
-    """Checked scores in the policy's dtype or float32 if that is wider, with harmless numbers in place of padding.
+def _fill_padding(scores: CandidateScores) -> CandidateScores:
+    """Check scores, convert them to at least float32, and replace padding by finite numbers.
 
-    Padding goes before any arithmetic: the gradient of an inf or nan that is masked afterwards is nan.
+    Padding is replaced before any arithmetic, because the gradient of an inf or nan that is masked afterwards is nan.
+
+    Raises:
+        ValueError: see `PreferenceLoss.__call__`.
     """
     shape, valid = scores.policy.shape, scores.valid
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"candidates must be a table of queries x candidates, found shape {tuple(shape)}")
+        raise ValueError(
+            f"candidates must be a table of queries x candidates, found shape {tuple(shape)}"
+        )
     for name, values in scores._asdict().items():
         if values is not None and values.shape != shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}, but policy has {tuple(shape)}")
@@ -70,7 +85,12 @@ def _filled(scores: CandidateScores) -> CandidateScores:
 
 
 def _mean_over_queries(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean over what counts of each query, then over the queries with anything that counts; 0 if there is none."""
+    """Mean over the counted values of each query, then over the queries that have any; 0 if no query has.
+
+    Args:
+        values: float [B, K].
+        counted: bool [B, K].
+    """
     n = counted.sum(-1)
     means = torch.where(counted, values, 0.0).sum(-1) / n.clamp(min=1)
     return means.sum() / (n > 0).sum().clamp(min=1)
@@ -85,10 +105,10 @@ _RULES = {
 
 
 class PreferenceLoss(ABC):
-    """A loss of candidate scores, as a scalar.
+    """Base class of the losses of candidate scores.
 
-    Queries count alike, however many candidates they have. One with nothing to compare contributes nothing, and if all
-    are such, the loss is a 0 with a gradient of 0.
+    Every query has the same weight, whatever its number of candidates. A query with nothing to compare does not
+    contribute; if no query does, the loss is 0 with a gradient of 0.
 
     Attributes:
         beta: scale of the implicit reward.
@@ -113,19 +133,20 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def __call__(self, scores: CandidateScores) -> Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar of at least float32.
 
         Raises:
-            ValueError: scores that are not a table, without a chosen response or without the reference that is needed.
+            ValueError: the scores are not [B, K], a chosen response is invalid, a length is 0, or a needed reference is
+                missing.
         """
 
     def rewards(self, scores: CandidateScores) -> Tensor:
-        """The implicit reward of each candidate, [B, K]: beta (policy - reference), per token if so set; 0 for padding."""
-        policy, reference = self._log_likelihoods(_filled(scores))
+        """Implicit reward of each candidate, float [B, K]: beta (policy - reference), per token if the loss is; 0 for padding."""
+        policy, reference = self._log_likelihoods(_fill_padding(scores))
         return self.beta * (policy - reference)
 
     def _log_likelihoods(self, filled: CandidateScores) -> tuple[Tensor, Tensor]:
-        """Of policy and reference as this loss takes them: per token or not, and 0 for a reference it does without."""
+        """Log-likelihoods under policy and reference, float [B, K] each: per token if the loss is; 0 if it has no reference."""
         if not self.needs_reference:
             reference = torch.zeros_like(filled.policy)
         elif filled.reference is None:
@@ -137,14 +158,14 @@ class PreferenceLoss(ABC):
 
 
 class PairwiseLoss(PreferenceLoss):
-    """Every valid candidate but the chosen one makes a pair with it; a query's loss is the mean over its pairs."""
+    """Base class of the losses of pairs: the chosen response with each rejected one; a query's loss is the mean over its pairs."""
 
     @abstractmethod
     def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        """The loss of each pair, [B, K - 1]; `distance` is the rejected response's."""
+        """The loss of each pair, float [B, K - 1]; `distance`, float [B, K - 1], is that of the rejected response."""
 
     def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = _filled(scores)
+        filled = _fill_padding(scores)
         policy, reference = self._log_likelihoods(filled)
         pairs = Pairs(policy[:, :1], policy[:, 1:], reference[:, :1], reference[:, 1:])
         return _mean_over_queries(self.pair_losses(pairs, filled.distance[:, 1:]), filled.valid[:, 1:])
@@ -155,10 +176,10 @@ class DPO(PairwiseLoss):
     """Direct preference optimisation (arXiv 2305.18290).
 
     Args:
-        beta: strength of the pull towards the reference; scale of the reward.
+        beta: strength of the regularisation towards the reference; scale of the reward.
         label_smoothing: assumed share of flipped preferences in [0, 0.5); above 0 this is conservative DPO (Mitchell,
             "A note on DPO with noisy preferences & relationship to IPO", 2023).
-        reference_free: take the reference to like all responses alike.
+        reference_free: use a reference that prefers no response.
     """
 
     beta: float = 0.1
@@ -178,11 +199,11 @@ class SimPO(PairwiseLoss):
     """Simple preference optimisation (arXiv 2405.14734): log-likelihood per token, a target margin, no reference.
 
     The paper tunes beta and gamma for each model (2 to 2.5 and 0.3 to 1.6). The defaults are its setting for
-    Llama-3-Base, whose ratio of 0.5 the authors recommend to start from.
+    Llama-3-Base; the authors recommend its ratio of 0.5 to start from.
 
     Args:
         beta: scale of the reward; much larger than DPO's, because rewards are per token.
-        gamma: reward margin to aim for, at least 0. TRL's `simpo_gamma`; the authors' code sets gamma / beta.
+        gamma: target reward margin, at least 0. TRL's `simpo_gamma`; the authors' code sets gamma / beta.
     """
 
     beta: float = 2.0
@@ -206,8 +227,8 @@ class IPO(PairwiseLoss):
 
     Args:
         beta: the paper's tau.
-        average: take log-likelihoods per token, as TRL does. The default is the paper's equation, on whole responses;
-            for responses of n tokens each, averages with beta are sums with beta / n, and 1 / n^2 of the loss.
+        average: use log-likelihoods per token, as TRL does. The default is the paper's equation, on whole responses. If all
+            responses have n tokens, the loss of averages with beta is 1 / n^2 of the loss of sums with beta / n.
     """
 
     beta: float = 0.1
@@ -223,10 +244,10 @@ class IPO(PairwiseLoss):
 
 @dataclass(frozen=True)
 class Hinge(PairwiseLoss):
-    """The hinge loss of SLiC (arXiv 2305.10425), on ratios to the reference as RSO has it (arXiv 2309.06657).
+    """The hinge loss of SLiC (arXiv 2305.10425), on ratios to the reference as in RSO (arXiv 2309.06657).
 
     Args:
-        beta: a pair is left alone once its h reaches 1 / beta, SLiC's margin delta.
+        beta: inverse of the margin, SLiC's delta: a pair has no gradient once its h reaches 1 / beta.
     """
 
     beta: float = 0.1
@@ -237,14 +258,14 @@ class Hinge(PairwiseLoss):
 
 @dataclass(frozen=True)
 class Ordinal(PairwiseLoss):
-    """DPO with an offset (ODPO, arXiv 2402.10571): the further a response is from the target, the larger the margin.
+    """DPO with an offset (ODPO, arXiv 2402.10571): the margin grows with the rejected response's distance to the target.
 
     The paper's offset is alpha times the log of a difference of scores; here it is linear in the distance, which is in
     [0, 1] and may be 0.
 
     Args:
         beta: as in `DPO`.
-        offset: reward margin asked for at distance 1, at least 0; 0 is DPO.
+        offset: required reward margin at distance 1, at least 0; 0 is DPO.
     """
 
     beta: float = 0.1
@@ -258,8 +279,8 @@ class Ordinal(PairwiseLoss):
 class Listwise(PreferenceLoss):
     """The Plackett-Luce likelihood of ranking all candidates by distance (arXiv 2305.18290, appendix A.3; 2402.01878).
 
-    Candidates score their implicit reward; `plackett_luce` says what becomes of ties. A query's loss is the mean of its
-    terms, so that it is comparable across numbers of candidates; with two it is DPO.
+    The score of a candidate is its implicit reward; see `plackett_luce` for ties. A query's loss is the mean of its terms,
+    so that it is comparable across numbers of candidates; with two candidates it is DPO.
 
     Args:
         beta: as in `DPO`.
@@ -268,7 +289,7 @@ class Listwise(PreferenceLoss):
     beta: float = 0.1
 
     def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = _filled(scores)
+        filled = _fill_padding(scores)
         policy, reference = self._log_likelihoods(filled)
         terms, counted = plackett_luce(self.beta * (policy - reference), filled.distance, filled.valid)
         return _mean_over_queries(terms, counted)
@@ -276,15 +297,13 @@ class Listwise(PreferenceLoss):
 
 @torch.no_grad()
 def preference_statistics(loss: PreferenceLoss, scores: CandidateScores) -> dict[str, Tensor]:
-    """What to log beside the loss.
-
-    All are means over a query's pairs, then over the queries with a pair, and nan if there is none.
+    """Statistics to log beside the loss: means over a query's pairs, then over the queries with a pair; nan if there is none.
 
     Returns:
-        reward_margin: reward of the chosen response minus the rejected one's. reward_accuracy: whether that is above 0.
-        logp_chosen, logp_rejected: log-likelihood of the whole responses.
+        `reward_margin`: reward of the chosen response minus that of the rejected one; `reward_accuracy`: the share of
+        margins above 0; `logp_chosen` and `logp_rejected`: log-likelihood of the whole responses.
     """
-    filled = _filled(scores)
+    filled = _fill_padding(scores)
     rewards, policy, pairs = loss.rewards(filled), filled.policy, filled.valid[:, 1:]
     margin = rewards[:, :1] - rewards[:, 1:]
     statistics = {
