@@ -52,7 +52,7 @@ def table(
     distance: list[list[float]] | None = None,
     valid: list[list[bool]] | None = None,
 ) -> CandidateScores:
-    """Scores in float64; what is not given is all 0, 1, [0, 1, 1, ...] or True."""
+    """Scores in float64; defaults are reference 0, lengths 1, distances [0, 1, 1, ...] and all valid."""
     values = torch.tensor(policy, dtype=torch.float64)
     steps = (torch.arange(values.shape[1]) > 0).double().expand_as(values)
     return CandidateScores(
@@ -65,7 +65,7 @@ def table(
 
 
 def random_table(seed: int, n_queries: int = 5, n_candidates: int = 4) -> CandidateScores:
-    """Ragged: any number of candidates at any columns, the first query with none but the chosen; ties in distance."""
+    """Random scores with any number of valid candidates in any column and ties in distance; the first query has only the chosen one."""
     generator = torch.Generator().manual_seed(seed)
     shape = (n_queries, n_candidates)
     valid = torch.rand(shape, generator=generator) < 0.6
@@ -87,7 +87,7 @@ def softplus(x: float) -> float:
     return math.log(1 + math.exp(x))
 
 
-# One pair: log p of -2 and -5, under the reference -2.5 and -4, of 2 and 4 tokens; the rejected one is 0.3 off.
+# One pair: log p of -2 and -5, under the reference -2.5 and -4, of 2 and 4 tokens; the rejected one at distance 0.3.
 # h = (-2 + 2.5) - (-5 + 4) = 0.5 + 1 = 1.5
 PAIR = table([[-2, -5]], [[-2.5, -4]], [[2, 4]], [[0, 0.3]])
 
@@ -128,7 +128,7 @@ def test_pair_functions_by_hand() -> None:
     assert float(ipo(*pair, 0.1)) == pytest.approx(3.5**2)
     assert float(hinge(*pair, 0.1)) == pytest.approx(0.85)
     assert float(odpo(*pair, torch.tensor(0.3), 0.1, 1.0)) == pytest.approx(softplus(0.15))
-    # they broadcast and do not reduce
+    # The functions broadcast and do not reduce.
     column, row, zero = torch.zeros(3, 1), torch.arange(4.0)[None], torch.zeros(())
     expected = [softplus(0.1 * k) for k in range(4)]
     assert dpo(column, row, zero, zero, 0.1).tolist() == [pytest.approx(expected)] * 3
@@ -160,15 +160,15 @@ def _pair_by_loop(loss: PreferenceLoss, scores: CandidateScores, b: int, k: int)
 def _ranking_by_loop(loss: Listwise, scores: CandidateScores, b: int) -> list[float]:
     """The terms of query b."""
     assert scores.reference is not None
-    found = []
+    terms = []
     candidates = [k for k in range(scores.policy.shape[1]) if scores.valid[b, k]]
     reward = {k: loss.beta * float(scores.policy[b, k] - scores.reference[b, k]) for k in candidates}
     for i in candidates:
         further = [j for j in candidates if scores.distance[b, j] > scores.distance[b, i]]
         if further:
             total = sum(math.exp(reward[j]) for j in [i, *further])
-            found.append(-math.log(math.exp(reward[i]) / total))
-    return found
+            terms.append(-math.log(math.exp(reward[i]) / total))
+    return terms
 
 
 def _by_loop(loss: PreferenceLoss, scores: CandidateScores) -> float:
@@ -230,9 +230,9 @@ def test_padding_may_hold_anything(loss: PreferenceLoss, garbage: float) -> None
         )
         lengths = clean.lengths.masked_fill(~clean.valid, 1 if padding == 0 else 0)
         scores = CandidateScores(policy.requires_grad_(), reference, lengths, distance, clean.valid)
-        found = loss(scores)
-        found.backward()
-        values.append(found)
+        value = loss(scores)
+        value.backward()
+        values.append(value)
         gradients.append(policy.grad)
         rewards.append(
             torch.stack([loss.rewards(scores).sum(), *preference_statistics(loss, scores).values()])
@@ -253,10 +253,10 @@ def test_without_a_pair_the_loss_is_0_with_a_gradient(loss: PreferenceLoss, n_ca
     lonely = torch.zeros(2, n_candidates, dtype=torch.bool)
     lonely[:, 0] = True
     scores = CandidateScores(policy, policy.detach(), torch.ones(2, n_candidates), policy.detach(), lonely)
-    found = loss(scores)
-    assert found == 0
-    assert found.shape == ()
-    found.backward()
+    value = loss(scores)
+    assert value == 0
+    assert value.shape == ()
+    value.backward()
     assert policy.grad is not None
     assert policy.grad.tolist() == [[0.0] * n_candidates] * 2
     assert all(math.isnan(x) for x in preference_statistics(loss, scores).values())
@@ -269,10 +269,10 @@ def test_listwise_is_plackett_luce() -> None:
     rewards = [0.8 * x for x in (1, -0.5, 1, -3)]
 
     def probability(order: tuple[int, ...]) -> float:
-        left, total = list(order), 1.0
+        remaining, total = list(order), 1.0
         for i in order:
-            total *= math.exp(rewards[i]) / sum(math.exp(rewards[j]) for j in left)
-            left.remove(i)
+            total *= math.exp(rewards[i]) / sum(math.exp(rewards[j]) for j in remaining)
+            remaining.remove(i)
         return total
 
     assert sum(probability(order) for order in itertools.permutations(range(4))) == pytest.approx(1)
@@ -292,7 +292,7 @@ def test_listwise_does_not_order_ties() -> None:
     terms = [-math.log(a / (a + b + c + d)), -math.log(b / (b + c + d))]
     assert float(Listwise(beta=1.0)(scores)) == pytest.approx(sum(terms) / 2)
 
-    # Nothing is further than anything, in one query of two.
+    # One query of two has no candidate further away than another.
     scores = table([[0, 1], [0, 1]], distance=[[0, 0], [0, 1]])
     assert float(Listwise(beta=1.0)(scores)) == pytest.approx(-math.log(a / (a + b)))
 
@@ -322,7 +322,7 @@ def test_special_cases_agree() -> None:
 
 
 def test_label_smoothing_keeps_an_already_certain_preference_from_growing() -> None:
-    # The smoothed loss is least where sigmoid(beta h) = 1 - e.
+    # The minimum of the smoothed loss is at sigmoid(beta h) = 1 - e.
     best = math.log(0.9 / 0.1) / 0.5
     policy = torch.tensor([[best, 0.0]], dtype=torch.float64, requires_grad=True)
     DPO(beta=0.5, label_smoothing=0.1)(table([[0, 0]])._replace(policy=policy)).backward()
@@ -334,10 +334,10 @@ def test_label_smoothing_keeps_an_already_certain_preference_from_growing() -> N
 def test_half_precision_is_computed_in_float32(loss: PreferenceLoss) -> None:
     full = random_table(3)
     half = full._replace(policy=full.policy.bfloat16(), reference=full.reference.bfloat16())
-    found = loss(half)
-    assert found.dtype == torch.float32
+    value = loss(half)
+    assert value.dtype == torch.float32
     rounded = full._replace(policy=half.policy.double(), reference=half.reference.double())
-    assert float(found) == pytest.approx(float(loss(rounded)), rel=1e-5)
+    assert float(value) == pytest.approx(float(loss(rounded)), rel=1e-5)
     assert loss(full).dtype == torch.float64
 
 
@@ -349,9 +349,9 @@ def test_large_margins_stay_finite(loss: PreferenceLoss, size: float) -> None:
     scores = CandidateScores(
         policy, zeros, zeros + 1, torch.tensor([[0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
     )
-    found = loss(scores)
-    found.backward()
-    assert found.isfinite()
+    value = loss(scores)
+    value.backward()
+    assert value.isfinite()
     assert policy.grad is not None
     assert policy.grad.isfinite().all()
 
@@ -372,9 +372,9 @@ def test_statistics_spelled_out() -> None:
         valid=[[True, True, True], [True, True, False], [True, False, False]],
     )
     loss = DPO(beta=0.5)
-    found = {name: float(value) for name, value in preference_statistics(loss, scores).items()}
+    statistics = {name: float(value) for name, value in preference_statistics(loss, scores).items()}
     # margins 0.5 and -1 of the first query, 1.5 of the second; the third has no pair
-    assert found == pytest.approx(
+    assert statistics == pytest.approx(
         {
             "reward_margin": ((0.5 - 1) / 2 + 1.5) / 2,
             "reward_accuracy": (1 / 2 + 1) / 2,
@@ -455,7 +455,7 @@ def test_bad_settings(kind: Callable[..., PreferenceLoss], name: str, values: li
 
 
 def test_losses_are_made_from_a_config() -> None:
-    def made(loss: PreferenceLoss) -> PreferenceLoss:
+    def build(loss: PreferenceLoss) -> PreferenceLoss:
         return loss
 
     module = "vlm_calibration.losses.preference"
@@ -464,4 +464,4 @@ def test_losses_are_made_from_a_config() -> None:
         ([f"--loss={json.dumps(config)}"], DPO(label_smoothing=0.1)),
         ([f"--loss={module}.Ordinal", "--loss.offset=2"], Ordinal(offset=2.0)),
     ]:
-        assert auto_cli(made, args=args, as_positional=False) == loss
+        assert auto_cli(build, args=args, as_positional=False) == loss

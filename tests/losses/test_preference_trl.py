@@ -1,7 +1,7 @@
 """Preference losses against TRL's own: loss and gradient of the same model on the same responses.
 
-Only TRL's constructors are left out: a trainer is made without one and given the settings that its loss reads. TRL pads
-and collates, runs the model, and takes log-likelihoods and loss; our side runs the model on one response at a time.
+TRL's trainers are created without their constructors, with the settings that their losses read. TRL pads and collates, runs the
+model, and computes log-likelihoods and loss; our side runs the model on one response at a time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Models(NamedTuple):
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    """Random, and so sharp that the log-likelihoods of responses are far apart."""
+    """Random models with weights so large that the log-likelihoods of responses differ widely."""
     config = LlamaConfig(
         vocab_size=12,
         hidden_size=16,
@@ -68,10 +68,10 @@ def models() -> Models:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = Models(LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False))
-    for model in found:
+        models = Models(LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False))
+    for model in models:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    return found
+    return models
 
 
 def _log_likelihood(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
@@ -157,12 +157,12 @@ def assert_same(models: Models, ours: Tensor, theirs: Tensor) -> None:
     parameters = list(models.policy.parameters())
     ours_grad, theirs_grad = (torch.autograd.grad(loss, parameters) for loss in (ours, theirs))
     assert max(float(g.abs().max()) for g in theirs_grad) > 1e-3
-    for mine, other in zip(ours_grad, theirs_grad, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(ours_grad, theirs_grad, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_are_far_apart(models: Models) -> None:
-    """So that no comparison below is one of zeros, and the hinge is met on both sides of its kink."""
+    """The comparisons below are not of zeros, and cover both sides of the hinge's kink."""
     scores = score(models)
     assert scores.reference is not None
     assert float((scores.policy - scores.reference).detach().std()) > 1
@@ -188,13 +188,13 @@ def test_with_reference(models: Models, loss: PreferenceLoss, loss_type: str) ->
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
 def test_conservative_dpo(models: Models, loss_type: str) -> None:
-    """TRL's "sigmoid" takes no label smoothing any more, but "aot" smooths so, and sorting one pair changes nothing."""
+    """TRL's "sigmoid" has no label smoothing, but "aot" has, and its sorting does not change a batch of one pair."""
     theirs = trl_dpo(models, loss_type, 0.3, one_by_one=True, label_smoothing=0.2)
     assert_same(models, DPO(beta=0.3, label_smoothing=0.2)(score(models)), theirs)
 
 
 def test_robust_dpo_is_another_loss_with_the_same_setting(models: Models) -> None:
-    """TRL's "robust" (arXiv 2403.00409) debiases where conservative DPO smooths; it is made of the same two terms."""
+    """TRL's "robust" (arXiv 2403.00409) debiases where conservative DPO smooths, with the same two terms."""
     scores, smoothing = score(models), 0.2
     assert scores.reference is not None
     policy, reference = scores.policy, scores.reference
@@ -214,7 +214,7 @@ def test_robust_dpo_is_another_loss_with_the_same_setting(models: Models) -> Non
         (SimPO(beta=2.0, gamma=1.0), "simpo", {"simpo_gamma": 1.0}),
         (SimPO(beta=2.5, gamma=0.3), "simpo", {"simpo_gamma": 0.3}),
         (SimPO(beta=0.1, gamma=0.0), "simpo", {"simpo_gamma": 0.0}),
-        # `DPOTrainer` has no `reference_free` any more; `CPOTrainer`'s "sigmoid" is that
+        # `DPOTrainer` has no `reference_free`; `CPOTrainer`'s "sigmoid" is the same loss.
         (DPO(beta=0.1, reference_free=True), "sigmoid", {}),
         (DPO(beta=0.4, label_smoothing=0.2, reference_free=True), "sigmoid", {"label_smoothing": 0.2}),
     ],
@@ -228,7 +228,7 @@ def test_without_reference(
 
 
 def test_ipo_on_whole_responses(models: Models) -> None:
-    """TRL averages over tokens before its formula, so the formula alone is given sums."""
+    """TRL averages over tokens before its formula, so the formula is called with sums directly."""
     scores = score(models)
     assert scores.reference is not None
     ratios = scores.policy - scores.reference
@@ -238,7 +238,7 @@ def test_ipo_on_whole_responses(models: Models) -> None:
 
 
 def test_chosen_nll(models: Models) -> None:
-    """TRL's "sft" averages over the tokens of a batch, which for one query is the mean that we take of each."""
+    """TRL's "sft" averages over the tokens of a batch, which for a batch of one query is our mean."""
     theirs = trl_dpo(models, "sft", 0.1, one_by_one=True)
     chosen = [_log_likelihood(models.policy, prompt, responses[0]) for prompt, responses in QUERIES]
     log_likelihood = torch.cat(chosen)
@@ -253,13 +253,13 @@ def test_statistics(models: Models) -> None:
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items() if "/" in name}
     scores = score(models)
     ours = preference_statistics(DPO(beta=0.3), scores)
-    for mine, other in [
+    for our_name, their_name in [
         ("reward_margin", "rewards/margins"),
         ("reward_accuracy", "rewards/accuracies"),
         ("logp_chosen", "logps/chosen"),
         ("logp_rejected", "logps/rejected"),
     ]:
-        assert float(ours[mine]) == pytest.approx(theirs[other], rel=1e-5)
+        assert float(ours[our_name]) == pytest.approx(theirs[their_name], rel=1e-5)
     rewards = DPO(beta=0.3).rewards(scores).detach()
     assert float(rewards[:, 0].mean()) == pytest.approx(theirs["rewards/chosen"], rel=1e-5)
     assert float(rewards[:, 1:].mean()) == pytest.approx(theirs["rewards/rejected"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Likelihood and loss of responses against a loop that spells the arithmetic out."""
+"""Likelihood and loss of responses against explicit loops."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 def _by_hand(log_likelihood: list[float], rows: list[int], weights: list[float], n_rows: int) -> float:
     total = 0.0
     for b in range(n_rows):
-        mine = [i for i, row in enumerate(rows) if row == b]
-        total += sum(-weights[i] * log_likelihood[i] for i in mine) / len(mine)
+        tokens = [i for i, row in enumerate(rows) if row == b]
+        total += sum(-weights[i] * log_likelihood[i] for i in tokens) / len(tokens)
     return total / n_rows
 
 
 def test_token_log_likelihood_is_a_log_softmax() -> None:
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 10, 3, 3, 7, 1, 5])
-    found = token_log_likelihood(logits, targets)
+    log_likelihood = token_log_likelihood(logits, targets)
     for i in range(7):
         row = [math.exp(x) for x in logits[i].double().tolist()]
-        assert float(found[i]) == pytest.approx(math.log(row[targets[i]] / sum(row)), abs=1e-5)
-    assert found.dtype == torch.float32
+        assert float(log_likelihood[i]) == pytest.approx(math.log(row[targets[i]] / sum(row)), abs=1e-5)
+    assert log_likelihood.dtype == torch.float32
     assert token_log_likelihood(logits.bfloat16(), targets).dtype == torch.float32
     assert token_log_likelihood(logits[:0], targets[:0]).shape == (0,)
 
@@ -45,24 +45,24 @@ def _batches(draw: st.DrawFn) -> tuple[list[float], list[int], list[float], int]
 @given(_batches())
 def test_response_nll_is_the_loop(batch: tuple[list[float], list[int], list[float], int]) -> None:
     values, rows, weights, n_rows = batch
-    found = response_nll(
+    loss = response_nll(
         torch.tensor(values, dtype=torch.float64),
         torch.tensor(rows),
         torch.tensor(weights, dtype=torch.float64),
         n_rows,
     )
-    assert float(found) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
+    assert float(loss) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
 
 
 def test_arithmetic_spelled_out() -> None:
     # two responses: -log p of 1, 2, 3 with weights 1, 1, 0.5, and of 4 with weight 2
-    found = response_nll(
+    loss = response_nll(
         torch.tensor([-1.0, -2.0, -3.0, -4.0]),
         torch.tensor([0, 0, 0, 1]),
         torch.tensor([1.0, 1.0, 0.5, 2.0]),
         2,
     )
-    assert float(found) == pytest.approx(((1 + 2 + 1.5) / 3 + 8) / 2)
+    assert float(loss) == pytest.approx(((1 + 2 + 1.5) / 3 + 8) / 2)
 
 
 def test_a_batch_of_four_is_the_mean_of_two_of_two() -> None:
@@ -70,13 +70,13 @@ def test_a_batch_of_four_is_the_mean_of_two_of_two() -> None:
     rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])
     values = -torch.rand(11, generator=generator, dtype=torch.float64)
     weights = torch.rand(11, generator=generator, dtype=torch.float64)
-    whole = response_nll(values, rows, weights, 4)
+    batch_loss = response_nll(values, rows, weights, 4)
     first, second = rows < 2, rows >= 2
     halves = [
         response_nll(values[first], rows[first], weights[first], 2),
         response_nll(values[second], rows[second] - 2, weights[second], 2),
     ]
-    assert float(whole) == pytest.approx(float(sum(halves)) / 2, abs=1e-12)
+    assert float(batch_loss) == pytest.approx(float(sum(halves)) / 2, abs=1e-12)
 
 
 def test_gradient_of_each_token() -> None:

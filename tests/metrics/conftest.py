@@ -149,16 +149,16 @@ class Exact:
         return sum((c - self.mean()) ** 2 for c in self.c) / self.n
 
     def auroc(self) -> Fraction | None:
-        right = [c for c, y in zip(self.c, self.y, strict=True) if y]
+        correct = [c for c, y in zip(self.c, self.y, strict=True) if y]
         wrong = [c for c, y in zip(self.c, self.y, strict=True) if not y]
-        if not right or not wrong:
+        if not correct or not wrong:
             return None
-        won = sum(Fraction(int(a > b) * 2 + int(a == b), 2) for a in right for b in wrong)
-        return won / (len(right) * len(wrong))
+        won = sum(Fraction(int(a > b) * 2 + int(a == b), 2) for a in correct for b in wrong)
+        return won / (len(correct) * len(wrong))
 
     def average_precision(self, positive: int = 1) -> Fraction | None:
-        found = sum(y == positive for y in self.y)
-        if not found:
+        positives = sum(y == positive for y in self.y)
+        if not positives:
             return None
         area, before = Fraction(0), 0
         for threshold in sorted(set(self.c), reverse=positive == 1):
@@ -168,7 +168,7 @@ class Exact:
                 if (c >= threshold if positive == 1 else c <= threshold)
             ]
             hits = sum(y == positive for y in chosen)
-            area += Fraction(hits - before, found) * Fraction(hits, len(chosen))
+            area += Fraction(hits - before, positives) * Fraction(hits, len(chosen))
             before = hits
         return area
 
@@ -186,8 +186,8 @@ class Exact:
         return sum(errors[k] / k for k in range(1, self.n + 1)) / self.n
 
     def excess_aurc(self) -> Fraction:
-        right = sum(self.y)
-        best = sum(Fraction(max(k - right, 0), k) for k in range(1, self.n + 1)) / self.n
+        correct = sum(self.y)
+        best = sum(Fraction(max(k - correct, 0), k) for k in range(1, self.n + 1)) / self.n
         return self.aurc() - best
 
     def augrc(self) -> Fraction:
@@ -196,19 +196,19 @@ class Exact:
 
     def accuracy_at_coverage(self, coverage: Fraction = Fraction(4, 5)) -> Fraction:
         errors = self.expected_errors()
-        given = coverage * self.n
-        whole = given.numerator // given.denominator
-        wrong = errors[whole]
-        if given > whole:
-            wrong += (given - whole) * (errors[whole + 1] - errors[whole])
-        return 1 - wrong / given
+        answered = coverage * self.n
+        n_whole = answered.numerator // answered.denominator
+        wrong = errors[n_whole]
+        if answered > n_whole:
+            wrong += (answered - n_whole) * (errors[n_whole + 1] - errors[n_whole])
+        return 1 - wrong / answered
 
     def coverage_at_risk(self, risk: Fraction = Fraction(1, 20)) -> Fraction:
         best = Fraction(0)
         for threshold in set(self.c):
-            given = [y for c, y in zip(self.c, self.y, strict=True) if c >= threshold]
-            if Fraction(len(given) - sum(given), len(given)) <= risk:
-                best = max(best, Fraction(len(given), self.n))
+            answered = [y for c, y in zip(self.c, self.y, strict=True) if c >= threshold]
+            if Fraction(len(answered) - sum(answered), len(answered)) <= risk:
+                best = max(best, Fraction(len(answered), self.n))
         return best
 
 

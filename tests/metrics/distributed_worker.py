@@ -1,6 +1,6 @@
 """The processes of the distributed tests: `python distributed_worker.py FOLDER`.
 
-Each counts its uneven share of the answers, computes over all processes, and saves values and what it sent.
+Each process counts its uneven share of the answers, computes over all processes, and saves the values and the bytes that it sent.
 """
 
 import multiprocessing
@@ -46,7 +46,7 @@ def count(metrics, tasks, n, part, batch):
 
 
 def record_traffic():
-    """Wrap the collectives; returns a list that receives (name, bytes) of what this process sends."""
+    """Wrap the collectives; returns a list to which each call by this process appends (name, bytes)."""
     sent = []
     for name in ("all_reduce", "all_gather", "all_gather_object", "gather", "broadcast"):
         original = getattr(dist, name)
@@ -61,7 +61,7 @@ def record_traffic():
 
 
 def run(rank, world, n):
-    """Values of everything that is computed, with what was sent while it was."""
+    """Count, compute and return all values, with the traffic of the first computation."""
     metrics, tasks = (cls(categories=["a", "b", "c"]) for cls in (CalibrationMetrics, TaskMetrics))
     count(metrics, tasks, n, share(rank, world, n), batch=97)
     sent = record_traffic()
@@ -92,7 +92,7 @@ def process(rank, world, folder):
 
 
 def main(folder):
-    """Start worlds of two and of three processes; what was imported is there already when they fork."""
+    """Start worlds of two and of three processes; they are forked, so that imports are not repeated."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for world in (2, 3):

@@ -26,9 +26,9 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     - `n, parse_failure_rate, brier_uncertainty, parsed_accuracy`: 0.
     - `mean_confidence, overconfidence`: `d`. `sharpness`: `d`, as the standard deviation is at most 1/2.
     - `brier`: `2 d`, as `|c'^2 - c^2| <= 2 d`.
-    - `log_loss`: a wrong (right) answer at level `c` costs at most `d / (1 - c - d)` (`d / (c - d)`) more or
+    - `log_loss`: a wrong (correct) answer at level `c` costs at most `d / (1 - c - d)` (`d / (c - d)`) more or
       less; infinite once an answer is within `d` of certainty that could be wrong.
-    - `auroc`, `augrc`: rounding only makes ties, each worth half a pair: half the share of (right, wrong) pairs
+    - `auroc`, `augrc`: rounding only makes ties, each worth half a pair: half the share of (correct, wrong) pairs
       that share a level, for AUGRC times `acc * (1 - acc)`.
     - `aurc`, `excess_aurc`: within a level of `n` answers, `e` of them wrong, the errors counted so far differ by
       at most `e (n - e) / n` from their expectation over the order.
@@ -38,7 +38,7 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     - `ace` (quantile bins): `d` if no level's answers could belong to two bins, else 1.
     - `smooth_ece`: `d (1 + sqrt(2 / pi) / s)` with `s` the value on the table (or `MIN_BANDWIDTH` if smaller):
       two Gaussians of deviation `s` whose centres are `d` apart differ by `sqrt(2 / pi) d / s`.
-    - `average_precision`: the precision at any right answer of a level lies between all wrong answers of the
+    - `average_precision`: the precision at any correct answer of a level lies between all wrong answers of the
       level coming first and all of them coming last.
     - `accuracy_at_coverage` (0.8): as for `aurc`, in the level where the answers end.
     - No bound below the range: `brier_reliability`, `brier_resolution` and `debiased_l2_ece`,
@@ -74,8 +74,8 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
 
 def _log_loss_bound(groups: ConfidenceGroups, half: float) -> float:
     """Mean over the answers of the largest change of their own cost."""
-    right_room, wrong_room = groups.value - half, 1 - groups.value - half
-    cost = torch.where(groups.correct > 0, groups.correct * half / right_room.clamp_min(0), 0.0)
+    correct_room, wrong_room = groups.value - half, 1 - groups.value - half
+    cost = torch.where(groups.correct > 0, groups.correct * half / correct_room.clamp_min(0), 0.0)
     cost = cost + torch.where(groups.wrong > 0, groups.wrong * half / wrong_room.clamp_min(0), 0.0)
     return float(cost.sum() / groups.total)
 
@@ -104,29 +104,29 @@ def _binned_bounds(groups: ConfidenceGroups, resolution: int, half: float, n_bin
 
 
 def _ranking_bounds(groups: ConfidenceGroups) -> dict[str, float]:
-    """Bounds of what depends on the order alone, from the ties within groups."""
-    right, wrong = groups.correct.flip(-1), groups.wrong.flip(-1)
-    answers, total = right + wrong, float(groups.total)
+    """Bounds of the ranking metrics, from the ties within levels."""
+    correct, wrong = groups.correct.flip(-1), groups.wrong.flip(-1)
+    answers, total = correct + wrong, float(groups.total)
     before = answers.cumsum(-1) - answers
-    right_before = right.cumsum(-1) - right
-    pairs = float(right.sum() * wrong.sum())
-    tied = float((right * wrong).sum())
-    spread = wrong * right / answers.clamp_min(1)
+    correct_before = correct.cumsum(-1) - correct
+    pairs = float(correct.sum() * wrong.sum())
+    tied = float((correct * wrong).sum())
+    spread = wrong * correct / answers.clamp_min(1)
     aurc = float((spread * (torch.digamma(before + answers + 1) - torch.digamma(before + 1))).sum()) / total
-    precision = (right_before + right) / (before + answers).clamp_min(1)
-    best = (right_before + right) / (before + right).clamp_min(1)
-    worst = (right_before + 1) / (before + 1 + wrong)
-    slack = right * torch.maximum(best - precision, precision - worst)
-    found = float(right.sum())
-    given = ACCURACY_COVERAGE * total
-    cut = spread[(before < given) & (given < before + answers)]
+    precision = (correct_before + correct) / (before + answers).clamp_min(1)
+    best = (correct_before + correct) / (before + correct).clamp_min(1)
+    worst = (correct_before + 1) / (before + 1 + wrong)
+    slack = correct * torch.maximum(best - precision, precision - worst)
+    n_correct = float(correct.sum())
+    answered = ACCURACY_COVERAGE * total
+    cut = spread[(before < answered) & (answered < before + answers)]
     return {
         "auroc": tied / pairs / 2 if pairs else math.nan,
         "augrc": tied / total**2 / 2,
         "aurc": aurc,
         "excess_aurc": aurc,
-        "average_precision": float(slack.sum()) / found if found else math.nan,
-        "accuracy_at_coverage": float(cut.sum()) / given,
+        "average_precision": float(slack.sum()) / n_correct if n_correct else math.nan,
+        "accuracy_at_coverage": float(cut.sum()) / answered,
     }
 
 

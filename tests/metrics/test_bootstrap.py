@@ -25,7 +25,7 @@ from ..performance.intervals import POPULATIONS, coverage
 
 @pytest.fixture(scope="module")
 def table():
-    """2,000 answers at eleven levels, overconfident, 50 of them unread."""
+    """2,000 answers at eleven levels, overconfident, 50 of them unparsed."""
     rng = np.random.default_rng(0)
     confidence = rng.integers(0, 11, 2000) / 10
     correct = rng.random(2000) < 0.3 + 0.4 * confidence
@@ -50,7 +50,7 @@ def test_every_replicate_is_the_metric_of_a_table(table, name):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_replicates_with_one_class_or_empty_levels_or_nothing(seed):
-    """Small tables, whose replicates miss levels, a class or all: NaN exactly where the single table says NaN."""
+    """Replicates of small tables lack levels, a class or all answers, and are NaN exactly where that table's metric is."""
     table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None, None], [True, True, False, False, True])
     drawn = resample(table, 150, seed)
     parsed = drawn.counts.sum((1, 2))
@@ -77,17 +77,17 @@ def test_draws(table):
 
 
 def test_the_seed_decides(table):
-    first, again, other = (bootstrap_intervals(table, ["ece"], replicates=50, seed=s) for s in (4, 4, 5))
-    assert first == again != other
+    first, again, reseeded = (bootstrap_intervals(table, ["ece"], replicates=50, seed=s) for s in (4, 4, 5))
+    assert first == again != reseeded
 
 
 def test_it_equals_resampling_the_answers(table):
-    """The interval of the Brier score against a plain bootstrap over 1,950 answers, and the normal interval."""
+    """The interval of the Brier score against a bootstrap over the 1,950 answers, and against the normal interval."""
     rng = np.random.default_rng(1)
-    level, right = np.repeat(np.arange(101), table.counts.sum(1)), []
+    level, outcomes = np.repeat(np.arange(101), table.counts.sum(1)), []
     for wrong, correct in table.counts.tolist():
-        right += [0] * wrong + [1] * correct
-    squares = (level / 100 - np.array(right)) ** 2
+        outcomes += [0] * wrong + [1] * correct
+    squares = (level / 100 - np.array(outcomes)) ** 2
     plain = np.quantile([rng.choice(squares, len(squares)).mean() for _ in range(2000)], [0.025, 0.975])
     interval = bootstrap_intervals(table, ["brier"], replicates=4000)["brier"]
     half = 1.96 * squares.std() / math.sqrt(len(squares))
@@ -136,28 +136,28 @@ def test_an_interval_holds_its_estimate(answers, seed):
     ],
 )
 def test_intervals_cover(population, metric):
-    """Of 150 samples at least 135 hold the truth, of which 95% are 142.5; fewer do in one of 200 draws of samples."""
-    found = coverage(POPULATIONS[population], 200, [metric], samples=150, replicates=200)[metric]
-    assert found.samples == 150
-    assert found.samples - found.below - found.above >= 135
-    assert found.width / found.samples < 0.2, "an interval that holds everything says nothing"
+    """At least 135 of 150 intervals contain the truth; at a coverage of 95% fewer do with a probability of 1/200."""
+    counted = coverage(POPULATIONS[population], 200, [metric], samples=150, replicates=200)[metric]
+    assert counted.samples == 150
+    assert counted.samples - counted.below - counted.above >= 135
+    assert counted.width / counted.samples < 0.2, "a wide interval is no use"
 
 
 def test_reflected_replicates_would_not_cover_the_error_of_a_calibrated_model():
-    """What an interval of the ECE has to do better than: the bounds reflect what chance adds to the error."""
-    rng, held = np.random.default_rng(0), 0
+    """For comparison: bounds reflected at the value do not correct for the noise that inflates the ECE."""
+    rng, contained = np.random.default_rng(0), 0
     for seed in range(100):
         level = rng.integers(0, 11, 200)
         table = ConfidenceTable.from_predictions(
             torch.tensor(level / 10), torch.tensor(rng.random(200) < level / 10)
         )
         drawn = bootstrap_replicates(resample(table, 200, seed), METRICS["ece"])
-        held += 2 * float(METRICS["ece"](table)) - float(drawn.quantile(0.975)) <= 0
-    assert held < 75
+        contained += 2 * float(METRICS["ece"](table)) - float(drawn.quantile(0.975)) <= 0
+    assert contained < 75
 
 
 def test_bins_whose_answers_are_all_right_still_leave_a_doubt():
-    """60 answers of 95%, all right: no draw of them differs, but a calibrated model does so one time in 22."""
+    """60 answers at 95%, all correct: all draws are equal, but a calibrated model has this result one time in 22."""
     interval = bootstrap_intervals(ConfidenceTable.from_predictions([0.95] * 60, [True] * 60), ["ece"])["ece"]
     assert interval.value == pytest.approx(0.05)
     assert interval.low < 0.02
@@ -188,7 +188,7 @@ def test_undefined_metrics_have_no_interval():
 
 
 def test_replicates_without_a_value_are_left_out():
-    """One wrong answer of eight: a third of the replicates have none and no AUROC; the bounds are of the others."""
+    """One wrong answer of eight: a third of the replicates have no wrong answer and no AUROC, and are left out."""
     table = ConfidenceTable.from_predictions([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.45], [True] * 7 + [False])
     drawn = resample(table, 300, seed=0)
     values = bootstrap_replicates(drawn, METRICS["auroc"])
@@ -198,7 +198,7 @@ def test_replicates_without_a_value_are_left_out():
     )
     interval = bootstrap_intervals(table, ["auroc"], replicates=300)["auroc"]
     assert [interval.low, interval.high] == [np.nanmin(values.numpy()), np.nanmax(values.numpy())], (
-        "one wrong answer says next to nothing"
+        "one wrong answer determines next to nothing"
     )
 
 

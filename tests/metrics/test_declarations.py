@@ -1,4 +1,4 @@
-"""Declarations of metrics: what follows from each, and that one declaration is all that a new metric takes."""
+"""Declarations of metrics: a new metric takes one, and all forms of a metric agree with its declaration."""
 
 import math
 import os
@@ -75,7 +75,7 @@ assert "`doubt`: Mean distance of the confidences from certainty. In [0, 1], low
 
 
 def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
-    """A formula and its declaration, added to a copy of the package, are in every place where metrics are."""
+    """A formula and its declaration in a copy of the package give class, functional form, documentation and results."""
     shutil.copytree(Path(vlm_calibration.__file__).parent, tmp_path / "vlm_calibration")
     path = tmp_path / "vlm_calibration" / "metrics" / "functional.py"
     before, marker, after = path.read_text().partition("\nREPORTED = ")
@@ -123,11 +123,11 @@ DIRECTED = [name for name, spec in METRICS.items() if spec.higher_is_better is n
     "name", sorted({*DIRECTED} - {"parsed_accuracy"})
 )  # which the confidences do not change
 def test_an_oracle_is_at_the_better_bound(name):
-    """Certain and correct, or certain that it is wrong: no metric with a direction can be better."""
+    """Confidences of 100% where correct and 0% where wrong are better than the opposite, by every metric with a direction."""
     spec = METRICS[name]
     table = ConfidenceTable.from_predictions([1.0] * 9 + [0.0] * 9, [True] * 9 + [False] * 9)
-    lied = ConfidenceTable.from_predictions([0.0] * 9 + [1.0] * 9, [True] * 9 + [False] * 9)
-    best, worst = float(spec(table)), float(spec(lied))
+    opposite = ConfidenceTable.from_predictions([0.0] * 9 + [1.0] * 9, [True] * 9 + [False] * 9)
+    best, worst = float(spec(table)), float(spec(opposite))
     if best != worst:
         assert (best > worst) == spec.higher_is_better
     assert best != worst or name in ("parse_failure_rate", "brier_resolution")

@@ -1,4 +1,4 @@
-"""Two and three real processes with uneven shares, one of them empty, against one process: bit for bit."""
+"""Two and three real processes with uneven shares, one of them empty, give the values of one process bit for bit."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ SIZES = (1_000, 50_000)
 
 @pytest.fixture(scope="module")
 def worker():
-    """The worker as a module, for its answers and shares."""
+    """The worker as a module."""
     spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,7 +27,7 @@ def worker():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where all processes of both worlds have saved their results."""
+    """The folder with the results of all processes of both worlds."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, WORKER, folder]
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, folder):
-    """What every process of a world saved: a list with a dict by number of answers."""
+    """The results of every process of a world: a list of dicts by number of answers."""
     return [
         torch.load(folder / f"{request.param}-{rank}.pt", weights_only=True) for rank in range(request.param)
     ]
@@ -46,7 +46,7 @@ def ranks(request, folder):
 
 @pytest.fixture(scope="module")
 def alone(worker):
-    """The same computed by one process in one update."""
+    """The results of one process with one update."""
     results = {}
     for n in SIZES:
         metrics, tasks = (cls(categories=["a", "b", "c"]) for cls in (CalibrationMetrics, TaskMetrics))

@@ -1,4 +1,4 @@
-"""Every metric, from raw values and from a table, against the rational reference: random cases and all edges."""
+"""Every metric, of raw values and of a table, against the rational reference: random cases and all bin edges."""
 
 import math
 import re
@@ -66,16 +66,16 @@ SPECS = {spec.function.__name__: spec for spec in METRICS.values()}
 
 
 def check(percent, correct, exact, name):
-    """Raw float64, raw float32 (for what is not sensitive to its rounding) and table values against the truth."""
+    """Compare raw float64, raw float32 (with a tolerance for its rounding) and table values with the reference."""
     function, options, reference = CHECKS[name]
     truth = reference(exact(percent, correct))
     truth = math.nan if truth is None else float(truth)
-    confidence, right = torch.tensor(percent / 100), torch.tensor(correct)
+    confidence, y = torch.tensor(percent / 100), torch.tensor(correct)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        raw = getattr(functional, function)(confidence, right, **options)
-        single = getattr(functional, function)(confidence.float(), right, **options)
-        table = SPECS[function](ConfidenceTable.from_predictions(confidence, right), **options)
+        raw = getattr(functional, function)(confidence, y, **options)
+        single = getattr(functional, function)(confidence.float(), y, **options)
+        table = SPECS[function](ConfidenceTable.from_predictions(confidence, y), **options)
     assert raw.dtype == table.dtype == torch.float64
     assert raw.shape == table.shape == ()
     assert float(raw) == pytest.approx(truth, abs=3e-8 if "debiased" in name else 1e-12, nan_ok=True)
@@ -143,11 +143,11 @@ def test_aurc_of_many_answers_is_stable():
     counts = torch.zeros(101, 2, dtype=torch.int64)
     counts[100], counts[99], counts[50] = torch.tensor([[3, 4], [5, 9_999_000], [100, 888]])
     errors, done, area = 0.0, 0, 0.0
-    for wrong, right in counts.flip(0).tolist():
-        k = np.arange(1, wrong + right + 1)
+    for wrong, y in counts.flip(0).tolist():
+        k = np.arange(1, wrong + y + 1)
         if len(k):
-            area += ((errors + k * wrong / (wrong + right)) / (done + k)).sum()
-        errors, done = errors + wrong, done + wrong + right
+            area += ((errors + k * wrong / (wrong + y)) / (done + k)).sum()
+        errors, done = errors + wrong, done + wrong + y
     table = ConfidenceTable(counts)
     assert float(METRICS["aurc"](table)) == pytest.approx(area / done, rel=1e-9)
 

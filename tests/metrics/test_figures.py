@@ -1,4 +1,4 @@
-"""Figures: they show the numbers of the table, need no display or pyplot, and survive empty tables and threads."""
+"""Figures show the numbers of the table, need no display or pyplot, and work with empty tables and in threads."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def make(n=500, levels=11, seed=0):
 
 
 def texts(figure):
-    """Everything written on a figure's first axes, legend included."""
+    """All texts on a figure's first axes, including the legend."""
     ax = figure.axes[0]
     written = [ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts)]
     legend = ax.get_legend()
@@ -147,7 +147,7 @@ def test_threads():
 
 
 def test_no_pyplot_and_no_matplotlib_until_something_is_drawn():
-    """Importing the package and computing leaves matplotlib alone; drawing leaves pyplot's figures alone."""
+    """Importing the package and computing do not import matplotlib; drawing registers no figure with pyplot."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -1,6 +1,6 @@
-"""Where peers are wrong: their number, ours and the truth worked out by hand.
+"""Known defects of peers: their value, ours, and the truth worked out by hand.
 
-In each case the last digit matters: a confidence that is exactly 0%, 10%, ... or 100%, as models state them.
+Most cases are confidences of exactly 0%, 10%, ... or 100%, which models state.
 """
 
 import warnings
@@ -19,11 +19,11 @@ from vlm_calibration.metrics.table import ConfidenceTable
 
 
 def ours(confidence, correct):
-    """Ours from float64 and float32 values and from a table, which must be the same number."""
+    """Our ECE of float64 values, float32 values and a table, which must be equal."""
     table = METRICS["ece"](ConfidenceTable.from_predictions(confidence, correct))
-    right = torch.tensor(correct)
+    y = torch.tensor(correct)
     for dtype in (torch.float64, torch.float32):
-        value = functional.expected_calibration_error(torch.tensor(confidence, dtype=dtype), right)
+        value = functional.expected_calibration_error(torch.tensor(confidence, dtype=dtype), y)
         assert float(value) == pytest.approx(float(table), abs=1e-6)
     return float(table)
 

@@ -1,4 +1,4 @@
-"""Against the published packages, at least 200 random cases each, where they are right."""
+"""Comparison with published packages on at least 200 random cases each, where those packages are correct."""
 
 from math import gcd
 
@@ -25,10 +25,10 @@ def raw(confidence, correct):
 
 def both(name, percent, correct, **options):
     """The metric from raw values and from the table, which must agree."""
-    confidence, right = raw(percent / 100, correct)
+    confidence, y = raw(percent / 100, correct)
     values = (
-        float(getattr(functional, name)(confidence, right, **options)),
-        float(SPECS[name](ConfidenceTable.from_predictions(confidence, right), **options)),
+        float(getattr(functional, name)(confidence, y, **options)),
+        float(SPECS[name](ConfidenceTable.from_predictions(confidence, y), **options)),
     )
     assert values[0] == pytest.approx(values[1], abs=1e-12)
     return values[1]
@@ -76,16 +76,16 @@ def test_sklearn_on_continuous_values(cases):
 
 @pytest.mark.parametrize("n_bins", [10, 15])
 def test_netcal(cases, n_bins):
-    """Continuous values: netcal's float edges are only wrong where a value is on one."""
+    """Continuous values: netcal's float edges are only wrong for values on an edge."""
     by_quantile = 0
     for confidence, correct in cases(220, "continuous", seed=13, largest=200):
-        # Else a quantile is one of the values, and in either bin by rounding.
+        # Else a quantile equals one of the values, which rounding puts into either bin.
         while len(correct) > 2 and gcd(len(correct) - 1, n_bins) > 1:
             confidence, correct = confidence[:-1], correct[:-1]
         values, y = raw(confidence, correct), correct.astype(int)
         # netcal refuses quantiles that nearly coincide.
         edges = np.quantile(confidence, np.linspace(0, 1, n_bins + 1))[1:-1]
-        apart = len(y) > 1 and np.diff(edges, prepend=0, append=1).min() > 1e-6
+        distinct = len(y) > 1 and np.diff(edges, prepend=0, append=1).min() > 1e-6
         pairs = [
             (functional.expected_calibration_error(*values, n_bins=n_bins), ECE(n_bins), True),
             (functional.maximum_calibration_error(*values, n_bins=n_bins), MCE(n_bins), True),
@@ -97,15 +97,15 @@ def test_netcal(cases, n_bins):
             (
                 functional.expected_calibration_error(*values, n_bins=n_bins, binning="quantile"),
                 ECE(n_bins, equal_intervals=False),
-                apart,
+                distinct,
             ),
             (
                 functional.adaptive_calibration_error(*values, n_bins=n_bins),
                 ACE(n_bins, equal_intervals=False),
-                apart,
+                distinct,
             ),
         ]
-        by_quantile += apart
+        by_quantile += distinct
         for ours, peer, comparable in pairs:
             if comparable:
                 assert float(ours) == pytest.approx(peer.measure(confidence, y), abs=1e-9)
@@ -128,7 +128,7 @@ def test_netcal_on_tables(cases):
 
 
 def test_torchmetrics(cases):
-    """Values below 1 and off the edges: there torchmetrics is right."""
+    """On values below 1 and off the edges, where torchmetrics is correct."""
     for percent, correct in cases(200, "tens", seed=15, largest=300):
         percent = np.clip(percent + 5, 5, 95)
         c, y = raw(percent / 100, correct.astype(int))
@@ -157,8 +157,8 @@ def test_uncertainty_calibration(cases, kind):
 def test_relplot(cases):
     """Between 6% and 94%: relplot's kernel loses half of what lies at 0 and 1 (see test_peer_defects).
 
-    Its bandwidth is found to 1/1024 and its integral has 200 points, hence the tolerance; and its kernel is cut at
-    +-0.5, which shows from a bandwidth of about 0.15 on. `test_smooth` has the exact reference for all of them.
+    The tolerance is for its bandwidth, which is a multiple of 1/1024, and its integral of 200 points. Its kernel is cut at
+    +-0.5, which matters from a bandwidth of about 0.15. `test_smooth` has the exact reference for all bandwidths.
     """
     rng = np.random.default_rng(17)
     narrow, wide = [], []
@@ -176,10 +176,10 @@ def test_relplot(cases):
 
 def test_auroc_is_the_mann_whitney_statistic(cases):
     for confidence, correct in cases(200, "continuous", seed=19, largest=200):
-        right, wrong = int(correct.sum()), int((~correct).sum())
-        if not right or not wrong:
+        n_correct, n_wrong = int(correct.sum()), int((~correct).sum())
+        if not n_correct or not n_wrong:
             continue
-        u = rankdata(confidence)[correct].sum() - right * (right + 1) / 2
+        u = rankdata(confidence)[correct].sum() - n_correct * (n_correct + 1) / 2
         assert float(functional.auroc(*raw(confidence, correct))) == pytest.approx(
-            u / (right * wrong), abs=1e-12
+            u / (n_correct * n_wrong), abs=1e-12
         )

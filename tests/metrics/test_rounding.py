@@ -1,4 +1,4 @@
-"""Rounding to the grid: the stated bound of every metric holds, and is not idle."""
+"""Rounding to the grid: the bound of every metric holds, and most bounds are nearly reached."""
 
 import math
 import warnings

@@ -139,9 +139,9 @@ def test_task_tables_add():
         TaskTable.from_predictions(["yes"], ["no"], [False]),
         TaskTable.from_predictions(["no", None], ["no", "yes"], [True, False]),
     ]
-    whole = TaskTable.from_predictions(["yes", "no", None], ["no", "no", "yes"], [False, True, False])
-    assert sum(parts) == parts[0] + parts[1] == whole
-    assert whole != TaskTable.empty()
+    total = TaskTable.from_predictions(["yes", "no", None], ["no", "no", "yes"], [False, True, False])
+    assert sum(parts) == parts[0] + parts[1] == total
+    assert total != TaskTable.empty()
     with pytest.raises(ValueError, match="got 1 predicted, 2 answers"):
         TaskTable.from_predictions(["yes"], ["no", "no"], [True, True])
     with pytest.raises(ValueError, match="int64"):

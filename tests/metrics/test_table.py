@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_percent_is_its_own_level(dtype):
-    """0.29 is 29 (0.29 * 100 is 28.999999999999996) whatever the precision it comes in."""
+    """0.29 is 29 (0.29 * 100 is 28.999999999999996) in every dtype."""
     percents = (torch.arange(101, dtype=torch.float64) / 100).to(dtype)
     assert to_level(percents, 100).tolist() == list(range(101))
 
@@ -39,7 +39,7 @@ def test_halves_go_to_the_even_level():
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 0x3F80), (torch.float16, 0x3C00)])
 def test_every_half_precision_number_goes_to_its_nearest_level(dtype, bits):
-    """All numbers from 0 to 1 against exact rounding, half to even: the product is not rounded to half precision."""
+    """All numbers from 0 to 1 against exact rounding, halves to even: the product is not rounded to half precision."""
     values = torch.arange(bits + 1, dtype=torch.int16).view(dtype)
     assert values[-1] == 1
     assert to_level(values, 100).tolist() == [round(Fraction(v) * 100) for v in values.tolist()]
@@ -72,21 +72,21 @@ def test_counting_in_chunks(monkeypatch, n):
     confidence[::5] = torch.nan
     correct = torch.rand(n, generator=generator) < 0.5
     row = torch.randint(0, 3, (n,), generator=generator)
-    whole = count_cells(confidence, correct, 100, row, 3)
+    total = count_cells(confidence, correct, 100, row, 3)
     sizes = []
     bincount = torch.bincount
     monkeypatch.setattr(torch, "bincount", lambda x, **k: (sizes.append(len(x)), bincount(x, **k))[1])
     monkeypatch.setattr(table_module, "CHUNK", 8)
-    assert torch.equal(count_cells(confidence, correct, 100, row, 3), whole)
+    assert torch.equal(count_cells(confidence, correct, 100, row, 3), total)
     assert max(sizes) <= 8
     assert sum(sizes) == n
     expected = torch.zeros(3, 102, 2, dtype=torch.int64)
     for c, y, r in zip(confidence.tolist(), correct.tolist(), row.tolist(), strict=True):
         expected[r, 101 if c != c else int(np.rint(c * 100)), int(y)] += 1
-    assert torch.equal(whole, expected)
+    assert torch.equal(total, expected)
 
 
-def test_unparsed_answers_are_counted_and_in_nothing_else():
+def test_unparsed_answers_are_counted_and_in_no_level():
     table = ConfidenceTable.from_predictions(
         torch.tensor([0.9, float("nan"), 0.2, float("nan")]), torch.tensor([True, True, False, False])
     )
@@ -98,17 +98,17 @@ def test_unparsed_answers_are_counted_and_in_nothing_else():
 
 def test_addition_is_that_of_the_answers(cases):
     for percent, correct in cases(200, "percents", seed=51):
-        confidence, right = torch.tensor(percent / 100), torch.tensor(correct)
+        confidence, y = torch.tensor(percent / 100), torch.tensor(correct)
         confidence[confidence == 0.5] = torch.nan
         cut = len(percent) // 3
-        first = ConfidenceTable.from_predictions(confidence[:cut], right[:cut])
-        second = ConfidenceTable.from_predictions(confidence[cut:], right[cut:])
-        whole = ConfidenceTable.from_predictions(confidence, right)
-        assert first + second == second + first == whole
+        first = ConfidenceTable.from_predictions(confidence[:cut], y[:cut])
+        second = ConfidenceTable.from_predictions(confidence[cut:], y[cut:])
+        total = ConfidenceTable.from_predictions(confidence, y)
+        assert first + second == second + first == total
         assert (first + second).unparsed == (percent == 50).sum()
-        assert sum([first, second]) == whole
-        assert whole + ConfidenceTable.empty() == whole
-        assert (first == whole) == (cut == len(percent))
+        assert sum([first, second]) == total
+        assert total + ConfidenceTable.empty() == total
+        assert (first == total) == (cut == len(percent))
 
 
 def test_tables_of_different_grids_do_not_add():

@@ -26,23 +26,23 @@ from vlm_calibration.metrics.task_metrics import TASK_CLASSES
 
 
 def batches(seed=0, sizes=(40, 1, 0, 59)):
-    """Batches of (confidence, correct, category), some confidences unread, some answers without a category."""
+    """Batches of (confidence, correct, category), some confidences unparsed, some answers without a category."""
     rng = np.random.default_rng(seed)
-    made = []
+    data = []
     for n in sizes:
         confidence = rng.integers(0, 11, n) / 10
         correct = rng.random(n) < 0.2 + 0.6 * confidence
         confidence[rng.random(n) < 0.1] = np.nan
         category = [[None, "a", "b"][i] for i in rng.integers(0, 3, n)]
-        made.append((torch.tensor(confidence), torch.tensor(correct, dtype=torch.bool), category))
-    return made
+        data.append((torch.tensor(confidence), torch.tensor(correct, dtype=torch.bool), category))
+    return data
 
 
-def joined(made):
+def joined(data):
     return (
-        torch.cat([b[0] for b in made]),
-        torch.cat([b[1] for b in made]),
-        [c for b in made for c in b[2]],
+        torch.cat([b[0] for b in data]),
+        torch.cat([b[1] for b in data]),
+        [c for b in data for c in b[2]],
     )
 
 
@@ -58,11 +58,11 @@ def filled():
     return metrics
 
 
-def expected(made, prefix="", names=REPORTED):
-    confidence, correct, category = joined(made)
+def expected(data, prefix="", names=REPORTED):
+    confidence, correct, category = joined(data)
     tables = tables_by_category(confidence, correct, category)
-    whole = ConfidenceTable.from_predictions(confidence, correct)
-    values = summarize(whole, categories={name: tables[name] for name in ("a", "b")}, metrics=names)
+    total = ConfidenceTable.from_predictions(confidence, correct)
+    values = summarize(total, categories={name: tables[name] for name in ("a", "b")}, metrics=names)
     return {prefix + name: value for name, value in values.items()}
 
 
@@ -79,8 +79,8 @@ def test_without_categories_the_category_is_not_used():
     for batch in batches():
         metrics.update(*batch)
     confidence, correct, _ = joined(batches())
-    whole = summarize(ConfidenceTable.from_predictions(confidence, correct))
-    assert floats(metrics.compute()) == {f"{name}_test": value for name, value in whole.items()}
+    total = summarize(ConfidenceTable.from_predictions(confidence, correct))
+    assert floats(metrics.compute()) == {f"{name}_test": value for name, value in total.items()}
 
 
 def test_all_registered_metrics():
@@ -112,17 +112,17 @@ def test_an_answer_may_be_in_several_categories():
 
 def test_an_update_runs_one_bincount(monkeypatch):
     """All members and two categories: one count an update, the first one included, and one a forward."""
-    calls, made = [], batches(sizes=(40, 30, 7))
-    sizes = [2 * len(category) - category.count(None) for _, _, category in made]  # overall and by category
+    calls, data = [], batches(sizes=(40, 30, 7))
+    sizes = [2 * len(category) - category.count(None) for _, _, category in data]  # overall and by category
     bincount = torch.bincount
     monkeypatch.setattr(torch, "bincount", lambda x, **k: (calls.append(len(x)), bincount(x, **k))[1])
     metrics = CalibrationMetrics(categories=["a", "b"], metrics=METRICS)
-    for batch in made[:2]:
+    for batch in data[:2]:
         metrics.update(*batch)
     assert calls == sizes[:2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        metrics(*made[2])
+        metrics(*data[2])
         assert calls == sizes
         metrics.compute()
     assert len(calls) == 3
@@ -138,7 +138,7 @@ def test_members_share_one_state(filled):
 
 
 def test_a_member_alone(filled):
-    """Looked up, iterated or used by itself, a member has the collection's value."""
+    """A member has the collection's value, whether it is looked up, iterated over or used by itself."""
     values = filled.compute()
     assert float(filled["val/ece"].compute()["ece/a"]) == float(values["val/ece/a"])
     for name, member in filled.items():
@@ -153,16 +153,16 @@ def test_a_member_alone(filled):
 
 def test_forward_returns_the_batch_and_accumulates():
     metrics = CalibrationMetrics(categories=["a", "b"])
-    made = batches(sizes=(40, 33, 59))
-    for batch in made:
+    data = batches(sizes=(40, 33, 59))
+    for batch in data:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert floats(metrics(*batch)) == pytest.approx(expected([batch]), nan_ok=True)
-    assert floats(metrics.compute()) == expected(made)
+    assert floats(metrics.compute()) == expected(data)
     alone = ExpectedCalibrationError()
-    first, second = (alone(*batch[:2]) for batch in made[:2])
+    first, second = (alone(*batch[:2]) for batch in data[:2])
     assert float(first) != float(second)
-    assert float(alone.compute()) == float(ExpectedCalibrationError()(*joined(made[:2])[:2]))
+    assert float(alone.compute()) == float(ExpectedCalibrationError()(*joined(data[:2])[:2]))
 
 
 def test_a_bad_batch_leaves_the_state(filled):
@@ -185,10 +185,10 @@ def test_reset(filled):
 
 
 def test_pickling_and_copying(filled):
-    for other in (pickle.loads(pickle.dumps(filled)), copy.deepcopy(filled), filled.clone()):
-        assert floats(other.compute()) == floats(filled.compute())
-        other.update(*batches(1)[0])
-        assert floats(other.compute()) == expected([*batches(), batches(1)[0]], "val/")
+    for copied in (pickle.loads(pickle.dumps(filled)), copy.deepcopy(filled), filled.clone()):
+        assert floats(copied.compute()) == floats(filled.compute())
+        copied.update(*batches(1)[0])
+        assert floats(copied.compute()) == expected([*batches(), batches(1)[0]], "val/")
     assert floats(filled.compute()) == expected(batches(), "val/")
     renamed = filled.clone(prefix="test/")
     assert next(iter(renamed.compute())) == "test/n"
@@ -235,7 +235,7 @@ def test_moving_to_a_device_moves_the_state(filled):
 
 
 def test_inference_mode_then_training():
-    """Counts made in inference mode, as a Lightning validation makes them, can be added to outside of it."""
+    """Counts from inference mode, such as a Lightning validation, can be added to outside of it."""
     metrics = CalibrationMetrics()
     with torch.inference_mode():
         metrics.update(*batches()[0][:2])
@@ -285,11 +285,13 @@ def test_task_metrics():
     rows = []
     for n in (20, 0, 31):
         gold = rng.choice(["yes", "no", "a bus"], n).tolist()
-        said = [[g, "no", None][i] for g, i in zip(gold, rng.choice(3, n, p=[0.6, 0.3, 0.1]), strict=True)]
-        correct = [g == s for g, s in zip(gold, said, strict=True)]
+        predicted = [
+            [g, "no", None][i] for g, i in zip(gold, rng.choice(3, n, p=[0.6, 0.3, 0.1]), strict=True)
+        ]
+        correct = [g == s for g, s in zip(gold, predicted, strict=True)]
         category = rng.choice(["a", "b"], n).tolist()
-        metrics.update(said, gold, torch.tensor(correct, dtype=torch.bool), category)
-        rows += zip(said, gold, correct, category, strict=True)
+        metrics.update(predicted, gold, torch.tensor(correct, dtype=torch.bool), category)
+        rows += zip(predicted, gold, correct, category, strict=True)
     values = metrics.compute()
     for suffix in ("", "/a", "/b"):
         chosen = [r for r in rows if suffix in ("", f"/{r[3]}")]
@@ -307,7 +309,7 @@ def test_task_metrics():
 
 
 def test_both_in_one_module_and_collection():
-    """As a LightningModule holds them: attributes of a module, moved and cast with it."""
+    """As attributes of a LightningModule, they are moved and cast with it."""
     module = torch.nn.Module()
     module.calibration, module.task = CalibrationMetrics(), TaskMetrics()
     module.to(torch.bfloat16)

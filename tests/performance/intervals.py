@@ -1,9 +1,9 @@
-"""How often a 95% interval holds the truth: `python -m tests.performance.intervals` prints a Markdown table.
+"""Coverage of the 95% intervals: `python -m tests.performance.intervals` prints a Markdown table.
 
-Answers are drawn from populations whose metrics are known, many times, and each time intervals are made as the report makes them.
-The true ECE is that of the population in the same ten bins. Of each metric the table says how often the interval held the
-truth in percent, how often the truth was below and above it, and how wide it is on average. A nominal 95% should come to 92 to 98%;
-cells that do not are in bold.
+Answers are drawn many times from populations with known metrics, and intervals are computed as in the report. The true ECE is
+that of the population in the same ten bins. For each metric the table has the share of intervals that contain the truth, the
+shares with the truth below and above the interval, all in percent, and the mean width. The coverage should be 92 to 98%; other
+cells are in bold.
 """
 
 from __future__ import annotations
@@ -22,44 +22,47 @@ from vlm_calibration.metrics.groups import ConfidenceGroups
 from vlm_calibration.reporting.report_bootstrap import ImageBootstrap
 
 GRID = 1000
-"""Steps of confidence from 0 to 1; a grid this fine stands for continuous confidences."""
+"""Steps of confidence from 0 to 1, fine enough to represent continuous confidences."""
 COVERED = (92.0, 98.0)
 ELEVEN = np.arange(0, GRID + 1, GRID // 10)
 
 
 @dataclass(frozen=True)
 class Population:
-    """Answers without end.
+    """A distribution of answers.
 
-    level: int [L], the confidences in steps of the grid. share: [L], of answers. accuracy: [L], of those at each level.
-    together: answers about one image, which are right or wrong together half of the time.
+    Attributes:
+        level: int [L], the confidences in steps of the grid.
+        share: float [L], proportional to the share of answers at each level.
+        accuracy: float [L], of the answers at each level.
+        per_image: answers about one image, which are correct or wrong together half of the time.
     """
 
     level: np.ndarray
     share: np.ndarray
     accuracy: np.ndarray
-    together: int = 1
+    per_image: int = 1
 
     @property
     def cells(self) -> np.ndarray:
-        """The share of wrong and right answers at each level, [L, 2]."""
+        """The share of wrong and correct answers at each level, float [L, 2]."""
         share = self.share / self.share.sum()
         return np.stack([share * (1 - self.accuracy), share * self.accuracy], axis=1)
 
-    def levels(self, counts: np.ndarray) -> ConfidenceGroups:
-        """These counts (..., L, 2) at the levels that hold an answer."""
-        held = counts.reshape(-1, len(self.level), 2).sum((0, 2)) > 0
+    def groups(self, counts: np.ndarray) -> ConfidenceGroups:
+        """Counts [..., L, 2] at the levels that hold an answer."""
+        occupied = counts.reshape(-1, len(self.level), 2).sum((0, 2)) > 0
         return ConfidenceGroups(
-            torch.from_numpy(self.level[held] / GRID),
-            torch.from_numpy(counts[..., held, :]),
-            torch.from_numpy(self.level[held]),
+            torch.from_numpy(self.level[occupied] / GRID),
+            torch.from_numpy(counts[..., occupied, :]),
+            torch.from_numpy(self.level[occupied]),
             GRID,
             torch.zeros(counts.shape[:-2], dtype=torch.int64),
         )
 
     def truth(self, metric: str) -> float:
         """The metric of the population."""
-        return float(METRICS[metric](self.levels((self.cells * 1e12).round().astype(np.int64))))
+        return float(METRICS[metric](self.groups((self.cells * 1e12).round().astype(np.int64))))
 
 
 def continuous(a: float, b: float, accuracy: Callable[[np.ndarray], np.ndarray]) -> Population:
@@ -70,11 +73,11 @@ def continuous(a: float, b: float, accuracy: Callable[[np.ndarray], np.ndarray])
 
 
 def stated(
-    level: Sequence[int], share: Sequence[float], accuracy: Sequence[float], together: int = 1
+    level: Sequence[int], share: Sequence[float], accuracy: Sequence[float], per_image: int = 1
 ) -> Population:
     """A few stated confidences, in percent."""
     return Population(
-        np.array(level) * GRID // 100, np.array(share, float), np.array(accuracy, float), together
+        np.array(level) * GRID // 100, np.array(share, float), np.array(accuracy, float), per_image
     )
 
 
@@ -93,8 +96,8 @@ POPULATIONS = {
     "overconfident, 3 levels": stated([50, 70, 90], [1, 1, 2], [0.45, 0.55, 0.7]),
     "overconfident, 11 levels": stated(TENS, RISING, [0.3 + 0.004 * t for t in TENS]),
     "always 95%": stated([95], [1], [0.7]),
-    "calibrated, 4 an image": stated(TENS, [1] * 11, [t / 100 for t in TENS], together=4),
-    "overconfident, 4 an image": stated(TENS, RISING, [0.3 + 0.004 * t for t in TENS], together=4),
+    "calibrated, 4 an image": stated(TENS, [1] * 11, [t / 100 for t in TENS], per_image=4),
+    "overconfident, 4 an image": stated(TENS, RISING, [0.3 + 0.004 * t for t in TENS], per_image=4),
 }
 
 
@@ -102,32 +105,32 @@ def intervals(
     population: Population, n: int, metrics: Sequence[str], rng: np.random.Generator, replicates: int
 ) -> dict[str, Interval]:
     """The intervals of one sample of n answers."""
-    if population.together > 1:
-        return _of_images(population, n, rng, replicates)
+    if population.per_image > 1:
+        return _intervals_of_images(population, n, rng, replicates)
     cells = population.cells.reshape(-1)
     counts = rng.multinomial(n, cells)
-    held = np.flatnonzero(counts)
-    drawn = np.zeros((replicates, len(cells)), dtype=np.int64)
-    drawn[:, held] = rng.multinomial(n, counts[held] / n, size=replicates)
-    # With the answers as the first row, the same levels are held by all.
-    both = population.levels(np.concatenate([counts[None], drawn]).reshape(replicates + 1, -1, 2))
-    own = both._replace(counts=both.counts[0], unparsed=both.unparsed[0])
+    occupied = np.flatnonzero(counts)
+    draws = np.zeros((replicates, len(cells)), dtype=np.int64)
+    draws[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=replicates)
+    # Together, so that answers and draws have the same levels.
+    both = population.groups(np.concatenate([counts[None], draws]).reshape(replicates + 1, -1, 2))
+    answers = both._replace(counts=both.counts[0], unparsed=both.unparsed[0])
     resampled = both._replace(counts=both.counts[1:], unparsed=both.unparsed[1:])
-    return {metric: interval_of(METRICS[metric], own, resampled) for metric in metrics}
+    return {metric: interval_of(METRICS[metric], answers, resampled) for metric in metrics}
 
 
-def _of_images(
+def _intervals_of_images(
     population: Population, n: int, rng: np.random.Generator, replicates: int
 ) -> dict[str, Interval]:
-    """The same where answers come in images."""
-    at = rng.choice(len(population.level), n, p=population.share / population.share.sum())
-    image = np.arange(n) // population.together
+    """`intervals` of a population with several answers an image."""
+    drawn = rng.choice(len(population.level), n, p=population.share / population.share.sum())
+    image = np.arange(n) // population.per_image
     luck = np.where(rng.random(n) < 0.5, rng.random(n)[image], rng.random(n))
-    right = luck < population.accuracy[at]
-    confidence = (population.level[at] / GRID).tolist()
+    correct = luck < population.accuracy[drawn]
+    confidence = (population.level[drawn] / GRID).tolist()
     predictions = [
-        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, bool(r), None, None, "yes_no", image=str(m))
-        for i, (c, r, m) in enumerate(zip(confidence, right, image, strict=True))
+        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, bool(y), None, None, "yes_no", image=str(m))
+        for i, (c, y, m) in enumerate(zip(confidence, correct, image, strict=True))
     ]
     bootstrap = ImageBootstrap(predictions, replicates, seed=int(rng.integers(2**31)))
     return dict(bootstrap.measure(confidence).intervals)
@@ -135,7 +138,14 @@ def _of_images(
 
 @dataclass
 class Coverage:
-    """Of the samples: how many. below, above: in how many the truth was out of the interval. width: of all intervals together."""
+    """Counts of intervals and misses.
+
+    Attributes:
+        samples: number of intervals.
+        below: how many have the truth below them.
+        above: how many have the truth above them.
+        width: sum of their widths.
+    """
 
     samples: int = 0
     below: int = 0
@@ -143,7 +153,7 @@ class Coverage:
     width: float = 0.0
 
     def add(self, interval: Interval, truth: float) -> None:
-        """Count one interval; one that is undefined is none."""
+        """Count one interval, unless it is undefined."""
         if interval.value != interval.value:
             return
         self.samples += 1
@@ -153,7 +163,7 @@ class Coverage:
 
     @property
     def percent(self) -> float:
-        """How often the truth was in the interval."""
+        """Share of the intervals that contain the truth."""
         return 100 * (1 - (self.below + self.above) / self.samples)
 
     def __str__(self) -> str:
@@ -169,16 +179,16 @@ class Coverage:
 def coverage(
     population: Population, n: int, metrics: Sequence[str], samples: int, replicates: int, seed: int = 0
 ) -> dict[str, Coverage]:
-    """How often intervals from samples of n answers hold the truth."""
+    """Coverage of the intervals from samples of n answers, by metric."""
     truth = {metric: population.truth(metric) for metric in metrics}
-    found = {metric: Coverage() for metric in metrics}
+    counted = {metric: Coverage() for metric in metrics}
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        made = intervals(population, n, metrics, rng, replicates)
+        of_sample = intervals(population, n, metrics, rng, replicates)
         for metric in metrics:
             if truth[metric] == truth[metric]:
-                found[metric].add(made[metric], truth[metric])
-    return found
+                counted[metric].add(of_sample[metric], truth[metric])
+    return counted
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Calibration metrics of many predictions: time, memory and bytes to exchange, beside torchmetrics and netcal.
+"""Compare calibration metrics of many predictions with torchmetrics and netcal: time, memory and bytes to exchange.
 
 Run as `python -m tests.performance.metrics [--predictions 10000000]`; prints one Markdown table. Every row is a
-process of its own on one thread, given the same predictions (stated percentages and correctness, float32 and
-bool) in batches; netcal takes them at once. Memory is the peak above what the predictions themselves take.
+separate process on one thread. All get the same predictions (stated percentages and correctness, float32 and
+bool) in batches; netcal takes them at once. Memory is the peak above that of the predictions.
 """
 
 import argparse
@@ -29,7 +29,7 @@ HEADER = (
 
 
 def ours(metrics):
-    """A run with our collection of these metrics."""
+    """A run of our collection with these metrics."""
 
     def run(confidence, correct):
         from vlm_calibration.metrics import CalibrationMetrics
@@ -43,7 +43,7 @@ def ours(metrics):
 
 
 def torchmetrics_of(thresholds):
-    """A run with torchmetrics' calibration error and AUROC, exact or at fixed thresholds."""
+    """A run of torchmetrics' calibration error and AUROC, exact or at fixed thresholds."""
 
     def run(confidence, correct):
         from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError
@@ -57,7 +57,7 @@ def torchmetrics_of(thresholds):
 
 
 def netcal(confidence, correct):
-    """A run with netcal's ECE, which has neither batches nor processes."""
+    """A run of netcal's ECE, which supports neither batches nor processes."""
     from netcal.metrics import ECE
 
     compute, value = timed(lambda: ECE(10).measure(confidence.numpy(), correct.int().numpy()))
@@ -88,15 +88,15 @@ def timed(call):
 
 
 def feed(update, confidence, correct):
-    """Seconds to update with everything, batch by batch."""
+    """Seconds to update with all predictions, batch by batch."""
     start = time.perf_counter()
-    for at in range(0, len(confidence), BATCH):
-        update(confidence[at : at + BATCH], correct[at : at + BATCH])
+    for i in range(0, len(confidence), BATCH):
+        update(confidence[i : i + BATCH], correct[i : i + BATCH])
     return time.perf_counter() - start
 
 
 def state_bytes(members):
-    """Bytes of state that a process sends to the others when metrics are computed."""
+    """Bytes of state that a process sends to the others to compute metrics."""
     total = 0
     for member in members:
         for state in member.metric_state.values():
@@ -107,7 +107,7 @@ def state_bytes(members):
 
 
 def measure(name, n):
-    """One row in this process: warm up on little, then run on `n` predictions."""
+    """Measure one row in this process: warm up on 1,000 predictions, then run on `n`."""
     import torch
 
     torch.set_num_threads(1)
@@ -151,7 +151,7 @@ def row(name, n, result, reference):
 
 
 def child(name, n):
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     command = [
         sys.executable,
         "-m",

@@ -1,13 +1,13 @@
-"""Preference and SFT training steps of this package beside TRL's, on the same model, data and LoRA initialisation.
+"""Compare preference and SFT training steps of this package with TRL's, on the same model, data and LoRA initialisation.
 
 Run with `python -m tests.performance.preference`; prints a Markdown table. A step is collating a batch of two queries,
-forward, reference, loss, backward, clipping and AdamW. Both sides take turns in one process, so that whatever else the
-machine does hits them alike; ratios are of the same round. Peak memory is measured in a process for each. Each step's
-loss is compared too: training that differs is not the same work, and ends with status 1.
+forward, reference, loss, backward, clipping and AdamW. Both sides alternate in one process, so that other load on the
+machine affects them alike; ratios are of the same round. Peak memory is measured in a process for each side. The losses of each
+step are compared too; if they differ, the script ends with status 1.
 
 The model is a LLaVA with a language model of 39M parameters, a vocabulary of 49k and 256 image tokens; the reference is
 the model without its adapter. TRL runs as it does on this machine ("stock") and with the output head at labelled
-positions only ("restricted"), as it does where it has Triton.
+positions only ("restricted"), as it does with Triton.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ OURS, RESTRICTED, STOCK = "ours", "TRL, restricted", "TRL, stock"
 ARMS = (OURS, RESTRICTED, STOCK)
 
 Step = Callable[[int], tuple[float, float]]
-"""Trains on the batch of this number; the loss, and the seconds that collating took."""
+"""Trains on the batch of this number; returns the loss, and the seconds that collating took."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A training task with the targets of the comparison.
 
-    Args:
+    Attributes:
+        title: name in the table.
         rejected: rejected responses a query; 0 for SFT.
-        faster: how many times faster than an arm of TRL we are to be. memory: at most this share of its peak memory growth.
+        faster: minimum speed relative to an arm of TRL, by arm.
+        memory: maximum share of the peak memory growth of an arm of TRL, by arm.
     """
 
     title: str
@@ -100,7 +102,7 @@ TASKS = {
 
 
 def write_model(folder: Path) -> None:
-    """Write model, processor and, in `adapter/`, a LoRA adapter, all random; none of the adapter's weights is 0."""
+    """Write a random model, its processor and, in `adapter/`, a random LoRA adapter without zero weights."""
     tokenizer = build_tokenizer()
     image_processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
     LlavaProcessor(
@@ -149,22 +151,22 @@ def write_model(folder: Path) -> None:
     adapted = attach_lora(model, LORA)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:  # at its usual 0 policy and reference agree, and so would any two losses
+            if "lora_B" in name:  # at its usual 0, policy and reference agree, and all losses with them
                 parameter.normal_(std=0.05)
     adapted.save_pretrained(folder / "adapter")
 
 
 def make_samples(n: int) -> list[Sample]:
-    """Queries about noise, with prompts of unlike length."""
+    """Queries about images of noise, with prompts of different lengths."""
     rng = np.random.default_rng(0)
-    made = []
+    samples = []
     for i in range(n):
         question = " ".join(rng.choice(CLASSES, size=rng.integers(5, 25)))
         query = Query(f"q{i}", "noise", question, ("Yes", "No")[i % 2], "yes_no")
         image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         step = int(rng.choice(LEVELS.steps))
-        made.append(Sample(query, image, LEVELS.confidence(step), step))
-    return made
+        samples.append(Sample(query, image, LEVELS.confidence(step), step))
+    return samples
 
 
 def policy_of(task: Task) -> PairPolicy:
@@ -172,12 +174,12 @@ def policy_of(task: Task) -> PairPolicy:
 
 
 class OurStep:
-    """Training steps of this package's stages, with the collators that its data module would make."""
+    """Training steps of this package's stages, with the collators of its data module."""
 
     def __init__(self, task: Task, folder: Path, checkpointing: bool) -> None:
         chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
         base = BaseModel(str(folder), dtype="float32")
-        # No warm-up, and a cosine that ends where it begins: the rate is constant, as TRL's is here.
+        # Without warm-up, and with a cosine that ends at its start, the rate is constant, as TRL's is here.
         optimizer = OptimizerSettings(lr=LR, warmup_fraction=0.0, final_fraction=1.0)
         adapter = str(folder / "adapter")
         self.collate: Any
@@ -199,7 +201,7 @@ class OurStep:
             self.module = SFTModule(base, LORA, optimizer, gradient_checkpointing=checkpointing)
             self.module.configure_model()
             set_peft_model_state_dict(self.model, load_peft_weights(adapter))
-        # All that is asked of its Trainer by a step, and by the optimizer's schedule.
+        # A step and the optimizer's schedule use only these attributes of the Trainer.
         datamodule = SimpleNamespace(pairs=policy_of(task) if task.rejected else None)
         self.module.trainer = SimpleNamespace(datamodule=datamodule, estimated_stepping_batches=1000)
         self.module.log = lambda *_, **__: None
@@ -211,7 +213,7 @@ class OurStep:
         return self.module.model
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[float, float]:
-        """One training step; its loss, and the seconds that collating took of it."""
+        """Run one training step; returns its loss, and the seconds of it that collating took."""
         start = time.perf_counter()
         batch = self.collate(samples)
         collated = time.perf_counter() - start
@@ -224,7 +226,7 @@ class OurStep:
 
 
 def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The samples as TRL takes them: for each rejected response a row, with the pairs that our side draws."""
+    """The samples as rows for TRL, one for each rejected response, with the pairs that our side draws."""
     from tests.performance.trl_peer import as_row
 
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
@@ -239,16 +241,16 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
         )
         prompt = chat.render(query.question)
         texts = [render_response(sample.answer, candidates[i].confidence) for i in picks]
-        first, *others = (t.removeprefix(prompt) for t in chat.conversations(query.question, texts))
+        chosen, *rejected = (t.removeprefix(prompt) for t in chat.conversations(query.question, texts))
         if task.rejected:
-            rows += [as_row(sample.image, prompt=prompt, chosen=first, rejected=other) for other in others]
+            rows += [as_row(sample.image, prompt=prompt, chosen=chosen, rejected=text) for text in rejected]
         else:
-            rows.append(as_row(sample.image, prompt=prompt, completion=first))
+            rows.append(as_row(sample.image, prompt=prompt, completion=chosen))
     return rows
 
 
 def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: bool) -> tuple[Step, Any]:
-    """Training steps of one side on the batches of this benchmark, and its model."""
+    """The training steps of one side on the batches of this benchmark, and its model."""
     samples = make_samples(BATCH * n_batches)
     if arm == OURS:
         ours = OurStep(task, folder, checkpointing)
@@ -271,7 +273,13 @@ def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: 
 
 
 class Timing(NamedTuple):
-    """Of each round: seconds of a step, and of collating within it. losses: of each step, the one to warm up first."""
+    """Measurements of one side.
+
+    Attributes:
+        steps: seconds of the step of each round.
+        collating: seconds of it that collating took.
+        losses: loss of each step, the warm-up step first.
+    """
 
     steps: list[float]
     collating: list[float]
@@ -279,7 +287,7 @@ class Timing(NamedTuple):
 
 
 def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dict[str, Timing]:
-    """Steps in turn, after one round to warm up; the order rotates, since each finds the caches as another left them."""
+    """Time alternating steps of all arms, after one warm-up round; the order rotates, because each step changes the caches."""
     steps = {arm: make_arm(arm, task, folder, rounds + 1, checkpointing)[0] for arm in ARMS}
     timings = {arm: Timing([], [], []) for arm in ARMS}
     for i in range(rounds + 1):
@@ -296,9 +304,9 @@ def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dic
 
 
 def memory_growth(arm: str, task: Task, folder: Path, checkpointing: bool) -> int:
-    """Bytes by which the first steps raise this process's memory above what the loaded model takes, at their peak."""
+    """Peak growth of this process's memory in the first steps, above the loaded model, in bytes."""
     step, model = make_arm(arm, task, folder, MEMORY_STEPS, checkpointing)
-    for parameter in model.parameters():  # weights mapped from a file would count when they are first read
+    for parameter in model.parameters():  # else weights mapped from a file count when they are first read
         parameter.data = parameter.data.clone()
     gc.collect()
     reset_peak()
@@ -309,7 +317,7 @@ def memory_growth(arm: str, task: Task, folder: Path, checkpointing: bool) -> in
 
 
 def child(arm: str, what: str, folder: Path, arguments: argparse.Namespace) -> int:
-    """`memory_growth` in a process of its own."""
+    """`memory_growth` in a separate process."""
     command = [sys.executable, "-m", "tests.performance.preference", "--threads", str(arguments.threads)]
     command += ["--what", what, "--arm", arm, "--folder", str(folder)]
     if arguments.gradient_checkpointing:
@@ -321,7 +329,7 @@ def child(arm: str, what: str, folder: Path, arguments: argparse.Namespace) -> i
 
 
 def difference(timings: dict[str, Timing], arm: str) -> float:
-    """The largest difference between an arm's losses and ours, as a share of the loss."""
+    """The largest relative difference between an arm's losses and ours."""
     pairs = zip(timings[OURS].losses, timings[arm].losses, strict=True)
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
@@ -343,7 +351,7 @@ HEADER = (
 
 
 def lines(task: Task, timings: dict[str, Timing], memory: dict[str, int], checked: bool) -> list[str]:
-    """The rows of one task. checked: whether the targets hold for this run's settings."""
+    """The rows of one task; `checked`: whether the targets apply to this run's settings."""
     table = []
     for arm, timing in timings.items():
         median = statistics.median(timing.steps)

@@ -1,8 +1,7 @@
 """TRL's side of `tests.performance.preference`: `DPOTrainer` and `SFTTrainer`, one training step at a time.
 
-The trainer is built by its own constructor; its own collator makes the batch, its own `training_step` runs forward,
-reference, loss and backward, and the optimizer is the one it makes. Only the loop around these is ours, so that its steps
-can take turns with others in one process.
+Constructor, collator, `training_step` (forward, reference, loss and backward) and optimizer are TRL's. Only the loop around
+them is ours, so that its steps can alternate with others in one process.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from vlm_calibration.models.loading import BaseModel, load_base
 
 Row = dict[str, Any]
-"""An example as TRL takes it: images, prompt, and chosen and rejected, or completion. Texts are rendered already."""
+"""An example for TRL: images, prompt, and either chosen and rejected or completion, all texts rendered."""
 
 datasets.disable_progress_bars()
 
@@ -33,12 +32,15 @@ class TRLStep:
     """Training steps of TRL.
 
     Args:
-        folder: model, processor and, in `adapter/`, the LoRA adapter to start from. It is a new adapter to TRL, so that
+        folder: model, processor and, in `adapter/`, the LoRA adapter to start from. TRL treats it as a new adapter, so that
             its reference is the model without it.
-        rows: the data set, of preferences if they have a rejected response. batch: rows a step.
+        rows: the data set; preferences if the rows have a rejected response.
+        batch: rows a step.
+        lr: constant learning rate.
         beta: of DPO, whose other settings are TRL's defaults.
-        restricted: apply the output head at labelled positions only, as TRL does where it has Triton kernels; without
-            them, as on a CPU, it applies the head at all of them.
+        restricted: apply the output head at labelled positions only, as TRL does with Triton kernels; without
+            them, as on a CPU, TRL applies the head at all positions.
+        checkpointing: recompute activations in the backward pass.
         scratch: folder that the trainer may write to.
     """
 
@@ -71,18 +73,18 @@ class TRLStep:
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        made = {
+        arguments = {
             "model": load_base(BaseModel(str(folder), dtype="float32")),
             "train_dataset": _dataset(rows),
             "processing_class": AutoProcessor.from_pretrained(folder),
             "peft_config": lora,
         }
         if "rejected" in rows[0]:
-            trainer = DPOTrainer(args=DPOConfig(**settings, beta=beta), **made)
+            trainer = DPOTrainer(args=DPOConfig(**settings, beta=beta), **arguments)
         else:
-            trainer = SFTTrainer(args=SFTConfig(**settings, completion_only_loss=True), **made)
+            trainer = SFTTrainer(args=SFTConfig(**settings, completion_only_loss=True), **arguments)
         set_peft_model_state_dict(trainer.model, load_peft_weights(adapter))
-        # What `Trainer.train` does before its loop
+        # `Trainer.train` does this before its loop.
         trainer.model.train()
         if checkpointing:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +98,7 @@ class TRLStep:
         return self.trainer.model
 
     def __call__(self, rows: Sequence[Row]) -> tuple[float, float]:
-        """One training step; its loss, and the seconds that collating took of it."""
+        """Run one training step; returns its loss, and the seconds of it that collating took."""
         start = time.perf_counter()
         batch = self.trainer.data_collator([dict(row) for row in rows])
         collated = time.perf_counter() - start
@@ -108,7 +110,7 @@ class TRLStep:
         return float(loss), collated
 
     def _use_triton(self) -> Callable[[torch.device], bool]:
-        # TRL asks this function whether to restrict the head; its kernels ask another one, which still says no.
+        # TRL calls this function to decide whether to restrict the head; its kernels call another, which still returns False.
         return (lambda device: True) if self.restricted else trl.trainer.utils._use_triton
 
 
@@ -119,5 +121,5 @@ def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
 
 
 def as_row(image: Any, **texts: str) -> Row:
-    """One example, of an image as uint8 [H, W, 3]."""
+    """One example of an image, uint8 [H, W, 3], and texts."""
     return {"images": [Image.fromarray(image)], **texts}

@@ -63,9 +63,7 @@ def _fill_padding(scores: CandidateScores) -> CandidateScores:
     """
     shape, valid = scores.policy.shape, scores.valid
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(
-            f"candidates must be a table of queries x candidates, found shape {tuple(shape)}"
-        )
+        raise ValueError(f"candidates must be a table of queries x candidates, found shape {tuple(shape)}")
     for name, values in scores._asdict().items():
         if values is not None and values.shape != shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}, but policy has {tuple(shape)}")
