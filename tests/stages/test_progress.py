@@ -267,6 +267,7 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
     assert sorted(whole.tables) == sorted(SYSTEMS)
     assert cut.answers == whole.answers
+    assert {sum(table.n for table in tables.values()) for tables in whole.tables.values()} == {15}
     assert cut.tables == whole.tables
 
 
