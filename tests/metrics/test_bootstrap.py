@@ -219,6 +219,10 @@ def test_own_functions(table):
         table, {"ece_15": lambda groups: METRICS["ece"](groups, n_bins=15)}, replicates=20
     )
     assert intervals["ece_15"].value == pytest.approx(float(METRICS["ece"](table, n_bins=15)))
+    with pytest.warns(UndefinedMetricWarning, match="mine: it has no value on these answers"):
+        assert math.isnan(
+            bootstrap_intervals(table, {"mine": lambda groups: groups.total * math.nan})["mine"].low
+        )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -147,7 +148,7 @@ class MetricSpec:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
         return self.function(table.groups(), **options)
 
-    @property
+    @cached_property
     def is_binned(self) -> bool:
         """Whether the formula has an option `n_bins`."""
         return "n_bins" in inspect.signature(self.function).parameters

@@ -12,11 +12,6 @@ ALL_METRICS = {**TASK_METRICS, **METRICS}
 """The declarations of task and calibration metrics by flat name."""
 
 
-def base_name(name: str) -> str:
-    """The metric of a flat name: `ece` for `ece/existence`."""
-    return name.split("/", 1)[0]
-
-
 def check_category(category: str) -> None:
     """Raise a ValueError for an empty category, whose metric names would end in a bare slash."""
     if not isinstance(category, str) or not category:
@@ -28,7 +23,10 @@ def warn_undefined_values(values: Mapping[str, float]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, value in values.items():
         if math.isnan(value):
-            by_reason.setdefault(ALL_METRICS[base_name(name)].undefined, []).append(name)
+            spec = ALL_METRICS.get(name.split("/", 1)[0])
+            by_reason.setdefault(spec.undefined if spec else "it has no value on these answers", []).append(
+                name
+            )
     if by_reason:
         message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)
