@@ -13,7 +13,7 @@ import yaml
 
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, snippet
-from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS, column
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
 FULL = Card(
@@ -87,7 +87,7 @@ def test_levels_and_results_are_tables() -> None:
     ]
     assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
     rows = _table(text, "## Results")
-    assert rows[0] == ["", *(heading for heading, _ in COLUMNS.values())]
+    assert rows[0] == ["", *(column(name)[0] for name in COLUMNS)]
     assert [row[:4] for row in rows[1:]] == [
         ["before training", "0.500", "0.500", "0.500"],
         ["after training", "0.250", "0.250", "0.250"],

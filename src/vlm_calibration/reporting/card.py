@@ -17,7 +17,7 @@ import yaml
 
 from vlm_calibration.models.base import FACTS
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.reporting.tables import COLUMNS, column
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
@@ -256,7 +256,7 @@ def _kind(card: Card) -> str:
 def _results(card: Card) -> str:
     n = next(iter(card.results.values())).get("n")
     rows = [
-        [f"{name} training", *(_cell(values.get(key), form) for key, (_, form) in COLUMNS.items())]
+        [f"{name} training", *(_cell(values.get(metric), column(metric)[1]) for metric in COLUMNS)]
         for name, values in card.results.items()
     ]
     return "\n\n".join(
@@ -264,7 +264,7 @@ def _results(card: Card) -> str:
             "## Results",
             f"On {'the' if n is None else f'{n:g}'} validation queries, noised as in training. Calibration (ECE to "
             "overconfidence) is over the answers whose confidence could be read, accuracy over all.",
-            _table(["", *(heading for heading, _ in COLUMNS.values())], rows),
+            _table(["", *(column(name)[0] for name in COLUMNS)], rows),
         ]
     )
 

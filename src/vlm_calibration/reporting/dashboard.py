@@ -14,7 +14,7 @@ import wandb_workspaces.workspaces as ws
 
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.reporting.tables import column
 from vlm_calibration.reporting.wandb_login import logged_in
 
 STEP = "trainer/global_step"
@@ -81,7 +81,7 @@ def _comparison(systems: Sequence[str]) -> Section:
     def of_each(name: str) -> tuple[str, ...]:
         return tuple(f"test/{system}/{name}" for system in systems)
 
-    bars = [Panel(COLUMNS[name][0], "bars", of_each(name), range=_range(name)) for name in COMPARED]
+    bars = [Panel(column(name)[0], "bars", of_each(name), range=_range(name)) for name in COMPARED]
     return Section(
         f"Did it pay? {', '.join(systems)} side by side",
         "All systems answer the same images. Training pays if ECE and Brier fall, AUROC does not, and accuracy stays.",

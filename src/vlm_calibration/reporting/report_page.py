@@ -31,7 +31,7 @@ from vlm_calibration.reporting.report_summary import (
     summarize_system,
 )
 from vlm_calibration.reporting.report_table import HEADINGS, RAW, Compared, Comparison, Row
-from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, official_of
+from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_of
 
 TEMPLATE = "report.html.j2"
 RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
@@ -172,9 +172,7 @@ def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str,
         for block, scores in blocks_of(official_of(known)).items():
             form = ".4f" if "yes_ratio" in scores else ".1f"
             values = [
-                (heading, format(scores[key], form))
-                for key, heading in OFFICIAL_COLUMNS.items()
-                if key in scores
+                (column(key)[0], format(scores[key], form)) for key in OFFICIAL_COLUMNS if key in scores
             ]
             found.append((system.name, block or "all", values))
     return found

@@ -9,26 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
-from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.metrics.task import TASK_METRICS
 
 Results = Mapping[str, Mapping[str, float]]
 """Row -> metrics by flat name: of a system, or of a file of answers."""
 
-COLUMNS: dict[str, tuple[str, str]] = {
-    name: (ALL_METRICS[name].heading, ALL_METRICS[name].format)
-    for name in [
-        "accuracy",
-        "ece",
-        "brier",
-        "auroc",
-        "mean_confidence",
-        "overconfidence",
-        "parse_failure_rate",
-    ]
-}
-"""The headline metrics by flat name: heading and format."""
+COLUMNS = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence", "parse_failure_rate")
+"""The headline metrics by flat name."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
+
+
+def column(name: str) -> tuple[str, str]:
+    """Heading and number format of a metric, as declared with it."""
+    from vlm_calibration.metrics.summary import ALL_METRICS  # imports torch, which no help page needs
+
+    return ALL_METRICS[name].heading, ALL_METRICS[name].format
 
 
 def overall_table(results: Results) -> Table:
@@ -36,16 +30,16 @@ def overall_table(results: Results) -> Table:
     n = int(next(iter(results.values()))["n"])
     table = Table(title=f"All {n} answers", title_justify="left", title_style="bold")
     table.add_column("system")
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
+    for name in COLUMNS:
+        table.add_column(column(name)[0], justify="right")
     for system, values in results.items():
-        table.add_row(system, *(_cell(values[k], form) for k, (_, form) in COLUMNS.items()))
+        table.add_row(system, *(_cell(values[name], column(name)[1]) for name in COLUMNS))
     return table
 
 
 def group_table(results: Results, metric: str, groups: Sequence[str]) -> Table:
     """One metric: a row a group of answers, a column a system."""
-    heading, form = COLUMNS[metric]
+    heading, form = column(metric)
     table = Table(title=f"{heading} by group", title_justify="left", title_style="bold")
     table.add_column("group")
     table.add_column("n", justify="right")
@@ -76,7 +70,7 @@ def _cell(value: float, form: str) -> str:
     return "-" if value != value else format(value, form)
 
 
-OFFICIAL_COLUMNS = {name: spec.heading for name, spec in TASK_METRICS.items()}
+OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 def official_table(results: Results) -> Table:
@@ -95,7 +89,7 @@ def official_table(results: Results) -> Table:
     table.add_column("system")
     table.add_column("part")
     for key in columns:
-        table.add_column(OFFICIAL_COLUMNS[key], justify="right")
+        table.add_column(column(key)[0], justify="right")
     for system, of in blocks.items():
         for block, scores in of.items():
             # POPE's are fractions that are not rounded, AMBER's percent with one decimal.
