@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Submits stages to SLURM, each to begin when the one before has succeeded: configs/slurm/submit.sh [regions] [sft] [dpo] [evaluate]
-# Run from the root of a checkout, with these variables and those that job.sh lists:
+# Submit stages to SLURM, each starting after the one before has succeeded: configs/slurm/submit.sh [regions] [sft] [dpo] [evaluate]
+# Reads these variables and those of job.sh:
 #
-#   NODES      default: 1
-#   GPUS       of each node, and so processes; default: 1. 0: on the CPU
-#   GPU_TYPE   e.g. a100; default: any
-#   TASKS      processes of each node on the CPU (GPUS=0); default: 1
-#   CPUS       of each process; default: 8
-#   TIME       limit of each job; it is requeued when that comes near, and goes on. Default: 04:00:00
-#   LEAD       seconds before the limit at which training is told to stop; default: 120
-#   PARTITION, ACCOUNT, QOS, MEM   as the options of sbatch; default: the cluster's
+#   NODES      nodes per job; default: 1
+#   GPUS       GPUs per node, with one process each; default: 1. 0: train on the CPU
+#   GPU_TYPE   type of GPU, e.g. a100; default: any
+#   TASKS      processes per node on the CPU (GPUS=0); default: 1
+#   CPUS       cores per process; default: 8
+#   TIME       time limit per job, which is requeued shortly before and resumes; default: 04:00:00
+#   LEAD       seconds before the limit at which the job is signalled to stop; default: 120
+#   PARTITION, ACCOUNT, QOS, MEM   options of sbatch; default: the cluster's
 #   PARTS      jobs that share the queries of stage `regions`; default: 1
 #   OPTIONS    further options of sbatch, e.g. OPTIONS="--exclusive --mail-type=FAIL"
 set -euo pipefail
@@ -17,15 +17,15 @@ set -euo pipefail
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 
 (( $# > 0 )) || fail "name stages: regions, sft, dpo, evaluate"
-command -v sbatch > /dev/null || fail "no sbatch here; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
+command -v sbatch > /dev/null || fail "sbatch not found; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
 cd "$(dirname "$0")/../.."
 
-# A chain works on one data set: the queries whose regions it extracts.
+# Later stages train and evaluate on the queries whose regions the first stage extracts.
 if [[ " $* " == *" regions "* && $# -gt 1 ]]; then
     export TRAIN_ON=${TRAIN_ON:-regions}
     [[ $TRAIN_ON != regions || ${QUERIES:-} ]] || fail "QUERIES= is not set: a .jsonl or .parquet file, or a folder of Parquet files," \
-        "whose regions are extracted for the other stages. On the embedded demo, which has its regions: STAGES=\"sft dpo evaluate\";" \
-        "on the data that the configurations name: TRAIN_ON=configured"
+        "whose regions the other stages use. For the embedded demo, which has regions: STAGES=\"sft dpo evaluate\";" \
+        "to train on the data of the configurations: TRAIN_ON=configured"
 fi
 if [[ ${TRAIN_ON:-} == regions ]]; then
     for stage in "$@"; do
@@ -49,21 +49,21 @@ options=(
     --cpus-per-task="${CPUS:-8}" --time="${TIME:-04:00:00}"
     ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} ${QOS:+--qos="$QOS"} ${MEM:+--mem="$MEM"}
 )
-read -ra more <<< "${OPTIONS:-}"
+read -ra extra_options <<< "${OPTIONS:-}"
 
-before=""
+previous=""
 for stage in "$@"; do
-    script=configs/slurm/$stage.sbatch logs=${RUNS_DIR:-runs}/${stage/evaluate/eval}/logs name=%j shown='' own=()
+    script=configs/slurm/$stage.sbatch logs=${RUNS_DIR:-runs}/${stage/evaluate/eval}/logs name=%j array_suffix='' stage_options=()
     [[ -f $script ]] || fail "no stage $stage: expected regions, sft, dpo or evaluate"
     if [[ $stage == regions ]]; then
-        name=%A_%a shown='_*' own=(--array="0-$((${PARTS:-1} - 1))")
+        name=%A_%a array_suffix='_*' stage_options=(--array="0-$((${PARTS:-1} - 1))")
     fi
-    [[ $stage == evaluate ]] || own+=(--signal="B:USR1@${LEAD:-120}")
-    # A job that waits for one that has failed would wait for ever.
-    [[ -z $before ]] || own+=(--dependency="afterok:$before" --kill-on-invalid-dep=yes)
+    [[ $stage == evaluate ]] || stage_options+=(--signal="B:USR1@${LEAD:-120}")
+    # Without kill-on-invalid-dep a job behind a failed one would stay in the queue forever.
+    [[ -z $previous ]] || stage_options+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
     mkdir -p "$logs"
-    before=$(sbatch "${options[@]}" "${own[@]}" --output="$logs/$name.log" "${more[@]}" "$script")
-    # With several clusters, sbatch says which one took the job.
-    before=${before%%;*}
-    echo "$stage: job $before, $logs/$before$shown.log"
+    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$logs/$name.log" "${extra_options[@]}" "$script")
+    # With several clusters, sbatch prints JOB;CLUSTER.
+    previous=${previous%%;*}
+    echo "$stage: job $previous, $logs/$previous$array_suffix.log"
 done

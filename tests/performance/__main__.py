@@ -1,4 +1,4 @@
-"""Every benchmark of the project, one after another: `python -m tests.performance` writes one Markdown page of their tables."""
+"""Run the benchmarks one after another and write their tables to one Markdown page: `make bench`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 
 from tests.performance.machine import processor, setting
 
-# Name -> what it shows. Those that need the machine to themselves come first, the one that takes longest last.
+# Name -> title of its section. Benchmarks that need the whole machine come first, the longest one last.
 BENCHMARKS = {
     "perturbation": "Region noise",
     "metrics": "Calibration metrics",
-    "startup": "Until a page of help is there",
+    "startup": "Start-up time of help pages",
     "streaming": "A million records in the data module",
-    "phrases": "Phrases of key objects",
+    "phrases": "Key-object phrases",
     "wandb_overhead": "Logging to W&B",
-    "estimators": "What estimators of confidence cost",
-    "preference": "Training steps beside TRL's",
-    "demo_seeds": "The method on the demo, three seeds (about 40 minutes)",
+    "estimators": "Cost of confidence estimators",
+    "preference": "Training steps, against TRL's",
+    "intervals": "Coverage of 95% intervals",
+    "demo_seeds": "The method on the demo, three seeds (about two hours)",
 }
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")
 
@@ -36,11 +37,11 @@ def main() -> None:
     for name in args.only:
         print(f"running {name}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", f"tests.performance.{name}"]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        failed += [name] if found.returncode else []
-        status = f"\n\nEnded with status {found.returncode}." if found.returncode else ""
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        failed += [name] if ran.returncode else []
+        status = f"\n\nEnded with status {ran.returncode}." if ran.returncode else ""
         page.append(
-            f"## {BENCHMARKS[name]}\n\n`python -m tests.performance.{name}`\n\n{found.stdout.strip()}{status}\n"
+            f"## {BENCHMARKS[name]}\n\n`python -m tests.performance.{name}`\n\n{ran.stdout.strip()}{status}\n"
         )
     text = "\n".join(page)
     args.out.parent.mkdir(parents=True, exist_ok=True)

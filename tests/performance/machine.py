@@ -1,4 +1,4 @@
-"""What the benchmarks say about where they ran, and how much memory a process has held (Linux)."""
+"""The machine and versions that a benchmark ran on, and the peak memory of a process (Linux)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def setting(*packages: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name and how many of its cores this process may use: "AMD EPYC, 2 cores"."""
+    """The processor's name and the number of cores that this process may use: "AMD EPYC, 2 cores"."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores"
 
 
 def reset_peak() -> None:
-    """Start measuring the peak anew."""
+    """Reset the peak that `peak_bytes` returns."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held since `reset_peak`."""
+    """Peak resident memory of this process since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
