@@ -1,9 +1,8 @@
-"""Starts the command line over and over without importing it anew: one fork for each request.
+"""Server that imports the command line once and forks for each run.
 
 A request is one JSON line on stdin: {"args": [...], "cwd": ..., "env": {...}, "largest": bytes or null, "out": file,
-"err": file}; the reply is the process id. The child leads a session of its own, as under a terminal, and goes on as
-`python -m vlm_calibration.cli` would.
-{"wait": pid} replies with the exit status, that of a signal negative.
+"err": file}; the reply is the process id. The child starts a session of its own, as under a terminal, and runs
+`python -m vlm_calibration.cli`. {"wait": pid} replies with the exit status, negative for a signal.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vlm_calibration.cli.lightning_cli import CalibrationCLI
 
 
 class Parsing(CalibrationCLI):
-    """Builds the parser, and so fills jsonargparse's caches, but runs nothing."""
+    """Builds the parser, which fills jsonargparse's caches, and runs nothing."""
 
     def instantiate_classes(self) -> None:
         pass
@@ -46,16 +45,16 @@ def start(request: dict) -> None:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
         os.close(file)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     sys.argv = ["vlm-calibration", *request["args"]]
 
 
 def serve() -> bool:
-    """Answer requests; True in a child that is to run the command, False when there are no more requests."""
+    """Answer requests until stdin ends. Returns True in a child, which then runs the command, else False."""
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "wait" in request:

@@ -1,4 +1,4 @@
-"""Starts the command line as a user does, in processes of their own, most of them forks of `cli_server.py`."""
+"""Run the command line in processes of its own, as a user does: most of them forks of `cli_server.py`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 ERROR = "vlm-calibration: error: "
 LIMIT = 240
-"""Seconds after which a run counts as hanging; far more than any needs."""
+"""Timeout of a run in seconds, far more than any run needs."""
 
 
-def heed_interrupts() -> None:
-    """For `preexec_fn`: react to SIGINT, which a suite that a script started in the background passes on as ignored."""
+def restore_sigint() -> None:
+    """For `preexec_fn`: restore the default action of SIGINT, which is ignored if a script started the tests in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A finished run: its exit status, what it printed, and its lines that report an error."""
+    """A finished run: its exit status, stdout and stderr."""
 
     status: int
     out: str
@@ -33,10 +33,11 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
+        """The error lines, without their prefix."""
         return [line.removeprefix(ERROR) for line in self.err.splitlines() if line.startswith(ERROR)]
 
     def error(self) -> str:
-        """The one error line of a run that failed in good order."""
+        """The only error line of a run that failed without a traceback."""
         assert self.status not in (0, None), self.err
         assert "Traceback" not in self.err + self.out, self.err
         assert len(self.errors) == 1, self.err
@@ -44,7 +45,7 @@ class Ended:
 
 
 class Server:
-    """Talks to `cli_server.py`."""
+    """Client of `cli_server.py`."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +55,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-            preexec_fn=heed_interrupts,
+            preexec_fn=restore_sigint,
         )
         self.started = 0
 
@@ -72,7 +73,11 @@ class Server:
         env: Mapping[str, str] | None = None,
         largest: int | None = None,
     ) -> int:
-        """The process id of a new run, with these further variables, whose files may not grow beyond `largest` bytes."""
+        """Start a run, with `env` added to its environment; return its process id.
+
+        Args:
+            largest: limit of the size of each file that the run writes, in bytes.
+        """
         self.started += 1
         files = {name: str(self.folder / f"{self.started}.{name}") for name in ("out", "err")}
         return self._ask(
@@ -80,6 +85,7 @@ class Server:
         )
 
     def wait(self, pid: int) -> Ended:
+        """Wait for the run that was started last."""
         timer = threading.Timer(LIMIT, os.killpg, (pid, signal.SIGKILL))
         timer.start()
         try:
@@ -91,7 +97,7 @@ class Server:
         )
 
     def close(self) -> None:
-        # Closing its input is not enough: data workers that tests have left behind hold the other end as well.
+        # Closing its input is not enough: data workers of earlier runs may hold the other end open.
         self.process.terminate()
         self.process.wait(timeout=LIMIT)
         assert self.process.stdin is not None
@@ -99,13 +105,13 @@ class Server:
 
 
 def callback(name: str, **settings: Any) -> dict[str, Any]:
-    """A callback of ours, or of `disasters`, as a configuration has it."""
-    known = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
-    return {"class_path": known + name, "init_args": settings}
+    """The configuration of a callback of the package or of `disasters`."""
+    package = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
+    return {"class_path": package + name, "init_args": settings}
 
 
 def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
-    """Run in processes that share nothing with this one, in a group of their own."""
+    """Run the command line in a cold process, the leader of a new process group."""
     path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [sys.executable, "-m", "vlm_calibration.cli", *command],

@@ -1,4 +1,4 @@
-"""What the whole suite shares: no network, one thread, and the demo's architecture with random weights."""
+"""Fixtures of all tests: no network, one thread, a tiny model with random weights, adapters, and short trainings."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from vlm_calibration.inference.model import CalibratedModel
 
 torch.set_num_threads(1)
-# That a busy machine makes one example slow is no failure.
+# An example may be slow on a busy machine.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The root of the repository."""
     return Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def processor() -> Any:
-    """The demo's processor: one token a percentage, 96 x 96 pixels, 64 image tokens."""
+    """The demo's processor: one token per percentage, 96 x 96 pixels, 64 image tokens."""
     from vlm_calibration.demo.architecture import build_processor
 
     return build_processor()
@@ -43,13 +43,13 @@ def processor() -> Any:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
-    """The demo's architecture with random weights and its processor, as a folder for `from_pretrained`."""
+    """Folder for `from_pretrained`: the demo's architecture with random weights, and its processor."""
     from vlm_calibration.demo.architecture import build_model
 
     folder = tmp_path_factory.mktemp("model")
     model = build_model(processor)
     with torch.no_grad():
-        # At their usual scale random weights say the same whatever they are shown.
+        # At their usual scale, random weights give the same answer for every image.
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed_tokens" not in name:
                 parameter.mul_(6.0)
@@ -60,7 +60,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> st
 
 @pytest.fixture(scope="session")
 def load_model(model_folder: str) -> Callable[..., Any]:
-    """Loads `model_folder` anew, for tests that change the model."""
+    """Function that loads a fresh copy of `model_folder`, for tests that change the model."""
     from vlm_calibration.models.loading import BaseModel, load_base
 
     def load(attn_implementation: str | None = None) -> Any:
@@ -73,7 +73,7 @@ def load_model(model_folder: str) -> Callable[..., Any]:
 def new_adapter(
     tmp_path_factory: pytest.TempPathFactory, load_model: Callable[..., Any]
 ) -> Callable[..., str]:
-    """Writes a LoRA adapter for `model_folder` whose weights, B included, are random; returns its folder."""
+    """Function that writes a LoRA adapter for `model_folder` with random weights, B included, and returns its folder."""
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
 
     def write(seed: int, **settings: Any) -> str:
@@ -91,14 +91,14 @@ def new_adapter(
 
 @pytest.fixture(scope="session")
 def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(root, tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
+    server = Server(root, tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
-    """Runs the command in `tmp_path`."""
+    """Function that runs the command line in `tmp_path`."""
 
     def ended(*arguments: str) -> Ended:
         return server.wait(server.start(list(arguments), tmp_path))
@@ -108,7 +108,7 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
 @pytest.fixture(scope="session")
 def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Both stages and an evaluation of them as configured in `configs/`, but short: stage -> its `OfflineRun`."""
+    """Short runs of both stages and of an evaluation, with the files of `configs/`: stage -> its `OfflineRun`."""
     from .wandb_log import run_stages
 
     return run_stages(root, server, tmp_path_factory.mktemp("offline"))
@@ -116,7 +116,7 @@ def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of a short training on a configuration that ships, with an overlay on top."""
+    """Function that returns the arguments of a short training: a file of `configs/` and an overlay."""
 
     def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
         callbacks = [
@@ -156,9 +156,9 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
 
 @pytest.fixture
 def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of a run of two epochs of seven batches, with dropout, in folder `name`, ended by `disaster`.
+    """Function that returns the arguments of a training in folder `name` that `disaster` ends: two epochs of seven batches.
 
-    Stage "dpo" validates before training as well, and always warns of the accuracy.
+    Stage "sft" trains with dropout. Stage "dpo" validates before training as well, and always warns about the accuracy.
     """
 
     def arguments(

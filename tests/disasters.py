@@ -1,4 +1,4 @@
-"""Callbacks that end a run where a test wants it to end, or watch it; the command line finds them beside `cli_server.py`."""
+"""Callbacks that kill or spoil a run at a given step, or record it. They are importable because `cli_server.py` is in this folder."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ import torch
 
 
 class KillAt(L.Callback):
-    """Sends a signal to this process, or to its whole group, in a batch of an epoch (both from 0).
+    """Sends a signal to this process, or to its process group, at a batch of an epoch.
 
     Args:
-        when: "before" the batch is trained on, "between" backward pass and optimiser step, "after" the batch,
-            "validating" behind it, or "ending": when training has ended, whatever the batch.
-        rank: the process that does it.
+        epoch, batch: the position, counted from 0.
+        when: "before" the batch, "between" the backward pass and the optimizer step, "after" the batch,
+            "validating": in the validation that follows it, or "ending": when training ends, at any batch.
+        number: the signal.
+        group: send it to the process group instead of this process.
+        rank: the process that sends it.
     """
 
     def __init__(
         self, epoch: int, batch: int, when: str = "before", number: int = 9, group: bool = True, rank: int = 0
     ) -> None:
-        self.place = (epoch, batch)
+        self.position = (epoch, batch)
         self.when = when
         self.number = number
         self.group = group
         self.rank = rank
-        self.now = False
+        self.armed = False
 
     def _at(self, when: str) -> None:
-        if self.now and when == self.when:
+        if self.armed and when == self.when:
             if self.group:
                 os.killpg(0, self.number)
             else:
@@ -42,7 +45,7 @@ class KillAt(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.now = (trainer.current_epoch, batch_idx) == self.place and trainer.global_rank == self.rank
+        self.armed = (trainer.current_epoch, batch_idx) == self.position and trainer.global_rank == self.rank
         self._at("before")
 
     def on_after_backward(self, *_: Any) -> None:
@@ -55,12 +58,12 @@ class KillAt(L.Callback):
         self._at("validating")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.now = trainer.global_rank == self.rank
+        self.armed = trainer.global_rank == self.rank
         self._at("ending")
 
 
 class KillPrediction(L.Callback):
-    """Sends SIGKILL to the whole group behind a batch of `predict` (from 0) of one of the processes."""
+    """Sends SIGKILL to the process group after a batch (from 0) of `predict` in process `rank`."""
 
     def __init__(self, batch: int, rank: int = 0) -> None:
         self.batch = batch
@@ -74,7 +77,7 @@ class KillPrediction(L.Callback):
 
 
 class Spoil(L.Callback):
-    """Makes a weight NaN before a batch, so that what is computed with it is NaN too; in one of the processes."""
+    """Sets a trained weight to NaN before a batch in process `rank`, so that the loss is NaN."""
 
     def __init__(self, batch: int, rank: int = 0) -> None:
         self.batch = batch
@@ -89,24 +92,24 @@ class Spoil(L.Callback):
 
 
 class SpoilGradient(L.Callback):
-    """Makes a gradient infinite, of a loss that is sound."""
+    """Sets a gradient to infinity after the backward pass of a batch; the loss is finite."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.now = False
+        self.armed = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.now = batch_idx == self.batch
+        self.armed = batch_idx == self.batch
 
     def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.now:
+        if self.armed:
             next(p.grad for p in module.parameters() if p.grad is not None).fill_(torch.inf)
 
 
 class FillDisk(L.Callback):
-    """From a batch on, no file of this process may grow beyond a number of bytes."""
+    """Limits the size of the process's files to `limit` bytes from a batch on."""
 
     def __init__(self, batch: int, limit: int) -> None:
         self.batch = batch
@@ -120,7 +123,7 @@ class FillDisk(L.Callback):
 
 
 class WriteLosses(L.Callback):
-    """Writes each batch's loss, one a line, to `losses-RANK.txt` of the run directory."""
+    """Writes the loss of each batch, one per line, to `losses-RANK.txt` in the run directory."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,7 +134,7 @@ class WriteLosses(L.Callback):
 
 
 class WriteMap(L.Callback):
-    """Writes the map that a preference stage was given when training starts to `map-RANK.json` of the run directory."""
+    """Writes a preference stage's recalibration map to `map-RANK.json` in the run directory when training starts."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / f"map-{trainer.global_rank}.json"
@@ -139,20 +142,23 @@ class WriteMap(L.Callback):
 
 
 class KillTest(L.Callback):
-    """Sends a signal to the whole group in an evaluation, from one of its processes.
+    """Sends a signal to the process group during an evaluation, from process `rank`.
 
     Args:
-        batch: in which batch (from 0). when: "asked", before the batch is answered; "answered", behind it; "writing", in
-            the middle of what this process writes down of it, with SIGXFSZ to itself; "ending", behind the last batch.
+        batch: the batch, counted from 0.
+        when: "asked": before the batch is answered; "answered": after it; "writing": while this process appends the batch's
+            answers, by SIGXFSZ to itself; "ending": after the last batch.
+        number: the signal.
+        rank: the process that sends it.
     """
 
     def __init__(self, batch: int, when: str, number: int = 9, rank: int = 0) -> None:
-        self.place = (when, batch)
+        self.position = (when, batch)
         self.number = number
         self.rank = rank
 
     def _at(self, trainer: L.Trainer, when: str, batch: int) -> bool:
-        return self.place == (when, batch) and trainer.global_rank == self.rank
+        return self.position == (when, batch) and trainer.global_rank == self.rank
 
     def on_test_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
@@ -181,7 +187,7 @@ class WriteAsked(L.Callback):
     """Appends the id of each query that an evaluation asks to a file.
 
     Args:
-        path: of the file; each process has its own, with its rank behind this.
+        path: the file without the rank, which each process appends to the name.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""A W&B server that knows only how to take a report, a workspace and the upload of a run, and writes down what it was asked."""
+"""A stand-in for W&B's server: accepts reports, workspaces and uploads of runs, and records the requests."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ USER = {
 
 
 def artifact_id(digest: str) -> str:
-    """The id of the artifact with this content."""
+    """The id of the artifact with this digest."""
     return f"artifact-{digest}"
 
 
 class GraphQLServer:
-    """Listens on the loopback interface until it is closed.
+    """Server on the loopback interface.
 
     Args:
-        projects: the projects that there are.
-        refuse: the status with which every request is refused; None: they are answered.
+        projects: names of existing projects.
+        refuse: HTTP status that refuses every request; None: requests are answered.
     """
 
     def __init__(self, projects: tuple[str, ...] = (), refuse: int | None = None) -> None:
         self.projects = list(projects)
         self.refuse = refuse
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.uploaded: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                # Elsewhere come the lines of a run's history, and reports of W&B's library about itself.
+                # Other paths receive the lines of a run's history and the library's telemetry.
                 status, answer = outer.answer(json.loads(body)) if self.path == "/graphql" else (200, {})
                 text = json.dumps(answer).encode()
                 self.send_response(status)
@@ -75,21 +75,21 @@ class GraphQLServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes W&B talk to this server, as someone who is logged in."""
+        """Variables that make W&B use this server, logged in."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
 
     def inputs(self, mutation: str) -> list[dict[str, Any]]:
         """The input of every mutation of this name."""
-        return [q["variables"]["input"] for q in self.asked if f"{mutation}(" in q["query"]]
+        return [q["variables"]["input"] for q in self.requests if f"{mutation}(" in q["query"]]
 
     @property
     def saved(self) -> list[dict[str, Any]]:
-        """The variables of every view that was saved, its specification decoded."""
-        found = [q["variables"] for q in self.asked if "upsertView" in q["query"]]
-        return [{**variables, "spec": json.loads(variables["spec"])} for variables in found]
+        """The variables of every saved view, with the specification decoded."""
+        views = [q["variables"] for q in self.requests if "upsertView" in q["query"]]
+        return [{**variables, "spec": json.loads(variables["spec"])} for variables in views]
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        self.asked.append(body)
+        self.requests.append(body)
         if self.refuse is not None:
             return self.refuse, {"errors": [{"message": "permission denied"}]}
         query, variables = body.get("query", ""), body.get("variables") or {}
@@ -98,11 +98,10 @@ class GraphQLServer:
         if "upsertBucket" in query:
             return 200, {"data": {"upsertBucket": {"bucket": self._run(variables), "inserted": True}}}
         if "createArtifact(" in query:
-            # It is there already, which is what a server says of content that it has.
+            # Committed: the server has this content already.
             artifact = {"id": artifact_id(variables["input"]["digest"]), "state": "COMMITTED"}
             sequence = {"id": "1", "latestArtifact": {"id": artifact["id"], "versionIndex": 0}}
-            made = {"artifact": {**artifact, "artifactSequence": sequence}}
-            return 200, {"data": {"createArtifact": made}}
+            return 200, {"data": {"createArtifact": {"artifact": {**artifact, "artifactSequence": sequence}}}}
         if "useArtifact" in query:
             return 200, {"data": {"useArtifact": {"artifact": {"id": variables["input"]["artifactID"]}}}}
         if "createRunFiles" in query:

@@ -1,4 +1,4 @@
-"""Level tables that say they were measured on the model and with the data that a test uses them for."""
+"""Level tables whose provenance matches the model and data of a test."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FALLING = {
     kind: [StepCount(step, 100, top - step // 25) for step in range(0, 1001, 100)]
     for kind, top in (("yes_no", 95), ("short", 88))
 }
-"""An accuracy of its own for every step and answer type."""
+"""Counts with a different accuracy for every step and answer type."""
 
 
 def measured(model: str, counts: Mapping[str, Sequence[StepCount]] = FALLING, **data: Any) -> AnchoredLevels:
-    """ConfidenceLevels of the model in this folder, as measured on data with these settings."""
+    """Levels with the provenance of the model in folder `model` and of data with these settings."""
     provenance = provenance_of(BaseModel(model), PerturbedQueryDataModule(model, **data), counts)
     return AnchoredLevels.fit(counts, provenance=provenance)

@@ -1,7 +1,7 @@
-"""Every YAML under configs/ goes through the parser that the command line uses, without anything being built from it.
+"""Parse every YAML file under configs/ with the command line's parser, without building objects.
 
-A full configuration is parsed alone, an overlay behind each configuration that it is made for. Which is which follows from
-the folder; a file in a folder that is not known here is a failure, so that none can be forgotten.
+A full configuration is parsed alone, an overlay after each configuration that it belongs to. The folder decides which of the two a
+file is; a file in an unknown folder fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FULL = {
     "regions.yaml": "predict",
 }
 DPO = CONFIGS / "dpo.yaml"
-# The first pattern that fits counts.
+# The first matching pattern counts.
 OVERLAYS = {
     "experiment/*_dpo.yaml": (DPO,),
     **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
@@ -39,10 +39,10 @@ OVERLAYS = {
 
 
 def plan(configs: Path) -> list[tuple[str, list[str]]]:
-    """Each YAML file, with arguments that parse it; once for each configuration that it may follow.
+    """Each YAML file and the arguments that parse it, once for each configuration that it may follow.
 
     Raises:
-        ValueError: for a file that is neither a full configuration nor an overlay known here.
+        ValueError: a file is neither a full configuration nor an overlay.
     """
     arguments: list[tuple[str, list[str]]] = []
     for path in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.yml")]):
@@ -63,7 +63,7 @@ def _is(name: Path, pattern: str) -> bool:
 
 
 class ParsingCLI(CalibrationCLI):
-    """The real parser; nothing is instantiated or run."""
+    """The real parser; instantiates and runs nothing."""
 
     def instantiate_classes(self) -> None:
         pass
@@ -73,7 +73,7 @@ class ParsingCLI(CalibrationCLI):
 
 
 class InstantiatingCLI(CalibrationCLI):
-    """Makes the objects; nothing is run."""
+    """Instantiates the objects; runs nothing."""
 
     def _run_subcommand(self, *_: Any, **__: Any) -> None:
         pass
@@ -81,13 +81,13 @@ class InstantiatingCLI(CalibrationCLI):
 
 @pytest.fixture(scope="module")
 def parse() -> Callable[[list[str]], Any]:
-    """Arguments to the configuration of their subcommand. The parser takes seconds to build, so it is built once."""
-    before = sys.argv
+    """Function from arguments to the configuration of their subcommand. Building the parser takes seconds, so it is built once."""
+    argv = sys.argv
     sys.argv = ["vlm-calibration", "fit", "--config", str(SFT)]
     try:
         parser = ParsingCLI().parser
     finally:
-        sys.argv = before
+        sys.argv = argv
 
     def parsed(arguments: list[str]) -> Any:
         config = parser.parse_args(arguments)
@@ -103,14 +103,14 @@ def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[st
     config = parse(arguments)
     written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
-    assert missing == [], "what the file says is what the command gets"
-    assert "processor" not in config.data, "the module's base model decides"
+    assert missing == [], "values of the file that the command does not get"
+    assert "processor" not in config.data, "it follows from the module's base model"
 
 
 def test_the_processor_is_that_of_the_module_s_base_model(
     model_folder: str, new_adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation has it from the adapters."""
+    """An evaluation takes it from the adapters."""
     named = ("--model.init_args.base.name_or_path", model_folder, "--model.init_args.base.revision", "v2")
     adapters = ("--model.init_args.adapters", json.dumps({"one": new_adapter(1)}))
     for command, config, settings, revision in (
@@ -145,8 +145,8 @@ def test_all_kinds_are_there() -> None:
     assert {"sft.yaml", "dpo.yaml", "levels.yaml", "eval/demo.yaml", "experiment/paper_dpo.yaml"} <= names
 
 
-# What the paper's preset changes. Everything else, such as the noise schedule, what is noised where an object is absent, the
-# LoRA layers and the optimiser, is the same in both: the paper does not publish it.
+# Settings that the paper's preset changes. All others, such as the noise schedule, the noise for absent objects, the LoRA layers and the
+# optimizer, are the same in both: the paper does not publish them.
 ANCHORED = {
     "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
     "init_args": {
@@ -191,7 +191,7 @@ PRESETS = {
         "data.pairs.n_rejected": (None, 1),
     },
 }
-# What our preset for one's own data changes of the demo's: its own levels, and no weights that were found on the demo.
+# Settings that our preset for own data changes from the demo's: the level table, and no level weights, which were tuned on the demo.
 OWN_DATA = {
     "data.noise.levels": (
         ANCHORED,
@@ -203,7 +203,7 @@ OWN_DATA = {
 
 
 def _settings(tree: Any, path: str = "") -> dict[str, Any]:
-    """Settings by name; one of a class of its own stands whole."""
+    """Settings by dotted name; an object with a `class_path` is one setting."""
     if not isinstance(tree, dict) or (path and "class_path" in tree and path != "model"):
         return {path: tree}
     below = ((f"{path}.{key}" if path else key, value) for key, value in tree.items())
@@ -213,13 +213,13 @@ def _settings(tree: Any, path: str = "") -> dict[str, Any]:
 def _differences(
     parse: Callable[[list[str]], Any], base: Path, *overlays: Path
 ) -> dict[str, tuple[Any, Any]]:
-    """Name -> what `base` alone sets, and what it sets with the overlays."""
-    ours, theirs = (
+    """Settings that the overlays change: name -> (value in `base`, value with the overlays)."""
+    alone, overlaid = (
         _settings(parse(["fit", *(a for path in (base, *more) for a in ("--config", str(path)))]).as_dict())
         for more in ((), overlays)
     )
-    names = sorted({*ours, *theirs} - {"config"})
-    return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
+    names = sorted({*alone, *overlaid} - {"config"})
+    return {name: (alone[name], overlaid[name]) for name in names if alone[name] != overlaid[name]}
 
 
 @pytest.mark.parametrize("preset", ["paper", "anchored"])
@@ -228,32 +228,33 @@ def test_presets_differ_in_these_settings_and_in_no_other(
     parse: Callable[[list[str]], Any], preset: str, stage: Path
 ) -> None:
     files = [f"{preset}.yaml", *([f"{preset}_dpo.yaml"] if stage == DPO else [])]
-    found = _differences(parse, stage, *(CONFIGS / "experiment" / name for name in files))
-    for name, (one, other) in found.items():
-        print(f"{stage.stem}, {preset}: {name}: {one} -> {other}")
-    assert found == (PRESETS[stage] if preset == "paper" else OWN_DATA)
+    differences = _differences(parse, stage, *(CONFIGS / "experiment" / name for name in files))
+    for name, (base, changed) in differences.items():
+        print(f"{stage.stem}, {preset}: {name}: {base} -> {changed}")
+    assert differences == (PRESETS[stage] if preset == "paper" else OWN_DATA)
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
-    """Nor about those of the test set: of all scenes that a configuration names, by split and index."""
+    """The same holds for the test set. Scenes are compared by split and index, over all configurations."""
     scenes: dict[str, set[tuple[str, int]]] = {}
     for path in CONFIGS.rglob("*.yaml"):
-        for place, value in _leaves(yaml.safe_load(path.read_text(encoding="utf-8"))):
-            if place[-1] == "split":
-                source = _at(yaml.safe_load(path.read_text(encoding="utf-8")), place[:-1])
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for keys, value in _leaves(tree):
+            if keys[-1] == "split":
+                source = _at(tree, keys[:-1])
                 first = source.get("first", 0)
-                name = f"{path.relative_to(CONFIGS)}: {'.'.join(map(str, place[:-2]))}"
+                name = f"{path.relative_to(CONFIGS)}: {'.'.join(map(str, keys[:-2]))}"
                 scenes[name] = {(value, i) for i in range(first, first + source["scenes"])}
-    held = {name for name in scenes if ": data.calibration." in name}
-    tested = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(held), len(tested), len(scenes)) == (2, 3, 10)
-    for group in (held, tested):
+    recalibration = {name for name in scenes if ": data.calibration." in name}
+    test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
+    assert (len(recalibration), len(test), len(scenes)) == (2, 3, 10)
+    for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
 
 
 def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:
-    """A new class keeps the old one's settings of the same name, and DPO's beta is far too small for SimPO."""
+    """LightningCLI keeps settings of the same name when the class changes, and DPO's beta is far too small for SimPO."""
     presets = [CONFIGS / "experiment" / f"{name}.yaml" for name in ("paper", "paper_dpo")]
     config = parse(["fit", *(a for path in (DPO, *presets) for a in ("--config", str(path)))])
     loss = config.model.init_args.loss
@@ -262,7 +263,7 @@ def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]]
 
 
 @pytest.mark.parametrize("stray", ["else/a.yaml", "other.yaml", "data/deeper/a.yaml", "eval/a.yml"])
-def test_no_file_is_left_out(tmp_path: Path, stray: str) -> None:
+def test_a_file_outside_the_known_folders_is_an_error(tmp_path: Path, stray: str) -> None:
     (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / stray).touch()
     with pytest.raises(ValueError, match=re.escape(stray)):

@@ -1,6 +1,6 @@
-"""A disk that is full is one line that names the file, wherever something is written, and what was there stays whole.
+"""Writing to a full disk ends in one line that names the file, and leaves existing files as they were.
 
-A limit on the size of files stands in for the disk, since it takes no rights: the system refuses to write on, with another error.
+A limit on the size of files replaces the full disk, since it needs no privileges; only the system's error differs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ from .command_line import LIMIT, Ended, Server, callback
 Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
 LARGEST = 20_000
-"""Bytes that a file may have."""
-SAID = "File too large"
-LEFT = f"{SAID}; what was there before is left as it was"
+"""Limit of a file's size in bytes."""
+TOO_LARGE = "File too large"
+
+
+def _assert_names(error: str, path: Path | str) -> None:
+    assert str(path) in error
+    assert TOO_LARGE in error
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -50,13 +54,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests here keep a run that was stopped when training had ended."""
+    """Where these tests keep a run that was killed at the end of training."""
     return tmp_path_factory.mktemp("trained") / "run"
 
 
 @pytest.fixture
 def stopped(run: Run, start: Start, trained: Path, tmp_path: Path) -> Path:
-    """The run directory of a run that was stopped when training had ended, before it wrote its adapter."""
+    """A copy of a run directory that was killed at the end of training, before it wrote its adapter."""
     if not trained.exists():
         kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
         ended = run(*start("run", kill, max_epochs=1))
@@ -68,7 +72,7 @@ def stopped(run: Run, start: Start, trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cramped(server: Server, tmp_path: Path) -> Run:
-    """Runs the command in `tmp_path`, where no file of it may have more than `LARGEST` bytes."""
+    """Function that runs the command line in `tmp_path`, with files of at most `LARGEST` bytes."""
 
     def ended(*arguments: str) -> Ended:
         return server.wait(server.start(list(arguments), tmp_path, largest=LARGEST))
@@ -83,32 +87,32 @@ def test_the_configuration(cramped: Run, start: Start, stopped: Path) -> None:
         "init_args": {"tags": ["x" * 60] * 400},
     }
     ended = cramped(*start("run", logger=tags), "--overwrite")
-    assert ended.error() == f"cannot write {stopped / 'config.yaml'}: {LEFT}"
+    _assert_names(ended.error(), stopped / "config.yaml")
     assert _contents(stopped) == before
 
 
 def test_a_checkpoint(cramped: Run, start: Start, stopped: Path, tmp_path: Path) -> None:
     ended = cramped(*start("new"))
     last = tmp_path / "new/checkpoints/last.ckpt"
-    assert ended.error() == f"cannot write {last}: {SAID}"
+    _assert_names(ended.error(), last)
     assert list(last.parent.iterdir()) == []
     before = (stopped / "checkpoints/last.ckpt").read_bytes()
     ended = cramped(*start("run"), "--ckpt_path", "last")
-    assert ended.error() == f"cannot write {stopped / 'checkpoints/last.ckpt'}: {LEFT}"
+    _assert_names(ended.error(), stopped / "checkpoints/last.ckpt")
     assert (stopped / "checkpoints/last.ckpt").read_bytes() == before
 
 
 def test_the_adapter(run: Run, cramped: Run, start: Start, stopped: Path) -> None:
     before = _contents(stopped)
     ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
-    assert ended.error() == f"cannot write {stopped / 'adapter'}: {SAID}"
-    now = _contents(stopped)
-    assert now.pop("config.yaml") != before.pop("config.yaml"), "which nothing kills any more"
-    assert now == before
+    _assert_names(ended.error(), stopped / "adapter")
+    after = _contents(stopped)
+    assert after.pop("config.yaml") != before.pop("config.yaml"), "KillAt is no longer in it"
+    assert after == before
     assert run(*start("run", max_epochs=1), "--ckpt_path", "last").status == 0
     before = _contents(stopped)
     ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
-    assert ended.error() == f"cannot write {stopped / 'adapter'}: {LEFT}"
+    _assert_names(ended.error(), stopped / "adapter")
     assert _contents(stopped) == before
 
 
@@ -118,7 +122,7 @@ def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:
     ended = cramped(
         *start("run", callbacks=callbacks, enable_checkpointing=False, val_check_interval=1), *many
     )
-    assert ended.error() == f"cannot write {tmp_path / 'run/.predictions.0.jsonl'}: {SAID}"
+    _assert_names(ended.error(), tmp_path / "run/.predictions.0.jsonl")
     assert not (tmp_path / "run/predictions.jsonl").exists()
 
 
@@ -133,7 +137,7 @@ def test_an_export(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("kept")
     ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", *merge)
-    assert ended.error() == f"cannot write out: {LEFT}"
+    _assert_names(ended.error(), "out")
     assert _contents(tmp_path) == {"out/mine": b"kept"}
 
 
@@ -152,8 +156,8 @@ def _shard(folder: Path) -> None:
 
 
 def _answered(folder: Path) -> None:
-    said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
-    Progress(folder, 0).append(Answered([0], {"base": [said]}, {}))  # type: ignore[list-item]
+    prediction = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
+    Progress(folder, 0).append(Answered([0], {"base": [prediction]}, {}))  # type: ignore[list-item]
 
 
 def _asked(folder: Path) -> None:
@@ -196,7 +200,7 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "0": (_image, False),
     "report.html": (_report, True),
 }
-"""File -> what writes it, and whether it replaces one that is there."""
+"""File -> the function that writes it, and whether that replaces an existing file."""
 
 
 def _cramped(write: Callable[[Path], None], folder: Path, answers: Any) -> None:
@@ -219,9 +223,9 @@ def test_a_file(tmp_path: Path, name: str) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert answers.get(timeout=10) == f"cannot write {tmp_path / name}: {LEFT if replaces else SAID}"
-    left = {p for p in tmp_path.iterdir() if p.is_file()}
-    assert {p.name for p in left} <= {name}, "nothing is left beside it"
+    _assert_names(answers.get(timeout=10), tmp_path / name)
+    files = {p.name for p in tmp_path.iterdir() if p.is_file()}
+    assert files <= {name}, "no temporary files"
     if replaces:
         assert (tmp_path / name).read_text() == "kept"
 
@@ -233,22 +237,20 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B itself loses what it cannot write, without a word."""
+    """W&B itself drops what it cannot write without a warning."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = RunLogger(save_dir=str(tmp_path / "run"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logger.log_metrics({"train/loss": 1.5}, step=0)
     monkeypatch.setattr(logging.shutil, "disk_usage", lambda _: Usage(1 << 20, 1 << 20, 0))
-    with pytest.warns(
-        UserWarning, match="wandb: No space left on device; what is logged from here on is lost"
-    ):
+    with pytest.warns(UserWarning, match="wandb: No space left on device"):
         logger.log_metrics({"train/loss": 1.5}, step=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logger.log_metrics({"train/loss": 1.5}, step=2)
     logger.experiment.finish()
-    with pytest.raises(DataError, match=r"cannot write .*/other: No space left on device"):
+    with pytest.raises(DataError, match=r"/other: No space left on device"):
         RunLogger(save_dir=str(tmp_path / "other")).log_metrics({"train/loss": 1.5}, step=0)
 
 
@@ -266,9 +268,9 @@ logger.finalize("failed")
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
-    """W&B waits when the process ends, and then says where the log is.
+    """W&B waits for the log when the process ends, and then prints its location.
 
-    `WANDB_SERVICE` is that of the tests' own process, where an earlier one logged.
+    `WANDB_SERVICE` is removed: it names the service of the tests' own process.
     """
     ran = subprocess.run(
         [sys.executable, "-c", FAILED.replace("FULL", str(full))],
@@ -287,7 +289,7 @@ def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: P
 def test_copies_for_an_upload(tmp_path: Path) -> None:
     logger = RunLogger(save_dir=str(tmp_path / "run"))
     with (
-        pytest.raises(DataError, match=r"cannot write .*/run/wandb: No space left on device"),
+        pytest.raises(DataError, match=r"/run/wandb: No space left on device"),
         staged(logger),
     ):
         raise OSError(28, "No space left on device")

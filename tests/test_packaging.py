@@ -1,4 +1,4 @@
-"""The project as a thing to install and run: requirements stated once, a tidy top level, and what make does when."""
+"""The project as a package: its requirements, top level, package data, and the commands that make runs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     assert "--editable ." in pip
     extras = project["optional-dependencies"]
-    wanted = sorted(project["dependencies"] + extras["demo"] + extras["regions"])
-    assert sorted(entry for entry in pip if entry != "--editable .") == wanted
+    expected = sorted(project["dependencies"] + extras["demo"] + extras["regions"])
+    assert sorted(entry for entry in pip if entry != "--editable .") == expected
     assert f"python{project['requires-python']}" in environment["dependencies"]
 
 
 EXTRAS = {"app": "app/", "dashboard": "reporting/dashboard.py", "regions": "regions/tagger.py"}
-"""Extra -> the modules that need it; no other may import what only it has."""
+"""Extra -> prefix of the modules that may import its packages."""
 
 
 def test_what_is_imported_is_declared(root: Path, project: dict) -> None:
@@ -55,18 +55,18 @@ def test_what_is_imported_is_declared(root: Path, project: dict) -> None:
     undeclared = {}
     for path in sorted(source.rglob("*.py")):
         module = str(path.relative_to(source))
-        extra = next((name for name, place in EXTRAS.items() if module.startswith(place)), None)
+        extra = next((name for name, prefix in EXTRAS.items() if module.startswith(prefix)), None)
         allowed = {_distribution(line) for name in {None, extra} for line in declared[name]}
         for name in third_party(path):
-            # What is not installed goes by its own name.
-            found = {_distribution(d) for d in distributions.get(name, [name])}
-            if not found & allowed:
-                undeclared[f"{module}: {name}"] = found
+            # A package that is not installed is assumed to have a distribution of the same name.
+            candidates = {_distribution(d) for d in distributions.get(name, [name])}
+            if not candidates & allowed:
+                undeclared[f"{module}: {name}"] = candidates
     assert undeclared == {}
 
 
 def third_party(path: Path) -> set[str]:
-    """The top-level packages that a module imports, wherever in it, besides Python's own and ours."""
+    """The top-level packages that a module imports anywhere, without the standard library and this package."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def third_party(path: Path) -> set[str]:
 
 
 def _distribution(requirement: str) -> str:
-    """The distribution's name in a requirement, as registries compare it."""
+    """The normalized name of the distribution in a requirement."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
@@ -102,8 +102,8 @@ def test_package_data_holds_the_demo_model(root: Path) -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     package = root / "src" / "vlm_calibration"
     shipped = {p for pattern in settings["package-data"]["vlm_calibration"] for p in package.glob(pattern)}
-    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert others <= shipped
+    data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert {p for p in data if p.name != "README.md"} <= shipped, "except pages about the source"
     assert package / "demo" / "model" / "model.safetensors" in shipped
 
 
@@ -115,7 +115,7 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _make(folder: Path, *arguments: str, **environment: str) -> str:
-    """What make prints; make must succeed."""
+    """Output of make, which must succeed."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS")}
     ran = subprocess.run(
         ["make", *arguments],
@@ -132,17 +132,17 @@ def _make(folder: Path, *arguments: str, **environment: str) -> str:
 def test_help_lists_every_target(root: Path) -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     [phony] = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    shown = _make(root, "help")
+    listing = _make(root, "help")
     for target in phony.split():
-        assert re.search(rf"^  {target} +\S", shown, re.MULTILINE), target
-    assert _make(root) == shown, "help is the default"
+        assert re.search(rf"^  {target} +\S", listing, re.MULTILINE), target
+    assert _make(root) == listing, "help is the default"
     targets = re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE)
     assert set(targets) == set(phony.split())
 
 
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
-    """A copy with what make looks at, and an interpreter that only writes down how it was called."""
+    """A folder with the files that make reads, and an interpreter that only logs its arguments."""
     for name in ("Makefile", "pyproject.toml", "configs/levels.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
@@ -157,20 +157,20 @@ def checkout(root: Path, tmp_path: Path) -> Path:
 
 
 def _calls(folder: Path) -> list[str]:
-    """The interpreter's calls since the last time."""
+    """Arguments of the interpreter's calls since the last `_calls`."""
     calls = folder / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
     calls.unlink(missing_ok=True)
     return lines
 
 
-def _of_the_command_line(calls: list[str]) -> list[str]:
+def _cli_calls(calls: list[str]) -> list[str]:
     return [c for c in calls if "-m vlm_calibration.cli" in c]
 
 
 @pytest.mark.parametrize("target", ["setup", "slurm-all", "app", "dashboard", "test"])
 def test_set_up_installs_what_each_stage_needs(project: dict, checkout: Path, target: str) -> None:
-    """The demo's font and the tagger of region extraction, whatever comes on top."""
+    """Always the demo's font and the tagger of region extraction."""
     installs = re.findall(r"pip install .*'\.\[(.*)\]'", _make(checkout, "-n", target))
     assert installs
     for extras in installs:
@@ -189,15 +189,15 @@ def test_set_up_happens_once(checkout: Path) -> None:
     assert all(
         " fit --config configs/sft.yaml" in c or " test --config configs/eval/demo.yaml" in c for c in second
     )
-    # The two trainings run side by side, so their order is not fixed.
-    assert sorted(second) == sorted(_of_the_command_line(first))
+    # The two trainings run in parallel, so their order varies.
+    assert sorted(second) == sorted(_cli_calls(first))
     _make(checkout, "evaluate")
     assert len(_calls(checkout)) == 1
 
 
 def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
     _make(checkout, "train-dpo", "ARGS=--data.batch_size 3")
-    fit, evaluation = _of_the_command_line(_calls(checkout))
+    fit, evaluation = _cli_calls(_calls(checkout))
     assert fit.endswith("fit --config configs/dpo.yaml --overwrite --data.batch_size 3")
     assert " test --config configs/eval/demo.yaml" in evaluation
     assert "batch_size" not in evaluation
@@ -207,18 +207,18 @@ def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
 def test_the_demo_s_targets_replace_their_own_runs_and_no_others(checkout: Path, target: str) -> None:
     def fits(*settings: str) -> list[str]:
         _make(checkout, target, *settings)
-        return [c for c in _of_the_command_line(_calls(checkout)) if " fit " in c]
+        return [c for c in _cli_calls(_calls(checkout)) if " fit " in c]
 
     assert fits()
     assert all(" --overwrite" in c for c in fits())
     assert not any(" --overwrite" in c for c in fits("ARGS=--ckpt_path last"))
     for call in fits("ARGS=--trainer.default_root_dir mine"):
-        # The paper's run stays in its own directory, which may hold one.
+        # ARGS= moves only our run; the paper's run still overwrites runs/*-paper.
         folder = call.split("--trainer.default_root_dir ")[-1].split()[0]
         assert (" --overwrite" in call) == (folder != "mine"), call
 
 
-def test_evaluated_is_what_was_trained_or_is_named(checkout: Path) -> None:
+def test_evaluate_takes_the_trained_adapters_or_those_named(checkout: Path) -> None:
     (checkout / "runs/dpo/adapter").mkdir(parents=True)
     _make(checkout, "evaluate")
     call = _calls(checkout)[-1]
@@ -254,6 +254,8 @@ def test_tests_need_more_than_training(checkout: Path) -> None:
     assert [c for c in _calls(checkout) if "[demo,dev]" in c]
     _make(checkout, "test", "ARGS=-x tests/data")
     assert _calls(checkout) == ["-m pytest -x tests/data"]
+    _make(checkout, "test-fast", "ARGS=-x")
+    assert _calls(checkout) == ["-m pytest -m not slow and not slurm and not browser -x"]
 
 
 def test_own_configuration_and_own_interpreter(checkout: Path) -> None:

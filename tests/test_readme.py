@@ -1,7 +1,7 @@
-"""Every command of the README: run as it stands there, with what makes it small behind it, or named with the test that runs it.
+"""The README's claims: every command runs here, with settings that shorten it, or is listed with the test that runs it.
 
-A command that is in neither table fails, so that the README cannot promise what nobody has tried. The models are the demo's
-and tiny ones in place of those of the Hub, in a folder that holds what the README says a user has.
+A command in neither table fails. Commands run in a folder with the files that the README assumes; the demo's model and tiny ones
+replace models of the Hub. Also checks that the pages of folders name existing files.
 """
 
 from __future__ import annotations
@@ -37,27 +37,31 @@ from vlm_calibration.records import Query
 
 from .command_line import LIMIT, run_plainly
 from .models.published import MODELS
+from .performance.__main__ import BENCHMARKS
 from .regions.conftest import tiny as tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = "src/vlm_calibration/demo/model"
 PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb")
+PAGES = sorted(
+    page for name in ("configs", "notebooks", "src", "tests") for page in (ROOT / name).rglob("README.md")
+)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a page: lines of its ```bash and indented blocks, and what begins with a program's name `in a line`.
+    """The commands of a page: lines of ```bash and indented blocks, and code spans that begin with a program's name.
 
-    Comments are left out, continued lines joined. An indented line of the form `name = ...` is a formula.
+    Comments are removed and continued lines joined. An indented line of the form `name = ...` is a formula.
 
     Raises:
-        ValueError: a block in a language for which there is no test.
+        ValueError: a block in an unknown language.
     """
     lines: list[str] = []
     for language, block in BLOCK.findall(text):
         if language not in ("bash", "json"):
-            raise ValueError(f"a block of {language or 'no language'}: no test knows what it is")
+            raise ValueError(f"a block of {language or 'no language'}: expected bash or json")
         if language == "bash":
             lines += block.replace("\\\n", " ").splitlines()
     rest = BLOCK.sub("", text)
@@ -66,8 +70,8 @@ def commands(text: str) -> list[str]:
             lines.append(line)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
     lines += [span for span in spans if " " in span and Path(span.split()[0]).name in PROGRAMS]
-    found = (" ".join(re.sub(r"(^|\s)# .*$", "", line).split()) for line in lines)
-    return list(dict.fromkeys(line for line in found if line))
+    stripped = (" ".join(re.sub(r"(^|\s)# .*$", "", line).split()) for line in lines)
+    return list(dict.fromkeys(line for line in stripped if line))
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,15 @@ class Run:
     """How a command is run here.
 
     Attributes:
-        more: settings behind those of the README; `{root}` is the project's folder. writes: files that it must write.
-        says: what it must print. replace: words of the README that stand for something of the user's.
+        more: settings after those of the README; `{name}` is the folder of a tiny model.
+        writes: files that it must write.
+        prints: text that it must print.
+        replace: placeholders of the README and their values.
     """
 
     more: str = ""
     writes: tuple[str, ...] = ()
-    says: tuple[str, ...] = ()
+    prints: tuple[str, ...] = ()
     replace: tuple[tuple[str, str], ...] = ()
 
 
@@ -100,7 +106,7 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}" for name in names)
 
 
-# The longest beginning that fits a command counts.
+# Beginning of a command -> how it is run; the longest matching beginning counts.
 RUNS: dict[str, Run] = {
     "vlm-calibration levels fit": Run(SMALL, ("runs/levels.json",), ("wrote runs/levels.json",)),
     "vlm-calibration fit --config configs/sft.yaml": Run(
@@ -109,14 +115,14 @@ RUNS: dict[str, Run] = {
     "vlm-calibration fit --config configs/dpo.yaml": Run(
         f"{TRAINED} --trainer.logger false", _in("runs/qwen-dpo", *RUN_FILES), ("│ before", "│ after")
     ),
-    "vlm-calibration fit --help": Run(says=("usage: ", "--config", "--data.batch_size")),
-    "vlm-calibration fit --model.help": Run(says=("answer_weight", "confidence_weight")),
-    "vlm-calibration completion bash": Run(says=("complete ", "--trainer.max_epochs")),
+    "vlm-calibration fit --help": Run(prints=("usage: ", "--config", "--data.batch_size")),
+    "vlm-calibration fit --model.help": Run(prints=("answer_weight", "confidence_weight")),
+    "vlm-calibration completion bash": Run(prints=("complete ", "--trainer.max_epochs")),
     "vlm-calibration estimate-memory": Run(
-        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", says=("│ weights", "│ total", "GiB")
+        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", prints=("│ weights", "│ total", "GiB")
     ),
     "vlm-calibration export runs/sft --merge": Run(
-        writes=("exported/model.safetensors",), says=("wrote exported",)
+        writes=("exported/model.safetensors",), prints=("wrote exported",)
     ),
     "vlm-calibration predict --config configs/regions.yaml": Run(
         "--trainer.accelerator cpu --data.workers 0 --model.init_args.gates.min_score 0.02"
@@ -127,9 +133,9 @@ RUNS: dict[str, Run] = {
         _in("runs/regions", "queries.parquet", "summary.json", "contact_sheet.png"),
     ),
     "vlm-calibration data inspect": Run(
-        says=("data.train", "yes_no answers", "bad records"), replace=(("FILE", "configs/data/jsonl.yaml"),)
+        prints=("data.train", "yes_no answers", "bad records"), replace=(("FILE", "configs/data/jsonl.yaml"),)
     ),
-    "vlm-calibration ask photo.jpg": Run(says=("onfidence", "%")),
+    "vlm-calibration ask photo.jpg": Run(prints=("onfidence", "%")),
     "vlm-calibration report runs/eval": Run("--replicates 20", ("runs/eval/report.html",)),
     "vlm-calibration test --config configs/eval/pope.yaml": Run(
         f"{QUICK} --trainer.logger false",
@@ -140,39 +146,41 @@ RUNS: dict[str, Run] = {
         ),
         ("│ base", "│ sft"),
     ),
-    "vlm-calibration score pope": Run(says=('"official/accuracy": 0.75', '"ece": ')),
+    "vlm-calibration score pope": Run(prints=('"official/accuracy": 0.75', '"ece": ')),
     "vlm-calibration score amber": Run(
-        writes=("for_amber.json",), says=("│ answers │ all       │     75.0", "│ answers │    0.750 │")
+        writes=("for_amber.json",), prints=("│ answers │ all       │     75.0", "│ answers │    0.750 │")
     ),
 }
 
 ELSEWHERE: dict[str, str] = {
-    "make demo": "takes ten minutes: what make calls is in tests/test_packaging.py, all of it in short in tests/conftest.py",
+    "make demo": "takes ten minutes: tests/test_packaging.py has the calls, tests/conftest.py runs them shortened",
     "make train-sft": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
-    "make test": "is this",
-    "make lint type test": "is what runs this, by .ci/run",
+    "make demo-figure": "needs an evaluation: tests/figures/test_before_after.py",
+    "make test": "runs this test",
+    "make test-fast": "runs tests: tests/test_packaging.py has the call",
+    "make lint type": "is run by .ci/run",
+    "make bench": "takes hours",
     "make app": "serves until it is stopped: test_the_page_answers",
     "make slurm-sft NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu": "needs SLURM: tests/slurm/test_jobs.py",
     "make dashboard ENTITY=... PROJECT=...": "needs a login at W&B: tests/reporting/test_dashboard.py",
-    "vlm-calibration export runs/sft --push-to-hub NAME": "uploads: tests/reporting/test_export.py",
+    "vlm-calibration export runs/sft --push-to-hub NAME": "uploads: tests/commands/test_export.py",
     "wandb login": "needs an account at W&B",
     "wandb sync": "uploads: tests/callbacks/test_wandb_log.py",
     "wandb sync runs/NAME/wandb/offline-run-*": "uploads: tests/callbacks/test_wandb_log.py",
-    "pip install 'vlm-calibration[regions]'": "downloads; the extra is one of the test's own: tests/regions/test_phrases.py",
+    "pip install 'vlm-calibration[regions]'": "downloads; the tests have the extra: tests/regions/test_phrases.py",
     ".venv/bin/pip install jupyterlab ipywidgets": "downloads; notebooks are run without either: tests/notebooks/test_notebooks.py",
     ".venv/bin/jupyter lab notebooks": "serves until it is stopped: tests/notebooks/test_notebooks.py",
-    "python -m tests.figures.before_after": "needs an evaluation: tests/figures/test_before_after.py",
-    "python -m tests.performance.demo_seeds": "takes half an hour",
-    "python -m tests.performance.phrases": "is timed and counted there: tests/regions/test_phrases.py",
-    "python -m tests.performance.preference": "takes minutes: tests/losses/test_preference_trl.py",
+    'make bench ARGS="--only demo_seeds"': "takes two hours",
+    'make bench ARGS="--only phrases"': "is tested in tests/regions/test_phrases.py",
+    'make bench ARGS="--only preference"': "takes minutes: tests/losses/test_preference_trl.py",
 }
 
 
 def _run_of(command: str) -> Run | None:
     """How a command is run here, None if it is not."""
-    fitting = [beginning for beginning in RUNS if command.startswith(beginning)]
-    return RUNS[max(fitting, key=len)] if fitting and command not in ELSEWHERE else None
+    matches = [beginning for beginning in RUNS if command.startswith(beginning)]
+    return RUNS[max(matches, key=len)] if matches and command not in ELSEWHERE else None
 
 
 COMMANDS = commands(README)
@@ -181,36 +189,58 @@ RUN_HERE = [command for command in COMMANDS if _run_of(command) is not None]
 
 def test_every_command_is_run_or_named() -> None:
     unknown = [command for command in COMMANDS if _run_of(command) is None and command not in ELSEWHERE]
-    assert unknown == [], "say in RUNS how they are run here, or in ELSEWHERE why they are not"
-    idle = [b for b in RUNS if not any(_run_of(c) is RUNS[b] for c in COMMANDS)]
-    assert idle == [], "the README has no such command any more"
+    assert unknown == [], "add them to RUNS, or to ELSEWHERE with a reason"
+    unused = [b for b in RUNS if not any(_run_of(c) is RUNS[b] for c in COMMANDS)]
+    assert unused == [], "the README has no such command"
     assert [c for c in ELSEWHERE if c not in COMMANDS] == []
 
 
-def test_what_is_not_run_here_exists() -> None:
+def test_commands_that_are_not_run_here_exist() -> None:
     for reason in ELSEWHERE.values():
         assert all((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", reason)), reason
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for command in COMMANDS:
         words = shlex.split(command)
         if words[0] == "make":
-            # Says what it would do: the target exists, and so does what it depends on.
-            done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-        elif words[:2] == ["python", "-m"]:
-            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
+            # A dry run fails if the target or one of its dependencies is missing.
+            dry_run = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert dry_run.returncode == 0, dry_run.stderr
+            assert all(name in BENCHMARKS for name in re.findall(r"--only (\w+)", command)), command
         elif words[1] == "install":
-            named = [
-                re.findall(r"\[(\w+)\]", word) for word in words[2:] if word.startswith("vlm-calibration")
-            ]
-            assert all(extra in extras for found in named for extra in found), command
+            ours = [word for word in words[2:] if word.startswith("vlm-calibration")]
+            assert all(extra in extras for word in ours for extra in re.findall(r"\[(\w+)\]", word)), command
         elif words[0] in ("vlm-calibration", "wandb"):
             assert find_spec(words[0].replace("-", "_")) is not None
 
 
+def test_no_command_runs_a_module_of_the_tests() -> None:
+    assert [command for command in COMMANDS if "tests." in command or "tests/" in command] == []
+
+
+def _paths(page: Path) -> set[str]:
+    """The code spans of a page that are paths, without placeholders such as `RUNS_DIR/eval` and patterns."""
+    spans = re.findall(r"`([a-z0-9_][\w/.-]*)`", page.read_text(encoding="utf-8"))
+    return {
+        span for span in spans if re.search(r"/|\.[a-z]+$", span) and not re.search(r"[A-Z]{3}|^runs/", span)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.parent.relative_to(ROOT)))
+def test_the_page_of_a_folder_names_existing_files(page: Path) -> None:
+    paths = _paths(page)
+    assert paths
+    assert [p for p in sorted(paths) if not (page.parent / p).exists() and not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["configs/slurm", "notebooks", "tests/performance"])
+def test_the_page_of_a_folder_lists_every_file(folder: str) -> None:
+    files = {path.name for path in (ROOT / folder).iterdir() if path.is_file()}
+    assert files - _paths(ROOT / folder / "README.md") <= {"README.md"}
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user has who types the README's commands: data, trained adapters, an evaluation and a benchmark's files."""
+    """A folder with the files that the README's commands use: data, trained adapters, an evaluation and a benchmark."""
     folder = tmp_path_factory.mktemp("user")
     for name in ("src", "configs", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
@@ -221,7 +251,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.peft_config["default"].base_model_name_or_path = DEMO
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                # As much as to have been trained, and too little to forget how to answer.
+                # Not zero, as after training, and small enough not to change the answers.
                 parameter.data.fill_(1e-4)
         model.save_pretrained(folder / "runs" / adapter / "adapter")
     shutil.copy(ROOT / "src/vlm_calibration/demo/levels.json", folder / "runs/levels.json")
@@ -254,7 +284,7 @@ def _write(path: Path, rows: list[dict[str, Any]], *, lines: bool = True) -> Non
 
 
 def _write_queries(folder: Path) -> None:
-    """Photographs and queries about them, of the demo's scenes: `data/*.jsonl` and `my/queries.jsonl`."""
+    """Write scenes of the demo and queries about them: `data/*.jsonl` and `my/queries.jsonl`."""
     for name, split, scenes in (
         ("data/train", "train", 3),
         ("data/validation", "calibration", 2),
@@ -289,7 +319,7 @@ def _box(mask: np.ndarray) -> list[int]:
 
 
 def _write_benchmarks(folder: Path) -> None:
-    """Four questions of POPE and of AMBER, and answers of which three are right."""
+    """Write four questions of POPE and of AMBER, and answers of which three are correct."""
     image = folder / "data/coco/val2014/one.jpg"
     image.parent.mkdir(parents=True)
     Image.fromarray(DemoSource("test", 1).load(DemoSource("test", 1).queries()[0]).image).save(image)
@@ -301,21 +331,24 @@ def _write_benchmarks(folder: Path) -> None:
     for kind in ("random", "popular", "adversarial"):
         _write(folder / f"data/pope/coco_pope_{kind}.json", questions)
     _write(folder / "coco_pope_random.json", questions)
-    said = ["Yes. Confidence: 90%", "No. Confidence: 60%", "No. Confidence: 80%", "No. Confidence: 70%"]
+    texts = ["Yes. Confidence: 90%", "No. Confidence: 60%", "No. Confidence: 80%", "No. Confidence: 70%"]
     _write(
         folder / "answers.jsonl",
-        [{"question_id": i, "question": "Is there a dog?", "answer": s} for i, s in enumerate(said, start=1)],
+        [
+            {"question_id": i, "question": "Is there a dog?", "answer": s}
+            for i, s in enumerate(texts, start=1)
+        ],
     )
     kind = "discriminative-attribute-state"
     truths = [{"id": i, "type": kind, "truth": label} for i, label in enumerate(labels, start=1)]
     _write(folder / "annotations.json", truths, lines=False)
-    answers = [{"id": i, "response": s} for i, s in enumerate(said, start=1)]
+    answers = [{"id": i, "response": s} for i, s in enumerate(texts, start=1)]
     _write(folder / "answers.json", answers, lines=False)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], str]) -> dict[str, str]:
-    """What stands for models of the Hub, by the name in a `Run`'s settings."""
+    """Folders of tiny models, by their name in the settings of a `Run`."""
     qwen = tmp_path_factory.mktemp("qwen")
     MODELS["qwen2_5_vl_7b"].config().save_pretrained(qwen)
     return {"qwen2_5_vl_7b": str(qwen), "grounding_dino": tiny("grounding_dino"), "sam2": tiny("sam2")}
@@ -329,19 +362,19 @@ def test_a_command_does_what_the_readme_says(
     shutil.copytree(prepared, project, symlinks=True)
     run = _run_of(command)
     assert run is not None
-    for word, meant in run.replace:
-        assert word in command
-        command = command.replace(word, meant)
+    for placeholder, value in run.replace:
+        assert placeholder in command
+        command = command.replace(placeholder, value)
     program, *arguments = shlex.split(command)
     assert program == "vlm-calibration"
     before = {path: _stamp(project / path) for path in run.writes}
-    # In processes of their own: in a fork of one that has imported all, a class is known that would not be.
+    # In a cold process: a fork of a warm one has modules loaded that the command might fail to import.
     ended = run_plainly([*arguments, *shlex.split(run.more.format(**models))], ROOT, project)
     assert ended.status == 0, ended.err
     for path in run.writes:
         assert (project / path).exists(), f"{path} is missing\n{ended.err}"
         assert _stamp(project / path) != before[path], f"{path} is the old one"
-    for text in run.says:
+    for text in run.prints:
         assert text in ended.out, ended.out
 
 
@@ -357,7 +390,7 @@ def test_the_page_answers(prepared: Path, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     log = tmp_path / "log"
     with log.open("w") as out:
-        made = subprocess.Popen(
+        server = subprocess.Popen(
             ["make", "app", f"PYTHON={sys.executable}", f"ARGS=--port {port}"],
             cwd=project,
             stdout=out,
@@ -367,20 +400,20 @@ def test_the_page_answers(prepared: Path, tmp_path: Path) -> None:
     try:
         end = time.monotonic() + LIMIT
         while f"http://127.0.0.1:{port}" not in log.read_text() and time.monotonic() < end:
-            assert made.poll() is None, log.read_text()
+            assert server.poll() is None, log.read_text()
             time.sleep(0.1)
         page = _get(f"http://127.0.0.1:{port}", end)
     finally:
-        # One that has ended is reported above, with what it said.
+        # A server that ended early has failed the assertion above.
         with suppress(ProcessLookupError):
-            os.killpg(made.pid, signal.SIGTERM)
-        made.wait(LIMIT)
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(LIMIT)
     assert "<html" in page
     assert "gradio" in page
 
 
 def _get(url: str, end: float) -> str:
-    """The page at an address that may take a moment to answer."""
+    """Fetch a page, and retry until `end` while the server does not answer."""
     while True:
         try:
             with urllib.request.urlopen(url, timeout=10) as reply:
@@ -401,7 +434,7 @@ def test_the_query_of_the_readme_loads(tmp_path: Path) -> None:
     loaded = source.load(query)
     assert query.answer_type == "yes_no"
     [mask] = loaded.evidence
-    # Its box, as the table says: x0, y0, x1, y1 in pixels.
+    # The table defines a box as x0, y0, x1, y1 in pixels.
     assert mask[40:200, 20:180].all()
     assert mask.sum() == 160 * 160
 
@@ -430,7 +463,7 @@ vlm-calibration fit --one 1 \\
 """
 
 
-def test_what_is_a_command() -> None:
+def test_commands_of_a_page() -> None:
     assert commands(PAGE) == [
         *("make it", "vlm-calibration fit --one 1 --two '#2'", "vlm-calibration score"),
         *("make thing", "vlm-calibration data"),

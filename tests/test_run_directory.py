@@ -1,4 +1,4 @@
-"""What `fit` does to the directory that it is to write to: nothing, unless it begins, and may."""
+"""`fit` and an existing run directory: refused, resumed or overwritten, and unchanged when `fit` fails."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ Fit = Callable[..., list[str]]
 Run = Callable[..., Ended]
 LOGGED = {"logger": {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}}
 ADAPTER = "adapter/adapter_model.safetensors"
+REMEDIES = ("--ckpt_path last", "--overwrite", "--trainer.default_root_dir")
+"""Settings that the refusal of a finished run suggests."""
 
 
 def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file's time and content, by its path in the folder."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
+    """Path in the folder -> modification time and content of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests here keep a run that has finished."""
+    """Where these tests keep a finished run."""
     return tmp_path_factory.mktemp("trained") / "run"
 
 
 @pytest.fixture
 def finished(run: Run, fit: Fit, trained: Path, tmp_path: Path) -> Path:
-    """The run directory of a run that has finished."""
+    """A copy of the run directory of a finished run."""
     if not trained.exists():
         ended = run(*fit(trainer=LOGGED))
         assert ended.status == 0, ended.err
@@ -44,7 +46,7 @@ def finished(run: Run, fit: Fit, trained: Path, tmp_path: Path) -> Path:
 
 
 def _failing(tmp_path: Path) -> dict[str, list[str]]:
-    """Settings with which a run cannot begin."""
+    """Settings with which a run fails before training."""
     records = tmp_path / "queries.jsonl"
     records.write_text(
         '{"id": "one", "image": "none.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}\n'
@@ -87,21 +89,19 @@ def test_an_adapter_that_is_missing_leaves_the_directory_as_it_was(
     ended = run(
         *fit("dpo", trainer=LOGGED), "--model.init_args.adapter", str(tmp_path / "nowhere"), "--overwrite"
     )
-    assert ended.error().startswith(f"no adapter at {tmp_path / 'nowhere'}")
+    assert str(tmp_path / "nowhere") in ended.error()
     assert _files(finished) == before
 
 
 def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Fit, finished: Path, root: Path) -> None:
     before = _files(finished)
-    said = (
-        f"{finished} holds a finished run: --ckpt_path last resumes it, --overwrite replaces it, "
-        "another --trainer.default_root_dir leaves it as it is"
-    )
     ended = run(*fit(trainer=LOGGED))
-    assert (ended.status, ended.error()) == (1, said)
+    assert ended.status == 1
+    assert all(text in ended.error() for text in (str(finished), *REMEDIES))
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     ended = run_plainly([*fit(trainer=LOGGED), *two], root, finished.parent)
-    assert (ended.status, ended.error()) == (1, said)
+    assert ended.status == 1
+    assert all(text in ended.error() for text in (str(finished), *REMEDIES))
     assert _files(finished) == before
 
 
@@ -112,9 +112,7 @@ def test_an_interrupted_run_is_refused_and_can_be_resumed(
     assert run(*start("run", kill)).status == -signal.SIGKILL
     before = _files(tmp_path / "run")
     ended = run(*start("run"))
-    assert ended.error().startswith(
-        f"{tmp_path / 'run'} holds a run that was interrupted: --ckpt_path last resumes it"
-    )
+    assert all(text in ended.error() for text in (str(tmp_path / "run"), "interrupted", "--ckpt_path last"))
     assert _files(tmp_path / "run") == before
     assert run(*start("run"), "--ckpt_path", "last").status == 0
 
@@ -156,9 +154,7 @@ def test_overwriting_and_resuming_are_two_things(run: Run, fit: Fit, finished: P
     before = _files(finished)
     ended = run(*fit(), "--overwrite", "--ckpt_path", "last")
     last = finished / "checkpoints/last.ckpt"
-    assert ended.error() == (
-        f"--overwrite would remove {last}, from which --ckpt_path resumes: give one of the two"
-    )
+    assert all(text in ended.error() for text in (str(last), "--overwrite", "--ckpt_path"))
     assert _files(finished) == before
 
 
@@ -167,7 +163,7 @@ def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
 ) -> None:
     adapter = finished / "adapter"
     ended = run(*fit("dpo"), "--model.init_args.adapter", str(adapter), "--overwrite")
-    assert ended.error().startswith(f"model.adapter: the run in {finished} would replace {adapter}")
+    assert all(text in ended.error() for text in ("model.adapter", str(finished), str(adapter)))
     assert (adapter / "adapter_model.safetensors").exists()
 
 
@@ -177,5 +173,5 @@ def test_an_evaluation_is_not_trained_over(run: Run, fit: Fit, tmp_path: Path) -
         (tmp_path / "run" / name).write_text("{}")
     before = _files(tmp_path / "run")
     ended = run(*fit(), "--overwrite")
-    assert ended.error().startswith(f"{tmp_path / 'run'} holds the results of `test` or `predict`: another")
+    assert all(text in ended.error() for text in (str(tmp_path / "run"), "`test` or `predict`"))
     assert _files(tmp_path / "run") == before

@@ -1,4 +1,4 @@
-"""Several processes train as one does with the same global batch; sharded, in low precision, with 8-bit states."""
+"""Training in several processes equals training in one with the same global batch; also sharding, low precision and 8-bit states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARDED = {
 
 
 def _losses(folder: Path) -> list[float]:
-    """Of each step: the mean over processes, which all have equally many queries."""
+    """The loss of each step: the mean over processes, whose batches have equal sizes."""
     columns = [
         [float(line) for line in path.read_text().splitlines()]
         for path in sorted(folder.glob("losses-*.txt"))
@@ -38,20 +38,20 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _files(folder: Path) -> set[str]:
-    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    return {name for name in found if not name.startswith("losses")}
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {name for name in files if not name.startswith("losses")}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(
     run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path, strategy: Any
 ) -> None:
-    """Same loss curve to 1e-4, same weights to 1e-4, the same validation, each file once; float32, no dropout."""
-    watch, still = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
+    """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout."""
+    watch, no_dropout = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
     more: dict[str, Any] = {} if strategy == "ddp" else {"limit_val_batches": 0}
-    ended = run(*start("one", watch, **more), *still)
+    ended = run(*start("one", watch, **more), *no_dropout)
     assert ended.status == 0, ended.err
-    ended = run_plainly([*start("two", watch, strategy=strategy, **more), *TWO, *still], root, tmp_path)
+    ended = run_plainly([*start("two", watch, strategy=strategy, **more), *TWO, *no_dropout], root, tmp_path)
     assert ended.status == 0, ended.err
     one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
     assert len(one) == 14
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(
 def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_processes(
     run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
-    """The demo's model answers, and is right about some; each process sees half of the answers."""
+    """The demo's model answers some queries correctly; each process sees half of the answers."""
     settings = {
         "base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
         "adapter": "null",
@@ -87,7 +87,7 @@ def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_proces
     assert ended.status == 0, ended.err
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/map-*.json")))
     assert len(two) == 2
-    assert any(len(set(accuracies)) > 1 for _, accuracies in one.values()), "there is something to fit"
+    assert any(len(set(accuracies)) > 1 for _, accuracies in one.values()), "the answers differ in accuracy"
     for fitted in two:
         assert fitted.keys() == one.keys()
         for kind, knots in one.items():
@@ -97,17 +97,17 @@ def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_proces
 def test_accumulated_batches_are_one_large_batch(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    still = ["--model.init_args.lora.dropout", "0.0", "--trainer.limit_train_batches"]
-    ended = run(*start("large"), *still, "3", "--data.batch_size", "4")
+    no_dropout = ["--model.init_args.lora.dropout", "0.0", "--trainer.limit_train_batches"]
+    ended = run(*start("large"), *no_dropout, "3", "--data.batch_size", "4")
     assert ended.status == 0, ended.err
-    ended = run(*start("small", accumulate_grad_batches=2), *still, "6", "--data.batch_size", "2")
+    ended = run(*start("small", accumulate_grad_batches=2), *no_dropout, "6", "--data.batch_size", "2")
     assert ended.status == 0, ended.err
     for name, weight in _weights(tmp_path / "large").items():
         torch.testing.assert_close(_weights(tmp_path / "small")[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
-    """AdamW with a large eps moves by the gradient, and that is clipped to nearly nothing."""
+    """AdamW with a large eps moves in proportion to the gradient, which is clipped to almost zero."""
     ended = run(
         *start("clipped", gradient_clip_val=1e-6),
         *("--model.init_args.optimizer.eps", "1.0", "--model.init_args.optimizer.lr", "1.0"),
@@ -131,7 +131,7 @@ def test_low_precision_and_8_bit_states_resumed(
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     states = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
     kinds = {t.dtype for t in _tensors(states["state"])}
-    assert torch.uint8 in kinds, "states of 8 bits"
+    assert torch.uint8 in kinds, "8-bit states"
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,7 +1,4 @@
-"""Reads back what an offline W&B run has written: the records of its `.wandb` file, which are in LevelDB's log format.
-
-Also makes such runs, by the command line and the configurations that ship.
-"""
+"""Read offline W&B runs: the records of a `.wandb` file, in LevelDB's log format. Also runs short stages that log such files."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protocol buffers of a `.wandb` file."""
+    """Yield the protocol buffers of a `.wandb` file."""
     data = path.read_bytes()
     assert data[:4] == b":W&B", path
     at, parts = HEADER, b""
     while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:  # the rest of a block that holds no header is padding
+        if BLOCK - at % BLOCK < HEADER:  # padding: too short for a header
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
@@ -47,8 +44,13 @@ def records(path: Path) -> Iterator[Any]:
 class OfflineRun:
     """An offline run.
 
-    directory: the run directory. folder: W&B's folder in it. history: rows of what was logged, in order, images and tables
-    as the mappings that describe them. config: what the run was configured with. artifacts: all of them, in order.
+    Attributes:
+        directory: the run directory.
+        folder: W&B's folder in it.
+        name, project, tags: as W&B shows them.
+        history: logged rows, in order; images and tables are the mappings that describe them.
+        config: the logged configuration.
+        artifacts: the logged and used artifacts, in order.
     """
 
     directory: Path
@@ -62,32 +64,33 @@ class OfflineRun:
 
     @property
     def keys(self) -> set[str]:
-        """Everything that has been logged."""
+        """Names of all logged values."""
         return {key for row in self.history for key in row if not key.startswith("_")}
 
     def values(self, key: str) -> list[Any]:
+        """The values logged under this name, in order."""
         return [row[key] for row in self.history if key in row]
 
     def file(self, key: str) -> Path:
-        """The file of the last image or table that was logged under this name."""
+        """The file of the last image or table logged under this name."""
         return self.folder / "files" / self.values(key)[-1]["path"]
 
     def table(self, key: str) -> list[dict[str, Any]]:
-        """The rows of the last table that was logged under this name."""
-        read = json.loads(self.file(key).read_text(encoding="utf-8"))
-        return [dict(zip(read["columns"], row, strict=True)) for row in read["data"]]
+        """The rows of the last table logged under this name."""
+        table = json.loads(self.file(key).read_text(encoding="utf-8"))
+        return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
     def logged(self, kind: str) -> list[Any]:
-        """The artifacts of this type that came of the run."""
+        """The artifacts of this type that the run logged."""
         return [a for a in self.artifacts if a.type == kind and not a.use_after_commit]
 
     def used(self, kind: str) -> dict[str, Any]:
-        """The artifacts of this type that went into the run, by name."""
+        """The artifacts of this type that the run used, by name."""
         return {a.name: a for a in self.artifacts if a.type == kind and a.use_after_commit}
 
 
 def read_run(run_directory: Path) -> OfflineRun:
-    """The one offline run of a run directory."""
+    """Read the only offline run of a run directory."""
     [path] = (run_directory / "wandb").glob("offline-run-*/*.wandb")
     run = OfflineRun(run_directory, path.parent)
     for record in records(path):
@@ -106,7 +109,7 @@ def read_run(run_directory: Path) -> OfflineRun:
 
 
 def _row(items: Any) -> dict[str, Any]:
-    """What was logged at once; of images and tables the parts of the mapping that describes them come one by one."""
+    """One logged row. Images and tables arrive as separate items, one for each entry of the mapping that describes them."""
     media = {path for i in items if (path := "/".join(i.nested_key)).endswith("/_type")}
     owners = {path.removesuffix("/_type") for path in media}
     row: dict[str, Any] = {}
@@ -135,11 +138,11 @@ SMALL = {
     "trainer": {"accelerator": "cpu", "log_every_n_steps": 1},
     "data": {"workers": 0, "batch_size": 4},
 }
-"""What makes a configuration of a stage short."""
+"""Settings that make a stage short."""
 
 
 def short(command: str, config: Path, overlay: Path, run_directory: Path, **settings: Any) -> list[str]:
-    """Arguments of a short run as configured in `config`. settings: sections that go over `SMALL`."""
+    """Arguments of a short run of configuration `config`; `settings` are sections that override `SMALL`."""
     merged = {name: {**SMALL.get(name, {}), **settings.get(name, {})} for name in {*SMALL, *settings}}
     merged["trainer"]["default_root_dir"] = str(run_directory)
     overlay.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
@@ -147,13 +150,13 @@ def short(command: str, config: Path, overlay: Path, run_directory: Path, **sett
 
 
 def demo(split: str, scenes: int, **settings: Any) -> dict[str, Any]:
-    """The demo's source, as a configuration has it."""
+    """The configuration of a demo source."""
     name = "vlm_calibration.demo.source.DemoSource"
     return {"class_path": name, "init_args": {"split": split, "scenes": scenes, **settings}}
 
 
 def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun]:
-    """SFT of two epochs, DPO of one, and an evaluation of both adapters on the demo: stage -> its run."""
+    """Run two epochs of SFT, one of DPO, and an evaluation of both adapters on the demo: stage -> its run."""
     adapters = {name: str(folder / name / "adapter") for name in ("sft", "dpo")}
     test = demo("test", 2)
     stages: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, expect
 from playwright.sync_api import Error as BrowserError
 
-from ..command_line import LIMIT, heed_interrupts
+from ..command_line import LIMIT, restore_sigint
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = (
@@ -54,7 +54,7 @@ class App:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "temporary")},
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                preexec_fn=heed_interrupts,
+                preexec_fn=restore_sigint,
             )
 
     def answers(self) -> bool:

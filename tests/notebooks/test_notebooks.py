@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, small, as someone who opens them would run them, and are stored without outputs."""
+"""The notebooks run from top to bottom with few scenes, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PERTURBATION, TRAIN, OWN = (
 )
 SCENES = 12
 LIMIT = 240
-"""Seconds after which a cell counts as hanging."""
+"""Timeout of a cell in seconds."""
 
 Execute = Callable[..., tuple[Any, Path]]
 
 
 @pytest.fixture
 def execute(tmp_path: Path) -> Execute:
-    """Runs a notebook in a kernel that starts in `folder`; the notebook with its outputs, and the folder of its runs."""
+    """Function that runs a notebook in a kernel started in `folder`; returns the notebook with outputs and the folder of its runs."""
 
     def executed(name: str, folder: Path) -> tuple[Any, Path]:
         notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
@@ -53,8 +53,8 @@ def execute(tmp_path: Path) -> Execute:
             notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
         )
         client.execute(env=environment)
-        ran = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-        assert ran == list(range(1, len(ran) + 1))
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
         [runs] = (tmp_path / "runs").iterdir()
         return notebook, runs
 
@@ -67,7 +67,7 @@ def _outputs(notebook: Any) -> Iterator[Any]:
 
 
 def _pictures(notebook: Any) -> list[np.ndarray]:
-    """All figures that the notebook shows, uint8 [H, W, 3]."""
+    """All figures of the notebook, uint8 [H, W, 3]."""
     data = [
         output.data["image/png"] for output in _outputs(notebook) if "image/png" in output.get("data", {})
     ]
@@ -75,7 +75,7 @@ def _pictures(notebook: Any) -> list[np.ndarray]:
 
 
 def _text(notebook: Any) -> str:
-    """Everything that the notebook prints, or shows as text."""
+    """All text output of the notebook."""
     return "\n".join(
         output.text if output.output_type == "stream" else str(output.get("data", {}).get("text/plain", ""))
         for output in _outputs(notebook)
@@ -83,10 +83,10 @@ def _text(notebook: Any) -> str:
 
 
 def test_every_notebook_is_run_here_and_named_in_the_readme() -> None:
-    found = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
-    assert found == [PERTURBATION, TRAIN, OWN]
+    names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+    assert names == [PERTURBATION, TRAIN, OWN]
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"(notebooks/{name})" in readme for name in found)
+    assert all(f"(notebooks/{name})" in readme for name in names)
 
 
 @pytest.mark.parametrize("name", [PERTURBATION, TRAIN, OWN])
@@ -97,17 +97,17 @@ def test_stored_without_outputs(name: str) -> None:
     assert code
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     assert all(cell["metadata"] == {} for cell in stored["cells"])
-    # What differs from one person's kernel to another's.
+    # The version of Python would differ between authors.
     assert set(stored["metadata"]["language_info"]) == {"name"}
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
 
 
 @pytest.mark.parametrize("start", [".", "notebooks"])
-def test_what_levels_look_like(execute: Execute, root: Path, start: str) -> None:
+def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None:
     notebook, runs = execute(PERTURBATION, root / start)
     pictures = _pictures(notebook)
     assert len(pictures) == 11
-    # A picture of one colour would be one of nothing.
+    # A figure with few colours would be empty.
     assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 20 for picture in pictures)
     assert Image.open(runs / "photo.png").size == (768, 768)
 
@@ -124,7 +124,7 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
     assert any(not torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
     for system in ("base", "sft", "dpo", "oracle"):
         answers = read_predictions(runs / "eval" / system / "predictions.jsonl")
-        assert len(answers) == 3 * 3 * 4, "three parts of four scenes with three questions each"
+        assert len(answers) == 3 * 3 * 4, "three splits of four scenes with three questions each"
 
 
 def test_own_data(execute: Execute, root: Path) -> None:
@@ -148,12 +148,12 @@ def test_own_data(execute: Execute, root: Path) -> None:
 
 
 def _same_regions(written: JsonlSource, drawn: DemoSource) -> None:
-    """What was written is what the demo draws: the images, and which pixels are evidence."""
+    """Assert that the written queries have the demo's images, evidence and distractors."""
     pairs = list(zip(written.queries(), drawn.queries(), strict=True))
     assert len(pairs) == 3 * SCENES
-    for mine, theirs in pairs:
-        assert (mine.id, mine.question, mine.answer) == (theirs.id, theirs.question, theirs.answer)
-        a, b = written.load(mine), drawn.load(theirs)
+    for query, original in pairs:
+        assert (query.id, query.question, query.answer) == (original.id, original.question, original.answer)
+        a, b = written.load(query), drawn.load(original)
         assert np.array_equal(a.image, b.image)
         for kind in ("evidence", "distractors"):
             masks, expected = getattr(a, kind), getattr(b, kind)

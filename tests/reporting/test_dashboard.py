@@ -166,7 +166,7 @@ def test_printing_needs_neither_a_login_nor_a_network(
 ) -> None:
     ended, saved = build("--project", "mine", "--print", WANDB_API_KEY="")
     assert ended.status == 0, ended.err
-    assert wandb_server.asked == saved == []
+    assert wandb_server.requests == saved == []
     printed = json.loads(ended.out)
     assert list(printed) == ["workspace", "report"]
     assert printed["workspace"]["entity"] == ENTITY

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, as root: munged, slurmctld and two slurmd, without systemd or cgroups."""
+"""A SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd, without systemd or cgroups. Needs root."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from datetime import datetime
 from pathlib import Path
 
 LIMIT = 400
-"""Seconds after which something counts as never going to happen."""
+"""Timeout in seconds of whatever a test waits for."""
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 CONF = """
 ClusterName=tests
-# The ports of processes follow from it.
+# Lightning derives the port of a job's processes from its number.
 FirstJobId={job}
 SlurmUser=root
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-# A requeued job waits until its credential has expired: two minutes, if nothing is said here.
+# A requeued job waits until its credential has expired, by default two minutes.
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
@@ -51,7 +51,7 @@ PartitionName=tests Nodes={nodes} Default=YES
 
 
 def missing() -> str | None:
-    """Why there can be no SLURM here, if so."""
+    """Why SLURM cannot run here, or None if it can."""
     if os.geteuid() != 0:
         return "its daemons need root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -65,19 +65,19 @@ def wait_for(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> 
         time.sleep(0.3)
 
 
-def surroundings() -> dict[str, str]:
-    """This process's variables, without those of `make test ARGS=...` and of another SLURM, which jobs would heed."""
+def clean_environment() -> dict[str, str]:
+    """This process's environment without variables that jobs would read: those of make, of another SLURM and of W&B."""
     others = ("ARGS", "CONFIG", "STAGES", "MAKE", "MFLAGS", "SLURM", "SBATCH", "WANDB")
     return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 
 class Cluster:
-    """Starts the daemons; `stop` ends them and all jobs."""
+    """A running cluster; `stop` ends its jobs and daemons."""
 
     def __init__(self) -> None:
-        # Short, since it holds a socket.
+        # Short, since the path of a socket has a maximum length.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.environment = {**surroundings(), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.environment = {**clean_environment(), "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.daemons: list[subprocess.Popen[bytes]] = []
         (self.folder / "key").write_bytes(secrets.token_bytes(1024))
         (self.folder / "key").chmod(0o400)
@@ -91,7 +91,7 @@ class Cluster:
             ports=[first, first + 1, first + 2],
         )
         (self.folder / "slurm.conf").write_text(conf)
-        # Only counted: no job here looks at them.
+        # SLURM only counts these files; jobs do not open them.
         for number in range(4):
             (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-3]\n")
@@ -119,7 +119,7 @@ class Cluster:
         return self("sinfo", "--noheader", "--format=%D %t", check=False).strip() == "2 idle"
 
     def _daemon(self, *command: str) -> None:
-        """A daemon that ends with this process, however that ends."""
+        """Start a daemon that ends with this process, for whatever reason that ends."""
         log = (self.folder / f"{command[0]}.log").open("ab")
         with log:
             self.daemons.append(
@@ -133,7 +133,7 @@ class Cluster:
             )
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        """Run a command that talks to this SLURM; what it prints."""
+        """Run a SLURM command and return its output."""
         ran = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=LIMIT, check=False
         )
@@ -141,22 +141,23 @@ class Cluster:
         return ran.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM says of a job."""
-        shown = self("scontrol", "show", "job", "--oneliner", number)
-        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
+        """The fields of `scontrol show job`."""
+        line = self("scontrol", "show", "job", "--oneliner", number)
+        return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
     def started(self, number: str) -> float:
-        """When a job started to run, in seconds since the epoch."""
+        """The start time of a job, in seconds since the epoch."""
         return datetime.fromisoformat(self.job(number)["StartTime"]).timestamp()
 
     def limit(self, number: str, minutes: int) -> None:
+        """Set the time limit of a job."""
         self("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
 
     def has_ended(self, number: str) -> bool:
         return self.job(number)["JobState"] in ENDED
 
     def ended(self, number: str) -> dict[str, str]:
-        """What SLURM says of a job at its end."""
+        """Wait for the end of a job and return its fields."""
         wait_for(lambda: self.has_ended(number), f"the end of job {number}")
         return self.job(number)
 
@@ -175,16 +176,16 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of that many neighbouring ports that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     for first in range(26817, 36817, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
-            for offset, each in enumerate(sockets):
-                each.bind(("127.0.0.1", first + offset))
+            for offset, sock in enumerate(sockets):
+                sock.bind(("127.0.0.1", first + offset))
             return first
         except OSError:
             continue
         finally:
-            for each in sockets:
-                each.close()
+            for sock in sockets:
+                sock.close()
     raise AssertionError("no free ports")

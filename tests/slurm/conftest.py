@@ -1,4 +1,4 @@
-"""The SLURM that the tests of a session share, and jobs on it."""
+"""A SLURM cluster for all tests of a session, and jobs on it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Ran = subprocess.CompletedProcess[str]
 def cluster() -> Iterator[Cluster]:
     if why := missing():
         pytest.skip(f"SLURM JOBS ARE NOT TESTED: {why}")
-    made = Cluster()
-    yield made
-    made.stop()
+    cluster = Cluster()
+    yield cluster
+    cluster.stop()
 
 
 def variables(command: list[str], stage: str = "sft") -> dict[str, str]:
-    """Arguments of the command line in the variables that a stage's job takes: its configurations, and its settings."""
+    """Variables of a stage's job for these arguments of the command line: configuration files and settings."""
     configs: list[str] = []
     settings: list[str] = []
     words = iter(command[1:])
@@ -38,7 +38,7 @@ def variables(command: list[str], stage: str = "sft") -> dict[str, str]:
 
 
 class Jobs:
-    """Submits jobs as a person does, small ones on the CPU, with their run directories in `folder`."""
+    """Submits small jobs on the CPU, as a user does, with run directories in `folder`."""
 
     def __init__(self, cluster: Cluster, root: Path, folder: Path) -> None:
         self.cluster = cluster
@@ -46,17 +46,18 @@ class Jobs:
         self.environment = {
             **cluster.environment,
             "PYTHON": sys.executable,
-            # The source of this checkout, whichever is installed.
+            # Use this repository's source, even if another one is installed.
             "PYTHONPATH": f"{root}/tests/slurm:{root}/src",
             "RUNS_DIR": str(folder),
             "GPUS": "0",
             "CPUS": "1",
-            # The nodes' names are not those of machines.
+            # The nodes' names do not resolve to addresses.
             "MASTER_ADDR": "127.0.0.1",
         }
         self.interpreter = str(root / "tests/slurm/interpreter")
 
     def run(self, *command: str, **variables: str) -> Ran:
+        """Run a command in the root of the repository."""
         return subprocess.run(
             command,
             cwd=self.root,
@@ -68,7 +69,7 @@ class Jobs:
         )
 
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
-        """A command in a group of its own, as under a terminal."""
+        """Start a command in a new process group, as under a terminal."""
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -80,15 +81,16 @@ class Jobs:
         )
 
     def submit(self, *stages: str, **variables: str) -> list[str]:
-        """The numbers of these stages' jobs."""
+        """Submit stages; return the numbers of their jobs."""
         return self.numbers(self.run("configs/slurm/submit.sh", *stages, **variables))
 
     def numbers(self, ran: Ran) -> list[str]:
+        """The job numbers in the output of a submission."""
         assert ran.returncode == 0, ran.stderr
         return [line.split(" job ")[1].split(",")[0] for line in ran.stdout.splitlines() if " job " in line]
 
     def paused(self, number: str, run: Path) -> None:
-        """Wait until `pausing.PauseAt` holds the job up."""
+        """Wait until `pausing.PauseAt` pauses the job."""
         wait_for(
             lambda: (run / "paused").exists() or self.cluster.has_ended(number), f"job {number} training"
         )
@@ -99,14 +101,14 @@ class Jobs:
         wait_for(lambda: bool([*folder.glob("called-*")]) or self.cluster.has_ended(number), f"job {number}")
 
     def done(self, number: str, run: Path) -> dict[str, str]:
-        """What SLURM says of a job once it has succeeded."""
+        """Wait for the end of a job that must succeed, and return its fields."""
         job = self.cluster.ended(number)
         assert job["JobState"] == "COMPLETED", f"{job}\n{logs(run)}"
         return job
 
 
 def logs(run: Path) -> str:
-    """All that the jobs of a run directory wrote."""
+    """The logs of all jobs of a run directory."""
     return "\n".join(f"=== {path.name}\n{path.read_text()}" for path in sorted(run.glob("logs/*.log")))
 
 
@@ -117,7 +119,7 @@ def jobs(cluster: Cluster, root: Path, tmp_path: Path) -> Jobs:
 
 @pytest.fixture(scope="session")
 def late(cluster: Cluster, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Jobs, str, Path]:
-    """A job that takes no notice of signals; begun before others, since its time limit is a minute away at least."""
+    """A job that ignores signals. It starts before the other tests, since a time limit is at least a minute."""
     folder = tmp_path_factory.mktemp("late")
     last = folder / "sft/checkpoints/last.ckpt"
     last.parent.mkdir(parents=True)

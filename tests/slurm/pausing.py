@@ -1,4 +1,4 @@
-"""A callback that holds a run up until it is stopped; jobs find it on their path."""
+"""A callback that pauses a run until it receives a signal. Jobs have this folder in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import lightning as L
 
 
 class PauseAt(L.Callback):
-    """Says so in `paused` of the run directory, then waits for a signal; in the first process, and not when requeued."""
+    """Writes the file `paused` to the run directory and waits for a signal, in the first process and unless the job was requeued."""
 
     def __init__(self, epoch: int, batch: int) -> None:
-        self.place = (epoch, batch)
+        self.position = (epoch, batch)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        here = (trainer.current_epoch, batch_idx) == self.place and trainer.is_global_zero
+        here = (trainer.current_epoch, batch_idx) == self.position and trainer.is_global_zero
         if here and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             (Path(trainer.default_root_dir) / "paused").touch()
             signal.pause()

@@ -1,4 +1,4 @@
-"""What SLURM is asked for, and when a job is put back in the queue: around an interpreter that only waits."""
+"""Options of submitted jobs, and when a job is requeued; with a stand-in for Python that only waits."""
 
 from __future__ import annotations
 
@@ -39,22 +39,24 @@ def test_options(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "variables", "message"),
+    ("stages", "variables", "culprit"),
     [
-        ([], {}, "name stages: regions, sft, dpo, evaluate"),
-        (["stf"], {}, "no stage stf: expected regions, sft, dpo or evaluate"),
-        (["sft"], {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2: each GPU has one process"),
+        ([], {}, "stages"),
+        (["stf"], {}, "stf"),
+        (["sft"], {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2"),
         (["sft"], {"PARTITION": "nowhere"}, "invalid partition"),
     ],
 )
-def test_what_cannot_be(jobs: Jobs, stages: list[str], variables: dict[str, str], message: str) -> None:
+def test_invalid_submissions_are_named(
+    jobs: Jobs, stages: list[str], variables: dict[str, str], culprit: str
+) -> None:
     ran = jobs.run("configs/slurm/submit.sh", *stages, **variables)
     assert ran.returncode != 0
-    assert message in ran.stderr
+    assert culprit in ran.stderr
 
 
 def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
-    """All of them see all GPUs of their node, as Lightning expects."""
+    """Each process sees all GPUs of its node, as Lightning expects."""
     (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, NODES="2", GPUS="2", WAITS="0")
     jobs.done(number, tmp_path / "sft")
     for task in range(4):
@@ -70,7 +72,7 @@ def test_only_this_job_of_an_array_is_requeued(jobs: Jobs, tmp_path: Path) -> No
     queries.write_text("{}\n" * 10)
     (number,) = jobs.submit("regions", PYTHON=jobs.interpreter, PARTS="2", QUERIES=str(queries))
     wait_for(lambda: len([*tmp_path.glob("called-*")]) == 2, "both jobs")
-    # SLURM gives the last job of an array the number of the array.
+    # The last job of an array has the array's number.
     jobs.cluster("scancel", "--batch", "--signal=USR1", f"{number}_1")
     jobs.done(f"{number}_1", tmp_path / "regions/part-0001")
     first = jobs.cluster.job(f"{number}_0")
@@ -85,11 +87,11 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(jobs: Jobs, tmp_path: 
         wait_for(lambda count=count: len([*tmp_path.glob("called-*")]) == count + 1, f"start {count}")
         jobs.cluster("scancel", "--batch", "--signal=USR1", number)
     assert jobs.cluster.ended(number)["JobState"] == "FAILED"
-    assert "three times in a row the time limit came before anything was saved" in logs(tmp_path / "sft")
+    assert "three times in a row" in logs(tmp_path / "sft")
 
 
 def test_a_cancelled_job_does_not_come_back(jobs: Jobs, tmp_path: Path) -> None:
-    """Not even when it is cancelled while it stops at its time limit."""
+    """This also holds for a job that is cancelled while it stops at its time limit."""
     (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, IGNORED="USR1")
     jobs.called(number, tmp_path)
     jobs.cluster("scancel", "--batch", "--signal=USR1", number)

@@ -1,4 +1,4 @@
-"""The jobs in configs/slurm where there is no SLURM: under bash, most around an interpreter that only says what it was given."""
+"""The jobs in configs/slurm without SLURM: under bash, most with a stand-in for Python that prints its arguments."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ..command_line import LIMIT, heed_interrupts
+from ..command_line import LIMIT, restore_sigint
 from ..regions.conftest import scene_files as scene_files
 from ..regions.conftest import tiny as tiny
-from .cluster import surroundings, wait_for
+from .cluster import clean_environment, wait_for
 from .conftest import variables
 
 
 def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
     interpreter = str(root / "tests/slurm/interpreter")
     return {
-        **surroundings(),
+        **clean_environment(),
         "PYTHON": interpreter,
         "RUNS_DIR": str(folder),
         "GPUS": "0",
@@ -40,7 +40,7 @@ def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
 def _bash(root: Path, folder: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     environment = _environment(root, folder, **variables)
-    # From anywhere: the job finds its checkout.
+    # The working directory does not matter: the job finds the repository.
     return subprocess.run(
         ["bash", str(root / "configs/slurm" / script)],
         cwd=folder,
@@ -96,7 +96,7 @@ def test_the_wandb_run_belongs_to_the_checkpoint(root: Path, tmp_path: Path) -> 
 
     first = number()
     assert len(first) == 8
-    assert number() != first, "nothing to go on from"
+    assert number() != first, "there is no checkpoint"
     (tmp_path / "sft/checkpoints").mkdir()
     (tmp_path / "sft/checkpoints/last.ckpt").touch()
     second = (tmp_path / "sft/logs/wandb-run-id").read_text()
@@ -117,7 +117,7 @@ def test_evaluation_takes_the_adapters_that_are_there(root: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def queries(scene_files: Callable[..., Path]) -> Path:
-    """24 queries about seven scenes, as JSON lines, as `files.parquet` beside them, and with their images in `embedded.parquet`."""
+    """24 queries about seven scenes as JSON lines; beside them `files.parquet`, and `embedded.parquet` with the images inside."""
     plain = {"answer": "Yes", "answer_type": "yes_no"}
     damaged = {"id": "damaged", "image": "damaged.png", "question": "Is there a dog?", **plain}
     path = scene_files(7, [damaged])
@@ -143,12 +143,12 @@ def extraction(tiny: Callable[[str], str]) -> dict[str, str]:
         "data.shard_size": 4,
         "data.workers": 0,
     }
-    given = [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
-    return {"PYTHON": sys.executable, "REGIONS_ARGS": shlex.join(given)}
+    words = [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+    return {"PYTHON": sys.executable, "REGIONS_ARGS": shlex.join(words)}
 
 
 def _extracted(folder: Path) -> dict[str, Any]:
-    """What extraction leaves for those who come after: rows, summary, pixels of the contact sheet."""
+    """The results of an extraction: rows, summary, and pixels of the contact sheet."""
     with Image.open(folder / "contact_sheet.png") as sheet:
         pixels = sheet.convert("RGB").tobytes()
     rows = pq.read_table(folder / "queries.parquet").to_pylist()
@@ -167,14 +167,15 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert one["summary"]["queries"] == len(ids)
 
     two = {"QUERIES": str(queries.with_name("files.parquet")), "PARTS": "2", **extraction}
-    # A part that is at work at the same time: what it is writing stays.
+    # Temporary files of another part that runs at the same time stay.
     shards = tmp_path / "two/regions/shards"
     shards.mkdir(parents=True)
     for number in (0, 1):
         (shards / f".0000000{number}.parquet.1.tmp").touch()
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="1", **two)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "part 1 of 2 is done; 3 of 6 shards are other parts'" in ran.stdout
+    assert "part 1 of 2" in ran.stdout
+    assert "3 of 6 shards" in ran.stdout
     assert [path.name for path in sorted(shards.glob("*.parquet"))] == [
         f"0000000{n}.parquet" for n in (1, 3, 5)
     ]
@@ -182,21 +183,21 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert not list((tmp_path / "two/regions").glob("*.p*"))
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="0", **two)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    # Where an image lies is said in the note of the one that cannot be read.
-    found = _extracted(tmp_path / "two/regions")
-    notes = [extracted["summary"].pop("unreadable") for extracted in (one, found)]
-    assert all("damaged.png: not an image" in note for (note,) in notes)
-    assert found == one
+    # The note about the unreadable image contains its path.
+    merged = _extracted(tmp_path / "two/regions")
+    notes = [extracted["summary"].pop("unreadable") for extracted in (one, merged)]
+    assert all("damaged.png" in note for (note,) in notes)
+    assert merged == one
 
 
-def test_training_behind_an_extraction_is_on_what_was_extracted(
+def test_training_after_an_extraction_uses_the_extracted_regions(
     root: Path,
     tmp_path: Path,
     queries: Path,
     extraction: dict[str, str],
     start: Callable[..., list[str]],
 ) -> None:
-    """Images that are embedded in the file come from there."""
+    """Images embedded in the Parquet file are read from it."""
     file = queries.with_name("embedded.parquet")
     ran = _bash(root, tmp_path, "regions.sbatch", QUERIES=str(file), **extraction)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -213,42 +214,34 @@ def test_training_behind_an_extraction_is_on_what_was_extracted(
     assert [a["id"] for a in answered] == [row["id"] for row in rows[begin:end]]
 
 
-def test_each_stage_behind_an_extraction_is_told_its_share(root: Path, tmp_path: Path) -> None:
+def test_each_stage_after_an_extraction_uses_its_share(root: Path, tmp_path: Path) -> None:
     shares: dict[str, list[float]] = {}
-    told = {"TRAIN_ON": "regions", "QUERIES": 'a "b"/q.jsonl', "DATA_ROOT": "my images"}
+    settings = {"TRAIN_ON": "regions", "QUERIES": 'a "b"/q.jsonl', "DATA_ROOT": "my images"}
     for stage in ("sft", "dpo", "evaluate"):
-        ran = _bash(root, tmp_path, f"{stage}.sbatch", **told)
+        ran = _bash(root, tmp_path, f"{stage}.sbatch", **settings)
         assert ran.returncode == 0, ran.stderr
         [line] = [line for line in ran.stdout.splitlines() if line.startswith("arguments: ")]
         for name, text in re.findall(r"--data\.(\w+) (\{.*?\})(?= --)", line):
             value = json.loads(text)
-            settings = (value["own"]["source"] if name == "test" else value)["init_args"]
-            assert settings["path"] == f"{tmp_path}/regions/queries.parquet"
-            assert settings["images"]["class_path"].endswith("JsonlSource")
-            assert settings["images"]["init_args"] == {"path": 'a "b"/q.jsonl', "root": "my images"}
-            shares.setdefault(name, []).extend((settings["begin"], settings["end"]))
+            source = (value["own"]["source"] if name == "test" else value)["init_args"]
+            assert source["path"] == f"{tmp_path}/regions/queries.parquet"
+            assert source["images"]["class_path"].endswith("JsonlSource")
+            assert source["images"]["init_args"] == {"path": 'a "b"/q.jsonl', "root": "my images"}
+            shares.setdefault(name, []).extend((source["begin"], source["end"]))
     assert shares == {"train": [0, 0.8] * 2, "validation": [0.8, 0.9] * 2, "test": [0.9, 1]}
 
 
 @pytest.mark.parametrize(
-    ("stages", "variables", "message"),
+    ("stages", "variables", "culprit"),
     [
-        ("regions sft", {}, "QUERIES= is not set"),
-        ("regions", {"QUERIES": "nowhere.jsonl"}, "QUERIES=nowhere.jsonl: there is no such file or folder"),
-        (
-            "regions sft",
-            {"QUERIES": "README.md"},
-            "SFT_CONFIG= is not set, so sft would train the demo's model",
-        ),
-        (
-            "regions sft dpo",
-            {"QUERIES": "README.md", "SFT_CONFIG": "mine.yaml"},
-            "DPO_CONFIG= is not set, so dpo would train the demo's model",
-        ),
+        ("regions sft", {}, "QUERIES="),
+        ("regions", {"QUERIES": "nowhere.jsonl"}, "QUERIES=nowhere.jsonl"),
+        ("regions sft", {"QUERIES": "README.md"}, "SFT_CONFIG="),
+        ("regions sft dpo", {"QUERIES": "README.md", "SFT_CONFIG": "mine.yaml"}, "DPO_CONFIG="),
     ],
 )
 def test_chains_that_would_work_on_two_data_sets_are_refused(
-    root: Path, tmp_path: Path, stages: str, variables: dict[str, str], message: str
+    root: Path, tmp_path: Path, stages: str, variables: dict[str, str], culprit: str
 ) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f"#!/bin/sh\necho 1 >> {tmp_path}/submitted; echo 1")
@@ -258,52 +251,52 @@ def test_chains_that_would_work_on_two_data_sets_are_refused(
     command = ["bash", str(root / "configs/slurm/submit.sh"), *stages.split()]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 1
-    assert ran.stderr.startswith(f"submit.sh: {message}"), ran.stderr
+    assert ran.stderr.startswith(f"submit.sh: {culprit}"), ran.stderr
     assert not (tmp_path / "submitted").exists()
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "message"),
+    ("script", "variables", "culprit"),
     [
-        ("sft.sbatch", {"PYTHON": "nowhere/python"}, "no interpreter nowhere/python"),
+        ("sft.sbatch", {"PYTHON": "nowhere/python"}, "nowhere/python"),
         (
             "sft.sbatch",
             {"ARGS": "--trainer.max_steps '3"},
-            "cannot tell the words apart in: --trainer.max_steps '3",
+            "--trainer.max_steps '3",
         ),
-        ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS_DIR= chooses another folder"),
+        ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS_DIR="),
         (
             "regions.sbatch",
             {"QUERIES": "q.csv"},
-            "QUERIES=q.csv: expected a file that ends in .jsonl or .parquet",
+            "QUERIES=q.csv",
         ),
-        ("sft.sbatch", {"TRAIN_ON": "regions"}, "TRAIN_ON=regions needs QUERIES="),
-        ("regions.sbatch", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2: parts are counted from 0"),
+        ("sft.sbatch", {"TRAIN_ON": "regions"}, "QUERIES="),
+        ("regions.sbatch", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2"),
     ],
 )
-def test_what_cannot_be(
-    root: Path, tmp_path: Path, script: str, variables: dict[str, str], message: str
+def test_invalid_variables_are_named(
+    root: Path, tmp_path: Path, script: str, variables: dict[str, str], culprit: str
 ) -> None:
     ran = _bash(root, tmp_path, script, **variables)
     assert ran.returncode == 1
-    assert message in ran.stderr
+    assert culprit in ran.stderr
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 143), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 )
 def test_a_signal_is_passed_on(root: Path, tmp_path: Path, number: signal.Signals, status: int) -> None:
-    """To the first process; it stops the others at the same step. Ctrl-C counts as SIGTERM, which saves a checkpoint."""
-    started = subprocess.Popen(
+    """The first process receives it and stops the others at the same step. Ctrl-C is sent as SIGTERM, which saves a checkpoint."""
+    job = subprocess.Popen(
         ["bash", str(root / "configs/slurm/sft.sbatch")],
         env=_environment(root, tmp_path, WAITS="1"),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_sigint,
     )
     wait_for(lambda: bool(list(tmp_path.glob("called-*"))), "the interpreter")
-    started.send_signal(number)
-    out, _ = started.communicate(timeout=30)
-    assert started.returncode == status, out
-    assert "submitted again, it goes on from what it has saved" in out
+    job.send_signal(number)
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == status, out
+    assert f"status {status}" in out
