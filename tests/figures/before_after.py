@@ -1,7 +1,6 @@
-"""The README's picture: `python -m tests.figures.before_after` draws what a model said and how often it was right, before and after.
+"""Draw the README's figure: reliability diagrams of the base model and of one adapter, side by side (`make demo-figure`).
 
-It reads the predictions of an evaluation, of the base model and of one adapter, and draws their reliability diagrams side by
-side, as reports and W&B show them.
+Reads the predictions of an evaluation and draws the diagrams of reports and W&B.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from vlm_calibration.records import DataError
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "notebooks/before_after.png"
 WIDTH = 1600
-"""Pixels: twice what a page shows, for screens that have them."""
+"""Pixels: twice the displayed width, for high-resolution screens."""
 COLOURS = 64
 
 
 def read_table(predictions: Path) -> ConfidenceTable:
-    """The answers of one system.
+    """Read the answers of one system.
 
     Raises:
         DataError: the file cannot be read, or no answer in it states a confidence.
@@ -44,18 +43,18 @@ def read_table(predictions: Path) -> ConfidenceTable:
 
 
 def title(name: str, table: ConfidenceTable) -> str:
-    """What the diagram comes down to: what is said on average, how often that is right, and the error."""
-    said, right, error = (
+    """The title of a diagram: mean confidence, accuracy and calibration error."""
+    confidence, accuracy, error = (
         100 * float(METRICS[metric](table)) for metric in ("mean_confidence", "parsed_accuracy", "ece")
     )
     return (
-        f"{name}: says {said:.0f}%, is right {right:.0f}% of the time\n"
+        f"{name}: says {confidence:.0f}%, is right {accuracy:.0f}% of the time\n"
         f"calibration error (ECE) {error:.1f}%, {table.n:,} answers"
     )
 
 
 def side_by_side(before: ConfidenceTable, after: ConfidenceTable) -> Figure:
-    """Both reliability diagrams in one figure, with text that can be read at half of `WIDTH`."""
+    """Both reliability diagrams in one figure, with text that is readable at half of `WIDTH`."""
     with rc_context({"font.size": 8, "axes.titlesize": 9.5, "axes.labelsize": 8.5, "legend.fontsize": 7.5}):
         figure = Figure(figsize=(8, 4.1), dpi=WIDTH / 8, layout="constrained")
         for ax, table, name in zip(figure.subplots(1, 2), (before, after), ("Before", "After"), strict=True):
@@ -64,7 +63,7 @@ def side_by_side(before: ConfidenceTable, after: ConfidenceTable) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a small file: few colours, and no text chunks with the versions of libraries."""
+    """Encode the figure as a small PNG: few colours, and no text chunks with library versions."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)

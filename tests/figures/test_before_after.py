@@ -1,4 +1,4 @@
-"""The README's picture, of prediction files that are written by hand."""
+"""The README's figure, drawn from small prediction files."""
 
 from __future__ import annotations
 
@@ -131,4 +131,4 @@ def test_the_readme_shows_the_picture_and_says_how_to_draw_it(root: Path) -> Non
     [(text, path)] = re.findall(r"^!\[(.+)\]\((\S+)\)$", readme, re.MULTILINE)
     assert root / path == OUT
     assert len(text) > 40, "it says what is to be seen for those who cannot see it"
-    assert "`python -m tests.figures.before_after`" in readme
+    assert "`make demo-figure`" in readme
