@@ -26,6 +26,15 @@ torch.set_num_threads(1)
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
+MARKS = {"server": pytest.mark.slow, "cluster": pytest.mark.slurm, "browser": pytest.mark.browser}
+"""Fixture -> marker of every test that uses it. Other slow tests are marked where they are defined."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for fixture, mark in MARKS.items():
+        if fixture in getattr(item, "fixturenames", ()):
+            item.add_marker(mark)
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
