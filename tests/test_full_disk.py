@@ -236,6 +236,7 @@ def test_a_file(tmp_path: Path, name: str) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.mark.slow
 def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B itself drops what it cannot write without a warning."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -266,6 +267,7 @@ logger.finalize("failed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
     """W&B waits for the log when the process ends, and then prints its location.

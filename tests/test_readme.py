@@ -354,6 +354,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], str])
     return {"qwen2_5_vl_7b": str(qwen), "grounding_dino": tiny("grounding_dino"), "sam2": tiny("sam2")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUN_HERE, ids=lambda command: " ".join(command.split()[1:4]))
 def test_a_command_does_what_the_readme_says(
     prepared: Path, models: dict[str, str], tmp_path: Path, command: str
@@ -382,6 +383,7 @@ def _stamp(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+@pytest.mark.slow
 def test_the_page_answers(prepared: Path, tmp_path: Path) -> None:
     project = tmp_path / "user"
     shutil.copytree(prepared, project, symlinks=True)

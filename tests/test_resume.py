@@ -23,6 +23,8 @@ from vlm_calibration.files import clear_leftovers
 
 from .command_line import Ended, callback, run_plainly
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter/adapter_model.safetensors"
 FILES = (WEIGHTS, "metrics.json", "predictions.jsonl")
 

@@ -102,6 +102,7 @@ def test_stored_without_outputs(name: str) -> None:
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [".", "notebooks"])
 def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None:
     notebook, runs = execute(PERTURBATION, root / start)
@@ -112,6 +113,7 @@ def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None
     assert Image.open(runs / "photo.png").size == (768, 768)
 
 
+@pytest.mark.slow
 def test_the_whole_method(execute: Execute, root: Path) -> None:
     notebook, runs = execute(TRAIN, root)
     assert len(_pictures(notebook)) == 3
@@ -127,6 +129,7 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
         assert len(answers) == 3 * 3 * 4, "three splits of four scenes with three questions each"
 
 
+@pytest.mark.slow
 def test_own_data(execute: Execute, root: Path) -> None:
     notebook, runs = execute(OWN, root / "notebooks")
     assert len(_pictures(notebook)) == 2

@@ -155,6 +155,7 @@ def _extracted(folder: Path) -> dict[str, Any]:
     return {"rows": rows, "summary": json.loads((folder / "summary.json").read_text()), "sheet": pixels}
 
 
+@pytest.mark.slow
 def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     root: Path, tmp_path: Path, queries: Path, extraction: dict[str, str]
 ) -> None:
@@ -190,6 +191,7 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert merged == one
 
 
+@pytest.mark.slow
 def test_training_after_an_extraction_uses_the_extracted_regions(
     root: Path,
     tmp_path: Path,
