@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "files", "arguments", "hub"},
+    {"records", "files", "append_log", "arguments", "hub"},
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},

@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +95,6 @@ def _sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def append(file: RawIOBase, content: bytes) -> None:
-    """Write all of it to a file without a buffer, which may take it in parts."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) or 0 :]
-
-
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -126,17 +118,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
     write_text(path, text + "\n")
 
 
-def clear_leftovers(folder: Path, is_own: Callable[[str], bool] | None = None) -> None:
-    """Remove what a process that was killed while `replacing` something in this folder has left there.
-
-    Args:
-        is_own: whether no other process may be writing the file of this name; None: no other process writes here.
-    """
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        # ".NAME.PROCESS.tmp"
-        if is_own is not None and not is_own(left.name[1:].rsplit(".", 2)[0]):
-            continue
-        remove(left)
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while `replacing` something in this folder has left there."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        remove(path)
 
 
 def remove(path: Path) -> None:

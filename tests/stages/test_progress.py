@@ -99,8 +99,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _said(ended: Ended) -> list[str]:
-    """What was said of an earlier run, by all processes."""
-    return re.findall(r"goes on: .*|.*starts anew.*", ended.err)
+    """What all processes say of an earlier run."""
+    return re.findall(r"resuming: .*|.*starting over.*", ended.err)
 
 
 def test_killed_again_and_again(
@@ -129,7 +129,7 @@ def test_killed_again_and_again(
         log.write_text("")
         ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
         assert ended.status == status, f"{number}: {ended.err}"
-        expected = [f"goes on: {3 * before} of 15 queries were answered before"] if before else []
+        expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
         assert _said(ended) == expected, number
         assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
         if number == 2:
@@ -180,12 +180,12 @@ def test_two_processes_and_then_one(
     assert first.status not in (0, -signal.SIGKILL), first.err
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     with (tmp_path / "cut/.answered.1.jsonl").open("a") as part:
-        part.write('{"places": [9, 1')
+        part.write('{"split": "te')
     for path in tmp_path.glob("cut.asked.*"):
         path.unlink()
     first, other = run_two(*test("cut", batch=2))
     assert (first.status, other.status) == (0, 0), first.err + other.err
-    assert _said(first) == ["goes on: 12 of 15 queries were answered before"]
+    assert _said(first) == ["resuming: 12 of 15 queries were answered before"]
     assert _said(other) == []
     asked = [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)]
     assert asked == [0, 3], "the first process had no query left"
@@ -194,7 +194,7 @@ def test_two_processes_and_then_one(
 
     ended = run(*test("one", batch=4))
     assert ended.status == 0, ended.err
-    assert _said(ended) == ["goes on: 12 of 15 queries were answered before"]
+    assert _said(ended) == ["resuming: 12 of 15 queries were answered before"]
     assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
     assert set(_files(tmp_path / "one")) == set(whole)
     for system in SYSTEMS:
@@ -261,8 +261,8 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
     with pytest.raises(SystemExit):
         evaluate("cut", Stop(1, KeyboardInterrupt))
     evaluate("cut", cut)
-    assert [f"{tmp_path}/cut: goes on: {n} of 15 queries were answered before" for n in (4, 8)] == [
-        r.getMessage() for r in caplog.records if "goes on" in r.getMessage()
+    assert [f"{tmp_path}/cut: resuming: {n} of 15 queries were answered before" for n in (4, 8)] == [
+        r.getMessage() for r in caplog.records if "resuming:" in r.getMessage()
     ]
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
     assert sorted(whole.found) == sorted(SYSTEMS)
@@ -301,8 +301,8 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
         with pytest.raises(ZeroDivisionError):
             evaluate("cut", Stop(batch, ZeroDivisionError, loader=2 - batch), queries=queries())
     evaluate("cut", cut, queries=queries())
-    assert re.findall(r"goes on: .* before", caplog.text) == [
-        f"goes on: {n} of 27 queries were answered before" for n in (8, 19)
+    assert re.findall(r"resuming: .* before", caplog.text) == [
+        f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
     ]
     assert _files(tmp_path / "cut") == {**found, **held}
     assert cut.found["one"].table.counts.tolist() == plain.found["one"].table.counts.tolist()
@@ -330,8 +330,10 @@ def test_other_settings_start_anew(
         shutil.copytree(tmp_path / "cut", tmp_path / name)
         caplog.clear()
         evaluate(name, **settings)
-        message = f"{tmp_path}/{name}: the evaluation that ended early here starts anew; changed: {changed}"
-        assert [r.getMessage() for r in caplog.records if "anew" in r.getMessage()] == [message]
+        said = [r.getMessage() for r in caplog.records if "starting over" in r.getMessage()]
+        assert len(said) == 1
+        assert said[0].startswith(f"{tmp_path}/{name}: ")
+        assert said[0].endswith(f": changed: {changed}")
         assert not list((tmp_path / name).glob(".*"))
         n = json.loads((tmp_path / name / "one/metrics.json").read_text())["n"]
         assert n == len(read_predictions(tmp_path / name / "one/predictions.jsonl"))
@@ -346,7 +348,7 @@ def test_other_settings_start_anew(
 
     # Where nothing is asked, nothing is lost.
     before = _files(tmp_path / "cut")
-    assert len(before) == 2, "the header, and what one process has answered"
+    assert list(before) == [".answered.0.jsonl"]
     evaluate("cut", limit=0)
     assert _files(tmp_path / "cut") == before
     (tmp_path / "adapter/adapter_config.json").unlink()
@@ -362,5 +364,6 @@ def test_a_part_does_not_go_on_from_a_part(
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(1, ZeroDivisionError), limit=2)
     evaluate("cut", limit=2)
-    assert "starts anew; trainer.limit_test_batches is set" in caplog.text
+    assert "starting over" in caplog.text
+    assert ": trainer.limit_test_batches is set" in caplog.text
     assert len(read_predictions(tmp_path / "cut/one/predictions.jsonl")) == 8

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import lightning as L
 from torch import nn
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.pairs import stated_levels
 from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
@@ -33,10 +33,18 @@ from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
-Answers = Mapping[str, Sequence[EstimatedPrediction]]
-"""System -> its answers to the queries of a batch."""
-Passes = Mapping[str, Mapping[str, Sequence[int]]]
-"""System -> estimator -> the forward passes of each query of a batch; empty without estimators."""
+
+class BatchAnswers(TypedDict):
+    """The answers to a batch of B queries, which `test_step` returns.
+
+    Attributes:
+        answers: system -> B answers.
+        passes: system -> estimator -> the forward passes of each of B queries; empty without estimators.
+    """
+
+    answers: Mapping[str, Sequence[EstimatedPrediction]]
+    passes: Mapping[str, Mapping[str, Sequence[int]]]
+
 
 BASE = "base"
 ORACLE = "oracle"
@@ -76,14 +84,10 @@ class EvaluationModule(L.LightningModule):
         estimators: what else is to rate the answers of models, beside the confidence that they state. Each adds a
             key to `predictions.jsonl`, and to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as
             `forward_passes@ESTIMATOR`.
-
-    Attributes:
-        passes: what the answers to the last batch cost.
     """
 
     model: Any
     results: Results
-    passes: Passes
 
     def __init__(
         self,
@@ -108,7 +112,6 @@ class EvaluationModule(L.LightningModule):
         rated = self.answering if self.estimators else []
         self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
         self.results = {}
-        self.passes = {}
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
@@ -165,31 +168,29 @@ class EvaluationModule(L.LightningModule):
             scorer.set_groups(groups)
             scorer.to(self.device)
 
-    def test_step(
-        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[EstimatedPrediction]]:
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> BatchAnswers:
         answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
             with shared_vision(self.model):
                 for system in self.answering:
                     with using_adapter(self.model, None if system == BASE else system):
-                        answers[system], passes[system] = self._answered(batch)
+                        answers[system], passes[system] = self._answer(batch)
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-            if dataloader_idx == 0:  # the second loader has the calibration set
-                self.count(answers, passes)
-        self.passes = passes
-        return answers
+        output = BatchAnswers(answers=answers, passes=passes)
+        if batch.queries and TESTED[dataloader_idx] == "test":  # the calibration set counts in no score
+            self.count(output)
+        return output
 
-    def count(self, answers: Answers, passes: Passes) -> None:
-        """Count the answers of all systems to a batch in the results; also those that an earlier run gave."""
+    def count(self, batch: BatchAnswers) -> None:
+        """Count a batch in the results; the batches that an earlier run answered are counted as well."""
         for system, scorer in self._scored():
-            scorer.update(answers[system])
+            scorer.update(batch["answers"][system])
         for system, estimates in self._rated().items():
-            estimates.update(answers[system], passes[system])
+            estimates.update(batch["answers"][system], batch["passes"][system])
 
-    def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
+    def _answer(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
         """The answers of the system that is active, with what every estimator says of them, and what that took."""
         generating = GenerationRecorder(self.model, remember=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
