@@ -193,7 +193,7 @@ def test_a_signal_saves_and_ends_the_run(
     assert ended.status == status, ended.err
     last = tmp_path / "cut/checkpoints/last.ckpt"
     assert (
-        ended.error() == f"stopped by {signal.Signals(number).name}; `--ckpt_path last` goes on from {last}"
+        ended.error() == f"stopped by {signal.Signals(number).name}; `--ckpt_path last` resumes from {last}"
     )
     assert torch.load(last, weights_only=True)["global_step"] == (3 if when == "validating" else 2)
     assert not (tmp_path / "cut/adapter").exists()
@@ -207,7 +207,7 @@ def test_a_signal_to_one_process_stops_all(start: Start, root: Path, tmp_path: P
     ended = run_plainly([*start("cut", kill, every=1000), *TWO], root, tmp_path)
     assert ended.status == 143, ended.err
     assert ended.errors == [
-        f"stopped by SIGTERM; `--ckpt_path last` goes on from {tmp_path / 'cut/checkpoints/last.ckpt'}"
+        f"stopped by SIGTERM; `--ckpt_path last` resumes from {tmp_path / 'cut/checkpoints/last.ckpt'}"
     ]
     assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 

@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.files import writing
+from vlm_calibration.files import append, writing
 from vlm_calibration.records import DataError
 
 
@@ -156,10 +156,7 @@ class AppendLog:
         assert self._file is not None
         lines = [json.dumps({**row, **self.settings}, ensure_ascii=False) + "\n" for row in rows]
         with writing(self.path):
-            # An unbuffered file may take a part of the bytes at a time.
-            rest = memoryview("".join(lines).encode())
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            append(self._file, "".join(lines).encode())
             if sync:
                 os.fsync(self._file.fileno())
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def _sync(path: Path) -> None:
     for part in [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file()):
         with part.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def append(file: RawIOBase, content: bytes) -> None:
+    """Write all of it to a file without a buffer, which may take it in parts."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -76,11 +76,11 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     held_out.append("calibration", _batch(2, 0))
     held_out.close()
     later = _log(tmp_path)
-    found = later.find()
-    assert found.resumes
-    assert found.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
-    assert found.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
-    # What others answer meanwhile is not from before.
+    state = later.find()
+    assert state.resumes
+    assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
+    assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
+    # Batches that other processes append after `find` are not earlier ones.
     other = _log(tmp_path, 1)
     other.append("test", _batch(5, 7))
     assert [*later.earlier("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
@@ -185,7 +185,7 @@ def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> N
 def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> Callable[..., dict[str, str]]:
     adapter, levels = new_adapter(1), str(root / "src/vlm_calibration/demo/levels.json")
 
-    def found(**changes: Any) -> dict[str, str]:
+    def digests(**changes: Any) -> dict[str, str]:
         base = BaseModel(model_folder, **changes.pop("base", {}))
         model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
         data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
@@ -200,7 +200,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
         queries.setup("test")
         return fingerprint(trainer, module, queries)
 
-    return found
+    return digests
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_files_count_by_their_content(
 
 
 def test_our_objects_keep_what_they_are_made_from() -> None:
-    """A setting that an object does not keep under its name would not be seen to change."""
+    """A change of a setting that an object does not keep under its name would go unnoticed."""
     kinds: list[Any] = [
         *(DemoSource, JsonlSource, ParquetSource, CocoSource, RlaifVSource, PopeSource, AmberSource),
         *(ExpectedConfidence, SelfConsistency, PTrue, LinearLevels, NoisePolicy),

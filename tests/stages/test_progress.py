@@ -1,4 +1,4 @@
-"""An evaluation that ended early goes on from what was answered, and ends with the files of one that did not."""
+"""An interrupted evaluation resumes from its answers, and ends with the files of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """All that is there but the configuration, which names the folder."""
-    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name != "config.yaml"}
+    """The content of all files except the configuration, which names the folder."""
+    paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if name != "config.yaml"}
 
 
-def _said(ended: Ended) -> list[str]:
-    """What all processes say of an earlier run."""
+def _messages(ended: Ended) -> list[str]:
+    """The messages of all processes about an earlier run."""
     return re.findall(r"resuming: .*|.*starting over.*", ended.err)
 
 
@@ -130,7 +130,7 @@ def test_killed_again_and_again(
         ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
         assert ended.status == status, f"{number}: {ended.err}"
         expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
-        assert _said(ended) == expected, number
+        assert _messages(ended) == expected, number
         assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
         if number == 2:
             written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
@@ -141,24 +141,24 @@ def test_killed_again_and_again(
     log.write_text("")
     ended = run(*test("cut"))
     assert ended.status == 0, ended.err
-    assert _said(ended) == []
+    assert _messages(ended) == []
     assert log.read_text().splitlines() == ids, "what was done is done anew"
     assert _files(tmp_path / "cut") == whole
 
 
 @pytest.fixture
 def run_two(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
-    """Runs the command in two processes of one evaluation, as a cluster starts them, so that one may die alone."""
+    """Runs an evaluation in two processes, started as by a cluster, so that one may die alone."""
 
     def ended(*arguments: str) -> tuple[Ended, Ended]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
         pids = [server.start([*arguments, *TWO], tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, other = server.wait(pids[1]), server.wait(pids[0])
+        first, second = server.wait(pids[1]), server.wait(pids[0])
         # What `wait` reads is what was started last.
         files = [server.folder / f"{server.started - 1}.{name}" for name in ("out", "err")]
-        return first, Ended(other.status, *(file.read_text() for file in files))
+        return first, Ended(second.status, *(file.read_text() for file in files))
 
     return ended
 
@@ -169,32 +169,32 @@ def test_two_processes_and_then_one(
     test: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, other = run_two(*test("whole", batch=2))
-    assert (first.status, other.status) == (0, 0), first.err + other.err
+    first, second = run_two(*test("whole", batch=2))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
-    # One process is killed, which the other one finds out when it has answered its own queries.
-    first, other = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
-    assert other.status == -signal.SIGKILL, other.err
+    # One process is killed; the other one fails when it has answered its own queries.
+    first, second = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
+    assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     with (tmp_path / "cut/.answered.1.jsonl").open("a") as part:
         part.write('{"split": "te')
     for path in tmp_path.glob("cut.asked.*"):
         path.unlink()
-    first, other = run_two(*test("cut", batch=2))
-    assert (first.status, other.status) == (0, 0), first.err + other.err
-    assert _said(first) == ["resuming: 12 of 15 queries were answered before"]
-    assert _said(other) == []
+    first, second = run_two(*test("cut", batch=2))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert _messages(first) == ["resuming: 12 of 15 queries were answered before"]
+    assert _messages(second) == []
     asked = [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)]
     assert asked == [0, 3], "the first process had no query left"
-    assert "before the ``update`` method" not in first.err + other.err
+    assert "before the ``update`` method" not in first.err + second.err
     assert _files(tmp_path / "cut") == whole
 
     ended = run(*test("one", batch=4))
     assert ended.status == 0, ended.err
-    assert _said(ended) == ["resuming: 12 of 15 queries were answered before"]
+    assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
     assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
     assert set(_files(tmp_path / "one")) == set(whole)
     for system in SYSTEMS:
@@ -208,7 +208,7 @@ def test_two_processes_and_then_one(
 
 
 class Stop(L.Callback):
-    """An error, or what stands for Ctrl-C, before a batch."""
+    """Raises an error, or the exception of Ctrl-C, before a batch."""
 
     def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
         self.place = (batch, loader)
@@ -220,9 +220,9 @@ class Stop(L.Callback):
 
 
 class Counted(CalibrationFigures):
-    """ConfidenceCounts what it would draw, without W&B."""
+    """Collects the counts of the figures without drawing them, and without W&B."""
 
-    found: dict[str, ConfidenceCounts]
+    counts: dict[str, ConfidenceCounts]
     answers: dict[str, Any]
 
     def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
@@ -231,7 +231,7 @@ class Counted(CalibrationFigures):
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Any = None) -> None:
         assert self._table is not None
-        self.found, self.answers = self._counts, self._table.answers
+        self.counts, self.answers = self._counts, self._table.answers
 
 
 @pytest.fixture
@@ -265,11 +265,11 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
         r.getMessage() for r in caplog.records if "resuming:" in r.getMessage()
     ]
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
-    assert sorted(whole.found) == sorted(SYSTEMS)
+    assert sorted(whole.counts) == sorted(SYSTEMS)
     assert cut.answers == whole.answers
     for system in SYSTEMS:
-        assert cut.found[system].table.counts.tolist() == whole.found[system].table.counts.tolist()
-        assert set(cut.found[system].steps) == set(whole.found[system].steps)
+        assert cut.counts[system].table.counts.tolist() == whole.counts[system].table.counts.tolist()
+        assert set(cut.counts[system].steps) == set(whole.counts[system].steps)
 
 
 def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
@@ -285,12 +285,12 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     plain, whole, cut = Counted(), Counted(), Counted()
     evaluate("plain", plain)
     evaluate("whole", whole, queries=queries())
-    found, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
-    held = {name: found.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
-    assert found == expected
+    files, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
+    held_out = {name: files.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
+    assert files == expected
     assert whole.answers == plain.answers
     for system in SYSTEMS:
-        assert whole.found[system].table.counts.tolist() == plain.found[system].table.counts.tolist()
+        assert whole.counts[system].table.counts.tolist() == plain.counts[system].table.counts.tolist()
         answers = read_predictions(tmp_path / "whole" / system / "calibration.jsonl")
         assert [p.id for p in answers] == [
             f"{part}:{q.id}" for part in ("clean", "noised") for q in DemoSource("calibration", 2).queries()
@@ -304,8 +304,8 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     assert re.findall(r"resuming: .* before", caplog.text) == [
         f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
     ]
-    assert _files(tmp_path / "cut") == {**found, **held}
-    assert cut.found["one"].table.counts.tolist() == plain.found["one"].table.counts.tolist()
+    assert _files(tmp_path / "cut") == {**files, **held_out}
+    assert cut.counts["one"].table.counts.tolist() == plain.counts["one"].table.counts.tolist()
 
     evaluate("limited", queries=queries(), limit=1)
     limited = [tmp_path / "limited/one" / f"{name}.jsonl" for name in ("predictions", "calibration")]
@@ -326,25 +326,25 @@ def test_other_settings_start_anew(
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(2, ZeroDivisionError))
 
-    def other(name: str, changed: str, **settings: Any) -> None:
+    def check(name: str, changed: str, **settings: Any) -> None:
         shutil.copytree(tmp_path / "cut", tmp_path / name)
         caplog.clear()
         evaluate(name, **settings)
-        said = [r.getMessage() for r in caplog.records if "starting over" in r.getMessage()]
-        assert len(said) == 1
-        assert said[0].startswith(f"{tmp_path}/{name}: ")
-        assert said[0].endswith(f": changed: {changed}")
+        messages = [r.getMessage() for r in caplog.records if "starting over" in r.getMessage()]
+        assert len(messages) == 1
+        assert messages[0].startswith(f"{tmp_path}/{name}: ")
+        assert messages[0].endswith(f": changed: {changed}")
         assert not list((tmp_path / name).glob(".*"))
         n = json.loads((tmp_path / name / "one/metrics.json").read_text())["n"]
         assert n == len(read_predictions(tmp_path / name / "one/predictions.jsonl"))
 
-    other("tokens", "model.max_new_tokens", max_new_tokens=2)
+    check("tokens", "model.max_new_tokens", max_new_tokens=2)
     fewer = {"clean": EvalSplit(DemoSource("test", scenes=2))}
-    other("data", "data.test, the queries of data.test", queries=data(test=fewer))
-    other("limited", "trainer.limit_test_batches", limit=1)
+    check("data", "data.test, the queries of data.test", queries=data(test=fewer))
+    check("limited", "trainer.limit_test_batches", limit=1)
     weights = "adapter_model.safetensors"
     shutil.copyfile(Path(new_adapter(2)) / weights, tmp_path / "adapter" / weights)
-    other("weights", "model.adapters")
+    check("weights", "model.adapters")
 
     # Where nothing is asked, nothing is lost.
     before = _files(tmp_path / "cut")

@@ -20,8 +20,11 @@ class Question:
     """A line of a file of questions.
 
     Attributes:
-        id: unique in the file; the number of its line where it has none. where: file and line, for messages.
-        image: path below the folder of images. answer_type: None where the file does not say.
+        id: unique in the file; the line number if the file gives none.
+        where: file and line number, for messages.
+        image: path relative to the folder of images.
+        question: the text.
+        answer_type: None if the file does not give it.
     """
 
     id: str
@@ -147,10 +150,10 @@ class AnswerFile:
 
 
 def image_of(question: Question, folder: ImageFolder) -> Path:
-    """Where a question's image is.
+    """The path of a question's image.
 
     Raises:
-        DataError: outside the folder, or there is no such file.
+        DataError: the path leaves the folder, or there is no such file.
     """
     try:
         folder.check(question.image)
