@@ -153,7 +153,7 @@ def _regions(folder: Path) -> None:
 
 def _answered(folder: Path) -> None:
     said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
-    AnswerLog(folder, 0, {}).append("test", {"answers": {"base": [said]}, "passes": {}})  # type: ignore[list-item]
+    AnswerLog(folder, 0, {}).add("test", {"answers": {"base": [said]}, "passes": {}})  # type: ignore[list-item]
 
 
 def _asked(folder: Path) -> None:

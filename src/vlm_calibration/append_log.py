@@ -1,7 +1,7 @@
 """An append-only log of JSON lines, from which an interrupted run resumes.
 
-Evaluations, region extraction and `vlm-calibration ask` write their results through it. Each line is written at once and repeats
-the settings that its content depends on, so results of different settings are never mixed.
+Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats the settings that
+its content depends on, so results of different settings are never mixed.
 """
 
 from __future__ import annotations
@@ -19,44 +19,35 @@ from vlm_calibration.files import append, writing
 from vlm_calibration.records import DataError
 
 
-class LogLine(NamedTuple):
-    """A complete line of a log.
-
-    Attributes:
-        path: its file.
-        number: its line number, from 1.
-        offset: its first byte in the file.
-        row: the JSON object, with the settings.
-    """
-
-    path: Path
-    number: int
-    offset: int
-    row: dict[str, Any]
-
-    @property
-    def where(self) -> str:
-        """File and line number, for messages."""
-        return f"{self.path}:{self.number}"
-
-
 class SettingsChangedError(DataError):
-    """A line was written with settings other than those of this run.
-
-    Attributes:
-        changed: names of the settings that differ.
-    """
+    """A line was written with settings other than those of this run; `changed` has their names."""
 
     def __init__(self, message: str, changed: list[str]) -> None:
         super().__init__(message)
         self.changed = changed
 
 
+class LogLine(NamedTuple):
+    """A complete line of a log.
+
+    Attributes:
+        path: its file.
+        offset: its first byte in the file.
+        where: file and line number, for messages.
+        row: the JSON object, with the settings.
+    """
+
+    path: Path
+    offset: int
+    where: str
+    row: dict[str, Any]
+
+
 class AppendLog:
     """JSON lines in one or several files, for results that must outlive the process that computes them.
 
-    Each process appends to a file of its own and holds a lock on it; all read the files of all processes. A last line without
-    a newline was cut off when its process ended: readers ignore it, and the next process that appends to the file removes it.
+    Each process appends to a file of its own, under a lock; all read the files of all processes. A last line without a newline
+    was cut off when its process ended: readers ignore it, and the next process that appends to the file removes it.
 
     Args:
         path: the file that this process appends to.
@@ -74,39 +65,33 @@ class AppendLog:
         self.pattern = pattern or path.name
         self._file: FileIO | None = None
 
-    def ends(self) -> dict[Path, int]:
-        """The files of all processes, and where the last complete line of each ends, in bytes."""
-        return {path: _end(path) for path in sorted(self.path.parent.glob(self.pattern))}
-
-    def lines(self, ends: Mapping[Path, int] | None = None) -> Iterator[LogLine]:
+    def lines(self) -> Iterator[LogLine]:
         """The complete lines of all processes, file after file.
-
-        Args:
-            ends: read each file up to here, as `ends` returned it earlier; None: up to its present end.
 
         Raises:
             SettingsChangedError: a line was written with other settings.
             DataError: a line is damaged.
         """
-        for path, end in (self.ends() if ends is None else ends).items():
+        for path in sorted(self.path.parent.glob(self.pattern)):
+            offset = 0
             with path.open("rb") as file:
-                number = 0
-                while (offset := file.tell()) < end:
-                    number += 1
-                    yield self._parse(path, number, offset, file.readline())
+                for number, content in enumerate(file, start=1):
+                    if content.endswith(b"\n"):
+                        where = f"{path}:{number}"
+                        yield LogLine(path, offset, where, self._parse(content, where))
+                    offset += len(content)
 
     def reread(self, line: LogLine) -> dict[str, Any]:
-        """The row of a line whose `row` was not kept."""
+        """The row of a line, read from its file again."""
         with line.path.open("rb") as file:
             file.seek(line.offset)
-            return self._parse(line.path, line.number, line.offset, file.readline()).row
+            return self._parse(file.readline(), line.where)
 
     def damaged(self, where: str, reason: object) -> DataError:
         """The error about a line that cannot be used."""
         return DataError(f"{where}: damaged: {reason}: {self.remedy}")
 
-    def _parse(self, path: Path, number: int, offset: int, content: bytes) -> LogLine:
-        where = f"{path}:{number}"
+    def _parse(self, content: bytes, where: str) -> dict[str, Any]:
         try:
             row = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -115,12 +100,11 @@ class AppendLog:
             raise self.damaged(where, "expected a JSON object")
         before, now = _flat({name: row.get(name) for name in self.settings}), _flat(self.settings)
         if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
-            name = changed[0]
+            was, found = before.get(changed[0]), now.get(changed[0])
             raise SettingsChangedError(
-                f"{where}: written with {name} = {before.get(name)!r}, found {now.get(name)!r}: {self.remedy}",
-                changed,
+                f"{where}: written with {changed[0]} = {was!r}, found {found!r}: {self.remedy}", changed
             )
-        return LogLine(path, number, offset, row)
+        return row
 
     def open(self) -> None:
         """Open this process's file, and remove a last line that was cut off; `append` does so too.
@@ -140,7 +124,8 @@ class AppendLog:
             raise DataError(f"{self.path}: another process is writing to it") from error
         except OSError as error:
             warnings.warn(f"{self.path}: cannot be locked: {error.strerror}", stacklevel=2)
-        file.truncate(_end(self.path))
+        with self.path.open("rb") as lines:
+            file.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
         self._file = file
 
     def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
@@ -182,9 +167,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values[name] = value
     return values
-
-
-def _end(path: Path) -> int:
-    """Where the last complete line of a file ends."""
-    with path.open("rb") as file:
-        return sum(len(line) for line in file if line.endswith(b"\n"))

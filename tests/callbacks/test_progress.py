@@ -41,7 +41,6 @@ QUERIES: Any = {
     "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
     "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
 }
-NOTHING = ResumeState(False, {}, "")
 
 
 def _batch(*numbers: int) -> BatchAnswers:
@@ -61,11 +60,11 @@ def _log(folder: Path, rank: int = 0, settings: dict[str, str] = SETTINGS) -> An
 
 def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
     """The log of the first of some processes that have answered these batches of the test set each."""
-    assert _log(folder).find() == NOTHING
+    assert _log(folder).find() == ResumeState()
     for rank, own in enumerate(batches):
         log = _log(folder, rank)
         for numbers in own:
-            log.append("test", _batch(*numbers))
+            log.add("test", _batch(*numbers))
         log.close()
     return _log(folder)
 
@@ -73,20 +72,17 @@ def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
 def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
     held_out = _log(tmp_path, 2)
-    held_out.append("calibration", _batch(2, 0))
+    held_out.add("calibration", _batch(2, 0))
     held_out.close()
     later = _log(tmp_path)
     state = later.find()
-    assert state.resumes
     assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
     assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
-    # Batches that other processes append after `find` are not earlier ones.
+    assert [*later.batches("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
+    assert [*later.batches("calibration")] == [_batch(2, 0)]
     other = _log(tmp_path, 1)
-    other.append("test", _batch(5, 7))
-    assert [*later.earlier("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
-    assert [*later.earlier("calibration")] == [_batch(2, 0)]
-    assert [*_log(tmp_path, 1).earlier("test")] == [], "in a process that has not called `find`"
-    later.append("test", _batch(8))
+    other.add("test", _batch(5, 7))
+    later.add("test", _batch(8))
     later.write_predictions("one", "test", tmp_path / "one.jsonl", 9)
     later.write_predictions("base", "calibration", tmp_path / "held_out.jsonl")
     lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -99,7 +95,7 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
 
 
 def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
-    _log(tmp_path).append("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
+    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
     assert not list(tmp_path.iterdir())
 
 
@@ -112,12 +108,12 @@ def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
         path.write_bytes(content[:cut])
         log = _log(tmp_path)
         assert log.find().answered == {"test": [0, 1], "calibration": []}
-        assert [*log.earlier("test")] == [_batch(0, 1)]
-        log.append("test", _batch(2, 3))
+        assert [*log.batches("test")] == [_batch(0, 1)]
+        log.add("test", _batch(2, 3))
         log.close()
         assert path.read_bytes() == lines[0] + lines[1]
     path.write_bytes(content[:20])
-    assert _log(tmp_path).find() == NOTHING, "nothing was answered, so there is nothing to tell"
+    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
 
 
 @pytest.mark.parametrize(
@@ -132,11 +128,9 @@ def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
 def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: bool, reason: str) -> None:
     _begun(tmp_path, [(0, 1)], [(2, 3)])
     log = _log(tmp_path, settings=settings)
-    resumes, answered, message = log.find(complete=complete)
-    assert not resumes
-    assert answered == {}
+    answered, message = log.find(complete=complete)
+    assert answered is None
     assert message == f"{tmp_path}: starting over instead of resuming the interrupted evaluation: {reason}"
-    assert [*log.earlier("test")] == []
     log.clear()
     assert not list(tmp_path.iterdir())
 
@@ -171,7 +165,7 @@ def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> N
     for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
         if batch:
             other = _log(tmp_path, 1)
-            other.append("test", _batch(*batch))
+            other.add("test", _batch(*batch))
             other.close()
         with pytest.raises(DataError, match="does another evaluation write into this folder"):
             log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)

@@ -25,17 +25,15 @@ class ResumeState(NamedTuple):
     """What an interrupted evaluation leaves to the next run.
 
     Attributes:
-        resumes: whether the next run goes on from its answers.
-        answered: split -> indices of the queries that were answered.
+        answered: split -> indices of the queries that were answered; None: the next run starts over.
         message: what to tell the user; empty for nothing.
     """
 
-    resumes: bool
-    answered: dict[str, list[int]]
-    message: str
+    answered: dict[str, list[int]] | None = None
+    message: str = ""
 
 
-class AnswerLog:
+class AnswerLog(AppendLog):
     """The answers to the queries of one or several splits, a line a batch.
 
     Args:
@@ -54,12 +52,11 @@ class AnswerLog:
         settings: Mapping[str, str] | None = None,
         name: str = EVALUATED,
     ) -> None:
-        self.folder = folder
-        self.queries = queries
         pattern = name.format("*")
         remedy = f"remove {pattern} in this folder, and the evaluation starts over"
-        self.log = AppendLog(folder / name.format(rank), settings or {}, remedy, pattern)
-        self._ends: dict[Path, int] = {}
+        super().__init__(folder / name.format(rank), settings or {}, remedy, pattern)
+        self.folder = folder
+        self.queries = queries
 
     @cached_property
     def _index(self) -> dict[str, dict[str, int]]:
@@ -78,37 +75,32 @@ class AnswerLog:
         Raises:
             DataError: a file is damaged, or holds answers to other queries.
         """
-        self._ends = self.log.ends()
+        over = f"{self.folder}: starting over instead of resuming the interrupted evaluation"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
-            for where, row in self._rows(self._ends):
+            for where, row in self._rows():
                 if row["split"] not in ids:
-                    raise self.log.damaged(where, f"no split {row['split']!r}")
+                    raise self.damaged(where, f"no split {row['split']!r}")
                 ids[row["split"]] += [answer["id"] for answer in next(iter(row["answers"].values()))]
         except SettingsChangedError as error:
-            return self._starts_over(f"changed: {', '.join(error.changed)}")
+            return ResumeState(message=f"{over}: changed: {', '.join(error.changed)}")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
         if not count:
-            return ResumeState(False, {}, "")
+            return ResumeState()
         if not complete:
-            return self._starts_over("trainer.limit_test_batches is set")
+            return ResumeState(message=f"{over}: trainer.limit_test_batches is set")
         for split, answered in ids.items():
             if len(set(answered)) != len(answered) or not self._index[split].keys() >= set(answered):
-                where = f"{self.folder / self.log.pattern}"
                 queries = f"the {len(self.queries[split])} queries of data.{split}"
-                raise self.log.damaged(where, f"these are not answers to {queries}, each once")
-        indices = {split: [self._index[split][i] for i in answered] for split, answered in ids.items()}
+                raise self.damaged(
+                    f"{self.folder / self.pattern}", f"these are not answers to {queries}, each once"
+                )
         message = f"{self.folder}: resuming: {count} of {total} queries were answered before"
-        return ResumeState(True, indices, message)
+        return ResumeState({split: [self._index[split][i] for i in ids[split]] for split in ids}, message)
 
-    def _starts_over(self, reason: str) -> ResumeState:
-        self._ends = {}
-        message = f"{self.folder}: starting over instead of resuming the interrupted evaluation: {reason}"
-        return ResumeState(False, {}, message)
-
-    def earlier(self, split: str) -> Iterator[BatchAnswers]:
-        """The batches of a split that `find` found, in the process that called it; none in others."""
-        for where, row in self._rows(self._ends):
+    def batches(self, split: str) -> Iterator[BatchAnswers]:
+        """The batches of a split that any process has answered so far."""
+        for where, row in self._rows():
             if row["split"] == split:
                 try:
                     answers = {
@@ -116,10 +108,10 @@ class AnswerLog:
                         for system, rows in row["answers"].items()
                     }
                 except ValueError as error:
-                    raise self.log.damaged(where, error) from error
+                    raise self.damaged(where, error) from error
                 yield BatchAnswers(answers=answers, passes=row["passes"])
 
-    def append(self, split: str, batch: BatchAnswers) -> None:
+    def add(self, split: str, batch: BatchAnswers) -> None:
         """Append a batch, so that it is not lost with this process.
 
         Raises:
@@ -127,7 +119,7 @@ class AnswerLog:
         """
         answers = {system: [p.to_dict() for p in rows] for system, rows in batch["answers"].items()}
         if any(answers.values()):
-            self.log.append({"split": split, "answers": answers, "passes": batch["passes"]})
+            self.append({"split": split, "answers": answers, "passes": batch["passes"]})
 
     def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
         """Write a system's answers to a split, one prediction a line, in the order of the data.
@@ -141,37 +133,27 @@ class AnswerLog:
         lines: dict[int, str] = {}
         count = 0
         for _, row in self._rows():
-            if row["split"] == split:
-                for answer in row["answers"][system]:
-                    lines[self._index[split][answer["id"]]] = json.dumps(answer, ensure_ascii=False) + "\n"
-                    count += 1
+            for answer in row["answers"][system] if row["split"] == split else ():
+                lines[self._index[split][answer["id"]]] = json.dumps(answer, ensure_ascii=False) + "\n"
+                count += 1
         expected = len(lines) if total is None else total
         if not count == len(lines) == expected:
             raise DataError(
-                f"{self.folder / self.log.pattern}: {count} answers of {system!r} to {len(lines)} queries, "
+                f"{self.folder / self.pattern}: {count} answers of {system!r} to {len(lines)} queries, "
                 f"expected {expected}: does another evaluation write into this folder?"
             )
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines[index] for index in sorted(lines))
 
-    def close(self) -> None:
-        """Close this process's file."""
-        self.log.close()
-
-    def clear(self) -> None:
-        """Remove the answers of all processes."""
-        self._ends = {}
-        self.log.clear()
-
-    def _rows(self, ends: Mapping[Path, int] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """File and line number of each line, and its row."""
-        for line in self.log.lines(ends):
+        for line in self.lines():
             try:
                 ids = [[answer["id"] for answer in rows] for rows in line.row["answers"].values()]
                 if not isinstance(line.row["split"], str) or not isinstance(line.row["passes"], dict):
                     raise ValueError("not a batch of answers")
-                if not ids or any(other != ids[0] for other in ids):
-                    raise ValueError("the systems answered other queries")
+                if not ids or any(i != ids[0] for i in ids):
+                    raise ValueError("the systems answered different queries")
             except (ValueError, TypeError, LookupError, AttributeError) as error:
-                raise self.log.damaged(line.where, error) from error
+                raise self.damaged(line.where, error) from error
             yield line.where, line.row

@@ -78,7 +78,7 @@ class CalibrationFigures(L.Callback):
         self._begin(trainer, trainer.datamodule.test_set, taught=False)  # type: ignore[attr-defined]
         for writer in trainer.callbacks if self._table else ():  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter):
-                for batch in writer.earlier_answers():
+                for batch in writer.earlier_answers(trainer):
                     self._update(batch["answers"])
 
     def on_validation_batch_end(

@@ -34,7 +34,7 @@ class PredictionWriter(L.Callback):
 
     def __init__(self) -> None:
         self._log: AnswerLog | None = None
-        self._state = ResumeState(False, {}, "")
+        self._state = ResumeState()
         self._complete = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -49,32 +49,36 @@ class PredictionWriter(L.Callback):
             log = self._log = AnswerLog(folder, rank, data.tested_queries, settings)
             complete = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
             self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
-            data.leave_out_answered(self._state.answered)
+            data.leave_out_answered(self._state.answered or {})
 
-    def earlier_answers(self) -> Iterator[BatchAnswers]:
-        """The batches of the test set that an earlier run answered, in the first process; none in others."""
-        return iter(()) if self._log is None else self._log.earlier(TEST)
+    def earlier_answers(self, trainer: L.Trainer) -> Iterator[BatchAnswers]:
+        """The batches of the test set that an earlier run answered, in the first process; none in others.
+
+        Call it before this run answers a batch.
+        """
+        resumed = self._log is not None and self._state.answered is not None and trainer.is_global_zero
+        return cast(AnswerLog, self._log).batches(TEST) if resumed else iter(())
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin or resume, now that the model is loaded."""
         # The other processes wait, since this may remove their files.
-        broadcast_from_first(trainer, lambda: self._begin(cast(EvaluationModule, module)))
+        broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
-    def _begin(self, module: EvaluationModule) -> None:
+    def _begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
         assert self._log is not None
         if self._state.message:
             rank_zero_info(self._state.message)
         for folder in (self._log.folder, *(self._log.folder / system for system in module.systems)):
             clear_leftovers(folder)
-        if not self._state.resumes:
+        if self._state.answered is None:
             self._log.clear()
-        for batch in self.earlier_answers():
+        for batch in self.earlier_answers(trainer):
             module.count(batch)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self._validation_log(trainer).append(VALIDATION, BatchAnswers(answers=outputs, passes={}))
+        self._validation_log(trainer).add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
         self,
@@ -86,7 +90,7 @@ class PredictionWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert self._log is not None
-        self._log.append(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
+        self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._write(trainer, self._validation_log(trainer), cast(HasResults, module))
@@ -131,7 +135,7 @@ class PredictionWriter(L.Callback):
         if self._log is not None:
             self._log.close()
             if VALIDATION in self._log.queries:
-                self._log.log.path.unlink(missing_ok=True)
+                self._log.path.unlink(missing_ok=True)
 
 
 def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:

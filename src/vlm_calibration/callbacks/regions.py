@@ -7,7 +7,7 @@ processes. Several runs may share the shards (`data.parts`); the last one to end
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_calibration.append_log import AppendLog, LogLine
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
@@ -87,9 +87,9 @@ class RegionWriter(L.Callback):
         if trainer.is_global_zero:
             data, folder = _data(trainer), Path(trainer.default_root_dir)
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
-            shards = {line.row["shard"]: line._replace(row={}) for line in _finished(self._log)}
+            shards = {line.row["shard"]: line._replace(row={}) for line in self._log.lines()}
             total = _shards(data)
-            missing = total - len(shards)
+            missing = sum(n not in shards for n in range(total))
             if missing and data.parts > 1:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {total} shards are other parts': the last "
@@ -106,15 +106,11 @@ class RegionWriter(L.Callback):
 
 def _begin(log: AppendLog) -> list[int]:
     """The finished shards; where there is no line yet, write one so that other parts with other settings are refused."""
-    shards = [line.row["shard"] for line in _finished(log)]
-    if not any(log.ends().values()):
+    shards = [line.row["shard"] for line in log.lines()]
+    if not shards:
         log.append({"shard": None, "rows": []})
         log.close()  # worker processes would inherit its lock
-    return shards
-
-
-def _finished(log: AppendLog) -> Iterator[LogLine]:
-    return (line for line in log.lines() if line.row["shard"] is not None)
+    return [shard for shard in shards if shard is not None]
 
 
 def _merge(shards: Iterable[Sequence[dict[str, Any]]], folder: Path) -> None:

@@ -81,7 +81,7 @@ def _question(data: Any, number: int, where: str) -> Question:
     return Question(identifier, where, data["image"], data["question"], kind)
 
 
-class AnswerFile:
+class AnswerFile(AppendLog):
     """The answers to a file of questions, one JSON object a line; a restarted run appends the missing ones.
 
     Args:
@@ -97,13 +97,12 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
+        super().__init__(path, settings, "choose another --out")
         self.done: dict[str, tuple[str, str]] = {}
         self.to_review = 0
-        self._log = AppendLog(path, settings, "choose another --out")
-        self._log.open()
+        self.open()
         try:
-            for line in self._log.lines():
+            for line in self.lines():
                 self._count(line)
         except DataError:
             self.close()
@@ -113,7 +112,7 @@ class AnswerFile:
         try:
             self.done[line.row["id"]] = (line.row["image"], line.row["question"])
         except (LookupError, TypeError) as error:
-            raise self._log.damaged(line.where, "not an answer that `ask` wrote") from error
+            raise self.damaged(line.where, "not an answer that `ask` wrote") from error
         self.to_review += line.row.get("needs_review") is True
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
@@ -139,14 +138,10 @@ class AnswerFile:
             DataError: they cannot be written.
         """
         asked = [{"id": q.id, "image": q.image, "question": q.question} for q, _ in rows]
-        self._log.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
+        self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
         for question, answer in rows:
             self.done[question.id] = (question.image, question.question)
             self.to_review += answer.get("needs_review") is True
-
-    def close(self) -> None:
-        """Close the file and release its lock."""
-        self._log.close()
 
 
 def image_of(question: Question, folder: ImageFolder) -> Path:
