@@ -51,8 +51,9 @@ def test_a_line_that_is_cut_off_is_ignored_and_then_removed(tmp_path: Path) -> N
     for cut in (1, 5, len(content) // 2 - 1):
         path.write_bytes(content[:-cut])
         assert _numbers(_log(path)) == [1]
-        assert path.read_bytes() == content[:-cut], "reading changes nothing"
         log = _log(path)
+        log.open()
+        assert path.read_bytes() == content[:-cut], "reading and opening change nothing"
         log.append({"n": 2})
         log.close()
         assert path.read_bytes() == content

@@ -214,6 +214,17 @@ def test_other_settings_are_refused_where_shards_were_begun(
     assert f"{tmp_path}/run/shards/0.0.jsonl:1: written with data.content = " in ended.error()
 
 
+def test_a_limited_run_says_what_is_missing(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ended = run(*predict("run"), "--trainer.limit_predict_batches", "2")
+    assert ended.error().startswith(f"{tmp_path}/run/shards: 4 of 5 shards are missing")
+    assert not (tmp_path / "run/queries.parquet").exists()
+    ended = run(*predict("run"))
+    assert ended.status == 0, ended.err
+    assert sorted(_shards(tmp_path / "run")) == [0, 1, 2, 3, 4]
+
+
 def test_a_damaged_image_stops_the_run_if_it_is_to(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path
 ) -> None:

@@ -64,6 +64,7 @@ class AppendLog:
         self.remedy = remedy
         self.pattern = pattern or path.name
         self._file: FileIO | None = None
+        self._is_trimmed = False
 
     def lines(self) -> Iterator[LogLine]:
         """The complete lines of all processes, file after file.
@@ -107,7 +108,7 @@ class AppendLog:
         return row
 
     def open(self) -> None:
-        """Open this process's file, and remove a last line that was cut off; `append` does so too.
+        """Open this process's file and lock it; `append` does so too. The content stays as it is.
 
         Raises:
             DataError: it cannot be written, or another process is appending to it.
@@ -124,9 +125,7 @@ class AppendLog:
             raise DataError(f"{self.path}: another process is writing to it") from error
         except OSError as error:
             warnings.warn(f"{self.path}: cannot be locked: {error.strerror}", stacklevel=2)
-        with self.path.open("rb") as lines:
-            file.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
-        self._file = file
+        self._file, self._is_trimmed = file, False
 
     def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
         """Append rows in one write, each followed by the settings.
@@ -141,6 +140,10 @@ class AppendLog:
         assert self._file is not None
         lines = [json.dumps({**row, **self.settings}, ensure_ascii=False) + "\n" for row in rows]
         with writing(self.path):
+            if not self._is_trimmed:
+                with self.path.open("rb") as content:
+                    self._file.truncate(sum(len(line) for line in content if line.endswith(b"\n")))
+                self._is_trimmed = True
             append(self._file, "".join(lines).encode())
             if sync:
                 os.fsync(self._file.fileno())

@@ -259,6 +259,13 @@ def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
                 AnswerFile(tmp_path / "a.jsonl", {"model": "m"})
 
 
+def test_a_file_that_holds_something_else_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\nnot finished")
+    with pytest.raises(DataError, match=f"{tmp_path}/a.jsonl:1: "):
+        AnswerFile(tmp_path / "a.jsonl", {"model": "m"})
+    assert (tmp_path / "a.jsonl").read_text() == "{}\nnot finished"
+
+
 def test_bad_images_stop_the_run_or_are_counted(
     call: Call, questions: Path, adapter: tuple[str, ...]
 ) -> None:

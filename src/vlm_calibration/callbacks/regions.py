@@ -1,6 +1,6 @@
-"""Writes extracted regions: a log line for each finished shard, and in the end all queries as one Parquet file, with a summary.
+"""Writes extracted regions: a log line for each finished shard, and in the end a Parquet file of all queries, with a summary.
 
-A line does not depend on the process that wrote it, so an interrupted run resumes with the missing shards, with any number of
+A line does not depend on the process that wrote it, so an interrupted run resumes with the missing shards and any number of
 processes. Several runs may share the shards (`data.parts`); the last one to end writes the files that are common to them.
 """
 
@@ -22,7 +22,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
-from vlm_calibration.records import Query
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
 from vlm_calibration.stages.regions import RegionExtractor
@@ -90,7 +90,12 @@ class RegionWriter(L.Callback):
             shards = {line.row["shard"]: line._replace(row={}) for line in self._log.lines()}
             total = _shards(data)
             missing = sum(n not in shards for n in range(total))
-            if missing and data.parts > 1:
+            if missing and data.parts == 1:
+                raise DataError(
+                    f"{folder / SHARDS}: {missing} of {total} shards are missing: run again without "
+                    "trainer.limit_predict_batches"
+                )
+            if missing:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {total} shards are other parts': the last "
                     f"to end writes {folder / QUERIES}"
@@ -105,7 +110,7 @@ class RegionWriter(L.Callback):
 
 
 def _begin(log: AppendLog) -> list[int]:
-    """The finished shards; where there is no line yet, write one so that other parts with other settings are refused."""
+    """The finished shards. An empty log gets a line of no shard, so that parts with other settings are refused at once."""
     shards = [line.row["shard"] for line in log.lines()]
     if not shards:
         log.append({"shard": None, "rows": []})

@@ -35,9 +35,9 @@ class Question:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a file, one JSON object a line with `image` and `question`, and `id` and `answer_type` if wanted.
+    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id` and `answer_type`.
 
-    Other keys that a query has are passed over, so that a data set can be asked; blank lines as well.
+    The other keys of a query are ignored, so that a data set can be asked; blank lines are skipped.
 
     Raises:
         DataError: the file cannot be read, a line is not a question (named), or an id comes twice.
