@@ -87,7 +87,7 @@ def settings_of(value: Any) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    """File name -> digest, for the files that peft reads from an adapter's folder."""
+    """The digest of every file that peft reads from an adapter's folder."""
     return {
         path.name: _digest_of(_chunks(path)) for path in sorted(folder.glob("adapter_*")) if path.is_file()
     }

@@ -108,8 +108,8 @@ class EvaluationModule(L.LightningModule):
         self.scorers = nn.ModuleList(Scorer() for _ in self.systems)
         self.estimators = named([VerbalizedConfidence(), *estimators]) if estimators else {}
         further = [name for name in self.estimators if name != VERBALIZED]
-        estimated_systems = self.answering if self.estimators else []
-        self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in estimated_systems)
+        rated = self.answering if self.estimators else []
+        self.estimate_scorers = nn.ModuleList(EstimateScorer(further) for _ in rated)
         self.results = {}
 
     def setup(self, stage: str) -> None:
@@ -133,11 +133,11 @@ class EvaluationModule(L.LightningModule):
             "--ckpt_path: an evaluation reads adapters, not checkpoints: give model.init_args.adapters"
         )
 
-    def _system_scorers(self) -> list[tuple[str, Scorer]]:
+    def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
 
-    def _system_estimate_scorers(self) -> dict[str, EstimateScorer]:
-        """System -> the scorer of its estimates; empty without estimators."""
+    def _rated(self) -> dict[str, EstimateScorer]:
+        """The scorers of estimates, by system; empty without estimators."""
         return {
             s: cast(EstimateScorer, e) for s, e in zip(self.answering, self.estimate_scorers, strict=False)
         }
@@ -161,8 +161,8 @@ class EvaluationModule(L.LightningModule):
         if self.estimators:
             self.writer = AnswerWriter(data.chat, self.levels)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
-        scorers: list[Scorer | EstimateScorer] = [s for _, s in self._system_scorers()]
-        for scorer in [*scorers, *self._system_estimate_scorers().values()]:
+        scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
+        for scorer in [*scorers, *self._rated().values()]:
             scorer.set_groups(groups)
             scorer.to(self.device)
 
@@ -183,9 +183,9 @@ class EvaluationModule(L.LightningModule):
 
     def count(self, batch: BatchAnswers) -> None:
         """Count a batch in the results, whether this run or an earlier one answered it."""
-        for system, scorer in self._system_scorers():
+        for system, scorer in self._scored():
             scorer.update(batch["answers"][system])
-        for system, estimates in self._system_estimate_scorers().items():
+        for system, estimates in self._rated().items():
             estimates.update(batch["answers"][system], batch["passes"][system])
 
     def _answer(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
@@ -213,8 +213,8 @@ class EvaluationModule(L.LightningModule):
         return replace(prediction, confidence=accuracy, estimates={})
 
     def on_test_epoch_end(self) -> None:
-        self.results = {system: scorer.compute() for system, scorer in self._system_scorers()}
-        for system, estimates in self._system_estimate_scorers().items():
+        self.results = {system: scorer.compute() for system, scorer in self._scored()}
+        for system, estimates in self._rated().items():
             self.results[system] |= estimates.compute()
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}

@@ -1,4 +1,4 @@
-"""Region extraction as a LightningModule, so that the Trainer provides devices, processes and precision."""
+"""Region extraction as a LightningModule: devices, processes, precision and the progress bar come from the Trainer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vlm_calibration.stages.device import device_of
 
 
 class RegionExtractor(L.LightningModule):
-    """Finds the key object regions of queries: m = SAM(v0, GroundingDINO(v0, M_desc(q, r))).
+    """Finds where the key objects of queries are: m = SAM(v0, GroundingDINO(v0, M_desc(q, r))).
 
     Args:
-        describer: names the key objects of a query that has no `objects`.
+        describer: names the key objects. A query that comes with `objects` keeps those.
         detector: finds boxes for their names.
-        segmenter: turns boxes into masks.
-        gates: conditions that a region must meet.
-        keep_known: do not extract regions for queries that already have a region of their key objects.
-        on_bad_image: "raise" stops at the first image that cannot be read; "skip" notes it in the results.
+        segmenter: outlines what is in the boxes.
+        gates: what a region must be like to be used.
+        keep_known: leave queries alone that come with a region of their key objects; otherwise regions are made anew.
+        on_bad_image: "raise" stops at the first image that cannot be read; "skip" notes it and goes on.
     """
 
     def __init__(
