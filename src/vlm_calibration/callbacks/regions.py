@@ -28,6 +28,8 @@ from vlm_calibration.reporting.regions import RegionSummary, print_summary
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, QUERIES, SUMMARY = "shards", "queries.parquet", "summary.json"
+BEGUN = "settings.jsonl"
+"""Log of the settings alone, in `shards/`; `PART.RANK.jsonl` beside it hold the shards."""
 ROW_GROUP = 1024
 
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
@@ -110,11 +112,12 @@ class RegionWriter(L.Callback):
 
 
 def _begin(log: AppendLog) -> list[int]:
-    """The finished shards. An empty log gets a line of no shard, so that parts with other settings are refused at once."""
+    """The finished shards. At the first start, write the settings down so that parts with other settings are refused at once."""
     shards = [line.row["shard"] for line in log.lines()]
     if not shards:
-        log.append({"shard": None, "rows": []})
-        log.close()  # worker processes would inherit its lock
+        begun = AppendLog(log.path.with_name(BEGUN), log.settings, log.remedy)
+        begun.append({"shard": None})
+        begun.close()
     return [shard for shard in shards if shard is not None]
 
 
