@@ -441,7 +441,7 @@ def test_a_checkpoint_that_cannot_be_resumed(
             "--ckpt_path: a checkpoint of another model or adapter: ",
         ),
         ("unsafe.ckpt", (), "--ckpt_path unsafe.ckpt: refused as unsafe: "),
-        ("half.ckpt", (), "--ckpt_path half.ckpt: not a whole checkpoint ("),
+        ("half.ckpt", (), "--ckpt_path half.ckpt: not a complete checkpoint ("),
     ):
         ended = run(*fit(), *longer, *settings, "--ckpt_path", str(checkpoint))
         assert says in ended.error()
@@ -620,8 +620,8 @@ def _children(pid: int) -> list[int]:
     ("signalled", "everyone", "status", "says"),
     [
         (signal.SIGINT, True, 130, "interrupted"),
-        (signal.SIGTERM, False, 143, "stopped by SIGTERM; `--ckpt_path last` goes on from {last}"),
-        (signal.SIGTERM, True, 143, "stopped by SIGTERM; `--ckpt_path last` goes on from {last}"),
+        (signal.SIGTERM, False, 143, "stopped by SIGTERM; `--ckpt_path last` resumes from {last}"),
+        (signal.SIGTERM, True, 143, "stopped by SIGTERM; `--ckpt_path last` resumes from {last}"),
     ],
     ids=["Ctrl-C", "kill", "kill all"],
 )

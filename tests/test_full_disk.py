@@ -22,10 +22,10 @@ import pyarrow as pa
 import pytest
 
 from vlm_calibration.callbacks import logger as logging
+from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.logger import RunLogger, staged
-from vlm_calibration.callbacks.progress import Answered, Progress
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
-from vlm_calibration.commands.questions import Question, answer_file
+from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report_command
 from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
@@ -149,20 +149,20 @@ def _levels(folder: Path) -> None:
     AnchoredLevels.fit({"yes_no": rows}).save(folder / "levels.json")
 
 
-def _shard(folder: Path) -> None:
+def _regions(folder: Path) -> None:
     noise = os.urandom(50_000).hex()
     empty: Mapping[str, Any] = dict.fromkeys(SCHEMA.names)
-    write_rows(folder / "00000000.parquet", [[{**empty, "id": "one", "question": noise}]])
+    write_rows(folder / "queries.parquet", [[{**empty, "id": "one", "question": noise}]])
 
 
 def _answered(folder: Path) -> None:
-    prediction = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
-    Progress(folder, 0).append(Answered([0], {"base": [prediction]}, {}))  # type: ignore[list-item]
+    said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
+    AnswerLog(folder, 0, {}).add("test", {"answers": {"base": [said]}, "passes": {}})  # type: ignore[list-item]
 
 
 def _asked(folder: Path) -> None:
-    with answer_file(folder / "answers.jsonl", {}) as answers:
-        answers.add([(Question("q", "1", "a.png", "?", None), {"text": "Yes" * 10_000})])
+    answers = AnswerFile(folder / "answers.jsonl", {})
+    answers.add([(Question("q", "1", "a.png", "?", None), {"text": "Yes" * 10_000})])
 
 
 def _image(folder: Path) -> None:
@@ -194,7 +194,7 @@ def _report(folder: Path) -> None:
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
-    "00000000.parquet": (_shard, True),
+    "queries.parquet": (_regions, True),
     ".answered.0.jsonl": (_answered, False),
     "answers.jsonl": (_asked, False),
     "0": (_image, False),

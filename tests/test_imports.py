@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "files", "settings", "arguments", "hub"},
+    {"records", "files", "append_log", "settings", "arguments", "hub"},
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},

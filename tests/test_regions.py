@@ -100,10 +100,22 @@ def predict(
     return arguments
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    """File name -> rows of a Parquet file or content of a JSON file."""
+def _shards(folder: Path) -> dict[int, Any]:
+    """The finished shards with their settings, by number."""
+    lines = [line for p in (folder / "shards").iterdir() for line in p.read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines) if row["shard"] is not None]
+    assert len({row["shard"] for row in rows}) == len(rows), "each is done once"
+    return {row["shard"]: row for row in rows}
+
+
+def _content(folder: Path) -> dict[Any, Any]:
+    """Rows of the Parquet file, the JSON file, and the shards, by name."""
     tables = {str(p.relative_to(folder)): pq.read_table(p).to_pylist() for p in folder.rglob("*.parquet")}
-    return {**tables, **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")}}
+    return {
+        **tables,
+        **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")},
+        **_shards(folder),
+    }
 
 
 @pytest.mark.parametrize(("detector", "segmenter"), [("grounding_dino", "sam2"), ("owlv2", "sam")])
@@ -153,7 +165,7 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     ended = run(*predict("one"))
     assert ended.status == 0, ended.err
     one = _content(tmp_path / "one")
-    assert len([n for n in one if n.startswith("shards")]) == 5
+    assert set(one) == {"queries.parquet", "summary.json", 0, 1, 2, 3, 4}
     assert any(r["regions"] for r in one["queries.parquet"])
 
     ended = run_plainly([*predict("two"), *TWO], root, tmp_path)
@@ -164,21 +176,23 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     kill = {"class_path": "disasters.KillPrediction", "init_args": {"batch": 5}}
     ended = run(*predict("cut", kill))
     assert ended.status == -9
-    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").glob("*.parquet")}
-    assert sorted(done) == ["00000000.parquet", "00000001.parquet", "00000002.parquet"][: len(done)]
-    assert len(done) >= 2
+    log = tmp_path / "cut/shards/0.0.jsonl"
+    done = log.read_text()
+    assert sorted(_shards(tmp_path / "cut")) in ([0, 1], [0, 1, 2])
     assert not (tmp_path / "cut" / "queries.parquet").exists()
+    with log.open("a") as file:
+        file.write('{"shard": 4, "rows": [')
     ended = run_plainly([*predict("cut"), *TWO], root, tmp_path)
     assert ended.status == 0, ended.err
-    assert _content(tmp_path / "cut") == one
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").glob("*.parquet")}
-    assert {n: after[n] for n in done} == done, "finished shards are not computed again"
+    assert _content(tmp_path / "cut") == one, "what was finished is not done again"
+    assert log.read_text().startswith(done)
 
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "cut" / "shards").iterdir()}
+    assert {p.name for p in before} == {"0.0.jsonl", "0.1.jsonl", "settings.jsonl"}
     ended = run(*predict("cut"))
     assert ended.status == 0, ended.err
-    assert "Regions of 17 queries" in ended.out, "no shard is missing, and the summary is printed again"
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "shards").iterdir()} == before
+    assert "Regions of 17 queries" in ended.out, "nothing is missing, and the summary comes again"
+    assert {p: p.read_bytes() for p in (tmp_path / "cut" / "shards").iterdir()} == before
     assert _content(tmp_path / "cut") == one
 
 
@@ -192,13 +206,27 @@ def test_other_settings_are_refused_where_shards_were_begun(
         (["--data.shard_size", "5"], "data.shard_size = 4, found 5"),
     ):
         ended = run(*predict("run"), *more)
-        assert ended.error().startswith(f"{tmp_path}/run/shards: these shards were begun with {message}: ")
+        assert ended.error().startswith(f"{tmp_path}/run/shards/0.0.jsonl:1: written with {message}: ")
         assert ended.status == 1
     lines = queries.read_text().splitlines()
+    (tmp_path / "run/shards/0.0.jsonl").unlink()
+    ended = run(*predict("run"), "--data.shard_size", "5")
+    assert ended.error().startswith(f"{tmp_path}/run/shards/settings.jsonl:1: "), "before a shard is finished"
     other = queries.with_name("other.jsonl")
     other.write_text("\n".join([lines[0].replace('"question": "', '"question": "So: '), *lines[1:]]))
     ended = run(*predict("run"), "--data.predict.init_args.path", str(other))
-    assert "these shards were begun with data.content = " in ended.error()
+    assert f"{tmp_path}/run/shards/settings.jsonl:1: written with data.content = " in ended.error()
+
+
+def test_a_limited_run_says_what_is_missing(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ended = run(*predict("run"), "--trainer.limit_predict_batches", "2")
+    assert ended.error().startswith(f"{tmp_path}/run/shards: 4 of 5 shards are missing")
+    assert not (tmp_path / "run/queries.parquet").exists()
+    ended = run(*predict("run"))
+    assert ended.status == 0, ended.err
+    assert sorted(_shards(tmp_path / "run")) == [0, 1, 2, 3, 4]
 
 
 def test_a_damaged_image_stops_the_run_if_it_is_to(

@@ -161,7 +161,7 @@ at_time_limit() {
 requeue() {
     [[ -z $requeued ]] || return 0
     local began=$run/logs/$SLURM_JOB_ID.began idle=$run/logs/$SLURM_JOB_ID.idle
-    if [[ $(find "$run" \( -name last.ckpt -o -name '*.parquet' -o -name '.answered.*.jsonl' \) -newer "$began" -print -quit) ]]; then
+    if [[ $(find "$run" \( -name last.ckpt -o -path '*/shards/[0-9]*.jsonl' -o -name '.answered.*.jsonl' \) -newer "$began" -print -quit) ]]; then
         rm -f "$idle"
     else
         echo "$(date +%FT%T) nothing was saved" >> "$idle"

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
@@ -126,17 +126,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
     write_text(path, text + "\n")
 
 
-def clear_leftovers(folder: Path, is_own: Callable[[str], bool] | None = None) -> None:
-    """Remove what a process that was killed while `replacing` something in this folder has left there.
-
-    Args:
-        is_own: whether no other process may be writing the file of this name; None: no other process writes here.
-    """
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        # ".NAME.PROCESS.tmp"
-        if is_own is not None and not is_own(left.name[1:].rsplit(".", 2)[0]):
-            continue
-        remove(left)
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while `replacing` something in this folder has left there."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        remove(path)
 
 
 def remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The adapter that appears whole, and its card, whose program says what we say in a process that knows nothing of us."""
+"""The adapter folder is replaced at once; the program on its card gives our answers with peft alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def demo_model(root: Path) -> str:
-    """The demo's model, which is trained and so states its confidence."""
+    """The demo's trained model, which states its confidence."""
     return str(root / "src/vlm_calibration/demo/model")
 
 
@@ -73,7 +73,7 @@ def _fit(
     *more: L.Callback,
     **settings: Any,
 ) -> Path:
-    """Train for a few steps; the adapter's folder."""
+    """Train for a few steps, and return the adapter's folder."""
     plain = {
         "accelerator": "cpu",
         "devices": 1,
@@ -206,7 +206,7 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
 
 
 class Saver(torch.nn.Module):
-    """Saves two files; fails between them if told to."""
+    """Saves two files; may fail between them."""
 
     def __init__(self, content: str, error: BaseException | None = None) -> None:
         super().__init__()

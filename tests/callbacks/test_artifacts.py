@@ -1,4 +1,4 @@
-"""Inputs and outputs of a run as artifacts: which adapter is the best, what data is the same, and what code ran."""
+"""Artifacts of a run's inputs and outputs: the best adapter, equal data, and the version of the code."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ VERSION = version("vlm-calibration")
 
 @pytest.fixture(autouse=True)
 def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of what is to be uploaded stay within the test's folder."""
+    """Stage copies of uploads in the test's folder."""
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
 
 
 class Writer(AdapterWriter):
-    """Writes the number of the validation instead of an adapter."""
+    """Writes the number of the validation in place of an adapter."""
 
     content = 0
 
@@ -60,7 +60,7 @@ class Writer(AdapterWriter):
 
 
 class Run:
-    """Takes down which artifacts are logged."""
+    """Records the artifacts that are logged."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[str, list[str], dict[str, Any]]] = []
@@ -71,7 +71,7 @@ class Run:
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A trainer in the middle of training in `runs/mine`, its writer and what its run has logged."""
+    """A trainer in the middle of training in `runs/mine`, its writer, and the artifacts that its run has logged."""
     logger = RunLogger(save_dir=str(tmp_path / "runs" / "mine"))
     logger._experiment = Run()  # type: ignore[assignment]
     writer = Writer()

@@ -1,4 +1,4 @@
-"""Before and after side by side, through the hooks of a real Trainer: when they are printed, and when there is a warning."""
+"""The comparison of validations before and after training, in a real Trainer: when it is printed and when it warns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _results(accuracy: float, ece: float = 0.25) -> dict[str, float]:
 
 
 class Scored(L.LightningModule):
-    """Trains nothing, and finds the given accuracies, one a validation."""
+    """A module that trains nothing, and reports the given accuracies, one a validation."""
 
     def __init__(self, *accuracies: float) -> None:
         super().__init__()

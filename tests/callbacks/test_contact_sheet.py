@@ -1,4 +1,4 @@
-"""The contact sheet: as many rows as asked for, untouched images at 100%, and noise on the object alone."""
+"""The contact sheet: number of rows, clean images at 100%, and noise on the object alone."""
 
 from __future__ import annotations
 

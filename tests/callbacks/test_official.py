@@ -30,7 +30,7 @@ SOURCES = "vlm_calibration.data.sources.benchmark"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """The folder with POPE (lines, arrays, POPEv2) and AMBER in it."""
+    """A folder with POPE (lines, arrays, POPEv2) and AMBER."""
     folder = tmp_path / "data"
     rng = np.random.default_rng(0)
     for name in (
@@ -155,7 +155,7 @@ def test_pope_in_one_process_and_in_two(
 
 
 def _check_pope(folder: Path) -> None:
-    """The scores in a system's folder are those that the script gives for the files in it."""
+    """Assert that the scores in a system's folder are those of the official script on its files."""
     metrics = _metrics(folder)
     assert metrics["n"] == 15
     assert {metrics[f"n/{split}"] for split in SPLITS} == {5}

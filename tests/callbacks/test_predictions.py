@@ -1,4 +1,4 @@
-"""The prediction writer in validation: the order of one process for any number of them, and nothing half written."""
+"""The prediction writer in validation: the same files for any number of processes, and no partial files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _prediction(number: int) -> Prediction:
 
 
 class Processes:
-    """Writers of several processes that share a run directory; barriers are passed by calling rank 0 last."""
+    """Writers of several processes that share a run directory; rank 0 is called last in place of barriers."""
 
     def __init__(self, folder: Path, count: int, sanity_checking: bool = False) -> None:
         self.folder = folder
@@ -39,7 +39,7 @@ class Processes:
         ]
 
     def write(self, systems: dict[str, list[Prediction]], batch_size: int = 2) -> None:
-        """Deal the predictions out as the sampler does, and write them in batches."""
+        """Distribute the predictions as the sampler does, and write them in batches."""
         count = len(self.writers)
         for rank, (writer, trainer) in enumerate(zip(self.writers, self.trainers, strict=True)):
             shards = {system: predictions[rank::count] for system, predictions in systems.items()}
@@ -70,7 +70,7 @@ def test_files_are_the_same_for_any_number_of_processes(tmp_path: Path, count: i
 
 
 def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -> None:
-    """Of twelve queries the first process, which has the even ones, answers two and the second all of its own."""
+    """Of twelve queries the first process answers two of the even ones, and the second all odd ones."""
     processes = Processes(tmp_path, 2)
     dealt = [[_prediction(i) for i in (8, 10)], [_prediction(i) for i in range(1, 12, 2)]]
     for writer, trainer, predictions in zip(processes.writers, processes.trainers, dealt, strict=True):

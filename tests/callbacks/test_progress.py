@@ -1,4 +1,4 @@
-"""The files of an evaluation's progress, and what tells one evaluation from another."""
+"""The log of the answers of an evaluation, and the settings that tell one evaluation from another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from vlm_calibration.callbacks.answer_log import AnswerLog, ResumeState
 from vlm_calibration.callbacks.fingerprint import fingerprint
-from vlm_calibration.callbacks.progress import HEADER, Answered, Progress
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
@@ -24,140 +24,142 @@ from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.perturbation.schedules import LinearSchedule
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-DECISIVE = {"model.base": "a", "data.noise": "b"}
+SETTINGS = {"model.base": "a", "data.noise": "b"}
+QUERIES: Any = {
+    "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
+    "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
+}
 
 
-def _answered(*places: int) -> Answered:
-    found = [
-        EstimatedPrediction(
-            f"q{n}", "Größe?\u2028", "Yes", "Yes\n", "yes", 0.29, True, None, 0, "yes_no", None, {"p": 1e-6}
-        )
-        for n in places
-    ]
-    return Answered(
-        [*places], {"base": found, "one": found[::-1]}, {"base": {"verbalized": [2] * len(places)}}
-    )
+def _batch(*numbers: int) -> BatchAnswers:
+    """Answers to the queries of these numbers by two systems."""
+
+    def answers(text: str) -> list[EstimatedPrediction]:
+        facts = ("Größe?\u2028", "Yes", text, "yes", 0.29, True, None, 0, "yes_no", None, {"p": 1e-6})
+        return [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
+
+    passes = {"base": {"verbalized": [2] * len(numbers)}}
+    return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
 
 
-def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> Progress:
-    """Processes that have answered these batches each; the first of them."""
-    first = Progress(folder, 0)
-    assert first.find(DECISIVE, 9) == (False, [], "")
-    first.begin(DECISIVE, anew=True)
+def _log(folder: Path, rank: int = 0, settings: dict[str, str] = SETTINGS) -> AnswerLog:
+    return AnswerLog(folder, rank, QUERIES, settings)
+
+
+def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
+    """The log of the first of some processes that have answered these batches of the test set each."""
+    assert _log(folder).find() == ResumeState()
     for rank, own in enumerate(batches):
-        progress = Progress(folder, rank)
-        for places in own:
-            progress.append(_answered(*places))
-        progress.close()
-    return first
+        log = _log(folder, rank)
+        for numbers in own:
+            log.add("test", _batch(*numbers))
+        log.close()
+    return _log(folder)
 
 
 def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
-    later = Progress(tmp_path, 0)
-    found = later.find(DECISIVE, 9)
-    assert found.goes_on
-    assert found.places == [0, 2, 4, 6, 1, 3]
-    assert found.message == f"{tmp_path}: goes on: 6 of 9 queries were answered before"
-    later.begin(DECISIVE, anew=False)
-    # What others answer meanwhile is not from before.
-    other = Progress(tmp_path, 1)
-    other.append(_answered(5, 7))
-    assert [*later.before()] == [_answered(0, 2), _answered(4, 6), _answered(1, 3)]
-    later.append(_answered(8))
-    later.write_predictions("one", tmp_path / "one.jsonl", range(9), 9)
+    held_out = _log(tmp_path, 2)
+    held_out.add("calibration", _batch(2, 0))
+    held_out.close()
+    later = _log(tmp_path)
+    state = later.find()
+    assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
+    assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
+    assert [*later.batches("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
+    assert [*later.batches("calibration")] == [_batch(2, 0)]
+    other = _log(tmp_path, 1)
+    other.add("test", _batch(5, 7))
+    later.add("test", _batch(8))
+    later.write_predictions("one", "test", tmp_path / "one.jsonl", 9)
+    later.write_predictions("base", "calibration", tmp_path / "held_out.jsonl")
     lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    assert [json.loads(line)["id"] for line in lines] == [
-        "q2",
-        "q3",
-        "q0",
-        "q1",
-        "q6",
-        "q7",
-        "q4",
-        "q5",
-        "q8",
-    ]
-    assert lines[8] == json.dumps(_answered(8).answers["one"][0].to_dict(), ensure_ascii=False)
+    assert [json.loads(line)["id"] for line in lines] == [f"q{n}" for n in range(9)]
+    assert lines[8] == json.dumps(_batch(8)["answers"]["one"][0].to_dict(), ensure_ascii=False)
+    lines = (tmp_path / "held_out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == ["q0", "q2"]
     later.clear()
-    assert [p.name for p in tmp_path.iterdir()] == ["one.jsonl"]
+    assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
+
+
+def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
+    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 1), (2, 3), (4, 5)])
     path = tmp_path / ".answered.0.jsonl"
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
     for cut in (len(lines[0]), len(lines[0]) + 1, len(lines[0] + lines[1]) - 1):
-        path.write_bytes(whole[:cut])
-        progress = Progress(tmp_path, 0)
-        assert progress.find(DECISIVE, 6).places == [0, 1]
-        assert [*progress.before()] == [_answered(0, 1)]
-        progress.append(_answered(2, 3))
+        path.write_bytes(content[:cut])
+        log = _log(tmp_path)
+        assert log.find().answered == {"test": [0, 1], "calibration": []}
+        assert [*log.batches("test")] == [_batch(0, 1)]
+        log.add("test", _batch(2, 3))
+        log.close()
         assert path.read_bytes() == lines[0] + lines[1]
-    path.write_bytes(whole[:20])
-    assert Progress(tmp_path, 0).find(DECISIVE, 6) == (True, [], ""), "nothing was answered, nothing is said"
+    path.write_bytes(content[:20])
+    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "complete", "reason"),
     [
-        ({"decisive": {**DECISIVE, "data.noise": "c"}}, "changed: data.noise"),
-        ({"decisive": {"model.base": "c"}}, "changed: model.base, data.noise"),
-        ({"whole": False}, "trainer.limit_test_batches is set"),
+        ({**SETTINGS, "data.noise": "c"}, True, "changed: data.noise"),
+        ({"model.base": "c", "data.noise": "d"}, True, "changed: model.base, data.noise"),
+        ({**SETTINGS, "data.prompt": "c"}, True, "changed: data.prompt"),
+        (SETTINGS, False, "trainer.limit_test_batches is set"),
     ],
 )
-def test_others_start_anew(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: bool, reason: str) -> None:
     _begun(tmp_path, [(0, 1)], [(2, 3)])
-    progress = Progress(tmp_path, 0)
-    goes_on, places, message = progress.find(**{"decisive": DECISIVE, "total": 9, **settings})
-    assert not goes_on
-    assert places == []
-    assert message == f"{tmp_path}: the evaluation that ended early here starts anew; {says}"
-    assert [*progress.before()] == []
-    progress.begin(DECISIVE, anew=True)
-    assert [p.name for p in tmp_path.iterdir()] == [HEADER]
+    log = _log(tmp_path, settings=settings)
+    answered, message = log.find(complete=complete)
+    assert answered is None
+    assert message == f"{tmp_path}: starting over instead of resuming the interrupted evaluation: {reason}"
+    log.clear()
+    assert not list(tmp_path.iterdir())
 
 
 def _spoilt(path: Path) -> Iterator[tuple[bytes, str]]:
     first, second = path.read_bytes().splitlines(keepends=True)
-    at, twice = f"{path}:1: cannot go on", "not answers to 9 queries, each once"
+    at, twice = f"{path}:1: damaged", "not answers to the 9 queries of data.test, each once"
     yield b"\0" * 30 + b"\n" + second, at
     yield b"[]\n" + second, at
-    yield first.replace(b'"places": [0, 1]', b'"places": [0]') + second, at
     yield first.replace(b'"one": [', b'"one": [1, ') + second, at
+    yield first.replace(b'"one": [', b'"one": [], "two": [') + second, at
+    yield first.replace(b'"split": "test"', b'"split": "train"') + second, at
+    yield first.replace(b'"passes": {', b'"passes": 1, "p": {') + second, at
     yield first + first, twice
-    yield first.replace(b"[0, 1]", b"[0, 9]"), twice
+    yield first.replace(b'"q1"', b'"q9"'), twice
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 1), (2, 3)])
     path = tmp_path / ".answered.0.jsonl"
     for content, says in [*_spoilt(path)]:
+        assert content != path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(DataError) as caught:
-            Progress(tmp_path, 0).find(DECISIVE, 9)
+            _log(tmp_path).find()
         assert says in str(caught.value)
-        assert f"remove {HEADER}, and the evaluation starts anew" in str(caught.value)
-    (tmp_path / HEADER).write_text("{")
-    with pytest.raises(DataError, match=f"{tmp_path / HEADER}: cannot go on"):
-        Progress(tmp_path, 0).find(DECISIVE, 9)
-    (tmp_path / HEADER).unlink()
-    assert Progress(tmp_path, 0).find(DECISIVE, 9) == (False, [], ""), (
-        "lines without a header count for nothing"
-    )
+        assert "remove .answered.*.jsonl in this folder" in str(caught.value)
 
 
 def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
-    progress = _begun(tmp_path, [(0, 1)], [(2, 3)])
+    log = _begun(tmp_path, [(0, 1)], [(2, 3)])
     for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
         if batch:
-            Progress(tmp_path, 1).append(_answered(*batch))
+            other = _log(tmp_path, 1)
+            other.add("test", _batch(*batch))
+            other.close()
         with pytest.raises(DataError, match="does another evaluation write into this folder"):
-            progress.write_predictions("base", tmp_path / "predictions.jsonl", range(total), total)
+            log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
         (tmp_path / ".answered.1.jsonl").write_bytes(
             (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
         )
@@ -168,7 +170,7 @@ def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> N
 def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> Callable[..., dict[str, str]]:
     adapter, levels = new_adapter(1), str(root / "src/vlm_calibration/demo/levels.json")
 
-    def found(**changes: Any) -> dict[str, str]:
+    def digests(**changes: Any) -> dict[str, str]:
         base = BaseModel(model_folder, **changes.pop("base", {}))
         model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
         data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
@@ -183,7 +185,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
         queries.setup("test")
         return fingerprint(trainer, module, queries)
 
-    return found
+    return digests
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One directory a run, and credentials of W&B."""
+"""The run directory, and W&B credentials."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home without credentials, and a terminal that nobody sits at."""
+    """An empty home without credentials, and no interactive terminal."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR", "NETRC", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"

@@ -1,4 +1,4 @@
-"""Speed, waiting, gradient norm and memory of training, on a clock that only the test moves."""
+"""Speed, waiting, gradient norm and memory of training, on a fake clock."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clock:
 
 
 class Hands(L.Callback):
-    """Moves the clock: in front of the measuring callback where a step ends, behind it where one begins to be awaited."""
+    """Moves the clock: before the measuring callback at the end of a step, after it when waiting begins."""
 
     def __init__(self, clock: Clock, first: bool) -> None:
         self.clock = clock
@@ -73,7 +73,7 @@ class Line(L.LightningModule):
 
 
 def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[dict[str, float]]:
-    """What is logged by a training of six batches."""
+    """The metrics that a training of six batches logs."""
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
     logged: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""What the shipped configurations log to W&B, read back from the offline runs' own files."""
+"""The W&B logs of the shipped configurations, read from the files of offline runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TABLES = {"confidence_table", "response_table"}
 SYSTEMS = ("base", "sft", "dpo", ORACLE)
 ESTIMATORS = ("expected", "likelihood")
 STEPS = 3
-"""Of an epoch of twelve queries in batches of four."""
+"""Steps of an epoch of twelve queries in batches of four."""
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -218,7 +218,7 @@ def test_lineage_leads_from_data_through_the_stages_to_the_evaluation(offline_ru
 
 
 def test_an_offline_run_can_be_uploaded_with_its_lineage(offline_runs: Runs, tmp_path: Path) -> None:
-    """By `wandb sync`, to a server that has the content of all artifacts already."""
+    """`wandb sync` uploads to a server that has the content of all artifacts already."""
     run = offline_runs["dpo"]
     server = GraphQLServer()
     try:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from vlm_calibration import cli
 from vlm_calibration.arguments import Parser
 from vlm_calibration.commands import options
 from vlm_calibration.commands.ask import _shown
-from vlm_calibration.commands.questions import answer_file
+from vlm_calibration.commands.questions import AnswerFile
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
@@ -224,9 +225,11 @@ def test_answers_of_others_are_not_mixed(call: Call, questions: Path, adapter: t
     assert call(*arguments, *adapter).status == 0
     before = (questions.parent / "answers.jsonl").read_bytes()
     ended = call(*arguments, "--base", str(DEMO_MODEL))
-    assert ended.error().startswith("answers.jsonl:1: answered with model '")
+    assert ended.error().startswith("answers.jsonl:1: written with model = '")
     ended = call(*arguments, *adapter, "--review-below", "0.5")
-    assert "answers.jsonl:1: answered with review_below None, not 0.5: choose another --out" in ended.error()
+    assert ended.error() == (
+        "answers.jsonl:1: written with review_below = None, found 0.5: choose another --out"
+    )
     first, *rest = questions.read_text().splitlines()
     questions.write_text("\n".join([json.dumps({**json.loads(first), "question": "A cow?"}), *rest]))
     ended = call(*arguments, *adapter)
@@ -236,11 +239,31 @@ def test_answers_of_others_are_not_mixed(call: Call, questions: Path, adapter: t
 
 def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     with (
-        answer_file(tmp_path / "a.jsonl", {}),
-        pytest.raises(DataError, match="another process is writing to it"),
-        answer_file(tmp_path / "a.jsonl", {}),
+        closing(AnswerFile(tmp_path / "a.jsonl", {})),
+        pytest.raises(DataError, match=f"{tmp_path}/a.jsonl: another process"),
     ):
-        pass
+        AnswerFile(tmp_path / "a.jsonl", {})
+
+
+def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
+    for line in (
+        '{"id": "a", "model": "m"}',
+        '{"model": "m"}',
+        '{"id": [], "image": "", "question": "", "model": "m"}',
+    ):
+        (tmp_path / "a.jsonl").write_text(
+            f'{{"id": "b", "image": "", "question": "", "model": "m"}}\n{line}\n'
+        )
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{tmp_path}/a.jsonl:2: .*choose another --out"):
+                AnswerFile(tmp_path / "a.jsonl", {"model": "m"})
+
+
+def test_a_file_that_holds_something_else_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\nnot finished")
+    with pytest.raises(DataError, match=f"{tmp_path}/a.jsonl:1: "):
+        AnswerFile(tmp_path / "a.jsonl", {"model": "m"})
+    assert (tmp_path / "a.jsonl").read_text() == "{}\nnot finished"
 
 
 def test_bad_images_stop_the_run_or_are_counted(

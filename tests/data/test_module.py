@@ -150,17 +150,10 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
     held = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
     module = _module(model_folder, test=test, calibration=held, eval_batch_size=5)
     module.setup("test")
-    module.leave_out_answered([0, 11, 12, 17])
-    loaders = module.test_dataloader()
-    asked = [
-        (module.asked(number, which), [q.id for q in batch.queries])
-        for which, loader in enumerate(loaders)
-        for number, batch in enumerate(loader)
-    ]
-    assert [places for places, _ in asked] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [13, 14, 15, 16]]
-    assert module.calibration_set is not None
-    ids = [q.id for dataset in (module.test_set, module.calibration_set) for q in dataset.queries]
-    assert [found for _, found in asked] == [[ids[place] for place in places] for places, _ in asked]
+    module.leave_out_answered({"test": [0, 11], "calibration": [0, 5]})
+    asked = [[[q.id for q in batch.queries] for batch in loader] for loader in module.test_dataloader()]
+    test_ids, held_ids = ([q.id for q in queries] for queries in module.tested_queries.values())
+    assert asked == [[test_ids[1:6], test_ids[6:11]], [held_ids[1:5]]]
 
     module = _module(
         model_folder, test=test, calibration={"held": EvalSplit(DemoSource("calibration", scenes=2))}

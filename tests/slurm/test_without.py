@@ -168,19 +168,17 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert one["summary"]["queries"] == len(ids)
 
     two = {"QUERIES": str(queries.with_name("files.parquet")), "PARTS": "2", **extraction}
-    # Temporary files of another part that runs at the same time stay.
+    # Another part is at work at the same time: the line that it is writing stays.
     shards = tmp_path / "two/regions/shards"
     shards.mkdir(parents=True)
-    for number in (0, 1):
-        (shards / f".0000000{number}.parquet.1.tmp").touch()
+    for part in (0, 1):
+        (shards / f"{part}.0.jsonl").write_text('{"shard": ')
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="1", **two)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "part 1 of 2" in ran.stdout
-    assert "3 of 6 shards" in ran.stdout
-    assert [path.name for path in sorted(shards.glob("*.parquet"))] == [
-        f"0000000{n}.parquet" for n in (1, 3, 5)
-    ]
-    assert [path.name for path in shards.glob(".*.tmp")] == [".00000000.parquet.1.tmp"]
+    assert "part 1 of 2 is done; 3 of 6 shards are other parts'" in ran.stdout
+    lines = (shards / "1.0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines] == [1, 3, 5]
+    assert (shards / "0.0.jsonl").read_text() == '{"shard": '
     assert not list((tmp_path / "two/regions").glob("*.p*"))
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="0", **two)
     assert ran.returncode == 0, ran.stdout + ran.stderr

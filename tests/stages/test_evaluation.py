@@ -1,4 +1,4 @@
-"""Evaluating several systems side by side: each answers as it would alone, on the same images, and the files add up."""
+"""Evaluating several systems at once: each answers as it does alone, on the same images, and the files are consistent."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_systems_side_by_side(
     assert [line["noise_step"] for line in lines["base"]] == [s.step for s in samples]
     assert len({s.step for s in samples}) > 2
 
-    # Each system says what it would say alone.
+    # Each system answers as it does alone.
     model = load_adapters(load_model(), module.adapters)
     alone: dict[str, list[str]] = {"base": [], "one": [], "two": []}
     for batch in queries.test_dataloader():
@@ -71,7 +71,7 @@ def test_systems_side_by_side(
         assert [line["text"] for line in lines[system]] == texts
     assert alone["base"] != alone["one"] != alone["two"] != alone["base"]
 
-    # The oracle answers as the base model does and states the measured accuracy.
+    # The oracle gives the base model's answers with the measured accuracy.
     levels = AnchoredLevels(levels_file)
     for oracle, base in zip(lines["oracle"], lines["base"], strict=True):
         assert {**oracle, "confidence": None} == {**base, "confidence": None}
@@ -109,14 +109,14 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
 
     def evaluated(name: str, chosen: dict[str, str], with_base: bool) -> tuple[int, dict[str, Any]]:
-        """How often the first layer of the tower ran, and what every system predicted."""
+        """The number of runs of the tower's first layer, and the predictions of every system."""
         module = EvaluationModule(
             BaseModel(model_folder, dtype="float32"), chosen, with_base=with_base, max_new_tokens=5
         )
         module.configure_model()
         runs: list[int] = []
         base = getattr(module.model, "get_base_model", lambda: module.model)()
-        # Within the tower: a hook on what is shared would run even where it is not computed anew.
+        # A hook inside the tower; one on the shared module would run even if its output is reused.
         base.model.vision_tower.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
         run = trainer(PredictionWriter(), default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(), verbose=False)

@@ -1,4 +1,4 @@
-"""An evaluation that ended early goes on from what was answered, and ends with the files of one that did not."""
+"""An interrupted evaluation resumes from its answers, and ends with the files of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """All that is there but the configuration, which names the folder."""
-    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name != "config.yaml"}
+    """The content of all files except the configuration, which names the folder."""
+    paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if name != "config.yaml"}
 
 
-def _said(ended: Ended) -> list[str]:
-    """What was said of an earlier run, by all processes."""
-    return re.findall(r"goes on: .*|.*starts anew.*", ended.err)
+def _messages(ended: Ended) -> list[str]:
+    """The messages of all processes about an earlier run."""
+    return re.findall(r"resuming: .*|.*starting over.*", ended.err)
 
 
 def test_killed_again_and_again(
@@ -129,8 +129,8 @@ def test_killed_again_and_again(
         log.write_text("")
         ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
         assert ended.status == status, f"{number}: {ended.err}"
-        expected = [f"goes on: {3 * before} of 15 queries were answered before"] if before else []
-        assert _said(ended) == expected, number
+        expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
+        assert _messages(ended) == expected, number
         assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
         if number == 2:
             written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
@@ -141,24 +141,24 @@ def test_killed_again_and_again(
     log.write_text("")
     ended = run(*test("cut"))
     assert ended.status == 0, ended.err
-    assert _said(ended) == []
+    assert _messages(ended) == []
     assert log.read_text().splitlines() == ids, "what was done is done anew"
     assert _files(tmp_path / "cut") == whole
 
 
 @pytest.fixture
 def run_two(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
-    """Runs the command in two processes of one evaluation, as a cluster starts them, so that one may die alone."""
+    """Runs an evaluation in two processes, started as by a cluster, so that one may die alone."""
 
     def ended(*arguments: str) -> tuple[Ended, Ended]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
         pids = [server.start([*arguments, *TWO], tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, other = server.wait(pids[1]), server.wait(pids[0])
+        first, second = server.wait(pids[1]), server.wait(pids[0])
         # What `wait` reads is what was started last.
         files = [server.folder / f"{server.started - 1}.{name}" for name in ("out", "err")]
-        return first, Ended(other.status, *(file.read_text() for file in files))
+        return first, Ended(second.status, *(file.read_text() for file in files))
 
     return ended
 
@@ -169,32 +169,32 @@ def test_two_processes_and_then_one(
     test: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, other = run_two(*test("whole", batch=2))
-    assert (first.status, other.status) == (0, 0), first.err + other.err
+    first, second = run_two(*test("whole", batch=2))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
-    # One process is killed, which the other one finds out when it has answered its own queries.
-    first, other = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
-    assert other.status == -signal.SIGKILL, other.err
+    # One process is killed; the other one fails when it has answered its own queries.
+    first, second = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
+    assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     with (tmp_path / "cut/.answered.1.jsonl").open("a") as part:
-        part.write('{"places": [9, 1')
+        part.write('{"split": "te')
     for path in tmp_path.glob("cut.asked.*"):
         path.unlink()
-    first, other = run_two(*test("cut", batch=2))
-    assert (first.status, other.status) == (0, 0), first.err + other.err
-    assert _said(first) == ["goes on: 12 of 15 queries were answered before"]
-    assert _said(other) == []
+    first, second = run_two(*test("cut", batch=2))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert _messages(first) == ["resuming: 12 of 15 queries were answered before"]
+    assert _messages(second) == []
     asked = [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)]
     assert asked == [0, 3], "the first process had no query left"
-    assert "before the ``update`` method" not in first.err + other.err
+    assert "before the ``update`` method" not in first.err + second.err
     assert _files(tmp_path / "cut") == whole
 
     ended = run(*test("one", batch=4))
     assert ended.status == 0, ended.err
-    assert _said(ended) == ["goes on: 12 of 15 queries were answered before"]
+    assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
     assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
     assert set(_files(tmp_path / "one")) == set(whole)
     for system in SYSTEMS:
@@ -208,7 +208,7 @@ def test_two_processes_and_then_one(
 
 
 class Stop(L.Callback):
-    """An error, or what stands for Ctrl-C, before a batch."""
+    """Raises an error, or the exception of Ctrl-C, before a batch."""
 
     def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
         self.place = (batch, loader)
@@ -261,8 +261,8 @@ def test_errors_and_interrupts_keep_what_was_answered_and_figures_show_it(
     with pytest.raises(SystemExit):
         evaluate("cut", Stop(1, KeyboardInterrupt))
     evaluate("cut", cut)
-    assert [f"{tmp_path}/cut: goes on: {n} of 15 queries were answered before" for n in (4, 8)] == [
-        r.getMessage() for r in caplog.records if "goes on" in r.getMessage()
+    assert [f"{tmp_path}/cut: resuming: {n} of 15 queries were answered before" for n in (4, 8)] == [
+        r.getMessage() for r in caplog.records if "resuming:" in r.getMessage()
     ]
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
     assert sorted(whole.tables) == sorted(SYSTEMS)
@@ -284,9 +284,9 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     plain, whole, cut = Counted(), Counted(), Counted()
     evaluate("plain", plain)
     evaluate("whole", whole, queries=queries())
-    found, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
-    held = {name: found.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
-    assert found == expected
+    files, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
+    held_out = {name: files.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
+    assert files == expected
     assert whole.answers == plain.answers
     for system in SYSTEMS:
         assert whole.tables[system] == plain.tables[system]
@@ -300,10 +300,10 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
         with pytest.raises(ZeroDivisionError):
             evaluate("cut", Stop(batch, ZeroDivisionError, loader=2 - batch), queries=queries())
     evaluate("cut", cut, queries=queries())
-    assert re.findall(r"goes on: .* before", caplog.text) == [
-        f"goes on: {n} of 27 queries were answered before" for n in (8, 19)
+    assert re.findall(r"resuming: .* before", caplog.text) == [
+        f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
     ]
-    assert _files(tmp_path / "cut") == {**found, **held}
+    assert _files(tmp_path / "cut") == {**files, **held_out}
     assert cut.tables["one"] == plain.tables["one"]
 
     evaluate("limited", queries=queries(), limit=1)
@@ -325,27 +325,29 @@ def test_other_settings_start_anew(
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(2, ZeroDivisionError))
 
-    def other(name: str, changed: str, **settings: Any) -> None:
+    def check(name: str, changed: str, **settings: Any) -> None:
         shutil.copytree(tmp_path / "cut", tmp_path / name)
         caplog.clear()
         evaluate(name, **settings)
-        message = f"{tmp_path}/{name}: the evaluation that ended early here starts anew; changed: {changed}"
-        assert [r.getMessage() for r in caplog.records if "anew" in r.getMessage()] == [message]
+        messages = [r.getMessage() for r in caplog.records if "starting over" in r.getMessage()]
+        assert len(messages) == 1
+        assert messages[0].startswith(f"{tmp_path}/{name}: ")
+        assert messages[0].endswith(f": changed: {changed}")
         assert not list((tmp_path / name).glob(".*"))
         n = json.loads((tmp_path / name / "one/metrics.json").read_text())["n"]
         assert n == len(read_predictions(tmp_path / name / "one/predictions.jsonl"))
 
-    other("tokens", "model.max_new_tokens", max_new_tokens=2)
+    check("tokens", "model.max_new_tokens", max_new_tokens=2)
     fewer = {"clean": EvalSplit(DemoSource("test", scenes=2))}
-    other("data", "data.test, the queries of data.test", queries=data(test=fewer))
-    other("limited", "trainer.limit_test_batches", limit=1)
+    check("data", "data.test, the queries of data.test", queries=data(test=fewer))
+    check("limited", "trainer.limit_test_batches", limit=1)
     weights = "adapter_model.safetensors"
     shutil.copyfile(Path(new_adapter(2)) / weights, tmp_path / "adapter" / weights)
-    other("weights", "model.adapters")
+    check("weights", "model.adapters")
 
     # Where nothing is asked, nothing is lost.
     before = _files(tmp_path / "cut")
-    assert len(before) == 2, "the header, and what one process has answered"
+    assert list(before) == [".answered.0.jsonl"]
     evaluate("cut", limit=0)
     assert _files(tmp_path / "cut") == before
     (tmp_path / "adapter/adapter_config.json").unlink()
@@ -361,5 +363,6 @@ def test_a_part_does_not_go_on_from_a_part(
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(1, ZeroDivisionError), limit=2)
     evaluate("cut", limit=2)
-    assert "starts anew; trainer.limit_test_batches is set" in caplog.text
+    assert "starting over" in caplog.text
+    assert ": trainer.limit_test_batches is set" in caplog.text
     assert len(read_predictions(tmp_path / "cut/one/predictions.jsonl")) == 8

@@ -1,4 +1,4 @@
-"""Writes the trained adapter as plain PEFT, with the processor beside it and a model card that says how to use both."""
+"""Writes the trained adapter as plain PEFT, with the processor and a model card in the same folder."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
 
 SECRETS = ("token", "password", "secret", "api_key")
-"""Ends of the names of settings that are nobody else's business."""
+"""Suffixes of setting names that hold secrets."""
 
 
 class AdapterWriter(L.Callback):
-    """`adapter/` in the run directory, written when training ends, loadable with peft alone."""
+    """Writes `adapter/` in the run directory when training ends; peft alone can load it."""
 
     def __init__(self) -> None:
         self.results: dict[str, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed behind its last validation needs to know."""
+        """The last validation's results, for a run that resumes after it."""
         return {"results": self.results}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class AdapterWriter(L.Callback):
         self.results = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # What cannot be written up is better found out now than when training ends.
+        # Fail now rather than after training if the model card cannot be made.
         self.card(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -60,33 +60,33 @@ class AdapterWriter(L.Callback):
         trainer.strategy.barrier("adapter")
 
     def weights(self, module: L.LightningModule) -> dict[str, Tensor] | None:
-        """What `write` needs of a sharded model; every process must call it."""
+        """The gathered weights of a sharded model, for `write`; None for others. Every process must call this."""
         return full_state_dict(cast(Any, module).model)
 
     def write(
         self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: dict[str, Tensor] | None
     ) -> None:
-        """Write adapter, processor and card as they are now; `folder` appears whole or not at all."""
+        """Write the current adapter, processor and card, and replace `folder` at once when all are written."""
         model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
         card = self.card(trainer, module)
         config = model.peft_config["default"]
-        # peft's own loaders take the base at this revision.
+        # peft's own loaders read the base model at this revision.
         config.revision = card.revision
         for name, value in vars(config).items():
             if isinstance(value, set):
-                # The order of a set differs between processes, and so would the file.
+                # The order of a set, and so the file, would differ between processes.
                 setattr(config, name, sorted(value))
         with replacing(folder) as temporary:
-            # A preference stage holds its frozen reference beside what it trains.
+            # A preference stage has a second adapter, its frozen reference.
             model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
             data.processor.save_pretrained(temporary)
             save_card(temporary, card)
 
     def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
-        """What there is to say about the adapter that was trained."""
+        """The model card of the adapter in its present state."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
         guards = [c for c in trainer.callbacks if isinstance(c, BeforeAfterCheck)]  # type: ignore[attr-defined]
-        found = {"before": guards[0].before if guards else None, "after": self.results}
+        results = {"before": guards[0].before if guards else None, "after": self.results}
         trained = cast(Any, module)
         return Card(
             base=trained.base.name_or_path,
@@ -98,7 +98,7 @@ class AdapterWriter(L.Callback):
             training=_training(trained, data, trainer.global_step),
             steps=data.noise.schedule.steps,
             levels=_taught(data.noise.levels),
-            results={name: _overall(values) for name, values in found.items() if values is not None},
+            results={name: _overall(values) for name, values in results.items() if values is not None},
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
@@ -107,7 +107,7 @@ class AdapterWriter(L.Callback):
 
 
 def shown_path(path: Path) -> str:
-    """The path as text, relative to the working directory where it lies below it."""
+    """The path relative to the working directory if it is inside it, else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
@@ -159,13 +159,13 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
 
 
 def _taught(levels: ConfidenceLevels) -> dict[str, list[list[float]]]:
-    """Answer type -> the confidence in [0, 1] that is stated at each of the levels' noise steps."""
+    """Answer type -> [noise step, confidence in [0, 1] that is taught there] for each level."""
     kinds = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
     return {kind: [[step, levels.confidence(step, kind)] for step in levels.steps] for kind in kinds}
 
 
 def _overall(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The metrics that tables show, None where undefined: JSON has no NaN."""
+    """The metrics that tables show; None for NaN, which JSON lacks."""
     return {
         name: values[name] if math.isfinite(values[name]) else None
         for name in ("n", *COLUMNS)

@@ -1,4 +1,4 @@
-"""Where a run comes from and what came of it, in W&B: code, data and adapters, as configuration and as artifacts."""
+"""Logs the provenance of a run to W&B: code, data and adapters, as configuration and as artifacts."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ LATEST, BEST = "latest", "best"
 
 
 class Artifacts(L.Callback):
-    """Logs to W&B what leads from data through the stages to an evaluation.
+    """Logs the lineage from data through the stages to an evaluation to W&B.
 
-    Configuration: `stage` (a tag as well), the `code`'s version and git commit, the `base` model, and `inputs`: sources and digests of
-    the data.
-    Inputs: an artifact for the training, validation and test data each (digest and count, not the data), and the
+    Configuration: `stage` (a tag as well), the `code`'s version and git commit, the `base` model, and `inputs`: sources and
+    digests of the data.
+    Input artifacts: one each for the training, validation and test data (digest and count, not the data), and the
     adapters that the run starts from or evaluates.
-    Output: the adapter, as the artifact `RUN-adapter` of run directory RUN, after every validation and when training ends.
-    Its alias `latest` is the last one of these, `best` the one with the best validation of the run.
+    Output artifact: the adapter as `RUN-adapter`, RUN being the run directory, after every validation and when training ends.
+    Its alias `latest` is the last version, `best` the one with the best validation of the run.
 
-    It goes behind `AdapterWriter`, which says what an adapter's folder holds.
+    Place it after `AdapterWriter`, which writes the adapter's folder.
 
     Args:
-        monitor: metric of the validation that tells the best adapter.
-        lower_is_better: whether a low value of it is good.
+        monitor: validation metric that selects the best adapter.
+        lower_is_better: whether lower values of it are better.
     """
 
     def __init__(self, monitor: str = "brier", lower_is_better: bool = True) -> None:
@@ -55,21 +55,21 @@ class Artifacts(L.Callback):
         self._digest: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs to know."""
+        """The best score and the digest of the last logged adapter, for a resumed run."""
         return {"best": self.best, "digest": self._digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self._digest = state_dict["best"], state_dict["digest"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        found = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
-        self._record(trainer, module, {role: loader.dataset for role, loader in found.items() if loader})
+        loaders = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+        self._record(trainer, module, {role: loader.dataset for role, loader in loaders.items() if loader})
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._record(trainer, module, {"test": trainer.datamodule.test_set})  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Log the adapter as it was validated."""
+        """Log the adapter that was validated."""
         writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]
         logging = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
         if not (logging and writers) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -87,7 +87,7 @@ class Artifacts(L.Callback):
                 self._log(trainer, logger, folder, aliases, {self.monitor: _number(score)})
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Log the adapter that training ended with, unless the last validation's is the same."""
+        """Log the final adapter, unless the last validation logged the same one."""
         folder = Path(trainer.default_root_dir) / ADAPTER
         logger = wandb_logger(trainer)
         if logger is not None and not trainer.interrupted and folder.is_dir():
@@ -116,7 +116,7 @@ class Artifacts(L.Callback):
             return
         data = {role: data_facts(dataset) for role, dataset in datasets.items()}
         stage = STAGES.get(type(module), type(module).__name__)
-        # An evaluation may have its base model from its adapters, and then its settings name none.
+        # The settings of an evaluation need not name its base model, since its adapters do.
         base = asdict(cast(Any, module.base)) if hasattr(module, "base") else None
         logger.log_hyperparams({"stage": stage, "code": code_state(), "base": base, "inputs": data})
         run = logger.experiment
@@ -129,32 +129,32 @@ class Artifacts(L.Callback):
 
 
 def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
-    """Declare an artifact, which need not be on the server yet, an input of the run, without waiting for the server.
+    """Declare an artifact an input of the run without waiting for the server, which need not have it yet.
 
-    The server takes content that it has for the version that it has, so the run that made an adapter and the one that goes
-    on from it meet, also if both were offline.
+    The server identifies artifacts by their content, so the run that made an adapter and the run that uses it are linked,
+    even if both were offline.
     """
-    # `Run.use_artifact` does the same, but refuses to work offline, waits where it is online, and makes of whatever is used
-    # the latest version. A run that is disabled has no interface.
+    # `Run.use_artifact` does not work offline, waits for the server online, and makes every used artifact the latest
+    # version. A disabled run has no interface.
     if run._interface is not None:
         artifact.finalize()
         run._interface.publish_artifact(run, artifact, aliases, is_user_created=True, use_after_commit=True)
 
 
 def adapters_of(module: L.LightningModule) -> list[str]:
-    """Where the adapters are from that a stage starts with."""
+    """Locations of the adapters that a stage starts from."""
     if isinstance(module, EvaluationModule):
         return list(module.adapters.values())
     return [module.adapter] if isinstance(module, DPOModule) and module.adapter is not None else []
 
 
 def run_name(folder: Path) -> str:
-    """The name of the artifact that holds the adapter of this run directory."""
+    """The name of the adapter artifact of a run directory."""
     return re.sub(r"[^\w.-]", "-", f"{folder.resolve().name}-{ADAPTER}")[-128:]
 
 
 def adapter_artifact(location: str) -> Any:
-    """The artifact of an adapter in a folder, or of one on the Hugging Face Hub."""
+    """The artifact of an adapter in a folder or on the Hugging Face Hub."""
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder))
@@ -171,16 +171,16 @@ def new_artifact(name: str, kind: str, metadata: Mapping[str, Any] | None = None
 
 
 def folder_artifact(folder: Path, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
-    """An artifact of the files in an adapter's folder."""
+    """The artifact of the files in an adapter's folder."""
     artifact = new_artifact(name, ADAPTER, metadata)
-    # One by one: `add_dir` talks to the terminal.
+    # One by one, since `add_dir` prints to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), skip_cache=True)
     return artifact
 
 
 def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
-    """Where queries come from, how many there are, and their digest."""
+    """The sources of a data set's queries, their number, and their digest."""
     return {
         "sources": [f"{constructed(part.source)}, noise: {part.noise}" for part in dataset.parts.values()],
         "queries": len(dataset),
@@ -199,7 +199,7 @@ def data_digest(queries: Sequence[Query], most: int = 50_000) -> str:
 
 
 def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
-    """An artifact whose versions are the data sets that were used for training, validation or testing."""
+    """The artifact of a training, validation or test set; another data set is another version."""
     artifact = new_artifact(f"{role}-data", "dataset", facts)
     with artifact.new_file("data.json") as file:
         json.dump({name: facts[name] for name in ("queries", "data_digest")}, file)
@@ -207,7 +207,7 @@ def data_artifact(role: str, facts: Mapping[str, Any]) -> Any:
 
 
 def code_state() -> dict[str, Any]:
-    """Version of the package and, where it runs from a git checkout, the commit and whether files differ from it."""
+    """Version of the package and, in a git checkout, the commit and whether files differ from it."""
     folder = Path(__file__).parents[1]
     state: dict[str, Any] = {"version": version("vlm-calibration")}
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
@@ -217,16 +217,16 @@ def code_state() -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None if it fails, or if there is none."""
+    """The output of a git command; None if it fails or git is not installed."""
     try:
-        ran = subprocess.run(
+        completed = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ran.stdout if ran.returncode == 0 else None
+    return completed.stdout if completed.returncode == 0 else None
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else value

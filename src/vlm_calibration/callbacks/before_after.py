@@ -1,4 +1,4 @@
-"""The validation before training beside the one after it, on the same queries: did accuracy pay for calibration?"""
+"""Compares the validation before training with the one after it, and warns if accuracy fell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vlm_calibration.stages.scoring import HasResults, Results
 
 
 class BeforeAfterCheck(L.Callback):
-    """Prints the results of the validation queries before and after training, side by side.
+    """Prints validation results before and after training side by side.
 
-    The validation before is Lightning's sanity check over all batches: `trainer.num_sanity_val_steps: -1`.
+    The validation before training is Lightning's sanity check over all batches: `trainer.num_sanity_val_steps: -1`.
 
     Args:
         tolerance: warn if accuracy fell by more than this, in [0, 1].
@@ -26,7 +26,7 @@ class BeforeAfterCheck(L.Callback):
         self.after: dict[str, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The results so far: a run that is resumed has no validation before training of its own."""
+        """The results so far, since a resumed run has no validation before training."""
         return {"before": self.before, "after": self.after}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ class BeforeAfterCheck(L.Callback):
         self.before = self.after = None
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # A run that is resumed behind its last step validates the trained model here.
+        # A run resumed after its last step validates the trained model here.
         if self.before is None and trainer.num_sanity_val_steps == float("inf"):
             self.before = dict(cast(HasResults, module).results[""])
 
@@ -56,5 +56,5 @@ class BeforeAfterCheck(L.Callback):
         if lost > self.tolerance:
             rank_zero_warn(
                 f"accuracy on the validation queries fell by {lost:.1%} in training: fewer steps, a lower learning rate, a "
-                "larger loss.beta or model.nll_weight hold on to it"
+                "larger loss.beta or a larger model.nll_weight preserve it"
             )

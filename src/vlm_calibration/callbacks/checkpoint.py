@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped: when they are written, how, and what a signal does."""
+"""Checkpoints from which a run resumes exactly: when and how they are written, and how signals stop a run."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
-    """A signal has ended a run, whose checkpoint has been written; the exit status is 128 + the signal's number."""
+    """Ends a run on a signal, after its checkpoint was written; the exit status is 128 + the signal's number."""
 
     code: int
 
     def __init__(self, number: signal.Signals, checkpoint: Path) -> None:
         super().__init__(128 + number)
-        self.message = f"stopped by {number.name}; `--ckpt_path last` goes on from {checkpoint}"
+        self.message = f"stopped by {number.name}; `--ckpt_path last` resumes from {checkpoint}"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, then renames it: whatever happens, a whole one lies there."""
+    """Writes a checkpoint to a temporary file and renames it, so that the file is complete at any time."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a local checkpoint.
 
         Raises:
-            DataError: it cannot be written, e.g. since the disk is full. One that was there before is left as it was.
+            DataError: it cannot be written, e.g. since the disk is full; an earlier checkpoint stays as it is.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -57,43 +57,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        """Read a checkpoint; what is raised is that of `reading`."""
+        """Read a checkpoint; raises as `reading` does."""
         with reading(path):
             return super().load_checkpoint(path, *arguments, **settings)
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """A checkpoint is read inside.
+    """Explain the errors of a block that reads a checkpoint.
 
     Raises:
-        DataError: it is damaged, or holds objects that could run code when they are read.
+        DataError: the checkpoint is damaged, or contains objects that could run code when read.
     """
     try:
         yield
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {found[1]}" if found else "what is no tensor, number, text or list of them"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {match[1]}" if match else "an object other than tensors, numbers, texts and lists"
         raise DataError(
-            f"--ckpt_path {path}: refused as unsafe: it holds {what}, and reading that could run code; give a checkpoint "
+            f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
             "that this program wrote"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError) as error:
         raise DataError(
-            f"--ckpt_path {path}: not a whole checkpoint ({first_line(error)}); give another one"
+            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}); give another one"
         ) from error
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` in `checkpoints/` of the run directory, with a `last.ckpt` that a stopped run goes on from.
+    """A `ModelCheckpoint` in `checkpoints/` of the run directory, with a `last.ckpt` from which a stopped run resumes.
 
-    `last.ckpt` is written after every epoch and its validation, every so many steps, and at SIGTERM or SIGUSR1, which end
-    the run once the optimiser has stepped: gradients that wait for more batches are in no checkpoint. A signal that
-    arrives in the last step of an epoch, or in validation, waits for the end of validation.
+    `last.ckpt` is written after every epoch and its validation, every `every_n_train_steps` steps, and on SIGTERM or SIGUSR1.
+    A signal ends the run after the next optimiser step, since a checkpoint holds no accumulated gradients. A signal during
+    the last step of an epoch or during validation takes effect after the validation.
 
     Args:
-        every_n_train_steps: optimiser steps between two `last.ckpt` within an epoch; None: none there.
-        settings: as in `ModelCheckpoint`, for the checkpoints beside it.
+        every_n_train_steps: optimiser steps between two `last.ckpt` within an epoch; None: only at the end of epochs.
+        settings: arguments of `ModelCheckpoint`, for the other checkpoints.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, **settings: Any) -> None:
@@ -102,7 +102,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise DataError(f"every_n_train_steps must be at least 1, found {every_n_train_steps}")
         self.interval = every_n_train_steps
         self._stepped = False
-        self._told: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     @property
@@ -133,37 +133,37 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         stepped, self._stepped = self._stepped, False
-        # Lightning leaves out an epoch's validation when it goes on from behind the epoch's last batch.
+        # Lightning skips an epoch's validation when it resumes after the epoch's last batch.
         if not stepped or trainer.is_last_batch:
             return
-        self._stop_if_told(trainer)
+        self._stop_on_signal(trainer)
         if self.interval and trainer.global_step % self.interval == 0:
             trainer.save_checkpoint(self.last)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self._stop_if_told(trainer)
+        self._stop_on_signal(trainer)
         trainer.save_checkpoint(self.last)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # A process that ends on a signal goes on ignoring it: the launcher of its siblings sends more.
-        if self._told is None:
+        # A process that ends on a signal ignores further ones, which the launcher of the other processes sends.
+        if self._signal is None:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             self._handlers = {}
 
     def _listen(self) -> None:
         if not self._handlers and threading.current_thread() is threading.main_thread():
-            # In place of Lightning's handlers, which talk to other processes, or save, in the middle of a step.
-            self._handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            # Replace Lightning's handlers, which communicate with other processes or save in the middle of a step.
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._told = signal.Signals(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
 
-    def _stop_if_told(self, trainer: L.Trainer) -> None:
-        """Processes stop at the same step, whichever of them was told to."""
-        anywhere: Callable[..., bool] = trainer.strategy.reduce_boolean_decision
-        if anywhere(self._told is not None, all=False):
+    def _stop_on_signal(self, trainer: L.Trainer) -> None:
+        """Stop all processes at the same step if any of them received a signal."""
+        any_process: Callable[..., bool] = trainer.strategy.reduce_boolean_decision
+        if any_process(self._signal is not None, all=False):
             trainer.save_checkpoint(self.last)
-            self._told = self._told or signal.SIGTERM
-            raise Stopped(self._told, self.last)
+            self._signal = self._signal or signal.SIGTERM
+            raise Stopped(self._signal, self.last)

@@ -1,4 +1,4 @@
-"""A picture of some queries with their regions and what noise makes of them, to judge a data set at a glance."""
+"""Draws some queries with their regions and the noised images, to inspect extracted regions by eye."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ EVIDENCE, OTHER = (230, 30, 90), (40, 110, 230)
 
 
 class ContactSheet(L.Callback):
-    """`contact_sheet.png` in the run directory of `vlm-calibration predict`, behind `RegionWriter`.
+    """Writes `contact_sheet.png` in the run directory of `vlm-calibration predict`; place it after `RegionWriter`.
 
     Args:
-        queries: rows of the sheet. schedule: of the noise that is shown.
-        seed: which queries are shown.
+        queries: number of rows.
+        schedule: noise schedule of the drawn images.
+        seed: of the choice of queries, and of the noise.
     """
 
     def __init__(self, queries: int = 12, schedule: Schedule = CosineSchedule(), seed: int = 0) -> None:  # noqa: B008
@@ -45,19 +46,17 @@ class ContactSheet(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        # Of several parts, one that ends before another has nothing to show.
+        # A part that ends before others has no merged file yet.
         if trainer.is_global_zero and (data.parts == 1 or (folder / QUERIES).exists()):
-            images = data.predict
-            source = ParquetSource(str(folder / QUERIES), images=images)
+            source = ParquetSource(str(folder / QUERIES), images=data.predict)
             with replacing(folder / "contact_sheet.png") as temporary:
                 contact_sheet(source, self.queries, self.schedule, self.seed).save(temporary, "PNG")
 
 
 def contact_sheet(source: QuerySource, count: int, schedule: Schedule, seed: int = 0) -> Image.Image:
-    """Random queries of a source, one a row: question and answer, the image with its regions, and the levels 100% to 0%.
+    """Draw random queries of a source, one a row: question and answer, regions, and the noised images of levels 100% to 0%.
 
-    What the question is about is outlined in red, other regions in blue; noise goes to the former, or to the latter where
-    there is none.
+    The evidence is outlined in red, other regions in blue. The evidence is noised, or the other regions if there is none.
 
     Raises:
         DataError: an image cannot be read.
@@ -69,18 +68,18 @@ def contact_sheet(source: QuerySource, count: int, schedule: Schedule, seed: int
     rows = []
     for index in chosen:
         query = queries[int(index)]
-        loaded = _shrunk(source.load(query))
+        loaded = _thumbnail(source.load(query))
         union = _union(loaded.evidence or loaded.distractors, loaded.image)
         noised = [
-            _noised(loaded.image, union, step, schedule, query, seed) if union.any() else loaded.image
+            _add_noise(loaded.image, union, step, schedule, query, seed) if union.any() else loaded.image
             for step in levels.steps
         ]
-        rows.append((query, [_overlaid(loaded), *noised]))
-    return _laid_out(header, rows)
+        rows.append((query, [_draw_regions(loaded), *noised]))
+    return _sheet(header, rows)
 
 
-def _shrunk(loaded: LoadedImage) -> LoadedImage:
-    """At the size of a thumbnail, masks too."""
+def _thumbnail(loaded: LoadedImage) -> LoadedImage:
+    """The image and its masks at the size of a thumbnail."""
     height, width = loaded.image.shape[:2]
     scale = THUMB / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -95,25 +94,25 @@ def _union(masks: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
     return np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
 
 
-def _noised(
+def _add_noise(
     image: np.ndarray, mask: np.ndarray, step: int, schedule: Schedule, query: Query, seed: int
 ) -> np.ndarray:
     noise = int(query_rng(seed, 0, query.id).integers(2**63))
     return add_region_noise(image, mask, step, schedule=schedule, seed=noise) if step else image
 
 
-def _overlaid(loaded: LoadedImage) -> np.ndarray:
-    """The image with its regions tinted, their outlines in full colour."""
-    shown = loaded.image.astype(np.float32)
+def _draw_regions(loaded: LoadedImage) -> np.ndarray:
+    """The image with its regions tinted and outlined."""
+    pixels = loaded.image.astype(np.float32)
     for masks, colour in ((loaded.distractors, OTHER), (loaded.evidence, EVIDENCE)):
         for mask in masks:
-            shown[mask] = 0.6 * shown[mask] + 0.4 * np.array(colour, dtype=np.float32)
-            shown[mask & ~binary_erosion(mask)] = colour
-    return shown.round().astype(np.uint8)
+            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour, dtype=np.float32)
+            pixels[mask & ~binary_erosion(mask)] = colour
+    return pixels.round().astype(np.uint8)
 
 
-def _laid_out(header: Sequence[str], rows: Sequence[tuple[Query, list[np.ndarray]]]) -> Image.Image:
-    """Text at the left, thumbnails beside it."""
+def _sheet(header: Sequence[str], rows: Sequence[tuple[Query, list[np.ndarray]]]) -> Image.Image:
+    """The sheet: captions at the left, thumbnails at their right."""
     font = ImageFont.load_default(12)
     cell = THUMB + MARGIN
     sheet = Image.new("RGB", (TEXT_WIDTH + cell * (len(header) - 1), 24 + cell * len(rows)), "white")

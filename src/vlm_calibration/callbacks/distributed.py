@@ -1,4 +1,4 @@
-"""What one process knows, brought together from all of them."""
+"""Exchanges values between the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def all_gather(trainer: L.Trainer, value: T) -> list[T]:
-    """This value of every process, in the order of their ranks; every process must call it."""
+    """The values of all processes, by rank; every process must call this."""
     if trainer.world_size == 1:
         return [value]
     gathered: list[T] = [value] * trainer.world_size
@@ -22,19 +22,19 @@ def all_gather(trainer: L.Trainer, value: T) -> list[T]:
     return gathered
 
 
-def broadcast_from_first(trainer: L.Trainer, find: Callable[[], T]) -> T:
-    """What the first process finds, in all of them; every process must call it.
+def broadcast_from_first(trainer: L.Trainer, compute: Callable[[], T]) -> T:
+    """The value that the first process computes, in all processes; every process must call this.
 
     Raises:
-        DataError, OSError: the first process does; in all of them, so that none waits for it.
+        DataError, OSError: `compute` raised it; all processes raise it, so that none waits for another.
     """
-    found: T | DataError | OSError | None = None
+    value: T | DataError | OSError | None = None
     if trainer.is_global_zero:
         try:
-            found = find()
+            value = compute()
         except (DataError, OSError) as error:
-            found = error
-    found = trainer.strategy.broadcast(found)
-    if isinstance(found, DataError | OSError):
-        raise found
-    return found  # type: ignore[return-value]
+            value = error
+    value = trainer.strategy.broadcast(value)
+    if isinstance(value, DataError | OSError):
+        raise value
+    return value  # type: ignore[return-value]

@@ -76,8 +76,8 @@ class CalibrationFigures(L.Callback):
         self._begin(trainer, trainer.datamodule.test_set, taught=False)  # type: ignore[attr-defined]
         for writer in trainer.callbacks if self._samples else ():  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter):
-                for answered in writer.answered_before(trainer):
-                    self._update(answered.answers)
+                for batch in writer.earlier_answers(trainer):
+                    self._update(batch["answers"])
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
@@ -94,7 +94,7 @@ class CalibrationFigures(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if dataloader_idx == 0:  # the second loader has the calibration set
-            self._update(outputs)
+            self._update(outputs["answers"])
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._finish(trainer, "val")

@@ -1,4 +1,4 @@
-"""What decides the answers of an evaluation, as digests by name: those of two runs are alike where all of them are."""
+"""Digests of everything that decides the answers of an evaluation, so that a run resumes only its own answers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SOFTWARE = ("vlm-calibration", "torch", "transformers", "peft")
 def fingerprint(
     trainer: L.Trainer, module: EvaluationModule, data: PerturbedQueryDataModule
 ) -> dict[str, str]:
-    """Setting -> digest of its value, files and queries included by their content.
+    """Setting -> digest of its value, of the content of files and queries as well.
 
-    Images count by name, and the base model's files by size and date. How many processes share the work, and how many
-    queries a batch has, decide nothing but the last digits of floats, and are left out.
+    Images count by name, and the base model's files by size and date. The number of processes and the batch size are left
+    out, since they change only the last digits of floats.
     """
     base = module.base
     decisive: dict[str, Any] = {
@@ -56,7 +56,7 @@ def _weights(folder: Path) -> dict[str, str]:
 
 
 def _state(name_or_path: str, revision: str | None) -> Any:
-    """What tells that a model is still the same: of a folder its files' sizes and dates, on the Hub the commit."""
+    """The state of a model: sizes and dates of the files in a folder, or the commit on the Hub."""
     folder = Path(name_or_path)
     if folder.is_dir():
         stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
@@ -64,5 +64,5 @@ def _state(name_or_path: str, revision: str | None) -> Any:
     try:
         return PretrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("_commit_hash")
     except OSError:
-        # There is no such model, which loading it says, before anything is asked.
+        # There is no such model; loading it raises a clear error before any query is asked.
         return None

@@ -1,4 +1,4 @@
-"""The logger of a run: W&B, in the run directory, without a login and without a network."""
+"""The W&B logger of a run: it writes to the run directory, and needs neither a login nor a network."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vlm_calibration.files import writing
 from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
-"""Seconds to wait for the server at the start and the end: a run that has no network, or has lost it, must end all the same."""
+"""Seconds to wait for the server at the start and the end of a run, so that a run without network ends too."""
 ROOM = 1 << 20
-"""Bytes that must be free for W&B to log. It does not say so where it cannot write, and what was logged is lost."""
+"""Free bytes below which nothing is logged: W&B loses data on a full disk without an error."""
 STAGING = "WANDB_DATA_DIR"
-"""The variable that names the folder where W&B puts copies of what it is to upload."""
+"""Environment variable of the folder where W&B stages copies of files to upload."""
 
 
 class LearningRate(LearningRateMonitor):
-    """A `LearningRateMonitor` that has nothing to say where nothing is logged, instead of refusing to run."""
+    """A `LearningRateMonitor` that does nothing in a run without loggers, instead of raising."""
 
     def on_train_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.loggers:
@@ -39,20 +39,20 @@ class LearningRate(LearningRateMonitor):
 
 
 class RunLogger(WandbLogger):
-    """A `WandbLogger` that is offline unless someone is logged in, and so never prompts.
+    """A `WandbLogger` that is offline unless the user is logged in, and so never prompts.
 
-    It goes offline as well where the server cannot be reached, or refuses. `wandb sync` uploads an offline run later. WANDB_MODE, where
-    set, decides instead; WANDB_RUN_ID continues a run.
+    It also goes offline if the server cannot be reached or refuses. `wandb sync` uploads an offline run later. WANDB_MODE
+    takes precedence; WANDB_RUN_ID continues a run.
 
     Args:
         save_dir: folder of the run; the command line gives the run directory.
         project: by default WANDB_PROJECT, or `vlm-calibration`.
-        entity, group, job_type, tags: as W&B has them.
+        entity, group, job_type, tags: as in `wandb.init`.
         name: of the run; by default WANDB_NAME, or the name of `save_dir`.
         settings: further arguments of `wandb.init`.
 
     Attributes:
-        waiting: no run is begun yet, and nothing is logged; the command line ends this once a stage begins.
+        waiting: log nothing and start no run yet; the command line ends this when a stage begins.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RunLogger(WandbLogger):
         **settings: Any,
     ) -> None:
         mode = os.environ.get("WANDB_MODE")
-        # "dryrun" is W&B's older word, which Lightning still sets.
+        # "dryrun" is an older name, which Lightning still sets.
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
         directory = save_dir or "runs"
         self.waiting = False
@@ -83,7 +83,7 @@ class RunLogger(WandbLogger):
             tags=tags,
             **{**settings, "settings": _settings(settings.get("settings"))},
         )
-        # Lightning passes it on even if nobody has set it, of which W&B then complains.
+        # Lightning passes it even if it is not set, and W&B then warns.
         if self._wandb_init.get("anonymous") is None:
             self._wandb_init.pop("anonymous", None)
         if offline:
@@ -92,7 +92,7 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`, offline where the server cannot be reached or refuses; one that does nothing while `waiting`."""
+        """The `wandb.Run`, offline if the server cannot be reached or refuses; a dummy while `waiting`."""
         from wandb.errors import CommError
 
         if self.waiting:
@@ -115,11 +115,11 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log to the run, and say so once if there is no room for it."""
+        """Log to the run; warn once if the disk is full."""
         if not (self.waiting or self._warned) and self._is_full():
             self._warned = True
             rank_zero_warn(
-                f"cannot write {self._folder / 'wandb'}: {os.strerror(errno.ENOSPC)}; what is logged from here on is lost"
+                f"cannot write {self._folder / 'wandb'}: {os.strerror(errno.ENOSPC)}; metrics from here on are lost"
             )
         super().log_metrics(metrics, step)
 
@@ -127,7 +127,7 @@ class RunLogger(WandbLogger):
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if status == "failed" and self._experiment is not None and self._is_full():
-            # W&B would wait for what it cannot write, and print tracebacks all the while.
+            # W&B would keep trying to write, and print tracebacks.
             logging.raiseExceptions = False
             atexit.register(_leave)
 
@@ -140,37 +140,37 @@ class RunLogger(WandbLogger):
 
     def _go_offline(self) -> None:
         self._offline = True
-        # Not through the environment alone, which a session that has begun no longer reads.
+        # A W&B session that has begun no longer reads the environment variable.
         self._wandb_init["mode"] = "offline"
 
 
 def _leave() -> None:
-    """End this process, which has failed, without the functions that others have registered for its end."""
+    """End this failed process without running the other `atexit` functions."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
-def _settings(given: Any) -> Any:
-    """Ours, overridden by what the user gives, a mapping or a `wandb.Settings`."""
-    if given is not None and not isinstance(given, Mapping):
-        return given
+def _settings(settings: Any) -> Any:
+    """The user's mapping or `wandb.Settings`, with `TIMEOUTS` as defaults of a mapping."""
+    if settings is not None and not isinstance(settings, Mapping):
+        return settings
     import wandb
 
-    return wandb.Settings(**{**TIMEOUTS, **(given or {})})
+    return wandb.Settings(**{**TIMEOUTS, **(settings or {})})
 
 
 def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:
-    """The trainer's W&B logger, on the first process; None on others and where there is none."""
-    found = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    return found[0] if found and trainer.is_global_zero else None
+    """The trainer's W&B logger, in the first process; None in others and without one."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    return loggers[0] if loggers and trainer.is_global_zero else None
 
 
 @contextmanager
 def staged(logger: WandbLogger) -> Iterator[None]:
-    """A block in which W&B copies what it is to upload into the run directory instead of the home directory.
+    """Make W&B stage copies of files to upload in the run directory instead of the home directory, within a block.
 
-    An offline run is then whole on its own. WANDB_DATA_DIR, where set, decides instead.
+    An offline run directory is then complete by itself. WANDB_DATA_DIR takes precedence.
 
     Raises:
         DataError: the copies cannot be written.

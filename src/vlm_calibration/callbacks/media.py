@@ -1,4 +1,4 @@
-"""Images, figures and tables as W&B logs them; W&B is imported when there is something to log."""
+"""Converts images, figures and tables to W&B's types; W&B is imported when something is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 LARGEST_SIDE = 512
-"""Pixels that a photo is shrunk to, if it is larger."""
+"""Longest side of a logged photo, in pixels."""
 
 
 def data_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
@@ -21,7 +21,7 @@ def data_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def photo(image: np.ndarray) -> Any:
-    """A uint8 [H, W, 3] image as a `wandb.Image`, compressed."""
+    """A uint8 [H, W, 3] image as a JPEG-compressed `wandb.Image`."""
     import wandb
 
     picture = Image.fromarray(np.ascontiguousarray(image))
@@ -30,7 +30,7 @@ def photo(image: np.ndarray) -> Any:
 
 
 def drawing(figure: Any) -> Any:
-    """A matplotlib figure as a `wandb.Image`, drawn without pyplot, whose figures would stay in memory."""
+    """A matplotlib figure as a `wandb.Image`; without pyplot, which would keep the figure in memory."""
     import wandb
 
     buffer = io.BytesIO()

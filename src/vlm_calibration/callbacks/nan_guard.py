@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number before the optimiser steps on it, and names the records."""
+"""Stops a run whose loss or gradient is not finite before the optimiser steps, and names the records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm_calibration.records import DataError
 class NanGuard(L.Callback):
     """Raises if a loss or the norm of the gradients is infinite or NaN; adapter and checkpoints stay as they were.
 
-    All processes stop together. Under float16 a scaler leaves out steps whose gradients overflow, so only the loss counts.
+    All processes stop together. Under float16 only the loss counts, since the scaler skips steps whose gradients overflow.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class NanGuard(L.Callback):
         self._losses.append((loss.detach(), self._ids))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        """Look at what the step is made of: one question to the device, and one between processes.
+        """Check the losses and gradients of the step, with one device synchronisation and one reduction over processes.
 
         Raises:
             DataError: a value is not finite.
@@ -44,18 +44,18 @@ class NanGuard(L.Callback):
         finite = torch.stack([loss for loss, _ in batches]).isfinite()
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler
-        whole = finite.all() if scaled else finite.all() & torch.nn.utils.get_total_norm(gradients).isfinite()
-        if not trainer.strategy.reduce_boolean_decision(bool(whole), all=True):
-            lost = [
+        sound = finite.all() if scaled else finite.all() & torch.nn.utils.get_total_norm(gradients).isfinite()
+        if not trainer.strategy.reduce_boolean_decision(bool(sound), all=True):
+            culprits = [
                 i for good, (_, ids) in zip(finite.tolist(), batches, strict=True) if not good for i in ids
             ]
-            raise DataError(self._message(trainer, lost, [i for _, ids in batches for i in ids]))
+            raise DataError(self._message(trainer, culprits, [i for _, ids in batches for i in ids]))
 
     @staticmethod
-    def _message(trainer: L.Trainer, lost: list[str], seen: list[str]) -> str:
-        records = [i for part in all_gather(trainer, lost) for i in part]
+    def _message(trainer: L.Trainer, culprits: list[str], step_ids: list[str]) -> str:
+        records = [i for part in all_gather(trainer, culprits) for i in part]
         what = "loss" if records else "gradient"
-        records = records or [i for part in all_gather(trainer, seen) for i in part]
+        records = records or [i for part in all_gather(trainer, step_ids) for i in part]
         return (
             f"the {what} is not finite at step {trainer.global_step}, in a batch of the records {', '.join(records)}: look at "
             "their images and answers, or lower the learning rate; checkpoints are as they were before this step"

@@ -1,4 +1,4 @@
-"""Scores an evaluation on POPE or AMBER by the benchmark's own rules, beside ours, and writes what its script takes."""
+"""Scores an evaluation on POPE or AMBER by the benchmark's own rules, and writes the files that its script reads."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults
 
 FOLDER = "official"
-"""Folder within a system's, of the files for the benchmarks' scripts."""
+"""Subfolder of a system's folder for the benchmarks' answer files."""
 
 
 class OfficialScores(L.Callback):
-    """`official/...` in each system's `metrics.json`, and answer files for the benchmarks' scripts in its folder `official`.
+    """Adds `official/...` to each system's `metrics.json`, and writes answer files for the benchmarks' scripts.
 
-    Parts of `data.test` that ask a benchmark's questions without noise are scored. This reads what `PredictionWriter` has
-    written, in one process, so it does not matter how many gave the answers; it must stand behind it.
+    It scores the splits of `data.test` that ask a benchmark's questions without noise. It reads the files of
+    `PredictionWriter` in one process, so the number of answering processes does not matter; place it after that callback.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -40,39 +40,39 @@ class OfficialScores(L.Callback):
             raise DataError("trainer.callbacks: OfficialScores needs a PredictionWriter before it")
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        parts = benchmark_parts(trainer.datamodule.test)  # type: ignore[attr-defined]
+        splits = benchmark_splits(trainer.datamodule.test)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             systems = cast(HasResults, module).results
-            found = {system: _score(system_folder(trainer, system), parts) for system in systems}
-            if any(found.values()):
-                Console().print(official_table(found))
-            for system, scores in found.items():
+            results = {system: _score(system_folder(trainer, system), splits) for system in systems}
+            if any(results.values()):
+                Console().print(official_table(results))
+            for system, scores in results.items():
                 for logger in trainer.loggers if scores else ():
                     logger.log_metrics({f"test/{system}/{name}": value for name, value in scores.items()})
         trainer.strategy.barrier("official scores")
 
 
-def benchmark_parts(test: Mapping[str, EvalSplit]) -> dict[str, BenchmarkSource]:
-    """The parts of an evaluation that a benchmark's own rules apply to, by name."""
+def benchmark_splits(test: Mapping[str, EvalSplit]) -> dict[str, BenchmarkSource]:
+    """The sources of the splits that a benchmark's own rules apply to, by name."""
     return {
-        name: part.source
-        for name, part in test.items()
-        if isinstance(part.source, BenchmarkSource) and part.noise == "none"
+        name: split.source
+        for name, split in test.items()
+        if isinstance(split.source, BenchmarkSource) and split.noise == "none"
     }
 
 
-def _score(folder: Path, parts: Mapping[str, BenchmarkSource]) -> dict[str, float]:
+def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, float]:
     """Score one system's predictions and write the files into its folder."""
-    given = {p.id: (p.text, p.confidence) for p in read_predictions(folder / "predictions.jsonl")}
+    replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / "predictions.jsonl")}
     counts: dict[str, OfficialCounts] = {}
-    for name, source in parts.items():
+    for name, source in splits.items():
         ids = [named(query, name).id for query in source.queries()]
-        if missing := [i for i in ids if i not in given]:
+        if missing := [i for i in ids if i not in replies_by_id]:
             rank_zero_warn(
                 f"no official scores of data.test.{name}: no answer to {len(missing)} of {len(ids)}: {some(missing)}"
             )
             continue
-        replies = [given[i] for i in ids]
+        replies = [replies_by_id[i] for i in ids]
         counts[name] = source.count([text for text, _ in replies])
         for end, rows in source.answer_files(replies).items():
             file = folder / FOLDER / (f"{name}.{end}" if name else end)

@@ -1,4 +1,4 @@
-"""The comparison of systems at the end of an evaluation."""
+"""Prints the comparison of systems at the end of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import cast
 
 import lightning as L
 
-from vlm_calibration.reporting.tables import COLUMNS, print_results
+from vlm_calibration.reporting.tables import print_results
 from vlm_calibration.stages.scoring import HasResults
-
-__all__ = ["COLUMNS", "ResultsTable", "print_results"]
 
 
 class ResultsTable(L.Callback):
-    """Prints the comparison when an evaluation ends."""
+    """Prints a table of the metrics of all systems when an evaluation ends."""
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:

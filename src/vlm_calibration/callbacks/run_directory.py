@@ -1,7 +1,7 @@
-"""The run directory: whose it is, and the moment at which a run begins to write to it.
+"""The run directory: refuses to mix two runs in it, and starts writing only when a run begins.
 
-Until everything that can be checked has been, the model loaded and a checkpoint read, nothing is written and no logger starts, so
-that a run that fails leaves the directory as it found it.
+Nothing is written and no logger starts before all checks have passed, the model is loaded and a checkpoint is read, so a run
+that fails earlier leaves the directory unchanged.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from vlm_calibration.records import DataError
 
 CONFIG = "config.yaml"
 TRAINED = (ADAPTER, FOLDER, "metrics.json", "predictions.jsonl")
-"""What `fit` writes beside its configuration and its logs, and what `--overwrite` removes."""
+"""Files of `fit` other than its configuration and logs; `--overwrite` removes them."""
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Begins a run: removes what it replaces, writes the full configuration to `config.yaml`, and starts the loggers."""
+    """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Keep the trainer's loggers from starting before the run begins, and be the first callback to see it begin."""
+        """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: callback is not self)
         for logger in trainer.loggers:
@@ -40,7 +40,7 @@ class SaveRunConfig(SaveConfigCallback):
                 logger.waiting = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing is saved yet, unlike in Lightning's callback."""
+        """Do nothing; Lightning's callback would save the configuration here."""
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -49,7 +49,7 @@ class SaveRunConfig(SaveConfigCallback):
         self._begin(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A run that was resumed behind its last step has not trained.
+        # A run that resumes after its last step does not train.
         self._begin(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,16 +70,16 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 logger.waiting = False
         if trainer.is_global_zero:
-            shown = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
+            config = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
             for logger in trainer.loggers:
-                logger.log_hyperparams(shown)
+                logger.log_hyperparams(config)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write `config.yaml`, and remove what is overwritten, in the first process."""
+        """Write `config.yaml` and remove overwritten files; for the first process."""
         folder, config = Path(trainer.default_root_dir), self.config.clone()
         overwrite = config.pop("overwrite", False)
         if is_own_checkpoint(folder, config.get("ckpt_path")):
-            # The configuration alone repeats the run, from its beginning.
+            # The saved configuration repeats the run from its beginning.
             config.ckpt_path = None
         with replacing(folder / CONFIG) as temporary:
             self.parser.save(
@@ -94,7 +94,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
-    """Whether a run that starts from this checkpoint resumes the one in this directory."""
+    """Whether starting from this checkpoint resumes the run in this directory."""
     if checkpoint is None:
         return False
     return checkpoint in ("best", "hpc") or Path(checkpoint).resolve().is_relative_to(folder.resolve())
@@ -103,15 +103,16 @@ def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
 def check_run_directory(
     folder: Path, checkpoint: str | None, overwrite: bool, adapter: str | None = None
 ) -> None:
-    """Refuse to train into a directory that holds a run, unless that one is resumed or overwritten.
+    """Refuse to train in a directory that holds a run, unless that run is resumed or overwritten.
 
     Args:
-        folder: the run directory. checkpoint: that training starts from.
-        overwrite: whether a run in it may be replaced.
+        folder: the run directory.
+        checkpoint: the checkpoint that training starts from.
+        overwrite: whether a run in the directory may be replaced.
         adapter: the adapter that training starts from.
 
     Raises:
-        DataError: it holds another run, or what the new one reads would be overwritten.
+        DataError: the directory holds another run, or the new run would overwrite a file that it starts from.
     """
     resumed = is_own_checkpoint(folder, checkpoint)
     if resumed and overwrite:
@@ -130,15 +131,15 @@ def check_run_directory(
         any(folder.glob("*/metrics.json")) or (folder / "queries.parquet").exists()
     ):
         raise DataError(f"{folder} holds the results of `test` or `predict`: {another}")
-    found = _found(folder)
-    if found is not None and not overwrite:
-        what, checkpoint = found
-        on = f"--ckpt_path {checkpoint} resumes it, " if checkpoint else ""
-        raise DataError(f"{folder} holds {what}: {on}--overwrite replaces it, {another}")
+    run = _find_run(folder)
+    if run is not None and not overwrite:
+        kind, checkpoint = run
+        resume = f"--ckpt_path {checkpoint} resumes it, " if checkpoint else ""
+        raise DataError(f"{folder} holds {kind}: {resume}--overwrite replaces it, {another}")
 
 
-def _found(folder: Path) -> tuple[str, str | None] | None:
-    """The run that a directory holds, and the checkpoint to resume it from; None if it holds none."""
+def _find_run(folder: Path) -> tuple[str, str | None] | None:
+    """The kind of the run in a directory, and the checkpoint to resume it from; None without a run."""
     checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     resumable = "last" if (folder / FOLDER / LAST).exists() else str(checkpoints[-1]) if checkpoints else None
     if (folder / ADAPTER).exists():

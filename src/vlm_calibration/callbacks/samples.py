@@ -1,4 +1,4 @@
-"""A table of answers to the same few queries at every validation, each beside the image as the model saw it."""
+"""A W&B table of the answers to a few fixed queries, with the image that the model saw."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from vlm_calibration.callbacks.media import data_table, photo
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.records import Prediction
 
-ASKED = ("id", "image", "question", "answer", "noise_step")
-SAID = ("text", "confidence", "correct")
+QUERY_COLUMNS = ("id", "image", "question", "answer", "noise_step")
+ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
-def spread(length: int, wanted: int, processes: int) -> list[int]:
-    """At most `wanted` indices of the first process's share of a data set, evenly spaced."""
+def spread(length: int, size: int, processes: int) -> list[int]:
+    """At most `size` indices of the first process's share of a data set, evenly spaced."""
     own = range(0, length, processes)
-    places = np.linspace(0, len(own) - 1, num=min(wanted, len(own)))
-    return [own[round(place)] for place in places]
+    positions = np.linspace(0, len(own) - 1, num=min(size, len(own)))
+    return [own[round(position)] for position in positions]
 
 
 class SampleTable:
-    """Collects what systems answer to a few queries of a data set.
+    """Collects the answers of systems to a few queries of a data set.
 
     Args:
-        dataset: what is being answered.
-        size: how many queries.
-        processes: how many share the queries; those of the first process are taken.
-        taught: whether the noise policy is one that is being taught, and the confidence that it earns is of interest.
+        dataset: the data set being answered.
+        size: number of queries in the table.
+        processes: number of processes that share the data set; the table takes queries of the first one.
+        taught: whether to add the confidence that the noise policy assigns, as in training.
     """
 
     def __init__(
@@ -37,36 +37,39 @@ class SampleTable:
     ) -> None:
         self.dataset = dataset
         self.taught = taught
-        self.wanted = {dataset.queries[i].id: i for i in spread(len(dataset), size, processes)}
+        self.indices = {dataset.queries[i].id: i for i in spread(len(dataset), size, processes)}
         self.answers: dict[str, dict[str, Prediction]] = {}
 
     def update(self, system: str, predictions: Sequence[Prediction]) -> None:
-        """Keep what this system answered to the queries of the table."""
-        kept = {p.id: p for p in predictions if p.id in self.wanted}
-        if kept:
-            self.answers.setdefault(system, {}).update(kept)
+        """Keep a system's answers to the queries of the table."""
+        answers = {p.id: p for p in predictions if p.id in self.indices}
+        if answers:
+            self.answers.setdefault(system, {}).update(answers)
 
     def draw(self) -> Any:
-        """A `wandb.Table`: a row a query that was answered, and for each system what it said.
+        """The `wandb.Table`: one row an answered query, with the answer of each system.
 
-        The image is noised anew, which gives the very same one.
+        The image is noised again, which gives the same pixels.
         """
         systems = list(self.answers)
-        said = [f"{system}_{name}" if system else name for system in systems for name in SAID]
+        columns = [f"{system}_{name}" if system else name for system in systems for name in ANSWER_COLUMNS]
         rows = []
-        for query_id, index in self.wanted.items():
-            found = [self.answers[system].get(query_id) for system in systems]
-            if any(found):
-                rows.append([*self._asked(index), *(cell for p in found for cell in _said(p))])
-        return data_table([*ASKED, *(["earned_confidence"] if self.taught else []), *said], rows)
+        for query_id, index in self.indices.items():
+            answers = [self.answers[system].get(query_id) for system in systems]
+            if any(answers):
+                rows.append(
+                    [*self._query_cells(index), *(cell for p in answers for cell in _answer_cells(p))]
+                )
+        taught = ["earned_confidence"] if self.taught else []
+        return data_table([*QUERY_COLUMNS, *taught, *columns], rows)
 
-    def _asked(self, index: int) -> list[Any]:
-        # Evaluations are in epoch 0, whichever epoch of training they follow.
+    def _query_cells(self, index: int) -> list[Any]:
+        # Validation and evaluation use the noise of epoch 0, whatever the epoch of training.
         sample = self.dataset[0, index]
         query = sample.query
-        asked = [query.id, photo(sample.image), query.question, query.answer, sample.step]
-        return [*asked, sample.confidence] if self.taught else asked
+        cells = [query.id, photo(sample.image), query.question, query.answer, sample.step]
+        return [*cells, sample.confidence] if self.taught else cells
 
 
-def _said(prediction: Prediction | None) -> list[Any]:
-    return [None] * len(SAID) if prediction is None else [getattr(prediction, name) for name in SAID]
+def _answer_cells(prediction: Prediction | None) -> list[Any]:
+    return [None if prediction is None else getattr(prediction, name) for name in ANSWER_COLUMNS]

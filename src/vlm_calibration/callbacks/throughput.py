@@ -1,4 +1,4 @@
-"""What a training step costs and whether it is sound: speed, waiting for data, memory, and the norm of the gradients."""
+"""Logs the cost and the gradient norm of training steps: speed, waiting for data, memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GIB = 2**30
 
 
 class Throughput(L.Callback):
-    """Logs, every `trainer.log_every_n_steps` steps, over the steps since the last time:
+    """Logs metrics of the steps since the last log, every `trainer.log_every_n_steps` steps:
 
-    - `train/samples_per_second` and `train/tokens_per_second`: of all processes, each taken to be as fast as the first.
-      Tokens are those that are not padding, those of images included; where responses share a prompt, it counts once.
-      Waiting for data counts, validation does not.
-    - `train/data_wait`: the share of the time, in [0, 1], that was spent waiting for data.
-    - `train/grad_norm`: L2 norm of the gradients of that step, before they are clipped. DeepSpeed keeps it to itself.
-    - `memory/peak_gib`: the most memory held so far, of the GPU or else of this process.
+    - `train/samples_per_second` and `train/tokens_per_second`: of all processes, assuming all are as fast as the first.
+      Padding is not counted, image tokens are; a prompt that several responses share counts once. The time includes
+      waiting for data but not validation.
+    - `train/data_wait`: the share of the time spent waiting for data, in [0, 1].
+    - `train/grad_norm`: L2 norm of the gradients of that step before clipping; not with DeepSpeed, which does not expose it.
+    - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Throughput(L.Callback):
         self._tokens: Tensor | int = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._left = time.perf_counter()
+        self._last_end = time.perf_counter()
         self._begin()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -43,21 +43,21 @@ class Throughput(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            away = time.perf_counter() - self._paused
-            self._began += away
-            self._left += away
+            pause = time.perf_counter() - self._paused
+            self._began += pause
+            self._last_end += pause
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._waited += time.perf_counter() - self._left
+        self._waited += time.perf_counter() - self._last_end
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         self._due = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
         gradients = [p.grad for p in module.parameters() if p.grad is not None] if self._due else []
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
-            # Of sharded gradients; all processes are here.
+            # The norm of sharded gradients is gathered; all processes take part.
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_train_batch_end(
@@ -69,10 +69,10 @@ class Throughput(L.Callback):
             self._log(trainer, module)
             self._due, self._norm = False, None
             self._begin()
-        self._left = time.perf_counter()
+        self._last_end = time.perf_counter()
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Asking a device for a number waits until it is done with the steps.
+        # Reading a value waits until the device has finished the steps.
         tokens = float(self._tokens)
         seconds = time.perf_counter() - self._began
         values: dict[str, Any] = {
@@ -103,7 +103,7 @@ def tokens_of(batch: Any) -> Tensor | int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: allocated on a CUDA device, or resident of this process."""
+    """Peak bytes so far: allocated on a CUDA device, or the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

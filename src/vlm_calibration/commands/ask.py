@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,13 +182,13 @@ def _printable(text: str) -> str:
 
 
 def _ask_many(found: argparse.Namespace, threshold: float | Threshold | None) -> None:
-    from vlm_calibration.commands.questions import answer_file, read_questions
+    from vlm_calibration.commands.questions import AnswerFile, read_questions
 
     # All of them are checked before a model is loaded.
     total = sum(1 for _ in read_questions(found.questions))
     model = load_model(found)
     below = threshold if threshold is None or isinstance(threshold, float) else threshold.value
-    with answer_file(found.out, {"model": model.name, "review_below": below}) as answers:
+    with closing(AnswerFile(found.out, {"model": model.name, "review_below": below})) as answers:
         before = len(answers.done)
         skipped = _answer_all(found, model, answers, total, threshold)
         counts = {

@@ -1,23 +1,15 @@
-"""Many questions from a JSONL file, and their answers in another that grows as they come.
-
-The file of answers is its own record of what is done. It is only ever added to, each batch in one write; a run that was
-killed, even within a line, goes on behind the last whole one.
-"""
+"""Questions from a JSONL file, and the JSONL file of their answers, from which a killed run resumes."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from vlm_calibration.append_log import AppendLog, LogLine
 from vlm_calibration.data.sources.images import ImageFolder
-from vlm_calibration.files import append, writing
 from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
 
 KNOWN_KEYS = frozenset(f.name for f in fields(Query))
@@ -28,8 +20,11 @@ class Question:
     """A line of a file of questions.
 
     Attributes:
-        id: unique in the file; the number of its line where it has none. where: file and line, for messages.
-        image: path below the folder of images. answer_type: None where the file does not say.
+        id: unique in the file; the line number if the file gives none.
+        where: file and line number, for messages.
+        image: path relative to the folder of images.
+        question: the text.
+        answer_type: None if the file does not give it.
     """
 
     id: str
@@ -40,9 +35,9 @@ class Question:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a file, one JSON object a line with `image` and `question`, and `id` and `answer_type` if wanted.
+    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id` and `answer_type`.
 
-    Other keys that a query has are passed over, so that a data set can be asked; blank lines as well.
+    The other keys of a query are ignored, so that a data set can be asked; blank lines are skipped.
 
     Raises:
         DataError: the file cannot be read, a line is not a question (named), or an id comes twice.
@@ -86,54 +81,45 @@ def _question(data: Any, number: int, where: str) -> Question:
     return Question(identifier, where, data["image"], data["question"], kind)
 
 
-class AnswerFile:
-    """The answers to a file of questions, one JSON object a line, open for more.
+class AnswerFile(AppendLog):
+    """The answers to a file of questions, one JSON object a line; a restarted run appends the missing ones.
+
+    Args:
+        path: the file.
+        settings: keys and values of all its lines, such as the model that answers.
 
     Attributes:
-        settings: keys and values that all its lines share, such as the model that answers.
-        done: id -> image and question of every answer in it. to_review: how many of them need review.
+        done: id -> image and question of every answer in it.
+        to_review: how many answers need review.
+
+    Raises:
+        DataError: the file cannot be written, another process writes to it, or a line is not an answer under these settings.
     """
 
-    def __init__(self, path: Path, file: FileIO, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = dict(settings)
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(path, settings, "choose another --out")
         self.done: dict[str, tuple[str, str]] = {}
         self.to_review = 0
-        self._file = file
-        self._read()
-
-    def _read(self) -> None:
-        end = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break  # what a run that was killed had not written yet
-                end += len(line)
-                self._read_line(number, line)
-        self._file.truncate(end)
-
-    def _read_line(self, number: int, line: bytes) -> None:
+        self.open()
         try:
-            row = json.loads(line)
-            identifier, asked = row["id"], (row["image"], row["question"])
-            settings = {key: row.get(key) for key in self.settings}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{self.path}:{number}: not a line that `ask` wrote: choose another --out"
-            ) from error
-        for key, value in self.settings.items():
-            if settings[key] != value:
-                raise DataError(
-                    f"{self.path}:{number}: answered with {key} {settings[key]!r}, not {value!r}: choose another --out"
-                )
-        self.done[identifier] = asked
-        self.to_review += row.get("needs_review") is True
+            for line in self.lines():
+                self._count(line)
+        except DataError:
+            self.close()
+            raise
+
+    def _count(self, line: LogLine) -> None:
+        try:
+            self.done[line.row["id"]] = (line.row["image"], line.row["question"])
+        except (LookupError, TypeError) as error:
+            raise self.damaged(line.where, "not an answer that `ask` wrote") from error
+        self.to_review += line.row.get("needs_review") is True
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
-        """Those questions that are not answered yet.
+        """The questions that have no answer yet.
 
         Raises:
-            DataError: an id was answered to another image or question.
+            DataError: the file has an answer to another image or question under the same id.
         """
         for question in questions:
             asked = self.done.get(question.id)
@@ -146,48 +132,23 @@ class AnswerFile:
                 )
 
     def add(self, rows: Sequence[tuple[Question, Mapping[str, Any]]]) -> None:
-        """Write the answers to some questions; they are on the disk when this returns.
+        """Append the answers to some questions; they are on the disk when this returns.
 
         Raises:
             DataError: they cannot be written.
         """
-        lines = []
+        asked = [{"id": q.id, "image": q.image, "question": q.question} for q, _ in rows]
+        self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
         for question, answer in rows:
-            asked = {"id": question.id, "image": question.image, "question": question.question}
-            lines.append(json.dumps({**asked, **answer, **self.settings}, ensure_ascii=False) + "\n")
             self.done[question.id] = (question.image, question.question)
             self.to_review += answer.get("needs_review") is True
-        with writing(self.path):
-            append(self._file, "".join(lines).encode())
-            os.fsync(self._file.fileno())
-
-
-@contextmanager
-def answer_file(path: Path, settings: Mapping[str, Any]) -> Iterator[AnswerFile]:
-    """Open a file of answers, or begin one; nobody else may write to it meanwhile.
-
-    Args:
-        settings: keys and values for all its lines; those that are in it must have the same.
-
-    Raises:
-        DataError: it cannot be written, is in use, or holds something else.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab", buffering=0)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{path}: another process is writing to it") from error
-        yield AnswerFile(path, file, settings)
 
 
 def image_of(question: Question, folder: ImageFolder) -> Path:
-    """Where a question's image is.
+    """The path of a question's image.
 
     Raises:
-        DataError: outside the folder, or there is no such file.
+        DataError: the path leaves the folder, or there is no such file.
     """
     try:
         folder.check(question.image)

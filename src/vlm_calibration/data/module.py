@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import DataPosition, EpochSampler
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -106,8 +106,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._logs: dict[str, LoadingLog] = {}
         self._place: DataPosition | None = None
         self._finished: frozenset[int] = frozenset()
-        self._answered: frozenset[int] = frozenset()
-        self._asked: dict[str, list[int]] = {}
+        self._answered: Mapping[str, Collection[int]] = {}
 
     @cached_property
     def processor(self) -> Any:
@@ -140,7 +139,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             wanted["test"] = _required(self.test, "test")
             if self.calibration:
                 wanted["calibration"] = self.calibration
-            self._answered = frozenset()
+            self._answered = {}
         if self.noise.resolution == "model":
             check_resolution(self.processor)
         for name, parts in wanted.items():
@@ -185,9 +184,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """The queries that `test` asks beside them for recalibration, answered before or not; None without any."""
         return self._sets.get("calibration")
 
-    def leave_out_answered(self, places: Collection[int]) -> None:
-        """Leave out the queries at these places, as in `asked`. Every process must be told the same."""
-        self._answered = frozenset(places)
+    @property
+    def tested_queries(self) -> dict[str, Sequence[Query]]:
+        """Name of each data set that `test` answers -> its queries, answered before or not."""
+        return {name: self._sets[name].queries for name in TESTED if name in self._sets}
+
+    def leave_out_answered(self, answered: Mapping[str, Collection[int]]) -> None:
+        """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`.
+
+        All processes must be given the same indices.
+        """
+        self._answered = answered
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the queries that are left to answer; a process that has none left gets a batch of none.
@@ -198,23 +205,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         collate = PromptCollator(self.chat, self.grading)
         loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in names]
         return loaders if len(loaders) > 1 else loaders[0]
-
-    def asked(self, batch: int, loader: int = 0) -> list[int]:
-        """Places of the queries of a batch of this process: in `test_set`, and from its end on in `calibration_set`.
-
-        Those that could not be loaded are left out.
-
-        Args:
-            loader: which of the loaders of `test_dataloader` the batch comes from.
-        """
-        name, begin = TESTED[loader], batch * self.eval_batch_size
-        left_out, first = self._logs[name].left_out, self._first(name)
-        places = self._asked[name][begin : begin + self.eval_batch_size]
-        return [place for place in places if not left_out[place - first]]
-
-    def _first(self, name: str) -> int:
-        """The place of the first query of a data set, as `asked` counts."""
-        return len(self.test_set) if name == "calibration" else 0
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
@@ -278,7 +268,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
     ) -> DataLoader:
         dataset, log = self._sets[name], self._logs[name]
-        tested, first = name in TESTED, self._first(name)
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochSampler(
             len(dataset),
@@ -287,17 +276,15 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             shuffle=training,
             even=training,
             seed=self.noise.seed,
-            done=[p - first for p in self._answered if 0 <= p - first < len(dataset)] if tested else (),
+            done=self._answered.get(name, ()),
         )
         if training and len(sampler) == 0:
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._go_on(sampler)
-        if tested:
-            self._asked[name] = [first + place for place in sampler.places().tolist()]
-            if len(sampler) == 0:
-                # Lightning leaves a process without a batch out of all that follows, where others wait for it.
-                return QueryLoader(log, collate, batch_sampler=[[]])
+        if name in TESTED and len(sampler) == 0:
+            # Lightning leaves a process without a batch out of all that follows, where others wait for it.
+            return QueryLoader(log, collate, batch_sampler=[[]])
         return QueryLoader(
             log,
             collate,

@@ -1,6 +1,6 @@
-"""Answers the same noised images with the base model and with any number of adapters, and scores each.
+"""Evaluates the base model and any number of adapters on the same noised images.
 
-Beside the confidence that an answer states, further estimators may rate it, within the same pass over the images.
+Further estimators may rate the answers beside the stated confidence, in the same pass over the images.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import lightning as L
 from torch import nn
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.pairs import stated_levels
 from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
@@ -32,25 +32,33 @@ from vlm_calibration.stages.device import device_of
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
-Answers = Mapping[str, Sequence[EstimatedPrediction]]
-"""System -> its answers to the queries of a batch."""
-Passes = Mapping[str, Mapping[str, Sequence[int]]]
-"""System -> estimator -> the forward passes of each query of a batch; empty without estimators."""
+
+class BatchAnswers(TypedDict):
+    """The answers to a batch of B queries, which `test_step` returns.
+
+    Attributes:
+        answers: system -> B answers.
+        passes: system -> estimator -> the forward passes of each of B queries; empty without estimators.
+    """
+
+    answers: Mapping[str, Sequence[EstimatedPrediction]]
+    passes: Mapping[str, Mapping[str, Sequence[int]]]
+
 
 BASE = "base"
 ORACLE = "oracle"
 
 
 def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels: str | None) -> None:
-    """Refuse settings that make no sense, before anything is looked for.
+    """Check the settings before any file is read.
 
     Raises:
-        DataError: an adapter's name cannot be used, there is nothing to evaluate, or the oracle has no answers.
+        DataError: an adapter's name cannot be used, there is no system to evaluate, or the oracle has no answers to use.
     """
     for name in adapters:
         if name in (BASE, ORACLE):
             raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
-        # It becomes a folder, and a key within peft's modules.
+        # The name becomes a folder, and a key in peft's modules.
         if not re.fullmatch(r"[\w-]+", name):
             raise DataError(f"model.adapters: the name {name!r} must be of letters, digits, '_' and '-'")
     if oracle_levels is not None and not with_base:
@@ -62,27 +70,22 @@ def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels:
 class EvaluationModule(L.LightningModule):
     """Evaluates *systems*: the base model, adapters on it, and the level oracle.
 
-    All systems meet the same images in the same batches, and share one copy of the base model.
+    All systems answer the same batches of images, and share one copy of the base model.
 
     Args:
-        base: the base model; None: the one that the adapters name, of the dtype and quantisation of their training.
+        base: the base model; None: the base model that the adapters name, with the dtype and quantisation of their training.
         adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
-        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers,
-            stated with the base model's measured accuracy at the true noise step. It knows the amount of noise, which
-            no model is told, and nothing of any other loss of evidence.
+        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with
+            the base model's measured accuracy at the true noise step as their confidence. The oracle uses the amount of
+            noise, which models are not given, but no other loss of evidence.
         max_new_tokens: length limit of an answer.
-        estimators: what else is to rate the answers of models, beside the confidence that they state. Each adds a
-            key to `predictions.jsonl`, and to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as
-            `forward_passes@ESTIMATOR`.
-
-    Attributes:
-        passes: what the answers to the last batch cost.
+        estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
+            to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
     """
 
     model: Any
     results: Results
-    passes: Passes
 
     def __init__(
         self,
@@ -107,18 +110,17 @@ class EvaluationModule(L.LightningModule):
             Scorer(estimators=further if system in self.answering else ()) for system in self.systems
         )
         self.results = {}
-        self.passes = {}
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Refuse data for which the oracle's levels were not measured, before a model is loaded."""
+        """Check, before a model is loaded, that the oracle's levels were measured for such data."""
         check_levels(self.oracle, self.base, data)
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            # Nothing is trained here: what is frozen may be shared between systems.
+            # Frozen parts can be shared between systems.
             self.model = (
                 load_adapters(load_base(self.base, device_of(self)), self.adapters)
                 .requires_grad_(False)
@@ -135,14 +137,13 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def levels(self) -> list[ConfidenceLevels]:
-        """The confidences that estimators range over are those of any of these."""
-        own = [level for e in self.estimators.values() for level in e.levels]
-        return own or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
+        """The levels whose confidences estimators range over: the estimators' own, else those of the data's noise."""
+        levels = [level for e in self.estimators.values() for level in e.levels]
+        return levels or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        asked = [dataset for dataset in (data.test_set, data.calibration_set) if dataset is not None]
-        for kind in {query.answer_type for dataset in asked for query in dataset.queries}:
+        for kind in {query.answer_type for queries in data.tested_queries.values() for query in queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
             try:
@@ -157,30 +158,28 @@ class EvaluationModule(L.LightningModule):
             scorer.set_groups(groups)
             scorer.to(self.device)
 
-    def test_step(
-        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[EstimatedPrediction]]:
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> BatchAnswers:
         answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
             with shared_vision(self.model):
                 for system in self.answering:
                     with using_adapter(self.model, None if system == BASE else system):
-                        answers[system], passes[system] = self._answered(batch)
+                        answers[system], passes[system] = self._answer(batch)
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-            if dataloader_idx == 0:  # the second loader has the calibration set
-                self.count(answers, passes)
-        self.passes = passes
-        return answers
+        output = BatchAnswers(answers=answers, passes=passes)
+        if batch.queries and TESTED[dataloader_idx] == "test":  # the calibration set counts in no score
+            self.count(output)
+        return output
 
-    def count(self, answers: Answers, passes: Passes) -> None:
-        """Count the answers of all systems to a batch in the results; also those that an earlier run gave."""
+    def count(self, batch: BatchAnswers) -> None:
+        """Count a batch in the results, whether this run or an earlier one answered it."""
         for system, scorer in self._scored():
-            scorer.update(answers[system], passes.get(system))
+            scorer.update(batch["answers"][system], batch["passes"].get(system))
 
-    def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
-        """The answers of the system that is active, with what every estimator says of them, and what that took."""
+    def _answer(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
+        """The active system's answers with all estimates, and estimator -> the forward passes of each query."""
         generating = GenerationRecorder(self.model, remember=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
@@ -189,13 +188,13 @@ class EvaluationModule(L.LightningModule):
         answered = AnsweredBatch(
             self.model, batch, answers, generating.passes, self.writer, self.max_new_tokens, generating.known
         )
-        found = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
-        further = {name: e.confidence for name, e in found.items() if name != VERBALIZED}
+        estimates = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
+        further = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
         rated = [
             replace(answer, estimates={name: _rounded(values[row]) for name, values in further.items()})
             for row, answer in enumerate(plain)
         ]
-        return rated, {name: e.passes for name, e in found.items()}
+        return rated, {name: e.passes for name, e in estimates.items()}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None
@@ -211,5 +210,5 @@ class EvaluationModule(L.LightningModule):
 
 
 def _rounded(confidence: float | None) -> float | None:
-    """To a millionth: what is left of it differs by how many queries a batch has."""
+    """The confidence rounded to a millionth; further digits depend on the batch size."""
     return None if confidence is None else round(confidence, 6)

@@ -1,0 +1,159 @@
+"""The answers of an evaluation or a validation, on disk until all are given and written in the order of the data.
+
+Memory does not grow with their number, and an interrupted evaluation resumes from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_calibration.append_log import AppendLog, SettingsChangedError
+from vlm_calibration.estimators.predictions import prediction_from_dict
+from vlm_calibration.files import replacing
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.stages.evaluation import BatchAnswers
+
+EVALUATED, VALIDATED = ".answered.{}.jsonl", ".predictions.{}.jsonl"
+"""Files of an evaluation and of a validation, by the process that answers."""
+
+
+class ResumeState(NamedTuple):
+    """What an interrupted evaluation leaves to the next run.
+
+    Attributes:
+        answered: split -> indices of the queries that were answered; None: the next run starts over.
+        message: what to tell the user; empty for nothing.
+    """
+
+    answered: dict[str, list[int]] | None = None
+    message: str = ""
+
+
+class AnswerLog(AppendLog):
+    """The answers to the queries of one or several splits, a line a batch.
+
+    Args:
+        folder: the run directory.
+        rank: of this process, which appends to its own file.
+        queries: split -> its queries, in the order of the data.
+        settings: what decides the answers, as digests by name; an evaluation resumes only where they are the same.
+        name: of the files, with a placeholder for the rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        queries: Mapping[str, Sequence[Query]],
+        settings: Mapping[str, str] | None = None,
+        name: str = EVALUATED,
+    ) -> None:
+        pattern = name.format("*")
+        remedy = f"remove {pattern} in this folder, and the evaluation starts over"
+        super().__init__(folder / name.format(rank), settings or {}, remedy, pattern)
+        self.folder = folder
+        self.queries = queries
+
+    @cached_property
+    def _index(self) -> dict[str, dict[str, int]]:
+        """Split -> query id -> index of the query."""
+        return {
+            split: {query.id: index for index, query in enumerate(queries)}
+            for split, queries in self.queries.items()
+        }
+
+    def find(self, *, complete: bool = True) -> ResumeState:
+        """Find the answers of an interrupted evaluation.
+
+        Args:
+            complete: whether this run asks all queries; a limited one does not resume.
+
+        Raises:
+            DataError: a file is damaged, or holds answers to other queries.
+        """
+        over = f"{self.folder}: starting over instead of resuming the interrupted evaluation"
+        ids: dict[str, list[str]] = {split: [] for split in self.queries}
+        try:
+            for where, row in self._rows():
+                if row["split"] not in ids:
+                    raise self.damaged(where, f"no split {row['split']!r}")
+                ids[row["split"]] += [answer["id"] for answer in next(iter(row["answers"].values()))]
+        except SettingsChangedError as error:
+            return ResumeState(message=f"{over}: changed: {', '.join(error.changed)}")
+        count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
+        if not count:
+            return ResumeState()
+        if not complete:
+            return ResumeState(message=f"{over}: trainer.limit_test_batches is set")
+        for split, answered in ids.items():
+            if len(set(answered)) != len(answered) or not self._index[split].keys() >= set(answered):
+                queries = f"the {len(self.queries[split])} queries of data.{split}"
+                raise self.damaged(
+                    f"{self.folder / self.pattern}", f"these are not answers to {queries}, each once"
+                )
+        message = f"{self.folder}: resuming: {count} of {total} queries were answered before"
+        return ResumeState({split: [self._index[split][i] for i in ids[split]] for split in ids}, message)
+
+    def batches(self, split: str) -> Iterator[BatchAnswers]:
+        """The batches of a split that any process has answered so far."""
+        for where, row in self._rows():
+            if row["split"] == split:
+                try:
+                    answers = {
+                        system: [prediction_from_dict(answer) for answer in rows]
+                        for system, rows in row["answers"].items()
+                    }
+                except ValueError as error:
+                    raise self.damaged(where, error) from error
+                yield BatchAnswers(answers=answers, passes=row["passes"])
+
+    def add(self, split: str, batch: BatchAnswers) -> None:
+        """Append a batch, so that it is not lost with this process.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        answers = {system: [p.to_dict() for p in rows] for system, rows in batch["answers"].items()}
+        if any(answers.values()):
+            self.append({"split": split, "answers": answers, "passes": batch["passes"]})
+
+    def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
+        """Write a system's answers to a split, one prediction a line, in the order of the data.
+
+        Args:
+            total: how many queries were asked; None: not known.
+
+        Raises:
+            DataError: there are not `total` answers, each to another query.
+        """
+        lines: dict[int, str] = {}
+        count = 0
+        for _, row in self._rows():
+            for answer in row["answers"][system] if row["split"] == split else ():
+                lines[self._index[split][answer["id"]]] = json.dumps(answer, ensure_ascii=False) + "\n"
+                count += 1
+        expected = len(lines) if total is None else total
+        if not count == len(lines) == expected:
+            raise DataError(
+                f"{self.folder / self.pattern}: {count} answers of {system!r} to {len(lines)} queries, "
+                f"expected {expected}: does another evaluation write into this folder?"
+            )
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines[index] for index in sorted(lines))
+
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """File and line number of each line, and its row."""
+        for line in self.lines():
+            try:
+                ids = [[answer["id"] for answer in rows] for rows in line.row["answers"].values()]
+                if not isinstance(line.row["split"], str) or not isinstance(line.row["passes"], dict):
+                    raise ValueError("not a batch of answers")
+                if not ids or any(i != ids[0] for i in ids):
+                    raise ValueError("the systems answered different queries")
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise self.damaged(line.where, error) from error
+            yield line.where, line.row

@@ -1,0 +1,123 @@
+"""The append-only log: what readers see of a killed writer, of other settings, and of another process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_calibration.append_log import AppendLog, SettingsChangedError
+from vlm_calibration.records import DataError
+
+SETTINGS = {"gates": {"min_area": 0.5, "max_area": 1}, "model": "a", "below": None}
+
+
+def _log(path: Path, settings: Any = SETTINGS, pattern: str | None = None) -> AppendLog:
+    return AppendLog(path, settings, "remove it", pattern)
+
+
+def _numbers(log: AppendLog) -> list[int]:
+    return [line.row["n"] for line in log.lines()]
+
+
+def test_rows_of_all_processes_are_read_in_order_and_again(tmp_path: Path) -> None:
+    first, second = (_log(tmp_path / "a" / f"{n}.jsonl", pattern="*.jsonl") for n in range(2))
+    assert _numbers(first) == []
+    second.append({"n": 5})
+    first.append({"n": 1, "text": "Größe\u2028"}, {"n": 2})
+    first.append({"n": 3}, sync=True)
+    assert _numbers(first) == _numbers(second) == [1, 2, 3, 5]
+    lines = [*first.lines()]
+    assert [line.where for line in lines] == [
+        *(f"{tmp_path}/a/0.jsonl:{n}" for n in (1, 2, 3)),
+        f"{tmp_path}/a/1.jsonl:1",
+    ]
+    assert [first.reread(line._replace(row={})) for line in lines] == [line.row for line in lines]
+    assert lines[0].row == {"n": 1, "text": "Größe\u2028", **SETTINGS}
+    assert "Größe" in (tmp_path / "a/0.jsonl").read_text(encoding="utf-8"), "UTF-8 as it is"
+    first.clear()
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_line_that_is_cut_off_is_ignored_and_then_removed(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = _log(path)
+    log.append({"n": 1}, {"n": 2})
+    log.close()
+    content = path.read_bytes()
+    for cut in (1, 5, len(content) // 2 - 1):
+        path.write_bytes(content[:-cut])
+        assert _numbers(_log(path)) == [1]
+        log = _log(path)
+        log.open()
+        assert path.read_bytes() == content[:-cut], "reading and opening change nothing"
+        log.append({"n": 2})
+        log.close()
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "says"),
+    [
+        ({**SETTINGS, "model": "b"}, ["model"], "written with model = 'a', found 'b'"),
+        ({**SETTINGS, "gates": {"min_area": 0.5}}, ["gates.max_area"], "gates.max_area = 1, found None"),
+        (
+            {**SETTINGS, "gates": {"min_area": 0.1, "max_area": 2}},
+            ["gates.min_area", "gates.max_area"],
+            "0.5",
+        ),
+        ({**SETTINGS, "below": 0.5}, ["below"], "below = None, found 0.5"),
+        ({**SETTINGS, "more": 1}, ["more"], "more = None, found 1"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, settings: Any, changed: list[str], says: str) -> None:
+    log = _log(tmp_path / "log.jsonl")
+    log.append({"n": 1})
+    log.close()
+    with pytest.raises(SettingsChangedError) as caught:
+        _numbers(_log(tmp_path / "log.jsonl", settings))
+    assert caught.value.changed == changed
+    assert str(caught.value).startswith(f"{tmp_path}/log.jsonl:1: ")
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(": remove it")
+
+
+@pytest.mark.parametrize("line", [b"\0" * 30, b"[]", b"{", b"\xff", b""])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    log = _log(tmp_path / "log.jsonl")
+    log.append({"n": 1})
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(DataError) as caught:
+        _numbers(log)
+    assert str(caught.value).startswith(f"{tmp_path}/log.jsonl:2: damaged: ")
+
+
+def test_two_processes_do_not_append_to_one_file(tmp_path: Path) -> None:
+    log, other = _log(tmp_path / "log.jsonl"), _log(tmp_path / "log.jsonl")
+    log.append({"n": 1})
+    with pytest.raises(DataError, match=f"{tmp_path}/log.jsonl: another process is writing to it"):
+        other.append({"n": 2})
+    log.close()
+    other.append({"n": 2})
+    assert _numbers(log) == [1, 2]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    log = _log(tmp_path / "log.jsonl")
+    with pytest.warns(UserWarning, match="cannot be locked: No locks available"):
+        log.append({"n": 1})
+    assert _numbers(log) == [1]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"cannot write {tmp_path}/file/log.jsonl: "):
+        _log(tmp_path / "file" / "log.jsonl").append({"n": 1})
