@@ -316,7 +316,7 @@ def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Samp
         "chat_template",
     ):
         setattr(shouting, name, getattr(plain, name))
-    with pytest.raises(DataError, match="record 'q0': Shouting changes the text behind the image"):
+    with pytest.raises(DataError, match="record 'q0': Shouting .*response.s tokens"):
         _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
 
 

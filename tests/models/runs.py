@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, Quantization
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
 from .processors import Family
@@ -76,11 +77,13 @@ class Watch(L.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> PerturbedQueryDataModule:
+def data_of(
+    folder: str, records: str, candidates: CandidateSettings | None = None
+) -> PerturbedQueryDataModule:
     """All records in one batch, noised at the resolution of the model."""
     source = JsonlSource(records)
     return PerturbedQueryDataModule(
-        folder, train=source, noise=NOISE, pairs=pairs, batch_size=len(SIZES), workers=0
+        folder, train=source, noise=NOISE, candidates=candidates, batch_size=len(SIZES), workers=0
     )
 
 
@@ -135,7 +138,7 @@ class Run:
         if kind not in self.batches:
             collators = {
                 "sft": SFTCollator(self.data.chat, self.data.max_length),
-                "pairs": self.data.pair_collator,
+                "pairs": self.data.candidate_collator,
                 "prompts": PromptCollator(self.data.chat),
             }
             self.batches[kind] = collators[kind](self.samples)  # type: ignore[operator]
@@ -150,8 +153,13 @@ def run_through(family: Family, quantization: Quantization, records: str, folder
     sft = SFTModule(base, LORA, OptimizerSettings(lr=2e-2, warmup_fraction=0.0))
     watched["sft"] = fit(sft, data_of(base.name_or_path, records), 28)
     sft.model.save_pretrained(adapters["sft"])
-    data = data_of(base.name_or_path, records, PairPolicy(target="level"))
-    dpo = DPOModule(base, adapters["sft"], optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0))
+    data = data_of(base.name_or_path, records, CandidateSettings())
+    dpo = DPOModule(
+        base,
+        adapters["sft"],
+        pairs=PairPolicy(target="level"),
+        optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
+    )
     watched["dpo"] = fit(dpo, data, 2)
     dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
     dpo.model.eval()

@@ -18,8 +18,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.resolution import model_resolution
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models import shared_prefix
@@ -30,6 +30,7 @@ from vlm_calibration.models.loading import BaseModel, Quantization
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 
@@ -316,8 +317,8 @@ def test_a_window_shorter_than_a_row_is_said_once_in_both_of_two_trainings(
     caplog.set_level(logging.INFO)
     for n_rejected in (1, 2):  # rows of other lengths
         policy = PairPolicy(target="level", rejected="far", n_rejected=n_rejected)
-        module = DPOModule(base, lora=LORA, reference="base")
-        watch = fit(module, data_of(base.name_or_path, records, policy), 3)
+        module = DPOModule(base, lora=LORA, reference="base", pairs=policy)
+        watch = fit(module, data_of(base.name_or_path, records, CandidateSettings()), 3)
         assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5)
         assert watch.losses[-1] < watch.losses[0]
     said = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]

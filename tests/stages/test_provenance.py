@@ -15,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.models import loading
@@ -207,7 +208,7 @@ def test_every_use_is_checked_before_a_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    for name in ("sft", "preference"):
+    for name in ("sft", "dpo"):
         monkeypatch.setattr(f"vlm_calibration.stages.{name}.load_for_training", loaded)
     monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
     path = tmp_path / "levels.json"
@@ -215,7 +216,9 @@ def test_every_use_is_checked_before_a_model_is_loaded(
     levels = LinearLevels() if use == "test" else AnchoredLevels(path)
     run = getattr(trainer(), use.split()[0])
     with pytest.raises(DataError, match=f"{re.escape(str(path))} was measured otherwise than it is used"):
-        run(_modules(model_folder, path)[use](), datamodule=data(noise=NoisePolicy(levels=levels)))
+        candidates = CandidateSettings() if use == "fit stage 2" else None
+        queries = data(noise=NoisePolicy(levels=levels), candidates=candidates)
+        run(_modules(model_folder, path)[use](), datamodule=queries)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "validate"])

@@ -29,7 +29,7 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.stages.answering import answer_batch, ranked_right
+from vlm_calibration.stages.answering import answer_batch, rank_answers
 from vlm_calibration.stages.level_fit import LevelFitModule
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import Grading
@@ -89,7 +89,7 @@ def test_the_likelier_answer_per_token_wins(
             _open(samples[0], "A dog, I think", name),
         ]
         batch = PromptCollator(chat, RANKING)(chosen)
-        assert ranked_right(model, batch) == [likelier, None, not likelier]
+        assert rank_answers(model, batch) == [likelier, None, not likelier]
         answers = answer_batch(model, batch, chat.processor.tokenizer, 3)
         assert [answers[i].correct for i in (0, 2)] == [likelier, not likelier]
 
@@ -101,15 +101,15 @@ def test_every_wrong_answer_must_be_less_likely(
     names = ("cat", "dog", "Two red cats.")
     for gold in names:
         others = [name for name in names if name != gold]
-        alone = [ranked_right(model, collate([_open(samples[0], gold, other)]))[0] for other in others]
-        assert ranked_right(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
+        alone = [rank_answers(model, collate([_open(samples[0], gold, other)]))[0] for other in others]
+        assert rank_answers(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
 
 
 def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, samples: list[Sample]) -> None:
     for chosen, grading in ((samples, Grading()), (samples[1:2], RANKING)):
         batch = PromptCollator(data().chat, grading)(chosen)
         assert batch.ranked == ()
-        assert ranked_right(load_model(), batch) == [None] * len(chosen)
+        assert rank_answers(load_model(), batch) == [None] * len(chosen)
 
 
 @pytest.mark.parametrize(

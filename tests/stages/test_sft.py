@@ -18,10 +18,10 @@ from torch import Tensor
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
 from vlm_calibration.models.loading import BaseModel
@@ -56,15 +56,15 @@ class Observed:
     def __init__(self, module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module = module
         self.logged: dict[str, float] = {}
-        self.found: LabelledLogits | None = None
+        self.labelled: LabelledLogits | None = None
         module.configure_model()
         monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
         original = sft.labelled_logits
 
         def watched(*arguments: Any) -> LabelledLogits:
-            self.found = original(*arguments)
-            self.found.logits.retain_grad()
-            return self.found
+            self.labelled = original(*arguments)
+            self.labelled.logits.retain_grad()
+            return self.labelled
 
         monkeypatch.setattr(sft, "labelled_logits", watched)
 
@@ -73,8 +73,8 @@ class Observed:
 
     @property
     def log_likelihood(self) -> list[float]:
-        assert self.found is not None
-        logits, targets, _ = self.found
+        assert self.labelled is not None
+        logits, targets, _ = self.labelled
         return torch.log_softmax(logits.double(), -1)[range(len(targets)), targets].tolist()
 
 
@@ -84,10 +84,10 @@ def _by_hand(
     """1/B sum_b 1/|b| sum_t -w_t log p_t, with w the row's `answer` weight or the `confidence` weight."""
     tokens = iter(log_likelihood)
     rows = []
-    for labels, stated, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
+    for labels, mask, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
         terms = [
-            -(confidence if is_stated else weight) * next(tokens)
-            for label, is_stated in zip(labels.tolist(), stated.tolist(), strict=True)
+            -(confidence if is_confidence else weight) * next(tokens)
+            for label, is_confidence in zip(labels.tolist(), mask.tolist(), strict=True)
             if label != IGNORE
         ]
         rows.append(sum(terms) / len(terms))
@@ -120,10 +120,10 @@ def test_the_loss_weighs_as_stated(
     )
 
     loss.backward()
-    assert observed.found is not None
-    gradient = observed.found.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
+    assert observed.labelled is not None
+    gradient = observed.labelled.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
     stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
-    weights = torch.where(stated, torch.tensor(confidence), torch.tensor(answer)[observed.found.rows])
+    weights = torch.where(stated, torch.tensor(confidence), torch.tensor(answer)[observed.labelled.rows])
     assert torch.equal(gradient > 0, weights > 0)
 
     likelihood = torch.tensor(observed.log_likelihood)
@@ -140,8 +140,8 @@ def test_without_weight_the_confidence_teaches_nothing(
     batch = _batch(data())
     observed = Observed(_module(model_folder, confidence_weight=0.0), monkeypatch)
     observed.loss(batch).backward()
-    assert observed.found is not None
-    gradient = observed.found.logits.grad
+    assert observed.labelled is not None
+    gradient = observed.labelled.logits.grad
     stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     assert gradient is not None
     assert gradient[stated].abs().max() == 0
@@ -323,29 +323,31 @@ def test_a_weight_that_is_no_number_is_refused(model_folder: str, weight: float)
 def test_data_with_pairs_are_refused(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
-    with pytest.raises(DataError, match=r"data\.pairs is set, which is for preference optimisation"):
-        trainer(max_steps=1).fit(_module(model_folder), datamodule=data(pairs=PairPolicy()))
+    with pytest.raises(DataError, match=r"data\.candidates is set, but SFT learns one response"):
+        trainer(max_steps=1).fit(_module(model_folder), datamodule=data(candidates=CandidateSettings()))
 
 
 def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
     model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = _batch(data())._replace(right=torch.tensor([True, False, True]))
+    batch = _batch(data())._replace(is_correct=torch.tensor([True, False, True]))
     observed = Observed(_module(model_folder), monkeypatch)
     loss = observed.loss(batch)
     by_hand = _by_hand(batch, observed.log_likelihood, [1.0, 0.0, 1.0], 1.0)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
-    assert observed.found is not None
-    right = ~batch.label_confidence_mask & (observed.found.rows != 1)
+    assert observed.labelled is not None
+    gold_answer = ~batch.label_confidence_mask & (observed.labelled.rows != 1)
     likelihood = torch.tensor(observed.log_likelihood)
-    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4)
-    observed.loss(batch._replace(right=torch.tensor([False] * 3))).backward()
-    gradient = observed.found.logits.grad
+    assert observed.logged["train/nll_answer"] == pytest.approx(
+        -float(likelihood[gold_answer].mean()), rel=1e-4
+    )
+    observed.loss(batch._replace(is_correct=torch.tensor([False] * 3))).backward()
+    gradient = observed.labelled.logits.grad
     assert gradient is not None
     assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.label_confidence_mask)
-    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4), (
-        "nothing new to log"
-    )
+    assert observed.logged["train/nll_answer"] == pytest.approx(
+        -float(likelihood[gold_answer].mean()), rel=1e-4
+    ), "nothing new to log"
 
 
 def test_the_batch_says_which_answers_are_wrong(model_folder: str, data: Data) -> None:

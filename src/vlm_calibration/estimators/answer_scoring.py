@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_calibration.data.candidates import ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
-from vlm_calibration.data.pairs import PairCollator, PairPolicy
 from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
@@ -138,54 +138,49 @@ def score_answers(
 
 
 class AnswerWriter:
-    """Writes answers down with every level behind them, as tokens.
+    """Tokenizes answers with every confidence that can be stated after them.
 
-    What it wrote it remembers, since several systems often give the same answer to the same question.
+    Results are cached, since several systems often give the same answer to a question.
 
     Args:
-        chat: how prompts and responses are written.
-        levels: the confidences that may be stated are those of any of these.
+        chat: renders and tokenizes conversations.
+        levels: confidences of any of these scales can be stated.
     """
 
-    remembered = 1 << 14
+    cache_size = 1 << 14
 
     def __init__(self, chat: ChatFormat, levels: Sequence[ConfidenceLevels]) -> None:
         self.chat = chat
-        self._collators = [PairCollator(chat, each, PairPolicy(), max_length=0) for each in levels]
+        self._responses = ResponseTokenizer(chat, levels)
         self._written: dict[tuple[str, str, str], WrittenAnswer] = {}
 
     def write(self, query: Query, answer: str) -> WrittenAnswer:
-        """The answer with every level, then yes and no alone if that is the question."""
+        """The answer with every level, then the words yes and no for a yes/no question."""
         key = (query.question, query.answer_type, answer)
         if key not in self._written:
-            if len(self._written) >= self.remembered:
+            if len(self._written) >= self.cache_size:
                 self._written.clear()
             self._written[key] = self._write(query, answer)
         return self._written[key]
 
     def _write(self, query: Query, answer: str) -> WrittenAnswer:
-        parts = [collator.candidates(query, [answer]) for collator in self._collators]
-        words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
-        [ids] = self.chat.token_ids([self.chat.render(query.question)])
-        cut = max(words[0], *(c for c, _ in parts))
-
-        def behind(own: int, tokens: Sequence[int]) -> tuple[int, ...]:
-            # What one response shares with the prompt's end and another does not, all have in front.
-            return (*ids[len(ids) - cut : len(ids) - own], *tokens)
-
-        # ConfidenceLevels of two kinds may read alike.
-        stated = {behind(own, c.tokens): c.confidence for own, candidates in parts for c in candidates}
-        levels = sorted(stated.items(), key=lambda item: -item[1])
-        own, candidates = parts[0]
+        stated_cut, candidates = self._responses.tokenize(query, [answer])
+        words_cut, words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
+        cut = max(stated_cut, words_cut)
+        # Tokens of the prompt's end that only some responses replace go in front of the others.
+        [prompt] = self.chat.token_ids([self.chat.render(query.question)])
+        before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
+        before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
+        answer_start = len(before_stated)
         return WrittenAnswer(
             cut,
-            [*(list(tokens) for tokens, _ in levels), *(list(behind(words[0], w)) for w in words[1])],
-            tuple(confidence for _, confidence in levels),
-            slice(cut - own, cut - own + candidates[0].answer_length),
+            [*([*before_stated, *c.tokens] for c in candidates), *([*before_words, *w] for w in words)],
+            tuple(c.confidence for c in candidates),
+            slice(answer_start, answer_start + candidates[0].answer_length),
         )
 
     def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:
-        """As `ChatFormat.behind_prompt`, of the words alone."""
+        """How many tokens at the end of the prompt the words replace, and the tokens in which they differ."""
         texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
-        cut, (yes, no) = self.chat.behind_prompt(self.chat.render(query.question), texts)
+        cut, (yes, no) = self.chat.after_prompt(self.chat.render(query.question), texts)
         return cut, list(strip_common_suffix(yes, no))

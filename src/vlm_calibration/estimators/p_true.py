@@ -97,7 +97,7 @@ class PTrue(Estimator):
                 f"{type(chat.processor).__name__} puts the question before it"
             )
         texts = asking.conversations(text, [self.true, self.false])
-        unshared, (true, false) = asking.behind_prompt(prompt, texts)
+        unshared, (true, false) = asking.after_prompt(prompt, texts)
         if true == false:
             raise DataError(f"p_true: the tokenizer cannot tell {self.true!r} from {self.false!r}")
         return _FollowUp(len(first) - shared, second[shared:], unshared, strip_common_suffix(true, false))

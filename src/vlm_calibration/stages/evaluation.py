@@ -13,9 +13,9 @@ from typing import Any, cast
 import lightning as L
 from torch import nn
 
+from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.pairs import stated_levels
 from vlm_calibration.estimators.answer_scoring import AnswerWriter
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -28,8 +28,7 @@ from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
@@ -153,8 +152,8 @@ class EvaluationModule(L.LightningModule):
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
             try:
-                for levels in self.levels if self.estimators else ():
-                    stated_levels(levels, kind)
+                if self.estimators:
+                    stated_levels(self.levels, kind)
             except ValueError as error:
                 raise DataError(f"model.estimators: {error}") from error
         if self.estimators:

@@ -1,0 +1,108 @@
+"""`ChatFormat.conversations`: the same texts as rendering each response, under templates that change them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.data.candidates import (
+    ResponseTokenizer,
+)
+from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import Query
+from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
+TENTHS = tuple(i / 10 for i in range(10, -1, -1))
+
+
+PART = "part['text']"
+TEMPLATES = {
+    "as it is": CHAT_TEMPLATE,
+    "upper case": CHAT_TEMPLATE.replace(PART, f"{PART} | upper"),
+    "stripped": CHAT_TEMPLATE.replace(PART, f"{PART} | trim"),
+    "said twice": CHAT_TEMPLATE.replace(PART, f"{PART} + ' ' + {PART}"),
+    "left out": CHAT_TEMPLATE.replace(PART, "''"),
+    "marked when certain": CHAT_TEMPLATE.replace(PART, f"({PART} + '!' if '100%' in {PART} else {PART})"),
+    "with a line break": CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def chats(processor: Any) -> dict[str, ChatFormat]:
+    made = {}
+    for name, template in TEMPLATES.items():
+        own = copy(processor)
+        own.chat_template = template
+        made[name] = ChatFormat(own, ElicitationPrompt())
+    return made
+
+
+def _one_by_one(chat: ChatFormat, question: str, responses: Sequence[str]) -> list[str]:
+    return [chat.render(question, r) for r in responses]
+
+
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)),
+    question=st.text("Yes. No%10 Confidence:?é", max_size=30),
+    answers=st.lists(st.text("Yes. no%10:é\n", max_size=12), min_size=1, max_size=2),
+    percents=st.lists(st.integers(0, 100), min_size=1, max_size=4, unique=True),
+)
+def test_conversations_are_those_rendered_one_by_one(
+    chats: dict[str, ChatFormat], name: str, question: str, answers: list[str], percents: list[int]
+) -> None:
+    falling = sorted(percents, reverse=True)
+    responses = [render_response(a, p / 100) for a in answers for p in falling]
+    stated = chats[name].conversations(question, responses)
+    assert stated == _one_by_one(chats[name], question, responses)
+    bare = [render_answer(a) for a in answers]
+    assert chats[name].conversations(question, bare) == _one_by_one(chats[name], question, bare)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_of_every_level_under_every_template(chats: dict[str, ChatFormat], name: str) -> None:
+    responses = [render_response(a, c) for a in ("Yes", "No") for c in TENTHS]
+    for order in (responses, responses[::-1]):
+        found = chats[name].conversations("A dog?", order)
+        assert found == _one_by_one(chats[name], "A dog?", order)
+
+
+def test_the_template_runs_twice_where_it_inserts_text_as_it_is(
+    chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = [render_response("Yes", c) for c in TENTHS]
+    for name, runs in (("as it is", 2), ("upper case", 11)):
+        rendered: list[str] = []
+        render = chats[name].render
+
+        def counted(
+            question: str, response: str, render: Any = render, rendered: list[str] = rendered
+        ) -> str:
+            rendered.append(response)
+            return render(question, response)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chats[name], "render", counted)
+            chats[name].conversations("A dog?", responses)
+        assert len(rendered) == runs
+
+
+def test_a_template_that_changes_text_changes_the_candidates_with_it(
+    chats: dict[str, ChatFormat], samples: Sequence[Sample]
+) -> None:
+    chat = chats["upper case"]
+    _, candidates = ResponseTokenizer(chat, [LinearLevels()]).tokenize(samples[0].query, [samples[0].answer])
+    for candidate in candidates:
+        percent = round(candidate.confidence * 100)
+        said = chat.processor.tokenizer.decode(candidate.tokens).strip()
+        assert said == f"YES. CONFIDENCE: {percent}%<|end|>"
+        assert chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length]).strip() == "YES."
