@@ -15,7 +15,7 @@ import yaml
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -53,7 +53,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
     queries = data(eval_batch_size=5)
     queries.setup("test")
     model = load_adapters(load_model(), {"one": new_adapter(1)})
-    writer = AnswerWriter(queries.chat, [LinearLevels()])
+    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels()])
     found: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = [json.loads(x) for x in (folder / system / "predictions.jsonl").read_text().splitlines()]
@@ -65,7 +65,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
         with torch.no_grad(), using_adapter(model, None if system == "base" else system):
             for start, batch in zip((0, 5, 10), queries.test_dataloader(), strict=True):
                 part = predictions[start : start + 5]
-                answered = AnsweredBatch(model, batch, part, [0] * 5, writer, 5)
+                answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
                 for estimator in estimators():
                     again = estimator.estimate(answered).confidence
                     assert again == pytest.approx([p.estimates[estimator.name] for p in part], abs=1e-5)
@@ -106,8 +106,8 @@ def test_levels_are_those_of_the_estimator_or_of_the_data(model_folder: str, lev
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
-        ([PTrue(), PTrue(true="Yes", false="No")], "'p_true' is there already"),
-        ([VerbalizedConfidence()], "'verbalized' is there already"),
+        ([PTrue(), PTrue(true="Yes", false="No")], "'p_true' appears twice"),
+        ([VerbalizedConfidence()], "'verbalized' appears twice"),
     ],
 )
 def test_an_estimator_that_comes_twice_is_refused(chosen: list[Estimator], says: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
@@ -157,7 +157,7 @@ class EvaluationModule(L.LightningModule):
             except ValueError as error:
                 raise DataError(f"model.estimators: {error}") from error
         if self.estimators:
-            self.writer = AnswerWriter(data.chat, self.levels)
+            self.answer_tokenizer = AnswerTokenizer(data.chat, self.levels)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         scorers: list[Scorer | EstimateScorer] = [s for _, s in self._scored()]
         for scorer in [*scorers, *self._rated().values()]:
@@ -190,13 +190,19 @@ class EvaluationModule(L.LightningModule):
 
     def _answered(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
         """The answers of the system that is active, with what every estimator says of them, and what that took."""
-        generating = GenerationRecorder(self.model, remember=bool(self.estimators))
+        generating = GenerationRecorder(self.model, keep_cache=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
         if not self.estimators:
             return plain, {}
         answered = AnsweredBatch(
-            self.model, batch, answers, generating.passes, self.writer, self.max_new_tokens, generating.known
+            self.model,
+            batch,
+            answers,
+            generating.passes,
+            self.answer_tokenizer,
+            self.max_new_tokens,
+            generating.cache,
         )
         found = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
         further = {name: e.confidence for name, e in found.items() if name != VERBALIZED}
