@@ -41,7 +41,7 @@ def test_stated_levels_of_linear_levels() -> None:
     assert stated_levels([LinearLevels(n_levels=5)], "open") == (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
-def test_levels_that_read_alike_are_stated_once() -> None:
+def test_levels_with_the_same_percentage_are_stated_once() -> None:
     levels = stated_levels([LinearLevels(n_levels=201)], "yes_no")
     assert [render_response("Yes", c) for c in levels] == [
         f"Yes. Confidence: {p}%" for p in range(100, -1, -1)
@@ -51,8 +51,8 @@ def test_levels_that_read_alike_are_stated_once() -> None:
 def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
     accuracies = {"yes_no": (99, 98, 90, 61, 60, 50), "short": (97, 80, 41, 40, 5, 4)}
     counts = {
-        kind: tuple(StepCount(200 * i, 100, right) for i, right in enumerate(found))
-        for kind, found in accuracies.items()
+        kind: tuple(StepCount(200 * i, 100, n_correct) for i, n_correct in enumerate(n_corrects))
+        for kind, n_corrects in accuracies.items()
     }
     table = LevelTable(counts)
     plain = AnchoredLevels(table=table, grid=5)
@@ -66,6 +66,12 @@ def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None
         assert set(levels) == {grouped.confidence(step, kind) for step in grouped.steps}
     assert stated_levels([grouped], "yes_no") == (0.96, 0.61, 0.5)
     assert stated_levels([AnchoredLevels(table=table, groups=1)], "short") == (0.45,)
+
+
+def test_the_levels_of_several_scales_are_taken_together() -> None:
+    assert stated_levels([LinearLevels(3), LinearLevels(4)], "yes_no") == (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
+    thirds = AnchoredLevels(table=LevelTable({"yes_no": (StepCount(0, 3, 2), StepCount(500, 3, 1))}), grid=1)
+    assert stated_levels([LinearLevels(4), thirds], "yes_no") == (1.0, 0.67, 0.33, 0.0), "the last scale's"
 
 
 def test_a_grid_adds_its_percentages_to_the_levels() -> None:
@@ -99,7 +105,7 @@ def _collate(
 
 
 def _prompt(chat: ChatFormat, batch: CandidateBatch, row: int) -> list[int]:
-    """Token ids before the responses, with one image token for all."""
+    """Token ids before the responses, with the image tokens merged into one."""
     ids = batch.inputs["input_ids"][row][: batch.lengths[row]].tolist()
     image = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
     assert ids.count(image) == IMAGE_TOKENS
@@ -108,7 +114,7 @@ def _prompt(chat: ChatFormat, batch: CandidateBatch, row: int) -> list[int]:
 
 
 def _unspaced(text: str) -> str:
-    """Byte-level tokenizers may put a space in front of a text."""
+    """Remove the space that byte-level tokenizers may put before a text."""
     return re.sub(r"(<\|user\|>|<\|assistant\|>|<image>) ", r"\1", text)
 
 
@@ -124,7 +130,7 @@ def _check_candidates(
     answers: Sequence[str],
     levels: Sequence[float] = TENTHS,
 ) -> None:
-    """Each answer with each level, and each of them the whole conversation behind the prompt."""
+    """Check that there is one candidate per answer and level, and that prompt and candidate are the whole conversation."""
     stated = [(a, c) for a in answers for c in levels]
     assert [(c.confidence, c.wrong) for c in batch.candidates[row]] == [
         (c, a != answers[0]) for a, c in stated
@@ -135,8 +141,8 @@ def _check_candidates(
         decoded = chat.processor.tokenizer.decode([*prompt, *candidate.tokens])
         assert _unspaced(decoded) == _unspaced(text)
         assert [*prompt, *candidate.tokens] == chat.processor.tokenizer(text)["input_ids"]
-        said = chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length])
-        assert said.strip() == render_answer(answer)
+        decoded_answer = chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length])
+        assert decoded_answer.strip() == render_answer(answer)
         rest = chat.processor.tokenizer.decode(candidate.tokens[candidate.answer_length :])
         assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", rest)
         assert parse_confidence(rest) == confidence
@@ -155,22 +161,22 @@ def test_prompt_and_candidate_are_the_whole_conversation(chat: ChatFormat, sampl
 
 def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     wrong = [("No",), ("a pizza", "umbrella"), (), ("A cat, (or two!)", "Two cats. Maybe.")]
-    asked = [s._replace(wrong=w) for s, w in zip(samples, wrong, strict=True)]
-    batch = _collate(chat, asked, wrong_answers=True)
+    with_wrong = [s._replace(wrong=w) for s, w in zip(samples, wrong, strict=True)]
+    batch = _collate(chat, with_wrong, wrong_answers=True)
     _check_candidates(chat, batch, 0, ["Yes", "No"])
     _check_candidates(chat, batch, 1, ["umbrella", "a pizza"])
     _check_candidates(chat, batch, 2, ["No"])
     _check_candidates(chat, batch, 3, ["A cat, (or two!)", "Two cats. Maybe."])
     assert batch.is_correct == (True,) * 4
-    for row, without in enumerate(_collate(chat, asked).candidates):
-        assert batch.candidates[row][: len(without)] == without, "the other responses stay as they are"
+    for row, without in enumerate(_collate(chat, with_wrong).candidates):
+        assert batch.candidates[row][: len(without)] == without, "the other responses do not change"
 
 
 def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     names = ("dog", "cat", "umbrella", "car")
 
-    def said(epoch: int, name: str = "q", seed: int = 0) -> str:
+    def wrong_answer(epoch: int, name: str = "q", seed: int = 0) -> str:
         settings = CandidateSettings(wrong_answer=True, seed=seed)
         collator = CandidateCollator(chat, LinearLevels(n_levels=2), settings, 400)
         query = replace(samples[1].query, id=name)
@@ -180,29 +186,29 @@ def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples:
         assert (gold.wrong, wrong.wrong) == (False, True)
         return processor.tokenizer.decode(wrong.tokens[: wrong.answer_length]).strip(" .")
 
-    found = [said(epoch) for epoch in range(150)]
-    assert found == [said(epoch) for epoch in range(150)]
-    assert found != [said(epoch, "r") for epoch in range(150)]
-    assert found != [said(epoch, seed=1) for epoch in range(150)]
-    counts = Counter(found)
+    drawn = [wrong_answer(epoch) for epoch in range(150)]
+    assert drawn == [wrong_answer(epoch) for epoch in range(150)]
+    assert drawn != [wrong_answer(epoch, "r") for epoch in range(150)]
+    assert drawn != [wrong_answer(epoch, seed=1) for epoch in range(150)]
+    counts = Counter(drawn)
     assert set(counts) == {"dog", "cat", "car"}, "never the gold answer"
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_a_wrong_answer_in_place_of_the_gold_one_is_what_the_responses_give(
+def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
-    mistaken = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
-    batch = _collate(chat, mistaken, wrong_answers=True)
+    replaced = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
+    batch = _collate(chat, replaced, wrong_answers=True)
     _check_candidates(chat, batch, 0, ["No"])
     _check_candidates(chat, batch, 1, ["umbrella", "dog"])
     assert batch.is_correct == (False, True)
     assert batch.queries[0].answer == "Yes"
 
 
-def test_what_travels_with_the_candidates(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    asked = [s._replace(epoch=i) for i, s in enumerate(samples)]
-    batch = _collate(chat, asked)
+def test_the_batch_carries_levels_epochs_and_queries(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    in_epochs = [s._replace(epoch=i) for i, s in enumerate(samples)]
+    batch = _collate(chat, in_epochs)
     assert batch.levels == (1.0, 0.3, 0.0, 0.85)
     assert batch.is_correct == (True,) * 4
     assert batch.epochs == (0, 1, 2, 3)
@@ -214,7 +220,7 @@ def test_what_travels_with_the_candidates(chat: ChatFormat, samples: Sequence[Sa
     assert moved.candidates == batch.candidates
 
 
-def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
     together = _collate(chat, samples)
@@ -229,7 +235,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
 
 
 def _longest(chat: ChatFormat, sample: Sample) -> int:
-    """Tokens of the longest conversation, as the collator of the first stage counts them."""
+    """Tokens of the longest conversation, counted by the collator of stage 1."""
     collator = SFTCollator(chat, 10_000)
     return max(int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS)
 
@@ -242,10 +248,10 @@ def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: S
 
 
 def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    # The wrong answer of the first is what makes it too long.
-    asked = [samples[0]._replace(wrong=("No, " * 40,)), *samples[1:]]
+    # The wrong answer makes the first one too long.
+    long_answer = [samples[0]._replace(wrong=("No, " * 40,)), *samples[1:]]
     length = _longest(chat, samples[3])
-    batch = _collate(chat, asked, wrong_answers=True, length=length - 1, on_too_long="skip")
+    batch = _collate(chat, long_answer, wrong_answers=True, length=length - 1, on_too_long="skip")
     expected = _collate(chat, samples[1:3], wrong_answers=True)
     assert batch.skipped == ("q0", "q3")
     assert batch.queries == expected.queries
@@ -255,7 +261,7 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Samp
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
 
 
-def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     batch = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip")
     assert batch.inputs == {}
     assert batch.candidates == batch.queries == batch.levels == batch.is_correct == batch.epochs == ()
@@ -264,7 +270,7 @@ def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sam
 
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
-def test_text_that_stands_for_the_image_is_refused(
+def test_text_with_the_image_token_is_refused(
     chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str]
 ) -> None:
     query = replace(samples[1].query, **change)  # type: ignore[arg-type]
@@ -274,7 +280,7 @@ def test_text_that_stands_for_the_image_is_refused(
 
 
 @pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
-def test_a_wrong_answer_that_stands_for_the_image_is_refused(
+def test_a_wrong_answer_with_the_image_token_is_refused(
     processor: Any, samples: Sequence[Sample], change: dict[str, Any]
 ) -> None:
     with pytest.raises(DataError, match="record 'q1'.*<image>"):
@@ -286,28 +292,28 @@ def test_a_wrong_answer_that_stands_for_the_image_is_refused(
 def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
     processor: Any, samples: Sequence[Sample]
 ) -> None:
-    # The space belongs to the prompt alone but is part of the token " Yes" in the conversation.
+    # The space ends the prompt, but in the conversation it is part of the token " Yes".
     spaced = copy(processor)
     spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
         "<|assistant|>{% endif %}", "<|assistant|> {% endif %}"
     )
     chat = ChatFormat(spaced, ElicitationPrompt())
     assert chat.render("A dog?").endswith("<|assistant|> ")
-    asked = [samples[0]._replace(wrong=("A cat",)), *samples[1:]]
-    batch = _collate(chat, asked, wrong_answers=True)
-    # " A" is two tokens, so nothing need be taken back of the last one's prompt; the first has an answer of either kind.
+    with_wrong = [samples[0]._replace(wrong=("A cat",)), *samples[1:]]
+    batch = _collate(chat, with_wrong, wrong_answers=True)
+    # " A" is two tokens, so the last one's responses replace nothing; the first one has an answer of either kind.
     assert (batch.inputs["attention_mask"].sum(dim=1) - batch.lengths).tolist() == [1, 1, 1, 0]
     _check_candidates(chat, batch, 0, ["Yes", "A cat"])
     for row in (1, 2, 3):
         _check_candidates(chat, batch, row, [samples[row].query.answer])
 
 
-def test_what_follows_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
+def test_text_after_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
     breaking = copy(processor)
     breaking.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
     batch = _collate(ChatFormat(breaking, ElicitationPrompt()), samples)
-    said = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
-    assert all(text.endswith("%<|end|>") for text in said)
+    texts = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
+    assert all(text.endswith("%<|end|>") for text in texts)
 
 
 @pytest.mark.parametrize("paired", [True, False])

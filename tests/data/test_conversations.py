@@ -1,4 +1,4 @@
-"""`ChatFormat.conversations`: the same texts as rendering each response, under templates that change them."""
+"""`ChatFormat.conversations` equals rendering each response, also under templates that change texts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.data.candidates import (
-    ResponseTokenizer,
-)
+from vlm_calibration.data.candidates import ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE
 from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
-
-
 PART = "part['text']"
 TEMPLATES = {
-    "as it is": CHAT_TEMPLATE,
+    "unchanged": CHAT_TEMPLATE,
     "upper case": CHAT_TEMPLATE.replace(PART, f"{PART} | upper"),
     "stripped": CHAT_TEMPLATE.replace(PART, f"{PART} | trim"),
-    "said twice": CHAT_TEMPLATE.replace(PART, f"{PART} + ' ' + {PART}"),
-    "left out": CHAT_TEMPLATE.replace(PART, "''"),
+    "doubled": CHAT_TEMPLATE.replace(PART, f"{PART} + ' ' + {PART}"),
+    "omitted": CHAT_TEMPLATE.replace(PART, "''"),
     "marked when certain": CHAT_TEMPLATE.replace(PART, f"({PART} + '!' if '100%' in {PART} else {PART})"),
     "with a line break": CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"),
 }
@@ -39,12 +33,12 @@ TEMPLATES = {
 
 @pytest.fixture(scope="module")
 def chats(processor: Any) -> dict[str, ChatFormat]:
-    made = {}
+    chats = {}
     for name, template in TEMPLATES.items():
-        own = copy(processor)
-        own.chat_template = template
-        made[name] = ChatFormat(own, ElicitationPrompt())
-    return made
+        with_template = copy(processor)
+        with_template.chat_template = template
+        chats[name] = ChatFormat(with_template, ElicitationPrompt())
+    return chats
 
 
 def _one_by_one(chat: ChatFormat, question: str, responses: Sequence[str]) -> list[str]:
@@ -72,15 +66,15 @@ def test_conversations_are_those_rendered_one_by_one(
 def test_conversations_of_every_level_under_every_template(chats: dict[str, ChatFormat], name: str) -> None:
     responses = [render_response(a, c) for a in ("Yes", "No") for c in TENTHS]
     for order in (responses, responses[::-1]):
-        found = chats[name].conversations("A dog?", order)
-        assert found == _one_by_one(chats[name], "A dog?", order)
+        conversations = chats[name].conversations("A dog?", order)
+        assert conversations == _one_by_one(chats[name], "A dog?", order)
 
 
-def test_the_template_runs_twice_where_it_inserts_text_as_it_is(
+def test_a_template_that_inserts_text_unchanged_runs_twice(
     chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     responses = [render_response("Yes", c) for c in TENTHS]
-    for name, runs in (("as it is", 2), ("upper case", 11)):
+    for name, runs in (("unchanged", 2), ("upper case", 11)):
         rendered: list[str] = []
         render = chats[name].render
 
@@ -103,6 +97,6 @@ def test_a_template_that_changes_text_changes_the_candidates_with_it(
     _, candidates = ResponseTokenizer(chat, [LinearLevels()]).tokenize(samples[0].query, [samples[0].answer])
     for candidate in candidates:
         percent = round(candidate.confidence * 100)
-        said = chat.processor.tokenizer.decode(candidate.tokens).strip()
-        assert said == f"YES. CONFIDENCE: {percent}%<|end|>"
+        response = chat.processor.tokenizer.decode(candidate.tokens).strip()
+        assert response == f"YES. CONFIDENCE: {percent}%<|end|>"
         assert chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length]).strip() == "YES."

@@ -163,6 +163,6 @@ def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, agrees:
 
 def test_samples_are_not_ranked_but_compared_as_answers() -> None:
     query = Query("1", "a.png", "What is it?", "a cat", "open")
-    answer = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_right=True)
+    answer = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_correct=True)
     assert answer.correct
     assert [_agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]

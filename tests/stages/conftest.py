@@ -160,7 +160,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
 
 
 @pytest.fixture
-def module(demo_folder: str, adapter: str) -> MakeModule:
+def make_module(demo_folder: str, adapter: str) -> MakeModule:
     def make(folder: str | None = adapter, **settings: Any) -> DPOModule:
         plain = {"max_new_tokens": 8, "optimizer": OptimizerSettings(lr=3e-3)}
         return DPOModule(BaseModel(demo_folder, dtype="float32"), folder, **{**plain, **settings})

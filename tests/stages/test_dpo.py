@@ -54,8 +54,8 @@ LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "l
     ],
     ids=["adapter", "base", "none"],
 )
-def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
-    module: MakeModule,
+def test_a_run_changes_the_policy_alone_and_writes_its_files(
+    make_module: MakeModule,
     demo_folder: str,
     adapter: str,
     candidates: Data,
@@ -67,34 +67,34 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
     wrong_answer: bool,
 ) -> None:
     seen = Steps()
-    made = module(pairs=pairs, **settings)
+    module = make_module(pairs=pairs, **settings)
     run = trainer(
         *(seen, RunCheckpoint(), AdapterWriter(), BeforeAfterCheck(tolerance=1.0)),
         enable_checkpointing=True,
         max_epochs=1,
         num_sanity_val_steps=-1,
     )
-    run.fit(made, datamodule=candidates(CandidateSettings(wrong_answer=wrong_answer)))
+    run.fit(module, datamodule=candidates(CandidateSettings(wrong_answer=wrong_answer)))
     assert len(seen.losses) == 3
 
     saved = load_file(Path(adapter) / "adapter_model.safetensors")
-    reference = adapter_weights(made, "reference")
-    assert reference.keys() == (saved.keys() if made.reference == "adapter" else set())
+    reference = adapter_weights(module, "reference")
+    assert reference.keys() == (saved.keys() if module.reference == "adapter" else set())
     assert all(torch.equal(reference[name], saved[name]) for name in reference), "bit by bit"
-    policy_now = adapter_weights(made, "default")
+    policy_now = adapter_weights(module, "default")
     assert policy_now.keys() == saved.keys()
     assert not any(torch.equal(policy_now[name], saved[name]) for name in saved)
     base = dict(load_base(BaseModel(demo_folder, dtype="float32")).named_parameters())
-    for name, parameter in made.model.get_base_model().named_parameters():
+    for name, parameter in module.model.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, base[name.replace("base_layer.", "")]), name
 
     before, after = seen.validated
-    expected = LOGGED | ({"kl"} if made.reference != "none" else set())
+    expected = LOGGED | ({"kl"} if module.reference != "none" else set())
     for values in (before, after):
         assert {f"val/{name}" for name in expected} <= set(values)
         assert ("val/kl" in values) == ("kl" in expected)
-    if made.reference == "adapter":
+    if module.reference == "adapter":
         assert before["val/kl"] == pytest.approx(0, abs=1e-5)
         assert before["val/reward_margin"] == pytest.approx(0, abs=1e-3)
         assert after["val/kl"] > 1e-4
@@ -102,7 +102,7 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
     assert "before" in capsys.readouterr().out
 
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert set(checkpoint["state_dict"]) == set(trained)
     assert all(".default." in name for name in trained)
     assert checkpoint["recalibration"] is None
@@ -115,21 +115,21 @@ def test_a_run_changes_the_policy_alone_and_writes_what_it_should(
 
 
 def test_without_a_first_stage_a_new_adapter_is_trained_on_the_base_model(
-    module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     lora = LoraSettings(r=2, alpha=4, dropout=0.0, parts=["projector"])
-    made, seen = module(None, lora=lora, reference="base", pairs=PairPolicy(target="level")), Steps()
+    module, seen = make_module(None, lora=lora, reference="base", pairs=PairPolicy(target="level")), Steps()
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
-    run.fit(made, datamodule=candidates())
+    run.fit(module, datamodule=candidates())
     assert seen.validated[0]["val/kl"] == pytest.approx(0, abs=1e-5)
-    assert set(made.model.peft_config) == {"default"}
-    trained = adapter_weights(made, "default")
+    assert set(module.model.peft_config) == {"default"}
+    trained = adapter_weights(module, "default")
     assert trained
     assert all("multi_modal_projector" in name and p.any() for name, p in trained.items())
 
 
 def test_training_goes_on_from_a_checkpoint(
-    module: MakeModule,
+    make_module: MakeModule,
     candidates: Data,
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
@@ -138,7 +138,7 @@ def test_training_goes_on_from_a_checkpoint(
     knots = {"yes_no": ([0.2, 0.9], [0.3, 0.6])}
     monkeypatch.setattr(dpo, "fit_recalibration", lambda module: IsotonicMap(knots))
     policy = PairPolicy(target="recalibrated", rejected="uniform", n_rejected=2)
-    uninterrupted, seen = module(pairs=policy), Steps()
+    uninterrupted, seen = make_module(pairs=policy), Steps()
     saver = RunCheckpoint(filename="{epoch}", save_top_k=-1)
     run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
     run.fit(uninterrupted, datamodule=candidates())
@@ -146,10 +146,10 @@ def test_training_goes_on_from_a_checkpoint(
     assert torch.load(first, weights_only=True)["recalibration"] == knots
 
     def fitted(module: Any) -> IsotonicMap:
-        raise AssertionError("the map is the one that the run began with")
+        raise AssertionError("a resumed run keeps its map")
 
     monkeypatch.setattr(dpo, "fit_recalibration", fitted)
-    resumed, rest = module(pairs=policy), Steps()
+    resumed, rest = make_module(pairs=policy), Steps()
     run = trainer(rest, max_epochs=2, limit_val_batches=0)
     run.fit(resumed, datamodule=candidates(), ckpt_path=str(first))
     assert resumed.recalibration == IsotonicMap(knots)
@@ -160,7 +160,7 @@ def test_training_goes_on_from_a_checkpoint(
 
 
 def test_accumulated_batches_are_one_large_batch(
-    module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     gradients = []
     for size, batches in ((6, 1), (3, 2)):
@@ -168,68 +168,68 @@ def test_accumulated_batches_are_one_large_batch(
         queries = candidates(train=DemoSource("train", scenes=2), batch_size=size)
         run = trainer(seen, max_epochs=1, limit_val_batches=0, accumulate_grad_batches=batches)
         policy = PairPolicy(target="expected", rejected="uniform", n_rejected=2)
-        run.fit(module(nll_weight=0.3, pairs=policy), datamodule=queries)
+        run.fit(make_module(nll_weight=0.3, pairs=policy), datamodule=queries)
         gradients += seen.gradients
     large, accumulated = gradients
     assert float((large - accumulated).norm()) < 1e-4 * float(large.norm())
 
 
 def test_training_learns_to_state_the_target(
-    module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     seen = Steps()
     noise = NoisePolicy(levels=LinearLevels(n_levels=5), distractor_probability=0.0, clean_fraction=1.0)
     queries = candidates(noise=noise)
-    made = module(loss=DPO(beta=1.0), pairs=PairPolicy(target="level"))
-    trainer(seen, max_epochs=5, limit_val_batches=0).fit(made, datamodule=queries)
+    module = make_module(loss=DPO(beta=1.0), pairs=PairPolicy(target="level"))
+    trainer(seen, max_epochs=5, limit_val_batches=0).fit(module, datamodule=queries)
     assert sum(seen.losses[-3:]) < 0.5 * sum(seen.losses[:3])
 
 
 def test_data_without_candidates_are_refused(
-    module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     with pytest.raises(DataError, match=r"data\.candidates is not set: preference optimisation needs it"):
-        trainer(max_steps=1).fit(module(), datamodule=candidates(None))
+        trainer(max_steps=1).fit(make_module(), datamodule=candidates(None))
 
 
 @pytest.mark.parametrize("loss", [DPO(), Listwise()], ids=repr)
-def test_a_loss_that_needs_a_reference_is_given_one(module: MakeModule, loss: Any) -> None:
+def test_a_loss_that_needs_a_reference_is_refused_without_one(make_module: MakeModule, loss: Any) -> None:
     with pytest.raises(DataError, match=rf"model\.reference: {type(loss).__name__} needs one, found none"):
-        module(reference="none", loss=loss)
-    module(reference="none", loss=DPO(reference_free=True), pairs=PairPolicy(target="level"))
+        make_module(reference="none", loss=loss)
+    make_module(reference="none", loss=DPO(reference_free=True), pairs=PairPolicy(target="level"))
 
 
-def test_drift_needs_a_reference(module: MakeModule) -> None:
+def test_drift_needs_a_reference(make_module: MakeModule) -> None:
     with pytest.raises(DataError, match=r"model\.drift_weight compares with the reference, but .* is none"):
-        module(reference="none", loss=SimPO(), drift_weight=0.3, pairs=PairPolicy(target="level"))
+        make_module(reference="none", loss=SimPO(), drift_weight=0.3, pairs=PairPolicy(target="level"))
 
 
 @pytest.mark.parametrize(
     "policy", [PairPolicy(target="expected"), PairPolicy(target="level", rejected="far", on_policy=True)]
 )
 def test_a_target_that_asks_the_reference_is_refused_without_one(
-    module: MakeModule, policy: PairPolicy
+    make_module: MakeModule, policy: PairPolicy
 ) -> None:
     with pytest.raises(
         DataError, match=r"model\.pairs: .* needs the reference, but model\.reference is none"
     ):
-        module(reference="none", loss=SimPO(), pairs=policy)
+        make_module(reference="none", loss=SimPO(), pairs=policy)
 
 
 def test_a_missing_adapter_says_to_train_one_first(
-    module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"no adapter at {tmp_path}/none .*: train one first"):
-        trainer(max_steps=1).fit(module(f"{tmp_path}/none"), datamodule=candidates())
+        trainer(max_steps=1).fit(make_module(f"{tmp_path}/none"), datamodule=candidates())
 
 
-def test_an_adapter_to_compare_with_must_be_given(module: MakeModule) -> None:
+def test_reference_adapter_requires_an_adapter(make_module: MakeModule) -> None:
     with pytest.raises(DataError, match=r"model\.reference: adapter, but model\.adapter is not set"):
-        module(None)
+        make_module(None)
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
-def test_a_weight_that_makes_no_sense_is_refused(module: MakeModule, weight: float) -> None:
+def test_a_weight_that_is_negative_or_not_finite_is_refused(make_module: MakeModule, weight: float) -> None:
     for name in ("nll_weight", "confidence_weight", "drift_weight"):
         with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
-            module(**{name: weight})
+            make_module(**{name: weight})

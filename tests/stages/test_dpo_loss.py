@@ -32,11 +32,11 @@ from .preference import Data, MakeModule, Observed, adapter_weights
 
 
 def test_loss_and_statistics_by_hand(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beta = 0.4
-    made = module(loss=DPO(beta=beta), pairs=PairPolicy(target="level"))
-    observed = Observed(made, candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 5)
+    module = make_module(loss=DPO(beta=beta), pairs=PairPolicy(target="level"))
+    observed = Observed(module, candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 5)
     loss = float(observed.step())
     terms: dict[str, list[float]] = {
         name: [] for name in ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
@@ -63,11 +63,11 @@ def test_loss_and_statistics_by_hand(
 
 
 def test_at_the_start_the_policy_is_the_reference(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = module(loss=DPO(beta=1.0))
-    observed = Observed(made, candidates(), monkeypatch)
-    parameters = dict(made.named_parameters())
+    module = make_module(loss=DPO(beta=1.0))
+    observed = Observed(module, candidates(), monkeypatch)
+    parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             if ".default." in name:
@@ -80,8 +80,8 @@ def test_at_the_start_the_policy_is_the_reference(
     ("settings", "constant", "confidence_weight"),
     [({}, False, 1.0), ({"answer_weight": "constant", "confidence_weight": 2.5}, True, 2.5)],
 )
-def test_tokens_of_chosen_responses_weigh_as_stated(
-    module: MakeModule,
+def test_the_nll_term_weights_tokens_as_in_stage_1(
+    make_module: MakeModule,
     candidates: Data,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
@@ -91,8 +91,8 @@ def test_tokens_of_chosen_responses_weigh_as_stated(
     losses = {}
     for weight in (0.0, 0.7):
         with monkeypatch.context() as patch:
-            made = module(nll_weight=weight, pairs=PairPolicy(target="level"), **settings)
-            observed = Observed(made, candidates(), patch, 9)
+            module = make_module(nll_weight=weight, pairs=PairPolicy(target="level"), **settings)
+            observed = Observed(module, candidates(), patch, 9)
             losses[weight] = float(observed.step())
     nll, weights = [], []
     for row, [first, *_] in enumerate(observed.compared()):
@@ -101,7 +101,7 @@ def test_tokens_of_chosen_responses_weigh_as_stated(
         weight = (1.0 if constant else sample.confidence) * (sample.wrong_answer is None)
         weights.append(weight)
         nll.append(-(weight * answer_p + confidence_weight * (log_p - answer_p)) / length)
-    assert 0 < sum(weight > 0 for weight in weights) < 9, "wrong answers are not taught"
+    assert 0 < sum(weight > 0 for weight in weights) < 9, "wrong answers have no weight"
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
 
 
@@ -115,8 +115,8 @@ def test_tokens_of_chosen_responses_weigh_as_stated(
     ],
     ids=repr,
 )
-def test_what_responses_share_is_held_where_the_reference_has_it(
-    module: MakeModule,
+def test_the_drift_term_is_the_squared_change_of_answer_and_endings(
+    make_module: MakeModule,
     candidates: Data,
     monkeypatch: pytest.MonkeyPatch,
     loss: Any,
@@ -126,9 +126,9 @@ def test_what_responses_share_is_held_where_the_reference_has_it(
     losses = {}
     for weight in (0.0, 0.7):
         with monkeypatch.context() as patch:
-            made = module(loss=loss, drift_weight=weight, pairs=policy)
+            module = make_module(loss=loss, drift_weight=weight, pairs=policy)
             data = candidates(CandidateSettings(wrong_answer=wrong_answer))
-            observed = Observed(made, data, patch, 6)
+            observed = Observed(module, data, patch, 6)
             losses[weight] = float(observed.step())
     drifts = []
     for row, responses in enumerate(observed.compared()):
@@ -145,13 +145,13 @@ def test_what_responses_share_is_held_where_the_reference_has_it(
 
 @pytest.mark.parametrize("loss", [DPO(), Listwise(beta=0.5)], ids=repr)
 def test_a_shared_prefix_changes_neither_loss_nor_gradient(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, loss: Any
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, loss: Any
 ) -> None:
     results = []
     for scoring in ("plain", "shared"):
         with monkeypatch.context() as patch:
-            made = module(loss=loss, scoring=scoring, nll_weight=0.5, drift_weight=0.5)
-            observed = Observed(made, candidates(CandidateSettings(wrong_answer=True)), patch)
+            module = make_module(loss=loss, scoring=scoring, nll_weight=0.5, drift_weight=0.5)
+            observed = Observed(module, candidates(CandidateSettings(wrong_answer=True)), patch)
             value = observed.step()
             value.backward()
             gradients = [p.grad for p in trained_parameters(observed.module)]
@@ -163,36 +163,36 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradient(
 
 
 def test_gradients_reach_the_policy_alone(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(module(nll_weight=0.1), candidates(), monkeypatch)
+    observed = Observed(make_module(nll_weight=0.1), candidates(), monkeypatch)
     observed.step().backward()
     for name, parameter in observed.module.named_parameters():
         assert parameter.requires_grad == (".default." in name)
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".default." in name)
 
 
-def test_only_the_wanted_parts_are_trained(
-    module: MakeModule, demo_adapter: Callable[..., str], candidates: Data, trainer: Any
+def test_only_the_chosen_parts_are_trained(
+    make_module: MakeModule, demo_adapter: Callable[..., str], candidates: Data, trainer: Any
 ) -> None:
     folder = demo_adapter(parts=["language", "tower", "projector"])
-    made = module(folder, parts=["projector"])
-    trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=candidates())
+    module = make_module(folder, parts=["projector"])
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=candidates())
     saved = load_file(Path(folder) / "adapter_model.safetensors")
     changed = {
-        name for name, p in adapter_weights(made, "default").items() if not torch.equal(p, saved[name])
+        name for name, p in adapter_weights(module, "default").items() if not torch.equal(p, saved[name])
     }
     assert changed == {name for name in saved if "multi_modal_projector" in name}
     with pytest.raises(DataError, match=r"the adapter at .* has no layer in tower"):
-        module(parts=["tower"]).configure_model()
+        make_module(parts=["tower"]).configure_model()
     with pytest.raises(DataError, match=r"model\.parts needs a given adapter"):
-        module(None, reference="base", parts=["projector"])
+        make_module(None, reference="base", parts=["projector"])
 
 
-def test_a_batch_of_which_all_is_too_long_teaches_nothing(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(module(), candidates(max_length=70, on_too_long="skip"), monkeypatch)
+    observed = Observed(make_module(), candidates(max_length=70, on_too_long="skip"), monkeypatch)
     assert observed.batch.inputs == {}
     loss = observed.step()
     assert float(loss) == 0
@@ -212,7 +212,7 @@ def _scores(lengths: list[list[int]], longest: int, seed: int) -> ResponseScores
     return ResponseScores(values.masked_fill(~tokens, 0.0), tokens)
 
 
-# (tokens, of the answer, of the ending) of each candidate; queries may have unequally many
+# (tokens, answer length, ending length) of each candidate; queries can have unequally many
 COMPARED = [
     [[(6, 2, 2), (5, 2, 2), (6, 2, 1)], [(4, 1, 0), (7, 3, 3)]],
     [[(5, 1, 2)], [(3, 1, 1)]],

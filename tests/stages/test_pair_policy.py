@@ -30,9 +30,9 @@ TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 
 
 def _candidates(levels: Sequence[float] = TENTHS, wrong: bool = False) -> tuple[Candidate, ...]:
-    """One response a level, and then the same again with a wrong answer."""
-    right = [Candidate((i,), 1, 0, c, False) for i, c in enumerate(levels)]
-    return (*right, *(c._replace(wrong=True) for c in right if wrong))
+    """One response per level, then the same with a wrong answer."""
+    correct = [Candidate((i,), 1, 0, c, False) for i, c in enumerate(levels)]
+    return (*correct, *(c._replace(wrong=True) for c in correct if wrong))
 
 
 def _rejected(target: int, epoch: int = 0, levels: Sequence[float] = TENTHS, **settings: Any) -> list[int]:
@@ -42,12 +42,9 @@ def _rejected(target: int, epoch: int = 0, levels: Sequence[float] = TENTHS, **s
     return rejected
 
 
-# --- What is chosen and rejected ---------------------------------------------------------------------------------
-
-
 @st.composite
 def _choices(draw: st.DrawFn) -> tuple[PairPolicy, tuple[Candidate, ...], int, int, int]:
-    """A policy, candidates, the target's index, an epoch and the reference's own index."""
+    """A policy, candidates, the target's index, an epoch, and the index that the reference would state."""
     levels = sorted(draw(st.sets(st.integers(0, 100), min_size=1, max_size=12)), reverse=True)
     rejected = draw(st.sampled_from(["all", "uniform", "far", "adjacent"]))
     policy = PairPolicy(
@@ -56,18 +53,18 @@ def _choices(draw: st.DrawFn) -> tuple[PairPolicy, tuple[Candidate, ...], int, i
         on_policy=draw(st.booleans()),
         seed=draw(st.integers(0, 5)),
     )
-    which = st.integers(0, len(levels) - 1)
+    index = st.integers(0, len(levels) - 1)
     candidates = _candidates([level / 100 for level in levels], draw(st.booleans()))
-    return policy, candidates, draw(which), draw(st.integers(0, 3)), draw(which)
+    return policy, candidates, draw(index), draw(st.integers(0, 3)), draw(index)
 
 
 @given(_choices())
 def test_the_chosen_one_comes_first_and_is_never_rejected(
     case: tuple[PairPolicy, tuple[Candidate, ...], int, int, int],
 ) -> None:
-    policy, candidates, target, epoch, own = case
-    picks = choose(policy, candidates, target, QUERY, epoch, own)
-    assert picks == choose(policy, candidates, target, QUERY, epoch, own)
+    policy, candidates, target, epoch, mode = case
+    picks = choose(policy, candidates, target, QUERY, epoch, mode)
+    assert picks == choose(policy, candidates, target, QUERY, epoch, mode)
     assert picks[0] == target
     assert len(set(picks)) == len(picks)
     n_levels = sum(not c.wrong for c in candidates)
@@ -76,8 +73,8 @@ def test_the_chosen_one_comes_first_and_is_never_rejected(
     assert len(levels) == n_rejected
     assert not any(candidates[i].wrong for i in levels)
     assert wrong == ([target + n_levels] if len(candidates) > n_levels else []), "last, and at the same level"
-    if policy.on_policy and own != target:
-        assert own in levels
+    if policy.on_policy and mode != target:
+        assert mode in levels
 
 
 def test_all_others_are_rejected() -> None:
@@ -87,7 +84,7 @@ def test_all_others_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("rejected", ["uniform", "far", "adjacent"])
-def test_one_is_rejected_unless_asked_for_more_and_never_more_than_there_are(rejected: str) -> None:
+def test_one_is_rejected_by_default_and_at_most_all_others(rejected: str) -> None:
     assert len(_rejected(4, rejected=rejected)) == 1
     assert len(_rejected(4, rejected=rejected, n_rejected=3)) == 3
     assert sorted(_rejected(4, rejected=rejected, n_rejected=50)) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
@@ -95,14 +92,14 @@ def test_one_is_rejected_unless_asked_for_more_and_never_more_than_there_are(rej
 
 def test_uniform_is_uniform() -> None:
     levels = (1.0, 0.8, 0.4, 0.1, 0.0)
-    one = Counter(_rejected(2, e, levels, rejected="uniform")[0] for e in range(2000))
-    assert sorted(one) == [0, 1, 3, 4]
-    assert chisquare(list(one.values())).pvalue > 1e-3
-    two = Counter(
+    single = Counter(_rejected(2, e, levels, rejected="uniform")[0] for e in range(2000))
+    assert sorted(single) == [0, 1, 3, 4]
+    assert chisquare(list(single.values())).pvalue > 1e-3
+    in_pairs = Counter(
         tuple(sorted(_rejected(2, e, levels, rejected="uniform", n_rejected=2))) for e in range(2000)
     )
-    assert sorted(two) == list(combinations([0, 1, 3, 4], 2))
-    assert chisquare(list(two.values())).pvalue > 1e-3
+    assert sorted(in_pairs) == list(combinations([0, 1, 3, 4], 2))
+    assert chisquare(list(in_pairs.values())).pvalue > 1e-3
 
 
 def test_what_is_drawn_is_a_pure_function_of_seed_epoch_and_id() -> None:
@@ -125,14 +122,14 @@ def test_far_and_adjacent_are_those_of_a_naive_sort(rejected: str, target: int, 
     # In tenths, so that equal distances are equal: in floats 0.3 - 0.2 is not 0.2 - 0.1.
     away = {i: abs(i - target) for i in range(11) if i != target}
     nearest_or_furthest = sorted(away.values(), reverse=rejected == "far")[:n]
-    found = [_rejected(target, epoch, rejected=rejected, n_rejected=n) for epoch in range(40)]
-    assert all([away[i] for i in picks] == nearest_or_furthest for picks in found)
-    # What is equally far comes in at random.
+    choices = [_rejected(target, epoch, rejected=rejected, n_rejected=n) for epoch in range(40)]
+    assert all([away[i] for i in picks] == nearest_or_furthest for picks in choices)
+    # Ties are broken at random.
     could_be = {i for i in away if away[i] in nearest_or_furthest}
-    assert {i for picks in found for i in picks} == could_be
+    assert {i for picks in choices for i in picks} == could_be
 
 
-def test_ties_fall_evenly() -> None:
+def test_ties_are_broken_evenly() -> None:
     nearest_two = Counter(_rejected(8, epoch, rejected="adjacent")[0] for epoch in range(1000))
     assert set(nearest_two) == {7, 9}
     assert abs(nearest_two[7] / 1000 - 0.5) < 0.06
@@ -144,12 +141,12 @@ def test_on_policy_rejects_what_the_reference_would_state(rejected: str, n: int)
     for epoch in range(20):
         plain = _rejected(6, epoch, rejected=rejected, n_rejected=n)
         same = _rejected(6, epoch, rejected=rejected, n_rejected=n, on_policy=True, mode=6)
-        assert same == plain, "nothing to correct"
+        assert same == plain, "the reference states the target"
         for mode in (0, 5, 10):
-            found = _rejected(6, epoch, rejected=rejected, n_rejected=n, on_policy=True, mode=mode)
-            assert found == [mode, *(i for i in plain if i != mode)][:n]
+            with_mode = _rejected(6, epoch, rejected=rejected, n_rejected=n, on_policy=True, mode=mode)
+            assert with_mode == [mode, *(i for i in plain if i != mode)][:n]
             without = _rejected(6, epoch, rejected=rejected, n_rejected=n, mode=mode)
-            assert without == plain, "only if asked for"
+            assert without == plain, "only with on_policy"
 
 
 def test_on_policy_adds_nothing_to_all() -> None:
@@ -163,7 +160,7 @@ def test_a_wrong_answer_comes_last_and_states_the_target() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         (
             {"n_rejected": 1},
@@ -174,10 +171,10 @@ def test_a_wrong_answer_comes_last_and_states_the_target() -> None:
         ({"seed": -1}, "model.pairs.seed must be at least 0, found -1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         PairPolicy(**settings)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +187,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
         ({"target": "recalibrated"}, True),
     ],
 )
-def test_when_the_reference_is_asked(settings: dict[str, Any], needed: bool) -> None:
+def test_which_policies_need_the_reference(settings: dict[str, Any], needed: bool) -> None:
     assert PairPolicy(**settings).needs_reference is needed
 
 
@@ -215,5 +212,5 @@ def test_the_nearest_level_is_the_higher_of_two(
 @given(st.lists(st.integers(0, 100), min_size=1, unique=True), st.integers(0, 100))
 def test_no_level_is_nearer_than_the_nearest(percents: list[int], percent: int) -> None:
     # Halves and quarters are exact, so that ties are ties.
-    found = percents[nearest([p / 128 for p in percents], percent / 128)]
-    assert found == min(percents, key=lambda p: (abs(p - percent), -p))
+    nearest_percent = percents[nearest([p / 128 for p in percents], percent / 128)]
+    assert nearest_percent == min(percents, key=lambda p: (abs(p - percent), -p))

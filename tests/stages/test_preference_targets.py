@@ -34,9 +34,9 @@ def _nearest_level(confidence: float) -> float:
 
 
 def test_the_level_of_the_noise_is_chosen(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(module(pairs=PairPolicy(target="level")), candidates(), monkeypatch, 9)
+    observed = Observed(make_module(pairs=PairPolicy(target="level")), candidates(), monkeypatch, 9)
     for row, sample in zip(observed.compared(), observed.samples, strict=True):
         assert row[0].confidence == sample.confidence
         assert {c.confidence for c in row[1:]} == set(LEVELS) - {sample.confidence}
@@ -45,9 +45,9 @@ def test_the_level_of_the_noise_is_chosen(
 
 @pytest.mark.parametrize("reference", ["adapter", "base"])
 def test_the_expected_level_is_that_of_plain_forwards(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, reference: str
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, reference: str
 ) -> None:
-    observed = Observed(module(reference=reference), candidates(), monkeypatch)
+    observed = Observed(make_module(reference=reference), candidates(), monkeypatch)
     expected = [observed.expected(row) for row in range(4)]
     assert [row[0].confidence for row in observed.compared()] == [_nearest_level(e) for e in expected]
     scores = observed.module.score_reference(observed.batch, observed.batch.candidates)
@@ -57,10 +57,10 @@ def test_the_expected_level_is_that_of_plain_forwards(
     assert max(abs(a - b) for a, b in zip(policy, expected, strict=True)) > 0.01, "the reference decides"
 
 
-def test_a_grid_lets_the_expected_confidence_be_stated_more_finely(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+def test_a_grid_refines_the_expected_confidence(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(module(), candidates(CandidateSettings(grid=5)), monkeypatch, 6)
+    observed = Observed(make_module(), candidates(CandidateSettings(grid=5)), monkeypatch, 6)
     finer = [percent / 100 for percent in range(0, 101, 5)]
     expected = [observed.expected(row) for row in range(6)]
     chosen = observed.compared()
@@ -70,9 +70,9 @@ def test_a_grid_lets_the_expected_confidence_be_stated_more_finely(
 
 
 def test_the_recalibrated_level_is_the_map_of_the_expected_one(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(module(pairs=PairPolicy(target="recalibrated")), candidates(), monkeypatch, 6)
+    observed = Observed(make_module(pairs=PairPolicy(target="recalibrated")), candidates(), monkeypatch, 6)
     observed.module.recalibration = IsotonicMap({"yes_no": ([0.0, 1.0], [0.1, 0.3])})
     for row, (picks, sample) in enumerate(zip(observed.compared(), observed.samples, strict=True)):
         expected = observed.expected(row)
@@ -82,11 +82,11 @@ def test_the_recalibrated_level_is_the_map_of_the_expected_one(
             assert picks[0].confidence == _nearest_level(expected)
 
 
-def test_what_the_reference_would_state_is_rejected(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+def test_the_mode_of_the_reference_is_rejected(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = PairPolicy(target="level", rejected="far", on_policy=True)
-    observed = Observed(module(pairs=policy), candidates(), monkeypatch, 9)
+    observed = Observed(make_module(pairs=policy), candidates(), monkeypatch, 9)
     differs = 0
     for row, picks in enumerate(observed.compared()):
         levels = observed.batch.candidates[row]
@@ -100,12 +100,12 @@ def test_what_the_reference_would_state_is_rejected(
 
 
 @pytest.mark.parametrize("target", ["level", "expected"])
-def test_the_references_likelihoods_belong_to_the_candidates(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, target: str
+def test_reference_likelihoods_match_their_candidates(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     policy = PairPolicy(target=target, rejected="uniform", n_rejected=2)  # type: ignore[arg-type]
     observed = Observed(
-        module(pairs=policy), candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 9
+        make_module(pairs=policy), candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 9
     )
     with torch.no_grad():
         compared, reference = observed.module.choose(observed.batch)
@@ -120,15 +120,15 @@ def test_the_references_likelihoods_belong_to_the_candidates(
 
 
 @pytest.mark.parametrize("settings", [{"loss": SimPO(), "reference": "none"}, {"loss": SimPO()}])
-def test_a_reference_that_is_not_needed_is_not_asked(
-    module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+def test_a_reference_that_is_not_needed_does_not_score(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    observed = Observed(module(**settings, pairs=PairPolicy(target="level")), candidates(), monkeypatch)
+    observed = Observed(make_module(**settings, pairs=PairPolicy(target="level")), candidates(), monkeypatch)
 
-    def asked(*_: Any) -> Tensor:
-        raise AssertionError("asked")
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("the reference scores")
 
-    monkeypatch.setattr(observed.module, "score_reference", asked)
+    monkeypatch.setattr(observed.module, "score_reference", refuse)
     assert observed.module.choose(observed.batch)[1] is None
     assert observed.step().isfinite()
     adapters = set(observed.module.model.peft_config)
@@ -137,13 +137,15 @@ def test_a_reference_that_is_not_needed_is_not_asked(
 
 @pytest.mark.parametrize("reference", ["adapter", "base"])
 def test_the_reference_is_the_same_while_the_policy_is_trained(
-    module: MakeModule,
+    make_module: MakeModule,
     demo_adapter: Callable[..., str],
     candidates: Data,
     monkeypatch: pytest.MonkeyPatch,
     reference: str,
 ) -> None:
-    observed = Observed(module(demo_adapter(dropout=0.3), reference=reference), candidates(), monkeypatch)
+    observed = Observed(
+        make_module(demo_adapter(dropout=0.3), reference=reference), candidates(), monkeypatch
+    )
     scores = observed.module.score_reference
     assert observed.module.model.training
     first, again = (scores(observed.batch, observed.batch.candidates).total for _ in range(2))
@@ -154,7 +156,7 @@ def test_the_reference_is_the_same_while_the_policy_is_trained(
 
 
 def _distribution(*rows: Sequence[float]) -> LevelDistribution:
-    """Three levels with the same again for a wrong answer, which does not count."""
+    """A distribution over three levels; the same levels with a wrong answer do not count."""
     levels = [Candidate((1,), 1, 0, c, False) for c in (1.0, 0.5, 0.0)]
     candidates = (*levels, *(c._replace(wrong=True) for c in levels))
     return LevelDistribution(torch.tensor([[*row, 5.0, 6.0, 7.0] for row in rows]), (candidates,) * len(rows))

@@ -46,19 +46,19 @@ rows = st.lists(
 
 @given(rows, st.randoms(use_true_random=False))
 def test_the_map_is_isotonic_regression_for_each_answer_type(
-    found: list[tuple[float, bool, str]], random: Any
+    answers: list[tuple[float, bool, str]], random: Any
 ) -> None:
-    fitted = fit_isotonic_map(*zip(*found, strict=True))
+    fitted = fit_isotonic_map(*zip(*answers, strict=True))
     grid = np.linspace(0, 1, 81)
-    assert set(fitted.knots) == {kind for _, _, kind in found}
+    assert set(fitted.knots) == {kind for _, _, kind in answers}
     for kind in fitted.knots:
-        x, y = zip(*((c, float(r)) for c, r, k in found if k == kind), strict=True)
+        x, y = zip(*((c, float(r)) for c, r, k in answers if k == kind), strict=True)
         peer = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(x, y)
         ours = [fitted(c, kind) for c in grid]
         np.testing.assert_allclose(ours, peer.predict(grid), atol=1e-9)
         assert all(0 <= value <= 1 for value in ours)
         assert (np.diff(ours) >= -1e-12).all()
-    shuffled = list(found)
+    shuffled = list(answers)
     random.shuffle(shuffled)
     assert fit_isotonic_map(*zip(*shuffled, strict=True)) == fitted
 
@@ -74,24 +74,24 @@ def test_the_map_by_hand() -> None:
     assert fitted(1.0, "open") == 1.0
 
 
-def test_types_are_fitted_apart() -> None:
+def test_each_answer_type_has_its_own_map() -> None:
     fitted = fit_isotonic_map([0.5, 0.5, 0.5], [True, True, False], ["yes_no", "yes_no", "short"])
     assert (fitted(0.3, "yes_no"), fitted(0.3, "short")) == (1.0, 0.0)
 
 
-def test_a_type_that_was_not_measured_keeps_its_confidence() -> None:
+def test_an_answer_type_without_a_map_keeps_its_confidence() -> None:
     fitted = IsotonicMap({"yes_no": ([0.0, 1.0], [0.4, 0.6])})
     assert fitted(0.9, "yes_no") == pytest.approx(0.58)
     assert fitted(0.9, "open") == 0.9
 
 
 @pytest.mark.parametrize("kind", ["yes_no", "open"])
-def test_no_number_is_no_confidence(kind: str) -> None:
+def test_nan_is_no_confidence(kind: str) -> None:
     with pytest.raises(ValueError, match="confidence is not a number"):
         IsotonicMap({"yes_no": ([0.0, 1.0], [0.4, 0.6])})(math.nan, kind)
 
 
-def _fits(fitted: IsotonicMap, rows: Sequence[tuple[float, bool, str]]) -> None:
+def _assert_fitted_on(fitted: IsotonicMap, rows: Sequence[tuple[float, bool, str]]) -> None:
     expected = fit_isotonic_map(*zip(*rows, strict=True))
     assert fitted.knots.keys() == expected.knots.keys()
     for kind, (confidence, accuracy) in expected.knots.items():
@@ -100,19 +100,19 @@ def _fits(fitted: IsotonicMap, rows: Sequence[tuple[float, bool, str]]) -> None:
 
 
 def test_the_map_is_fitted_on_what_the_reference_answers_and_expects(
-    module: MakeModule,
+    make_module: MakeModule,
     demo_folder: str,
     adapter: str,
     candidates: Data,
     trainer: Callable[..., L.Trainer],
 ) -> None:
-    made = module(pairs=PairPolicy(target="recalibrated"))
+    module = make_module(pairs=PairPolicy(target="recalibrated"))
     queries = candidates(validation=DemoSource("calibration", scenes=4))
     run = trainer(max_steps=1, limit_train_batches=1)
-    run.fit(made, datamodule=queries)
-    assert made.recalibration is not None
+    run.fit(module, datamodule=queries)
+    assert module.recalibration is not None
 
-    # By hand: generate with the adapter, and ask for every level behind the answer as it was given.
+    # By hand: generate with the adapter, and score every level after the answer.
     model = load_adapters(load_base(BaseModel(demo_folder, dtype="float32")), {"sft": adapter}).eval()
     rows: list[tuple[float, bool, str]] = []
     for batch in queries.val_dataloader():
@@ -125,7 +125,7 @@ def test_the_map_is_fitted_on_what_the_reference_answers_and_expects(
             rows.append((float(p @ torch.tensor(LEVELS, dtype=p.dtype)), graded.correct, query.answer_type))
     assert len(rows) == 12
     assert {correct for _, correct, _ in rows} == {True, False}
-    _fits(made.recalibration, rows)
+    _assert_fitted_on(module.recalibration, rows)
 
 
 def _log_p(
@@ -135,8 +135,8 @@ def _log_p(
     chat, pixels = queries.chat, batch.prompts.inputs["pixel_values"][row : row + 1]
     blank = np.zeros((96, 96, 3), dtype=np.uint8)
     prompt, full = (
-        chat.inputs([chat.render(query.question, *said)], [blank], "right")["input_ids"]
-        for said in ((), (render_response(answer, confidence),))
+        chat.inputs([chat.render(query.question, *response)], [blank], "right")["input_ids"]
+        for response in ((), (render_response(answer, confidence),))
     )
     with torch.no_grad():
         logits = model(input_ids=full, attention_mask=torch.ones_like(full), pixel_values=pixels).logits[0]
@@ -165,7 +165,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("text", ["Yes. Confidence: 90%", "A cat. Confidence: 80%"])
-def test_what_is_asked_of_the_reference_is_the_conversation(
+def test_the_reference_scores_the_whole_conversation(
     candidates: Data, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """However many tokens of the prompt an answer replaces: here "Yes" merges with the space before it, and "A cat" does not."""
@@ -190,7 +190,7 @@ def test_what_is_asked_of_the_reference_is_the_conversation(
 
 
 def test_the_map_is_that_of_all_processes(
-    module: MakeModule,
+    make_module: MakeModule,
     candidates: Data,
     trainer: Callable[..., L.Trainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -199,38 +199,38 @@ def test_the_map_is_that_of_all_processes(
     others = [(0.3, False, "yes_no"), (0.8, True, "yes_no")]
     monkeypatch.setattr(preference_targets, "_score_answers", lambda *_: [])
     monkeypatch.setattr(preference_targets, "_all_gather", lambda rows: rows + others)
-    made = module(pairs=PairPolicy(target="recalibrated"))
-    trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=candidates())
-    assert made.recalibration == fit_isotonic_map(*zip(*others, strict=True))
+    module = make_module(pairs=PairPolicy(target="recalibrated"))
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=candidates())
+    assert module.recalibration == fit_isotonic_map(*zip(*others, strict=True))
 
 
 def test_a_process_without_validation_queries_fits_the_map_of_the_others(
-    module: MakeModule,
+    make_module: MakeModule,
     candidates: Data,
     trainer: Callable[..., L.Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     others = [(0.3, False, "yes_no"), (0.8, True, "yes_no")]
     monkeypatch.setattr(preference_targets, "_all_gather", lambda rows: rows + others)
-    made, queries = module(pairs=PairPolicy(target="recalibrated")), candidates()
+    module, queries = make_module(pairs=PairPolicy(target="recalibrated")), candidates()
 
     def nothing() -> list[Any]:  # Lightning asks for the code of a loader's function, which `list` has not
         return []
 
     monkeypatch.setattr(queries, "val_dataloader", nothing)
-    trainer(max_steps=1, limit_val_batches=0).fit(made, datamodule=queries)
-    assert made.recalibration == fit_isotonic_map(*zip(*others, strict=True))
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=queries)
+    assert module.recalibration == fit_isotonic_map(*zip(*others, strict=True))
 
 
 def test_a_map_needs_answers_to_be_fitted_on(
-    module: MakeModule,
+    make_module: MakeModule,
     candidates: Data,
     trainer: Callable[..., L.Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = PairPolicy(target="recalibrated")
     with pytest.raises(DataError, match=r"data\.validation is not set: `target: recalibrated`"):
-        trainer(max_steps=1).fit(module(pairs=policy), datamodule=candidates(validation=None))
+        trainer(max_steps=1).fit(make_module(pairs=policy), datamodule=candidates(validation=None))
     monkeypatch.setattr(preference_targets, "_score_answers", lambda *_: [])
     with pytest.raises(DataError, match="`target: recalibrated`.*nothing to fit"):
-        trainer(max_steps=1).fit(module(pairs=policy), datamodule=candidates())
+        trainer(max_steps=1).fit(make_module(pairs=policy), datamodule=candidates())
