@@ -1,4 +1,4 @@
-"""Short runs of a family through both stages, on four records about images of unlike size."""
+"""Short runs of both stages for one model family, on four records with images of different sizes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
 NOISE = NoisePolicy(
     levels=LinearLevels(n_levels=3), level_weights=[0.0, 1.0, 0.0], distractor_probability=0.0
 )
-"""Half of the evidence is left, so that every response states 50%."""
+"""Every sample has half of the noise, so every response states 50%."""
 LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
 
 
 def write_records(folder: Path) -> str:
-    """Write four records of unlike images, questions and answers; returns the path of their JSONL file."""
+    """Write four records with different images, questions and answers; return the path of their JSONL file."""
     rng = np.random.default_rng(0)
     texts = (
         ("A dog?", "Yes", "yes_no"),
@@ -58,7 +58,7 @@ def write_records(folder: Path) -> str:
 
 
 class Watch(L.Callback):
-    """Keeps the loss of every step, the first gradients, and all parameters as they were before."""
+    """Records the loss of every step, the first gradients, and all parameters before training."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -80,7 +80,7 @@ class Watch(L.Callback):
 def data_of(
     folder: str, records: str, candidates: CandidateSettings | None = None
 ) -> PerturbedQueryDataModule:
-    """All records in one batch, noised at the resolution of the model."""
+    """A data module with all records in one batch, noised at the resolution of the model."""
     source = JsonlSource(records)
     return PerturbedQueryDataModule(
         folder, train=source, noise=NOISE, candidates=candidates, batch_size=len(SIZES), workers=0
@@ -90,7 +90,7 @@ def data_of(
 def fit(
     module: L.LightningModule, data: PerturbedQueryDataModule, steps: int, precision: str = "32-true"
 ) -> Watch:
-    """Train for so many steps."""
+    """Train for a number of steps."""
     watch = Watch()
     L.Trainer(
         accelerator="cpu",
@@ -109,7 +109,18 @@ def fit(
 
 @dataclass
 class Run:
-    """A family's way through both stages. watched: each stage's training. adapters: folders of what each stage saved."""
+    """A family's run through both stages.
+
+    Attributes:
+        family: the model family.
+        base: the base model.
+        data: the data of stage 2.
+        sft: the module of stage 1, after training.
+        dpo: the module of stage 2, after training.
+        watched: stage -> its recorded training.
+        adapters: stage -> folder of its adapter.
+        batches: kind -> collated batch, a cache of `batch`.
+    """
 
     family: Family
     base: BaseModel
@@ -122,9 +133,9 @@ class Run:
 
     @property
     def tolerance(self) -> float:
-        """How far log-likelihoods may lie apart that are computed in another way.
+        """Tolerance between log-likelihoods that are computed in two ways.
 
-        Which features LLM.int8() takes for outliers depends on what else is in the batch.
+        Which features LLM.int8() treats as outliers depends on the rest of the batch.
         """
         return 0.05 if self.base.quantization == "int8" else 1e-4
 
@@ -133,12 +144,12 @@ class Run:
         dataset = self.data.train_dataloader().dataset
         return [dataset[0, i] for i in range(len(SIZES))]
 
-    def batch(self, kind: Literal["sft", "pairs", "prompts"]) -> Any:
-        """The records as the collators of training and of generation make them."""
+    def batch(self, kind: Literal["sft", "candidates", "prompts"]) -> Any:
+        """The records, collated for SFT, preference optimisation or generation."""
         if kind not in self.batches:
             collators = {
                 "sft": SFTCollator(self.data.chat, self.data.max_length),
-                "pairs": self.data.candidate_collator,
+                "candidates": self.data.candidate_collator,
                 "prompts": PromptCollator(self.data.chat),
             }
             self.batches[kind] = collators[kind](self.samples)  # type: ignore[operator]
@@ -146,7 +157,7 @@ class Run:
 
 
 def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
-    """SFT, and DPO from its adapter; both adapters are saved."""
+    """Run SFT, then DPO from its adapter; save both adapters."""
     base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
     watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A training step of a tiny model, and what it has from the allocator."""
+"""A training step of a tiny model, and its peak memory from the allocator."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import labelled_logits
 
 TOLERANCE = 0.1
-"""Of the activations' peak, as a share of what the allocator saw; deviations are at most 7%."""
+"""Tolerance of the activations' peak, as a share of the allocator's figure; deviations are at most 7%."""
 PLAIN = LoraSettings(dropout=0.0)
-"""CPUs keep another kind of mask for dropout than GPUs, which are what is estimated."""
+"""Without dropout, whose masks CPUs store differently from GPUs, which the estimate is for."""
 ROWS = 24
 BF16 = torch.bfloat16
 
 
 def saved(config: Any, folder: Path) -> str:
-    """A folder with a configuration, which is all that an estimate needs of a model."""
+    """Save a configuration, all that an estimate needs of a model; return its folder."""
     config.save_pretrained(folder / "config")
     return str(folder / "config")
 
 
 def train_step(model: Any, inputs: dict[str, Any], labels: torch.Tensor, autocast: Any) -> None:
     with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        found = labelled_logits(model, inputs, labels)
-        loss = -token_log_likelihood(found.logits, found.targets).sum()
-    del found
+        labelled = labelled_logits(model, inputs, labels)
+        loss = -token_log_likelihood(labelled.logits, labelled.targets).sum()
+    del labelled
     loss.backward()
 
 
@@ -44,16 +44,16 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
 
 
 def allocated(run: Callable[[], None]) -> int:
-    """The most bytes that a run has from the allocator at any moment, without those that it found there.
+    """Peak bytes that a run allocates, not counting those allocated before it.
 
-    The run must have been run before: it is to find its gradients there.
+    Call the run once before, so that its gradients are already allocated.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events
-    now = most = 0
+    current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak

@@ -133,7 +133,7 @@ def test_only_the_language_model_is_quantised(run: Run) -> None:
 @pytest.mark.parametrize("scoring", ["shared", "plain"])
 def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> None:
     """SFT by the whole conversation, DPO by a prompt with candidates behind it."""
-    batch, pairs = run.batch("sft"), run.batch("pairs")
+    batch, pairs = run.batch("sft"), run.batch("candidates")
     with torch.no_grad():
         found = labelled_logits(run.dpo.model, batch.inputs, batch.labels)
         tokens = [[c.tokens for c in row] for row in pairs.candidates]
@@ -163,7 +163,7 @@ def test_the_model_answers_as_it_learnt(run: Run) -> None:
 
 def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
     """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
-    prompts, pairs = run.batch("prompts"), run.batch("pairs")
+    prompts, pairs = run.batch("prompts"), run.batch("candidates")
     output = run.dpo.model.generate(
         **prompts.inputs,
         do_sample=False,
