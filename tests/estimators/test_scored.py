@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import IMAGE_TOKENS
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.estimators import answer_scoring
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
@@ -26,6 +27,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConf
 from vlm_calibration.models import shared_prefix
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..models.processors import FAMILIES, made
@@ -182,6 +184,25 @@ def test_levels_of_several_kinds_are_taken_together(
         for s, answer in zip(samples, ("Yes", "a blue umbrella", "No", "It is white"), strict=True)
     ]
     assert confidence == pytest.approx(expected, abs=1e-5)
+
+
+def test_responses_that_replace_unlike_parts_of_the_prompt_have_the_rest_in_front(processor: Any) -> None:
+    """The prompt ends in a space, which is part of the token " Yes" but not of the two tokens " A"."""
+    spaced = copy(processor)
+    spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
+        "<|assistant|>{% endif %}", "<|assistant|> {% endif %}"
+    )
+    chat, levels = ChatFormat(spaced, ElicitationPrompt()), (1.0, 0.5, 0.0)
+    query = Query("q", "q.png", "A dog?", "Yes", "yes_no")
+    tokenized = AnswerTokenizer(chat, [LinearLevels(3)]).tokenize(query, "A cat")
+    responses = [render_response("A cat", c) for c in levels] + ["Yes.", "No."]
+    prompt, *conversations = chat.token_ids([chat.render(query.question, r) for r in (None, *responses)])
+    assert (tokenized.cut, tokenized.levels) == (1, levels)
+    for tokens, conversation in zip(tokenized.tokens, conversations, strict=True):
+        whole = [*prompt[: len(prompt) - tokenized.cut], *tokens]
+        assert whole == conversation[: len(whole)]
+    answer = tokenized.tokens[0][tokenized.answer]
+    assert chat.processor.tokenizer.decode(answer).strip() == "A cat."
 
 
 @torch.no_grad()
