@@ -204,8 +204,8 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
             2,
         ),
         (
-            ["fit", "--data.pairs.n_rejected", "x"],
-            "data.pairs.n_rejected: expected a whole number, found 'x'",
+            ["fit", "--model", "DPOModule", "--model.pairs.n_rejected", "x"],
+            "model.init_args.pairs.n_rejected: expected a whole number, found 'x'",
             2,
         ),
         (

@@ -185,10 +185,10 @@ PRESETS = {
         "model.init_args.reference": ("adapter", "none"),
         "model.init_args.nll_weight": (1.0, 0.0),
         "model.init_args.drift_weight": (1.0, 0.0),
-        "data.pairs.target": ("expected", "level"),
-        "data.pairs.grid": (10, None),
-        "data.pairs.rejected": ("all", "uniform"),
-        "data.pairs.n_rejected": (None, 1),
+        "model.init_args.pairs.target": ("expected", "level"),
+        "data.candidates.grid": (10, None),
+        "model.init_args.pairs.rejected": ("all", "uniform"),
+        "model.init_args.pairs.n_rejected": (None, 1),
     },
 }
 # Settings that our preset for own data changes from the demo's: the level table, and no level weights, which were tuned on the demo.

@@ -77,7 +77,7 @@ def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_proces
         "max_new_tokens": "8",
     }
     answering = [word for key, value in settings.items() for word in (f"--model.init_args.{key}", value)]
-    answering += ["--data.pairs.target", "recalibrated", "--data.validation.init_args.scenes", "8"]
+    answering += ["--model.init_args.pairs.target", "recalibrated", "--data.validation.init_args.scenes", "8"]
     answering += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
     watch = callback("disasters.WriteMap")
     ended = run(*start("one", watch, stage="dpo"), *answering)

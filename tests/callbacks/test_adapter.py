@@ -19,10 +19,10 @@ from PIL import Image
 
 from vlm_calibration.callbacks.adapter import AdapterWriter, constructed, shown_path
 from vlm_calibration.callbacks.before_after import BeforeAfterCheck
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.scenes import render_scene
@@ -36,6 +36,7 @@ from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
@@ -129,6 +130,7 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
     assert "wrong_answer_rate=1.0" in card.training["noise"]
     assert "pairs" not in card.training
+    assert "candidates" not in card.training
     assert card.steps == 1000
     assert card.levels == {"yes_no": [[0, 0.9], [1000, 0.5]], "short": [[0, 0.8], [1000, 0.0]]}
     assert list(card.results) == ["before", "after"]
@@ -180,13 +182,17 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
 
 def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Path) -> None:
     module = DPOModule(
-        BaseModel(demo_model, dtype="float32"), str(sft), loss=DPO(beta=0.3), max_new_tokens=16
+        BaseModel(demo_model, dtype="float32"),
+        str(sft),
+        loss=DPO(beta=0.3),
+        pairs=PairPolicy(target="level"),
+        max_new_tokens=16,
     )
     data = _data(
         demo_model,
         train=DemoSource("train", scenes=2),
         batch_size=3,
-        pairs=PairPolicy(target="level"),
+        candidates=CandidateSettings(),
         validation=None,
     )
     card = load_card(_fit(module, data, tmp_path, max_steps=1))
@@ -197,6 +203,7 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
         "the adapter that is given keeps its own"
     )
     assert card.training["pairs"].startswith("PairPolicy(")
+    assert card.training["candidates"].startswith("CandidateSettings(")
     assert "validation" not in card.training
     assert card.results == {}, "nothing was validated"
     assert "## Results" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from vlm_calibration.callbacks import throughput
 from vlm_calibration.callbacks.throughput import Throughput, peak_memory, tokens_of
-from vlm_calibration.data.pairs import Candidate, PairBatch
+from vlm_calibration.data.candidates import Candidate, CandidateBatch
 
 COMPUTING, WAITING, VALIDATING = 3.0, 1.0, 100.0
 """Seconds of a step, between two steps, and of a validation."""
@@ -145,7 +145,7 @@ def test_tokens_of_pairs_count_the_prompt_once_and_every_response() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     candidates = ((Candidate((1, 2, 3), 1, 0, 0.5, False), Candidate((1, 2), 1, 0, 0.4, False)),) * 2
     nothing: Any = SimpleNamespace()
-    batch = PairBatch(
+    batch = CandidateBatch(
         {"attention_mask": mask},
         torch.tensor([4, 2]),
         candidates,

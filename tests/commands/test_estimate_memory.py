@@ -143,10 +143,10 @@ def test_settings_of_a_step(parse: Callable[..., Any]) -> None:
 
 
 def test_responses_of_preference_optimisation(parse: Callable[..., Any]) -> None:
-    pairs = {"data__pairs__rejected": "far", "data__pairs__n_rejected": 3}
+    pairs = {"model__init_args__pairs__rejected": "far", "model__init_args__pairs__n_rejected": 3}
     assert training_step(parse("dpo.yaml")).responses == 11
     assert training_step(parse("dpo.yaml", **pairs)).responses == 4
-    assert training_step(parse("dpo.yaml", **pairs, data__pairs__wrong_answer="true")).responses == 5
+    assert training_step(parse("dpo.yaml", **pairs, data__candidates__wrong_answer="true")).responses == 5
     plain = training_step(parse("dpo.yaml", **pairs, model__init_args__scoring="plain"))
     assert (plain.batch, plain.responses) == (16 * 4, 1)
 

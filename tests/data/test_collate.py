@@ -1,7 +1,7 @@
-"""From samples to tensors: where the labels are, on which side the padding is, and what is too long.
+"""From samples to tensors: positions of the labels, side of the padding, and samples that are too long.
 
-What belongs to the response is checked by decoding it. Two kinds of tokenizer matter: the demo's, to which a percentage is
-one token, and one that splits numbers into digits.
+The response's tokens are checked by decoding them. Two kinds of tokenizer matter: the demo's, in which a percentage is one
+token, and one that splits numbers into digits.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ def chat(request: pytest.FixtureRequest, processor: Any) -> ChatFormat:
     return ChatFormat(processor if plain else _processor(_digit_tokenizer()), ElicitationPrompt())
 
 
-def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400, **policy: Any) -> SFTBatch:
-    return SFTCollator(chat, max_length, **policy)(samples)
+def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400, **settings: Any) -> SFTBatch:
+    return SFTCollator(chat, max_length, **settings)(samples)
 
 
 def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
     return chat.processor.tokenizer.decode(ids)
 
 
-def test_the_two_kinds_of_tokenizer_are_what_they_say(processor: Any) -> None:
-    one = processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
+def test_one_tokenizer_has_percentages_and_one_has_digits(processor: Any) -> None:
+    percentage = processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
     digits = _digit_tokenizer()("Confidence: 85%", add_special_tokens=False)["input_ids"]
-    assert processor.tokenizer.decode(one[-2:-1]).strip() == "85"
+    assert processor.tokenizer.decode(percentage[-2:-1]).strip() == "85"
     assert {"8", "5"} <= set(_digit_tokenizer().convert_ids_to_tokens(digits))
 
 
@@ -86,14 +86,16 @@ def test_labels_are_the_response_and_its_end(chat: ChatFormat, samples: Sequence
     for row, sample in enumerate(samples):
         labels = batch.labels[row]
         assert torch.equal(labels[labels != IGNORE], batch.inputs["input_ids"][row][labels != IGNORE])
-        said = _decode(chat, labels[labels != IGNORE])
-        assert said.lstrip() == render_response(sample.query.answer, sample.confidence) + "<|end|>"
+        response = _decode(chat, labels[labels != IGNORE])
+        assert response.lstrip() == render_response(sample.query.answer, sample.confidence) + "<|end|>"
         positions = (labels != IGNORE).nonzero()[:, 0]
         assert positions.diff().eq(1).all(), "in one piece"
         assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
 
 
-def test_stated_is_the_confidence_and_the_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_the_confidence_mask_covers_the_confidence_and_the_end(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
     batch = _collate(chat, samples)
     assert not batch.confidence_mask[batch.labels == IGNORE].any()
     for row, sample in enumerate(samples):
@@ -121,22 +123,20 @@ def test_training_is_padded_on_the_right_and_generation_on_the_left(
 ) -> None:
     training = _collate(chat, samples).inputs
     prompts = PromptCollator(chat)(samples).inputs
-    for inputs, right in ((training, True), (prompts, False)):
+    for inputs, on_the_right in ((training, True), (prompts, False)):
         lengths = inputs["attention_mask"].sum(dim=1)
         assert len(set(lengths.tolist())) > 1
         for row, length in enumerate(lengths):
             mask = inputs["attention_mask"][row]
-            kept = mask[:length] if right else mask[len(mask) - length :]
-            assert kept.all()
+            tokens = mask[:length] if on_the_right else mask[len(mask) - length :]
+            assert tokens.all()
             assert (inputs["input_ids"][row][mask == 0] == chat.processor.tokenizer.pad_token_id).all()
     assert (training["input_ids"] == chat.processor.tokenizer.convert_tokens_to_ids("<image>")).sum(
         1
     ).tolist() == [IMAGE_TOKENS] * len(samples)
 
 
-def test_a_prompt_is_what_training_has_in_front_of_the_response(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_training_and_generation_have_the_same_prompt(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     training = _collate(chat, samples)
     prompts = PromptCollator(chat)(samples)
     for row in range(len(samples)):
@@ -147,14 +147,14 @@ def test_a_prompt_is_what_training_has_in_front_of_the_response(
         assert torch.equal(training.inputs["pixel_values"][row], prompts.inputs["pixel_values"][row])
 
 
-def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
     together = _collate(chat, samples)
-    turned = _collate(chat, samples[::-1])
+    reversed_batch = _collate(chat, samples[::-1])
     for row, sample in enumerate(samples):
         alone = _collate(chat, [sample])
-        for batch, index in ((together, row), (turned, len(samples) - 1 - row)):
+        for batch, index in ((together, row), (reversed_batch, len(samples) - 1 - row)):
             length = alone.labels.shape[1]
             assert torch.equal(batch.labels[index, :length], alone.labels[0])
             assert torch.equal(batch.confidence_mask[index, :length], alone.confidence_mask[0])
@@ -163,7 +163,7 @@ def test_a_sample_is_the_same_whatever_else_is_in_the_batch(
             assert (batch.labels[index, length:] == IGNORE).all()
 
 
-def test_what_travels_with_the_tensors(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_the_batch_carries_queries_confidences_and_steps(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     batch = _collate(chat, samples)
     assert batch.queries == tuple(s.query for s in samples)
     assert batch.skipped == ()
@@ -179,16 +179,16 @@ def test_what_travels_with_the_tensors(chat: ChatFormat, samples: Sequence[Sampl
     assert {t.device.type for t in prompts.to("meta").inputs.values()} == {"meta"}
 
 
-def test_the_answer_may_hold_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
         query = replace(samples[0].query, answer=answer, answer_type="open")
         batch = _collate(chat, [Sample(query, samples[0].image, 0.8, 0)])
-        said = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
-        assert said == render_response(answer, 0.8) + "<|end|>"
+        response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
+        assert response == render_response(answer, 0.8) + "<|end|>"
         assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
 
 
-def test_an_answer_with_the_end_of_turn_in_it_is_learnt_to_its_end(
+def test_an_answer_that_contains_the_end_of_turn_is_learnt_whole(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
     query = replace(samples[0].query, answer="Yes <|end|> no")
@@ -198,7 +198,7 @@ def test_an_answer_with_the_end_of_turn_in_it_is_learnt_to_its_end(
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
 @pytest.mark.parametrize("collator", [lambda chat: SFTCollator(chat, 400), PromptCollator])
-def test_text_that_stands_for_the_image_is_refused(
+def test_text_with_the_image_token_is_refused(
     chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str], collator: Any
 ) -> None:
     query = replace(samples[1].query, **change)  # type: ignore[arg-type]
@@ -224,15 +224,15 @@ def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: S
 def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     lengths = _lengths(chat, samples)
     batch = _collate(chat, samples, max(lengths) - 1, on_too_long="skip")
-    kept = [s for s, n in zip(samples, lengths, strict=True) if n < max(lengths)]
-    expected = _collate(chat, kept)
-    assert batch.skipped == tuple(s.query.id for s in samples if s not in kept)
+    fitting = [s for s, n in zip(samples, lengths, strict=True) if n < max(lengths)]
+    expected = _collate(chat, fitting)
+    assert batch.skipped == tuple(s.query.id for s in samples if s not in fitting)
     assert batch.queries == expected.queries
     assert torch.equal(batch.labels, expected.labels)
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
 
 
-def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     batch = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip")
     assert batch.inputs == {}
     assert batch.queries == ()
@@ -241,7 +241,7 @@ def test_a_batch_of_which_all_is_skipped(chat: ChatFormat, samples: Sequence[Sam
     assert batch.to("cpu").skipped == batch.skipped
 
 
-def test_nothing_is_cut_even_if_the_tokenizer_would(processor: Any, samples: Sequence[Sample]) -> None:
+def test_nothing_is_truncated_even_if_the_tokenizer_would(processor: Any, samples: Sequence[Sample]) -> None:
     short = _digit_tokenizer()
     short.model_max_length = 20
     batch = _collate(ChatFormat(_processor(short), ElicitationPrompt()), samples)
@@ -253,7 +253,7 @@ BEGIN = "<s>"
 
 
 def _beginning(template: str, adds: bool) -> ChatFormat:
-    """A tokenizer with a begin-of-sequence token, which it adds itself (if `adds`) as well as the template."""
+    """A chat with a begin-of-sequence token, which the tokenizer adds (if `adds`) besides the template."""
     tokenizer = _digit_tokenizer(bos_token=BEGIN)
     if adds:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -264,7 +264,7 @@ def _beginning(template: str, adds: bool) -> ChatFormat:
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("writes", [True, False])
-def test_the_begin_token_comes_at_most_once(samples: Sequence[Sample], adds: bool, writes: bool) -> None:
+def test_the_begin_token_appears_at_most_once(samples: Sequence[Sample], adds: bool, writes: bool) -> None:
     chat = _beginning(BEGIN * writes + CHAT_TEMPLATE, adds)
     begin = chat.processor.tokenizer.bos_token_id
     expected = int(adds or writes)
@@ -273,11 +273,11 @@ def test_the_begin_token_comes_at_most_once(samples: Sequence[Sample], adds: boo
     assert not (batch.labels == begin).any()
     prompts = PromptCollator(chat)(samples).inputs
     assert (prompts["input_ids"] == begin).sum(dim=1).tolist() == [expected] * 4
-    said = [_decode(chat, row[row != IGNORE]) for row in batch.labels]
-    assert said == [render_response(s.query.answer, s.confidence) + "<|end|>" for s in samples]
+    responses = [_decode(chat, row[row != IGNORE]) for row in batch.labels]
+    assert responses == [render_response(s.query.answer, s.confidence) + "<|end|>" for s in samples]
 
 
-def test_what_follows_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
+def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
     chat = ChatFormat(
         _processor(_digit_tokenizer(), CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
     )
@@ -316,11 +316,11 @@ def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Samp
         "chat_template",
     ):
         setattr(shouting, name, getattr(plain, name))
-    with pytest.raises(DataError, match="record 'q0': Shouting changes the text behind the image"):
+    with pytest.raises(DataError, match="record 'q0': Shouting changes the text"):
         _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
 
 
-def test_own_prompt(processor: Any, samples: Sequence[Sample]) -> None:
+def test_a_custom_prompt(processor: Any, samples: Sequence[Sample]) -> None:
     chat = ChatFormat(processor, ElicitationPrompt("Look. {question} Say how sure you are."))
     ids = PromptCollator(chat)(samples[:1]).inputs["input_ids"][0]
     assert f"Look. {samples[0].query.question} Say how sure you are." in _decode(chat, ids)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.data.pairs import PairCollator, PairPolicy
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.forward import labelled_logits
@@ -184,7 +184,7 @@ def test_inputs_are_those_of_the_processor(
 def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
     unlike = [s._replace(confidence=c) for s, c in zip(unlike, (1.0, 0.3, 0.0, 0.8), strict=True)]
     training = SFTCollator(chat, 1000)(unlike)
-    pairs = PairCollator(chat, LinearLevels(), PairPolicy(), 1000)(unlike)
+    pairs = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 1000)(unlike)
     for row, sample in enumerate(unlike):
         labels, length = training.labels[row], int(pairs.lengths[row])
         assert int((labels != IGNORE).nonzero()[0]) == length
@@ -283,7 +283,7 @@ def test_noise_survives_the_processor(family: Family) -> None:
 def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) -> None:
     chat = ChatFormat(cached_family("qwen2_5_vl").processor, ElicitationPrompt())
     line = unlike[2]._replace(image=np.zeros((2, 500, 3), dtype=np.uint8))
-    pairs = PairCollator(chat, LinearLevels(), PairPolicy(), 1000)
+    pairs = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 1000)
     for collate in (SFTCollator(chat, 1000), PromptCollator(chat), pairs):
         with pytest.raises(
             DataError, match=r"^record 'q2': .*aspect ratio must be smaller than 200, got 250"

@@ -1,4 +1,4 @@
-"""How conversations are written where a template leaves something open, and that nothing else is touched."""
+"""Rendered conversations: open turns are ended, the generation prompt precedes every response, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlm_calibration.demo.architecture import CHAT_TEMPLATE
 from vlm_calibration.records import DataError
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-ASKED = "<|user|><image>A dog?<|end|><|assistant|>"
+PROMPT = "<|user|><image>A dog?<|end|><|assistant|>"
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|><image>{{ message['content'][1]['text'] }}<|end|>"
-    "{% else %}BEGUN{{ message['content'][0]['text'] }}TAIL{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}PROMPTED{% endif %}"
+    "{% else %}CONVERSATION{{ message['content'][0]['text'] }}TAIL{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}GENERATION{% endif %}"
 )
 
 
@@ -27,8 +27,8 @@ def _chat(processor: Any, template: str) -> ChatFormat:
     return ChatFormat(own, ElicitationPrompt("{question}"))
 
 
-def _rendered(processor: Any, prompted: str, begun: str, tail: str) -> tuple[str, str]:
-    parts = {"PROMPTED": prompted, "BEGUN": begun, "TAIL": tail}
+def _render(processor: Any, prompt_end: str, conversation: str, tail: str) -> tuple[str, str]:
+    parts = {"GENERATION": prompt_end, "CONVERSATION": conversation, "TAIL": tail}
     template = TEMPLATE
     for name, text in parts.items():
         template = template.replace(name, "{{ '" + text.replace("\n", "\\n") + "' }}")
@@ -38,20 +38,20 @@ def _rendered(processor: Any, prompted: str, begun: str, tail: str) -> tuple[str
 
 @pytest.mark.parametrize("tail", ["", " ", "\n", " \n\n"])
 def test_a_turn_that_is_left_open_is_ended(processor: Any, tail: str) -> None:
-    asked, answered = _rendered(processor, "<|assistant|>", "<|assistant|>", tail)
-    assert asked == ASKED
-    assert answered == ASKED + "Yes.<|end|>"
+    prompt, answered = _render(processor, "<|assistant|>", "<|assistant|>", tail)
+    assert prompt == PROMPT
+    assert answered == PROMPT + "Yes.<|end|>"
 
 
 @pytest.mark.parametrize("tail", ["<|end|>", "<|end|>\n", "</turn>\n", " over"])
-def test_an_end_of_the_templates_own_is_kept(processor: Any, tail: str) -> None:
-    """Whether or not the tokenizer takes it for special."""
-    _, answered = _rendered(processor, "<|assistant|>", "<|assistant|>", tail)
-    assert answered == ASKED + "Yes." + tail
+def test_the_templates_own_end_of_turn_is_kept(processor: Any, tail: str) -> None:
+    """Whether or not it is a special token."""
+    _, answered = _render(processor, "<|assistant|>", "<|assistant|>", tail)
+    assert answered == PROMPT + "Yes." + tail
 
 
 @pytest.mark.parametrize(
-    ("prompted", "begun", "expected"),
+    ("prompt_end", "conversation", "expected"),
     [
         ("<|assistant|>", "<|assistant|>", "<|assistant|>"),
         ("<|assistant|>", "<|assistant|> ", "<|assistant|> "),
@@ -64,17 +64,19 @@ def test_an_end_of_the_templates_own_is_kept(processor: Any, tail: str) -> None:
     ],
     ids=repr,
 )
-def test_what_a_prompt_ends_with_stands_before_the_response(
-    processor: Any, prompted: str, begun: str, expected: str
+def test_the_end_of_the_prompt_precedes_the_response(
+    processor: Any, prompt_end: str, conversation: str, expected: str
 ) -> None:
-    asked, answered = _rendered(processor, prompted, begun, "<|end|>")
-    assert asked.endswith("?<|end|>" + prompted)
-    assert answered == ASKED.removesuffix("<|assistant|>") + expected + "Yes.<|end|>"
-    assert answered.startswith(asked)
+    prompt, answered = _render(processor, prompt_end, conversation, "<|end|>")
+    assert prompt.endswith("?<|end|>" + prompt_end)
+    assert answered == PROMPT.removesuffix("<|assistant|>") + expected + "Yes.<|end|>"
+    assert answered.startswith(prompt)
 
 
-def test_a_question_of_any_length_is_followed_by_the_prompts_end(processor: Any) -> None:
-    chat = _chat(processor, TEMPLATE.replace("PROMPTED", "P\n").replace("BEGUN", "P \n").replace("TAIL", " "))
+def test_the_end_of_the_prompt_follows_any_question(processor: Any) -> None:
+    chat = _chat(
+        processor, TEMPLATE.replace("GENERATION", "P\n").replace("CONVERSATION", "P \n").replace("TAIL", " ")
+    )
     for question in ("", "?", "A dog? " * 30, "QUESTION1", "RESPONSE2", "P \n"):
         for response in ("", "Yes.", "RESPONSE2", "P \nP\n "):
             expected = f"<|user|><image>{question}<|end|>P\n{response}<|end|>"
@@ -85,13 +87,13 @@ def test_a_question_of_any_length_is_followed_by_the_prompts_end(processor: Any)
 def test_a_template_that_writes_the_question_in_two_ways_is_refused(processor: Any) -> None:
     template = "{% if add_generation_prompt %}Now: {% endif %}" + CHAT_TEMPLATE
     chat = _chat(processor, template)
-    with pytest.raises(DataError, match="the chat template of LlavaProcessor writes a question in one way"):
+    with pytest.raises(DataError, match="the chat template of LlavaProcessor writes a question differently"):
         chat.render("A dog?", "Yes.")
 
 
-def test_a_template_that_leaves_responses_out_is_taken_as_it_is(processor: Any) -> None:
-    _, answered = _rendered(processor, "<|assistant|>", "<|assistant|>", "<|end|>")
+def test_a_template_that_omits_responses_is_left_unchanged(processor: Any) -> None:
+    _, answered = _render(processor, "<|assistant|>", "<|assistant|>", "<|end|>")
     template = TEMPLATE.replace("{{ message['content'][0]['text'] }}", "").replace("TAIL", " ")
     chat = _chat(processor, template)
-    assert chat.render("A dog?", "Yes.") == "<|user|><image>A dog?<|end|>BEGUN "
-    assert answered == ASKED + "Yes.<|end|>"
+    assert chat.render("A dog?", "Yes.") == "<|user|><image>A dog?<|end|>CONVERSATION "
+    assert answered == PROMPT + "Yes.<|end|>"

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels

@@ -1,4 +1,4 @@
-"""Batches of answered questions, with answers that are written by hand."""
+"""Batches of questions with a model's answers, or with answers written by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
@@ -22,7 +22,7 @@ Answering = Callable[..., AnsweredBatch]
 
 @pytest.fixture(scope="session")
 def answering() -> Answering:
-    """A batch with these answers, or else with those that the model gives; `remember`: with what generation leaves behind."""
+    """Builds a batch with the given texts as answers, by default the model's own; `keep_cache` keeps generation's cache."""
 
     def answered(
         model: Any,
@@ -30,23 +30,23 @@ def answering() -> Answering:
         samples: Sequence[Sample],
         texts: Sequence[str] | None = None,
         levels: ConfidenceLevels | None = None,
-        remember: bool = False,
+        keep_cache: bool = False,
         max_new_tokens: int = 3,
     ) -> AnsweredBatch:
         batch: PromptBatch = PromptCollator(chat)(samples)
-        generating = GenerationRecorder(model, remember=remember)
+        generating = GenerationRecorder(model, keep_cache=keep_cache)
         with torch.no_grad():
-            said = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
-        answers = texts or said
+            generated = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
+        answers = texts or generated
         predictions = [graded_prediction(s.query, t, s.step) for s, t in zip(samples, answers, strict=True)]
         return AnsweredBatch(
             model,
             batch,
             predictions,
             generating.passes,
-            AnswerWriter(chat, [levels or LinearLevels()]),
+            AnswerTokenizer(chat, [levels or LinearLevels()]),
             max_new_tokens,
-            generating.known,
+            generating.cache,
         )
 
     return answered

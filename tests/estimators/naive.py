@@ -1,4 +1,4 @@
-"""What estimators are compared with: one whole conversation after the other through one unpadded forward each."""
+"""The reference for estimators: one unpadded forward for each whole conversation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Alone:
         return self.chat.inputs([text], [self.image], "right")
 
     def response(self, prompt: str, response: str) -> tuple[list[int], list[float]]:
-        """Token ids of a response behind a rendered prompt, through the end of its turn, and log p of each."""
+        """Token ids of a response to a rendered prompt, through the end of its turn, and log p of each."""
         before = self.read(self.chat.layout.render(prompt, None))["input_ids"][0].tolist()
         inputs = self.read(self.chat.layout.render(prompt, response))
         ids = inputs["input_ids"][0].tolist()
@@ -56,9 +56,9 @@ class Alone:
         length = next(i for i, (a, b) in enumerate(zip(bare, full, strict=False)) if a != b)
         return math.exp(math.fsum(log_p[:length]) / length)
 
-    def against(self, prompt: str, one: str, other: str) -> float:
-        """How likely one response is, if it is one of two, by the tokens before they end alike."""
-        (a, p), (b, q) = self.response(prompt, one), self.response(prompt, other)
+    def against(self, prompt: str, first: str, second: str) -> float:
+        """The probability of the first of two responses, by the tokens before their common ending."""
+        (a, p), (b, q) = self.response(prompt, first), self.response(prompt, second)
         while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
             a, b, p, q = a[:-1], b[:-1], p[:-1], q[:-1]
         return 1 / (1 + math.exp(math.fsum(q) - math.fsum(p)))

@@ -1,4 +1,4 @@
-"""Self-consistency: drawn with the model's own probabilities, the same whoever is drawn for beside; and what generation costs."""
+"""Self-consistency: samples follow the model's probabilities and do not depend on the batch; and the passes of generation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.consistency import DrawnTokens, SelfConsistency, _agrees
+from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, _agrees
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -26,7 +26,7 @@ from .test_scored import ASKED, samples_of, scenes
 
 
 class Urn:
-    """A hand-made model: one word by its probability, then the end of the turn."""
+    """A model by hand: one word with given probabilities, then the end of the turn."""
 
     def __init__(self, words: dict[int, float], end: int, vocabulary: int) -> None:
         self.generation_config = SimpleNamespace(eos_token_id=end)
@@ -34,17 +34,17 @@ class Urn:
         self.first = torch.full((vocabulary,), -torch.inf)
         for word, p in words.items():
             self.first[word] = torch.tensor(p).log()
-        self.then = torch.full((vocabulary,), -torch.inf)
-        self.then[end] = 0.0
+        self.second = torch.full((vocabulary,), -torch.inf)
+        self.second[end] = 0.0
 
     def get_decoder(self) -> nn.Module:
         return self.decoder
 
     def generate(self, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> Any:
         ids = input_ids
-        for logits in (self.first, self.then):
-            drawn = logits_processor(ids, logits.expand(len(ids), -1).clone())
-            ids = torch.cat([ids, drawn.argmax(-1, keepdim=True)], 1)
+        for logits in (self.first, self.second):
+            sampled = logits_processor(ids, logits.expand(len(ids), -1).clone())
+            ids = torch.cat([ids, sampled.argmax(-1, keepdim=True)], 1)
         return SimpleNamespace(sequences=ids)
 
 
@@ -61,24 +61,24 @@ def test_the_share_is_the_models_probability(processor: Any, temperature: float,
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
     predictions = [graded_prediction(s.query, t, 0) for s, t in zip(samples, texts, strict=True)]
     batch = AnsweredBatch(
-        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerWriter(chat, [LinearLevels()]), 4
+        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerTokenizer(chat, [LinearLevels()]), 4
     )
-    found = SelfConsistency(400, temperature).estimate(batch)
-    agree, other, disagree, unread = found.confidence
+    estimate = SelfConsistency(400, temperature).estimate(batch)
+    agree, unlike, disagree, unparsed = estimate.confidence
     assert agree == pytest.approx(share, abs=0.065)
     assert disagree == pytest.approx(1 - share, abs=0.065)
-    assert other == 0
-    assert unread is None
-    assert found.passes == [800] * 4, "a word and the end, each time"
-    assert agree != pytest.approx(1 - disagree, abs=1e-9), "queries are drawn for on their own"
+    assert unlike == 0
+    assert unparsed is None
+    assert estimate.passes == [800] * 4, "a word and the end, each time"
+    assert agree != pytest.approx(1 - disagree, abs=1e-9), "queries are sampled independently"
 
 
-def test_tokens_are_drawn_by_their_probabilities() -> None:
+def test_tokens_are_sampled_by_their_probabilities() -> None:
     logits = torch.tensor([[0.3, -1.0, -torch.inf, 2.0, 0.0]]).expand(4000, -1)
     numbers = (torch.arange(4000, dtype=torch.float64) / 4000)[torch.randperm(4000)][:, None]
     ids = torch.zeros(4000, 7, dtype=torch.int64)
-    drawn = DrawnTokens(0.8, numbers, 7)(ids, logits).argmax(-1)
-    shares = torch.bincount(drawn, minlength=5) / 4000
+    tokens = InverseTransformSampler(0.8, numbers, 7)(ids, logits).argmax(-1)
+    shares = torch.bincount(tokens, minlength=5) / 4000
     assert shares.tolist() == pytest.approx(torch.softmax(logits[0] / 0.8, -1).tolist(), abs=3e-4)
     assert shares[2] == 0
 
@@ -87,13 +87,13 @@ def test_the_ends_of_the_distribution() -> None:
     largest = 1 - 2**-53
     numbers = torch.tensor([[0.0, largest], [largest, 0.0]], dtype=torch.float64)
     logits = torch.tensor([[-torch.inf, 0.1, 0.2, -torch.inf]]).expand(2, -1)
-    drawn = DrawnTokens(0.1, numbers, 3)
-    assert drawn(torch.zeros(2, 3), logits).argmax(-1).tolist() == [1, 2]
-    assert drawn(torch.zeros(2, 4), logits).argmax(-1).tolist() == [2, 1]
+    sampler = InverseTransformSampler(0.1, numbers, 3)
+    assert sampler(torch.zeros(2, 3), logits).argmax(-1).tolist() == [1, 2]
+    assert sampler(torch.zeros(2, 4), logits).argmax(-1).tolist() == [2, 1]
 
 
 @torch.no_grad()
-def test_a_query_is_drawn_for_in_the_same_way_wherever_it_is(
+def test_the_samples_of_a_query_do_not_depend_on_the_batch(
     load_model: Any, processor: Any, answering: Answering
 ) -> None:
     model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
@@ -104,8 +104,8 @@ def test_a_query_is_drawn_for_in_the_same_way_wherever_it_is(
     def rated(chosen: list[Sample], seed: int = 3) -> dict[str, float | None]:
         batch = answering(model, chat, chosen)
         estimator.seed = seed
-        found = estimator.estimate(batch)
-        return {s.query.id: c for s, c in zip(chosen, found.confidence, strict=True)}
+        confidence = estimator.estimate(batch).confidence
+        return {s.query.id: c for s, c in zip(chosen, confidence, strict=True)}
 
     torch.manual_seed(0)
     together = rated(samples)
@@ -118,7 +118,7 @@ def test_a_query_is_drawn_for_in_the_same_way_wherever_it_is(
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"samples": 0}, "samples must be at least 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),
@@ -126,10 +126,10 @@ def test_a_query_is_drawn_for_in_the_same_way_wherever_it_is(
         ({"seed": -1}, "seed must be at least 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         SelfConsistency(**settings)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @torch.no_grad()
@@ -140,11 +140,11 @@ def test_passes_are_counted_to_the_end_of_each_answer(
     end = tokenizer.eos_token_id
     script = iter([[7, 7, end], [7, end, 8], [8, 9, 9], [9, 9, 9]])
 
-    def said(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def follow_script(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         tokens = torch.tensor(next(script))
         return torch.full_like(output, -100.0).scatter_(-1, tokens[:, None, None], 100.0)
 
-    handle = model.get_output_embeddings().register_forward_hook(said)
+    handle = model.get_output_embeddings().register_forward_hook(follow_script)
     samples = samples_of(scenes(3), ASKED[:3])
     batch = answering(model, ChatFormat(processor, ElicitationPrompt()), samples, max_new_tokens=4)
     handle.remove()
@@ -161,8 +161,8 @@ def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, agrees:
     assert _agrees(graded_prediction(query, "a dog", 0), "a big dog. Confidence: 80%", grading) is agrees
 
 
-def test_samples_have_nothing_to_rank_and_agree_if_they_say_the_same() -> None:
+def test_samples_are_not_ranked_but_compared_as_answers() -> None:
     query = Query("1", "a.png", "What is it?", "a cat", "open")
-    said = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_right=True)
-    assert said.correct
-    assert [_agrees(said, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]
+    answer = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_correct=True)
+    assert answer.correct
+    assert [_agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]

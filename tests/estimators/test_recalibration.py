@@ -1,4 +1,4 @@
-"""Recalibration against netcal and against arithmetic; no image is ever on both sides."""
+"""Recalibration against netcal and against arithmetic, and the check that the splits share no image."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_isotonic_and_logistic_maps_are_those_of_netcal() -> None:
     for ours, theirs in ((Platt, LogisticCalibration), (Temperature, TemperatureScaling)):
         peer = theirs(method="mle")
         peer.fit(confidence, correct.astype(int), random_state=0)
-        found = ours().fit(confidence, correct)(new)
-        assert found == pytest.approx(peer.transform(new), abs=2e-3), ours.name
-        assert np.abs(found - new).mean() > 0.05
+        mapped = ours().fit(confidence, correct)(new)
+        assert mapped == pytest.approx(peer.transform(new), abs=2e-3), ours.name
+        assert np.abs(mapped - new).mean() > 0.05
 
 
 def test_logistic_maps_minimise_the_log_loss() -> None:
@@ -79,28 +79,28 @@ def test_logistic_maps_minimise_the_log_loss() -> None:
         a = float((z[1] - z[0]) / (logit(np.array([0.6])) - logit(np.array([0.3])))[0])
         b = float(z[0] - a * logit(np.array([0.3]))[0])
         assert b == pytest.approx(0, abs=1e-9) if method is Temperature else b != 0
-        near = [loss(a + da, b + db) for da in (-0.02, 0.0, 0.02) for db in shifts if da or db]
-        assert loss(a, b) < min(near)
+        nearby_losses = [loss(a + da, b + db) for da in (-0.02, 0.0, 0.02) for db in shifts if da or db]
+        assert loss(a, b) < min(nearby_losses)
 
 
 def test_a_temperature_is_never_below_zero() -> None:
     confidence, correct = answers(400)
-    found = Temperature().fit(confidence, ~correct)(np.array([0.1, 0.9]))
-    assert found.tolist() == [0.5, 0.5]
+    mapped = Temperature().fit(confidence, ~correct)(np.array([0.1, 0.9]))
+    assert mapped.tolist() == [0.5, 0.5]
 
 
-def test_platt_never_turns_the_order_round() -> None:
+def test_platt_never_reverses_the_order() -> None:
     confidence, correct = answers(400)
-    found = Platt().fit(confidence, ~correct)(np.linspace(0, 1, 101))
-    assert found == pytest.approx(np.full(101, 1 - correct.mean()), abs=1e-5)
-    assert (np.diff(found) > 0).all()
+    mapped = Platt().fit(confidence, ~correct)(np.linspace(0, 1, 101))
+    assert mapped == pytest.approx(np.full(101, 1 - correct.mean()), abs=1e-5)
+    assert (np.diff(mapped) > 0).all()
 
 
-def test_histogram_bins_hold_as_many_answers_and_state_their_accuracy() -> None:
+def test_histogram_bins_have_equally_many_answers_and_give_their_accuracy() -> None:
     confidence = np.repeat(np.arange(20) / 20, 10)
     correct = np.arange(200) % 10 < np.repeat(np.arange(20) // 2, 10)
-    found = Histogram().fit(confidence, correct)(np.arange(20) / 20)
-    assert found == pytest.approx(np.repeat(np.arange(10) / 10, 2), abs=1e-9)
+    mapped = Histogram().fit(confidence, correct)(np.arange(20) / 20)
+    assert mapped == pytest.approx(np.repeat(np.arange(10) / 10, 2), abs=1e-9)
     assert Histogram().fit(confidence, correct)(np.array([0.0, 1.0])) == pytest.approx([0.0, 0.9], abs=1e-9)
 
 
@@ -108,24 +108,24 @@ def test_histogram_bins_hold_as_many_answers_and_state_their_accuracy() -> None:
 @pytest.mark.filterwarnings("ignore:.*Bins whose width are too small.*")
 @given(
     rows=st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=40),
-    asked=st.lists(st.integers(0, 100), min_size=1, max_size=10),
+    percents=st.lists(st.integers(0, 100), min_size=1, max_size=10),
 )
 @settings(max_examples=60)
 def test_any_answers_give_probabilities(
-    method: type[Recalibration], rows: list[tuple[int, bool]], asked: list[int]
+    method: type[Recalibration], rows: list[tuple[int, bool]], percents: list[int]
 ) -> None:
     confidence, correct = (np.array(c) for c in zip(*rows, strict=True))
-    found = method().fit(confidence / 100, correct)(np.sort(asked) / 100)
-    assert ((found >= 0) & (found <= 1)).all()
+    mapped = method().fit(confidence / 100, correct)(np.sort(percents) / 100)
+    assert ((mapped >= 0) & (mapped <= 1)).all()
     if method is not Histogram:
-        assert (np.diff(found) >= -1e-12).all()
+        assert (np.diff(mapped) >= -1e-12).all()
 
 
 def test_logits_are_finite_and_strictly_increasing() -> None:
     inside = np.array([EPSILON, 0.2, 0.5, 1 - EPSILON])
     assert logit(inside) == pytest.approx(np.log(inside / (1 - inside)))
     end = np.log((1 - EPSILON) / EPSILON) + 1 / (1 - EPSILON)
-    assert logit(np.array([0.0, 1.0])) == pytest.approx([-end, end]), "as far as the tangent goes"
+    assert logit(np.array([0.0, 1.0])) == pytest.approx([-end, end]), "on the tangent"
     assert (np.diff(logit(np.linspace(0, 1, 100_001))) > 0).all()
 
 
@@ -135,48 +135,49 @@ def test_logits_are_finite_and_strictly_increasing() -> None:
 def test_one_map_of_the_calibration_set_is_applied_to_all_answers() -> None:
     confidence, correct = answers(300)
     test = predictions([*confidence[:100].tolist(), None], [*correct[:100].tolist(), True], ["t.png"] * 101)
-    held = predictions(confidence[100:].tolist(), correct[100:].tolist(), ["c.png"] * 200, "c")
-    found = recalibrated("isotonic", test, "other", held)
+    calibration = predictions(confidence[100:].tolist(), correct[100:].tolist(), ["c.png"] * 200, "c")
+    values = recalibrated("isotonic", test, "other", calibration)
     expected = Isotonic().fit(confidence[100:], correct[100:])(confidence[:100])
-    assert found[:100] == pytest.approx(expected.tolist())
-    assert found[100] is None
+    assert values[:100] == pytest.approx(expected.tolist())
+    assert values[100] is None
 
 
 @pytest.mark.parametrize(
-    ("test", "held", "says"),
+    ("test", "calibration", "message"),
     [
         (["a", "b", "c"], ["d", "b"], "1 images are in the calibration split and in the test split, 'b'"),
-        (["a", None, "c"], ["d"], "prediction 'q1' does not say what its image is"),
-        (["a", "b"], ["d", None], "prediction 'q1' does not say what its image is"),
+        (["a", None, "c"], ["d"], "prediction 'q1' has no 'image'"),
+        (["a", "b"], ["d", None], "prediction 'q1' has no 'image'"),
     ],
 )
 def test_splits_that_would_leak_are_refused(
-    test: list[str | None], held: list[str | None], says: str
+    test: list[str | None], calibration: list[str | None], message: str
 ) -> None:
     def rows(images: list[str | None]) -> list[EstimatedPrediction]:
         return predictions([0.5] * len(images), [True] * len(images), images)
 
     with pytest.raises(DataError) as caught:
-        recalibrated("platt", rows(test), VERBALIZED, rows(held))
-    assert says in str(caught.value)
+        recalibrated("platt", rows(test), VERBALIZED, rows(calibration))
+    assert message in str(caught.value)
 
 
 def test_nothing_to_fit_on_is_an_error() -> None:
-    held = predictions([None, None], [True, False], ["a", "b"])
-    with pytest.raises(DataError, match="no answer with a readable confidence"):
-        recalibrated("platt", predictions([0.5], [True], ["c"]), VERBALIZED, held)
+    calibration = predictions([None, None], [True, False], ["a", "b"])
+    with pytest.raises(DataError, match="platt: no answer"):
+        recalibrated("platt", predictions([0.5], [True], ["c"]), VERBALIZED, calibration)
 
 
 def test_recalibration_fixes_overconfidence_and_not_the_ranking() -> None:
     confidence, correct = answers(4000)
     rows = predictions(confidence.tolist(), correct.tolist(), [f"{i // 2}" for i in range(4000)])
-    held, test, said, right = rows[:2000], rows[2000:], confidence[2000:], correct[2000:]
-    before = float(auroc(torch.from_numpy(said), torch.from_numpy(right)))
+    calibration, test, stated, correct = rows[:2000], rows[2000:], confidence[2000:], correct[2000:]
+    before = float(auroc(torch.from_numpy(stated), torch.from_numpy(correct)))
     for method in METHODS:
-        found = np.array(recalibrated(method, test, VERBALIZED, held))
-        assert abs(found.mean() - right.mean()) < 0.02 < said.mean() - right.mean() or method == "temperature"
-        assert ((found - right) ** 2).mean() < ((said - right) ** 2).mean()
-        after = float(auroc(torch.from_numpy(found), torch.from_numpy(right)))
+        mapped = np.array(recalibrated(method, test, VERBALIZED, calibration))
+        gap = stated.mean() - correct.mean()
+        assert abs(mapped.mean() - correct.mean()) < 0.02 < gap or method == "temperature"
+        assert ((mapped - correct) ** 2).mean() < ((stated - correct) ** 2).mean()
+        after = float(auroc(torch.from_numpy(mapped), torch.from_numpy(correct)))
         assert (
             after == before
             if method in ("platt", "temperature")

@@ -1,9 +1,10 @@
-"""What estimators read from one shared pass is what one forward for each candidate says, in every family."""
+"""Estimates from one shared pass equal those from one forward per response, in every model family."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import IMAGE_TOKENS
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from vlm_calibration.demo.scenes import render_scene
-from vlm_calibration.estimators import answer_scoring as passes
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators import answer_scoring
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.cached import reads_both_ways
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -26,6 +27,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConf
 from vlm_calibration.models import shared_prefix
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..models.processors import FAMILIES, cached_family
@@ -45,7 +47,7 @@ LEVELS = AnchoredLevels.fit(
         for kind in ("yes_no", "short")
     }
 )
-"""90%, 45% and 20%: as many digits each, so that no level is far likelier than others for being short."""
+"""90%, 45% and 20%: two digits each, so that no level is likelier for being shorter."""
 UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
 
 
@@ -57,7 +59,7 @@ def samples_of(images: list[np.ndarray], rows: tuple[tuple[str, ...], ...] = ASK
 
 
 def logits(confidence: Sequence[float | None]) -> list[float]:
-    """Which tell apart what is all but certain."""
+    """Log-odds, which resolve confidences near 0 and 1."""
     return [math.log(c / (1 - c)) for c in confidence if c is not None]
 
 
@@ -78,12 +80,12 @@ def asked(
     return family.model().eval(), ChatFormat(family.processor, prompt), samples_of(images)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["anew", "from the cache"])
+@pytest.fixture(scope="module", params=[False, True], ids=["without a cache", "from the cache"])
 def answered(
     request: pytest.FixtureRequest, asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
 ) -> AnsweredBatch:
     texts = [text for *_, text in ASKED]
-    return answering(*asked, texts, LEVELS, remember=request.param)
+    return answering(*asked, texts, LEVELS, keep_cache=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -94,53 +96,53 @@ def alone(asked: tuple[Any, ChatFormat, list[Sample]]) -> list[Alone]:
 
 @torch.no_grad()
 def test_expected_confidence(answered: AnsweredBatch, alone: list[Alone]) -> None:
-    found = ExpectedConfidence().estimate(answered)
+    estimate = ExpectedConfidence().estimate(answered)
     answers = ("Yes", "a blue umbrella", "No", "It is white")
     expected = [a.expected(answer, (0.9, 0.45, 0.2)) for a, answer in zip(alone, answers, strict=True)]
-    assert found.confidence == pytest.approx(expected, abs=1e-5)
-    assert found.passes == [1] * 4
+    assert estimate.confidence == pytest.approx(expected, abs=1e-5)
+    assert estimate.passes == [1] * 4
     assert len({round(c, 2) for c in expected}) > 2
 
 
 @torch.no_grad()
 def test_likelihood(answered: AnsweredBatch, alone: list[Alone]) -> None:
-    found = AnswerLikelihood().estimate(answered)
+    estimate = AnswerLikelihood().estimate(answered)
     yes, no = (a.against(a.prompt, "Yes.", "No.") for a in (alone[0], alone[2]))
     expected = [yes, alone[1].likelihood("a blue umbrella"), 1 - no]
-    *rated, last = found.confidence
+    *rated, last = estimate.confidence
     assert logits(rated) == pytest.approx(logits(expected), abs=1e-3)
-    assert last is None, "answered with neither yes nor no"
-    assert found.passes == [1] * 4
+    assert last is None, "the answer is neither yes nor no"
+    assert estimate.passes == [1] * 4
 
 
 @torch.no_grad()
 def test_p_true(answered: AnsweredBatch, alone: list[Alone]) -> None:
-    found = PTrue().estimate(answered)
+    estimate = PTrue().estimate(answered)
     answers = ("Yes.", "a blue umbrella", "No", "It is white.")
     expected = [
         a.against(TEMPLATE.format(question=a.question, answer=answer), "True", "False")
         for a, answer in zip(alone, answers, strict=True)
     ]
-    assert logits(found.confidence) == pytest.approx(logits(expected), abs=1e-3)
-    assert found.passes == [1] * 4
+    assert logits(estimate.confidence) == pytest.approx(logits(expected), abs=1e-3)
+    assert estimate.passes == [1] * 4
     assert len({round(z, 2) for z in logits(expected)}) > 2
 
 
 @torch.no_grad()
-def test_the_prompt_is_not_read_again(
+def test_the_prompt_is_not_computed_again(
     asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chat, samples = asked
-    batch = answering(model, chat, samples, [text for *_, text in ASKED], LEVELS, remember=True)
+    batch = answering(model, chat, samples, [text for *_, text in ASKED], LEVELS, keep_cache=True)
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("scored anew")
+        raise AssertionError("scored without the cache")
 
-    monkeypatch.setattr(passes, "score_responses", refuse)
+    monkeypatch.setattr(answer_scoring, "score_responses", refuse)
     ExpectedConfidence().estimate(batch)
     AnswerLikelihood().estimate(batch)
-    if reads_both_ways(model):  # its prompt is read with the question in mind
-        with pytest.raises(AssertionError, match="scored anew"):
+    if reads_both_ways(model):  # the keys and values of its image depend on the question
+        with pytest.raises(AssertionError, match="scored without the cache"):
             PTrue().estimate(batch)
     else:
         PTrue().estimate(batch)
@@ -155,16 +157,14 @@ def demo(load_model: Any, processor: Any) -> tuple[Any, ChatFormat]:
 
 
 @torch.no_grad()
-def test_an_answer_that_says_nothing_has_no_confidence(
-    demo: tuple[Any, ChatFormat], answering: Answering
-) -> None:
+def test_an_empty_answer_has_no_confidence(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
     rows = (UNANSWERED, ASKED[0], (*ASKED[1][:3], "an <image> of a dog"))
-    batch = answering(*demo, samples_of(scenes(3), rows), [text for *_, text in rows], remember=True)
+    batch = answering(*demo, samples_of(scenes(3), rows), [text for *_, text in rows], keep_cache=True)
     for estimator in (ExpectedConfidence(), AnswerLikelihood(), PTrue()):
-        nothing, something, spelled = estimator.estimate(batch).confidence
-        assert nothing is None, estimator.name
-        assert something is not None
-        assert spelled is None, "the image token is not shown to the model"
+        empty, answered, with_image_token = estimator.estimate(batch).confidence
+        assert empty is None, estimator.name
+        assert answered is not None
+        assert with_image_token is None
     assert VerbalizedConfidence().estimate(batch) == ([0.1, 0.8, None], list(batch.answer_passes))
 
 
@@ -172,18 +172,37 @@ def test_an_answer_that_says_nothing_has_no_confidence(
 def test_levels_of_several_kinds_are_taken_together(
     demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    """Halves and thirds: 0 and 1 come once, and 33.3% reads as 33%."""
+    """Halves and thirds: 0 and 1 count once, and 33.3% is stated as 33%."""
     model, chat = demo
     samples = samples_of(scenes(4))
     batch = answering(model, chat, samples, [text for *_, text in ASKED])
-    both = replace(batch, writer=AnswerWriter(chat, [LinearLevels(3), LinearLevels(4)]))
-    found = ExpectedConfidence().estimate(both).confidence
+    both = replace(batch, tokenizer=AnswerTokenizer(chat, [LinearLevels(3), LinearLevels(4)]))
+    confidence = ExpectedConfidence().estimate(both).confidence
     levels = (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
     expected = [
         Alone(model, chat, s.image, s.query.question).expected(answer, levels)
         for s, answer in zip(samples, ("Yes", "a blue umbrella", "No", "It is white"), strict=True)
     ]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert confidence == pytest.approx(expected, abs=1e-5)
+
+
+def test_responses_that_replace_unlike_parts_of_the_prompt_have_the_rest_in_front(processor: Any) -> None:
+    """The prompt ends in a space, which is part of the token " Yes" but not of the two tokens " A"."""
+    spaced = copy(processor)
+    spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
+        "<|assistant|>{% endif %}", "<|assistant|> {% endif %}"
+    )
+    chat, levels = ChatFormat(spaced, ElicitationPrompt()), (1.0, 0.5, 0.0)
+    query = Query("q", "q.png", "A dog?", "Yes", "yes_no")
+    tokenized = AnswerTokenizer(chat, [LinearLevels(3)]).tokenize(query, "A cat")
+    responses = [render_response("A cat", c) for c in levels] + ["Yes.", "No."]
+    prompt, *conversations = chat.token_ids([chat.render(query.question, r) for r in (None, *responses)])
+    assert (tokenized.cut, tokenized.levels) == (1, levels)
+    for tokens, conversation in zip(tokenized.tokens, conversations, strict=True):
+        whole = [*prompt[: len(prompt) - tokenized.cut], *tokens]
+        assert whole == conversation[: len(whole)]
+    answer = tokenized.tokens[0][tokenized.answer]
+    assert chat.processor.tokenizer.decode(answer).strip() == "A cat."
 
 
 @torch.no_grad()
@@ -203,29 +222,33 @@ def test_what_is_scored_one_by_one_costs_more(
 @torch.no_grad()
 def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
     model, chat = demo
-    read: list[int] = []
+    widths: list[int] = []
     handle = model.get_decoder().register_forward_pre_hook(
-        lambda m, a, k: read.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda m, a, k: widths.append(k["inputs_embeds"].shape[1]), with_kwargs=True
     )
     towers: list[int] = []
     model.model.vision_tower.register_forward_pre_hook(lambda *_: towers.append(1))
-    found = {}
-    for remember in (False, True):
-        batch = answering(model, chat, samples_of(scenes(4)), [text for *_, text in ASKED], remember=remember)
-        before = len(read)
+    by_cache = {}
+    for keep_cache in (False, True):
+        batch = answering(
+            model, chat, samples_of(scenes(4)), [text for *_, text in ASKED], keep_cache=keep_cache
+        )
+        before = len(widths)
         for estimator in (ExpectedConfidence(), AnswerLikelihood(), PTrue()):
             estimator.estimate(batch)
-        found[remember] = read[before:]
+        by_cache[keep_cache] = widths[before:]
     handle.remove()
-    assert len(towers) == 3 + 1, "without a cache for the answer and for each pass, with one for the answer"
-    assert [len(widths) for widths in found.values()] == [2, 2], "levels with the likelihood, and P(True)"
+    assert len(towers) == 3 + 1, (
+        "three times without a cache: for the answer and for each pass; once with one"
+    )
+    assert [len(passes) for passes in by_cache.values()] == [2, 2], "levels with the likelihood, and P(True)"
     image = IMAGE_TOKENS
-    for anew, cached in zip(*found.values(), strict=True):
-        assert cached <= anew - image, "image and prompt are not read again"
+    for without, cached in zip(*by_cache.values(), strict=True):
+        assert cached <= without - image, "image and prompt are not computed again"
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"template": "{question} {answer} {more}"}, "only {question} and {answer}"),
         ({"template": "{question}"}, "needs both"),
@@ -234,11 +257,11 @@ def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answeri
     ],
 )
 def test_a_question_about_the_answer_that_makes_no_sense_is_refused(
-    settings: dict[str, str], says: str
+    settings: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
         PTrue(**settings)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_template_with_the_question_before_the_image_is_named(
@@ -266,19 +289,19 @@ def test_a_template_with_the_question_before_the_image_is_named(
 def test_adapters_and_the_cache(
     demo: tuple[Any, ChatFormat], answering: Answering, new_adapter: Any, tmp_path: Path
 ) -> None:
-    """An adapter's answers are rated by the adapter, whatever the base model would have kept."""
+    """An adapter's answers are rated by the adapter, with the cache of its own generation."""
     from vlm_calibration.models.adapters import load_adapters, using_adapter
 
     model, chat = demo
     adapted = load_adapters(model, {"one": new_adapter(1)})
     samples, texts = samples_of(scenes(4)), [text for *_, text in ASKED]
-    found = {}
+    confidence = {}
     with torch.no_grad():
         for name in (None, "one"):
-            for remember in (False, True):
+            for keep_cache in (False, True):
                 with using_adapter(adapted, name):
-                    batch = answering(adapted, chat, samples, texts, remember=remember)
-                    found[name, remember] = ExpectedConfidence().estimate(batch).confidence
-    assert found[None, True] == pytest.approx(found[None, False], abs=1e-5)
-    assert found["one", True] == pytest.approx(found["one", False], abs=1e-5)
-    assert found["one", True] != pytest.approx(found[None, True], abs=1e-3)
+                    batch = answering(adapted, chat, samples, texts, keep_cache=keep_cache)
+                    confidence[name, keep_cache] = ExpectedConfidence().estimate(batch).confidence
+    assert confidence[None, True] == pytest.approx(confidence[None, False], abs=1e-5)
+    assert confidence["one", True] == pytest.approx(confidence["one", False], abs=1e-5)
+    assert confidence["one", True] != pytest.approx(confidence[None, True], abs=1e-3)

@@ -24,7 +24,7 @@ from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.inference.model import (
@@ -101,8 +101,8 @@ def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | Non
     batch = PromptCollator(data.chat)([samples[0, i] for i in range(len(samples))])
     with torch.no_grad(), using_adapter(model, None if adapter is None else "one"):
         said = answer_batch(model.eval(), batch, data.processor.tokenizer, 16)
-        writer = AnswerWriter(data.chat, [levels])
-        answered = AnsweredBatch(model, batch, said, [0] * len(said), writer, 16)
+        tokenizer = AnswerTokenizer(data.chat, [levels])
+        answered = AnsweredBatch(model, batch, said, [0] * len(said), tokenizer, 16)
         expected = ExpectedConfidence().estimate(answered).confidence
     return [(p.text, p.confidence, e) for p, e in zip(said, expected, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Short trainings of a family in both stages, on four records with images of different sizes."""
+"""Short runs of both stages for one model family, on four records with images of different sizes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, Quantization
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
 from .processors import Family
@@ -32,12 +33,12 @@ SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
 NOISE = NoisePolicy(
     levels=LinearLevels(n_levels=3), level_weights=[0.0, 1.0, 0.0], distractor_probability=0.0
 )
-"""Half noise, so that every response states 50%."""
+"""Every sample has half of the noise, so every response states 50%."""
 LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
 
 
 def write_records(folder: Path) -> str:
-    """Write four records with different images, questions and answers; returns the path of their JSONL file."""
+    """Write four records with different images, questions and answers; return the path of their JSONL file."""
     rng = np.random.default_rng(0)
     texts = (
         ("A dog?", "Yes", "yes_no"),
@@ -57,7 +58,7 @@ def write_records(folder: Path) -> str:
 
 
 class Watch(L.Callback):
-    """Records the loss of every step, the first gradients, and all initial parameters."""
+    """Records the loss of every step, the first gradients, and all parameters before training."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -76,18 +77,20 @@ class Watch(L.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def data_of(folder: str, records: str, pairs: PairPolicy | None = None) -> PerturbedQueryDataModule:
-    """All records in one batch, with noise at the model's resolution."""
+def data_of(
+    folder: str, records: str, candidates: CandidateSettings | None = None
+) -> PerturbedQueryDataModule:
+    """A data module with all records in one batch, noised at the resolution of the model."""
     source = JsonlSource(records)
     return PerturbedQueryDataModule(
-        folder, train=source, noise=NOISE, pairs=pairs, batch_size=len(SIZES), workers=0
+        folder, train=source, noise=NOISE, candidates=candidates, batch_size=len(SIZES), workers=0
     )
 
 
 def fit(
     module: L.LightningModule, data: PerturbedQueryDataModule, steps: int, precision: str = "32-true"
 ) -> Watch:
-    """Train for `steps` steps."""
+    """Train for a number of steps."""
     watch = Watch()
     L.Trainer(
         accelerator="cpu",
@@ -106,17 +109,17 @@ def fit(
 
 @dataclass
 class Run:
-    """A family trained in both stages.
+    """A family's run through both stages.
 
     Attributes:
-        family: the family.
-        base: its base model.
+        family: the model family.
+        base: the base model.
         data: the data of stage 2.
-        sft: the module of stage 1.
-        dpo: the module of stage 2.
-        watched: stage -> recorded training.
+        sft: the module of stage 1, after training.
+        dpo: the module of stage 2, after training.
+        watched: stage -> its recorded training.
         adapters: stage -> folder of its adapter.
-        batches: batches by kind, as a cache of `batch`.
+        batches: kind -> collated batch, a cache of `batch`.
     """
 
     family: Family
@@ -130,9 +133,9 @@ class Run:
 
     @property
     def tolerance(self) -> float:
-        """Tolerance between log-likelihoods that are computed in different ways.
+        """Tolerance between log-likelihoods that are computed in two ways.
 
-        In LLM.int8() the outlier features depend on the batch.
+        Which features LLM.int8() treats as outliers depends on the rest of the batch.
         """
         return 0.05 if self.base.quantization == "int8" else 1e-4
 
@@ -141,12 +144,12 @@ class Run:
         dataset = self.data.train_dataloader().dataset
         return [dataset[0, i] for i in range(len(SIZES))]
 
-    def batch(self, kind: Literal["sft", "pairs", "prompts"]) -> Any:
-        """The records as collated for training and for generation."""
+    def batch(self, kind: Literal["sft", "candidates", "prompts"]) -> Any:
+        """The records, collated for SFT, preference optimisation or generation."""
         if kind not in self.batches:
             collators = {
                 "sft": SFTCollator(self.data.chat, self.data.max_length),
-                "pairs": self.data.pair_collator,
+                "candidates": self.data.candidate_collator,
                 "prompts": PromptCollator(self.data.chat),
             }
             self.batches[kind] = collators[kind](self.samples)  # type: ignore[operator]
@@ -154,15 +157,20 @@ class Run:
 
 
 def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
-    """Train SFT, then DPO from its adapter, and save both adapters."""
+    """Run SFT, then DPO from its adapter; save both adapters."""
     base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
     watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
     torch.manual_seed(0)
     sft = SFTModule(base, LORA, OptimizerSettings(lr=2e-2, warmup_fraction=0.0))
     watched["sft"] = fit(sft, data_of(base.name_or_path, records), 28)
     sft.model.save_pretrained(adapters["sft"])
-    data = data_of(base.name_or_path, records, PairPolicy(target="level"))
-    dpo = DPOModule(base, adapters["sft"], optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0))
+    data = data_of(base.name_or_path, records, CandidateSettings())
+    dpo = DPOModule(
+        base,
+        adapters["sft"],
+        pairs=PairPolicy(target="level"),
+        optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
+    )
     watched["dpo"] = fit(dpo, data, 2)
     dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
     dpo.model.eval()

@@ -1,4 +1,4 @@
-"""A training step of a tiny model, and the memory that it allocates."""
+"""A training step of a tiny model, and its peak memory from the allocator."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import labelled_logits
 
 TOLERANCE = 0.1
-"""Relative tolerance of the estimated peak of activations; measured deviations are at most 7%."""
+"""Tolerance of the activations' peak, as a share of the allocator's figure; deviations are at most 7%."""
 PLAIN = LoraSettings(dropout=0.0)
-"""Without dropout: its mask on CPUs differs from the estimated one of GPUs."""
+"""Without dropout, whose masks CPUs store differently from GPUs, which the estimate is for."""
 ROWS = 24
 BF16 = torch.bfloat16
 
 
 def saved(config: Any, folder: Path) -> str:
-    """Save a configuration, the only file of a model that an estimate needs; returns its folder."""
+    """Save a configuration, all that an estimate needs of a model; return its folder."""
     config.save_pretrained(folder / "config")
     return str(folder / "config")
 
@@ -44,16 +44,16 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
 
 
 def allocated(run: Callable[[], None]) -> int:
-    """Peak bytes that `run` allocates, without bytes allocated before.
+    """Peak bytes that a run allocates, not counting those allocated before it.
 
-    Call `run` once before, so that gradients exist.
+    Call the run once before, so that its gradients are already allocated.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events
-    now = peak = 0
+    current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+        current += event.nbytes()
+        peak = max(peak, current)
     return peak

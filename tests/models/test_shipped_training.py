@@ -14,14 +14,15 @@ import yaml
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.models.shared_prefix import Scoring
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
 from . import families
@@ -106,13 +107,14 @@ def trained(
         module = DPOModule(
             base,
             str(folder / "adapter"),
+            pairs=PairPolicy(target="level"),
             optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
             nll_weight=1.0,  # without it the first loss is log 2 for any scores
             scoring=scoring,
             gradient_checkpointing=checkpointing,
         )
-        policy = PairPolicy(target="level")
-        return module, fit(module, data_of(base.name_or_path, records, policy), 3, precision)
+        data = data_of(base.name_or_path, records, CandidateSettings())
+        return module, fit(module, data, 3, precision)
 
     return Trained(batch, (sft, first), stage_2("shared"), stage_2("plain"))
 

@@ -18,8 +18,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.data.resolution import model_resolution
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models import shared_prefix
@@ -30,6 +30,7 @@ from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 
@@ -131,8 +132,8 @@ def test_only_the_language_model_is_quantised(run: Run) -> None:
 
 @pytest.mark.parametrize("scoring", ["shared", "plain"])
 def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> None:
-    """SFT scores a full conversation, DPO a prompt with candidates."""
-    batch, pairs = run.batch("sft"), run.batch("pairs")
+    """SFT by the whole conversation, DPO by a prompt with candidates behind it."""
+    batch, pairs = run.batch("sft"), run.batch("candidates")
     with torch.no_grad():
         labelled = labelled_logits(run.dpo.model, batch.inputs, batch.labels)
         tokens = [[c.tokens for c in row] for row in pairs.candidates]
@@ -161,8 +162,8 @@ def test_the_model_answers_as_it_learnt(run: Run) -> None:
 
 
 def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
-    """Generation scores token by token with a cache, training scores prompt and answer in one pass."""
-    prompts, pairs = run.batch("prompts"), run.batch("pairs")
+    """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
+    prompts, pairs = run.batch("prompts"), run.batch("candidates")
     output = run.dpo.model.generate(
         **prompts.inputs,
         do_sample=False,
@@ -316,8 +317,8 @@ def test_a_window_shorter_than_a_row_is_logged_once_in_both_of_two_trainings(
     caplog.set_level(logging.INFO)
     for n_rejected in (1, 2):  # rows of other lengths
         policy = PairPolicy(target="level", rejected="far", n_rejected=n_rejected)
-        module = DPOModule(base, lora=LORA, reference="base")
-        watch = fit(module, data_of(base.name_or_path, records, policy), 3)
+        module = DPOModule(base, lora=LORA, reference="base", pairs=policy)
+        watch = fit(module, data_of(base.name_or_path, records, CandidateSettings()), 3)
         assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-5)
         assert watch.losses[-1] < watch.losses[0]
     messages = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]

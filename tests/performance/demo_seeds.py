@@ -38,9 +38,9 @@ ABLATIONS = {
 # Stage 2 from the adapter of "sft", each with one setting changed.
 STAGE_2 = {
     "dpo": [],
-    "dpo-level": ["--data.pairs.target", "level"],
-    "dpo-recalibrated": ["--data.pairs.target", "recalibrated"],
-    "dpo-coarse": ["--data.pairs.grid", "null"],
+    "dpo-level": ["--model.init_args.pairs.target", "level"],
+    "dpo-recalibrated": ["--model.init_args.pairs.target", "recalibrated"],
+    "dpo-coarse": ["--data.candidates.grid", "null"],
     "simpo": [
         *("--model.init_args.loss", f"{LOSSES}SimPO"),
         *("--model.init_args.loss.init_args.beta", "2.0"),

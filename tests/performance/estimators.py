@@ -32,7 +32,7 @@ from transformers import AutoProcessor
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -76,7 +76,7 @@ class Bench(NamedTuple):
     model: Any
     chat: ChatFormat
     batch: PromptBatch
-    writer: AnswerWriter
+    tokenizer: AnswerTokenizer
     tokens: int
 
 
@@ -95,15 +95,15 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
     ]  # fmt: skip
     response = chat.processor.tokenizer(render_response("Yes", 0.8), add_special_tokens=False)["input_ids"]
     model = load_base(BaseModel(str(folder), dtype="float32")).eval()
-    writer = AnswerWriter(chat, [LinearLevels()])
-    return Bench(name, model, chat, PromptCollator(chat)(samples), writer, len(response))
+    tokenizer = AnswerTokenizer(chat, [LinearLevels()])
+    return Bench(name, model, chat, PromptCollator(chat)(samples), tokenizer, len(response))
 
 
 @torch.no_grad()
 def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
     """Seconds to answer the batch and to estimate the confidence of "Yes. Confidence: 80%"."""
     began = time.perf_counter()
-    generating = GenerationRecorder(bench.model, remember=bool(estimators))
+    generating = GenerationRecorder(bench.model, keep_cache=bool(estimators))
     generate_texts(generating, bench.batch.inputs, bench.chat.processor.tokenizer, bench.tokens)
     if estimators:
         predictions = [graded_prediction(q, render_response("Yes", 0.8), 0) for q in bench.batch.queries]
@@ -112,9 +112,9 @@ def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
             bench.batch,
             predictions,
             generating.passes,
-            bench.writer,
+            bench.tokenizer,
             bench.tokens,
-            generating.known,
+            generating.cache,
         )
         for estimator in estimators:
             estimator.estimate(answered)

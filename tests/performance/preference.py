@@ -47,9 +47,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.data.pairs import PairCollator, PairPolicy, choose, nearest
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_tokenizer
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.losses.preference import DPO
@@ -59,6 +59,7 @@ from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import PairPolicy, choose, nearest
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -185,11 +186,12 @@ class OurStep:
         self.collate: Any
         self.module: Any
         if task.rejected:
-            self.collate = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
+            self.collate = CandidateCollator(chat, LEVELS, CandidateSettings(), max_length=4096)
             self.module = DPOModule(
                 base,
                 adapter,
                 DPO(beta=BETA),
+                pairs=policy_of(task),
                 reference="base",
                 optimizer=optimizer,
                 scoring="shared",
@@ -201,9 +203,8 @@ class OurStep:
             self.module = SFTModule(base, LORA, optimizer, gradient_checkpointing=checkpointing)
             self.module.configure_model()
             set_peft_model_state_dict(self.model, load_peft_weights(adapter))
-        # A step and the optimizer's schedule use only these attributes of the Trainer.
-        datamodule = SimpleNamespace(pairs=policy_of(task) if task.rejected else None)
-        self.module.trainer = SimpleNamespace(datamodule=datamodule, estimated_stepping_batches=1000)
+        # All that is asked of its Trainer by a step, and by the optimizer's schedule.
+        self.module.trainer = SimpleNamespace(estimated_stepping_batches=1000)
         self.module.log = lambda *_, **__: None
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -230,11 +231,11 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
     from tests.performance.trl_peer import as_row
 
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
-    pairs = PairCollator(chat, LEVELS, PairPolicy(target="level"), max_length=4096)
+    responses = ResponseTokenizer(chat, [LEVELS])
     rows = []
     for sample in samples:
         query = sample.query
-        candidates = pairs.candidates(query, [sample.answer])[1]
+        candidates = responses.tokenize(query, [sample.answer])[1]
         target = nearest([c.confidence for c in candidates], sample.confidence)
         picks = (
             choose(policy_of(task), candidates, target, query, sample.epoch) if task.rejected else [target]

@@ -8,16 +8,25 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import measured
+from .preference import NOISE, Data, MakeModule
+
+STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 
 
 @pytest.fixture
@@ -95,3 +104,75 @@ def run_evaluation(
         return module
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo_folder(root: Path) -> str:
+    """The demo model as shipped, which can answer questions about the scenes."""
+    return str(root / "src" / "vlm_calibration" / "demo" / "model")
+
+
+@pytest.fixture(scope="session")
+def demo_adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> Callable[..., str]:
+    """Writes an adapter for the demo model with small random weights, so that it still answers; returns its folder."""
+
+    def write(**settings: Any) -> str:
+        folder = tmp_path_factory.mktemp("adapter")
+        plain = {"r": 4, "alpha": 8, "dropout": 0.0}
+        model = attach_lora(
+            load_base(BaseModel(demo_folder, dtype="float32")), LoraSettings(**{**plain, **settings})
+        )
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
+    """A short stage 1: the demo model still answers, and spreads its confidence over the levels."""
+    L.seed_everything(0)
+    sft = SFTModule(
+        BaseModel(demo_folder, dtype="float32"),
+        LoraSettings(r=4, alpha=8, dropout=0.0),
+        OptimizerSettings(lr=STAGE_1_LR),
+    )
+    queries = PerturbedQueryDataModule(
+        demo_folder, train=DemoSource("train", scenes=100), noise=NOISE, batch_size=12, workers=0
+    )
+    folder = tmp_path_factory.mktemp("stage-1")
+    L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        max_steps=STAGE_1_STEPS,
+    ).fit(sft, datamodule=queries)
+    sft.model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_module(demo_folder: str, adapter: str) -> MakeModule:
+    def make(folder: str | None = adapter, **settings: Any) -> DPOModule:
+        plain = {"max_new_tokens": 8, "optimizer": OptimizerSettings(lr=3e-3)}
+        return DPOModule(BaseModel(demo_folder, dtype="float32"), folder, **{**plain, **settings})
+
+    return make
+
+
+@pytest.fixture
+def candidates(data: Data) -> Data:
+    """As `data`, with candidates at five levels."""
+
+    def make(candidates: CandidateSettings | None = CandidateSettings(), **settings: Any) -> Any:  # noqa: B008
+        return data(**{"noise": NOISE, "candidates": candidates, **settings})
+
+    return make

@@ -1,4 +1,4 @@
-"""Estimators in an evaluation: keys of the files, metrics of each, costs, and one process or several."""
+"""Estimators in an evaluation: their keys and metrics in the files, their cost, and several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -53,19 +53,19 @@ def test_every_estimator_has_its_key_and_its_metrics(
     queries = data(eval_batch_size=5)
     queries.setup("test")
     model = load_adapters(load_model(), {"one": new_adapter(1)})
-    writer = AnswerWriter(queries.chat, [LinearLevels()])
-    found: dict[str, list[Any]] = {}
+    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels()])
+    estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = [json.loads(x) for x in (folder / system / "predictions.jsonl").read_text().splitlines()]
         assert [tuple(line)[-5:] for line in lines] == [("image", *NAMES)] * 15
         predictions = [prediction_from_dict(line) for line in lines]
-        found[system] = [p.estimates for p in predictions]
+        estimates[system] = [p.estimates for p in predictions]
 
-        # Other batches, other padding, nothing remembered: the same estimates.
+        # Other batches, other padding, no cache: the same estimates.
         with torch.no_grad(), using_adapter(model, None if system == "base" else system):
             for start, batch in zip((0, 5, 10), queries.test_dataloader(), strict=True):
                 part = predictions[start : start + 5]
-                answered = AnsweredBatch(model, batch, part, [0] * 5, writer, 5)
+                answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
                 for estimator in estimators():
                     again = estimator.estimate(answered).confidence
                     assert again == pytest.approx([p.estimates[estimator.name] for p in part], abs=1e-5)
@@ -80,18 +80,18 @@ def test_every_estimator_has_its_key_and_its_metrics(
                 brier = float(functional.brier_score(confidence, correct))
                 assert metrics[f"brier@{name}"] == pytest.approx(brier, abs=1e-4)
                 assert metrics[f"mean_confidence@{name}"] == pytest.approx(float(confidence.mean()), abs=1e-4)
-        some = [p.estimates["expected"] for p in predictions if "shifted" in (p.category or "").split("/")]
-        known = [c for c in some if c is not None]
+        shifted = [p.estimates["expected"] for p in predictions if "shifted" in (p.category or "").split("/")]
+        shifted = [c for c in shifted if c is not None]
         assert metrics["mean_confidence@expected/shifted"] == pytest.approx(
-            math.fsum(known) / len(known), abs=1e-4
+            math.fsum(shifted) / len(shifted), abs=1e-4
         )
         assert [metrics[f"forward_passes@{n}"] for n in NAMES[:3]] == [1, 1, 1]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
-    assert found["base"] != found["one"]
+    assert estimates["base"] != estimates["one"]
 
     oracle = (folder / "oracle" / "predictions.jsonl").read_text().splitlines()
-    assert not set(NAMES) & set(json.loads(oracle[0])), "the oracle is none of the models"
+    assert not set(NAMES) & set(json.loads(oracle[0])), "the oracle is not a model"
     assert not [key for key in json.loads((folder / "oracle" / "metrics.json").read_text()) if "@" in key]
 
 
@@ -104,14 +104,14 @@ def test_levels_are_those_of_the_estimator_or_of_the_data(model_folder: str, lev
 
 
 @pytest.mark.parametrize(
-    ("chosen", "says"),
+    ("chosen", "message"),
     [
-        ([PTrue(), PTrue(true="Yes", false="No")], "'p_true' is there already"),
-        ([VerbalizedConfidence()], "'verbalized' is there already"),
+        ([PTrue(), PTrue(true="Yes", false="No")], "'p_true' appears twice"),
+        ([VerbalizedConfidence()], "'verbalized' appears twice"),
     ],
 )
-def test_an_estimator_that_comes_twice_is_refused(chosen: list[Estimator], says: str) -> None:
-    with pytest.raises(DataError, match=says):
+def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         EvaluationModule(BaseModel("nowhere"), estimators=chosen)
 
 
@@ -130,12 +130,12 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
 def test_two_processes_estimate_as_one(
     run: Callable[..., Ended], root: Path, model_folder: str, tmp_path: Path
 ) -> None:
-    """From the command line: the same files, but for what floats owe to the size of a batch."""
+    """From the command line: the same files, up to the rounding that depends on the batch size."""
     source = {
         "class_path": "vlm_calibration.demo.source.DemoSource",
         "init_args": {"split": "test", "scenes": 3},
     }
-    held = {**source, "init_args": {"split": "calibration", "scenes": 1}}
+    calibration = {**source, "init_args": {"split": "calibration", "scenes": 1}}
     kinds = (
         "verbal.ExpectedConfidence",
         "likelihood.AnswerLikelihood",
@@ -155,7 +155,7 @@ def test_two_processes_estimate_as_one(
         },
         "data": {
             "test": {"": {"source": source, "noise": "drawn"}},
-            "calibration": {"held": {"source": held}},
+            "calibration": {"held_out": {"source": calibration}},
             "eval_batch_size": 4,
             "workers": 0,
         },
@@ -182,9 +182,11 @@ def test_two_processes_estimate_as_one(
     assert ended.status == 0, ended.err
 
     for file, n in (("predictions.jsonl", 9), ("calibration.jsonl", 3)):
-        one, other = (read_predictions(tmp_path / name / "base" / file) for name in ("one", "two"))
-        assert len(one) == n
-        for a, b in zip(one, other, strict=True):
+        one_process, two_processes = (
+            read_predictions(tmp_path / name / "base" / file) for name in ("one", "two")
+        )
+        assert len(one_process) == n
+        for a, b in zip(one_process, two_processes, strict=True):
             assert {**a.to_dict(), **dict.fromkeys(NAMES)} == {**b.to_dict(), **dict.fromkeys(NAMES)}
             assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
     metrics = [json.loads((tmp_path / name / "base/metrics.json").read_text()) for name in ("one", "two")]

@@ -1,4 +1,4 @@
-"""Measuring the base model at every noise step: every answer is counted, and the table can be read back."""
+"""Level fitting: every answer at every noise step is counted, and the written table loads."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ FEW = {"calibration": EvalSplit(DemoSource("calibration", scenes=2), "every_step
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
-    """The answers that are given, of which chance makes the fewer right the more noise there is.
+    """The model's answers, graded at random with an accuracy that falls with the noise.
 
-    The tiny model itself is hardly ever right, which makes no table.
+    The tiny model itself is hardly ever correct, which gives no table.
     """
-    given: list[Prediction] = []
+    answers: list[Prediction] = []
     rng = np.random.default_rng(0)
 
-    def answered(*arguments: Any) -> list[Prediction]:
-        found = [
+    def answer(*arguments: Any) -> list[Prediction]:
+        graded = [
             replace(p, correct=bool(rng.random() >= (p.noise_step or 0) / 1000))
             for p in answer_batch(*arguments)
         ]
-        given.extend(found)
-        return found
+        answers.extend(graded)
+        return graded
 
-    monkeypatch.setattr(level_fit, "answer_batch", answered)
-    return given
+    monkeypatch.setattr(level_fit, "answer_batch", answer)
+    return answers
 
 
 def test_counts_add_up_and_the_table_loads(
@@ -63,16 +63,16 @@ def test_counts_add_up_and_the_table_loads(
     trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
 
     assert len(answers) == 12 * 6
-    asked = Counter((p.answer_type, p.noise_step) for p in answers)
-    right = Counter((p.answer_type, p.noise_step) for p in answers if p.correct)
-    assert 20 < sum(right.values()) < 50
+    total = Counter((p.answer_type, p.noise_step) for p in answers)
+    correct = Counter((p.answer_type, p.noise_step) for p in answers if p.correct)
+    assert 20 < sum(correct.values()) < 50
 
     levels = AnchoredLevels(out)
     assert levels.steps == (0, 200, 400, 600, 800, 1000)
     assert levels.answer_types == ("yes_no", "short")
     for kind, rows in levels.table.counts.items():
         for step, n, n_correct in rows:
-            assert (n, n_correct) == (asked[kind, step], right[kind, step])
+            assert (n, n_correct) == (total[kind, step], correct[kind, step])
     provenance = levels.table.provenance
     assert provenance["model"] == model_folder
     assert provenance["seed"] == 3
@@ -96,7 +96,7 @@ def test_clean_absent_objects_leave_the_clean_step(
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    # With `absent: clean` a "no" question stays clean at every step, and counts where it belongs: at step 0.
+    # With `absent: clean` a "no" question stays clean at every step, so it counts at step 0.
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
@@ -107,7 +107,7 @@ def test_clean_absent_objects_leave_the_clean_step(
 
 
 class Damaged(DemoSource):
-    """Without the images of the first scene, and without regions for the questions about a corner."""
+    """A source without the images of the first scene, and without regions for corner questions."""
 
     on_bad_record = "skip"
 
@@ -121,14 +121,14 @@ class Damaged(DemoSource):
 
 
 @pytest.mark.filterwarnings("ignore:data.test")
-def test_nothing_is_measured_on_what_has_no_region_or_cannot_be_loaded(
+def test_queries_without_a_region_or_a_readable_image_are_not_measured(
     model_folder: str,
     data: Data,
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    """Three scenes of four are left, of each a yes and a no at every step; whole batches are of the first one."""
+    """Three of four scenes are left, with a yes and a no at every step each; whole batches of the first scene are empty."""
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
@@ -139,7 +139,7 @@ def test_nothing_is_measured_on_what_has_no_region_or_cannot_be_loaded(
     assert [row.n for row in counts["yes_no"]] == [6] * 11
 
 
-def test_a_step_nobody_was_asked_at_is_an_error(
+def test_a_step_without_queries_is_an_error(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     module = LevelFitModule(
@@ -155,9 +155,9 @@ def test_a_calibration_set_is_refused_before_anything_is_loaded(
     data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     module = LevelFitModule(BaseModel("no/such-model"), str(tmp_path / "l.json"))
-    held = {"held": EvalSplit(DemoSource("calibration", scenes=1, first=50))}
+    calibration = {"held_out": EvalSplit(DemoSource("calibration", scenes=1, first=50))}
     with pytest.raises(DataError, match="data.calibration is for evaluations"):
-        trainer().test(module, datamodule=data(test=SWEEP, calibration=held), verbose=False)
+        trainer().test(module, datamodule=data(test=SWEEP, calibration=calibration), verbose=False)
 
 
 def test_step_counts_count_repeats() -> None:
@@ -165,16 +165,16 @@ def test_step_counts_count_repeats() -> None:
     kinds, steps = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 2, 0])
     counts.update(kinds, steps, torch.tensor([True, False, True, False]))
     counts.update(kinds[:1], steps[:1], torch.tensor([True]))
-    found = counts.compute()
-    assert found[0, 2].tolist() == [3, 4]
-    assert found[1, 0].tolist() == [0, 1]
-    assert int(found[..., 1].sum()) == 5
+    table = counts.compute()
+    assert table[0, 2].tolist() == [3, 4]
+    assert table[1, 0].tolist() == [0, 1]
+    assert int(table[..., 1].sum()) == 5
 
 
 def test_a_table_that_teaches_nothing_is_not_written(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    """The tiny model is never right."""
+    """The tiny model is never correct."""
     out = tmp_path / "levels.json"
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=3)
     policy = NoisePolicy(levels=LinearLevels(n_levels=2))

@@ -1,4 +1,4 @@
-"""AdamW and the shape of its learning rate."""
+"""AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def test_warm_up_then_cosine() -> None:
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[100] == pytest.approx(0.1)
     assert factors[20:] == sorted(factors[20:], reverse=True)
-    assert learning_rate_factor(500, 100, settings) == pytest.approx(0.1), "never up again behind the end"
+    assert learning_rate_factor(500, 100, settings) == pytest.approx(0.1), "it stays there after the end"
 
 
-def test_no_warm_up_begins_at_the_top() -> None:
+def test_without_warm_up_the_rate_starts_at_its_highest() -> None:
     settings = OptimizerSettings(warmup_fraction=0.0)
     assert learning_rate_factor(0, 10, settings) == 1.0
     assert learning_rate_factor(10, 10, settings) == pytest.approx(0.0)
@@ -40,9 +40,9 @@ def test_every_step_of_a_short_run_trains(total: int, warmup: float) -> None:
 def test_settings_reach_adamw() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
     settings = OptimizerSettings(lr=0.5, weight_decay=0.1, betas=(0.5, 0.6), eps=1e-3, warmup_fraction=0.0)
-    made = adamw_with_schedule([parameter], settings, 4)
-    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    assert made["lr_scheduler"]["interval"] == "step"
+    configured = adamw_with_schedule([parameter], settings, 4)
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    assert configured["lr_scheduler"]["interval"] == "step"
     [group] = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group[k] for k in ("weight_decay", "betas", "eps")] == [0.1, (0.5, 0.6), 1e-3]

@@ -1,4 +1,4 @@
-"""A level table is used for what it was measured for: one model, one kind of noise, one prompt, one way of grading."""
+"""A level table is used under the conditions of its measurement: one model, one kind of noise, one prompt, one grading rule."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.models import loading
@@ -37,7 +38,7 @@ ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 
 
 @pytest.mark.parametrize(
-    ("measured_with", "used_with", "says"),
+    ("measured_with", "used_with", "message"),
     [
         (
             {"noise": NoisePolicy(schedule=CosineSchedule())},
@@ -71,13 +72,13 @@ ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
     ],
 )
 def test_a_setting_that_differs_is_named_with_both_sides(
-    model_folder: str, data: Data, measured_with: dict[str, Any], used_with: dict[str, Any], says: str
+    model_folder: str, data: Data, measured_with: dict[str, Any], used_with: dict[str, Any], message: str
 ) -> None:
     base, levels = BaseModel(model_folder), measured(model_folder, **measured_with)
     check_levels(levels, base, data(**measured_with))
     with pytest.raises(DataError) as caught:
         check_levels(levels, base, data(**used_with))
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).count(" and is ") == 1, "nothing else differs"
     assert "levels fit" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -90,24 +91,24 @@ def test_a_setting_that_differs_is_named_with_both_sides(
         {"grading": Grading(open="ranking"), "batch_size": 1, "max_length": 9},
     ],
 )
-def test_what_does_not_change_what_was_measured_may_differ(
+def test_settings_without_effect_on_the_measurement_may_differ(
     model_folder: str, data: Data, used_with: dict[str, Any]
 ) -> None:
     check_levels(measured(model_folder), BaseModel(model_folder), data(**used_with))
 
 
-def test_linear_levels_were_measured_on_nothing(data: Data) -> None:
+def test_linear_levels_are_not_compared(data: Data) -> None:
     check_levels(LinearLevels(), BaseModel("nowhere"), data())
 
 
-def _changed(folder: Path) -> None:
-    """One weight of the model in this folder, a little."""
+def _change_weight(folder: Path) -> None:
+    """Change one weight of the model in a folder a little."""
     weights = load_file(folder / "model.safetensors")
     next(iter(weights.values())).view(-1)[-1] += 1e-3
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_a_model_is_the_same_wherever_it_lies(model_folder: str, data: Data, tmp_path: Path) -> None:
+def test_a_model_is_the_same_in_any_folder(model_folder: str, data: Data, tmp_path: Path) -> None:
     levels, copy = measured(model_folder), tmp_path / "copy"
     shutil.copytree(model_folder, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -115,7 +116,7 @@ def test_a_model_is_the_same_wherever_it_lies(model_folder: str, data: Data, tmp
         json.dumps({**config, "_name_or_path": "x", "transformers_version": "0"})
     )
     check_levels(levels, BaseModel(str(copy)), data())
-    _changed(copy)
+    _change_weight(copy)
     with pytest.raises(DataError) as caught:
         check_levels(levels, BaseModel(str(copy)), data())
     for folder in (model_folder, str(copy)):
@@ -124,22 +125,22 @@ def test_a_model_is_the_same_wherever_it_lies(model_folder: str, data: Data, tmp
         assert f"{folder!r} (weights {digest[:8]})" in str(caught.value)
 
 
-def test_of_large_files_every_part_counts(
+def test_every_part_of_a_large_file_counts(
     model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "SPAN", 256)
     shutil.copytree(model_folder, tmp_path / "copy")
     base, file = BaseModel(str(tmp_path / "copy")), tmp_path / "copy/model.safetensors"
-    whole, size = file.read_bytes(), file.stat().st_size
+    content, size = file.read_bytes(), file.stat().st_size
     digests = {weights_digest(base)}
-    for place in (0, size // 15 - 1, size - 1):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for offset in (0, size // 15 - 1, size - 1):
+        file.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
         digests.add(weights_digest(base))
-    file.write_bytes(whole[:1000] + whole[1001:])
+    file.write_bytes(content[:1000] + content[1001:])
     assert len({*digests, weights_digest(base)}) == 5
 
 
-def test_shards_are_one_model_if_all_are_there(model_folder: str, tmp_path: Path) -> None:
+def test_shards_are_one_model_if_none_is_missing(model_folder: str, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "copy")
     base, folder = BaseModel(str(tmp_path / "copy")), tmp_path / "copy"
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -158,7 +159,7 @@ def test_shards_are_one_model_if_all_are_there(model_folder: str, tmp_path: Path
         (BaseModel("org/model"), BaseModel("org/other"), False),
     ],
 )
-def test_a_model_that_is_not_here_goes_by_name_and_revision(
+def test_a_model_that_is_not_here_is_compared_by_name_and_revision(
     data: Data, was: BaseModel, now: BaseModel, same: bool
 ) -> None:
     levels = measured("org/model")
@@ -170,19 +171,17 @@ def test_a_model_that_is_not_here_goes_by_name_and_revision(
         check_levels(AnchoredLevels(table=table), now, data())
 
 
-def test_another_quantisation_is_warned_of(model_folder: str, data: Data) -> None:
-    with pytest.warns(UserWarning, match="measured with model.base.quantization none, and this run has nf4"):
+def test_another_quantisation_is_a_warning(model_folder: str, data: Data) -> None:
+    with pytest.warns(UserWarning, match="model.base.quantization none, .* nf4"):
         check_levels(measured(model_folder), BaseModel(model_folder, quantization="nf4"), data())
 
 
-def test_a_table_that_does_not_say_how_it_was_measured_is_refused(model_folder: str, data: Data) -> None:
+def test_a_table_with_incomplete_provenance_is_refused(model_folder: str, data: Data) -> None:
     levels = measured(model_folder)
-    known = {k: v for k, v in levels.table.provenance.items() if k not in ("grading", "weights")}
-    unsaid = AnchoredLevels(table=replace(levels.table, provenance=known))
-    with pytest.raises(
-        DataError, match=r"does not say its weights, grading.*measure it again with `.*levels fit`"
-    ):
-        check_levels(unsaid, BaseModel(model_folder), data())
+    provenance = {k: v for k, v in levels.table.provenance.items() if k not in ("grading", "weights")}
+    incomplete = AnchoredLevels(table=replace(levels.table, provenance=provenance))
+    with pytest.raises(DataError, match=r"has no weights, grading in its provenance.*`.*levels fit`"):
+        check_levels(incomplete, BaseModel(model_folder), data())
 
 
 def _modules(model: str, levels: Path) -> dict[str, Callable[[], L.LightningModule]]:
@@ -214,8 +213,10 @@ def test_every_use_is_checked_before_a_model_is_loaded(
     measured(model_folder, noise=NoisePolicy(schedule=LinearSchedule())).save(path)
     levels = LinearLevels() if use == "test" else AnchoredLevels(path)
     run = getattr(trainer(), use.split()[0])
-    with pytest.raises(DataError, match=f"{re.escape(str(path))} was measured otherwise than it is used"):
-        run(_modules(model_folder, path)[use](), datamodule=data(noise=NoisePolicy(levels=levels)))
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} was measured under other conditions"):
+        candidates = CandidateSettings() if use == "fit stage 2" else None
+        queries = data(noise=NoisePolicy(levels=levels), candidates=candidates)
+        run(_modules(model_folder, path)[use](), datamodule=queries)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "validate"])
@@ -232,7 +233,7 @@ def test_the_command_line_says_so_in_one_line_and_writes_nothing(
     command = ["validate" if stage == "validate" else "fit", *command[1:]]
     ended = run(*command)
     assert ended.error().startswith(
-        f"{path} was measured otherwise than it is used: data.noise.schedule was 'Cosine"
+        f"{path} was measured under other conditions: data.noise.schedule was 'Cosine"
     )
     assert ended.status == 1
     assert not (tmp_path / "run").exists()
@@ -266,5 +267,5 @@ def test_the_oracle_of_an_evaluation_is_checked(
         )
     )
     assert "data.prompt.template was '{question}\\nAnswer briefly" in ended.error()
-    assert "and is '{question}': set what it was measured with" in ended.error()
+    assert "and is '{question}': use the conditions of the measurement" in ended.error()
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""How answers are graded is one setting; open ones with a rejected one beside them may be ranked by likelihood."""
+"""Grading is one setting for all stages; open answers with a rejected alternative can be ranked by likelihood."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.stages.answering import answer_batch, ranked_right
+from vlm_calibration.stages.answering import answer_batch, rank_answers
 from vlm_calibration.stages.level_fit import LevelFitModule
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import Grading
@@ -64,7 +64,7 @@ def samples(data: Data) -> list[Sample]:
 def test_the_likelier_answer_per_token_wins(
     load_model: Callable[..., Any], data: Data, samples: list[Sample]
 ) -> None:
-    """Against one forward for each answer, spelt out: mean log-likelihood of its tokens behind the prompt."""
+    """Compared with one forward per answer: the mean log-likelihood of its tokens."""
     model, chat = load_model().eval(), data().chat
 
     def log_p(sample: Sample, answer: str) -> torch.Tensor:
@@ -72,10 +72,10 @@ def test_the_likelier_answer_per_token_wins(
         inputs = chat.inputs([prompt + render_answer(answer)], [sample.image], "right")
         start = chat.inputs([prompt], [sample.image], "right")["input_ids"].shape[1]
         with torch.no_grad():
-            found = torch.log_softmax(model(**inputs).logits[0, start - 1 : -1].float(), -1)
-        return found.gather(-1, inputs["input_ids"][0, start:, None])
+            values = torch.log_softmax(model(**inputs).logits[0, start - 1 : -1].float(), -1)
+        return values.gather(-1, inputs["input_ids"][0, start:, None])
 
-    # Pairs in which the mean and the sum do not agree, so that it shows which of them counts.
+    # Pairs in which mean and sum disagree, to show which of them decides.
     pairs = []
     for name in CLASSES[:20]:
         short, long = log_p(samples[0], name), log_p(samples[0], "A dog, I think")
@@ -89,7 +89,7 @@ def test_the_likelier_answer_per_token_wins(
             _open(samples[0], "A dog, I think", name),
         ]
         batch = PromptCollator(chat, RANKING)(chosen)
-        assert ranked_right(model, batch) == [likelier, None, not likelier]
+        assert rank_answers(model, batch) == [likelier, None, not likelier]
         answers = answer_batch(model, batch, chat.processor.tokenizer, 3)
         assert [answers[i].correct for i in (0, 2)] == [likelier, not likelier]
 
@@ -101,19 +101,19 @@ def test_every_wrong_answer_must_be_less_likely(
     names = ("cat", "dog", "Two red cats.")
     for gold in names:
         others = [name for name in names if name != gold]
-        alone = [ranked_right(model, collate([_open(samples[0], gold, other)]))[0] for other in others]
-        assert ranked_right(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
+        alone = [rank_answers(model, collate([_open(samples[0], gold, other)]))[0] for other in others]
+        assert rank_answers(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
 
 
 def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, samples: list[Sample]) -> None:
     for chosen, grading in ((samples, Grading()), (samples[1:2], RANKING)):
         batch = PromptCollator(data().chat, grading)(chosen)
         assert batch.ranked == ()
-        assert ranked_right(load_model(), batch) == [None] * len(chosen)
+        assert rank_answers(load_model(), batch) == [None] * len(chosen)
 
 
 @pytest.mark.parametrize(
-    ("grading", "right"),
+    ("grading", "correct"),
     [
         (Grading(), False),
         (Grading(short="contains"), True),
@@ -123,12 +123,12 @@ def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, sa
     ],
 )
 def test_one_setting_grades_validation_and_evaluation(
-    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, right: bool
+    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, correct: bool
 ) -> None:
-    def said(model: Any, inputs: Any, *_: Any) -> list[str]:
+    def generate(model: Any, inputs: Any, *_: Any) -> list[str]:
         return ["A big brown dog lies there. Confidence: 80%"] * len(inputs["input_ids"])
 
-    monkeypatch.setattr("vlm_calibration.stages.answering.generate_texts", said)
+    monkeypatch.setattr("vlm_calibration.stages.answering.generate_texts", generate)
     source = DemoSource("test", scenes=1)
     queries = data(validation=source, test={"": EvalSplit(source)}, grading=grading)
     queries.setup("fit")
@@ -138,11 +138,11 @@ def test_one_setting_grades_validation_and_evaluation(
         dogs = batch._replace(
             queries=tuple(replace(q, answer="dog", answer_type="short") for q in batch.queries)
         )
-        assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [right] * 3
+        assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [correct] * 3
 
 
 class OpenSource(DemoSource):
-    """The demo's corner questions as open ones, of which the second has no wrong answer."""
+    """The demo's corner questions as open ones; the second has no wrong answer."""
 
     def queries(self) -> list[Query]:
         return [replace(q, answer_type="open") for q in super().queries() if q.answer_type == "short"]
@@ -154,7 +154,7 @@ class OpenSource(DemoSource):
         return [] if query.image.endswith("1") else ["cat"]
 
 
-def test_a_query_with_nothing_to_rank_against_is_refused_before_anything_is_answered(data: Data) -> None:
+def test_a_query_without_a_wrong_answer_to_rank_is_refused_before_any_is_answered(data: Data) -> None:
     parts = {"one": EvalSplit(OpenSource("test", scenes=1)), "two": EvalSplit(OpenSource("test", scenes=2))}
     data(test={"one": parts["one"]}, grading=RANKING).setup("test")
     data(test=parts).setup("test")
@@ -167,13 +167,13 @@ def test_a_query_with_nothing_to_rank_against_is_refused_before_anything_is_answ
 
 
 def _label(name: str) -> str:
-    # Not how the demo's model puts it, so that no answer matches exactly.
+    # The demo's model words its answers differently, so none matches exactly.
     return f"{name} {name}."
 
 
 @pytest.fixture(scope="module")
 def rlaif_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with RLAIF-V's columns over the demo's images, and the regions that were extracted for it."""
+    """A folder with the demo's images under RLAIF-V's columns, and regions extracted for them."""
     folder = tmp_path_factory.mktemp("rlaif")
     source = DemoSource("calibration", scenes=SCENES, first=500)
     rows, queries = [], []
@@ -220,8 +220,8 @@ def rlaif_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_regions_beside_the_data_set_keep_its_rejected_answers(rlaif_v: Path) -> None:
-    """Also where nothing was loaded before."""
+def test_a_file_of_regions_keeps_the_rejected_answers_of_its_data_set(rlaif_v: Path) -> None:
+    """Also before any image is loaded."""
     images = RlaifVSource(str(rlaif_v / "files"))
     source = ParquetSource(str(rlaif_v / "queries.parquet"), images=images)
     rejected = [source.wrong_answers(q) for q in source.queries()]
@@ -247,7 +247,7 @@ def _source(folder: Path, begin: float, end: float) -> dict[str, Any]:
 
 
 def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: dict[str, Any]) -> list[str]:
-    """Arguments: configurations that ship, then what a user sets."""
+    """Arguments: shipped configurations, then a user's overlay."""
     overlay = {
         "trainer": {
             "accelerator": "cpu",
@@ -283,7 +283,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     held_out = {"calibration": {"source": _source(rlaif_v, 0.0, 0.8), "noise": "every_step"}}
     measuring = ("levels", "data/rlaif_v_levels")
 
-    # By exact match no answer is right, and no table is written.
+    # By exact match no answer is correct, and no table is written.
     exact = {"test": held_out, "grading": {"open": "exact"}}
     command = _configured(root, tmp_path, "exact", *measuring, model={"out": levels}, data=exact)
     ended = run("levels", "fit", *command)
@@ -354,7 +354,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert "data.grading (open) was 'ranking' and is 'exact'" in ended.error()
 
 
-def test_ranking_generates_nothing_to_measure_levels(
+def test_ranking_measures_levels_without_generation(
     data: Data,
     trainer: Callable[..., L.Trainer],
     model_folder: str,

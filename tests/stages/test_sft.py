@@ -1,4 +1,4 @@
-"""The SFT stage: what the loss weighs, what training changes and writes, and that it learns."""
+"""Stage 1: the weights in its loss, what training changes and writes, and that it learns."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.pairs import PairPolicy
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
 from vlm_calibration.models.loading import BaseModel
@@ -44,27 +44,27 @@ def _module(folder: str, **settings: Any) -> SFTModule:
 
 
 def _batch(data: PerturbedQueryDataModule) -> SFTBatch:
-    """The first batch, with a level of its own for every row."""
+    """The first batch, with a different confidence in every row."""
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     return batch._replace(confidence=torch.tensor([0.9, 0.4, 0.0]))
 
 
 class Observed:
-    """Runs training steps outside a Trainer and keeps the label logits and what was logged."""
+    """Runs training steps outside a Trainer and records the label logits and the logged values."""
 
     def __init__(self, module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module = module
         self.logged: dict[str, float] = {}
-        self.found: LabelledLogits | None = None
+        self.labelled: LabelledLogits | None = None
         module.configure_model()
         monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
         original = sft.labelled_logits
 
         def watched(*arguments: Any) -> LabelledLogits:
-            self.found = original(*arguments)
-            self.found.logits.retain_grad()
-            return self.found
+            self.labelled = original(*arguments)
+            self.labelled.logits.retain_grad()
+            return self.labelled
 
         monkeypatch.setattr(sft, "labelled_logits", watched)
 
@@ -73,8 +73,8 @@ class Observed:
 
     @property
     def log_likelihood(self) -> list[float]:
-        assert self.found is not None
-        logits, targets, _ = self.found
+        assert self.labelled is not None
+        logits, targets, _ = self.labelled
         return torch.log_softmax(logits.double(), -1)[range(len(targets)), targets].tolist()
 
 
@@ -84,10 +84,10 @@ def _by_hand(
     """1/B sum_b 1/|b| sum_t -w_t log p_t, with w the row's `answer` weight or the `confidence` weight."""
     tokens = iter(log_likelihood)
     rows = []
-    for labels, stated, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
+    for labels, mask, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
         terms = [
-            -(confidence if is_stated else weight) * next(tokens)
-            for label, is_stated in zip(labels.tolist(), stated.tolist(), strict=True)
+            -(confidence if is_confidence else weight) * next(tokens)
+            for label, is_confidence in zip(labels.tolist(), mask.tolist(), strict=True)
             if label != IGNORE
         ]
         rows.append(sum(terms) / len(terms))
@@ -104,7 +104,7 @@ def _by_hand(
         ({"answer_weight": "confidence", "confidence_weight": 3.0}, [0.9, 0.4, 0.0], 3.0),
     ],
 )
-def test_the_loss_weighs_as_stated(
+def test_the_loss_weights_tokens_as_configured(
     model_folder: str,
     data: Data,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,18 +120,16 @@ def test_the_loss_weighs_as_stated(
     )
 
     loss.backward()
-    assert observed.found is not None
-    gradient = observed.found.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
-    stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
-    weights = torch.where(stated, torch.tensor(confidence), torch.tensor(answer)[observed.found.rows])
+    assert observed.labelled is not None
+    gradient = observed.labelled.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
+    mask = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
+    weights = torch.where(mask, torch.tensor(confidence), torch.tensor(answer)[observed.labelled.rows])
     assert torch.equal(gradient > 0, weights > 0)
 
     likelihood = torch.tensor(observed.log_likelihood)
     assert observed.logged["train/loss"] == pytest.approx(float(loss))
-    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[~stated].mean()), rel=1e-4)
-    assert observed.logged["train/nll_confidence"] == pytest.approx(
-        -float(likelihood[stated].mean()), rel=1e-4
-    )
+    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[~mask].mean()), rel=1e-4)
+    assert observed.logged["train/nll_confidence"] == pytest.approx(-float(likelihood[mask].mean()), rel=1e-4)
 
 
 def test_without_weight_the_confidence_teaches_nothing(
@@ -140,21 +138,23 @@ def test_without_weight_the_confidence_teaches_nothing(
     batch = _batch(data())
     observed = Observed(_module(model_folder, confidence_weight=0.0), monkeypatch)
     observed.loss(batch).backward()
-    assert observed.found is not None
-    gradient = observed.found.logits.grad
-    stated = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
+    assert observed.labelled is not None
+    gradient = observed.labelled.logits.grad
+    mask = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     assert gradient is not None
-    assert gradient[stated].abs().max() == 0
-    assert gradient[~stated].abs().amax(dim=-1).min() > 0
+    assert gradient[mask].abs().max() == 0
+    assert gradient[~mask].abs().amax(dim=-1).min() > 0
 
 
-def test_a_batch_of_which_all_is_too_long_teaches_nothing(
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = _batch(data())
     observed = Observed(_module(model_folder), monkeypatch)
-    none = torch.zeros((0, 0), dtype=torch.int64)
-    empty = SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b"))
+    empty_labels = torch.zeros((0, 0), dtype=torch.int64)
+    empty = SFTBatch(
+        {}, empty_labels, empty_labels.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b")
+    )
     loss = observed.loss(empty)
     assert float(loss) == 0
     loss.backward()
@@ -194,23 +194,25 @@ def test_checkpointing_leaves_a_frozen_tower_out_of_the_graph(
         lambda module, inputs, output: seen.append(output.last_hidden_state.requires_grad)
     )
     observed.loss(_batch(data())).backward()
-    assert seen == [False], "neither kept nor computed a second time"
+    assert seen == [False], "its activations are neither stored nor recomputed"
     assert any(p.grad is not None and bool(p.grad.any()) for p in trained_parameters(module))
 
 
 class Losses(L.Callback):
-    """Keeps the loss of each step and the confidence of each query by epoch."""
+    """Records the loss of each step, and the confidence of each query by epoch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.drawn: list[dict[str, float]] = []
+        self.confidences: list[dict[str, float]] = []
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self.drawn.append({})
+        self.confidences.append({})
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: SFTBatch, *_: Any) -> None:
         self.losses.append(float(outputs["loss"]))
-        self.drawn[-1].update(zip((q.id for q in batch.queries), batch.confidence.tolist(), strict=True))
+        self.confidences[-1].update(
+            zip((q.id for q in batch.queries), batch.confidence.tolist(), strict=True)
+        )
 
 
 def test_a_run_learns_and_writes_what_it_should(
@@ -253,7 +255,7 @@ def test_a_run_learns_and_writes_what_it_should(
     again = PeftModel.from_pretrained(load_model(), folder / "adapter")
     loaded = {name: p for name, p in again.named_parameters() if "lora_" in name}
     assert all(torch.equal(loaded[name.removeprefix("model.")], p) for name, p in trained.items())
-    assert (folder / "adapter" / "tokenizer.json").is_file(), "the processor lies beside it"
+    assert (folder / "adapter" / "tokenizer.json").is_file(), "the processor is saved beside it"
 
     lines = [
         json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -272,14 +274,14 @@ def test_a_run_learns_and_writes_what_it_should(
     }
 
 
-def test_every_epoch_has_noise_of_its_own(
+def test_every_epoch_draws_new_noise(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     seen = Losses()
     trainer(seen, max_epochs=3, limit_val_batches=0).fit(_module(model_folder), datamodule=data())
-    assert len(seen.drawn) == 3
-    assert all(len(drawn) == 9 for drawn in seen.drawn)
-    assert seen.drawn[0] != seen.drawn[1] != seen.drawn[2] != seen.drawn[0]
+    assert len(seen.confidences) == 3
+    assert all(len(of_epoch) == 9 for of_epoch in seen.confidences)
+    assert seen.confidences[0] != seen.confidences[1] != seen.confidences[2] != seen.confidences[0]
 
 
 def test_a_run_repeats_bit_by_bit(model_folder: str, data: Data, trainer: Callable[..., L.Trainer]) -> None:
@@ -292,7 +294,7 @@ def test_a_run_repeats_bit_by_bit(model_folder: str, data: Data, trainer: Callab
     assert losses[0] == losses[1]
 
 
-def test_validation_starts_afresh_each_time(
+def test_every_validation_counts_from_zero(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     counts = []
@@ -315,54 +317,56 @@ def test_a_negative_weight_is_refused(model_folder: str) -> None:
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
-def test_a_weight_that_is_no_number_is_refused(model_folder: str, weight: float) -> None:
+def test_a_weight_that_is_not_finite_is_refused(model_folder: str, weight: float) -> None:
     with pytest.raises(DataError, match="model.confidence_weight"):
         _module(model_folder, confidence_weight=weight)
 
 
-def test_data_with_pairs_are_refused(
+def test_data_with_candidates_are_refused(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
-    with pytest.raises(DataError, match=r"data\.pairs is set, which is for preference optimisation"):
-        trainer(max_steps=1).fit(_module(model_folder), datamodule=data(pairs=PairPolicy()))
+    with pytest.raises(DataError, match=r"data\.candidates is set, but SFT learns one response"):
+        trainer(max_steps=1).fit(_module(model_folder), datamodule=data(candidates=CandidateSettings()))
 
 
 def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
     model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = _batch(data())._replace(right=torch.tensor([True, False, True]))
+    batch = _batch(data())._replace(is_correct=torch.tensor([True, False, True]))
     observed = Observed(_module(model_folder), monkeypatch)
     loss = observed.loss(batch)
     by_hand = _by_hand(batch, observed.log_likelihood, [1.0, 0.0, 1.0], 1.0)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
-    assert observed.found is not None
-    right = ~batch.label_confidence_mask & (observed.found.rows != 1)
+    assert observed.labelled is not None
+    gold_answer = ~batch.label_confidence_mask & (observed.labelled.rows != 1)
     likelihood = torch.tensor(observed.log_likelihood)
-    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4)
-    observed.loss(batch._replace(right=torch.tensor([False] * 3))).backward()
-    gradient = observed.found.logits.grad
+    assert observed.logged["train/nll_answer"] == pytest.approx(
+        -float(likelihood[gold_answer].mean()), rel=1e-4
+    )
+    observed.loss(batch._replace(is_correct=torch.tensor([False] * 3))).backward()
+    gradient = observed.labelled.logits.grad
     assert gradient is not None
     assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.label_confidence_mask)
-    assert observed.logged["train/nll_answer"] == pytest.approx(-float(likelihood[right].mean()), rel=1e-4), (
-        "nothing new to log"
-    )
+    assert observed.logged["train/nll_answer"] == pytest.approx(
+        -float(likelihood[gold_answer].mean()), rel=1e-4
+    ), "nothing new to log"
 
 
-def test_the_batch_says_which_answers_are_wrong(model_folder: str, data: Data) -> None:
+def test_the_batch_marks_wrong_answers(model_folder: str, data: Data) -> None:
     queries = data(noise=NoisePolicy(wrong_answer_rate=1.0, level_weights=[0.0] * 5 + [1.0] + [0.0] * 5))
     queries.setup("fit")
     loader = queries.train_dataloader()
     samples = {s.query.id: s for s in (loader.dataset[0, i] for i in range(9))}
-    found = []
+    is_correct = []
     for batch in loader:
-        found += batch.is_correct.tolist()
+        is_correct += batch.is_correct.tolist()
         for row, query in enumerate(batch.queries):
             sample = samples[query.id]
             assert batch.is_correct[row] == (sample.wrong_answer is None)
             answer = batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.confidence_mask[row]]
-            said = queries.processor.tokenizer.decode(answer).strip()
-            assert said == render_answer(sample.answer)
-    assert set(found) == {True, False}
+            text = queries.processor.tokenizer.decode(answer).strip()
+            assert text == render_answer(sample.answer)
+    assert set(is_correct) == {True, False}
 
 
 def test_a_run_without_an_end_is_refused(

@@ -152,9 +152,11 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
         "schedule": constructed(data.noise.schedule),
         "noise": constructed(data.noise),
     }
-    for name in ("train", "validation", "pairs"):
+    for name in ("train", "validation", "candidates"):
         if (value := getattr(data, name)) is not None:
             parts[name] = constructed(value)
+    if isinstance(module, DPOModule):
+        parts["pairs"] = constructed(module.pairs)
     return parts
 
 

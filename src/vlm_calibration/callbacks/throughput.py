@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vlm_calibration.data.pairs import PairBatch
+from vlm_calibration.data.candidates import CandidateBatch
 
 GIB = 2**30
 
@@ -93,11 +93,11 @@ class Throughput(L.Callback):
 
 
 def tokens_of(batch: Any) -> Tensor | int:
-    """Tokens of a training batch that are not padding, on the batch's device; of a `PairBatch`, of all responses too."""
+    """Tokens of a training batch that are not padding, on the batch's device; of a `CandidateBatch`, of all responses too."""
     if not batch.inputs:
         return 0
     tokens: Tensor = batch.inputs["attention_mask"].sum()
-    if isinstance(batch, PairBatch):
+    if isinstance(batch, CandidateBatch):
         tokens = tokens + sum(len(c.tokens) for candidates in batch.candidates for c in candidates)
     return tokens
 

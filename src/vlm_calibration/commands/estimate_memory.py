@@ -45,7 +45,7 @@ def training_step(config: Any, tokens: int | None = None) -> TrainingStep:
         raise DataError(f"trainer.precision: no estimate for {precision!r}, expected {', '.join(PRECISIONS)}")
     autocast, cast = PRECISIONS[precision]
     settings = config.model.init_args
-    batch, responses = config.data.batch_size, _responses(config.data.get("pairs"))
+    batch, responses = config.data.batch_size, _responses(settings, config.data)
     if settings.get("scoring") == "plain":
         batch, responses = batch * responses, 1
     return TrainingStep(
@@ -58,12 +58,13 @@ def training_step(config: Any, tokens: int | None = None) -> TrainingStep:
     )
 
 
-def _responses(pairs: Any) -> int:
+def _responses(settings: Any, data: Any) -> int:
     """How many responses to a prompt are compared at most."""
-    if pairs is None:
+    if "pairs" not in settings or data.get("candidates") is None:
         return 1
+    pairs = settings.pairs
     rejected = LEVELS - 1 if pairs.rejected == "all" else pairs.n_rejected or 1
-    return 1 + int(rejected) + bool(pairs.wrong_answer)
+    return 1 + int(rejected) + bool(data.candidates.wrong_answer)
 
 
 def memory_of(config: Any, step: TrainingStep) -> MemoryEstimate:

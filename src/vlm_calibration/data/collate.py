@@ -1,8 +1,8 @@
-"""From samples to model inputs, through any processor that has a chat template, and PaliGemma's that needs none.
+"""Batches for supervised fine-tuning and for generation, and `ChatFormat`, which renders and tokenizes conversations.
 
-Which tokens are the response is known by construction: prompt and full conversation are both rendered and tokenised, and
-what follows their longest common prefix is the response. The stated confidence is told from the answer in the same way. Processors replace an image token by many, but always before the response, so positions are counted from
-the end.
+The response's tokens are found by construction: prompt and full conversation are both rendered and tokenized, and the response
+is what follows their longest common prefix. The same comparison separates the stated confidence from the answer. Processors
+expand the image token, but always before the response, so positions are counted from the end.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ TooLong = Literal["raise", "skip"]
 
 
 class SFTBatch(NamedTuple):
-    """Samples with the response to learn, padded on the right.
+    """B conversations with the response to learn, padded on the right.
 
-    inputs: what the model's forward takes (input_ids int64 [B, L], attention_mask, pixel_values, ...), empty if there is
-        no sample, or every one was too long. labels: int64 [B, L], the token id where it belongs to the response, IGNORE elsewhere.
-    confidence_mask: bool [B, L], where a label belongs to the confidence and not to the answer.
-    confidence: float32 [B], the confidence to state. is_correct: bool [B], whether the response gives the gold answer.
-    queries: B of them. skipped: ids of samples that were too long.
+    Attributes:
+        inputs: arguments of the model's forward (input_ids int64 [B, L], attention_mask, pixel_values, ...); empty if no
+            sample is left.
+        labels: int64 [B, L], the token id at each response token, IGNORE elsewhere.
+        confidence_mask: bool [B, L], where a label belongs to the stated confidence and not to the answer.
+        confidence: float32 [B] in [0, 1], the confidence to state.
+        is_correct: bool [B], whether the response gives the gold answer.
+        queries: the B queries.
+        skipped: ids of the samples that were too long.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -44,7 +48,7 @@ class SFTBatch(NamedTuple):
 
     @property
     def label_confidence_mask(self) -> torch.Tensor:
-        """Whether each of the N label tokens belongs to the confidence, bool [N], in the order of the labels."""
+        """bool [N], `confidence_mask` at the N label tokens, in their order."""
         return self.confidence_mask[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
@@ -58,10 +62,11 @@ class SFTBatch(NamedTuple):
 
 
 class RankedAnswers(NamedTuple):
-    """The answers between which ranking decides.
+    """The answers to one query that ranking compares.
 
-    cut: how many tokens at the prompt's end they have in front (most often 0). tokens: token ids of the gold answer, then of
-    each wrong one; of the gold answer alone where the query is not graded by ranking.
+    Attributes:
+        cut: how many tokens at the end of the prompt the answers replace (mostly 0).
+        tokens: token ids of the gold answer, then of each wrong one; the gold answer alone if ranking does not grade the query.
     """
 
     cut: int
@@ -69,10 +74,15 @@ class RankedAnswers(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Samples to be answered, padded on the left.
+    """B prompts to answer, padded on the left.
 
-    inputs: what generate takes. samples: queries with their noise step and true level, without their pixels. grading: how the
-    answers are graded. ranked: of every query, empty if none is graded by ranking.
+    Attributes:
+        inputs: arguments of `generate` (input_ids int64 [B, L], ...); empty without queries.
+        queries: the B queries.
+        steps: for each query the noise step of its image.
+        levels: for each query the confidence in [0, 1] of its noise step.
+        grading: rule that grades the answers.
+        ranked: for each query the answers to rank; empty if ranking grades none of them.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -91,11 +101,11 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 class ChatFormat:
-    """Renders conversations as a processor's model reads them, and tokenises them.
+    """Renders conversations in a model's format and tokenizes them.
 
     Args:
         processor: a transformers processor with a chat template, or PaliGemma's.
-        prompt: how a question is put to the model.
+        prompt: wraps a question into the text of a prompt.
 
     Raises:
         DataError: the processor has no chat template.
@@ -107,11 +117,11 @@ class ChatFormat:
         self.layout = layout_of(processor)
 
     def render(self, question: str, response: str | None = None) -> str:
-        """The conversation as text: up to where the model is to answer, or with the response."""
+        """The conversation as text: up to where the model's answer begins, or with a response."""
         return self.layout.render(self.prompt.render(question), response)
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
-        """`render` with each of several responses; the template runs once where it inserts text as it is."""
+        """`render` with each response; a template that inserts text unchanged runs only for the first and the last one."""
         first = self.render(question, responses[0])
         if first.count(responses[0]) != 1:
             return [first, *(self.render(question, r) for r in responses[1:])]
@@ -122,29 +132,29 @@ class ChatFormat:
         return [before + r + after for r in responses]
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of rendered conversations, each image token once."""
+        """Token ids of rendered conversations, with image tokens not expanded."""
         tokenizer = self.processor.tokenizer
         return tokenizer(texts, add_special_tokens=self.layout.adds_special(texts[0]))["input_ids"]
 
-    def behind_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
-        """Token ids of conversations behind the beginning that all of them share with their prompt.
+    def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
+        """Token ids of conversations after the prefix that all of them share with their prompt.
 
         Returns:
-            How many tokens at the prompt's end they do not share (most often 0), and the ids.
+            How many tokens at the end of the prompt the conversations replace (mostly 0), and the ids.
         """
         first, *full = self.token_ids([prompt, *conversations])
         start = min(common_prefix(first, ids) for ids in full)
         return len(first) - start, [ids[start:] for ids in full]
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
-        """Padded model inputs of one image and one text each; nothing is ever cut."""
+        """Padded model inputs of rendered texts with one image each; nothing is truncated."""
         return self.layout.inputs(texts, images, side)
 
     def inputs_of(self, samples: Sequence[Sample], texts: list[str], side: Side) -> dict[str, torch.Tensor]:
-        """`inputs` of samples and what is rendered of each.
+        """`inputs` of samples and their rendered texts.
 
         Raises:
-            DataError: the processor refuses a sample, which is named.
+            DataError: the processor rejects a sample, which the message names.
         """
         try:
             return self.inputs(texts, [s.image for s in samples], side)
@@ -157,11 +167,7 @@ class ChatFormat:
             raise
 
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
-        """Full text, the token ids of the response, and how many of these belong to the answer.
-
-        The response ends with the end-of-turn token, so that the model learns to stop; what a template writes behind
-        it is left out.
-        """
+        """The conversation as text, the token ids after its prompt, and how many of these are the answer."""
         query = sample.query
         self.check(query, [sample.answer])
         text = self.render(query.question, render_response(sample.answer, sample.confidence))
@@ -174,27 +180,33 @@ class ChatFormat:
         start = common_prefix(prompt, full)
         return text, full[start:], common_prefix(answered, full) - start
 
-    def through_end(self, response: Sequence[int], answer_length: int) -> int:
-        """Number of leading tokens up to and with the end-of-turn token, the first special one behind the answer."""
-        stated = enumerate(response[answer_length:], start=answer_length)
-        return next((i + 1 for i, token in stated if token in self.special_ids), len(response))
+    def turn_length(self, response: Sequence[int], answer_length: int) -> int:
+        """Number of tokens through the end of the turn, the first special token after the answer.
+
+        Training includes that token, so that the model learns to stop; what a template writes after it is left out.
+        """
+        after_answer = enumerate(response[answer_length:], start=answer_length)
+        return next((i + 1 for i, token in after_answer if token in self.special_ids), len(response))
 
     @cached_property
     def special_ids(self) -> set[int]:
-        """Token ids that no text has: those that the tokenizer marks as special, the end of a turn among them."""
+        """Ids of the tokenizer's special tokens, including the end of the turn."""
         tokenizer = self.processor.tokenizer
         return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
             tokenizer.eos_token_id
         }
 
-    def check(self, query: Query, responses: Sequence[str] = ()) -> None:
-        """Refuse a query whose text, or that of other answers to it, would be taken for the image.
+    def check(self, query: Query, answers: Sequence[str] = ()) -> None:
+        """Reject a query if its question or an answer contains an image token.
+
+        Args:
+            answers: further answers to the query.
 
         Raises:
-            DataError: the question or an answer holds a token that stands for the image or a piece of it.
+            DataError: a text contains a token that stands for the image or a part of it.
         """
         texts = [("question", query.question), ("answer", query.answer)]
-        for name, text in [*texts, *(("wrong answer", r) for r in responses)]:
+        for name, text in [*texts, *(("wrong answer", a) for a in answers)]:
             for token in self.image_tokens:
                 if token in text:
                     raise DataError(
@@ -203,17 +215,24 @@ class ChatFormat:
 
     @cached_property
     def image_tokens(self) -> list[str]:
-        """The image's token in a text and, where it is another (Gemma 3), the one that it is replaced by."""
+        """The placeholder of the image in a text and, where it differs (Gemma 3), the token it is expanded to."""
         tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
         return [token for token in dict.fromkeys(tokens) if token]
 
 
 class SFTCollator:
-    """Makes an `SFTBatch` of samples.
+    """Collates samples into an `SFTBatch`.
+
+    One sample becomes (`_` is IGNORE)::
+
+        input_ids        <user> <image> Dog? <assistant> Yes . Confidence : 80 % <end> <pad>
+        labels           _      _       _    _           Yes . Confidence : 80 % <end> _
+        confidence_mask  0      0       0    0           0   0 1          1 1  1 1     0
 
     Args:
-        max_length: most tokens of a sample, image tokens included.
-        on_too_long: "raise" names the sample; "skip" leaves it out of the batch and lists it in `skipped`.
+        chat: renders and tokenizes conversations.
+        max_length: limit of a sample in tokens, expanded image tokens included.
+        on_too_long: "raise" an error that names the sample, or "skip" it and list it in `skipped`.
     """
 
     def __init__(self, chat: ChatFormat, max_length: int, on_too_long: TooLong = "raise") -> None:
@@ -223,14 +242,14 @@ class SFTCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
         if not samples:
-            none = torch.zeros((0, 0), dtype=torch.int64)
-            return SFTBatch({}, none, none.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
+            empty = torch.zeros((0, 0), dtype=torch.int64)
+            return SFTBatch({}, empty, empty.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
         spans = [self.chat.response_spans(s) for s in samples]
         inputs = self.chat.inputs_of(samples, [text for text, _, _ in spans], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        fit, skipped = fitting(samples, lengths, self.max_length, self.on_too_long)
+        fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
         if skipped:
-            return self(fit)._replace(skipped=skipped)
+            return self(fitting)._replace(skipped=skipped)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         confidence_mask = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
@@ -238,14 +257,14 @@ class SFTCollator:
             ids = torch.tensor(response)
             if not torch.equal(inputs["input_ids"][row, start:length], ids):
                 raise DataError(
-                    f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text behind "
-                    "the image, so the response's tokens cannot be told from the prompt's"
+                    f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text after "
+                    "the image, so the response's tokens cannot be located"
                 )
             if self.chat.layout.response_type is not None:
                 inputs["token_type_ids"][row, start:length] = self.chat.layout.response_type
-            kept = self.chat.through_end(response, answer_length)
-            labels[row, start : start + kept] = ids[:kept]
-            confidence_mask[row, start + answer_length : start + kept] = True
+            learned = self.chat.turn_length(response, answer_length)
+            labels[row, start : start + learned] = ids[:learned]
+            confidence_mask[row, start + answer_length : start + learned] = True
         return SFTBatch(
             inputs,
             labels,
@@ -257,30 +276,31 @@ class SFTCollator:
         )
 
 
-def fitting(
+def split_too_long(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples that are not too long, and the ids of the others.
+    """The samples of at most `max_length` tokens, and the ids of the others.
 
     Raises:
-        DataError: a sample is too long, and that is not to be skipped.
+        DataError: a sample is too long and `on_too_long` is "raise".
     """
-    long = {i for i, n in enumerate(lengths) if n > max_length}
-    if long and on_too_long == "raise":
-        first = min(long)
+    too_long = [i for i, n in enumerate(lengths) if n > max_length]
+    if too_long and on_too_long == "raise":
+        first = too_long[0]
         raise DataError(
             f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {max_length}: "
-            "raise data.max_length, or leave such records out with `data.on_too_long: skip`"
+            "raise data.max_length, or skip such records with `data.on_too_long: skip`"
         )
-    kept = [s for i, s in enumerate(samples) if i not in long]
-    return kept, tuple(samples[i].query.id for i in sorted(long))
+    fitting = [s for s, n in zip(samples, lengths, strict=True) if n <= max_length]
+    return fitting, tuple(samples[i].query.id for i in too_long)
 
 
 class PromptCollator:
-    """Makes a `PromptBatch` of samples; without inputs where there are none.
+    """Collates samples into a `PromptBatch`.
 
     Args:
-        grading: how the answers are to be graded.
+        chat: renders and tokenizes conversations.
+        grading: rule that will grade the answers.
     """
 
     def __init__(self, chat: ChatFormat, grading: Grading = EXACT) -> None:
@@ -300,18 +320,18 @@ class PromptCollator:
             tuple(s.step for s in samples),
             tuple(s.confidence for s in samples),
             self.grading,
-            tuple(self._ranked(s) for s in samples) if ranking else (),
+            tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),
         )
 
-    def _ranked(self, sample: Sample) -> RankedAnswers:
+    def _tokenize_ranked(self, sample: Sample) -> RankedAnswers:
         query = sample.query
         wrong = sample.wrong if self.grading.ranks(query.answer_type) else ()
         self.chat.check(query, wrong)
         texts = self.chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
-        cut, tokens = self.chat.behind_prompt(self.chat.render(query.question), texts)
-        return RankedAnswers(cut, tuple(tuple(self._of_answer(ids)) for ids in tokens))
+        cut, tokens = self.chat.after_prompt(self.chat.render(query.question), texts)
+        return RankedAnswers(cut, tuple(tuple(self._strip_end(ids)) for ids in tokens))
 
-    def _of_answer(self, ids: Sequence[int]) -> Sequence[int]:
-        """The tokens in front of the end of the turn."""
-        end = self.chat.through_end(ids, 1)
+    def _strip_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens before the end of the turn."""
+        end = self.chat.turn_length(ids, 1)
         return ids[: end - 1] if ids[end - 1] in self.chat.special_ids else ids[:end]

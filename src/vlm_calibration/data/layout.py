@@ -1,8 +1,8 @@
-"""How a conversation is written down: by a processor's chat template, or in the one form that PaliGemma knows.
+"""Text formats of conversations: a processor's chat template, or PaliGemma's only format.
 
-What a template writes where it asks for an answer is what a model reads before it answers, so training has just that in
-front of the response, whatever the template writes in front of one that is given. And every response ends its turn, so that
-the model learns to stop, whether or not the template says so.
+In training, the text before a response is exactly the generation prompt, even if the template writes a given response
+differently, because that is what the model reads before it answers. And every response ends its turn, even if the template
+leaves it open, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlm_calibration.records import DataError
 
 Side = Literal["left", "right"]
 QUESTION, RESPONSE = "QUESTION1", "RESPONSE2"
-"""Text that no template changes."""
+"""Probe texts that templates leave unchanged."""
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -30,50 +30,53 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 class Layout(Protocol):
-    """What is needed of a way to write conversations.
+    """A text format of conversations.
 
-    response_type: the type of token that a response has, None where types are not about that.
+    Attributes:
+        response_type: token type of a response's tokens; None if token types do not mark the response.
     """
 
     response_type: int | None
 
     def render(self, prompt: str, response: str | None) -> str:
-        """Text with one image token: up to where the model is to answer, or with the response and the end of its turn."""
+        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
 
     def adds_special(self, text: str) -> bool:
-        """Whether the tokenizer is to add special tokens to rendered text."""
+        """Whether the tokenizer must add special tokens to a rendered text."""
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
-        """Padded model inputs of rendered texts and one image each."""
+        """Padded model inputs of rendered texts with one image each."""
 
 
 def layout_of(processor: Any) -> Layout:
-    """The layout of a processor's conversations.
+    """The text format of a processor's conversations.
 
     Raises:
-        DataError: it has no chat template and needs one.
+        DataError: the processor needs a chat template and has none.
     """
     if isinstance(processor, PaliGemmaProcessor):
         return PaliGemmaLayout(processor)
     if getattr(processor, "chat_template", None) is None:
-        raise DataError(f"{type(processor).__name__} has no chat template: give one as `chat_template.jinja`")
+        raise DataError(f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`")
     return TemplateLayout(processor)
 
 
 class TemplateOffsets(NamedTuple):
-    """Where a template's conversation is not to be taken as it is, in characters.
+    """Differences between a template's generation prompt and its full conversation, in characters.
 
-    prompted: with which the prompt ends and the conversation does not go on. begun: with which it goes on instead. tail:
-    of blank behind a response whose turn the template leaves open, None where it ends the turn.
+    Attributes:
+        prompt_only: characters at the end of the prompt that the full conversation omits.
+        conversation_only: characters that the full conversation has in their place.
+        open_tail: white space after a response whose turn the template leaves open; None if it ends the turn.
     """
 
-    prompted: int
-    begun: int
-    tail: int | None
+    prompt_only: int
+    conversation_only: int
+    open_tail: int | None
 
 
 class TemplateLayout:
-    """Conversations in the words of the processor's chat template."""
+    """Conversations in the format of the processor's chat template."""
 
     response_type: int | None = None
 
@@ -83,12 +86,12 @@ class TemplateLayout:
     def render(self, prompt: str, response: str | None) -> str:
         if response is None:
             return self._apply(prompt, None)
-        text, turn = self._apply(prompt, response), self._turn
-        if turn.prompted or turn.begun:
-            asked = self._apply(prompt, None)
-            text = asked + text[len(asked) - turn.prompted + turn.begun :]
-        if turn.tail is not None:
-            text = text[: len(text) - turn.tail] + (self.processor.tokenizer.eos_token or "")
+        text, offsets = self._apply(prompt, response), self._offsets
+        if offsets.prompt_only or offsets.conversation_only:
+            before = self._apply(prompt, None)
+            text = before + text[len(before) - offsets.prompt_only + offsets.conversation_only :]
+        if offsets.open_tail is not None:
+            text = text[: len(text) - offsets.open_tail] + (self.processor.tokenizer.eos_token or "")
         return text
 
     def _apply(self, prompt: str, response: str | None) -> str:
@@ -101,24 +104,24 @@ class TemplateLayout:
         )
 
     @cached_property
-    def _turn(self) -> TemplateOffsets:
-        asked, answered = self._apply(QUESTION, None), self._apply(QUESTION, RESPONSE)
-        shared = common_prefix(asked, answered)
-        start = answered.rfind(RESPONSE)
-        if start < 0:  # rewritten by the template, so nothing is known of what is around it
+    def _offsets(self) -> TemplateOffsets:
+        prompt, conversation = self._apply(QUESTION, None), self._apply(QUESTION, RESPONSE)
+        shared = common_prefix(prompt, conversation)
+        start = conversation.rfind(RESPONSE)
+        if start < 0:  # the template rewrites responses, so they cannot be located
             return TemplateOffsets(0, 0, None)
-        if QUESTION in answered[shared:]:
+        if QUESTION in conversation[shared:]:
             raise DataError(
-                f"the chat template of {type(self.processor).__name__} writes a question in one way where it asks for an "
-                "answer and in another where there is one: give another template as `chat_template.jinja`"
+                f"the chat template of {type(self.processor).__name__} writes a question differently in a prompt and in a "
+                "conversation with its answer: use another template as `chat_template.jinja`"
             )
-        # Of a prompt that the conversation continues nothing is replaced.
-        begun = start - shared if shared < len(asked) else 0
-        tail = answered[start + len(RESPONSE) :]
-        return TemplateOffsets(len(asked) - shared, begun, None if tail.strip() else len(tail))
+        # A conversation that continues the prompt replaces nothing of it.
+        conversation_only = start - shared if shared < len(prompt) else 0
+        tail = conversation[start + len(RESPONSE) :]
+        return TemplateOffsets(len(prompt) - shared, conversation_only, None if tail.strip() else len(tail))
 
     def adds_special(self, text: str) -> bool:
-        # Many templates write the begin-of-sequence token themselves; it must not come twice.
+        # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
@@ -136,10 +139,10 @@ class TemplateLayout:
 
 
 class PaliGemmaLayout:
-    """PaliGemma's form (arXiv 2407.07726): image, begin of sequence, prompt, line break, response, end of sequence.
+    """PaliGemma's format (arXiv 2407.07726): image, begin of sequence, prompt, line break, response, end of sequence.
 
-    Image and prompt are read in both directions, the response from left to right, which its tokens' type says. The
-    processor would write this form itself and tell the response only from a `suffix`; here it gets it written.
+    Attention is bidirectional over image and prompt and causal over the response, which has its own token type. The
+    processor takes a response only as its `suffix`, so its tokenizer and image processor are called directly.
     """
 
     response_type: int | None = 1
@@ -149,8 +152,8 @@ class PaliGemmaLayout:
 
     def render(self, prompt: str, response: str | None) -> str:
         tokenizer = self.processor.tokenizer
-        asked = f"{self.processor.image_token}{tokenizer.bos_token}{prompt}\n"
-        return asked if response is None else f"{asked}{response}{tokenizer.eos_token}"
+        text = f"{self.processor.image_token}{tokenizer.bos_token}{prompt}\n"
+        return text if response is None else f"{text}{response}{tokenizer.eos_token}"
 
     def adds_special(self, text: str) -> bool:
         return False

@@ -11,11 +11,11 @@ import lightning as L
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.pairs import PairCollator, PairPolicy, ValidationCollator
 from vlm_calibration.data.raw import RawBatches, shard_count
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sampling import DataPosition, EpochSampler
@@ -41,7 +41,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             on these answers. They count in no score.
         predict: queries whose regions `vlm-calibration predict` extracts.
         noise: what noise a query gets, and which confidence that earns.
-        pairs: which responses are compared, for preference optimisation; None: training is on the response alone.
+        candidates: the responses that preference optimisation compares; None for supervised fine-tuning.
         prompt: how a question is put to the model.
         grading: how answers are graded, in `levels fit`, validation and `test` alike.
         batch_size: queries a training step and process.
@@ -63,7 +63,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         calibration: dict[str, EvalSplit] | None = None,
         predict: QuerySource | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
-        pairs: PairPolicy | None = None,
+        candidates: CandidateSettings | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
         grading: Grading = EXACT,
         batch_size: int = 8,
@@ -89,7 +89,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.calibration = calibration
         self.predict = predict
         self.noise = noise
-        self.pairs = pairs
+        self.candidates = candidates
         self.prompt = prompt
         self.grading = grading
         self.batch_size = batch_size
@@ -160,13 +160,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 log.report(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
-        collate = self.pair_collator or SFTCollator(self.chat, self.max_length, self.on_too_long)
+        collate = self.candidate_collator or SFTCollator(self.chat, self.max_length, self.on_too_long)
         return self._loader("train", self.batch_size, collate, training=True)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
-        collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.pair_collator)
+        collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
     @property
@@ -225,11 +225,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
     @property
-    def pair_collator(self) -> PairCollator | None:
-        """What makes pairs of samples, if pairs are wanted."""
-        if self.pairs is None:
+    def candidate_collator(self) -> CandidateCollator | None:
+        """The collator of preference optimisation; None without `candidates`."""
+        if self.candidates is None:
             return None
-        return PairCollator(self.chat, self.noise.levels, self.pairs, self.max_length, self.on_too_long)
+        return CandidateCollator(
+            self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long
+        )
 
     def state_dict(self) -> dict[str, int]:
         """The `DataPosition` behind the batches that have been trained on."""

@@ -1,1 +1,1 @@
-"""From a model's answer to a confidence in it: what it states, what it believes, and how often it would say so again."""
+"""Estimators of the confidence in a model's answer: stated, expected, likelihood, P(True), self-consistency; recalibration."""

@@ -1,7 +1,7 @@
-"""One pass that scores what a model answered with every confidence it could state behind it, and yes against no.
+"""Scores an answer with every confidence that can follow it, and yes against no, in one forward pass.
 
-All that estimators ask about an answer's tokens is in one packed row a query (`models.shared_prefix`), so the answer runs
-once whatever is asked; image and prompt have run when the answer was generated (`cached`).
+Each query has one packed row (`models.shared_prefix`) with everything that the estimators need to score, so the answer is
+computed once. Image and prompt were computed when the answer was generated (`cached`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm_calibration.data.candidates import ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
-from vlm_calibration.data.pairs import PairCollator, PairPolicy
 from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
@@ -27,11 +27,14 @@ YES_NO = ("Yes", "No")
 
 
 class ResponsePass(NamedTuple):
-    """What one pass found about a query.
+    """The scores of one answer.
 
-    levels: K confidences that may be stated. level_log_p: [K], log p of the answer with each of them.
-    answer_log_p: [T], log p of each token of the answer. yes_no_log_p: [2], of the words yes and no; None for other questions.
-    passes: forward passes it took.
+    Attributes:
+        levels: K confidences that can be stated.
+        level_log_p: float32 [K], log p of the answer with each of them.
+        answer_log_p: float32 [T], log p of each token of the answer.
+        yes_no_log_p: float32 [2], log p of the words yes and no; None for other questions.
+        passes: number of forward passes.
     """
 
     levels: tuple[float, ...]
@@ -41,49 +44,53 @@ class ResponsePass(NamedTuple):
     passes: int
 
 
-class WrittenAnswer(NamedTuple):
-    """An answer's responses, as token ids.
+class TokenizedAnswer(NamedTuple):
+    """The responses that one answer is scored with.
 
-    cut: tokens at the prompt's end that are in front of every response. tokens: one for each of `levels`, then, for a yes/no
-    question, the words yes and no. own: which tokens of the first are the answer.
+    Attributes:
+        cut: how many tokens at the end of the prompt the responses replace (mostly 0).
+        tokens: token ids of a response for each of `levels`, then, for a yes/no question, of the words yes and no.
+        levels: the confidences that can be stated, in falling order.
+        answer: the position of the answer's tokens in the first response.
     """
 
     cut: int
     tokens: list[list[int]]
     levels: tuple[float, ...]
-    own: slice
+    answer: slice
 
 
 def right_padded(
-    inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, behind: Sequence[Sequence[int]] = ()
+    inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, suffixes: Sequence[Sequence[int]] = ()
 ) -> Prompts:
-    """Prompts padded on the left as prompts padded on the right.
+    """Convert prompts from left to right padding.
 
     Args:
-        inputs: what the model's forward takes, input_ids int64 [B, L].
-        cut: how many tokens to take away at the end of each prompt. behind: text tokens to put there.
+        inputs: arguments of the model's forward, input_ids int64 [B, L].
+        cut: for each prompt how many tokens to remove at its end.
+        suffixes: for each prompt the text tokens to append.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     padding = (ids.shape[1] - mask.sum(1)).tolist()
     ends = [ids.shape[1] - n for n in cut or [0] * len(ids)]
-    tails = behind or [()] * len(ids)
-    found = dict(inputs)
+    suffixes = suffixes or [()] * len(ids)
+    padded = dict(inputs)
     for name, values in inputs.items():
         if values.shape != ids.shape or name == "pixel_values":
             continue
         rows = []
-        for row, start, end, tail in zip(values, padding, ends, tails, strict=True):
-            # Text has type 0 where tokens have types.
-            put = list(tail) if name == "input_ids" else [int(name == "attention_mask")] * len(tail)
-            rows.append(torch.cat([row[start:end], row.new_tensor(put)]))
-        found[name] = pad_sequence(rows, batch_first=True)
-    return Prompts(found, found["attention_mask"].sum(1))
+        for row, start, end, suffix in zip(values, padding, ends, suffixes, strict=True):
+            # The token type of text is 0.
+            tail = list(suffix) if name == "input_ids" else [int(name == "attention_mask")] * len(suffix)
+            rows.append(torch.cat([row[start:end], row.new_tensor(tail)]))
+        padded[name] = pad_sequence(rows, batch_first=True)
+    return Prompts(padded, padded["attention_mask"].sum(1))
 
 
 def strip_common_suffix(first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
-    """Two responses without the tokens in which they end alike, as a full stop and the end of the turn."""
+    """Two responses without their common ending, such as a full stop and the end of the turn; at least one token is left of each."""
     same = common_prefix(first[::-1], second[::-1])
-    same = min(same, len(first) - 1, len(second) - 1)  # something must be left of each
+    same = min(same, len(first) - 1, len(second) - 1)
     return first[: len(first) - same], second[: len(second) - same]
 
 
@@ -91,18 +98,19 @@ def score_counted(
     model: Any,
     prompts: Prompts,
     responses: Sequence[Sequence[Sequence[int]]],
-    known: PromptCache | None = None,
-    kept: Tensor | None = None,
+    cache: PromptCache | None = None,
+    shared_lengths: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:
-    """`score_responses`, and the forward passes of each query: one, or one a response where prefixes cannot be shared.
+    """`score_responses`, and the number of forward passes for each query: one, or one per response if none share a prefix.
 
     Args:
-        known: what generation remembers of the same prompts; they are not read again where that is exact.
-        kept: how many tokens of each prompt those are, where the prompts go on differently.
+        cache: keys and values of the prompts, used if that is exact.
+        shared_lengths: as in `score_cached`.
     """
-    found = score_cached(model, known, prompts, responses, kept) if known is not None else None
-    if found is not None:
-        return found, [1] * len(responses)
+    if cache is not None:
+        cached = score_cached(model, cache, prompts, responses, shared_lengths)
+        if cached is not None:
+            return cached, [1] * len(responses)
     runs: list[int] = []
     handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(lambda *_: runs.append(1))
     try:
@@ -114,78 +122,75 @@ def score_counted(
 
 def score_answers(
     model: Any,
-    written: Sequence[WrittenAnswer],
+    answers: Sequence[TokenizedAnswer],
     prompts: Prompts,
-    known: PromptCache | None = None,
+    cache: PromptCache | None = None,
 ) -> list[ResponsePass]:
-    """Score B answers with every level behind them in one pass.
+    """Score B answers with every level after them in one pass.
 
     Args:
-        prompts: B prompts, padded on the right. known: as in `score_counted`.
+        answers: B answers.
+        prompts: the B prompts, padded on the right.
+        cache: keys and values of the prompts, used if that is exact.
     """
-    lengths = prompts.lengths - torch.tensor([w.cut for w in written], device=prompts.lengths.device)
-    tokens = [w.tokens for w in written]
-    scores, passes = score_counted(model, prompts._replace(lengths=lengths), tokens, known)
+    lengths = prompts.lengths - torch.tensor([a.cut for a in answers], device=prompts.lengths.device)
+    tokens = [a.tokens for a in answers]
+    scores, passes = score_counted(model, prompts._replace(lengths=lengths), tokens, cache)
     log_p, total = scores.log_likelihood.float().cpu(), scores.total.float().cpu()
-    found = []
-    for row, answer in enumerate(written):
+    results = []
+    for row, answer in enumerate(answers):
         k = len(answer.levels)
         yes_no = total[row, k : k + 2] if len(answer.tokens) > k else None
-        found.append(
-            ResponsePass(answer.levels, total[row, :k], log_p[row, 0, answer.own], yes_no, passes[row])
+        results.append(
+            ResponsePass(answer.levels, total[row, :k], log_p[row, 0, answer.answer], yes_no, passes[row])
         )
-    return found
+    return results
 
 
-class AnswerWriter:
-    """Writes answers down with every level behind them, as tokens.
+class AnswerTokenizer:
+    """Tokenizes answers with every confidence that can be stated after them.
 
-    What it wrote it remembers, since several systems often give the same answer to the same question.
+    Results are cached, since several systems often give the same answer to a question.
 
     Args:
-        chat: how prompts and responses are written.
-        levels: the confidences that may be stated are those of any of these.
+        chat: renders and tokenizes conversations.
+        levels: confidences of any of these scales can be stated.
     """
 
-    remembered = 1 << 14
+    cache_size = 1 << 14
 
     def __init__(self, chat: ChatFormat, levels: Sequence[ConfidenceLevels]) -> None:
         self.chat = chat
-        self._collators = [PairCollator(chat, each, PairPolicy(), max_length=0) for each in levels]
-        self._written: dict[tuple[str, str, str], WrittenAnswer] = {}
+        self._responses = ResponseTokenizer(chat, levels)
+        self._cache: dict[tuple[str, str, str], TokenizedAnswer] = {}
 
-    def write(self, query: Query, answer: str) -> WrittenAnswer:
-        """The answer with every level, then yes and no alone if that is the question."""
+    def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
+        """The answer with every level; for a yes/no question also the words yes and no."""
         key = (query.question, query.answer_type, answer)
-        if key not in self._written:
-            if len(self._written) >= self.remembered:
-                self._written.clear()
-            self._written[key] = self._write(query, answer)
-        return self._written[key]
+        if key not in self._cache:
+            if len(self._cache) >= self.cache_size:
+                self._cache.clear()
+            self._cache[key] = self._tokenize(query, answer)
+        return self._cache[key]
 
-    def _write(self, query: Query, answer: str) -> WrittenAnswer:
-        parts = [collator.candidates(query, [answer]) for collator in self._collators]
-        words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
-        [ids] = self.chat.token_ids([self.chat.render(query.question)])
-        cut = max(words[0], *(c for c, _ in parts))
-
-        def behind(own: int, tokens: Sequence[int]) -> tuple[int, ...]:
-            # What one response shares with the prompt's end and another does not, all have in front.
-            return (*ids[len(ids) - cut : len(ids) - own], *tokens)
-
-        # ConfidenceLevels of two kinds may read alike.
-        stated = {behind(own, c.tokens): c.confidence for own, candidates in parts for c in candidates}
-        levels = sorted(stated.items(), key=lambda item: -item[1])
-        own, candidates = parts[0]
-        return WrittenAnswer(
+    def _tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
+        stated_cut, candidates = self._responses.tokenize(query, [answer])
+        words_cut, words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
+        cut = max(stated_cut, words_cut)
+        # Tokens of the prompt's end that only some responses replace go in front of the others.
+        [prompt] = self.chat.token_ids([self.chat.render(query.question)])
+        before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
+        before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
+        answer_start = len(before_stated)
+        return TokenizedAnswer(
             cut,
-            [*(list(tokens) for tokens, _ in levels), *(list(behind(words[0], w)) for w in words[1])],
-            tuple(confidence for _, confidence in levels),
-            slice(cut - own, cut - own + candidates[0].answer_length),
+            [*([*before_stated, *c.tokens] for c in candidates), *([*before_words, *w] for w in words)],
+            tuple(c.confidence for c in candidates),
+            slice(answer_start, answer_start + candidates[0].answer_length),
         )
 
     def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:
-        """As `ChatFormat.behind_prompt`, of the words alone."""
+        """How many tokens at the end of the prompt the words replace, and the tokens in which they differ."""
         texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
-        cut, (yes, no) = self.chat.behind_prompt(self.chat.render(query.question), texts)
+        cut, (yes, no) = self.chat.after_prompt(self.chat.render(query.question), texts)
         return cut, list(strip_common_suffix(yes, no))

@@ -1,10 +1,9 @@
-"""Scores responses behind a prompt that has just been answered, without reading the prompt again.
+"""Scores responses to a prompt that has been answered, from the keys and values that generation cached.
 
-Generation leaves the prompt's keys and values in its cache. What is left to compute are the prompt's last token and the
-responses, as a tree: where they begin alike they share their tokens, so that an answer is computed once for all confidences
-behind it. The same holds of another prompt that begins like the one in the cache, from where it goes on differently. As in
-`models.shared_prefix`, the model builds mask and positions in its own way, and a hook in front of its language model puts
-right what each token sees and where it stands. Where that would not be exact, nothing is scored here.
+Left to compute are the prompt's last token and the responses, as a tree: responses share the tokens of their common beginning,
+so an answer is computed once for all confidences after it. Another prompt with the same beginning works too, from where it
+differs. As in `models.shared_prefix`, the model builds mask and positions itself, and a hook before its language model
+replaces them. If the result would not be exact, nothing is scored here.
 """
 
 from __future__ import annotations
@@ -29,30 +28,38 @@ from vlm_calibration.models.shared_prefix import (
 )
 
 KEYWORDS = ("cache", "past_key_values")
-"""What transformers calls the cache, the newer name first."""
+"""Names of the cache in transformers, the newer one first."""
 
 
 class PromptCache(NamedTuple):
-    """What generation remembers of B prompts, padded on the left.
+    """The cache of a generation from B prompts, padded on the left.
 
-    cache: keys and values of the prompts, and of what was generated behind them. mask: int64 [B, P], where a prompt has a
-    token. positions: int64 [..., B, P], where the language model put each; several axes where positions have them. keyword:
-    what transformers calls the cache.
+    Attributes:
+        key_values: keys and values of the prompts, and of the generated tokens.
+        mask: int64 [B, P], 1 at the tokens of the prompts.
+        positions: int64 [..., B, P], position ids of the prompts, with leading axes for positions of several axes.
+        keyword: name of `key_values` among the arguments of the model's forward.
     """
 
-    cache: DynamicCache
+    key_values: DynamicCache
     mask: Tensor
     positions: Tensor
     keyword: str
 
 
 class _Tree(NamedTuple):
-    """The tokens to compute, [B, W], each row a tree in an order in which parents come first.
+    """The tokens to compute: each row is a tree, in an order in which parents come first.
 
-    ids: the tokens, 0 for padding. parent: the column of the token that comes before, -1 for the first and for padding.
-    depth: how many come before. first: int64 [B], the column of the prompt that the first stands in. rows, columns: int64 [M],
-    the tokens that predict. predictor, targets: int64 [N], the different predictions: by which of the M, and of which token.
-    which: int64 [B, K, T], which of the N is token t of response k; -1 where there is none.
+    Attributes:
+        ids: int64 [B, W], the tokens, 0 for padding.
+        parent: int64 [B, W], the column of the previous token, -1 for the first token and for padding.
+        depth: int64 [B, W], the number of previous tokens.
+        first: int64 [B], the column of the cached prompt at which the tree begins.
+        rows: int64 [M], row of each token that predicts another.
+        columns: int64 [M], column of each token that predicts another.
+        predictor: int64 [N], index among the M of the token that makes each distinct prediction.
+        targets: int64 [N], the predicted token.
+        predictions: int64 [B, K, T], index among the N of token t of response k; -1 for padding.
     """
 
     ids: Tensor
@@ -63,15 +70,16 @@ class _Tree(NamedTuple):
     columns: Tensor
     predictor: Tensor
     targets: Tensor
-    which: Tensor
+    predictions: Tensor
 
 
-def remembered(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> PromptCache | None:
-    """What can be used again of a generation, None if nothing.
+def prompt_cache(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> PromptCache | None:
+    """The reusable cache of a generation; None if the model has a cache of another kind.
 
     Args:
-        output: what `generate` returned as a dictionary. inputs: what it was given.
-        positions: the position ids of the language model's first pass; None: its own, counted from the first column.
+        output: the dictionary that `generate` returned.
+        inputs: its arguments.
+        positions: position ids of the language model's first pass; None: counted from the first column.
     """
     keyword = next((name for name in KEYWORDS if name in output), KEYWORDS[0])
     cache, mask = output.get(keyword), inputs["attention_mask"]
@@ -83,71 +91,72 @@ def remembered(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | No
 
 
 def reads_both_ways(model: Any) -> bool:
-    """Whether a token of the prompt sees those behind it, so that a prompt of which something is cut off is another one."""
+    """Whether the tokens of a prompt attend to later ones, so that the cache of a longer prompt cannot be reused."""
     return unwrap_peft(model).config.model_type.startswith("paligemma")
 
 
 def score_cached(
     model: Any,
-    known: PromptCache,
+    cache: PromptCache,
     prompts: Prompts,
     responses: Responses,
-    kept: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
 ) -> ResponseScores | None:
-    """`score_responses` behind prompts that begin as those in a cache do; None where that would not be exact.
+    """`score_responses` for prompts that begin like the cached ones; None if that would not be exact.
 
     Args:
-        prompts: prompts, padded on the right; their `lengths` may leave out tokens at the end.
-        kept: int64 [B], with how many tokens they begin as those in the cache, fewer than either has, an image wholly among
-            them; None: they are the same prompts.
+        cache: the cache of B prompts.
+        prompts: B prompts, padded on the right; their `lengths` may leave out tokens at the end.
+        shared_lengths: int64 [B], how many tokens of each prompt are those of the cached one: fewer than either has, and
+            all of an image's; None: they are the same prompts.
     """
-    lengths = known.mask.sum(1)
-    same = kept is None
-    kept = prompts.lengths - 1 if kept is None else kept
-    tree = _tree(prompts, responses, kept, known.mask.shape[1] - lengths + kept)
-    held = known.cache.get_seq_length()
-    if why_not_shared(model, held + tree.ids.shape[1]) is not None:
+    lengths = cache.mask.sum(1)
+    same_prompts = shared_lengths is None
+    shared = prompts.lengths - 1 if shared_lengths is None else shared_lengths
+    tree = _build_tree(prompts, responses, shared, cache.mask.shape[1] - lengths + shared)
+    cached = cache.key_values.get_seq_length()
+    if why_not_shared(model, cached + tree.ids.shape[1]) is not None:
         return None
-    if reads_both_ways(model) and not (same and bool((kept == lengths - 1).all())):
+    if reads_both_ways(model) and not (same_prompts and bool((shared == lengths - 1).all())):
         return None
     if bool(torch.isin(tree.ids[:, 0], _image_tokens(model, tree.ids)).any()):
-        return None  # which is not read as a token
-    hook = partial(_place, known=known, tree=tree)
+        return None  # the tree begins with an image, whose features are not embedded as tokens
+    hook = partial(_replace_mask, cache=cache, tree=tree)
     handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     inputs = {
         "input_ids": tree.ids,
-        "attention_mask": known.mask.new_ones(len(tree.ids), held + tree.ids.shape[1]),
-        known.keyword: known.cache,
+        "attention_mask": cache.mask.new_ones(len(tree.ids), cached + tree.ids.shape[1]),
+        cache.keyword: cache.key_values,
     }
     try:
         logits = logits_at(model, inputs, tree.rows, tree.columns)
     finally:
         handle.remove()
-        known.cache.crop(held - known.cache.get_seq_length())
-    return scores_at(logits.float().log_softmax(-1)[tree.predictor, tree.targets], tree.which)
+        cache.key_values.crop(cached - cache.key_values.get_seq_length())
+    return scores_at(logits.float().log_softmax(-1)[tree.predictor, tree.targets], tree.predictions)
 
 
-def _tree(prompts: Prompts, responses: Responses, kept: Tensor, first: Tensor) -> _Tree:
-    """What prompts hold behind their first `kept` tokens, and the responses behind them."""
+def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor, first: Tensor) -> _Tree:
+    """The tokens of prompts after their first `shared` ones, and the responses after them."""
     ids: list[list[int]] = []
     parents: list[list[int]] = []
     depths: list[list[int]] = []
-    predictors: dict[tuple[int, int], int] = {}  # (row, column) -> which of the M
-    predictions: dict[tuple[int, int], int] = {}  # (which of the M, token) -> which of the N
-    which: list[list[list[int]]] = []
-    bounds = zip(prompts.inputs["input_ids"].tolist(), kept.tolist(), prompts.lengths.tolist(), strict=True)
+    predictors: dict[tuple[int, int], int] = {}  # (row, column) -> index among the M
+    predictions: dict[tuple[int, int], int] = {}  # (index among the M, token) -> index among the N
+    indices: list[list[list[int]]] = []  # as `_Tree.predictions`
+    bounds = zip(prompts.inputs["input_ids"].tolist(), shared.tolist(), prompts.lengths.tolist(), strict=True)
     for row, ((prompt, start, end), candidates) in enumerate(zip(bounds, responses, strict=True)):
         tokens = prompt[start:end]
         parent, depth = list(range(-1, len(tokens) - 1)), list(range(len(tokens)))
         last = len(tokens) - 1
-        children: dict[tuple[int, int], int] = {}  # (column, token) -> the column of that token behind it
-        of_row = []
+        children: dict[tuple[int, int], int] = {}  # (column, next token) -> its column
+        of_query = []
         for candidate in candidates:
-            column, found = last, []
-            for place, token in enumerate(candidate):
-                predictor = predictors.setdefault((row, column), len(predictors))
-                found.append(predictions.setdefault((predictor, token), len(predictions)))
-                if place == len(candidate) - 1:
+            column, of_response = last, []
+            for position, token in enumerate(candidate):
+                source = predictors.setdefault((row, column), len(predictors))
+                of_response.append(predictions.setdefault((source, token), len(predictions)))
+                if position == len(candidate) - 1:
                     break  # the last token of a response predicts nothing
                 if (column, token) not in children:
                     children[column, token] = len(tokens)
@@ -155,14 +164,14 @@ def _tree(prompts: Prompts, responses: Responses, kept: Tensor, first: Tensor) -
                     parent.append(column)
                     depth.append(depth[column] + 1)
                 column = children[column, token]
-            of_row.append(found)
+            of_query.append(of_response)
         ids.append(tokens)
         parents.append(parent)
         depths.append(depth)
-        which.append(of_row)
+        indices.append(of_query)
     device = prompts.lengths.device
     rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
-    by, targets = torch.tensor(list(predictions), device=device).unbind(-1)
+    predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
     return _Tree(
         padded(ids, 0, device),
         padded(parents, -1, device),
@@ -170,22 +179,22 @@ def _tree(prompts: Prompts, responses: Responses, kept: Tensor, first: Tensor) -
         first,
         rows,
         columns,
-        by,
+        predictor,
         targets,
-        padded_table(which, device),
+        padded_table(indices, device),
     )
 
 
-def _seen(parent: Tensor) -> Tensor:
-    """Which tokens of its tree each token sees: itself and what comes before it, bool [B, W, W]."""
+def _tree_mask(parent: Tensor) -> Tensor:
+    """bool [B, W, W]: which tokens of its tree each token attends to, itself and its ancestors."""
     batch, width = parent.shape
-    seen = torch.zeros(batch, width, width, dtype=torch.bool, device=parent.device)
+    mask = torch.zeros(batch, width, width, dtype=torch.bool, device=parent.device)
     rows = torch.arange(batch, device=parent.device)
     for column in range(width):
-        before = parent[:, column]
-        seen[:, column] = seen[rows, before.clamp(min=0)] & (before >= 0)[:, None]
-        seen[:, column, column] = True
-    return seen
+        previous = parent[:, column]
+        mask[:, column] = mask[rows, previous.clamp(min=0)] & (previous >= 0)[:, None]
+        mask[:, column, column] = True
+    return mask
 
 
 def _image_tokens(model: Any, like: Tensor) -> Tensor:
@@ -194,28 +203,29 @@ def _image_tokens(model: Any, like: Tensor) -> Tensor:
     return like.new_tensor([i for i in ids if i is not None])
 
 
-def _place(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: PromptCache, tree: _Tree
+def _replace_mask(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, cache: PromptCache, tree: _Tree
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """In front of the language model: what each token of the tree sees, and its position."""
+    """Forward pre-hook of the language model: the attention mask and the positions of the tree's tokens."""
     dtype, device = kwargs["inputs_embeds"].dtype, tree.ids.device
     batch, width = tree.ids.shape
-    prompt = known.mask.shape[1]
-    # Of the cache: the prompt up to where the tree begins, and nothing that was generated.
+    prompt = cache.mask.shape[1]
     columns = torch.arange(prompt, device=device)
-    of_prompt = known.mask.bool() & (columns[None] < tree.first[:, None])
-    open_to = torch.zeros(batch, width, known.cache.get_seq_length() + width, dtype=torch.bool, device=device)
-    open_to[:, :, :prompt] = of_prompt[:, None]
-    open_to[:, :, -width:] = _seen(tree.parent)
-    mask = torch.zeros(open_to.shape, dtype=dtype, device=device).masked_fill(
-        ~open_to, torch.finfo(dtype).min
+    allowed = torch.zeros(
+        batch, width, cache.key_values.get_seq_length() + width, dtype=torch.bool, device=device
+    )
+    # Of the cache, the tree attends to the prompt up to where it begins, and to no generated token.
+    allowed[:, :, :prompt] = (cache.mask.bool() & (columns[None] < tree.first[:, None]))[:, None]
+    allowed[:, :, -width:] = _tree_mask(tree.parent)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
     )[:, None]
-    # Where the prompt has its token that the tree begins at, or another one in its place.
+    # The position in the cached prompt at which the tree begins.
     rows = torch.arange(batch, device=device)
-    begin = known.positions.to(device)[..., rows, tree.first]
-    given = kwargs.get("attention_mask")
+    begin = cache.positions.to(device)[..., rows, tree.first]
+    original = kwargs.get("attention_mask")
     return args, {
         **kwargs,
-        "attention_mask": dict.fromkeys(given, mask) if isinstance(given, dict) else mask,
+        "attention_mask": dict.fromkeys(original, mask) if isinstance(original, dict) else mask,
         "position_ids": begin[..., None] + tree.depth,
     }

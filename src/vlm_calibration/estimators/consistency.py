@@ -1,4 +1,4 @@
-"""Self-consistency: how often a model gives the same answer when it is asked again and may choose its words at random."""
+"""Self-consistency: how often sampled answers agree with the given one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import EXACT, Grading, grade
 
 
-class DrawnTokens(LogitsProcessor):
-    """Leaves one token for each row, drawn from the model's distribution by the row's own numbers.
+class InverseTransformSampler(LogitsProcessor):
+    """Samples one token per row from the model's distribution by inverse transform sampling with given numbers.
 
-    Which of a thousand rows it is in does not matter to a row, nor who else is drawn for. Token t is the one in which the
-    cumulative distribution passes the row's t-th number.
+    Token t is the one at which the cumulative distribution exceeds the row's t-th number. So a row's tokens do not depend on
+    the rest of the batch.
 
     Args:
-        temperature: what logits are divided by, above 0.
-        numbers: float64 [B, T] in [0, 1), one for each token that may be drawn.
-        prompt_length: tokens of a padded prompt.
+        temperature: divisor of the logits, above 0.
+        numbers: float64 [B, T] in [0, 1), one per token.
+        prompt_length: length of a padded prompt in tokens.
     """
 
     def __init__(self, temperature: float, numbers: Tensor, prompt_length: int) -> None:
@@ -33,26 +33,27 @@ class DrawnTokens(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64  # which has no float64
-        reached = torch.softmax(scores.to(wide) / self.temperature, -1).cumsum(-1)
-        number = self.numbers[:, input_ids.shape[1] - self.prompt_length].to(scores.device, wide)
-        # Of the total, which rounding keeps from being 1; its last token that has any probability at most.
-        token = torch.searchsorted(reached, (number * reached[:, -1])[:, None], right=True)
-        token = torch.minimum(token, torch.searchsorted(reached, reached[:, -1:].contiguous()))
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+        cumulative = torch.softmax(scores.to(dtype) / self.temperature, -1).cumsum(-1)
+        number = self.numbers[:, input_ids.shape[1] - self.prompt_length].to(scores.device, dtype)
+        # Rounding keeps the total from being exactly 1, so numbers are scaled by it, and no token after the last one with
+        # any probability is sampled.
+        token = torch.searchsorted(cumulative, (number * cumulative[:, -1])[:, None], right=True)
+        token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class SelfConsistency(Estimator):
     """The share of sampled answers that agree with the one given (Wang et al., arXiv 2203.11171).
 
-    The paper answers with the majority of its samples; here the answer stays the likeliest one, and the share of samples that
-    grading takes for the same answer is the confidence in it. A sample in which no answer can be read disagrees. An answer
-    that could not be read itself has no confidence. What is drawn is a function of (seed, query id) alone.
+    The paper answers with the majority of its samples; here the greedy answer stays, and its confidence is the share of samples
+    that grading takes for the same answer. An unparsed sample disagrees, and an unparsed answer has no confidence. The samples
+    are a function of (seed, query id) alone.
 
     Args:
-        samples: answers to draw for each query.
-        temperature: of the distribution that tokens are drawn from.
-        seed: of what is drawn.
+        samples: number of sampled answers per query.
+        temperature: temperature of the sampled distribution.
+        seed: seed of the samples.
 
     Raises:
         DataError: fewer than one sample, a temperature that is not above 0, or a negative seed.
@@ -75,21 +76,21 @@ class SelfConsistency(Estimator):
         agreeing = [0] * len(answered.predictions)
         passes = [0] * len(answered.predictions)
         for sample in range(self.samples):
-            texts, taken = self._sample(answered, sample)
+            texts, sample_passes = self._sample(answered, sample)
             for row, (prediction, text) in enumerate(zip(answered.predictions, texts, strict=True)):
                 agreeing[row] += _agrees(prediction, text, answered.batch.grading)
-                passes[row] += taken[row]
-        read = zip(agreeing, answered.predictions, strict=True)
-        return Estimate([n / self.samples if p.predicted else None for n, p in read], passes)
+                passes[row] += sample_passes[row]
+        counts = zip(agreeing, answered.predictions, strict=True)
+        return Estimate([n / self.samples if p.predicted else None for n, p in counts], passes)
 
     def _sample(self, answered: AnsweredBatch, sample: int) -> tuple[list[str], list[int]]:
         inputs, limit = answered.batch.inputs, answered.max_new_tokens
-        drawn = DrawnTokens(
+        sampler = InverseTransformSampler(
             self.temperature,
             torch.stack([self._numbers(q.id, sample, limit) for q in answered.batch.queries]),
             inputs["input_ids"].shape[1],
         )
-        generating = GenerationRecorder(answered.model, drawn)
+        generating = GenerationRecorder(answered.model, sampler)
         texts = generate_texts(
             generating, inputs, answered.chat.processor.tokenizer, limit, end_of_confidence
         )
@@ -102,6 +103,6 @@ class SelfConsistency(Estimator):
 def _agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
     if not prediction.predicted:
         return False
-    # Two samples have no likelihoods to rank: they agree if they say the same.
+    # Texts have no likelihoods to rank: they agree if they are the same answer.
     rule = EXACT if grading.ranks(prediction.answer_type) else grading
     return grade(text, prediction.predicted, prediction.answer_type, grading=rule).correct

@@ -1,4 +1,4 @@
-"""Generation that tells what it cost and leaves behind what can be used again."""
+"""Generation that counts its forward passes and can keep the cache of the prompts."""
 
 from __future__ import annotations
 
@@ -10,65 +10,65 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vlm_calibration.estimators.cached import PromptCache, remembered
+from vlm_calibration.estimators.cached import PromptCache, prompt_cache
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.generation import CompleteAnswerCriteria
 
 
 class GenerationRecorder:
-    """A model to generate with, which counts the tokens that each answer took, and may keep what it read of the prompts.
+    """Wraps a model for `generate`: counts the tokens of each answer, and can keep the prompts' keys and values.
 
     Args:
         model: a transformers or peft model.
-        drawn: where tokens are not to be the likeliest ones, what draws them.
-        remember: keep the prompts' keys and values.
+        sampler: samples the tokens; None: greedy decoding.
+        keep_cache: keep the prompts' keys and values.
 
     Attributes:
-        passes: after `generate`, how many tokens each row took, its end included: the forward passes that it cost.
-        known: what was kept of the prompts, None if nothing.
+        passes: after `generate`, the forward passes for each row: the number of its new tokens, its end included.
+        cache: the kept keys and values, or None.
     """
 
-    def __init__(self, model: Any, drawn: LogitsProcessor | None = None, remember: bool = False) -> None:
+    def __init__(self, model: Any, sampler: LogitsProcessor | None = None, keep_cache: bool = False) -> None:
         self.model = model
-        self.drawn = drawn
-        self.remember = remember
+        self.sampler = sampler
+        self.keep_cache = keep_cache
         self.passes: list[int] = []
-        self.known: PromptCache | None = None
+        self.cache: PromptCache | None = None
 
     def generate(self, **settings: Any) -> Tensor:
-        """`model.generate`: int64 [B, L], prompts with their answers."""
-        more: dict[str, Any] = {"return_dict_in_generate": True}
-        if self.drawn is not None:
-            more["logits_processor"] = LogitsProcessorList([self.drawn])
-        with _positions_of(self.model) as positions:
-            output = self.model.generate(**settings, **more)
-        if self.remember:
-            self.known = remembered(output, settings, positions[0])
-        new = output.sequences[:, settings["input_ids"].shape[1] :]
-        self.passes = self._lengths(new)
+        """`model.generate`: int64 [B, L], the prompts followed by their answers."""
+        extra: dict[str, Any] = {"return_dict_in_generate": True}
+        if self.sampler is not None:
+            extra["logits_processor"] = LogitsProcessorList([self.sampler])
+        with _record_positions(self.model) as positions:
+            output = self.model.generate(**settings, **extra)
+        if self.keep_cache:
+            self.cache = prompt_cache(output, settings, positions[0])
+        answers = output.sequences[:, settings["input_ids"].shape[1] :]
+        self.passes = self._lengths(answers)
         for criterion in settings.get("stopping_criteria", ()):
             if isinstance(criterion, CompleteAnswerCriteria):
                 lengths = criterion.lengths.tolist()
-                self.passes = [own or n for own, n in zip(lengths, self.passes, strict=True)]
+                self.passes = [length or n for length, n in zip(lengths, self.passes, strict=True)]
         return output.sequences
 
-    def _lengths(self, new: Tensor) -> list[int]:
+    def _lengths(self, answers: Tensor) -> list[int]:
         ends = self.model.generation_config.eos_token_id
-        ends = torch.as_tensor([] if ends is None else ends, device=new.device).reshape(-1)
-        over = torch.isin(new, ends).cumsum(1) > 0
-        return ((~over).sum(1) + over.any(1)).tolist()
+        ends = torch.as_tensor([] if ends is None else ends, device=answers.device).reshape(-1)
+        ended = torch.isin(answers, ends).cumsum(1) > 0
+        return ((~ended).sum(1) + ended.any(1)).tolist()
 
 
 @contextmanager
-def _positions_of(model: Any) -> Iterator[list[Tensor | None]]:
-    """The position ids that the language model is given, of one pass after the other; None where it is to count itself."""
-    seen: list[Tensor | None] = []
+def _record_positions(model: Any) -> Iterator[list[Tensor | None]]:
+    """Record the position ids of each pass of the language model; None for a pass in which it counts them itself."""
+    positions: list[Tensor | None] = []
     handle = (
         unwrap_peft(model)
         .get_decoder()
-        .register_forward_pre_hook(lambda m, a, k: seen.append(k.get("position_ids")), with_kwargs=True)
+        .register_forward_pre_hook(lambda m, a, k: positions.append(k.get("position_ids")), with_kwargs=True)
     )
     try:
-        yield seen
+        yield positions
     finally:
         handle.remove()

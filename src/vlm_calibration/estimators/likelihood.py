@@ -1,4 +1,4 @@
-"""How likely a model found the words of its own answer."""
+"""The likelihood of a model's own answer."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 
 
 class AnswerLikelihood(Estimator):
-    r"""The probability of the answer's tokens, whatever confidence is stated behind them.
+    r"""The probability of the answer's tokens, whatever confidence follows them.
 
-    For a yes/no question, that of the word that was answered against the other one:
-    :math:`p(\text{yes}) / (p(\text{yes}) + p(\text{no}))` where the answer is yes. For others the likelihood of the answer,
-    normalised by its length (Malinin & Gales, arXiv 2002.07650): :math:`\exp(\frac{1}{T} \sum_t \log p(a_t \mid a_{<t}, v, q))`.
-    Both come from the pass that `ExpectedConfidence` makes.
-
-    A yes/no question that was answered with neither has no confidence.
+    For a yes/no question the probability of the answered word against the other one:
+    :math:`p(\text{yes}) / (p(\text{yes}) + p(\text{no}))` for the answer yes; no confidence for any other answer. For other
+    questions the likelihood of the answer, normalised by its length (Malinin & Gales, arXiv 2002.07650):
+    :math:`\exp(\frac{1}{T} \sum_t \log p(a_t \mid a_{<t}, v, q))`. Both come from the pass of `ExpectedConfidence`.
     """
 
     name = "likelihood"
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         rows = zip(answered.scored, answered.predictions, strict=True)
-        confidence = [_of(found, prediction.predicted) if found else None for found, prediction in rows]
-        return Estimate(confidence, [found.passes if found else 1 for found in answered.scored])
+        confidence = [_likelihood(scores, p.predicted) if scores else None for scores, p in rows]
+        return Estimate(confidence, [scores.passes if scores else 1 for scores in answered.scored])
 
 
-def _of(found: ResponsePass, predicted: str | None) -> float | None:
-    if found.yes_no_log_p is None:
-        return min(1.0, float(found.answer_log_p.double().mean().exp()))
+def _likelihood(scores: ResponsePass, predicted: str | None) -> float | None:
+    if scores.yes_no_log_p is None:
+        return min(1.0, float(scores.answer_log_p.double().mean().exp()))
     words = [word.lower() for word in YES_NO]
     if predicted not in words:
         return None
-    return float(torch.softmax(found.yes_no_log_p.double(), -1)[words.index(predicted)])
+    return float(torch.softmax(scores.yes_no_log_p.double(), -1)[words.index(predicted)])

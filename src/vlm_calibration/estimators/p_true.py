@@ -1,4 +1,4 @@
-"""P(True): the model is shown its own answer and asked whether it is right."""
+"""P(True): the model is asked whether its own answer is true."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ TEMPLATE = (
 
 
 class _FollowUp(NamedTuple):
-    """cut: tokens of the first prompt's end that the follow-up does not share. behind: what it has in their place.
+    """The prompt about an answer, as an edit of the prompt that was answered.
 
-    unshared: how many tokens at the end of that the responses do not share. responses: token ids of true and false.
+    Attributes:
+        cut: how many tokens at the end of the answered prompt it replaces.
+        suffix: token ids that it has in their place.
+        response_cut: how many tokens at the end of the suffix the responses replace (mostly 0).
+        responses: token ids of true and of false.
     """
 
     cut: int
-    behind: list[int]
-    unshared: int
+    suffix: list[int]
+    response_cut: int
     responses: tuple[list[int], list[int]]
 
 
 class PTrue(Estimator):
     """The probability of "True" against "False" as the answer to a question about the answer (Kadavath et al., arXiv 2207.05221).
 
-    The same image, with a prompt of its own. It means something of models that follow instructions; one that knows only the
-    form of its own training answers at random.
+    The image is the same, the prompt another. It is meaningful for models that follow instructions; a model that was trained on
+    one form of question only answers at random.
 
     Args:
-        template: the question, with the placeholders `{question}` and `{answer}`.
-        true, false: the answers to it.
+        template: the question about the answer, with the placeholders `{question}` and `{answer}`.
+        true: the response that affirms the answer.
+        false: the response that denies it.
 
     Raises:
-        DataError: a template without these placeholders or with others, or two answers that are the same.
+        DataError: the template lacks a placeholder or has another one, or the two responses are the same.
     """
 
     name = "p_true"
@@ -64,17 +69,17 @@ class PTrue(Estimator):
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         pairs = zip(answered.batch.queries, answered.answers, strict=True)
-        asked = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
+        follow_ups = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
         inputs = answered.batch.inputs
-        prompts = right_padded(inputs, [f.cut for f in asked], [f.behind for f in asked])
-        cut, unshared = (
+        prompts = right_padded(inputs, [f.cut for f in follow_ups], [f.suffix for f in follow_ups])
+        cut, response_cut = (
             torch.tensor(n, device=prompts.lengths.device)
-            for n in ([f.cut for f in asked], [f.unshared for f in asked])
+            for n in ([f.cut for f in follow_ups], [f.response_cut for f in follow_ups])
         )
-        kept = inputs["attention_mask"].sum(1) - cut
-        prompts = prompts._replace(lengths=prompts.lengths - unshared)
-        responses = [f.responses for f in asked]
-        scores, passes = score_counted(answered.model, prompts, responses, answered.known, kept)
+        shared_lengths = inputs["attention_mask"].sum(1) - cut
+        prompts = prompts._replace(lengths=prompts.lengths - response_cut)
+        responses = [f.responses for f in follow_ups]
+        scores, passes = score_counted(answered.model, prompts, responses, answered.cache, shared_lengths)
         p = torch.softmax(scores.total.double(), -1)[:, 0].tolist()
         return Estimate(
             [
@@ -85,22 +90,22 @@ class PTrue(Estimator):
         )
 
     def _follow_up(self, chat: ChatFormat, query: Query, answer: str) -> _FollowUp:
-        asking = ChatFormat(chat.processor, ElicitationPrompt("{question}"))
+        plain_chat = ChatFormat(chat.processor, ElicitationPrompt("{question}"))
         text = self.template.format(question=query.question, answer=answer)
-        prompt = asking.render(text)
+        prompt = plain_chat.render(text)
         first, second = chat.token_ids([chat.render(query.question), prompt])
         shared = common_prefix(first, second)
         image = _image_id(chat.processor)
         if image in first[shared:] or image in second[shared:]:
             raise DataError(
-                f"record {query.id!r}: p_true cannot follow on the image, since the chat template of "
+                f"record {query.id!r}: p_true needs the image before the question, but the chat template of "
                 f"{type(chat.processor).__name__} puts the question before it"
             )
-        texts = asking.conversations(text, [self.true, self.false])
-        unshared, (true, false) = asking.behind_prompt(prompt, texts)
+        texts = plain_chat.conversations(text, [self.true, self.false])
+        response_cut, (true, false) = plain_chat.after_prompt(prompt, texts)
         if true == false:
-            raise DataError(f"p_true: the tokenizer cannot tell {self.true!r} from {self.false!r}")
-        return _FollowUp(len(first) - shared, second[shared:], unshared, strip_common_suffix(true, false))
+            raise DataError(f"p_true: the tokenizer maps {self.true!r} and {self.false!r} to the same tokens")
+        return _FollowUp(len(first) - shared, second[shared:], response_cut, strip_common_suffix(true, false))
 
 
 def _image_id(processor: Any) -> int | None:

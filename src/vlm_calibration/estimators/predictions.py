@@ -1,6 +1,6 @@
-"""What an evaluation writes about each answer: the prediction, its image, and what further estimators say of it.
+"""Predictions with their image and the confidences of further estimators, as an evaluation writes them.
 
-The image is what splits must not divide: answers to questions about one image are right or wrong together.
+The image is the unit of data splits, because the correctness of answers about one image is correlated.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
 
 PREDICTIONS, CALIBRATION = "predictions.jsonl", "calibration.jsonl"
-"""Files of a system's answers: those that are scored, and those to the calibration set."""
+"""Files of a system's answers to the test set and to the calibration set."""
 VERBALIZED = "verbalized"
-"""Name of the estimator whose key is `confidence`."""
+"""Name of the estimator whose key in a file is `confidence`."""
 
 
 @dataclass(frozen=True)
 class EstimatedPrediction(Prediction):
-    """A prediction with all that was estimated of it.
+    """A prediction with the confidences of further estimators.
 
     Attributes:
-        image: the query's image, as its source names it; None where a file does not say.
-        estimates: estimator name -> confidence in [0, 1], None where it has none. Each is a key of its own in
-            `predictions.jsonl`.
+        image: the query's image, as its source names it; None if a file lacks it.
+        estimates: estimator name -> confidence in [0, 1], or None. Each is a key of its own in `predictions.jsonl`.
     """
 
     image: str | None = None
@@ -40,7 +39,7 @@ class EstimatedPrediction(Prediction):
         return {**own, **self.estimates}
 
     def confidence_of(self, estimator: str) -> float | None:
-        """The confidence by this estimator; KeyError for one that there is not."""
+        """The confidence of an estimator; KeyError for an unknown one."""
         return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
 
 
@@ -49,17 +48,21 @@ def graded_prediction(
     text: str,
     noise_step: int | None,
     grading: Grading = EXACT,
-    ranked_right: bool | None = None,
+    ranked_correct: bool | None = None,
 ) -> EstimatedPrediction:
-    """The prediction that this output amounts to.
+    """Parse and grade a generated text.
 
     Args:
-        grading: by which rule. ranked_right: where that is ranking, whether the gold answer is the likeliest.
+        query: the query that the text answers.
+        text: the generated text.
+        noise_step: noise step of the query's image.
+        grading: the rule that grades the answer.
+        ranked_correct: for queries graded by ranking, whether the gold answer is the likeliest.
     """
-    if ranked_right is None:
+    if ranked_correct is None:
         outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading)
     else:
-        outcome = Grade(parse_answer(text, query.answer_type), ranked_right)
+        outcome = Grade(parse_answer(text, query.answer_type), ranked_correct)
     return EstimatedPrediction(
         id=query.id,
         question=query.question,
@@ -109,10 +112,10 @@ def read_predictions(path: Path) -> list[EstimatedPrediction]:
 
 
 def prediction_from_dict(data: Any) -> EstimatedPrediction:
-    """Check a decoded JSON object and make a prediction of it; a key that no prediction has is an estimator's.
+    """Convert a decoded JSON object to a prediction; unknown keys are estimators.
 
     Raises:
-        RecordError: not an object, a missing key, or a value of the wrong kind.
+        RecordError: the value is not an object, lacks a key, or has a value of the wrong type.
     """
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with the keys of a prediction")
@@ -124,30 +127,30 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         value = data.get(key)
         _check(data, key, value is None or isinstance(value, str), "a string or null")
     step = data["noise_step"]
-    whole = isinstance(step, int) and not isinstance(step, bool)
-    _check(data, "noise_step", step is None or whole, "a whole number or null")
+    is_integer = isinstance(step, int) and not isinstance(step, bool)
+    _check(data, "noise_step", step is None or is_integer, "a whole number or null")
     _check(data, "correct", isinstance(data["correct"], bool), "true or false")
     _check(data, "answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
-    further = [key for key in data if key not in KEYS]
-    for key in ("confidence", *further):
+    estimators = [key for key in data if key not in KEYS]
+    for key in ("confidence", *estimators):
         _check(data, key, _is_confidence(data[key]), "a number in [0, 1] or null")
     own = {key: data[key] for key in KEYS if key in data}
-    return EstimatedPrediction(**own, estimates={key: data[key] for key in further})
+    return EstimatedPrediction(**own, estimates={key: data[key] for key in estimators})
 
 
 def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
-    """The estimators that every one of these predictions has, the verbalized confidence first."""
+    """The estimators that all predictions have, the verbalized confidence first."""
     common = [n for n in predictions[0].estimates if all(n in p.estimates for p in predictions)]
     return (VERBALIZED, *common)
 
 
-def _check(data: Mapping[str, Any], key: str, fine: bool, expected: str) -> None:
-    if not fine:
+def _check(data: Mapping[str, Any], key: str, valid: bool, expected: str) -> None:
+    if not valid:
         raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
 
 
 def _is_confidence(value: Any) -> bool:
     if value is None:
         return True
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= 1
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and 0 <= value <= 1

@@ -1,10 +1,9 @@
-"""Recalibration after the fact, the baseline that training a model to be honest must beat.
+"""Post-hoc recalibration, the baseline that training for calibration must beat.
 
-A map from confidence to accuracy is fitted on the answers of a calibration set and applied to those of a test set. No image
-is in both, since answers about one image are right or wrong together. One map is applied to all answers: confidences that
-several maps gave, each fitted on other folds of the test set, would not be ranked by the model alone. The maps are those of
-scikit-learn. They are monotone but for histogram binning, so they fix calibration, not ranking: AUROC and AURC need a better
-model.
+A map from confidence to accuracy is fitted on the answers of a calibration set and applied to those of a test set. The sets
+share no image, because the correctness of answers about one image is correlated. One map applies to all answers: with maps
+fitted on folds of the test set, the ranking would not be the model's alone. The maps are those of scikit-learn. All but histogram
+binning are monotone, so they fix calibration, not ranking: AUROC and AURC need a better model.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.records import DataError
 
 EPSILON = 0.005
-"""How near to 0 and 1 the logit gives way to its tangent: half a percent, since stated confidences are whole ones."""
-LEAST_SLOPE = 1e-6
-"""Of a logistic map: with it, confidences keep their order, and differ by a hundred-thousandth."""
+"""Distance from 0 and 1 within which the logit is replaced by its tangent: half of the step between stated percentages."""
+MIN_SLOPE = 1e-6
+"""Slope of a logistic map, at least: confidences keep their order."""
 UNREGULARISED = 1e6
-"""Inverse strength of the penalty on logistic weights: none to speak of, and yet finite where answers can be separated."""
+"""Inverse strength of the penalty on logistic weights: negligible, but keeps them finite for separable answers."""
 
 
 class Recalibration(ABC):
     """A map from confidence to accuracy.
 
     Attributes:
-        name: as in tables.
+        name: its name in tables.
     """
 
     name: ClassVar[str]
@@ -45,7 +44,7 @@ class Recalibration(ABC):
 
     @abstractmethod
     def _map(self) -> object:
-        """What scikit-learn fits, on float64 [N, 1]."""
+        """A scikit-learn model with `fit` and `predict` on float64 [N, 1]."""
 
     def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
         """Fit on float64 [N] in [0, 1] and bool [N], N at least 1; returns itself."""
@@ -54,8 +53,8 @@ class Recalibration(ABC):
 
     def __call__(self, confidence: np.ndarray) -> np.ndarray:
         """The recalibrated confidences, float64 [N] in [0, 1]."""
-        found = self.map.predict(confidence[:, None])  # type: ignore[attr-defined]
-        return np.clip(found, 0.0, 1.0)  # a least-squares fit may leave it by a rounding error
+        accuracy = self.map.predict(confidence[:, None])  # type: ignore[attr-defined]
+        return np.clip(accuracy, 0.0, 1.0)  # rounding can move a least-squares fit outside
 
 
 class _Logistic(Recalibration):
@@ -72,7 +71,7 @@ class _Logistic(Recalibration):
         return self if self.constant is not None else super().fit(confidence, correct)
 
     def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        if self.constant is not None:  # without wrong answers, or right ones, there is no more to learn
+        if self.constant is not None:  # all answers are correct, or all are wrong
             return np.full(len(confidence), self.constant)
         return self.map.predict_proba(confidence[:, None])[:, 1]  # type: ignore[attr-defined]
 
@@ -80,8 +79,8 @@ class _Logistic(Recalibration):
 class Platt(_Logistic):
     """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0.
 
-    It is strictly increasing, so it leaves AUROC as it is. Where answers that state more are right less often, a is
-    `LEAST_SLOPE`: all are mapped to about their accuracy.
+    It is strictly increasing, so AUROC does not change. If accuracy falls with confidence, a is `MIN_SLOPE`, and all
+    confidences map to about the overall accuracy.
     """
 
     name = "platt"
@@ -89,8 +88,8 @@ class Platt(_Logistic):
 
     def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
         super().fit(confidence, correct)
-        if self.constant is None and (logistic := self.map[-1]).coef_[0, 0] < LEAST_SLOPE:  # type: ignore[index]
-            logistic.coef_ = np.array([[LEAST_SLOPE]])
+        if self.constant is None and (logistic := self.map[-1]).coef_[0, 0] < MIN_SLOPE:  # type: ignore[index]
+            logistic.coef_ = np.array([[MIN_SLOPE]])
             logistic.intercept_ = logit(np.array([correct.mean()]))
         return self
 
@@ -105,14 +104,13 @@ class Temperature(_Logistic):
         super().fit(confidence, correct)
         if self.constant is None:
             logistic = self.map[-1]  # type: ignore[index]
-            logistic.coef_ = np.maximum(
-                logistic.coef_, 0.0
-            )  # no temperature is below 0; the best one is infinite
+            # If accuracy falls with confidence, the best temperature is infinite.
+            logistic.coef_ = np.maximum(logistic.coef_, 0.0)
         return self
 
 
 class Isotonic(Recalibration):
-    """Isotonic regression (Zadrozny & Elkan, 2002): the best monotone map, a line between its knots."""
+    """Isotonic regression (Zadrozny & Elkan, 2002): the best monotone map, linear between its knots."""
 
     name = "isotonic"
 
@@ -121,26 +119,26 @@ class Isotonic(Recalibration):
 
 
 class Histogram(Recalibration):
-    """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of ten bins of as many answers.
+    """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of ten bins with equally many answers.
 
-    Bins are fewer where answers state fewer confidences.
+    Fewer distinct confidences give fewer bins.
     """
 
     name = "histogram"
     bins = 10
 
     def _map(self) -> object:
-        # Least squares over indicators of the bins is the mean of each.
+        # Least squares on bin indicators gives the mean of each bin.
         return make_pipeline(
             KBinsDiscretizer(self.bins, encode="onehot-dense", strategy="quantile", subsample=None),
             LinearRegression(),
         )
 
     def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        if len(np.unique(confidence)) == 1:  # which has no quantiles
+        if len(np.unique(confidence)) == 1:  # no quantiles
             self.map = LinearRegression()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Bins whose width are too small")  # as it is said above
+            warnings.filterwarnings("ignore", "Bins whose width are too small")  # fewer bins are expected
             return super().fit(confidence, correct)
 
 
@@ -150,7 +148,7 @@ Confidences = Sequence[float | None]
 
 
 def logit(confidence: np.ndarray) -> np.ndarray:
-    """log(c / (1 - c)), and within `EPSILON` of 0 or 1 its tangent: finite, and strictly increasing all the way."""
+    """log(c / (1 - c)), and its tangent within `EPSILON` of 0 or 1: finite and strictly increasing everywhere."""
     inside = np.clip(confidence, EPSILON, 1 - EPSILON)
     return np.log(inside) - np.log1p(-inside) + (confidence - inside) / (inside * (1 - inside))
 
@@ -161,68 +159,70 @@ def recalibrated(
     estimator: str,
     calibration: Sequence[EstimatedPrediction],
 ) -> list[float | None]:
-    """What a confidence becomes by a map fitted on answers about other images.
+    """Recalibrate the confidences of an estimator with a map fitted on answers about other images.
 
     Args:
         method: one of `METHODS`.
-        predictions: answers to recalibrate. estimator: which of their confidences.
-        calibration: answers to fit on.
+        predictions: answers to recalibrate.
+        estimator: name of the estimator.
+        calibration: answers to fit the map on.
 
     Returns:
-        For each prediction its recalibrated confidence, None where it has none.
+        For each prediction its recalibrated confidence, None without a confidence.
 
     Raises:
-        DataError: an image is on both sides or not known, or there is nothing to fit on.
+        DataError: an image is in both sets or unknown, or no calibration answer has a confidence.
     """
-    check_apart(calibration, predictions)
-    fit = _fitted(method, calibration, [p.confidence_of(estimator) for p in calibration])
-    return _applied(fit, [p.confidence_of(estimator) for p in predictions])
+    check_disjoint_images(calibration, predictions)
+    fit = _fit(method, calibration, [p.confidence_of(estimator) for p in calibration])
+    return _apply(fit, [p.confidence_of(estimator) for p in predictions])
 
 
-def check_apart(calibration: Sequence[EstimatedPrediction], test: Sequence[EstimatedPrediction]) -> None:
-    """Refuse a calibration split that shares an image with the answers to be recalibrated.
+def check_disjoint_images(
+    calibration: Sequence[EstimatedPrediction], test: Sequence[EstimatedPrediction]
+) -> None:
+    """Check that the calibration split shares no image with the answers to recalibrate.
 
     Raises:
-        DataError: it does, or an image is not known.
+        DataError: they share an image, or an image is unknown.
     """
-    both = sorted(set(images_of(calibration)) & set(images_of(test)))
-    if both:
+    shared = sorted(set(images_of(calibration)) & set(images_of(test)))
+    if shared:
         raise DataError(
-            f"{len(both)} images are in the calibration split and in the test split, {both[0]!r} among them: "
-            "what is fitted on an image says nothing about it"
+            f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
+            "be fitted on other images than it is applied to"
         )
 
 
 def images_of(predictions: Sequence[EstimatedPrediction]) -> list[str]:
-    """The image of each.
+    """The image of each prediction.
 
     Raises:
-        DataError: one is not known.
+        DataError: an image is unknown.
     """
     for prediction in predictions:
         if prediction.image is None:
             raise DataError(
-                f"prediction {prediction.id!r} does not say what its image is, so answers cannot be split by image: "
-                "evaluate again"
+                f"prediction {prediction.id!r} has no 'image', so answers cannot be split by image: evaluate again"
             )
     return [p.image for p in predictions if p.image is not None]
 
 
-def _fitted(
+def _fit(
     method: str, predictions: Sequence[EstimatedPrediction], confidence: Confidences
 ) -> Callable[[np.ndarray], np.ndarray]:
     rows = [(c, p.correct) for c, p in zip(confidence, predictions, strict=True) if c is not None]
     if not rows:
-        raise DataError(f"{method}: there is no answer with a readable confidence to fit on")
-    said, correct = (np.array(column) for column in zip(*rows, strict=True))
-    return METHODS[method]().fit(said.astype(np.float64), correct)
+        raise DataError(f"{method}: no answer of the calibration split has a confidence to fit on")
+    stated, correct = (np.array(column) for column in zip(*rows, strict=True))
+    return METHODS[method]().fit(stated.astype(np.float64), correct)
 
 
-def _applied(fit: Callable[[np.ndarray], np.ndarray], confidence: Confidences) -> list[float | None]:
-    read = [i for i, c in enumerate(confidence) if c is not None]
-    found: list[float | None] = [None] * len(confidence)
-    if read:
-        values = fit(np.array([confidence[i] for i in read], dtype=np.float64))
-        for i, value in zip(read, values.tolist(), strict=True):
-            found[i] = value
-    return found
+def _apply(fit: Callable[[np.ndarray], np.ndarray], confidence: Confidences) -> list[float | None]:
+    indices = [i for i, c in enumerate(confidence) if c is not None]
+    recalibrated: list[float | None] = [None] * len(confidence)
+    if indices:
+        values = fit(np.array([confidence[i] for i in indices], dtype=np.float64))
+        for i, value in zip(indices, values.tolist(), strict=True):
+            recalibrated[i] = value
+    return recalibrated

@@ -1,4 +1,4 @@
-"""The confidence that a model puts into words: the one that it states, and its mean over all that it might have stated."""
+"""Verbalized confidence: the stated one, and the mean over all that could be stated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vlm_calibration.perturbation.levels import ConfidenceLevels
 
 
 class VerbalizedConfidence(Estimator):
-    """What the answer states (Lin et al., arXiv 2205.14334); its passes are those of the answer.
+    """The confidence that the answer states (Lin et al., arXiv 2205.14334); its passes are those of the answer.
 
-    Every evaluation has it, as the key `confidence`, so there is no need to ask for it.
+    Every evaluation includes it, as the key `confidence`.
     """
 
     name = VERBALIZED
@@ -22,7 +22,7 @@ class VerbalizedConfidence(Estimator):
 
 
 class ExpectedConfidence(Estimator):
-    r"""The mean of the levels that the model might state behind its own answer a.
+    r"""The mean of the levels that the model can state after its own answer a.
 
     .. math:: \sum_k c_k \, p(c_k \mid v, q, a) \quad\text{with}\quad p(c_k \mid v, q, a) \propto p(a, c_k \mid v, q)
 
@@ -30,8 +30,8 @@ class ExpectedConfidence(Estimator):
     mean.
 
     Args:
-        levels: the mean is over the levels of any of these; None: those of the data's noise, eleven unless it says otherwise. A
-            model is best asked about the levels that it was taught, and several models about those of all of them.
+        levels: the scales whose levels are averaged; None: the scale of the data's noise. Use the levels that the model was
+            taught, and for several models those of all of them.
     """
 
     name = "expected"
@@ -41,11 +41,12 @@ class ExpectedConfidence(Estimator):
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         confidence: list[float | None] = []
-        for found in answered.scored:
-            if found is None:
+        for scores in answered.scored:
+            if scores is None:
                 confidence.append(None)
                 continue
-            p = torch.softmax(found.level_log_p.double(), -1)
-            mean = float((p * torch.tensor(found.levels, dtype=torch.float64)).sum())
-            confidence.append(min(max(mean, min(found.levels)), max(found.levels)))  # to the last bit
-        return Estimate(confidence, [found.passes if found else 1 for found in answered.scored])
+            p = torch.softmax(scores.level_log_p.double(), -1)
+            mean = float((p * torch.tensor(scores.levels, dtype=torch.float64)).sum())
+            # Rounding can move the mean just outside the levels.
+            confidence.append(min(max(mean, min(scores.levels)), max(scores.levels)))
+        return Estimate(confidence, [scores.passes if scores else 1 for scores in answered.scored])

@@ -21,7 +21,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.verbal import ExpectedConfidence
@@ -174,7 +174,7 @@ class CalibratedModel:
         self.model = model
         self.chat = chat
         self.levels = levels
-        self._writer = AnswerWriter(chat, [levels])
+        self._answer_tokenizer = AnswerTokenizer(chat, [levels])
         self.max_new_tokens = max_new_tokens
         self.name = name
         self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
@@ -268,7 +268,7 @@ class CalibratedModel:
         return found
 
     def _answer(self, batch: Any) -> list[Answer]:
-        generating = GenerationRecorder(self.model, remember=True)
+        generating = GenerationRecorder(self.model, keep_cache=True)
         texts = generate_texts(
             generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
         )
@@ -278,9 +278,9 @@ class CalibratedModel:
             batch,
             said,
             generating.passes,
-            self._writer,
+            self._answer_tokenizer,
             self.max_new_tokens,
-            generating.known,
+            generating.cache,
         )
         expected = ExpectedConfidence().estimate(answered).confidence
         answers = []

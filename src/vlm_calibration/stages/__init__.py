@@ -1,1 +1,1 @@
-"""The LightningModules: what a training or evaluation step is, on top of pure models, losses and metrics."""
+"""The LightningModules of SFT, DPO, evaluation, level fitting and region extraction, with the code that only they need."""

@@ -1,4 +1,4 @@
-"""From a batch of prompts to graded predictions."""
+"""What every module that questions a model needs: its device, its tokenizer, and its graded answers to a batch."""
 
 from __future__ import annotations
 
@@ -17,27 +17,41 @@ from vlm_calibration.records import Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 
 
-def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
-    """Generate, parse and grade the answers to one batch; each is an `EstimatedPrediction`, and ends with its confidence.
+def device_of(module: L.LightningModule) -> torch.device:
+    """The device that the trainer runs a module on; the module's own without a trainer."""
+    # A quantised model is loaded onto its device before Lightning moves anything there.
+    attached = module._trainer is not None
+    return module.trainer.strategy.root_device if attached else module.device
 
-    A batch of no queries has no answers.
+
+def tokenizer_of(module: L.LightningModule) -> Any:
+    """The tokenizer of the data that the trainer runs a module on."""
+    return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+
+
+def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int) -> list[Prediction]:
+    """Generate, parse and grade the answers to a batch, as `EstimatedPrediction`s. Generation stops after the confidence.
 
     Args:
-        model: a transformers or peft model, or `GenerationRecorder` with one.
+        model: a transformers or peft model, or a `GenerationRecorder` of one.
+        batch: B prompts; no prompts give no answers.
     """
     if not batch.queries:
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
-    ranking = ranked_right(model.model if isinstance(model, GenerationRecorder) else model, batch)
-    rows = zip(batch.queries, texts, batch.steps, ranking, strict=True)
-    return [graded_prediction(query, text, step, batch.grading, right) for query, text, step, right in rows]
+    ranked = rank_answers(model.model if isinstance(model, GenerationRecorder) else model, batch)
+    rows = zip(batch.queries, texts, batch.steps, ranked, strict=True)
+    return [
+        graded_prediction(query, text, step, batch.grading, is_correct)
+        for query, text, step, is_correct in rows
+    ]
 
 
 @torch.no_grad()
-def ranked_right(model: Any, batch: PromptBatch) -> list[bool | None]:
-    """Whether the model holds the gold answer likelier, per token, than every wrong one; None where that is not how to grade.
+def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
+    """Whether the gold answer is likelier, per token, than every wrong one; None for queries that ranking does not grade.
 
-    One pass over the batch scores all answers behind their prompts, which are not generated.
+    One forward pass scores all answers; nothing is generated.
     """
     if not batch.ranked:
         return [None] * len(batch.queries)
@@ -46,13 +60,8 @@ def ranked_right(model: Any, batch: PromptBatch) -> list[bool | None]:
     scores = score_responses(
         model, prompts._replace(lengths=prompts.lengths - cut), [ranked.tokens for ranked in batch.ranked]
     )
-    there = scores.lengths > 0
-    mean = (scores.total / scores.lengths.clamp(min=1)).masked_fill(~there, -torch.inf)
-    right = (mean[:, :1] > mean[:, 1:]).all(1).tolist()
+    mean = scores.total / scores.lengths.clamp(min=1)
+    mean = mean.masked_fill(scores.lengths == 0, -torch.inf)
+    is_correct = (mean[:, :1] > mean[:, 1:]).all(1).tolist()
     graded = [batch.grading.ranks(query.answer_type) for query in batch.queries]
-    return [r if by_ranking else None for r, by_ranking in zip(right, graded, strict=True)]
-
-
-def tokenizer_of(module: L.LightningModule) -> Any:
-    """The tokenizer of the data that the module is being run on."""
-    return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+    return [value if by_ranking else None for value, by_ranking in zip(is_correct, graded, strict=True)]

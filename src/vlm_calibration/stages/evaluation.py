@@ -13,10 +13,10 @@ from typing import Any, TypedDict, cast
 import lightning as L
 from torch import nn
 
+from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
-from vlm_calibration.data.pairs import stated_levels
-from vlm_calibration.estimators.answer_scoring import AnswerWriter
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
@@ -27,8 +27,7 @@ from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
@@ -147,12 +146,12 @@ class EvaluationModule(L.LightningModule):
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
             try:
-                for levels in self.levels if self.estimators else ():
-                    stated_levels(levels, kind)
+                if self.estimators:
+                    stated_levels(self.levels, kind)
             except ValueError as error:
                 raise DataError(f"model.estimators: {error}") from error
         if self.estimators:
-            self.writer = AnswerWriter(data.chat, self.levels)
+            self.answer_tokenizer = AnswerTokenizer(data.chat, self.levels)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)
@@ -180,13 +179,19 @@ class EvaluationModule(L.LightningModule):
 
     def _answer(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
         """The active system's answers with all estimates, and estimator -> the forward passes of each query."""
-        generating = GenerationRecorder(self.model, remember=bool(self.estimators))
+        generating = GenerationRecorder(self.model, keep_cache=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
         if not self.estimators:
             return plain, {}
         answered = AnsweredBatch(
-            self.model, batch, answers, generating.passes, self.writer, self.max_new_tokens, generating.known
+            self.model,
+            batch,
+            answers,
+            generating.passes,
+            self.answer_tokenizer,
+            self.max_new_tokens,
+            generating.cache,
         )
         estimates = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
         further = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}

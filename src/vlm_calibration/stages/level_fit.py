@@ -1,4 +1,4 @@
-"""Measures how often the base model is right at each noise step: what anchored levels teach."""
+"""Measures the accuracy of the base model at each noise step, which anchored levels teach."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import ANSWER_TYPES, DataError
-from vlm_calibration.stages.answering import answer_batch, ranked_right, tokenizer_of
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.answering import answer_batch, device_of, rank_answers, tokenizer_of
 from vlm_calibration.stages.provenance import provenance_of
 
 
 class StepCounts(Metric):
-    """Right and all answers per answer type and noise step: one int64 [types, steps, 2] summed over processes."""
+    """Counts of correct and of all answers per answer type and noise step: int64 [types, steps, 2], summed over processes."""
 
     full_state_update = False
     counts: torch.Tensor
@@ -30,7 +29,13 @@ class StepCounts(Metric):
         )
 
     def update(self, answer_type: torch.Tensor, step_index: torch.Tensor, correct: torch.Tensor) -> None:
-        """Indices int64 [N] into `ANSWER_TYPES` and the steps, and bool [N]."""
+        """Count N answers.
+
+        Args:
+            answer_type: int64 [N], index into `ANSWER_TYPES`.
+            step_index: int64 [N], index of the noise step.
+            correct: bool [N].
+        """
         ones = torch.ones_like(step_index)
         self.counts.index_put_((answer_type, step_index, ones * 0), correct.long(), accumulate=True)
         self.counts.index_put_((answer_type, step_index, ones), ones, accumulate=True)
@@ -42,7 +47,7 @@ class StepCounts(Metric):
 class LevelFitModule(L.LightningModule):
     """Answers held-out queries at every noise step with the base model and writes a level table.
 
-    Where `data.grading` ranks, nothing is generated: the gold answer is to be likelier than the wrong ones.
+    Queries that `data.grading` ranks need no generation: an answer is correct if it is likelier than the wrong ones.
 
     Args:
         base: the base model.
@@ -61,7 +66,7 @@ class LevelFitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.datamodule.calibration:  # type: ignore[attr-defined]
             raise DataError(
-                "data.calibration is for evaluations: levels are measured on data.test alone, so leave it out"
+                "data.calibration is for evaluations, and levels are measured on data.test alone: leave it out"
             )
 
     def configure_model(self) -> None:
@@ -76,20 +81,20 @@ class LevelFitModule(L.LightningModule):
         if not batch.queries:
             return
         if all(batch.grading.ranks(query.answer_type) for query in batch.queries):
-            right = [bool(found) for found in ranked_right(self.model, batch)]
+            correct = [bool(is_correct) for is_correct in rank_answers(self.model, batch)]
         else:
             answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
-            right = [answer.correct for answer in answers]
+            correct = [answer.correct for answer in answers]
         self.counts.update(
             torch.tensor([ANSWER_TYPES.index(q.answer_type) for q in batch.queries], device=self.device),
             torch.tensor([self.steps.index(step) for step in batch.steps], device=self.device),
-            torch.tensor(right, device=self.device),
+            torch.tensor(correct, device=self.device),
         )
 
     def on_test_epoch_end(self) -> None:
         table = self.counts.compute().tolist()
         measured = {
-            kind: [StepCount(step, n, right) for step, (right, n) in zip(self.steps, rows, strict=True)]
+            kind: [StepCount(step, n, correct) for step, (correct, n) in zip(self.steps, rows, strict=True)]
             for kind, rows in zip(ANSWER_TYPES, table, strict=True)
             if any(n for _, n in rows)
         }
@@ -97,7 +102,7 @@ class LevelFitModule(L.LightningModule):
             for step, n, _ in counts:
                 if n == 0:
                     raise DataError(
-                        f"no {kind} query was asked at noise step {step}: parts of data.test need `noise: every_step`"
+                        f"no {kind} query at noise step {step}: the splits of data.test need `noise: every_step`"
                     )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.levels = AnchoredLevels.fit(measured, provenance=provenance_of(self.base, data, measured))

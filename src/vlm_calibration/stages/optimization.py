@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, as both training stages use it."""
+"""AdamW with linear warm-up and cosine decay, for both training stages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ class OptimizerSettings:
     """AdamW (arXiv 1711.05101) and its schedule.
 
     Args:
-        name: "adamw", or with states in 8 bits through bitsandbytes (arXiv 2110.02861): "adamw_8bit", and
-            "paged_adamw_8bit", which moves them out of GPU memory where that is short. Tensors of fewer than 4,096
-            numbers keep states in float32.
-        lr: highest learning rate. weight_decay, betas, eps: as in AdamW.
-        warmup_fraction: share of all steps in [0, 1) over which the rate rises from 0.
-        final_fraction: what the cosine ends at, as a share of `lr` in [0, 1].
+        name: "adamw", or with 8-bit states through bitsandbytes (arXiv 2110.02861): "adamw_8bit", and
+            "paged_adamw_8bit", which moves states out of GPU memory when it runs short. Tensors of fewer than 4,096
+            elements keep float32 states.
+        lr: highest learning rate.
+        weight_decay: decoupled weight decay.
+        betas: decay rates of the first and second moments.
+        eps: term added to the denominator for numerical stability.
+        warmup_fraction: share of all steps, in [0, 1), in which the rate rises linearly.
+        final_fraction: final learning rate as a share of `lr`, in [0, 1].
     """
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
@@ -44,7 +47,7 @@ class OptimizerSettings:
 
 
 def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
-    """The learning rate before optimiser step `step` (from 0) of `total`, as a share of `lr`."""
+    """Learning rate of optimiser step `step` (from 0) of `total`, as a share of `lr`."""
     warmup = round(settings.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -56,7 +59,7 @@ def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> 
 def adamw_with_schedule(
     parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: float
 ) -> dict[str, Any]:
-    """What a LightningModule's `configure_optimizers` returns.
+    """The return value of a LightningModule's `configure_optimizers`.
 
     Raises:
         DataError: the number of steps is not finite.
@@ -65,17 +68,17 @@ def adamw_with_schedule(
         raise DataError(
             "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
         )
-    kinds = {
+    classes = {
         "adamw": torch.optim.AdamW,
         "adamw_8bit": bnb.optim.AdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
     }
-    optimizer = kinds[settings.name](
+    optimizer = classes[settings.name](
         parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, int(total_steps), settings)
     )
-    # The name that the rate is logged under, the same for every optimiser.
+    # `name` is the key that the rate is logged under.
     scheduled = {"scheduler": schedule, "interval": "step", "name": "train/learning_rate"}
     return {"optimizer": optimizer, "lr_scheduler": scheduled}

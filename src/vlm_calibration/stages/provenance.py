@@ -1,7 +1,7 @@
-"""Where a level table comes from, and whether it is used for what it was measured for.
+"""The provenance of a level table, and the check that a run uses the table under the conditions that it was measured under.
 
-A table says what one model achieves when it is asked in one way and graded by one rule, under one kind of noise. Under any
-other its numbers are wrong, so each of these is compared before a model is loaded.
+A table holds the accuracies of one model with one prompt, one grading rule and one kind of noise, and is wrong for any others. So
+these are compared before a model is loaded.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ COMPARED = {
 def provenance_of(
     base: BaseModel, data: PerturbedQueryDataModule, answer_types: Iterable[str]
 ) -> dict[str, Any]:
-    """What decides how often the base model is right, under the keys of a level table, as JSON has it.
+    """The conditions that determine the base model's accuracy, as JSON values under the keys of a level table.
 
-    The seed and the quantisation stand there to be read: another seed draws other noise of the same kind.
+    The seed is informative only: another seed draws other noise of the same kind.
     """
     noise = data.noise
     return {
@@ -52,53 +52,52 @@ def provenance_of(
 
 
 def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: PerturbedQueryDataModule) -> None:
-    """Refuse anchored levels that were measured otherwise than they are used; levels of other kinds are measured on nothing.
+    """Check that anchored levels were measured under the conditions of this run; other levels are not measured.
 
-    A model is the same if its configuration and weights are, whatever it is called and wherever it lies; where one of the two
-    is not on this machine, if name and revision are. Quantising it moves its accuracy by less than a table of some hundred
-    queries can tell, so that is warned of.
+    Two models are the same if their configuration and weights are, whatever their name or path; if one of them is not on this
+    machine, name and revision are compared. Quantisation moves the accuracy by less than a table of some hundred queries can
+    resolve, so a difference in it is only a warning.
 
     Raises:
-        DataError: a setting differs, or the table does not say how it was measured; the message names both sides.
+        DataError: a condition differs (the message names both values), or the table lacks one.
     """
     if not isinstance(levels, AnchoredLevels):
         return
     table, use = levels.table.provenance, provenance_of(base, data, levels.answer_types)
     if missing := [key for key in use if key not in table]:
         raise DataError(
-            f"{levels.source} does not say its {', '.join(missing)}, so whether it fits this run is not known: measure it "
+            f"{levels.source} has no {', '.join(missing)} in its provenance, so it cannot be compared with this run: measure it "
             "again with `vlm-calibration levels fit`"
         )
-    differences = list(_differences(table, use))
-    if differences:
+    if differences := _find_differences(table, use):
         raise DataError(
-            f"{levels.source} was measured otherwise than it is used: {'; '.join(differences)}: set what it was measured with, "
-            "or measure it again with `vlm-calibration levels fit`"
+            f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use the conditions of the measurement, "
+            "or measure again with `vlm-calibration levels fit`"
         )
     if table["quantization"] != use["quantization"]:
         rank_zero_warn(
-            f"{levels.source} was measured with model.base.quantization {table['quantization']}, and this run has "
-            f"{use['quantization']}: the model may be right a little less or more often than is taught"
+            f"{levels.source} was measured with model.base.quantization {table['quantization']}, and this run uses "
+            f"{use['quantization']}: the model's accuracy may differ a little from the taught confidence"
         )
 
 
-def _differences(table: Mapping[str, Any], use: Mapping[str, Any]) -> list[str]:
-    pairs = [(setting, table[key], use[key]) for key, setting in COMPARED.items()]
-    graded = table["grading"]
-    pairs += [(f"data.grading ({kind})", graded.get(kind), rule) for kind, rule in use["grading"].items()]
-    found = [f"{setting} was {was!r} and is {now!r}" for setting, was, now in pairs if was != now]
-    if not _same_model(table, use):
-        found.insert(0, f"model.base was {_model(table)} and is {_model(use)}")
-    return found
+def _find_differences(table: Mapping[str, Any], use: Mapping[str, Any]) -> list[str]:
+    values = [(setting, table[key], use[key]) for key, setting in COMPARED.items()]
+    grading = table["grading"]
+    values += [(f"data.grading ({kind})", grading.get(kind), rule) for kind, rule in use["grading"].items()]
+    differences = [f"{setting} was {was!r} and is {now!r}" for setting, was, now in values if was != now]
+    if not _is_same_model(table, use):
+        differences.insert(0, f"model.base was {_describe_model(table)} and is {_describe_model(use)}")
+    return differences
 
 
-def _same_model(table: Mapping[str, Any], use: Mapping[str, Any]) -> bool:
+def _is_same_model(table: Mapping[str, Any], use: Mapping[str, Any]) -> bool:
     if table["weights"] is not None and use["weights"] is not None:
         return table["weights"] == use["weights"]
     return (table["model"], table["revision"]) == (use["model"], use["revision"])
 
 
-def _model(side: Mapping[str, Any]) -> str:
+def _describe_model(side: Mapping[str, Any]) -> str:
     revision = f", revision {side['revision']!r}" if side["revision"] else ""
     weights = f"weights {side['weights'][:8]}" if side["weights"] else "weights not on this machine"
     return f"{side['model']!r} ({weights}{revision})"

@@ -1,4 +1,4 @@
-"""Region extraction as a LightningModule: devices, processes, precision and the progress bar come from the Trainer."""
+"""Region extraction as a LightningModule, so that the Trainer handles devices, processes and precision."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
 from vlm_calibration.regions.extraction import Extracted, Pipeline, RegionGates
 from vlm_calibration.regions.segmenter import Segmenter
-from vlm_calibration.stages.device import device_of
+from vlm_calibration.stages.answering import device_of
 
 
 class RegionExtractor(L.LightningModule):
-    """Finds where the key objects of queries are: m = SAM(v0, GroundingDINO(v0, M_desc(q, r))).
+    """Finds the regions of the key objects of queries: m = SAM(v0, GroundingDINO(v0, M_desc(q, r))).
 
     Args:
-        describer: names the key objects. A query that comes with `objects` keeps those.
-        detector: finds boxes for their names.
-        segmenter: outlines what is in the boxes.
-        gates: what a region must be like to be used.
-        keep_known: leave queries alone that come with a region of their key objects; otherwise regions are made anew.
-        on_bad_image: "raise" stops at the first image that cannot be read; "skip" notes it and goes on.
+        describer: names the key objects; the `objects` of a query take precedence.
+        detector: finds a box for each name.
+        segmenter: outlines the object in each box.
+        gates: conditions that a region must meet.
+        keep_known: keep the regions of queries that already have one of their key objects; False: extract all again.
+        on_bad_image: "raise" stops at the first unreadable image; "skip" records it and continues.
     """
 
     def __init__(

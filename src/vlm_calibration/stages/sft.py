@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning on noised images with the confidence that the noise earns.
+"""Stage 1: supervised fine-tuning on noised images with the confidence of their noise level.
 
 Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.14848) over a LoRA adapter.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.pairs import ValidationBatch
 from vlm_calibration.losses.sequence import (
     AnswerWeight,
     response_nll,
@@ -24,32 +24,32 @@ from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.stages.device import device_of, ready_to_train
-from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
-    check_trained,
-    keep_trained,
+    check_trained_weights,
+    keep_trained_weights,
     log_results,
-    no_loss,
-    optimizers_of,
+    prepare_for_training,
     seed_batch,
+    trained_parameters,
     warn_of_skipped,
+    zero_loss,
 )
 
 
 class SFTModule(L.LightningModule):
-    """Trains an adapter to answer, and to say how sure it should be.
+    """Trains an adapter to answer and to state the confidence of the noise level.
 
     Args:
         base: the model to adapt.
-        lora: the adapter.
+        lora: settings of the adapter.
         optimizer: AdamW and its schedule.
-        confidence_weight: weight of the confidence's tokens in the loss, at least 0; the answer's have 1.
-        answer_weight: "constant", or "confidence": the answer's tokens are weighed by the confidence to state, so that
-            the model is not taught to assert what it cannot see.
+        confidence_weight: weight of the confidence's tokens in the loss, at least 0.
+        answer_weight: weight of a correct answer's tokens in the loss: "constant" is 1, "confidence" the confidence to
+            state, so that the model does not learn to assert what it cannot see. Tokens of a wrong answer have weight 0.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
         max_new_tokens: length limit of the answers generated in validation.
     """
@@ -81,26 +81,26 @@ class SFTModule(L.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.scorer = Scorer()
         self.skipped = 0
-        # Checkpoints hold what is trained; the frozen base comes from where it came from.
+        # Checkpoints hold the trained weights alone; the frozen base is loaded again.
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Refuse data whose levels were measured for something else, before a model is loaded."""
+        """Reject data whose levels were measured differently, before the model is loaded."""
         check_levels(data.noise.levels, self.base, data)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
         model = load_for_training(self.base, device_of(self))
-        self.model = ready_to_train(self, attach_lora(model, self.lora), self.gradient_checkpointing)
+        self.model = prepare_for_training(self, attach_lora(model, self.lora), self.gradient_checkpointing)
 
     def on_fit_start(self) -> None:
-        if getattr(self.trainer.datamodule, "pairs", None) is not None:  # type: ignore[attr-defined]
+        if getattr(self.trainer.datamodule, "candidates", None) is not None:  # type: ignore[attr-defined]
             raise DataError(
-                "data.pairs is set, which is for preference optimisation: SFT learns one response"
+                "data.candidates is set, but SFT learns one response per query: leave it out, or run preference optimisation"
             )
 
     def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
@@ -109,26 +109,28 @@ class SFTModule(L.LightningModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
         if not batch.inputs:
-            return no_loss(self)
-        found = labelled_logits(self.model, batch.inputs, batch.labels)
-        log_likelihood = token_log_likelihood(found.logits, found.targets)
+            return zero_loss(self)
+        labelled = labelled_logits(
+            self.model, batch.inputs, batch.labels
+        )  # logits [N, V] at the N label tokens
+        log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
+        confidence_mask = batch.label_confidence_mask  # [N]
+        is_correct = batch.is_correct[labelled.rows]  # [N]
         weights = token_weights(
-            batch.label_confidence_mask,
-            batch.confidence[found.rows],
-            batch.is_correct[found.rows],
+            confidence_mask,
+            batch.confidence[labelled.rows],
+            is_correct,
             self.answer_weight,
             self.confidence_weight,
         )
-        loss = response_nll(log_likelihood, found.rows, weights, len(batch.queries))
-        stated = batch.label_confidence_mask
         size = len(batch.queries)
+        loss = response_nll(log_likelihood, labelled.rows, weights, size)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        right = ~stated & batch.is_correct[found.rows]
-        if bool(right.any()):
-            self.log("train/nll_answer", -log_likelihood[right].mean().detach(), batch_size=size)
-        self.log(
-            "train/nll_confidence", -log_likelihood[stated].mean().detach(), prog_bar=True, batch_size=size
-        )
+        gold_answer = ~confidence_mask & is_correct
+        if bool(gold_answer.any()):
+            self.log("train/nll_answer", -log_likelihood[gold_answer].mean().detach(), batch_size=size)
+        nll_confidence = -log_likelihood[confidence_mask].mean().detach()
+        self.log("train/nll_confidence", nll_confidence, prog_bar=True, batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         return loss
 
@@ -148,10 +150,12 @@ class SFTModule(L.LightningModule):
         warn_of_skipped(self, self.skipped)
 
     def configure_optimizers(self) -> Any:
-        return optimizers_of(self, self.optimizer_settings)
+        return adamw_with_schedule(
+            trained_parameters(self), self.optimizer_settings, self.trainer.estimated_stepping_batches
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained(self, checkpoint)
+        keep_trained_weights(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_trained(self, checkpoint)
+        check_trained_weights(self, checkpoint)

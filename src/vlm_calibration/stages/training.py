@@ -1,4 +1,4 @@
-"""What both training stages do alike: which parameters are trained, saved and optimised, and what validation logs."""
+"""What both training stages share: preparing the model, checkpoints of the trained weights, seeds, and logging."""
 
 from __future__ import annotations
 
@@ -11,69 +11,81 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.scoring import Results
 
-SHOWN = ("accuracy", "ece")
+PROGRESS_BAR = ("accuracy", "ece")
+"""Validation metrics in the progress bar."""
+
+
+def prepare_for_training(module: L.LightningModule, model: Any, gradient_checkpointing: bool) -> Any:
+    """Put a model with its adapter in train mode, and shard it if the strategy asks for it.
+
+    from_pretrained leaves a model in eval mode and Lightning keeps that; checkpointing and dropout need train mode.
+    """
+    if gradient_checkpointing:
+        base = unwrap_peft(model)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers makes inputs require gradients, which only reentrant checkpointing needs: the frozen tower would be
+        # recomputed in the backward pass.
+        base.disable_input_require_grads()
+    if module.device_mesh is not None:
+        shard(model, module.device_mesh["data_parallel"])
+    return model.train()
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def keep_trained(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Leave only what is trained in a checkpoint; the frozen rest comes from where it came from."""
+def keep_trained_weights(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Drop the frozen weights from a checkpoint; they are loaded from the base model."""
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
-def check_trained(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint holds what is trained here, before any of it is loaded.
+def check_trained_weights(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint holds exactly the trained weights of this module, before any of it is loaded.
 
     Raises:
-        DataError: it is one of another model or adapter.
+        DataError: it belongs to another model or adapter.
     """
-    wanted = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-    found = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        there, here = (shapes.get(wrong[0], "missing") for shapes in (found, wanted))
+    expected = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    saved = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+    names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if names:
+        there, here = (shapes.get(names[0], "missing") for shapes in (saved, expected))
         raise DataError(
-            f"--ckpt_path: a checkpoint of another model or adapter: {len(wrong)} of its and this model's trained weights "
-            f"differ, the first is {wrong[0]}, there {there}, here {here}; give the settings of the run that wrote it"
+            f"--ckpt_path: the checkpoint belongs to another model or adapter: {len(names)} trained weights differ, the "
+            f"first is {names[0]}, there {there}, here {here}; use the settings of the run that wrote the checkpoint"
         )
 
 
-def optimizers_of(module: L.LightningModule, settings: OptimizerSettings) -> dict[str, Any]:
-    """AdamW over what is trained, and its schedule over the whole of this training."""
-    return adamw_with_schedule(
-        trained_parameters(module), settings, module.trainer.estimated_stepping_batches
-    )
-
-
 def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
-    """Make dropout a function of (seed, epoch, batch, process): the same after a restart, whatever ran in between."""
+    """Seed torch with (seed, epoch, batch, process), so that dropout is the same after a restart."""
     trainer = module.trainer
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
     words = np.random.SeedSequence([seed, trainer.current_epoch, batch_idx, trainer.global_rank])
     torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
 
-def no_loss(module: nn.Module) -> Tensor:
-    """A loss of zero that reaches every trained parameter, for a batch without samples: it keeps processes in step."""
+def zero_loss(module: nn.Module) -> Tensor:
+    """The loss of a batch without samples: 0, with a gradient for every trained parameter to keep processes in step."""
     return sum(p.sum() * 0.0 for p in trained_parameters(module))  # type: ignore[return-value]
 
 
 def log_results(module: L.LightningModule, results: Results) -> None:
-    """Log the run's own results of a validation."""
+    """Log the validation metrics of the run itself."""
     for name, value in results[""].items():
-        module.log(f"val/{name}", value, prog_bar=name in SHOWN, rank_zero_only=True)
+        module.log(f"val/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=True)
 
 
 def warn_of_skipped(module: L.LightningModule, skipped: int) -> None:
-    """Say how many samples all processes together have left out."""
+    """Warn with the number of samples that all processes skipped."""
     total = module.trainer.strategy.reduce(
         torch.tensor(float(skipped), device=module.device), reduce_op="sum"
     )
     if total > 0:
-        rank_zero_warn(f"left out {int(total)} samples that were longer than data.max_length")
+        rank_zero_warn(f"skipped {int(total)} samples that were longer than data.max_length")

@@ -1,0 +1,272 @@
+"""Batches for preference optimisation: every prompt with one candidate response per confidence that can be stated.
+
+`ResponseTokenizer` tokenizes the responses, also for the estimators. Which candidate is chosen and which are rejected is
+decided in the training step (`stages.preference_targets`), because it can depend on the reference model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vlm_calibration.data.collate import (
+    ChatFormat,
+    PromptBatch,
+    PromptCollator,
+    TooLong,
+    move,
+    split_too_long,
+)
+from vlm_calibration.data.layout import common_prefix
+from vlm_calibration.data.noise import Sample, query_rng
+from vlm_calibration.perturbation.levels import ConfidenceLevels
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import render_answer, render_response
+
+
+@dataclass(frozen=True)
+class CandidateSettings:
+    """The candidate responses to a query: one for each confidence that can be stated.
+
+    Args:
+        grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels. A noise
+            scale with few levels needs it to express a mean that lies between them. None: the noise levels alone.
+        wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
+            rejected.
+        seed: seed of the draw among several wrong answers.
+    """
+
+    grid: int | None = None
+    wrong_answer: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and (self.grid < 1 or 100 % self.grid):
+            raise DataError(f"data.candidates.grid must be a divisor of 100 (percent), found {self.grid}")
+        if self.seed < 0:
+            raise DataError(f"data.candidates.seed must be at least 0, found {self.seed}")
+
+
+class Candidate(NamedTuple):
+    """One response to a query.
+
+    Attributes:
+        tokens: token ids after the prompt, through the end of the turn.
+        answer_length: how many leading tokens are the answer.
+        ending_length: how many trailing tokens are the same for every confidence ("%", the end of the turn).
+        confidence: the stated confidence, in [0, 1].
+        wrong: whether the answer differs from that of the chosen response.
+    """
+
+    tokens: tuple[int, ...]
+    answer_length: int
+    ending_length: int
+    confidence: float
+    wrong: bool
+
+
+Candidates = tuple[tuple[Candidate, ...], ...]
+"""For each query its responses."""
+
+
+class CandidateBatch(NamedTuple):
+    """B prompts, each with its candidate responses.
+
+    Attributes:
+        inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
+        lengths: int64 [B], tokens of each prompt before its responses.
+        candidates: for each query one response per confidence, in falling order, then the same with a wrong answer if
+            `CandidateSettings.wrong_answer` asks for it.
+        levels: for each query the confidence in [0, 1] of its noise level.
+        is_correct: for each query whether its responses give the gold answer.
+        epochs: for each query the epoch that it is drawn in.
+        queries: the B queries.
+        skipped: ids of the samples that were too long.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    lengths: torch.Tensor
+    candidates: Candidates
+    levels: tuple[float, ...]
+    is_correct: tuple[bool, ...]
+    epochs: tuple[int, ...]
+    queries: tuple[Query, ...]
+    skipped: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> CandidateBatch:
+        return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))
+
+
+_EMPTY = CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
+
+
+def stated_levels(
+    levels: Sequence[ConfidenceLevels], answer_type: str, grid: int | None = None
+) -> tuple[float, ...]:
+    """The confidences that can be stated for an answer type, in falling order.
+
+    Args:
+        levels: confidences of any of these scales count.
+        grid: percent, as in `CandidateSettings`.
+
+    Raises:
+        ValueError: a scale was not measured for the answer type.
+    """
+    multiples = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
+    # Confidences that round to the same percentage are one: the last scale's highest.
+    by_text: dict[str, float] = {}
+    for scale in levels:
+        own = {scale.confidence(step, answer_type) for step in scale.steps}
+        by_text |= {render_response("", c): c for c in sorted(own | multiples)}
+    return tuple(sorted(by_text.values(), reverse=True))
+
+
+class ResponseTokenizer:
+    """Tokenizes an answer to a query with every confidence that can be stated after it.
+
+    Args:
+        chat: renders and tokenizes conversations.
+        levels: confidences of any of these scales can be stated.
+        grid: percent, as in `CandidateSettings`.
+    """
+
+    def __init__(self, chat: ChatFormat, levels: Sequence[ConfidenceLevels], grid: int | None = None) -> None:
+        self.chat = chat
+        self.levels = levels
+        self.grid = grid
+
+    def tokenize(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:
+        """One response per answer and confidence; answers after the first are wrong.
+
+        Returns:
+            How many tokens at the end of the prompt the responses replace (mostly 0), and the responses.
+        """
+        levels = stated_levels(self.levels, query.answer_type, self.grid)
+        stated = [(answer, c) for answer in answers for c in levels]
+        # 11% and 22% have no digit in common: the ending they share follows every confidence.
+        probes = [(answers[0], c) for c in (0.11, 0.22)]
+        texts = self.chat.conversations(query.question, [render_response(a, c) for a, c in stated + probes])
+        bare_texts = self.chat.conversations(query.question, [render_answer(a) for a in answers])
+        prompt, *ids = self.chat.token_ids([self.chat.render(query.question), *texts, *bare_texts])
+        conversations, bare = ids[: len(texts)], dict(zip(answers, ids[len(texts) :], strict=True))
+        start = min(common_prefix(prompt, conversation) for conversation in conversations)
+
+        responses = []
+        for (answer, _), conversation in zip(stated + probes, conversations, strict=True):
+            answer_length = common_prefix(bare[answer], conversation) - start
+            end = start + self.chat.turn_length(conversation[start:], answer_length)
+            responses.append((tuple(conversation[start:end]), answer_length))
+        (first, _), (second, _) = responses[len(stated) :]
+        ending = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
+        return len(prompt) - start, tuple(
+            Candidate(
+                tokens,
+                answer_length,
+                common_prefix(tokens[::-1], ending[::-1]),
+                confidence,
+                wrong=answer != answers[0],
+            )
+            for (answer, confidence), (tokens, answer_length) in zip(stated, responses, strict=False)
+        )
+
+
+class CandidateCollator:
+    """Collates samples into a `CandidateBatch`.
+
+    Two queries with the levels 100%, 50% and 0% become::
+
+        inputs["input_ids"]   int64 [2, 5]    <user> <image> Dog? <assistant> <pad>
+                                              <user> <image> What? It? <assistant>
+        lengths               int64 [2]       4, 5
+        candidates[0]         3 responses     Yes . Confidence : 100 % <end>
+                                              Yes . Confidence : 50 % <end>
+                                              Yes . Confidence : 0 % <end>
+        levels                2 floats        0.5, 1.0
+
+    Args:
+        chat: renders and tokenizes conversations.
+        levels: the scale of the noise.
+        settings: further confidences, and wrong answers.
+        max_length: limit of a prompt with one response, in tokens.
+        on_too_long: as in `SFTCollator`.
+    """
+
+    def __init__(
+        self,
+        chat: ChatFormat,
+        levels: ConfidenceLevels,
+        settings: CandidateSettings,
+        max_length: int,
+        on_too_long: TooLong = "raise",
+    ) -> None:
+        self.chat = chat
+        self.responses = ResponseTokenizer(chat, [levels], settings.grid)
+        self.settings = settings
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+
+    def __call__(self, samples: Sequence[Sample]) -> CandidateBatch:
+        if not samples:
+            return _EMPTY
+        cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
+        prompts = [self.chat.render(s.query.question) for s in samples]
+        inputs = self.chat.inputs_of(samples, prompts, "right")
+        lengths = inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts)
+        longest = [
+            n + max(len(c.tokens) for c in responses)
+            for n, responses in zip(lengths.tolist(), candidates, strict=True)
+        ]
+        fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
+        if skipped:
+            return self(fitting)._replace(skipped=skipped)
+        return CandidateBatch(
+            inputs,
+            lengths,
+            candidates,
+            tuple(s.confidence for s in samples),
+            tuple(s.wrong_answer is None for s in samples),
+            tuple(s.epoch for s in samples),
+            tuple(s.query for s in samples),
+            (),
+        )
+
+    def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
+        wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []
+        self.chat.check(sample.query, [sample.answer, *wrong])
+        answers = [sample.answer]
+        # A response that is wrong itself is not preferred over another wrong one.
+        if wrong and sample.wrong_answer is None:
+            rng = query_rng(self.settings.seed, sample.epoch, sample.query.id, "wrong")
+            answers.append(wrong[int(rng.integers(len(wrong)))])
+        return self.responses.tokenize(sample.query, answers)
+
+
+class ValidationBatch(NamedTuple):
+    """The same samples as prompts to answer and, in preference optimisation, as candidates.
+
+    Attributes:
+        prompts: prompts to answer.
+        candidates: their candidate responses; None in supervised fine-tuning.
+    """
+
+    prompts: PromptBatch
+    candidates: CandidateBatch | None
+
+    def to(self, device: torch.device | str) -> ValidationBatch:
+        return ValidationBatch(
+            self.prompts.to(device), self.candidates.to(device) if self.candidates else None
+        )
+
+
+class ValidationCollator:
+    """Collates samples into a `ValidationBatch`."""
+
+    def __init__(self, prompts: PromptCollator, candidates: CandidateCollator | None) -> None:
+        self.prompts = prompts
+        self.candidates = candidates
+
+    def __call__(self, samples: Sequence[Sample]) -> ValidationBatch:
+        return ValidationBatch(self.prompts(samples), self.candidates(samples) if self.candidates else None)

@@ -1,0 +1,103 @@
+"""Terms of the DPO stage's loss, and its statistics, from the scores of the compared candidates.
+
+In all of them a row is a query, and the first candidate of a row is the chosen one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlm_calibration.data.candidates import Candidate, Candidates
+from vlm_calibration.losses.preference import CandidateScores
+from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_weights
+from vlm_calibration.models.shared_prefix import ResponseScores
+
+
+def candidate_scores(
+    policy: ResponseScores, reference: ResponseScores | None, compared: Candidates
+) -> CandidateScores:
+    """Arguments of a preference loss.
+
+    Args:
+        policy: of the compared candidates, log_likelihood float32 [B, K, T].
+        reference: the same under the reference, or None.
+    """
+    width = policy.total.shape[1]
+    distance = [
+        [1.0 if c.wrong else abs(c.confidence - row[0].confidence) for c in row] + [0.0] * (width - len(row))
+        for row in compared
+    ]
+    return CandidateScores(
+        policy.total,  # [B, K]
+        None if reference is None else reference.total,
+        policy.lengths,
+        policy.total.new_tensor(distance),
+        policy.lengths > 0,
+    )
+
+
+def chosen_nll(
+    policy: ResponseScores,
+    compared: Candidates,
+    is_correct: Sequence[bool],
+    answer_weight: AnswerWeight,
+    confidence_weight: float,
+) -> Tensor:
+    """Negative log-likelihood per token of the chosen responses, with the token weights of stage 1, averaged over queries."""
+    log_likelihood, tokens = policy.log_likelihood[:, 0], policy.tokens[:, 0]  # [B, T]
+    chosen = [row[0] for row in compared]
+    answer_lengths = torch.tensor([c.answer_length for c in chosen], device=tokens.device)
+    confidence = log_likelihood.new_tensor([c.confidence for c in chosen])
+    weights = token_weights(
+        torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None],
+        confidence[:, None],
+        torch.tensor(is_correct, device=tokens.device)[:, None],
+        answer_weight,
+        confidence_weight,
+    )
+    rows, _ = tokens.nonzero(as_tuple=True)
+    return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
+
+
+def logp_drift(
+    policy: ResponseScores, reference: ResponseScores, compared: Sequence[Sequence[Candidate]]
+) -> Tensor:
+    """Squared change since the reference of the log-likelihood of what the responses to a query share, averaged over queries.
+
+    They share the answer before the confidence and the ending after it ("%", the end of the turn); the changes of the endings
+    are averaged over a query's responses. A preference between confidences constrains neither, and can be satisfied by
+    destroying them: by making the ending of the rejected responses unlikely, which leaves numbers without "%", or by making the
+    number likely everywhere, also in place of the answer.
+    """
+    answer, ending = torch.zeros(policy.tokens.shape), torch.zeros(policy.tokens.shape)  # [B, K, T]
+    for row, candidates in enumerate(compared):
+        answer[row, 0, : candidates[0].answer_length] = 1
+        for k, candidate in enumerate(candidates):
+            length = len(candidate.tokens)
+            ending[row, k, length - candidate.ending_length : length] = 1
+    # The reference may have scored longer responses in the same batch.
+    change = policy.log_likelihood - reference.log_likelihood[..., : answer.shape[-1]]
+    count = torch.tensor([len(candidates) for candidates in compared]).to(change)
+    answers, endings = ((change * mask.to(change)).sum(-1).square() for mask in (answer, ending))  # [B, K]
+    return (answers[:, 0] + endings.sum(-1) / count).mean()
+
+
+@torch.no_grad()
+def answer_statistics(
+    policy: ResponseScores, compared: Candidates, is_correct: Sequence[bool]
+) -> dict[str, Tensor]:
+    """logp_answer: log-likelihood of the gold answer's tokens, averaged over queries; NaN if no response gives a gold answer.
+
+    It falls when a model collapses: margins grow while all responses become unlikely.
+    """
+    values = [
+        policy.log_likelihood[row, 0, : candidates[0].answer_length].sum()
+        for row, candidates in enumerate(compared)
+        if is_correct[row]
+    ]
+    mean = torch.stack(values).mean() if values else policy.log_likelihood.new_tensor(math.nan)
+    return {"logp_answer": mean}

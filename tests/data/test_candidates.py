@@ -1,0 +1,346 @@
+"""Candidates of preference optimisation: the stated levels, and that prompt and candidate are whole conversations.
+
+As in `test_collate.py` two kinds of tokenizer matter: the demo's, in which a percentage is one token, and one that splits
+numbers into digits, so that responses differ in length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from vlm_calibration.data.candidates import (
+    CandidateBatch,
+    CandidateCollator,
+    CandidateSettings,
+    ValidationCollator,
+    stated_levels,
+)
+from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
+from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, LinearLevels, StepCount
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
+TENTHS = tuple(i / 10 for i in range(10, -1, -1))
+
+
+def test_stated_levels_of_linear_levels() -> None:
+    assert stated_levels([LinearLevels()], "yes_no") == TENTHS
+    assert stated_levels([LinearLevels(n_levels=5)], "open") == (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+def test_levels_with_the_same_percentage_are_stated_once() -> None:
+    levels = stated_levels([LinearLevels(n_levels=201)], "yes_no")
+    assert [render_response("Yes", c) for c in levels] == [
+        f"Yes. Confidence: {p}%" for p in range(100, -1, -1)
+    ]
+
+
+def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
+    accuracies = {"yes_no": (99, 98, 90, 61, 60, 50), "short": (97, 80, 41, 40, 5, 4)}
+    counts = {
+        kind: tuple(StepCount(200 * i, 100, n_correct) for i, n_correct in enumerate(n_corrects))
+        for kind, n_corrects in accuracies.items()
+    }
+    table = LevelTable(counts)
+    plain = AnchoredLevels(table=table, grid=5)
+    assert stated_levels([plain], "yes_no") == (1.0, 0.9, 0.6, 0.5)
+    assert stated_levels([plain], "short") == (0.95, 0.8, 0.4, 0.05)
+    grouped = AnchoredLevels(table=table, grid=1, groups=3)
+    for kind in accuracies:
+        levels = stated_levels([grouped], kind)
+        assert len(levels) == 3
+        assert sorted(levels, reverse=True) == list(levels)
+        assert set(levels) == {grouped.confidence(step, kind) for step in grouped.steps}
+    assert stated_levels([grouped], "yes_no") == (0.96, 0.61, 0.5)
+    assert stated_levels([AnchoredLevels(table=table, groups=1)], "short") == (0.45,)
+
+
+def test_the_levels_of_several_scales_are_taken_together() -> None:
+    assert stated_levels([LinearLevels(3), LinearLevels(4)], "yes_no") == (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
+    thirds = AnchoredLevels(table=LevelTable({"yes_no": (StepCount(0, 3, 2), StepCount(500, 3, 1))}), grid=1)
+    assert stated_levels([LinearLevels(4), thirds], "yes_no") == (1.0, 0.67, 0.33, 0.0), "the last scale's"
+
+
+def test_a_grid_adds_its_percentages_to_the_levels() -> None:
+    coarse = AnchoredLevels(
+        table=LevelTable({"yes_no": (StepCount(0, 100, 96), StepCount(500, 100, 50))}), grid=1
+    )
+    assert stated_levels([coarse], "yes_no", 25) == (1.0, 0.96, 0.75, 0.5, 0.25, 0.0)
+    assert stated_levels([coarse], "yes_no", 100) == (1.0, 0.96, 0.5, 0.0)
+    for grid in (1, 2, 4, 5, 10, 20):
+        percents = [round(100 * c) for c in stated_levels([coarse], "yes_no", grid)]
+        assert percents == sorted({96, 50, *range(0, 101, grid)}, reverse=True)
+    assert stated_levels([LinearLevels()], "yes_no", 10) == TENTHS, "a percentage is stated once"
+
+
+@pytest.fixture(scope="module", params=["one token a percentage", "digit by digit"])
+def chat(request: pytest.FixtureRequest, processor: Any, digit_processor: Any) -> ChatFormat:
+    plain = request.param == "one token a percentage"
+    return ChatFormat(processor if plain else digit_processor, ElicitationPrompt())
+
+
+def _collate(
+    chat: ChatFormat,
+    samples: Sequence[Sample],
+    wrong_answers: bool = False,
+    length: int = 400,
+    seed: int = 0,
+    **settings: Any,
+) -> CandidateBatch:
+    candidates = CandidateSettings(wrong_answer=wrong_answers, seed=seed)
+    return CandidateCollator(chat, LinearLevels(), candidates, length, **settings)(samples)
+
+
+def _prompt(chat: ChatFormat, batch: CandidateBatch, row: int) -> list[int]:
+    """Token ids before the responses, with the image tokens merged into one."""
+    ids = batch.inputs["input_ids"][row][: batch.lengths[row]].tolist()
+    image = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert ids.count(image) == IMAGE_TOKENS
+    first = ids.index(image)
+    return ids[: first + 1] + ids[first + IMAGE_TOKENS :]
+
+
+def _unspaced(text: str) -> str:
+    """Remove the space that byte-level tokenizers may put before a text."""
+    return re.sub(r"(<\|user\|>|<\|assistant\|>|<image>) ", r"\1", text)
+
+
+def test_the_digits_are_tokens_of_their_own(digit_processor: Any) -> None:
+    ids = digit_processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
+    assert {"8", "5"} <= set(digit_processor.tokenizer.convert_ids_to_tokens(ids))
+
+
+def _check_candidates(
+    chat: ChatFormat,
+    batch: CandidateBatch,
+    row: int,
+    answers: Sequence[str],
+    levels: Sequence[float] = TENTHS,
+) -> None:
+    """Check that there is one candidate per answer and level, and that prompt and candidate are the whole conversation."""
+    stated = [(a, c) for a in answers for c in levels]
+    assert [(c.confidence, c.wrong) for c in batch.candidates[row]] == [
+        (c, a != answers[0]) for a, c in stated
+    ]
+    prompt, question = _prompt(chat, batch, row), batch.queries[row].question
+    for (answer, confidence), candidate in zip(stated, batch.candidates[row], strict=True):
+        text = chat.render(question, render_response(answer, confidence))
+        decoded = chat.processor.tokenizer.decode([*prompt, *candidate.tokens])
+        assert _unspaced(decoded) == _unspaced(text)
+        assert [*prompt, *candidate.tokens] == chat.processor.tokenizer(text)["input_ids"]
+        decoded_answer = chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length])
+        assert decoded_answer.strip() == render_answer(answer)
+        rest = chat.processor.tokenizer.decode(candidate.tokens[candidate.answer_length :])
+        assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", rest)
+        assert parse_confidence(rest) == confidence
+        ending = candidate.tokens[len(candidate.tokens) - candidate.ending_length :]
+        assert chat.processor.tokenizer.decode(ending) == "%<|end|>"
+
+
+def test_prompt_and_candidate_are_the_whole_conversation(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples)
+    for row, sample in enumerate(samples):
+        _check_candidates(chat, batch, row, [sample.query.answer])
+    lengths = {len(c.tokens) for c in batch.candidates[0]}
+    one_token = "85" in chat.processor.tokenizer.tokenize("85")[0]
+    assert len(lengths) == (1 if one_token else 3), "1, 2 or 3 digits"
+
+
+def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    wrong = [("No",), ("a pizza", "umbrella"), (), ("A cat, (or two!)", "Two cats. Maybe.")]
+    with_wrong = [s._replace(wrong=w) for s, w in zip(samples, wrong, strict=True)]
+    batch = _collate(chat, with_wrong, wrong_answers=True)
+    _check_candidates(chat, batch, 0, ["Yes", "No"])
+    _check_candidates(chat, batch, 1, ["umbrella", "a pizza"])
+    _check_candidates(chat, batch, 2, ["No"])
+    _check_candidates(chat, batch, 3, ["A cat, (or two!)", "Two cats. Maybe."])
+    assert batch.is_correct == (True,) * 4
+    for row, without in enumerate(_collate(chat, with_wrong).candidates):
+        assert batch.candidates[row][: len(without)] == without, "the other responses do not change"
+
+
+def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt())
+    names = ("dog", "cat", "umbrella", "car")
+
+    def wrong_answer(epoch: int, name: str = "q", seed: int = 0) -> str:
+        settings = CandidateSettings(wrong_answer=True, seed=seed)
+        collator = CandidateCollator(chat, LinearLevels(n_levels=2), settings, 400)
+        query = replace(samples[1].query, id=name)
+        _, [gold, _, wrong, _] = collator._tokenize(
+            samples[1]._replace(query=query, epoch=epoch, wrong=names)
+        )
+        assert (gold.wrong, wrong.wrong) == (False, True)
+        return processor.tokenizer.decode(wrong.tokens[: wrong.answer_length]).strip(" .")
+
+    drawn = [wrong_answer(epoch) for epoch in range(150)]
+    assert drawn == [wrong_answer(epoch) for epoch in range(150)]
+    assert drawn != [wrong_answer(epoch, "r") for epoch in range(150)]
+    assert drawn != [wrong_answer(epoch, seed=1) for epoch in range(150)]
+    counts = Counter(drawn)
+    assert set(counts) == {"dog", "cat", "car"}, "never the gold answer"
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    replaced = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
+    batch = _collate(chat, replaced, wrong_answers=True)
+    _check_candidates(chat, batch, 0, ["No"])
+    _check_candidates(chat, batch, 1, ["umbrella", "dog"])
+    assert batch.is_correct == (False, True)
+    assert batch.queries[0].answer == "Yes"
+
+
+def test_the_batch_carries_levels_epochs_and_queries(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    in_epochs = [s._replace(epoch=i) for i, s in enumerate(samples)]
+    batch = _collate(chat, in_epochs)
+    assert batch.levels == (1.0, 0.3, 0.0, 0.85)
+    assert batch.is_correct == (True,) * 4
+    assert batch.epochs == (0, 1, 2, 3)
+    assert batch.queries == tuple(s.query for s in samples)
+    assert batch.skipped == ()
+    assert batch.lengths.dtype == torch.int64
+    moved = batch.to("meta")
+    assert {t.device.type for t in (*moved.inputs.values(), moved.lengths)} == {"meta"}
+    assert moved.candidates == batch.candidates
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    together = _collate(chat, samples)
+    for row, sample in enumerate(samples):
+        alone = _collate(chat, [sample])
+        length = int(alone.lengths[0])
+        assert (together.lengths[row], together.candidates[row]) == (length, alone.candidates[0])
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(together.inputs[name][row, :length], alone.inputs[name][0, :length])
+        assert torch.equal(together.inputs["pixel_values"][row], alone.inputs["pixel_values"][0])
+        assert together.inputs["attention_mask"][row].sum() == length, "padded on the right"
+
+
+def _longest(chat: ChatFormat, sample: Sample) -> int:
+    """Tokens of the longest conversation, counted by the collator of stage 1."""
+    collator = SFTCollator(chat, 10_000)
+    return max(int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS)
+
+
+def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    length = _longest(chat, samples[3])
+    assert _collate(chat, samples, length=length).skipped == ()
+    with pytest.raises(DataError, match=f"record 'q3': {length} tokens, more than max_length {length - 1}"):
+        _collate(chat, samples, length=length - 1)
+
+
+def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    # The wrong answer makes the first one too long.
+    long_answer = [samples[0]._replace(wrong=("No, " * 40,)), *samples[1:]]
+    length = _longest(chat, samples[3])
+    batch = _collate(chat, long_answer, wrong_answers=True, length=length - 1, on_too_long="skip")
+    expected = _collate(chat, samples[1:3], wrong_answers=True)
+    assert batch.skipped == ("q0", "q3")
+    assert batch.queries == expected.queries
+    assert batch.candidates == expected.candidates
+    assert batch.levels == expected.levels
+    assert torch.equal(batch.lengths, expected.lengths)
+    assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
+
+
+def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+    batch = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip")
+    assert batch.inputs == {}
+    assert batch.candidates == batch.queries == batch.levels == batch.is_correct == batch.epochs == ()
+    assert batch.skipped == ("q0", "q1", "q2", "q3")
+    assert batch.to("cpu").skipped == batch.skipped
+
+
+@pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
+def test_text_with_the_image_token_is_refused(
+    chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str]
+) -> None:
+    query = replace(samples[1].query, **change)  # type: ignore[arg-type]
+    [name] = change
+    with pytest.raises(DataError, match=f"record 'q1': '{name}' holds '<image>'"):
+        _collate(chat, [samples[0], samples[1]._replace(query=query)])
+
+
+@pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
+def test_a_wrong_answer_with_the_image_token_is_refused(
+    processor: Any, samples: Sequence[Sample], change: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match="record 'q1'.*<image>"):
+        _collate(
+            ChatFormat(processor, ElicitationPrompt()), [samples[1]._replace(**change)], wrong_answers=True
+        )
+
+
+def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
+    processor: Any, samples: Sequence[Sample]
+) -> None:
+    # The space ends the prompt, but in the conversation it is part of the token " Yes".
+    spaced = copy(processor)
+    spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
+        "<|assistant|>{% endif %}", "<|assistant|> {% endif %}"
+    )
+    chat = ChatFormat(spaced, ElicitationPrompt())
+    assert chat.render("A dog?").endswith("<|assistant|> ")
+    with_wrong = [samples[0]._replace(wrong=("A cat",)), *samples[1:]]
+    batch = _collate(chat, with_wrong, wrong_answers=True)
+    # " A" is two tokens, so the last one's responses replace nothing; the first one has an answer of either kind.
+    assert (batch.inputs["attention_mask"].sum(dim=1) - batch.lengths).tolist() == [1, 1, 1, 0]
+    _check_candidates(chat, batch, 0, ["Yes", "A cat"])
+    for row in (1, 2, 3):
+        _check_candidates(chat, batch, row, [samples[row].query.answer])
+
+
+def test_text_after_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
+    breaking = copy(processor)
+    breaking.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
+    batch = _collate(ChatFormat(breaking, ElicitationPrompt()), samples)
+    texts = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
+    assert all(text.endswith("%<|end|>") for text in texts)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_validation_is_prompts_and_candidates_of_the_same_samples(
+    chat: ChatFormat, samples: Sequence[Sample], paired: bool
+) -> None:
+    collator = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 400) if paired else None
+    batch = ValidationCollator(PromptCollator(chat), collator)(samples)
+    prompts = PromptCollator(chat)(samples)
+    assert batch.prompts.queries == prompts.queries
+    assert torch.equal(batch.prompts.inputs["input_ids"], prompts.inputs["input_ids"])
+    assert (batch.candidates is None) is not paired
+    assert batch.candidates is None or batch.candidates.queries == prompts.queries
+    moved = batch.to("meta")
+    assert moved.prompts.inputs["input_ids"].device.type == "meta"
+    assert moved.candidates is None or moved.candidates.lengths.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "data.candidates.seed must be at least 0, found -1"),
+        ({"grid": 0}, "data.candidates.grid must be a divisor of 100 (percent), found 0"),
+        ({"grid": 30}, "data.candidates.grid must be a divisor of 100 (percent), found 30"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        CandidateSettings(**settings)
+    assert message in str(caught.value)

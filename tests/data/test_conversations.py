@@ -1,0 +1,102 @@
+"""`ChatFormat.conversations` equals rendering each response, also under templates that change texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.data.candidates import ResponseTokenizer
+from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+TENTHS = tuple(i / 10 for i in range(10, -1, -1))
+PART = "part['text']"
+TEMPLATES = {
+    "unchanged": CHAT_TEMPLATE,
+    "upper case": CHAT_TEMPLATE.replace(PART, f"{PART} | upper"),
+    "stripped": CHAT_TEMPLATE.replace(PART, f"{PART} | trim"),
+    "doubled": CHAT_TEMPLATE.replace(PART, f"{PART} + ' ' + {PART}"),
+    "omitted": CHAT_TEMPLATE.replace(PART, "''"),
+    "marked when certain": CHAT_TEMPLATE.replace(PART, f"({PART} + '!' if '100%' in {PART} else {PART})"),
+    "with a line break": CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def chats(processor: Any) -> dict[str, ChatFormat]:
+    chats = {}
+    for name, template in TEMPLATES.items():
+        with_template = copy(processor)
+        with_template.chat_template = template
+        chats[name] = ChatFormat(with_template, ElicitationPrompt())
+    return chats
+
+
+def _one_by_one(chat: ChatFormat, question: str, responses: Sequence[str]) -> list[str]:
+    return [chat.render(question, r) for r in responses]
+
+
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)),
+    question=st.text("Yes. No%10 Confidence:?é", max_size=30),
+    answers=st.lists(st.text("Yes. no%10:é\n", max_size=12), min_size=1, max_size=2),
+    percents=st.lists(st.integers(0, 100), min_size=1, max_size=4, unique=True),
+)
+def test_conversations_are_those_rendered_one_by_one(
+    chats: dict[str, ChatFormat], name: str, question: str, answers: list[str], percents: list[int]
+) -> None:
+    falling = sorted(percents, reverse=True)
+    responses = [render_response(a, p / 100) for a in answers for p in falling]
+    stated = chats[name].conversations(question, responses)
+    assert stated == _one_by_one(chats[name], question, responses)
+    bare = [render_answer(a) for a in answers]
+    assert chats[name].conversations(question, bare) == _one_by_one(chats[name], question, bare)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_of_every_level_under_every_template(chats: dict[str, ChatFormat], name: str) -> None:
+    responses = [render_response(a, c) for a in ("Yes", "No") for c in TENTHS]
+    for order in (responses, responses[::-1]):
+        conversations = chats[name].conversations("A dog?", order)
+        assert conversations == _one_by_one(chats[name], "A dog?", order)
+
+
+def test_a_template_that_inserts_text_unchanged_runs_twice(
+    chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = [render_response("Yes", c) for c in TENTHS]
+    for name, runs in (("unchanged", 2), ("upper case", 11)):
+        rendered: list[str] = []
+        render = chats[name].render
+
+        def counted(
+            question: str, response: str, render: Any = render, rendered: list[str] = rendered
+        ) -> str:
+            rendered.append(response)
+            return render(question, response)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chats[name], "render", counted)
+            chats[name].conversations("A dog?", responses)
+        assert len(rendered) == runs
+
+
+def test_a_template_that_changes_text_changes_the_candidates_with_it(
+    chats: dict[str, ChatFormat], samples: Sequence[Sample]
+) -> None:
+    chat = chats["upper case"]
+    _, candidates = ResponseTokenizer(chat, [LinearLevels()]).tokenize(samples[0].query, [samples[0].answer])
+    for candidate in candidates:
+        percent = round(candidate.confidence * 100)
+        response = chat.processor.tokenizer.decode(candidate.tokens).strip()
+        assert response == f"YES. CONFIDENCE: {percent}%<|end|>"
+        assert chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length]).strip() == "YES."

@@ -1,0 +1,259 @@
+"""The loss of stage 2 on the demo model, its terms, its statistics, and its gradients.
+
+Likelihoods are checked against plain forwards over whole conversations, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm_calibration.data.candidates import (
+    Candidate,
+    CandidateSettings,
+)
+from vlm_calibration.losses.preference import DPO, Listwise, SimPO
+from vlm_calibration.models.shared_prefix import ResponseScores
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.dpo_terms import logp_drift
+from vlm_calibration.stages.preference_targets import (
+    PairPolicy,
+)
+from vlm_calibration.stages.training import trained_parameters
+
+from .preference import Data, MakeModule, Observed, adapter_weights
+
+
+def test_loss_and_statistics_by_hand(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beta = 0.4
+    module = make_module(loss=DPO(beta=beta), pairs=PairPolicy(target="level"))
+    observed = Observed(module, candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 5)
+    loss = float(observed.step())
+    terms: dict[str, list[float]] = {
+        name: [] for name in ("loss", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected")
+    }
+    answers = []
+    for row, responses in enumerate(observed.compared()):
+        policy_p, answer_p, _ = zip(*(observed.plain(row, c) for c in responses), strict=True)
+        reference_p = [observed.plain(row, c, reference=True)[0] for c in responses]
+        rewards = beta * (np.array(policy_p) - np.array(reference_p))
+        margin = rewards[0] - rewards[1:]
+        terms["loss"].append(np.log1p(np.exp(-margin)).mean())
+        terms["reward_margin"].append(margin.mean())
+        terms["reward_accuracy"].append((margin > 0).mean())
+        terms["logp_chosen"].append(policy_p[0])
+        terms["logp_rejected"].append(np.mean(policy_p[1:]))
+        if observed.samples[row].wrong_answer is None:
+            answers.append(answer_p[0])
+    expected = {f"train/{name}": float(np.mean(values)) for name, values in terms.items()}
+    expected |= {"train/logp_answer": float(np.mean(answers)), "train/skipped": 0.0}
+    assert 0 < len(answers) < 5
+    assert observed.logged == pytest.approx(expected, abs=2e-3)
+    assert loss == pytest.approx(expected["train/loss"], abs=1e-4)
+    assert abs(loss - math.log(2)) > 0.01
+
+
+def test_at_the_start_the_policy_is_the_reference(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module(loss=DPO(beta=1.0))
+    observed = Observed(module, candidates(), monkeypatch)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if ".default." in name:
+                parameter.copy_(parameters[name.replace(".default.", ".reference.")])
+    assert float(observed.step()) == pytest.approx(math.log(2), abs=1e-4)
+    assert observed.logged["train/reward_margin"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "constant", "confidence_weight"),
+    [({}, False, 1.0), ({"answer_weight": "constant", "confidence_weight": 2.5}, True, 2.5)],
+)
+def test_the_nll_term_weights_tokens_as_in_stage_1(
+    make_module: MakeModule,
+    candidates: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    constant: bool,
+    confidence_weight: float,
+) -> None:
+    losses = {}
+    for weight in (0.0, 0.7):
+        with monkeypatch.context() as patch:
+            module = make_module(nll_weight=weight, pairs=PairPolicy(target="level"), **settings)
+            observed = Observed(module, candidates(), patch, 9)
+            losses[weight] = float(observed.step())
+    nll, weights = [], []
+    for row, [first, *_] in enumerate(observed.compared()):
+        log_p, answer_p, length = observed.plain(row, first)
+        sample = observed.samples[row]
+        weight = (1.0 if constant else sample.confidence) * (sample.wrong_answer is None)
+        weights.append(weight)
+        nll.append(-(weight * answer_p + confidence_weight * (log_p - answer_p)) / length)
+    assert 0 < sum(weight > 0 for weight in weights) < 9, "wrong answers have no weight"
+    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", [DPO(), SimPO()], ids=repr)
+@pytest.mark.parametrize(
+    ("policy", "wrong_answer"),
+    [
+        (PairPolicy(target="expected"), False),
+        (PairPolicy(target="expected", rejected="far", n_rejected=2), False),
+        (PairPolicy(target="level"), True),
+    ],
+    ids=repr,
+)
+def test_the_drift_term_is_the_squared_change_of_answer_and_endings(
+    make_module: MakeModule,
+    candidates: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Any,
+    policy: PairPolicy,
+    wrong_answer: bool,
+) -> None:
+    losses = {}
+    for weight in (0.0, 0.7):
+        with monkeypatch.context() as patch:
+            module = make_module(loss=loss, drift_weight=weight, pairs=policy)
+            data = candidates(CandidateSettings(wrong_answer=wrong_answer))
+            observed = Observed(module, data, patch, 6)
+            losses[weight] = float(observed.step())
+    drifts = []
+    for row, responses in enumerate(observed.compared()):
+        now, before = (
+            [observed.by_token(row, c, reference) for c in responses] for reference in (False, True)
+        )
+        answer = responses[0].answer_length
+        # "%" and the end of the turn
+        endings = [(sum(n[-2:]) - sum(b[-2:])) ** 2 for n, b in zip(now, before, strict=True)]
+        drifts.append((sum(now[0][:answer]) - sum(before[0][:answer])) ** 2 + np.mean(endings))
+    assert max(drifts) > 0.01
+    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(drifts), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", [DPO(), Listwise(beta=0.5)], ids=repr)
+def test_a_shared_prefix_changes_neither_loss_nor_gradient(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch, loss: Any
+) -> None:
+    results = []
+    for scoring in ("plain", "shared"):
+        with monkeypatch.context() as patch:
+            module = make_module(loss=loss, scoring=scoring, nll_weight=0.5, drift_weight=0.5)
+            observed = Observed(module, candidates(CandidateSettings(wrong_answer=True)), patch)
+            value = observed.step()
+            value.backward()
+            gradients = [p.grad for p in trained_parameters(observed.module)]
+            results.append((float(value), torch.cat([g.flatten() for g in gradients])))  # type: ignore[union-attr]
+    (plain, plain_gradient), (shared, shared_gradient) = results
+    assert shared == pytest.approx(plain, rel=1e-4)
+    assert float(plain_gradient.norm()) > 0
+    assert float((shared_gradient - plain_gradient).norm()) < 1e-3 * float(plain_gradient.norm())
+
+
+def test_gradients_reach_the_policy_alone(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = Observed(make_module(nll_weight=0.1), candidates(), monkeypatch)
+    observed.step().backward()
+    for name, parameter in observed.module.named_parameters():
+        assert parameter.requires_grad == (".default." in name)
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".default." in name)
+
+
+def test_only_the_chosen_parts_are_trained(
+    make_module: MakeModule, demo_adapter: Callable[..., str], candidates: Data, trainer: Any
+) -> None:
+    folder = demo_adapter(parts=["language", "tower", "projector"])
+    module = make_module(folder, parts=["projector"])
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=candidates())
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    changed = {
+        name for name, p in adapter_weights(module, "default").items() if not torch.equal(p, saved[name])
+    }
+    assert changed == {name for name in saved if "multi_modal_projector" in name}
+    with pytest.raises(DataError, match=r"the adapter at .* has no layer in tower"):
+        make_module(parts=["tower"]).configure_model()
+    with pytest.raises(DataError, match=r"model\.parts needs a given adapter"):
+        make_module(None, reference="base", parts=["projector"])
+
+
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = Observed(make_module(), candidates(max_length=70, on_too_long="skip"), monkeypatch)
+    assert observed.batch.inputs == {}
+    loss = observed.step()
+    assert float(loss) == 0
+    loss.backward()
+    parameters = trained_parameters(observed.module)
+    assert parameters
+    assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
+    assert observed.module.skipped == 4
+
+
+def _scores(lengths: list[list[int]], longest: int, seed: int) -> ResponseScores:
+    tokens = torch.zeros(len(lengths), max(map(len, lengths)), longest, dtype=torch.bool)
+    for row, of_query in enumerate(lengths):
+        for k, length in enumerate(of_query):
+            tokens[row, k, :length] = True
+    values = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed))
+    return ResponseScores(values.masked_fill(~tokens, 0.0), tokens)
+
+
+# (tokens, answer length, ending length) of each candidate; queries can have unequally many
+COMPARED = [
+    [[(6, 2, 2), (5, 2, 2), (6, 2, 1)], [(4, 1, 0), (7, 3, 3)]],
+    [[(5, 1, 2)], [(3, 1, 1)]],
+]
+
+
+@pytest.mark.parametrize("compared", COMPARED, ids=["unlike", "chosen alone"])
+@pytest.mark.parametrize("longer", [0, 3])
+def test_drift_against_a_sum_spelled_out(compared: list[list[tuple[int, int, int]]], longer: int) -> None:
+    candidates = [
+        [Candidate((1,) * n, answer, ending, 0.5, False) for n, answer, ending in of_query]
+        for of_query in compared
+    ]
+    lengths = [[n for n, *_ in of_query] for of_query in compared]
+    longest = max(n for of_query in lengths for n in of_query)
+    policy, reference = _scores(lengths, longest, 0), _scores(lengths, longest + longer, 1)
+    policy.log_likelihood.requires_grad_()
+
+    total = 0.0
+    counted = torch.zeros_like(policy.tokens)
+    for row, of_query in enumerate(compared):
+        endings = 0.0
+        for k, (n, answer, ending) in enumerate(of_query):
+            now, before = (s.log_likelihood[row, k, :n].tolist() for s in (policy, reference))
+            if k == 0:
+                total += (sum(now[:answer]) - sum(before[:answer])) ** 2
+                counted[row, k, :answer] = True
+            if ending:
+                endings += (sum(now[-ending:]) - sum(before[-ending:])) ** 2
+                counted[row, k, n - ending : n] = True
+        total += endings / len(of_query)
+
+    value = logp_drift(policy, reference, candidates)
+    assert float(value) == pytest.approx(total / len(compared), rel=1e-5)
+    value.backward()
+    gradient = policy.log_likelihood.grad
+    assert gradient is not None
+    assert torch.equal(gradient != 0, counted), "no other token counts"
+
+
+def test_equal_scores_have_no_drift() -> None:
+    scores = _scores([[4, 4]], 4, 0)
+    same = [[Candidate((1,) * 4, 1, 2, c, False) for c in (1.0, 0.5)]]
+    assert float(logp_drift(scores, scores, same)) == 0
