@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlm_calibration.data.sampling import EpochSampler
+from vlm_calibration.data.loading import EpochSampler
 
 from .command_line import Ended, callback, run_plainly
 
@@ -70,7 +70,7 @@ def _check_reported(ended: Ended) -> None:
     for kind in ("data.train", "data.validation"):
         total = f"{kind}: 3 of 14 queries could not be loaded and were left out: '3', '6', '9'"
         assert ended.err.count(total) == 1, ended.err
-        clipped = f"{kind}: 1 of 14 queries have a region that leaves the image, of which only what lies within was used: '8'"
+        clipped = f"{kind}: 1 of 14 queries have a region that leaves the image, of which only the part inside was used: '8'"
         assert ended.err.count(clipped) == 1, ended.err
         for name, says in DAMAGED.items():
             lines = [
@@ -237,7 +237,7 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
     whole = ended(*arguments("whole"))
     assert whole.status == 0, whole.err
     total = "data.test: 6 of 28 queries could not be loaded and were left out: "
-    assert whole.err.count(total + "'clean:3', 'clean:6', 'clean:9', 'noised:3', 'noised:6', ...") == 1
+    assert whole.err.count(total + "'clean:3', 'clean:6', 'clean:9', 'noised:3', 'noised:6' and 1 more") == 1
     asked = [f"{part}:{i}" for part in ("clean", "noised") for i in range(14) if str(i) not in DAMAGED]
     assert _ids(tmp_path / "whole/base") == asked
     metrics = json.loads((tmp_path / "whole/base/metrics.json").read_text())

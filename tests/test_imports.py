@@ -269,7 +269,7 @@ def test_a_violation_is_found(tmp_path: Path, module: str, code: str, expected: 
         ("cli.py", "import lightning, transformers\nfrom vlm_calibration.stages.sft import SFTModule"),
         (
             "data/sources/a.py",
-            "from ..noise import Sample\nfrom vlm_calibration.perturbation.rle import region_to_mask",
+            "from ..noise import Sample\nfrom vlm_calibration.perturbation.masks import region_to_mask",
         ),
         ("models/a.py", "from transformers import AutoModel\nfrom vlm_calibration.records import DataError"),
         ("text/a.py", "from vlm_calibration.text import prompts\nfrom . import grading\nimport torch"),

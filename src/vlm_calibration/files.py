@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Reading and writing files: atomic replacement, JSON and JSON lines, and one-line error messages.
+
+A file or folder is written under a temporary name and then renamed, so a reader sees the old content or the new, never a
+part. Every error names the file, and in a file of JSON lines the line.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import RawIOBase
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, RecordError
+
+T = TypeVar("T")
+
+MAX_NAMED = 5
+"""Number of examples that a message names."""
 
 UNWRITABLE = frozenset(
     {
@@ -27,18 +37,19 @@ UNWRITABLE = frozenset(
         errno.EEXIST,
     }
 )
-"""What the system answers where a file cannot be written: no space, no permission, a file in place of a folder."""
+"""Error numbers of a file that cannot be written: no space, no permission, a file in place of a folder."""
 
 
 @contextmanager
 def writing(path: Path, hint: str = "") -> Iterator[None]:
-    """A block that writes to `path`, a file or folder.
+    """Turn a failure to write `path`, a file or folder, into one line.
 
     Args:
-        hint: end of the error message.
+        path: named in the message.
+        hint: end of the message.
 
     Raises:
-        DataError: it cannot be written, e.g. since the disk is full.
+        DataError: the path cannot be written, e.g. the disk is full.
     """
     try:
         yield
@@ -50,12 +61,12 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
 
 
 def _why_unwritable(error: BaseException | None) -> str | None:
-    """The system's reason, also of an error that was raised from its own; None for errors that are not about writing."""
+    """The system's reason, from the error or one of its causes; None for errors that are not about writing."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
-        # safetensors and tokenizers raise errors of their own, with the system's number in the text.
-        if found := re.search(r"(?:os error|Errno) (\d+)", str(error)):
-            number = int(found[1])
+        # safetensors and tokenizers raise their own errors, with the system's number in the text.
+        if match := re.search(r"(?:os error|Errno) (\d+)", str(error)):
+            number = int(match[1])
         if number in UNWRITABLE:
             return os.strerror(number)
         error = error.__cause__
@@ -64,30 +75,31 @@ def _why_unwritable(error: BaseException | None) -> str | None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path that becomes `path`, file or folder, when the block ends without an error.
+    """Yield a temporary path, and rename it to `path` when the block ends without an error.
 
     Args:
-        sync: wait until it is on the disk: some file systems find out only then that they are full.
+        path: a file or folder; it may exist.
+        sync: flush the content to the disk first, since some file systems report only then that they are full.
 
     Raises:
-        DataError: it cannot be written, e.g. since the disk is full. What was there before is left as it was.
+        DataError: the path cannot be written, e.g. the disk is full. The previous content stays.
     """
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        with writing(path, "; what was there before is left as it was" if path.exists() else ""):
+        with writing(path, "; the previous content is unchanged" if path.exists() else ""):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if sync:
                 _sync(temporary)
             if temporary.is_dir() and path.exists():
-                # Taking a folder apart takes time; under its name it is whole or gone.
+                # Deleting a folder takes time, so it gets another name first.
                 path.replace(old)
             temporary.replace(path)
     finally:
         if old.exists() and not path.exists():
             old.replace(path)
-        for left in (temporary, old):
-            remove(left)
+        for leftover in (temporary, old):
+            remove(leftover)
 
 
 def _sync(path: Path) -> None:
@@ -97,44 +109,154 @@ def _sync(path: Path) -> None:
 
 
 def append(file: RawIOBase, content: bytes) -> None:
-    """Write all of it to a file without a buffer, which may take it in parts."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) or 0 :]
+    """Write all of `content` to an unbuffered file, which may accept only a part at each call."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON; see `replacing`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def json_number(name: str, value: float) -> float | int | None:
-    """A metric as JSON has it, which has no NaN: an undefined one is null. Counts are whole numbers."""
+    """A metric as a JSON number: None for NaN, which JSON lacks; an integer for the count `n`."""
     if value != value:
         return None
     return int(value) if name.split("/", 1)[0] == "n" else value
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) -> None:
-    """Write objects as lines of JSON or as an array, in ASCII, which any program reads."""
+    """Write objects as JSON lines, or as one JSON array, in ASCII."""
     texts = [json.dumps(row) for row in rows]
     text = "\n".join(texts) if lines else "[\n" + ",\n".join(texts) + "\n]"
     write_text(path, text + "\n")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while `replacing` something in this folder has left there."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        remove(path)
+    """Remove the temporary files of processes that were killed inside `replacing` in this folder."""
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        remove(leftover)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+class JsonLine(NamedTuple):
+    """A line of a file of JSON lines, not decoded yet.
+
+    Attributes:
+        path: the file.
+        number: line number, from 1.
+        start: offset of the first byte of the line in the file.
+        content: the bytes of the line.
+    """
+
+    path: Path
+    number: int
+    start: int
+    content: bytes
+
+    @property
+    def where(self) -> str:
+        """File and line number, for messages."""
+        return f"{self.path}:{self.number}"
+
+    def read(self, convert: Callable[[Any], T]) -> T:
+        """Decode the line and convert the value.
+
+        Args:
+            convert: raises a ValueError for a value that it refuses.
+
+        Raises:
+            DataError: the line is not UTF-8 or not JSON, or `convert` refuses it; names file and line.
+        """
+        try:
+            return convert(parse_json(self.content))
+        except ValueError as error:
+            raise self.error(str(error)) from error
+
+    def error(self, message: str) -> DataError:
+        """The error to raise about this line."""
+        return DataError(f"{self.where}: {message}")
+
+
+def json_lines(path: Path) -> Iterator[JsonLine]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    start = 0
+    try:
+        with path.open("rb") as file:
+            for number, content in enumerate(file, start=1):
+                if content.strip():
+                    yield JsonLine(path, number, start, content)
+                start += len(content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """Decode JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        RecordError: the bytes are not UTF-8, or the text is not JSON.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not JSON: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Decode a JSON file.
+
+    Raises:
+        DataError: the file cannot be read, or is not JSON in UTF-8; names the file, and the line of a syntax error.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return parse_json(content)
+    except RecordError as error:
+        cause, where = error.__cause__, str(path)
+        if isinstance(cause, json.JSONDecodeError):
+            where = f"{path}:{cause.lineno}"
+        elif isinstance(cause, UnicodeDecodeError):
+            line = cause.object.count(b"\n", 0, cause.start) + 1
+            where = f"{path}:{line}"
+        raise DataError(f"{where}: {error}") from error
+
+
+def name_some(names: Iterable[object], total: int) -> str:
+    """The first few names and the number of others: "'a', 'b' and 7 more".
+
+    Args:
+        names: at least the first `MAX_NAMED`, or all.
+        total: how many there are.
+    """
+    named = [repr(name) for name in islice(names, MAX_NAMED)]
+    return ", ".join(named) + (f" and {total - len(named)} more" if total > len(named) else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

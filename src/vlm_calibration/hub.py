@@ -18,6 +18,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from vlm_calibration.files import first_line
 from vlm_calibration.records import DataError
 
 CONNECT_SECONDS = 5
@@ -70,11 +71,6 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message with line breaks as spaces, cut to `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) < limit else f"{text[: limit - 3]}..."
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @cache

@@ -1,7 +1,7 @@
-"""The project's nouns: what is asked (`Query`), where its evidence is (`Region`), and what was answered (`Prediction`).
+"""The records that the whole project passes around: `Query`, `Region` and `Prediction`.
 
-A record is a plain frozen dataclass that is checked once, when it is read, so that everything behind it can trust it.
-The keys are those of the files that users write and read: one JSON object a line.
+Each is a frozen dataclass that is checked once, when it is read; later code relies on that. The fields are the keys of the
+JSON lines that users write and read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 
 
 class RecordError(ValueError):
-    """A record that cannot be used. The message names the field, what was found and what was expected."""
+    """An invalid record. The message names the field, the value found and the value expected."""
 
 
 class DataError(ValueError):
-    """Data that a run cannot go on with. The message is one line that names the file, line or record and the cause."""
+    """Invalid data or settings. The message is one line that names the file, line, record or key, and the cause."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Region:
     """A part of an image.
 
     Attributes:
-        label: what is there, e.g. "dog".
+        label: name of the object in the region, e.g. "dog".
         box: (x0, y0, x1, y1) in pixels of the original image, x1 and y1 exclusive.
         mask: COCO run-length encoding, {"size": [height, width], "counts": ...}; None: the whole box.
-        score: the detector's confidence in [0, 1], None where a person or a renderer drew the region.
+        score: the detector's confidence in [0, 1]; None for an annotated or rendered region.
     """
 
     label: str
@@ -50,15 +50,16 @@ class Query:
 
     Attributes:
         id: unique within the data set.
-        image: path of the image relative to the data root (or the source's own name for it).
-        question, answer: as text, without any mention of confidence.
+        image: path of the image relative to the data root, or a name that the source resolves.
+        question: the question, which does not mention confidence.
+        answer: the gold answer, which does not mention confidence.
         answer_type: how the answer is graded.
-        objects: phrases for the key objects, those the question is about. Regions with one of these labels are the
+        objects: phrases for the key objects, which the question is about. Regions with one of these labels are the
             query's evidence (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region
             is evidence.
-        regions: where objects are.
-        category: a name to break results down by; "a/b" counts in a, in b and in a/b (see `category_groups`).
-        synonyms: further answers that count as right.
+        regions: where objects are in the image.
+        category: group for breaking down results; "a/b" counts in a, in b and in a/b (see `category_groups`).
+        synonyms: further correct answers.
     """
 
     id: str
@@ -74,11 +75,17 @@ class Query:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered to one query; the keys of `predictions.jsonl`.
+    """A model's answer to one query; the fields are the keys of `predictions.jsonl`.
 
     Attributes:
-        answer: the gold answer. text: the output as generated. predicted: the parsed answer, None if there is none.
-        confidence: as stated, in [0, 1]; None where none could be read.
+        id: id of the query.
+        question: the question.
+        answer: the gold answer.
+        text: the generated text.
+        predicted: the answer parsed from the text; None if there is none.
+        confidence: the stated confidence in [0, 1]; None if it could not be parsed.
+        correct: whether the prediction matches the gold answer.
+        category: category of the query.
         noise_step: diffusion step of the region noise, 0 for a clean image; None where noise does not apply.
         answer_type: how the answer was graded.
     """
@@ -103,10 +110,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LoadedImage(NamedTuple):
-    """A query's pixels and regions, ready to be perturbed.
+    """A query's image and region masks.
 
-    image: uint8 [H, W, 3] RGB. evidence: bool [H, W] masks of the objects asked about; distractors: of the others.
-    clipped: whether a part of a region lies outside the image.
+    Attributes:
+        image: uint8 [H, W, 3], RGB.
+        evidence: bool [H, W] masks of the key objects.
+        distractors: bool [H, W] masks of the other objects.
+        clipped: whether a part of a region lies outside the image.
     """
 
     image: np.ndarray
@@ -116,7 +126,7 @@ class LoadedImage(NamedTuple):
 
 
 def category_groups(category: str | None) -> tuple[str, ...]:
-    """Every group that a category counts in: its parts, and their combinations in order.
+    """The groups that a category counts in: its parts, and their combinations in order.
 
     >>> category_groups("shifted/existence")
     ('shifted', 'existence', 'shifted/existence')
@@ -126,13 +136,13 @@ def category_groups(category: str | None) -> tuple[str, ...]:
 
 
 def query_from_dict(data: Any) -> Query:
-    """Check a decoded JSON object and make a `Query` of it; a whole number as `id` is taken as its digits.
+    """Check a decoded JSON object and convert it to a `Query`. An integer `id` becomes a string.
 
     Raises:
-        RecordError: not an object, an unknown or missing key, or a value of the wrong kind.
+        RecordError: not an object, an unknown or missing key, or a value of the wrong type.
     """
     if not isinstance(data, Mapping):
-        raise RecordError(f"expected an object with the keys of a query, found {_show(data)}")
+        raise RecordError(f"expected an object with the keys of a query, found {short_repr(data)}")
     if unknown := sorted(set(data) - _KEYS):
         raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
     data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
@@ -140,12 +150,12 @@ def query_from_dict(data: Any) -> Query:
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
         raise RecordError(
-            f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {_show(answer_type)}"
+            f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {short_repr(answer_type)}"
         )
     category = None if data.get("category") is None else _text(data, "category")
     regions = [] if data.get("regions") is None else data["regions"]
     if not isinstance(regions, list):
-        raise RecordError(f"'regions' must be a list of objects, found {_show(regions)}")
+        raise RecordError(f"'regions' must be a list of objects, found {short_repr(regions)}")
     return Query(
         **text,
         answer_type=answer_type,
@@ -157,37 +167,39 @@ def query_from_dict(data: Any) -> Query:
 
 
 def id_text(value: Any) -> Any:
-    """A whole number as its digits, since files have ids of both kinds; anything else as it is."""
+    """Convert an integer id to a string; return any other value unchanged."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def short_repr(value: Any) -> str:
+    """`repr` of a value, at most 60 characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _text(data: Mapping[str, Any], key: str) -> str:
     value = data.get(key)
     if not isinstance(value, str) or not value.strip():
-        found = _show(value) if key in data else "no such key"
-        raise RecordError(f"'{key}' must be a non-empty string, found {found}")
-    return _unicode(value, key)
+        raise RecordError(
+            f"'{key}' must be a non-empty string, found {short_repr(value) if key in data else 'no such key'}"
+        )
+    return _check_characters(value, key)
 
 
-def _unicode(value: str, key: str) -> str:
-    # JSON can state both, but no file name or UTF-8 file can hold them.
+def _check_characters(value: str, key: str) -> str:
+    # JSON allows both, file names and UTF-8 files do not.
     if _SURROGATE.search(value):
-        raise RecordError(f"'{key}' holds half of a surrogate pair: {_show(value)}")
+        raise RecordError(f"'{key}' holds half of a surrogate pair: {short_repr(value)}")
     if "\0" in value:
-        raise RecordError(f"'{key}' holds a null character: {_show(value)}")
+        raise RecordError(f"'{key}' holds a null character: {short_repr(value)}")
     return value
 
 
 def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = [] if data.get(key) is None else data[key]
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise RecordError(f"'{key}' must be a list of non-empty strings, found {_show(value)}")
-    return tuple(_unicode(v, key) for v in value)
+        raise RecordError(f"'{key}' must be a list of non-empty strings, found {short_repr(value)}")
+    return tuple(_check_characters(v, key) for v in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -197,19 +209,23 @@ def _is_number(value: Any) -> bool:
 def _region(data: Any, index: int) -> Region:
     where = f"'regions'[{index}]"
     if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
-        raise RecordError(f"{where} must be an object with a 'label' and a 'box', found {_show(data)}")
+        raise RecordError(f"{where} must be an object with a 'label' and a 'box', found {short_repr(data)}")
     if unknown := sorted(set(data) - {"label", "box", "mask", "score"}):
         raise RecordError(f"{where} has the unknown key {unknown[0]!r}; a region has label, box, mask, score")
     box = data.get("box")
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(v) for v in box):
-        raise RecordError(f"{where}: 'box' must be four finite numbers [x0, y0, x1, y1], found {_show(box)}")
+        raise RecordError(
+            f"{where}: 'box' must be four finite numbers [x0, y0, x1, y1], found {short_repr(box)}"
+        )
     x0, y0, x1, y1 = (float(v) for v in box)
     if x1 <= x0 or y1 <= y0:
-        raise RecordError(f"{where}: 'box' must have x1 > x0 and y1 > y0, found {_show(box)}")
+        raise RecordError(f"{where}: 'box' must have x1 > x0 and y1 > y0, found {short_repr(box)}")
     mask = data.get("mask")
     if mask is not None and not (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask)):
-        raise RecordError(f"{where}: 'mask' must be a COCO RLE with 'size' and 'counts', found {_show(mask)}")
+        raise RecordError(
+            f"{where}: 'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}"
+        )
     score = data.get("score")
     if score is not None and not (_is_number(score) and 0 <= score <= 1):
-        raise RecordError(f"{where}: 'score' must be a number in [0, 1], found {_show(score)}")
+        raise RecordError(f"{where}: 'score' must be a number in [0, 1], found {short_repr(score)}")
     return Region(data["label"], (x0, y0, x1, y1), mask, score)

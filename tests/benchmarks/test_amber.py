@@ -191,7 +191,7 @@ def test_counts_add_up() -> None:
 )
 def test_the_stated_confidence_is_not_part_of_the_answer(text: str, right: bool) -> None:
     counts = amber.count_answers([amber.AmberTruth(1, "relation", "no")], [text])
-    assert counts.categories["relation"].right == right
+    assert counts.categories["relation"].correct == right
 
 
 GENERATIVE = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sun"]}
@@ -232,11 +232,11 @@ def test_official_files(written: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("annotations", "answers", "says"),
     [
-        (ANNOTATIONS, ANSWERS[:-1], "a.json: no answer to 1 of the 6 questions in {annotations}: 7"),
+        (ANNOTATIONS, ANSWERS[:-1], "a.json: no answer to 1 of the 6 questions in {annotations}: '7'"),
         (
             ANNOTATIONS,
             ANSWERS[:-2],
-            "a.json: no answer to 2 of the 6 questions in {annotations}: 6, 7; none is about relation: `--only` scores",
+            "a.json: no answer to 2 of the 6 questions in {annotations}: '6', '7'; none is about relation: `--only` scores",
         ),
         (
             ANNOTATIONS,

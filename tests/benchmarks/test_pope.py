@@ -267,7 +267,7 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         (POPE, '{"question_id": 1, "answer": "yes"}\n3\n', "a.jsonl:2: expected a JSON object, found int"),
         (POPE, '[{"answer": "yes"},\n{"answer" "no"}]', "a.jsonl:2: not JSON"),
         (POPE, '[{"question_id": 1, "answer": "yes"}, null]', "a.jsonl: record 2: expected a JSON object"),
-        (POPE, ANSWERS[:1], "a.jsonl: no answer to 1 of the 2 questions in {labels}: 2"),
+        (POPE, ANSWERS[:1], "a.jsonl: no answer to 1 of the 2 questions in {labels}: '2'"),
         (POPE, [*ANSWERS, ANSWERS[0]], "a.jsonl:3: a second answer to 1, the first is at {answers}:1"),
         (POPE, [*ANSWERS, {"question_id": 9, "answer": ""}], "a.jsonl:3: 9 is no id in {labels}"),
         (

@@ -261,12 +261,12 @@ def test_own_queries(
 @pytest.mark.parametrize(
     ("mistake", "says"),
     [
-        ("images", "{data}/random.json: 2 of 2 images are not in {data}: b.jpg, a.jpg"),
+        ("images", "{data}/random.json: 2 of 2 images are not in {data}: 'b.jpg', 'a.jpg'"),
         ("question", "{data}/bad.json:1: a question needs an image and a text"),
         ("id", "{data}/q.json: record 1: 99 is no id in {data}/annotations.json"),
         ("generative", "{data}/q.json: 1 generative records (descriptions) are left out"),
         ("order", "trainer.callbacks: OfficialScores needs a PredictionWriter before it"),
-        ("climbing", "{data}/bad.json: 1 of 1 images are not in {data}/val2014: ../v2/images/7.jpg"),
+        ("climbing", "{data}/bad.json: 1 of 1 images are not in {data}/val2014: '../v2/images/7.jpg'"),
     ],
 )
 def test_a_mistake_ends_in_one_line_before_anything_runs(
@@ -305,7 +305,9 @@ def test_answers_that_are_missing_are_counted(
 ) -> None:
     ended = run(*evaluation("pope.yaml", _pope(files)), "--trainer.limit_test_batches", "3")
     assert ended.status == 0, ended.err
-    assert "no official scores of data.test.popular: no answer to 4 of 5: popular:2, popular:3" in ended.err
+    assert (
+        "no official scores of data.test.popular: no answer to 4 of 5: 'popular:2', 'popular:3'" in ended.err
+    )
     metrics = _metrics(tmp_path / "eval/base")
     assert "official/accuracy" in metrics, "the first split is complete"
     assert metrics["n"] == 6

@@ -365,7 +365,7 @@ def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says:
         ),
         (["nowhere.png", "A dog?"], "nowhere.png: no such file"),
         (["--questions", "nowhere.jsonl", "--out", "b"], "nowhere.jsonl: cannot be read: No such file"),
-        (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot read the predictions"),
+        (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot be read"),
     ],
 )
 def test_what_is_missing_is_named(call: Call, arguments: list[str], says: str) -> None:

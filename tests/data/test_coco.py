@@ -15,9 +15,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from vlm_calibration.data.sources.coco import SIDES, CocoSource
+from vlm_calibration.data.sources.coco import SIDES, AbsentObjects, CocoSource
 from vlm_calibration.data.sources.instances import object_mask, read_instances
-from vlm_calibration.data.sources.pope import AbsentObjects
 from vlm_calibration.records import DataError
 
 NAMES = ("person", "dog", "traffic light", "orange", "sheep", "knife", "bus", "bench", "kite", "umbrella")
@@ -300,7 +299,7 @@ def test_what_does_not_fit_the_image_is_named(write: Callable[..., Any]) -> None
 
 
 def test_missing_files_and_settings(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the annotations"):
+    with pytest.raises(DataError, match="none.json: cannot be read"):
         CocoSource(str(tmp_path / "none.json"), str(tmp_path)).queries()
     for settings in ({"kinds": []}, {"negatives": []}, {"per_image": 0}):
         with pytest.raises(DataError, match="CocoSource: needs"):

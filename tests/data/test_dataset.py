@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_calibration.data.dataset import EvalSplit, NothingShownError, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, NoEvidenceError, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.benchmark import PopeSource
@@ -140,7 +140,7 @@ def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: 
     [message] = [str(w.message) for w in warned]
     assert message == (
         "data.train: left out: 200 of 201 queries need a region of what they ask about and have none: "
-        "'yes 0', 'yes 1', 'yes 2', 'yes 3', 'yes 4', ..."
+        "'yes 0', 'yes 1', 'yes 2', 'yes 3', 'yes 4' and 195 more"
     )
 
 
@@ -313,7 +313,7 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
     policy = NoisePolicy(resolution="native", no_region=rule)
     dataset = _dataset(policy, some=EvalSplit(Empty(), "drawn"))
     if rule == "raise":
-        with pytest.raises(NothingShownError, match="record 'some:dog': no pixel of its image shows"):
+        with pytest.raises(NoEvidenceError, match="record 'some:dog': no pixel of its image shows"):
             dataset.__getitems__([(0, 0)])
     else:
         drawn = dataset.__getitems__([(0, 0), (0, 1)])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_calibration.data.sources.jsonl import JsonlSource
-from vlm_calibration.perturbation.rle import mask_to_rle
+from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import ANSWER_TYPES, DataError, Query, Region
 
 Write = Callable[..., Path]
@@ -138,7 +138,7 @@ def test_a_file_of_only_bad_records_is_refused_even_when_skipping(write_jsonl: W
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    with pytest.raises(DataError, match=re.escape(f"{path}: cannot read the queries: ")):
+    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read: ")):
         JsonlSource(str(path)).queries()
 
 

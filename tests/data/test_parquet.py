@@ -21,7 +21,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import OPTIONAL, REQUIRED, ParquetSource
 from vlm_calibration.data.sources.tables import EmbeddedImages
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.perturbation.rle import mask_to_rle
+from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import DataError, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.data.sampling import EpochSampler
+from vlm_calibration.data.loading import EpochSampler
 
 
 def _shards(

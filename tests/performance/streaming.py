@@ -23,7 +23,7 @@ GIB = 2**30
 def write_records(folder: Path, count: int) -> dict[str, Path]:
     """The same records as JSON lines and as Parquet, beside their images."""
     from vlm_calibration.callbacks.regions import write_rows
-    from vlm_calibration.perturbation.rle import mask_to_rle
+    from vlm_calibration.perturbation.masks import mask_to_rle
 
     rng = np.random.default_rng(0)
     masks = []

@@ -141,7 +141,7 @@ def test_floating_point_and_lab_are_refused(rgb):
         (Image.fromarray(rgb[..., 0].astype(np.float32)), "F"),
         (Image.fromarray(rgb, "LAB"), "LAB"),
     ):
-        with pytest.raises(ImageError, match=f"x.tif: {mode} pixels have no one reading"):
+        with pytest.raises(ImageError, match=f"x.tif: {mode} pixels have no unique conversion"):
             load_image(encoded(image, "TIFF"), name="x.tif")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from vlm_calibration.perturbation.rle import mask_to_rle, region_to_mask
+from vlm_calibration.perturbation.masks import mask_to_rle, region_to_mask
 from vlm_calibration.records import RecordError, Region
 
 

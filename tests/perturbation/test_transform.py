@@ -8,7 +8,7 @@ import pytest
 
 from vlm_calibration.perturbation.noise import add_region_noise, perturb
 from vlm_calibration.perturbation.regions import region_mask
-from vlm_calibration.perturbation.schedules import schedule_by_name
+from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule, schedule_by_name
 from vlm_calibration.perturbation.transform import RegionNoise
 
 # isort: split
@@ -35,6 +35,17 @@ def test_it_is_perturb_with_the_mask_and_keys_of_the_call(image, mask):
             result["image"], perturb(image, mask, 0.3, schedule=schedule, seed=(1, 2, 3))
         )
         np.testing.assert_array_equal(result["mask"], mask)
+
+
+def test_a_call_may_pass_the_step_and_any_schedule(image, mask):
+    for schedule in (CosineSchedule(steps=5), LinearSchedule(beta_end=0.01)):
+        transform = RegionNoise(schedule)
+        result = transform(image=image, mask=mask, step=4, noise_seed=7)["image"]
+        np.testing.assert_array_equal(result, add_region_noise(image, mask, 4, schedule, 7))
+        used = transform.get_applied_params()
+        assert (used["confidence"], used["step"], used["noise_seed"]) == (None, 4, 7)
+        again = A.from_dict(json.loads(json.dumps(A.to_dict(transform))))
+        assert again.schedule == schedule
 
 
 def test_at_full_confidence_the_image_is_bit_identical(image, mask):
@@ -104,7 +115,8 @@ def test_it_can_be_left_to_chance(image, mask):
 
 
 def test_a_compose_survives_serialisation(image, mask):
-    noise = RegionNoise("cosine", steps=500, confidences=[0.2, 0.4], shape="box", dilate=0.1, seed=11, p=1.0)
+    schedule = {"name": "cosine", "steps": 500}
+    noise = RegionNoise(schedule, confidences=[0.2, 0.4], shape="box", dilate=0.1, seed=11, p=1.0)
     transform = A.Compose([A.HorizontalFlip(p=1), noise])
     written = json.dumps(A.to_dict(transform))
     again = A.from_dict(json.loads(written))
@@ -124,7 +136,7 @@ def test_a_compose_survives_serialisation(image, mask):
         ({"confidences": [0.5, 1.5]}, r"confidence must be in \[0, 1\]"),
         ({"confidences": []}, "must not be empty"),
         ({"shape": "circle"}, "shape"),
-        ({"steps": 5}, "n_levels"),
+        ({"schedule": {"name": "linear", "steps": 5}}, "use more steps"),
         ({"dilate": -1.0}, "dilate"),
         ({"seed": -1}, "seed"),
         ({"p": 2.0}, "p"),

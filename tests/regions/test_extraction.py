@@ -13,7 +13,7 @@ import torch
 from vlm_calibration.data.raw import RawQuery
 from vlm_calibration.data.sources.base import with_regions
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.perturbation.rle import mask_to_rle, region_to_mask
+from vlm_calibration.perturbation.masks import mask_to_rle, region_to_mask
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Box, Detection, Detector

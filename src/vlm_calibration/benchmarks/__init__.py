@@ -1,1 +1,1 @@
-"""POPE and AMBER: their official files, answers to them, and their scoring rules. Neither a model nor torch is needed."""
+"""POPE and AMBER: reading their official files, and their scoring rules. Needs neither a model nor torch."""

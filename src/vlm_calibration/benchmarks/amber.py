@@ -1,13 +1,13 @@
-"""AMBER (existence, attributes and relations of objects): its files as they are published, and the rules of its script.
+"""AMBER (existence, attributes and relations of objects): reading its published files, and the rules of its script.
 
 Wang et al., AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation, 2023 (arXiv 2311.07397),
 files and script at github.com/junyangwang0410/AMBER.
 
-Of its records only the discriminative ones, yes/no questions with ids from 1005, are scored here. The generative ones ask
-for a description whose nouns the script compares with spaCy and WordNet; they are known, counted and left to it.
+Only the discriminative records, yes/no questions with ids from 1005, are scored here. The generative records ask for a
+description, whose nouns the script compares with spaCy and WordNet; they are counted and skipped.
 
-The script `inference.py` takes "Yes" and "No" for answers. Anything else, "Yes." and "no" included, is wrong and counts.
-No is the positive class. Its other habits are in `AmberCounts`.
+The script `inference.py` accepts the answers "Yes" and "No". Any other answer, "Yes." and "no" included, counts as wrong.
+No is the positive class. `AmberCounts` describes the script's arithmetic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vlm_calibration.benchmarks.answers import Reply, in_order_of, reply, without_confidence
-from vlm_calibration.benchmarks.files import read_records
+from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply, without_confidence
 from vlm_calibration.records import DataError, Query
 
 CATEGORIES = {
@@ -27,17 +26,17 @@ CATEGORIES = {
     "discriminative-attribute-number": "attribute/number",
     "discriminative-attribute-action": "attribute/action",
     "discriminative-relation": "relation",
-    # So the relations are labelled that do not hold.
+    # The label of relations that do not hold.
     "relation": "relation",
 }
-"""Type in the annotations -> what results are broken down by."""
+"""Type in the annotations -> category of the query."""
 
 GENERATIVE = "generative"
 GENERATIVE_NOTE = (
     "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
 )
 SCORES = ("accuracy", "precision", "recall", "f1")
-"""What the script prints, in percent with one decimal."""
+"""The scores that the script prints, in percent with one decimal."""
 
 DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "existence": {"existence": ("existence",)},
@@ -49,10 +48,10 @@ DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "relation": {"relation": ("relation",)},
 }
-"""Dimension -> the blocks that the script prints for it -> the categories in each."""
+"""Dimension -> block that the script prints -> categories in the block."""
 
 F1, EXISTENCE_F1 = 0.0001, 0.001
-"""What is added to the denominator of F1."""
+"""Terms that the script adds to the denominator of F1."""
 
 
 def dimension_of(category: str) -> str:
@@ -61,33 +60,52 @@ def dimension_of(category: str) -> str:
 
 
 class AmberTruth(NamedTuple):
-    """An annotation: the question's category, a value of `CATEGORIES`, and its right answer."""
+    """An annotation.
+
+    Attributes:
+        id: id of the question.
+        category: a value of `CATEGORIES`.
+        truth: the correct answer.
+    """
 
     id: int
     category: str
     truth: Literal["yes", "no"]
 
     def query(self, question: AmberQuestion | None = None) -> Query:
-        """As a query; without a text and an image where the question is not known."""
+        """Convert to a `Query`, with empty image and question if no question is given."""
         _, _, image, text = question or ("", self.id, "", "")
         return Query(str(self.id), image, text, self.truth.capitalize(), "yes_no", category=self.category)
 
 
 @dataclass(frozen=True)
 class AmberAnnotations:
-    """The annotations of one file by id, and the ids of its generative records."""
+    """The annotations of one file.
+
+    Attributes:
+        path: the file.
+        truths: id -> annotation, in the order of the file.
+        generative: ids of the generative records.
+    """
 
     path: Path
     truths: dict[int, AmberTruth]
     generative: frozenset[int]
 
     def of(self, dimensions: Collection[str]) -> list[AmberTruth]:
-        """Those of some dimensions, in the order of the file."""
+        """The annotations of some dimensions, in the order of the file."""
         return [truth for truth in self.truths.values() if dimension_of(truth.category) in dimensions]
 
 
 class AmberQuestion(NamedTuple):
-    """A record of a query file. where: its file and place. image: path below the image folder."""
+    """A record of a query file.
+
+    Attributes:
+        where: file and position, for messages.
+        id: id of the question.
+        image: path below the image folder.
+        question: the text.
+    """
 
     where: str
     id: int
@@ -96,7 +114,14 @@ class AmberQuestion(NamedTuple):
 
 
 class AmberAnswers(NamedTuple):
-    """Answers in the order of the annotations that they were asked of, and how many others the file holds."""
+    """The answers of one file.
+
+    Attributes:
+        truths: the annotations that are scored.
+        replies: the answer to each of `truths`.
+        generative: number of answers to generative records.
+        others: number of answers to questions of other dimensions.
+    """
 
     truths: list[AmberTruth]
     replies: list[Reply]
@@ -105,10 +130,10 @@ class AmberAnswers(NamedTuple):
 
 
 def read_annotations(path: str | Path) -> AmberAnnotations:
-    """AMBER's `annotations.json`.
+    """Read AMBER's `annotations.json`.
 
     Raises:
-        DataError: it cannot be read, or a record has an unknown type, a truth other than yes and no, or a known id.
+        DataError: the file cannot be read, or a record has an unknown type, a truth other than yes and no, or a repeated id.
     """
     truths: dict[int, AmberTruth] = {}
     generative: set[int] = set()
@@ -131,10 +156,10 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
 
 
 def read_queries(path: str | Path) -> list[AmberQuestion]:
-    """One of AMBER's `query_*.json`, generative records included.
+    """Read one of AMBER's `query_*.json`, generative records included.
 
     Raises:
-        DataError: it cannot be read, or an id is there twice.
+        DataError: the file cannot be read, or an id is repeated.
     """
     questions: dict[int, AmberQuestion] = {}
     for record in read_records(path):
@@ -150,17 +175,17 @@ def read_queries(path: str | Path) -> list[AmberQuestion]:
 def read_answers(
     path: str | Path, annotations: AmberAnnotations, dimensions: Collection[str] = tuple(DIMENSIONS)
 ) -> AmberAnswers:
-    """The answers to all questions of some dimensions, from an array of `{id, response}`.
+    """Read the answers to all questions of some dimensions, an array of `{id, response}`.
 
     Raises:
-        DataError: the file cannot be read, or an answer is missing, doubled, of no question or no text.
+        DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
-    wanted = annotations.of(dimensions)
-    if not wanted:
+    truths = annotations.of(dimensions)
+    if not truths:
         raise DataError(f"{annotations.path}: no question about {' or '.join(dimensions)}")
-    ours: list[Reply] = []
+    answers: list[Reply] = []
     generative = others = 0
-    scored = {truth.id for truth in wanted}
+    scored = {truth.id for truth in truths}
     for record in read_records(path):
         number = record.number("id")
         if number in annotations.generative:
@@ -168,29 +193,37 @@ def read_answers(
         elif number in annotations.truths and number not in scored:
             others += 1
         else:
-            ours.append(reply(record, str(number), record.text("response")))
-    answered = {given.id for given in ours}
-    silent = {dimension_of(t.category) for t in wanted} - {
-        dimension_of(t.category) for t in wanted if str(t.id) in answered
+            answers.append(reply(record, str(number), record.text("response")))
+    answered = {answer.id for answer in answers}
+    unanswered = {dimension_of(t.category) for t in truths} - {
+        dimension_of(t.category) for t in truths if str(t.id) in answered
     }
     hint = (
-        f"; none is about {' or '.join(sorted(silent))}: `--only` scores one dimension alone"
-        if silent
+        f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
+        if unanswered
         else ""
     )
-    replies = in_order_of(ours, [str(truth.id) for truth in wanted], path, annotations.path, hint)
-    return AmberAnswers(wanted, replies, generative, others)
+    replies = in_order_of(answers, [str(truth.id) for truth in truths], path, annotations.path, hint)
+    return AmberAnswers(truths, replies, generative, others)
 
 
 @dataclass(frozen=True)
 class CategoryCounts:
-    """Answers of one category: all, the right ones, those to a no, those that say no, and those that say so rightly."""
+    """Counts of the answers of one category.
+
+    Attributes:
+        n: all answers.
+        correct: correct answers.
+        truth_no: answers to questions whose truth is no.
+        answered_no: answers that are no.
+        correct_no: correct answers that are no.
+    """
 
     n: int = 0
-    right: int = 0
+    correct: int = 0
     truth_no: int = 0
-    said_no: int = 0
-    right_no: int = 0
+    answered_no: int = 0
+    correct_no: int = 0
 
     def __add__(self, other: CategoryCounts) -> CategoryCounts:
         """The counts of both sets of answers."""
@@ -199,11 +232,11 @@ class CategoryCounts:
 
 @dataclass(frozen=True)
 class AmberCounts:
-    """Answers by category, with the script's arithmetic.
+    """Counts by category, with the script's arithmetic.
 
     Every denominator starts at 0.001, that of the attributes, a sum of three, at 0.003. Accuracy, precision and recall are
-    rounded to one decimal of a percent, and F1 is computed from the rounded ones, with 0.0001 in its denominator and 0.001
-    for existence, where every truth is a no.
+    rounded to one decimal of a percent. F1 is computed from the rounded values, with 0.0001 added to its denominator (0.001
+    for existence, where every truth is no).
     """
 
     categories: Mapping[str, CategoryCounts]
@@ -217,42 +250,47 @@ class AmberCounts:
         return self.categories.get(category, CategoryCounts())
 
     def scores(self, dimensions: Collection[str] | None = None) -> dict[str, float]:
-        """`SCORES` in percent, as the script prints them for some dimensions, by default those with answers.
+        """`SCORES` in percent, as the script prints them.
+
+        Args:
+            dimensions: keys of `DIMENSIONS`; None: those with answers.
 
         Returns:
-            those over all answers by their own names if no dimension is missing, then those of each block of the
-            dimensions with its name in front: `existence/accuracy`.
+            The scores over all answers if no dimension is missing, and the scores of each block with its name in front:
+            `existence/accuracy`.
         """
         if dimensions is None:
             dimensions = {dimension_of(category) for category in self.categories}
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         if set(dimensions) == set(DIMENSIONS):
-            found |= _block([sum(self.categories.values(), start=CategoryCounts())])
+            scores |= _block([sum(self.categories.values(), start=CategoryCounts())])
         for dimension, blocks in DIMENSIONS.items():
             for name, parts in blocks.items() if dimension in dimensions else ():
-                scores = _block(
+                block = _block(
                     [self._of(part) for part in parts], EXISTENCE_F1 if name == "existence" else F1
                 )
-                found |= {f"{name}/{key}": value for key, value in scores.items()}
-        return found
+                scores |= {f"{name}/{key}": value for key, value in block.items()}
+        return scores
 
 
 def count_answers(truths: Sequence[AmberTruth], texts: Sequence[str]) -> AmberCounts:
-    """Judge the answers by the rule of `inference.py`, each without the confidence that it states."""
-    found: dict[str, CategoryCounts] = {}
+    """Score the answers by the rule of `inference.py`, without their stated confidence."""
+    counts: dict[str, CategoryCounts] = {}
     for (_, category, truth), text in zip(truths, texts, strict=True):
         response = without_confidence(text)
-        no, said_no = truth == "no", response == "No"
-        right = said_no if no else response == "Yes"
-        counted = CategoryCounts(1, int(right), int(no), int(said_no), int(no and said_no))
-        found[category] = found.get(category, CategoryCounts()) + counted
-    return AmberCounts(found)
+        truth_no, answered_no = truth == "no", response == "No"
+        correct = answered_no if truth_no else response == "Yes"
+        count = CategoryCounts(
+            1, int(correct), int(truth_no), int(answered_no), int(truth_no and answered_no)
+        )
+        counts[category] = counts.get(category, CategoryCounts()) + count
+    return AmberCounts(counts)
 
 
 def official_answers(
     truths: Sequence[AmberTruth], replies: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, Any]]:
-    """The array of an answer file that `inference.py` scores as we do; replies are texts with confidences."""
+    """The rows of an answer file for `inference.py`; `replies` are texts with confidences."""
     return [
         {"id": truth.id, "response": without_confidence(text), "confidence": confidence}
         for truth, (text, confidence) in zip(truths, replies, strict=True)
@@ -260,9 +298,9 @@ def official_answers(
 
 
 def _block(parts: Sequence[CategoryCounts], smoothing: float = F1) -> dict[str, float]:
-    accuracy = _percent(sum(p.right for p in parts), [p.n for p in parts])
-    precision = _percent(sum(p.right_no for p in parts), [p.said_no for p in parts])
-    recall = _percent(sum(p.right_no for p in parts), [p.truth_no for p in parts])
+    accuracy = _percent(sum(p.correct for p in parts), [p.n for p in parts])
+    precision = _percent(sum(p.correct_no for p in parts), [p.answered_no for p in parts])
+    recall = _percent(sum(p.correct_no for p in parts), [p.truth_no for p in parts])
     p, r = precision / 100, recall / 100
     f1 = round(2 * p * r / (p + r + smoothing) * 100, 1)
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
@@ -276,7 +314,7 @@ def _percent(part: int, wholes: Sequence[int]) -> float:
 
 
 def _counted(n: int) -> float:
-    """What the script holds after counting to n from 0.001, rounding errors included."""
+    """The script's counter after n steps from 0.001, rounding errors included."""
     count = 0.001
     for _ in range(n):
         count += 1

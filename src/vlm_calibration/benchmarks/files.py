@@ -1,29 +1,38 @@
-"""Reading the files of benchmarks, JSON arrays and one JSON object a line alike, each record with the place it stands at."""
+"""Reading the files of benchmarks: questions, and answers with a stated confidence.
+
+Files hold a JSON array or JSON lines; each record keeps its position for messages. The official scripts ignore the stated
+confidence, and it would change how they parse an answer ("Confidence: 0.9. No" is a yes to POPE), so the confidence is
+removed before an answer is scored. An answer that states no confidence stays as it is.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.records import DataError, id_text
-
-MAX_NAMED = 5
-"""Most examples that a message names."""
+from vlm_calibration.files import json_lines, name_some, read_json
+from vlm_calibration.records import DataError, RecordError, id_text, short_repr
+from vlm_calibration.text.confidence import parse_confidence, strip_confidence
 
 
 class Record(NamedTuple):
-    """A JSON object, and the file with the line or place in the array that it stands at, for messages."""
+    """A JSON object from a file.
+
+    Attributes:
+        where: file with line or position in the array, for messages.
+        data: the object.
+    """
 
     where: str
     data: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The string under a key; it may be empty. A whole number as `id` is taken as its digits.
+        """The string under a key, which may be empty. An integer `id` becomes a string.
 
         Raises:
-            DataError: there is no such key, or it holds something else.
+            DataError: the key is missing or holds something else.
         """
         value = self.data.get(key)
         if key == "id":
@@ -33,10 +42,10 @@ class Record(NamedTuple):
         return value
 
     def number(self, key: str) -> int:
-        """The whole number under a key.
+        """The integer under a key.
 
         Raises:
-            DataError: there is no such key, or it holds something else.
+            DataError: the key is missing or holds something else.
         """
         value = self.data.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -44,63 +53,119 @@ class Record(NamedTuple):
         return value
 
     def error(self, message: str) -> DataError:
-        """What to raise about this record."""
+        """The error to raise about this record."""
         return DataError(f"{self.where}: {message}")
 
     def shown(self, key: str) -> str:
-        """What is under a key, short enough for a message."""
+        """The value under a key, shortened for a message."""
         if key not in self.data:
             return f"no such key among {', '.join(map(repr, self.data)) or 'none'}"
-        shown = repr(self.data[key])
-        return shown if len(shown) <= 60 else shown[:57] + "..."
+        return short_repr(self.data[key])
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a file: of a JSON array, or of lines that are JSON objects, among which blank ones do not count.
+    """The records of a file: a JSON array, or JSON lines (blank lines are skipped).
 
     Raises:
-        DataError: the file cannot be read, is neither, or has no record; the message names the line or the record.
+        DataError: the file cannot be read, has another form, or has no record; names the line or record.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8: {error.reason}") from error
-    records = _array(path, text) if text.lstrip()[:1] == "[" else _lines(path, text)
+    path = Path(path)
+    lines = json_lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"{path}: no record in this file")
+    if first.content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        records = [_record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
+    else:
+        records = [Record(line.where, line.read(_object)) for line in chain([first], lines)]
     if not records:
         raise DataError(f"{path}: no record in this file")
     return records
 
 
-def some(values: Sequence[object]) -> str:
-    """The first few of the values, for a message."""
-    return ", ".join(map(str, values[:MAX_NAMED])) + (", ..." if len(values) > MAX_NAMED else "")
-
-
-def _array(path: str | Path, text: str) -> list[Record]:
-    return [_record(f"{path}: record {i}", v) for i, v in enumerate(_decoded(path, text, 1), start=1)]
-
-
-def _lines(path: str | Path, text: str) -> list[Record]:
-    # Not splitlines: a JSON string may hold other characters that end a line.
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_record(f"{path}:{i}", _decoded(path, line, i)) for i, line in lines]
-
-
 def _record(where: str, value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return Record(where, value)
-
-
-def _decoded(path: str | Path, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{first_line + error.lineno - 1}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
+        return Record(where, _object(value))
+    except RecordError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RecordError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class Reply(NamedTuple):
+    """An answer to a question of a benchmark.
+
+    Attributes:
+        where: file with line or position, for messages.
+        id: id of the question; None: answers are matched by position.
+        text: the generated text.
+        confidence: in [0, 1]; None if none was stated or it could not be parsed.
+    """
+
+    where: str
+    id: str | None
+    text: str
+    confidence: float | None
+
+
+def without_confidence(text: str) -> str:
+    """Remove the stated confidence from an answer before it is scored.
+
+    A text without a stated confidence is returned unchanged, blanks included. Otherwise the statement goes, and with it
+    surrounding blanks and the full stop before it: "Yes. Confidence: 80%" becomes "Yes".
+    """
+    answer = strip_confidence(text)
+    return text if answer == text.strip() else answer.rstrip(" .")
+
+
+def reply(record: Record, identifier: str | None, text: str) -> Reply:
+    """The answer in a record. The key `confidence` takes precedence over the confidence stated in the text.
+
+    Raises:
+        DataError: the confidence is neither null nor a number in [0, 1].
+    """
+    if "confidence" not in record.data:
+        return Reply(record.where, identifier, text, parse_confidence(text))
+    value = record.data["confidence"]
+    if value is None:
+        return Reply(record.where, identifier, text, None)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise record.error(f"'confidence' must be a number in [0, 1] or null, found {value!r}")
+    return Reply(record.where, identifier, text, float(value))
+
+
+def in_order_of(
+    replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path, hint: str = ""
+) -> list[Reply]:
+    """Sort answers by the order of their questions.
+
+    Args:
+        replies: answers in any order, each with an id.
+        ids: ids of all questions.
+        answers: the file of the answers, for messages.
+        questions: the file of the questions, for messages.
+        hint: end of the message about missing answers.
+
+    Raises:
+        DataError: a question has no answer or several, or an answer has an unknown id.
+    """
+    expected = set(ids)
+    by_id: dict[str, Reply] = {}
+    for answer in replies:
+        assert answer.id is not None
+        if answer.id in by_id:
+            first = by_id[answer.id].where
+            raise DataError(f"{answer.where}: a second answer to {answer.id}, the first is at {first}")
+        if answer.id not in expected:
+            raise DataError(f"{answer.where}: {answer.id} is no id in {questions}")
+        by_id[answer.id] = answer
+    if missing := [i for i in ids if i not in by_id]:
+        raise DataError(
+            f"{answers}: no answer to {len(missing)} of the {len(ids)} questions in {questions}: "
+            f"{name_some(missing, len(missing))}{hint}"
+        )
+    return [by_id[i] for i in ids]

@@ -1,4 +1,4 @@
-"""Scores under the benchmarks' own rules by the names that they have in `metrics.json`: `official/...`, apart from ours."""
+"""Scores by the benchmarks' own rules, under the keys `official/...` of `metrics.json`."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ OFFICIAL = "official"
 
 
 class OfficialCounts(Protocol):
-    """What is counted of answers, enough for a benchmark's scores."""
+    """Counts of answers from which a benchmark's scores are computed."""
 
     def __add__(self, other: Self, /) -> Self:
         """The counts of both sets of answers."""
         ...
 
     def scores(self) -> dict[str, float]:
-        """The official scores by name, NaN where the benchmark's script has none."""
+        """The official scores by name; NaN where the benchmark's script prints none."""
         ...
 
 
 def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
-    """The scores of one or several sets of questions by flat names.
+    """The scores of one or several sets of questions, as flat names.
 
     Args:
         parts: name -> counts, at least one.
 
     Returns:
-        `official/accuracy` and so on, over all parts together if they are of one benchmark. Of several parts also those of
-        each, `official/random/accuracy`: these are what the benchmark's script prints, which takes one file at a time.
+        `official/accuracy` and so on over all parts, if all belong to one benchmark. With several parts also the scores of
+        each part, `official/random/accuracy`, which the benchmark's script prints for one file.
     """
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     counts: list[Any] = list(parts.values())
     if len({type(part) for part in counts}) == 1:
-        found |= reduce(operator.add, counts).scores()
+        scores |= reduce(operator.add, counts).scores()
     if len(counts) > 1:
-        found |= {
+        scores |= {
             f"{name}/{key}": value for name, part in parts.items() for key, value in part.scores().items()
         }
-    return {f"{OFFICIAL}/{key}": value for key, value in found.items()}
+    return {f"{OFFICIAL}/{key}": value for key, value in scores.items()}
 
 
 def blocks_of(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What `official_scores` returns, taken apart: "" or "random" or "attribute" -> score by its own name."""
+    """Group the result of `official_scores` by part: "", "random" or "attribute" -> score name -> score."""
     blocks: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         block, _, key = name.removeprefix(f"{OFFICIAL}/").rpartition("/")

@@ -1,11 +1,11 @@
-"""POPE ("is there a dog in the image?"): its files as they are published, and the rule of its `evaluate.py`.
+"""POPE ("is there a dog in the image?"): reading its published files, and the rule of its `evaluate.py`.
 
 Li et al., Evaluating Object Hallucination in Large Vision-Language Models, 2023 (arXiv 2305.10355), files and script at
-github.com/AoiDragon/POPE. POPEv2 (Li et al., arXiv 2508.04567) asks the same of photographs and of their copies from
-which the object was taken out.
+github.com/AoiDragon/POPE. POPEv2 (Li et al., arXiv 2508.04567) asks about photographs and about copies of them with the
+object removed.
 
-The script reads an answer up to its first full stop, deletes commas and splits at blanks. With a word "No", "not" or "no"
-among them it is a no, all else is a yes: "NO", an empty text, a "No" behind a line break. Yes is the positive class.
+The script takes an answer up to the first full stop, deletes commas and splits at blanks. If a word is "No", "not" or "no",
+the answer is no, otherwise yes: "NO", an empty text and a "No" after a line break are yes. Yes is the positive class.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vlm_calibration.benchmarks.answers import Reply, in_order_of, reply, without_confidence
-from vlm_calibration.benchmarks.files import Record, read_records
+from vlm_calibration.benchmarks.files import (
+    Record,
+    Reply,
+    in_order_of,
+    read_records,
+    reply,
+    without_confidence,
+)
 from vlm_calibration.records import DataError, Query
 
 SCORES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-"""What the script prints, as fractions that are not rounded."""
+"""The scores that the script prints, as unrounded fractions."""
 
 _NO = frozenset(("No", "not", "no"))
 _OBJECT = re.compile(r"is there an? (.+?) in the image", re.IGNORECASE)
@@ -31,8 +37,12 @@ _OBJECT = re.compile(r"is there an? (.+?) in the image", re.IGNORECASE)
 class PopeQuestion(NamedTuple):
     """A question with its label.
 
-    where: its file and place, for messages. id: as in the file, or else the place in it, from 1. image: path below the
-    image folder, "" where the file names none. question: as asked, "" likewise.
+    Attributes:
+        where: file and position, for messages.
+        id: the id in the file, or the position from 1 if the file has no ids.
+        image: path below the image folder; "" if the file names none.
+        question: the text; "" if the file has none.
+        label: the correct answer.
     """
 
     where: str
@@ -42,15 +52,21 @@ class PopeQuestion(NamedTuple):
     label: Literal["yes", "no"]
 
     def query(self) -> Query:
-        """As a query, with the object asked about where the question is in POPE's words."""
-        found = _OBJECT.search(self.question)
-        objects = (found[1],) if found else ()
+        """Convert to a `Query`; `objects` is set if the question has POPE's wording."""
+        match = _OBJECT.search(self.question)
+        objects = (match[1],) if match else ()
         return Query(self.id, self.image, self.question, self.label.capitalize(), "yes_no", objects)
 
 
 @dataclass(frozen=True)
 class PopeQuestions:
-    """The questions of one file; `numbered` says whether the file gives them ids."""
+    """The questions of one file.
+
+    Attributes:
+        path: the file.
+        questions: in the order of the file.
+        numbered: whether the file has ids.
+    """
 
     path: Path
     questions: tuple[PopeQuestion, ...]
@@ -62,10 +78,10 @@ class PopeQuestions:
 
 
 def read_questions(path: str | Path) -> PopeQuestions:
-    """A file of questions and labels: POPE's JSON lines, the arrays for A-OKVQA and GQA, or POPEv2's annotations.
+    """Read questions and labels: POPE's JSON lines, the arrays for A-OKVQA and GQA, or POPEv2's annotations.
 
     Raises:
-        DataError: it cannot be read, a label is neither yes nor no, or an id is there twice or not in every record.
+        DataError: the file cannot be read, a label is neither yes nor no, or an id is repeated or missing in some records.
     """
     records = read_records(path)
     numbered = _all_or_none(records, "question_id")
@@ -81,12 +97,15 @@ def read_questions(path: str | Path) -> PopeQuestions:
 
 
 def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
-    """The answers to all of the questions, in their order, from JSON lines with `question_id`, `question` and `answer`.
+    """Read the answers to all questions from JSON lines with `question_id`, `question` and `answer`.
 
-    Without ids in both files, answers and questions are in the same order, as `evaluate.py` takes them.
+    If a file has no ids, answers and questions are matched by position, as `evaluate.py` does.
+
+    Returns:
+        The answers in the order of the questions.
 
     Raises:
-        DataError: the file cannot be read, an answer is missing, doubled, of no question or no text.
+        DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
     records = read_records(path)
     numbered = _all_or_none(records, "question_id")
@@ -99,22 +118,22 @@ def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
             "without a question_id in both files they are matched in order"
         )
     first = 1 if replies[0].id == "1" else 0
-    for place, (record, given, asked) in enumerate(
+    for position, (record, answer, asked) in enumerate(
         zip(records, replies, questions.questions, strict=True), start=first
     ):
-        if numbered and given.id != str(place):
+        if numbered and answer.id != str(position):
             raise record.error(
-                f"{questions.path} has no ids, so answers must be numbered in its order: expected {place}, found {given.id}"
+                f"{questions.path} has no ids, so answers must be numbered in its order: expected {position}, found {answer.id}"
             )
-        if not _asks(record.data.get("question"), asked.question):
+        if not _may_contain(record.data.get("question"), asked.question):
             raise record.error(
-                f"answers are matched in order, and this is to another question than {asked.where}: {asked.question!r}"
+                f"answers are matched in order, and this one belongs to another question than {asked.where}: {asked.question!r}"
             )
     return replies
 
 
 def says_no(text: str) -> bool:
-    """Whether `evaluate.py` takes an answer for a no; it takes every other one for a yes.
+    """Whether `evaluate.py` scores an answer as no; it scores every other answer as yes.
 
     >>> says_no("There is not a dog, no."), says_no("NO"), says_no("Sure. No"), says_no("")
     (True, False, False, False)
@@ -124,7 +143,14 @@ def says_no(text: str) -> bool:
 
 @dataclass(frozen=True)
 class PopeCounts:
-    """Right and wrong answers by what was said: `tp` and `fp` are yes, `tn` and `fn` are no."""
+    """Confusion matrix with yes as the positive class.
+
+    Attributes:
+        tp: correct yes.
+        fp: wrong yes.
+        tn: correct no.
+        fn: wrong no.
+    """
 
     tp: int = 0
     fp: int = 0
@@ -136,7 +162,7 @@ class PopeCounts:
         return PopeCounts(self.tp + other.tp, self.fp + other.fp, self.tn + other.tn, self.fn + other.fn)
 
     def scores(self) -> dict[str, float]:
-        """`SCORES` in the script's arithmetic; NaN where it would divide by zero, which ends the script."""
+        """`SCORES` by the script's arithmetic; NaN where the script would fail with a division by zero."""
         tp, fp, tn, fn = self.tp, self.fp, self.tn, self.fn
         precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
         return {
@@ -149,7 +175,7 @@ class PopeCounts:
 
 
 def count_answers(questions: Sequence[PopeQuestion], texts: Sequence[str]) -> PopeCounts:
-    """Judge the answers by the rule of `evaluate.py`, each without the confidence that it states."""
+    """Score the answers by the rule of `evaluate.py`, without their stated confidence."""
     counts = {"tp": 0, "fp": 0, "tn": 0, "fn": 0}
     for question, text in zip(questions, texts, strict=True):
         no = says_no(without_confidence(text))
@@ -160,7 +186,7 @@ def count_answers(questions: Sequence[PopeQuestion], texts: Sequence[str]) -> Po
 def official_answers(
     questions: Sequence[PopeQuestion], replies: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, Any]]:
-    """The lines of an answer file that `evaluate.py` scores as we do; replies are texts with confidences."""
+    """The rows of an answer file for `evaluate.py`; `replies` are texts with confidences."""
     return [
         {
             "question_id": _as_written(asked.id),
@@ -173,7 +199,7 @@ def official_answers(
 
 
 def official_labels(questions: Sequence[PopeQuestion]) -> list[dict[str, Any]]:
-    """The lines of a label file that `evaluate.py` reads; arrays and labels such as "No" are beyond it."""
+    """The rows of a label file for `evaluate.py`, which reads neither arrays nor labels such as "No"."""
     return [
         {"question_id": _as_written(q.id), "image": q.image, "text": q.question, "label": q.label}
         for q in questions
@@ -184,15 +210,15 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _question(record: Record, place: str, numbered: bool) -> PopeQuestion:
+def _question(record: Record, position: str, numbered: bool) -> PopeQuestion:
     label = record.text("label").strip().casefold()
     if label not in ("yes", "no"):
         raise record.error(f"'label' must be yes or no, found {record.shown('label')}")
-    # POPEv2 has other names, and image paths that begin with a slash but mean the data set's folder.
+    # POPEv2 has other keys, and its image paths begin with a slash although they are relative to the data set's folder.
     image, question = ("image_name", "query") if "image_name" in record.data else ("image", "text")
     return PopeQuestion(
         record.where,
-        _identifier(record) if numbered else place,
+        _identifier(record) if numbered else position,
         record.text(image).lstrip("/") if image in record.data else "",
         record.text(question) if question in record.data else "",
         "yes" if label == "yes" else "no",
@@ -200,11 +226,12 @@ def _question(record: Record, place: str, numbered: bool) -> PopeQuestion:
 
 
 def _all_or_none(records: Sequence[Record], key: str) -> bool:
-    there = [key in record.data for record in records]
-    if any(there) and not all(there):
-        record = records[there.index(False)]
+    """Whether all records have a key; an error if only some do."""
+    has_key = [key in record.data for record in records]
+    if any(has_key) and not all(has_key):
+        record = records[has_key.index(False)]
         raise record.error(f"no {key!r}, which other records of the file have")
-    return there[0]
+    return has_key[0]
 
 
 def _identifier(record: Record) -> str:
@@ -216,8 +243,8 @@ def _as_written(identifier: str) -> int | str:
     return int(identifier) if re.fullmatch(r"0|[1-9]\d{0,17}", identifier, re.ASCII) else identifier
 
 
-def _asks(given: Any, question: str) -> bool:
-    """Whether a question in an answer file may be this one: in any case, and in a longer prompt."""
-    if not isinstance(given, str) or not given:
+def _may_contain(prompt: Any, question: str) -> bool:
+    """Whether the prompt in an answer file contains a question, ignoring case and blanks; True without a prompt."""
+    if not isinstance(prompt, str) or not prompt:
         return True
-    return " ".join(question.casefold().split()) in " ".join(given.casefold().split())
+    return " ".join(question.casefold().split()) in " ".join(prompt.casefold().split())

@@ -182,7 +182,9 @@ def folder_artifact(folder: Path, name: str, metadata: Mapping[str, Any] | None 
 def data_facts(dataset: PerturbedQueries) -> dict[str, Any]:
     """The sources of a data set's queries, their number, and their digest."""
     return {
-        "sources": [f"{constructed(part.source)}, noise: {part.noise}" for part in dataset.parts.values()],
+        "sources": [
+            f"{constructed(split.source)}, noise: {split.noise}" for split in dataset.splits.values()
+        ],
         "queries": len(dataset),
         "data_digest": data_digest(dataset.queries),
     }

@@ -18,8 +18,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vlm_calibration.files import clear_leftovers, replacing
-from vlm_calibration.hub import first_line
+from vlm_calibration.files import clear_leftovers, first_line, replacing
 from vlm_calibration.records import DataError
 
 LAST = "last.ckpt"

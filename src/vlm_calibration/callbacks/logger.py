@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from vlm_calibration.files import writing
+from vlm_calibration.files import first_line, writing
 from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
@@ -106,9 +106,8 @@ class RunLogger(WandbLogger):
             try:
                 return super().experiment
             except CommError as error:
-                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 rank_zero_warn(
-                    f"W&B cannot be used ({cause}): this run is logged offline, and `wandb sync` uploads it"
+                    f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"
                 )
                 self._go_offline()
         return super().experiment

@@ -11,13 +11,12 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from vlm_calibration.benchmarks.files import some
 from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
 from vlm_calibration.callbacks.predictions import PredictionWriter, system_folder
-from vlm_calibration.data.dataset import EvalSplit, named
+from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import read_predictions
-from vlm_calibration.files import json_number, write_json, write_rows
+from vlm_calibration.files import json_number, name_some, write_json, write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults
@@ -66,10 +65,11 @@ def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, flo
     replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / "predictions.jsonl")}
     counts: dict[str, OfficialCounts] = {}
     for name, source in splits.items():
-        ids = [named(query, name).id for query in source.queries()]
+        ids = [with_split_name(query, name).id for query in source.queries()]
         if missing := [i for i in ids if i not in replies_by_id]:
             rank_zero_warn(
-                f"no official scores of data.test.{name}: no answer to {len(missing)} of {len(ids)}: {some(missing)}"
+                f"no official scores of data.test.{name}: no answer to {len(missing)} of {len(ids)}: "
+                f"{name_some(missing, len(missing))}"
             )
             continue
         replies = [replies_by_id[i] for i in ids]

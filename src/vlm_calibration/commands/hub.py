@@ -8,7 +8,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from vlm_calibration.hub import first_line, is_hub_name
+from vlm_calibration.files import first_line
+from vlm_calibration.hub import is_hub_name
 from vlm_calibration.records import DataError
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from vlm_calibration.arguments import explained_errors
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.sources.base import MAX_NAMED, QuerySource, first_of
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
@@ -131,9 +132,10 @@ def lines_of(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "categories", ", ".join(f"{name} {count}" for name, count in shown) + others
     yield "with a region of their object", f"{found.with_evidence / max(1, found.queries):.1%}"
     if found.absent:
-        yield "about an absent object", f"{len(found.absent)}: {first_of(found.absent)}"
+        yield "about an absent object", f"{len(found.absent)}: {name_some(found.absent, len(found.absent))}"
     if found.unlocated:
-        yield "without a region, and cannot be noised", f"{len(found.unlocated)}: {first_of(found.unlocated)}"
+        ids = name_some(found.unlocated, len(found.unlocated))
+        yield "without a region, and cannot be noised", f"{len(found.unlocated)}: {ids}"
     if found.sizes:
         widths, heights = zip(*found.sizes, strict=True)
         yield (
@@ -147,7 +149,7 @@ def lines_of(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.clipped:
         yield (
             "with a region that leaves the image",
-            f"{len(found.clipped)} of {found.looked_at} looked at: {first_of(found.clipped)}",
+            f"{len(found.clipped)} of {found.looked_at} looked at: {name_some(found.clipped, len(found.clipped))}",
         )
     yield "bad records", str(len(found.bad))
     if found.unloadable:

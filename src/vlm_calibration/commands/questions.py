@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_calibration.append_log import AppendLog, LogLine
 from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import json_lines
 from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
 
 KNOWN_KEYS = frozenset(f.name for f in fields(Query))
@@ -43,26 +45,14 @@ def read_questions(path: Path) -> Iterator[Question]:
         DataError: the file cannot be read, a line is not a question (named), or an id comes twice.
     """
     seen: set[str] = set()
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        try:
-            question = _question(json.loads(line), number, where)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {error}") from error
+    for line in json_lines(path):
+        question = line.read(partial(_question, number=line.number, where=line.where))
         if question.id in seen:
-            raise DataError(f"{where}: the id {question.id!r} comes twice")
+            raise line.error(f"the id {question.id!r} comes twice")
         seen.add(question.id)
         yield question
     if not seen:
         raise DataError(f"{path}: no question in this file")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            yield from ((n, line) for n, line in enumerate(file, start=1) if line.strip())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _question(data: Any, number: int, where: str) -> Question:

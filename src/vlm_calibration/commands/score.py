@@ -17,8 +17,7 @@ from rich.console import Console
 
 from vlm_calibration.arguments import Parser, explained_errors
 from vlm_calibration.benchmarks import amber, pope
-from vlm_calibration.benchmarks.answers import Reply, in_order_of, reply
-from vlm_calibration.benchmarks.files import read_records
+from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply
 from vlm_calibration.benchmarks.official import OFFICIAL
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction, read_predictions
 from vlm_calibration.files import json_number, write_rows

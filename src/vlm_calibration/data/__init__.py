@@ -1,1 +1,1 @@
-"""From records on disk to batches: sources, on-the-fly region noise, collators and the LightningDataModule."""
+"""From files to batches: sources, on-the-fly region noise, collators and the LightningDataModule."""

@@ -1,4 +1,9 @@
-"""The dataset that loads and noises queries when they are asked for."""
+"""The dataset that loads and perturbs queries on access.
+
+It first selects the queries that can be asked, without opening an image, so that an invalid record stops the run before
+training. Noise needs a region of the key object. If there is none, the object counts as absent only if the answer says so; any
+other query could only get noise on something else, so it is left out or stops the run.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,19 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.data.selection import Selection, select
-from vlm_calibration.data.sources.base import LazyQueries, QuerySource
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, region_noise
+from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
+from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.labels import answer_is_no
+
+Check = Callable[[Query, Sequence[str]], None]
+"""Raises a DataError for a query that cannot be put to the model, or for one of the wrong answers to it."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +33,21 @@ class EvalSplit:
 
     Args:
         source: its queries.
-        noise: "none" leaves the images as they are; "drawn" noises each query at the step that the noise policy draws;
-            "every_step" asks each query once at every step of the policy's levels.
+        noise: "none" leaves the images clean; "drawn" perturbs each query at a step drawn by the noise policy; "every_step"
+            asks each query once at every step of the policy's levels.
     """
 
     source: QuerySource
     noise: Literal["none", "drawn", "every_step"] = "none"
 
 
-class Drawn(NamedTuple):
-    """The samples of a batch.
+class SampleBatch(NamedTuple):
+    """The samples of a batch, and the problems of its records.
 
-    samples: of the records that can be loaded. left_out: place in the data set of each other record -> what is wrong with it.
-    clipped: places of samples with a region that leaves the image.
+    Attributes:
+        samples: samples of the records that can be loaded.
+        left_out: index in the dataset -> message, for each other record.
+        clipped: indices of samples with a region that is partly outside the image.
     """
 
     samples: list[Sample]
@@ -43,73 +55,79 @@ class Drawn(NamedTuple):
     clipped: list[int]
 
 
-class NothingShownError(DataError):
-    """No pixel of the image shows what its query is about, although the answer does not say that it is absent."""
+class NoEvidenceError(DataError):
+    """No pixel of the image shows the key object, although the answer does not say that it is absent."""
 
 
 @dataclass(frozen=True)
-class _Section:
-    """The queries of one part that are asked, each at every one of `steps`."""
+class _SplitQueries:
+    """The selected queries of one split, each at every one of `steps`."""
 
     name: str
-    part: EvalSplit
-    selection: Selection
+    split: EvalSplit
+    queries: Sequence[Query]
+    selected: np.ndarray
     steps: Sequence[int | None]
 
     def __len__(self) -> int:
-        return len(self.selection.chosen) * len(self.steps)
+        return len(self.selected) * len(self.steps)
 
     def item(self, index: int) -> tuple[Query, int | None]:
-        """The query at this place, by its full name, and its noise step."""
-        place, at = divmod(index, len(self.steps))
-        query = named(self.selection.queries[int(self.selection.chosen[place])], self.name)
-        step = self.steps[at]
-        return (replace(query, id=f"{query.id}@{step}") if self.part.noise == "every_step" else query), step
+        """The query at an index, with the split's name, and its noise step."""
+        position, step_index = divmod(index, len(self.steps))
+        query = with_split_name(self.queries[int(self.selected[position])], self.name)
+        step = self.steps[step_index]
+        return (replace(query, id=f"{query.id}@{step}") if self.split.noise == "every_step" else query), step
 
 
 class PerturbedQueries(Dataset[Sample]):
-    """Queries of one or several parts; `dataset[epoch, index]` is the query's `Sample` in that epoch.
+    """The queries of one or several splits; `dataset[epoch, index]` is a query's `Sample` in an epoch.
 
-    Where parts have names, a query's id and category get the part's name in front.
+    The name of a split is put in front of the ids and categories of its queries.
 
     Args:
-        check: raises a DataError for a query that cannot be put to the model, or a wrong answer to it.
-        where: the setting that the parts are those of, for messages.
+        splits: name -> split; "" adds no name.
+        policy: how queries are perturbed.
+        image_processor: defines the size at which the model sees an image.
+        check: refuses queries that cannot be put to the model.
+        where: the setting that holds the splits, for messages.
 
     Raises:
-        DataError: a record cannot be used and is not to be left out, or no query is left.
+        DataError: a record is invalid and is not to be left out, or no query is left.
     """
 
     def __init__(
         self,
-        parts: Mapping[str, EvalSplit],
+        splits: Mapping[str, EvalSplit],
         policy: NoisePolicy,
         image_processor: Any,
-        check: Callable[[Query, Sequence[str]], None] = lambda query, wrong: None,
+        check: Check = lambda query, wrong: None,
         where: str = "data",
     ) -> None:
-        self.parts = dict(parts)
+        self.splits = dict(splits)
         self.policy = policy
-        # Where nothing is noised, nothing need have been measured, and no query is absent.
+        # On clean images, levels need not be measured and no query is left out for an absent object.
         levels = LinearLevels(2, policy.schedule.steps)
-        self._clean = replace(policy, levels=levels, level_weights=None, absent="clean")
+        self._clean_policy = replace(policy, levels=levels, level_weights=None, absent="clean")
         self.image_processor = image_processor
         self.where = where
         self._check = check
-        self._sections = [self._section(name, part) for name, part in parts.items()]
-        self._ends = list(accumulate(len(section) for section in self._sections))
+        self._parts = [self._select(name, split) for name, split in splits.items()]
+        self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
             raise DataError(
                 f"{where}: no query is left: to be noised, a query needs a region of what it asks about, or an answer that "
                 "says that it is absent"
             )
+        if any(split.noise != "none" for split in splits.values()):
+            region_noise(policy.schedule)  # imported once here, not in every worker
 
     def is_noised(self, query_id: str) -> bool:
-        """Whether the policy noises the part that has the query of this id."""
+        """Whether the policy perturbs the split that contains a query."""
         return any(
             query_id.startswith(f"{name}:" if name else "")
-            for name, part in self.parts.items()
-            if part.noise != "none"
+            for name, split in self.splits.items()
+            if split.noise != "none"
         )
 
     @property
@@ -120,67 +138,155 @@ class PerturbedQueries(Dataset[Sample]):
         return self._ends[-1] if self._ends else 0
 
     def _item(self, index: int) -> tuple[EvalSplit, Query, int | None]:
-        which = next(i for i, end in enumerate(self._ends) if index < end)
-        section = self._sections[which]
-        query, step = section.item(index - (self._ends[which] - len(section)))
-        return section.part, query, step
+        number = next(i for i, end in enumerate(self._ends) if index < end)
+        part = self._parts[number]
+        query, step = part.item(index - (self._ends[number] - len(part)))
+        return part.split, query, step
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, index).
+        """The sample at (epoch, index).
 
         Raises:
             DataError: the record cannot be loaded.
         """
-        return self._draw(*key)[0]
+        return self._load(*key)[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Drawn:
-        """The samples of a batch, without those of records that cannot be loaded and are to be left out."""
-        drawn = Drawn([], {}, [])
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> SampleBatch:
+        """The samples of a batch, without records that cannot be loaded and are to be left out."""
+        batch = SampleBatch([], {}, [])
         for epoch, index in keys:
             try:
-                sample, clipped = self._draw(epoch, index)
+                sample, clipped = self._load(epoch, index)
             except DataError as error:
-                nothing_shown = isinstance(error, NothingShownError)
                 source = self._item(index)[0].source
-                if (self.policy.no_region if nothing_shown else source.on_bad_record) == "raise":
+                policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
+                if policy == "raise":
                     raise
-                drawn.left_out[index] = str(error)
+                batch.left_out[index] = str(error)
             else:
-                drawn.samples.append(sample)
-                drawn.clipped.extend([index] if clipped else [])
-        return drawn
+                batch.samples.append(sample)
+                batch.clipped.extend([index] if clipped else [])
+        return batch
 
-    def _draw(self, epoch: int, index: int) -> tuple[Sample, bool]:
-        """A sample, and whether a region of it leaves the image."""
-        part, query, step = self._item(index)
-        loaded = part.source.load(query)
-        if part.noise != "none" and not loaded.evidence and not answer_is_no(query):
-            raise NothingShownError(f"record {query.id!r}: no pixel of its image shows what it asks about")
-        policy = self._clean if part.noise == "none" else self.policy
+    def _load(self, epoch: int, index: int) -> tuple[Sample, bool]:
+        """A sample, and whether one of its regions is partly outside the image."""
+        split, query, step = self._item(index)
+        loaded = split.source.load(query)
+        if split.noise != "none" and not loaded.evidence and not answer_is_no(query):
+            raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
+        policy = self._clean_policy if split.noise == "none" else self.policy
         try:
-            wrong = part.source.wrong_answers(query)
+            wrong = split.source.wrong_answers(query)
             self._check(query, wrong)
             sample = perturb_query(query, loaded, policy, self.image_processor, epoch, step, wrong)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped
 
-    def _section(self, name: str, part: EvalSplit) -> _Section:
+    def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
         where = f"{self.where}.{name}" if name else self.where
-        policy = None if part.noise == "none" else self.policy
-        selection = select(part.source, policy, self._check, where)
-        # None: drawn when the query is asked.
+        policy = None if split.noise == "none" else self.policy
+        queries = split.source.queries()
+        selected = select(split.source, queries, policy, self._check, where)
+        # None: drawn when the sample is loaded.
         steps: dict[str, Sequence[int | None]] = {
             "every_step": self.policy.levels.steps,
             "drawn": [None],
             "none": [0],
         }
-        return _Section(name, part, selection, steps[part.noise])
+        return _SplitQueries(name, split, queries, selected, steps[split.noise])
 
 
-def named(query: Query, part: str) -> Query:
-    """A part's query as an evaluation knows it: id and category with the part's name in front, if it has one."""
-    if not part:
+def with_split_name(query: Query, split: str) -> Query:
+    """Put the name of a split, if it has one, in front of a query's id and category."""
+    if not split:
         return query
-    category = f"{part}/{query.category}" if query.category else part
-    return replace(query, id=f"{part}:{query.id}", category=category)
+    category = f"{split}/{query.category}" if query.category else split
+    return replace(query, id=f"{split}:{query.id}", category=category)
+
+
+def select(
+    source: QuerySource, queries: Sequence[Query], policy: NoisePolicy | None, check: Check, where: str
+) -> np.ndarray:
+    """Select the queries of a source that are asked, and report how many are left out, with the first ids.
+
+    Args:
+        source: the source.
+        queries: all its queries.
+        policy: how they are perturbed; None: not at all, so they need no region.
+        check: refuses queries that cannot be put to the model.
+        where: the setting that names the source, for messages.
+
+    Returns:
+        Indices of the selected queries, int64, ascending.
+
+    Raises:
+        DataError: a record is invalid or needs a region that it does not have, and is not to be left out.
+    """
+    bad = BadRecords(source.on_bad_record)
+    indices: dict[str, list[int]] = {"present": [], "absent": [], "unlocated": []}
+    problems: dict[str, str] = {}
+    for index, query in enumerate(queries):
+        try:
+            check(query, ())
+            if policy is not None:
+                _check_levels(policy, query, problems)
+        except DataError as error:
+            bad.add(f"{where}: {error}", error)
+            continue
+        indices["present" if policy is None else source.presence(query)].append(index)
+    bad.report(len(queries) - len(bad.messages))
+    if policy is not None:
+        _report_regions(policy, queries, indices["absent"], indices["unlocated"], where)
+    absent = [] if policy is None or policy.absent == "skip" else indices["absent"]
+    return np.array(sorted(indices["present"] + absent), dtype=np.int64)
+
+
+def _check_levels(policy: NoisePolicy, query: Query, problems: dict[str, str]) -> None:
+    """Make sure that there are levels for a query's answer type; `problems` caches the message for each type."""
+    kind = query.answer_type
+    if kind not in problems:
+        try:
+            policy.levels.confidence(0, kind)
+            problems[kind] = ""
+        except ValueError as error:
+            problems[kind] = f"{error}: measure them with `vlm-calibration levels fit`"
+    if problems[kind]:
+        raise DataError(f"record {query.id!r}: {problems[kind]}")
+
+
+def _report_regions(
+    policy: NoisePolicy, queries: Sequence[Query], absent: list[int], unlocated: list[int], where: str
+) -> None:
+    """Report the queries without a region of the key object.
+
+    Args:
+        absent: indices of the queries about an absent object.
+        unlocated: indices of the queries that need a region and have none.
+
+    Raises:
+        DataError: there are such queries as `unlocated`, and they are not to be left out.
+    """
+
+    def ids(indices: list[int]) -> str:
+        return name_some((queries[i].id for i in indices[:MAX_NAMED]), len(indices))
+
+    about_absent = ""
+    if absent:
+        about_absent = (
+            f"{len(absent)} ask about an object that is absent (`absent: {policy.absent}`): {ids(absent)}"
+        )
+    if not unlocated:
+        if about_absent:
+            rank_zero_info(f"{where}: of {len(queries)} queries, {about_absent}")
+        return
+    missing = (
+        f"{len(unlocated)} of {len(queries)} queries need a region of what they ask about and have none: "
+        f"{ids(unlocated)}"
+    )
+    if policy.no_region == "raise":
+        raise DataError(
+            f"{where}: {missing}: find regions with `vlm-calibration predict`, or leave such queries out with "
+            "`data.noise.no_region: skip`"
+        )
+    rank_zero_warn(f"{where}: left out: {missing}" + (f"; {about_absent}" if about_absent else ""))

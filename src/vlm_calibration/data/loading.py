@@ -1,31 +1,114 @@
-"""The loader of perturbed queries: batches for the model, and a log of the records that could not be loaded.
+"""Loading batches: the order of samples, and a log of the records that could not be loaded.
 
-Records are loaded in worker processes, where nobody counts. So what is wrong with some of a batch travels with the batch, is
-taken off it in the process that trains or evaluates, and is summed over all processes at the end.
+The order is a pure function of (seed, epoch, number of processes). The sampler yields (epoch, index), so that workers, which
+persist over epochs, know the epoch of a sample's noise. Workers load the records, so problems travel with the batch to the
+process that trains or evaluates, and are summed over all processes at the end.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from vlm_calibration.data.dataset import Drawn, PerturbedQueries
+from vlm_calibration.data.dataset import PerturbedQueries, SampleBatch
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.data.sources.base import MAX_NAMED, first_of
+from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.records import DataError
 
 
-class LoadingLog:
-    """What was found out about the records of a data set in loading them, in this process.
+class DataPosition(NamedTuple):
+    """A position in the training data: after `batch` batches of epoch `epoch`.
 
     Attributes:
-        left_out, clipped: int32 [N], 1 where a record could not be loaded, and where a region of it leaves its image.
+        epoch: from 0.
+        batch: number of finished batches of the epoch.
+        queries: number of queries of an epoch.
+        batch_size: queries per batch, over all processes.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    queries: int = 0
+    batch_size: int = 0
+
+
+class EpochSampler(DistributedSampler):
+    """Distributes `length` samples over processes and yields (epoch, index).
+
+    A `DistributedSampler`, so that Lightning does not wrap or replace it and sets its epoch.
+
+    Args:
+        length: number of samples.
+        rank: of this process.
+        num_replicas: number of processes.
+        shuffle: a new order each epoch; otherwise in order.
+        even: give every process the same number of samples (training, where a process with fewer would block the others). The
+            remainder of at most `num_replicas` - 1 samples is left out, a different one each epoch if shuffled. Otherwise
+            (evaluation) each sample goes to exactly one process.
+        seed: of the order.
+        done: indices of samples to skip if not `even`; the distribution of the other samples stays the same.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        rank: int,
+        num_replicas: int,
+        shuffle: bool,
+        even: bool,
+        seed: int = 0,
+        done: Collection[int] = (),
+    ) -> None:
+        # The base class uses the dataset only for its length.
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.length = length
+        self.even = even
+        self.begin = (0, 0)
+        self._pending = np.ones(length, dtype=bool)
+        self._pending[list(done)] = False
+
+    def begin_at(self, epoch: int, batch: int, batch_size: int) -> None:
+        """Begin in an epoch after `batch` batches of `batch_size` samples of this process; later epochs are complete."""
+        self.set_epoch(epoch)
+        self.begin = (epoch, batch * batch_size)
+
+    def places(self) -> np.ndarray:
+        """Indices of this process's samples in the current epoch, in order."""
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        if self.even:
+            order = order[: len(self) * self.num_replicas]
+        own = order[self.rank :: self.num_replicas]
+        return own if self.even else own[self._pending[own]]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch if self.shuffle else 0
+        first_epoch, done = self.begin
+        return iter([(epoch, int(i)) for i in self.places()[done if epoch == first_epoch else 0 :]])
+
+    def __len__(self) -> int:
+        """Number of samples of a complete epoch."""
+        if self.even:
+            return self.length // self.num_replicas
+        return len(self.places())
+
+
+class LoadingLog:
+    """The problems that this process met while loading the records of a dataset.
+
+    Attributes:
+        dataset: the dataset.
+        left_out: int32 [N], 1 for a record that could not be loaded.
+        clipped: int32 [N], 1 for a record with a region that is partly outside its image.
     """
 
     def __init__(self, dataset: PerturbedQueries) -> None:
@@ -33,23 +116,23 @@ class LoadingLog:
         self.left_out = torch.zeros(len(dataset), dtype=torch.int32)
         self.clipped = torch.zeros_like(self.left_out)
 
-    def add(self, drawn: Drawn) -> None:
-        """Note what is wrong with records of a batch; the first few that are left out are named at once."""
-        for place, message in drawn.left_out.items():
-            if not self.left_out[place] and int(self.left_out.sum()) < MAX_NAMED:
+    def add(self, batch: SampleBatch) -> None:
+        """Record the problems of a batch, and warn at once about the first few records that are left out."""
+        for index, message in batch.left_out.items():
+            if not self.left_out[index] and int(self.left_out.sum()) < MAX_NAMED:
                 warnings.warn(f"{self.dataset.where}: left out: {message}", stacklevel=2)
-            self.left_out[place] = 1
-        self.clipped[drawn.clipped] = 1
+            self.left_out[index] = 1
+        self.clipped[batch.clipped] = 1
 
     def report(self, trainer: L.Trainer) -> None:
-        """Say what all processes together have found, and forget it; every process must call this.
+        """Report the problems of all processes and reset the log. Every process must call this.
 
         Raises:
             DataError: no record could be loaded.
         """
         strategy = trainer.strategy
-        found = torch.stack([self.left_out, self.clipped]).to(strategy.root_device)
-        left_out, clipped = torch.as_tensor(strategy.reduce(found, reduce_op="sum")).cpu() > 0
+        own = torch.stack([self.left_out, self.clipped]).to(strategy.root_device)
+        left_out, clipped = torch.as_tensor(strategy.reduce(own, reduce_op="sum")).cpu() > 0
         self.left_out.zero_()
         self.clipped.zero_()
         where, total = self.dataset.where, len(self.dataset)
@@ -57,22 +140,22 @@ class LoadingLog:
             raise DataError(
                 f"{where}: none of its {total} records could be loaded; some of them are named above"
             )
-        for places, what in (
+        for mask, problem in (
             (left_out, "could not be loaded and were left out"),
-            (clipped, "have a region that leaves the image, of which only what lies within was used"),
+            (clipped, "have a region that leaves the image, of which only the part inside was used"),
         ):
-            if count := int(places.sum()):
-                first = places.nonzero().flatten()[: MAX_NAMED + 1].tolist()
-                ids = first_of([self.dataset.queries[place].id for place in first])
-                rank_zero_warn(f"{where}: {count} of {total} queries {what}: {ids}")
+            if count := int(mask.sum()):
+                first = mask.nonzero().flatten()[:MAX_NAMED].tolist()
+                ids = name_some((self.dataset.queries[index].id for index in first), count)
+                rank_zero_warn(f"{where}: {count} of {total} queries {problem}: {ids}")
 
 
 class QueryLoader(DataLoader):
-    """A `DataLoader` of perturbed queries that notes in a log which records it leaves out.
+    """A `DataLoader` of perturbed queries that logs the records that are left out.
 
     Args:
-        log: of the data set to load from.
-        collate_fn: makes a batch of the samples of those records that can be loaded, of none as well.
+        log: log of the dataset to load.
+        collate_fn: makes a batch of samples, possibly none.
         settings: of `DataLoader`.
     """
 
@@ -83,20 +166,20 @@ class QueryLoader(DataLoader):
         self.log = log
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Not a generator: workers begin now, not when the first batch is asked for.
-        return map(self._noted, super().__iter__())
+        # Not a generator, so that workers start now and not at the first batch.
+        return map(self._log_problems, super().__iter__())
 
-    def _noted(self, collated: tuple[Any, Drawn]) -> Any:
-        batch, drawn = collated
-        self.log.add(drawn)
+    def _log_problems(self, collated: tuple[Any, SampleBatch]) -> Any:
+        batch, problems = collated
+        self.log.add(problems)
         return batch
 
 
 class _Collator:
-    """Makes a batch of what was drawn, and keeps beside it what was left out."""
+    """Collates the samples of a batch, and keeps its problems beside them."""
 
     def __init__(self, collate: Callable[[Sequence[Sample]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, drawn: Drawn) -> tuple[Any, Drawn]:
-        return self.collate(drawn.samples), drawn._replace(samples=[])
+    def __call__(self, batch: SampleBatch) -> tuple[Any, SampleBatch]:
+        return self.collate(batch.samples), batch._replace(samples=[])

@@ -1,4 +1,4 @@
-"""The LightningDataModule: queries in, batches of on-the-fly noised conversations out."""
+"""The LightningDataModule: loads queries, perturbs them on the fly, and makes batches of conversations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from transformers import AutoProcessor
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.loading import LoadingLog, QueryLoader
+from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.raw import RawBatches, shard_count
 from vlm_calibration.data.resolution import check_resolution
-from vlm_calibration.data.sampling import DataPosition, EpochSampler
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError, Query
@@ -26,32 +25,35 @@ from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 TESTED = ("test", "calibration")
-"""Data sets that `test` answers, in this order."""
+"""The data sets of `test`, in order."""
 
 
 class PerturbedQueryDataModule(L.LightningDataModule):
-    """Noises the key objects of queries in worker processes, anew every epoch.
+    """Perturbs the key objects of queries in worker processes, with new noise every epoch.
 
     Args:
-        processor: name on the Hub or folder of the model whose processor to use. The command line fills it in.
-        train: queries to learn from.
-        validation: queries that are noised in the same way and answered during training.
-        test: named parts to be answered by `vlm-calibration test`.
-        calibration: named parts, about other images, that `vlm-calibration test` answers as well: a report fits recalibration
-            on these answers. They count in no score.
+        processor: Hub name or folder of the model whose processor is used; the command line sets it.
+        train: training queries.
+        validation: queries that are perturbed in the same way and answered during training.
+        test: named splits that `vlm-calibration test` answers.
+        calibration: named splits about other images that `vlm-calibration test` answers as well. A report fits recalibration
+            on these answers; no score includes them.
         predict: queries whose regions `vlm-calibration predict` extracts.
-        noise: what noise a query gets, and which confidence that earns.
+        noise: the perturbation of a query, and the confidence to state after it.
         candidates: the responses that preference optimisation compares; None for supervised fine-tuning.
         prompt: how a question is put to the model.
-        grading: how answers are graded, in `levels fit`, validation and `test` alike.
-        batch_size: queries a training step and process.
-        eval_batch_size: queries answered at a time.
-        shard_size: queries that `predict` does and writes as one; a run that is ended loses at most so many a process.
-        parts: runs of `predict` that share the shards in one run directory. part: which of them this is, from 0.
-        workers: processes that load and noise.
-        max_length: most tokens of a training sample, image tokens included.
-        on_too_long: what happens to longer ones: "raise", or "skip" and count.
-        revision, trust_remote_code: as in `from_pretrained`, for the processor.
+        grading: how answers are graded, in `levels fit`, validation and `test`.
+        batch_size: queries per training step and process.
+        eval_batch_size: queries per batch of answers.
+        shard_size: queries per shard of `predict`, which is written as a whole; an interrupted run loses at most one shard a
+            process.
+        parts: number of `predict` runs that share the shards of one run directory.
+        part: index of this run among them, from 0.
+        workers: number of data workers a process.
+        max_length: maximum number of tokens of a training sample, image tokens included.
+        on_too_long: "raise" stops at a longer sample, "skip" leaves it out and reports the number.
+        revision: of the processor, as in `from_pretrained`.
+        trust_remote_code: for the processor, as in `from_pretrained`.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._sets: dict[str, PerturbedQueries] = {}
         self._logs: dict[str, LoadingLog] = {}
-        self._place: DataPosition | None = None
+        self._position: DataPosition | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: Mapping[str, Collection[int]] = {}
 
@@ -113,7 +115,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """The model's processor: image processor, tokenizer and chat template.
 
         Raises:
-            DataError: there is none of this name, or it is not one for images and text.
+            DataError: it is not set, does not exist, or does not take images and text.
         """
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
@@ -124,37 +126,37 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return ChatFormat(self.processor, self.prompt)
 
     def setup(self, stage: str) -> None:
-        """Read the records that this stage needs, so that a bad one stops the run before anything is trained."""
-        wanted: dict[str, dict[str, EvalSplit]] = {}
+        """Read the records that this stage needs, so that an invalid record stops the run before training."""
+        needed: dict[str, dict[str, EvalSplit]] = {}
         if stage == "predict":
             _required(self.predict, "predict").queries()
             return
         if stage == "fit":
-            wanted["train"] = {"": EvalSplit(_required(self.train, "train"), noise="drawn")}
+            needed["train"] = {"": EvalSplit(_required(self.train, "train"), noise="drawn")}
         if stage in ("fit", "validate") and self.validation is not None:
-            wanted["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
+            needed["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
         if stage == "validate":
             _required(self.validation, "validation")
         if stage == "test":
-            wanted["test"] = _required(self.test, "test")
+            needed["test"] = _required(self.test, "test")
             if self.calibration:
-                wanted["calibration"] = self.calibration
+                needed["calibration"] = self.calibration
             self._answered = {}
         if self.noise.resolution == "model":
             check_resolution(self.processor)
-        for name, parts in wanted.items():
+        for name, splits in needed.items():
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(
-                    parts, self.noise, self.processor.image_processor, self.chat.check, f"data.{name}"
+                    splits, self.noise, self.processor.image_processor, self.chat.check, f"data.{name}"
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
-                _check_ranking(parts)
-        if "calibration" in wanted:
-            _check_apart(wanted["calibration"], wanted["test"])
+                _check_ranking(splits)
+        if "calibration" in needed:
+            _check_no_shared_images(needed["calibration"], needed["test"])
 
     def teardown(self, stage: str) -> None:
-        """Say how many records could not be loaded."""
+        """Report the records that could not be loaded."""
         if self.trainer is not None:
             for log in self._logs.values():
                 log.report(self.trainer)
@@ -171,17 +173,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def validation_set(self) -> PerturbedQueries:
-        """All that is answered during training."""
+        """The queries that are answered during training."""
         return self._sets["validation"]
 
     @property
     def test_set(self) -> PerturbedQueries:
-        """The queries that `test` scores, answered before or not."""
+        """The queries that `test` scores, including those answered by an earlier run."""
         return self._sets["test"]
 
     @property
     def calibration_set(self) -> PerturbedQueries | None:
-        """The queries that `test` asks beside them for recalibration, answered before or not; None without any."""
+        """The queries that `test` asks for recalibration, including those answered by an earlier run; None if not set."""
         return self._sets.get("calibration")
 
     @property
@@ -197,9 +199,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._answered = answered
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches of the queries that are left to answer; a process that has none left gets a batch of none.
+        """Batches of the queries that are not answered yet; a process without any gets an empty batch.
 
-        Where there is a calibration set, its batches come second, from a loader of their own.
+        A calibration set has a second loader of its own.
         """
         names = [name for name in TESTED if name in self._sets]
         collate = PromptCollator(self.chat, self.grading)
@@ -207,11 +209,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return loaders if len(loaders) > 1 else loaders[0]
 
     def leave_out(self, shards: Collection[int]) -> None:
-        """Leave out shards of `predict` that an earlier run has finished. Every process must be told the same."""
+        """Leave out shards of `predict` that an earlier run finished. Must be the same in every process."""
         self._finished = frozenset(shards)
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of queries with their images as they are; each part, and of it each process, has its own shards."""
+        """Batches of queries with unperturbed images; each part, and in it each process, has its own shards."""
         source = _required(self.predict, "predict")
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         numbers = range(self.part, shard_count(len(source.queries()), self.shard_size), self.parts)
@@ -219,9 +221,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return DataLoader(
             RawBatches(source, self.shard_size, self.eval_batch_size, missing[rank::processes]),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_ignore_signals,
         )
 
     @property
@@ -234,7 +236,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The `DataPosition` behind the batches that have been trained on."""
+        """The `DataPosition` after the batches that were trained on."""
         if self.trainer is None or "train" not in self._sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -242,29 +244,30 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return DataPosition(epoch, batch, *self._shape())._asdict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._place = DataPosition(**state_dict)
+        self._position = DataPosition(**state_dict)
 
     def _shape(self) -> tuple[int, int]:
-        """Queries of an epoch and of a batch of all processes."""
+        """Number of queries of an epoch, and of a batch over all processes."""
         processes = self.trainer.world_size if self.trainer else 1
         return len(self._sets["train"]), self.batch_size * processes
 
-    def _go_on(self, sampler: EpochSampler) -> None:
-        """Begin where a checkpoint left off: the training to come, not one after it.
+    def _resume(self, sampler: EpochSampler) -> None:
+        """Begin at the position of a checkpoint, once.
 
-        Lightning tells a sampler the epoch only after workers have begun to load.
+        Lightning sets the epoch of a sampler only after workers have begun to load.
         """
-        place, self._place = self._place, None
-        if place is None:
+        position, self._position = self._position, None
+        if position is None:
             sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
             return
-        if place.batch and self._shape() != (place.queries, place.batch_size):
-            queries, together = self._shape()
+        if position.batch and self._shape() != (position.queries, position.batch_size):
+            queries, batch_size = self._shape()
             raise DataError(
-                f"the checkpoint was written within an epoch of {place.queries} queries in batches of {place.batch_size}, "
-                f"found {queries} and {together}: keep the data and data.batch_size x processes, or go on from the end of an epoch"
+                f"the checkpoint was written within an epoch of {position.queries} queries in batches of "
+                f"{position.batch_size}, found {queries} and {batch_size}: keep the data and data.batch_size x processes, or "
+                "resume from the end of an epoch"
             )
-        sampler.begin_at(place.epoch, place.batch, self.batch_size)
+        sampler.begin_at(position.epoch, position.batch, self.batch_size)
 
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
@@ -283,9 +286,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if training and len(sampler) == 0:
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
-            self._go_on(sampler)
+            self._resume(sampler)
         if name in TESTED and len(sampler) == 0:
-            # Lightning leaves a process without a batch out of all that follows, where others wait for it.
+            # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return QueryLoader(log, collate, batch_sampler=[[]])
         return QueryLoader(
             log,
@@ -293,50 +296,46 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_ignore_signals,
             persistent_workers=training and self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
 
 
-def _check_ranking(parts: Mapping[str, EvalSplit]) -> None:
-    """Refuse open queries that there is nothing to rank against, before any is asked."""
-    for part in parts.values():
-        for query in part.source.queries():
-            if query.answer_type == "open" and not part.source.wrong_answers(query):
+def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
+    """Refuse open queries without a wrong answer to rank against."""
+    for split in splits.values():
+        for query in split.source.queries():
+            if query.answer_type == "open" and not split.source.wrong_answers(query):
                 raise DataError(
-                    f"record {query.id!r}: `data.grading.open: ranking` compares with a wrong answer, and its source knows "
+                    f"record {query.id!r}: `data.grading.open: ranking` compares with a wrong answer, and its source has "
                     "none: leave the record out, or choose another rule"
                 )
 
 
-def _check_apart(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
-    """Refuse a calibration set that shares an image with the test set.
-
-    Raises:
-        DataError: it does.
-    """
-    images, scored = (
-        {query.image for part in parts.values() for query in part.source.queries()}
-        for parts in (calibration, test)
+def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
+    """Refuse a calibration set that shares an image with the test set."""
+    calibration_images, test_images = (
+        {query.image for split in splits.values() for query in split.source.queries()}
+        for splits in (calibration, test)
     )
-    if shared := sorted(images & scored):
+    if shared := sorted(calibration_images & test_images):
         raise DataError(
             f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
             "fitted on one and scored on the other, so give data.calibration queries about other images"
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor of a vision-language model: image processor, tokenizer and chat template.
+    """Load the processor of a vision-language model: image processor, tokenizer and chat template.
 
     Raises:
-        DataError: there is none of this name, or it is not one for images and text.
+        DataError: it does not exist, or does not take images and text.
     """
     with loading("a processor", name):
         processor = AutoProcessor.from_pretrained(
@@ -347,10 +346,10 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     return processor
 
 
-def _leave_signals(worker: int) -> None:
-    """Signals that reach every process of a run are for the one above, which may be at saving a checkpoint.
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGUSR1 in a worker; the main process handles them and may be saving a checkpoint.
 
-    A worker ends when that one ends or asks it to; it dies at once only if it is told to for the second time.
+    The first SIGTERM only restores the default handler, so the second ends the worker.
     """
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)

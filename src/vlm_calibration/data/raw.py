@@ -1,7 +1,7 @@
-"""Queries with their images as they are, in batches that are the same whoever makes them: what region extraction runs on.
+"""Batches of queries with unperturbed images, for region extraction.
 
-The queries of a source are cut into shards of a fixed size, and each shard into batches. A process takes whole shards, so what
-is in a batch depends neither on the number of processes nor on what was done in an earlier run.
+The queries of a source are divided into shards of a fixed size, and each shard into batches. A process takes whole shards, so
+the content of a batch depends neither on the number of processes nor on an earlier run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ NO_SHARD = -1
 
 
 class RawQuery(NamedTuple):
-    """A query with its image, uint8 [H, W, 3], or with the problem that there was in reading it."""
+    """A query with its image, or the problem of loading it.
+
+    Attributes:
+        query: the query.
+        image: uint8 [H, W, 3]; None: it could not be loaded.
+        problem: why it could not be loaded.
+    """
 
     query: Query
     image: np.ndarray | None
@@ -32,7 +38,9 @@ class RawBatch:
     """Consecutive queries of one shard.
 
     Attributes:
-        shard: number of the shard. last: whether it ends with this batch.
+        rows: the queries.
+        shard: number of the shard, or NO_SHARD.
+        last: whether this is the last batch of the shard.
     """
 
     rows: list[RawQuery]
@@ -40,17 +48,19 @@ class RawBatch:
     last: bool
 
     def to(self, *_: Any, **__: Any) -> RawBatch:
-        """The batch itself, on whatever device: images are no tensors yet."""
+        """The batch itself, for any device: images are not tensors yet."""
         return self
 
 
 class RawBatches(Dataset[RawBatch]):
-    """The batches of some shards of a source, one an index.
+    """The batches of some shards of a source.
 
-    A process that has no shard gets one empty batch, so that it takes part in what comes after the last one.
+    A process without a shard gets one empty batch, so that it takes part in the hooks after the last batch.
 
     Args:
-        shard_size, batch_size: queries of each, but for the last ones.
+        source: the source.
+        shard_size: queries per shard; the last shard may be smaller.
+        batch_size: queries per batch; the last batch of a shard may be smaller.
         shards: numbers of the shards, in order.
     """
 
@@ -75,8 +85,8 @@ class RawBatches(Dataset[RawBatch]):
         shard, first, stop, last = self._spans[index]
         images: dict[str, np.ndarray] = {}
         rows = []
-        for place in range(first, stop):
-            query = self.queries[place]
+        for position in range(first, stop):
+            query = self.queries[position]
             try:
                 if query.image not in images:
                     images[query.image] = self.source.load(query).image
@@ -87,4 +97,5 @@ class RawBatches(Dataset[RawBatch]):
 
 
 def shard_count(queries: int, shard_size: int) -> int:
+    """The number of shards of a number of queries."""
     return -(-queries // shard_size)

@@ -5,13 +5,13 @@ The image is the unit of data splits, because the correctness of answers about o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vlm_calibration.files import json_lines
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
 from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
@@ -88,27 +88,15 @@ def read_predictions(path: Path) -> list[EstimatedPrediction]:
     Raises:
         DataError: the file cannot be read, holds no prediction, repeats an id, or has a line that is none (named).
     """
-    found: dict[str, EstimatedPrediction] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the predictions: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error}") from error
-    # Not splitlines: an answer may hold a line separator, which JSON leaves as it is.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            prediction = prediction_from_dict(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-        if prediction.id in found:
-            raise DataError(f"{path}:{number}: the id {prediction.id!r} comes twice")
-        found[prediction.id] = prediction
-    if not found:
+    predictions: dict[str, EstimatedPrediction] = {}
+    for line in json_lines(path):
+        prediction = line.read(prediction_from_dict)
+        if prediction.id in predictions:
+            raise line.error(f"the id {prediction.id!r} comes twice")
+        predictions[prediction.id] = prediction
+    if not predictions:
         raise DataError(f"{path}: no prediction in this file")
-    return list(found.values())
+    return list(predictions.values())
 
 
 def prediction_from_dict(data: Any) -> EstimatedPrediction:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from vlm_calibration.hub import first_line, loading, one_line
+from vlm_calibration.files import first_line
+from vlm_calibration.hub import loading, one_line
 from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
 from vlm_calibration.models.loading import load_base

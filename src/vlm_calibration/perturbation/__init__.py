@@ -1,7 +1,7 @@
-"""What noise means: schedules, levels (confidence <-> noise step), regions, and the perturbation of an image.
+"""Semantic perturbation: noise schedules, levels (confidence <-> noise step), regions, and noise on an image.
 
-The albumentations transform is in `vlm_calibration.perturbation.transform`, apart, since importing albumentations is
-slow and few callers need it.
+The albumentations transform is in `vlm_calibration.perturbation.transform` and is not imported here, since importing
+albumentations is slow.
 """
 
 from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask

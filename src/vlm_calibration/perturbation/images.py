@@ -1,7 +1,6 @@
-"""Images in: whatever file it is, 8-bit RGB the right way up, or an error that names the file.
+"""Loading images as upright 8-bit RGB, and resizing images and masks.
 
-Everything downstream computes on `(H, W, 3)` uint8 arrays, so the variety of real files (palettes, alpha, 16 bits,
-CMYK, EXIF rotation, damage) ends here. Resizing lives here as well, for images and for the masks that go with them.
+All other code computes on uint8 [H, W, 3], so palettes, alpha, 16 bits, CMYK, EXIF rotation and damaged files are handled here.
 """
 
 import io
@@ -17,10 +16,10 @@ from vlm_calibration.perturbation.masks import BoolMask, check_mask
 from vlm_calibration.perturbation.noise import ImageArray, check_image
 
 DEFAULT_MAX_PIXELS = 80_000_000
-"""Just under the size from which Pillow itself warns of decompression bombs."""
+"""Slightly below the size at which Pillow warns of decompression bombs."""
 
-# What undoes each EXIF orientation (the table of `PIL.ImageOps.exif_transpose`).
-_TURNS = {
+# EXIF orientation -> transposition that undoes it (the table of `PIL.ImageOps.exif_transpose`).
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +33,7 @@ _EXIF_ERRORS = (SyntaxError, OSError, ValueError, TypeError, KeyError, IndexErro
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names it, says what is wrong and what to do."""
+    """An image that cannot be used. The message names it, the problem and what to do."""
 
 
 def load_image(
@@ -42,28 +41,28 @@ def load_image(
 ) -> ImageArray:
     """Read an image file as 8-bit RGB.
 
-    | file | becomes |
+    | file | result |
     |---|---|
     | greyscale, 1 bit | three equal channels |
     | palette | its colours |
     | alpha or a transparent colour | composited on white |
     | 16-bit grey | scaled from 0..65535 to 0..255, rounded |
     | CMYK, YCbCr, HSV | converted by Pillow, without a colour profile |
-    | EXIF orientation | turned upright; unreadable EXIF counts as upright |
+    | EXIF orientation | rotated upright; unreadable EXIF is ignored |
     | several frames | the first |
     | floating point, LAB | refused |
 
     Args:
         source: a path, or the bytes of a file.
-        max_pixels: larger images are refused from their header, before anything is decoded.
-        name: what to call the image in messages; the path by default.
+        max_pixels: larger images are refused by their header, before they are decoded.
+        name: name of the image in messages; by default the path.
 
     Returns:
-        `(H, W, 3)` uint8, contiguous and writable.
+        uint8 [H, W, 3], contiguous and writable.
 
     Raises:
-        ImageError: if the file is missing, not an image, truncated or damaged, too large, or of a kind that has no one
-            reading as 8-bit RGB.
+        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique
+            conversion to 8-bit RGB.
     """
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
@@ -72,7 +71,7 @@ def load_image(
             if image.width * image.height > max_pixels:
                 raise ImageError(_too_large(name, f"{image.width} x {image.height} pixels", max_pixels))
             image.load()
-            turn = _TURNS.get(_orientation(image))
+            transposition = _TRANSPOSITIONS.get(_orientation(image))
             rgb = _to_rgb(image, name)
     except (ImageError, MemoryError):
         raise
@@ -84,19 +83,19 @@ def load_image(
         raise ImageError(
             f"{name}: not an image in a format that Pillow reads; convert or replace it"
         ) from error
-    # Given damaged bytes, Pillow's decoders raise anything, AssertionError and RuntimeError included.
+    # Pillow's decoders raise any exception on damaged bytes, AssertionError and RuntimeError included.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"{name}: cannot be opened: {error.strerror}") from error
         raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from error
-    return np.array(rgb if turn is None else rgb.transpose(turn))
+    return np.array(rgb if transposition is None else rgb.transpose(transposition))
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """The image at `size = (height, width)`, bicubic with antialiasing; a copy if it has that size already.
+    """Resize an image to `size = (height, width)`, bicubic with antialiasing. Always returns a copy.
 
     Raises:
-        TypeError, ValueError: if the image is not `(H, W, 3)` uint8 or the size is not positive.
+        TypeError, ValueError: the image is not uint8 [H, W, 3] or the size is not positive.
     """
     check_image(image)
     height, width = _check_size(size)
@@ -106,13 +105,16 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
 
 
 def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
-    """The mask at `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
+    """Resize a mask to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
 
-    A mask too thin to cover half a pixel anywhere keeps the pixel (or the tied pixels) that it covers most, so that
-    an object never vanishes; an empty mask stays empty.
+    If a non-empty mask covers half of no pixel, the pixels with the largest coverage are marked, so that no object vanishes.
+
+    Args:
+        mask: bool [H, W], or uint8 of 0 and 1.
+        size: (height, width).
 
     Raises:
-        TypeError, ValueError: if the mask is not `(H, W)` bool (or uint8 of 0 and 1) or the size is not positive.
+        TypeError, ValueError: the mask has another type or shape, or the size is not positive.
     """
     mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
     height, width = _check_size(size)
@@ -121,16 +123,16 @@ def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
     if not mask.any():
         return np.zeros((height, width), dtype=np.bool_)
     coverage = _box_means(_box_means(mask, height).T, width).T
-    # The factor allows for the rounding of sums where exactly half, or a tie, is meant.
+    # The factor allows for rounding errors where the coverage is exactly half, or tied.
     return coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
 
 
 def _box_means(values: NDArray[Any], n: int) -> NDArray[np.float64]:
-    """Means over `n` equal stretches of the first axis, exact where a stretch ends within a row.
+    """Means over `n` equal intervals of the first axis, exact where an interval ends within a row.
 
-    Pillow's box filter gives a row to the one stretch that holds its centre, and to none if that lies on a border.
+    Pillow's box filter assigns a whole row to the interval that contains its centre, and drops it if that is on a border.
     """
-    # float32 counts a mask's rows exactly, at half the memory.
+    # float32 counts the rows of a mask exactly, with half the memory.
     dtype = np.float32 if values.dtype == np.bool_ else np.float64
     sums = np.cumsum(values, axis=0, dtype=dtype)
     edges = np.arange(1, n + 1) * (len(values) / n)
@@ -145,7 +147,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_16_bit(image, name)
     if image.mode in ("F", "LAB"):
         raise ImageError(
-            f"{name}: {image.mode} pixels have no one reading as 8-bit RGB; convert the file to RGB"
+            f"{name}: {image.mode} pixels have no unique conversion to 8-bit RGB; convert the file to RGB"
         )
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -157,23 +159,23 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"{name}: 32-bit pixels outside 0..65535 have no one reading as 8-bit; convert the file"
+            f"{name}: 32-bit pixels outside 0..65535 have no unique conversion to 8-bit; convert the file"
         )
-    # 65535 = 255 * 257, so dividing by 257 with rounding maps the ends to the ends.
+    # 65535 = 255 * 257, so dividing by 257 maps 0 to 0 and 65535 to 255.
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where EXIF is absent or broken, as every viewer shows such files."""
+    """EXIF orientation 1..8; 1 if EXIF is missing or broken."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _EXIF_ERRORS:
         return 1
 
 
-def _too_large(name: str, found: str, max_pixels: int) -> str:
+def _too_large(name: str, size: str, max_pixels: int) -> str:
     return (
-        f"{name}: {found}, more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
+        f"{name}: {size}, more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
     )
 
 

@@ -1,6 +1,5 @@
-"""Level tables: how often the base model was right at each noise step, where that comes from, and whether it is of use."""
+"""Level tables: the measured accuracy of the base model at each noise step, its provenance, and whether it is usable."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +10,24 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import binomtest, norm
 
+from vlm_calibration.files import parse_json
+
 FORMAT = "vlm_calibration.levels/1"
 
 SIGNIFICANCE = 0.05
 FREE_GUESS = 0.05
-GRADE_OTHERWISE = ", or grade by another rule (data.grading: contains or token_f1; ranking for open answers with a rejected one)"
+"""Assumed accuracy of a blind guess for answers other than yes/no; our choice."""
+GRADING_ADVICE = ", or grade by another rule (data.grading: contains or token_f1; ranking for open answers with a rejected one)"
 
 
 class StepCount(NamedTuple):
-    """How often the base model was right at one noise step: `n_correct` of `n` held-out queries."""
+    """Accuracy of the base model at one noise step.
+
+    Attributes:
+        step: diffusion step of the noise.
+        n: number of held-out queries.
+        n_correct: number of correct answers.
+    """
 
     step: int
     n: int
@@ -28,14 +36,14 @@ class StepCount(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelTable:
-    """What was measured, and how.
+    """Measured counts and their provenance.
 
     Args:
-        counts: answer type -> counts, one per noise step; every answer type has the same steps, 0 among them.
-        provenance: model, schedule, seed, number of queries, ...: whatever says where the counts come from.
+        counts: answer type -> counts, one per noise step; all answer types have the same steps, 0 included.
+        provenance: origin of the counts: model, schedule, seed, number of queries, ...
 
     Raises:
-        ValueError: if it is empty, counts are impossible, steps repeat or differ between answer types, or 0 is missing.
+        ValueError: no counts, impossible counts, repeated steps, steps that differ between answer types, or no step 0.
     """
 
     counts: Mapping[str, tuple[StepCount, ...]]
@@ -66,57 +74,58 @@ class LevelTable:
                     raise ValueError(f"impossible count for answer type {kind!r}: {row}")
 
     def check_usable(self) -> None:
-        """Refuse counts that would teach a model to state nothing but "wrong", or one number for any noise.
+        """Refuse counts from which no useful confidence can be learned.
 
-        For every answer type two one-sided tests at a level of 5% must be met: a binomial test that the base model is right
-        on clean images more often than a blind guess (half the time for yes/no and for ranking, one time in twenty, our
-        choice, for what is said freely), and a Cochran-Armitage test that it is right less often the more noise there is.
-        That the same queries are asked at every step makes the second one cautious.
+        Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on clean images
+        exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and a Cochran-Armitage test
+        that accuracy falls with the noise. The second test is conservative, since the same queries are asked at every step.
 
         Raises:
-            ValueError: they are not; the message names the answer type and its counts, and what to do.
+            ValueError: a test fails; names the answer type, its counts and what to do.
         """
         for kind, rows in self.counts.items():
             by_ranking = self.provenance.get("grading", {}).get(kind) == "ranking"
             guess = 0.5 if kind == "yes_no" or by_ranking else FREE_GUESS
-            reason = _doubt(rows, guess)
+            reason = _why_unusable(rows, guess)
             if reason is None:
                 continue
             counts = ", ".join(f"{row.n_correct}/{row.n} at {row.step}" for row in rows)
-            rule = "" if kind == "yes_no" or by_ranking else GRADE_OTHERWISE
+            advice = "" if kind == "yes_no" or by_ranking else GRADING_ADVICE
             raise ValueError(
-                f"{kind} answers teach no confidence: {reason} (right, by noise step: {counts}); measure more or other "
-                f"queries, ask by another prompt (data.prompt){rule}"
+                f"{kind} answers teach no confidence: {reason} (correct, by noise step: {counts}); measure more or other "
+                f"queries, ask with another prompt (data.prompt){advice}"
             )
 
 
-def _doubt(rows: Sequence[StepCount], guess: float) -> str | None:
-    """Why these counts are of no use, or None."""
+def _why_unusable(rows: Sequence[StepCount], guess: float) -> str | None:
+    """Which test the counts fail; None if they pass."""
     clean = rows[0]
     if guess**clean.n > SIGNIFICANCE:
-        least = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
-        return f"{clean.n} clean queries are not enough answers to tell, which takes {least} at the least"
+        needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
+        return f"{clean.n} clean queries are too few, at least {needed} are needed"
     if binomtest(clean.n_correct, clean.n, guess, "greater").pvalue > SIGNIFICANCE:
         return (
-            f"the base model is right on {clean.n_correct} of {clean.n} clean images, not significantly more than the "
+            f"the base model is correct on {clean.n_correct} of {clean.n} clean images, not significantly more than the "
             f"{guess:.0%} of a blind guess"
         )
     if trend_p_value(rows) > SIGNIFICANCE:
-        return "noise does not significantly lower how often the base model is right"
+        return "noise does not significantly lower the base model's accuracy"
     return None
 
 
 def trend_p_value(rows: Sequence[StepCount]) -> float:
-    """One-sided p-value in [0, 1] of the Cochran-Armitage test that accuracy falls with the noise step (Armitage, 1955)."""
-    steps, n, right = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    mean = right.sum() / n.sum()
-    away = steps - np.average(steps, weights=n)
-    variance = mean * (1 - mean) * (n * away**2).sum()
-    return float(norm.cdf((away * (right - n * mean)).sum() / math.sqrt(variance))) if variance > 0 else 1.0
+    """One-sided p-value of the Cochran-Armitage test that accuracy falls with the noise step (Armitage, 1955)."""
+    steps, n, correct = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    mean = correct.sum() / n.sum()
+    centred = steps - np.average(steps, weights=n)
+    variance = mean * (1 - mean) * (n * centred**2).sum()
+    return (
+        float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance))) if variance > 0 else 1.0
+    )
 
 
 def isotonic_accuracy(rows: Sequence[StepCount]) -> np.ndarray:
-    """Weighted least-squares fit of the accuracies that never rises with the step; shape `(len(rows),)`."""
+    """Isotonic fit of the accuracies, weighted by `n`, not increasing with the step; float64 [len(rows)]."""
     accuracy = np.array([row.n_correct / row.n for row in rows])
     weights = np.array([row.n for row in rows], dtype=np.float64)
     fit = isotonic_regression(accuracy, weights=weights, increasing=False).x
@@ -124,15 +133,16 @@ def isotonic_accuracy(rows: Sequence[StepCount]) -> np.ndarray:
 
 
 def read_table(path: Path) -> LevelTable:
-    """The table of a file that `AnchoredLevels.save` wrote.
+    """Read a level table that `AnchoredLevels.save` wrote.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not a level table, or not a usable one (`check_usable`).
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a level table, or not a usable one (`LevelTable.check_usable`).
     """
     if not path.is_file():
         raise FileNotFoundError(f"no level table at {path}; write one with `vlm-calibration levels fit`")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"expected a JSON object with format {FORMAT!r}")
         counts = {

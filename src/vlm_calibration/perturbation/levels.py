@@ -1,8 +1,8 @@
-"""ConfidenceLevels: which confidence to state for which amount of noise, and back.
+"""Confidence levels: the mapping between noise steps and the confidence to state.
 
-`LinearLevels` is the paper's mapping, confidence falling evenly with the noise step. `AnchoredLevels` teaches what
-the base model was measured to achieve at each step, per answer type, since a yes/no question is still answered
-right half the time when nothing is left to see.
+`LinearLevels` is the paper's mapping: the confidence falls linearly with the noise step. `AnchoredLevels` states the base
+model's measured accuracy at each step, per answer type, since a yes/no question is answered correctly half of the time even
+if the object is invisible.
 """
 
 import json
@@ -27,7 +27,7 @@ from vlm_calibration.perturbation.level_table import (
 
 
 def check_confidence(confidence: float) -> float:
-    """The confidence as a float; ValueError unless it is in [0, 1] (NaN is not)."""
+    """Convert a confidence to float; ValueError if it is outside [0, 1] or NaN."""
     value = float(confidence)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"confidence must be in [0, 1], got {confidence!r}")
@@ -35,38 +35,38 @@ def check_confidence(confidence: float) -> float:
 
 
 def nominal_step(confidence: float, total_steps: int) -> int:
-    """`round((1 - confidence) * total_steps)`: the paper's noise step for a confidence in [0, 1]."""
+    """The paper's noise step for a confidence in [0, 1]: `round((1 - confidence) * total_steps)`."""
     return round((1.0 - check_confidence(confidence)) * total_steps)
 
 
 class ConfidenceLevels(ABC):
-    """A finite set of noise steps with the confidence that each one stands for.
+    """A finite set of noise steps with a confidence for each.
 
     Attributes:
-        steps: noise steps in rising order; `steps[0]` is 0, the clean image, and its confidence the highest.
+        steps: noise steps in rising order; `steps[0]` is 0, the clean image, which has the highest confidence.
     """
 
     steps: tuple[int, ...]
 
     @abstractmethod
     def confidence(self, step: int, answer_type: str) -> float:
-        """The confidence in [0, 1] to state at a noise step; ValueError for a step outside `[0, steps[-1]]`."""
+        """The confidence in [0, 1] at a noise step; ValueError for a step outside `[0, steps[-1]]`."""
 
     @abstractmethod
     def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """The noise step at which `confidence` is the one to state."""
+        """The noise step for a confidence."""
 
 
 @dataclass(frozen=True)
 class LinearLevels(ConfidenceLevels):
-    """The paper's levels: confidences 1, ..., 0 evenly spaced, `step = round((1 - c) * total_steps)`.
+    """The paper's levels: evenly spaced confidences 1, ..., 0 with `step = round((1 - c) * total_steps)`.
 
     Args:
         n_levels: number of levels; 11 gives 100%, 90%, ..., 0%.
-        total_steps: the schedule's number of steps.
+        total_steps: number of steps of the schedule.
 
     Raises:
-        ValueError: if there are fewer than two levels or they do not fall on distinct steps.
+        ValueError: fewer than two levels, or more levels than steps.
     """
 
     n_levels: int = 11
@@ -80,12 +80,12 @@ class LinearLevels(ConfidenceLevels):
 
     @property
     def steps(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The noise steps of the levels, from the clean image on."""
+        """The noise steps of the levels, from 0 to `total_steps`."""
         last = self.n_levels - 1
         return tuple(nominal_step((last - i) / last, self.total_steps) for i in range(self.n_levels))
 
     def confidence(self, step: int, answer_type: str = "") -> float:
-        """`1 - step / total_steps`, or the level's own value where `step` is one of `steps`; any answer type."""
+        """`1 - step / total_steps`, or the exact level if `step` is one of `steps`; the same for all answer types."""
         _check_range(step, self.total_steps)
         if step in self.steps:
             last = self.n_levels - 1
@@ -93,32 +93,32 @@ class LinearLevels(ConfidenceLevels):
         return (self.total_steps - step) / self.total_steps
 
     def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """`round((1 - confidence) * total_steps)`, the same for any answer type."""
+        """`round((1 - confidence) * total_steps)`, the same for all answer types."""
         return nominal_step(confidence, self.total_steps)
 
 
 class AnchoredLevels(ConfidenceLevels):
-    """ConfidenceLevels that state the base model's measured accuracy at each noise step, per answer type.
+    """Levels with the base model's measured accuracy at each noise step, per answer type.
 
-    Accuracies are made monotone (never rising with the noise) by isotonic regression weighted by `n`, and
-    interpolated linearly between measured steps. `accuracy` gives that fit as it is; `confidence` rounds it to a
-    grid, ties up. The grid (5% by default) makes the targets few and round: a model learns and reads "85%" more
-    easily than 101 near-synonymous numbers, and accuracies measured on some hundred queries are no finer than that.
-    The price is a rounding error of at most half a grid step (2.5%), 1.25% on average; `grid=1` states whole percents.
+    Isotonic regression weighted by `n` makes the accuracies monotone (not increasing with the noise); between measured steps
+    they are interpolated linearly. `accuracy` is this fit; `confidence` rounds it to a grid, ties up. The default grid of 5%
+    gives few, round targets: a model learns "85%" more easily than 101 near-synonymous numbers, and accuracies measured on a
+    few hundred queries are no finer. The rounding error is at most half a grid step (2.5%), 1.25% on average; `grid=1` states
+    whole percents.
 
-    `groups` makes the targets fewer still without that bias: neighbouring steps are merged so that their accuracies differ
-    least from the mean of their group (Jenks' natural breaks), and each step states that mean.
+    `groups` reduces the number of targets without that bias: it merges neighbouring steps so that accuracies differ least from
+    the mean of their group (Jenks' natural breaks), and each step states that mean.
 
     Args:
-        path: a JSON file written by `save`; or else give `table`.
-        table: the measurements themselves.
-        grid: percent between confidences that may be stated; divides 100.
-        groups: most confidences stated per answer type; None: as many as the grid allows.
+        path: a JSON file written by `save`; alternative to `table`.
+        table: the measurements; alternative to `path`.
+        grid: percent between two confidences; divides 100.
+        groups: maximum number of confidences per answer type; None: as many as the grid allows.
 
     Raises:
-        ValueError: if neither or both of `path` and `table` are given, the file is not a level table or one that teaches
-            nothing (see `LevelTable.check_usable`; names the file), `grid` does not divide 100, or `groups` is below 1.
-        FileNotFoundError: if there is no such file.
+        ValueError: neither or both of `path` and `table` are given, the file is not a usable level table (see
+            `LevelTable.check_usable`), `grid` does not divide 100, or `groups` is below 1.
+        FileNotFoundError: there is no such file.
     """
 
     def __init__(
@@ -159,20 +159,26 @@ class AnchoredLevels(ConfidenceLevels):
         provenance: Mapping[str, Any] | None = None,
         grid: int = 5,
     ) -> "AnchoredLevels":
-        """ConfidenceLevels from measurements: answer type -> `(step, n, n_correct)` rows, in any order."""
+        """Create levels from measurements.
+
+        Args:
+            counts: answer type -> rows `(step, n, n_correct)`, in any order.
+            provenance: as in `LevelTable`.
+            grid: as in the constructor.
+        """
         table = LevelTable({kind: tuple(rows) for kind, rows in counts.items()}, dict(provenance or {}))
         return cls(table=table, grid=grid)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, grid: int = 5) -> "AnchoredLevels":
-        """ConfidenceLevels from a file that `save` wrote."""
+        """Read levels from a file that `save` wrote."""
         return cls(path, grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON; a reader sees the old file or the whole new one, never a part.
+        """Write the table as JSON, atomically.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         kinds = {
             kind: [
@@ -187,34 +193,38 @@ class AnchoredLevels(ConfidenceLevels):
 
     @property
     def answer_types(self) -> tuple[str, ...]:
-        """The answer types that were measured."""
+        """The measured answer types."""
         return tuple(self.table.counts)
 
     def accuracy(self, step: int, answer_type: str) -> float:
         """The fitted accuracy in [0, 1], unrounded, interpolated linearly between measured steps.
 
         Raises:
-            ValueError: for an answer type that was not measured, or a step outside `[0, steps[-1]]`.
+            ValueError: an answer type that was not measured, or a step outside `[0, steps[-1]]`.
         """
         fit = self._fit(answer_type)
         _check_range(step, self.steps[-1])
         return float(np.interp(step, self.steps, fit))
 
     def confidence(self, step: int, answer_type: str) -> float:
-        """`accuracy`, or the mean of the group of the nearest measured step, rounded to the grid; raises as `accuracy` does."""
+        """`accuracy`, or with `groups` the group mean of the nearest measured step, rounded to the grid.
+
+        Raises:
+            ValueError: as `accuracy`.
+        """
         value = self.accuracy(step, answer_type)
         if self.groups is not None:
             nearest = min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - step))
             value = float(self._stated[answer_type][nearest])
         cells = 100 // self.grid
-        # The small term makes interpolated ties go up whatever the last bit of the interpolation.
+        # The small term rounds interpolated ties up despite floating-point error.
         return math.floor(value * cells + 0.5 + 1e-9) / cells
 
     def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """The least noisy step whose fitted accuracy is at most `confidence`.
+        """The smallest step whose fitted accuracy is at most `confidence`.
 
         Raises:
-            ValueError: without an answer type, or if no amount of noise brings the model down to `confidence`.
+            ValueError: no answer type, or the fitted accuracy exceeds `confidence` at every step.
         """
         target = check_confidence(confidence)
         if answer_type is None:
@@ -241,9 +251,9 @@ class AnchoredLevels(ConfidenceLevels):
 
 
 def _group_means(accuracy: np.ndarray, weights: Sequence[int], groups: int) -> np.ndarray:
-    """Each value replaced by the weighted mean of its group: at most `groups` runs with the least sum of squared errors.
+    """Replace each value by the weighted mean of its group: at most `groups` runs with the least sum of squared errors.
 
-    Exact dynamic programme over the last run: `best[g][j]` is (error, start of the last run) for the first j values in g runs.
+    Exact dynamic programming: `best[g][j]` is (error, start of the last run) for the first j values in g runs.
     """
     n, w = len(accuracy), np.asarray(weights, dtype=np.float64)
 

@@ -1,19 +1,28 @@
-"""Binary masks: checking them, and the one bit of geometry (the bounding box) that several modules share.
+"""Binary masks: checks, bounding boxes, and conversion from and to COCO run-length encoding (RLE).
 
-A wrong mask must stop a run here, in words, rather than surface later as an indexing error or, worse, as noise in the
-wrong place.
+An invalid mask is reported here, before it causes an indexing error or noise in the wrong place.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco
+
+from vlm_calibration.records import RecordError, Region
 
 BoolMask = NDArray[np.bool_]
 
 
 class MaskBox(NamedTuple):
-    """Half-open bounding box in pixels: rows `top:bottom`, columns `left:right`."""
+    """Half-open bounding box in pixels.
+
+    Attributes:
+        top: first row.
+        bottom: row after the last.
+        left: first column.
+        right: column after the last.
+    """
 
     top: int
     bottom: int
@@ -30,28 +39,28 @@ class MaskBox(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Indexes the box out of an `(H, W, ...)` array."""
+        """Index of the box in an array [H, W, ...]."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
 def check_mask(
     mask: NDArray[Any], image_shape: tuple[int, ...], *, name: str = "mask", allow_empty: bool = False
 ) -> BoolMask:
-    """The mask as a boolean array, or an error that says what is wrong with it.
+    """Check a mask and return it as bool.
 
     Args:
-        mask: `(H, W)`, bool, or uint8 that holds only 0 and 1 (what pycocotools decodes to). 0/255 masks are refused:
-            a mask with grey values has no single meaning, so the caller compares with a threshold.
-        image_shape: `(H, W, ...)` of the image that the mask belongs to.
-        name: what to call the mask in messages.
-        allow_empty: accept a mask without a single pixel.
+        mask: bool [H, W], or uint8 [H, W] with values 0 and 1 as pycocotools decodes. Masks with values 0 and 255 are
+            refused: the meaning of grey values is ambiguous, so the caller must apply a threshold.
+        image_shape: [H, W, ...] of the image.
+        name: name of the mask in messages.
+        allow_empty: accept a mask without a marked pixel.
 
     Returns:
-        The mask as bool, without a copy (a view for uint8).
+        bool [H, W], not a copy (a view of uint8).
 
     Raises:
-        TypeError: if it is not an array of bool or uint8.
-        ValueError: if it has another size than the image, other values than 0 and 1, or no pixel.
+        TypeError: the mask is not an array of bool or uint8.
+        ValueError: the mask has another size than the image, other values than 0 and 1, or no marked pixel.
     """
     if not isinstance(mask, np.ndarray):
         raise TypeError(f"{name} must be a numpy array, got {type(mask).__name__}")
@@ -75,10 +84,10 @@ def check_mask(
 
 
 def bounding_box(mask: BoolMask) -> MaskBox:
-    """The smallest box that holds every marked pixel of a non-empty `(H, W)` mask.
+    """The smallest box that contains every marked pixel of a mask [H, W].
 
     Raises:
-        ValueError: if the mask is empty.
+        ValueError: the mask is empty.
     """
     rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
@@ -86,3 +95,76 @@ def bounding_box(mask: BoolMask) -> MaskBox:
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     columns = np.flatnonzero(mask[top:bottom].any(axis=0))
     return MaskBox(top, bottom, int(columns[0]), int(columns[-1]) + 1)
+
+
+def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
+    """The mask of a region, bool [height, width]. A region without a mask is its box, clipped to the image.
+
+    Raises:
+        RecordError: the mask has another size than the image or cannot be decoded, or the region lies outside the image.
+    """
+    if region.mask is None:
+        x0, y0, x1, y1 = region.box
+        mask = np.zeros((height, width), dtype=bool)
+        mask[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = True
+    else:
+        mask = _decode_mask(region, height, width)
+    if not mask.any():
+        raise RecordError(
+            f"the region {region.label!r} (box {list(region.box)}) covers no pixel of the {width} x {height} image"
+        )
+    return mask
+
+
+def leaves_image(region: Region, height: int, width: int) -> bool:
+    """Whether a region without a mask has a box that is partly outside the image."""
+    x0, y0, x1, y1 = map(round, region.box)
+    return region.mask is None and (x0 < 0 or y0 < 0 or x1 > width or y1 > height)
+
+
+def _decode_mask(region: Region, height: int, width: int) -> np.ndarray:
+    assert region.mask is not None
+    size, counts = region.mask["size"], region.mask["counts"]
+    if not isinstance(size, list | tuple) or list(size) != [height, width]:
+        raise RecordError(
+            f"the mask of region {region.label!r} has size {size} ([height, width]) but the image is {[height, width]}"
+        )
+    try:
+        text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+        runs = _run_lengths(text) if isinstance(text, str) else text
+        if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs):
+            raise ValueError("counts must be a text or a list of whole numbers of at least 0")
+        if sum(runs) != height * width:
+            # pycocotools would leave the rest of the mask uninitialised.
+            raise ValueError(f"counts cover {sum(runs)} pixels of {height * width}")
+    except ValueError as error:
+        raise RecordError(f"the mask of region {region.label!r} is not a COCO RLE: {error}") from error
+    marked = np.arange(len(runs)) % 2 == 1
+    return np.repeat(marked, runs).reshape(width, height).T
+
+
+def _run_lengths(counts: str) -> list[int]:
+    """Decode COCO's compressed counts: 5 bits a character; from the fourth run on, the difference to the run two before."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"unexpected character {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("counts end within a number")
+    return runs
+
+
+def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask, bool [H, W], as COCO RLE with `counts` as text, ready for JSON."""
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}

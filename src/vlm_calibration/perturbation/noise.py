@@ -1,8 +1,8 @@
-"""The semantic perturbation itself: diffusion noise on the pixels of one region, and nowhere else.
+"""Semantic perturbation: diffusion noise on the pixels of a region.
 
 `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps` on pixels scaled to [-1, 1], `v = m * x_t + (1 - m) * x_0`
-(Zhao et al., arXiv 2504.14848). It runs for every training sample in the loader's workers, so noise is drawn for
-the masked pixels only and the arithmetic is in-place float32.
+(Zhao et al., arXiv 2504.14848). This runs for every training sample in the data workers, so noise is drawn for the masked
+pixels only, with in-place float32 arithmetic.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ def perturb(
     schedule: Schedule | str = "linear",
     seed: Seed,
 ) -> ImageArray:
-    """The image with its region noised to the level that stands for `confidence` (the paper's linear levels).
+    """Add noise to a region at the level of `confidence`, by the paper's linear levels.
 
     Args:
-        image: `(H, W, 3)` uint8.
-        mask: `(H, W)` bool (or uint8 of 0 and 1); the region.
-        confidence: in [0, 1]; 1 leaves the image as it is, 0 goes to the schedule's last step.
-        schedule: a schedule or the name of one ("linear", "cosine", "sigmoid"; 1000 steps).
-        seed: what the noise is a function of: a non-negative integer, or several, such as (seed, epoch, query).
+        image: uint8 [H, W, 3].
+        mask: bool [H, W], or uint8 of 0 and 1; the region.
+        confidence: in [0, 1]; 1 leaves the image unchanged, 0 is the last step of the schedule.
+        schedule: a schedule, or its name with 1000 steps: "linear", "cosine" or "sigmoid".
+        seed: a non-negative integer, or several such as (seed, epoch, query).
 
     Returns:
-        A new `(H, W, 3)` uint8 array; see `add_region_noise`.
+        A new uint8 [H, W, 3]; see `add_region_noise`.
 
     Raises:
-        TypeError, ValueError: for an image, mask, confidence or seed that is not as above; says which.
+        TypeError, ValueError: an invalid image, mask, confidence or seed; named.
     """
     if isinstance(schedule, str):
         schedule = schedule_by_name(schedule)
@@ -50,25 +50,24 @@ def perturb(
 def add_region_noise(
     image: ImageArray, mask: NDArray[Any], step: int, schedule: Schedule, seed: Seed
 ) -> ImageArray:
-    """Noise the masked pixels to diffusion step `step`.
+    """Add noise of diffusion step `step` to the masked pixels.
 
-    The noise is a pure function of the seed and the mask: the same on every call, process and machine, and the same
-    `eps` at every step, so that one seed gives a nested series of images from clean to noise. Values are rounded to
-    the nearest integer and clipped to [0, 255].
+    The noise is a pure function of the seed and the mask: the same in every call, process and machine, with the same `eps` at
+    every step. Values are rounded to the nearest integer and clipped to [0, 255].
 
     Args:
-        image: `(H, W, 3)` uint8.
-        mask: `(H, W)` bool (or uint8 of 0 and 1) with at least one pixel.
+        image: uint8 [H, W, 3].
+        mask: bool [H, W], or uint8 of 0 and 1, with at least one marked pixel.
         step: in [0, schedule.steps].
-        schedule: how much signal each step leaves.
-        seed: a non-negative integer, a sequence of them (zeros at its end do not count), or a `SeedSequence`.
+        schedule: the noise schedule.
+        seed: a non-negative integer, a sequence of them (trailing zeros do not count), or a `SeedSequence`.
 
     Returns:
-        A new array, never the input itself, bit-identical to it outside the mask, and everywhere at step 0.
+        A new array, bit-identical to the image outside the mask, and everywhere at step 0.
 
     Raises:
-        TypeError: if the image is not a uint8 array, the mask not bool, the step or the seed not an integer.
-        ValueError: if the shapes disagree, the mask is empty, the step is outside the schedule, or a seed is negative.
+        TypeError: the image is not a uint8 array, the mask is not bool, or the step or seed is not an integer.
+        ValueError: shapes differ, the mask is empty, the step is outside the schedule, or a seed is negative.
     """
     check_image(image)
     mask = check_mask(mask, image.shape)
@@ -79,7 +78,7 @@ def add_region_noise(
         return noisy
     box = bounding_box(mask).slices
     region = mask[box]
-    # One three-byte item a pixel: a boolean index then moves whole pixels, several times faster than (n, 3) rows.
+    # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
     pixels = noisy.view("V3")[..., 0][box]
     values = generator.standard_normal(3 * np.count_nonzero(region), dtype=np.float32)
     # In 0..255: 127.5 * (sqrt(abar) * (v / 127.5 - 1) + sqrt(1 - abar) * eps + 1), constants folded.
@@ -94,16 +93,16 @@ def add_region_noise(
 
 
 def check_image(image: NDArray[Any]) -> None:
-    """Raise TypeError or ValueError, saying why, unless the image is an `(H, W, 3)` uint8 array."""
+    """Raise a TypeError or ValueError unless the image is uint8 [H, W, 3]."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise TypeError(f"image must be a uint8 array, got {found}")
+        actual = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise TypeError(f"image must be a uint8 array, got {actual}")
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must have shape (height, width, 3), got {image.shape}")
 
 
 def _seed_sequence(seed: Seed) -> np.random.SeedSequence:
-    """Not `default_rng`, whose generator may change between numpy versions, and never entropy of the machine."""
+    """Check a seed. Noise uses PCG64, since `default_rng` may change its generator between numpy versions."""
     if isinstance(seed, np.random.SeedSequence):
         return seed
     entropy = (

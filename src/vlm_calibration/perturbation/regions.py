@@ -1,8 +1,7 @@
-"""Where the noise goes: the shape of a region, and the policy that chooses one for a query.
+"""The region to noise: its shape, and the policy that chooses one for a query.
 
-Noise only carries meaning if its mere presence gives nothing away. So some of it falls on objects that the question
-is not about, and questions about absent objects get noise as well. Everything here is geometry on masks and a
-random generator; nothing knows about images or records.
+The presence of noise alone must not reveal the answer, so some noise goes to objects that the question is not about, and
+questions about absent objects get noise as well. The functions take masks and a random generator, no images or records.
 """
 
 from collections.abc import Sequence
@@ -18,21 +17,21 @@ RegionShape = Literal["mask", "box"]
 RegionKind = Literal["target", "distractor", "absent", "none"]
 
 PLAUSIBLE_AREA = (0.02, 0.25)
-"""Share of the image that a made-up object covers where there is no object to take the size from."""
+"""Range of the area of a random region, as a share of the image, if there is no object to take the size from."""
 
 PLAUSIBLE_ASPECT = (0.5, 2.0)
-"""Width over height of a made-up object."""
+"""Range of width over height of a random region."""
 
 
 class RegionChoice(NamedTuple):
-    """The region to noise, and what noise there means for the confidence to state.
+    """The region to noise, and its kind, which decides the confidence to state.
 
     Attributes:
-        mask: `(H, W)` bool, or None to leave the image clean.
+        mask: bool [H, W]; None: the image stays clean.
         kind: "target": the key object; state the confidence of the noise level. "distractor": a region that the question is
-            not about; the evidence is whole, so state the confidence of the clean image. "absent": the question is about
-            an object that is not there; the noise could hide one, so state the confidence of the noise level. "none":
-            the image stays clean.
+            not about; the evidence is intact, so state the confidence of the clean image. "absent": the question is about
+            an absent object, which the noise could hide; state the confidence of the noise level. "none": the image stays
+            clean.
     """
 
     mask: BoolMask | None
@@ -40,19 +39,19 @@ class RegionChoice(NamedTuple):
 
 
 def region_mask(mask: BoolMask, *, shape: RegionShape = "mask", dilate: float = 0.0) -> BoolMask:
-    """A region grown, or squared off, so that its outline does not give the object's silhouette away.
+    """Dilate a mask or fill its bounding box, which hides the silhouette of the object.
 
     Args:
-        mask: `(H, W)` bool, not empty.
-        shape: "mask" keeps the outline; "box" fills the bounding box (of the whole mask, if it has several parts).
-        dilate: how far to grow in each direction, as a fraction of the longer side of the bounding box, so that it means
-            the same at every resolution; at least one pixel if positive. Growth is square and stops at the image's edge.
+        mask: bool [H, W], not empty.
+        shape: "mask" keeps the outline; "box" fills the bounding box of the whole mask.
+        dilate: growth in each direction as a fraction of the longer side of the bounding box, hence independent of the image
+            size; at least one pixel if positive. The structuring element is square.
 
     Returns:
-        A new `(H, W)` bool mask that contains the given one.
+        A new mask, bool [H, W], that contains the given mask.
 
     Raises:
-        ValueError: for an empty mask, an unknown shape, or a `dilate` that is negative or not finite.
+        ValueError: an empty mask, an unknown shape, or a `dilate` that is negative or not finite.
     """
     if shape not in ("mask", "box"):
         raise ValueError(f"region shape must be 'mask' or 'box', got {shape!r}")
@@ -74,7 +73,7 @@ def region_mask(mask: BoolMask, *, shape: RegionShape = "mask", dilate: float = 
     part = mask[grown.slices].view(np.uint8)
     if radius:
         for axis, length in enumerate(part.shape):
-            # A window longer than the array sees nothing more; scipy would pay for its full length.
+            # A window longer than the array has the same result, but costs more in scipy.
             part = maximum_filter1d(part, 2 * min(radius, length) + 1, axis=axis, mode="constant")
     region[grown.slices] = part.astype(np.bool_)
     return region
@@ -89,38 +88,39 @@ def choose_region(
     rng: np.random.Generator,
     image_shape: tuple[int, ...],
 ) -> RegionChoice:
-    """The region to noise for one query; a pure function of its arguments and the generator's state.
+    """Choose the region to noise for one query.
 
-    With key objects, the region is their union ("target"), or with `distractor_probability` one that the question is not
-    about ("distractor"): a distractor mask that does not touch the target, drawn at random, or without one a box
-    of the target's size at a random place off the target (smaller if it fits nowhere). If the target covers the whole
-    image there is no such place, and the target is noised.
+    With key objects, the region is their union ("target"), or with `distractor_probability` a region that the question is not
+    about ("distractor"): a random distractor mask that does not touch the target, or if there is none a box of the target's
+    size at a random position off the target (smaller if it does not fit). If the target covers the whole image, it is noised.
 
-    Without key objects, `absent` decides: "distractor" noises a random distractor or, without one, a random box of
-    plausible size ("absent"); "clean" noises nothing ("none"). Records under "skip" must be left out before.
+    Without key objects, `absent` decides: "distractor" noises a random distractor or, if there is none, a random box of
+    plausible size ("absent"); "clean" noises nothing ("none"). Queries under "skip" must be removed before.
 
     Args:
-        target_masks: masks of the key objects, each `(H, W)` bool and not empty; none for an absent object.
+        target_masks: masks of the key objects, bool [H, W], not empty; none for an absent object.
         distractor_masks: masks of the other objects.
         absent: policy for queries without a key object.
         distractor_probability: in [0, 1].
-        rng: source of the choice.
-        image_shape: `(H, W, ...)`.
+        rng: the only source of randomness.
+        image_shape: [H, W, ...].
 
     Raises:
-        TypeError, ValueError: for a mask that is empty, not bool or of another size, a probability outside [0, 1], an
-            unknown policy, or a query without a key object under "skip".
+        TypeError, ValueError: a mask that is empty, not bool or of another size, a probability outside [0, 1], an unknown
+            policy, or a query without a key object under "skip".
     """
     if absent not in ("distractor", "clean", "skip"):
         raise ValueError(f"absent must be 'distractor', 'clean' or 'skip', got {absent!r}")
     if not 0.0 <= distractor_probability <= 1.0:
         raise ValueError(f"distractor_probability must be in [0, 1], got {distractor_probability!r}")
     targets = [check_mask(m, image_shape, name=f"target mask {i}") for i, m in enumerate(target_masks)]
-    others = [check_mask(m, image_shape, name=f"distractor mask {i}") for i, m in enumerate(distractor_masks)]
+    distractors = [
+        check_mask(m, image_shape, name=f"distractor mask {i}") for i, m in enumerate(distractor_masks)
+    ]
     if targets:
         target = np.logical_or.reduce(targets)
         if rng.random() < distractor_probability:
-            off_target = _region_off(target, others, rng)
+            off_target = _region_off(target, distractors, rng)
             if off_target is not None:
                 return RegionChoice(off_target, "distractor")
         return RegionChoice(target, "target")
@@ -130,16 +130,18 @@ def choose_region(
         )
     if absent == "clean":
         return RegionChoice(None, "none")
-    if others:
-        return RegionChoice(others[int(rng.integers(len(others)))], "absent")
+    if distractors:
+        return RegionChoice(distractors[int(rng.integers(len(distractors)))], "absent")
     return RegionChoice(_plausible_box(image_shape, rng), "absent")
 
 
-def _region_off(target: BoolMask, others: Sequence[BoolMask], rng: np.random.Generator) -> BoolMask | None:
-    """A distractor clear of the target, or a random box clear of it, or None if the target fills the image."""
-    clear = [mask for mask in others if not np.any(mask & target)]
-    if clear:
-        return clear[int(rng.integers(len(clear)))]
+def _region_off(
+    target: BoolMask, distractors: Sequence[BoolMask], rng: np.random.Generator
+) -> BoolMask | None:
+    """A distractor, or else a random box, that does not touch the target; None if the target fills the image."""
+    disjoint = [mask for mask in distractors if not np.any(mask & target)]
+    if disjoint:
+        return disjoint[int(rng.integers(len(disjoint)))]
     if target.all():
         return None
     box = bounding_box(target)
@@ -149,12 +151,12 @@ def _region_off(target: BoolMask, others: Sequence[BoolMask], rng: np.random.Gen
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
             return _box_mask(target.shape, MaskBox(top, top + height, left, left + width))
-        # Some pixel is free, so this ends at the latest with a box of one pixel.
+        # At least one pixel is free, so a box of one pixel always fits.
         height, width = max(1, int(height * 0.8)), max(1, int(width * 0.8))
 
 
 def _free_corners(target: BoolMask, height: int, width: int) -> np.ndarray:
-    """Flat indices, over `(H - height + 1, W - width + 1)`, of top-left corners of boxes that miss the target."""
+    """Flat indices, in [H - height + 1, W - width + 1], of the top-left corners of boxes that do not touch the target."""
     sums = np.zeros((target.shape[0] + 1, target.shape[1] + 1), dtype=np.int32)
     np.cumsum(np.cumsum(target, axis=0, dtype=np.int32), axis=1, out=sums[1:, 1:])
     inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
@@ -162,7 +164,7 @@ def _free_corners(target: BoolMask, height: int, width: int) -> np.ndarray:
 
 
 def _plausible_box(image_shape: tuple[int, ...], rng: np.random.Generator) -> BoolMask:
-    """A box whose area and aspect are drawn log-uniformly from the plausible ranges, at a random place."""
+    """A box at a random position whose area and aspect are log-uniform in the plausible ranges."""
     height, width = image_shape[:2]
     area = np.exp(rng.uniform(*np.log(PLAUSIBLE_AREA))) * height * width
     aspect = np.exp(rng.uniform(*np.log(PLAUSIBLE_ASPECT)))

@@ -1,44 +1,42 @@
-"""Noise schedules: how much of a pixel survives after a given number of diffusion steps.
+"""Noise schedules: the share of the signal's variance left after each diffusion step, `alpha_bar(step)`.
 
-A schedule is a small frozen value with one question to answer, `alpha_bar(step)`: the share of the signal's
-variance that is left. Everything else about the perturbation (where, which noise, what confidence it stands for)
-lives elsewhere, so schedules are exact to check against the published formulas.
+A schedule is a frozen dataclass without other duties, so it can be checked against the published formula.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 REFERENCE_STEPS = 1000
-"""The number of steps for which the published beta ranges are given."""
+"""Number of steps of the published beta ranges."""
 
 MAX_BETA = 0.999
-"""No single step may remove more than this share of the variance (Nichol & Dhariwal, section 3.2)."""
+"""Largest share of the variance that one step may remove (Nichol & Dhariwal, section 3.2)."""
 
 
 class Schedule(ABC):
     """Variance-preserving forward process `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps`.
 
-    Steps count the noising operations: step 0 is the untouched image, `steps` the noisiest one. Libraries that
-    index an array of betas from 0 (diffusers, visual contrastive decoding) call our step `t` their `t - 1`.
+    Step 0 is the clean image, `steps` the noisiest. Step `t` is `t - 1` in libraries that index an array of betas from 0
+    (diffusers, visual contrastive decoding).
     """
 
     steps: int
 
     @abstractmethod
     def betas(self) -> NDArray[np.float64]:
-        """The variance that each step replaces by noise; shape `(steps,)`, in (0, 0.999]."""
+        """The share of variance that each step replaces by noise, float64 [steps] in (0, 0.999]."""
 
     @overload
     def alpha_bar(self, step: int) -> float: ...
     @overload
     def alpha_bar(self, step: NDArray[np.integer]) -> NDArray[np.float64]: ...
     def alpha_bar(self, step: int | NDArray[np.integer]) -> float | NDArray[np.float64]:
-        """Share of the signal's variance left after `step` steps: 1.0 exactly at 0, strictly falling.
+        """Share of the signal's variance left after `step` steps: exactly 1.0 at 0, strictly decreasing.
 
         Args:
             step: an integer, or an integer array of any shape, in [0, steps].
@@ -47,8 +45,8 @@ class Schedule(ABC):
             A float for an integer, a float64 array of the same shape for an array.
 
         Raises:
-            TypeError: if the steps are not integers.
-            ValueError: if a step is outside [0, steps].
+            TypeError: the steps are not integers.
+            ValueError: a step is outside [0, steps].
         """
         index = np.asarray(step)
         if not np.issubdtype(index.dtype, np.integer):
@@ -61,7 +59,7 @@ class Schedule(ABC):
 
 @lru_cache(maxsize=32)
 def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
-    """The whole table, shape `(steps + 1,)`; cached by value so that schedules stay free of state."""
+    """The values of all steps, float64 [steps + 1]; cached by value, so schedules have no state."""
     table = np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas())])
     table.flags.writeable = False
     return table
@@ -69,21 +67,20 @@ def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas rise evenly.
+    """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas increase linearly.
 
-    Leaves `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image: nothing that can be seen.
+    `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image, which is invisible.
+
+    With another number of steps than 1000 both betas are scaled by `1000 / steps`, as in Nichol & Dhariwal's implementation,
+    so that the last step has the same amount of noise. (Unscaled, 100 steps would leave a third of the variance.)
 
     Args:
         steps: number of steps `T`.
         beta_start: variance replaced by the first step, *for 1000 steps*.
         beta_end: variance replaced by the last step, *for 1000 steps*.
 
-    With another number of steps both are scaled by `1000 / steps`, as Nichol & Dhariwal's implementation does, so
-    that step `steps` always means the same amount of noise. (Unscaled, 100 steps would leave a third of the
-    variance in an image that is said to hold nothing.)
-
     Raises:
-        ValueError: if `steps` is not positive, or a beta would leave (0, 0.999].
+        ValueError: `steps` is not positive, or a beta is outside (0, 0.999].
     """
 
     steps: int = REFERENCE_STEPS
@@ -113,14 +110,14 @@ class CosineSchedule(Schedule):
     """The cosine schedule of Nichol & Dhariwal (arXiv 2102.09672, equation 17).
 
     `alpha_bar(t) = f(t) / f(0)` with `f(t) = cos(pi/2 * (t/T + offset) / (1 + offset))^2`, betas clipped at 0.999.
-    Leaves `alpha_bar(T) = 2.4e-9`: nothing at all.
+    `alpha_bar(T) = 2.4e-9`.
 
     Args:
         steps: number of steps `T`.
         offset: keeps the first betas from vanishing, >= 0.
 
     Raises:
-        ValueError: if `steps` is not positive or `offset` is negative or not finite.
+        ValueError: `steps` is not positive, or `offset` is negative or not finite.
     """
 
     steps: int = REFERENCE_STEPS
@@ -139,18 +136,17 @@ class CosineSchedule(Schedule):
 
 @dataclass(frozen=True)
 class SigmoidSchedule(Schedule):
-    """The schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
+    """The sigmoid schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
 
-    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`. It leaves signal at the last step:
-    `alpha_bar(T) = 0.081`, an amplitude of 28% of the image, so that large objects stay faintly visible at
-    "0%". Choose it to compare with that work; `linear` and `cosine` end in pure noise.
+    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`. The last step leaves signal: `alpha_bar(T) = 0.081`, an
+    amplitude of 28% of the image, so large objects stay faintly visible at "0%". Use it to compare with that work; `linear`
+    and `cosine` end in pure noise.
 
     Args:
-        steps: number of steps `T`. As for `LinearSchedule`, betas are scaled by `1000 / steps`, so that the last
-            step means the same amount of noise for any number of steps.
+        steps: number of steps `T`. As in `LinearSchedule`, betas are scaled by `1000 / steps`.
 
     Raises:
-        ValueError: if `steps` is less than 6 (a beta would exceed 0.999).
+        ValueError: `steps` is less than 6 (a beta would exceed 0.999).
     """
 
     steps: int = REFERENCE_STEPS
@@ -165,23 +161,28 @@ class SigmoidSchedule(Schedule):
         return (ramp * (0.5e-2 - 1e-5) + 1e-5) * (REFERENCE_STEPS / self.steps)
 
 
-SCHEDULES: dict[str, type[LinearSchedule] | type[CosineSchedule] | type[SigmoidSchedule]] = {
+SCHEDULES: dict[str, type[Schedule]] = {
     "linear": LinearSchedule,
     "cosine": CosineSchedule,
     "sigmoid": SigmoidSchedule,
 }
-"""The schedules that a configuration may name."""
+"""Name -> schedule."""
 
 
-def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
-    """The schedule called `name` ("linear", "cosine" or "sigmoid") with its default parameters.
+def schedule_by_name(name: str, steps: int = REFERENCE_STEPS, **parameters: Any) -> Schedule:
+    """Create a schedule by its name: "linear", "cosine" or "sigmoid".
+
+    Args:
+        name: a key of `SCHEDULES`.
+        steps: number of steps.
+        parameters: further parameters of its constructor.
 
     Raises:
-        ValueError: if there is no such schedule; names the known ones.
+        ValueError: there is no such schedule, or a parameter is invalid.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](steps=steps)
+    return SCHEDULES[name](steps=steps, **parameters)  # type: ignore[call-arg]
 
 
 def _check_steps(steps: int) -> None:

@@ -1,11 +1,12 @@
-"""The perturbation as an albumentations transform, so that it composes with any other augmentation.
+"""The perturbation as an albumentations transform: the path of training, which composes with other augmentations.
 
-This is the one module that imports albumentations. The import is slow and looks on the network for a newer version
-unless told not to, so it is told not to, and `vlm_calibration.perturbation` does not import this module.
+This is the only module that imports albumentations. The import is slow, so it is deferred until an image is perturbed, and it
+must not look for updates on the network.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -13,57 +14,54 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from vlm_calibration.perturbation.levels import LinearLevels, check_confidence, nominal_step
-from vlm_calibration.perturbation.masks import check_mask
 from vlm_calibration.perturbation.noise import ImageArray, add_region_noise
 from vlm_calibration.perturbation.regions import RegionShape, region_mask
 from vlm_calibration.perturbation.schedules import SCHEDULES, Schedule, schedule_by_name
 
 
 class RegionNoise(A.ImageOnlyTransform):
-    """Noise the pixels under `mask` to a confidence level; leave every other pixel, and the mask, alone.
+    """Add noise to the pixels under `mask`; leave all other pixels, and the mask, unchanged.
 
-    Two keys may accompany each call, and win over what is drawn: `confidence`, the level in [0, 1], and `noise_seed`, an
-    integer or a sequence of them, of which the noise is then a pure function:
+    A call may pass further keys, which take precedence over random values: the level as `confidence` in [0, 1] or as the
+    noise `step`, and `noise_seed`, an integer or a sequence of integers. The noise is a pure function of the seed:
 
         A.Compose([RegionNoise()])(image=image, mask=mask, confidence=0.3, noise_seed=(seed, epoch, query))
 
-    Without them a level is drawn from `confidences` and a seed from the transform's generator, which
-    `A.Compose(..., seed=...)` makes reproducible. What was used is in `params["confidence"]`, `params["step"]` and
-    `params["noise_seed"]` of `transform.get_applied_params()`. Serialisable with `A.to_dict` and `A.from_dict`.
+    Otherwise the level is drawn from `confidences`, and the seed from the transform's generator, which `A.Compose(...,
+    seed=...)` makes reproducible. `transform.get_applied_params()` has the values used: "confidence" (None if `step` was
+    passed), "step" and "noise_seed". `A.to_dict` and `A.from_dict` serialise the transform, to JSON as well for the
+    schedules of `SCHEDULES`.
 
-    Targets: image (uint8, `(H, W, 3)`); needs `mask` (`(H, W)`, bool or uint8 of 0 and 1, not empty).
+    Targets: image, uint8 [H, W, 3]; requires `mask`, bool [H, W] or uint8 of 0 and 1, not empty.
 
     Args:
-        schedule: "linear", "cosine" or "sigmoid".
-        steps: the schedule's number of steps.
-        confidences: levels in [0, 1] to draw from, evenly; the paper's eleven by default.
+        schedule: a schedule, its name ("linear", "cosine" or "sigmoid"), or its name and parameters as a mapping such as
+            {"name": "cosine", "steps": 500}.
+        confidences: levels in [0, 1] to draw from with equal probability; by default the paper's eleven.
         shape: "mask" or "box", see `region_mask`.
-        dilate: fraction of the region's longer side to grow it by, see `region_mask`.
-        seed: with an integer, the noise and level of every call without its own `noise_seed` are a function of this
-            seed alone: the same on each call.
+        dilate: growth of the region as a fraction of its longer side, see `region_mask`.
+        seed: an integer makes the level and noise of every call without `noise_seed` the same.
         p: probability of applying the transform.
 
     Raises:
-        ValueError: for a parameter, image or mask that is not as above.
+        ValueError: an invalid parameter, image or mask.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
-        schedule: str
-        steps: int
+        model_config = ConfigDict(arbitrary_types_allowed=True)
+
+        schedule: Schedule | str | Mapping[str, Any]
         confidences: Sequence[float] | None
         shape: RegionShape
         dilate: float = Field(ge=0, allow_inf_nan=False)
         seed: int | None = Field(ge=0)
 
-        @field_validator("schedule")
-        @classmethod
-        def _known_schedule(cls, name: str) -> str:
-            if name not in SCHEDULES:
-                raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
-            return name
+        def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+            """The values themselves; pydantic would turn a schedule, a dataclass, into a dict."""
+            return dict(self)
 
         @field_validator("confidences")
         @classmethod
@@ -74,8 +72,7 @@ class RegionNoise(A.ImageOnlyTransform):
 
     def __init__(
         self,
-        schedule: str = "linear",
-        steps: int = 1000,
+        schedule: Schedule | str | Mapping[str, Any] = "linear",
         confidences: Sequence[float] | None = None,
         shape: RegionShape = "mask",
         dilate: float = 0.0,
@@ -83,14 +80,14 @@ class RegionNoise(A.ImageOnlyTransform):
         p: float = 1.0,
     ) -> None:
         super().__init__(p=p)
+        if not isinstance(schedule, Schedule):
+            schedule = schedule_by_name(**({"name": schedule} if isinstance(schedule, str) else schedule))
         self.schedule = schedule
-        self.steps = steps
-        levels = LinearLevels(total_steps=steps)
-        self.confidences = list(confidences or (levels.confidence(step) for step in levels.steps))
+        levels = LinearLevels()
+        self.confidences = list(confidences or map(levels.confidence, levels.steps))
         self.shape = shape
         self.dilate = dilate
         self.noise_seed = seed
-        self._noise_schedule: Schedule = schedule_by_name(schedule, steps)
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -98,13 +95,14 @@ class RegionNoise(A.ImageOnlyTransform):
 
     @property
     def available_keys(self) -> set[str]:
-        """With the two optional keys of a call, which a strict `Compose` would refuse otherwise."""
-        return {*super().available_keys, "confidence", "noise_seed"}
+        """Includes the optional keys of a call, which a strict `Compose` would refuse otherwise."""
+        return {*super().available_keys, "confidence", "step", "noise_seed"}
 
     def get_transform_init_args(self) -> dict[str, Any]:
+        names = {kind: name for name, kind in SCHEDULES.items()}
+        name = names.get(type(self.schedule))
         return {
-            "schedule": self.schedule,
-            "steps": self.steps,
+            "schedule": {"name": name, **asdict(self.schedule)} if name else self.schedule,  # type: ignore[call-overload]
             "confidences": self.confidences,
             "shape": self.shape,
             "dilate": self.dilate,
@@ -115,18 +113,17 @@ class RegionNoise(A.ImageOnlyTransform):
         generator = self.random_generator
         if self.noise_seed is not None:
             generator = np.random.Generator(np.random.PCG64(self.noise_seed))
-        confidence, seed = data.get("confidence"), data.get("noise_seed")
-        if confidence is None:
-            confidence = self.confidences[int(generator.integers(len(self.confidences)))]
+        confidence, step, seed = (data.get(key) for key in ("confidence", "step", "noise_seed"))
+        if step is None:
+            if confidence is None:
+                confidence = self.confidences[int(generator.integers(len(self.confidences)))]
+            step = nominal_step(confidence, self.schedule.steps)
         if seed is None:
             seed = int(generator.integers(2**63))
-        mask = check_mask(data["mask"], data["image"].shape)
-        return {
-            "region": region_mask(mask, shape=self.shape, dilate=self.dilate),
-            "confidence": check_confidence(confidence),
-            "step": nominal_step(confidence, self.steps),
-            "noise_seed": seed,
-        }
+        region = data["mask"]
+        if self.shape != "mask" or self.dilate:
+            region = region_mask(region, shape=self.shape, dilate=self.dilate)
+        return {"region": region, "confidence": confidence, "step": step, "noise_seed": seed}
 
     def apply(
         self,
@@ -137,4 +134,4 @@ class RegionNoise(A.ImageOnlyTransform):
         noise_seed: int | Sequence[int],
         **params: Any,
     ) -> ImageArray:
-        return add_region_noise(img, region, step, self._noise_schedule, noise_seed)
+        return add_region_noise(img, region, step, self.schedule, noise_seed)

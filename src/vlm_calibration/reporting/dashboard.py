@@ -12,6 +12,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
+from vlm_calibration.files import first_line
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import column
@@ -316,5 +317,6 @@ def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, s
             "workspace": workspace(entity, project, sections).save().url,
         }
     except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"W&B does not take the dashboard of {entity}/{project}: {cause}") from error
+        raise DataError(
+            f"W&B does not take the dashboard of {entity}/{project}: {first_line(error)}"
+        ) from error

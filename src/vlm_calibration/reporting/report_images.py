@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.files import first_line
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report_data import System
 from vlm_calibration.reporting.report_figures import data_uri
@@ -42,8 +43,7 @@ def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tu
             if (prediction.question, prediction.noise_step) == (sample.query.question, sample.step):
                 found[prediction.id] = thumbnail(sample.image)
     except (DataError, ArgumentError, OSError, ValueError, TypeError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return {}, f"The images could not be loaded: {lines[0]}"
+        return {}, f"The images could not be loaded: {first_line(error)}"
     missing = len(predictions) - len(found)
     return found, f"{missing} of the images are not those of the data as it is now." if missing else ""
 

@@ -1,1 +1,1 @@
-"""Where queries, images and regions come from. Each source is one class with two methods."""
+"""Sources of queries, images and regions: one class a format."""

@@ -1,4 +1,4 @@
-"""What every source of queries offers."""
+"""The interface of a source of queries, and what several sources share: bad records, lazy queries, region masks."""
 
 from __future__ import annotations
 
@@ -9,51 +9,49 @@ from typing import Any, Literal, overload
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vlm_calibration.perturbation.rle import leaves_image, region_to_mask
+from vlm_calibration.files import MAX_NAMED
+from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import answer_is_no, is_evidence
 
 OnBadRecord = Literal["raise", "skip"]
 Presence = Literal["present", "absent", "unlocated"]
-"""Of what a query is about. present: a region shows it; absent: there is none, and the answer is no; unlocated: there is none
-although the answer does not say that it is absent."""
-MAX_NAMED = 5
+"""Presence of a query's key object. present: a region contains it; absent: no region, and the answer says that it is absent;
+unlocated: no region, although the answer does not say that it is absent."""
 
 
 def opposite(query: Query) -> tuple[str, ...]:
-    """The other answer to a yes/no question; nothing for other questions."""
+    """The opposite answer to a yes/no question; empty for other questions."""
     if query.answer_type != "yes_no":
         return ()
     return ("No",) if grade("Yes", query.answer, "yes_no", ()).correct else ("Yes",)
 
 
 def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
-    """An image, uint8 [H, W, 3], with the masks of its query's regions; what of a box lies outside the image is cut off.
+    """Add the masks of a query's regions to its image, uint8 [H, W, 3]. Boxes are clipped to the image.
 
     Raises:
-        RecordError: a mask was made for another image size, or a region lies outside the image.
+        RecordError: a mask has another size than the image, or a region lies outside the image.
     """
     height, width = image.shape[:2]
     masks = [(is_evidence(query, r.label), region_to_mask(r, height, width)) for r in query.regions]
     return LoadedImage(
         image,
-        tuple(m for shown, m in masks if shown),
-        tuple(m for shown, m in masks if not shown),
+        tuple(mask for evidence, mask in masks if evidence),
+        tuple(mask for evidence, mask in masks if not evidence),
         any(leaves_image(r, height, width) for r in query.regions),
     )
 
 
-def first_of(ids: Sequence[str]) -> str:
-    """The first few of these ids, for a message."""
-    return ", ".join([*map(repr, ids[:MAX_NAMED]), *(["..."] if len(ids) > MAX_NAMED else [])])
-
-
 class BadRecords:
-    """What is wrong with the records of a source that cannot be used.
+    """Collects the error messages of a source's invalid records.
 
     Args:
-        policy: "raise" stops at the first one, "skip" collects them.
+        policy: "raise" raises at the first invalid record, "skip" collects messages.
+
+    Attributes:
+        messages: one a skipped record.
     """
 
     def __init__(self, policy: OnBadRecord) -> None:
@@ -61,32 +59,37 @@ class BadRecords:
         self.messages: list[str] = []
 
     def add(self, message: str, cause: Exception | None = None) -> None:
-        """Note a record that is left out.
+        """Skip a record.
 
         Raises:
-            DataError: under "raise".
+            DataError: the policy is "raise".
         """
         if self.policy == "raise":
             raise self.error(message) from cause
         self.messages.append(message)
 
     def error(self, message: str) -> DataError:
-        """What to raise of a record; with advice, unless such records are left out already."""
+        """The error to raise about a record; recommends `skip` under the policy "raise"."""
         advice = "; `on_bad_record: skip` leaves such records out"
         return DataError(message + (advice if self.policy == "raise" else ""))
 
-    def report(self, kept: int) -> None:
-        """Warn of those that were left out; `kept` others were not."""
+    def report(self, usable: int) -> None:
+        """Warn about the skipped records.
+
+        Args:
+            usable: number of records that were not skipped.
+        """
         if self.messages:
-            shown = "; ".join(self.messages[:MAX_NAMED])
-            rank_zero_warn(f"left out {len(self.messages)} of {len(self.messages) + kept} records: {shown}")
+            first = "; ".join(self.messages[:MAX_NAMED])
+            rank_zero_warn(f"left out {len(self.messages)} of {len(self.messages) + usable} records: {first}")
 
 
 class LazyQueries(Sequence[Query]):
-    """Queries that are made when they are asked for, so that a million of them take no memory.
+    """A sequence that builds each query on access, so that a million queries take no memory.
 
     Args:
-        length: how many there are. make: the query at an index from 0 to `length` - 1.
+        length: number of queries.
+        make: returns the query at an index from 0 to `length` - 1.
     """
 
     def __init__(self, length: int, make: Callable[[int], Query]) -> None:
@@ -110,14 +113,14 @@ class LazyQueries(Sequence[Query]):
 
 
 class QuerySource(ABC):
-    """Queries, and the pixels and regions behind each.
+    """Base class of sources: queries, with the image and regions of each.
 
-    A source is made from plain settings, is cheap to pickle (it travels to worker processes), and does no work before
-    `queries` is called.
+    A source is built from plain settings, is cheap to pickle (data workers receive a copy), and does no work before `queries`
+    is called.
 
     Attributes:
-        on_bad_record: "raise" stops the run at a record that cannot be used, also at one that cannot be loaded; "skip" leaves
-            such records out.
+        on_bad_record: "raise" stops the run at an invalid record or at an image that cannot be loaded; "skip" leaves such
+            records out.
     """
 
     on_bad_record: OnBadRecord = "raise"
@@ -127,21 +130,21 @@ class QuerySource(ABC):
         """All queries, in the same order on every call, ids unique.
 
         Raises:
-            DataError: a record or file cannot be used; the message names it.
+            DataError: a record or file is invalid; named.
         """
 
     @abstractmethod
     def load(self, query: Query) -> LoadedImage:
-        """The image and the region masks of one of `queries`.
+        """The image and region masks of one of `queries`.
 
         Raises:
-            DataError: the image or a region of it cannot be used; the message names it.
+            DataError: the image or a region is invalid; named.
         """
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        """Answers that a model might give by mistake, none where the source knows none.
+        """Plausible wrong answers to a query, possibly none.
 
-        The opposite of yes or no; for a short answer, what else is labelled in the image.
+        The opposite of yes or no; for a short answer, the labels of other objects in the image.
         """
         if query.answer_type != "short":
             return opposite(query)
@@ -153,11 +156,11 @@ class QuerySource(ABC):
         ]
 
     def has_evidence(self, query: Query) -> bool:
-        """Whether a region shows what the query is about, told without opening the image."""
+        """Whether a region contains the key object; does not open the image."""
         return any(is_evidence(query, r.label) for r in query.regions)
 
     def presence(self, query: Query) -> Presence:
-        """What is known of the object that the query is about. Only the answer says that it is absent, never a missing region."""
+        """Presence of the key object. It is absent if the answer says so; a missing region alone means `unlocated`."""
         if self.has_evidence(query):
             return "present"
         return "absent" if answer_is_no(query) else "unlocated"

@@ -1,4 +1,4 @@
-"""POPE and AMBER as sources of queries: their official files over a folder of images, and how their scripts score answers."""
+"""Sources for POPE and AMBER: official question files, a folder of images, and scoring by the official rules."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.benchmarks import amber, pope
-from vlm_calibration.benchmarks.files import some
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 
 
 class BenchmarkSource(QuerySource):
-    """Questions of a benchmark in the order of its file. They have no regions.
+    """The questions of a benchmark in the order of its file, without regions.
 
     Args:
-        path: the official file of questions. root: the folder that its image names are relative to.
+        path: the official question file.
+        root: folder that image names are relative to.
     """
 
     def __init__(self, path: str, root: str) -> None:
@@ -33,18 +34,18 @@ class BenchmarkSource(QuerySource):
 
     @abstractmethod
     def _read(self) -> list[Query]:
-        """The queries, images not looked for."""
+        """Read the queries; images are not checked."""
 
     @abstractmethod
     def count(self, texts: Sequence[str]) -> OfficialCounts:
-        """Judge the answers to all queries, in their order, by the benchmark's own rule."""
+        """Score the answers to all queries, in order, by the benchmark's own rule."""
 
     @abstractmethod
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        """What to give to the benchmark's own script: end of a file name -> rows.
+        """Input files of the benchmark's own script: suffix of the file name -> rows.
 
         Args:
-            replies: text and confidence of the answers to all queries, in their order.
+            replies: text and confidence of the answers to all queries, in order.
         """
 
     def queries(self) -> Sequence[Query]:
@@ -65,7 +66,8 @@ class BenchmarkSource(QuerySource):
                 missing.append(name or "(no name)")
         if missing:
             raise DataError(
-                f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: {some(missing)}"
+                f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: "
+                f"{name_some(missing, len(missing))}"
             )
 
     def load(self, query: Query) -> LoadedImage:
@@ -76,11 +78,11 @@ class BenchmarkSource(QuerySource):
 
 
 class PopeSource(BenchmarkSource):
-    """POPE's questions of one file: JSON lines (COCO), arrays (A-OKVQA, GQA), or POPEv2's annotations.
+    """The questions of a POPE file: JSON lines (COCO), arrays (A-OKVQA, GQA), or POPEv2's annotations.
 
     Args:
         path: e.g. `coco_pope_random.json`, `gqa_pope_seem_popular.json`, `annotations.json` of POPEv2.
-        root: the images' folder: `val2014` of COCO, GQA's `images`; for POPEv2 one that holds `images` and `coco`.
+        root: image folder: `val2014` of COCO, GQA's `images`; for POPEv2 the folder that contains `images` and `coco`.
     """
 
     @cached_property
@@ -105,12 +107,12 @@ class PopeSource(BenchmarkSource):
 
 
 class AmberSource(BenchmarkSource):
-    """AMBER's discriminative questions; generative ones in the file are left out with a warning.
+    """AMBER's discriminative questions; generative questions are skipped with a warning.
 
     Args:
         path: one of `query_*.json`.
         annotations: `annotations.json`.
-        root: the images' folder.
+        root: image folder.
     """
 
     def __init__(self, path: str, annotations: str, root: str) -> None:

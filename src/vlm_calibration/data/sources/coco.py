@@ -1,13 +1,18 @@
-"""Queries from COCO's instance annotations, with exact masks of everything that is annotated.
+"""Source that generates queries from COCO's instance annotations, with exact masks of all annotated objects.
 
-Three kinds of question: is an object there (half of them about absent objects, drawn as POPE draws them), how many are there, and
-is one object left of, right of, above or below another. All is a pure function of the annotations and the seed.
+Three kinds of question: does an object exist (half of them about absent objects, drawn by POPE's rules), how many are there, and
+is one object left of, right of, above or below another. All queries are a pure function of the annotations and the seed.
+
+POPE's rules (Li et al., arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any,
+*popular* the most frequent in the data set, *adversarial* the one that most often occurs together with the object asked about
+before. The first in the table wins a tie, and a rule without a candidate falls back to *random*.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,16 +22,16 @@ import numpy as np
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.data.sources.instances import AnnotatedImage, Instance, object_mask, read_instances
-from vlm_calibration.data.sources.pope import AbsentObjects, Negatives
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 from vlm_calibration.text.labels import is_evidence
 
 Kind = Literal["existence", "counting", "spatial"]
+Negatives = Literal["random", "popular", "adversarial"]
 SIDES = ("to the left of", "to the right of", "above", "below")
-MOST_COUNTED = 9
-"""Beyond this many, annotations are not exact."""
-IRREGULAR = {
+MAX_COUNT = 9
+"""Larger counts are not asked, since annotations of many objects are not exact."""
+IRREGULAR_PLURALS = {
     "person": "people",
     "sheep": "sheep",
     "skis": "skis",
@@ -35,14 +40,62 @@ IRREGULAR = {
     "knife": "knives",
 }
 
+_IMAGE_NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
 
-_NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
+
+class AbsentObjects:
+    """Draws objects that are not in an image, by POPE's rules.
+
+    Args:
+        objects_by_image: image -> names of its objects, each once.
+    """
+
+    def __init__(self, objects_by_image: Mapping[str, Sequence[str]]) -> None:
+        frequency: Counter[str] = Counter()
+        cooccurrence: dict[str, Counter[str]] = {}
+        for objects in objects_by_image.values():
+            frequency.update(objects)
+            for name in objects:
+                cooccurrence.setdefault(name, Counter()).update(o for o in objects if o != name)
+        self.objects = list(frequency)
+        self.popular = [name for name, _ in frequency.most_common()]
+        self.adversarial = {
+            name: [o for o, _ in counts.most_common()] for name, counts in cooccurrence.items()
+        }
+
+    def draw(
+        self, rule: Negatives, present: str, taken: Sequence[str], rng: np.random.Generator
+    ) -> str | None:
+        """Draw an absent object; None if there is none.
+
+        Args:
+            rule: how to draw.
+            present: the object asked about before.
+            taken: the objects in the image, and the absent objects already asked about.
+            rng: generator for a random choice.
+        """
+        excluded = set(taken)
+        ranked = {"random": [], "popular": self.popular, "adversarial": self.adversarial.get(present, [])}
+        for name in ranked[rule]:
+            if name not in excluded:
+                return name
+        candidates = [name for name in self.objects if name not in excluded]
+        return candidates[int(rng.integers(len(candidates)))] if candidates else None
 
 
 class Plan(NamedTuple):
-    """What a query will be: the index of its image, and the rest of its fields."""
+    """The fields of a query that is built on access.
 
-    picture: int
+    Attributes:
+        image_index: index of the annotated image.
+        suffix: end of the id.
+        question: as in `Query`.
+        answer: as in `Query`.
+        objects: as in `Query`.
+        category: as in `Query`.
+    """
+
+    image_index: int
     suffix: str
     question: str
     answer: str
@@ -54,16 +107,16 @@ class CocoSource(QuerySource):
     """Existence, counting and spatial queries over annotated images.
 
     Args:
-        annotations: a file of the form of `instances_val2017.json`.
-        root: the folder of the images.
-        kinds: which questions to ask.
-        negatives: how absent objects are drawn; with several rules, they take turns.
-        per_image: at most so many present, and so many absent, objects are asked about in each image; and so many counting
-            and spatial questions each.
-        images: use only so many images, drawn at random; None: all that have annotations.
-        exclude: files that name images to leave out by their numbers of twelve digits, in whatever form: POPE's question
-            files, for one, whose images of val2014 are part of train2017.
-        seed: of everything that is drawn.
+        annotations: a file in the format of `instances_val2017.json`.
+        root: image folder.
+        kinds: kinds of questions.
+        negatives: rules that absent objects are drawn by, in turn.
+        per_image: maximum number per image of questions about present objects, about absent objects, of counting and of
+            spatial questions, each.
+        images: number of images, drawn at random; None: all annotated images.
+        exclude: text files, such as POPE's question files; an image is excluded if its twelve-digit number occurs in one.
+            POPE's images of val2014 are part of train2017.
+        seed: seed of all random choices.
     """
 
     def __init__(
@@ -92,60 +145,66 @@ class CocoSource(QuerySource):
         self._files = ImageFolder(self.root)
 
     @cached_property
-    def _pictures(self) -> list[AnnotatedImage]:
-        excluded = {number for path in self.exclude for number in _numbers(path)}
-        pictures = [
-            p for p in read_instances(self.annotations) if not excluded & set(_NUMBER.findall(p.file))
+    def _annotated(self) -> list[AnnotatedImage]:
+        excluded = {number for path in self.exclude for number in _image_numbers(path)}
+        images = [
+            image
+            for image in read_instances(self.annotations)
+            if not excluded & set(_IMAGE_NUMBER.findall(image.file))
         ]
-        if self.images is not None and self.images < len(pictures):
-            chosen = np.random.default_rng(self.seed).permutation(len(pictures))[: self.images]
-            pictures = [pictures[i] for i in sorted(chosen)]
-        return pictures
+        if self.images is not None and self.images < len(images):
+            chosen = np.random.default_rng(self.seed).permutation(len(images))[: self.images]
+            images = [images[i] for i in sorted(chosen)]
+        return images
 
     @cached_property
     def _plans(self) -> list[Plan]:
-        pictures = self._pictures
-        absent = AbsentObjects({p.file: p.objects for p in pictures})
+        absent = AbsentObjects({image.file: image.objects for image in self._annotated})
         plans: list[Plan] = []
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(self._annotated):
             try:
-                self._files.check(picture.file)
+                self._files.check(image.file)
             except RecordError as error:
                 raise DataError(f"{self.annotations}: {error}") from error
             rng = np.random.default_rng([self.seed, i])
             if "existence" in self.kinds:
-                plans += self._existence(i, picture, absent, rng)
+                plans += self._existence(i, image, absent, rng)
             if "counting" in self.kinds:
-                plans += _some(list(_counting(i, picture)), self.per_image, rng)
+                plans += _sample(list(_counting(i, image)), self.per_image, rng)
             if "spatial" in self.kinds:
-                plans += _some(list(_spatial(i, picture, rng)), self.per_image, rng)
+                plans += _sample(list(_spatial(i, image, rng)), self.per_image, rng)
         if not plans:
             raise DataError(f"{self.annotations}: no question of these kinds can be asked about these images")
         return plans
 
     def _existence(
-        self, index: int, picture: AnnotatedImage, absent: AbsentObjects, rng: np.random.Generator
+        self, index: int, image: AnnotatedImage, absent: AbsentObjects, rng: np.random.Generator
     ) -> Iterator[Plan]:
-        """A present object, then an absent one, and so on."""
-        taken = list(picture.objects)
-        order = rng.permutation(len(picture.objects))[: self.per_image]
-        for turn, present in enumerate(picture.objects[i] for i in order):
+        """Questions about a present and an absent object in turn."""
+        taken = list(image.objects)
+        order = rng.permutation(len(image.objects))[: self.per_image]
+        for turn, present in enumerate(image.objects[i] for i in order):
             rule = self.negatives[(index + turn) % len(self.negatives)]
             missing = absent.draw(rule, present, taken, rng)
             if missing is None:
-                return  # half of the questions are about absent objects, always
+                return  # exactly half of the questions are about absent objects
             taken.append(missing)
-            yield Plan(index, f"yes-{turn}", _is_there(present), "Yes", (present,), "existence/present")
-            yield Plan(index, f"no-{turn}", _is_there(missing), "No", (missing,), f"existence/{rule}")
+            yield Plan(
+                index, f"yes-{turn}", _existence_question(present), "Yes", (present,), "existence/present"
+            )
+            yield Plan(
+                index, f"no-{turn}", _existence_question(missing), "No", (missing,), f"existence/{rule}"
+            )
 
     def queries(self) -> Sequence[Query]:
         return LazyQueries(len(self._plans), self._query)
 
     def _query(self, index: int) -> Query:
         plan = self._plans[index]
+        file = self._annotated[plan.image_index].file
         return Query(
-            id=f"{self._pictures[plan.picture].file}:{plan.suffix}",
-            image=self._pictures[plan.picture].file,
+            id=f"{file}:{plan.suffix}",
+            image=file,
             question=plan.question,
             answer=plan.answer,
             answer_type="short" if plan.category == "counting" else "yes_no",
@@ -154,22 +213,19 @@ class CocoSource(QuerySource):
         )
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        return {p.file: i for i, p in enumerate(self._pictures)}
-
-    def _picture(self, query: Query) -> AnnotatedImage:
-        return self._pictures[self._places[query.image]]
+    def _by_file(self) -> dict[str, AnnotatedImage]:
+        return {image.file: image for image in self._annotated}
 
     def load(self, query: Query) -> LoadedImage:
-        picture = self._picture(query)
+        annotated = self._by_file[query.image]
         try:
-            image = self._files.load(picture.file)
-            if image.shape[:2] != (picture.height, picture.width):
+            image = self._files.load(annotated.file)
+            if image.shape[:2] != (annotated.height, annotated.width):
                 raise RecordError(
-                    f"{picture.file} has {image.shape[1]} x {image.shape[0]} pixels, annotated for "
-                    f"{picture.width} x {picture.height}"
+                    f"{annotated.file} has {image.shape[1]} x {image.shape[0]} pixels, annotated for "
+                    f"{annotated.width} x {annotated.height}"
                 )
-            masks = [(name, object_mask(picture, name)) for name in picture.objects]
+            masks = [(name, object_mask(annotated, name)) for name in annotated.objects]
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
         return LoadedImage(
@@ -179,7 +235,7 @@ class CocoSource(QuerySource):
         )
 
     def has_evidence(self, query: Query) -> bool:
-        return any(is_evidence(query, name) for name in self._picture(query).objects)
+        return any(is_evidence(query, name) for name in self._by_file[query.image].objects)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":
@@ -188,14 +244,14 @@ class CocoSource(QuerySource):
         return [str(n) for n in (count - 1, count + 1) if n > 0]
 
 
-def _numbers(path: Path) -> set[str]:
-    """The numbers of images that a file names.
+def _image_numbers(path: Path) -> set[str]:
+    """The twelve-digit image numbers in a text file.
 
     Raises:
-        DataError: the file cannot be read, or names none.
+        DataError: the file cannot be read, or contains none.
     """
     try:
-        numbers = set(_NUMBER.findall(path.read_text(encoding="utf-8")))
+        numbers = set(_IMAGE_NUMBER.findall(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read which images to leave out: {error}") from error
     if not numbers:
@@ -203,50 +259,50 @@ def _numbers(path: Path) -> set[str]:
     return numbers
 
 
-def _counting(index: int, picture: AnnotatedImage) -> Iterator[Plan]:
-    """How many there are, for every object that is not in a crowd."""
-    for name in picture.objects:
-        same = [i for i in picture.instances if i.name == name]
-        if len(same) <= MOST_COUNTED and not any(i.crowd for i in same):
+def _counting(index: int, image: AnnotatedImage) -> Iterator[Plan]:
+    """Questions about the number of instances of every object that is not in a crowd."""
+    for name in image.objects:
+        same = [i for i in image.instances if i.name == name]
+        if len(same) <= MAX_COUNT and not any(i.crowd for i in same):
             question = f"How many {_plural(name)} are there in the image?"
             yield Plan(index, f"count-{name}", question, str(len(same)), (name,), "counting")
 
 
-def _spatial(index: int, picture: AnnotatedImage, rng: np.random.Generator) -> Iterator[Plan]:
-    """Where one object is with respect to another, for every two that are there once and lie apart; half are not so."""
+def _spatial(index: int, image: AnnotatedImage, rng: np.random.Generator) -> Iterator[Plan]:
+    """Questions about the relative position of any two objects that occur once and do not overlap; half are false."""
     single = [
-        i for i in picture.instances if [o.name for o in picture.instances].count(i.name) == 1 and not i.crowd
+        i for i in image.instances if [o.name for o in image.instances].count(i.name) == 1 and not i.crowd
     ]
     for a in single:
         for b in single:
-            for axis, (before, behind) in enumerate((SIDES[:2], SIDES[2:])):
-                if a.name < b.name and _apart(a, b, axis):
-                    true = before if a.box[axis] < b.box[axis] else behind
-                    asked = (before, behind)[int(rng.integers(2))]
+            for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
+                if a.name < b.name and _are_disjoint(a, b, axis):
+                    true = before if a.box[axis] < b.box[axis] else after
+                    asked = (before, after)[int(rng.integers(2))]
                     question = f"Is the {a.name} {asked} the {b.name}?"
                     answer = "Yes" if asked == true else "No"
                     suffix = f"{asked.split()[-2] if axis == 0 else asked}-{a.name}-{b.name}"
                     yield Plan(index, suffix, question, answer, (a.name, b.name), "spatial")
 
 
-def _apart(a: Instance, b: Instance, axis: int) -> bool:
+def _are_disjoint(a: Instance, b: Instance, axis: int) -> bool:
     """Whether the boxes do not overlap along an axis (0: x, 1: y)."""
     first, second = sorted((i.box[axis], i.box[axis] + i.box[axis + 2]) for i in (a, b))
     return first[1] <= second[0]
 
 
-def _some(plans: list[Plan], most: int, rng: np.random.Generator) -> list[Plan]:
-    return [plans[i] for i in sorted(rng.permutation(len(plans))[:most])]
+def _sample(plans: list[Plan], n: int, rng: np.random.Generator) -> list[Plan]:
+    return [plans[i] for i in sorted(rng.permutation(len(plans))[:n])]
 
 
-def _is_there(name: str) -> str:
+def _existence_question(name: str) -> str:
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
 def _plural(name: str) -> str:
     head, _, last = name.rpartition(" ")
-    if last in IRREGULAR:
-        last = IRREGULAR[last]
+    if last in IRREGULAR_PLURALS:
+        last = IRREGULAR_PLURALS[last]
     elif last.endswith(("s", "sh", "ch", "x")):
         last += "es"
     elif last.endswith("y") and last[-2] not in "aeiou":

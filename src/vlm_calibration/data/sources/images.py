@@ -1,4 +1,4 @@
-"""Image files below a data root, by the names that records give them."""
+"""Image files below a data root."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from vlm_calibration.records import RecordError
 
 
 class ImageFolder:
-    """A folder that no image may lie outside of.
+    """A folder of images; refuses paths that leave it.
 
     Args:
-        root: the folder; symbolic links within it count by where they lead.
+        root: the folder. Symbolic links in it must also end inside.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, name: str) -> Path:
-        """Where the image of this name is.
+        """The path of the image `name`.
 
         Raises:
-            RecordError: outside the folder.
+            RecordError: the path leaves the folder.
         """
-        # What is opened must really lie below the root, links included.
-        root = _real(os.fspath(self.root))
+        # Resolve links, so that the opened file really is below the root.
+        root = _real_path(os.fspath(self.root))
         resolved = os.path.realpath(os.path.join(root, name))
         if os.path.commonpath([root, resolved]) != root:
             raise RecordError(f"the image path {name!r} leaves the data root {self.root}")
         return Path(resolved)
 
     def check(self, name: str) -> None:
-        """Make sure that there is a file of this name.
+        """Make sure that the image `name` exists.
 
         Raises:
-            RecordError: there is none, or it lies outside the folder.
+            RecordError: there is no such file, or its path leaves the folder.
         """
         path = self.path(name)
-        # Unlike Path.is_file, this takes any name, too long ones included.
+        # Unlike Path.is_file, this accepts names that are too long.
         if not os.path.isfile(path):
             raise RecordError(f"no such image: {path}")
 
     def load(self, name: str) -> np.ndarray:
-        """The image of this name, uint8 [H, W, 3].
+        """Load the image `name`, uint8 [H, W, 3].
 
         Raises:
-            RecordError: outside the folder.
-            ImageError: it cannot be read.
+            RecordError: the path leaves the folder.
+            ImageError: the file cannot be read.
         """
         return load_image(self.path(name))
 
 
 @lru_cache(maxsize=64)
-def _real(root: str) -> str:
+def _real_path(root: str) -> str:
     return os.path.realpath(root)

@@ -1,19 +1,26 @@
-"""COCO's instance annotations (Lin et al., arXiv 1405.0312): which objects are where in which image, and their masks."""
+"""COCO's instance annotations (Lin et al., arXiv 1405.0312): annotated images and the masks of their objects."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
 
+from vlm_calibration.files import read_json
 from vlm_calibration.records import DataError, RecordError
 
 
 class Instance(NamedTuple):
-    """One annotation: the object's name, box (x, y, width, height) in pixels, COCO's segmentation, and whether it is a crowd."""
+    """An annotated object.
+
+    Attributes:
+        name: name of the category.
+        box: (x, y, width, height) in pixels.
+        segmentation: polygons or run lengths, as in COCO.
+        crowd: whether the annotation marks a crowd.
+    """
 
     name: str
     box: tuple[float, float, float, float]
@@ -22,7 +29,14 @@ class Instance(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """An image: file name, size in pixels, and what is annotated in it."""
+    """An image with its annotations.
+
+    Attributes:
+        file: file name.
+        height: in pixels.
+        width: in pixels.
+        instances: the annotated objects.
+    """
 
     file: str
     height: int
@@ -31,32 +45,30 @@ class AnnotatedImage(NamedTuple):
 
     @property
     def objects(self) -> tuple[str, ...]:
-        """Names of what is there, each once."""
+        """Names of the annotated objects, each once."""
         return tuple(dict.fromkeys(i.name for i in self.instances))
 
 
 def read_instances(path: Path) -> list[AnnotatedImage]:
-    """The images of an annotation file that have annotations, in the order of their file names.
+    """Read the images of an annotation file that have annotations, in the order of their file names.
 
     Raises:
-        DataError: the file cannot be read, or is not of this form.
+        DataError: the file cannot be read, or has another format.
     """
+    content = read_json(path)
     try:
-        content = json.loads(path.read_bytes())
         names = {c["id"]: c["name"] for c in content["categories"]}
         instances: dict[int, list[Instance]] = {}
         for a in content.pop("annotations"):
             x, y, width, height = map(float, a["bbox"])
             shape = _compact(a["segmentation"])
-            found = Instance(names[a["category_id"]], (x, y, width, height), shape, bool(a.get("iscrowd")))
-            instances.setdefault(a["image_id"], []).append(found)
+            instance = Instance(names[a["category_id"]], (x, y, width, height), shape, bool(a.get("iscrowd")))
+            instances.setdefault(a["image_id"], []).append(instance)
         pictures = [
             AnnotatedImage(i["file_name"], i["height"], i["width"], tuple(instances[i["id"]]))
             for i in content["images"]
             if i["id"] in instances
         ]
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the annotations: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not COCO instance annotations: {type(error).__name__}: {error}") from error
     if not pictures:
@@ -65,14 +77,14 @@ def read_instances(path: Path) -> list[AnnotatedImage]:
 
 
 def _compact(segmentation: Any) -> Any:
-    """Polygons as arrays, which take a tenth of the memory of lists; run lengths as they are."""
+    """Convert polygons to arrays, which take a tenth of the memory of lists; leave run lengths unchanged."""
     if isinstance(segmentation, list):
         return [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
     return segmentation
 
 
 def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
-    """The pixels of one annotation, bool [height, width], as pycocotools draws them.
+    """The mask of one annotation, bool [height, width], drawn by pycocotools.
 
     Raises:
         RecordError: the segmentation cannot be drawn.
@@ -93,7 +105,7 @@ def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
 
 
 def object_mask(picture: AnnotatedImage, name: str) -> np.ndarray:
-    """The pixels of all instances of an object, bool [height, width]."""
+    """The union of the masks of all instances of an object, bool [height, width]."""
     union = np.zeros((picture.height, picture.width), dtype=bool)
     for instance in picture.instances:
         if instance.name == name:

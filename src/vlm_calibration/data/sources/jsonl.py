@@ -1,11 +1,11 @@
-"""Queries from a JSONL file, images from a folder: the format for data of one's own."""
+"""Source for one's own data: queries in a JSONL file, images in a folder."""
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_calibration.data.sources.base import (
     BadRecords,
@@ -15,27 +15,27 @@ from vlm_calibration.data.sources.base import (
     with_regions,
 )
 from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 
 PARQUET = b"PAR1"
-"""How a Parquet file begins."""
-KNOWN_FILES = 100_000
-"""So many names of images that were found to exist are remembered while a file is read."""
+"""The first bytes of a Parquet file."""
+MAX_CHECKED_IMAGES = 100_000
+"""Number of image names that are remembered as existing while a file is checked."""
 
 
 class JsonlSource(QuerySource):
-    """One query as a JSON object on each line; blank lines are passed over.
+    """One query a line, a JSON object; blank lines are skipped.
 
-    Every line is checked when the file is opened; after that only the places of the lines stay in memory, and a query is
-    read from the file when it is asked for.
+    Every line is checked when `queries` is first called. After that only the offsets of the lines stay in memory, and a query
+    is read from the file on access.
 
     Args:
         path: the JSONL file.
         root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
-        on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
-            how many and why.
+        on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
     """
 
     def __init__(self, path: str, root: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
@@ -44,67 +44,62 @@ class JsonlSource(QuerySource):
         self.on_bad_record = on_bad_record
         self.images = ImageFolder(self.root)
         self.bad = BadRecords(on_bad_record)
-        self._places: array[int] | None = None
+        self._offsets: array[int] | None = None
 
     def queries(self) -> Sequence[Query]:
-        if self._places is None:
-            self._places = self._check()
-        return LazyQueries(len(self._places), self._query)
+        if self._offsets is None:
+            self._offsets = self._check_lines()
+        return LazyQueries(len(self._offsets), self._query)
 
-    def _check(self) -> array[int]:
-        """Where in the file each usable record begins."""
+    def _check_lines(self) -> array[int]:
+        """Offsets of the lines that hold a valid query."""
         self.bad = BadRecords(self.on_bad_record)
-        seen: dict[str, int] = {}
-        files: set[str] = set()
-        places = array("q")
-        try:
-            lines = self.path.open("rb")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot read the queries: {error.strerror}") from error
-        with lines:
-            if lines.read(len(PARQUET)) == PARQUET:
+        first_lines: dict[str, int] = {}
+        checked_images: set[str] = set()
+        offsets = array("q")
+
+        def convert(value: Any) -> Query:
+            query = query_from_dict(value)
+            check_answer(query)
+            self._check_image(query, checked_images)
+            if query.id in first_lines:
+                raise RecordError(f"duplicate id {query.id!r}, first seen on line {first_lines[query.id]}")
+            return query
+
+        for line in json_lines(self.path):
+            if line.number == 1 and line.content.startswith(PARQUET):
                 raise DataError(
                     f"{self.path}: a Parquet file, expected JSON lines: read it with "
                     "class_path: vlm_calibration.data.sources.parquet.ParquetSource"
                 )
-            lines.seek(0)
-            place = 0
-            for number, line in enumerate(lines, start=1):
-                begin, place = place, place + len(line)
-                if not line.strip():
-                    continue
-                try:
-                    query = _parse(line)
-                    check_answer(query)
-                    self._check_image(query, files)
-                    if query.id in seen:
-                        raise RecordError(f"duplicate id {query.id!r}, first seen on line {seen[query.id]}")
-                except RecordError as error:
-                    self.bad.add(f"{self.path}:{number}: {error}", error)
-                    continue
-                seen[query.id] = number
-                places.append(begin)
-        self.bad.report(len(places))
-        if not places:
+            try:
+                query = line.read(convert)
+            except DataError as error:
+                self.bad.add(str(error), error)
+                continue
+            first_lines[query.id] = line.number
+            offsets.append(line.start)
+        self.bad.report(len(offsets))
+        if not offsets:
             raise DataError(f"{self.path}: no usable query in this file")
-        return places
+        return offsets
 
-    def _check_image(self, query: Query, files: set[str]) -> None:
-        if query.image in files:
+    def _check_image(self, query: Query, checked: set[str]) -> None:
+        if query.image in checked:
             return
         try:
             self.images.check(query.image)
         except RecordError as error:
             raise RecordError(f"record {query.id!r}: {error}") from error
-        if len(files) < KNOWN_FILES:
-            files.add(query.image)
+        if len(checked) < MAX_CHECKED_IMAGES:
+            checked.add(query.image)
 
     def _query(self, index: int) -> Query:
-        assert self._places is not None
+        assert self._offsets is not None
         try:
             with self.path.open("rb") as file:
-                file.seek(self._places[index])
-                return _parse(file.readline())
+                file.seek(self._offsets[index])
+                return query_from_dict(parse_json(file.readline()))
         except (OSError, RecordError) as error:
             raise DataError(f"{self.path}: changed while in use, at record {index + 1}: {error}") from error
 
@@ -113,13 +108,3 @@ class JsonlSource(QuerySource):
             return with_regions(query, self.images.load(query.image))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
-
-
-def _parse(line: bytes) -> Query:
-    try:
-        data = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise RecordError(f"not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"not JSON: {error}") from error
-    return query_from_dict(data)

@@ -1,6 +1,6 @@
-"""Queries from Parquet files: what `vlm-calibration predict` writes, and large data of one's own.
+"""Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
 
-The columns are the keys of a query. Images are files below a data root, or embedded in the file, or those of another source.
+The columns are the keys of a query. Images are files below a data root, are embedded in the file, or come from another source.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REGION = pa.struct(
         ("score", pa.float64()),
     ]
 )
-"""A region as Parquet holds it."""
+"""Type of a region in Parquet."""
 
 REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
 OPTIONAL = {
@@ -51,25 +51,24 @@ OPTIONAL = {
     "synonyms": pa.list_(_TEXT),
 }
 NOTES = ("outcome", "rejected", "note")
-"""Columns in which `predict` says how it went; they are no part of a query."""
+"""Columns with the outcome of `predict`; not part of a query."""
 REPEATING = ("image", "answer", "answer_type", "category")
-"""Columns in which values repeat."""
+"""Columns with repeating values, read as dictionaries."""
 
 
 class ParquetSource(QuerySource):
-    """One query a row; the columns are checked when the file is opened, and then kept as Arrow arrays.
+    """One query a row. The columns are checked when the file is opened, and stay in memory as Arrow arrays.
 
     Args:
-        path: a Parquet file, or a folder of them, which are read in the order of their names.
+        path: a Parquet file, or a folder of them, read in the order of their names.
         root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
-        images: the source whose images these are, where they are no files of their own: the one that regions were
-            extracted from. Its images go by the names in the column `image`.
-        unpacked: folder that embedded images are unpacked into as they are met; without it each read of an image reads a
-            whole row group.
-        begin, end: use the queries between these shares of them, in [0, 1], so that one file may serve for training and
-            validation: queries about one image mostly stand together.
-        on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
-            how many and why.
+        images: the source that loads the images, e.g. the one that regions were extracted from; the column `image` holds its
+            image names. None: images are files or embedded.
+        unpacked: folder that embedded images are unpacked into; None: each read of an image reads a whole row group.
+        begin: use the queries from this share on, in [0, 1]. With `end`, one file serves for training and validation, since
+            queries about one image are mostly adjacent.
+        end: use the queries up to this share, in [0, 1].
+        on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
     """
 
     def __init__(
@@ -115,8 +114,8 @@ class ParquetSource(QuerySource):
             columns.remove("image")
             self._embedded = EmbeddedImages(files, "image", self.unpacked)
         repeating = [n for n in REPEATING if n in columns and pa.types.is_string(schema.field(n).type)]
-        self._table = _plainly_typed(read_columns(files, columns, repeating))
-        rows = self._usable()
+        self._table = _cast_columns(read_columns(files, columns, repeating))
+        rows = self._valid_rows()
         self.bad.report(len(rows))
         self._rows = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
         if not len(rows):
@@ -132,32 +131,34 @@ class ParquetSource(QuerySource):
             if name not in REQUIRED | OPTIONAL and name not in NOTES:
                 known = ", ".join([*REQUIRED, *OPTIONAL])
                 raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {known}")
-        for name, wanted in REQUIRED.items():
+        for name, expected in REQUIRED.items():
             if name not in schema.names:
                 raise DataError(f"{self.path}: no column {name!r}")
-            kind = schema.field(name).type
-            numbered = name == "id" and pa.types.is_integer(kind)
-            if not (_is_text(kind) or numbered or (name == "image" and is_embedded(kind))):
+            actual = schema.field(name).type
+            numbered = name == "id" and pa.types.is_integer(actual)
+            if not (_is_text(actual) or numbered or (name == "image" and is_embedded(actual))):
                 also = " or whole numbers" if name == "id" else ""
                 raise DataError(
-                    f"{self.path}: the column {name!r} must be of type {wanted}{also}, found {kind}"
+                    f"{self.path}: the column {name!r} must be of type {expected}{also}, found {actual}"
                 )
-        for name, wanted in OPTIONAL.items():
-            if name in schema.names and not _fits(schema.field(name).type, wanted):
-                found = schema.field(name).type
-                raise DataError(f"{self.path}: the column {name!r} must be of type {wanted}, found {found}")
+        for name, expected in OPTIONAL.items():
+            if name in schema.names and not _is_readable_as(schema.field(name).type, expected):
+                actual = schema.field(name).type
+                raise DataError(
+                    f"{self.path}: the column {name!r} must be of type {expected}, found {actual}"
+                )
 
-    def _usable(self) -> np.ndarray:
-        """Numbers of the rows that are queries."""
+    def _valid_rows(self) -> np.ndarray:
+        """Indices of the rows that hold a valid query."""
         self.bad = BadRecords(self.on_bad_record)
         missing = self._missing_images()
         table = self._table
-        doubted = np.union1d(suspects(table), missing)
-        usable = np.ones(table.num_rows, dtype=bool)
+        suspect_rows = np.union1d(suspects(table), missing)
+        valid = np.ones(table.num_rows, dtype=bool)
         first: dict[str, int] = {}
-        if len(doubted):
+        if len(suspect_rows):
             first = {value: row for row, value in reversed(list(enumerate(table.column("id").to_pylist())))}
-        for row in map(int, doubted):
+        for row in map(int, suspect_rows):
             try:
                 query = self._read(row)
                 check_answer(query)
@@ -167,28 +168,28 @@ class ParquetSource(QuerySource):
                     self._check_image(query)
             except RecordError as error:
                 self.bad.add(f"{self.path}: row {row}: {error}", error)
-                usable[row] = False
-        return np.flatnonzero(usable)
+                valid[row] = False
+        return np.flatnonzero(valid)
 
     @property
     def _has_files(self) -> bool:
         return self.images is None and self._embedded is None
 
     def _missing_images(self) -> np.ndarray:
-        """Rows whose image is no file below the root; each name is looked for once."""
+        """Rows whose image is no file below the root; each name is checked once."""
         if not self._has_files:
             return np.empty(0, dtype=np.int64)
         column = self._table.column("image")
-        wrong = []
+        missing = []
         for name in column.unique().to_pylist():
             try:
                 if name is not None and "\0" not in name:
                     self._files.check(name)
             except RecordError:
-                wrong.append(name)
-        return (
-            np.flatnonzero([name in wrong for name in column.to_pylist()]) if wrong else np.empty(0, np.int64)
-        )
+                missing.append(name)
+        if not missing:
+            return np.empty(0, np.int64)
+        return np.flatnonzero([name in missing for name in column.to_pylist()])
 
     def _check_image(self, query: Query) -> None:
         try:
@@ -220,29 +221,29 @@ class ParquetSource(QuerySource):
             if self.images is not None:
                 return with_regions(query, self.images.load(query).image)
             if self._rows is None:
-                # As the source of another one's images it has not been asked for its queries.
+                # Nobody calls `queries` of a source that only loads another source's images.
                 self._open()
             return with_regions(query, (self._embedded or self._files).load(query.image))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
 
-def _plainly_typed(table: pa.Table) -> pa.Table:
-    """Texts and lists of texts in the types that they have in `REQUIRED` and `OPTIONAL`, and no column without a type."""
-    for place, field in reversed(list(enumerate(table.schema))):
-        wanted = REQUIRED.get(field.name) or OPTIONAL[field.name]
-        nothing = pa.types.is_null(field.type) or (
+def _cast_columns(table: pa.Table) -> pa.Table:
+    """Cast texts and lists of texts to the types in `REQUIRED` and `OPTIONAL`, and drop columns of type null."""
+    for index, field in reversed(list(enumerate(table.schema))):
+        expected = REQUIRED.get(field.name) or OPTIONAL[field.name]
+        is_null = pa.types.is_null(field.type) or (
             field.name == "regions" and pa.types.is_null(field.type.value_type)
         )
-        if nothing:
-            table = table.remove_column(place)
+        if is_null:
+            table = table.remove_column(index)
         elif field.name != "regions" and not pa.types.is_dictionary(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(wanted))
+            table = table.set_column(index, field.name, table.column(index).cast(expected))
     return table
 
 
 def _region(region: Mapping[str, Any] | None) -> Any:
-    """A region without the keys that Parquet fills with nothing."""
+    """A region without a mask that Parquet filled with nulls."""
     if region is None:
         return None
     mask = region.get("mask")
@@ -251,19 +252,19 @@ def _region(region: Mapping[str, Any] | None) -> Any:
     return {**region, "mask": mask}
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+def _is_text(dtype: pa.DataType) -> bool:
+    inner = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
 
 
-def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether values of one type can be read as those of the other; a column of nothing fits any."""
-    if pa.types.is_null(found):
+def _is_readable_as(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of type `actual` can be read as `expected`; a column of type null always can."""
+    if pa.types.is_null(actual):
         return True
-    if pa.types.is_list(wanted):
-        return (pa.types.is_list(found) or pa.types.is_large_list(found)) and _fits(
-            found.value_type, wanted.value_type
+    if pa.types.is_list(expected):
+        return (pa.types.is_list(actual) or pa.types.is_large_list(actual)) and _is_readable_as(
+            actual.value_type, expected.value_type
         )
-    if pa.types.is_struct(wanted):
-        return pa.types.is_struct(found) and {"label", "box"} <= {field.name for field in found}
-    return _is_text(found)
+    if pa.types.is_struct(expected):
+        return pa.types.is_struct(actual) and {"label", "box"} <= {field.name for field in actual}
+    return _is_text(actual)

@@ -1,7 +1,7 @@
-"""RLAIF-V (Yu et al., arXiv 2405.17220; CC BY-NC 4.0): open questions with a preferred and a rejected response each.
+"""Source for RLAIF-V (Yu et al., arXiv 2405.17220; CC BY-NC 4.0): open questions with a preferred and a rejected response.
 
-The preferred response is the gold answer, the rejected one an answer by mistake. Images are embedded in the Parquet files. There
-are no regions: extract them with `vlm-calibration predict --config configs/regions.yaml --config configs/data/rlaif_v.yaml`.
+The preferred response is the gold answer, the rejected response a wrong answer. Images are embedded in the Parquet files. The
+data set has no regions: extract them with `vlm-calibration predict --config configs/regions.yaml --config configs/data/rlaif_v.yaml`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ TEXTS = ("question", "chosen", "rejected", "origin_dataset")
 
 
 class RlaifVSource(QuerySource):
-    """One query a pair of responses, by the number of its row: "rlaif-v-17".
+    """One query a pair of responses; its id is the number of the row, "rlaif-v-17".
 
     Args:
         path: a Parquet file of the data set, or the folder of all of them.
-        unpacked: folder that images are unpacked into as they are met; without it each read of an image reads a
-            whole row group.
-        on_bad_record: "raise" stops at the first record that cannot be used; "skip" leaves such records out, and says
-            how many and why.
+        unpacked: folder that images are unpacked into; None: each read of an image reads a whole row group.
+        on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
     """
 
     def __init__(self, path: str, unpacked: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
@@ -67,29 +65,29 @@ class RlaifVSource(QuerySource):
             if name not in schema.names:
                 raise DataError(f"{self.path}: no column {name!r}: these are not the files of RLAIF-V")
         if not is_embedded(schema.field("image").type):
-            found = schema.field("image").type
-            raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {found}")
+            actual = schema.field("image").type
+            raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {actual}")
         self._table = read_columns(files, TEXTS, ["origin_dataset"])
         self._images = EmbeddedImages(files, "image", self.unpacked)
-        self._rows = self._usable()
+        self._rows = self._valid_rows()
         self.bad.report(len(self._rows))
         if not len(self._rows):
             raise DataError(f"{self.path}: no usable query in these files")
 
-    def _usable(self) -> np.ndarray:
-        """Numbers of the rows that are queries: those with a question and a preferred response of at least a word."""
+    def _valid_rows(self) -> np.ndarray:
+        """Indices of the rows whose question and preferred response have at least one word."""
         self.bad = BadRecords(self.on_bad_record)
-        usable = np.ones(self._table.num_rows, dtype=bool)
+        valid = np.ones(self._table.num_rows, dtype=bool)
         for name in ("question", "chosen"):
-            worded = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
-            usable &= pc.fill_null(worded, False).to_numpy().astype(bool)
-        for row in map(int, np.flatnonzero(~usable)):
+            has_word = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
+            valid &= pc.fill_null(has_word, False).to_numpy().astype(bool)
+        for row in map(int, np.flatnonzero(~valid)):
             try:
                 check_answer(self._read(row))
-                usable[row] = True
+                valid[row] = True
             except RecordError as error:
                 self.bad.add(f"{self.path}: row {row}: {error}", error)
-        return np.flatnonzero(usable)
+        return np.flatnonzero(valid)
 
     def _read(self, row: int) -> Query:
         [record] = self._table.slice(row, 1).to_pylist()

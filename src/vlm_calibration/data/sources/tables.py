@@ -1,8 +1,8 @@
-"""Parquet files as one table, and the images that are embedded in them, read when they are needed.
+"""Parquet files as one table, and access to the images embedded in them.
 
-Text columns are small and are kept in memory as Arrow arrays, about as many bytes as there are characters. Images are not: a
-Parquet file can only be read by row groups of many images, so each read keeps the group at hand, and a folder of unpacked
-images, filled as groups are read, makes random access cheap from the second time on.
+Text columns stay in memory as Arrow arrays, about one byte a character. Images do not: Parquet is read in row groups of many
+images, so the last group is cached, and images can be unpacked into a folder, which makes random access cheap from the second
+read of a group on.
 """
 
 from __future__ import annotations
@@ -18,48 +18,50 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_calibration.files import replacing
+from vlm_calibration.files import first_line, replacing
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
 from vlm_calibration.settings import digest
 
 ROW = "row-"
-"""An embedded image goes by the name of its row: "row-17"."""
+"""Prefix of the name of an embedded image: "row-17"."""
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or the *.parquet files of a folder by name.
+    """The file itself, or the *.parquet files of a folder in the order of their names.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(os.path.isfile(f) for f in files):
-        what = "no *.parquet file in this folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: cannot read the queries: {what}")
+        reason = "no *.parquet file in this folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: cannot read the queries: {reason}")
     return files
 
 
 def schema_of(files: Sequence[Path]) -> pa.Schema:
-    """The columns of the first file.
+    """The schema of the first file.
 
     Raises:
-        DataError: it is not a Parquet file.
+        DataError: the file is not a Parquet file.
     """
     try:
         return pq.read_schema(files[0])
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{files[0]}: not a Parquet file: {_first(error)}") from error
+        raise DataError(f"{files[0]}: not a Parquet file: {first_line(error)}") from error
 
 
 def read_columns(files: Sequence[Path], columns: Sequence[str], repeating: Sequence[str] = ()) -> pa.Table:
-    """These columns of all files, one behind the other.
+    """Read columns of all files into one table.
 
     Args:
-        repeating: text columns in which values repeat, of which each value is kept once.
+        files: concatenated in this order.
+        columns: names of the columns.
+        repeating: text columns with repeating values, which are read as dictionaries.
 
     Raises:
-        DataError: a file cannot be read, or has other columns than the first.
+        DataError: a file cannot be read, or differs from the first file in its columns.
     """
     parts = []
     for file in files:
@@ -68,23 +70,24 @@ def read_columns(files: Sequence[Path], columns: Sequence[str], repeating: Seque
             parts[-1] = parts[-1].cast(parts[0].schema) if len(parts) > 1 else parts[0]
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise DataError(
-                f"{file}: cannot read the columns {', '.join(columns)}: {_first(error)}"
+                f"{file}: cannot read the columns {', '.join(columns)}: {first_line(error)}"
             ) from error
     return pa.concat_tables(parts).unify_dictionaries()
 
 
 def is_embedded(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds images: {bytes, path}, as Hugging Face data sets write them."""
+    """Whether a column type is {bytes, path}, the type of images in Hugging Face data sets."""
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
 class EmbeddedImages:
-    """Images in the column `column` of Parquet files, by the number of their row.
+    """Random access to the images in a column of Parquet files.
 
     Args:
-        files: one behind the other.
-        unpacked: folder that images are written to when their row group is read for the first time; None: every random
-            access reads a whole row group.
+        files: concatenated in this order.
+        column: name of the column.
+        unpacked: folder that the images of a row group are written to when it is first read; None: each random access reads
+            a whole row group.
     """
 
     def __init__(self, files: Sequence[Path], column: str, unpacked: Path | None = None) -> None:
@@ -93,7 +96,7 @@ class EmbeddedImages:
         self.unpacked = None if unpacked is None else unpacked / _files_digest(self.files)
         self._groups: list[tuple[Path, int]] = []
         self._ends: list[int] = []
-        self._held: tuple[int, Any] | None = None
+        self._cached: tuple[int, Any] | None = None
 
     @staticmethod
     def name(row: int) -> str:
@@ -104,36 +107,37 @@ class EmbeddedImages:
         return int(name.removeprefix(ROW))
 
     def load(self, name: str) -> np.ndarray:
-        """The image of a row, uint8 [H, W, 3].
+        """Load the image `name`, uint8 [H, W, 3].
 
         Raises:
-            RecordError: the row holds no image. ImageError: it cannot be read.
+            RecordError: the row has no image.
+            ImageError: the image cannot be read.
         """
         row = self.row(name)
-        if self.unpacked is not None and os.path.isfile(place := self.unpacked / str(row)):
-            return load_image(place.read_bytes(), name=name)
-        self._index()
+        if self.unpacked is not None and os.path.isfile(path := self.unpacked / str(row)):
+            return load_image(path.read_bytes(), name=name)
+        self._index_groups()
         group = bisect_right(self._ends, row)
         first = self._ends[group - 1] if group else 0
-        held = self._group(group)
+        contents = self._group(group)
         if self.unpacked is not None:
-            _unpack(self.unpacked, first, held)
-        content = held[row - first].as_py()
+            _unpack(self.unpacked, first, contents)
+        content = contents[row - first].as_py()
         if not content:
             raise RecordError(f"{name} holds no image bytes")
         return load_image(content, name=name)
 
     def _group(self, group: int) -> Any:
-        """The bytes of all images of a row group, a binary array."""
-        if self._held is None or self._held[0] != group:
+        """The bytes of the images of a row group, a binary array; the last group is cached."""
+        if self._cached is None or self._cached[0] != group:
             file, number = self._groups[group]
-            read = pq.ParquetFile(file).read_row_group(number, columns=[f"{self.column}.bytes"])
-            struct = read.column(self.column).combine_chunks()
-            self._held = group, struct.field("bytes") if struct.null_count == 0 else struct.flatten()[0]
-        return self._held[1]
+            table = pq.ParquetFile(file).read_row_group(number, columns=[f"{self.column}.bytes"])
+            struct = table.column(self.column).combine_chunks()
+            self._cached = group, struct.field("bytes") if struct.null_count == 0 else struct.flatten()[0]
+        return self._cached[1]
 
-    def _index(self) -> None:
-        """Where each row group ends."""
+    def _index_groups(self) -> None:
+        """Find the last row of each row group, once."""
         if not self._ends:
             lengths = []
             for file in self.files:
@@ -144,19 +148,15 @@ class EmbeddedImages:
 
 
 def _unpack(folder: Path, first: int, contents: Any) -> None:
-    """Write each image to a file named by its row; several processes may do so at a time."""
+    """Write each image to a file named after its row; safe with several processes."""
     for row, content in enumerate(contents, start=first):
-        place = folder / str(row)
-        if content.is_valid and not place.exists():
-            with replacing(place, sync=False) as temporary:
+        path = folder / str(row)
+        if content.is_valid and not path.exists():
+            with replacing(path, sync=False) as temporary:
                 temporary.write_bytes(content.as_py())
 
 
 def _files_digest(files: Sequence[Path]) -> str:
-    """Another one for other files, so that unpacked images are never those of another data set."""
+    """Digest of names, sizes and times, so that the unpacked images of other files are never used."""
     sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return digest([repr(sizes)])
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
