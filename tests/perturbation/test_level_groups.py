@@ -63,7 +63,6 @@ def test_neighbours_are_merged_to_the_mean_of_their_answers():
     assert [levels.accuracy(step, "open") for step in levels.steps] == [0.98, 0.96, 0.60, 0.58, 0.10], (
         "as it was"
     )
-    assert levels.step(0.60, "open") == 200
     # 900 of 1000 and 60 of 100 answers, and then the other way around.
     assert stated_at_steps(grouped([900, 60, 1], 2, [1000, 100, 100])) == [0.87, 0.87, 0.01]
     assert stated_at_steps(grouped([90, 600, 1], 2, [100, 1000, 100])) == [0.63, 0.63, 0.01]

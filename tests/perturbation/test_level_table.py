@@ -33,7 +33,7 @@ RANKING = {"grading": {"open": "ranking"}}
 def test_a_saved_table_loads_equal(levels, tmp_path):
     path = tmp_path / "new" / "levels.json"
     levels.save(path)
-    loaded = AnchoredLevels.load(path, grid=1)
+    loaded = AnchoredLevels(path, grid=1)
     assert loaded.table == levels.table
     assert loaded.table.provenance == {"model": "tiny", "schedule": "linear", "seed": 0}
     for kind in COUNTS:
@@ -86,7 +86,7 @@ def test_a_file_that_is_no_level_table_is_named(content, message, tmp_path):
     path = tmp_path / "levels.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="is not a level table") as error:
-        AnchoredLevels.load(path)
+        AnchoredLevels(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
 

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels, StepCount
+from vlm_calibration.perturbation.levels import (
+    AnchoredLevels,
+    ConfidenceLevels,
+    LinearLevels,
+    StepCount,
+    nominal_step,
+)
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 
 from .conftest import COUNTS
@@ -19,9 +25,9 @@ def test_linear_levels_are_the_papers():
     assert levels.steps == (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
     stated = [levels.confidence(step, "yes_no") for step in levels.steps]
     assert stated == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
-    assert [levels.step(confidence) for confidence in stated] == list(levels.steps)
+    assert [nominal_step(confidence, 1000) for confidence in stated] == list(levels.steps)
     assert levels.confidence(250, "short") == 0.75
-    assert levels.step(0.7504) == 250
+    assert nominal_step(0.7504, 1000) == 250
 
 
 @given(st.integers(2, 101), st.integers(100, 4000))
@@ -32,7 +38,7 @@ def test_linear_levels_invert_themselves(n_levels, total_steps):
     assert levels.steps[-1] == total_steps
     stated = [levels.confidence(step, "any") for step in levels.steps]
     assert stated == sorted(stated, reverse=True)
-    assert [levels.step(confidence) for confidence in stated] == list(levels.steps)
+    assert [nominal_step(confidence, total_steps) for confidence in stated] == list(levels.steps)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +50,9 @@ def test_impossible_linear_levels_are_refused(make):
 
 
 @pytest.mark.parametrize("confidence", [-0.1, 1.1, float("nan"), float("inf"), 80])
-def test_a_confidence_outside_the_unit_interval_is_refused(confidence, levels):
-    for each in (LinearLevels(), levels):
-        with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\]"):
-            each.step(confidence, "yes_no")
+def test_a_confidence_outside_the_unit_interval_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\]"):
+        nominal_step(confidence, 1000)
 
 
 @pytest.mark.parametrize("step", [-1, 1001])
@@ -132,20 +137,6 @@ def test_a_stated_confidence_is_a_whole_percent_and_close(step, grid):
     assert round(stated * 100) / 100 == stated
     assert round(stated * 100) % grid == 0
     assert abs(stated - levels.accuracy(step, "yes_no")) <= grid / 200 + 1e-9
-
-
-def test_the_step_of_a_confidence_is_the_first_that_brings_accuracy_down_to_it(levels):
-    assert levels.step(1.0, "yes_no") == 0
-    assert levels.step(0.95, "yes_no") == 0
-    assert levels.step(0.75, "yes_no") == 500
-    step = levels.step(0.85, "yes_no")
-    assert levels.accuracy(step, "yes_no") <= 0.85 < levels.accuracy(step - 1, "yes_no")
-    with pytest.raises(
-        ValueError, match=r"no noise step brings 'yes_no' answers down to 0.1: the lowest accuracy is 0.52"
-    ):
-        levels.step(0.1, "yes_no")
-    with pytest.raises(ValueError, match="name one of yes_no, short"):
-        levels.step(0.9)
 
 
 def test_an_answer_type_that_was_not_measured_is_answered_with_the_known_ones(levels):

@@ -52,10 +52,6 @@ class ConfidenceLevels(ABC):
     def confidence(self, step: int, answer_type: str) -> float:
         """The confidence in [0, 1] at a noise step; ValueError for a step outside `[0, steps[-1]]`."""
 
-    @abstractmethod
-    def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """The noise step for a confidence."""
-
 
 @dataclass(frozen=True)
 class LinearLevels(ConfidenceLevels):
@@ -91,10 +87,6 @@ class LinearLevels(ConfidenceLevels):
             last = self.n_levels - 1
             return (last - self.steps.index(step)) / last
         return (self.total_steps - step) / self.total_steps
-
-    def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """`round((1 - confidence) * total_steps)`, the same for all answer types."""
-        return nominal_step(confidence, self.total_steps)
 
 
 class AnchoredLevels(ConfidenceLevels):
@@ -169,11 +161,6 @@ class AnchoredLevels(ConfidenceLevels):
         table = LevelTable({kind: tuple(rows) for kind, rows in counts.items()}, dict(provenance or {}))
         return cls(table=table, grid=grid)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, grid: int = 5) -> "AnchoredLevels":
-        """Read levels from a file that `save` wrote."""
-        return cls(path, grid=grid)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically.
 
@@ -219,25 +206,6 @@ class AnchoredLevels(ConfidenceLevels):
         cells = 100 // self.grid
         # The small term rounds interpolated ties up despite floating-point error.
         return math.floor(value * cells + 0.5 + 1e-9) / cells
-
-    def step(self, confidence: float, answer_type: str | None = None) -> int:
-        """The smallest step whose fitted accuracy is at most `confidence`.
-
-        Raises:
-            ValueError: no answer type, or the fitted accuracy exceeds `confidence` at every step.
-        """
-        target = check_confidence(confidence)
-        if answer_type is None:
-            raise ValueError(
-                f"anchored levels differ by answer type: name one of {', '.join(self.answer_types)}"
-            )
-        fit = self._fit(answer_type)
-        if target < fit[-1]:
-            raise ValueError(
-                f"no noise step brings {answer_type!r} answers down to {target:g}: the lowest accuracy is {fit[-1]:g}"
-            )
-        steps = np.arange(self.steps[-1] + 1)
-        return int(np.argmax(np.interp(steps, self.steps, fit) <= target + 1e-12))
 
     def _fit(self, answer_type: str) -> np.ndarray:
         if answer_type not in self._fits:

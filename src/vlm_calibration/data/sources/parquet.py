@@ -12,24 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlm_calibration.data.sources.base import (
-    BadRecords,
-    LazyQueries,
-    OnBadRecord,
-    QuerySource,
-    with_regions,
-)
+from vlm_calibration.data.sources.base import BadRecords, OnBadRecord, QuerySource
 from vlm_calibration.data.sources.checks import suspects
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.data.sources.tables import (
     EmbeddedImages,
+    TableSource,
     is_embedded,
     parquet_files,
     read_columns,
     schema_of,
 )
-from vlm_calibration.perturbation.images import ImageError
-from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 
 _TEXT = pa.string()
@@ -56,7 +50,7 @@ REPEATING = ("image", "answer", "answer_type", "category")
 """Columns with repeating values, read as dictionaries."""
 
 
-class ParquetSource(QuerySource):
+class ParquetSource(TableSource):
     """One query a row. The columns are checked when the file is opened, and stay in memory as Arrow arrays.
 
     Args:
@@ -83,29 +77,14 @@ class ParquetSource(QuerySource):
     ) -> None:
         if not 0 <= begin < end <= 1:
             raise DataError(f"ParquetSource: needs 0 <= begin < end <= 1, found {begin} and {end}")
-        self.path = Path(path)
-        self.root = Path(root) if root is not None else self._folder
+        super().__init__(path, unpacked, on_bad_record)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.root = Path(root) if root is not None else folder
         self.images = images
-        self.unpacked = None if unpacked is None else Path(unpacked)
         self.begin, self.end = begin, end
-        self.on_bad_record = on_bad_record
-        self.bad = BadRecords(on_bad_record)
         self._files = ImageFolder(self.root)
-        self._embedded: EmbeddedImages | None = None
-        self._table: Any = None
-        self._rows: np.ndarray | None = None
 
-    @property
-    def _folder(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
-
-    def queries(self) -> Sequence[Query]:
-        if self._rows is None:
-            self._open()
-        assert self._rows is not None
-        return LazyQueries(len(self._rows), self._query)
-
-    def _open(self) -> None:
+    def _open(self) -> np.ndarray:
         files = parquet_files(self.path)
         schema = schema_of(files)
         self._check_columns(schema)
@@ -117,14 +96,15 @@ class ParquetSource(QuerySource):
         self._table = _cast_columns(read_columns(files, columns, repeating))
         rows = self._valid_rows()
         self.bad.report(len(rows))
-        self._rows = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
+        part = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
         if not len(rows):
             raise DataError(f"{self.path}: no usable query in this file")
-        if not len(self._rows):
+        if not len(part):
             raise DataError(
                 f"{self.path}: none of its {len(rows)} queries is between the shares {self.begin:g} and {self.end:g}: move "
                 "begin and end, or use more queries"
             )
+        return part
 
     def _check_columns(self, schema: pa.Schema) -> None:
         for name in schema.names:
@@ -204,28 +184,15 @@ class ParquetSource(QuerySource):
         record["regions"] = [_region(region) for region in record.get("regions") or ()]
         return query_from_dict(record)
 
-    def _query(self, index: int) -> Query:
-        assert self._rows is not None
-        try:
-            return self._read(int(self._rows[index]))
-        except RecordError as error:
-            raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
-
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if self.images is not None and query.answer_type == "open":
             return self.images.wrong_answers(query)
         return super().wrong_answers(query)
 
-    def load(self, query: Query) -> LoadedImage:
-        try:
-            if self.images is not None:
-                return with_regions(query, self.images.load(query).image)
-            if self._rows is None:
-                # Nobody calls `queries` of a source that only loads another source's images.
-                self._open()
-            return with_regions(query, (self._embedded or self._files).load(query.image))
-        except (RecordError, ImageError) as error:
-            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+    def _image(self, query: Query) -> np.ndarray:
+        if self.images is not None:
+            return self.images.load(query).image
+        return (self._embedded or self._files).load(query.image)
 
 
 def _cast_columns(table: pa.Table) -> pa.Table:

@@ -7,34 +7,26 @@ data set has no regions: extract them with `vlm-calibration predict --config con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from vlm_calibration.data.sources.base import (
-    BadRecords,
-    LazyQueries,
-    OnBadRecord,
-    QuerySource,
-    with_regions,
-)
+from vlm_calibration.data.sources.base import BadRecords, OnBadRecord
 from vlm_calibration.data.sources.tables import (
     EmbeddedImages,
+    TableSource,
     is_embedded,
     parquet_files,
     read_columns,
     schema_of,
 )
-from vlm_calibration.perturbation.images import ImageError
-from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
+from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 
 TEXTS = ("question", "chosen", "rejected", "origin_dataset")
 
 
-class RlaifVSource(QuerySource):
+class RlaifVSource(TableSource):
     """One query a pair of responses; its id is the number of the row, "rlaif-v-17".
 
     Args:
@@ -44,21 +36,9 @@ class RlaifVSource(QuerySource):
     """
 
     def __init__(self, path: str, unpacked: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
-        self.path = Path(path)
-        self.unpacked = None if unpacked is None else Path(unpacked)
-        self.on_bad_record = on_bad_record
-        self.bad = BadRecords(on_bad_record)
-        self._images: EmbeddedImages | None = None
-        self._table: Any = None
-        self._rows: np.ndarray | None = None
+        super().__init__(path, unpacked, on_bad_record)
 
-    def queries(self) -> Sequence[Query]:
-        if self._rows is None:
-            self._open()
-        assert self._rows is not None
-        return LazyQueries(len(self._rows), self._query)
-
-    def _open(self) -> None:
+    def _open(self) -> np.ndarray:
         files = parquet_files(self.path)
         schema = schema_of(files)
         for name in (*TEXTS, "image"):
@@ -68,11 +48,12 @@ class RlaifVSource(QuerySource):
             actual = schema.field("image").type
             raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {actual}")
         self._table = read_columns(files, TEXTS, ["origin_dataset"])
-        self._images = EmbeddedImages(files, "image", self.unpacked)
-        self._rows = self._valid_rows()
-        self.bad.report(len(self._rows))
-        if not len(self._rows):
+        self._embedded = EmbeddedImages(files, "image", self.unpacked)
+        rows = self._valid_rows()
+        self.bad.report(len(rows))
+        if not len(rows):
             raise DataError(f"{self.path}: no usable query in these files")
+        return rows
 
     def _valid_rows(self) -> np.ndarray:
         """Indices of the rows whose question and preferred response have at least one word."""
@@ -102,24 +83,11 @@ class RlaifVSource(QuerySource):
             }
         )
 
-    def _query(self, index: int) -> Query:
-        assert self._rows is not None
-        try:
-            return self._read(int(self._rows[index]))
-        except RecordError as error:
-            raise DataError(f"{self.path}: row {self._rows[index]}: {error}") from error
-
-    def load(self, query: Query) -> LoadedImage:
-        if self._images is None:
-            self._open()
-        assert self._images is not None
-        try:
-            return with_regions(query, self._images.load(query.image))
-        except (RecordError, ImageError) as error:
-            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+    def _image(self, query: Query) -> np.ndarray:
+        assert self._embedded is not None
+        return self._embedded.load(query.image)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        if self._table is None:
-            self._open()
+        self._opened_rows()
         rejected = self._table.column("rejected")[EmbeddedImages.row(query.image)].as_py()
         return [rejected] if rejected and rejected.strip() and rejected != query.answer else []

@@ -1,4 +1,4 @@
-"""Parquet files as one table, and access to the images embedded in them.
+"""Parquet files as one table with one query a row, and access to the images embedded in them.
 
 Text columns stay in memory as Arrow arrays, about one byte a character. Images do not: Parquet is read in row groups of many
 images, so the last group is cached, and images can be unpacked into a folder, which makes random access cheap from the second
@@ -8,6 +8,7 @@ read of a group on.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,9 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
 from vlm_calibration.files import first_line, replacing
-from vlm_calibration.perturbation.images import load_image
-from vlm_calibration.records import DataError, RecordError
+from vlm_calibration.perturbation.images import ImageError, load_image
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 from vlm_calibration.settings import digest
 
 ROW = "row-"
@@ -145,6 +153,60 @@ class EmbeddedImages:
                 self._groups += [(file, i) for i in range(metadata.num_row_groups)]
                 lengths += [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             self._ends = list(accumulate(lengths))
+
+
+class TableSource(QuerySource):
+    """Base class of the sources with one query a row of Parquet files, which are opened on first use.
+
+    Args:
+        path: a Parquet file, or a folder of them.
+        unpacked: as in `EmbeddedImages`.
+        on_bad_record: as in `QuerySource`.
+    """
+
+    _table: pa.Table
+    _embedded: EmbeddedImages | None = None
+
+    def __init__(self, path: str, unpacked: str | None, on_bad_record: OnBadRecord) -> None:
+        self.path = Path(path)
+        self.unpacked = None if unpacked is None else Path(unpacked)
+        self.on_bad_record = on_bad_record
+        self.bad = BadRecords(on_bad_record)
+        self._rows: np.ndarray | None = None
+
+    @abstractmethod
+    def _open(self) -> np.ndarray:
+        """Open the files, set `_table` and `_embedded`, and return the indices of the rows to use, int64."""
+
+    @abstractmethod
+    def _read(self, row: int) -> Query:
+        """The query in a row; RecordError for an invalid record."""
+
+    @abstractmethod
+    def _image(self, query: Query) -> np.ndarray:
+        """The image of a query, uint8 [H, W, 3]."""
+
+    def _opened_rows(self) -> np.ndarray:
+        if self._rows is None:
+            self._rows = self._open()
+        return self._rows
+
+    def queries(self) -> Sequence[Query]:
+        return LazyQueries(len(self._opened_rows()), self._query)
+
+    def _query(self, index: int) -> Query:
+        row = int(self._opened_rows()[index])
+        try:
+            return self._read(row)
+        except RecordError as error:
+            raise DataError(f"{self.path}: row {row}: {error}") from error
+
+    def load(self, query: Query) -> LoadedImage:
+        self._opened_rows()  # nobody calls `queries` of a source that only loads another source's images
+        try:
+            return with_regions(query, self._image(query))
+        except (RecordError, ImageError) as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
 
 def _unpack(folder: Path, first: int, contents: Any) -> None:
