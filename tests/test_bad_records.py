@@ -1,4 +1,4 @@
-"""Records that cannot be loaded: left out and counted in one process and in two, through restarts, and one line where they stop a run."""
+"""Records that cannot be loaded: left out and counted in one and two processes and after restarts, or a one-line error."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DAMAGED = {
     "6": "covers no pixel of the 64 x 64 image",
     "9": "has size [5, 5]",
 }
-"""What is wrong with three of 14 records, of which another one's box leaves the image."""
+"""Defects of three of 14 records; the box of a fourth is partly outside its image."""
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Writes 14 records about images of 64 x 64 pixels, with `changes` by id; returns the source as a configuration has it."""
+    """Write 14 records about images of 64 x 64 pixels, with `changes` by id; return the configuration of the source."""
     folder = tmp_path / "data"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (14, 64, 64, 3), dtype=np.uint8)
@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     more = _on(records("q"), "train", "validation")
     more += ["--model.init_args.adapter", new_adapter(1)] if stage == "dpo" else []
     assert run(*start("whole", stage=stage), *more).status == 0
-    # Batches in which all or some are left out lie before and behind these places.
+    # Batches with some or all records left out come before and after these positions.
     for n, (epoch, batch) in enumerate([(0, 3), (1, 2)]):
         kill = callback("disasters.KillAt", epoch=epoch, batch=batch, when="between")
         ended = run(*start("cut", kill, stage=stage), *more, *(["--ckpt_path", "last"] if n else []))
@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 def test_two_processes_keep_in_step(
     start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
 ) -> None:
-    """With one query a batch, one process has none to train on while the other has one."""
+    """With one query a batch, one process has no sample while the other has one."""
     watch = callback("disasters.WriteLosses")
     command = [*start("two", watch, workers=1), *TWO, *_on(records("q"), "train", "validation")]
     ended = run_plainly(command, root, tmp_path)
@@ -165,7 +165,7 @@ def _sampler(rank: int, epoch: int) -> EpochSampler:
 def test_an_error_in_one_of_two_processes_is_one_line(
     start: Start, records: Callable[..., Any], root: Path, tmp_path: Path, culprit: int
 ) -> None:
-    """The process that meets the record says so, and the other, which fails for want of it, nothing."""
+    """The process that loads the record reports it; the other process, which fails as a consequence, is silent."""
     name = str(_sampler(culprit, 0).places()[2])
     good = {str(i): {"image": "0.jpg", "regions": []} for i in range(14)}
     good = {k: {**v, "regions": [{"label": "dog", "box": [1, 1, 30, 30]}]} for k, v in good.items()}
@@ -198,7 +198,7 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
     tmp_path: Path,
     processes: int,
 ) -> None:
-    """Also where it was killed and goes on; both parts are of 14 records, of which three cannot be loaded."""
+    """Also for a killed and resumed run; both splits have 14 records, three of which cannot be loaded."""
     source = records("q")
 
     def arguments(name: str, *disaster: dict[str, Any]) -> list[str]:

@@ -1,15 +1,25 @@
-"""Files that appear whole or not at all, whatever happens on the way."""
+"""Files: atomic replacement, JSON lines, and the parts of error messages."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_calibration.files import replacing, write_json
+from vlm_calibration.files import (
+    MAX_NAMED,
+    first_line,
+    json_lines,
+    name_some,
+    read_json,
+    replacing,
+    write_json,
+)
+from vlm_calibration.records import DataError
 
 
 def _make(path: Path, folder: bool, content: str) -> None:
@@ -84,3 +94,71 @@ def test_json_is_readable_and_ends_in_a_line_break(tmp_path: Path) -> None:
     assert "größe" in text
     assert text.endswith("}\n")
     assert json.loads(text) == {"größe": 1.5, "none": None}
+
+
+def test_json_lines_have_their_number_and_offset(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    # A line separator within a string does not end a line.
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \r\n["\xe2\x80\xa8"]')
+    lines = list(json_lines(path))
+    assert [(line.number, line.read(lambda value: value)) for line in lines] == [
+        (1, {"a": 1}),
+        (4, ["\u2028"]),
+    ]
+    for line in lines:
+        assert path.read_bytes()[line.start :].startswith(line.content)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"a": 1}\n{"a"', "a.jsonl:2: not JSON"),
+        (b'{"a": 1}\n\n"caf\xe9"', "a.jsonl:3: not UTF-8"),
+        (b"[" * 100_000, "a.jsonl:1: not JSON"),
+        (b'{"a": 1}\n{"a": 2}', "a.jsonl:2: two is refused"),
+    ],
+)
+def test_an_error_in_a_line_names_file_and_line(tmp_path: Path, content: bytes, says: str) -> None:
+    def refuse_two(value: Any) -> Any:
+        if value == {"a": 2}:
+            raise ValueError("two is refused")
+        return value
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(says)):
+        for line in json_lines(path):
+            line.read(refuse_two)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{\n"a": 1,\n}', "a.json:3: not JSON"),
+        (b'\xef\xbb\xbf[\n"caf\xe9"]', "a.json:2: not UTF-8"),
+        (b"[" * 100_000, "a.json: not JSON"),
+    ],
+)
+def test_an_error_in_a_json_file_names_file_and_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(says)):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read: ")):
+            list(json_lines(path))
+        with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read: ")):
+            read_json(path)
+
+
+def test_a_message_names_the_first_few() -> None:
+    assert name_some(["a", "b"], 2) == "'a', 'b'"
+    assert name_some("abcde", MAX_NAMED) == "'a', 'b', 'c', 'd', 'e'"
+    assert name_some((str(i) for i in range(100)), 100) == "'0', '1', '2', '3', '4' and 95 more"
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"

@@ -1,4 +1,4 @@
-"""Records: what is accepted, what is refused and how the refusal names it, and what groups a category counts in."""
+"""Records: valid and invalid records, messages that name the culprit, and the groups of a category."""
 
 from __future__ import annotations
 

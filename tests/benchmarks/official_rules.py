@@ -1,6 +1,6 @@
-"""What the benchmarks' scripts compute, stated once more from their descriptions and with nothing of the package in it.
+"""The arithmetic of the benchmarks' scripts, reimplemented from their descriptions and independent of the package.
 
-Input is what the scripts read: decoded JSON. Where they divide by zero, so does this.
+The input is decoded JSON, as in the scripts. A division by zero fails, as in the scripts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def pope(labels: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, float]:
-    """`evaluate.py` of POPE: answer i is to label i.
+    """`evaluate.py` of POPE; answer i belongs to label i.
 
     Raises:
         ZeroDivisionError: as the script does.

@@ -1,4 +1,4 @@
-"""AMBER's files and the rules of its script, against the rules stated once more and against cases worked out by hand."""
+"""AMBER's files and rules, compared with an independent implementation and with cases computed by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ODD = (
 
 
 def _scores(annotations: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours, from decoded JSON, without the files."""
+    """Our counts, from decoded JSON without files."""
     truths = [
         amber.AmberTruth(
             a["id"], amber.CATEGORIES[annotations[a["id"] - 1]["type"]], annotations[a["id"] - 1]["truth"]
@@ -184,7 +184,7 @@ def test_counts_add_up() -> None:
         ("no. Confidence: 80%", False),
         ("No!  Confidence: 80%", False),
         ("No, it is not. Confidence: 80%", False),
-        # Without a stated confidence nothing is touched.
+        # Without a stated confidence the answer is unchanged.
         ("No.", False),
         ("No ", False),
     ],

@@ -1,4 +1,4 @@
-"""POPE's files and its rule, against the rule stated once more and against cases worked out by hand."""
+"""POPE's files and rule, compared with an independent implementation and with cases computed by hand."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def test_thousands_of_answer_files(tmp_path: Path) -> None:
             ["Yes", "Yes, a dog.", "Sure", "No", "no"],
             {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 5},
         ),
-        # Nothing is answered yes: no precision.
+        # No answer is yes: no precision.
         (
             ["yes", "no"],
             ["no", "no"],
             {"accuracy": 1 / 2, "precision": math.nan, "recall": 0.0, "f1": math.nan, "yes_ratio": 0.0},
         ),
-        # Nothing is labelled yes, as in the edited half of POPEv2: no recall.
+        # No label is yes, as in the edited half of POPEv2: no recall.
         (
             ["no", "no"],
             ["Yes", "no"],
@@ -158,7 +158,7 @@ def test_by_hand(labels: list[str], texts: list[str], expected: dict[str, float]
         ("Yes. I am not 100% sure", False),
         ('{"answer": "no", "confidence": 0.9}', True),
         ("I am 80% sure. No", True),
-        # Without a stated confidence nothing is touched, not even a blank that hides the answer from the script.
+        # Without a stated confidence the answer is unchanged, including a blank that hides it from the script.
         ("\nNo", False),
         ("No\n", False),
         ("Sure. No", False),

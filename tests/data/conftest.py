@@ -18,7 +18,7 @@ from vlm_calibration.records import Query
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """Writes `data/queries.jsonl` beside `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""
+    """Write `data/queries.jsonl` and `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""
     folder = tmp_path / "data"
     folder.mkdir()
     Image.new("RGB", (20, 10), "red").save(folder / "a.png")
@@ -36,7 +36,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def record() -> Callable[..., dict[str, Any]]:
-    """A record about `a.png`, changed as asked."""
+    """A record about `a.png` with changed keys."""
 
     def make(identifier: str = "one", **changes: Any) -> dict[str, Any]:
         plain = {
@@ -53,7 +53,7 @@ def record() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def samples() -> Sequence[Sample]:
-    """Four samples of unlike length, kind and confidence; the last image is not square."""
+    """Four samples of different length, kind and confidence; the last image is not square."""
     rows = (
         ("Is there a dog in the image?", "Yes", "yes_no", 1.0),
         ("What is at the top left?", "umbrella", "short", 0.3),
@@ -75,7 +75,7 @@ def samples() -> Sequence[Sample]:
 
 @pytest.fixture(scope="session")
 def digit_processor() -> Any:
-    """The demo's processor with a tokenizer that splits numbers into digits: responses are of unlike length."""
+    """The demo's processor with a tokenizer that splits numbers into digits, so responses differ in length."""
     from vlm_calibration.demo.architecture import build_processor
 
     processor = build_processor()

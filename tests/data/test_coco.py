@@ -1,4 +1,4 @@
-"""COCO annotations as queries: masks against pycocotools, absent objects against POPE's published rules, answers against the boxes."""
+"""The COCO source: masks compared with pycocotools, absent objects with POPE's published rules, answers with the boxes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _uncompressed(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _segmentation(kind: str, rng: np.random.Generator) -> tuple[Any, np.ndarray]:
-    """A segmentation of a kind, and its mask by pycocotools."""
+    """A segmentation of one kind, and its mask by pycocotools."""
     if kind == "polygons":
         polygons = [_polygon(rng) for _ in range(int(rng.integers(1, 4)))]
         return polygons, rle.decode(rle.merge(rle.frPyObjects(polygons, HEIGHT, WIDTH)))
@@ -52,7 +52,7 @@ def _segmentation(kind: str, rng: np.random.Generator) -> tuple[Any, np.ndarray]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., tuple[str, str]]:
-    """Writes `instances.json` of so many random images with their files; returns its path and the images' folder."""
+    """Write random images and their `instances.json`; return its path and the image folder."""
 
     def written(
         images: int = 30, seed: int = 0, change: Callable[[dict[str, Any]], None] | None = None
@@ -193,7 +193,7 @@ def test_images_of_a_benchmark_are_left_out(write: Callable[..., Any], tmp_path:
 
 
 def _by_the_rules(table: list[list[str]], kind: str, samples: int, choose: Callable[[list[str]], str]) -> Any:
-    """The questions of POPE over images in a row, written down plainly from the paper and its official generator."""
+    """POPE's questions about images in order, reimplemented from the paper and its official generator."""
     frequency: dict[str, int] = {}
     for objects in table:
         for name in objects:
@@ -247,7 +247,7 @@ def test_absent_objects_follow_the_official_rules(kind: str) -> None:
 
 
 def test_absent_objects_by_hand() -> None:
-    """a is in 3 images, b in 3, c in 2, d in 1; c met a twice and b once."""
+    """a is in 3 images, b in 3, c in 2, d in 1; c occurs with a twice and with b once."""
     table = {"1": ["a", "c"], "2": ["a", "b", "c"], "3": ["b", "d"], "4": ["a", "b"]}
     absent = AbsentObjects(table)
     rng = np.random.default_rng(0)

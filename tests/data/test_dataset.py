@@ -1,4 +1,4 @@
-"""Queries of several parts as one dataset: names, steps, who is left out, and errors that name the record."""
+"""Queries of several splits as one dataset: names, steps, queries left out, and errors that name the record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLICY = NoisePolicy(resolution="native", distractor_probability=0.0)
 
 
 class Square(QuerySource):
-    """Two queries over one grey image: about the dog that is in it, and about a cat that is not."""
+    """Two queries about one grey image: about a dog in it, and about an absent cat."""
 
     def queries(self) -> Sequence[Query]:
         regions = (Region("dog", (2, 2, 8, 8)),)
@@ -112,7 +112,7 @@ def _jsonl(path: Path, policy: NoisePolicy = POLICY, noise: Any = "drawn", **sou
 
 @pytest.fixture
 def mixed(write_jsonl: Write, record: Record) -> Path:
-    """Of each kind: with a region, absent, and five that need a region and have none."""
+    """Queries of each kind: with a region, about an absent object, and five that lack a region."""
     no_dog = {"answer": "No", "objects": ["dog"]}
     return write_jsonl(
         record("shown", objects=["the Dogs"], regions=DOG),
@@ -132,7 +132,7 @@ UNLOCATED = ["yes without regions", "yes with another region", "short", "a short
 
 
 def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: Record) -> None:
-    """Not given noise elsewhere and the confidence of that noise."""
+    """Such a query gets no noise elsewhere, with the confidence of that noise."""
     path = write_jsonl(*(record(f"yes {i}") for i in range(200)), record("shown", regions=DOG))
     with pytest.warns(UserWarning, match="need a region") as warned:
         dataset = _jsonl(path)
@@ -266,7 +266,7 @@ def test_what_the_model_cannot_be_asked_is_told_before_anything_is_loaded(
 
 @pytest.fixture
 def damaged(write_jsonl: Write, record: Record) -> Path:
-    """Of seven records the odd ones cannot be loaded: a damaged image, a region outside of it, a mask of another size."""
+    """Seven records; the odd ones cannot be loaded: a damaged image, a region outside it, a mask of another size."""
     mask = {"label": "dog", "box": [0, 0, 1, 1], "mask": {"size": [5, 5], "counts": [0, 25]}}
     path = write_jsonl(
         *(record(str(i), regions=DOG, **c) for i, c in enumerate(({}, {"image": "b.png"}, {}))),
@@ -281,7 +281,7 @@ def damaged(write_jsonl: Write, record: Record) -> Path:
 
 @pytest.mark.parametrize("noise", ["drawn", "none"])
 def test_records_that_cannot_be_loaded_are_left_out_of_a_batch(damaged: Path, noise: str) -> None:
-    """The samples of others are those that they are without them."""
+    """The samples of the other records do not change."""
     dataset = _jsonl(damaged, noise=noise, on_bad_record="skip")
     assert len(dataset) == 7, "which is not known before"
     drawn = dataset.__getitems__([(3, i) for i in range(7)])
@@ -304,7 +304,7 @@ def test_a_record_that_cannot_be_loaded_stops_the_run_where_it_is_to(damaged: Pa
 
 @pytest.mark.parametrize("rule", ["skip", "raise"])
 def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
-    """Known to `has_evidence`, but of no pixel: as COCO has some. Without noise it does not matter."""
+    """`has_evidence` is true, but the mask has no pixel, as some in COCO. On clean images it does not matter."""
 
     class Empty(Square):
         def load(self, query: Query) -> LoadedImage:

@@ -1,7 +1,7 @@
 """The collators with every family of models that the project supports, built offline at toy size.
 
-What is the response is checked by decoding it, and what the processor makes of a conversation against what the collators do.
-Each batch also goes through a tiny model of the family.
+The tests decode the response, and compare the collators with the processor's own conversations. Each batch also goes through
+a tiny model of the family.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPHRASED = {
     "llava_clip": ("ASSISTANT: {} ", "ASSISTANT: {}</s>"),
     "llava_onevision": ("assistant \n{}<|im_end|>", "assistant\n{}<|im_end|>"),
 }
-"""Where a template writes the response of a conversation otherwise than we do, and how we do."""
+"""Templates that write the response of a conversation differently from us, and our form."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -57,7 +57,7 @@ def chat(family: Family) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def unlike(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Samples with images of unlike size and shape."""
+    """Samples with images of different sizes and shapes."""
     rng = np.random.default_rng(1)
     sizes = [(20, 20), (33, 16), (48, 20), (14, 70)]
     return [
@@ -134,7 +134,7 @@ def test_training_and_generation_have_the_same_prompt(
 
 
 def test_a_conversation_is_the_templates(family: Family, chat: ChatFormat) -> None:
-    """But for the end of a turn that is left open, and for what is read before an answer and not before a given one."""
+    """Except for an unfinished turn, and for text before the model's answer that is missing before a given answer."""
     if family.processor.chat_template is None:
         assert chat.render("A dog?", "Yes.") == "<image><bos>A dog? How sure are you?\nYes.<eos>"
         return
@@ -153,7 +153,7 @@ def test_a_conversation_is_the_templates(family: Family, chat: ChatFormat) -> No
 def test_inputs_are_those_of_the_processor(
     family: Family, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:
-    """PaliGemma's writes the conversation itself: from the prompt, and the response as a `suffix`."""
+    """PaliGemma's processor writes the conversation itself, from the prompt and the response as a `suffix`."""
     responses = [render_response(s.answer, s.confidence) for s in unlike]
     texts = [chat.render(s.query.question, r) for s, r in zip(unlike, responses, strict=True)]
     more: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: S
 def test_a_response_is_read_from_left_to_right(
     model: Any, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:
-    """What comes later in a response does not change what is predicted before it, nor does it change the prompt."""
+    """Later tokens of a response change neither the predictions before them nor the prompt."""
     batch = SFTCollator(chat, 1000)(unlike)
     changed = batch.inputs["input_ids"].clone()
     last = [int((row != IGNORE).nonzero()[-1]) for row in batch.labels]
@@ -263,7 +263,7 @@ def test_noise_survives_the_processor(family: Family) -> None:
     check_resolution(processor)
 
     def tiles(image: np.ndarray) -> torch.Tensor:
-        """Pixels without the shrunken view of all that is among the tiles, and without the black around them."""
+        """The pixels without the overview image among the tiles and without the black padding."""
         pixels = processor.image_processor(images=[image], do_normalize=False, return_tensors="pt")[
             "pixel_values"
         ]

@@ -1,4 +1,4 @@
-"""The JSONL source: what it reads, and that every way a file can be wrong ends in a message with file, line and culprit."""
+"""The JSONL source: valid files, and for every kind of invalid file a message with file, line and culprit."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_load_tells_evidence_from_distractors(write_jsonl: Write, record: Record
 
 
 def test_what_of_a_box_leaves_the_image_is_cut_off(write_jsonl: Write, record: Record) -> None:
-    """The image has 20 x 10 pixels. A box that only rounds to its edge does not leave it."""
+    """The image has 20 x 10 pixels. A box that rounds to the edge is inside."""
     boxes = [[-5, -5, 10, 5], [15, 5, 30, 30], [0, 0, 20.4, 10.4], [2, 2, 8, 8]]
     path = write_jsonl(*(record(str(i), regions=[{"label": "dog", "box": b}]) for i, b in enumerate(boxes)))
     source = JsonlSource(str(path))

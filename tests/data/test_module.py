@@ -1,4 +1,4 @@
-"""The data module: the same samples for any number of workers, batch size or processes, new ones every epoch."""
+"""The data module: the same samples for any number of workers, batch size and number of processes; new noise every epoch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _epoch(module: PerturbedQueryDataModule, epoch: int) -> Drawn:
 
 @pytest.fixture(scope="module")
 def wanted(model_folder: str) -> list[Drawn]:
-    """What the first two epochs hold, drawn in one process without workers."""
+    """The samples of the first two epochs, drawn in one process without workers."""
     module = _module(model_folder)
     return [_epoch(module, 0), _epoch(module, 1)]
 
@@ -81,7 +81,7 @@ def test_workers_make_no_difference(model_folder: str, wanted: list[Drawn], work
     module.setup("fit")
     loader = module.train_dataloader()
     for epoch in (0, 1):
-        # Workers live on from epoch to epoch.
+        # Workers persist from epoch to epoch.
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         assert _drawn(loader) == wanted[epoch]
 
@@ -282,7 +282,7 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model
 def test_what_is_left_of_the_data_behind_a_place(
     model_folder: str, wanted: list[Drawn], place: tuple[int, int], workers: int
 ) -> None:
-    """The place is where a checkpoint was written; the number of batches stays that of a whole epoch."""
+    """The position is that of a checkpoint; the number of batches is that of a complete epoch."""
     epoch, batch = place
 
     def order(module: Any, epoch: int) -> list[tuple[str, ...]]:

@@ -1,7 +1,9 @@
-"""What noise a query gets and which confidence that earns: purity, frequencies, regions, and the resolution it happens at."""
+"""The perturbation of a query and its confidence: purity, frequencies, regions, and resolution."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -12,6 +14,7 @@ from scipy.stats import chisquare
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
 from vlm_calibration.perturbation.schedules import CosineSchedule
+from vlm_calibration.perturbation.transform import RegionNoise
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 DOG = np.zeros((96, 96), dtype=bool)
@@ -222,7 +225,7 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings: dict[str, Any
 
 
 def _seen_std(processor: Any, sample: Sample) -> float:
-    """Standard deviation of what the model gets, in units of the [-1, 1] pixel scale."""
+    """Standard deviation of the model's pixel values, on the scale [-1, 1]."""
     pixels = processor.image_processor(images=[sample.image], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 96, 96)
     return float(pixels.std())
@@ -255,3 +258,32 @@ def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None
     changed = (sample.image != 128).any(axis=-1)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.9
+
+
+def test_the_noise_is_that_of_the_albumentations_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(self: Any, **call: Any) -> dict[str, Any]:
+        calls.append(call)
+        return {"image": np.zeros_like(call["image"])}
+
+    monkeypatch.setattr(RegionNoise, "__call__", record)
+    assert not _perturbed(SCENE, step=300).image.any()
+    assert calls[0]["image"] is IMAGE
+    assert (calls[0]["mask"] == DOG).all()
+    assert calls[0]["step"] == 300
+
+
+def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -> None:
+    code = (
+        "import sys\n"
+        "from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries\n"
+        "from vlm_calibration.data.noise import NoisePolicy\n"
+        "from vlm_calibration.demo.source import DemoSource\n"
+        "for noise in ('none', 'drawn'):\n"
+        "    data = PerturbedQueries({'': EvalSplit(DemoSource(scenes=1), noise)}, NoisePolicy(resolution='native'), None)\n"
+        "    data[0, 0] if noise == 'none' else None\n"
+        "    print('albumentations' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "True"]

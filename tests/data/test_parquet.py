@@ -1,4 +1,4 @@
-"""Queries from Parquet: equal to those from JSON lines, bad rows said in the same words, images from three places."""
+"""The Parquet source: the same queries and messages as from JSON lines, and images from three places."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Record = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows to `data/NAME`, beside `data/a.png` of 20 x 10 pixels."""
+    """Write rows to `data/NAME`, and `data/a.png` of 20 x 10 pixels."""
     folder = tmp_path / "data"
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (20, 10), "red").save(folder / "a.png")
@@ -71,7 +71,7 @@ def test_the_same_queries_as_from_json_lines(
 
 
 def test_types_that_other_writers_choose(write: Callable[..., Path], record: Record) -> None:
-    """Inferred types: a column of nothing, lists of nothing, uncompressed counts, fields in another order."""
+    """Inferred types: a null column, lists of null, uncompressed counts, fields in another order."""
     inferred = [record("1", category=None, objects=[], regions=[]), record("2", category=None, objects=[])]
     assert [q.objects for q in ParquetSource(str(write(inferred, None))).queries()] == [(), ()]
     region = {"score": 1, "box": [3, 2, 6, 5], "label": "dog", "mask": {"counts": [0, 200], "size": [10, 20]}}
@@ -148,7 +148,7 @@ def test_a_bad_row_is_named(write: Callable[..., Path], record: Record, what: st
 
 
 def test_checks_by_column_find_what_checks_by_record_find(write: Callable[..., Path], record: Record) -> None:
-    """All bad rows together in one file of several row groups, each amid good ones."""
+    """All invalid rows in one file of several row groups, between valid rows."""
     changes = [c for c, _ in BAD.values() if "image" not in c and c != {"id": "one"}]
     rows = [record("one")]
     for i, change in enumerate(changes):
@@ -236,7 +236,7 @@ def _png(value: int) -> bytes:
 
 @pytest.fixture
 def embedded(tmp_path: Path, record: Record) -> Path:
-    """Two files of 7 and 4 rows with images in them, the red of each being its row; row 5 has none."""
+    """Two files of 7 and 4 rows with embedded images, whose red value is the row; row 5 has no image."""
     folder = tmp_path / "embedded"
     folder.mkdir()
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

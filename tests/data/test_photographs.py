@@ -1,4 +1,4 @@
-"""Photographs as a model gets them behind the noise policy, against what its processor alone makes of them, in every family."""
+"""Photographs after the noise policy and the processor, compared with the processor alone, for every family."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .test_resolution import PUBLISHED
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """A portrait, large, small, wide and tall; and a drawn scene with the grain of a sensor."""
+    """A portrait in large, small, wide and tall form, and a rendered scene with sensor noise."""
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         portrait = Image.open(file).convert("RGB")
         portrait.load()
@@ -43,12 +43,12 @@ def photographs() -> dict[str, np.ndarray]:
 
 PHOTOGRAPHS = photographs()
 VIEWED_TWICE = ("InternVL", "LLaVA-1.6", "LLaVA-OneVision", "internvl", "llava_onevision")
-"""Beside the tiles there is a view of the whole image that the processor makes of the file, not of the tiles."""
+"""Processors whose overview image beside the tiles is made from the file, not from the tiles."""
 
 
 @pytest.fixture(params=[*FAMILIES, *PUBLISHED])
 def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
-    """A name and an image processor: with few pixels, and as published."""
+    """Name and image processor, with few pixels and as published."""
     name = request.param
     if name in PUBLISHED:
         kind, settings = PUBLISHED[name]
@@ -58,7 +58,7 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 
 def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:
-    """What the processor makes of an image, in 0..255, one view or row of patches after the other."""
+    """The processor's pixel values in 0..255, by view or row of patches."""
     pixels = image_processor(images=[image], do_normalize=False, return_tensors="pt")["pixel_values"]
     return (pixels[0] if pixels.ndim == 5 else pixels) * 255
 

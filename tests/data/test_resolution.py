@@ -1,4 +1,4 @@
-"""The size at which a model sees an image, against what the image processors of transformers really make of one."""
+"""The model's image size, compared with the output of the image processors of transformers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _noise(height: int, width: int) -> np.ndarray:
 
 
 def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width behind the processor's own resize, read from its output."""
+    """Height and width after the processor's own resize, read from its output."""
     found = _seen(image_processor, _noise(height, width))
     if "image_grid_thw" in found:
         _, rows, columns = found["image_grid_thw"][0].tolist()
@@ -106,14 +106,14 @@ def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]
     if getattr(image_processor, "do_image_splitting", None):
         found = image_processor(images=[_noise(height, width)], return_row_col_info=True, return_tensors="pt")
         tile = image_processor.max_image_size["longest_edge"]
-        # One tile is reported as no split.
+        # One tile is reported as not split.
         return max(1, found["rows"][0][0]) * tile, max(1, found["cols"][0][0]) * tile
     height, width = found["pixel_values"].shape[-2:]
     return height, width
 
 
 def _first_resize(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """The size that the image is brought to before it is cut into tiles; smaller views come later."""
+    """The size of the image before it is cut into tiles; the overview image comes later."""
     sizes: list[tuple[int, int]] = []
 
     class Watched(type(image_processor)):  # type: ignore[misc]
@@ -145,7 +145,7 @@ def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, widt
     if name in TILED:
         assert _holds(_tiles(processor, image), image)
     elif name == "SMOLVLM_WHOLE":
-        # It is enlarged to the longest edge before it is shrunk to one tile.
+        # The image is enlarged to the longest edge, then shrunk to one tile.
         assert resized.std() > 0.8 * (image / 127.5 - 1).std()
     else:
         untouched = dict(processor(images=[image], do_resize=False, return_tensors="pt"))["pixel_values"]
@@ -153,7 +153,7 @@ def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, widt
 
 
 def _tiles(image_processor: Any, image: np.ndarray) -> torch.Tensor:
-    """The tiles as pixels in 0..255, without the view of the whole image, [N, 3, H, W]."""
+    """The tiles as pixels in 0..255 [N, 3, H, W], without the overview image."""
     pixels = image_processor(images=[image], do_normalize=False, return_tensors="pt")["pixel_values"]
     pixels = (pixels[0] if pixels.ndim == 5 else pixels) * 255
     if len(pixels) == 1:
@@ -162,7 +162,7 @@ def _tiles(image_processor: Any, image: np.ndarray) -> torch.Tensor:
 
 
 def _holds(tiles: torch.Tensor, image: np.ndarray) -> bool:
-    """Whether the tiles hold every pixel of the image as it is, and beyond it only black."""
+    """Whether the tiles contain every pixel of the image, and only black around it."""
     one = torch.tensor([1, 256, 256**2])
     seen, wanted = (
         (pixels.reshape(-1, 3).round().long() @ one).sort().values

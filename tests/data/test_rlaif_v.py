@@ -1,4 +1,4 @@
-"""RLAIF-V's files as queries: the preferred response is the gold one, the rejected one a mistake, images come from the file."""
+"""The RLAIF-V source: the preferred response is the gold answer, the rejected one a wrong answer, images are embedded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows, with the columns that the data set has, to two files of a folder."""
+    """Write rows with the columns of the data set to two files of a folder."""
     schema = pa.schema([*((n, pa.string()) for n in TEXTS), ("image", IMAGE), ("idx", pa.int64())])
 
     def row(i: int, **changes: Any) -> dict[str, Any]:

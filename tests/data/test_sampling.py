@@ -1,4 +1,4 @@
-"""Who draws which sample when: exactly once over all processes, and the same order wherever it is asked for."""
+"""The sampler: every sample exactly once over all processes, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses that give a wrong answer as often as the confidence says: how often, which, and what sources know to be wrong."""
+"""Wrong answers in training responses: their rate, their choice, and the wrong answers that sources offer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: 
 
 
 def test_the_confidence_counts_and_not_the_noise() -> None:
-    # Half of all yes/no questions are still answered right when nothing is left to see.
+    # Half of all yes/no questions are answered correctly without any evidence.
     counts = [StepCount(0, 100, 100), StepCount(1000, 100, 50)]
     levels = AnchoredLevels.fit({"yes_no": counts, "short": [counts[0], StepCount(1000, 100, 0)]})
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
@@ -114,7 +114,7 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
 
 
 def test_mistakes_have_a_stream_of_their_own() -> None:
-    # The first draw of the noise's stream says which samples stay clean, and the others' is above one half here.
+    # The first draw of the noise generator decides which samples stay clean; for the other samples it is above 0.5.
     weights = [0.0] * 4 + [1.0] * 3 + [0.0] * 4
     rows = [_sample(i, clean_fraction=0.5, level_weights=weights) for i in range(3000)]
     wrong = Counter(s.confidence for s in rows if s.wrong_answer is not None)
@@ -123,7 +123,7 @@ def test_mistakes_have_a_stream_of_their_own() -> None:
     assert all(_fits(wrong[c], total[c], 1 - c) for c in total)
 
 
-# --- What sources know -------------------------------------------------------------------------------------------
+# --- Wrong answers of sources -------------------------------------------------------------------------------------------
 
 
 class Plain(QuerySource):

@@ -1,7 +1,7 @@
-"""How long one perturbation takes, beside albumentations' noise on the whole image and a plain float64 version.
+"""Time of one perturbation, compared with albumentations' noise on the whole image and a plain float64 version.
 
 Run with `python -m tests.performance.perturbation`. The contestants take turns in one process on one thread, so that
-whatever else the machine does hits them alike; the table gives medians. The bar: at most 5 ms for ours.
+other load on the machine affects all of them; the table shows medians. The bar: at most 5 ms for ours.
 """
 
 import os
@@ -28,14 +28,14 @@ HEIGHT, WIDTH, STEP = 480, 640, 500
 
 
 def ellipse_mask(share: float) -> np.ndarray:
-    """An ellipse in the middle that covers `share` of the image, a box around it in the ratio of the image."""
+    """A centred ellipse that covers `share` of the image, with the aspect ratio of the image."""
     radius = np.sqrt(share / np.pi)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return ((y + 0.5) / HEIGHT - 0.5) ** 2 + ((x + 0.5) / WIDTH - 0.5) ** 2 < radius**2
 
 
 def plain_numpy(image: np.ndarray, mask: np.ndarray, alpha_bar: float, seed: int) -> np.ndarray:
-    """The formula as one would write it down: float64, the whole image, blended with the mask."""
+    """The formula in float64 on the whole image, blended with the mask."""
     clean = image / 127.5 - 1
     noise = np.random.default_rng(seed).standard_normal(image.shape)
     noisy = np.sqrt(alpha_bar) * clean + np.sqrt(1 - alpha_bar) * noise
@@ -48,11 +48,13 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
     mask = ellipse_mask(share)
     schedule = LinearSchedule()
     alpha_bar = schedule.alpha_bar(STEP)
-    transform = A.Compose([RegionNoise()])
+    noise = RegionNoise(schedule)
+    transform = A.Compose([noise])
     spread = float(np.sqrt(1 - alpha_bar) / 2)
     gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
     return {
         "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
+        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, step=STEP, noise_seed=i),
         "`RegionNoise` in a `Compose`": lambda i: transform(
             image=image, mask=mask, confidence=0.5, noise_seed=i
         ),
@@ -62,7 +64,7 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
 
 
 def measure(share: float, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round, after three to warm up; the order rotates, since each finds the caches as another left them."""
+    """Milliseconds of every round after three warm-up rounds; the order rotates, since each contestant leaves its caches behind."""
     runs = contestants(share)
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)

@@ -1,7 +1,7 @@
-"""How long a million records take to open, and how much memory the data module then holds, from JSON lines and from Parquet.
+"""Time to open a million records, and memory of the data module, from JSON lines and from Parquet.
 
-Run with `python -m tests.performance.streaming`. Records share eight images and have a region with a mask each. Every
-measurement is a process of its own. The bars: under 30 s to open, at most 1.5 GiB resident, imports and a few samples included.
+Run with `python -m tests.performance.streaming`. The records share eight images, and each has a region with a mask. Every
+measurement is a separate process. The bars: under 30 s to open, at most 1.5 GiB resident, imports and a few samples included.
 """
 
 import argparse
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def write_records(folder: Path, count: int) -> dict[str, Path]:
-    """The same records as JSON lines and as Parquet, beside their images."""
+    """Write the same records as JSON lines and as Parquet, and their images."""
     from vlm_calibration.callbacks.regions import write_rows
     from vlm_calibration.perturbation.masks import mask_to_rle
 
@@ -56,7 +56,7 @@ def write_records(folder: Path, count: int) -> dict[str, Path]:
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Open the training set of this file in the data module, and draw samples from all over it."""
+    """Open the training set of this file in the data module, and load random samples."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.data.sources.jsonl import JsonlSource
     from vlm_calibration.data.sources.parquet import ParquetSource

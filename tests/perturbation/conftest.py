@@ -6,7 +6,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 
 COUNTS = {
     "yes_no": [StepCount(0, 200, 190), StepCount(500, 200, 150), StepCount(1000, 200, 104)],
-    # At 1000 the model happened to be right more often than at 500, which noise cannot do.
+    # By chance the accuracy at 1000 is higher than at 500.
     "short": [StepCount(0, 100, 97), StepCount(500, 100, 20), StepCount(1000, 300, 90)],
 }
 

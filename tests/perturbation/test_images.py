@@ -89,7 +89,7 @@ def test_cmyk_is_converted():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(rgb, orientation):
     upright = Image.fromarray(rgb)
-    # How a camera that stores `orientation` lays the picture down.
+    # The pixels as stored by a camera with this `orientation`.
     stored = {
         1: rgb,
         2: rgb[:, ::-1],
@@ -193,7 +193,7 @@ def png_header(width, height):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("width", "height"), [(9000, 9000), (12000, 10000), (50_000, 50_000)])
 def test_an_oversized_image_is_refused_from_its_header(width, height):
-    # Decoding would fail on the missing data; the refusal comes before.
+    # Decoding would fail on the missing data; the size is refused before.
     with pytest.raises(ImageError, match=r"huge\.png: .*more than the 80000000 allowed; shrink it"):
         load_image(png_header(width, height), name="huge.png")
 
@@ -265,7 +265,7 @@ def test_a_shrunk_mask_marks_pixels_that_are_half_covered(factor_y, factor_x, se
 
 @pytest.mark.parametrize(("factor_y", "factor_x"), [(2, 2), (6, 23), (6, 31), (14, 31)])
 def test_exactly_half_covered_counts_whatever_the_rounding(factor_y, factor_x):
-    # For 6 x 23 the sum of the weights of half the pixels is a little less than a half in float32.
+    # For 6 x 23, half of the weights sum to slightly less than 0.5 in float32.
     rng = np.random.default_rng(0)
     half = np.arange(factor_y * factor_x) < factor_y * factor_x // 2
     blocks = [[rng.permutation(half).reshape(factor_y, factor_x) for _ in range(12)]]
@@ -305,7 +305,7 @@ def test_a_pixel_whose_centre_lies_on_a_border_of_the_new_grid_survives():
 @settings(max_examples=60)
 def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
-    # Each old and each new pixel become whole blocks of one common grid, where areas are counts.
+    # On a common grid every old and new pixel is a whole block, so areas are counts.
     fine = np.kron(mask, np.ones((new_height, new_width), bool))
     areas = fine.reshape(new_height, height, new_width, width).mean(axis=(1, 3))
     expected = areas >= min(0.5, areas.max()) * (1 - 1e-5) if mask.any() else np.zeros_like(areas, bool)

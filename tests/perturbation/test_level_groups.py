@@ -1,4 +1,4 @@
-"""Groups of levels: neighbouring steps merged to the mean of their answers."""
+"""Groups of levels: neighbouring steps are merged, and state the mean accuracy of their answers."""
 
 import pickle
 from itertools import combinations, pairwise
@@ -12,7 +12,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, Step
 
 
 def segmentations(n, most):
-    """All ways to cut `range(n)` into at most `most` runs, as lists of (start, end)."""
+    """All segmentations of `range(n)` into at most `most` runs, as lists of (start, end)."""
     for cuts in range(min(most, n)):
         for where in combinations(range(1, n), cuts):
             yield list(pairwise((0, *where, n)))
@@ -63,7 +63,7 @@ def test_neighbours_are_merged_to_the_mean_of_their_answers():
     assert [levels.accuracy(step, "open") for step in levels.steps] == [0.98, 0.96, 0.60, 0.58, 0.10], (
         "as it was"
     )
-    # 900 of 1000 and 60 of 100 answers, and then the other way around.
+    # 900 of 1000 and 60 of 100 answers, then 90 of 100 and 600 of 1000.
     assert stated_at_steps(grouped([900, 60, 1], 2, [1000, 100, 100])) == [0.87, 0.87, 0.01]
     assert stated_at_steps(grouped([90, 600, 1], 2, [100, 1000, 100])) == [0.63, 0.63, 0.01]
 

@@ -1,4 +1,4 @@
-"""Level tables: saved and loaded, refused if they are damaged, impossible, or teach no confidence."""
+"""Level tables: saving and loading, and refusal of damaged, impossible or useless tables."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ STEPS = range(0, 1001, 100)
 
 
 def saved(folder, right, n=100, kind="open", **provenance):
-    """A file with these numbers of right answers of `n` at each step."""
+    """Write a table with these numbers of correct answers of `n` at each step."""
     rows = [StepCount(step, n, k) for step, k in zip(STEPS, right, strict=True)]
     path = folder / "levels.json"
     AnchoredLevels.fit({kind: rows}, provenance=provenance).save(path)

@@ -1,4 +1,4 @@
-"""Levels: linear ones invert themselves, anchored ones state the measured accuracy, rounded to a grid."""
+"""Levels: linear levels as in the paper, anchored levels state the measured accuracy, rounded to a grid."""
 
 import pickle
 
@@ -79,7 +79,7 @@ def test_accuracies_that_rise_with_the_noise_are_pooled_by_their_counts(levels):
 
 
 def pool_adjacent_violators(accuracies, weights):
-    """The textbook algorithm for a fit that never rises."""
+    """The textbook algorithm for a non-increasing fit."""
     blocks = []
     for accuracy, weight in zip(accuracies, weights, strict=True):
         blocks.append([accuracy, weight, 1])

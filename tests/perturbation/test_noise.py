@@ -30,7 +30,7 @@ def mask():
 
 
 def reference(image, mask, step, schedule, seed):
-    """The formula in float64, a pixel at a time, in the order in which noise is drawn."""
+    """The formula in float64, pixel by pixel, in the order of the noise."""
     noise = iter(
         np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).standard_normal(
             3 * int(mask.sum()), np.float32
@@ -55,7 +55,7 @@ def test_it_is_the_papers_formula_rounded_to_the_nearest(image, mask, schedule, 
     step = round(share * schedule.steps)
     expected = reference(image, mask, step, schedule, seed=7)
     found = add_region_noise(image, mask, step, schedule, 7)
-    # Half a level for the rounding, and what float32 adds.
+    # Half a level for rounding, plus the float32 error.
     assert np.abs(found - expected).max() <= 0.5 + 1e-3
     assert np.mean(found == np.rint(expected)) > 0.999
 
@@ -154,7 +154,7 @@ def test_the_same_seed_gives_nested_levels(image, mask):
 
 
 def test_the_stream_of_noise_has_not_changed():
-    """Guards what resumed runs and published levels rely on: the order and source of the draws."""
+    """Resumed runs and published levels depend on the order and source of the draws."""
     image = np.full((2, 2, 3), 100, dtype=np.uint8)
     noisy = add_region_noise(image, np.array([[True, False], [True, True]]), 300, SCHEDULE, (1, 2, 3))
     drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([1, 2, 3]))).standard_normal(

@@ -1,6 +1,6 @@
-"""Masks to COCO run lengths and back, against pycocotools, and what happens to run lengths that are no mask.
+"""COCO run-length encoding, compared with pycocotools, and refusal of invalid run lengths.
 
-pycocotools itself hands out uninitialised memory for counts that do not cover the image, so those cases matter most.
+pycocotools returns uninitialised memory for counts that do not cover the image, so these cases matter most.
 """
 
 from __future__ import annotations

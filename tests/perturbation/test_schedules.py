@@ -15,7 +15,7 @@ NAMES = ["linear", "cosine", "sigmoid"]
 
 
 def published_alpha_bars(name, steps=1000):
-    """The formulas of the papers and of diffusers, one multiplication at a time."""
+    """The formulas of the papers and of diffusers, computed step by step."""
     if name == "linear":
         betas = [1e-4 + (0.02 - 1e-4) * i / (steps - 1) for i in range(steps)]
     elif name == "cosine":

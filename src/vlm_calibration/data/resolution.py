@@ -1,10 +1,9 @@
-"""The resolution at which a model sees an image, so that noise means the same on a thumbnail and on a photograph.
+"""The resolution at which a model sees an image, so that noise has the same effect on a thumbnail and on a photograph.
 
 Noise on a 12-megapixel photo is averaged away when the processor shrinks it. With `resolution: model` the image is first
-brought to the size that the processor would make of it, by the processor's own filter and in its own steps, and noised
-there; the processor's own resize then changes nothing, so that pixels without noise are those of the model in use.
-Where a processor cuts an image into tiles that is the size of all tiles together; the view of the whole image that some add
-is made of the noised image.
+resized to the processor's target size, with the processor's own filter and steps, and then noised. The processor's resize then
+changes nothing, so pixels without noise are the same as in use. For a processor that cuts images into tiles, the target size is
+that of all tiles together; the overview image that some add is computed from the noised image.
 """
 
 from __future__ import annotations
@@ -21,21 +20,23 @@ from vlm_calibration.perturbation.noise import ImageArray, check_image
 from vlm_calibration.records import DataError
 
 PROBES = ((60, 84), (700, 400))
-"""(height, width) of the images on which a processor must do what is expected of it."""
+"""(height, width) of the images that `check_resolution` processes."""
 
 MAX_PROBE_DIFFERENCE = 0.1
-"""Of the mean absolute contrast of a probe: how far the pixels may be from those expected, on average. The view of the
-whole image beside the tiles is shrunk twice; another crop or order of the pixels is off by more than 1."""
+"""Largest mean absolute difference of the pixels, relative to the mean absolute contrast of the probe. The overview image beside
+the tiles is resized twice; another crop or order of the pixels differs by more than 1."""
 
 QWEN_MAX_RATIO = 200
-"""How many times as long as the other one side may be; Qwen's processors refuse more."""
+"""Largest ratio of the sides; Qwen's processors refuse larger ones."""
 
 
 def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """(height, width) in pixels of an image of this size after the image processor's resize, before any crop.
+    """The size (height, width) of an image after the image processor's resize, before any crop.
 
     Args:
-        image_processor: a transformers image processor; its settings say how it resizes.
+        image_processor: a transformers image processor.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
     Raises:
         DataError: as `resize_steps`.
@@ -44,10 +45,10 @@ def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int
 
 
 def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
-    """The image at its `model_resolution`, with the pixels that the image processor's own resize gives it.
+    """Resize an image to its `model_resolution` with the image processor's own resize.
 
     Args:
-        image_processor: a transformers image processor, of the torchvision or the PIL backend.
+        image_processor: a transformers image processor with the torchvision or PIL backend.
         image: uint8 [H, W, 3].
 
     Raises:
@@ -56,7 +57,7 @@ def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
     from transformers.image_utils import SizeDict  # deferred: slow to import, and loaded with any processor
 
     check_image(image)
-    # The class at the root: those of Qwen and Pixtral choose a size themselves, which `resize_steps` has done.
+    # Take the method of the base class: those of Qwen and Pixtral choose the size, which `resize_steps` did.
     resize = next(vars(c)["resize"] for c in reversed(type(image_processor).__mro__) if "resize" in vars(c))
     pixels: Any = image.transpose(2, 0, 1)
     if image_processor.backend != "pil":
@@ -69,14 +70,15 @@ def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
 
 
 def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """The sizes (height, width) that an image goes through until it has that of the model, at least one.
+    """The sizes (height, width) of the image processor's successive resizes; the last one is the target size.
 
     Args:
-        image_processor: a transformers image processor; its settings say how it resizes.
+        image_processor: a transformers image processor; its settings define the resizes.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
     Raises:
-        DataError: settings that this function does not know; use `resolution: native` with such a processor. Or an image
-            that the processor refuses.
+        DataError: unknown settings (use `resolution: native` with such a processor), or an image that the processor refuses.
     """
     if not getattr(image_processor, "do_resize", True):
         return [(height, width)]
@@ -86,7 +88,7 @@ def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[in
         return [_fit_within(height, width, *_best_grid(height, width, grids))]
     if getattr(image_processor, "crop_to_patches", False):
         tiles = range(int(image_processor.min_patches), int(image_processor.max_patches) + 1)
-        # Cut into more, an image of 3 x 3 tiles would be one of 4 x 4 the next time; and ratios are those of tiles.
+        # With more tiles, a resized image of 3 x 3 tiles would become 4 x 4; and aspect ratios assume square tiles.
         if tiles.stop > 16 or size.get("height") != size.get("width"):
             raise _unknown(image_processor)
         return [_fit_canvas(height, width, int(size["height"]), tiles)]
@@ -100,7 +102,7 @@ def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[in
     if size.get("height") and size.get("width"):
         return [(int(size["height"]), int(size["width"]))]
     if shortest and not longest:
-        # transformers cuts the fraction off, it does not round.
+        # transformers truncates and does not round.
         if height <= width:
             return [(shortest, int(shortest * width / height))]
         return [(int(shortest * height / width), shortest)]
@@ -108,16 +110,16 @@ def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[in
 
 
 def check_resolution(processor: Any) -> None:
-    """Let the processor process two textured images, as they are and from `resize_to_model`, and compare what comes out.
+    """Process two textured images with and without `resize_to_model`, and compare the results.
 
-    Settings alone do not tell every processor that cuts images into tiles or pads them. Those that a processor passes to its
-    image processor on each call (InternVL's has images cut into tiles so) become the image processor's own.
+    Settings alone do not identify every processor that cuts or pads images. Settings that a processor passes to its image
+    processor on each call (InternVL's tiling) are copied to the image processor.
 
     Args:
         processor: a transformers processor with an `image_processor`.
 
     Raises:
-        DataError: the processor does something else; use `resolution: native` with it.
+        DataError: the results differ; use `resolution: native` with this processor.
     """
     image_processor = processor.image_processor
     settings = getattr(processor, "images_kwargs", None) or {}
@@ -125,28 +127,28 @@ def check_resolution(processor: Any) -> None:
         if hasattr(image_processor, name):
             setattr(image_processor, name, value)
 
-    def seen(image: ImageArray) -> Any:
+    def pixel_values(image: ImageArray) -> Any:
         return image_processor(images=[image], return_tensors="pt", **settings).get("pixel_values")
 
     for probe in PROBES:
         image = _textured(*probe)
         resized = resize_to_model(image_processor, image)
-        before, after = seen(image), seen(resized)
+        before, after = pixel_values(image), pixel_values(resized)
         if (
             before is None
             or before.numel() != 3 * _pixels(image_processor, resized.shape[:2])
             or before.shape != after.shape
-            or _mean(before - after) > MAX_PROBE_DIFFERENCE * _mean(before - before.mean())
+            or _mean_abs(before - after) > MAX_PROBE_DIFFERENCE * _mean_abs(before - before.mean())
         ):
             raise _unknown(image_processor)
 
 
-def _mean(values: torch.Tensor) -> float:
+def _mean_abs(values: torch.Tensor) -> float:
     return float(values.abs().mean())
 
 
 def _textured(height: int, width: int) -> ImageArray:
-    """Blotches of many sizes, in which no part is like another and no colour like another, uint8 [H, W, 3]."""
+    """A random texture of two scales, uint8 [H, W, 3], in which no two parts or channels are alike."""
     rng = np.random.default_rng(0)
     layers = [
         resize_image(
@@ -173,7 +175,7 @@ def _as_mapping(size: Any) -> Mapping[str, Any]:
 
 
 def _sides(size: Any) -> tuple[int, int]:
-    """(height, width) of a patch or crop, which may be stated as one number."""
+    """(height, width) of a patch or crop, which may be set as one number."""
     return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
 
 
@@ -182,20 +184,20 @@ def _factor(image_processor: Any) -> int:
 
 
 def _split_side(image_processor: Any) -> int:
-    """Side of the squares that Idefics 3 and SmolVLM cut an image into, 0 for others."""
+    """Side of the square tiles of Idefics 3 and SmolVLM; 0 for other processors."""
     return int(_as_mapping(getattr(image_processor, "max_image_size", None)).get("longest_edge", 0))
 
 
 def _grids(image_processor: Any) -> list[tuple[int, int]]:
-    """The (height, width) of the grids of tiles that LLaVA-NeXT and LLaVA-OneVision choose from, none for others."""
+    """The sizes (height, width) of the tile grids of LLaVA-NeXT and LLaVA-OneVision; empty for other processors."""
     return [(int(h), int(w)) for h, w in getattr(image_processor, "image_grid_pinpoints", None) or ()]
 
 
 def _pixels(image_processor: Any, size: tuple[int, int]) -> int:
-    """How many pixels of an image of this size reach the model, with the view of the whole image beside its tiles."""
+    """Number of pixels that the model receives for an image of this size, the overview image included."""
     mapping = _as_mapping(image_processor.size)
     if grids := _grids(image_processor):
-        # A tile is as large as the view of the whole; black fills what the image leaves free of the grid.
+        # A tile is as large as the overview; the rest of the grid is filled with black.
         height, width = mapping.get("height"), mapping.get("width")
         tile = height * width if height and width else mapping["shortest_edge"] ** 2
         return math.prod(_best_grid(*size, grids)) + int(tile)
@@ -210,7 +212,7 @@ def _pixels(image_processor: Any, size: tuple[int, int]) -> int:
 
 
 def _fit_pixels(height: int, width: int, low: int, high: int, factor: int) -> tuple[int, int]:
-    """Both sides multiples of `factor`, their product within [low, high], the aspect ratio about kept (Qwen2-VL)."""
+    """Sides rounded to multiples of `factor`, area within [low, high], aspect ratio kept approximately (Qwen2-VL)."""
     if max(height, width) > QWEN_MAX_RATIO * min(height, width):
         raise DataError(
             f"an image of {width} x {height} pixels: one side may be at most {QWEN_MAX_RATIO} times as long as the other"
@@ -228,7 +230,7 @@ def _fit_pixels(height: int, width: int, low: int, high: int, factor: int) -> tu
 
 
 def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool) -> list[tuple[int, int]]:
-    """The longest side brought to `longest`, then both up to whole tiles; one tile without splitting (Idefics 3, SmolVLM)."""
+    """Longest side `longest`, then both sides rounded up to whole tiles; one tile without splitting (Idefics 3, SmolVLM)."""
     ratio = width / height
     h, w = (int(longest / ratio), longest) if ratio >= 1 else (longest, int(longest * ratio))
     first = h, w = max(1, h + h % 2), max(1, w + w % 2)
@@ -247,7 +249,7 @@ def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool
 def _fit_patches(
     height: int, width: int, longest: int, patch_height: int, patch_width: int
 ) -> tuple[int, int]:
-    """Shrunk, never enlarged, to a longest side of `longest`, then up to whole patches (Pixtral)."""
+    """Longest side at most `longest`, never enlarged, then both sides rounded up to whole patches (Pixtral)."""
     shrink = max(height / longest, width / longest, 1.0)
     rows = math.ceil(math.floor(height / shrink) / patch_height)
     columns = math.ceil(math.floor(width / shrink) / patch_width)
@@ -255,34 +257,34 @@ def _fit_patches(
 
 
 def _fit_canvas(height: int, width: int, tile: int, tiles: range) -> tuple[int, int]:
-    """Squeezed into whole tiles, of the arrangement whose ratio is nearest to the image's (InternVL).
+    """Whole tiles, in the arrangement whose aspect ratio is nearest to the image's (InternVL).
 
-    Of several with that ratio the largest, unless the image covers no more than half of it.
+    Of several arrangements with that ratio the largest, unless the image covers at most half of its area.
     """
-    found = [(c, r) for c in range(1, tiles.stop) for r in range(1, tiles.stop) if c * r in tiles]
+    arrangements = [(c, r) for c in range(1, tiles.stop) for r in range(1, tiles.stop) if c * r in tiles]
     best, nearest = (1, 1), math.inf
-    for columns, rows in sorted(found, key=math.prod):
-        away = abs(width / height - columns / rows)
+    for columns, rows in sorted(arrangements, key=math.prod):
+        difference = abs(width / height - columns / rows)
         larger = 2 * height * width > tile**2 * columns * rows
-        if away < nearest or (away == nearest and larger):
-            best, nearest = (columns, rows), away
+        if difference < nearest or (difference == nearest and larger):
+            best, nearest = (columns, rows), difference
     columns, rows = best
     return rows * tile, columns * tile
 
 
 def _best_grid(height: int, width: int, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that keeps the most of an image's pixels, and of several the one that leaves the least free."""
+    """The grid that preserves the most pixels of an image; of several, the one with the least padding."""
 
-    def kept_and_free(grid: tuple[int, int]) -> tuple[int, int]:
+    def pixels_and_padding(grid: tuple[int, int]) -> tuple[int, int]:
         scale = min(grid[1] / width, grid[0] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - math.prod(grid)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - math.prod(grid)
 
-    return max(grids, key=kept_and_free)
+    return max(grids, key=pixels_and_padding)
 
 
 def _fit_within(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
-    """As large as fits into the grid, the aspect ratio kept (LLaVA-NeXT, LLaVA-OneVision)."""
+    """The largest size that fits into the grid, aspect ratio kept (LLaVA-NeXT, LLaVA-OneVision)."""
     by_width, by_height = grid_width / width, grid_height / height
     if by_width < by_height:
         return min(math.ceil(height * by_width), grid_height), grid_width
