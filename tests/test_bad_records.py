@@ -137,7 +137,7 @@ def test_two_processes_keep_in_step(
         [float(x) for x in (tmp_path / f"two/losses-{rank}.txt").read_text().splitlines()] for rank in (0, 1)
     ]
     left_out = [
-        [str(place) in DAMAGED for epoch in (0, 1) for place in _sampler(rank, epoch).places().tolist()]
+        [str(place) in DAMAGED for epoch in (0, 1) for place in _sampler(rank, epoch).indices().tolist()]
         for rank in (0, 1)
     ]
     assert [[loss == 0.0 for loss in column] for column in losses] == left_out
@@ -166,7 +166,7 @@ def test_an_error_in_one_of_two_processes_is_one_line(
     start: Start, records: Callable[..., Any], root: Path, tmp_path: Path, culprit: int
 ) -> None:
     """The process that loads the record reports it; the other process, which fails as a consequence, is silent."""
-    name = str(_sampler(culprit, 0).places()[2])
+    name = str(_sampler(culprit, 0).indices()[2])
     good = {str(i): {"image": "0.jpg", "regions": []} for i in range(14)}
     good = {k: {**v, "regions": [{"label": "dog", "box": [1, 1, 30, 30]}]} for k, v in good.items()}
     source = records("q", "raise", **{**good, name: {**good[name], "image": "3.jpg"}})
@@ -234,10 +234,12 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
             return run(*command)
         return run_plainly([*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"], root, tmp_path)
 
-    whole = ended(*arguments("whole"))
-    assert whole.status == 0, whole.err
+    complete = ended(*arguments("whole"))
+    assert complete.status == 0, complete.err
     total = "data.test: 6 of 28 queries could not be loaded and were left out: "
-    assert whole.err.count(total + "'clean:3', 'clean:6', 'clean:9', 'noised:3', 'noised:6' and 1 more") == 1
+    assert (
+        complete.err.count(total + "'clean:3', 'clean:6', 'clean:9', 'noised:3', 'noised:6' and 1 more") == 1
+    )
     asked = [f"{part}:{i}" for part in ("clean", "noised") for i in range(14) if str(i) not in DAMAGED]
     assert _ids(tmp_path / "whole/base") == asked
     metrics = json.loads((tmp_path / "whole/base/metrics.json").read_text())

@@ -106,7 +106,7 @@ def test_json_lines_have_their_number_and_offset(tmp_path: Path) -> None:
         (4, ["\u2028"]),
     ]
     for line in lines:
-        assert path.read_bytes()[line.start :].startswith(line.content)
+        assert path.read_bytes()[line.offset :].startswith(line.content)
 
 
 @pytest.mark.parametrize(

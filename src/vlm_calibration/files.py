@@ -160,13 +160,13 @@ class JsonLine(NamedTuple):
     Attributes:
         path: the file.
         number: line number, from 1.
-        start: offset of the first byte of the line in the file.
+        offset: of its first byte in the file.
         content: the bytes of the line.
     """
 
     path: Path
     number: int
-    start: int
+    offset: int
     content: bytes
 
     @property
@@ -199,13 +199,13 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
     Raises:
         DataError: the file cannot be read.
     """
-    start = 0
+    offset = 0
     try:
         with path.open("rb") as file:
             for number, content in enumerate(file, start=1):
                 if content.strip():
-                    yield JsonLine(path, number, start, content)
-                start += len(content)
+                    yield JsonLine(path, number, offset, content)
+                offset += len(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -61,7 +61,7 @@ def amber(annotations: list[dict[str, Any]], answers: list[dict[str, Any]]) -> d
                 for what in score[name]:
                     score[name][what] += 1
     blocks = {"": ("all",), **{n: (n,) for n in names[1:]}, "attribute": ("state", "number", "action")}
-    found = {}
+    scores = {}
     for block, parts in blocks.items():
         values = []
         for what in ("right", "ans_no", "no"):
@@ -74,5 +74,5 @@ def amber(annotations: list[dict[str, Any]], answers: list[dict[str, Any]]) -> d
         p, r = precision / 100, recall / 100
         f1 = round(2 * p * r / (p + r + extra) * 100, 1)
         named = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
-        found |= {f"{block}/{key}" if block else key: value for key, value in named.items()}
-    return found
+        scores |= {f"{block}/{key}" if block else key: value for key, value in named.items()}
+    return scores

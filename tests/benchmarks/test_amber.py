@@ -113,42 +113,42 @@ def test_by_hand() -> None:
             (existence, "no", "No"),
         ]
     )
-    found = _scores(annotations, answers)
+    scores = _scores(annotations, answers)
     # Every denominator has 0.001 too many: 1 / 3.001, 1 / 2.001, 1 / 2.001.
-    assert {k: found[f"state/{k}"] for k in amber.SCORES} == {
+    assert {k: scores[f"state/{k}"] for k in amber.SCORES} == {
         "accuracy": 33.3,
         "precision": 50.0,
         "recall": 50.0,
         "f1": 50.0,
     }
     # "No." is wrong, and counts: 1 / 2.001, 0 / 0.001, 0 / 1.001.
-    assert {k: found[f"number/{k}"] for k in amber.SCORES} == {
+    assert {k: scores[f"number/{k}"] for k in amber.SCORES} == {
         "accuracy": 50.0,
         "precision": 0.0,
         "recall": 0.0,
         "f1": 0.0,
     }
     # 1 / 1.001 is 99.9 percent, and F1 = 2 * 0.999 ** 2 / (2 * 0.999 + 0.001) is 99.85003 percent.
-    assert {k: found[f"existence/{k}"] for k in amber.SCORES} == {
+    assert {k: scores[f"existence/{k}"] for k in amber.SCORES} == {
         "accuracy": 99.9,
         "precision": 99.9,
         "recall": 99.9,
         "f1": 99.9,
     }
     # The attributes' denominators are sums of three: 2 / 5.003, 1 / 2.003, 1 / 3.003.
-    assert {k: found[f"attribute/{k}"] for k in amber.SCORES} == {
+    assert {k: scores[f"attribute/{k}"] for k in amber.SCORES} == {
         "accuracy": 40.0,
         "precision": 49.9,
         "recall": 33.3,
         "f1": 39.9,
     }
-    assert {k: found[k] for k in amber.SCORES} == {
+    assert {k: scores[k] for k in amber.SCORES} == {
         "accuracy": 50.0,
         "precision": 66.6,
         "recall": 50.0,
         "f1": 57.1,
     }
-    assert {found[f"relation/{k}"] for k in amber.SCORES} == {0.0}, "no answer is 0 / 0.001"
+    assert {scores[f"relation/{k}"] for k in amber.SCORES} == {0.0}, "no answer is 0 / 0.001"
 
 
 def test_blocks_are_those_of_the_dimensions() -> None:
@@ -157,9 +157,9 @@ def test_blocks_are_those_of_the_dimensions() -> None:
     counts = amber.count_answers(truths, [a["response"] for a in answers])
     blocks = {name.rpartition("/")[0] for name in counts.scores()}
     assert blocks == {"existence", "attribute", "state", "number", "action"}, "nothing is about relations"
-    whole = official_rules.amber(annotations, answers)
-    assert counts.scores(["existence"]) == {k: v for k, v in whole.items() if k.startswith("existence/")}
-    assert set(counts.scores(amber.DIMENSIONS)) == set(whole)
+    expected = official_rules.amber(annotations, answers)
+    assert counts.scores(["existence"]) == {k: v for k, v in expected.items() if k.startswith("existence/")}
+    assert set(counts.scores(amber.DIMENSIONS)) == set(expected)
 
 
 def test_counts_add_up() -> None:

@@ -103,20 +103,20 @@ def test_masks_are_those_of_pycocotools(
     assert min(kinds.values()) > 10
     assert set(kinds) == {"list0", "dict0", "dict1"}
     source = CocoSource(path, root)
-    wanted: dict[tuple[str, str], np.ndarray] = {}
+    masks: dict[tuple[str, str], np.ndarray] = {}
     for image in coco.imgs.values():
         for a in coco.imgToAnns[image["id"]]:
             key = (image["file_name"], names[a["category_id"]])
-            wanted[key] = wanted.get(key, np.zeros((HEIGHT, WIDTH), bool)) | coco.annToMask(a).astype(bool)
-    for (file, name), mask in wanted.items():
+            masks[key] = masks.get(key, np.zeros((HEIGHT, WIDTH), bool)) | coco.annToMask(a).astype(bool)
+    for (file, name), mask in masks.items():
         assert np.array_equal(object_mask(pictures[file], name), mask)
-    assert sum(len(p.objects) for p in pictures.values()) == len(wanted)
+    assert sum(len(p.objects) for p in pictures.values()) == len(masks)
     for query in source.queries():
         loaded = source.load(query)
-        evidence = [wanted[query.image, n] for n in query.objects if (query.image, n) in wanted]
+        evidence = [masks[query.image, n] for n in query.objects if (query.image, n) in masks]
         assert sorted(m.tobytes() for m in loaded.evidence) == sorted(m.tobytes() for m in evidence)
-        others = {n for f, n in wanted if f == query.image} - set(query.objects)
-        assert len(loaded.distractors) == len(others)
+        distractors = {n for f, n in masks if f == query.image} - set(query.objects)
+        assert len(loaded.distractors) == len(distractors)
         assert source.has_evidence(query) == bool(evidence)
 
 
@@ -201,10 +201,10 @@ def _by_the_rules(table: list[list[str]], kind: str, samples: int, choose: Calla
     together: dict[str, dict[str, int]] = {}
     for objects in table:
         for name in objects:
-            for other in objects:
-                if other != name:
-                    together.setdefault(name, {}).setdefault(other, 0)
-                    together[name][other] += 1
+            for neighbour in objects:
+                if neighbour != name:
+                    together.setdefault(name, {}).setdefault(neighbour, 0)
+                    together[name][neighbour] += 1
     asked = []
     for objects in table:
         history: list[str] = []
@@ -234,16 +234,16 @@ def test_absent_objects_follow_the_official_rules(kind: str) -> None:
     ours, theirs = np.random.default_rng(7), np.random.default_rng(7)
     expected = _by_the_rules(table, kind, 3, lambda free: free[int(theirs.integers(len(free)))])
     absent = AbsentObjects({str(i): objects for i, objects in enumerate(table)})
-    found = []
+    drawn = []
     for objects in table:
         taken = list(objects)
         for present in objects[:3]:
             missing = absent.draw(kind, present, taken, ours)  # type: ignore[arg-type]
             assert missing is not None
             taken.append(missing)
-            found.append((present, missing))
-    assert found == expected
-    assert len(found) == 600
+            drawn.append((present, missing))
+    assert drawn == expected
+    assert len(drawn) == 600
 
 
 def test_absent_objects_by_hand() -> None:

@@ -38,8 +38,8 @@ class Square(QuerySource):
     def load(self, query: Query) -> LoadedImage:
         mask = np.zeros((10, 10), dtype=bool)
         mask[2:8, 2:8] = True
-        evidence, others = ((mask,), ()) if query.objects == ("dog",) else ((), (mask,))
-        return LoadedImage(np.full((10, 10, 3), 128, dtype=np.uint8), evidence, others)
+        evidence, distractors = ((mask,), ()) if query.objects == ("dog",) else ((), (mask,))
+        return LoadedImage(np.full((10, 10, 3), 128, dtype=np.uint8), evidence, distractors)
 
 
 def _dataset(policy: NoisePolicy = POLICY, **parts: EvalSplit) -> PerturbedQueries:
@@ -288,9 +288,9 @@ def test_records_that_cannot_be_loaded_are_left_out_of_a_batch(damaged: Path, no
     assert [s.query.id for s in drawn.samples] == ["0", "2", "4", "6"]
     assert sorted(drawn.left_out) == [1, 3, 5]
     assert drawn.clipped == [4]
-    for place, says in ((1, "b.png"), (3, "covers no pixel"), (5, "has size [5, 5]")):
-        assert drawn.left_out[place].startswith(f"{damaged}: record '{place}': ")
-        assert says in drawn.left_out[place]
+    for index, says in ((1, "b.png"), (3, "covers no pixel"), (5, "has size [5, 5]")):
+        assert drawn.left_out[index].startswith(f"{damaged}: record '{index}': ")
+        assert says in drawn.left_out[index]
     for sample in drawn.samples:
         alone = dataset[3, int(sample.query.id)]
         assert np.array_equal(alone.image, sample.image)

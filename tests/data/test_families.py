@@ -233,12 +233,12 @@ def test_generation_begins_where_training_predicts(
 def test_the_model_takes_the_batch(model: Any, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
     batch = SFTCollator(chat, 1000)(unlike)
     with torch.no_grad():
-        found = labelled_logits(model, batch.inputs, batch.labels)
+        labelled = labelled_logits(model, batch.inputs, batch.labels)
         full = model(**batch.inputs, use_cache=False).logits
     predicted = batch.labels[:, 1:] != IGNORE
-    assert torch.allclose(found.logits, full[:, :-1][predicted], atol=1e-5)
-    assert torch.equal(found.targets, batch.labels[:, 1:][predicted])
-    assert torch.equal(found.rows, predicted.nonzero()[:, 0])
+    assert torch.allclose(labelled.logits, full[:, :-1][predicted], atol=1e-5)
+    assert torch.equal(labelled.targets, batch.labels[:, 1:][predicted])
+    assert torch.equal(labelled.rows, predicted.nonzero()[:, 0])
 
 
 def test_the_model_answers_in_batches_as_it_does_alone(
@@ -309,12 +309,12 @@ def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
     unlike: Sequence[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = ChatFormat(cached_family("gemma3").processor, ElicitationPrompt())
-    whole = chat.layout.inputs
+    inputs_of_layout = chat.layout.inputs
 
     def together(texts: list[str], *rest: Any) -> Any:
         if len(texts) > 1:
             raise ValueError("not together")
-        return whole(texts, *rest)
+        return inputs_of_layout(texts, *rest)
 
     monkeypatch.setattr(chat.layout, "inputs", together)
     with pytest.raises(ValueError, match="^not together$"):

@@ -200,8 +200,8 @@ def test_what_of_a_box_leaves_the_image_is_cut_off(write_jsonl: Write, record: R
     path = write_jsonl(*(record(str(i), regions=[{"label": "dog", "box": b}]) for i, b in enumerate(boxes)))
     source = JsonlSource(str(path))
     loaded = [source.load(q) for q in source.queries()]
-    assert [found.clipped for found in loaded] == [True, True, False, False]
-    assert [int(found.evidence[0].sum()) for found in loaded] == [50, 25, 200, 36]
+    assert [image.clipped for image in loaded] == [True, True, False, False]
+    assert [int(image.evidence[0].sum()) for image in loaded] == [50, 25, 200, 36]
     assert loaded[0].evidence[0][:5, :10].all()
     assert loaded[1].evidence[0][5:, 15:].all()
 

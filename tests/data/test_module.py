@@ -44,14 +44,14 @@ def _as_process(module: PerturbedQueryDataModule, rank: int, processes: int) -> 
 
 def _drawn(batches: Iterable[Any]) -> Drawn:
     """Pixels and confidence by query id."""
-    found: Drawn = {}
+    samples: Drawn = {}
     for batch in batches:
         batch = batch.prompts if isinstance(batch, ValidationBatch) else batch
         confidence = batch.levels if hasattr(batch, "levels") else batch.confidence.tolist()
         for query, pixels, level in zip(batch.queries, batch.inputs["pixel_values"], confidence, strict=True):
-            assert query.id not in found
-            found[query.id] = (pixels.numpy().tobytes(), round(level, 6))
-    return found
+            assert query.id not in samples
+            samples[query.id] = (pixels.numpy().tobytes(), round(level, 6))
+    return samples
 
 
 def _epoch(module: PerturbedQueryDataModule, epoch: int) -> Drawn:
@@ -62,37 +62,39 @@ def _epoch(module: PerturbedQueryDataModule, epoch: int) -> Drawn:
 
 
 @pytest.fixture(scope="module")
-def wanted(model_folder: str) -> list[Drawn]:
+def expected_epochs(model_folder: str) -> list[Drawn]:
     """The samples of the first two epochs, drawn in one process without workers."""
     module = _module(model_folder)
     return [_epoch(module, 0), _epoch(module, 1)]
 
 
-def test_all_queries_are_drawn_and_epochs_differ(wanted: list[Drawn]) -> None:
-    assert set(wanted[0]) == {q.id for q in TRAIN.queries()} == set(wanted[1])
-    same = [q for q in wanted[0] if wanted[0][q] == wanted[1][q]]
+def test_all_queries_are_drawn_and_epochs_differ(expected_epochs: list[Drawn]) -> None:
+    assert set(expected_epochs[0]) == {q.id for q in TRAIN.queries()} == set(expected_epochs[1])
+    same = [q for q in expected_epochs[0] if expected_epochs[0][q] == expected_epochs[1][q]]
     assert len(same) <= 3, "a query in ten or so is clean in both"
-    assert len({level for _, level in wanted[0].values()}) > 4
+    assert len({level for _, level in expected_epochs[0].values()}) > 4
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_make_no_difference(model_folder: str, wanted: list[Drawn], workers: int) -> None:
+def test_workers_make_no_difference(model_folder: str, expected_epochs: list[Drawn], workers: int) -> None:
     module = _module(model_folder, workers=workers)
     module.setup("fit")
     loader = module.train_dataloader()
     for epoch in (0, 1):
         # Workers persist from epoch to epoch.
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        assert _drawn(loader) == wanted[epoch]
+        assert _drawn(loader) == expected_epochs[epoch]
 
 
-def test_batch_size_makes_no_difference(model_folder: str, wanted: list[Drawn]) -> None:
+def test_batch_size_makes_no_difference(model_folder: str, expected_epochs: list[Drawn]) -> None:
     for batch_size in (1, 3, 12):
-        assert _epoch(_module(model_folder, batch_size=batch_size), 1) == wanted[1]
+        assert _epoch(_module(model_folder, batch_size=batch_size), 1) == expected_epochs[1]
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_processes_make_no_difference(model_folder: str, wanted: list[Drawn], processes: int) -> None:
+def test_processes_make_no_difference(
+    model_folder: str, expected_epochs: list[Drawn], processes: int
+) -> None:
     together: Drawn = {}
     for rank in range(processes):
         module = _module(model_folder, batch_size=1)
@@ -101,14 +103,14 @@ def test_processes_make_no_difference(model_folder: str, wanted: list[Drawn], pr
         assert len(part) == 12 // processes
         assert not set(part) & set(together)
         together |= part
-    assert together == {q: wanted[1][q] for q in together}
+    assert together == {q: expected_epochs[1][q] for q in together}
     assert len(together) == 12 // processes * processes
 
 
-def test_another_seed_is_other_noise(model_folder: str, wanted: list[Drawn]) -> None:
-    other = _epoch(_module(model_folder, noise=NoisePolicy(seed=1)), 0)
-    assert set(other) == set(wanted[0])
-    assert sum(other[q] == wanted[0][q] for q in other) <= 3
+def test_another_seed_is_other_noise(model_folder: str, expected_epochs: list[Drawn]) -> None:
+    samples = _epoch(_module(model_folder, noise=NoisePolicy(seed=1)), 0)
+    assert set(samples) == set(expected_epochs[0])
+    assert sum(samples[q] == expected_epochs[0][q] for q in samples) <= 3
 
 
 def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:
@@ -147,8 +149,8 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
         "clean": EvalSplit(DemoSource("test", scenes=3)),
         "sweep": EvalSplit(DemoSource("calibration", scenes=1)),
     }
-    held = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
-    module = _module(model_folder, test=test, calibration=held, eval_batch_size=5)
+    splits = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
+    module = _module(model_folder, test=test, calibration=splits, eval_batch_size=5)
     module.setup("test")
     module.leave_out_answered({"test": [0, 11], "calibration": [0, 5]})
     asked = [[[q.id for q in batch.queries] for batch in loader] for loader in module.test_dataloader()]
@@ -278,12 +280,12 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", [(0, 0), (0, 2), (1, 1), (3, 0)])
+@pytest.mark.parametrize("position", [(0, 0), (0, 2), (1, 1), (3, 0)])
 def test_what_is_left_of_the_data_behind_a_place(
-    model_folder: str, wanted: list[Drawn], place: tuple[int, int], workers: int
+    model_folder: str, expected_epochs: list[Drawn], position: tuple[int, int], workers: int
 ) -> None:
     """The position is that of a checkpoint; the number of batches is that of a complete epoch."""
-    epoch, batch = place
+    epoch, batch = position
 
     def order(module: Any, epoch: int) -> list[tuple[str, ...]]:
         module.setup("fit")
@@ -293,9 +295,9 @@ def test_what_is_left_of_the_data_behind_a_place(
         assert len(loader) == 3
         return [tuple(q.id for q in b.queries) for b in batches]
 
-    whole = _module(model_folder)
-    whole.load_state_dict({"epoch": epoch, "batch": 0, "queries": 12, "batch_size": 4})
+    complete = _module(model_folder)
+    complete.load_state_dict({"epoch": epoch, "batch": 0, "queries": 12, "batch_size": 4})
     resumed = _module(model_folder, workers=workers)
     resumed.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
-    assert order(resumed, epoch) == order(whole, epoch)[batch:]
+    assert order(resumed, epoch) == order(complete, epoch)[batch:]
     assert len(order(resumed, epoch + 1)) == 3, "later ones are whole"

@@ -52,18 +52,18 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_id() -> None:
     def key(sample: Sample) -> tuple[bytes, float, int]:
         return sample.image.tobytes(), sample.confidence, sample.step
 
-    wanted = key(_perturbed(SCENE, epoch=3, seed=5))
+    expected = key(_perturbed(SCENE, epoch=3, seed=5))
     np.random.default_rng(0).random(100)
     np.random.seed(1)  # noqa: NPY002  (the legacy stream must not matter)
-    for other in ("a", "b"):
-        _perturbed(SCENE, epoch=3, seed=5, query=other)
-    assert key(_perturbed(SCENE, epoch=3, seed=5)) == wanted
+    for identifier in ("a", "b"):
+        _perturbed(SCENE, epoch=3, seed=5, query=identifier)
+    assert key(_perturbed(SCENE, epoch=3, seed=5)) == expected
     changed = [
         key(_perturbed(SCENE, epoch=4, seed=5)),
         key(_perturbed(SCENE, epoch=3, seed=6)),
         key(_perturbed(SCENE, epoch=3, seed=5, query="r")),
     ]
-    assert len({wanted, *changed}) == 4
+    assert len({expected, *changed}) == 4
 
 
 def test_epochs_and_queries_have_unrelated_streams() -> None:
@@ -159,8 +159,8 @@ def test_absent_objects_clean() -> None:
 
 
 def _draws(n: int = 4000, **policy: Any) -> Counter[int]:
-    made = NoisePolicy(**policy)
-    return Counter(made.draw_step(query_rng(0, 0, f"q{i}")) for i in range(n))
+    noise_policy = NoisePolicy(**policy)
+    return Counter(noise_policy.draw_step(query_rng(0, 0, f"q{i}")) for i in range(n))
 
 
 def test_levels_come_alike_often() -> None:
@@ -173,11 +173,11 @@ def test_level_weights_and_clean_fraction() -> None:
     weights = [0.0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
     counts = _draws(level_weights=weights, clean_fraction=0.25)
     assert abs(counts[0] / 4000 - 0.25) < 0.025
-    found = np.array([counts[s] for s in LinearLevels().steps])[1:]
-    wanted = np.array(weights[1:])
-    assert (found[wanted == 0] == 0).all()
-    expected = wanted / wanted.sum() * found.sum()
-    assert chisquare(found[wanted > 0], expected[wanted > 0]).pvalue > 1e-3
+    drawn = np.array([counts[s] for s in LinearLevels().steps])[1:]
+    relative = np.array(weights[1:])
+    assert (drawn[relative == 0] == 0).all()
+    expected = relative / relative.sum() * drawn.sum()
+    assert chisquare(drawn[relative > 0], expected[relative > 0]).pvalue > 1e-3
 
 
 def test_own_levels_decide_the_steps_and_the_confidence() -> None:

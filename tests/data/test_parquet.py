@@ -65,8 +65,8 @@ def test_the_same_queries_as_from_json_lines(
     assert ours.queries()[-1].id == "3"
     assert [q.id for q in ours.queries()[:2]] == ["1", "2"]
     for query in ours.queries():
-        for mine, other in zip(ours.load(query), theirs.load(query), strict=True):
-            assert np.array_equal(mine, other)
+        for a, b in zip(ours.load(query), theirs.load(query), strict=True):
+            assert np.array_equal(a, b)
     assert np.array_equal(ours.load(ours.queries()[1]).evidence[0], MASK)
 
 
@@ -162,9 +162,9 @@ def test_checks_by_column_find_what_checks_by_record_find(write: Callable[..., P
             continue
         expected.append(row["id"])
     with pytest.warns(UserWarning, match="left out"):
-        found = [q.id for q in ParquetSource(str(path), on_bad_record="skip").queries()]
-    assert found == expected
-    assert len(rows) - len(found) == len(changes)
+        ids = [q.id for q in ParquetSource(str(path), on_bad_record="skip").queries()]
+    assert ids == expected
+    assert len(rows) - len(ids) == len(changes)
 
 
 def test_a_mask_without_counts_is_named_when_it_is_loaded(write: Callable[..., Path], record: Record) -> None:
@@ -283,6 +283,6 @@ def test_images_of_the_source_that_they_came_from(write: Callable[..., Path]) ->
         loaded = source.load(query)
         image = demo.load(original).image
         assert np.array_equal(loaded.image, image)
-        wanted = with_regions(query, image)
-        assert len(loaded.evidence) == len(wanted.evidence)
+        expected = with_regions(query, image)
+        assert len(loaded.evidence) == len(expected.evidence)
         assert len(loaded.evidence) + len(loaded.distractors) == 1

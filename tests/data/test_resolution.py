@@ -97,18 +97,20 @@ def _noise(height: int, width: int) -> np.ndarray:
 
 def _real_size(image_processor: Any, height: int, width: int) -> tuple[int, int]:
     """Height and width after the processor's own resize, read from its output."""
-    found = _seen(image_processor, _noise(height, width))
-    if "image_grid_thw" in found:
-        _, rows, columns = found["image_grid_thw"][0].tolist()
+    outputs = _seen(image_processor, _noise(height, width))
+    if "image_grid_thw" in outputs:
+        _, rows, columns = outputs["image_grid_thw"][0].tolist()
         return rows * image_processor.patch_size, columns * image_processor.patch_size
     if getattr(image_processor, "crop_to_patches", False) or hasattr(image_processor, "image_grid_pinpoints"):
         return _first_resize(image_processor, height, width)
     if getattr(image_processor, "do_image_splitting", None):
-        found = image_processor(images=[_noise(height, width)], return_row_col_info=True, return_tensors="pt")
+        outputs = image_processor(
+            images=[_noise(height, width)], return_row_col_info=True, return_tensors="pt"
+        )
         tile = image_processor.max_image_size["longest_edge"]
         # One tile is reported as not split.
-        return max(1, found["rows"][0][0]) * tile, max(1, found["cols"][0][0]) * tile
-    height, width = found["pixel_values"].shape[-2:]
+        return max(1, outputs["rows"][0][0]) * tile, max(1, outputs["cols"][0][0]) * tile
+    height, width = outputs["pixel_values"].shape[-2:]
     return height, width
 
 
@@ -163,13 +165,13 @@ def _tiles(image_processor: Any, image: np.ndarray) -> torch.Tensor:
 
 def _holds(tiles: torch.Tensor, image: np.ndarray) -> bool:
     """Whether the tiles contain every pixel of the image, and only black around it."""
-    one = torch.tensor([1, 256, 256**2])
-    seen, wanted = (
-        (pixels.reshape(-1, 3).round().long() @ one).sort().values
+    weights = torch.tensor([1, 256, 256**2])
+    seen, expected = (
+        (pixels.reshape(-1, 3).round().long() @ weights).sort().values
         for pixels in (tiles.permute(0, 2, 3, 1), torch.from_numpy(image).float())
     )
-    black = len(seen) - len(wanted)
-    return not seen[:black].any() and torch.equal(seen[black:], wanted)
+    black = len(seen) - len(expected)
+    return not seen[:black].any() and torch.equal(seen[black:], expected)
 
 
 def test_center_crop_comes_after() -> None:

@@ -75,12 +75,12 @@ def test_what_is_left_out_changes_from_epoch_to_epoch() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 9), st.sets(st.integers(0, 59)))
 def test_what_is_done_is_left_out_and_moves_nothing_else(
-    length: int, processes: int, places: set[int]
+    length: int, processes: int, indices: set[int]
 ) -> None:
-    done = {place for place in places if place < length}
+    done = {index for index in indices if index < length}
     for rank, shard in enumerate(_shards(length, processes, shuffle=False, even=False)):
         settings: dict[str, Any] = {"shuffle": False, "even": False, "done": done}
         sampler = EpochSampler(length, rank=rank, num_replicas=processes, **settings)
-        left = [place for place in shard if place not in done]
-        assert [index for _, index in sampler] == sampler.places().tolist() == left
-        assert len(sampler) == len(left)
+        remaining = [index for index in shard if index not in done]
+        assert [index for _, index in sampler] == sampler.indices().tolist() == remaining
+        assert len(sampler) == len(remaining)

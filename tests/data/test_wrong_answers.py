@@ -64,8 +64,8 @@ def test_the_confidence_counts_and_not_the_noise() -> None:
     levels = AnchoredLevels.fit({"yes_no": counts, "short": [counts[0], StepCount(1000, 100, 0)]})
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
         for step, wrong in ((0, 0.0), (1000, share)):
-            found = [_sample(i, step=step, levels=levels, kind=kind).wrong_answer for i in range(600)]
-            assert _fits(sum(m is not None for m in found), 600, wrong)
+            answers = [_sample(i, step=step, levels=levels, kind=kind).wrong_answer for i in range(600)]
+            assert _fits(sum(m is not None for m in answers), 600, wrong)
 
 
 def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
@@ -89,10 +89,10 @@ def test_a_mistake_is_a_pure_function_of_seed_epoch_and_id() -> None:
     def drawn(**settings: Any) -> list[str]:
         return [_sample(i, step=500, wrong=("a", "b"), **settings).answer for i in range(60)]
 
-    wanted = drawn()
+    expected = drawn()
     np.random.seed(3)  # noqa: NPY002  (the legacy stream must not matter)
-    assert drawn() == wanted
-    assert wanted != drawn(epoch=1) != drawn(seed=1) != wanted
+    assert drawn() == expected
+    assert expected != drawn(epoch=1) != drawn(seed=1) != expected
     assert _sample(0, epoch=7).epoch == 7
 
 

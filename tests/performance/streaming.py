@@ -106,11 +106,11 @@ def main() -> None:
         for name, path in write_records(Path(folder), args.records).items():
             command = [sys.executable, "-m", "tests.performance.streaming", "--measure", str(path)]
             ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(ran.stdout.splitlines()[-1])
-            assert found["records"] == args.records
+            results = json.loads(ran.stdout.splitlines()[-1])
+            assert results["records"] == args.records
             print(
-                f"| {name} | {found['seconds']:.1f} | {found['cpu']:.1f} | {found['before']:.2f} | {found['peak']:.2f} | "
-                f"{found['milliseconds']:.1f} |"
+                f"| {name} | {results['seconds']:.1f} | {results['cpu']:.1f} | {results['before']:.2f} | {results['peak']:.2f} | "
+                f"{results['milliseconds']:.1f} |"
             )
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount, _group_means
 
 
-def segmentations(n, most):
-    """All segmentations of `range(n)` into at most `most` runs, as lists of (start, end)."""
-    for cuts in range(min(most, n)):
+def segmentations(n, max_runs):
+    """All segmentations of `range(n)` into at most `max_runs` runs, as lists of (start, end)."""
+    for cuts in range(min(max_runs, n)):
         for where in combinations(range(1, n), cuts):
             yield list(pairwise((0, *where, n)))
 
@@ -34,17 +34,17 @@ def error_and_means(values, weights, runs):
 def test_groups_are_the_best_of_all_segmentations(pairs, groups):
     values = sorted((v / 1000 for v, _ in pairs), reverse=True)
     weights = [w for _, w in pairs]
-    found = _group_means(np.array(values), weights, groups)
+    group_means = _group_means(np.array(values), weights, groups)
     all_of_them = [error_and_means(values, weights, runs) for runs in segmentations(len(values), groups)]
-    least = min(error for error, _ in all_of_them)
-    error = sum(w * (v - m) ** 2 for v, m, w in zip(values, found, weights, strict=True))
-    assert error == pytest.approx(least, abs=1e-9)
-    assert any(np.allclose(found, means, atol=1e-9) for e, means in all_of_them if e <= least + 1e-9), (
-        "the means of such a segmentation"
-    )
-    assert (np.diff(found) <= 1e-12).all(), "never rising with the noise"
-    assert len(set(np.round(found, 9))) <= groups
-    assert np.average(found, weights=weights) == pytest.approx(np.average(values, weights=weights))
+    minimum = min(error for error, _ in all_of_them)
+    error = sum(w * (v - m) ** 2 for v, m, w in zip(values, group_means, weights, strict=True))
+    assert error == pytest.approx(minimum, abs=1e-9)
+    assert any(
+        np.allclose(group_means, means, atol=1e-9) for e, means in all_of_them if e <= minimum + 1e-9
+    ), "the means of such a segmentation"
+    assert (np.diff(group_means) <= 1e-12).all(), "never rising with the noise"
+    assert len(set(np.round(group_means, 9))) <= groups
+    assert np.average(group_means, weights=weights) == pytest.approx(np.average(values, weights=weights))
 
 
 def grouped(rights, groups, ns=None, grid=1, **more):

@@ -160,10 +160,10 @@ def test_the_trend_is_that_of_a_contingency_table():
     right = np.concatenate([np.arange(r.n) < r.n_correct for r in rows])
     z = np.sqrt(len(right)) * np.corrcoef(steps, right)[0, 1]
     assert trend_p_value(rows) == pytest.approx(norm.cdf(z))
-    rng, least = np.random.default_rng(0), []
+    rng, p_values = np.random.default_rng(0), []
     for _ in range(2000):
-        least.append(trend_p_value([StepCount(s, 50, rng.binomial(50, 0.6)) for s in STEPS]))
-    assert np.mean(np.array(least) <= 0.05) == pytest.approx(0.05, abs=0.015), (
+        p_values.append(trend_p_value([StepCount(s, 50, rng.binomial(50, 0.6)) for s in STEPS]))
+    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015), (
         "refuses what noise does not change"
     )
 

@@ -54,10 +54,10 @@ def reference(image, mask, step, schedule, seed):
 def test_it_is_the_papers_formula_rounded_to_the_nearest(image, mask, schedule, share):
     step = round(share * schedule.steps)
     expected = reference(image, mask, step, schedule, seed=7)
-    found = add_region_noise(image, mask, step, schedule, 7)
+    noisy = add_region_noise(image, mask, step, schedule, 7)
     # Half a level for rounding, plus the float32 error.
-    assert np.abs(found - expected).max() <= 0.5 + 1e-3
-    assert np.mean(found == np.rint(expected)) > 0.999
+    assert np.abs(noisy - expected).max() <= 0.5 + 1e-3
+    assert np.mean(noisy == np.rint(expected)) > 0.999
 
 
 @pytest.mark.parametrize("step", [1, 500, 1000])

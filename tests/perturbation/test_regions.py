@@ -52,10 +52,10 @@ def masks(draw):
 @given(masks())
 def test_the_bounding_box_is_the_smallest(mask):
     rows, columns = np.nonzero(mask)
-    found = bounding_box(mask)
-    assert found == (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
-    assert mask[found.slices].sum() == mask.sum()
-    assert mask[found.slices].shape == (found.height, found.width)
+    bounds = bounding_box(mask)
+    assert bounds == (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
+    assert mask[bounds.slices].sum() == mask.sum()
+    assert mask[bounds.slices].shape == (bounds.height, bounds.width)
 
 
 def test_a_mask_of_zeros_and_ones_is_accepted_as_uint8():
@@ -103,11 +103,11 @@ def test_a_box_fills_the_bounding_box_of_all_parts():
 
 @given(masks(), st.floats(0, 2), st.sampled_from(["mask", "box"]))
 def test_growing_is_square_dilation_by_a_fraction_of_the_longer_side(mask, dilate, shape):
-    found = bounding_box(mask)
-    radius = max(1, round(dilate * max(found.height, found.width))) if dilate else 0
+    bounds = bounding_box(mask)
+    radius = max(1, round(dilate * max(bounds.height, bounds.width))) if dilate else 0
     filled = mask.copy()
     if shape == "box":
-        filled[found.slices] = True
+        filled[bounds.slices] = True
     expected = ndimage.binary_dilation(filled, np.ones((2 * radius + 1, 2 * radius + 1)))
     np.testing.assert_array_equal(region_mask(mask, shape=shape, dilate=dilate), expected)
 
@@ -176,12 +176,12 @@ def test_without_a_clear_object_it_goes_to_a_box_of_the_targets_size_off_the_tar
     places = set()
     for seed in range(50):
         choice = choose([target], [box(5, 12, 5, 12)], probability=1.0, seed=seed)
-        found = bounding_box(choice.mask)
+        bounds = bounding_box(choice.mask)
         assert choice.kind == "distractor"
         assert not np.any(choice.mask & target)
-        assert (found.height, found.width) == (10, 15)
+        assert (bounds.height, bounds.width) == (10, 15)
         assert choice.mask.sum() == 150
-        places.add((found.top, found.left))
+        places.add((bounds.top, bounds.left))
     assert len(places) > 30
 
 
@@ -199,10 +199,10 @@ def test_a_random_box_never_touches_the_target(target, seed):
 def test_every_free_place_is_possible():
     target = np.ones((3, 3), dtype=bool)
     target[0, 2] = target[2, 0] = False
-    found = {
+    sizes = {
         tuple(np.argwhere(choose([target], probability=1.0, seed=s, shape=(3, 3)).mask)[0]) for s in range(50)
     }
-    assert found == {(0, 2), (2, 0)}
+    assert sizes == {(0, 2), (2, 0)}
 
 
 def test_an_absent_object_gets_noise_on_another_object():
@@ -219,11 +219,11 @@ def test_an_absent_object_without_others_gets_a_box_of_plausible_size():
     shape = (300, 400)
     for seed in range(200):
         choice = choose(seed=seed, shape=shape)
-        found = bounding_box(choice.mask)
+        bounds = bounding_box(choice.mask)
         assert choice.kind == "absent"
-        assert choice.mask.sum() == found.height * found.width
+        assert choice.mask.sum() == bounds.height * bounds.width
         assert PLAUSIBLE_AREA[0] * 0.95 < choice.mask.mean() < PLAUSIBLE_AREA[1] * 1.05
-        assert PLAUSIBLE_ASPECT[0] * 0.9 < found.width / found.height < PLAUSIBLE_ASPECT[1] * 1.1
+        assert PLAUSIBLE_ASPECT[0] * 0.9 < bounds.width / bounds.height < PLAUSIBLE_ASPECT[1] * 1.1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 100), (100, 1), (7, 3, 3)])
@@ -245,10 +245,10 @@ def test_under_skip_the_record_must_not_get_here():
 
 
 @given(st.integers(0, 2**63), st.floats(0, 1), st.booleans(), st.booleans())
-def test_the_choice_is_a_function_of_the_seed(seed, probability, present, others):
+def test_the_choice_is_a_function_of_the_seed(seed, probability, present, n_distractors):
     arguments = {
         "targets": [disc()] if present else [],
-        "distractors": [box(0, 4, 0, 4), box(35, 40, 0, 4)] if others else [],
+        "distractors": [box(0, 4, 0, 4), box(35, 40, 0, 4)] if n_distractors else [],
         "probability": probability,
         "seed": seed,
     }

@@ -35,9 +35,9 @@ def _region(mask: Any, box: tuple[float, float, float, float] = (0, 0, 5, 4)) ->
 @given(masks())
 def test_round_trip_through_json(mask: np.ndarray) -> None:
     rle = json.loads(json.dumps(mask_to_rle(mask)))
-    found = region_to_mask(_region(rle), *mask.shape)
-    assert found.dtype == bool
-    assert np.array_equal(found, mask)
+    decoded = region_to_mask(_region(rle), *mask.shape)
+    assert decoded.dtype == bool
+    assert np.array_equal(decoded, mask)
 
 
 @given(masks())
@@ -53,8 +53,8 @@ def test_long_runs_and_uncompressed_counts() -> None:
     mask[100:650, 3:897] = True
     assert np.array_equal(region_to_mask(_region(mask_to_rle(mask)), 700, 900), mask)
     # column by column: one pixel off, two on, 17 off
-    found = region_to_mask(_region({"size": [4, 5], "counts": [1, 2, 17]}), 4, 5)
-    assert np.argwhere(found).tolist() == [[1, 0], [2, 0]]
+    decoded = region_to_mask(_region({"size": [4, 5], "counts": [1, 2, 17]}), 4, 5)
+    assert np.argwhere(decoded).tolist() == [[1, 0], [2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_counts_that_are_no_mask(counts: Any, says: str) -> None:
 @given(st.text(alphabet=[chr(c) for c in range(40, 120)], max_size=12))
 def test_any_text_is_a_mask_or_an_error(counts: str) -> None:
     try:
-        found = region_to_mask(_region({"size": [4, 5], "counts": counts}), 4, 5)
+        decoded = region_to_mask(_region({"size": [4, 5], "counts": counts}), 4, 5)
     except RecordError:
         return
-    again = mask_to_rle(found)
-    assert np.array_equal(region_to_mask(_region(again), 4, 5), found)
+    again = mask_to_rle(decoded)
+    assert np.array_equal(region_to_mask(_region(again), 4, 5), decoded)
 
 
 @pytest.mark.parametrize("size", [[5, 4], [4, 5, 1], 4, None, "45", {}])

@@ -67,13 +67,13 @@ def test_the_number_of_steps_does_not_change_what_half_way_and_the_end_mean(name
 
 def test_scalars_and_arrays():
     schedule = LinearSchedule()
-    one = schedule.alpha_bar(300)
-    assert isinstance(one, float)
-    assert schedule.alpha_bar(np.int64(300)) == one
+    scalar = schedule.alpha_bar(300)
+    assert isinstance(scalar, float)
+    assert schedule.alpha_bar(np.int64(300)) == scalar
     many = schedule.alpha_bar(np.array([[0, 300], [300, 1000]]))
     assert many.shape == (2, 2)
     assert many.dtype == np.float64
-    assert many[0, 1] == many[1, 0] == one
+    assert many[0, 1] == many[1, 0] == scalar
 
 
 def test_the_table_cannot_be_changed_from_outside():

@@ -306,14 +306,14 @@ def _block(parts: Sequence[CategoryCounts], smoothing: float = F1) -> dict[str, 
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
 
 
-def _percent(part: int, wholes: Sequence[int]) -> float:
+def _percent(part: int, totals: Sequence[int]) -> float:
     denominator = 0.0
-    for whole in wholes:
-        denominator += _counted(whole)
+    for total in totals:
+        denominator += _script_count(total)
     return round(part / denominator * 100, 1)
 
 
-def _counted(n: int) -> float:
+def _script_count(n: int) -> float:
     """The script's counter after n steps from 0.001, rounding errors included."""
     count = 0.001
     for _ in range(n):

@@ -80,7 +80,7 @@ class EpochSampler(DistributedSampler):
         self.set_epoch(epoch)
         self.begin = (epoch, batch * batch_size)
 
-    def places(self) -> np.ndarray:
+    def indices(self) -> np.ndarray:
         """Indices of this process's samples in the current epoch, in order."""
         order = np.arange(self.length)
         if self.shuffle:
@@ -93,13 +93,13 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch if self.shuffle else 0
         first_epoch, done = self.begin
-        return iter([(epoch, int(i)) for i in self.places()[done if epoch == first_epoch else 0 :]])
+        return iter([(epoch, int(i)) for i in self.indices()[done if epoch == first_epoch else 0 :]])
 
     def __len__(self) -> int:
         """Number of samples of a complete epoch."""
         if self.even:
             return self.length // self.num_replicas
-        return len(self.places())
+        return len(self.indices())
 
 
 class LoadingLog:

@@ -78,7 +78,7 @@ class JsonlSource(QuerySource):
                 self.bad.add(str(error), error)
                 continue
             first_lines[query.id] = line.number
-            offsets.append(line.start)
+            offsets.append(line.offset)
         self.bad.report(len(offsets))
         if not offsets:
             raise DataError(f"{self.path}: no usable query in this file")

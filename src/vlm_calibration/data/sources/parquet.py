@@ -109,8 +109,8 @@ class ParquetSource(TableSource):
     def _check_columns(self, schema: pa.Schema) -> None:
         for name in schema.names:
             if name not in REQUIRED | OPTIONAL and name not in NOTES:
-                known = ", ".join([*REQUIRED, *OPTIONAL])
-                raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {known}")
+                columns = ", ".join([*REQUIRED, *OPTIONAL])
+                raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {columns}")
         for name, expected in REQUIRED.items():
             if name not in schema.names:
                 raise DataError(f"{self.path}: no column {name!r}")
