@@ -307,14 +307,14 @@ def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: t
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", ":2: Expecting property name"),
+        ("{", ":2: not JSON"),
         ("[]", ":2: expected an object with 'image' and 'question'"),
         ('{"image": "a.png"}', ":2: 'question' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
         ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
-        (b"\xff", ":2: 'utf-8' codec"),
+        (b"\xff", ":2: not UTF-8"),
     ],
 )
 def test_bad_lines_are_named_before_a_model_is_loaded(
