@@ -206,7 +206,7 @@ def test_pillow_images_are_read_like_files(tmp_path: Path) -> None:
     [
         ("nowhere.png", "nowhere.png: no such file"),
         (b"GIF89a", "image of 6 bytes: "),
-        (Image.new("F", (3, 3)), "F pixels have no unique conversion"),
+        (Image.new("F", (3, 3)), "F pixels have no one reading"),
         (Image.new("RGB", (300, 300)), "300 x 300 pixels, more than the 1000 allowed"),
     ],
 )
