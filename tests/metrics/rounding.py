@@ -1,7 +1,7 @@
 """Bounds of the change of each metric when confidences are rounded to a table's grid, computed from the table.
 
 Confidences on the grid, such as stated percentages, do not move. Any other moves by at most
-`d = 1 / (2 * resolution)`, and different levels keep their order.
+`d = 1 / (2 * grid_steps)`, and different levels keep their order.
 """
 
 import math
@@ -21,7 +21,7 @@ SMOOTH_ECE_NUMERICS = 1e-4
 def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, float]:
     r"""Upper bounds of `|metric(table) - metric(the confidences that were rounded)|`, by flat name.
 
-    With `d = 1 / (2 * resolution)`:
+    With `d = 1 / (2 * grid_steps)`:
 
     - `n, parse_failure_rate, brier_uncertainty, parsed_accuracy`: 0.
     - `mean_confidence, overconfidence`: `d`. `sharpness`: `d`, as the standard deviation is at most 1/2.
@@ -55,7 +55,7 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     if table.parsed == 0:
         raise ValueError("a table without readable confidences has no bounds")
     groups = table.groups()
-    half = 1 / (2 * table.resolution)
+    half = 1 / (2 * table.grid_steps)
     bounds = dict.fromkeys(("n", "parse_failure_rate", "brier_uncertainty", "parsed_accuracy"), 0.0)
     bounds |= dict.fromkeys(("mean_confidence", "overconfidence", "sharpness"), half)
     bounds |= {"brier": 2 * half, "log_loss": _log_loss_bound(groups, half)}
@@ -66,7 +66,7 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
         "coverage_at_risk",
     ):
         bounds[name] = METRICS[name].upper - METRICS[name].lower
-    bounds |= _binned_bounds(groups, table.resolution, half, n_bins)
+    bounds |= _binned_bounds(groups, table.grid_steps, half, n_bins)
     bounds |= _ranking_bounds(groups)
     bounds["smooth_ece"] = _smooth_bound(groups, half)
     return bounds
@@ -80,12 +80,12 @@ def _log_loss_bound(groups: ConfidenceGroups, half: float) -> float:
     return float(cost.sum() / groups.total)
 
 
-def _binned_bounds(groups: ConfidenceGroups, resolution: int, half: float, n_bins: int) -> dict[str, float]:
+def _binned_bounds(groups: ConfidenceGroups, grid_steps: int, half: float, n_bins: int) -> dict[str, float]:
     answers, total = groups.answers, float(groups.total)
-    # An inner edge b / n_bins is in the cell ((2 i - 1), (2 i + 1)) / (2 resolution] of level i.
+    # An inner edge b / n_bins is in the cell ((2 i - 1), (2 i + 1)) / (2 grid_steps] of level i.
     edge = torch.arange(1, n_bins, dtype=torch.int64)
-    cell = (2 * edge * resolution + n_bins) // (2 * n_bins)
-    half_edge = (2 * edge * resolution + n_bins) % (2 * n_bins) == 0
+    cell = (2 * edge * grid_steps + n_bins) // (2 * n_bins)
+    half_edge = (2 * edge * grid_steps + n_bins) % (2 * n_bins) == 0
     touched = torch.cat([cell, cell[half_edge] - 1])
     moved = float(answers[torch.isin(groups.cell, touched)].sum()) / total
     l1 = min(1.0, half + 2 * moved)

@@ -18,18 +18,18 @@ from vlm_calibration.metrics.table import ConfidenceTable
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def truth(level, resolution, n_bins):
+def truth(level, grid_steps, n_bins):
     """`[b / n_bins, (b + 1) / n_bins)`, the last closed, by comparing fractions one edge at a time."""
-    value = Fraction(level, resolution)
+    value = Fraction(level, grid_steps)
     return max(b for b in range(n_bins) if Fraction(b, n_bins) <= value)
 
 
-@pytest.mark.parametrize("resolution", [1, 7, 10, 100, 1000])
-def test_levels_against_fractions(resolution):
-    levels = torch.arange(resolution + 1)
+@pytest.mark.parametrize("grid_steps", [1, 7, 10, 100, 1000])
+def test_levels_against_fractions(grid_steps):
+    levels = torch.arange(grid_steps + 1)
     for n_bins in (1, 2, 3, 7, 10, 15, 20, 33, 100):
-        expected = [truth(i, resolution, n_bins) for i in range(resolution + 1)]
-        assert uniform_bin_of_level(levels, resolution, n_bins).tolist() == expected
+        expected = [truth(i, grid_steps, n_bins) for i in range(grid_steps + 1)]
+        assert uniform_bin_of_level(levels, grid_steps, n_bins).tolist() == expected
 
 
 def test_percents_in_ten_bins():
@@ -101,4 +101,4 @@ def test_grouping_counts_equal_values(dtype):
     levels = group_values(confidence, torch.tensor([True, False, False, True, False, True]))
     assert levels.value.tolist() == sorted({float(c) for c in confidence})
     assert levels.counts.tolist() == [[1, 0], [1, 0], [1, 2], [0, 1]]
-    assert levels.resolution is None
+    assert levels.grid_steps is None

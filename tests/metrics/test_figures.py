@@ -50,7 +50,7 @@ def size(figure):
         ConfidenceTable.from_predictions([None], [True]),
         ConfidenceTable.from_predictions([1.0], [True]),
         ConfidenceTable.from_predictions([0.0, 0.0], [False, False]),
-        ConfidenceTable.from_predictions([0.123, 0.1234], [False, True], resolution=10_000),
+        ConfidenceTable.from_predictions([0.123, 0.1234], [False, True], grid_steps=10_000),
     ],
     ids=["tens", "percents", "empty", "unparsed", "one right", "all 0%", "fine"],
 )

@@ -16,10 +16,10 @@ from .rounding import rounding_bounds
 VACUOUS = {"brier_reliability", "brier_resolution", "debiased_l2_ece", "coverage_at_risk"}
 
 
-def compare(confidence, correct, resolution):
+def compare(confidence, correct, grid_steps):
     """Every metric's change by rounding, with its bound."""
     raw = group_values(torch.tensor(confidence), torch.tensor(correct))
-    table = ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), resolution)
+    table = ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), grid_steps)
     bounds = rounding_bounds(table)
     assert set(bounds) == set(METRICS)
     return {
@@ -27,18 +27,18 @@ def compare(confidence, correct, resolution):
     }
 
 
-@pytest.mark.parametrize("resolution", [10, 100, 10_000])
-def test_bounds_hold(cases, resolution):
+@pytest.mark.parametrize("grid_steps", [10, 100, 10_000])
+def test_bounds_hold(cases, grid_steps):
     closest = dict.fromkeys(METRICS, 0.0)
-    for confidence, correct in cases(200 if resolution == 100 else 70, "continuous", seed=61, largest=150):
-        for name, (change, bound) in compare(confidence, correct, resolution).items():
+    for confidence, correct in cases(200 if grid_steps == 100 else 70, "continuous", seed=61, largest=150):
+        for name, (change, bound) in compare(confidence, correct, grid_steps).items():
             if math.isnan(change):
                 continue
             assert change <= bound + 1e-9, name
             if bound > 0:
                 closest[name] = max(closest[name], change / bound)
     idle = {name for name, ratio in closest.items() if ratio < 0.01} - VACUOUS
-    loose = {"smooth_ece", "ace", "mce"} | ({"accuracy_at_coverage"} if resolution == 10_000 else set())
+    loose = {"smooth_ece", "ace", "mce"} | ({"accuracy_at_coverage"} if grid_steps == 10_000 else set())
     assert idle <= loose | {"n", "parse_failure_rate", "brier_uncertainty", "parsed_accuracy"}
 
 

@@ -47,9 +47,9 @@ def test_every_half_precision_number_goes_to_its_nearest_level(dtype, bits):
 
 @settings(max_examples=300)
 @given(st.floats(0, 1), st.sampled_from([1, 10, 100, 1000, 10_000]))
-def test_no_confidence_moves_by_more_than_half_a_step(confidence, resolution):
-    level = int(to_level(torch.tensor([confidence], dtype=torch.float64), resolution)[0])
-    assert abs(level / resolution - confidence) <= 1 / (2 * resolution) * (1 + 1e-9)
+def test_no_confidence_moves_by_more_than_half_a_step(confidence, grid_steps):
+    level = int(to_level(torch.tensor([confidence], dtype=torch.float64), grid_steps)[0])
+    assert abs(level / grid_steps - confidence) <= 1 / (2 * grid_steps) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,7 +112,7 @@ def test_addition_is_that_of_the_answers(cases):
 
 
 def test_tables_of_different_grids_do_not_add():
-    with pytest.raises(ValueError, match="resolution 100 and 10"):
+    with pytest.raises(ValueError, match="100 and 10 grid steps"):
         ConfidenceTable.empty() + ConfidenceTable.empty(10)
     assert ConfidenceTable.empty() != ConfidenceTable.empty(10)
     with pytest.raises(TypeError):
@@ -128,11 +128,11 @@ def test_a_table_owns_its_counts():
         table.unparsed = 4
 
 
-def test_resolution_is_free():
-    table = ConfidenceTable.from_predictions([0.8051, 0.80509], [True, False], resolution=10_000)
+def test_the_grid_is_free():
+    table = ConfidenceTable.from_predictions([0.8051, 0.80509], [True, False], grid_steps=10_000)
     assert table.counts[8051].tolist() == [1, 1]
     assert table.groups().value.tolist() == [0.8051]
-    assert table.resolution == 10_000
+    assert table.grid_steps == 10_000
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_the_error_names_the_place_in_a_later_chunk(monkeypatch):
         ConfidenceTable.from_predictions(confidence, torch.ones(11, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("resolution", [0, -1, 2.5, True])
-def test_bad_resolutions(resolution):
-    with pytest.raises(ValueError, match="resolution must be a positive integer"):
-        ConfidenceTable.from_predictions([0.5], [True], resolution)
+@pytest.mark.parametrize("grid_steps", [0, -1, 2.5, True])
+def test_bad_grid_steps(grid_steps):
+    with pytest.raises(ValueError, match="grid_steps must be a positive integer"):
+        ConfidenceTable.from_predictions([0.5], [True], grid_steps)
 
 
 def test_bad_counts():

@@ -259,11 +259,11 @@ def test_bfloat16_autocast():
 
 
 def test_a_finer_grid():
-    metrics = CalibrationMetrics(resolution=10_000, n_bins=15)
+    metrics = CalibrationMetrics(grid_steps=10_000, n_bins=15)
     confidence, correct = torch.tensor([0.12341, 0.98765]), torch.tensor([True, False])
     metrics.update(confidence, correct)
     assert float(metrics.compute()["mean_confidence"]) == pytest.approx((0.1234 + 0.9876) / 2, abs=1e-4)
-    assert metrics.tables()[""].resolution == 10_000
+    assert metrics.tables()[""].grid_steps == 10_000
 
 
 def test_constants_that_torchmetrics_users_read():
@@ -323,7 +323,7 @@ def test_both_in_one_module_and_collection():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": 0}, "resolution must be"),
+        ({"grid_steps": 0}, "grid_steps must be"),
         ({"metrics": ["bogus"]}, "unknown metric 'bogus'"),
         ({"categories": "a"}, "list of names, got the string 'a'"),
         ({"categories": ["a", "a"]}, "must differ"),

@@ -158,7 +158,7 @@ def media_of(tables: StepTables) -> dict[str, Any]:
 def confidence_table(table: ConfidenceTable) -> Any:
     """Correct and wrong answers at each stated confidence in [0, 1]."""
     rows = [
-        [level / table.resolution, correct, wrong]
+        [level / table.grid_steps, correct, wrong]
         for level, (wrong, correct) in enumerate(table.counts.tolist())
         if correct or wrong
     ]

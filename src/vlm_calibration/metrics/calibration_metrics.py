@@ -37,13 +37,13 @@ class CalibrationMetrics(SharedStateCollection):
         prefix: put before every key.
         postfix: put after every key, category included.
         categories: names to break down by; None for no breakdown.
-        resolution: grid steps from 0 to 1.
+        grid_steps: grid steps from 0 to 1.
         n_bins: bins of the binned metrics.
         metrics: names from `METRICS`, by default those above.
         kwargs: those of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: on an unknown metric, a bad resolution, an empty or repeated category.
+        ValueError: on an unknown metric, bad grid steps, an empty or repeated category.
 
     Example:
         >>> import torch
@@ -58,13 +58,13 @@ class CalibrationMetrics(SharedStateCollection):
         prefix: str | None = None,
         postfix: str | None = None,
         categories: Iterable[str] | None = None,
-        resolution: int = 100,
+        grid_steps: int = 100,
         n_bins: int = 10,
         metrics: Iterable[str] = REPORTED,
         **kwargs: Any,
     ) -> None:
         """See the class."""
         categories = categories if categories is None or isinstance(categories, str) else tuple(categories)
-        options = {"categories": categories, "resolution": resolution, "n_bins": n_bins, **kwargs}
+        options = {"categories": categories, "grid_steps": grid_steps, "n_bins": n_bins, **kwargs}
         members = {name: CALIBRATION_CLASSES[name](**options) for name in check_names(metrics)}
         super().__init__(members, prefix, postfix)

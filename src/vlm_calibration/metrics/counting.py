@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from vlm_calibration.metrics.functional import to_device_of
 from vlm_calibration.metrics.groups import MetricSpec, check_correct
 from vlm_calibration.metrics.summary import check_category, warn_undefined_values
-from vlm_calibration.metrics.table import ConfidenceTable, check_resolution, count_cells
+from vlm_calibration.metrics.table import ConfidenceTable, check_grid_steps, count_cells
 
 Category = str | Collection[str] | None
 """The category of an answer, several of them, or none."""
@@ -142,21 +142,21 @@ class CalibrationMetric(CountingMetric):
     Args:
         categories: names to break the metric down by, fixed so that every process has the same state; None for
             no breakdown, in which case the categories of an update are not used.
-        resolution: grid steps from 0 to 1.
+        grid_steps: grid steps from 0 to 1.
         n_bins: bins of binned metrics and of the reliability diagram.
         kwargs: those of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: on a bad resolution, an empty or repeated category.
+        ValueError: on bad grid steps, an empty or repeated category.
     """
 
     def __init__(
-        self, categories: Iterable[str] | None = None, resolution: int = 100, n_bins: int = 10, **kwargs: Any
+        self, categories: Iterable[str] | None = None, grid_steps: int = 100, n_bins: int = 10, **kwargs: Any
     ) -> None:
         """See the class."""
-        check_resolution(resolution)
-        super().__init__((resolution + 2, 2), categories, **kwargs)
-        self.resolution = resolution
+        check_grid_steps(grid_steps)
+        super().__init__((grid_steps + 2, 2), categories, **kwargs)
+        self.grid_steps = grid_steps
         self.n_bins = n_bins
 
     def update(self, confidence: Tensor, correct: Tensor, category: Sequence[Category] | None = None) -> None:
@@ -175,7 +175,7 @@ class CalibrationMetric(CountingMetric):
         if index is not None and row is not None:
             confidence, correct = confidence[index.to(confidence.device)], correct[index.to(correct.device)]
             row = row.to(confidence.device)
-        cells = count_cells(confidence, correct, self.resolution, row, len(self.counts))
+        cells = count_cells(confidence, correct, self.grid_steps, row, len(self.counts))
         self.counts = self.counts + cells.to(self.counts.device)
 
     def tables(self) -> dict[str, ConfidenceTable]:

@@ -7,7 +7,7 @@ Common to all functions: `confidence` is float [N] in [0, 1] without NaN, `corre
 first value that is neither. Values are grouped by one sort and not rounded. The result is a float64 scalar on the device of
 `confidence` (float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric is undefined. For many predictions
 prefer a `ConfidenceTable`, which `METRICS[name](table)` takes. A table is exact for confidences on its grid; other
-confidences move to the nearest grid level, by at most `1 / (2 * resolution)`.
+confidences move to the nearest grid level, by at most `1 / (2 * grid_steps)`.
 """
 
 import inspect

@@ -31,14 +31,14 @@ class ConfidenceGroups(NamedTuple):
         counts: int64 [..., L, 2]; `[..., 0]` counts wrong answers, `[..., 1]` correct ones. Leading dimensions are
             bootstrap replicates.
         cell: [L], what binning compares: integer grid levels, or raw values in their own dtype.
-        resolution: the number of grid steps if `cell` holds integers, None if it holds raw values.
+        grid_steps: the number of grid steps if `cell` holds integers, None if it holds raw values.
         unparsed: int64 [...], the answers without a readable confidence.
     """
 
     value: Tensor
     counts: Tensor
     cell: Tensor
-    resolution: int | None
+    grid_steps: int | None
     unparsed: Tensor
 
     def groups(self) -> "ConfidenceGroups":
@@ -244,20 +244,20 @@ def _check_bins(n_bins: int) -> None:
         raise ValueError(f"n_bins must be a positive integer, got {n_bins!r}")
 
 
-def uniform_bin_of_level(level: Tensor, resolution: int, n_bins: int) -> Tensor:
+def uniform_bin_of_level(level: Tensor, grid_steps: int, n_bins: int) -> Tensor:
     """The equal-width bin of each grid level, in integer arithmetic.
 
     Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to
     the bin above it, as in `numpy.histogram`, netcal and torchmetrics, so that results compare. Edges are computed as
-    `level * n_bins // resolution` and never rounded.
+    `level * n_bins // grid_steps` and never rounded.
 
     Args:
-        level: int64, in [0, resolution].
-        resolution: grid steps from 0 to 1.
+        level: int64, in [0, grid_steps].
+        grid_steps: grid steps from 0 to 1.
         n_bins: number of bins, 1 or more.
     """
     _check_bins(n_bins)
-    return (level * n_bins).div(resolution, rounding_mode="floor").clamp_max(n_bins - 1)
+    return (level * n_bins).div(grid_steps, rounding_mode="floor").clamp_max(n_bins - 1)
 
 
 def uniform_bin_of_value(value: Tensor, n_bins: int) -> Tensor:
@@ -316,8 +316,8 @@ def bin_index(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> Tensor
     Raises:
         ValueError: on a binning other than `uniform` and `quantile`, or a non-positive `n_bins`.
     """
-    if binning == "uniform" and groups.resolution is not None:
-        return uniform_bin_of_level(groups.cell, groups.resolution, n_bins)
+    if binning == "uniform" and groups.grid_steps is not None:
+        return uniform_bin_of_level(groups.cell, groups.grid_steps, n_bins)
     if binning == "uniform":
         return uniform_bin_of_value(groups.cell, n_bins)
     if binning == "quantile":

@@ -19,63 +19,63 @@ CHUNK = 1 << 18
 """Predictions counted at a time, which bounds the memory of an update."""
 
 
-def check_resolution(resolution: int) -> None:
-    """Raise a ValueError unless `resolution` is a positive integer."""
-    if not isinstance(resolution, int) or isinstance(resolution, bool) or resolution < 1:
-        raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+def check_grid_steps(grid_steps: int) -> None:
+    """Raise a ValueError unless `grid_steps` is a positive integer."""
+    if not isinstance(grid_steps, int) or isinstance(grid_steps, bool) or grid_steps < 1:
+        raise ValueError(f"grid_steps must be a positive integer, got {grid_steps!r}")
 
 
-def to_level(confidence: Tensor, resolution: int) -> Tensor:
-    """The nearest grid level of each confidence, computed in float64; NaN becomes `resolution + 1`.
+def to_level(confidence: Tensor, grid_steps: int) -> Tensor:
+    """The nearest grid level of each confidence, computed in float64; NaN becomes `grid_steps + 1`.
 
-    The product with `resolution` is rounded to the nearest integer, halves to even: 0.29 is level 29
-    in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * resolution)`.
+    The product with `grid_steps` is rounded to the nearest integer, halves to even: 0.29 is level 29
+    in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * grid_steps)`.
 
     Args:
         confidence: float [N], in [0, 1] or NaN; not checked here.
-        resolution: grid steps from 0 to 1.
+        grid_steps: grid steps from 0 to 1.
 
     Returns:
-        int64 [N] in [0, resolution + 1].
+        int64 [N] in [0, grid_steps + 1].
     """
     product = (
-        confidence.to(torch.float64) * resolution
+        confidence.to(torch.float64) * grid_steps
         if confidence.device.type != "mps"
-        else confidence * resolution
+        else confidence * grid_steps
     )
-    return product.round_().nan_to_num_(nan=resolution + 1).long()
+    return product.round_().nan_to_num_(nan=grid_steps + 1).long()
 
 
 def count_cells(
-    confidence: Tensor, correct: Tensor, resolution: int, row: Tensor | None = None, rows: int = 1
+    confidence: Tensor, correct: Tensor, grid_steps: int, row: Tensor | None = None, rows: int = 1
 ) -> Tensor:
     """Count predictions by row, level and correctness: one `bincount` for each `CHUNK` of them.
 
     Args:
         confidence: float [N] in [0, 1], NaN where it could not be parsed.
         correct: bool [N].
-        resolution: grid steps from 0 to 1.
+        grid_steps: grid steps from 0 to 1.
         row: int64 [N] in [0, rows), or None for row 0.
         rows: number of rows.
 
     Returns:
-        int64 [rows, resolution + 2, 2] on the device of `confidence`; the last level counts the unparsed.
+        int64 [rows, grid_steps + 2, 2] on the device of `confidence`; the last level counts the unparsed.
 
     Raises:
         ValueError: on a confidence outside [0, 1] (not NaN) or a `correct` of another shape or kind.
     """
     correct = check_correct(correct, confidence.shape)
-    cells = rows * (resolution + 2) * 2
+    cells = rows * (grid_steps + 2) * 2
     count = torch.zeros(cells, dtype=torch.int64, device=confidence.device)
     for start in range(0, max(confidence.numel(), 1), CHUNK):
         part = slice(start, start + CHUNK)
         check_confidence(confidence[part], nan_is_unparsed=True, offset=start)
-        index = to_level(confidence[part].detach(), resolution)
+        index = to_level(confidence[part].detach(), grid_steps)
         if row is not None:
-            index += row[part] * (resolution + 2)
+            index += row[part] * (grid_steps + 2)
         index = index.mul_(2).add_(correct[part].to(index.device))
         count += torch.bincount(index, minlength=cells)
-    return count.view(rows, resolution + 2, 2)
+    return count.view(rows, grid_steps + 2, 2)
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
@@ -91,8 +91,8 @@ class ConfidenceTable:
     """Counts of correct and wrong answers at each confidence level.
 
     Attributes:
-        counts: int64 [resolution + 1, 2] on the CPU; `counts[i, 1]` correct answers at confidence
-            `i / resolution`, `counts[i, 0]` wrong ones.
+        counts: int64 [grid_steps + 1, 2] on the CPU; `counts[i, 1]` correct answers at confidence
+            `i / grid_steps`, `counts[i, 0]` wrong ones.
         unparsed: answers whose confidence could not be read. Only `n` and `parse_failure_rate` count them;
             nothing is imputed.
 
@@ -115,7 +115,7 @@ class ConfidenceTable:
         """Check the invariants and take a private copy on the CPU."""
         counts = self.counts
         if counts.ndim != 2 or counts.shape[1] != 2 or len(counts) < 2:
-            raise ValueError(f"counts must have shape (resolution + 1, 2), got {tuple(counts.shape)}")
+            raise ValueError(f"counts must have shape (grid_steps + 1, 2), got {tuple(counts.shape)}")
         if counts.dtype != torch.int64:
             raise ValueError(f"counts must be int64, got {counts.dtype}")
         if int(counts.min()) < 0 or self.unparsed < 0:
@@ -123,17 +123,17 @@ class ConfidenceTable:
         object.__setattr__(self, "counts", counts.detach().cpu().clone())
 
     @classmethod
-    def empty(cls, resolution: int = 100) -> "ConfidenceTable":
+    def empty(cls, grid_steps: int = 100) -> "ConfidenceTable":
         """A table of no answers, the neutral element of `+`."""
-        check_resolution(resolution)
-        return cls(torch.zeros(resolution + 1, 2, dtype=torch.int64))
+        check_grid_steps(grid_steps)
+        return cls(torch.zeros(grid_steps + 1, 2, dtype=torch.int64))
 
     @classmethod
     def from_predictions(
         cls,
         confidence: Tensor | Sequence[float | None],
         correct: Tensor | Sequence[bool],
-        resolution: int = 100,
+        grid_steps: int = 100,
     ) -> "ConfidenceTable":
         """Count predictions.
 
@@ -141,24 +141,24 @@ class ConfidenceTable:
             confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
                 between two grid levels goes to the nearer one, see `to_level`.
             correct: bool [N].
-            resolution: grid steps from 0 to 1; 100 for stated percentages, 10_000 for probabilities.
+            grid_steps: grid steps from 0 to 1; 100 for stated percentages, 10_000 for probabilities.
 
         Raises:
             ValueError: on a confidence outside [0, 1], or inputs of different lengths.
         """
-        check_resolution(resolution)
+        check_grid_steps(grid_steps)
         confidence = as_confidence_tensor(confidence)
         if not isinstance(correct, Tensor):
             correct = torch.tensor(list(correct), dtype=torch.bool)
-        return cls.from_cells(count_cells(confidence, correct, resolution)[0])
+        return cls.from_cells(count_cells(confidence, correct, grid_steps)[0])
 
     @classmethod
     def from_cells(cls, cells: Tensor) -> "ConfidenceTable":
-        """A table from one row of `count_cells`: int64 [resolution + 2, 2], the last level unparsed."""
+        """A table from one row of `count_cells`: int64 [grid_steps + 2, 2], the last level unparsed."""
         return cls(cells[:-1], int(cells[-1].sum()))
 
     @property
-    def resolution(self) -> int:
+    def grid_steps(self) -> int:
         """Grid steps from 0 to 1."""
         return len(self.counts) - 1
 
@@ -175,8 +175,8 @@ class ConfidenceTable:
     def groups(self) -> ConfidenceGroups:
         """The levels that hold answers, as metrics take them."""
         cell = self.counts.sum(1).nonzero()[:, 0]
-        value = cell.double() / self.resolution
-        return ConfidenceGroups(value, self.counts[cell], cell, self.resolution, torch.tensor(self.unparsed))
+        value = cell.double() / self.grid_steps
+        return ConfidenceGroups(value, self.counts[cell], cell, self.grid_steps, torch.tensor(self.unparsed))
 
     def __add__(self, other: "ConfidenceTable") -> "ConfidenceTable":
         """The table of both sets of answers.
@@ -186,8 +186,8 @@ class ConfidenceTable:
         """
         if not isinstance(other, ConfidenceTable):
             return NotImplemented
-        if self.resolution != other.resolution:
-            raise ValueError(f"cannot add tables of resolution {self.resolution} and {other.resolution}")
+        if self.grid_steps != other.grid_steps:
+            raise ValueError(f"cannot add tables of {self.grid_steps} and {other.grid_steps} grid steps")
         return ConfidenceTable(self.counts + other.counts, self.unparsed + other.unparsed)
 
     def __radd__(self, other: object) -> "ConfidenceTable":
@@ -207,7 +207,7 @@ def tables_by_category(
     confidence: Tensor | Sequence[float | None],
     correct: Tensor | Sequence[bool],
     category: Sequence[C | None],
-    resolution: int = 100,
+    grid_steps: int = 100,
 ) -> dict[C, ConfidenceTable]:
     """One table for each category, in order of first appearance; answers without a category are left out.
 
@@ -215,12 +215,12 @@ def tables_by_category(
         confidence: as in `ConfidenceTable.from_predictions`.
         correct: bool [N].
         category: N names or other keys, None where there is none.
-        resolution: grid steps from 0 to 1.
+        grid_steps: grid steps from 0 to 1.
 
     Raises:
         ValueError: on a confidence outside [0, 1], or inputs of different lengths.
     """
-    check_resolution(resolution)
+    check_grid_steps(grid_steps)
     confidence = as_confidence_tensor(confidence)
     if not isinstance(correct, Tensor):
         correct = torch.tensor(list(correct), dtype=torch.bool)
@@ -229,5 +229,5 @@ def tables_by_category(
     names = list(dict.fromkeys(c for c in category if c is not None))
     row_of = {name: i for i, name in enumerate(names, start=1)}
     row = torch.tensor([0 if c is None else row_of[c] for c in category], dtype=torch.int64)
-    cells = count_cells(confidence.cpu(), correct.cpu(), resolution, row, len(names) + 1)
+    cells = count_cells(confidence.cpu(), correct.cpu(), grid_steps, row, len(names) + 1)
     return {name: ConfidenceTable.from_cells(cells[row_of[name]]) for name in names}

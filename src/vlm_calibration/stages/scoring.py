@@ -23,7 +23,7 @@ from vlm_calibration.records import Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
-RESOLUTION = 10_000
+GRID_STEPS = 10_000
 """Grid steps from 0 to 1 for estimators, whose probabilities are not whole percents."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
@@ -84,7 +84,7 @@ class Scorer(nn.Module):
         for _ in self.confidences[1:]:
             self.calibration.append(
                 CalibrationMetrics(
-                    categories=self.groups, resolution=RESOLUTION, metrics=REPORTED_FOR_ESTIMATORS
+                    categories=self.groups, grid_steps=GRID_STEPS, metrics=REPORTED_FOR_ESTIMATORS
                 )
             )
         self.passes = PassCount(len(self.confidences))
