@@ -15,23 +15,13 @@ import sys
 from pathlib import Path
 
 from vlm_calibration import cli
-from vlm_calibration.cli.lightning_cli import CalibrationCLI
-
-
-class Parsing(CalibrationCLI):
-    """Builds the parser, which fills jsonargparse's caches, and runs nothing."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, *_: object, **__: object) -> None:
-        pass
+from vlm_calibration.commands.lightning_cli import ParsedCLI
 
 
 def warm_up() -> None:
     environment = dict(os.environ)
     sys.argv[1:] = ["fit", "--config", str(Path(__file__).parents[1] / "configs" / "sft.yaml")]
-    Parsing()
+    ParsedCLI()  # builds the parser, which fills jsonargparse's caches
     os.environ.clear()
     os.environ.update(environment)
     gc.freeze()

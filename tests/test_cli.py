@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, and that every mistake ends in one line that names the culprit.
+"""The command line: the files of a run, and every mistake in one line that names the culprit.
 
 All runs are processes of their own. Importing the package takes long, so most of them are forks of one that has imported
 it (`cli_server.py`); one, and those that run in several processes, are started in full.
@@ -19,17 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
-from vlm_calibration.demo.architecture import build_model
 from vlm_calibration.perturbation.levels import AnchoredLevels
 
 from .command_line import LIMIT, Ended, Server
-from .level_tables import measured
 
 
 def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, 
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Writes records beside small images; returns the source as a configuration has it."""
+    """Writes records beside small images; returns the source for a configuration."""
     folder = tmp_path / "data"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -120,7 +116,7 @@ def test_bad_records_may_be_skipped(
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         *("adapter", "checkpoints", "config.yaml", "metrics.json", "predictions.jsonl")
     }
-    # The written configuration is whole: it alone repeats the run.
+    # The written configuration alone repeats the run.
     again = run(
         "fit",
         "--config",
@@ -155,7 +151,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
     ("arguments", "says", "status"),
     [
         (["fiit"], "unknown command 'fiit' (did you mean fit?): expected one of fit, validate, test", 2),
-        (["levels"], "required: COMMAND; see `vlm-calibration levels --help`", 2),
+        (["levels"], "missing: one of fit; see `vlm-calibration levels --help`", 2),
         (["levels", "fti"], "(did you mean fit?)", 2),
         (["data", "inspct"], "(did you mean inspect?)", 2),
         (["data", "inspect"], "nothing to inspect: give --config FILE", 2),
@@ -272,154 +268,8 @@ def test_without_a_level_table_the_shipped_configuration_says_how_to_get_one(
     assert ended.status == 1
 
 
-def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scenes: int = 2) -> list[str]:
-    """Arguments that evaluate the base model, adapters and the oracle, with the results in `folder`/eval."""
-    measured(model_folder).save(folder / "levels.json")
-    demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder / "eval"),
-            "callbacks": [
-                {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
-                {"class_path": "vlm_calibration.callbacks.results_table.ResultsTable"},
-            ],
-        },
-        "model": {
-            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-            "init_args": {
-                "base": {"name_or_path": model_folder, "dtype": "float32"},
-                "adapters": adapters,
-                "oracle_levels": str(folder / "levels.json"),
-                "max_new_tokens": 5,
-            },
-        },
-        "data": {
-            "test": {
-                "clean": {"source": {**demo, "init_args": {"split": "test", "scenes": scenes}}},
-                "noised": {
-                    "source": {**demo, "init_args": {"split": "test", "scenes": scenes}},
-                    "noise": "drawn",
-                },
-                "shifted": {"source": {**demo, "init_args": {"split": "test", "scenes": 1, "shifted": True}}},
-            },
-            "eval_batch_size": 4,
-            "workers": 0,
-        },
-    }
-    path = folder / "eval.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return ["test", "--config", str(path)]
-
-
-def test_no_adapter(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
-    ended = run(*_evaluation(model_folder, tmp_path, {"sft": "runs/none/adapter"}))
-    assert ended.error().startswith("no adapter at runs/none/adapter")
-    assert ended.status == 1
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
-    """A model of the demo's architecture, but wider, with its processor."""
-    folder = tmp_path_factory.mktemp("other")
-    config = build_model(processor).config
-    config.text_config.hidden_size *= 2
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
-def _without_base(arguments: list[str]) -> list[str]:
-    """The same evaluation with a configuration that names no base model."""
-    path = Path(arguments[2])
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del config["model"]["init_args"]["base"]
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return arguments
-
-
-@pytest.mark.parametrize("command", ["test", "ask", "dpo"])
-def test_an_adapter_of_another_base_model(
-    run: Callable[..., Ended],
-    fit: Callable[..., list[str]],
-    model_folder: str,
-    other_model: str,
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-    command: str,
-) -> None:
-    adapter = new_adapter(1)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    settings = {
-        "test": _evaluation(other_model, tmp_path, {"one": adapter}),
-        "ask": ["ask", "a.png", "A dog?", "--base", other_model, "--adapter", adapter],
-        "dpo": [
-            *fit("dpo"),
-            "--model.init_args.adapter",
-            adapter,
-            "--model.init_args.base.name_or_path",
-            other_model,
-        ],
-    }
-    ended = run(*settings[command])
-    assert ended.status == 1
-    assert ended.error().startswith(
-        f"the adapter at {adapter} does not fit the base model {other_model}: model."
-    )
-    assert f"its base model is {model_folder}: " in ended.error()
-
-
-def test_the_base_model_is_the_one_that_the_adapters_name(
-    run: Callable[..., Ended],
-    model_folder: str,
-    other_model: str,
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-) -> None:
-    adapters = {"one": new_adapter(1)}
-    named = run(*_evaluation(model_folder, tmp_path, adapters, scenes=1))
-    assert named.status == 0, named.err
-    (tmp_path / "eval").rename(tmp_path / "named")
-    ended = run(*_without_base(_evaluation(model_folder, tmp_path, adapters, scenes=1)))
-    assert ended.status == 0, ended.err
-    for name in ("base/predictions.jsonl", "one/predictions.jsonl", "one/metrics.json"):
-        assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
-    again = run("test", "--config", "eval/config.yaml", "--trainer.default_root_dir", "again")
-    assert again.status == 0, again.err
-
-
-def test_no_base_model_is_named(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
-    ended = run(*_without_base(_evaluation(model_folder, tmp_path, {})))
-    assert ended.error().startswith("no base model: give model.init_args.base.name_or_path")
-    assert ended.status == 1
-    assert not (tmp_path / "eval").exists()
-
-
-def test_adapters_of_two_base_models(
-    run: Callable[..., Ended],
-    model_folder: str,
-    other_model: str,
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-) -> None:
-    other = Path(new_adapter(2))
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": other_model}))
-    ended = run(
-        *_without_base(_evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": str(other)}))
-    )
-    assert ended.error().startswith(
-        f"the adapters 'one' and 'two' have different base models: {model_folder} (auto) and {other_model} (auto); "
-    )
-    assert not (tmp_path / "eval").exists(), "told before anything is loaded or written"
-
-
 class Opens:
-    """What a checkpoint must not hold: reading it would call `open`."""
+    """An object that calls `open` when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return open, ("opened", "w")
@@ -490,7 +340,7 @@ def test_both_stages(
 def test_stage_2_in_two_processes_is_that_of_one(
     fit: Callable[..., list[str]], new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Same queries a step, so the same weights; also where the target is fitted on all processes' queries."""
+    """The same queries in each step give the same weights, also if the target is fitted on the queries of all processes."""
     started = []
     for name, size, extra in (
         ("one", 4, []),
@@ -519,54 +369,6 @@ def test_stage_2_in_two_processes_is_that_of_one(
     assert predictions[0] == predictions[1]
 
 
-def test_two_processes_give_the_files_of_one(
-    run: Callable[..., Ended], model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
-) -> None:
-    arguments = _evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": new_adapter(2)})
-    ended = run(*arguments)
-    assert ended.status == 0, ended.err
-    assert "All 15 answers" in ended.out
-    for system in ("base", "one", "two", "oracle"):
-        assert f"│ {system}" in ended.out
-    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
-    several = [
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.default_root_dir",
-        str(tmp_path / "ddp"),
-    ]
-    ran = subprocess.run(
-        [*command, *several],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "world_size=2" in ran.stderr or "2 processes" in ran.stderr, ran.stderr
-    files = {
-        p.relative_to(tmp_path / "eval"): p.read_bytes()
-        for p in (tmp_path / "eval").rglob("*")
-        if p.is_file()
-    }
-    others = {
-        p.relative_to(tmp_path / "ddp"): p.read_bytes() for p in (tmp_path / "ddp").rglob("*") if p.is_file()
-    }
-    written = {
-        Path(s, f) for s in ("base", "one", "two", "oracle") for f in ("metrics.json", "predictions.jsonl")
-    }
-    assert written <= set(files)
-    assert set(files) == set(others)
-    for name in written:
-        assert files[name] == others[name], name
-    assert len(files[Path("base/predictions.jsonl")].splitlines()) == 15
-    assert ran.stdout.count("All 15 answers") == 1, "one process reports"
-
-
 def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
     settings = {
         "model.init_args.base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
@@ -592,8 +394,8 @@ def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_pa
     }
 
 
-def test_runs_heed_ctrl_c_where_the_suite_itself_ignores_it(root: Path, tmp_path: Path) -> None:
-    """As one that a script has started in the background does."""
+def test_runs_react_to_ctrl_c_even_if_the_suite_ignores_it(root: Path, tmp_path: Path) -> None:
+    """As in a suite that a script has started in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         server = Server(root, tmp_path)
@@ -606,14 +408,14 @@ def test_runs_heed_ctrl_c_where_the_suite_itself_ignores_it(root: Path, tmp_path
 
 
 def _children(pid: int) -> list[int]:
-    found = []
+    children = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found.append(int(entry.name))
+                children.append(int(entry.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return found
+    return children
 
 
 @pytest.mark.parametrize(
@@ -655,7 +457,7 @@ def test_stopping_a_run(
     assert ended.error() == says.format(last=last)
     assert ended.status == status
     assert len(workers) == 1
-    assert [w for w in workers if Path(f"/proc/{w}").exists()] == [], "no worker lives on"
+    assert [w for w in workers if Path(f"/proc/{w}").exists()] == [], "no worker survives"
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml"}
     for checkpoint in last.parent.iterdir():
         assert checkpoint.suffix == ".ckpt"

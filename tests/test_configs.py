@@ -17,8 +17,8 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError
 
-from vlm_calibration.cli.errors import one_line
-from vlm_calibration.cli.lightning_cli import CalibrationCLI
+from vlm_calibration.commands.lightning_cli import CalibrationCLI
+from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
 
 CONFIGS = Path(__file__).parents[1] / "configs"

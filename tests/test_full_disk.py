@@ -26,7 +26,7 @@ from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.questions import AnswerFile, Question
-from vlm_calibration.commands.report import report_command
+from vlm_calibration.commands.report import report
 from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import DataError, Prediction
@@ -189,7 +189,7 @@ def _report(folder: Path) -> None:
     system = folder / "run" / "base"
     system.mkdir(parents=True)
     (system / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report_command([str(folder / "run"), "--out", str(folder / "report.html"), "--replicates", "20"])
+    report([str(folder / "run")], out=str(folder / "report.html"), replicates=20)
 
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {

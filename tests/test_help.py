@@ -1,6 +1,6 @@
-"""The help of every command and sub-command: its own page, exit status 0, and at once where no trainer is needed.
+"""The help of every command and subcommand: its own page, exit status 0, and no heavy import where no trainer is needed.
 
-`tests/performance/startup.py` measures how long each page takes in a process of its own.
+`tests/performance/startup.py` measures the time of each page in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "score pope": ("--answers", "--labels", "--write-official"),
     "score amber": ("--annotations", "--only"),
     "score jsonl": ("--answers", "--labels"),
-    "report": ("--calibration", "--replicates"),
+    "report": ("--calibration", "--replicates", "--no-images"),
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),
-    "export": ("--merge", "--push_to_hub"),
+    "export": ("--merge", "--push-to-hub"),
     "dashboard": ("--entity", "--systems"),
     "completion": ("bash", "zsh"),
 }
-"""Command -> what its page names."""
-# Which of the heavy packages a command has imported when it ends.
+"""Command -> texts on its page."""
+# Prints which of the heavy packages a command has imported.
 WATCHED = """
 import sys
 from vlm_calibration.cli import main
@@ -52,7 +52,7 @@ sys.exit(status)
 
 
 def _cold(*arguments: str, watch: bool = False) -> Ended:
-    """The command in a process that shares nothing with this one."""
+    """Runs the command in a new process."""
     start = ["-c", WATCHED.format(heavy=HEAVY)] if watch else ["-m", "vlm_calibration.cli"]
     ran = subprocess.run(
         [sys.executable, *start, *arguments],
@@ -83,8 +83,8 @@ def test_the_page_of_a_trainer_s_command(run: Callable[..., Ended], command: str
     assert {"--config", "--data.batch_size"} <= {word.strip(",") for word in ended.out.split()}
 
 
-def test_every_command_and_subcommand_is_tried() -> None:
-    """Whatever there is to complete has a page."""
+def test_every_command_and_subcommand_is_tested() -> None:
+    """Every completed command has a page."""
     pages = {
         " ".join([name, *sub])
         for name, parser in _commands(all_commands()).items()
@@ -95,8 +95,8 @@ def test_every_command_and_subcommand_is_tried() -> None:
 
 
 def _commands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    found = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
-    return dict(found[0]) if found else {}
+    choices = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return dict(choices[0]) if choices else {}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ COMPLETED = {
     "ask --quantization n": {"none", "nf4"},
     "fit --config confi": {"config.yaml"},
 }
-"""What was typed -> what must be offered."""
+"""Typed words -> completions that must be offered."""
 BASH = """
 source "$1"; shift
 COMP_WORDS=(vlm-calibration "$@"); COMP_CWORD=$#

@@ -1,6 +1,6 @@
 """Train vision-language models to state honest confidence.
 
-`load_calibrated` asks a trained one; everything else is in the packages below.
+`load_calibrated` loads a trained model to ask it; everything else is in the packages below.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlm_calibration.inference.answers import Answer, choose_threshold
     from vlm_calibration.inference.model import load_calibrated
 else:
-    # The command line imports this package first, and must not wait for a deep learning framework.
+    # Imported on demand: the command line imports this package first, and its help must not wait for torch.
     def __getattr__(name: str) -> Any:
         if name == "load_calibrated":
             from vlm_calibration.inference.model import load_calibrated

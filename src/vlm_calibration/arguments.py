@@ -1,165 +1,235 @@
-"""Reading a command's arguments: every mistake is one line that names the setting, what was found and what was expected.
+"""Commands from typed functions: `run_command` builds a parser from the signature, parses the arguments and calls the function.
 
-Misspelt names come with the nearest one. Neither torch nor Lightning is imported.
+Neither torch nor Lightning is imported, and jsonargparse only when a command runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
-from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from argparse import SUPPRESS, HelpFormatter
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
-from difflib import get_close_matches
-from importlib import import_module
-from typing import Any, NoReturn
+from itertools import islice
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union, get_args, get_origin
 
+from vlm_calibration.errors import explained_errors
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose every complaint is an `ArgumentError`, which the command line reports in one line."""
-
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, **settings, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(None, message)
-
-
-@contextmanager
-def explained_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Complaints of this parser inside become `ArgumentError`s of one line, with the nearest name for a misspelt one."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise ArgumentError(None, explained(str(error), parser)) from error
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
-    return value
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest to one that is not known, as the end of a sentence; empty if none is near."""
-    near = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-_KEY = re.compile(r'Parser key "(.+?)":?\s*(.*)')
-_CLASS = re.compile(r"Problem with given class_path '(.+?)':")
-_UNKNOWN = re.compile(
-    r"unrecognized arguments: (?:-*)([^\s=]+)|Option '(.+?)' is not accepted|does not accept option '(.+?)'"
-)
-_GROUP = re.compile(r"Group '(.+?)' does not accept")
-_NO_CLASS = re.compile(
-    r"Expected a dot import path string: (.+)|module '.+' has no attribute '(.+)'|No module named '(.+)'"
-)
-_REQUIRED = re.compile(r"the following arguments are required: (.+)")
-_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
-_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
-_GIVEN = re.compile(r"Given value: (.*)")
-
-
-def explained(message: str, parser: argparse.ArgumentParser) -> str:
-    """What argparse or jsonargparse complains of, in one line.
-
-    jsonargparse nests its complaints, one for each type that a value might have had; what counts is the innermost one about
-    the class that was chosen.
-
-    Args:
-        parser: the one that complains; it knows the names that may be meant.
-    """
-    path: list[str] = []
-    chosen: Any = None
-    expected: list[str] = []
-    for line in (part.strip().removeprefix("- ") for part in message.splitlines()):
-        if found := _KEY.match(line):
-            path.append(found[1])
-            line = found[2]
-        if found := _CLASS.match(line):
-            chosen = _class(found[1])
-            path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
-        elif found := _NO_CLASS.match(line):
-            name = next(filter(None, found.groups()))
-            return f"{_dotted(path)}: there is no {name!r}{did_you_mean(name, _class_names())}"
-        elif found := _UNKNOWN.search(line):
-            group = _GROUP.match(line)
-            name = ".".join([*([group[1]] if group else []), next(filter(None, found.groups()))])
-            # As it was typed, where it was.
-            dashes = "--" if found[1] and not path else ""
-            known = _names(_parser_of(chosen) if chosen else parser)
-            near = did_you_mean(dashes + name, [dashes + option for option in known])
-            return f"unknown setting {dashes}{_dotted([*path, name])}{near}"
-        elif found := _REQUIRED.match(line):
-            return f"{_dotted(path)}: needs {found[1]}" if path else f"{line}; see `{parser.prog} --help`"
-        elif found := _CHOICE.search(line):
-            known = re.findall(r"[^\s,']+", found[2])
-            return f"{line.removeprefix('argument ')}{did_you_mean(found[1], known)}"
-        elif found := _EXPECTED.match(line):
-            if found[2] is not None:
-                return f"{_dotted(path)}: expected {_kind(found[1])}, found {found[2]!r}{_near(found[1], found[2])}"
-            expected += [] if "NoneType" in found[1] else [found[1]]
-        elif (found := _GIVEN.match(line)) and expected:
-            near = _near(" ".join(expected), found[1])
-            return f"{_dotted(path)}: expected {' or '.join(map(_kind, expected))}, found {found[1]!r}{near}"
-    return " ".join(message.split())
-
-
-def _dotted(path: Sequence[str]) -> str:
-    return ".".join(path).replace(".init_args.init_args", ".init_args")
-
-
-def _class(path: str) -> Any:
-    """The class at a dotted path, None if there is none."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name, None) if module else None
-    except ImportError:
-        return None
-
-
-def _parser_of(kind: type) -> argparse.ArgumentParser:
-    """A parser of the settings of a class."""
+if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+"""Type of an option -> how the help names its value; other values are named after the option."""
+
+
+class Subcommands(NamedTuple):
+    """A command that consists of others.
+
+    Attributes:
+        description: of all of them, for the help.
+        functions: name of a subcommand -> its function.
+    """
+
+    description: str
+    functions: Mapping[str, Callable[..., Any]]
+
+
+Command: TypeAlias = Callable[..., Any] | Subcommands
+
+
+class Forwarded(NamedTuple):
+    """Annotation of a command's `*settings`: arguments that are passed on unparsed, in the order given.
+
+    Attributes:
+        options: those that the help lists, "--name METAVAR" -> description.
+        epilog: where to find the others.
+    """
+
+    options: Mapping[str, str]
+    epilog: str
+
+
+def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
+    """Parse the arguments of a command and call its function.
+
+    Args:
+        prog: the command as the usage line shows it.
+        command: its function, whose signature and docstring define the parser (see `command_parser`), or its subcommands.
+        args: what follows the command on the command line.
+
+    Raises:
+        ArgumentError: an argument is missing, unknown or wrong; in one line.
+    """
+    if isinstance(command, Subcommands) and args and args[0] in command.functions:
+        return run_command(f"{prog} {args[0]}", command.functions[args[0]], args[1:])
+    parser, forwarded = command_parser(prog, command), _forwarded(command)
+    own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
+    with explained_errors(parser):
+        values = parser.parse_args(_normalize(parser, own))
+    assert not isinstance(command, Subcommands), "without a subcommand the parser prints its help or raises"
+    return command(*rest, **_keywords(command, values))
+
+
+def command_parser(prog: str, command: Command) -> ArgumentParser:
+    """Build the parser of a command from its function, or of one with subcommands.
+
+    Parameters become positional arguments, keyword-only parameters `--options`, booleans flags (`--x`, or `--no-x` where the
+    default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
+    docstring. Help texts come from docstrings.
+    """
+    from jsonargparse import ArgumentParser
+
+    forwarded = _forwarded(command)
+    parser = ArgumentParser(
+        prog=prog,
+        description=command.description if isinstance(command, Subcommands) else _description(command),
+        epilog=forwarded and forwarded.epilog,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    if isinstance(command, Subcommands):
+        subcommands = parser.add_subcommands(metavar="COMMAND")
+        for name, function in command.functions.items():
+            own = command_parser(f"{prog} {name}", function)
+            subcommands.add_subcommand(name, own, help=own.description)
+    else:
+        for option, text in forwarded.options.items() if forwarded else ():
+            name, metavar = option.split()
+            parser.add_argument(name, metavar=metavar, help=text)
+        _add_parameters(parser, command)
     return parser
 
 
-def _names(parser: argparse.ArgumentParser) -> list[str]:
-    return [option.lstrip("-") for option in parser._option_string_actions]
+def _forwarded(command: Command) -> Forwarded | None:
+    """The annotation of the function's `*settings`, if it has any."""
+    if isinstance(command, Subcommands):
+        return None
+    for parameter in _parameters(command):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return next(m for m in get_args(parameter.annotation) if isinstance(m, Forwarded))
+    return None
 
 
-def _class_names() -> list[str]:
-    """Names of the project's classes that are imported."""
-    package = __name__.partition(".")[0]
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
-    return sorted(
-        {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
-    )
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function, eval_str=True).parameters.values())
 
 
-_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
+def _description(function: Callable[..., Any]) -> str:
+    """The docstring of a function up to its first section, `%` doubled as argparse needs it."""
+    from docstring_parser.google import parse
+
+    docstring = parse(inspect.getdoc(function) or "")
+    text = " ".join(filter(None, [docstring.short_description, docstring.long_description]))
+    return " ".join(text.split()).replace("%", "%%")
 
 
-def _kind(hint: str) -> str:
-    """A type hint in words."""
-    if hint.startswith("typing.Literal["):
-        return f"one of {', '.join(_literals(hint))}"
-    name = hint.removeprefix("<class '").removesuffix("'>")
-    return _KINDS.get(name, name.removeprefix("typing."))
+def _add_parameters(group: Any, function: Callable[..., Any]) -> None:
+    """Add the parameters of a function, or the fields of a dataclass, to a parser or a group of one."""
+    from docstring_parser.google import parse
+
+    documented = parse(inspect.getdoc(function) or "").params
+    helps = {p.arg_name: " ".join((p.description or "").split()).replace("%", "%%") for p in documented}
+    for parameter in _parameters(function):
+        hint: Any = parameter.annotation
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        if is_dataclass(hint):
+            title = parse(inspect.getdoc(hint) or "").short_description
+            _add_parameters(group.add_argument_group(title), hint)  # type: ignore[arg-type]
+        else:
+            is_option = is_dataclass(function) or parameter.kind is parameter.KEYWORD_ONLY
+            _add_parameter(group, parameter, helps.get(parameter.name, ""), is_option)
 
 
-def _literals(hint: str) -> list[str]:
-    found = re.search(r"Literal\[(.*?)\]", hint)
-    return [part.strip(" '\"") for part in found[1].split(",")] if found else []
+def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_option: bool) -> None:
+    hint, default = _without_none(parameter.annotation), parameter.default
+    if hint is bool:
+        _add_flag(group, parameter.name, default, text)
+        return
+    required = default is parameter.empty
+    settings: dict[str, Any] = {"type": hint, "help": text}
+    if get_origin(hint) in (list, Sequence):
+        settings |= {"type": get_args(hint)[0], "nargs": "+"}
+        default = list(default) if not required else None
+    if not is_option:
+        nargs = settings.pop("nargs", None if required else "?")
+        group.add_argument(parameter.name, nargs=nargs, **settings)
+        return
+    if not required and default is not None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        settings["help"] = f"{text} (default: {shown})"
+    if isinstance(hint, type):
+        settings["metavar"] = next((m for kind, m in METAVARS.items() if issubclass(hint, kind)), None)
+    option = f"--{parameter.name.replace('_', '-')}"
+    group.add_argument(option, required=required, default=None if required else default, **settings)
 
 
-def _near(hint: str, value: str) -> str:
-    return did_you_mean(value, _literals(hint))
+def _add_flag(group: Any, name: str, default: bool, text: str) -> None:
+    """Add `--name` and `--no-name`; the help shows the one that changes the default."""
+    dashed = name.replace("_", "-")
+    shown = (SUPPRESS, f"do not {text}") if default else (text, SUPPRESS)
+    for option, action, help_text in zip(
+        (f"--{dashed}", f"--no-{dashed}"), ("store_true", "store_false"), shown, strict=True
+    ):
+        group.add_argument(option, dest=name, action=action, default=default, help=help_text)
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of an optional parameter that is given."""
+    if get_origin(hint) in (Union, UnionType):
+        types = [kind for kind in get_args(hint) if kind is not type(None)]
+        return types[0] if len(types) == 1 else hint
+    return hint
+
+
+def _keywords(function: Callable[..., Any], values: Any) -> dict[str, Any]:
+    """The arguments of a function or a dataclass among the parsed values."""
+    keywords = {}
+    for parameter in _parameters(function):
+        hint: Any = parameter.annotation
+        if is_dataclass(hint):
+            keywords[parameter.name] = hint(**_keywords(hint, values))  # type: ignore[operator, arg-type]
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            keywords[parameter.name] = values[parameter.name]
+    return keywords
+
+
+def _split_arguments(
+    parser: ArgumentParser, args: Sequence[str], forwarded: Forwarded
+) -> tuple[list[str], list[str]]:
+    """Split arguments into the command's own options with their values and those that are passed on, each in order."""
+    options = dict(parser._option_string_actions)
+    for option in forwarded.options:
+        del options[option.split()[0]]
+    own: list[str] = []
+    rest: list[str] = []
+    pending = iter(args)
+    for arg in pending:
+        name, equals, _ = arg.partition("=")
+        if name not in options:
+            rest.append(arg)
+        else:
+            own += [arg, *([] if equals or options[name].nargs == 0 else islice(pending, 1))]
+    return own, rest
+
+
+def _normalize(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
+    """Spell options as the parser does: underscores as dashes, `--flag=false` and `--flag false` as `--no-flag`."""
+    options = parser._option_string_actions
+    normalized: list[str] = []
+    pending = deque(args)
+    while pending:
+        arg = pending.popleft()
+        name, equals, value = arg.partition("=")
+        dashed = name.replace("_", "-")
+        negated = f"--no-{dashed.removeprefix('--')}"
+        if negated in options:
+            if not equals and pending and pending[0] in ("true", "false"):
+                value = pending.popleft()
+            normalized.append({"": dashed, "true": dashed, "false": negated}.get(value, arg))
+        else:
+            normalized.append(dashed + equals + value if dashed in options else arg)
+    return normalized

@@ -1,4 +1,4 @@
-"""Loading from a folder or the Hugging Face Hub, with errors of one line.
+"""Loading from a folder or the Hugging Face Hub, and uploading to it, with errors of one line.
 
 Without a network `huggingface_hub` retries each file five times with growing waits, which takes minutes. Therefore the Hub is
 probed once; if it does not answer, only the cache is used.
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -65,6 +65,50 @@ def download(what: str, name: str, revision: str | None = None) -> Path:
     """
     with loading(what, name):
         return Path(snapshot_download(name, revision=revision))
+
+
+def check_upload(name: str, base: str) -> None:
+    """Check what can be checked of an upload before any work is done, without the network.
+
+    Args:
+        name: the repository to upload to.
+        base: the base model, as the model card names it.
+
+    Raises:
+        DataError: one of them is not a name on the Hub, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise DataError(f"--push-to-hub {name}: {first_line(error)}") from error
+    if not is_hub_name(base):
+        raise DataError(
+            f"the base model {base} is a folder, which nobody else has: give its name on the Hub with --base"
+        )
+    if get_token() is None:
+        raise DataError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, name: str, private: bool = False, revision: str | None = None) -> None:
+    """Upload all files of a folder to a model repository; repository and branch are created if necessary.
+
+    Raises:
+        DataError: the Hub cannot be reached, or refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, repo_type="model", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload the model and its card",
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        # The Hub lists its objections to the card on separate lines.
+        raise DataError(f"cannot push to {name}: {' '.join(str(error).split())}") from error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""The page as a visitor has it: the command in a process of its own, and a headless Chromium that watches what goes where."""
+"""The page in a real browser: the command in a process of its own, and a headless Chromium that records requests and errors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, expect
 from playwright.sync_api import Error as BrowserError
 
+from vlm_calibration.inference.model import BASE, CALIBRATED
+
 from ..command_line import LIMIT, restore_sigint
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -33,12 +35,12 @@ expect.set_options(timeout=1000 * LIMIT)
 
 
 def missing() -> str | None:
-    """Why there can be no browser here, if so."""
+    """Why no browser can be started here, None if one can."""
     return None if Path(CHROMIUM).is_file() else f"{CHROMIUM} not found; tests/app/setup installs it"
 
 
 class App:
-    """`vlm-calibration app` on a port that was free, in a folder of its own, which also is where it puts temporary files."""
+    """`vlm-calibration app` on a free port, in a folder of its own, which also holds its temporary files."""
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         self.folder = folder
@@ -68,15 +70,15 @@ class App:
         end = time.monotonic() + LIMIT
         while not self.answers():
             assert self.process.poll() is None, self.errors.read_text()
-            assert time.monotonic() < end, "the page is not there"
+            assert time.monotonic() < end, "the page does not start"
             time.sleep(0.2)
 
     def files(self) -> list[Path]:
-        """What it has put on the disk for now."""
+        """Its temporary files."""
         return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
 
     def interrupt(self) -> int:
-        """End it as Ctrl+C does; its exit status."""
+        """Stop it as Ctrl+C does; returns the exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(LIMIT)
 
@@ -88,10 +90,12 @@ def _free_port() -> int:
 
 
 class Visit:
-    """Somebody at the page, with nothing from visits before.
+    """A visit to the page, in a new browser context.
 
     Attributes:
-        page: Playwright's. hosts: whom the page sent requests to. complaints: errors of its scripts and in its console.
+        page: Playwright's page.
+        hosts: hosts that the page sent requests to.
+        complaints: errors of its scripts and in its console.
     """
 
     def __init__(self, browser: Browser, address: str, width: int = 1280, height: int = 900) -> None:
@@ -104,7 +108,7 @@ class Visit:
         self.page.on("console", self._said)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(address)
-        # It is the last thing to appear.
+        # The curve appears last.
         self.page.locator("#curve figure").wait_for()
 
     def _requested(self, request: Request) -> None:
@@ -118,10 +122,10 @@ class Visit:
     def close(self) -> None:
         self.context.close()
 
-    # What there is to do.
+    # Actions.
 
     def renewed(self, part: str, action: Callable[[], Any]) -> None:
-        """Do something, and wait until this part of the page has been drawn anew."""
+        """Do something, and wait until a part of the page has been redrawn."""
         self.page.evaluate(
             "part => document.querySelectorAll(`#${part} .prose > *`).forEach(e => e.dataset.old = '')", part
         )
@@ -141,7 +145,7 @@ class Visit:
         self.renewed("curve", self.page.locator("#ask").click)
 
     def set_noise(self, percent: int, wait: bool = True) -> None:
-        """By dragging, as a mouse does; wait until the models have answered, if so asked."""
+        """Drag the slider with the mouse; with `wait`, until the models have answered."""
         slider = self.page.locator("#noise input[type=range]")
         slider.scroll_into_view_if_needed()
         box = slider.bounding_box()
@@ -159,14 +163,14 @@ class Visit:
             self.answered(percent)
 
     def answered(self, noise: int) -> None:
-        """Wait until the picture, the answers and the mark on the curve are those of this noise, in percent."""
+        """Wait until picture, answers and the mark on the curve show this noise, in percent."""
         caption = f"{noise}% noise" if noise else "no noise"
         expect(self.page.locator("#seen figcaption")).to_contain_text(f": {caption}")
         self.page.locator(f"#answers .answers[data-noise='{noise}']").wait_for()
         self.page.locator(f"#curve .curve[data-noise='{noise}']").wait_for()
 
     def paint(self, *spots: tuple[float, float]) -> None:
-        """Draw a line through these spots, in shares of the picture's width and height."""
+        """Draw a line through points, in shares of the picture's width and height."""
         canvas = self.page.locator("#marker canvas")
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
@@ -178,17 +182,17 @@ class Visit:
             self.page.mouse.move(*point, steps=4)
         self.page.mouse.up()
 
-    def until(self, true: Callable[[], bool], found: Callable[[], str]) -> None:
-        """Wait until this is true of the page; if it never is, fail with what was found."""
+    def until(self, condition: Callable[[], bool], message: Callable[[], str]) -> None:
+        """Wait until a condition is true; fail with a message if it never is."""
         end = time.monotonic() + LIMIT
-        while not true():
-            assert time.monotonic() < end, found()
+        while not condition():
+            assert time.monotonic() < end, message()
             self.page.wait_for_timeout(100)
 
-    # What there is to see.
+    # Observations.
 
     def seen(self) -> np.ndarray:
-        """The picture of what the models see, uint8 [H, W, 3]."""
+        """The image as the models see it, uint8 [H, W, 3]."""
         source = self.page.locator("#seen img").get_attribute("src")
         assert source is not None
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"))
@@ -197,7 +201,7 @@ class Visit:
         return self.page.locator("#object input").input_value()
 
     def objects(self) -> list[str]:
-        """What the key object may be taken to be."""
+        """The options for the key object."""
         self.page.locator("#object input").click()
         offered = self.page.get_by_role("option").all_inner_texts()
         self.page.keyboard.press("Escape")
@@ -210,13 +214,13 @@ class Visit:
         return panel.locator(".answer").inner_text(), values[0], values[1]
 
     def bars(self, system: str) -> list[float]:
-        """How far a system's two bars are filled."""
+        """Widths of a system's two bars as shares of their tracks."""
         widths = """bars => bars.map(bar => bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"""
-        found: list[float] = self.page.locator(f"#answers .said.{system} .track").evaluate_all(widths)
-        return found
+        shares: list[float] = self.page.locator(f"#answers .said.{system} .track").evaluate_all(widths)
+        return shares
 
     def too_wide(self) -> list[str]:
-        """What of the page sticks out of its window, which holds no more than `document.documentElement.clientWidth`."""
+        """Elements of the page that are wider than its window."""
         return list(
             self.page.evaluate(
                 """() => {
@@ -232,9 +236,18 @@ class Visit:
 
 
 def is_error(call: Callable[[], Any]) -> bool:
-    """Whether the browser refuses to do this."""
+    """Whether a call raises an error of the browser."""
     try:
         call()
     except BrowserError:
         return True
     return False
+
+
+SCENE = 2
+"""The scene of most tests, with a question about the cow."""
+
+
+def shown_answers(visit: Visit) -> dict[str, tuple[str, str, str]]:
+    """Answer, stated and expected confidence of each system, as the page shows them."""
+    return {system: visit.said(system) for system in (BASE, CALIBRATED)}

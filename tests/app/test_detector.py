@@ -1,4 +1,4 @@
-"""The key object of an image that somebody sends, as a detector and a segmenter find it, up to the noise that the page puts on it."""
+"""The key object of an uploaded image, from detector and segmenter to the noise that the page puts on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vlm_calibration.app.subject import (
     key_object,
     uploaded_subject,
 )
-from vlm_calibration.commands.app import app_command
+from vlm_calibration.cli import main
 from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
@@ -43,7 +43,7 @@ SCENES = 6
 
 @pytest.fixture
 def upload(tmp_path: Path) -> Callable[[np.ndarray], Subject]:
-    """A subject as it comes out of a file that somebody sent: nothing is known of its objects."""
+    """Makes the subject of an uploaded image, without known objects."""
 
     def sent(image: np.ndarray) -> Subject:
         path = tmp_path / "sent.png"
@@ -91,7 +91,7 @@ def test_all_objects_of_a_question_are_found_and_none_that_is_not_there(
 
 
 def _noised(html: str) -> np.ndarray:
-    """The image that the page shows, uint8 [H, W, 3]."""
+    """The image on the page, uint8 [H, W, 3]."""
     [encoded] = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
         return np.asarray(image.convert("RGB"))
@@ -100,13 +100,13 @@ def _noised(html: str) -> np.ndarray:
 def test_the_command_s_detector_decides_where_the_page_puts_noise(
     tiny: Callable[[str], str], upload: Callable[[np.ndarray], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`vlm-calibration app --detector ... --segmenter ...` with models of random weights, by themselves as by the page."""
+    """`vlm-calibration app --detector ... --segmenter ...` with models of random weights, used directly and through the page."""
     served: list[tuple[Any, ...]] = []
     monkeypatch.setattr(serve, "serve", lambda *arguments: served.append(arguments))
     models = ("--detector", tiny("grounding_dino"), "--segmenter", tiny("sam2"))
-    app_command(["--base", str(DEMO_MODEL), "--device", "cpu", *models])
+    assert main(["app", "--base", str(DEMO_MODEL), "--device", "cpu", *models]) == 0
     [(model, finder, report, _)] = served
-    desk = PageHandlers(model, finder, report)
+    handlers = PageHandlers(model, finder, report)
 
     scene = demo_subject(3)
     subject, question = upload(scene.image), "Is there a cat in the image?"
@@ -117,17 +117,19 @@ def test_the_command_s_detector_decides_where_the_page_puts_noise(
     [masks] = segmenter.segment([scene.image], [[d.box for d in boxes]])
     expected = masks.any(axis=0)
     assert 0.02 < expected.mean() < 0.9, "some of the image, and not all of it"
-    np.testing.assert_array_equal(desk.finder.find(subject, question), expected)
+    np.testing.assert_array_equal(handlers.finder.find(subject, question), expected)
 
-    clean = _noised(desk.see(subject, DETECTED, "", question, 0))
+    clean = _noised(handlers.see(subject, DETECTED, "", question, 0))
     np.testing.assert_array_equal(clean, scene.image)
-    changed = (_noised(desk.see(subject, DETECTED, "", question, 100)) != clean).any(axis=2)
+    changed = (_noised(handlers.see(subject, DETECTED, "", question, 100)) != clean).any(axis=2)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.95
-    assert DETECTED in [value for value, _ in desk.begin(subject)[3].choices]
+    assert DETECTED in [value for value, _ in handlers.begin(subject)[3].choices]
 
 
-def test_without_the_tagger_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_tagger_no_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
-    with pytest.raises(DataError, match=re.escape("pip install 'vlm-calibration[regions]'")):
-        app_command(["--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"])
+    assert main(["app", "--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"]) == 1
+    assert "pip install 'vlm-calibration[regions]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What stands in front of the page, called as a server calls it: by name, by size, and what browsers are told."""
+"""The middleware in front of the page: host names, body sizes and headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST = 1000
 
 
 class Inner:
-    """An application that reads all it is sent and answers with a policy of its own, or with none."""
+    """An application that reads the whole request and answers with a policy of its own, or without one."""
 
     def __init__(self, *headers: tuple[bytes, bytes]) -> None:
         self.headers = list(headers)
@@ -31,7 +31,7 @@ class Inner:
 
 
 def _call(inner: Inner, *parts: bytes, **headers: str) -> tuple[int, dict[bytes, bytes], bytes]:
-    """Status, headers and body of the answer to a request whose body comes in these parts."""
+    """Status, headers and body of the answer to a request whose body arrives in parts."""
     given = {"host": "127.0.0.1:7860", **headers}
     scope = {
         "type": "http",

@@ -1,4 +1,4 @@
-"""`vlm-calibration ask` as a user calls it: one question, many with restarts, and every mistake in one line."""
+"""`vlm-calibration ask` one question, many questions with restarts, and every mistake in one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 from vlm_calibration import cli
-from vlm_calibration.arguments import Parser
-from vlm_calibration.commands import options
-from vlm_calibration.commands.ask import _shown
+from vlm_calibration.arguments import command_parser
+from vlm_calibration.commands.ask import _as_text, ask
 from vlm_calibration.commands.questions import AnswerFile
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.inference.answers import Answer
@@ -80,9 +79,9 @@ def test_one_question(
     assert lines[1].split() == ["stated", "confidence", f"{expected.confidence:.0%}"]
     assert lines[2].split() == ["expected", "confidence", f"{expected.expected:.0%}"]
     ended = call(row["image"], row["question"], *adapter, "--json")
-    found = json.loads(ended.out)
-    assert found.pop("model").endswith(")")
-    assert found == {"image": row["image"], "question": row["question"], **expected.to_dict()}
+    answered = json.loads(ended.out)
+    assert answered.pop("model").endswith(")")
+    assert answered == {"image": row["image"], "question": row["question"], **expected.to_dict()}
 
 
 def test_the_kind_of_question_and_the_threshold_can_be_given(
@@ -90,15 +89,15 @@ def test_the_kind_of_question_and_the_threshold_can_be_given(
 ) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
     asked = (row["image"], row["question"], *adapter, "--json")
-    found = json.loads(call(*asked, "--answer-type", "open", "--review-below", "0").out)
-    assert (found["answer_type"], found["needs_review"]) == ("open", found["confidence"] is None)
+    answered = json.loads(call(*asked, "--answer-type", "open", "--review-below", "0").out)
+    assert (answered["answer_type"], answered["needs_review"]) == ("open", answered["confidence"] is None)
     shown = call(*asked[:-1], "--review-below", "1").out
-    assert ("needs review" in shown) == (found["confidence"] != 1)
+    assert ("needs review" in shown) == (answered["confidence"] != 1)
 
 
-def test_what_is_shown_of_an_answer() -> None:
+def test_an_answer_as_text() -> None:
     answer = Answer("\x1b[2JYes", "\x1b[2JYes", None, 0.7, {0.9: 0.5, 0.5: 0.46, 0.1: 0.04}, "yes_no")
-    assert _shown(answer, 0.9).splitlines() == [
+    assert _as_text(answer, 0.9).splitlines() == [
         "\N{REPLACEMENT CHARACTER}[2JYes",
         "  stated confidence     none",
         "  expected confidence    70%",
@@ -127,9 +126,9 @@ def test_a_threshold_from_an_evaluation(call: Call, questions: Path, adapter: tu
         "--evaluated",
         str(evaluated.parent),
     )
-    assert "review below 0.99 (verbalized): of the answers there 100.0% were right" in ended.err
-    found = json.loads(ended.out)
-    assert found["needs_review"] is (found["confidence"] is None or found["confidence"] < 0.99)
+    assert "review below 0.99 (verbalized): of the answers at or above it, 100.0% were right" in ended.err
+    answered = json.loads(ended.out)
+    assert answered["needs_review"] is (answered["confidence"] is None or answered["confidence"] < 0.99)
 
 
 def test_without_a_model_the_demo_s_is_asked(
@@ -148,11 +147,9 @@ def test_without_a_model_the_demo_s_is_asked(
 
 
 def test_the_choices_are_those_of_a_base_model() -> None:
-    parser = Parser("ask")
-    options.add_model_options(parser)
-    choices = {action.dest: action.choices for action in parser._actions}
-    assert choices["dtype"] == get_args(Dtype)
-    assert choices["quantization"] == get_args(Quantization)
+    page = command_parser("ask", ask).format_help()
+    for option, hint in (("dtype", Dtype), ("quantization", Quantization)):
+        assert f"--{option} {{{','.join(get_args(hint))}}}" in page
 
 
 # --- Many questions ---------------------------------------------------------------------------------------------
@@ -186,7 +183,7 @@ def test_many_questions(
     }
 
 
-def test_a_killed_run_goes_on_where_it_was(
+def test_a_killed_run_resumes_where_it_was(
     call: Call, questions: Path, adapter: tuple[str, ...], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--questions", str(questions), "--batch-size", "1", *adapter]
@@ -214,13 +211,15 @@ def test_a_killed_run_goes_on_where_it_was(
     ended = call(*arguments, "--out", "killed.jsonl")
     assert (
         ended.out
-        == f"{12 - len(written)} of 12 questions answered, {len(written)} had been before: killed.jsonl\n"
+        == f"{12 - len(written)} of 12 questions answered, {len(written)} answered before: killed.jsonl\n"
     )
     assert asked == [q["question"] for q in _rows(questions)[len(written) :]]
     assert out.read_text() == (questions.parent / "whole.jsonl").read_text()
 
 
-def test_answers_of_others_are_not_mixed(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
+def test_answers_under_other_settings_are_not_mixed(
+    call: Call, questions: Path, adapter: tuple[str, ...]
+) -> None:
     arguments = ("--questions", str(questions), "--out", "answers.jsonl")
     assert call(*arguments, *adapter).status == 0
     before = (questions.parent / "answers.jsonl").read_bytes()
@@ -281,7 +280,7 @@ def test_bad_images_stop_the_run_or_are_counted(
     ended = call(*arguments, "--skip-bad-images", "--review-below", "1")
     assert "choose another --out" in ended.error()
     ended = call(*arguments, "--skip-bad-images")
-    assert ended.out == "1 of 5 questions answered, 1 had been before, 3 left out: answers.jsonl\n"
+    assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
     for reason in (
         ":2: no such image",
         ":3: the image path '../x.png' leaves the data root",
@@ -295,10 +294,10 @@ def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: t
     assert call(*arguments).status == 0
     out = questions.parent / "answers.jsonl"
     rows = _rows(out)
-    wanted = sum(row["needs_review"] for row in rows)
-    assert wanted == sum(row["confidence"] is None or row["confidence"] < 0.97 for row in rows)
+    to_review = sum(row["needs_review"] for row in rows)
+    assert to_review == sum(row["confidence"] is None or row["confidence"] < 0.97 for row in rows)
     out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:7]))
-    assert f"{wanted} need review" in call(*arguments).out
+    assert f"{to_review} need review" in call(*arguments).out
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------
@@ -343,12 +342,18 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["--questions", "f", "--out", "b", "--answer-type", "open"], "--answer-type is for one question"),
         (["a.png", "A dog?", "--accuracy", "0.9"], "--accuracy and --evaluated belong together"),
         (["a.png", "A dog?", "--by", "expected"], "--by is for --accuracy"),
-        (["a.png", "A dog?", "--review-below", "80"], r"--review-below must be in [0, 1], found 80.0"),
-        (["a.png", "A dog?", "--batch-size", "0"], "must be at least 1"),
+        (
+            ["a.png", "A dog?", "--review-below", "80"],
+            "--review-below: expected a number in [0, 1], found '80'",
+        ),
+        (
+            ["a.png", "A dog?", "--batch-size", "0"],
+            "--batch-size: expected a whole number of at least 1, found '0'",
+        ),
         (["a.png", "A dog?", "--adaptor", "x"], "unknown setting --adaptor (did you mean --adapter?)"),
     ],
 )
-def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says: str) -> None:
+def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: str) -> None:
     ended = call(*arguments)
     assert ended.status == 2
     assert says in ended.error()
@@ -368,7 +373,7 @@ def test_a_wrong_call_says_what_is_wrong(call: Call, arguments: list[str], says:
         (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot be read"),
     ],
 )
-def test_what_is_missing_is_named(call: Call, arguments: list[str], says: str) -> None:
+def test_missing_inputs_are_named(call: Call, arguments: list[str], says: str) -> None:
     ended = call(*arguments)
     assert ended.status == 1
     assert says in ended.error()

@@ -1,4 +1,4 @@
-"""The command `estimate`: what it makes of the settings of `fit`, and that the models' configurations quote it."""
+"""`vlm-calibration estimate-memory`: its reading of the settings of `fit`, and the estimates quoted in configurations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from vlm_calibration.cli import main
-from vlm_calibration.cli.lightning_cli import ParsedCLI
 from vlm_calibration.commands.estimate_memory import (
     STATE_BYTES,
     memory_line,
     memory_of,
     training_step,
 )
+from vlm_calibration.commands.lightning_cli import ParsedCLI
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.optimization import OptimizerSettings
 
@@ -32,7 +32,7 @@ BEHIND = re.compile(r"behind (\w+)\.yaml:$", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def parse() -> Callable[..., Any]:
-    """Files under configs/ and further arguments to the configuration of `fit`. The parser takes seconds to build."""
+    """Parses files under configs/ and further arguments as `fit` does; the parser takes seconds to build."""
     before = sys.argv
     sys.argv = ["vlm-calibration", "fit", "--config", str(CONFIGS / "sft.yaml")]
     try:
@@ -50,7 +50,7 @@ def parse() -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The folder of a published model's configuration, by the name of its file."""
+    """Saves the configuration of a published model, by the name of its file; returns the folder."""
     folder = tmp_path_factory.mktemp("published")
 
     def saved(name: str) -> str:
@@ -61,7 +61,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 def _quoted(name: str) -> str:
-    """The estimate in a file's comment."""
+    """The estimate in the comment of a configuration."""
     text = (CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8")
     (line,) = re.findall(r"^# (.* = [\d.]+ GiB)$", text, re.MULTILINE)
     return line
@@ -136,8 +136,8 @@ def test_settings_of_a_step(parse: Callable[..., Any]) -> None:
         ("bf16-mixed", (torch.bfloat16, None)),
         ("bf16-true", (None, torch.bfloat16)),
     ):
-        found = training_step(parse("sft.yaml", trainer__precision=precision))
-        assert (found.autocast, found.cast) == expected
+        step = training_step(parse("sft.yaml", trainer__precision=precision))
+        assert (step.autocast, step.cast) == expected
     with pytest.raises(DataError, match=r"trainer\.precision: no estimate for '64-true', expected 32, "):
         training_step(parse("sft.yaml", trainer__precision="64-true"))
 
@@ -179,7 +179,10 @@ def test_a_module_that_trains_no_adapter(parse: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [("x", "--tokens: invalid positive value: 'x'"), ("0", "--tokens: must be at least 1, found 0")],
+    [
+        ("x", "--tokens: expected a whole number of at least 1, found 'x'"),
+        ("0", "--tokens: expected a whole number of at least 1, found '0'"),
+    ],
 )
 def test_tokens_are_a_positive_number(capsys: pytest.CaptureFixture[str], given: str, says: str) -> None:
     assert main(["estimate-memory", "--config", "none.yaml", "--tokens", given]) == 2

@@ -1,4 +1,4 @@
-"""`vlm-calibration export` as a user calls it: what is written, what is refused, and what the Hub is sent."""
+"""`vlm-calibration export` written files, refusals, and uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlm_calibration import cli
-from vlm_calibration.commands import export, hub
+from vlm_calibration import cli, hub
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
@@ -46,7 +45,7 @@ def trained(new_adapter: Callable[..., str], model_folder: str, processor: Any, 
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process, in `tmp_path`: exit status, output, the line that reports an error."""
+    """Runs the command in this process, in `tmp_path`; returns exit status, output and error line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_token")
 
@@ -64,7 +63,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-# --- What is written --------------------------------------------------------------------------------------------
+# --- Written files ----------------------------------------------------------------------------------------------
 
 
 def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
@@ -72,12 +71,12 @@ def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path
     for run in ("run", "run/adapter"):
         status, out, _ = call(run, "--out", f"to/{run}")
         assert (status, out) == (0, f"wrote to/{run}\n")
-        found = _files(tmp_path / "to" / run)
-        assert {name for name in before if before[name] != found.pop(name)} == {
+        copy = _files(tmp_path / "to" / run)
+        assert {name for name in before if before[name] != copy.pop(name)} == {
             "README.md",
             "calibration.json",
         }
-        assert not found
+        assert not copy
         card = load_card(tmp_path / "to" / run)
         assert card is not None
         assert card.location == f"to/{run}"
@@ -148,7 +147,7 @@ def test_a_card_that_someone_edited_is_kept(call: Callable[..., Any], trained: P
     assert (tmp_path / "copy" / "README.md").read_text() == "my own"
     status, out, _ = call("run", "--out", "merged", "--merge")
     assert status == 0
-    assert out.startswith("run/adapter/README.md is not as training wrote it")
+    assert out.startswith("run/adapter/README.md has been edited since training")
     assert "merged into it" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -185,10 +184,10 @@ def test_another_base_is_loaded_and_named(
     assert json.loads((tmp_path / "same" / CONFIG).read_text())["revision"] == "v1", "the adapter's own"
 
 
-# --- What is refused --------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_in_the_way_stays_unless_it_is_to_go(
+def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(
     call: Callable[..., Any], trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -203,7 +202,7 @@ def test_what_is_in_the_way_stays_unless_it_is_to_go(
 
 
 @pytest.mark.parametrize("out", [".", "..", "run", "run/adapter", "run/adapter/inside", "run/../run", "base"])
-def test_nothing_that_is_needed_is_replaced(
+def test_folders_that_are_needed_are_not_replaced(
     call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, out: str
 ) -> None:
     shutil.copytree(model_folder, tmp_path / "base")
@@ -216,7 +215,7 @@ def test_nothing_that_is_needed_is_replaced(
     assert (tmp_path / "base" / "config.json").is_file()
 
 
-def test_what_goes_wrong_leaves_what_was_there(
+def test_a_failed_export_leaves_the_old_one(
     call: Callable[..., Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call("run", "--out", "merged", "--merge")[0] == 0
@@ -256,7 +255,7 @@ def test_what_goes_wrong_leaves_what_was_there(
         (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
         (
             ["run", "--push-to-hub", "org/x"],
-            "the base model {base} is a folder, which means nothing on the Hub",
+            "the base model {base} is a folder, which nobody else has",
             1,
         ),
     ],
@@ -288,26 +287,11 @@ def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--merge" in out
 
 
-def test_dashes_and_flags_are_spelled_out() -> None:
-    assert export._spelled_out(
-        ["run", "--merge", "--push-to-hub=a-b/c", "--private", "false", "--out", "a-b", "--overwrite"]
-    ) == [
-        "run",
-        "--merge=true",
-        "--push_to_hub=a-b/c",
-        "--private",
-        "false",
-        "--out",
-        "a-b",
-        "--overwrite=true",
-    ]
-
-
 # --- The Hub ----------------------------------------------------------------------------------------------------
 
 
 class FakeApi:
-    """Records calls and what would be uploaded."""
+    """Records calls and uploaded files."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     uploaded: dict[str, bytes]
@@ -352,10 +336,10 @@ def test_the_adapter_is_uploaded_to_a_branch(
     text = api.uploaded["README.md"].decode()
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base"
     assert "path = 'org/mine'" in text
-    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing is left here"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "temporary files are deleted"
 
 
-def test_what_is_kept_here_may_be_uploaded_too(
+def test_an_export_may_be_written_and_uploaded(
     call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path
 ) -> None:
     status, out, _ = call("run", "--out", "copy", "--push-to-hub", "org/mine", "--base", "org/base")
@@ -374,7 +358,7 @@ def test_what_is_kept_here_may_be_uploaded_too(
         ),
     ],
 )
-def test_what_the_hub_refuses_is_reported(
+def test_refusals_of_the_hub_are_reported(
     call: Callable[..., Any], api: type[FakeApi], trained: Path, error: BaseException, says: str
 ) -> None:
     api.error = error
@@ -397,12 +381,12 @@ def test_nobody_is_logged_in(
     assert status == 1
     assert error == "not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
     assert api.calls == []
-    assert not (tmp_path / "copy").exists(), "told before any work is done"
+    assert not (tmp_path / "copy").exists(), "checked before any work is done"
 
 
 @pytest.fixture
 def the_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Answers as the Hub does; its address, and what was asked: path -> body."""
+    """A server that answers like the Hub: its address, and the requests, path -> body."""
     asked: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):

@@ -12,17 +12,17 @@ import pytest
 import yaml
 from PIL import Image
 
-from vlm_calibration.commands.inspect import inspect_source
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.inspection import inspect_source
 
 from ..command_line import Ended
 
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Path:
-    """Six usable queries over images of two sizes, one of them cut short, and three bad records."""
+    """Six usable queries over images of two sizes, one image truncated, and three bad records."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     for name, size in (("wide.png", (60, 40)), ("small.jpg", (20, 20)), ("cut.jpg", (60, 40))):
         Image.fromarray(pixels).resize(size).save(tmp_path / name)
@@ -56,34 +56,38 @@ def jsonl(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_counted(jsonl: Path) -> None:
-    found = inspect_source(JsonlSource(str(jsonl)), sample=100)
-    assert found.queries == 6
-    assert found.answers == {"yes_no": {"yes": 2, "no": 1}, "short": {"red": 1, "blue": 1}, "open": {"4": 1}}
-    assert found.categories == {"a/b": 2, "c": 1}
-    assert found.with_evidence == 2
-    assert (found.absent, found.unlocated) == (["3"], ["4", "5", "6"])
-    assert found.clipped == ["2"]
-    assert sorted(found.sizes) == [(20, 20)] * 3 + [(60, 40)] * 2
-    assert found.shares == [0.5, 0.5]
-    assert [m.split(": ", 1)[0] for m in found.bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
-    assert len(found.unloadable) == 1
-    assert "cut.jpg" in found.unloadable[0]
-    assert found.looked_at == 6
+def test_counts_of_a_file(jsonl: Path) -> None:
+    inspection = inspect_source(JsonlSource(str(jsonl)), sample=100)
+    assert inspection.queries == 6
+    assert inspection.answers == {
+        "yes_no": {"yes": 2, "no": 1},
+        "short": {"red": 1, "blue": 1},
+        "open": {"4": 1},
+    }
+    assert inspection.categories == {"a/b": 2, "c": 1}
+    assert inspection.with_evidence == 2
+    assert (inspection.absent, inspection.unlocated) == (["3"], ["4", "5", "6"])
+    assert inspection.clipped == ["2"]
+    assert sorted(inspection.sizes) == [(20, 20)] * 3 + [(60, 40)] * 2
+    assert inspection.shares == [0.5, 0.5]
+    assert [m.split(": ", 1)[0] for m in inspection.bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
+    assert len(inspection.unloadable) == 1
+    assert "cut.jpg" in inspection.unloadable[0]
+    assert inspection.opened == 6
     few = inspect_source(JsonlSource(str(jsonl)), sample=2)
-    assert (few.queries, few.looked_at) == (6, 2)
+    assert (few.queries, few.opened) == (6, 2)
 
 
 def test_a_source_without_bad_records() -> None:
-    found = inspect_source(DemoSource("test", scenes=4), sample=3)
-    assert (found.queries, found.looked_at, found.bad, found.unloadable) == (12, 3, [], [])
-    assert found.answers["yes_no"] == {"yes": 4, "no": 4}
-    assert found.with_evidence == 8
-    assert len(found.absent) == 4
-    assert found.unlocated == found.clipped == []
+    inspection = inspect_source(DemoSource("test", scenes=4), sample=3)
+    assert (inspection.queries, inspection.opened, inspection.bad, inspection.unloadable) == (12, 3, [], [])
+    assert inspection.answers["yes_no"] == {"yes": 4, "no": 4}
+    assert inspection.with_evidence == 8
+    assert len(inspection.absent) == 4
+    assert inspection.unlocated == inspection.clipped == []
 
 
-def test_a_source_of_only_bad_records_says_which(tmp_path: Path) -> None:
+def test_a_source_of_only_bad_records_names_the_first(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("{\n")
     with pytest.raises(DataError, match=f"no usable query in this file: {path}:1: not JSON"):
@@ -125,12 +129,12 @@ def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path
         "without a region, and cannot be noised",
         "3: '4', '5', '6'",
         "with a region that leaves the image",
-        "1 of 6 looked at: '2'",
+        "1 of 6 opened: '2'",
         " 15 ",
     ):
         assert text in ended.out, text
     assert f"\n{jsonl}:7: record '7': no such image: " in ended.out
-    assert "1 of 6 looked at" in ended.out
+    assert "1 of 6 opened" in ended.out
 
 
 @pytest.mark.parametrize("overlay", ["jsonl", "parquet", "rlaif_v", "coco"])
@@ -149,7 +153,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        ([], "required: COMMAND; see `vlm-calibration data --help`", 2),
+        ([], "missing: one of inspect; see `vlm-calibration data --help`", 2),
         (["look"], "invalid choice: 'look'", 2),
         (["inspect"], "nothing to inspect: give --config FILE", 2),
         (["inspect", "--config", "none.yaml"], "none.yaml: cannot be read", 1),
@@ -159,7 +163,11 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
             "--data.trian (did you mean --data.train?)",
             2,
         ),
-        (["inspect", "--config", "config.yaml", "--sample", "0"], "--sample: must be at least 1, found 0", 2),
+        (
+            ["inspect", "--config", "config.yaml", "--sample", "0"],
+            "--sample: expected a whole number of at least 1, found '0'",
+            2,
+        ),
         (["inspect", "--config", "empty.yaml"], "nothing to inspect", 1),
         (["inspect", "--config", "broken.yaml"], "broken.yaml: cannot be read", 1),
         (["inspect", "--config", "unknown.yaml"], "trian", 2),

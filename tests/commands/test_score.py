@@ -1,6 +1,6 @@
-"""`vlm-calibration score`: the benchmarks' scores against their rules stated once more, ours against the metrics of raw values.
+"""`vlm-calibration score`: official scores against a second implementation of the rules, our metrics against those of raw values.
 
-Through `main`, which is all that a process adds nothing to; one test starts the command in full.
+Most tests call `main`; one starts a process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def scored(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """The flat object that the command prints."""
+    """Runs the command; returns the flat object that it prints."""
 
     def run(*arguments: str) -> dict[str, Any]:
         assert main(["score", *arguments, "--json"]) == 0
@@ -71,7 +71,7 @@ def scored(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
 
 
 def _pope(n: int = 200, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Labels, and answers that state no confidence in their text but carry one."""
+    """Labels, and answers with a confidence in a key of its own, not in their text."""
     rng = random.Random(seed)
     labels = [
         {
@@ -109,26 +109,33 @@ def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict
 def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
     labels, answers = _pope()
     shuffled = random.Random(1).sample(answers, len(answers))
-    found = scored("pope", "--answers", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
+    values = scored("pope", "--answers", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
     expected = official_rules.pope(labels, answers)
-    assert {k: v for k, v in found.items() if "/" in k} == {f"official/{k}": v for k, v in expected.items()}
-    assert list(found)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
-    assert set(REPORTED) == {name for name in found if "/" not in name}
-    assert (found["n"], type(found["n"])) == (200, int)
+    assert {k: v for k, v in values.items() if "/" in k} == {f"official/{k}": v for k, v in expected.items()}
+    assert list(values)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
+    assert set(REPORTED) == {name for name in values if "/" not in name}
+    assert (values["n"], type(values["n"])) == (200, int)
 
 
-def test_our_grading_and_calibration_beside_it(
+def test_our_grading_and_calibration_metrics(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
-    said = {"Yes": "yes", "No": "no", "no": "no", "Yes, there is.": "yes", "There is not.": "no", "NO": "no"}
-    said |= {"": None, "\nNo": "no", "Maybe": None}  # type: ignore[dict-item]
+    parsed = {
+        "Yes": "yes",
+        "No": "no",
+        "no": "no",
+        "Yes, there is.": "yes",
+        "There is not.": "no",
+        "NO": "no",
+    }
+    parsed |= {"": None, "\nNo": "no", "Maybe": None}  # type: ignore[dict-item]
     labels, answers = _pope()
-    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    right = [said[a["answer"]] == x["label"] for x, a in zip(labels, answers, strict=True)]
-    assert found["accuracy"] == sum(right) / 200
-    assert found["yes_ratio"] == sum(said[a["answer"]] == "yes" for a in answers) / 200
+    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    is_correct = [parsed[a["answer"]] == x["label"] for x, a in zip(labels, answers, strict=True)]
+    assert values["accuracy"] == sum(is_correct) / 200
+    assert values["yes_ratio"] == sum(parsed[a["answer"]] == "yes" for a in answers) / 200
     confidence = torch.tensor([a["confidence"] for a in answers], dtype=torch.float64)
-    correct = torch.tensor(right)
+    correct = torch.tensor(is_correct)
     for name, metric in (
         ("ece", functional.expected_calibration_error),
         ("mce", functional.maximum_calibration_error),
@@ -140,7 +147,7 @@ def test_our_grading_and_calibration_beside_it(
         ("overconfidence", functional.overconfidence),
         ("smooth_ece", functional.smooth_calibration_error),
     ):
-        assert found[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
+        assert values[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
 
 
 @pytest.mark.parametrize("confidence", ["in the text", "in a key"])
@@ -154,23 +161,23 @@ def test_a_stated_confidence(
     else:
         texts = ["Confidence: 0.9. Yes", "No\nConfidence: 80%", "Yes, I am 70% sure.", "Yes"]
         answers = [{"question_id": i, "answer": text} for i, text in enumerate(texts)]
-    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    assert found["official/accuracy"] == found["accuracy"] == 3 / 4
-    assert (found["official/precision"], found["official/recall"]) == (2 / 3, 1.0)
-    assert found["parse_failure_rate"] == 1 / 4
-    assert found["mean_confidence"] == pytest.approx(0.8)
-    assert found["overconfidence"] == pytest.approx(0.8 - 2 / 3)
+    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    assert values["official/accuracy"] == values["accuracy"] == 3 / 4
+    assert (values["official/precision"], values["official/recall"]) == (2 / 3, 1.0)
+    assert values["parse_failure_rate"] == 1 / 4
+    assert values["mean_confidence"] == pytest.approx(0.8)
+    assert values["overconfidence"] == pytest.approx(0.8 - 2 / 3)
 
 
-def test_what_the_script_divides_by_zero_is_null(
+def test_undefined_official_scores_are_null(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
     labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
     answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
-    found = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    official = {k: found[f"official/{k}"] for k in (*SCORES, "yes_ratio")}
+    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    official = {k: values[f"official/{k}"] for k in (*SCORES, "yes_ratio")}
     assert official == {"accuracy": 0.5, "precision": None, "recall": 0.0, "f1": None, "yes_ratio": 0.0}
-    assert found["ece"] is None, "no confidence is stated"
+    assert values["ece"] is None, "no confidence is stated"
 
 
 def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
@@ -180,15 +187,15 @@ def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]
         written("a.json", answers, lines=False),
         *("--annotations", written("t.json", annotations, lines=False)),
     )
-    found = scored("amber", *files)
+    values = scored("amber", *files)
     expected = {f"official/{k}": v for k, v in official_rules.amber(annotations, answers).items()}
-    assert {k: v for k, v in found.items() if k.startswith("official")} == expected
+    assert {k: v for k, v in values.items() if k.startswith("official")} == expected
     blocks = ("", "existence/", "attribute/", "state/", "number/", "action/", "relation/")
     assert set(expected) == {f"official/{block}{k}" for block in blocks for k in SCORES}
     groups = ("existence", "attribute", "state", "number", "action", "relation", "attribute/state")
-    assert {f"{k}/{group}" for k in REPORTED for group in groups} <= set(found)
+    assert {f"{k}/{group}" for k in REPORTED for group in groups} <= set(values)
     existence = [a for a in annotations if a["type"] == "discriminative-hallucination"]
-    assert found["n/existence"] == len(existence)
+    assert values["n/existence"] == len(existence)
     only = scored("amber", *files, "--only", "existence")
     assert {k: v for k, v in only.items() if k.startswith("official")} == {
         k: v for k, v in expected.items() if k.startswith("official/existence/")
@@ -196,7 +203,7 @@ def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]
     assert only["n"] == len(existence)
 
 
-def test_generative_answers_are_left_out_and_said_to_be(
+def test_generative_answers_are_left_out_with_a_note(
     written: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS]
@@ -234,13 +241,13 @@ def test_predictions_as_they_were_graded(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
     rows = [{**row, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
-    found = scored("jsonl", "--answers", written("p.jsonl", rows))
-    assert (found["n"], found["accuracy"], found["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
-    assert found["ece"] == pytest.approx((0.8 + 0.1) / 2)
-    assert found["accuracy/indoor"] == 2 / 3
-    assert found["ece@expected"] == pytest.approx((2 * 0.25 + 0.5) / 3)
-    assert found["auroc@expected/indoor"] == 1.0
-    assert not any(name.startswith("official") for name in found)
+    values = scored("jsonl", "--answers", written("p.jsonl", rows))
+    assert (values["n"], values["accuracy"], values["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
+    assert values["ece"] == pytest.approx((0.8 + 0.1) / 2)
+    assert values["accuracy/indoor"] == 2 / 3
+    assert values["ece@expected"] == pytest.approx((2 * 0.25 + 0.5) / 3)
+    assert values["auroc@expected/indoor"] == 1.0
+    assert not any(name.startswith("official") for name in values)
 
 
 def test_predictions_graded_anew_by_the_queries(
@@ -260,8 +267,8 @@ def test_predictions_graded_anew_by_the_queries(
     files = ("--answers", written("p.jsonl", answers), "--labels")
     assert scored("jsonl", *files, written("q.jsonl", queries))["accuracy"] == 1 / 3
     queries[0]["synonyms"] = ["couch"]  # type: ignore[assignment]
-    found = scored("jsonl", *files, written("q.jsonl", queries))
-    assert (found["accuracy"], found["mean_confidence"]) == (2 / 3, pytest.approx(0.85))
+    values = scored("jsonl", *files, written("q.jsonl", queries))
+    assert (values["accuracy"], values["mean_confidence"]) == (2 / 3, pytest.approx(0.85))
 
 
 def test_files_for_the_benchmarks_own_scripts(
@@ -279,29 +286,29 @@ def test_files_for_the_benchmarks_own_scripts(
         "--labels",
         written("l.json", labels, lines=False),
     )
-    found = scored("pope", *files, "--write-official", str(out))
+    values = scored("pope", *files, "--write-official", str(out))
     theirs = official_rules.pope(
         *(
             [json.loads(x) for x in path.read_text().splitlines()]
             for path in (tmp_path / "out.labels.jsonl", out)
         )
     )
-    assert {k: v for k, v in found.items() if k.startswith("official")} == {
+    assert {k: v for k, v in values.items() if k.startswith("official")} == {
         f"official/{k}": v for k, v in theirs.items()
     }
     again = scored("pope", "--answers", str(out), "--labels", str(tmp_path / "out.labels.jsonl"))
-    assert again == found, "ours, too, are those of the file that was written"
+    assert again == values, "the written file has the same metrics"
 
     annotations, responses = _amber(80)
     responses[0] = {"id": 1, "response": "No. Confidence: 80%"}
     files = ("--annotations", written("t.json", annotations, lines=False), "--answers")
     given = written("r.json", responses, lines=False)
-    found = scored("amber", *files, given, "--write-official", str(tmp_path))
+    values = scored("amber", *files, given, "--write-official", str(tmp_path))
     theirs = official_rules.amber(annotations, json.loads((tmp_path / "answers.json").read_text()))
-    assert {k: v for k, v in found.items() if k.startswith("official")} == {
+    assert {k: v for k, v in values.items() if k.startswith("official")} == {
         f"official/{k}": v for k, v in theirs.items()
     }
-    assert scored("amber", *files, str(tmp_path / "answers.json")) == found
+    assert scored("amber", *files, str(tmp_path / "answers.json")) == values
 
 
 def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,10 +328,11 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        ([], "the following arguments are required: benchmark", 2),
+        ([], "missing: one of pope, amber, jsonl", 2),
         (["mme"], "invalid choice: 'mme' (choose from 'pope', 'amber', 'jsonl')", 2),
-        (["pope", "--answers", "a.jsonl"], "the following arguments are required: --labels", 2),
-        (["jsonl", "--answer", "a.jsonl"], "the following arguments are required: --answers", 2),
+        (["pope", "--answers", "a.jsonl"], "missing: --labels", 2),
+        (["jsonl", "--answer", "a.jsonl"], "unknown setting --answer (did you mean --answers?)", 2),
+        (["jsonl", "--json"], "missing: --answers", 2),
         (["jsonl", "--answers", "a.jsonl", "--write-official", "x"], "unknown setting --write-official", 2),
         (
             ["pope", "--answers", "a.jsonl", "--labels", "none.json"],
@@ -365,7 +373,7 @@ def test_a_mistake_ends_in_one_line(
     assert printed.err.count("\n") == 1
 
 
-def test_it_starts_without_a_trainer(written: Callable[..., str]) -> None:
+def test_the_command_starts_without_a_trainer(written: Callable[..., str]) -> None:
     labels, answers = _pope(20)
     code = (
         "import sys; from vlm_calibration.cli import main; status = main(sys.argv[1:]);"

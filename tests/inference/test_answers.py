@@ -1,4 +1,4 @@
-"""When an answer needs review, and which threshold an evaluation would have asked for."""
+"""`Answer.needs_review`, and `choose_threshold` on the predictions of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANSWER = Answer("Yes. Confidence: 80%", "Yes.", 0.8, 0.72, {0.8: 0.6, 0.6: 0.4},
 
 
 def _write(folder: Path, rows: list[tuple[float | None, bool]], **more: Any) -> Path:
-    """Predictions with these confidences, right or wrong."""
+    """Writes predictions with given confidences, correct or wrong."""
     plain = {"question": "A dog?", "answer": "Yes", "text": "", "predicted": None, "category": None}
     plain |= {"noise_step": None, "answer_type": "yes_no"}
     lines = [
@@ -66,10 +66,10 @@ def test_as_json() -> None:
 def test_a_threshold_by_hand(tmp_path: Path) -> None:
     rows = [(0.9, True)] * 9 + [(0.9, False)] + [(0.6, True)] * 1 + [(0.6, False)] * 9 + [(None, True)] * 5
     folder = _write(tmp_path / "run", rows)
-    found = choose_threshold(folder, 0.9)
-    assert found._replace(interval=(0, 0)) == Threshold(0.9, "verbalized", 0.9, (0, 0), 10 / 25, 10)
-    # Wilson, worked out from its formula: (0.9 + z^2/20 +- z sqrt(0.009 + z^2/400)) / (1 + z^2/10).
-    assert found.interval == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    threshold = choose_threshold(folder, 0.9)
+    assert threshold._replace(interval=(0, 0)) == Threshold(0.9, "verbalized", 0.9, (0, 0), 10 / 25, 10)
+    # Wilson interval by its formula: (0.9 + z^2/20 +- z sqrt(0.009 + z^2/400)) / (1 + z^2/10).
+    assert threshold.interval == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert choose_threshold(folder / "predictions.jsonl", 0.5).value == 0.6
     assert choose_threshold(folder / "metrics.json", 0.5).answers == 20
 
@@ -102,12 +102,12 @@ def test_what_has_no_threshold_is_named(tmp_path: Path) -> None:
         DataError, match=r"the most accurate threshold, 0.90, is right 50.0% of the time, less than 95.0%"
     ):
         choose_threshold(folder, 0.95)
-    with pytest.raises(DataError, match="no answer has a confidence that could be read, less than"):
+    with pytest.raises(DataError, match="no answer has a confidence that could be parsed, less than"):
         choose_threshold(_write(tmp_path / "none", [(None, True)]), 0.95)
-    for wanted in (0.0, 1.1):
+    for accuracy in (0.0, 1.1):
         with pytest.raises(DataError, match=r"must be in \(0, 1\]"):
-            choose_threshold(folder, wanted)
-    with pytest.raises(DataError, match="cannot be read"):
+            choose_threshold(folder, accuracy)
+    with pytest.raises(DataError, match="cannot read the predictions"):
         choose_threshold(tmp_path / "nowhere", 0.9)
 
 

@@ -1,4 +1,4 @@
-"""What a loaded model answers: what an evaluation would have it say, in any batch and from any kind of image."""
+"""A loaded model answers as in an evaluation, in any batch and for any kind of image; and errors of loading."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def asked() -> list[tuple[np.ndarray, str]]:
 
 
 def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | None, float | None]]:
-    """Text, stated and expected confidence, by the parts that an evaluation is made of."""
+    """Text, stated and expected confidence, computed with the parts of an evaluation."""
     model = load_base(BaseModel(str(DEMO_MODEL)))
     if adapter is not None:
         model = load_adapters(model, {"one": str(adapter)})
@@ -100,11 +100,11 @@ def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | Non
     samples = PerturbedQueries({"": EvalSplit(SOURCE)}, NoisePolicy(), data.processor.image_processor)
     batch = PromptCollator(data.chat)([samples[0, i] for i in range(len(samples))])
     with torch.no_grad(), using_adapter(model, None if adapter is None else "one"):
-        said = answer_batch(model.eval(), batch, data.processor.tokenizer, 16)
+        predictions = answer_batch(model.eval(), batch, data.processor.tokenizer, 16)
         tokenizer = AnswerTokenizer(data.chat, [levels])
-        answered = AnsweredBatch(model, batch, said, [0] * len(said), tokenizer, 16)
+        answered = AnsweredBatch(model, batch, predictions, [0] * len(predictions), tokenizer, 16)
         expected = ExpectedConfidence().estimate(answered).confidence
-    return [(p.text, p.confidence, e) for p, e in zip(said, expected, strict=True)]
+    return [(p.text, p.confidence, e) for p, e in zip(predictions, expected, strict=True)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
@@ -136,7 +136,7 @@ def test_the_distribution_says_what_is_stated_and_expected(
         assert list(answer.distribution) == [n / 100 for n in range(100, -1, -1)]
         mean = sum(level * p for level, p in answer.distribution.items())
         assert answer.expected == pytest.approx(mean)
-        # A percentage is one token here and always followed by the same, so greedy decoding states the likeliest.
+        # A percentage is one token here and always followed by the same tokens, so greedy decoding states the likeliest.
         assert answer.confidence == max(answer.distribution, key=answer.distribution.__getitem__)
 
 
@@ -161,17 +161,17 @@ def test_many_questions_are_answered_as_they_come(calibrated: CalibratedModel, a
 
 def test_threads_do_not_disturb_each_other(calibrated: CalibratedModel, asked: list[Any]) -> None:
     alone = {base: [a.text for a in calibrated.ask_many(asked, as_base=base)] for base in (False, True)}
-    found: dict[int, list[str]] = {}
+    texts: dict[int, list[str]] = {}
 
     def work(number: int) -> None:
-        found[number] = [a.text for a in calibrated.ask_many(asked, 3, as_base=bool(number % 2))]
+        texts[number] = [a.text for a in calibrated.ask_many(asked, 3, as_base=bool(number % 2))]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {n: alone[bool(n % 2)] for n in range(4)}
+    assert texts == {n: alone[bool(n % 2)] for n in range(4)}
 
 
 # --- Images -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_pillow_images_are_read_like_files(tmp_path: Path) -> None:
     [
         ("nowhere.png", "nowhere.png: no such file"),
         (b"GIF89a", "image of 6 bytes: "),
-        (Image.new("F", (3, 3)), "F pixels have no one reading"),
+        (Image.new("F", (3, 3)), "F pixels have no unique conversion"),
         (Image.new("RGB", (300, 300)), "300 x 300 pixels, more than the 1000 allowed"),
     ],
 )
@@ -286,7 +286,7 @@ def test_another_chat_template_is_warned_of(
     template = tmp_path / "run" / "adapter" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|user|>", "User: "))
     load_calibrated(adapter=tmp_path / "run", device="cpu")
-    assert "its chat template is not the one of its training" in caplog.text
+    assert "its chat template differs from that of the training" in caplog.text
 
 
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:

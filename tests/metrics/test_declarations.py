@@ -36,8 +36,8 @@ USES = """
 import pickle, torch
 from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, bootstrap_intervals, functional, summarize
 from vlm_calibration.metrics.calibration_metrics import MeanDoubt
-from vlm_calibration.reporting.report_bootstrap import MEASURED
-from vlm_calibration.reporting.summary import summarize_predictions
+from vlm_calibration.reporting.report.bootstrap import MEASURED
+from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.stages.scoring import Scorer
 

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.reporting.report_data import read_systems
-from vlm_calibration.reporting.report_table import RAW, Comparison, Row, cell, compare
+from vlm_calibration.reporting.report.data import read_systems
+from vlm_calibration.reporting.report.table import RAW, Comparison, Row, cell, compare
 
 LOSSES = "vlm_calibration.losses.preference."
 PAPER = ["--config", "configs/experiment/paper.yaml"]

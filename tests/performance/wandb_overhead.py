@@ -31,7 +31,7 @@ from vlm_calibration.callbacks.artifacts import Artifacts
 from vlm_calibration.callbacks.figures import CalibrationFigures
 from vlm_calibration.callbacks.logger import LearningRate
 from vlm_calibration.callbacks.throughput import Throughput
-from vlm_calibration.cli.lightning_cli import lightning_command
+from vlm_calibration.commands.lightning_cli import lightning_command
 
 LOGGING = (LearningRate, Throughput, CalibrationFigures, Artifacts)
 STAGES = ("sft", "dpo")

@@ -1,4 +1,4 @@
-"""The model card: metadata that parses, a program that compiles, and text that holds whatever is in it."""
+"""The model card: valid metadata, a program that compiles, and Markdown that survives any text in it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _metadata(card: Card) -> dict[str, Any]:
 
 
 def _blocks(text: str, fence: str = "```") -> list[str]:
-    """The fenced blocks, without their fences and the name of their language."""
+    """The contents of fenced blocks."""
     return [block.split("\n", 1)[1].rstrip("\n") for block in text.split(fence)[1::2]]
 
 

@@ -1,4 +1,4 @@
-"""The card's program asks as we do, for every family of models: same tokens, same pixels, same reply."""
+"""The card's program gives every family of models the same tokens and pixels as this package, and gets the same reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The W&B workspace and report: what is sent to a server, that it shows only what is logged, and what goes wrong in one line."""
+"""The W&B workspace and report: the requests to a server, panels of logged keys only, and errors in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.dashboard import SYSTEMS, dashboard_command
+from vlm_calibration.commands.dashboard import SYSTEMS, dashboard
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.dashboard import Section, sections
 
@@ -33,7 +33,7 @@ def wandb_server() -> Iterator[GraphQLServer]:
 def build(
     server: Server, wandb_server: GraphQLServer, tmp_path: Path
 ) -> Callable[..., tuple[Ended, list[dict[str, Any]]]]:
-    """Builds a dashboard on the server that only writes down; the run, and what was saved."""
+    """Builds a dashboard on a server that records requests; returns the run and the saved views."""
 
     def built(*arguments: str, **variables: str) -> tuple[Ended, list[dict[str, Any]]]:
         environment = {"HOME": str(tmp_path), **wandb_server.environment, **variables}
@@ -44,7 +44,7 @@ def build(
 
 
 def _panels(specification: Any) -> list[dict[str, Any]]:
-    """Every panel within a specification, workspace or report."""
+    """All panels in a specification of a workspace or report."""
     if isinstance(specification, dict):
         if "viewType" in specification:
             return [specification]
@@ -55,7 +55,7 @@ def _panels(specification: Any) -> list[dict[str, Any]]:
 
 
 def _keys(panel: dict[str, Any]) -> set[str]:
-    """What a panel shows of what was logged."""
+    """The logged keys of a panel."""
     config = panel["config"]
     if panel["viewType"] == "Weave":
         return {config["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"]}
@@ -138,7 +138,7 @@ def test_what_was_asked_for_is_there(offline_runs: dict[str, OfflineRun]) -> Non
 def test_other_systems_are_compared_where_they_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dashboard_command(["--entity", ENTITY, "--print", "--systems", "base", "mine-1", "mine_2"])
+    main(["dashboard", "--entity", ENTITY, "--print", "--systems", "base", "mine-1", "mine_2"])
     specification = json.loads(capsys.readouterr().out)
     for view in specification.values():
         keys = {key for panel in _panels(view["spec"]) for key in _keys(panel)}
@@ -147,7 +147,7 @@ def test_other_systems_are_compared_where_they_are_named(
 
 
 def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str]) -> None:
-    dashboard_command(["--entity", ENTITY, "--print"])
+    dashboard(entity=ENTITY, print=True)
     specification = json.loads(capsys.readouterr().out)
     for block in specification["report"]["spec"]["blocks"]:
         taken: set[tuple[int, int]] = set()
@@ -173,7 +173,7 @@ def test_printing_needs_neither_a_login_nor_a_network(
     assert printed["report"]["project"]["name"] == "mine"
 
 
-# --- What goes wrong --------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------
 
 
 def test_nobody_is_logged_in(build: Callable[..., tuple[Ended, list[dict[str, Any]]]]) -> None:
@@ -211,7 +211,7 @@ def test_the_library_is_not_installed(
         (["--entity", "team", "--projekt", "x"], "--projekt"),
     ],
 )
-def test_a_call_that_cannot_be_right(
+def test_a_mistake_in_the_call_is_named(
     capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     assert main(["dashboard", *arguments]) == 2
@@ -220,15 +220,15 @@ def test_a_call_that_cannot_be_right(
 
 
 @pytest.mark.parametrize("systems", [[], ["a/b"], ["sft", ""]])
-def test_names_that_no_system_has(systems: list[str]) -> None:
+def test_invalid_names_of_systems(systems: list[str]) -> None:
     with pytest.raises(DataError, match="--systems"):
         sections(systems)
 
 
 def test_sections_are_questions() -> None:
-    found: list[Section] = sections(SYSTEMS)
-    assert len({section.question for section in found}) == len(found)
-    for section in found:
+    all_sections: list[Section] = sections(SYSTEMS)
+    assert len({section.question for section in all_sections}) == len(all_sections)
+    for section in all_sections:
         assert "?" in section.question
         assert section.note.endswith(".")
         titles = [panel.title for panel in section.panels]

@@ -1,4 +1,4 @@
-"""The report: its table against naive resampling and plain metrics, its page as a browser would read it, and its errors."""
+"""The report: its table against naive resampling and plain metrics, its parsed page, and its errors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ from vlm_calibration.metrics.functional import (
     expected_calibration_error,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report_bootstrap import ImageBootstrap, p_value
-from vlm_calibration.reporting.report_data import System, read_systems
-from vlm_calibration.reporting.report_examples import examples_of
-from vlm_calibration.reporting.report_images import thumbnail
-from vlm_calibration.reporting.report_summary import bands_of, subject_of, verdict_of
-from vlm_calibration.reporting.report_table import Comparison, as_csv, as_latex, as_markdown, compare
+from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
+from vlm_calibration.reporting.report.data import System, read_systems
+from vlm_calibration.reporting.report.examples import examples_of, thumbnail
+from vlm_calibration.reporting.report.summary import bands_of, subject_of, verdict_of
+from vlm_calibration.reporting.report.table import Comparison, as_csv, as_latex, as_markdown, compare
 
 from ..command_line import Server
 
@@ -52,14 +51,14 @@ EVIL = "<script>alert(1)</script>\"'<img src=http://evil.example/x onerror=alert
 def answers(
     seed: int, n: int = 60, honest: bool = True, estimators: bool = True
 ) -> list[EstimatedPrediction]:
-    """Three questions an image; a model that is honest, or always 95% sure."""
+    """Answers to three questions an image, of a model that is honest or always 95% confident."""
     rng = np.random.default_rng(seed)
-    found = []
+    predictions = []
     for i in range(n):
         level = float(rng.choice([0.2, 0.5, 0.8, 1.0]))
         right = bool(rng.random() < level)
         confidence = level if honest else 0.95
-        found.append(
+        predictions.append(
             EstimatedPrediction(
                 id=f"q{i}",
                 question=f"Is there a dog, {i}?",
@@ -75,7 +74,7 @@ def answers(
                 estimates={"likelihood": round(float(rng.random()), 6)} if estimators else {},
             )
         )
-    return found
+    return predictions
 
 
 def held_out(seed: int, honest: bool = True) -> list[EstimatedPrediction]:
@@ -105,7 +104,7 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The tags of a page, its text, and all that it would load."""
+    """The tags of a page, its text, and the addresses that it loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -118,11 +117,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "data", "srcset")]
         self.handlers += [key for key, _ in attrs if key.startswith("on")]
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"] or ""
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"] or ""
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -166,8 +165,8 @@ def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_
 def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> None:
     base, tuned = answers(0, honest=False), answers(0)
     replicates, seed = 300, 3
-    one, other = (ImageBootstrap(p, replicates, seed) for p in (tuned, base))
-    measured = [b.measure([p.confidence for p in ps]) for b, ps in ((one, tuned), (other, base))]
+    first, second = (ImageBootstrap(p, replicates, seed) for p in (tuned, base))
+    measured = [b.measure([p.confidence for p in ps]) for b, ps in ((first, tuned), (second, base))]
 
     images = sorted({p.image for p in base})
     weights = np.random.default_rng(seed).multinomial(
@@ -190,14 +189,14 @@ def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> 
         expected = percentile_interval(value, torch.tensor(ours, dtype=torch.float64), rarer)
         assert measured[0].intervals[name] == pytest.approx(expected, abs=1e-9)
         difference = np.array(ours) - np.array(theirs)
-        found = value - measured[1].values[name]
-        extreme = (np.abs(difference - found) >= abs(found) - 1e-12).sum()
+        observed = value - measured[1].values[name]
+        extreme = (np.abs(difference - observed) >= abs(observed) - 1e-12).sum()
         assert p_value(*measured, name) == pytest.approx((1 + extreme) / (1 + replicates))
     assert p_value(*measured, "brier") < 0.05 < p_value(*measured, "accuracy")
 
 
 def test_answers_about_one_image_are_drawn_together() -> None:
-    """Three copies of each answer say no more than one: the interval is as wide."""
+    """Three copies of each answer give the same interval as one."""
     once = answers(0, n=60)
     alone = [
         EstimatedPrediction(**{**vars(p), "id": f"{p.id}-{k}", "image": p.id}) for p in once for k in range(3)
@@ -246,7 +245,7 @@ def test_names_are_plain_text_in_markdown_and_latex() -> None:
 
 
 def stated(ece: float, ranking: float) -> Any:
-    """As much of a row as the verdict looks at."""
+    """The part of a row that the verdict depends on."""
     return SimpleNamespace(metrics={"ece": Interval(ece, ece, ece), "auroc": Interval(ranking, 0, 1)})
 
 
@@ -275,7 +274,7 @@ def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     bands = bands_of(
         [*predictions, EstimatedPrediction("x", "?", "Yes", "", "yes", None, True, None, None, "yes_no")]
     )
-    assert [(b.name, b.answers, round(b.said, 6), round(b.right, 3)) for b in bands] == [
+    assert [(b.name, b.answers, round(b.confidence, 6), round(b.accuracy, 3)) for b in bands] == [
         ("90–100%", 3, 96.666667, 66.667),
         ("80–89%", 1, 80.0, 100.0),
         ("20–39%", 2, 24.5, 50.0),
@@ -283,7 +282,7 @@ def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     ]
 
 
-def test_the_report_is_about_the_last_that_was_trained() -> None:
+def test_the_report_describes_the_last_trained_system() -> None:
     systems = [system(name, answers(0, n=6)) for name in ("base", "sft", "dpo", "oracle")]
     assert subject_of(systems).name == "dpo"
     assert subject_of(systems[-1:]).name == "oracle"
@@ -300,10 +299,10 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     right = 100 * sum(p.correct for p in most) / len(most)
     assert f"When it says 90–100%, on average 100%, it is right {right:.0f}% of the time." in page.text
     assert "“base” says 95% on average" in page.text
-    assert " 1 of the answers state none that could be read." in page.text
+    assert " 1 of the answers state none that could be parsed." in page.text
     for heading in (
-        "Side by side", "Reliability", "What is stated, and how often", "Answering only when sure",
-        "Response to noise on the evidence", "By category", "Surest, and wrong",
+        "Side by side", "Reliability", "Which confidences are stated, and how often", "Answering only when sure",
+        "Response to noise on the evidence", "By category", "Most confident wrong answers",
     ):  # fmt: skip
         assert heading in page.text, heading
     assert all(load.startswith("data:image/") for load in page.loads if load), page.loads
@@ -323,7 +322,7 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     assert (evaluation / "report.tex").read_text().count(r" \\") == 1 + 20
 
 
-def test_nothing_that_models_or_data_say_runs_or_loads(tmp_path: Path) -> None:
+def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     evil = [
@@ -341,7 +340,7 @@ def test_nothing_that_models_or_data_say_runs_or_loads(tmp_path: Path) -> None:
     assert not [load for load in page.loads if "evil" in load or load.startswith(("http", "//"))]
     assert "default-src 'none'" in page.policy
     assert "script-src" not in page.policy
-    assert "alert(1)" in page.text, "it is shown as what it is"
+    assert "alert(1)" in page.text, "it is shown as text"
 
 
 def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +350,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> str:
         raise DataError("no page")
 
-    monkeypatch.setattr("vlm_calibration.reporting.report_page.render_page", fail)
+    monkeypatch.setattr("vlm_calibration.reporting.report.page.render_page", fail)
     with pytest.raises(DataError):
         report([str(evaluation)], replicates=5)
     assert page.read_text() == "before"
@@ -361,7 +360,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch:
 def test_images_come_back_with_their_noise(
     server: Server, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation of the demo, reported by the command line: thumbnails are what the model was shown."""
+    """An evaluation of the demo, reported by the command: thumbnails show what the model saw."""
     out = tmp_path / "eval"
     parts = ("test.clean", "test.noised", "test.shifted", "calibration.clean", "calibration.noised")
     scenes = [f"--data.{part}.source.init_args.scenes=4" for part in parts]
@@ -407,13 +406,12 @@ def test_images_come_back_with_their_noise(
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_reported_is_named(evaluation: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for settings, says in (
         ({"runs": [str(empty)]}, "no predictions.jsonl"),
         ({"runs": [str(evaluation)], "subject": "nobody"}, "there are base, tuned"),
-        ({"runs": [str(evaluation)], "replicates": 0}, "at least 1, found 0"),
         ({"runs": [str(evaluation)], "calibration": str(evaluation)}, "image"),
     ):
         with pytest.raises(DataError, match=says):
@@ -424,7 +422,7 @@ def test_what_cannot_be_reported_is_named(evaluation: Path, tmp_path: Path) -> N
 
 
 def test_a_strictly_monotone_map_changes_no_ranking(evaluation: Path) -> None:
-    """Of the table that is written: confidences of a hundred levels, and of one that every answer states."""
+    """In the written table, for confidences of a hundred levels, and of one that every answer states."""
     report([str(evaluation)], replicates=5, images=False)
     rows = {
         (r["system"], r["estimator"], r["recalibration"]): r
@@ -438,7 +436,7 @@ def test_a_strictly_monotone_map_changes_no_ranking(evaluation: Path) -> None:
 
 
 def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) -> None:
-    """Answers of the test set turned round change no recalibrated confidence in them."""
+    """Inverting the correctness of the test answers changes none of their recalibrated confidences."""
     confidence = []
     for right in (True, False):
         rows = [replace(p, correct=p.correct == right) for p in answers(0)]
@@ -451,20 +449,20 @@ def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) 
     assert "shares no image with these: 60 answers (60 clean), none of them noised." in page
 
 
-def test_another_evaluation_may_be_what_recalibration_is_fitted_on(evaluation: Path, tmp_path: Path) -> None:
-    held = tmp_path / "held"
+def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "held"
     for name in ("base", "tuned"):
-        (held / name).mkdir(parents=True)
+        (calibration / name).mkdir(parents=True)
         moved = [replace(p, correct=True) for p in held_out(6)]
-        write_rows(held / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
-    report([str(evaluation)], calibration=str(held), replicates=5, images=False)
+        write_rows(calibration / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
+    report([str(evaluation)], calibration=str(calibration), replicates=5, images=False)
     rows = list(csv.DictReader((evaluation / "report.csv").open()))
     isotonic = [r for r in rows if r["recalibration"] == "isotonic" and r["estimator"] == "verbalized"]
     assert [float(r["mean_confidence"]) for r in isotonic] == [1.0, 1.0], "all held-out answers are right"
 
 
 @pytest.mark.parametrize(
-    ("held", "says"),
+    ("calibration", "says"),
     [
         (None, "there are no answers to a calibration set"),
         (
@@ -473,24 +471,22 @@ def test_another_evaluation_may_be_what_recalibration_is_fitted_on(evaluation: P
         ),
         (
             [replace(p, confidence=None) for p in held_out(5)],
-            "verbalized is not recalibrated: none could be read",
+            "verbalized is not recalibrated: none could be parsed",
         ),
     ],
 )
-def test_what_cannot_be_recalibrated_is_left_out_and_told(
-    held: list[EstimatedPrediction] | None, says: str
-) -> None:
-    compared = compare([system("tuned", answers(0), held)], Comparison(replicates=5))
-    found = {row.estimator for row in compared.rows if row.recalibration != "raw"}
-    told = [note for note in compared.notes if says in note]
-    assert len(told) == 2 - len(found)
-    assert {note.split()[1] for note in compared.notes} == {"verbalized", "likelihood"} - found
+def test_a_missing_recalibration_is_noted(calibration: list[EstimatedPrediction] | None, says: str) -> None:
+    compared = compare([system("tuned", answers(0), calibration)], Comparison(replicates=5))
+    recalibrated = {row.estimator for row in compared.rows if row.recalibration != "raw"}
+    notes = [note for note in compared.notes if says in note]
+    assert len(notes) == 2 - len(recalibrated)
+    assert {note.split()[1] for note in compared.notes} == {"verbalized", "likelihood"} - recalibrated
 
 
-def test_names_that_come_twice_are_told_apart(evaluation: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other" / "tuned"
-    other.mkdir(parents=True)
-    write_rows(other / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
+def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Path) -> None:
+    second = tmp_path / "other" / "tuned"
+    second.mkdir(parents=True)
+    write_rows(second / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
     report([str(evaluation), str(tmp_path / "other")], replicates=5, images=False)
     names = list(dict.fromkeys(r["system"] for r in csv.DictReader((evaluation / "report.csv").open())))
     assert names == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]

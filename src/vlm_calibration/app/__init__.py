@@ -1,1 +1,1 @@
-"""The front door: asking a calibrated model from Python, from the command line, and on a web page."""
+"""The web page of `vlm-calibration app`, in Gradio."""

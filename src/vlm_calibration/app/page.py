@@ -1,6 +1,6 @@
-"""The web page: an image, a question and noise on the key object on the left; what both models say of it on the right.
+"""The web page: an image, a question and noise on the key object on the left, the answers of both models on the right.
 
-Nothing of a visitor is kept between events but in `gr.State`, of which every visit has its own.
+A visitor's data are kept in `gr.State` only, which is separate for every visit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlm_calibration.app.subject import (
     named_in,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import SIDE, complaints, marker, object_choice, scene_strip
+from vlm_calibration.app.widgets import SIDE, marker, object_choice, scene_strip, upload_errors
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -34,15 +34,16 @@ from vlm_calibration.records import DataError
 SCENES = 8
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 LATEST = {**QUIET, "trigger_mode": "always_last"}
-_LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all that it might have stated.</p>'
+_LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all confidences that might have been stated.</p>'
 
 
 class PageHandlers:
-    """What the page's events come to. It holds the models and nothing of any visitor.
+    """Handlers of the page's events. They hold the models and no data of visitors.
 
     Args:
-        model: what is asked. finder: finds key objects in uploaded images; None: there is none.
-        report: a page to show in the second tab.
+        model: the model that answers.
+        finder: finds key objects in uploaded images; None: visitors paint them.
+        report: page to show in the second tab; None: none.
     """
 
     def __init__(
@@ -53,18 +54,20 @@ class PageHandlers:
         self.report = report
 
     def begin(self, subject: Subject) -> list[Any]:
-        """Subject, picture to paint on, question, key object and noise for a new subject."""
-        known = choices(subject, self.finder)
-        chosen = named_in(subject.question, list(subject.objects)) or (known[0] if subject.objects else WHOLE)
+        """New values of subject, picture to paint on, question, key object and noise."""
+        options = choices(subject, self.finder)
+        default = options[0] if subject.objects else WHOLE
+        chosen = named_in(subject.question, list(subject.objects)) or default
         picture = gr.HTML(value="", image=view.data_url(subject.image, SIDE))
         question = subject.question or gr.skip()
-        return [subject, picture, question, gr.Dropdown(choices=known, value=chosen), 0]
+        return [subject, picture, question, gr.Dropdown(choices=options, value=chosen), 0]
 
     def begin_scene(self, event: gr.EventData) -> list[Any]:
-        """As `begin`, and what there was to complain of is settled."""
+        """As `begin` for a scene of the demo; also clears the error message."""
         return [*self.begin(demo_subject(int(event.index) % SCENES)), ""]
 
     def begin_upload(self, path: str) -> list[Any]:
+        """As `begin` for an uploaded image, which is then deleted; or show an error message."""
         try:
             return [*self.begin(uploaded_subject(path)), ""]
         except DataError as error:
@@ -73,7 +76,7 @@ class PageHandlers:
             Path(path).unlink(missing_ok=True)
 
     def name_object(self, subject: Subject, question: str) -> Any:
-        """The key object that a question names, if it names one."""
+        """Select the key object that a question names, if it names one."""
         return named_in(question, list(subject.objects)) or gr.skip()
 
     def _samples(
@@ -85,9 +88,9 @@ class PageHandlers:
         return [self.model.sample(subject.image, question, mask=mask, step=step) for step in steps]
 
     def see(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
-        """What the models see."""
+        """Show the image as the models see it."""
         try:
-            # The noise is the same whatever is asked.
+            # The noise does not depend on the question.
             [sample] = self._samples(subject, choice, marks, question or "?", [noise / 100])
         except DataError as error:
             return view.notice(str(error))
@@ -99,16 +102,16 @@ class PageHandlers:
         return view.picture(self.model.seen(sample), caption)
 
     def answer(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
-        """What each system says."""
+        """Show each system's answer."""
         try:
             samples = self._samples(subject, choice, marks, question, [noise / 100])
-            said = self.model.answers(samples, self.model.systems)
+            by_system = self.model.answers(samples, self.model.systems)
         except DataError as error:
             return view.notice(str(error), "problem")
-        panels = "".join(view.answer_panel(system, answers[0]) for system, answers in said.items())
+        panels = "".join(view.answer_panel(system, answers[0]) for system, answers in by_system.items())
         hint = (
             ""
-            if len(said) > 1
+            if len(by_system) > 1
             else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
         )
         return f'<div class="answers" data-noise="{noise:.0f}">{panels}</div>{_LEGEND}{hint}'
@@ -116,7 +119,7 @@ class PageHandlers:
     def curve(
         self, subject: Subject, choice: str, marks: str, question: str, noise: float
     ) -> tuple[Any, str]:
-        """What each system says at all levels of noise, for later and as a figure."""
+        """Each system's answers at all levels of noise, as data for `mark` and as a figure."""
         amounts = [step / 1000 for step in LinearLevels().steps]
         try:
             samples = self._samples(subject, choice, marks, question, amounts)
@@ -125,47 +128,47 @@ class PageHandlers:
             return None, view.notice(str(error))
         return (curves, amounts), view.response_curve(curves, amounts, noise / 100)
 
-    def mark(self, drawn: Any, noise: float) -> Any:
-        """The curve with another amount of noise marked."""
-        if drawn is None:
+    def mark(self, curve: Any, noise: float) -> Any:
+        """Redraw the curve with another amount of noise marked."""
+        if curve is None:
             return gr.skip()
-        curves, amounts = drawn
+        curves, amounts = curve
         return view.response_curve(curves, amounts, noise / 100)
 
     def show_report(self) -> str:
-        """The report as it is now, in a frame that can reach nothing of this page."""
+        """Show the current report in a frame that is isolated from this page."""
         if self.report is None or not self.report.is_file():
             where = "" if self.report is None else f" There is none at {self.report}."
             return view.notice(
-                f"No report yet: `make demo` ends with one, and `vlm-calibration report` writes one of any run.{where}"
+                f"No report yet: `make demo` ends with one, and `vlm-calibration report` writes one for any run.{where}"
             )
         content = escape(self.report.read_text(encoding="utf-8"), quote=True)
         return f'<iframe class="report" title="Report" sandbox="allow-scripts" srcdoc="{content}"></iframe>'
 
 
-def build_page(desk: PageHandlers) -> gr.Blocks:
-    """The page of a desk, not yet served."""
+def build_page(handlers: PageHandlers) -> gr.Blocks:
+    """Build the page; `serve` launches it."""
     with gr.Blocks(
         title="vlm-calibration", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as page:
         gr.HTML(
-            "<h1>How sure is it?</h1><p>Put noise on what a question is about, and see which model notices that it can no "
-            f"longer see it.</p><p>Asked: <code>{escape(_shown(desk.model.name))}</code></p>"
+            "<h1>How sure is it?</h1><p>Put noise on the object that a question is about, and see which model's confidence "
+            f"falls.</p><p>Model: <code>{escape(_short_name(handlers.model.name))}</code></p>"
         )
         with gr.Tab("Ask"):
-            _ask_tab(page, desk)
+            _ask_tab(page, handlers)
         with gr.Tab("Report") as tab:
             report = gr.HTML()
-        tab.select(desk.show_report, None, report, **QUIET)
+        tab.select(handlers.show_report, None, report, **QUIET)
     return page
 
 
-def _shown(name: str) -> str:
-    """A model's name, its paths as seen from here."""
+def _short_name(name: str) -> str:
+    """A model's name with paths relative to the current folder."""
     return name.replace(str(DEMO_MODEL), "the demo's model").replace(f"{Path.cwd()}/", "")
 
 
-def _ask_tab(page: gr.Blocks, desk: PageHandlers) -> None:
+def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     first = demo_subject(0)
     subject = gr.State(first, time_to_live=3600)
     curves = gr.State(None, time_to_live=3600)
@@ -178,7 +181,7 @@ def _ask_tab(page: gr.Blocks, desk: PageHandlers) -> None:
                 size="sm",
                 elem_id="upload",
             )
-            problem = complaints(MAX_UPLOAD)
+            problem = upload_errors(MAX_UPLOAD)
             with gr.Row(elem_id="pictures"):
                 picture = marker()
                 seen = gr.HTML(elem_id="seen")
@@ -191,21 +194,21 @@ def _ask_tab(page: gr.Blocks, desk: PageHandlers) -> None:
             gr.HTML("<h2>Confidence at every level of noise</h2>")
             curve = gr.HTML(elem_id="curve")
 
-    asked = [subject, choice, picture, question, noise]
+    inputs = [subject, choice, picture, question, noise]
     begun = [subject, picture, question, choice, noise]
 
-    def shown(event: Any) -> None:
-        """See, ask and draw everything anew."""
-        event.then(desk.see, asked, seen, **QUIET).then(
-            desk.answer, asked, answers, api_visibility="private"
-        ).then(desk.curve, asked, [curves, curve], api_visibility="private")
+    def update(event: Any) -> None:
+        """Update image, answers and curve after an event."""
+        event.then(handlers.see, inputs, seen, **QUIET).then(
+            handlers.answer, inputs, answers, api_visibility="private"
+        ).then(handlers.curve, inputs, [curves, curve], api_visibility="private")
 
-    shown(page.load(lambda: desk.begin(demo_subject(0)), None, begun, **QUIET))
-    shown(scenes.select(desk.begin_scene, None, [*begun, problem], **QUIET))
-    shown(upload.upload(desk.begin_upload, upload, [*begun, problem], **QUIET))
-    shown(gr.on([ask.click, question.submit, choice.input], lambda: "", None, problem, **QUIET))
-    shown(picture.input(lambda: DRAWN, None, choice, **LATEST))
-    question.input(desk.name_object, [subject, question], choice, **LATEST)
-    noise.input(desk.see, asked, seen, **LATEST)
-    noise.input(desk.answer, asked, answers, **LATEST)
-    noise.input(desk.mark, [curves, noise], curve, **LATEST)
+    update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
+    update(scenes.select(handlers.begin_scene, None, [*begun, problem], **QUIET))
+    update(upload.upload(handlers.begin_upload, upload, [*begun, problem], **QUIET))
+    update(gr.on([ask.click, question.submit, choice.input], lambda: "", None, problem, **QUIET))
+    update(picture.input(lambda: DRAWN, None, choice, **LATEST))
+    question.input(handlers.name_object, [subject, question], choice, **LATEST)
+    noise.input(handlers.see, inputs, seen, **LATEST)
+    noise.input(handlers.answer, inputs, answers, **LATEST)
+    noise.input(handlers.mark, [curves, noise], curve, **LATEST)

@@ -1,4 +1,4 @@
-"""Serve the page to this machine only: Gradio's settings, the loopback address, limits of uploads."""
+"""Serves the page to this machine only: Gradio's settings, the loopback address, the upload limit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, 
     """Serve the page on the loopback interface until interrupted.
 
     Args:
+        model: the model that answers.
         finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page of the second tab; it need not exist.
+        report: page of the second tab; it may appear later.
+        port: port on 127.0.0.1.
 
     Raises:
         DataError: the port is in use.
@@ -43,14 +45,14 @@ def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, 
 
         try:
             page, settings = build(PageHandlers(model, finder, report), port)
-            print(f"http://{HOST}:{port} (Ctrl+C ends it)", flush=True)
+            print(f"http://{HOST}:{port} (Ctrl+C stops it)", flush=True)
             page.launch(**settings)
         except OSError as error:
             raise DataError(f"--port {port}: {error}") from error
 
 
 def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
-    """The page, and how `launch` is to serve it."""
+    """Build the page, and the arguments of its `launch`."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -59,7 +61,7 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
 
     theme = gr.themes.Base(
         primary_hue="blue",
-        # Those of the machine: others would be fetched from elsewhere.
+        # System fonts: others would be downloaded.
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )

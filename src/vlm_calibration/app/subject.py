@@ -1,4 +1,4 @@
-"""What a visitor of the page looks at: an image, and where in it the key object is."""
+"""The image that a visitor of the page looks at, and the mask of its key object."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from vlm_calibration.regions.segmenter import Segmenter
 
 DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
 MAX_UPLOAD = 20 << 20
-"""Bytes of a file that may be sent."""
+"""Largest size of an uploaded file in bytes."""
 MAX_PIXELS = 50_000_000
-"""Of an uploaded image; a camera's photograph has 12 to 48 million."""
-LARGEST_SIDE = 2048
-"""Uploaded images are kept at no more than this; no model here sees more of one."""
+"""Most pixels of an uploaded image; photographs have 12 to 48 million."""
+MAX_SIDE = 2048
+"""Uploaded images are shrunk to this longer side; no model here has a higher resolution."""
 MAX_MARKS = 2_000_000
-"""Most characters of what was painted."""
+"""Most characters of a painted mask as a data URL."""
 _MARKS = "data:image/png;base64,"
 
 
 @dataclass
 class Subject:
-    """An image, uint8 [H, W, 3], its known objects by name, bool [H, W], and a question to begin with.
+    """An image with its known objects.
 
-    detected: question -> what was found for it; None: nothing.
+    Attributes:
+        image: uint8 [H, W, 3].
+        objects: name -> mask, bool [H, W].
+        question: a first question about it.
+        detected: question -> mask that a detector found for it, None if it found nothing.
     """
 
     image: np.ndarray
@@ -47,20 +51,20 @@ class Subject:
 
 
 def demo_subject(index: int) -> Subject:
-    """A scene of the demo's test split, whose objects are known to the pixel."""
+    """A scene of the demo's test split, with exact masks of its objects."""
     scene = render_scene(scene_seed("test", index))
     objects = {o.name: o.mask for o in scene.objects if o.mask.any()}
     return Subject(scene.image, objects, scene_queries("test", index)[0].question)
 
 
 def uploaded_subject(path: str | Path) -> Subject:
-    """An image that somebody sent.
+    """Read an uploaded image.
 
     Raises:
-        DataError: it cannot be used; the message does not say where on this machine it is.
+        DataError: it cannot be used; the message does not reveal its path.
     """
     image = pixels_of(path, MAX_PIXELS, name="the image")
-    shrink = LARGEST_SIDE / max(image.shape[:2])
+    shrink = MAX_SIDE / max(image.shape[:2])
     if shrink < 1:
         height, width = (max(1, round(n * shrink)) for n in image.shape[:2])
         image = resize_image(image, (height, width))
@@ -68,37 +72,40 @@ def uploaded_subject(path: str | Path) -> Subject:
 
 
 def named_in(question: str, names: Sequence[str]) -> str | None:
-    """The first of these names that the question holds as a word."""
+    """The first of some names that occurs in the question as a word."""
     return next((n for n in names if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE)), None)
 
 
 def painted(marks: str, shape: Sequence[int]) -> np.ndarray | None:
-    """The mask that somebody painted, bool [H, W]; None where there is no paint.
+    """Decode a painted mask, bool [H, W]; None if nothing is painted.
 
     Args:
-        marks: a PNG as a data URL, black where it was painted and transparent elsewhere; empty: nothing was.
-        shape: of the image.
+        marks: a PNG as a data URL, black where painted and transparent elsewhere; empty if nothing is painted.
+        shape: shape of the image.
 
     Raises:
-        DataError: something else.
+        DataError: `marks` is not such a PNG.
     """
     if not marks:
         return None
     if not marks.startswith(_MARKS) or len(marks) > MAX_MARKS:
-        raise DataError("what was painted is not a PNG of a sensible size")
+        raise DataError("the painted mask is not a PNG, or is too large")
     try:
-        drawn = load_image(base64.b64decode(marks[len(_MARKS) :], validate=True), max_pixels=4_000_000)
+        paint = load_image(base64.b64decode(marks[len(_MARKS) :], validate=True), max_pixels=4_000_000)
     except (ValueError, binascii.Error) as error:
-        raise DataError("what was painted cannot be read") from error
-    mask = drawn[..., 0] < 128
+        raise DataError("the painted mask cannot be read") from error
+    mask = paint[..., 0] < 128
     return resize_mask(mask, (shape[0], shape[1])) if mask.any() else None
 
 
 @dataclass(frozen=True)
 class KeyObjectFinder:
-    """Finds the objects of a question in an image: describe, detect, outline.
+    """Finds the objects of a question in an image: describe, detect, segment.
 
-    The parts are loaded by `load`.
+    Attributes:
+        describer: names the objects of the question.
+        detector: finds boxes of these objects.
+        segmenter: turns boxes into masks.
     """
 
     describer: Describer
@@ -106,31 +113,32 @@ class KeyObjectFinder:
     segmenter: Segmenter
 
     def load(self, device: torch.device) -> None:
+        """Load the models onto a device."""
         for part in (self.describer, self.detector, self.segmenter):
             part.load(device)
 
     def find(self, subject: Subject, question: str) -> np.ndarray | None:
-        """Every instance of what the question names, bool [H, W]; None where nothing is found. Remembered."""
+        """The mask of all objects that the question names, bool [H, W]; None if there are none. Cached in the subject."""
         if question not in subject.detected:
             subject.detected[question] = self._find(subject.image, question)
         return subject.detected[question]
 
     def _find(self, image: np.ndarray, question: str) -> np.ndarray | None:
-        # With either answer the same objects are named; here they are looked for, there or not.
+        # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
         [described] = self.describer.describe([query], [image])
         if not described.objects:
             return None
-        [found] = self.detector.detect([image], [described.objects])
-        if not found:
+        [detections] = self.detector.detect([image], [described.objects])
+        if not detections:
             return None
-        [masks] = self.segmenter.segment([image], [[d.box for d in found]])
+        [masks] = self.segmenter.segment([image], [[d.box for d in detections]])
         mask: np.ndarray = np.logical_or.reduce(masks)
         return mask if mask.any() else None
 
 
 def choices(subject: Subject, finder: KeyObjectFinder | None) -> list[str]:
-    """What the key object may be taken to be."""
+    """The options for the key object."""
     return [*subject.objects, *([DETECTED] if finder else []), DRAWN, WHOLE]
 
 
@@ -140,7 +148,7 @@ def key_object(
     """The mask of the key object, bool [H, W].
 
     Raises:
-        DataError: it is not known yet; the message says what to do.
+        DataError: the key object is unknown; the message tells what to do.
     """
     if choice in subject.objects:
         return subject.objects[choice]
@@ -150,7 +158,7 @@ def key_object(
         mask = finder.find(subject, question)
         if mask is None:
             raise DataError(
-                "The detector finds no object of this question: paint over it, or take the whole image."
+                "The detector finds no object of this question: paint over it, or choose the whole image."
             )
         return mask
     mask = painted(marks, subject.image.shape)

@@ -1,4 +1,4 @@
-"""What stands in front of the web page: who may ask, how much may be sent, and where the browser may go from here."""
+"""The middleware in front of the web page: allowed host names, a limit on request bodies, and security headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 POLICY = "; ".join(
     [
-        # Gradio's pages are made of scripts and styles of their own, some of them written in the page.
+        # Gradio's pages use inline scripts and styles.
         "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
         "object-src 'none'",
         "base-uri 'self'",
@@ -29,14 +29,15 @@ HEADERS = (
 
 
 class Guard:
-    """An ASGI middleware for a server that is for this machine only.
+    """ASGI middleware for a server that only this machine may use.
 
-    It answers requests for the names in `hosts` alone, so that no other site can have its name lead here; refuses bodies
-    that are too large while they come in; and tells browsers to load nothing from anywhere else.
+    It answers only requests whose host is in `hosts`, against DNS rebinding; refuses bodies that are too large while they
+    arrive; and adds headers that forbid browsers to load anything from elsewhere.
 
     Args:
-        hosts: names that the server is called by, without a port.
-        max_body: most bytes of a request.
+        app: the ASGI application.
+        hosts: allowed host names, without a port.
+        max_body: largest request body in bytes.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...], max_body: int) -> None:
@@ -56,33 +57,33 @@ class Guard:
         if not length.isdigit() or int(length) > self.max_body:
             await _refuse(send, 413, f"More than {self.max_body >> 20} MB.")
             return
-        await self.app(scope, _limited(receive, self.max_body), _with_policy(send))
+        await self.app(scope, _limited(receive, self.max_body), _with_headers(send))
 
 
-def _limited(receive: Receive, most: int) -> Receive:
-    """Ends the connection where a body without a stated length goes on for too long."""
-    taken = 0
+def _limited(receive: Receive, max_body: int) -> Receive:
+    """End the connection if a body of unknown length becomes too large."""
+    received = 0
 
-    async def receiving() -> Message:
-        nonlocal taken
+    async def receive_limited() -> Message:
+        nonlocal received
         message = await receive()
-        taken += len(message.get("body", b""))
-        return message if taken <= most else {"type": "http.disconnect"}
+        received += len(message.get("body", b""))
+        return message if received <= max_body else {"type": "http.disconnect"}
 
-    return receiving
+    return receive_limited
 
 
-def _with_policy(send: Send) -> Send:
-    async def sending(message: Message) -> None:
+def _with_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", []))
             names = {name.lower() for name, _ in headers}
-            # A stricter one of Gradio's, as files have, stays.
+            # Keep stricter headers of Gradio, such as those of files.
             added = [(name, value) for name, value in HEADERS if name not in names]
             message = {**message, "headers": [*headers, *added]}
         await send(message)
 
-    return sending
+    return send_with_headers
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:

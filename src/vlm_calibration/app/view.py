@@ -1,7 +1,7 @@
-"""What the page shows of answers: bars, distributions and the response curve, as HTML and SVG that need nothing else.
+"""Answers as HTML and SVG: bars, distributions and the response curve.
 
-Pure functions of answers. Whatever a model or a person wrote is escaped here, and only here. Colours are those of
-`metrics.figures`; what differs in colour also differs in shape or line style.
+Pure functions of answers. All text of models and visitors is escaped here, and only here. Colours are those of
+`metrics.figures`; marks that differ in colour also differ in shape or line style.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from vlm_calibration.metrics.figures import BLUE, ORANGE
 
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}
 COLOURS = {BASE: ORANGE, CALIBRATED: BLUE}
-LARGEST_PREVIEW = 768
-"""Pixels of the longer side of a picture that is sent to the browser."""
+PREVIEW_SIDE = 768
+"""Pixels of the longer side of pictures for the browser."""
 
 
 def notice(text: str, kind: str = "hint") -> str:
-    """A line for the user. kind: "hint" or "problem", which screen readers announce."""
+    """A message to the visitor; `kind` is "hint" or "problem", which screen readers announce."""
     role = ' role="alert"' if kind == "problem" else ""
     return f'<p class="notice {escape(kind)}"{role}>{escape(text)}</p>'
 
 
-def data_url(image: np.ndarray, side: int = LARGEST_PREVIEW) -> str:
-    """An image, uint8 [H, W, 3], with no side longer than this, as a browser takes it."""
-    shown = Image.fromarray(image)
-    shown.thumbnail((side, side))
+def data_url(image: np.ndarray, side: int = PREVIEW_SIDE) -> str:
+    """Encode an image, uint8 [H, W, 3], as a data URL, shrunk to a longer side of at most `side` pixels."""
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((side, side))
     file = io.BytesIO()
-    shown.save(file, "PNG")
+    thumbnail.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def picture(image: np.ndarray, caption: str) -> str:
-    """An image, uint8 [H, W, 3], with what it shows below it; small ones keep their pixels."""
+    """An image, uint8 [H, W, 3], with a caption; small images are scaled without smoothing."""
     small = " small" if max(image.shape[:2]) < 256 else ""
     return (
         f'<figure class="noised"><img class="noised{small}" alt="" src="{data_url(image)}">'
@@ -49,7 +49,7 @@ def picture(image: np.ndarray, caption: str) -> str:
 
 
 def answer_panel(system: str, answer: Answer) -> str:
-    """What one system says: the answer, its stated and expected confidence as bars, and the distribution."""
+    """One system's answer: text, stated and expected confidence as bars, and the distribution."""
     return (
         f'<section class="said {escape(system)}" style="--own: {COLOURS[system]}">'
         f"<h3>{TITLES[system]}</h3>"
@@ -70,7 +70,7 @@ def _bar(name: str, value: float | None) -> str:
 
 
 def _distribution(answer: Answer) -> str:
-    """Bars over 0% to 100%: how probable each statement was."""
+    """The probability of each statement as bars over 0% to 100%."""
     if not answer.distribution:
         return ""
     highest = max(answer.distribution.values())
@@ -80,12 +80,12 @@ def _distribution(answer: Answer) -> str:
         if p / highest > 0.005
     )
     likeliest = sorted(answer.distribution.items(), key=lambda item: -item[1])[:3]
-    said = ", ".join(f"{level:.0%} with probability {p:.2f}" for level, p in likeliest)
+    in_words = ", ".join(f"{level:.0%} with probability {p:.2f}" for level, p in likeliest)
     ticks = "".join(f'<text x="{14 + 2.12 * t}" y="66">{t}%</text>' for t in (0, 25, 50, 75, 100))
     return (
-        f'<svg class="distribution" viewBox="0 0 240 70" role="img" aria-label="{escape(f"What might be stated: {said}")}">'
+        f'<svg class="distribution" viewBox="0 0 240 70" role="img" aria-label="{escape(f"What might be stated: {in_words}")}">'
         f'<line x1="8" y1="52.5" x2="232" y2="52.5"/>{bars}{ticks}</svg>'
-        '<p class="caption">how probable each statement was</p>'
+        '<p class="caption">probability of each statement</p>'
     )
 
 
@@ -100,8 +100,9 @@ def response_curve(
     """Confidence against the noise on the key object: stated as points, expected as a line.
 
     Args:
-        curves: system -> its answers, one for each of `noise`. noise: amounts in [0, 1], rising, the first one 0.
-        now: the amount to mark.
+        curves: system -> its answers, one for each amount of noise.
+        noise: amounts in [0, 1], ascending from 0.
+        now: the amount to mark; None: none.
     """
     ticks = "".join(_tick(t / 100) for t in (0, 25, 50, 75, 100))
     marked, at = ("", "") if now is None else (_vertical(now, "now"), f' data-noise="{100 * now:.0f}"')
@@ -167,6 +168,6 @@ def _in_words(curves: Mapping[str, Sequence[Answer]]) -> str:
         return "nothing" if answer.confidence is None else f"{answer.confidence:.0%}"
 
     return "Confidence against noise. " + " ".join(
-        f"{TITLES[system]}: states {at(answers[0])} without noise and {at(answers[-1])} where nothing is left."
+        f"{TITLES[system]}: states {at(answers[0])} without noise and {at(answers[-1])} at full noise."
         for system, answers in curves.items()
     )

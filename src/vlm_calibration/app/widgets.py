@@ -1,4 +1,4 @@
-"""The page's own components: a picture to paint the key object on (`marker.js` runs in the browser), and a strip of scenes."""
+"""The page's own components: a picture to paint the key object on (with `marker.js`), the scenes, and upload errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_calibration.app import view
 from vlm_calibration.app.subject import Subject
 
 SIDE = 480
-"""Pixels of the longer side of the picture that is painted on."""
+"""Pixels of the longer side of the picture to paint on."""
 
 _TEMPLATE = """
 <canvas width="480" height="480" tabindex="0" role="img"
@@ -46,17 +46,17 @@ document.addEventListener('change', (event) => {
 """
 
 
-def complaints(largest: int) -> gr.HTML:
-    """Where the page says what is wrong with an image; the browser says it of files that it does not even send.
-
-    Gradio drops those without a word.
+def upload_errors(max_bytes: int) -> gr.HTML:
+    """The component for errors of uploads; the browser fills it for files that it does not send, which Gradio drops silently.
 
     Args:
-        largest: bytes of a file that may be sent.
+        max_bytes: largest size of a file.
     """
     texts = {
-        "LARGEST": largest,
-        "TOO_LARGE": view.notice(f"the image: a file of more than {largest >> 20} MB; shrink it", "problem"),
+        "LARGEST": max_bytes,
+        "TOO_LARGE": view.notice(
+            f"the image: a file of more than {max_bytes >> 20} MB; shrink it", "problem"
+        ),
         "NO_IMAGE": view.notice("the file is not an image", "problem"),
     }
     script = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items()) + _REFUSE
@@ -64,16 +64,16 @@ def complaints(largest: int) -> gr.HTML:
 
 
 def object_choice() -> gr.Dropdown:
-    """The dropdown of key objects, whose value may also be one of the choices of a moment ago.
+    """The dropdown of key objects.
 
-    What a visitor did just before another image came asks about an object of the image before. Gradio would report that as an
-    error; `subject.key_object`, which checks what is chosen or typed, takes it for nothing that is known.
+    It accepts custom values, because an event just before a new image arrives still names an object of the old one, which
+    Gradio would report as an error; `subject.key_object` checks the value.
     """
     return gr.Dropdown(label="Key object", elem_id="object", allow_custom_value=True)
 
 
 def marker() -> gr.HTML:
-    """The component: `image` is the picture, as `view.data_url` makes it; the value is what was painted."""
+    """The component to paint on: `image` is the picture as a data URL, the value is the painted mask."""
     return gr.HTML(
         "",
         image="",
@@ -93,7 +93,7 @@ element.addEventListener('click', (event) => {
 
 
 def scene_strip(subjects: Sequence[Subject]) -> gr.HTML:
-    """Small pictures to choose from; `select` says which, as `index`."""
+    """The component with small pictures to choose from; its event `select` has the `index` of the picture."""
     buttons = "".join(
         f'<button type="button" data-index="{index}" aria-label="Scene {index + 1}: {escape(", ".join(subject.objects))}">'
         f'<img alt="" src="{view.data_url(subject.image)}"></button>'

@@ -1,14 +1,17 @@
-"""`vlm-calibration completion`: a script with which bash or zsh complete commands, settings and file names."""
+"""`vlm-calibration completion`: a script for bash or zsh that completes commands, settings and file names.
+
+It is not in `commands` because it reads the table of all commands.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from vlm_calibration.arguments import Parser, explained_errors
-from vlm_calibration.cli import COMMANDS, TRAINER
+from vlm_calibration.arguments import command_parser
+from vlm_calibration.cli import COMMANDS, PROG, TRAINER, load
 
 STAGES = (
     "vlm_calibration.stages.sft:SFTModule",
@@ -19,67 +22,56 @@ STAGES = (
 )
 
 
-def completion_parser() -> Parser:
-    """The parser of `completion`."""
-    parser = Parser(
-        "vlm-calibration completion",
-        description="Print a script that completes commands, settings and file names. For bash put it into "
-        "~/.local/share/bash-completion/completions/vlm-calibration, for zsh into a file _vlm-calibration in a folder of "
-        "$fpath.",
-    )
-    parser.add_argument("shell", choices=["bash", "zsh"])
-    return parser
+def completion(shell: Literal["bash", "zsh"]) -> None:
+    """Print a script that completes commands, settings and file names.
 
+    For bash save it as ~/.local/share/bash-completion/completions/vlm-calibration, for zsh as _vlm-calibration in a folder of
+    $fpath.
 
-def completion_command(args: Sequence[str]) -> None:
-    """`completion bash` and `completion zsh`.
-
-    Raises:
-        ArgumentError: another shell.
+    Args:
+        shell: shell of the script
     """
-    with explained_errors(parser := completion_parser()):
-        found = parser.parse_args(args)
     import shtab
 
-    print(shtab.complete(all_commands(), found.shell))
+    print(shtab.complete(all_commands(), shell))
 
 
 def all_commands() -> argparse.ArgumentParser:
-    """One parser with all commands and their settings; it parses nothing."""
-    parser = argparse.ArgumentParser("vlm-calibration")
+    """Build one parser with all commands and their settings, for completion only."""
+    parser = argparse.ArgumentParser(PROG)
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers()
-    trainer = _trainer_parsers()
+    trainer_parsers = _trainer_parsers()
     for name, (target, text) in COMMANDS.items():
-        module = import_module(target.partition(":")[0])
-        own = trainer[name] if target == TRAINER else getattr(module, f"{name}_parser")()
-        made = commands.add_parser(name, help=text, add_help=False)
-        _copy(own._actions, made)
-        if target == TRAINER:
-            _add_stages(made)
+        is_trainer = target == TRAINER
+        source = trainer_parsers[name] if is_trainer else command_parser(f"{PROG} {name}", load(target))
+        command = commands.add_parser(name, help=text, add_help=False)
+        _copy(source._actions, command)
+        if is_trainer:
+            _add_stages(command)
     return parser
 
 
 def _trainer_parsers() -> Mapping[str, argparse.ArgumentParser]:
-    """LightningCLI's parser of each of its subcommands."""
-    from vlm_calibration.cli.lightning_cli import CalibrationCLI
+    """The parsers of LightningCLI's subcommands."""
+    from vlm_calibration.commands.lightning_cli import CalibrationCLI
 
-    class BuiltError(Exception):
+    class ParsersBuilt(Exception):
         pass
 
-    class Building(CalibrationCLI):
+    class ParserBuilder(CalibrationCLI):
         def parse_arguments(self, *_: Any) -> None:
-            raise BuiltError(self._subcommand_parsers)
+            raise ParsersBuilt(self._subcommand_parsers)
 
     try:
-        Building()
-    except BuiltError as built:
-        parsers: Mapping[str, argparse.ArgumentParser] = built.args[0]
+        ParserBuilder()
+    except ParsersBuilt as end:
+        parsers: Mapping[str, argparse.ArgumentParser] = end.args[0]
     return parsers
 
 
 def _add_stages(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of all modules that a configuration may choose."""
+    """Add the settings of all modules that a configuration may name."""
     from jsonargparse import ArgumentParser
 
     for stage in STAGES:
@@ -90,33 +82,30 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
 
 
 def _copy(actions: Iterable[argparse.Action], parser: argparse.ArgumentParser) -> None:
-    """Add what can be typed of these actions, without what they do."""
+    """Add the names and choices of actions to another parser."""
     import shtab
 
     for action in actions:
         if isinstance(action, argparse._SubParsersAction):
             commands = parser.add_subparsers()
-            for name, own in action.choices.items():
-                # shtab takes a command without a help for a hidden one.
-                _copy(
-                    own._actions, commands.add_parser(name, help=_one_line(own.description), add_help=False)
-                )
+            for name, source in action.choices.items():
+                # shtab hides a command without a help text.
+                command = commands.add_parser(name, help=_first_sentence(source.description), add_help=False)
+                _copy(source._actions, command)
             continue
         names = [name for name in action.option_strings if name not in parser._option_string_actions]
-        if not names and action.option_strings:
+        if (action.option_strings and not names) or action.help == argparse.SUPPRESS:
             continue
-        flag = bool(names) and action.nargs == 0
-        settings: dict[str, Any] = {"action": "store_true"} if flag else {"choices": action.choices}
+        hint = getattr(action, "_typehint", None)
+        choices = get_args(hint) if get_origin(hint) is Literal else action.choices
+        is_flag = bool(names) and action.nargs == 0
+        settings: dict[str, Any] = {"action": "store_true"} if is_flag else {"choices": choices}
         if not names and action.nargs is not None:
             settings["nargs"] = action.nargs
-        made = parser.add_argument(*(names or [action.dest]), help=_one_line(action.help), **settings)
-        if not flag and action.choices is None:
-            made.complete = shtab.FILE  # type: ignore[attr-defined]
+        added = parser.add_argument(*(names or [action.dest]), help=_first_sentence(action.help), **settings)
+        if not is_flag and choices is None:
+            added.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
-def _one_line(text: str | None) -> str:
-    return (
-        ""
-        if text in (None, argparse.SUPPRESS)
-        else " ".join(str(text).split()).split(". ")[0].replace("%", "%%")
-    )
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split()).split(". ")[0].replace("%%", "%").replace("%", "%%")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from argparse import ArgumentError
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_calibration.arguments import Parser, explained_errors, positive
-from vlm_calibration.commands.options import add_model_options, load_model
+from jsonargparse.typing import PositiveInt
+
+from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -17,61 +19,62 @@ if TYPE_CHECKING:
 REPORTS = ("runs/demo/report.html", "runs/eval/report.html")
 
 
-def app_parser() -> Parser:
-    """The parser of `app`."""
-    parser = Parser(
-        "vlm-calibration app",
-        description="A page to try out a base model and its calibrated adapter in, on this machine.",
-    )
-    parser.add_argument("--port", type=positive, default=7860, help="(default: 7860)")
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help=f"page of the second tab (default: {' or '.join(REPORTS)})",
-    )
-    group = parser.add_argument_group("key objects of uploaded images")
-    group.add_argument(
-        "--detector",
-        metavar="MODEL",
-        help="e.g. IDEA-Research/grounding-dino-tiny; without one they are painted",
-    )
-    group.add_argument("--segmenter", metavar="MODEL", help="e.g. facebook/sam2.1-hiera-tiny")
-    add_model_options(parser)
-    return parser
+@dataclass(frozen=True)
+class FinderOptions:
+    """key objects of uploaded images
+
+    Attributes:
+        detector: e.g. IDEA-Research/grounding-dino-tiny; without a detector, visitors paint key objects
+        segmenter: e.g. facebook/sam2.1-hiera-tiny
+    """
+
+    detector: str | None = None
+    segmenter: str | None = None
+
+    def finder(self) -> KeyObjectFinder | None:
+        """The finder of key objects, not loaded yet; None without a detector.
+
+        Raises:
+            DataError: the tagger is not installed.
+        """
+        if self.detector is None or self.segmenter is None:
+            return None
+        from vlm_calibration.app.subject import KeyObjectFinder
+        from vlm_calibration.regions.detector import ZeroShotDetector
+        from vlm_calibration.regions.phrases import RuleDescriber
+        from vlm_calibration.regions.segmenter import PromptedSegmenter
+
+        return KeyObjectFinder(
+            RuleDescriber(), ZeroShotDetector(self.detector), PromptedSegmenter(self.segmenter)
+        )
 
 
-def app_command(args: Sequence[str]) -> None:
-    """Read the arguments behind `app`, and serve until interrupted.
+def app(
+    *,
+    port: PositiveInt = PositiveInt(7860),
+    report: Path | None = None,
+    key_objects: FinderOptions,
+    model: ModelOptions,
+) -> None:
+    """Serve a page to try out a base model and its calibrated adapter, on this machine, until interrupted.
+
+    Args:
+        port: port on 127.0.0.1
+        report: page of the second tab (default: runs/demo/report.html or runs/eval/report.html)
 
     Raises:
-        ArgumentError: they make no sense. DataError: a model that cannot be loaded, a port in use, or no Gradio.
+        ArgumentError: a detector without a segmenter, or a segmenter without a detector.
+        DataError: a model cannot be loaded, the port is in use, or Gradio is not installed.
     """
-    with explained_errors(parser := app_parser()):
-        found = parser.parse_args(args)
-    if (found.detector is None) != (found.segmenter is None):
-        parser.error("--detector and --segmenter belong together")
+    if (key_objects.detector is None) != (key_objects.segmenter is None):
+        raise ArgumentError(None, "--detector and --segmenter belong together")
     if find_spec("gradio") is None:
         raise DataError("the page needs Gradio: pip install 'vlm-calibration[app]'")
     from vlm_calibration.app.serve import serve
 
-    finder = None if found.detector is None else _finder(found.detector, found.segmenter)
-    model = load_model(found)
+    finder = key_objects.finder()
+    loaded = load_model(model)
     if finder is not None:
-        finder.load(model.model.device)
-    report = found.report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
-    serve(model, finder, report, found.port)
-
-
-def _finder(detector: str, segmenter: str) -> KeyObjectFinder:
-    """What finds key objects, not loaded yet.
-
-    Raises:
-        DataError: the tagger is not installed.
-    """
-    from vlm_calibration.app.subject import KeyObjectFinder
-    from vlm_calibration.regions.detector import ZeroShotDetector
-    from vlm_calibration.regions.phrases import RuleDescriber
-    from vlm_calibration.regions.segmenter import PromptedSegmenter
-
-    return KeyObjectFinder(RuleDescriber(), ZeroShotDetector(detector), PromptedSegmenter(segmenter))
+        finder.load(loaded.model.device)
+    page = report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
+    serve(loaded, finder, page, port)

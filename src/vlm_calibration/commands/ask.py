@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentError
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_calibration.arguments import Parser, explained_errors, positive
-from vlm_calibration.commands.options import add_model_options, load_model
-from vlm_calibration.records import ANSWER_TYPES, DataError
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
+from vlm_calibration.commands.options import ModelOptions, load_model
+from vlm_calibration.records import AnswerType, DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.commands.questions import AnswerFile, Question
@@ -21,116 +22,118 @@ if TYPE_CHECKING:
     from vlm_calibration.inference.answers import Answer, Threshold
     from vlm_calibration.inference.model import CalibratedModel
 
-LIKELY = 0.05
-"""A confidence that is at least so probable is worth a line on the terminal."""
+MIN_PRINTED = 0.05
+"""Probability from which on a confidence is printed among those that the model might have stated."""
+BATCH_SIZE = 8
 
 
-def ask_command(args: Sequence[str]) -> None:
-    """Read the arguments behind `ask`, and answer.
+@dataclass(frozen=True)
+class ManyQuestions:
+    """many questions
+
+    Attributes:
+        questions: JSON lines with "image" and "question", optionally "id" and "answer_type"
+        out: file to write the answers to, one a line; if it holds some already, the others are added
+        root: folder of the images (default: that of the questions)
+        batch_size: questions asked together (default: 8)
+        skip_bad_images: leave out images that cannot be read, and count them
+    """
+
+    questions: Path | None = None
+    out: Path | None = None
+    root: Path | None = None
+    batch_size: PositiveInt | None = None
+    skip_bad_images: bool = False
+
+
+@dataclass(frozen=True)
+class ReviewOptions:
+    """review of answers that are not confident enough
+
+    Attributes:
+        review_below: a stated confidence in [0, 1]
+        accuracy: choose the lowest confidence from which on this share of the answers in --evaluated is right
+        evaluated: a predictions.jsonl, or its folder
+        by: estimator of the confidence for --accuracy (default: verbalized)
+    """
+
+    review_below: ClosedUnitInterval | None = None
+    accuracy: float | None = None
+    evaluated: Path | None = None
+    by: Literal["verbalized", "expected"] | None = None
+
+
+def ask(
+    image: str | None = None,
+    question: str | None = None,
+    *,
+    json: bool = False,
+    answer_type: AnswerType | None = None,
+    many: ManyQuestions,
+    review: ReviewOptions,
+    model: ModelOptions,
+) -> None:
+    """Ask a question about an image; print the answer and the confidence in it.
+
+    Args:
+        image: an image file
+        question: the question about it
+        json: print one JSON object
+        answer_type: kind of question (default: recognised from its words)
 
     Raises:
-        ArgumentError: they make no sense. DataError: a file, image, question or model that cannot be used.
+        ArgumentError: options are missing or contradict each other.
+        DataError: a file, image, question or model cannot be used.
     """
-    with explained_errors(parser := ask_parser()):
-        found = parser.parse_args(args)
-    _check(found)
-    threshold = _threshold(found)
-    if found.questions is not None:
-        _ask_many(found, threshold)
+    _check_options(image, question, answer_type, many)
+    threshold = _review_threshold(review)
+    if many.questions is not None and many.out is not None:
+        _ask_many(many, many.questions, many.out, model, threshold, json)
     else:
-        _ask_one(found, threshold)
+        assert image is not None
+        assert question is not None
+        _ask_one(image, question, answer_type, model, threshold, json)
 
 
-def ask_parser() -> Parser:
-    """The parser of `ask`."""
-    parser = Parser(
-        "vlm-calibration ask",
-        description="Ask a question about an image; print the answer and the confidence in it.",
-    )
-    parser.add_argument("image", nargs="?", help="an image file")
-    parser.add_argument("question", nargs="?", help="what to ask about it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--answer-type", choices=ANSWER_TYPES, help="kind of the question (default: told from its words)"
-    )
-    many = parser.add_argument_group("many questions")
-    many.add_argument(
-        "--questions",
-        type=Path,
-        metavar="FILE",
-        help='JSON lines with "image", "question" and, if wanted, "id"',
-    )
-    many.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="where answers go, a line each; started again, it goes on there",
-    )
-    many.add_argument("--root", type=Path, metavar="DIR", help="folder of the images (default: that of FILE)")
-    many.add_argument("--batch-size", type=positive, metavar="N", help="asked at a time (default: 8)")
-    many.add_argument(
-        "--skip-bad-images", action="store_true", help="leave out what cannot be read, and say how many"
-    )
-    review = parser.add_argument_group("review: mark answers that are not confident enough")
-    review.add_argument("--review-below", type=float, metavar="C", help="a stated confidence in [0, 1]")
-    review.add_argument(
-        "--accuracy",
-        type=float,
-        metavar="A",
-        help="the lowest confidence from which on a share A of the answers in --evaluated is right",
-    )
-    review.add_argument(
-        "--evaluated", type=Path, metavar="PATH", help="a predictions.jsonl, or the folder that holds one"
-    )
-    review.add_argument(
-        "--by",
-        choices=["verbalized", "expected"],
-        default=None,
-        help="whose confidence (default: verbalized)",
-    )
-    add_model_options(parser)
-    return parser
-
-
-def _check(found: argparse.Namespace) -> None:
-    """Refuse options that contradict each other, or would do nothing."""
-
-    def refuse(why: str) -> None:
-        raise argparse.ArgumentError(None, why)
-
-    if found.questions is None:
-        if found.image is None or found.question is None:
-            refuse("give an image and a question, or --questions FILE --out FILE")
+def _check_options(
+    image: str | None, question: str | None, answer_type: AnswerType | None, many: ManyQuestions
+) -> None:
+    """Refuse options that contradict each other or would have no effect."""
+    if many.questions is None:
+        if image is None or question is None:
+            raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
         for name in ("out", "root", "batch_size", "skip_bad_images"):
-            if getattr(found, name):
-                refuse(f"--{name.replace('_', '-')} is for many questions: give --questions FILE")
-    elif found.image is not None:
-        refuse("give either an image and a question, or --questions FILE")
-    elif found.out is None:
-        refuse("give --out FILE for the answers")
-    elif found.answer_type is not None:
-        refuse('--answer-type is for one question; a file of questions has the key "answer_type"')
-    if (found.accuracy is None) != (found.evaluated is None):
-        refuse("--accuracy and --evaluated belong together")
-    if found.accuracy is not None and found.review_below is not None:
-        refuse("give either --review-below or --accuracy")
-    if found.by is not None and found.accuracy is None:
-        refuse("--by is for --accuracy")
-    if found.review_below is not None and not 0 <= found.review_below <= 1:
-        refuse(f"--review-below must be in [0, 1], found {found.review_below}")
+            if getattr(many, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
+    elif image is not None:
+        raise ArgumentError(None, "give either an image and a question, or --questions FILE")
+    elif many.out is None:
+        raise ArgumentError(None, "give --out FILE for the answers")
+    elif answer_type is not None:
+        raise ArgumentError(
+            None, '--answer-type is for one question; a file of questions has the key "answer_type"'
+        )
 
 
-def _threshold(found: argparse.Namespace) -> float | Threshold | None:
-    if found.accuracy is None:
-        return found.review_below
+def _review_threshold(review: ReviewOptions) -> float | Threshold | None:
+    """The confidence below which answers need review; None if they are not to be marked."""
+    if (review.accuracy is None) != (review.evaluated is None):
+        raise ArgumentError(None, "--accuracy and --evaluated belong together")
+    if review.accuracy is not None and review.review_below is not None:
+        raise ArgumentError(None, "give either --review-below or --accuracy")
+    if review.by is not None and review.accuracy is None:
+        raise ArgumentError(None, "--by is for --accuracy")
+    if review.accuracy is None or review.evaluated is None:
+        return review.review_below
     from vlm_calibration.estimators.predictions import VERBALIZED
     from vlm_calibration.inference.answers import choose_threshold
 
-    threshold = choose_threshold(found.evaluated, found.accuracy, found.by or VERBALIZED)
+    threshold = choose_threshold(review.evaluated, review.accuracy, review.by or VERBALIZED)
     low, high = threshold.interval
     print(
-        f"review below {threshold.value:.2f} ({threshold.estimator}): of the answers there {threshold.accuracy:.1%} were "
-        f"right (95% interval {low:.1%} to {high:.1%}), which is {threshold.coverage:.1%} of all",
+        f"review below {threshold.value:.2f} ({threshold.estimator}): of the answers at or above it, {threshold.accuracy:.1%} "
+        f"were right (95% interval {low:.1%} to {high:.1%}); they are {threshold.coverage:.1%} of all answers",
         file=sys.stderr,
     )
     return threshold
@@ -139,14 +142,21 @@ def _threshold(found: argparse.Namespace) -> float | Threshold | None:
 # --- One question ---------------------------------------------------------------------------------------------------
 
 
-def _ask_one(found: argparse.Namespace, threshold: float | Threshold | None) -> None:
-    model = load_model(found)
-    answer = model.ask(found.image, found.question, found.answer_type)
-    if found.json:
-        asked = {"image": found.image, "question": found.question}
-        print(json.dumps({**asked, **_row(answer, threshold), "model": model.name}, ensure_ascii=False))
+def _ask_one(
+    image: str,
+    question: str,
+    answer_type: AnswerType | None,
+    options: ModelOptions,
+    threshold: float | Threshold | None,
+    json: bool,
+) -> None:
+    model = load_model(options)
+    answer = model.ask(image, question, answer_type)
+    if json:
+        row = {"image": image, "question": question, **_row(answer, threshold), "model": model.name}
+        print(dumps(row, ensure_ascii=False))
     else:
-        print(_shown(answer, threshold))
+        print(_as_text(answer, threshold))
 
 
 def _row(answer: Answer, threshold: float | Threshold | None) -> dict[str, Any]:
@@ -154,8 +164,8 @@ def _row(answer: Answer, threshold: float | Threshold | None) -> dict[str, Any]:
     return {**answer.to_dict(), **review}
 
 
-def _shown(answer: Answer, threshold: float | Threshold | None) -> str:
-    """The answer for a person: itself, its confidences, and what else it might have stated."""
+def _as_text(answer: Answer, threshold: float | Threshold | None) -> str:
+    """An answer as lines for the terminal: text, confidences, and the confidences that it might have stated."""
 
     def percent(value: float | None) -> str:
         return "none" if value is None else f"{value:.0%}"
@@ -165,7 +175,7 @@ def _shown(answer: Answer, threshold: float | Threshold | None) -> str:
         f"  stated confidence    {percent(answer.confidence):>5}",
         f"  expected confidence  {percent(answer.expected):>5}",
     ]
-    likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= LIKELY]
+    likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= MIN_PRINTED]
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
     if threshold is not None:
@@ -174,23 +184,30 @@ def _shown(answer: Answer, threshold: float | Threshold | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text without what would move a terminal's cursor or change its colours."""
+    """The text with control characters replaced, which could move a terminal's cursor or change its colours."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # --- Many questions -------------------------------------------------------------------------------------------------
 
 
-def _ask_many(found: argparse.Namespace, threshold: float | Threshold | None) -> None:
+def _ask_many(
+    many: ManyQuestions,
+    questions: Path,
+    out: Path,
+    options: ModelOptions,
+    threshold: float | Threshold | None,
+    json: bool,
+) -> None:
     from vlm_calibration.commands.questions import AnswerFile, read_questions
 
-    # All of them are checked before a model is loaded.
-    total = sum(1 for _ in read_questions(found.questions))
-    model = load_model(found)
+    # Check all questions before a model is loaded.
+    total = sum(1 for _ in read_questions(questions))
+    model = load_model(options)
     below = threshold if threshold is None or isinstance(threshold, float) else threshold.value
-    with closing(AnswerFile(found.out, {"model": model.name, "review_below": below})) as answers:
+    with closing(AnswerFile(out, {"model": model.name, "review_below": below})) as answers:
         before = len(answers.done)
-        skipped = _answer_all(found, model, answers, total, threshold)
+        skipped = _answer_all(many, questions, model, answers, total, threshold)
         counts = {
             "questions": total,
             "answered_now": len(answers.done) - before,
@@ -198,59 +215,63 @@ def _ask_many(found: argparse.Namespace, threshold: float | Threshold | None) ->
             "skipped": len(skipped),
             "needs_review": None if threshold is None else answers.to_review,
         }
-    for why in skipped[:5]:
-        print(f"left out: {_printable(why)}", file=sys.stderr)
-    if found.json:
-        print(json.dumps({**counts, "out": str(found.out)}, ensure_ascii=False))
+    for message in skipped[:5]:
+        print(f"left out: {_printable(message)}", file=sys.stderr)
+    if json:
+        print(dumps({**counts, "out": str(out)}, ensure_ascii=False))
     else:
-        said = [f"{counts['answered_now']} of {total} questions answered"]
-        said += [f"{before} had been before"] if before else []
-        said += [f"{len(skipped)} left out"] if skipped else []
-        said += [] if threshold is None else [f"{answers.to_review} need review"]
-        print(f"{', '.join(said)}: {found.out}")
+        parts = [f"{counts['answered_now']} of {total} questions answered"]
+        parts += [f"{before} answered before"] if before else []
+        parts += [f"{len(skipped)} left out"] if skipped else []
+        parts += [] if threshold is None else [f"{answers.to_review} need review"]
+        print(f"{', '.join(parts)}: {out}")
 
 
 def _answer_all(
-    found: argparse.Namespace,
+    many: ManyQuestions,
+    questions: Path,
     model: CalibratedModel,
     answers: AnswerFile,
     total: int,
     threshold: float | Threshold | None,
 ) -> list[str]:
-    """Answer what is not answered yet; what was left out, and why."""
+    """Answer all questions without an answer in the file; returns a message for each question that is left out."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
 
-    folder = ImageFolder(found.root or found.questions.parent)
+    folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
-    pending = answers.pending(read_questions(found.questions))
+    pending = answers.pending(read_questions(questions))
     columns = ("asking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("asking", total=total, completed=min(total, len(answers.done)))
-        while batch := list(islice(pending, found.batch_size or 8)):
-            loaded = [(q, s) for q in batch if (s := _sample(model, q, folder, found, skipped)) is not None]
-            if loaded:
+        while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
+            loaded = [(q, _sample(model, q, folder, many.skip_bad_images, skipped)) for q in batch]
+            samples = [(question, sample) for question, sample in loaded if sample is not None]
+            if samples:
                 system = model.systems[-1]
-                said = model.answers([s for _, s in loaded], [system])[system]
-                answers.add([(q, _row(a, threshold)) for (q, _), a in zip(loaded, said, strict=True)])
+                batch_answers = model.answers([sample for _, sample in samples], [system])[system]
+                answers.add(
+                    [(q, _row(a, threshold)) for (q, _), a in zip(samples, batch_answers, strict=True)]
+                )
             progress.advance(task, len(batch))
     return skipped
 
 
 def _sample(
-    model: CalibratedModel, question: Question, folder: Any, found: argparse.Namespace, skipped: list[str]
+    model: CalibratedModel, question: Question, folder: Any, skip_bad_images: bool, skipped: list[str]
 ) -> Sample | None:
-    """The question as the model meets it; None if its image is left out, which is noted in `skipped`."""
+    """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
     from vlm_calibration.commands.questions import image_of
 
     try:
         path = image_of(question, folder)
         return model.sample(path, question.question, question.answer_type, name=question.where)
     except DataError as error:
-        if not found.skip_bad_images:
+        if not skip_bad_images:
             raise
         skipped.append(str(error))
         return None

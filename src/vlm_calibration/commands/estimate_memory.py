@@ -1,49 +1,74 @@
-"""The memory that `vlm-calibration fit` takes with given settings, as a table and as one line for a configuration's comment."""
+"""`vlm-calibration estimate-memory`: the GPU memory that `fit` takes, as a table and as a line for a configuration's comment."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from vlm_calibration.models.activations import TrainingStep
-from vlm_calibration.models.adapters import LoraSettings
-from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.models.memory import MemoryEstimate, estimate_memory
+from vlm_calibration.arguments import Forwarded
 from vlm_calibration.records import DataError
 
+if TYPE_CHECKING:
+    from vlm_calibration.models.activations import TrainingStep
+    from vlm_calibration.models.memory import MemoryEstimate
+
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of the optimiser's states for each trained parameter."""
+"""Bytes of optimizer states for each trained parameter."""
 LEVELS = 11
 """Responses to a prompt where all levels are compared: 0%, 10%, ... 100%."""
-PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+PRECISIONS: dict[str, tuple[str | None, str | None]] = {
     "32": (None, None),
     "32-true": (None, None),
-    "bf16": (torch.bfloat16, None),
-    "bf16-mixed": (torch.bfloat16, None),
-    "16": (torch.float16, None),
-    "16-mixed": (torch.float16, None),
-    "bf16-true": (None, torch.bfloat16),
-    "16-true": (None, torch.float16),
+    "bf16": ("bfloat16", None),
+    "bf16-mixed": ("bfloat16", None),
+    "16": ("float16", None),
+    "16-mixed": ("float16", None),
+    "bf16-true": (None, "bfloat16"),
+    "16-true": (None, "float16"),
 }
-"""trainer.precision -> the dtype of autocast, and the one that the Trainer turns all weights into."""
+"""trainer.precision -> the dtype of autocast, and the dtype that the Trainer casts all weights to."""
+SETTINGS = Forwarded(
+    {"--config FILE": "configuration of `fit`: configs/sft.yaml, and overlays after it (may be repeated)"},
+    "Every setting of `fit` may follow: `vlm-calibration fit --help` lists them.",
+)
+
+
+def estimate(*settings: Annotated[str, SETTINGS], tokens: PositiveInt | None = None) -> None:
+    """Estimate the GPU memory that `fit` takes with the same settings; needs neither a GPU nor the weights.
+
+    Args:
+        tokens: length of a prompt with its image and a response (default: data.max_length, the longest that is allowed)
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting or a model cannot be used.
+    """
+    from vlm_calibration.commands.lightning_cli import parsed_fit
+
+    _print_memory(parsed_fit(settings), tokens)
 
 
 def training_step(config: Any, tokens: int | None = None) -> TrainingStep:
-    """The step that a configuration of `fit` describes.
+    """Describe the training step of a configuration of `fit`.
 
     Args:
-        config: as the parser returns it. tokens: of a prompt with one response; None: the most that it lets through.
+        config: as the parser returns it.
+        tokens: length of a prompt with one response; None: the longest that the configuration allows.
 
     Raises:
-        DataError: a precision that is not known here.
+        DataError: no estimate for this precision.
     """
+    import torch
+
+    from vlm_calibration.models.activations import TrainingStep
+
     precision = str(config.trainer.get("precision") or "32-true")
     if precision not in PRECISIONS:
         raise DataError(f"trainer.precision: no estimate for {precision!r}, expected {', '.join(PRECISIONS)}")
-    autocast, cast = PRECISIONS[precision]
+    autocast, cast = (getattr(torch, name) if name else None for name in PRECISIONS[precision])
     settings = config.model.init_args
     batch, responses = config.data.batch_size, _responses(settings, config.data)
     if settings.get("scoring") == "plain":
@@ -59,7 +84,7 @@ def training_step(config: Any, tokens: int | None = None) -> TrainingStep:
 
 
 def _responses(settings: Any, data: Any) -> int:
-    """How many responses to a prompt are compared at most."""
+    """The largest number of responses to a prompt that are compared."""
     if "pairs" not in settings or data.get("candidates") is None:
         return 1
     pairs = settings.pairs
@@ -68,13 +93,17 @@ def _responses(settings: Any, data: Any) -> int:
 
 
 def memory_of(config: Any, step: TrainingStep) -> MemoryEstimate:
-    """The memory of a step with the settings of `fit`.
+    """Estimate the memory of a step with the settings of `fit`.
 
-    An adapter that training goes on from is taken to be one that `model.lora` describes.
+    An adapter that training continues from is assumed to be as `model.lora` describes it.
 
     Raises:
         DataError: there is no such model, or the module trains no adapter.
     """
+    from vlm_calibration.models.adapters import LoraSettings
+    from vlm_calibration.models.loading import BaseModel
+    from vlm_calibration.models.memory import estimate_memory
+
     settings = config.model.init_args
     if "lora" not in settings or "base" not in settings:
         raise DataError(f"{config.model.class_path} trains no adapter: give the settings of `fit`")
@@ -89,7 +118,7 @@ def memory_of(config: Any, step: TrainingStep) -> MemoryEstimate:
 
 
 def memory_line(estimate: MemoryEstimate, step: TrainingStep) -> str:
-    """All that matters of an estimate, in one line."""
+    """Summarise an estimate in one line."""
     parts = {
         "weights": sum(estimate.weights.values()),
         "gradients": estimate.gradients,
@@ -104,21 +133,21 @@ def memory_line(estimate: MemoryEstimate, step: TrainingStep) -> str:
 
 
 def memory_table(estimate: MemoryEstimate, step: TrainingStep, name: str) -> Table:
-    """What takes how much, in GiB."""
-    kind = "with" if step.checkpointing else "without"
+    """Break an estimate down into a table, in GiB."""
+    checkpointing = "with" if step.checkpointing else "without"
     table = Table(
-        title=f"{name}\n{step.batch} rows of {step.row} tokens, {kind} checkpointing",
+        title=f"{name}\n{step.batch} rows of {step.row} tokens, {checkpointing} checkpointing",
         title_justify="left",
         title_style="bold",
         caption_justify="left",
         caption=(
-            "The worst moment of a training step, as far as its tensors go. The CUDA context, what the allocator\n"
-            "loses and the gradients' second copy under DDP come on top."
+            "The tensors at the peak of a training step. The CUDA context, memory that the allocator loses and\n"
+            "the second copy of the gradients under DDP are not included."
         ),
     )
     table.add_column("on one GPU")
     table.add_column("GiB", justify="right")
-    table.add_row(f"{_count(estimate.parameters)} parameters, the adapter's with them", "")
+    table.add_row(f"{_count(estimate.parameters)} parameters, the adapter's included", "")
     table.add_row(f"{_count(estimate.trained)} of them trained", "", end_section=True)
     for dtype, size in sorted(estimate.weights.items()):
         table.add_row(f"weights in {dtype}", _gib(size))
@@ -130,23 +159,16 @@ def memory_table(estimate: MemoryEstimate, step: TrainingStep, name: str) -> Tab
     return table
 
 
-def print_memory(config: Any, tokens: int | None = None, console: Console | None = None) -> None:
-    """Print the estimate for a configuration of `fit`, as a table and as a line.
-
-    Args:
-        tokens: see `training_step`.
-    """
-    console = console or Console()
+def _print_memory(config: Any, tokens: int | None) -> None:
+    console = Console()
     step = training_step(config, tokens)
-    estimate = memory_of(config, step)
-    console.print(memory_table(estimate, step, config.model.init_args.base.name_or_path))
-    what = (
-        "as given by --tokens" if tokens else "data.max_length, the most that is let through (or --tokens N)"
-    )
-    console.print(f"{step.tokens} tokens of a prompt with its image and a response: {what}.")
+    estimated = memory_of(config, step)
+    console.print(memory_table(estimated, step, config.model.init_args.base.name_or_path))
+    source = "as given by --tokens" if tokens else "data.max_length, the longest allowed (or --tokens N)"
+    console.print(f"{step.tokens} tokens of a prompt with its image and a response: {source}.")
     if step.responses > 1:
         console.print(f"{step.responses} responses to each prompt share a row.")
-    console.print(f"# {memory_line(estimate, step)}", soft_wrap=True, highlight=False)
+    console.print(f"# {memory_line(estimated, step)}", soft_wrap=True, highlight=False)
 
 
 def _gib(size: int) -> str:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentError
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from vlm_calibration.arguments import explained_errors
 from vlm_calibration.files import replacing, write_json, writing
 from vlm_calibration.models.base import CONFIG, BaseModel, Dtype, base_of_adapter, find_adapter, read_object
 from vlm_calibration.records import DataError
@@ -22,6 +19,7 @@ from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, sav
 
 def export(
     run: str,
+    *,
     out: str | None = None,
     merge: bool = False,
     dtype: Dtype = "auto",
@@ -33,63 +31,66 @@ def export(
     private: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Export an adapter, or the model that it makes of its base, with a model card.
+    """Export an adapter, or its base model with the adapter merged into it, with a model card.
 
     Args:
-        run: a run directory, the folder of an adapter, or its name on the Hub.
-        out: folder to write to.
-        merge: merge the adapter into its base model, and export the whole model. This takes 4 bytes of memory a parameter.
-        dtype: of merged weights; "auto": that of the base's checkpoint.
-        base: name or folder of the base model, instead of the one that the adapter names; the export then names it too.
-        base_revision: branch, tag or commit of `base` on the Hub.
-        trust_remote_code: run modelling code that comes with the base model.
-        overwrite: replace what is in `out`.
-        push_to_hub: name on the Hugging Face Hub to upload to; it is made if there is none.
-        private: make it private, where it is made.
-        revision: branch on the Hub to upload to; it is made if there is none.
+        run: a run directory, the folder of an adapter, or its name on the Hub
+        out: folder to write to
+        merge: merge the adapter into its base model and export the whole model; takes 4 bytes of memory a parameter
+        dtype: dtype of the merged weights; "auto" is that of the base model's checkpoint
+        base: name or folder of the base model, instead of the one that the adapter names; the export then names it too
+        base_revision: branch, tag or commit of `base` on the Hub
+        trust_remote_code: run modelling code that comes with the base model
+        overwrite: replace what is in `out`
+        push_to_hub: name on the Hugging Face Hub to upload to; the repository is created if there is none
+        private: make a created repository private
+        revision: branch on the Hub to upload to; it is created if there is none
 
     Raises:
-        DataError: there is no adapter, it cannot be merged, `out` holds something, or the Hub refuses.
+        ArgumentError: neither `out` nor `push_to_hub` is given.
+        DataError: there is no adapter, it cannot be merged, `out` is not empty, or the Hub refuses.
     """
-    # Lightning and transformers take seconds to import, which the help need not wait for.
+    if out is None and push_to_hub is None:
+        raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")
+    # Lightning and transformers take seconds to import; the help does not need them.
     from vlm_calibration.callbacks.adapter import shown_path
-    from vlm_calibration.commands.hub import check_hub, push
+    from vlm_calibration.hub import check_upload, upload
 
     adapter = find_adapter(run)
     model = _base_of(adapter, base, base_revision, trust_remote_code)
     if push_to_hub is not None:
-        check_hub(push_to_hub, model.name_or_path)
+        check_upload(push_to_hub, model.name_or_path)
     if out is not None:
         _check_out(Path(out), adapter, model.name_or_path, overwrite)
     location = push_to_hub or shown_path(Path(out or "."))
-    with _written(out) as folder:
+    with _output_folder(out) as folder:
         if merge:
             _write_merged(adapter, model, dtype, folder, location)
         else:
             _write_adapter(adapter, model, folder, location)
         if push_to_hub is not None and out is None:
-            push(folder, push_to_hub, private, revision)
+            upload(folder, push_to_hub, private, revision)
     if out is not None:
         print(f"wrote {out}")
         if push_to_hub is not None:
-            push(Path(out), push_to_hub, private, revision)
+            upload(Path(out), push_to_hub, private, revision)
     if push_to_hub is not None:
         print(f"pushed to {push_to_hub}")
 
 
 def _base_of(adapter: Path, base: str | None, revision: str | None, trust_remote_code: bool) -> BaseModel:
-    """The base model, as asked for or as the adapter names it."""
+    """The base model that is asked for, or else the one that the adapter names."""
     named = base_of_adapter(adapter) if base is None else BaseModel(base)
     return replace(named, revision=revision or named.revision, trust_remote_code=trust_remote_code)
 
 
 def _check_out(out: Path, adapter: Path, base: str, overwrite: bool) -> None:
-    """Refuse a folder that holds something, and one whose replacement would take what is needed with it."""
+    """Refuse an output folder that is not empty, or whose replacement would delete the adapter, the base or this folder."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file")
-    for kept in (adapter, Path(base), Path()):
-        if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
-            raise DataError(f"--out {out} would replace {kept.resolve()}: choose another folder")
+    for path in (adapter, Path(base), Path()):
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise DataError(f"--out {out} would replace {path.resolve()}: choose another folder")
     if out.resolve().is_relative_to(adapter.resolve()):
         raise DataError(f"--out {out} lies within the adapter's folder: choose another folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
@@ -97,8 +98,8 @@ def _check_out(out: Path, adapter: Path, base: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written(out: str | None) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` in the end; without it, one that is gone then."""
+def _output_folder(out: str | None) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends; without `out` it is deleted."""
     if out is not None:
         with replacing(Path(out)) as temporary:
             temporary.mkdir()
@@ -111,10 +112,10 @@ def _written(out: str | None) -> Iterator[Path]:
 def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) -> None:
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
     config = read_object(adapter / CONFIG)
-    named = {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
-    if any(config.get(key) != value for key, value in named.items()):
-        write_json(folder / CONFIG, {**config, **named})
-    # What someone wrote into a card is theirs to keep.
+    names = {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
+    if any(config.get(key) != value for key, value in names.items()):
+        write_json(folder / CONFIG, {**config, **names})
+    # Keep a card that someone has edited.
     if not is_edited(adapter):
         save_card(folder, _card(adapter, base, location))
 
@@ -124,7 +125,7 @@ def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, lo
 
     if is_edited(adapter):
         print(
-            f"{adapter / TEXT} is not as training wrote it: the merged model gets a card without what is in it"
+            f"{adapter / TEXT} has been edited since training: the merged model gets a card without these edits"
         )
     merged = merge_adapter(str(adapter), base, dtype)
     save_merged(merged.model, folder, base.trust_remote_code)
@@ -134,49 +135,15 @@ def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, lo
 
 
 def _card(adapter: Path, base: BaseModel, location: str) -> Card:
-    """The adapter's card for another place."""
+    """The adapter's card with another base model and location."""
     card = load_card(adapter) or Card(base.name_or_path)
     return replace(card, base=base.name_or_path, revision=base.revision, location=location)
 
 
 def _processor(adapter: Path, base: BaseModel) -> Any:
-    """The processor that lies beside the adapter, or else that of its base."""
+    """The processor in the adapter's folder, or else that of the base model."""
     from vlm_calibration.data.module import load_processor
 
     own = any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     source, revision = (str(adapter), None) if own else (base.name_or_path, base.revision)
     return load_processor(source, revision, base.trust_remote_code)
-
-
-def export_parser() -> ArgumentParser:
-    """The parser of `export`."""
-    parser = ArgumentParser(prog="vlm-calibration export", exit_on_error=False, allow_abbrev=False)
-    parser.add_function_arguments(export, as_positional=True)
-    return parser
-
-
-def export_command(args: Sequence[str]) -> None:
-    """`export`: the settings of `export`, dashes for underscores as well, flags also without a value.
-
-    Raises:
-        ArgumentError: a setting is unknown or has a wrong value, or there is nowhere to export to.
-    """
-    with explained_errors(parser := export_parser()):
-        settings = parser.parse_args(_spelled_out(args)).as_dict()
-    if settings["out"] is None and settings["push_to_hub"] is None:
-        raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")
-    export(**settings)
-
-
-def _spelled_out(args: Sequence[str]) -> list[str]:
-    """`--push-to-hub` as `--push_to_hub`, and a flag on its own as `--merge=true`."""
-    flags = {f"--{name}" for name, kind in get_type_hints(export).items() if kind is bool}
-    found = []
-    for arg, following in zip_longest(args, args[1:], fillvalue=""):
-        name, equals, value = arg.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            if name in flags and not equals and following not in ("true", "false"):
-                equals, value = "=", "true"
-        found.append(name + equals + value)
-    return found

@@ -1,135 +1,113 @@
-"""`vlm-calibration score`: scores a file of answers, under a benchmark's own rules and ours, without a model.
+"""`vlm-calibration score`: score a file of answers without a model, under a benchmark's own rules and ours.
 
-Only the metrics need torch, which is imported when there are answers to score; no trainer, no transformers.
+Of the heavy libraries only torch is needed, and imported once the answers have been read.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from rich.console import Console
-
-from vlm_calibration.arguments import Parser, explained_errors
+from vlm_calibration.arguments import Subcommands
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply
 from vlm_calibration.benchmarks.official import OFFICIAL
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction, read_predictions
 from vlm_calibration.files import json_number, write_rows
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
-from vlm_calibration.reporting.tables import official_table, print_results
 
 
-class Scored(NamedTuple):
-    """official: scores under the benchmark's rules, by their own names. predictions: the answers as we grade them.
+def score_pope(*, answers: str, labels: str, json: bool = False, write_official: str | None = None) -> None:
+    """Score answers to POPE's questions under its own rules and ours.
 
-    files: what the benchmark's own script is to be given, end of a file name -> rows; the first are the answers.
-    """
-
-    official: dict[str, float]
-    predictions: Sequence[EstimatedPrediction]
-    files: Mapping[str, list[dict[str, Any]]]
-
-
-def score_command(args: Sequence[str]) -> None:
-    """`score pope`, `score amber` and `score jsonl`.
+    Args:
+        answers: the answers, in the benchmark's format
+        labels: POPE's questions with labels: JSON lines, an array, or POPEv2's annotations
+        json: print one flat JSON object
+        write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
 
     Raises:
-        ArgumentError: a setting is missing, unknown or wrong.
-        DataError: a file or a record of it cannot be used; the message names it.
+        DataError: a file or a record of it cannot be used.
     """
-    with explained_errors(parser := score_parser()):
-        settings = parser.parse_args(args)
-    from vlm_calibration.reporting.summary import summarize_predictions
-
-    scored: Scored = settings.score(settings)
-    official = {f"{OFFICIAL}/{name}": value for name, value in scored.official.items()}
-    values = {**official, **summarize_predictions(scored.predictions)}
-    if getattr(settings, "write_official", None):
-        _write(Path(settings.write_official), scored.files)
-    if settings.json:
-        print(json.dumps({name: json_number(name, value) for name, value in values.items()}))
-        return
-    console, results = Console(), {Path(settings.answers).stem: values}
-    if official:
-        console.print(official_table(results))
-    print_results(results, console)
-
-
-def score_parser() -> Parser:
-    """The parser of `score`."""
-    parser = Parser(
-        "vlm-calibration score",
-        description="Score a file of answers under a benchmark's own rules and ours; no model is needed.",
-    )
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    out = (
-        "write what the benchmark's own script scores to the same numbers: a file, or a folder to write it to"
-    )
-    for name, score, truth, what in (
-        (
-            "pope",
-            _pope,
-            "--labels",
-            "POPE's questions with labels: JSON lines, an array, or POPEv2's annotations",
-        ),
-        ("amber", _amber, "--annotations", "AMBER's annotations.json"),
-        (
-            "jsonl",
-            _jsonl,
-            "--labels",
-            "the queries, to grade the answers anew; without them `correct` counts",
-        ),
-    ):
-        command = commands.add_parser(name)
-        command.add_argument("--answers", required=True, help="the answers, in the benchmark's format")
-        command.add_argument(truth, required=name != "jsonl", help=what)
-        command.add_argument("--json", action="store_true", help="print one flat JSON object")
-        if name != "jsonl":
-            command.add_argument("--write-official", metavar="PATH", help=out)
-        command.set_defaults(score=score)
-        if name == "amber":
-            command.add_argument("--only", choices=list(amber.DIMENSIONS), help="score one dimension alone")
-    return parser
-
-
-def _pope(settings: Namespace) -> Scored:
-    labels = pope.read_questions(settings.labels)
-    replies = pope.read_answers(settings.answers, labels)
-    counts = pope.count_answers(labels.questions, [given.text for given in replies])
-    pairs = [(given.text, given.confidence) for given in replies]
+    questions = pope.read_questions(labels)
+    replies = pope.read_answers(answers, questions)
+    counts = pope.count_answers(questions.questions, [r.text for r in replies])
+    pairs = [(r.text, r.confidence) for r in replies]
     files = {
-        "answers.jsonl": pope.official_answers(labels.questions, pairs),
-        "labels.jsonl": pope.official_labels(labels.questions),
+        "answers.jsonl": pope.official_answers(questions.questions, pairs),
+        "labels.jsonl": pope.official_labels(questions.questions),
     }
-    graded = [_graded(q.query(), given) for q, given in zip(labels.questions, replies, strict=True)]
-    return Scored(counts.scores(), graded, files)
+    graded = [_grade(q.query(), r) for q, r in zip(questions.questions, replies, strict=True)]
+    if write_official:
+        _write_official(Path(write_official), files)
+    _print_scores(answers, graded, counts.scores(), json)
 
 
-def _amber(settings: Namespace) -> Scored:
-    dimensions = [settings.only] if settings.only else list(amber.DIMENSIONS)
-    annotations = amber.read_annotations(settings.annotations)
-    truths, replies, generative, others = amber.read_answers(settings.answers, annotations, dimensions)
+def score_amber(
+    *,
+    answers: str,
+    annotations: str,
+    json: bool = False,
+    write_official: str | None = None,
+    only: Literal["existence", "attribute", "relation"] | None = None,
+) -> None:
+    """Score answers to AMBER's discriminative questions under its own rules and ours.
+
+    Args:
+        answers: the answers, in the benchmark's format
+        annotations: AMBER's annotations.json
+        json: print one flat JSON object
+        write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
+        only: score one dimension alone
+
+    Raises:
+        DataError: a file or a record of it cannot be used.
+    """
+    dimensions = [only] if only else list(amber.DIMENSIONS)
+    truths, replies, generative, others = amber.read_answers(
+        answers, amber.read_annotations(annotations), dimensions
+    )
     if generative:
-        _note(f"{settings.answers}: {amber.GENERATIVE_NOTE.format(n=generative)}")
+        _note(f"{answers}: {amber.GENERATIVE_NOTE.format(n=generative)}")
     if others:
-        _note(f"{settings.answers}: {others} answers are left out: they are not about {settings.only}")
-    counts = amber.count_answers(truths, [given.text for given in replies])
-    pairs = [(given.text, given.confidence) for given in replies]
-    graded = [_graded(truth.query(), given) for truth, given in zip(truths, replies, strict=True)]
-    return Scored(counts.scores(dimensions), graded, {"answers.json": amber.official_answers(truths, pairs)})
+        _note(f"{answers}: {others} answers are left out: they are not about {only}")
+    counts = amber.count_answers(truths, [r.text for r in replies])
+    graded = [_grade(truth.query(), r) for truth, r in zip(truths, replies, strict=True)]
+    files = {"answers.json": amber.official_answers(truths, [(r.text, r.confidence) for r in replies])}
+    if write_official:
+        _write_official(Path(write_official), files)
+    _print_scores(answers, graded, counts.scores(dimensions), json)
 
 
-def _jsonl(settings: Namespace) -> Scored:
-    if settings.labels is None:
-        return Scored({}, read_predictions(Path(settings.answers)), {})
+def score_jsonl(*, answers: str, labels: str | None = None, json: bool = False) -> None:
+    """Score the predictions of an evaluation, or answers to any queries.
+
+    Args:
+        answers: JSON lines: predictions, or with --labels any answers with "id" and "text"
+        labels: the queries, to grade the answers by; without them `correct` of each prediction counts
+        json: print one flat JSON object
+
+    Raises:
+        DataError: a file or a record of it cannot be used.
+    """
+    graded = read_predictions(Path(answers)) if labels is None else _graded_by_queries(answers, labels)
+    _print_scores(answers, graded, {}, json)
+
+
+SUBCOMMANDS = Subcommands(
+    "Score a file of answers under a benchmark's own rules and ours; no model is needed.",
+    {"pope": score_pope, "amber": score_amber, "jsonl": score_jsonl},
+)
+
+
+def _graded_by_queries(answers: str, labels: str) -> list[EstimatedPrediction]:
+    """Grade the answers in a file by the queries in another."""
     queries: dict[str, Query] = {}
-    for record in read_records(settings.labels):
+    for record in read_records(labels):
         try:
             query = query_from_dict(record.data)
         except RecordError as error:
@@ -137,25 +115,45 @@ def _jsonl(settings: Namespace) -> Scored:
         if query.id in queries:
             raise record.error(f"duplicate id {query.id!r}")
         queries[query.id] = query
-    given = [reply(r, r.text("id"), r.text("text")) for r in read_records(settings.answers)]
-    replies = in_order_of(given, list(queries), settings.answers, settings.labels)
-    return Scored({}, [_graded(q, r) for q, r in zip(queries.values(), replies, strict=True)], {})
+    replies = [reply(r, r.text("id"), r.text("text")) for r in read_records(answers)]
+    ordered = in_order_of(replies, list(queries), answers, labels)
+    return [_grade(q, r) for q, r in zip(queries.values(), ordered, strict=True)]
 
 
-def _graded(query: Query, given: Reply) -> EstimatedPrediction:
+def _print_scores(
+    answers: str, graded: Sequence[EstimatedPrediction], official: Mapping[str, float], json: bool
+) -> None:
+    """Print the official scores of a file of answers, and this project's metrics of the graded answers."""
+    from rich.console import Console
+
+    from vlm_calibration.reporting.report.data import summarize_predictions
+    from vlm_calibration.reporting.tables import official_table, print_results
+
+    scores = {f"{OFFICIAL}/{name}": value for name, value in official.items()}
+    values = {**scores, **summarize_predictions(graded)}
+    if json:
+        print(dumps({name: json_number(name, value) for name, value in values.items()}))
+        return
+    console, results = Console(), {Path(answers).stem: values}
+    if official:
+        console.print(official_table(results))
+    print_results(results, console)
+
+
+def _grade(query: Query, answer: Reply) -> EstimatedPrediction:
     try:
-        return replace(graded_prediction(query, given.text, None), confidence=given.confidence)
+        return replace(graded_prediction(query, answer.text, None), confidence=answer.confidence)
     except ValueError as error:
         raise DataError(f"record {query.id!r}: {error}") from error
 
 
-def _write(path: Path, files: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Write the answers to the path, or into it if it is a folder, and what else the script needs beside them."""
-    (first, answers), *others = files.items()
+def _write_official(path: Path, files: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write the answers to a path, or into a folder, and the other files of the benchmark's script beside them."""
+    (first, answers), *other_files = files.items()
     path = path / first if path.is_dir() else path
     write_rows(path, answers, lines=first.endswith(".jsonl"))
     _note(f"wrote {path}")
-    for end, rows in others:
+    for end, rows in other_files:
         beside = path.with_name(f"{path.stem}.{end}")
         write_rows(beside, rows, lines=end.endswith(".jsonl"))
         _note(f"wrote {beside}")

@@ -1,1 +1,1 @@
-"""Asking a trained model from Python: `load_calibrated` and what it answers."""
+"""Inference in Python: `load_calibrated` and the `Answer` that a model returns."""

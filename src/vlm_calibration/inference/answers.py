@@ -1,4 +1,4 @@
-"""What a calibrated model says to a question, and from which confidence on it is taken at its word."""
+"""The answer of a calibrated model, and the choice of a confidence threshold for review."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ PREDICTIONS = "predictions.jsonl"
 
 
 class Threshold(NamedTuple):
-    """A confidence to answer from, and what was measured on the answers that reach it.
+    """A confidence threshold, measured on the answers of an evaluation at or above it.
 
-    value: the confidence, in [0, 1]. estimator: whose it is. accuracy: share of right answers among those that reach it,
-    and interval: its 95% Wilson interval. coverage: the share of all answers that reach it. answers: how many those are.
+    Attributes:
+        value: the threshold, a confidence in [0, 1].
+        estimator: estimator of the confidence.
+        accuracy: share of correct answers at or above the threshold.
+        interval: 95% Wilson interval of the accuracy.
+        coverage: share of all answers that are at or above the threshold.
+        answers: number of answers at or above the threshold.
     """
 
     value: float
@@ -41,16 +46,16 @@ class Threshold(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer with the confidence in it.
+    """An answer with its confidence.
 
     Attributes:
-        text: the output as generated. answer: the same without the statement of confidence.
-        confidence: as stated, in [0, 1]; None where none could be read.
-        expected: the mean of all confidences that the model might have stated behind its answer, in [0, 1]; None where
-            there is no answer. Greedy decoding states the most probable one.
-        distribution: confidence -> the probability that it is the one stated, highest confidence first; they sum to 1. It
-            is not in the text of an answer.
-        answer_type: the kind of question that it was taken for.
+        text: the output as generated.
+        answer: the output without the statement of confidence.
+        confidence: the stated confidence in [0, 1]; None if it could not be parsed.
+        expected: mean of the confidences that the model might have stated after its answer, in [0, 1]; None without an
+            answer. Greedy decoding states the most probable one.
+        distribution: confidence -> probability that the model states it, highest confidence first; sums to 1.
+        answer_type: the kind of question that the model was asked.
     """
 
     text: str
@@ -66,16 +71,16 @@ class Answer:
         Raises:
             ValueError: another estimator.
         """
-        known = {VERBALIZED: self.confidence, EXPECTED: self.expected}
-        if estimator not in known:
-            raise ValueError(f"an answer has the confidences {', '.join(known)}, not {estimator!r}")
-        return known[estimator]
+        confidences = {VERBALIZED: self.confidence, EXPECTED: self.expected}
+        if estimator not in confidences:
+            raise ValueError(f"an answer has the confidences {', '.join(confidences)}, not {estimator!r}")
+        return confidences[estimator]
 
     def needs_review(self, threshold: float | Threshold) -> bool:
-        """Whether the answer is not to be relied on: less confident than the threshold, or with no confidence to read.
+        """Whether the answer's confidence is below a threshold or missing.
 
         Args:
-            threshold: the least stated confidence to rely on, in [0, 1], or what `choose_threshold` returns.
+            threshold: a stated confidence in [0, 1], or the result of `choose_threshold`.
 
         Raises:
             ValueError: a threshold outside [0, 1].
@@ -91,7 +96,7 @@ class Answer:
         return confidence is None or confidence < value
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; the distribution as pairs of confidence and probability, those below 0.1% left out."""
+        """The answer as plain values; the distribution as pairs of confidence and probability, without those below 0.1%."""
         return {
             "text": self.text,
             "answer": self.answer,
@@ -103,59 +108,61 @@ class Answer:
 
 
 def choose_threshold(evaluated: str | Path, accuracy: float, estimator: str = VERBALIZED) -> Threshold:
-    """The lowest confidence from which on at least a wanted share of the answers of an evaluation is right.
+    """Choose the lowest confidence from which on the answers of an evaluation have a required accuracy.
 
     Args:
-        evaluated: a `predictions.jsonl`, the folder that holds one, or the `metrics.json` beside one.
-        accuracy: wanted share of right answers among those that reach the threshold, in (0, 1].
-        estimator: whose confidence: "verbalized", or another key of the predictions such as "expected".
+        evaluated: a `predictions.jsonl`, its folder, or the `metrics.json` beside it.
+        accuracy: required share of correct answers at or above the threshold, in (0, 1].
+        estimator: estimator of the confidence: "verbalized", or another key of the predictions such as "expected".
 
     Raises:
-        DataError: there are no predictions, they lack the estimator, or no threshold is that accurate.
+        DataError: there are no predictions, they lack the estimator, or no threshold reaches the accuracy.
     """
     if not 0 < accuracy <= 1:
-        raise DataError(f"the wanted accuracy must be in (0, 1], found {accuracy}")
-    path = _predictions(Path(evaluated))
+        raise DataError(f"the required accuracy must be in (0, 1], found {accuracy}")
+    path = _predictions_path(Path(evaluated))
     predictions = read_predictions(path)
-    if estimator not in (known := estimators_of(predictions)):
-        raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(known)}")
-    levels = group_values(*_confident(predictions, estimator))
-    # From the most confident down: all who reach each level.
-    answers, right = levels.answers.flip(-1).cumsum(-1), levels.correct.flip(-1).cumsum(-1)
-    reached = (right / answers >= accuracy - 1e-12).nonzero()[:, 0]
+    if estimator not in (estimators := estimators_of(predictions)):
+        raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(estimators)}")
+    levels = group_values(*_confidences(predictions, estimator))
+    # Counts of the answers at or above each level, from the highest level down.
+    answers, correct = levels.answers.flip(-1).cumsum(-1), levels.correct.flip(-1).cumsum(-1)
+    reached = (correct / answers >= accuracy - 1e-12).nonzero()[:, 0]
     if not len(reached):
-        raise DataError(f"{path}: {_best(levels.value.flip(-1), right / answers)}, less than {accuracy:.1%}")
+        raise DataError(
+            f"{path}: {_most_accurate(levels.value.flip(-1), correct / answers)}, less than {accuracy:.1%}"
+        )
     last = int(reached[-1])
-    low, high = wilson_interval(right[last], answers[last])
+    low, high = wilson_interval(correct[last], answers[last])
     return Threshold(
         value=float(levels.value.flip(-1)[last]),
         estimator=estimator,
-        accuracy=float(right[last] / answers[last]),
+        accuracy=float(correct[last] / answers[last]),
         interval=(float(low), float(high)),
         coverage=float(answers[last]) / len(predictions),
         answers=int(answers[last]),
     )
 
 
-def _predictions(path: Path) -> Path:
+def _predictions_path(path: Path) -> Path:
     if path.is_dir():
         return path / PREDICTIONS
-    # Metrics are of all answers together; which of them were right is beside them.
+    # Metrics are aggregates; the single answers are in the file beside them.
     return path.with_name(PREDICTIONS) if path.suffix == ".json" else path
 
 
-def _confident(predictions: list[EstimatedPrediction], estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Confidence and correctness of the answers that have a confidence, float64 [N] and bool [N]."""
+def _confidences(predictions: list[EstimatedPrediction], estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Confidence and correctness of the answers with a confidence, float64 [N] and bool [N]."""
     rows = [(c, p.correct) for p in predictions if (c := p.confidence_of(estimator)) is not None]
     return (
         torch.tensor([c for c, _ in rows], dtype=torch.float64),
-        torch.tensor([right for _, right in rows], dtype=torch.bool),
+        torch.tensor([correct for _, correct in rows], dtype=torch.bool),
     )
 
 
-def _best(values: torch.Tensor, accuracies: torch.Tensor) -> str:
-    """What the most accurate threshold reaches, as text."""
+def _most_accurate(values: torch.Tensor, accuracies: torch.Tensor) -> str:
+    """The most accurate threshold and its accuracy, as text."""
     if not len(values):
-        return "no answer has a confidence that could be read"
+        return "no answer has a confidence that could be parsed"
     best = int(accuracies.argmax())
     return f"the most accurate threshold, {float(values[best]):.2f}, is right {float(accuracies[best]):.1%} of the time"

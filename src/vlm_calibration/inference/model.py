@@ -1,4 +1,4 @@
-"""`load_calibrated`: a base model and its adapter as one object to ask, which answers as an evaluation would."""
+"""`load_calibrated`: a base model with its adapter as one object that answers questions as in an evaluation."""
 
 from __future__ import annotations
 
@@ -57,30 +57,30 @@ def load_calibrated(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
 ) -> CalibratedModel:
-    """Load a model to ask.
+    """Load a base model, with or without an adapter, to ask it questions.
 
-    What the adapter's card says of its training (prompt, length of answers) holds unless it is given here.
+    Prompt and length of answers default to those of the training, from the adapter's card.
 
     Args:
-        base: name or folder of the base model, or how to load it; None: the one that the adapter names, of the dtype and
-            quantisation of its training.
+        base: name or folder of the base model, or its loading settings; None: the model that the adapter names, with the
+            dtype and quantisation of the training.
         adapter: a run directory, the folder of an adapter, or its name on the Hub, `owner/name` or `owner/name@revision`;
-            None: the base model as it is, which may be one that an adapter was merged into.
-        device: where to; None: a GPU if there is one.
-        levels: the confidences that `Answer.distribution` ranges over; None: every whole percent, so that what a model was
-            not taught to state cannot be mistaken for what it believes.
-        prompt: how a question is put, with `{question}` in it.
+            None: the base model alone, which may have an adapter merged in.
+        device: device of the model; None: a GPU if there is one.
+        levels: the confidences that `Answer.distribution` ranges over; None: every whole percent, so that the distribution
+            also covers confidences that the model was not taught to state.
+        prompt: the prompt, with `{question}` in it.
         max_new_tokens: length limit of an answer.
 
     Raises:
-        DataError: there is no such model or adapter, neither is given, or they do not belong together.
+        DataError: there is no such model or adapter, neither is given, or they do not fit each other.
     """
-    device = _usable(device)
+    device = _usable_device(device)
     folder = None if adapter is None else find_adapter(adapter)
     if base is None and folder is None:
         raise DataError("nothing to ask: give a base model, an adapter, or both")
     model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
-    model = replace(model, name_or_path=_located(model.name_or_path))
+    model = replace(model, name_or_path=_locate_demo_model(model.name_or_path))
     card = load_card(folder or _card_folder(model)) or Card(model.name_or_path)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
@@ -93,7 +93,7 @@ def load_calibrated(
         trust_remote_code=model.trust_remote_code,
     )
     if prompt is None and card.conversation not in (None, data.chat.render(EXAMPLE)):
-        logger.warning(f"{folder or model.name_or_path}: its chat template is not the one of its training")
+        logger.warning(f"{folder or model.name_or_path}: its chat template differs from that of the training")
     return CalibratedModel(
         loaded.requires_grad_(False).eval(),
         data.chat,
@@ -104,7 +104,7 @@ def load_calibrated(
 
 
 def _name(base: BaseModel, adapter: Path | None) -> str:
-    """What answers, for people and for telling two models apart: one that was trained anew has another name."""
+    """A name for messages that also identifies the adapter's weights: retraining changes it."""
     parts = [base.name_or_path, base.revision and f"at {base.revision}"]
     if base.quantization != "none":
         parts.append(f"in {base.quantization}")
@@ -115,32 +115,32 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _usable(device: str | torch.device | None) -> torch.device:
-    """The device, checked before anything is loaded; None: a GPU if there is one.
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, checked before anything is loaded; for None, a GPU if there is one.
 
     Raises:
         DataError: there is no such device.
     """
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        usable = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise DataError(f'device: expected "cpu", "cuda" or "cuda:N", found {device!r}') from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
         raise DataError(
-            f"device: {str(found)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
+            f"device: {str(usable)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
             'can use: take "cpu", or leave it out'
         )
-    return found
+    return usable
 
 
-def _located(name: str) -> str:
-    """The demo's model where it is installed, also for a run that names it from the root of the repository."""
+def _locate_demo_model(name: str) -> str:
+    """The installed demo model if a run names it relative to the repository; any other name unchanged."""
     is_demo = Path(name).parts[-3:] == DEMO_MODEL.parts[-3:]
     return str(DEMO_MODEL) if is_demo and not Path(name).exists() else name
 
 
 def _card_folder(model: BaseModel) -> Path:
-    """Where the card of a merged model lies: in its folder, or in the cache of what the Hub has."""
+    """The folder with the card of a merged model: its own folder, or the cache of a model on the Hub."""
     if not is_hub_name(model.name_or_path):
         return Path(model.name_or_path)
     with loading("a model card", model.name_or_path):
@@ -151,21 +151,24 @@ def _card_folder(model: BaseModel) -> Path:
 
 
 def _processor_of(adapter: Path | None, base: BaseModel) -> str:
-    """The folder or name of the processor: the one beside the adapter if there is one."""
+    """The folder or name of the processor: that of the adapter if it has one, else that of the base model."""
     names = ("processor_config.json", "preprocessor_config.json")
     own = adapter is not None and any((adapter / name).is_file() for name in names)
     return str(adapter) if own else base.name_or_path
 
 
 class CalibratedModel:
-    """A base model, with or without an adapter, that answers questions about images. Made by `load_calibrated`.
+    """A base model, with or without an adapter, that answers questions about images; see `load_calibrated`.
 
-    It may be asked from several threads; one is answered at a time.
+    It is thread-safe: one batch is answered at a time.
 
     Attributes:
-        model: the transformers or peft model. chat: how it is asked. levels: the confidences it may state.
-        max_new_tokens: length limit of an answer. name: what it is, for people.
-        systems: "base", and "calibrated" where there is an adapter.
+        model: the transformers or peft model.
+        chat: formats questions for the model.
+        levels: the confidences that `Answer.distribution` ranges over.
+        max_new_tokens: length limit of an answer.
+        name: name for messages.
+        systems: "base", and "calibrated" if there is an adapter.
     """
 
     def __init__(
@@ -188,11 +191,12 @@ class CalibratedModel:
 
         Args:
             image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
-            answer_type: "yes_no", "short" or "open"; None: told from the question.
+            question: the question about the image.
+            answer_type: "yes_no", "short" or "open"; None: recognised from the question.
             as_base: answer without the adapter.
 
         Raises:
-            DataError: an image or a question that cannot be used.
+            DataError: the image or the question cannot be used.
         """
         return next(self.ask_many([(image, question, answer_type)], as_base=as_base))
 
@@ -203,15 +207,15 @@ class CalibratedModel:
         *,
         as_base: bool = False,
     ) -> Iterator[Answer]:
-        """Ask many questions; their answers in the same order, as they come.
+        """Ask many questions; yields their answers in the same order.
 
         Args:
-            questions: image, question and, if wanted, answer type, as for `ask`; only a batch of them is held at a time.
+            questions: image, question and optionally answer type, as for `ask`; consumed one batch at a time.
             batch_size: questions answered together; the answers do not depend on it.
             as_base: answer without the adapter.
 
         Raises:
-            DataError: an image or a question that cannot be used.
+            DataError: an image or a question cannot be used.
             ValueError: `batch_size` below 1.
         """
         if batch_size < 1:
@@ -232,51 +236,60 @@ class CalibratedModel:
         mask: Any = None,
         step: int = 0,
     ) -> Sample:
-        """A question about an image, as the model meets it.
+        """Prepare a question about an image for the model.
 
         Args:
-            mask: bool [H, W], a region to noise. step: up to which diffusion step. name: for messages, and the noise's seed.
+            image: as for `ask`.
+            question: as for `ask`.
+            answer_type: as for `ask`.
+            name: name of the question in messages, and seed of the noise.
+            mask: region to noise, bool [H, W]; None: the whole image stays clean.
+            step: diffusion step of the noise.
 
         Raises:
-            DataError: an image or a question that cannot be used.
+            DataError: the image or the question cannot be used.
         """
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
-        # Nobody knows the right answer, and nothing is graded.
+        # The gold answer is unknown; nothing is graded.
         query = Query(name, "", question, "-", answer_type or answer_type_of(question))
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
         return perturb_query(query, loaded, noise, self.chat.processor.image_processor, epoch=0, step=step)
 
     def seen(self, sample: Sample) -> np.ndarray:
-        """The sample's image at the resolution at which the model sees it, uint8 [H, W, 3]."""
+        """The sample's image at the model's input resolution, uint8 [H, W, 3]."""
         return resize_to_model(self.chat.processor.image_processor, sample.image)
 
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
-        """What each system answers to one batch of samples.
+        """Answer one batch of samples with each of some systems.
 
         Args:
-            systems: of `self.systems`.
+            samples: what `sample` returns.
+            systems: names in `self.systems`.
+
+        Returns:
+            System -> its answers, in the order of the samples.
         """
         batch = PromptCollator(self.chat)(samples).to(self.model.device)
-        found: dict[str, list[Answer]] = {}
+        answers: dict[str, list[Answer]] = {}
         sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
         with self._one_at_a_time, torch.no_grad(), sharing:
             for system in systems:
                 with using_adapter(self.model, None if system == BASE else system):
-                    found[system] = self._answer(batch)
-        return found
+                    answers[system] = self._answer(batch)
+        return answers
 
     def _answer(self, batch: Any) -> list[Answer]:
         generating = GenerationRecorder(self.model, keep_cache=True)
         texts = generate_texts(
             generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
         )
-        said = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
+        predictions = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
         answered = AnsweredBatch(
             self.model,
             batch,
-            said,
+            predictions,
             generating.passes,
             self._answer_tokenizer,
             self.max_new_tokens,
@@ -284,7 +297,7 @@ class CalibratedModel:
         )
         expected = ExpectedConfidence().estimate(answered).confidence
         answers = []
-        for prediction, mean, scored in zip(said, expected, answered.scored, strict=True):
+        for prediction, mean, scored in zip(predictions, expected, answered.scored, strict=True):
             p = [] if scored is None else torch.softmax(scored.level_log_p.double(), -1).tolist()
             answers.append(
                 Answer(
@@ -300,7 +313,7 @@ class CalibratedModel:
 
 
 def _prediction(query: Query, text: str) -> Prediction:
-    """The answer as estimators take it; nothing is known of its being right."""
+    """The answer in the form that estimators take; its correctness is unknown and set to False."""
     return Prediction(
         id=query.id,
         question=query.question,
@@ -316,7 +329,7 @@ def _prediction(query: Query, text: str) -> Prediction:
 
 
 def _resolution(processor: Any) -> Any:
-    """At which resolution images are prepared: that of the model, unless it is not known for this processor."""
+    """The resolution at which images are noised: the model's, or the image's own if the processor's is unknown."""
     try:
         check_resolution(processor)
     except DataError:
@@ -331,7 +344,7 @@ _BEGINS_YES_NO = re.compile(
 
 
 def answer_type_of(question: str) -> AnswerType:
-    """The kind of answer that an English question asks for: yes or no if it begins with a verb and leaves no choice.
+    """The kind of answer that an English question asks for: yes/no if it begins with a verb and has no "or".
 
     >>> answer_type_of("Is there a dog?"), answer_type_of("Is it a dog or a cat?"), answer_type_of("What is it?")
     ('yes_no', 'short', 'short')

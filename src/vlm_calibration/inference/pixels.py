@@ -1,4 +1,4 @@
-"""Images as people have them in Python, as the pixels that everything behind computes on."""
+"""Conversion of images of any form to pixels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
-    """The image as uint8 [H, W, 3], by the rules of `load_image` whatever it comes as.
+    """Convert an image to uint8 [H, W, 3], by the rules of `load_image`.
 
     Args:
-        max_pixels: larger files and Pillow images are refused. name: what to call the image in messages.
+        image: the image.
+        max_pixels: larger files and Pillow images are refused.
+        name: name of the image in messages.
 
     Raises:
         DataError: the image cannot be used.
@@ -34,7 +36,7 @@ def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str 
         return image
     try:
         if isinstance(image, Image.Image):
-            # As a file it is read like all others, whatever its mode and transparency.
+            # Encoded as a file, it is read like any other, whatever its mode and transparency.
             return load_image(_png(image, max_pixels), max_pixels=max_pixels, name=name or "image")
         return load_image(image, max_pixels=max_pixels, name=name)
     except (ImageError, OSError) as error:
@@ -45,7 +47,9 @@ def _png(image: Image.Image, max_pixels: int) -> bytes:
     if image.width * image.height > max_pixels:
         raise ImageError(f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed")
     if image.mode in ("F", "LAB"):
-        raise ImageError(f"image: {image.mode} pixels have no one reading as 8-bit RGB; convert it to RGB")
+        raise ImageError(
+            f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
+        )
     upright = ImageOps.exif_transpose(image)
     file = io.BytesIO()
     (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(file, "PNG", compress_level=1)

@@ -1,7 +1,7 @@
-"""The model card of an adapter, or of a model that it was merged into: what was trained, and how to ask it without us.
+"""The model card of an adapter or of a merged model: what was trained, and how to use it without this package.
 
-`card_text` is a pure function of a `Card`. What it is made of is kept beside it as `calibration.json`, so that an export can
-write its own card, and programs need not read Markdown.
+`card_text` is a pure function of a `Card`. The card's fields are saved beside it as `calibration.json`, from which an export
+writes its own card, and which programs can read.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from vlm_calibration.reporting.tables import COLUMNS, column
 TEXT = "README.md"
 DIGEST = "readme_sha256"
 EXAMPLE = "Is there a dog in the image?"
-"""The question that cards show."""
+"""The question in the examples of cards."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What there is to say about an adapter; all but the base may be unknown.
+    """The facts about an adapter; only the base model must be known.
 
-    Args:
-        base: name on the Hub or folder of the base model, and revision: its commit or branch.
+    Attributes:
+        base: name on the Hub or folder of the base model.
+        revision: commit or branch of the base model.
         location: where the weights are: a folder, or a name on the Hub.
-        merged: whether these are the weights of the whole model, with the adapter in them.
-        trust_remote_code: whether loading the base needs it.
-        dtype, quantization: of the base in training, as `BaseModel` has it.
-        training: name -> what was trained on what: stage, adapter, data, noise.
-        steps: of the noise schedule, T.
-        levels: answer type -> pairs of noise step and the confidence in [0, 1] that was taught there.
-        results: "before" and "after" training -> metrics of the validation queries, None where undefined.
-        template: the prompt, with `{question}` in it. conversation: `EXAMPLE` asked so, as the chat template writes it.
-        has_chat_template: whether the processor has one; PaliGemma's writes its one form itself.
+        merged: whether the weights are those of the whole model, with the adapter merged in.
+        trust_remote_code: whether the base model needs it.
+        dtype: of the base model in training, as in `BaseModel`.
+        quantization: of the base model in training, as in `BaseModel`.
+        training: name -> description of the training: stage, adapter, data, noise.
+        steps: steps of the noise schedule, T.
+        levels: answer type -> pairs of a noise step and the confidence in [0, 1] that was taught at it.
+        results: "before" and "after" training -> metrics of the validation queries, None if undefined.
+        template: the prompt, with `{question}` in it.
+        conversation: the prompt with `EXAMPLE`, as the chat template formats it.
+        has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
         max_new_tokens: length limit of an answer.
     """
 
@@ -70,25 +73,25 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def load_card(folder: Path) -> Card | None:
-    """The card that `save_card` wrote, None if there is none.
+    """Read the card that `save_card` wrote; None if there is none.
 
     Raises:
         DataError: the file is not what `save_card` writes.
     """
-    return None if (facts := _facts(folder)) is None else facts[0]
+    return None if (facts := _read_facts(folder)) is None else facts[0]
 
 
 def is_edited(folder: Path) -> bool:
-    """Whether there is a `README.md` that `save_card` did not write as it is; raises as `load_card` does."""
+    """Whether `README.md` differs from what `save_card` wrote; raises as `load_card` does."""
     text = folder / TEXT
     if not text.is_file():
         return False
-    facts = _facts(folder)
+    facts = _read_facts(folder)
     return facts is None or _digest(text.read_text(encoding="utf-8")) != facts[1]
 
 
-def _facts(folder: Path) -> tuple[Card, str] | None:
-    """What `calibration.json` holds: the card, and the digest of the text that was made of it."""
+def _read_facts(folder: Path) -> tuple[Card, str] | None:
+    """The card in `calibration.json`, and the digest of its text."""
     path = folder / FACTS
     if not path.is_file():
         return None
@@ -105,12 +108,12 @@ def _digest(text: str) -> str:
 
 
 def card_text(card: Card) -> str:
-    """The card as Markdown, with the metadata that the Hub reads in front."""
+    """Render the card as Markdown, with the Hub's metadata in front."""
     sections = [
         _head(card),
         _usage(card),
         _prompt(card) if card.template else "",
-        _reading(card) if card.template else "",
+        _answer_format(card) if card.template else "",
         _levels(card) if card.levels else "",
         _results(card) if card.results else "",
         _training(card) if card.training else "",
@@ -130,8 +133,8 @@ def _metadata(card: Card) -> str:
             *([] if card.merged else ["lora"]),
         ],
     }
-    known = {name: value for name, value in data.items() if value is not None}
-    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    defined = {name: value for name, value in data.items() if value is not None}
+    return yaml.safe_dump(defined, sort_keys=False, allow_unicode=True)
 
 
 def _head(card: Card) -> str:
@@ -145,11 +148,11 @@ def _head(card: Card) -> str:
         "[arXiv 2504.14848](https://arxiv.org/abs/2504.14848)).",
     ]
     if card.quantization != "none":
-        said = f"The base model was quantised ({card.quantization}) in training"
+        note = f"The base model was quantised ({card.quantization}) in training"
         what = "merged into" if card.merged else "loaded below on"
         lines += [
             "",
-            f"{said}; here the adapter is {what} the base in full precision, which may answer slightly unlike it.",
+            f"{note}; here the adapter is {what} the base in full precision, whose answers may differ slightly.",
         ]
     return "\n".join(lines)
 
@@ -167,10 +170,10 @@ def _usage(card: Card) -> str:
 
 
 def snippet(card: Card) -> str:
-    """A program that loads the model, asks it about `image.png`, and prints its answer and stated confidence."""
+    """A program that loads the model, asks it about `image.png`, and prints the answer and its stated confidence."""
     remote = ["trust_remote_code=True"] if card.trust_remote_code else []
     base = [repr(card.base), *([f"revision={card.revision!r}"] if card.revision else [])]
-    whole = ", ".join([*(["path"] if card.merged else base), *remote, 'dtype="auto"'])
+    arguments = ", ".join([*(["path"] if card.merged else base), *remote, 'dtype="auto"'])
     prompt = f"{card.template!r}.format(question=question)" if card.template else "question"
     lines = [
         *([] if card.merged else ["from peft import PeftModel"]),
@@ -178,13 +181,13 @@ def snippet(card: Card) -> str:
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
         "",
         f"path = {card.location!r}",
-        f"model = AutoModelForImageTextToText.from_pretrained({whole})",
+        f"model = AutoModelForImageTextToText.from_pretrained({arguments})",
         *([] if card.merged else ["model = PeftModel.from_pretrained(model, path).eval()"]),
         f"processor = AutoProcessor.from_pretrained({', '.join(['path', *remote])})",
         "",
         f'image, question = Image.open("image.png").convert("RGB"), {EXAMPLE!r}',
         f"prompt = {prompt}",
-        *_asking(card),
+        *_input_lines(card),
         "inputs = inputs.to(model.device, model.dtype)",
         f"output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens={card.max_new_tokens})",
         'reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
@@ -196,8 +199,8 @@ def snippet(card: Card) -> str:
     return "\n".join(lines)
 
 
-def _asking(card: Card) -> list[str]:
-    """Lines that make `inputs` of `image` and `prompt`."""
+def _input_lines(card: Card) -> list[str]:
+    """The lines that build `inputs` from `image` and `prompt`."""
     if not card.has_chat_template:
         return ['inputs = processor(text=processor.image_token + prompt, images=image, return_tensors="pt")']
     return [
@@ -211,7 +214,7 @@ def _asking(card: Card) -> list[str]:
 def _prompt(card: Card) -> str:
     parts = [
         "## The prompt",
-        "Ask in these words, with the question in place of `{question}`; the model was trained with no others.",
+        "Use exactly this prompt, with the question in place of `{question}`; the model was trained with no other.",
         _fenced(card.template or ""),
     ]
     if card.conversation:
@@ -219,37 +222,37 @@ def _prompt(card: Card) -> str:
     return "\n\n".join(parts)
 
 
-def _reading(card: Card) -> str:
+def _answer_format(card: Card) -> str:
     return "\n\n".join(
         [
             "## How to read the answer",
             "The model replies as in `Yes. Confidence: 80%`. The confidence is the number behind `Confidence:`, in percent; "
-            "what stands before it is the answer. A reply without that word states no confidence: count it as such, and do "
-            "not put a number in its place.",
+            "the text before it is the answer. A reply without that word states no confidence: treat it as missing, and do "
+            "not replace it by a number.",
         ]
     )
 
 
 def _levels(card: Card) -> str:
     rows: dict[float, list[str]] = {}
-    for place, pairs in enumerate(card.levels.values()):
+    for kind, pairs in enumerate(card.levels.values()):
         for step, confidence in pairs:
-            rows.setdefault(step, ["-"] * len(card.levels))[place] = format(confidence, ".0%")
+            rows.setdefault(step, ["-"] * len(card.levels))[kind] = format(confidence, ".0%")
     table = _table(
         [f"noise step of {card.steps}", *card.levels], [[f"{step:g}", *rows[step]] for step in sorted(rows)]
     )
     return "\n\n".join(
         [
             "## What it was taught",
-            *([_code(kind)] if (kind := _kind(card)) else []),
-            "The confidence to state where the object in question is noised up to a step of the diffusion process, by type "
-            "of answer. At step 0 the image is as it was, at the last one nothing of the object is left.",
+            *([_code(settings)] if (settings := _level_settings(card)) else []),
+            "The confidence that the model should state when the key object is noised up to a step of the diffusion process, "
+            "by type of answer. At step 0 the image is unchanged; at the last step nothing of the object is left.",
             table,
         ]
     )
 
 
-def _kind(card: Card) -> str:
+def _level_settings(card: Card) -> str:
     return ", ".join(card.training[name] for name in ("levels", "schedule") if name in card.training)
 
 
@@ -263,7 +266,7 @@ def _results(card: Card) -> str:
         [
             "## Results",
             f"On {'the' if n is None else f'{n:g}'} validation queries, noised as in training. Calibration (ECE to "
-            "overconfidence) is over the answers whose confidence could be read, accuracy over all.",
+            "overconfidence) is over the answers whose confidence could be parsed, accuracy over all.",
             _table(["", *(column(name)[0] for name in COLUMNS)], rows),
         ]
     )
@@ -284,7 +287,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """Inline code, whatever is in it."""
+    """Inline code, also for text with backticks."""
     ticks = "`" * (_longest_ticks(text) + 1)
     pad = " " if "`" in text else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"

@@ -1,4 +1,4 @@
-"""The W&B workspace and report of a project: their sections and panels, ordered by the question that each answers."""
+"""The W&B workspace and report of a project; each of their sections answers a question."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlm_calibration.reporting.tables import column
 from vlm_calibration.reporting.wandb_login import logged_in
 
 STEP = "trainer/global_step"
-"""What curves are drawn over."""
+"""The x axis of curves."""
 COMPARED = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence")
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
-"""Which runs answer a section of the report, by the tags that `Artifacts` gives them."""
+"""Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
 GRID_COLUMNS, THIRD, HALF = 24, 8, 12
-"""Width of a report, and of panels in it."""
+"""Width of a report and of its panels."""
 Kind = Literal["curve", "bars", "figures", "table"]
 
 
@@ -33,11 +33,12 @@ Kind = Literal["curve", "bars", "figures", "table"]
 class Panel:
     """One panel.
 
-    Args:
-        title: what it shows.
-        keys: what was logged: metrics ("curve" over steps, "bars" of the last values), images ("figures"), one "table".
-        unit: of the numbers, as the label of their axis.
-        range: the least and the highest value that they can have, where a panel should show all of that.
+    Attributes:
+        title: heading.
+        kind: "curve" over steps, "bars" of the last values, "figures", or a "table".
+        keys: logged metrics, images or one table.
+        unit: label of the value axis.
+        range: limits of the value axis, None for automatic ones.
     """
 
     title: str
@@ -49,7 +50,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A question, what to look for in the panels below it, and which runs answer it."""
+    """A section of the workspace and the report.
+
+    Attributes:
+        question: heading.
+        note: what to look for in the panels.
+        panels: the panels.
+        runs: which runs the report shows in it.
+    """
 
     question: str
     note: str
@@ -60,38 +68,38 @@ class Section:
 def curve(
     title: str, *keys: str, unit: str | None = None, low: float | None = None, high: float | None = None
 ) -> Panel:
-    """Metrics over the steps of training."""
+    """A panel of metrics over the steps of training."""
     return Panel(title, "curve", keys, unit, (low, high))
 
 
 def sections(systems: Sequence[str]) -> list[Section]:
-    """All sections, for an evaluation of these systems.
+    """All sections for an evaluation of some systems.
 
     Raises:
-        DataError: a name that no system can have, or none.
+        DataError: no system, or an invalid name.
     """
-    bad = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
-    if bad or not systems:
+    invalid = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
+    if invalid or not systems:
         raise DataError(
-            f"--systems: expected names of letters, digits, '_' and '-', found {bad[0] if bad else 'none'!r}"
+            f"--systems: expected names of letters, digits, '_' and '-', found {invalid[0] if invalid else 'none'!r}"
         )
-    return [_comparison(systems), *_answers(), *_training()]
+    return [_comparison_section(systems), *_validation_sections(), *_training_sections()]
 
 
-def _comparison(systems: Sequence[str]) -> Section:
-    def of_each(name: str) -> tuple[str, ...]:
+def _comparison_section(systems: Sequence[str]) -> Section:
+    def keys(name: str) -> tuple[str, ...]:
         return tuple(f"test/{system}/{name}" for system in systems)
 
-    bars = [Panel(column(name)[0], "bars", of_each(name), range=_range(name)) for name in COMPARED]
+    bars = [Panel(column(name)[0], "bars", keys(name), range=_range(name)) for name in COMPARED]
     return Section(
-        f"Did it pay? {', '.join(systems)} side by side",
-        "All systems answer the same images. Training pays if ECE and Brier fall, AUROC does not, and accuracy stays.",
+        f"Did training help? {', '.join(systems)} side by side",
+        "All systems answer the same questions. Training helped if ECE and Brier fall while AUROC and accuracy do not.",
         (
             Panel("Comparison", "table", ("test/comparison",)),
             *bars,
-            Panel("Reliability of each system", "figures", of_each("reliability")),
-            Panel("Response of each system to noise", "figures", of_each("response_curve")),
-            Panel("Risk and coverage of each system", "figures", of_each("risk_coverage")),
+            Panel("Reliability of each system", "figures", keys("reliability")),
+            Panel("Response of each system to noise", "figures", keys("response_curve")),
+            Panel("Risk and coverage of each system", "figures", keys("risk_coverage")),
             Panel("The same questions, answered by each system", "table", ("test/samples",)),
         ),
         "evaluation",
@@ -103,13 +111,13 @@ def _range(metric: str) -> tuple[float | None, float | None]:
     return (None, None) if ALL_METRICS[metric].lower < 0 else (0.0, None)
 
 
-def _answers() -> list[Section]:
-    """What validations say about the model's answers and confidence."""
+def _validation_sections() -> list[Section]:
+    """Sections on the answers and confidences in validation."""
     return [
         Section(
             "Is the stated confidence honest?",
             "Lower is better for calibration errors and scores. Overconfidence is mean confidence minus accuracy: above 0 the "
-            "model is too sure, below 0 too modest.",
+            "model is overconfident, below 0 underconfident.",
             (
                 curve("Calibration error", "val/ece", "val/smooth_ece", unit="error in [0, 1]", low=0),
                 curve("Brier score", "val/brier", unit="squared error in [0, 1]", low=0),
@@ -132,8 +140,8 @@ def _answers() -> list[Section]:
             ),
         ),
         Section(
-            "Where is it too sure, and where too modest?",
-            "Points below the diagonal are too sure, points above it too modest.",
+            "Where is the model overconfident, and where underconfident?",
+            "Points below the diagonal are overconfident, points above it underconfident.",
             (
                 Panel("Reliability", "figures", ("val/reliability",)),
                 Panel("Answers at each stated confidence", "table", ("val/confidence_table",)),
@@ -141,15 +149,15 @@ def _answers() -> list[Section]:
         ),
         Section(
             "Does confidence fall with the evidence?",
-            "The more noise on the key object, the less a model can know: the two curves should fall together.",
+            "More noise on the key object leaves less evidence: the two curves should fall together.",
             (
                 Panel("Response to noise", "figures", ("val/response_curve",)),
                 Panel("Accuracy and confidence at each noise step", "table", ("val/response_table",)),
             ),
         ),
         Section(
-            "Does it know which of its answers are right?",
-            "AUROC is the chance that a right answer states more confidence than a wrong one; 0.5 is guessing.",
+            "Does confidence separate correct answers from wrong ones?",
+            "AUROC is the probability that a correct answer states more confidence than a wrong one; 0.5 is chance.",
             (
                 curve("AUROC", "val/auroc", unit="probability"),
                 curve("Area under risk and coverage", "val/aurc", unit="error rate in [0, 1]", low=0),
@@ -157,14 +165,14 @@ def _answers() -> list[Section]:
             ),
         ),
         Section(
-            "What does it say?",
+            "How does the model answer?",
             "The same questions at every validation, each with the image as the model saw it.",
             (Panel("Answers", "table", ("val/samples",)),),
         ),
     ]
 
 
-def _training() -> list[Section]:
+def _training_sections() -> list[Section]:
     return [
         Section(
             "Is training sound?",
@@ -193,13 +201,13 @@ def _training() -> list[Section]:
             ),
         ),
         Section(
-            "Is the machine used well?",
-            "A share of waiting above a few percent asks for more data workers.",
+            "Is the hardware used well?",
+            "If waiting takes more than a few percent of the time, use more data workers.",
             (
                 curve("Samples", "train/samples_per_second", unit="a second", low=0),
                 curve("Tokens", "train/tokens_per_second", unit="a second", low=0),
                 curve("Waiting for data", "train/data_wait", unit="share of the time", low=0, high=1),
-                curve("Most memory held", "memory/peak_gib", unit="GiB", low=0),
+                curve("Peak memory", "memory/peak_gib", unit="GiB", low=0),
                 curve("Samples left out", "train/skipped", unit="samples", low=0),
             ),
         ),
@@ -207,7 +215,7 @@ def _training() -> list[Section]:
 
 
 def workspace(entity: str, project: str, sections: Sequence[Section]) -> ws.Workspace:
-    """The workspace, a section a question."""
+    """Build the workspace."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -225,7 +233,7 @@ def workspace(entity: str, project: str, sections: Sequence[Section]) -> ws.Work
 
 
 def report(entity: str, project: str, sections: Sequence[Section]) -> wr.Report:
-    """The report: each question, what to look for, and the panels."""
+    """Build the report: heading, note and panels of each section."""
     blocks: list[Any] = [wr.TableOfContents()]
     for section in sections:
         blocks += [
@@ -233,7 +241,7 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> wr.Report:
             wr.P(section.note),
             wr.PanelGrid(
                 runsets=[wr.Runset(name=section.runs, filters=[ws.Tags().isin(RUNS[section.runs])])],
-                panels=_laid_out(section.panels),
+                panels=_arrange(section.panels),
             ),
         ]
     return wr.Report(
@@ -247,8 +255,8 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> wr.Report:
 
 
 def wandb_panel(panel: Panel, layout: wr.Layout | None = None) -> Any:
-    """The panel as W&B has it."""
-    place = {} if layout is None else {"layout": layout}
+    """Convert a panel to W&B's class."""
+    position = {} if layout is None else {"layout": layout}
     if panel.kind == "curve":
         return wr.LinePlot(
             title=panel.title,
@@ -257,30 +265,30 @@ def wandb_panel(panel: Panel, layout: wr.Layout | None = None) -> Any:
             range_y=panel.range,
             title_x="Step",
             title_y=panel.unit,
-            **place,
+            **position,
         )
     if panel.kind == "bars":
         return wr.BarPlot(
-            title=panel.title, metrics=list(panel.keys), orientation="v", range_x=panel.range, **place
+            title=panel.title, metrics=list(panel.keys), orientation="v", range_x=panel.range, **position
         )
     if panel.kind == "figures":
         return wr.MediaBrowser(
-            title=panel.title, media_keys=list(panel.keys), num_columns=len(panel.keys), **place
+            title=panel.title, media_keys=list(panel.keys), num_columns=len(panel.keys), **position
         )
     [key] = panel.keys
-    return wr.WeavePanelSummaryTable(table_name=key, **place)
+    return wr.WeavePanelSummaryTable(table_name=key, **position)
 
 
-def _laid_out(panels: Sequence[Panel]) -> list[Any]:
-    """Panels from left to right and top to bottom; tables and several figures take a whole row."""
-    placed, x, y, height = [], 0, 0, 0
+def _arrange(panels: Sequence[Panel]) -> list[Any]:
+    """Arrange panels from left to right and top to bottom; wide tables and several figures take a whole row."""
+    arranged, x, y, row_height = [], 0, 0, 0
     for panel in panels:
-        width, tall = _size(panel)
+        width, height = _size(panel)
         if x + width > GRID_COLUMNS:
-            x, y, height = 0, y + height, 0
-        placed.append(wandb_panel(panel, wr.Layout(x=x, y=y, w=width, h=tall)))
-        x, height = x + width, max(height, tall)
-    return placed
+            x, y, row_height = 0, y + row_height, 0
+        arranged.append(wandb_panel(panel, wr.Layout(x=x, y=y, w=width, h=height)))
+        x, row_height = x + width, max(row_height, height)
+    return arranged
 
 
 def _size(panel: Panel) -> tuple[int, int]:
@@ -291,20 +299,20 @@ def _size(panel: Panel) -> tuple[int, int]:
 
 
 def specification(entity: str, project: str, sections: Sequence[Section]) -> str:
-    """What would be sent to the server, as JSON; made without a network."""
-    made = {
+    """The workspace and report as JSON, as they would be sent to the server; needs no network."""
+    models = {
         "workspace": workspace(entity, project, sections)._to_model(),
         "report": report(entity, project, sections)._to_model(),
     }
-    shown = {
-        what: json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
-        for what, model in made.items()
+    content = {
+        name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+        for name, model in models.items()
     }
-    return json.dumps(shown, indent=2, ensure_ascii=False)
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, str]:
-    """Save the report, which makes the project if there is none, and the workspace; the address of each.
+    """Save the report, which creates the project if necessary, and the workspace; returns the URL of each.
 
     Raises:
         DataError: nobody is logged in, or the server refuses or cannot be reached.

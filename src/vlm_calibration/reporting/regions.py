@@ -1,4 +1,4 @@
-"""What became of the queries whose regions were extracted: how many have one, how large, and why the others have none."""
+"""Summary of a region extraction: how many queries have regions, how large they are, and why the others have none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_NOTES = 5
 
 
 class RegionSummary:
-    """Counts over the rows that `callbacks.regions` writes."""
+    """Counts over the rows of a region extraction."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -34,14 +34,14 @@ class RegionSummary:
         if row["outcome"] in ("found", "rejected", "not detected"):
             self.named += len(row["objects"])
             self.located += len({r["label"] for r in row["regions"]} & set(row["objects"]))
-        own = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
         if row["outcome"] == "found":
-            self.shares.append(union_share(own))
+            evidence = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
+            self.shares.append(union_share(evidence))
         if row["note"] and len(self.notes) < MAX_NOTES:
             self.notes.append(row["note"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values: counts, and deciles of the share of the image that the regions of a query cover."""
+        """The counts, and deciles of the share of the image that the regions of a query cover."""
         shares = np.quantile(self.shares, (0.1, 0.5, 0.9)).tolist() if self.shares else [None] * 3
         return {
             "queries": sum(self.outcomes.values()),
@@ -54,7 +54,7 @@ class RegionSummary:
 
 
 def union_share(regions: list[Mapping[str, Any]]) -> float:
-    """The share of the image that regions with masks cover together, in [0, 1]."""
+    """The share of the image, in [0, 1], that the union of the regions' masks covers."""
     masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in regions if r["mask"] is not None]
     if not masks:
         return 0.0
@@ -63,7 +63,7 @@ def union_share(regions: list[Mapping[str, Any]]) -> float:
 
 
 def print_summary(summary: RegionSummary, path: Path) -> None:
-    """The summary as a table, and where the queries are."""
+    """Print the summary, and the path of the queries."""
     values = summary.to_dict()
     total = max(1, values["queries"])
     table = Table(title=f"Regions of {values['queries']} queries")

@@ -1,4 +1,4 @@
-"""Scores as tables on the terminal."""
+"""Metrics as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
 
 Results = Mapping[str, Mapping[str, float]]
-"""Row -> metrics by flat name: of a system, or of a file of answers."""
+"""Name of a system or of a file of answers -> its metrics by flat name."""
 
 COLUMNS = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence", "parse_failure_rate")
 """The headline metrics by flat name."""
@@ -26,7 +26,7 @@ def column(name: str) -> tuple[str, str]:
 
 
 def overall_table(results: Results) -> Table:
-    """One row a system, over all its answers."""
+    """A table of the headline metrics over all answers, one row a system."""
     n = int(next(iter(results.values()))["n"])
     table = Table(title=f"All {n} answers", title_justify="left", title_style="bold")
     table.add_column("system")
@@ -38,7 +38,7 @@ def overall_table(results: Results) -> Table:
 
 
 def group_table(results: Results, metric: str, groups: Sequence[str]) -> Table:
-    """One metric: a row a group of answers, a column a system."""
+    """A table of one metric: one row a group of answers, one column a system."""
     heading, form = column(metric)
     table = Table(title=f"{heading} by group", title_justify="left", title_style="bold")
     table.add_column("group")
@@ -52,13 +52,14 @@ def group_table(results: Results, metric: str, groups: Sequence[str]) -> Table:
     return table
 
 
-def groups_of(results: Results, most_parts: int = 2) -> list[str]:
-    """The groups that results are broken down by, those of at most this many parts, coarse ones first."""
+def groups_of(results: Results, max_parts: int = 2) -> list[str]:
+    """The groups of answers in the results with at most `max_parts` parts in their names, coarse groups first."""
     names = [k.split("/", 1)[1] for k in next(iter(results.values())) if k.startswith("n/")]
-    return sorted((n for n in names if n.count("/") < most_parts), key=lambda n: (n.count("/"), n))
+    return sorted((n for n in names if n.count("/") < max_parts), key=lambda n: (n.count("/"), n))
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
+    """Print the headline metrics, and the main ones by group."""
     console = console or Console()
     console.print(overall_table(results))
     groups = groups_of(results)
@@ -74,25 +75,24 @@ OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 def official_table(results: Results) -> Table:
-    """Scores under the benchmarks' own rules: a row for each system and part or block, `official/...` of the results."""
+    """A table of the scores under a benchmark's own rules, `official/...`: one row for each system and block."""
     blocks = {system: blocks_of(official_of(values)) for system, values in results.items()}
-    columns = [
-        key for key in OFFICIAL_COLUMNS if any(key in b for of in blocks.values() for b in of.values())
-    ]
+    keys = {key for by_block in blocks.values() for scores in by_block.values() for key in scores}
+    columns = [key for key in OFFICIAL_COLUMNS if key in keys]
     table = Table(
         title="Official scores",
         title_justify="left",
         title_style="bold",
         caption_justify="left",
-        caption="By the benchmark's own rules, without the stated confidence. -: its script divides by zero.",
+        caption="Under the benchmark's own rules, without the stated confidence. -: its script divides by zero.",
     )
     table.add_column("system")
     table.add_column("part")
     for key in columns:
         table.add_column(column(key)[0], justify="right")
-    for system, of in blocks.items():
-        for block, scores in of.items():
-            # POPE's are fractions that are not rounded, AMBER's percent with one decimal.
+    for system, by_block in blocks.items():
+        for block, scores in by_block.items():
+            # POPE's scores are unrounded fractions, AMBER's are percentages with one decimal.
             form = ".4f" if "yes_ratio" in scores else ".1f"
             table.add_row(
                 system, block or "all", *(_cell(scores.get(key, math.nan), form) for key in columns)

@@ -1,4 +1,4 @@
-"""Whether someone is logged in to W&B, told without W&B, so that nothing prompts and nothing is slow."""
+"""W&B's project name, and a check for its credentials that neither imports W&B nor prompts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from urllib.parse import urlparse
 
 PROJECT = "vlm-calibration"
-"""The project that runs are logged to where none is named."""
+"""Default project that runs are logged to."""
 
 
 def logged_in() -> bool:
-    """Whether W&B has credentials: in the environment, or in the netrc file that `wandb login` writes."""
+    """Whether there are credentials for W&B, in the environment or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,6 +1,6 @@
-"""The comparison: every system, by every estimator of confidence, as it is and recalibrated, with intervals and p-values.
+"""The comparison of all systems and estimators, raw and recalibrated, with intervals and p-values.
 
-It is written as CSV, Markdown, LaTeX and JSON beside the page that shows it.
+It is written as CSV, Markdown, LaTeX and JSON beside the page.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from vlm_calibration.estimators.recalibration import METHODS, recalibrated
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.reporting.report_bootstrap import MEASURED, ImageBootstrap, Measured, p_value
-from vlm_calibration.reporting.report_data import ORACLE, System
+from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
+from vlm_calibration.reporting.report.data import ORACLE, System
 
 RAW = "raw"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How systems are compared.
+    """Settings of the comparison.
 
-    Args:
-        replicates: draws of the bootstrap. seed: of the draws.
+    Attributes:
+        replicates: number of bootstrap draws.
+        seed: seed of the draws.
     """
 
     replicates: int = 1000
@@ -39,9 +40,15 @@ class Comparison:
 class Row(NamedTuple):
     """One confidence in the answers of one system.
 
-    n: answers. metrics: name -> value with its 95% interval, NaN where undefined. difference: name -> value minus that of the
-    first system's stated confidence. p: name -> p-value of that, None where other questions were answered. passes: forward passes a query, None where
-    they were not counted.
+    Attributes:
+        system: name of the system.
+        estimator: estimator of the confidence.
+        recalibration: method, or `RAW`.
+        n: number of answers.
+        metrics: name -> value with its 95% interval, NaN if undefined.
+        difference: name -> value minus that of the first system's stated confidence.
+        p: name -> p-value of the difference, None if the systems answered different questions.
+        passes: forward passes for each query, None if they were not counted.
     """
 
     system: str
@@ -55,19 +62,24 @@ class Row(NamedTuple):
 
     @property
     def is_stated(self) -> bool:
-        """Whether this is the confidence as the model states it."""
+        """Whether this is the stated confidence, not recalibrated."""
         return self.estimator == VERBALIZED and self.recalibration == RAW
 
 
 class Compared(NamedTuple):
-    """rows: of every system, those that it states first. notes: why a row is missing, each once."""
+    """The comparison.
+
+    Attributes:
+        rows: rows of every system, its stated confidence first.
+        notes: why rows are missing.
+    """
 
     rows: list[Row]
     notes: list[str]
 
 
 def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
-    """Measure every confidence of every system; the first system is the one that others are compared with."""
+    """Measure every confidence of every system, and compare it with the stated confidence of the first system."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
     base: tuple[System, Measured] | None = None
@@ -97,12 +109,12 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
 
 
 def _confidences(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str, list[float | None]]]:
-    """(estimator, recalibration, confidences) of one system."""
+    """Estimator, recalibration and confidences for each row of one system; appends to `notes` what cannot be recalibrated."""
     for estimator in system.estimators:
         yield estimator, RAW, [p.confidence_of(estimator) for p in system.predictions]
-        if system.name == ORACLE:  # it is calibrated by what it knows
+        if system.name == ORACLE:  # calibrated by construction
             continue
-        if (reason := _unfit(system, estimator)) is not None:
+        if (reason := _why_not_recalibrated(system, estimator)) is not None:
             notes[f"{system.name}: {estimator} is not recalibrated: {reason}."] = None
             continue
         assert system.calibration is not None
@@ -110,16 +122,16 @@ def _confidences(system: System, notes: dict[str, None]) -> Iterator[tuple[str, 
             yield estimator, method, recalibrated(method, system.predictions, estimator, system.calibration)
 
 
-def _unfit(system: System, estimator: str) -> str | None:
-    """Why there is nothing to fit a recalibration of this estimator on, None if there is."""
+def _why_not_recalibrated(system: System, estimator: str) -> str | None:
+    """Why no recalibration of this estimator can be fitted, None if it can."""
     if system.calibration is None:
         return (
             "there are no answers to a calibration set (data.calibration of the evaluation, or --calibration)"
         )
     if estimator not in estimators_of(system.calibration):
-        return "the calibration set does not have it"
+        return "the calibration set lacks it"
     if all(p.confidence_of(estimator) is None for p in system.calibration):
-        return "none could be read in the calibration set"
+        return "none could be parsed in the calibration set"
     return None
 
 
@@ -136,7 +148,7 @@ HEADINGS: dict[str, str] = {
 
 
 def write_tables(rows: Sequence[Row], page: Path) -> list[Path]:
-    """Write the comparison beside the page, under its name; returns the files."""
+    """Write the comparison beside the page, under the page's name; returns the paths."""
     writers: dict[str, Callable[[Sequence[Row]], str]] = {
         ".csv": as_csv,
         ".md": as_markdown,
@@ -152,7 +164,7 @@ def write_tables(rows: Sequence[Row], page: Path) -> list[Path]:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """One object a row; what is undefined is null."""
+    """The comparison as one object a row; undefined values are null."""
     return [
         {
             "system": row.system,
@@ -161,7 +173,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
             "n": row.n,
             "forward_passes": row.passes,
             **{
-                name: {**{k: _known(v) for k, v in interval._asdict().items()}, "p": _known(row.p[name])}
+                name: {**{k: _defined(v) for k, v in interval._asdict().items()}, "p": _defined(row.p[name])}
                 for name, interval in row.metrics.items()
             },
         }
@@ -170,31 +182,31 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Every metric with its bounds and p-value; what is undefined is empty."""
+    """The comparison as CSV: every metric with its bounds and p-value; undefined values are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = [f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")]
     writer.writerow(["system", "estimator", "recalibration", "n", "forward_passes", *columns])
     for row in rows:
-        cells = [_known(v) for name in MEASURED for v in (*row.metrics[name], row.p[name])]
+        cells = [_defined(v) for name in MEASURED for v in (*row.metrics[name], row.p[name])]
         texts = ["" if v is None else repr(v) for v in (row.n, row.passes, *cells)]
         writer.writerow([row.system, row.estimator, row.recalibration, *texts])
     return out.getvalue()
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The headline metrics as value [low, high], a star where p < 0.05."""
+    """The headline metrics as a Markdown table of value [low, high], with a star if p < 0.05."""
     heads = ["system", "estimator", "recalibration", *HEADINGS.values()]
     lines = [heads, ["---"] * 3 + ["---:"] * len(HEADINGS)]
     for row in rows:
-        names = [_plain(t, "|\\`*_<>[]") for t in (row.system, row.estimator, row.recalibration)]
+        names = [_escape(t, "|\\`*_<>[]") for t in (row.system, row.estimator, row.recalibration)]
         lines.append([*names, *(cell(row, name) for name in HEADINGS)])
     note = "Value [95% interval, images resampled]; * differs from the first row, p < 0.05 (paired)."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
 
 
 def as_latex(rows: Sequence[Row]) -> str:
-    """The headline metrics of `as_markdown` as a tabular for the package booktabs."""
+    """The table of `as_markdown` in LaTeX, for the package booktabs."""
     heads = " & ".join(["system", "estimator", "recalibration", *HEADINGS.values()])
     lines = [rf"\begin{{tabular}}{{lll{'r' * len(HEADINGS)}}}", r"\toprule", heads + r" \\", r"\midrule"]
     for row in rows:
@@ -204,7 +216,7 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 
 def cell(row: Row, name: str) -> str:
-    """A metric as text: 0.031 [0.024, 0.038]*."""
+    """Format a metric: 0.031 [0.024, 0.038]*."""
     interval, p = row.metrics[name], row.p[name]
     if math.isnan(interval.value):
         return "-"
@@ -213,14 +225,14 @@ def cell(row: Row, name: str) -> str:
     return text + ("*" if p is not None and p < 0.05 else "")
 
 
-def _known(value: float | None) -> float | None:
+def _defined(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def _plain(text: str, special: str) -> str:
+def _escape(text: str, special: str) -> str:
     return "".join(f"\\{c}" if c in special else c for c in " ".join(text.split()))
 
 
 def _latex(text: str) -> str:
-    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(named.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in " ".join(text.split()))
+    macros = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(macros.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in " ".join(text.split()))

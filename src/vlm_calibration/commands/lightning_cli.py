@@ -1,6 +1,6 @@
-"""LightningCLI's subcommands, and what other commands read or run of the same configuration.
+"""`fit`, `validate`, `test` and `predict`: LightningCLI's subcommands, which `levels` and `estimate-memory` use as well.
 
-What only Lightning knows (that a run was stopped, misconfigured or interrupted) leaves here as a `CommandError`.
+Lightning's ways of ending a run (stopped, misconfigured, interrupted) become a `CommandError` here.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from vlm_calibration.arguments import explained
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
-from vlm_calibration.cli.errors import CommandError, one_line
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.errors import CommandError, explained, one_line
 from vlm_calibration.records import DataError
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
-"""Packages with classes that a configuration may name."""
+"""Packages whose classes a configuration may name."""
 DATA_DEFAULTS = {"name_or_path": None, "revision": None, "trust_remote_code": False}
-"""Settings of a base model -> what the data module takes where there is none."""
+"""Settings of a base model -> their values for the data module if the module has no base model."""
 
 
 class CalibrationCLI(LightningCLI):
-    """LightningCLI over our modules and the one data module."""
+    """LightningCLI for any LightningModule and the one data module."""
 
     def __init__(self) -> None:
         _import_choices()
@@ -55,7 +54,7 @@ class CalibrationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # The module knows its base model, which an evaluation may have from the adapters.
+        # From the instantiated module: an evaluation may take its base model from the adapters.
         for source, target in (
             ("name_or_path", "processor"),
             ("revision", "revision"),
@@ -69,11 +68,11 @@ class CalibrationCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            own = self._subcommand_parsers.get(sys.argv[1], parser)
-            raise ArgumentError(None, explained(str(error), own)) from error
+            subcommand = self._subcommand_parsers.get(sys.argv[1], parser)
+            raise ArgumentError(None, explained(str(error), subcommand)) from error
 
     def _parse_ckpt_path(self) -> None:
-        # LightningCLI looks for settings in a checkpoint, before anything else does.
+        # LightningCLI is the first to read the checkpoint, for settings in it.
         with reading(self.config[self.config.subcommand].get("ckpt_path")):
             super()._parse_ckpt_path()
 
@@ -81,10 +80,10 @@ class CalibrationCLI(LightningCLI):
         trainer = self.config[self.subcommand].trainer
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint == "last":
-            # Lightning would start anew, with a warning, where there is none.
+            # Without a checkpoint Lightning would only warn and start from the beginning.
             checkpoint = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
             self.config[self.subcommand].ckpt_path = checkpoint
-        if checkpoint and not _may_be_found(checkpoint):
+        if checkpoint and not _may_exist(checkpoint):
             raise DataError(f"no checkpoint at {checkpoint}")
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
@@ -105,7 +104,7 @@ class CalibrationCLI(LightningCLI):
         return parser
 
     def before_fit(self) -> None:
-        """What a module refuses of its data it refuses before anything is written."""
+        """Let the module check its data before anything is written."""
         check = getattr(self.model, "check_data", None)
         if check is not None:
             check(self.datamodule)
@@ -133,32 +132,32 @@ class CalibrationCLI(LightningCLI):
 
 
 def _data_error(error: BaseException) -> DataError:
-    """The error of ours within one of jsonargparse, which wraps what constructors raise; or else all that there is."""
-    within: BaseException | None = error
-    while within is not None and not isinstance(within, DataError):
-        within = within.__cause__ or within.__context__
-    return within or DataError(f"configuration: {one_line(error)}")
+    """The `DataError` of a constructor that jsonargparse wrapped in its own error, or else one with the error's message."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DataError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or DataError(f"configuration: {one_line(error)}")
 
 
 def _import_choices() -> None:
-    """Import what a configuration may name: a class without its path (`--model.help SFTModule`) is one that is imported."""
-    for package in CHOICES:
-        found = import_module(f"vlm_calibration.{package}")
-        for module in pkgutil.iter_modules(found.__path__):
-            import_module(f"{found.__name__}.{module.name}")
+    """Import the classes that a configuration may name; without its path (`--model.help SFTModule`) a class must be imported."""
+    for name in CHOICES:
+        package = import_module(f"vlm_calibration.{name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            import_module(f"{package.__name__}.{module.name}")
 
 
 def _of_base(name: str, module: L.LightningModule) -> Any:
-    """A setting of the module's base model; the data module's own default for a module without one."""
+    """A setting of the module's base model, or the default of a module without one."""
     base = getattr(module, "base", None)
     return getattr(base, name) if base is not None else DATA_DEFAULTS[name]
 
 
 def _check_accelerator(accelerator: Any) -> None:
-    """Check that there is a GPU where the configuration asks for one.
+    """Check that there is a GPU if the configuration asks for one.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no GPU.
     """
     usable = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
     if accelerator in ("gpu", "cuda") and not usable:
@@ -168,16 +167,16 @@ def _check_accelerator(accelerator: Any) -> None:
         )
 
 
-def _may_be_found(checkpoint: str) -> bool:
-    """Whether there is such a file, or the word or address stands for one that Lightning looks for."""
+def _may_exist(checkpoint: str) -> bool:
+    """Whether the checkpoint is a file, or a keyword or address that Lightning resolves itself."""
     return checkpoint in ("best", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
 @contextmanager
-def _ended_in_good_order() -> Iterator[None]:
-    """Lightning's ways of ending a run, as the one that `main` reports.
+def _lightning_errors() -> Iterator[None]:
+    """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`, which `main` reports.
 
-    Of several processes the first to fail reports its error; those that fail with it end without a word.
+    Of several processes the first to fail reports its error; the others end silently.
     """
     try:
         yield
@@ -191,17 +190,17 @@ def _ended_in_good_order() -> Iterator[None]:
         first = getattr(rank_zero_only, "rank", 0) == 0
         raise CommandError(stop.message if first else "", stop.code) from stop
     except SystemExit as stop:
-        # Lightning ends an interrupted run in this way.
+        # Lightning exits like this after a KeyboardInterrupt.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise CommandError("interrupted", 130) from stop
         if isinstance(stop, SIGTERMException):
             raise CommandError("terminated", 143) from stop
         raise
     except RuntimeError as error:
-        # Where another process ends, what this one wanted of it fails.
+        # Communication with a process that has ended fails.
         if not _first_to_fail():
             raise CommandError("", 1) from error
-        # A signal to all processes may reach a data worker first.
+        # A signal to the process group may end a data worker first.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         terminated = "Terminated" in str(error)
@@ -209,29 +208,29 @@ def _ended_in_good_order() -> Iterator[None]:
 
 
 def _first_to_fail() -> bool:
-    """Whether this process of a run is the first that has an error to report; the others' follow from it, or are the same."""
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not together or "MASTER_PORT" not in os.environ:
+    """Whether this process is the first of a run to report an error; errors of the others are the same or follow from it."""
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not distributed or "MASTER_PORT" not in os.environ:
         return True
     try:
         port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=5))
-        # torchrun keeps the store when it starts processes again.
+        # torchrun keeps the store when it restarts the processes.
         return store.add(f"vlm_calibration/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except dist.DistError:
-        return False  # the first process, which keeps the store, has ended
+        return False  # the first process, which hosts the store, has ended
 
 
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
-    """One of LightningCLI's own subcommands, with its settings."""
-    # Lightning starts the other processes of a DDP run with the same arguments, which it reads here.
+    """Run a subcommand of LightningCLI; `args` begin with its name."""
+    # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv[1:] = args
-    with _ended_in_good_order():
+    with _lightning_errors():
         return CalibrationCLI()
 
 
 class ParsedCLI(CalibrationCLI):
-    """Reads the configuration; nothing is built from it and nothing runs."""
+    """Parses the configuration and instantiates nothing."""
 
     def instantiate_classes(self) -> None:
         pass
@@ -241,7 +240,7 @@ class ParsedCLI(CalibrationCLI):
 
 
 def parsed_fit(args: Sequence[str]) -> Any:
-    """The configuration of `fit` with these settings; nothing is built from it."""
+    """Parse the configuration of `fit` with these settings; nothing is instantiated."""
     sys.argv[1:] = ["fit", *args]
-    with _ended_in_good_order():
+    with _lightning_errors():
         return ParsedCLI().config.fit

@@ -1,7 +1,6 @@
-"""The report as a page: one HTML file that holds its figures and images and loads nothing.
+"""The report as one HTML file that embeds its figures and images and loads nothing.
 
-Every text that comes from a model, a data set or a configuration is escaped by the template, and the page itself forbids
-scripts and addresses outside it.
+The template escapes every text of a model, a data set or a configuration; the page forbids scripts and external addresses.
 """
 
 from __future__ import annotations
@@ -19,34 +18,40 @@ from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.benchmarks.official import blocks_of
 from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.reporting.report_data import System
-from vlm_calibration.reporting.report_examples import examples_of
-from vlm_calibration.reporting.report_figures import panels_of
-from vlm_calibration.reporting.report_images import thumbnails
-from vlm_calibration.reporting.report_summary import (
+from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.examples import examples_of, thumbnails
+from vlm_calibration.reporting.report.figures import panels_of
+from vlm_calibration.reporting.report.summary import (
     ROUGH,
     TRUSTED,
     groups_of_system,
     subject_of,
     summarize_system,
 )
-from vlm_calibration.reporting.report_table import HEADINGS, RAW, Compared, Comparison, Row
+from vlm_calibration.reporting.report.table import HEADINGS, RAW, Compared, Comparison, Row
 from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_of
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = "page.html.j2"
 RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
-"""What is shown of estimators and of recalibration; accuracy is the same for all."""
+"""Metrics in the tables of estimators and recalibration; accuracy is the same for all of them."""
 OF_GROUPS = ("accuracy", "mean_confidence", "ece", "auroc")
-"""What is shown of each category."""
+"""Metrics in the table of categories."""
 SHARES = frozenset(
     ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
 )
-"""Metrics that read best in percent."""
+"""Metrics that are shown in percent."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 
 
 class Cell(NamedTuple):
-    """A metric in a table. mark: "better" or "worse" than the first system beyond chance, else empty. why: the p-value."""
+    """A metric in a table.
+
+    Attributes:
+        value: as text.
+        interval: its 95% interval as text.
+        mark: "better" or "worse" if it differs significantly from the first system, else empty.
+        why: the p-value as text.
+    """
 
     value: str
     interval: str = ""
@@ -57,12 +62,12 @@ class Cell(NamedTuple):
 def render_page(
     systems: Sequence[System], compared: Compared, comparison: Comparison, subject: str | None, images: bool
 ) -> str:
-    """The page, as HTML.
+    """Render the page as HTML.
 
     Args:
-        systems: the first is what others are compared with.
-        compared: of all of them, by `comparison`.
-        subject: name of the system that the summary and the examples are about; None: the last that was trained.
+        systems: all systems are compared with the first one.
+        compared: the comparison of all systems, made with the settings `comparison`.
+        subject: name of the system that the summary and the examples describe; None: the last trained one.
         images: whether to show images.
     """
     about = next((s for s in systems if s.name == subject), subject_of(systems))
@@ -73,7 +78,7 @@ def render_page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files("vlm_calibration.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         summary=summarize_system(about, compared.rows),
         thresholds=(TRUSTED, ROUGH),
@@ -104,23 +109,23 @@ def render_page(
 
 
 def _fitted_on(system: System) -> str:
-    """How many answers recalibration is fitted on, of which parts, and which parts it then meets for the first time."""
+    """How many answers of which splits recalibration is fitted on, and which splits of the answers are not among them."""
     assert system.calibration is not None
-    known, scored = (
+    fitted, scored = (
         Counter((p.category or "").split("/")[0] for p in answers)
         for answers in (system.calibration, system.predictions)
     )
-    named = ", ".join(f"{n:,} {part}" for part, n in known.items() if part)
-    unseen = ", ".join(part for part in scored if part and part not in known)
+    counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items() if split)
+    unseen = ", ".join(split for split in scored if split and split not in fitted)
     return (
         f"{len(system.calibration):,} answers"
-        + (f" ({named})" if named else "")
+        + (f" ({counts})" if counts else "")
         + (f", none of them {unseen}" if unseen else "")
     )
 
 
 def cell_of(row: Row, name: str) -> Cell:
-    """A metric of a row, as the page shows it."""
+    """Format a metric of a row for the page."""
     interval, p = row.metrics[name], row.p[name]
     if math.isnan(interval.value):
         return Cell("–")
@@ -136,7 +141,7 @@ def cell_of(row: Row, name: str) -> Cell:
 
 
 def number(value: float, name: str) -> str:
-    """A value as text, shares in percent."""
+    """Format a value; shares in percent."""
     if math.isnan(value):
         return "–"
     sign = "+" if ALL_METRICS[name].lower < 0 else ""
@@ -144,14 +149,14 @@ def number(value: float, name: str) -> str:
 
 
 def _groups(systems: Sequence[System]) -> tuple[Sequence[System], list[tuple[str, str, list[str]]]]:
-    """Systems, and for each group its name, its size and the metrics of one system after the other."""
-    of = [{g.name: g for g in groups_of_system(s)} for s in systems]
+    """The systems, and for each group its name, its size, and the metrics of one system after the other."""
+    by_name = [{g.name: g for g in groups_of_system(s)} for s in systems]
     rows = []
-    for name in dict.fromkeys(name for groups in of for name in groups):
-        sizes = [groups[name].n for groups in of if name in groups]
+    for name in dict.fromkeys(name for groups in by_name for name in groups):
+        sizes = [groups[name].n for groups in by_name if name in groups]
         cells = [
             number(groups[name].metrics[metric], metric) if name in groups else ""
-            for groups in of
+            for groups in by_name
             for metric in OF_GROUPS
         ]
         rows.append((name, f"{max(sizes):,}", cells))
@@ -159,36 +164,36 @@ def _groups(systems: Sequence[System]) -> tuple[Sequence[System], list[tuple[str
 
 
 def _rated(system: System, rows: Sequence[Row]) -> tuple[System, list[tuple[Row, list[Cell]]]]:
-    """The rows of one system, every estimator as it is and recalibrated."""
-    own = [row for row in rows if row.system == system.name]
-    return system, [(row, [cell_of(row, name) for name in RATED]) for row in own]
+    """The rows of one system: every estimator, raw and recalibrated."""
+    rows = [row for row in rows if row.system == system.name]
+    return system, [(row, [cell_of(row, name) for name in RATED]) for row in rows]
 
 
 def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Scores by a benchmark's own rules: system, block, and (name, value) of each."""
-    found = []
+    """Scores under a benchmark's own rules: system, block, and (name, value) of each score."""
+    rows = []
     for system in systems:
-        known = {k: v for k, v in system.metrics.items() if v is not None}
-        for block, scores in blocks_of(official_of(known)).items():
+        defined = {k: v for k, v in system.metrics.items() if v is not None}
+        for block, scores in blocks_of(official_of(defined)).items():
             form = ".4f" if "yes_ratio" in scores else ".1f"
             values = [
                 (column(key)[0], format(scores[key], form)) for key in OFFICIAL_COLUMNS if key in scores
             ]
-            found.append((system.name, block or "all", values))
-    return found
+            rows.append((system.name, block or "all", values))
+    return rows
 
 
 def _configs(systems: Sequence[System]) -> list[tuple[str, str]]:
-    """(folder, YAML) of each configuration."""
+    """Folder and YAML of each configuration."""
     configs = {str(s.folder): s.config for s in systems if s.config is not None}
     return [(folder, yaml.safe_dump(config, sort_keys=False)) for folder, config in configs.items()]
 
 
 def _versions() -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = [("Python", platform.python_version())]
+    versions: list[tuple[str, str]] = [("Python", platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:  # run from a source tree
+            versions.append((package, version(package)))
+        except PackageNotFoundError:  # the package runs from a source tree
             continue
-    return found
+    return versions

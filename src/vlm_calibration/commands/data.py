@@ -1,0 +1,108 @@
+"""`vlm-calibration data inspect`: print what the sources of a configuration hold."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from jsonargparse.typing import PositiveInt
+
+from vlm_calibration.arguments import Forwarded, Subcommands
+from vlm_calibration.errors import explained_errors
+from vlm_calibration.records import DataError
+
+if TYPE_CHECKING:
+    from vlm_calibration.data.module import PerturbedQueryDataModule
+    from vlm_calibration.data.sources.base import QuerySource
+
+SETTINGS = Forwarded(
+    {
+        "--config FILE": "a configuration, of which only the section `data` is read, and overlays (may be repeated)"
+    },
+    "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; those of trainer and model in a file are ignored.",
+)
+
+
+def inspect(*settings: Annotated[str, SETTINGS], sample: PositiveInt = PositiveInt(200)) -> None:
+    """Print counts, balance, image sizes, how much of an image regions cover, and bad records of each source.
+
+    Args:
+        sample: images of each source to open
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong, or there is none.
+        DataError: a configuration file or a source cannot be used.
+    """
+    from rich.console import Console
+
+    from vlm_calibration.reporting.inspection import inspect_source, print_inspection
+
+    sources = list(_sources(read_data(settings)))
+    if not sources:
+        raise DataError("nothing to inspect: none of data.train, validation, test and predict is set")
+    console = Console()
+    for name, source in sources:
+        print_inspection(name, inspect_source(source, sample), console)
+
+
+SUBCOMMANDS = Subcommands("Examine data before training on it.", {"inspect": inspect})
+
+
+def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
+    """Build the data module of configuration files, of which only the section `data` is read, and of further settings.
+
+    Raises:
+        ArgumentError: an unknown key, a value of the wrong type, or no settings.
+        DataError: a file cannot be read.
+    """
+    from jsonargparse import ArgumentParser
+
+    from vlm_calibration.data.module import PerturbedQueryDataModule
+
+    if not settings:
+        raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    with explained_errors(parser):
+        parsed = parser.parse_args(list(_without_other_sections(settings)))
+    try:
+        data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
+    except (ValueError, OSError) as error:
+        raise DataError(f"configuration: {error}") from error
+    return data
+
+
+def _without_other_sections(settings: Sequence[str]) -> Iterator[str]:
+    """Replace each configuration file by the content of its section `data`."""
+    pending = iter(settings)
+    for arg in pending:
+        name, equals, path = arg.partition("=")
+        yield name if name == "--config" else arg
+        if name == "--config" and (path := path if equals else next(pending, "")):
+            yield json.dumps({"data": _data_section(Path(path))})
+
+
+def _data_section(path: Path) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    return (content.get("data") if isinstance(content, dict) else None) or {}
+
+
+def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:
+    """The sources of a data module by the names of their settings."""
+    splits: dict[str, Any] = {
+        f"{name}.{split}": settings.source
+        for name, splits in (("test", data.test), ("calibration", data.calibration))
+        for split, settings in (splits or {}).items()
+    }
+    sources = {"train": data.train, "validation": data.validation, **splits, "predict": data.predict}
+    for name, source in sources.items():
+        if source is not None:
+            yield f"data.{name}", source

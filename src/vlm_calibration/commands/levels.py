@@ -1,0 +1,37 @@
+"""`vlm-calibration levels fit`: measure a base model and write the level table of anchored levels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from vlm_calibration.arguments import Forwarded, Subcommands
+
+SETTINGS = Forwarded(
+    {
+        "--config FILE": "configs/levels.yaml, and overlays after it (may be repeated)",
+        "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
+        "--model.init_args.out FILE": "where to write the level table",
+        "--trainer.default_root_dir DIR": "folder of the measurement's own files",
+    },
+    "Every other setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
+    "`vlm-calibration test --model.help LevelFitModule` those of the module.",
+)
+
+
+def fit(*settings: Annotated[str, SETTINGS]) -> None:
+    """Measure how often a base model is right at every noise step and write the level table.
+
+    The queries are held-out ones; AnchoredLevels reads the table. `--config configs/levels.yaml` measures the demo's model,
+    without a GPU or data of your own.
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting, a file or a model cannot be used.
+    """
+    from vlm_calibration.commands.lightning_cli import lightning_command
+
+    module = lightning_command(["test", *settings]).model
+    print(f"wrote {module.out}")
+
+
+SUBCOMMANDS = Subcommands("Measure what anchored levels teach.", {"fit": fit})

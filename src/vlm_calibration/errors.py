@@ -1,0 +1,189 @@
+"""Errors of the command line, each in one line that names the setting, what was found and what was expected."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+class CommandError(Exception):
+    """The orderly end of a command that failed.
+
+    Attributes:
+        message: one line for the user; empty to print nothing.
+        status: exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, without the traceback that a data worker puts into it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Caught ") and "Traceback" in str(error):
+        return lines[-1].split(": ", 1)[-1]
+    return " ".join(lines)
+
+
+@contextmanager
+def explained_errors(parser: ArgumentParser) -> Iterator[None]:
+    """Turn errors of this parser into an `ArgumentError` of one line that names the setting, and the nearest name if it is misspelt."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(None, explained(str(error), parser)) from error
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The most similar of some names as the end of a sentence, empty if none is similar."""
+    similar = get_close_matches(name, list(names), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
+
+
+_KEY = re.compile(r'Parser key "(.+?)":?\s*(.*)')
+_CLASS = re.compile(r"Problem with given class_path '(.+?)':")
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (?:-*)([^\s=]+)|Option '(.+?)' is not accepted|does not accept option '(.+?)'"
+)
+_GROUP = re.compile(r"Group '(.+?)' does not accept")
+_NO_CLASS = re.compile(
+    r"Expected a dot import path string: (.+)|module '.+' has no attribute '(.+)'|No module named '(.+)'"
+)
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_NO_SUBCOMMAND = re.compile(r'expected "subcommand" to be one of \{(.+)\}, but it was not provided')
+_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
+_RESTRICTED = re.compile(
+    r"Not of type (\w+): (?:invalid literal.*: '(.*)'|could not .*: '(.*)'|(\S+) does not .*)"
+)
+_GIVEN = re.compile(r"Given value: (.*)")
+
+
+def explained(message: str, parser: ArgumentParser) -> str:
+    """Reduce a message of argparse or jsonargparse to one line.
+
+    jsonargparse nests messages, one for each type that a value might have had. The innermost one about the chosen class counts.
+
+    Args:
+        parser: the parser that raised the error; suggestions are its names.
+    """
+    path: list[str] = []
+    chosen: Any = None
+    expected: list[str] = []
+    for line in (part.strip().removeprefix("- ") for part in message.splitlines()):
+        if match := _KEY.match(line):
+            path.append(match[1])
+            line = match[2]
+        if match := _CLASS.match(line):
+            chosen = _class(match[1])
+            path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
+        elif match := _NO_CLASS.match(line):
+            name = next(filter(None, match.groups()))
+            return f"{_dotted(path, parser)}: there is no {name!r}{did_you_mean(name, _class_names())}"
+        elif match := _UNKNOWN.search(line):
+            group = _GROUP.match(line)
+            name = ".".join([*([group[1]] if group else []), next(filter(None, match.groups()))])
+            # Written as the user typed it: with dashes on the command line, without in a file.
+            dashes = "--" if match[1] and not path else ""
+            options = _option_names(_parser_of(chosen) if chosen else parser)
+            similar = did_you_mean(dashes + name, [dashes + option for option in options])
+            return f"unknown setting {dashes}{_dotted([*path, name])}{similar}"
+        elif match := _REQUIRED.match(line):
+            if path:
+                return f"{_dotted(path, parser)}: needs {match[1]}"
+            names = ", ".join(_dotted([name], parser) for name in match[1].split(", "))
+            return f"missing: {names}; see `{parser.prog} --help`"
+        elif match := _NO_SUBCOMMAND.match(line):
+            return f"missing: one of {match[1].replace(',', ', ')}; see `{parser.prog} --help`"
+        elif match := _CHOICE.search(line):
+            choices = re.findall(r"[^\s,']+", match[2])
+            return f"{line.removeprefix('argument ')}{did_you_mean(match[1], choices)}"
+        elif match := _RESTRICTED.match(line):
+            value = next(filter(None, match.groups()[1:]))
+            return f"{_dotted(path, parser)}: expected {_in_words(match[1])}, found {value!r}"
+        elif match := _EXPECTED.match(line):
+            if match[2] is not None:
+                similar = did_you_mean(match[2], _literals(match[1]))
+                return f"{_dotted(path, parser)}: expected {_in_words(match[1])}, found {match[2]!r}{similar}"
+            expected += [] if "NoneType" in match[1] else [match[1]]
+        elif (match := _GIVEN.match(line)) and expected:
+            similar = did_you_mean(match[1], _literals(" ".join(expected)))
+            types = " or ".join(map(_in_words, expected))
+            return f"{_dotted(path, parser)}: expected {types}, found {match[1]!r}{similar}"
+    return " ".join(message.split())
+
+
+def _dotted(path: Sequence[str], parser: ArgumentParser | None = None) -> str:
+    """The name of a setting; an option of a command as it is typed, with dashes."""
+    name = ".".join(path).replace(".init_args.init_args", ".init_args")
+    option = f"--{name.replace('_', '-')}"
+    return option if parser and "." not in name and option in parser._option_string_actions else name
+
+
+def _class(path: str) -> Any:
+    """The class at a dotted path, None if there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name, None) if module else None
+    except ImportError:
+        return None
+
+
+def _parser_of(kind: type) -> ArgumentParser:
+    """A parser of the settings of a class."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def _option_names(parser: ArgumentParser) -> list[str]:
+    return [option.lstrip("-") for option in parser._option_string_actions]
+
+
+def _class_names() -> list[str]:
+    """Names of the project's classes in imported modules."""
+    package = __name__.partition(".")[0]
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
+    return sorted(
+        {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
+    )
+
+
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "a text",
+    "PositiveInt": "a whole number of at least 1",
+    "ClosedUnitInterval": "a number in [0, 1]",
+}
+
+
+def _in_words(hint: str) -> str:
+    """A type hint, as jsonargparse prints it, in words."""
+    if hint.startswith("typing.Literal["):
+        return f"one of {', '.join(_literals(hint))}"
+    name = hint.removeprefix("<class '").removesuffix("'>")
+    return _TYPES.get(name, name.removeprefix("typing."))
+
+
+def _literals(hint: str) -> list[str]:
+    match = re.search(r"Literal\[(.*?)\]", hint)
+    return [part.strip(" '\"") for part in match[1].split(",")] if match else []

@@ -1,0 +1,177 @@
+"""What a query source holds, as counts and as a table on the terminal; nothing is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.files import MAX_NAMED, name_some
+from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.grading import parse_answer
+
+MAX_VALUES = 8
+"""Values that a line of the table names at most."""
+
+
+@dataclass
+class Inspection:
+    """Counts over the queries of a source, and over the images that were opened.
+
+    Attributes:
+        queries: number of usable queries.
+        answers: answer type -> how often each gold answer occurs; for open answers, how often each number of words.
+        categories: how often each category occurs.
+        with_evidence: number of queries with a region of their key object.
+        absent: ids of queries about an absent object.
+        unlocated: ids of queries that need a region and have none.
+        opened: number of images that were opened.
+        sizes: (width, height) of the opened images.
+        shares: the share of each opened image that its evidence covers, in [0, 1].
+        clipped: ids of queries whose region leaves the opened image.
+        bad: one message for each record that cannot be used.
+        unloadable: one message for each image that cannot be loaded.
+    """
+
+    queries: int = 0
+    answers: dict[str, Counter[str]] = field(default_factory=dict)
+    categories: Counter[str] = field(default_factory=Counter)
+    with_evidence: int = 0
+    absent: list[str] = field(default_factory=list)
+    unlocated: list[str] = field(default_factory=list)
+    opened: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    clipped: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    unloadable: list[str] = field(default_factory=list)
+
+
+def inspect_source(source: QuerySource, sample: int) -> Inspection:
+    """Count all queries of a source, and open the images of `sample` of them, spread evenly.
+
+    Bad records are collected if the source can skip them.
+
+    Raises:
+        DataError: the source cannot be read at all, or has no usable query.
+    """
+    inspection = Inspection()
+    source.on_bad_record = "skip"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            queries = source.queries()
+        except DataError as error:
+            first = "; ".join(getattr(getattr(source, "bad", None), "messages", [])[:MAX_NAMED])
+            raise DataError(f"{error}: {first}" if first else str(error)) from error
+    inspection.bad = list(getattr(getattr(source, "bad", None), "messages", []))
+    for query in queries:
+        _count_query(inspection, query)
+        presence = source.presence(query)
+        inspection.with_evidence += presence == "present"
+        if presence != "present":
+            (inspection.absent if presence == "absent" else inspection.unlocated).append(query.id)
+    chosen = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).round().astype(int))
+    for index in chosen.tolist():
+        _open_image(inspection, source, queries[index])
+    return inspection
+
+
+def _count_query(inspection: Inspection, query: Query) -> None:
+    inspection.queries += 1
+    answer = {
+        "yes_no": parse_answer(query.answer, query.answer_type),
+        "short": query.answer,
+        "open": str(len(query.answer.split())),
+    }[query.answer_type]
+    inspection.answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
+    if query.category is not None:
+        inspection.categories[query.category] += 1
+
+
+def _open_image(inspection: Inspection, source: QuerySource, query: Query) -> None:
+    inspection.opened += 1
+    try:
+        loaded = source.load(query)
+    except DataError as error:
+        inspection.unloadable.append(str(error))
+        return
+    if loaded.clipped:
+        inspection.clipped.append(query.id)
+    height, width = loaded.image.shape[:2]
+    inspection.sizes.append((width, height))
+    if loaded.evidence:
+        inspection.shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
+
+
+def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    """The rows of the table: a heading and its text."""
+    yield "queries", str(inspection.queries)
+    for kind, answers in inspection.answers.items():
+        total = sum(answers.values())
+        if kind == "open":
+            words = np.repeat([int(n) for n in answers], list(answers.values()))
+            yield "open answers", f"{total}: median {np.median(words):.0f} words, at most {words.max()}"
+            continue
+        frequent = answers.most_common(MAX_VALUES)
+        balance = ", ".join(f"{_shorten(answer)} {count / total:.1%}" for answer, count in frequent)
+        yield f"{kind} answers", f"{total}: {balance}{_rest(answers, 'other answers')}"
+    if inspection.categories:
+        frequent = inspection.categories.most_common(MAX_VALUES)
+        counts = ", ".join(f"{name} {count}" for name, count in frequent)
+        yield "categories", counts + _rest(inspection.categories, "others")
+    yield "with a region of their object", f"{inspection.with_evidence / max(1, inspection.queries):.1%}"
+    if inspection.absent:
+        yield (
+            "about an absent object",
+            f"{len(inspection.absent)}: {name_some(inspection.absent, len(inspection.absent))}",
+        )
+    if inspection.unlocated:
+        yield (
+            "without a region, and cannot be noised",
+            f"{len(inspection.unlocated)}: {name_some(inspection.unlocated, len(inspection.unlocated))}",
+        )
+    if inspection.sizes:
+        widths, heights = zip(*inspection.sizes, strict=True)
+        yield (
+            f"image sizes ({inspection.opened} opened)",
+            f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}, "
+            f"median {np.median(widths):.0f} x {np.median(heights):.0f}",
+        )
+    if inspection.shares:
+        low, middle, high = np.quantile(inspection.shares, (0.1, 0.5, 0.9))
+        yield "regions' share of the image", f"median {middle:.1%}, 80% within {low:.1%} to {high:.1%}"
+    if inspection.clipped:
+        yield (
+            "with a region that leaves the image",
+            f"{len(inspection.clipped)} of {inspection.opened} opened: {name_some(inspection.clipped, len(inspection.clipped))}",
+        )
+    yield "bad records", str(len(inspection.bad))
+    if inspection.unloadable:
+        yield "cannot be loaded", f"{len(inspection.unloadable)} of {inspection.opened} opened"
+
+
+def _rest(counter: Counter[str], name: str) -> str:
+    return f", {len(counter) - MAX_VALUES} {name}" if len(counter) > MAX_VALUES else ""
+
+
+def _shorten(answer: str) -> str:
+    return answer if len(answer) <= 30 else f"{answer[:27]}..."
+
+
+def print_inspection(name: str, inspection: Inspection, console: Console) -> None:
+    """Print an inspection as a table, and the first messages about bad records and images below it."""
+    table = Table(title=name, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in _table_rows(inspection):
+        table.add_row(heading, text.replace("[", "\\["))
+    console.print(table)
+    for message in (*inspection.bad[:MAX_NAMED], *inspection.unloadable[:MAX_NAMED]):
+        console.print(message, soft_wrap=True, markup=False, highlight=False)

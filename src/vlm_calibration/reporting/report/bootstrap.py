@@ -1,0 +1,129 @@
+"""Confidence intervals and paired p-values from a bootstrap over images.
+
+Answers about one image are correlated, so images are drawn with replacement, each with all its answers. Systems that answered
+the same questions are measured on the same draws, which pairs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.metrics.bootstrap import (
+    Interval,
+    bootstrap_replicates,
+    interval_of,
+    percentile_interval,
+)
+from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
+
+MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
+"""Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
+
+
+class Measured(NamedTuple):
+    """The metrics of one confidence.
+
+    Attributes:
+        intervals: metric -> its interval, NaN if undefined.
+        drawn: metric -> its value in each draw of images, float64 [B].
+    """
+
+    intervals: Mapping[str, Interval]
+    drawn: Mapping[str, Tensor]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The metrics of the answers as they are."""
+        return {name: interval.value for name, interval in self.intervals.items()}
+
+
+def p_value(first: Measured, second: Measured, name: str) -> float:
+    """Two-sided p-value of the difference in a metric between two confidences that were measured on the same draws.
+
+    The share of draws whose difference is as far from the observed one as that is from 0 (Hall & Wilson, 1991); at least
+    1 / (draws + 1), NaN if a metric is undefined.
+    """
+    observed = first.values[name] - second.values[name]
+    deviations = (first.drawn[name] - second.drawn[name] - observed).abs()
+    deviations = deviations[~deviations.isnan()]
+    if observed != observed or len(deviations) == 0:
+        return float("nan")
+    return (1 + int((deviations >= abs(observed) - 1e-12).sum())) / (1 + len(deviations))
+
+
+class ImageBootstrap:
+    """Bootstrap draws of the images behind some answers.
+
+    Args:
+        predictions: the answers; an answer without an image name counts as an image of its own.
+        replicates: number of draws, B.
+        seed: the draws are a function of the seed and the names of the images.
+    """
+
+    def __init__(
+        self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
+    ) -> None:
+        self.units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
+        self.correct = np.array([p.correct for p in predictions])
+        self.replicates = replicates
+        self.seed = seed
+
+    @cached_property
+    def _unit_of(self) -> np.ndarray:
+        """Index of each answer's unit among the sorted units, int [N]."""
+        index = {unit: i for i, unit in enumerate(sorted(set(self.units)))}
+        return np.array([index[unit] for unit in self.units])
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each draw contains each unit, int [units, B]."""
+        n = len(set(self.units))
+        return np.random.default_rng(self.seed).multinomial(n, np.full(n, 1 / n), size=self.replicates).T
+
+    @cached_property
+    def _rarer(self) -> int:
+        """Number of units with a correct answer, or with a wrong one, whichever is smaller."""
+        return min(len(np.unique(self._unit_of[self.correct == kind])) for kind in (True, False))
+
+    def measure(self, confidence: Sequence[float | None]) -> Measured:
+        """Measure one confidence in each of the answers; None counts as unparsed."""
+        levels, drawn = self._levels(confidence)
+        correct, n = (
+            np.bincount(self._unit_of, weights=w, minlength=len(self.weights))
+            for w in (self.correct.astype(np.float64), np.ones(len(self.correct)))
+        )
+        accuracy = torch.from_numpy((correct @ self.weights) / (n @ self.weights))
+        of_draws = {name: bootstrap_replicates(drawn, METRICS[name]) for name in MEASURED[1:]}
+        intervals = {
+            name: interval_of(METRICS[name], levels, drawn, values, self._rarer)
+            for name, values in of_draws.items()
+        }
+        return Measured(
+            {"accuracy": percentile_interval(float(self.correct.mean()), accuracy, self._rarer), **intervals},
+            {"accuracy": accuracy, **of_draws},
+        )
+
+    def _levels(self, confidence: Sequence[float | None]) -> tuple[ConfidenceGroups, ConfidenceGroups]:
+        """The confidence groups of the answers, and those of every draw."""
+        values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+        parsed = ~np.isnan(values)
+        confidences = torch.from_numpy(values[parsed])
+        levels = group_values(confidences, torch.from_numpy(self.correct[parsed]))
+        unparsed = torch.tensor(int((~parsed).sum()))
+        # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
+        cell = np.full(len(values), 2 * len(levels.value))
+        cell[parsed] = 2 * torch.searchsorted(levels.value, confidences).numpy() + self.correct[parsed]
+        shape = (2 * len(levels.value) + 1, len(self.weights))
+        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self._unit_of)), shape=shape)
+        counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
+        drawn = counts[:, :-1].reshape(self.replicates, -1, 2)
+        return levels._replace(unparsed=unparsed), levels._replace(counts=drawn, unparsed=counts[:, -1])

@@ -1,0 +1,235 @@
+"""The systems that a report compares, read from the prediction files and configurations of evaluations and runs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlm_calibration.estimators.predictions import (
+    CALIBRATION,
+    PREDICTIONS,
+    VERBALIZED,
+    EstimatedPrediction,
+    estimators_of,
+    read_predictions,
+)
+from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
+from vlm_calibration.metrics.functional import REPORTED
+from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
+from vlm_calibration.metrics.summary import table_values
+from vlm_calibration.records import DataError, category_groups
+
+METRICS, CONFIG = "metrics.json", "config.yaml"
+BASE, ORACLE = "base", "oracle"
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """A model that answered the questions: the base model, an adapter, or a run.
+
+    Attributes:
+        name: its name in tables.
+        label: how it was trained; empty if unknown.
+        predictions: its answers.
+        metrics: the metrics that the evaluation wrote beside them; may be empty.
+        folder: folder of the whole evaluation.
+        config: configuration of the evaluation, None if there is none.
+        calibration: its answers to the calibration set, to fit recalibration on; None if there are none.
+    """
+
+    name: str
+    label: str
+    predictions: Sequence[EstimatedPrediction]
+    metrics: Mapping[str, float | None]
+    folder: Path
+    config: Mapping[str, Any] | None
+    calibration: Sequence[EstimatedPrediction] | None = None
+
+    @cached_property
+    def estimators(self) -> tuple[str, ...]:
+        """The estimators of all its answers, the verbalized confidence first."""
+        return estimators_of(self.predictions)
+
+    @cached_property
+    def by_id(self) -> dict[str, EstimatedPrediction]:
+        return {p.id: p for p in self.predictions}
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """All metrics of the answers, as in `metrics.json`; NaN if undefined."""
+        return summarize_predictions(self.predictions)
+
+    def passes(self, estimator: str) -> float | None:
+        """Forward passes of an estimator for each query, None if they were not counted."""
+        return self.metrics.get(f"forward_passes@{estimator}")
+
+
+def read_systems(folders: Sequence[str]) -> list[System]:
+    """Read the systems of evaluations and runs; names that occur twice get their folder in front.
+
+    Raises:
+        DataError: a folder holds no predictions, or a file in it cannot be used.
+    """
+    by_folder = [_read_folder(Path(folder)) for folder in dict.fromkeys(folders)]
+    if not by_folder:
+        raise DataError("give at least one folder of a run or an evaluation")
+    count = Counter(s.name for systems in by_folder for s in systems)
+    return [
+        replace(s, name=f"{s.folder}/{s.name}") if count[s.name] > 1 else s
+        for systems in by_folder
+        for s in systems
+    ]
+
+
+def _read_folder(folder: Path) -> list[System]:
+    """Read the systems of an evaluation, the base model first; or a run, under the folder's name."""
+    config = _read_config(folder / CONFIG)
+    adapters = _adapters(config)
+    order = {name: i for i, name in enumerate([BASE, *adapters])}
+    paths = [folder / name for name in order] + sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))
+    paths = [p for p in dict.fromkeys([folder, *paths]) if (p / PREDICTIONS).is_file()]
+    if not paths:
+        raise DataError(
+            f"no {PREDICTIONS} in {folder} or a folder in it: evaluate first, or name another folder"
+        )
+    paths.sort(key=lambda p: (p.name == ORACLE, order.get(p.name, len(order))))
+    return [
+        System(
+            path.resolve().name,
+            _label(path, folder, adapters),
+            read_predictions(path / PREDICTIONS),
+            _read_metrics(path / METRICS),
+            folder,
+            config,
+            read_predictions(path / CALIBRATION) if (path / CALIBRATION).is_file() else None,
+        )
+        for path in paths
+    ]
+
+
+def _label(path: Path, folder: Path, adapters: Mapping[str, str]) -> str:
+    if path == folder:
+        return _training_label(_read_config(path / CONFIG))
+    if path.name == BASE:
+        return "the base model, not fine-tuned"
+    if path.name == ORACLE:
+        return "the base model's answers, stated with its measured accuracy at the true noise step"
+    if path.name in adapters:
+        return _training_label(_read_config(Path(adapters[path.name]).parent / CONFIG))
+    return ""
+
+
+def _training_label(config: Mapping[str, Any] | None) -> str:
+    """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
+    model, data = (config or {}).get("model") or {}, (config or {}).get("data") or {}
+    stage, settings = _class_name(model), model.get("init_args") or {}
+    if stage not in ("SFTModule", "DPOModule"):
+        return ""
+    how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(settings.get('loss') or {}) or 'DPO'}"
+    levels = _class_name((data.get("noise") or {}).get("levels") or {}).removesuffix("Levels").lower()
+    return f"{how}, {levels} levels" if levels else how
+
+
+def _class_name(settings: Any) -> str:
+    path = settings.get("class_path", "") if isinstance(settings, Mapping) else ""
+    return str(path).rsplit(".", 1)[-1]
+
+
+def _adapters(config: Mapping[str, Any] | None) -> dict[str, str]:
+    settings = ((config or {}).get("model") or {}).get("init_args") or {}
+    return {str(k): str(v) for k, v in (settings.get("adapters") or {}).items()}
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a configuration: {error}") from error
+    return config if isinstance(config, dict) else None
+
+
+def _read_metrics(path: Path) -> dict[str, float | None]:
+    if not path.is_file():
+        return {}
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
+    """Add to each system its answers in another evaluation, to fit recalibration on; None for systems without any.
+
+    Raises:
+        DataError: the evaluation has answers of none of the systems.
+    """
+    by_name = {s.name: s.predictions for s in read_systems([folder])}
+    if not by_name.keys() & {s.name for s in systems}:
+        raise DataError(
+            f"--calibration {folder}: holds answers of {', '.join(by_name)}, but of none of "
+            f"{', '.join(s.name for s in systems)}"
+        )
+    return [replace(s, calibration=by_name.get(s.name)) for s in systems]
+
+
+# --- Metrics --------------------------------------------------------------------------------------------------------
+
+
+def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
+    """Compute every metric over all predictions, and as `METRIC/GROUP` over each group of categories.
+
+    Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`. Confidences are not rounded to a grid.
+
+    Returns:
+        Name -> value, NaN if undefined.
+    """
+    groups: dict[str, list[EstimatedPrediction]] = {}
+    for prediction in predictions:
+        for group in category_groups(prediction.category):
+            groups.setdefault(group, []).append(prediction)
+    ordered = dict(sorted(groups.items()))
+    with warnings.catch_warnings():
+        # Undefined metrics are expected here: tables show a dash, files null.
+        warnings.simplefilter("ignore", UndefinedMetricWarning)
+        values = summarize(
+            _confidence_groups(predictions, VERBALIZED),
+            _task_table(predictions),
+            categories={group: _confidence_groups(members, VERBALIZED) for group, members in ordered.items()},
+            task_categories={group: _task_table(members) for group, members in ordered.items()},
+        )
+    for name in estimators_of(predictions)[1:]:
+        for suffix, members in {
+            "": predictions,
+            **{f"/{g}": members for g, members in ordered.items()},
+        }.items():
+            values |= table_values(_confidence_groups(members, name), REPORTED[1:], f"@{name}{suffix}")
+    return values
+
+
+def _confidence_groups(predictions: Sequence[EstimatedPrediction], estimator: str) -> ConfidenceGroups:
+    """The distinct confidences with their counts; None counts as unparsed."""
+    rows = [(p.confidence_of(estimator), p.correct) for p in predictions]
+    parsed = [(confidence, correct) for confidence, correct in rows if confidence is not None]
+    levels = group_values(
+        torch.tensor([confidence for confidence, _ in parsed], dtype=torch.float64),
+        torch.tensor([correct for _, correct in parsed], dtype=torch.bool),
+    )
+    return levels._replace(unparsed=torch.tensor(len(rows) - len(parsed)))
+
+
+def _task_table(predictions: Sequence[EstimatedPrediction]) -> TaskTable:
+    return TaskTable.from_predictions(
+        [p.predicted for p in predictions], [p.answer for p in predictions], [p.correct for p in predictions]
+    )

@@ -1,0 +1,168 @@
+"""The answers that a report shows one by one, with the images as the model saw them, noise included.
+
+Images are loaded from the data of the run. Noise is a function of (seed, epoch, query id), so the configuration reproduces it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentError, ArgumentParser
+from PIL import Image
+
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.files import first_line
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.figures import data_uri
+
+MAX_EXAMPLES = 8
+MAX_CHARACTERS = 240
+"""Characters of an answer that are shown."""
+THUMBNAIL_SIDE = 320
+"""Pixels of a thumbnail's longer side."""
+PIXEL_ART_SIDE = 128
+"""Images up to this size are stored losslessly, as PNG."""
+
+
+class Example(NamedTuple):
+    """An answer as the page shows it.
+
+    Attributes:
+        id: of the prediction.
+        question: of the prediction.
+        gold: the gold answer.
+        text: the model's output, cut short if it is long.
+        category: of the prediction, may be empty.
+        stated: the stated confidence in percent.
+        noise: the diffusion step; None if noise does not apply.
+        others: name of another system -> its output.
+    """
+
+    id: str
+    question: str
+    gold: str
+    text: str
+    category: str
+    stated: str
+    noise: int | None
+    others: dict[str, str]
+
+
+class Examples(NamedTuple):
+    """The examples of a report.
+
+    Attributes:
+        predictions: the predictions behind all examples.
+        overconfident: the most confident wrong answers.
+        underconfident: the least confident correct answers.
+    """
+
+    predictions: list[EstimatedPrediction]
+    overconfident: list[Example]
+    underconfident: list[Example]
+
+
+def examples_of(system: System, others: Sequence[System]) -> Examples:
+    """Choose the most confident wrong answers and the least confident right ones, at most one an image."""
+    confident = [p for p in system.predictions if p.confidence is not None]
+    wrong = _first([p for p in confident if not p.correct], lambda p: -(p.confidence or 0.0))
+    correct = _first([p for p in confident if p.correct], lambda p: p.confidence or 0.0)
+    return Examples(
+        [*wrong, *correct], [_example(p, others) for p in wrong], [_example(p, others) for p in correct]
+    )
+
+
+def _first(
+    predictions: Sequence[EstimatedPrediction], key: Callable[[EstimatedPrediction], float]
+) -> list[EstimatedPrediction]:
+    """The first predictions in the order of `key`, one an image."""
+    by_image: dict[str, EstimatedPrediction] = {}
+    for prediction in sorted(predictions, key=lambda p: (key(p), p.id)):
+        by_image.setdefault(prediction.image or prediction.id, prediction)
+    return list(by_image.values())[:MAX_EXAMPLES]
+
+
+def _example(prediction: EstimatedPrediction, others: Sequence[System]) -> Example:
+    return Example(
+        prediction.id,
+        prediction.question,
+        prediction.answer,
+        _shorten(prediction.text),
+        prediction.category or "",
+        f"{100 * (prediction.confidence or 0.0):.0f}%",
+        prediction.noise_step,
+        {s.name: _shorten(s.by_id[prediction.id].text) for s in others if prediction.id in s.by_id},
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+
+
+# --- Images ---------------------------------------------------------------------------------------------------------
+
+
+def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tuple[dict[str, str], str]:
+    """Make thumbnails of the images behind some predictions.
+
+    Returns:
+        Query id -> data URI, and why images are missing, empty if none is.
+    """
+    try:
+        dataset = _dataset(system.config)
+        index = {query.id: i for i, query in enumerate(dataset.queries)}
+        images = {}
+        for prediction in predictions:
+            if prediction.id not in index:
+                continue
+            sample = dataset[0, index[prediction.id]]
+            # With another noise policy than the run's, the image would show different noise.
+            if (prediction.question, prediction.noise_step) == (sample.query.question, sample.step):
+                images[prediction.id] = thumbnail(sample.image)
+    except (DataError, ArgumentError, OSError, ValueError, TypeError, ImportError) as error:
+        return {}, f"The images could not be loaded: {first_line(error)}"
+    missing = len(predictions) - len(images)
+    return (
+        images,
+        f"{missing} of the images are missing: the data have changed since the run." if missing else "",
+    )
+
+
+def thumbnail(image: np.ndarray) -> str:
+    """Encode an image, uint8 [H, W, 3], as a data URI, its longer side at most `THUMBNAIL_SIDE` pixels."""
+    picture = Image.fromarray(image)
+    lossless = max(picture.size) <= PIXEL_ART_SIDE
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if lossless:
+        picture.save(file, format="PNG", optimize=True)
+    else:
+        picture.save(file, format="JPEG", quality=85)
+    return data_uri("image/png" if lossless else "image/jpeg", file.getvalue())
+
+
+def _dataset(config: Mapping[str, Any] | None) -> Any:
+    """The data set that a run answered, built from the run's configuration.
+
+    Raises:
+        DataError: there is no configuration, or it has no such data.
+    """
+    from vlm_calibration.data.module import PerturbedQueryDataModule
+
+    if not config or not isinstance(config.get("data"), Mapping):
+        raise DataError("there is no config.yaml with the data beside the predictions")
+    base = ((config.get("model") or {}).get("init_args") or {}).get("base") or {}
+    # The command line links these settings to the model's.
+    linked = {"processor": base.get("name_or_path"), "revision": base.get("revision")}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    # Never run code that comes with a checkpoint only to show images.
+    settings = parser.parse_object({"data": {**config["data"], **linked, "trust_remote_code": False}})
+    data = parser.instantiate_classes(settings).data
+    has_test = data.test is not None
+    data.setup("test" if has_test else "validate")
+    return data.test_set if has_test else data.val_dataloader().dataset

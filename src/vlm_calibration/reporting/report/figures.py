@@ -1,0 +1,135 @@
+"""The report's figures, as SVG in data URIs that the page embeds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.metrics.figures import (
+    confidence_histogram,
+    reliability_diagram,
+    response_curve,
+    risk_coverage_figure,
+)
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.reporting.report.data import System
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (5.2, 4.4)
+"""Width and height of a figure in inches: small, so that its text stays readable on a phone."""
+
+
+class DrawnFigure(NamedTuple):
+    """One figure.
+
+    Attributes:
+        uri: the figure as a data URI.
+        caption: name of the system.
+        text: alternative text.
+    """
+
+    uri: str
+    caption: str
+    text: str
+
+
+class FigurePanel(NamedTuple):
+    """Figures of one kind side by side.
+
+    Attributes:
+        heading: what they show.
+        how: how to read them.
+        pictures: one figure for each system.
+    """
+
+    heading: str
+    how: str
+    pictures: list[DrawnFigure]
+
+
+def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
+    """Draw every kind of figure for each system whose answers allow it."""
+    panels = [
+        FigurePanel(
+            "Reliability",
+            "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
+            "below it.",
+            [_draw(s, "reliability diagram", reliability_diagram, _table(s.predictions)) for s in systems],
+        ),
+        FigurePanel(
+            "Which confidences are stated, and how often",
+            "Correct answers are drawn upwards, wrong ones downwards. If both have the same shape, confidence carries no "
+            "information.",
+            [
+                _draw(s, "histogram of confidences", confidence_histogram, _table(s.predictions))
+                for s in systems
+            ],
+        ),
+        FigurePanel(
+            "Answering only when sure",
+            "The share of wrong answers if only the most confident answers are given. The lower, and the closer to the best "
+            "possible ranking, the better.",
+            [_draw(s, "risk-coverage curve", risk_coverage_figure, _table(s.predictions)) for s in systems],
+        ),
+    ]
+    by_step = [(s, _tables_by_step(s.predictions)) for s in systems]
+    curves = [
+        _draw(s, "response to noise", response_curve, tables) for s, tables in by_step if len(tables) > 1
+    ]
+    if curves:
+        how = (
+            "The key object is replaced by noise, more of it to the right. Both curves should fall together: stated confidence "
+            "follows what the model can see."
+        )
+        panels.append(FigurePanel("Response to noise on the evidence", how, curves))
+    return panels
+
+
+def _draw(system: System, kind: str, draw: Callable[..., Any], data: Any) -> DrawnFigure:
+    return DrawnFigure(picture_of(lambda ax: draw(data, ax=ax)), system.name, f"{system.name}: {kind}")
+
+
+def picture_of(draw: Callable[[Axes], object]) -> str:
+    """Draw a figure and encode it as SVG in a data URI; the same drawing gives the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(
+        {"svg.hashsalt": "report", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 8.5}
+    ):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw(figure.subplots())
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return data_uri("image/svg+xml", out.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Encode bytes as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _table(predictions: Sequence[EstimatedPrediction]) -> ConfidenceTable:
+    return ConfidenceTable.from_predictions(
+        [p.confidence for p in predictions], [p.correct for p in predictions]
+    )
+
+
+def _tables_by_step(predictions: Sequence[EstimatedPrediction]) -> dict[int, ConfidenceTable]:
+    """A table for each noise step, over the evaluation splits with noised images."""
+    noised = {_split(p) for p in predictions if p.noise_step}
+    steps: dict[int, list[EstimatedPrediction]] = {}
+    for prediction in predictions:
+        if prediction.noise_step is not None and _split(prediction) in noised:
+            steps.setdefault(prediction.noise_step, []).append(prediction)
+    return {step: _table(answers) for step, answers in sorted(steps.items())}
+
+
+def _split(prediction: EstimatedPrediction) -> str:
+    """The evaluation split of an answer: the first part of its category."""
+    return (prediction.category or "").split("/")[0]

@@ -1,0 +1,180 @@
+"""`vlm-calibration app` in a real browser: scenes, uploads, key objects, noise, the response curve and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+
+from vlm_calibration.app.subject import DRAWN, WHOLE, demo_subject
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED, CalibratedModel
+
+from .browser import SCENE, App, Visit, is_error, shown_answers
+
+
+def _shown(answer: Answer) -> tuple[str, str, str]:
+    stated, expected = ("none" if c is None else f"{c:.0%}" for c in (answer.confidence, answer.expected))
+    return answer.answer, stated, expected
+
+
+def _asked(model: CalibratedModel, image: Any, question: str) -> dict[str, tuple[str, str, str]]:
+    """The answers that the page should show, from the same model without a page."""
+    return {
+        BASE: _shown(model.ask(image, question, as_base=True)),
+        CALIBRATED: _shown(model.ask(image, question)),
+    }
+
+
+def _percent(shown: str) -> int:
+    return int(shown.removesuffix("%"))
+
+
+def test_a_scene_of_the_demo_is_answered(visit: Visit, model: CalibratedModel) -> None:
+    first = shown_answers(visit)
+    assert first == _asked(model, demo_subject(0).image, demo_subject(0).question)
+    visit.choose_scene(SCENE)
+    subject = demo_subject(SCENE)
+    assert visit.page.get_by_label("Question").input_value() == subject.question
+    assert visit.object() == "cow"
+    assert visit.objects() == [*subject.objects, DRAWN, WHOLE]
+    assert shown_answers(visit) == _asked(model, subject.image, subject.question)
+    np.testing.assert_array_equal(visit.seen(), subject.image)
+    visit.ask("Is there a guitar in the image?")
+    assert shown_answers(visit) == _asked(model, subject.image, "Is there a guitar in the image?")
+
+
+def test_a_question_names_the_key_object(visit: Visit) -> None:
+    assert visit.object() == "horse"
+    visit.page.get_by_label("Question").press_sequentially(" Or a pig?")
+    assert visit.object() == "horse", "the first one that it names"
+    visit.page.get_by_label("Question").fill("Can you see pigs?")
+    expect(visit.page.locator("#object input")).to_have_value("pig")
+
+
+def test_an_image_of_ones_own(visit: Visit, model: CalibratedModel, app: App, photograph: Path) -> None:
+    visit.set_noise(50)
+    visit.renewed("curve", lambda: visit.send(photograph))
+    assert visit.page.locator("#noise input[type=number]").input_value() == "0"
+    assert visit.objects() == [DRAWN, WHOLE], "nothing is known of its objects"
+    question = visit.page.get_by_label("Question")
+    question.fill("Is there a ball in the picture?")
+    question.press("Enter")
+    expected = _asked(model, photograph, "Is there a ball in the picture?")
+    # What was asked before, about the image alone and while the slider moved, is answered first.
+    visit.until(lambda: shown_answers(visit) == expected, lambda: f"{shown_answers(visit)}, not {expected}")
+    clean = visit.seen()
+    assert clean.shape == (96, 96, 3), "as the model takes it"
+    assert clean[48, 70, 0] > clean[48, 70, 1] + 100, "the disc"
+    visit.set_noise(100)
+    assert (visit.seen() != clean).any(axis=2).mean() > 0.99, "the whole image is noise"
+    assert not [path for path in app.files() if path.suffix == ".png"], "it is not kept on the disk"
+
+
+def test_another_image_comes_while_answers_are_on_their_way(visit: Visit, photograph: Path) -> None:
+    visit.set_noise(50, wait=False)
+    visit.send(photograph)
+    expect(visit.page.locator("#object input")).to_have_value(WHOLE)
+    visit.answered(0)
+    expect(visit.page.get_by_text("Error", exact=True)).to_have_count(0)
+
+
+def test_noise_on_the_key_object(visit: Visit) -> None:
+    visit.choose_scene(SCENE)
+    mask = demo_subject(SCENE).objects["cow"]
+    clean, before, bars = visit.seen(), shown_answers(visit), visit.bars(CALIBRATED)
+    assert before[CALIBRATED][1] == "100%"
+    assert bars == pytest.approx([1, _percent(before[CALIBRATED][2]) / 100], abs=0.02)
+    marked = visit.page.locator("#curve line.now")
+    left = float(marked.get_attribute("x1") or "")
+
+    visit.set_noise(100)
+    changed = (visit.seen() != clean).any(axis=2)
+    assert not changed[~mask].any(), "noise beside the key object"
+    assert changed[mask].mean() > 0.98
+    expect(visit.page.locator("#seen figcaption")).to_have_text("What the models see: 100% noise on cow")
+    after, bars = shown_answers(visit), visit.bars(CALIBRATED)
+    assert after[CALIBRATED][1] == "0%", "it says that it cannot know"
+    assert _percent(after[CALIBRATED][2]) < 60
+    assert bars == pytest.approx([0, _percent(after[CALIBRATED][2]) / 100], abs=0.02)
+    assert after[BASE][1] == before[BASE][1], "the base model is as sure as ever"
+    expect(marked).not_to_have_attribute("x1", f"{left:.1f}")
+    assert float(marked.get_attribute("x1") or "") == left + 420
+
+    visit.set_noise(0)
+    np.testing.assert_array_equal(visit.seen(), clean)
+    assert shown_answers(visit) == before
+
+
+def test_another_key_object_gets_the_noise(visit: Visit) -> None:
+    visit.choose_scene(SCENE)
+    clean = visit.seen()
+    visit.page.locator("#object input").click()
+    visit.renewed("curve", visit.page.get_by_role("option", name="dog").click)
+    visit.set_noise(100)
+    changed = (visit.seen() != clean).any(axis=2)
+    assert changed[demo_subject(SCENE).objects["dog"]].mean() > 0.98
+    assert not changed[~demo_subject(SCENE).objects["dog"]].any()
+
+
+def test_painting_marks_the_key_object(visit: Visit) -> None:
+    visit.choose_scene(SCENE)
+    clean = visit.seen()
+    visit.renewed("curve", lambda: visit.paint((0.2, 0.8), (0.4, 0.8)))
+    assert visit.object() == DRAWN
+    visit.set_noise(100)
+    changed = (visit.seen() != clean).any(axis=2)
+    y, x = np.nonzero(changed)
+    # The brush is 14% of the picture wide, with round ends.
+    expected = [0.2 - 0.07, 0.4 + 0.07, 0.8 - 0.07, 0.8 + 0.07]
+    painted = np.array([x.min(), x.max() + 1, y.min(), y.max() + 1]) / 96
+    assert painted == pytest.approx(expected, abs=0.02)
+    assert changed.mean() == pytest.approx(0.2 * 0.14 + np.pi * 0.07**2, rel=0.1)
+
+    visit.renewed("curve", visit.page.get_by_role("button", name="Clear paint").click)
+    for part in ("seen", "curve"):
+        expect(visit.page.locator(f"#{part} .notice")).to_have_text(
+            "Paint over the key object to put noise on it."
+        )
+    visit.renewed("curve", lambda: visit.paint((0.7, 0.3), (0.7, 0.31)))
+    assert (visit.seen() != clean).any(axis=2)[29, 67]
+
+
+def test_the_response_curve(visit: Visit, model: CalibratedModel) -> None:
+    visit.choose_scene(SCENE)
+    curve = visit.page.locator("#curve figure")
+    words = curve.locator("> svg").get_attribute("aria-label") or ""
+    assert "Calibrated model: states 100% without noise and 0% at full noise." in words
+    subject = demo_subject(SCENE)
+    for system in (BASE, CALIBRATED):
+        drawn = curve.locator(f"> svg g.{system}")
+        line = [p.split(",") for p in (drawn.locator("polyline").get_attribute("points") or "").split()]
+        assert [float(x) for x, _ in line] == pytest.approx([44 + 42 * level for level in range(11)])
+        samples = [
+            model.sample(subject.image, subject.question, mask=subject.objects["cow"], step=step)
+            for step in (0, 500, 1000)
+        ]
+        expected = [answer.expected for answer in model.answers(samples, [system])[system]]
+        assert [float(line[i][1]) for i in (0, 5, 10)] == pytest.approx(
+            [202 - 190 * (e or 0) for e in expected], abs=1
+        )
+        assert drawn.locator(".point").count() == 11
+    box = curve.locator("> svg").bounding_box()
+    assert box is not None
+    assert box["width"] > 400
+    assert box["height"] > 200
+
+
+def test_the_report(visit: Visit) -> None:
+    visit.page.get_by_role("tab", name="Report").click()
+    frame = visit.page.frame_locator("iframe.report")
+    expect(frame.locator("h1").first).to_be_visible()
+    assert "sft" in frame.locator("body").inner_text()
+    [inner] = [f for f in visit.page.frames if f is not visit.page.main_frame]
+    assert inner.evaluate("1 + 1") == 2, "its own scripts run"
+    assert is_error(lambda: inner.evaluate("() => parent.document.title")), "but reach nothing of the page"
+    visit.page.get_by_role("tab", name="Ask").click()
+    expect(visit.page.locator("#curve figure")).to_be_visible()

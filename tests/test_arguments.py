@@ -1,0 +1,182 @@
+"""Commands from typed functions: how arguments reach a function, what the help shows, and which mistakes are named."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
+from vlm_calibration.arguments import Command, Forwarded, Subcommands, command_parser, run_command
+
+
+@dataclass(frozen=True)
+class Group:
+    """settings of a group
+
+    Attributes:
+        max_size: a size
+        quiet: print nothing, 100% of the time
+    """
+
+    max_size: PositiveInt | None = None
+    quiet: bool = False
+
+
+def command(
+    folders: list[str],
+    *,
+    out: Path | None = None,
+    kind: Literal["short", "open"] = "short",
+    share: ClosedUnitInterval | None = None,
+    names: Sequence[str] = ("a", "b"),
+    images: bool = True,
+    group: Group,
+) -> dict[str, Any]:
+    """Do something.
+
+    Args:
+        folders: where to look
+        out: where to write
+        images: show images
+    """
+    return {"folders": folders, "out": out, "kind": kind, "share": share, "images": images, "group": group}
+
+
+def optional(image: str | None = None, question: str | None = None) -> tuple[str | None, str | None]:
+    """Ask."""
+    return image, question
+
+
+SETTINGS = Forwarded({"--config FILE": "a configuration"}, "More settings may follow.")
+
+
+def forwarding(*settings: Annotated[str, SETTINGS], tokens: PositiveInt | None = None) -> Any:
+    """Hand on.
+
+    Args:
+        tokens: a number
+    """
+    return settings, tokens
+
+
+def run(*args: str, command: Command = command) -> Any:
+    return run_command("prog", command, args)
+
+
+def test_values_reach_the_function_with_their_types() -> None:
+    values = run("x", "y", "--out", "3", "--kind=open", "--share", "1", "--max-size", "4", "--quiet")
+    assert values == {
+        "folders": ["x", "y"],
+        "out": Path("3"),
+        "kind": "open",
+        "share": 1.0,
+        "images": True,
+        "group": Group(4, True),
+    }
+
+
+def test_defaults_are_those_of_the_signature() -> None:
+    values = run("x")
+    assert (values["out"], values["kind"], values["share"]) == (None, "short", None)
+    assert values["group"] == Group()
+
+
+@pytest.mark.parametrize("text", ["null", "true", "3", "Is it: a dog? [x] {y}", "100%", ""])
+def test_texts_are_taken_as_they_are(text: str) -> None:
+    assert run("a.png", text, command=optional) == ("a.png", text)
+    assert run(command=optional) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "quiet"),
+    [
+        (["--no-images", "--quiet"], False, True),
+        (["--images", "--no-quiet"], True, False),
+        (["--images=false", "--quiet=true"], False, True),
+        (["--images", "false", "--quiet", "true"], False, True),
+        (["--no_images", "--quiet", "--max_size", "3"], False, True),
+    ],
+)
+def test_flags_have_several_spellings(flags: list[str], images: bool, quiet: bool) -> None:
+    values = run(*flags, "--kind", "open", command=_without_folders)
+    assert (values["images"], values["group"].quiet) == (images, quiet)
+
+
+def _without_folders(*, kind: str, images: bool = True, group: Group) -> dict[str, Any]:
+    """Do."""
+    return {"images": images, "group": group}
+
+
+def test_a_flag_does_not_swallow_what_follows() -> None:
+    assert run("--quiet", "x")["folders"] == ["x"]
+
+
+def test_the_help_shows_groups_defaults_and_docstrings() -> None:
+    page = " ".join(command_parser("prog", command).format_help().split())
+    for text in (
+        "usage: prog [-h] [--out PATH] [--kind {short,open}] [--share X]",
+        "Do something.",
+        "folders where to look",
+        "--no-images do not show images",
+        "settings of a group: --max-size N a size --quiet print nothing, 100% of the time",
+        "(default: short)",
+        "(default: a b)",
+    ):
+        assert text in page
+    for text in ("--no-quiet", "(default: None)", "[--images]"):
+        assert text not in page
+
+
+def test_settings_are_passed_on_in_the_order_given() -> None:
+    args = ("--a.b", "3", "--tokens", "7", "--config=x.yaml", "--c", "--config", "y.yaml")
+    settings, tokens = run(*args, command=forwarding)
+    assert settings == ("--a.b", "3", "--config=x.yaml", "--c", "--config", "y.yaml")
+    assert tokens == 7
+    page = command_parser("prog", forwarding).format_help()
+    assert "--config FILE" in page
+    assert page.endswith("More settings may follow.\n")
+
+
+def test_subcommands() -> None:
+    commands = Subcommands("Two of them.", {"ask": optional, "pass": forwarding})
+    assert run("ask", "x", command=commands) == ("x", None)
+    page = command_parser("prog", commands).format_help()
+    assert [text for text in ("Two of them.", "ask", "Hand on.") if text not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "missing: folders; see `prog --help`"),
+        (["x", "--max-size", "0"], "--max-size: expected a whole number of at least 1, found '0'"),
+        (["x", "--max-size", "x"], "--max-size: expected a whole number of at least 1, found 'x'"),
+        (["x", "--share", "80%"], "--share: expected a number in [0, 1], found '80%'"),
+        (["x", "--kind", "opne"], "--kind: expected one of short, open, found 'opne' (did you mean open?)"),
+        (["x", "--max-siz", "3"], "unknown setting --max-siz (did you mean --max-size?)"),
+        (["x", "--out"], "argument --out: expected one argument"),
+        (["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(args: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        run(*args)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "missing: one of ask, pass; see `prog --help`"),
+        (["aks"], "COMMAND: invalid choice: 'aks' (choose from 'ask', 'pass') (did you mean ask?)"),
+        (["pass", "--tokens", "0"], "--tokens: expected a whole number of at least 1, found '0'"),
+    ],
+)
+def test_mistakes_in_a_subcommand(args: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        run(*args, command=Subcommands("Two.", {"ask": optional, "pass": forwarding}))
+    assert str(error.value) == message
