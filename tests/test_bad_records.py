@@ -18,6 +18,8 @@ from vlm_calibration.data.loading import EpochSampler
 
 from .command_line import Ended, callback, run_plainly
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., list[str]]
 FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
 DAMAGED = {

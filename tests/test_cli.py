@@ -27,6 +27,8 @@ from vlm_calibration.perturbation.levels import AnchoredLevels
 
 from .command_line import LIMIT, Ended, Server
 
+pytestmark = pytest.mark.slow
+
 
 def _record(identifier: str, image: str = "a.png", **changes: Any) -> dict[str, Any]:
     region = {"label": "dog", "box": [2, 2, 20, 20]}

@@ -20,6 +20,8 @@ from vlm_calibration.cli.completion import all_commands
 
 from .command_line import LIMIT, Ended
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "lightning", "transformers", "peft", "wandb", "gradio", "matplotlib")
 LIGHT: dict[str, tuple[str, ...]] = {
     "levels": ("fit",),

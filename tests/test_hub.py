@@ -26,6 +26,8 @@ from vlm_calibration.records import DataError
 
 from .command_line import ERROR, LIMIT, Ended
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "http://127.0.0.1:9"
 """An address without a server, which refuses connections at once."""
 

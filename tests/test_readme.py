@@ -218,10 +218,13 @@ def test_no_command_runs_a_module_of_the_tests() -> None:
 
 
 def _paths(page: Path) -> set[str]:
-    """The code spans of a page that are paths, without placeholders such as `RUNS_DIR/eval` and patterns."""
+    """The code spans of a page that are paths, not configuration keys, without placeholders such as `RUNS_DIR/eval` and patterns."""
     spans = re.findall(r"`([a-z0-9_][\w/.-]*)`", page.read_text(encoding="utf-8"))
     return {
-        span for span in spans if re.search(r"/|\.[a-z]+$", span) and not re.search(r"[A-Z]{3}|^runs/", span)
+        span
+        for span in spans
+        if re.search(r"/|\.(py|yaml|sh|sbatch|ipynb|md|jsonl?|toml)$", span)
+        and not re.search(r"[A-Z]{3}|^runs/", span)
     }
 
 

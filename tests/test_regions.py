@@ -23,6 +23,8 @@ from .command_line import Ended, callback, run_plainly
 from .regions.conftest import scene_files as scene_files
 from .regions.conftest import tiny as tiny
 
+pytestmark = pytest.mark.slow
+
 SCENES = 5
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 

@@ -70,6 +70,7 @@ def _file(rows: list[tuple[str, str, str]]) -> tuple[list[dict[str, Any]], list[
     return annotations, [{"id": i, "response": text} for i, (_, _, text) in enumerate(rows, start=1)]
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.lists(
@@ -82,6 +83,7 @@ def test_scores_are_those_of_the_script(rows: list[tuple[str, str, str]]) -> Non
     assert _scores(annotations, answers) == official_rules.amber(annotations, answers)
 
 
+@pytest.mark.slow
 def test_thousands_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
     for size in (*(rng.randint(1, 12) for _ in range(7_499)), 14_216):
@@ -292,6 +294,7 @@ def test_queries_with_one_id_twice(written: Callable[..., Path]) -> None:
         amber.read_queries(written("q.json", [row, row]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(

@@ -79,6 +79,7 @@ def _theirs(labels: list[str], texts: list[str]) -> dict[str, float]:
     return official_rules.pope([{"label": x} for x in labels], [{"answer": x} for x in texts])
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(st.lists(st.tuples(LABELS, TEXTS), min_size=1, max_size=30))
 def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None:
@@ -90,6 +91,7 @@ def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None
         assert any(math.isnan(value) for value in ours.values())
 
 
+@pytest.mark.slow
 def test_thousands_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
     scored = 0
@@ -307,6 +309,7 @@ def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
         pope.read_questions(tmp_path / "latin.json")
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=12)

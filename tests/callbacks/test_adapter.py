@@ -104,6 +104,7 @@ def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _fit(module, _data(demo_model), tmp_path_factory.mktemp("sft"), BeforeAfterCheck(tolerance=1.0))
 
 
+@pytest.mark.slow
 def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
     assert {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "calibration.json"),
@@ -150,6 +151,7 @@ assert not [name for name in sys.modules if name.startswith(("vlm_calibration", 
 """
 
 
+@pytest.mark.slow
 def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path: Path) -> None:
     text = (sft / "README.md").read_text(encoding="utf-8")
     program = text.split("```python\n", 1)[1].split("```", 1)[0]

@@ -188,6 +188,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
     return digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "changed"),
     [

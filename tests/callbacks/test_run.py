@@ -136,6 +136,7 @@ def test_only_the_first_process_makes_the_folder(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_offline_run_is_written_without_a_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ print("offline:", logger.experiment.offline)
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
     server = GraphQLServer()
     server.close()

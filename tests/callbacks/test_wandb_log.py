@@ -23,6 +23,8 @@ from ..command_line import LIMIT, run_plainly
 from ..graphql_server import GraphQLServer, artifact_id
 from ..wandb_log import OfflineRun, demo, read_run, short
 
+pytestmark = pytest.mark.slow
+
 Runs = dict[str, OfflineRun]
 ALWAYS = {
     "loss",

@@ -155,6 +155,7 @@ def test_the_choices_are_those_of_a_base_model() -> None:
 # --- Many questions ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_questions(
     call: Call, questions: Path, adapter: tuple[str, ...], calibrated: CalibratedModel
 ) -> None:

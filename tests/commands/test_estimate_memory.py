@@ -75,6 +75,7 @@ def test_every_file_is_of_a_published_model() -> None:
         assert settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_files_quote_the_estimate(
     parse: Callable[..., Any], published: Callable[[str], str], name: str
@@ -96,6 +97,7 @@ def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callabl
     assert estimate.weights["nf4"] == pytest.approx(6.53e9 * 0.516, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_preference_optimisation_takes_them_too(parse: Callable[..., Any], name: str) -> None:
     for overlays in ([], ["model/qlora.yaml"]):

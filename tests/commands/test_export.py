@@ -103,6 +103,7 @@ def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Pat
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
 
 
+@pytest.mark.slow
 def test_the_card_of_a_merged_model_runs(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
     assert call("run", "--merge", "--out", "merged")[0] == 0
     Image.fromarray(render_scene(0).image).save(tmp_path / "image.png")
@@ -439,6 +440,7 @@ def the_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_the_real_client_uploads_to_a_server(
     the_hub: tuple[str, dict[str, bytes]], trained: Path, tmp_path: Path
 ) -> None:

@@ -298,6 +298,7 @@ _QUERIES = st.builds(
 ).map(lambda query: replace(query, answer="No") if query.answer_type == "yes_no" else query)
 
 
+@pytest.mark.slow
 @given(st.lists(_QUERIES, min_size=1, max_size=4, unique_by=lambda q: q.id), st.booleans())
 def test_queries_survive_a_file(queries: list[Query], ascii_only: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -63,6 +63,7 @@ def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:
     return (pixels[0] if pixels.ndim == 5 else pixels) * 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS)
 def test_pixels_are_those_of_the_processor_alone(family: tuple[str, Any], photograph: str) -> None:
     name, image_processor = family

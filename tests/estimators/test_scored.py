@@ -94,6 +94,7 @@ def alone(asked: tuple[Any, ChatFormat, list[Sample]]) -> list[Alone]:
     return [Alone(model, chat, s.image, s.query.question) for s in samples]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_expected_confidence(answered: AnsweredBatch, alone: list[Alone]) -> None:
     estimate = ExpectedConfidence().estimate(answered)

@@ -88,6 +88,7 @@ def test_text_neither_leaves_the_picture_nor_overlaps(table: Callable[[str], Con
         assert all(a.x1 < b.x0 for a, b in pairwise(ticks))
 
 
+@pytest.mark.slow
 def test_the_file_is_small_and_the_same_each_time(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

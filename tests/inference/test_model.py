@@ -56,6 +56,7 @@ vlm_calibration.load_calibratd
 """
 
 
+@pytest.mark.slow
 def test_editors_and_type_checkers_see_the_signature(root: Path, tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(SNIPPET)
     command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "snippet.py"]
@@ -107,6 +108,7 @@ def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | Non
     return [(p.text, p.confidence, e) for p, e in zip(predictions, expected, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
 def test_answers_are_those_of_an_evaluation(
     calibrated: CalibratedModel, adapter_run: Path, asked: list[Any], batch_size: int
@@ -119,6 +121,7 @@ def test_answers_are_those_of_an_evaluation(
         np.testing.assert_allclose([a.expected for a in answers], [e for _, _, e in reference], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_answers_otherwise_than_its_base(calibrated: CalibratedModel, asked: list[Any]) -> None:
     with_adapter = [a.text for a in calibrated.ask_many(asked)]
     without = [a.text for a in calibrated.ask_many(asked, as_base=True)]
@@ -140,6 +143,7 @@ def test_the_distribution_says_what_is_stated_and_expected(
         assert answer.confidence == max(answer.distribution, key=answer.distribution.__getitem__)
 
 
+@pytest.mark.slow
 def test_levels_may_be_given(adapter_run: Path, asked: list[Any]) -> None:
     levels = LinearLevels(n_levels=3)
     model = load_calibrated(adapter=adapter_run, levels=levels, max_new_tokens=16, device="cpu")
@@ -159,6 +163,7 @@ def test_many_questions_are_answered_as_they_come(calibrated: CalibratedModel, a
         next(calibrated.ask_many(asked, batch_size=0))
 
 
+@pytest.mark.slow
 def test_threads_do_not_disturb_each_other(calibrated: CalibratedModel, asked: list[Any]) -> None:
     alone = {base: [a.text for a in calibrated.ask_many(asked, as_base=base)] for base in (False, True)}
     texts: dict[int, list[str]] = {}
@@ -217,6 +222,7 @@ def test_images_that_cannot_be_used_are_refused(image: Any, says: str) -> None:
         pixels_of(np.zeros((3, 3), dtype=np.uint8))
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_from_its_header(calibrated: CalibratedModel) -> None:
     file = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(file, "PNG")
@@ -289,6 +295,7 @@ def test_another_chat_template_is_warned_of(
     assert "its chat template differs from that of the training" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:
     model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)
     assert model.systems == (BASE,)
@@ -329,6 +336,7 @@ def test_the_package_offers_what_it_says() -> None:
         vlm_calibration.ask  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, vlm_calibration; print(sorted({'torch', 'transformers', 'gradio'} & set(sys.modules)))"

@@ -12,6 +12,8 @@ import torch
 
 from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, TaskMetrics, summarize
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SIZES = (1_000, 50_000)
 

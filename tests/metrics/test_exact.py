@@ -85,6 +85,7 @@ def check(percent, correct, exact, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_random_cases(cases, exact, name):
     for kind in ("tens", "percents", "few"):

@@ -146,6 +146,7 @@ def test_threads():
     assert sizes == [(800, 600)] * 6
 
 
+@pytest.mark.slow
 def test_no_pyplot_and_no_matplotlib_until_something_is_drawn():
     """Importing the package and computing do not import matplotlib; drawing registers no figure with pyplot."""
     code = """
@@ -168,6 +169,7 @@ assert not plt.get_fignums()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALIBRATION_CLASSES)
 def test_plot_draws_what_the_metric_measures(name):
     metric = CALIBRATION_CLASSES[name]()

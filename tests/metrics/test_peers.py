@@ -56,6 +56,7 @@ def test_sklearn(cases, kind):
     assert compared > 50
 
 
+@pytest.mark.slow
 def test_sklearn_on_continuous_values(cases):
     for confidence, correct in cases(200, "continuous", seed=12, largest=300):
         y, values = correct.astype(int), raw(confidence, correct)
@@ -154,6 +155,7 @@ def test_uncertainty_calibration(cases, kind):
         assert plug_in == pytest.approx(theirs, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_relplot(cases):
     """Between 6% and 94%: relplot's kernel loses half of what lies at 0 and 1 (see test_peer_defects).
 

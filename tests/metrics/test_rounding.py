@@ -27,6 +27,7 @@ def compare(confidence, correct, grid_steps):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid_steps", [10, 100, 10_000])
 def test_bounds_hold(cases, grid_steps):
     closest = dict.fromkeys(METRICS, 0.0)

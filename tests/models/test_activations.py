@@ -49,6 +49,7 @@ def _step(family: str, **settings: Any) -> TrainingStep:
     return TrainingStep(batch=ROWS, tokens=longest, image_tokens=images, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_estimate_is_what_training_takes(tmp_path: Path, family: str, checkpointing: bool) -> None:
@@ -70,6 +71,7 @@ def test_an_estimate_is_what_training_takes(tmp_path: Path, family: str, checkpo
         assert estimate.weights[str(dtype).removeprefix("torch.")] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl", "internvl", "smolvlm", "gemma3"])
 def test_an_adapted_tower_keeps_activations(tmp_path: Path, family: str, checkpointing: bool) -> None:
@@ -120,6 +122,7 @@ def test_live_bytes_are_those_that_autograd_keeps() -> None:
     assert live.now == 0, "all counted bytes are freed"
 
 
+@pytest.mark.slow
 def test_dropout_keeps_a_byte_a_number(model_folder: str) -> None:
     """As on GPUs: only a mask for the input of each adapted layer."""
     without, with_ = (
@@ -131,6 +134,7 @@ def test_dropout_keeps_a_byte_a_number(model_folder: str) -> None:
     assert masks == pytest.approx(inputs, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_worst_kind_of_attention(model_folder: str) -> None:
     """Eager attention saves the attention weights of all pairs of tokens."""
     sdpa, eager = (

@@ -103,6 +103,7 @@ def test_a_fresh_adapter_changes_nothing(load_model: Callable[..., Any], prompts
     assert torch.equal(_logits(attach_lora(model, LoraSettings()).eval(), prompts), before)
 
 
+@pytest.mark.slow
 def test_two_adapters_share_one_base(
     load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
 ) -> None:
@@ -241,6 +242,7 @@ def test_the_reference_is_not_drawn_at_random(
         assert torch.equal(_logits(model, prompts), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("name", [None, REFERENCE, "default"])
 @pytest.mark.parametrize("parts", [None, ["language"]], ids=["all", "language"])
@@ -273,6 +275,7 @@ def test_an_unknown_adapter_is_refused_and_changes_nothing(policy: PeftModel) ->
     assert _state(policy) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [None, REFERENCE, "default"])
 @pytest.mark.parametrize("outer", [None, REFERENCE, "default"])
 def test_adapters_may_be_nested(
@@ -398,6 +401,7 @@ assert not [name for name in sys.modules if name.startswith("vlm_calibration")]
 """
 
 
+@pytest.mark.slow
 def test_peft_alone_loads_a_saved_adapter(
     load_model: Callable[..., Any], model_folder: str, prompts: PromptBatch, tmp_path: Path
 ) -> None:

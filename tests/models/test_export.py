@@ -124,6 +124,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("vlm_calibrat
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_what_was_written(
     demo_model: str, new_adapter: Callable[..., str], prompts: PromptBatch, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from .families import IMAGE
 from .published import MODELS
 from .steps import BF16, PLAIN, ROWS, TOLERANCE, allocated, labels_of, saved, train_step
 
+pytestmark = pytest.mark.slow
+
 # --- Quantised weights ----------------------------------------------------------------------------------------------
 
 

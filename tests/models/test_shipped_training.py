@@ -29,6 +29,8 @@ from . import families
 from .processors import FAMILIES, Family, cached_family
 from .runs import LORA, Watch, data_of, fit, write_records
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

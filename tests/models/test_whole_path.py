@@ -38,6 +38,8 @@ from .families import randomize_adapters
 from .processors import FAMILIES, cached_family
 from .runs import LORA, SIZES, Run, data_of, fit, run_through, write_records
 
+pytestmark = pytest.mark.slow
+
 OLDER = ("idefics3", "qwen2_vl")
 """Similar to other families, so tested in full precision only."""
 CASES: list[tuple[str, Quantization]] = [

@@ -174,6 +174,7 @@ def run_python(code):
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_only_this_module_imports_albumentations_and_it_stays_off_the_network():
     heavy = run_python(
         "import sys, vlm_calibration.perturbation, vlm_calibration.text\n"

@@ -19,6 +19,8 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..models.processors import FAMILIES, cached_family
 
+pytestmark = pytest.mark.slow
+
 PROMPT = ElicitationPrompt()
 
 

@@ -291,6 +291,7 @@ def test_the_report_describes_the_last_trained_system() -> None:
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     report([str(evaluation)], replicates=50, images=False)
     page = Page((evaluation / "report.html").read_text())
@@ -421,6 +422,7 @@ def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
 # --- Recalibration ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_strictly_monotone_map_changes_no_ranking(evaluation: Path) -> None:
     """In the written table, for confidences of a hundred levels, and of one that every answer states."""
     report([str(evaluation)], replicates=5, images=False)
@@ -435,6 +437,7 @@ def test_a_strictly_monotone_map_changes_no_ranking(evaluation: Path) -> None:
         assert platt["ece"] != raw["ece"] != isotonic["ece"]
 
 
+@pytest.mark.slow
 def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) -> None:
     """Inverting the correctness of the test answers changes none of their recalibrated confidences."""
     confidence = []

@@ -128,6 +128,7 @@ def test_without_a_first_stage_a_new_adapter_is_trained_on_the_base_model(
     assert all("multi_modal_projector" in name and p.any() for name, p in trained.items())
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint(
     make_module: MakeModule,
     candidates: Data,
@@ -174,6 +175,7 @@ def test_accumulated_batches_are_one_large_batch(
     assert float((large - accumulated).norm()) < 1e-4 * float(large.norm())
 
 
+@pytest.mark.slow
 def test_training_learns_to_state_the_target(
     make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:

@@ -31,6 +31,7 @@ from vlm_calibration.stages.training import trained_parameters
 from .preference import Data, MakeModule, Observed, adapter_weights
 
 
+@pytest.mark.slow
 def test_loss_and_statistics_by_hand(
     make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

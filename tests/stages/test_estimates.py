@@ -47,6 +47,7 @@ def folder(
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_every_estimator_has_its_key_and_its_metrics(
     folder: Path, data: Data, load_model: Callable[..., Any], new_adapter: Callable[..., str]
 ) -> None:

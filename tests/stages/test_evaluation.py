@@ -43,6 +43,7 @@ def evaluated(
     return module, queries, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_systems_side_by_side(
     evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
     load_model: Callable[..., Any],
@@ -88,6 +89,7 @@ def test_systems_side_by_side(
     assert {p.name for p in folder.iterdir()} == set(SYSTEMS)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_the_same(
     evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
     trainer: Callable[..., L.Trainer],
@@ -99,6 +101,7 @@ def test_a_second_run_is_the_same(
     assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
 
 
+@pytest.mark.slow
 def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     model_folder: str,
     new_adapter: Callable[..., str],
@@ -132,6 +135,7 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
         assert alone == {name: together[name]}
 
 
+@pytest.mark.slow
 def test_an_adapted_tower_runs_for_each_system(
     model_folder: str,
     new_adapter: Callable[..., str],

@@ -33,6 +33,7 @@ def _nearest_level(confidence: float) -> float:
     return min(LEVELS, key=lambda c: abs(c - confidence))
 
 
+@pytest.mark.slow
 def test_the_level_of_the_noise_is_chosen(
     make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from ..command_line import Ended, Server, callback
 from ..level_tables import measured
 
+pytestmark = pytest.mark.slow
+
 Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
 FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]

@@ -99,6 +99,7 @@ def _assert_fitted_on(fitted: IsotonicMap, rows: Sequence[tuple[float, bool, str
         assert fitted.knots[kind][1] == pytest.approx(accuracy, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_map_is_fitted_on_what_the_reference_answers_and_expects(
     make_module: MakeModule,
     demo_folder: str,

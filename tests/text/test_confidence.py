@@ -284,6 +284,7 @@ FRAGMENTS = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @given(st.one_of(st.text(), FRAGMENTS), st.floats(0, 1))
 @settings(max_examples=1500)
 @example("Confidence", 0.8)
