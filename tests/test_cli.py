@@ -286,11 +286,15 @@ def test_a_checkpoint_that_cannot_be_resumed(
     (tmp_path / "half.ckpt").write_bytes(last.read_bytes()[:5000])
     longer = ("--trainer.max_steps", "4", "--trainer.default_root_dir", "other")
     for checkpoint, settings, says in (
-        (last, ("--model.init_args.lora.r", "8"), "--ckpt_path: a checkpoint of another model or adapter: "),
+        (
+            last,
+            ("--model.init_args.lora.r", "8"),
+            "--ckpt_path: the checkpoint belongs to another model or adapter: ",
+        ),
         (
             last,
             ("--model.init_args.lora.parts", "[projector]"),
-            "--ckpt_path: a checkpoint of another model or adapter: ",
+            "--ckpt_path: the checkpoint belongs to another model or adapter: ",
         ),
         ("unsafe.ckpt", (), "--ckpt_path unsafe.ckpt: refused as unsafe: "),
         ("half.ckpt", (), "--ckpt_path half.ckpt: not a complete checkpoint ("),

@@ -115,7 +115,7 @@ def test_the_file_is_small_and_the_same_each_time(
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("none", "none/predictions.jsonl: cannot read"), ("silent", "no answer states a confidence")],
+    [("none", "none/predictions.jsonl: cannot be read"), ("silent", "no answer states a confidence")],
 )
 def test_what_cannot_be_drawn_is_named(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str

@@ -107,7 +107,7 @@ def test_what_has_no_threshold_is_named(tmp_path: Path) -> None:
     for accuracy in (0.0, 1.1):
         with pytest.raises(DataError, match=r"must be in \(0, 1\]"):
             choose_threshold(folder, accuracy)
-    with pytest.raises(DataError, match="cannot read the predictions"):
+    with pytest.raises(DataError, match="nowhere: cannot be read"):
         choose_threshold(tmp_path / "nowhere", 0.9)
 
 

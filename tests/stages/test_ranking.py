@@ -288,7 +288,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     command = _configured(root, tmp_path, "exact", *measuring, model={"out": levels}, data=exact)
     ended = run("levels", "fit", *command)
     assert (
-        f"{levels} is not written: open answers teach no confidence: the base model is right on 0 of 24"
+        f"{levels} is not written: open answers teach no confidence: the base model is correct on 0 of 24"
         in ended.error()
     )
     assert not Path(levels).exists()
