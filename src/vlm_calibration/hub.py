@@ -51,7 +51,7 @@ def loading(what: str, name: str) -> Iterator[None]:
         elif isinstance(error, OSError) and not is_hub_name(name) and not Path(name).exists():
             cause = "there is no such folder, and a name on the Hub has the form owner/model"
         elif isinstance(error, HTTPError):
-            cause = one_line(error)  # The first line has only the status.
+            cause = shorten_message(error)  # The first line has only the status.
         else:
             cause = first_line(error)
         raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
@@ -111,7 +111,7 @@ def upload(folder: Path, name: str, private: bool = False, revision: str | None 
         raise DataError(f"cannot push to {name}: {' '.join(str(error).split())}") from error
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def shorten_message(error: BaseException, limit: int = 300) -> str:
     """An error's message with line breaks as spaces, cut to `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) < limit else f"{text[: limit - 3]}..."

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_calibration.hub import one_line
+from vlm_calibration.hub import shorten_message
 from vlm_calibration.models.base import CONFIG, find_adapter, read_object
 from vlm_calibration.models.parts import ModelPart, layer_parts
 from vlm_calibration.records import DataError
@@ -114,7 +114,7 @@ def _shorten(error: BaseException) -> str:
             dict.fromkeys(unwrapped_name(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text))
         )
         return f"its file lacks the weights of {len(missing)} configured layers, the first is {missing[0]}"
-    return one_line(error)
+    return shorten_message(error)
 
 
 def _check_all_loaded(model: PeftModel, name: str, folder: Path) -> None:

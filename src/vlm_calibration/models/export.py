@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_calibration.files import first_line
-from vlm_calibration.hub import loading, one_line
+from vlm_calibration.hub import loading, shorten_message
 from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
 from vlm_calibration.models.loading import load_base
@@ -181,5 +181,5 @@ def _report_failure(folder: str, base: BaseModel) -> Iterator[None]:
             raise
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise DataError(
-                f"the adapter at {folder} cannot be merged into {base.name_or_path}: {one_line(error)}"
+                f"the adapter at {folder} cannot be merged into {base.name_or_path}: {shorten_message(error)}"
             ) from error
