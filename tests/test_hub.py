@@ -233,7 +233,7 @@ def test_the_base_is_loaded_as_in_training(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (CONFIG, "{", "{folder}/adapter_config.json: not JSON: "),
+        (CONFIG, "{", "{folder}/adapter_config.json:1: not JSON: "),
         (CONFIG, "[]", "{folder}/adapter_config.json: expected a JSON object"),
         (CONFIG, "{}", "{folder}/adapter_config.json: the configuration names no base model"),
         (

@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vlm_calibration.files import replacing, write_json, writing
-from vlm_calibration.models.base import CONFIG, BaseModel, Dtype, base_of_adapter, find_adapter, read_object
+from vlm_calibration.models.base import (
+    CONFIG,
+    BaseModel,
+    Dtype,
+    base_of_adapter,
+    find_adapter,
+    processor_source,
+    read_object,
+)
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, save_card
 
@@ -121,6 +128,7 @@ def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) 
 
 
 def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, location: str) -> None:
+    from vlm_calibration.data.module import load_processor
     from vlm_calibration.models.export import merge_adapter, save_merged
 
     if is_edited(adapter):
@@ -129,7 +137,8 @@ def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, lo
         )
     merged = merge_adapter(str(adapter), base, dtype)
     save_merged(merged.model, folder, base.trust_remote_code)
-    _processor(adapter, base).save_pretrained(folder)
+    processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
+    processor.save_pretrained(folder)
     save_card(folder, replace(_card(adapter, base, location), merged=True))
     print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
 
@@ -138,12 +147,3 @@ def _card(adapter: Path, base: BaseModel, location: str) -> Card:
     """The adapter's card with another base model and location."""
     card = load_card(adapter) or Card(base.name_or_path)
     return replace(card, base=base.name_or_path, revision=base.revision, location=location)
-
-
-def _processor(adapter: Path, base: BaseModel) -> Any:
-    """The processor in the adapter's folder, or else that of the base model."""
-    from vlm_calibration.data.module import load_processor
-
-    own = any((adapter / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    source, revision = (str(adapter), None) if own else (base.name_or_path, base.revision)
-    return load_processor(source, revision, base.trust_remote_code)

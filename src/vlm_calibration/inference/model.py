@@ -29,7 +29,7 @@ from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_adapter
+from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_adapter, processor_source
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
@@ -87,7 +87,7 @@ def load_calibrated(
         loaded = loaded.to(device)
     template = prompt or card.template
     data = PerturbedQueryDataModule(
-        _processor_of(folder, model),
+        processor_source(folder, model),
         prompt=ElicitationPrompt(template) if template else ElicitationPrompt(),
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -148,13 +148,6 @@ def _card_folder(model: BaseModel) -> Path:
             return Path(hf_hub_download(model.name_or_path, FACTS, revision=model.revision)).parent
         except EntryNotFoundError:
             return Path(model.name_or_path)
-
-
-def _processor_of(adapter: Path | None, base: BaseModel) -> str:
-    """The folder or name of the processor: that of the adapter if it has one, else that of the base model."""
-    names = ("processor_config.json", "preprocessor_config.json")
-    own = adapter is not None and any((adapter / name).is_file() for name in names)
-    return str(adapter) if own else base.name_or_path
 
 
 class CalibratedModel:

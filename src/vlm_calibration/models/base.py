@@ -5,12 +5,12 @@ This module imports neither torch nor transformers, so that command help stays f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vlm_calibration.files import read_json
 from vlm_calibration.records import DataError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -147,10 +147,14 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read, or is not a JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object")
     return content
+
+
+def processor_source(adapter: Path | None, base: BaseModel) -> str:
+    """The folder or name of the processor: that of the adapter if it has one, else that of the base model."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    own = adapter is not None and any((adapter / name).is_file() for name in names)
+    return str(adapter) if own else base.name_or_path

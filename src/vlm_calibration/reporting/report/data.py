@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from vlm_calibration.estimators.predictions import (
     estimators_of,
     read_predictions,
 )
+from vlm_calibration.files import read_json
 from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
@@ -162,10 +162,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def _read_metrics(path: Path) -> dict[str, float | None]:
     if not path.is_file():
         return {}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    metrics = read_json(path)
     return metrics if isinstance(metrics, dict) else {}
 
 

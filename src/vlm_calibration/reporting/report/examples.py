@@ -67,7 +67,7 @@ class Examples(NamedTuple):
 
 
 def examples_of(system: System, others: Sequence[System]) -> Examples:
-    """Choose the most confident wrong answers and the least confident right ones, at most one an image."""
+    """Choose the most confident wrong answers and the least confident correct ones, at most one an image."""
     confident = [p for p in system.predictions if p.confidence is not None]
     wrong = _first([p for p in confident if not p.correct], lambda p: -(p.confidence or 0.0))
     correct = _first([p for p in confident if p.correct], lambda p: p.confidence or 0.0)
