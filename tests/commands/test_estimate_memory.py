@@ -106,6 +106,7 @@ def test_preference_optimisation_takes_them_too(parse: Callable[..., Any], name:
         assert training_step(config).responses == 11
 
 
+@pytest.mark.slow
 def test_the_command(
     published: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def test_tokens_are_a_positive_number(capsys: pytest.CaptureFixture[str], given:
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_settings_count_in_the_order_given(
     published: Callable[[str], str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,7 +246,7 @@ def test_a_failed_export_leaves_the_old_one(
         (["run", "--out", "x", "--merg"], "--merg", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
-        (["broken", "--out", "x"], "broken/adapter_config.json: not JSON", 1),
+        (["broken", "--out", "x"], "broken/adapter_config.json:1: not JSON", 1),
         (["list", "--out", "x"], "list/adapter_config.json: expected a JSON object", 1),
         (
             ["nameless", "--out", "x"],

@@ -373,6 +373,7 @@ def test_a_mistake_ends_in_one_line(
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_a_trainer(written: Callable[..., str]) -> None:
     labels, answers = _pope(20)
     code = (

@@ -258,6 +258,7 @@ def test_an_error_in_a_worker_names_the_record(model_folder: str, workers: int) 
         list(module.train_dataloader())
 
 
+@pytest.mark.slow
 def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model_folder: str) -> None:
     # The Trainer sets handlers, which forked workers would inherit.
     before = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -274,6 +274,7 @@ def test_the_noise_is_that_of_the_albumentations_transform(monkeypatch: pytest.M
     assert calls[0]["step"] == 300
 
 
+@pytest.mark.slow
 def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -> None:
     code = (
         "import sys\n"

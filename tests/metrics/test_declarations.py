@@ -74,6 +74,7 @@ assert "`doubt`: Mean distance of the confidences from certainty. In [0, 1], low
 """
 
 
+@pytest.mark.slow
 def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
     """A formula and its declaration in a copy of the package give class, functional form, documentation and results."""
     shutil.copytree(Path(vlm_calibration.__file__).parent, tmp_path / "vlm_calibration")

@@ -106,6 +106,7 @@ def test_the_nll_term_weights_tokens_as_in_stage_1(
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(nll), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [DPO(), SimPO()], ids=repr)
 @pytest.mark.parametrize(
     ("policy", "wrong_answer"),

@@ -215,6 +215,7 @@ class Losses(L.Callback):
         )
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_writes_what_it_should(
     model_folder: str,
     load_model: Callable[..., Any],
