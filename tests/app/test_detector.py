@@ -20,6 +20,7 @@ from vlm_calibration.app.page import PageHandlers
 from vlm_calibration.app.subject import (
     DETECTED,
     DRAWN,
+    MAX_UPLOAD,
     WHOLE,
     KeyObjectFinder,
     Subject,
@@ -29,7 +30,7 @@ from vlm_calibration.app.subject import (
     uploaded_subject,
 )
 from vlm_calibration.cli import main
-from vlm_calibration.inference.model import DEMO_MODEL
+from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
 from vlm_calibration.regions.phrases import RuleDescriber
@@ -133,3 +134,12 @@ def test_without_the_tagger_no_model_is_loaded(
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
     assert main(["app", "--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"]) == 1
     assert "pip install 'vlm-calibration[regions]'" in capsys.readouterr().err
+
+
+def test_the_page_is_served_to_this_machine_alone(calibrated: CalibratedModel, tmp_path: Path) -> None:
+    page, settings = serve.build(PageHandlers(calibrated, None, tmp_path / "none.html"), 7999)
+    assert (settings["server_name"], settings["server_port"], settings["share"]) == ("127.0.0.1", 7999, False)
+    assert settings["max_file_size"] == MAX_UPLOAD
+    [limit] = settings["app_kwargs"]["middleware"]
+    assert set(limit.kwargs["hosts"]) == {"127.0.0.1", "localhost"}
+    assert page.blocks

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_calibration.demo.architecture import IMAGE_TOKENS, build_model
+from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model
+from vlm_calibration.demo.recipe import ScenePatches
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
+from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.text.confidence import render_response
 
 SHIPPED = Path(__file__).parents[2] / "src" / "vlm_calibration" / "demo" / "model"
@@ -75,3 +77,19 @@ def test_the_shipped_folder_is_whole_and_small(processor: Any) -> None:
     assert "auto_map" not in json.loads((SHIPPED / "config.json").read_text(encoding="utf-8")), (
         "no remote code"
     )
+
+
+def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> None:
+    """Patches that no object touches get the image token, and those with little of one no label."""
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    _, words, corners, scene = ScenePatches(processor, 1)[0]
+    side = scene.image.shape[0] // PATCH
+    for index, (word, corner) in enumerate(zip(words.tolist(), corners.tolist(), strict=True)):
+        y, x = PATCH * (index // side), PATCH * (index % side)
+        shares = [float(o.mask[y : y + PATCH, x : x + PATCH].mean()) for o in scene.objects]
+        best = scene.objects[int(np.argmax(shares))]
+        if max(shares) > 0.2:
+            assert (processor.tokenizer.decode([word]).strip(), corner) == (best.name, best.corner)
+        else:
+            assert (word, corner) == (IGNORE if sum(shares) else image_token, IGNORE)
+    assert len(set(words.tolist())) >= 3

@@ -18,14 +18,14 @@ class Truth:
     """The scenes of the test split by their pixels, enlarged by integer factors."""
 
     def __init__(self, scenes: int, factors: Sequence[int] = (1,)) -> None:
-        self.scenes: dict[bytes, tuple[Scene, int]] = {}
+        self.by_pixels: dict[bytes, tuple[Scene, int]] = {}
         for index in range(scenes):
             scene = render_scene(scene_seed("test", index))
             for factor in factors:
-                self.scenes[enlarged(scene.image, factor).tobytes()] = scene, factor
+                self.by_pixels[enlarged(scene.image, factor).tobytes()] = scene, factor
 
     def masks(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        scene, factor = self.scenes[image.tobytes()]
+        scene, factor = self.by_pixels[image.tobytes()]
         return {o.name: enlarged(o.mask, factor) for o in scene.objects if o.mask.any()}
 
 
