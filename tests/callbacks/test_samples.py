@@ -32,7 +32,7 @@ def dataset(processor: Any) -> PerturbedQueries:
 
 @pytest.mark.parametrize(
     ("length", "size", "processes", "indices"),
-    [(10, 3, 1, [0, 4, 9]), (10, 3, 2, [0, 4, 8]), (2, 5, 1, [0, 1]), (0, 3, 1, [])],
+    [(11, 4, 1, [0, 3, 7, 10]), (10, 3, 2, [0, 4, 8]), (2, 5, 1, [0, 1]), (0, 3, 1, [])],
 )
 def test_samples_are_evenly_spaced(length: int, size: int, processes: int, indices: list[int]) -> None:
     assert spread(length, size, processes) == indices
