@@ -190,7 +190,7 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     assert log.read_text().startswith(done)
 
     before = {p: p.read_bytes() for p in (tmp_path / "cut" / "shards").iterdir()}
-    assert {p.name for p in before} == {"0.0.jsonl", "0.1.jsonl", "settings.jsonl"}
+    assert {p.name for p in before} == {"0.0.jsonl", "0.1.jsonl", "settings.0.0.jsonl"}
     ended = run(*predict("cut"))
     assert ended.status == 0, ended.err
     assert "Regions of 17 queries" in ended.out, "nothing is missing, and the summary comes again"
@@ -213,11 +213,13 @@ def test_other_settings_are_refused_where_shards_were_begun(
     lines = queries.read_text().splitlines()
     (tmp_path / "run/shards/0.0.jsonl").unlink()
     ended = run(*predict("run"), "--data.shard_size", "5")
-    assert ended.error().startswith(f"{tmp_path}/run/shards/settings.jsonl:1: "), "before a shard is finished"
+    assert ended.error().startswith(f"{tmp_path}/run/shards/settings.0.0.jsonl:1: "), (
+        "before a shard is finished"
+    )
     other = queries.with_name("other.jsonl")
     other.write_text("\n".join([lines[0].replace('"question": "', '"question": "So: '), *lines[1:]]))
     ended = run(*predict("run"), "--data.predict.init_args.path", str(other))
-    assert f"{tmp_path}/run/shards/settings.jsonl:1: written with data.content = " in ended.error()
+    assert f"{tmp_path}/run/shards/settings.0.0.jsonl:1: written with data.content = " in ended.error()
 
 
 def test_a_limited_run_says_what_is_missing(

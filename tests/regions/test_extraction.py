@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_calibration.callbacks.regions import RegionWriter
+from vlm_calibration.append_log import AppendLog
+from vlm_calibration.callbacks.regions import RegionWriter, _begin
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawQuery
 from vlm_calibration.data.sources.base import with_regions
@@ -265,3 +266,24 @@ def test_what_is_extracted_can_be_trained_on(truth: Truth, model_folder: str, tm
             assert _iou(masks[0], evidence[0]) >= 0.95
             compared += 1
     assert compared >= 4
+
+
+def test_parts_begin_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part begins while another one is writing its settings; a part with other settings is refused."""
+    first, second = (AppendLog(tmp_path / f"{n}.0.jsonl", {"a": 1}, "", "*.jsonl") for n in (0, 1))
+    append, begun = AppendLog.append, []
+
+    def begin_second_before_writing(log: AppendLog, *rows: Any) -> None:
+        log.open()
+        if not begun:
+            begun.append(log.path)
+            assert _begin(second) == []
+        append(log, *rows)
+
+    monkeypatch.setattr(AppendLog, "append", begin_second_before_writing)
+    assert _begin(first) == []
+    assert begun
+    first.append({"shard": 4, "rows": []})
+    assert _begin(second) == [4]
+    with pytest.raises(DataError, match="written with a = 1, found 2"):
+        _begin(AppendLog(tmp_path / "2.0.jsonl", {"a": 2}, "", "*.jsonl"))

@@ -144,7 +144,7 @@ def test_killed_again_and_again(
     ended = run(*test("cut"))
     assert ended.status == 0, ended.err
     assert _messages(ended) == []
-    assert log.read_text().splitlines() == ids, "what was done is done anew"
+    assert log.read_text().splitlines() == ids, "answered queries are asked again"
     assert _files(tmp_path / "cut") == whole
 
 

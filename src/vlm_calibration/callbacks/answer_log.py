@@ -1,6 +1,6 @@
 """The answers of an evaluation or a validation, on disk until all are given and written in the order of the data.
 
-Memory does not grow with their number, and an interrupted evaluation resumes from them.
+While answers are given, memory does not grow with their number. An interrupted evaluation resumes from them.
 """
 
 from __future__ import annotations

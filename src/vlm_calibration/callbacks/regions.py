@@ -28,8 +28,8 @@ from vlm_calibration.settings import digest, init_args, to_json
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, QUERIES, SUMMARY = "shards", "queries.parquet", "summary.json"
-BEGUN = "settings.jsonl"
-"""Log of the settings alone, in `shards/`; `PART.RANK.jsonl` beside it hold the shards."""
+BEGUN = "settings."
+"""Prefix of a part's log of its settings alone, in `shards/`; `PART.RANK.jsonl` beside it hold the shards."""
 ROW_GROUP = 1024
 
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
@@ -119,7 +119,8 @@ def _begin(log: AppendLog) -> list[int]:
     """The finished shards. At the first start, write the settings down so that parts with other settings are refused at once."""
     shards = [line.row["shard"] for line in log.lines()]
     if not shards:
-        begun = AppendLog(log.path.with_name(BEGUN), log.settings, log.remedy)
+        # A file for each part: those that start at the same time must not wait for each other's lock.
+        begun = AppendLog(log.path.with_name(BEGUN + log.path.name), log.settings, log.remedy)
         begun.append({"shard": None})
         begun.close()
     return [shard for shard in shards if shard is not None]

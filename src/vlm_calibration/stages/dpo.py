@@ -124,15 +124,8 @@ class DPOModule(L.LightningModule):
             )
         if parts is not None and adapter is None:
             raise DataError("model.parts needs a given adapter: set model.lora.parts for a new one")
-        if reference == "none" and loss.needs_reference:
-            raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
-        if reference == "none" and drift_weight:
-            raise DataError("model.drift_weight compares with the reference, but model.reference is none")
-        if reference == "none" and pairs.needs_reference:
-            raise DataError(
-                f"model.pairs: `target: {pairs.target}`, `on_policy: {pairs.on_policy}` needs the reference, but "
-                "model.reference is none"
-            )
+        if reference == "none":
+            _check_without_reference(loss, pairs, drift_weight)
         self.base = base
         self.adapter = adapter
         self.lora = lora
@@ -305,3 +298,16 @@ class DPOModule(L.LightningModule):
         check_trained_weights(self, checkpoint)
         knots = checkpoint.get("recalibration")
         self.recalibration = None if knots is None else IsotonicMap(knots)
+
+
+def _check_without_reference(loss: PreferenceLoss, pairs: PairPolicy, drift_weight: float) -> None:
+    """Raise a DataError for settings that need the reference, for a module that has none."""
+    if loss.needs_reference:
+        raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
+    if drift_weight:
+        raise DataError("model.drift_weight compares with the reference, but model.reference is none")
+    if pairs.needs_reference:
+        raise DataError(
+            f"model.pairs: `target: {pairs.target}`, `on_policy: {pairs.on_policy}` needs the reference, but "
+            "model.reference is none"
+        )
