@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError
 from vlm_calibration.commands.lightning_cli import CalibrationCLI
 from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
+from vlm_calibration.presets import resolve_configs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
@@ -90,7 +91,7 @@ def parse() -> Callable[[list[str]], Any]:
         sys.argv = argv
 
     def parsed(arguments: list[str]) -> Any:
-        config = parser.parse_args(arguments)
+        config = parser.parse_args(resolve_configs(arguments))
         return config[config.subcommand]
 
     return parsed
@@ -101,7 +102,7 @@ def parse() -> Callable[[list[str]], Any]:
 )
 def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[str]) -> None:
     config = parse(arguments)
-    written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    written = yaml.safe_load(resolve_configs(["--config", str(CONFIGS / name)])[1])
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
     assert missing == [], "values of the file that the command does not get"
     assert "processor" not in config.data, "it follows from the module's base model"

@@ -26,6 +26,10 @@ HEAVY = ("torch", "lightning", "transformers", "peft", "wandb", "gradio", "matpl
 LIGHT: dict[str, tuple[str, ...]] = {
     "levels": ("fit",),
     "levels fit": ("--config", "--model.init_args.out", "AnchoredLevels"),
+    "config": ("list", "show", "copy"),
+    "config list": ("pattern",),
+    "config show": ("name",),
+    "config copy": ("--overwrite", "to"),
     "data": ("inspect",),
     "data inspect": ("--config", "--sample"),
     "estimate-memory": ("--config", "--tokens", "memory"),

@@ -155,8 +155,10 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
         settings |= {"type": get_args(hint)[0], "nargs": "+"}
         default = list(default) if not required else None
     if not is_option:
-        nargs = settings.pop("nargs", None if required else "?")
-        group.add_argument(parameter.name, nargs=nargs, **settings)
+        settings.setdefault("nargs", None if required else "?")
+        if settings["nargs"] == "?":
+            settings["default"] = default
+        group.add_argument(parameter.name, **settings)
         return
     if not required and default is not None:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default

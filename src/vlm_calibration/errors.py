@@ -90,7 +90,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
             path.append(match[1])
             line = match[2]
         if match := _CLASS.match(line):
-            chosen = _class(match[1])
+            chosen = class_at(match[1])
             path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
         elif match := _NO_CLASS.match(line):
             name = next(filter(None, match.groups()))
@@ -135,7 +135,7 @@ def _dotted(path: Sequence[str], parser: ArgumentParser | None = None) -> str:
     return option if parser and "." not in name and option in parser._option_string_actions else name
 
 
-def _class(path: str) -> Any:
+def class_at(path: str) -> Any:
     """The class at a dotted path, None if there is none."""
     module, _, name = path.rpartition(".")
     try:

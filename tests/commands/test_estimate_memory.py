@@ -20,6 +20,7 @@ from vlm_calibration.commands.estimate_memory import (
     training_step,
 )
 from vlm_calibration.commands.lightning_cli import ParsedCLI
+from vlm_calibration.presets import resolve_configs
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.optimization import OptimizerSettings
 
@@ -43,7 +44,7 @@ def parse() -> Callable[..., Any]:
     def parsed(*files: str, **settings: Any) -> Any:
         arguments = [a for name in files for a in ("--config", str(CONFIGS / name))]
         keys = [f"--{k.replace('__', '.')}={v}" for k, v in settings.items()]
-        return parser.parse_args(["fit", *arguments, *keys]).fit
+        return parser.parse_args(resolve_configs(["fit", *arguments, *keys])).fit
 
     return parsed
 

@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.commands.data:SUBCOMMANDS",
         "`data inspect`: what the sources of a configuration hold",
     ),
+    "config": (
+        "vlm_calibration.commands.config:SUBCOMMANDS",
+        "`config list|show|copy`: the presets that --config takes by name",
+    ),
     "estimate-memory": (
         "vlm_calibration.commands.estimate_memory:estimate",
         "the memory that `fit` takes with the same settings [--tokens N]",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded, Subcommands
 from vlm_calibration.errors import explained_errors
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, resolve_configs
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +19,8 @@ if TYPE_CHECKING:
 
 SETTINGS = Forwarded(
     {
-        "--config FILE": "a configuration, of which only the section `data` is read, and overlays (may be repeated)"
+        CONFIG: "a preset or file, of which only the section `data` is read (may be repeated)",
+        **VARIABLE_OPTIONS,
     },
     "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; those of trainer and model in a file are ignored.",
 )
@@ -57,7 +56,7 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
 
     Raises:
         ArgumentError: an unknown key, a value of the wrong type, or no settings.
-        DataError: a file cannot be read.
+        DataError: a source cannot be built.
     """
     from jsonargparse import ArgumentParser
 
@@ -67,9 +66,10 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
+    add_variables(parser)
     parser.add_class_arguments(PerturbedQueryDataModule, "data")
     with explained_errors(parser):
-        parsed = parser.parse_args(list(_without_other_sections(settings)))
+        parsed = parser.parse_args(resolve_configs(settings, _only_data))
     try:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
     except (ValueError, OSError) as error:
@@ -77,22 +77,8 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
     return data
 
 
-def _without_other_sections(settings: Sequence[str]) -> Iterator[str]:
-    """Replace each configuration file by the content of its section `data`."""
-    pending = iter(settings)
-    for arg in pending:
-        name, equals, path = arg.partition("=")
-        yield name if name == "--config" else arg
-        if name == "--config" and (path := path if equals else next(pending, "")):
-            yield json.dumps({"data": _data_section(Path(path))})
-
-
-def _data_section(path: Path) -> Any:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    return (content.get("data") if isinstance(content, dict) else None) or {}
+def _only_data(content: dict[str, Any]) -> dict[str, Any]:
+    return {"data": content.get("data") or {}}
 
 
 def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_calibration.arguments import Forwarded
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ PRECISIONS: dict[str, tuple[str | None, str | None]] = {
 }
 """trainer.precision -> the dtype of autocast, and the dtype that the Trainer casts all weights to."""
 SETTINGS = Forwarded(
-    {"--config FILE": "configuration of `fit`: configs/sft.yaml, and overlays after it (may be repeated)"},
+    {
+        CONFIG: 'a configuration of `fit`: "sft" or "dpo", and overlays after it (may be repeated)',
+        **VARIABLE_OPTIONS,
+    },
     "Every setting of `fit` may follow: `vlm-calibration fit --help` lists them.",
 )
 

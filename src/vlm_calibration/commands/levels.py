@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded, Subcommands
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
 
 SETTINGS = Forwarded(
     {
-        "--config FILE": "configs/levels.yaml, and overlays after it (may be repeated)",
+        CONFIG: '"levels", and overlays after it: presets or files (may be repeated)',
+        **VARIABLE_OPTIONS,
         "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
         "--model.init_args.out FILE": "where to write the level table",
         "--trainer.default_root_dir DIR": "folder of the measurement's own files",

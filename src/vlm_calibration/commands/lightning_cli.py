@@ -5,6 +5,7 @@ Lightning's ways of ending a run (stopped, misconfigured, interrupted) become a 
 
 from __future__ import annotations
 
+import inspect
 import os
 import pkgutil
 import sys
@@ -27,8 +28,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.errors import CommandError, explained, one_line
+from vlm_calibration.errors import CommandError, class_at, explained, one_line
+from vlm_calibration.presets import add_variables, resolve_configs
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.sft import SFTModule
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
 """Packages whose classes a configuration may name."""
@@ -65,8 +69,9 @@ class CalibrationCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        prepare = SharedOverlays() if sys.argv[1] != "fit" else lambda content: content
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(resolve_configs(sys.argv[1:], prepare))
         except ArgumentError as error:
             subcommand = self._subcommand_parsers.get(sys.argv[1], parser)
             raise ArgumentError(None, explained(str(error), subcommand)) from error
@@ -95,6 +100,7 @@ class CalibrationCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        add_variables(parser)
         if subcommand == "fit":
             parser.add_argument(
                 "--overwrite",
@@ -129,6 +135,35 @@ class CalibrationCLI(LightningCLI):
             if isinstance(callback, SaveRunConfig):
                 callback.hold(trainer)
         return trainer
+
+
+class SharedOverlays:
+    """Leaves settings of training out of overlays that stages without training share.
+
+    An overlay such as `model/qwen2_5_vl_7b` sets the base model for all stages, and LoRA for those that train. A setting that no
+    stage has stays, for the parser to refuse.
+    """
+
+    def __init__(self) -> None:
+        self._stage: type | None = None
+
+    def __call__(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of the next configuration file without settings that only training has."""
+        model = content.get("model")
+        if not isinstance(model, dict):
+            return content
+        if "class_path" in model:
+            self._stage = class_at(model["class_path"])
+            return content
+        if self._stage is None or not isinstance(model.get("init_args"), dict):
+            return content
+        only_training = (_settings(SFTModule) | _settings(DPOModule)) - _settings(self._stage)
+        kept = {key: value for key, value in model["init_args"].items() if key not in only_training}
+        return {**content, "model": {**model, "init_args": kept}}
+
+
+def _settings(stage: type) -> set[str]:
+    return set(inspect.signature(stage).parameters)
 
 
 def _data_error(error: BaseException) -> DataError:

@@ -1,0 +1,67 @@
+"""`vlm-calibration config list|show|copy`: the presets that come with the package."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from fnmatch import fnmatch
+from pathlib import Path
+
+from vlm_calibration.arguments import Subcommands
+from vlm_calibration.files import write_text
+from vlm_calibration.presets import find_preset, preset_names
+from vlm_calibration.records import DataError
+
+
+def list_presets(pattern: str = "*") -> None:
+    """List the presets with the first sentence of each.
+
+    Args:
+        pattern: names to list, such as "model/*"
+    """
+    names = [name for name in preset_names() if fnmatch(name, pattern)]
+    if not names:
+        raise ArgumentError(None, f"no preset matches {pattern!r}: there are {', '.join(preset_names())}")
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {_first_sentence(find_preset(name).read_text(encoding='utf-8'))}")
+
+
+def show(name: str) -> None:
+    """Print a preset with its comments.
+
+    Args:
+        name: as `config list` prints it
+    """
+    sys.stdout.write(find_preset(name).read_text(encoding="utf-8"))
+
+
+def copy(name: str, to: Path | None = None, *, overwrite: bool = False) -> None:
+    """Copy a preset into a file of your own, which `--config` takes by its path.
+
+    Args:
+        name: as `config list` prints it
+        to: the new file (default: the last part of the name, with .yaml, in the current folder)
+        overwrite: replace the file if it exists
+    """
+    source = find_preset(name)
+    target = Path(source.name) if to is None else to / source.name if to.is_dir() else to
+    if target.exists() and not overwrite:
+        raise DataError(f"{target} exists: give another file, or --overwrite")
+    write_text(target, source.read_text(encoding="utf-8"))
+    print(f"wrote {target}: change it, and use it with --config {target}")
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a preset."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(lines).split(". ")[0].split(": ")[0].rstrip(".")
+
+
+SUBCOMMANDS = Subcommands(
+    "The presets that come with the package.", {"list": list_presets, "show": show, "copy": copy}
+)

@@ -1,0 +1,136 @@
+"""Presets: the configuration files that come with the package, named without folder and ending (`sft`, `model/qwen2_5_vl_7b`).
+
+Files of presets and of users may contain `${data_root}`, `${runs}` and `${demo}`; see `VARIABLES`. The folder `configs` of this
+package is a link to the folder at the top of the repository; a built package contains the files themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vlm_calibration.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+CONFIGS = Path(__file__).with_name("configs")
+"""Folder of the presets."""
+VARIABLES = {
+    "data_root": ("data", "folder of the data that the presets name, such as DIR/train.jsonl"),
+    "runs": ("runs", "folder of the run directories that the presets name, such as DIR/sft"),
+}
+"""Variable that an option sets -> its default and description. There is also `${demo}`, the folder of the embedded demo."""
+CONFIG = "--config NAME"
+VARIABLE_OPTIONS = {f"--{name.replace('_', '-')} DIR": text for name, (_, text) in VARIABLES.items()}
+"""The options that set variables, as `arguments.Forwarded` lists them."""
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+
+
+def add_variables(parser: ArgumentParser) -> None:
+    """Add the options that set variables to a parser of configurations."""
+    for name, (default, text) in VARIABLES.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(
+            option, metavar="DIR", type=str, default=default, help=f"{text} (default: {default})"
+        )
+
+
+def preset_names() -> list[str]:
+    """The names of all presets, sorted."""
+    return sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("**/*.yaml"))
+
+
+def find_preset(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        ArgumentError: there is no preset of this name.
+    """
+    names = preset_names()
+    if name.removesuffix(".yaml") not in names:
+        raise ArgumentError(
+            None,
+            f"{name!r} is neither a file nor a preset{did_you_mean(name, names)}: `vlm-calibration config list` lists the presets",
+        )
+    return CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+
+
+def resolve_configs(
+    args: Sequence[str], prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content
+) -> list[str]:
+    """Replace the file in each `--config FILE` by its content, with all variables replaced.
+
+    Args:
+        args: arguments of a command. `--data-root` and `--runs` among them set variables; so do keys of these names at the top level
+            of a file, as in the `config.yaml` of a run.
+        prepare: applied to the content of each file, in order.
+
+    Raises:
+        ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings.
+    """
+    resolved, files, given = list(args), {}, {}
+    for index, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        position = index if equals else index + 1
+        if position == len(args) or not option.startswith("-"):
+            continue
+        value = value if equals else args[position]
+        if option in ("--config", "-c"):
+            files[position] = (f"{option}=" if equals else "", _read(value))
+        elif (variable := option.removeprefix("--").replace("-", "_")) in VARIABLES:
+            given[variable] = value
+    values = {name: default for name, (default, _) in VARIABLES.items()}
+    for _, content in files.values():
+        values |= {name: content[name] for name in VARIABLES if isinstance(content.get(name), str)}
+    values |= {**given, "demo": _demo_folder()}
+    for position, (prefix, content) in files.items():
+        content = prepare(_replace(content, values))
+        # The parser takes the content of a file in its place.
+        resolved[position] = prefix + yaml.safe_dump(content, default_flow_style=True, width=float("inf"))
+    return resolved
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The settings in a configuration file, or in a text that is one itself, such as "{data: {workers: 0}}"."""
+    from jsonargparse import get_loader
+
+    if name.lstrip().startswith("{"):
+        path, text = Path("--config"), name
+    else:
+        path = Path(name) if Path(name).is_file() else find_preset(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArgumentError(None, f"{path}: cannot be read: {error}") from error
+    try:
+        content = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ArgumentError(None, f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ArgumentError(None, f"{path}: expected settings (key: value), found {str(content)[:40]!r}")
+    return content or {}
+
+
+def _demo_folder() -> str:
+    """The folder of the embedded demo: relative inside the current folder, else absolute."""
+    folder = Path(__file__).with_name("demo")
+    here = Path.cwd()
+    return os.path.relpath(folder) if folder.is_relative_to(here) else str(folder)
+
+
+def _replace(content: Any, values: Mapping[str, str]) -> Any:
+    """The content with the variables in all of its texts replaced; a name that is no variable stays."""
+    if isinstance(content, dict):
+        return {key: _replace(value, values) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_replace(value, values) for value in content]
+    if isinstance(content, str):
+        return _REFERENCE.sub(lambda match: values.get(match[1], match[0]), content)
+    return content

@@ -1,0 +1,147 @@
+"""Names of presets, variables in configuration files, and overlays that all stages share."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_calibration.commands.lightning_cli import SharedOverlays
+from vlm_calibration.presets import CONFIGS, find_preset, preset_names, resolve_configs
+
+
+def contents(*arguments: str) -> list[dict[str, Any]]:
+    """The content that each --config is replaced by."""
+    resolved = resolve_configs(arguments)
+    return [
+        yaml.safe_load(text)
+        for option, text in zip(arguments, resolved[1:], strict=False)
+        if option == "--config"
+    ]
+
+
+@pytest.fixture
+def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        'data: {a: "${data_root}/x.jsonl", b: ["${runs}/sft", "${demo}"], c: "${home} 5 $", d: 1.0e-3}\n'
+    )
+    return path
+
+
+def test_every_yaml_file_is_a_preset(root: Path) -> None:
+    files = {path.relative_to(root / "configs") for path in (root / "configs").rglob("*.yaml")}
+    assert {f"{name}.yaml" for name in preset_names()} == set(map(str, files))
+    assert (CONFIGS / "sft.yaml").resolve() == root / "configs/sft.yaml"
+
+
+@pytest.mark.parametrize("name", ["model/qwen2_5_vl_7b", "model/qwen2_5_vl_7b.yaml"])
+def test_a_name_gives_the_content_of_its_file(name: str, root: Path) -> None:
+    written = yaml.safe_load((root / "configs/model/qwen2_5_vl_7b.yaml").read_text())
+    assert contents("fit", "--config", name) == [written]
+    assert find_preset(name).samefile(root / "configs/model/qwen2_5_vl_7b.yaml")
+
+
+def test_a_file_takes_precedence_over_a_preset(overlay: Path) -> None:
+    overlay.rename("sft")
+    assert contents("--config", "sft")[0]["data"]["d"] == 1e-3
+
+
+def test_a_misspelt_name_is_named() -> None:
+    with pytest.raises(ArgumentError, match=r"'model/qwen2_5_vl_7' .*did you mean model/qwen2_5_vl_7b"):
+        resolve_configs(["--config", "model/qwen2_5_vl_7"])
+
+
+def test_variables_have_defaults(overlay: Path) -> None:
+    [content] = contents("--config", str(overlay))
+    assert content["data"] == {
+        "a": "data/x.jsonl",
+        "b": ["runs/sft", str(CONFIGS.with_name("demo"))],
+        "c": "${home} 5 $",
+        "d": 1e-3,
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [("--data-root", "my data", "--runs", "r: #1"), ("--data_root=my data", "--runs=r: #1")]
+)
+def test_options_set_variables_wherever_they_stand(overlay: Path, options: tuple[str, ...]) -> None:
+    for arguments in ([*options, "--config", str(overlay)], ["--config", str(overlay), *options]):
+        position = arguments.index("--config") + 1
+        content = yaml.safe_load(resolve_configs(arguments)[position])
+        assert (content["data"]["a"], content["data"]["b"][0]) == ("my data/x.jsonl", "r: #1/sft")
+
+
+def test_the_configuration_of_a_run_sets_them_too(overlay: Path) -> None:
+    Path("config.yaml").write_text("data_root: theirs\n")
+    files = ("--config", "config.yaml", "--config", str(overlay))
+    assert contents(*files)[1]["data"]["a"] == "theirs/x.jsonl"
+    assert contents(*files, "--data-root", "mine")[1]["data"]["a"] == "mine/x.jsonl"
+
+
+def test_the_demo_is_named_relative_to_the_current_folder(
+    overlay: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    assert contents("--config", str(overlay))[0]["data"]["b"][1] == os.path.join(
+        "src", "vlm_calibration", "demo"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("data: {train\n", "not YAML"), ("- 3\n", "expected settings"), (b"\xff\xfe", "cannot be read")],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str | bytes, says: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ArgumentError, match=f"bad.yaml: {says}"):
+        resolve_configs(["--config", str(path)])
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.lists(st.text(max_size=30)),
+    )
+)
+def test_the_parser_reads_what_the_file_says(content: dict[str, Any]) -> None:
+    [resolved] = contents(
+        "--config", "{" + yaml.safe_dump({"data": content}, default_flow_style=True).strip()[1:]
+    )
+    assert resolved == {"data": content}
+
+
+LORA = {"model": {"init_args": {"base": {"name_or_path": "m"}, "lora": {"r": 4}, "max_new_tokens": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [
+        ("vlm_calibration.stages.evaluation.EvaluationModule", {"base", "max_new_tokens"}),
+        ("vlm_calibration.stages.level_fit.LevelFitModule", {"base", "max_new_tokens"}),
+        ("vlm_calibration.stages.regions.RegionExtractor", set()),
+    ],
+)
+def test_overlays_keep_what_a_stage_has(stage: str, kept: set[str]) -> None:
+    prepare = SharedOverlays()
+    prepare({"model": {"class_path": stage}})
+    assert set(prepare(LORA)["model"]["init_args"]) == kept
+
+
+def test_a_setting_that_no_stage_has_stays_for_the_parser() -> None:
+    prepare = SharedOverlays()
+    prepare({"model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule"}})
+    misspelt = {"model": {"init_args": {"lorra": {"r": 4}}}}
+    assert prepare(misspelt) == misspelt
