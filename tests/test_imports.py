@@ -24,7 +24,7 @@ LAYERS = (
     {"callbacks", "inference"},
     {"app"},
     {"commands"},
-    {"cli"},
+    {"cli", "steps"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = frozenset({"data", "models"})

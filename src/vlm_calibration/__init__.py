@@ -1,27 +1,57 @@
 """Train vision-language models to state honest confidence.
 
-`load_calibrated` loads a trained model to ask it; everything else is in the packages below.
+`load_calibrated` loads a trained model to ask it. `Plan` and the steps of a calibration (`fit_levels`, `train_sft`, `train_dpo`,
+`evaluate`, `report`) train one. Everything else is in the packages below.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-__all__ = ["Answer", "choose_threshold", "load_calibrated"]
 
 if TYPE_CHECKING:
     from vlm_calibration.inference.answers import Answer, choose_threshold
     from vlm_calibration.inference.model import load_calibrated
-else:
+    from vlm_calibration.steps import (
+        Plan,
+        evaluate,
+        extract_regions,
+        fit_levels,
+        report,
+        train_dpo,
+        train_sft,
+    )
+
+_STEPS = "vlm_calibration.steps"
+_MODULES = {
+    "Answer": "vlm_calibration.inference.answers",
+    "Plan": _STEPS,
+    "choose_threshold": "vlm_calibration.inference.answers",
+    "evaluate": _STEPS,
+    "extract_regions": _STEPS,
+    "fit_levels": _STEPS,
+    "load_calibrated": "vlm_calibration.inference.model",
+    "report": _STEPS,
+    "train_dpo": _STEPS,
+    "train_sft": _STEPS,
+}
+__all__ = [
+    "Answer",
+    "Plan",
+    "choose_threshold",
+    "evaluate",
+    "extract_regions",
+    "fit_levels",
+    "load_calibrated",
+    "report",
+    "train_dpo",
+    "train_sft",
+]
+
+if not TYPE_CHECKING:
     # Imported on demand: the command line imports this package first, and its help must not wait for torch.
     def __getattr__(name: str) -> Any:
-        if name == "load_calibrated":
-            from vlm_calibration.inference.model import load_calibrated
-
-            return load_calibrated
-        if name in ("Answer", "choose_threshold"):
-            from vlm_calibration.inference import answers
-
-            return getattr(answers, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
 
     def __dir__() -> list[str]:
         return [*globals(), *__all__]
