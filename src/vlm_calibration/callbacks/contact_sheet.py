@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from vlm_calibration.callbacks.regions import QUERIES
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
@@ -44,30 +43,34 @@ class ContactSheet(L.Callback):
         self.seed = seed
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = Path(trainer.default_root_dir)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        # A part that ends before others has no merged file yet.
-        if trainer.is_global_zero and (data.parts == 1 or (folder / QUERIES).exists()):
-            source = ParquetSource(str(folder / QUERIES), images=data.predict)
-            with replacing(folder / "contact_sheet.png") as temporary:
-                contact_sheet(source, self.queries, self.schedule, self.seed).save(temporary, "PNG")
+        folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
+        files = {folder / extraction.file: extraction.source for extraction in data.region_plan.extractions}
+        # A part that ends before others has no merged files yet.
+        if not trainer.is_global_zero or not files or not all(path.exists() for path in files):
+            return
+        sources = [ParquetSource(str(path), images=source) for path, source in files.items()]
+        with replacing(folder / "contact_sheet.png") as temporary:
+            contact_sheet(sources, self.queries, self.schedule, self.seed).save(temporary, "PNG")
 
 
-def contact_sheet(source: QuerySource, count: int, schedule: Schedule, seed: int = 0) -> Image.Image:
-    """Draw random queries of a source, one a row: question and answer, regions, and the noised images of levels 100% to 0%.
+def contact_sheet(
+    sources: Sequence[QuerySource], count: int, schedule: Schedule, seed: int = 0
+) -> Image.Image:
+    """Draw random queries of some sources, one a row: question and answer, regions, and the noised images of levels 100% to 0%.
 
     The evidence is outlined in red, other regions in blue. The evidence is noised, or the other regions if there is none.
 
     Raises:
         DataError: an image cannot be read.
     """
-    queries = source.queries()
+    queries = [(source, index) for source in sources for index in range(len(source.queries()))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
     levels = LinearLevels(total_steps=schedule.steps)
     header = ["", "regions", *(f"{levels.confidence(step):.0%}" for step in levels.steps)]
     rows = []
     for index in chosen:
-        query = queries[int(index)]
+        source, position = queries[int(index)]
+        query = source.queries()[position]
         loaded = _thumbnail(source.load(query))
         union = _union(loaded.evidence or loaded.distractors, loaded.image)
         noised = [

@@ -1,4 +1,4 @@
-"""Writes extracted regions: a log line for each finished shard, and in the end a Parquet file of all queries, with a summary.
+"""Writes extracted regions: a log line for each finished shard, and in the end a Parquet file for each source, with a summary.
 
 A line does not depend on the process that wrote it, so an interrupted run resumes with the missing shards and any number of
 processes. Several runs may share the shards (`data.parts`); the last one to end writes the files that are common to them.
@@ -15,19 +15,20 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_calibration.append_log import AppendLog
+from vlm_calibration.append_log import AppendLog, LogLine
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.raw import RawBatch, shard_count
+from vlm_calibration.data.raw import RawBatch
+from vlm_calibration.data.regions import Extraction
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
-from vlm_calibration.settings import digest, init_args, to_json
+from vlm_calibration.settings import init_args, to_json
 from vlm_calibration.stages.regions import RegionExtractor
 
-SHARDS, QUERIES, SUMMARY = "shards", "queries.parquet", "summary.json"
+SHARDS, SUMMARY = "shards", "summary.json"
 BEGUN = "settings."
 """Prefix of a part's log of its settings alone, in `shards/`; `PART.RANK.jsonl` beside it hold the shards."""
 ROW_GROUP = 1024
@@ -44,10 +45,11 @@ SCHEMA = pa.schema(
 
 
 class RegionWriter(L.Callback):
-    """Writes `shards/`, `queries.parquet` and `summary.json` in the run directory.
+    """Writes `shards/`, a Parquet file for each source and `summary.json` in the run directory.
 
-    `queries.parquet` holds every query whose image could be read, in the order of the source, for
-    `vlm_calibration.data.sources.parquet.ParquetSource`.
+    A file holds every query of its source whose image could be read, in order, for
+    `vlm_calibration.data.sources.parquet.ParquetSource`. It is `queries.parquet` for `data.predict`; otherwise it is named after the
+    settings of its source, such as `train.parquet`, and `data.regions` names the folder.
     """
 
     def __init__(self) -> None:
@@ -70,7 +72,8 @@ class RegionWriter(L.Callback):
         path = folder / f"{data.part}.{trainer.global_rank}.jsonl"
         log = self._log = AppendLog(path, settings, remedy, "*.jsonl")
         self._rows.clear()
-        data.leave_out(broadcast_from_first(trainer, lambda: _begin(log)))
+        if data.region_plan.extractions:
+            data.leave_out(broadcast_from_first(trainer, lambda: _begin(log)))
 
     def on_predict_batch_end(
         self,
@@ -93,22 +96,35 @@ class RegionWriter(L.Callback):
         if trainer.is_global_zero:
             data, folder = _data(trainer), Path(trainer.default_root_dir)
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
-            shards = {line.row["shard"]: line._replace(row={}) for line in self._log.lines()}
-            total = _shards(data)
-            missing = sum(n not in shards for n in range(total))
+            lines = {line.row["shard"]: line._replace(row={}) for line in self._log.lines()}
+            missing = sum(shard.number not in lines for shard in data.shards)
             if missing and data.parts == 1:
                 raise DataError(
-                    f"{folder / SHARDS}: {missing} of {total} shards are missing: run again without "
+                    f"{folder / SHARDS}: {missing} of {len(data.shards)} shards are missing: run again without "
                     "trainer.limit_predict_batches"
                 )
             if missing:
                 print(
-                    f"part {data.part} of {data.parts} is done; {missing} of {total} shards are other parts': the last "
-                    f"to end writes {folder / QUERIES}"
+                    f"part {data.part} of {data.parts} is done; {missing} of {len(data.shards)} shards are other parts': the "
+                    f"last to end writes {', '.join(map(str, output_files(folder, data.region_plan.extractions)))}"
                 )
             else:
-                _merge((self._log.reread(shards[n])["rows"] for n in range(total)), folder)
+                self._merge(data, lines, folder)
         trainer.strategy.barrier("merged")
+
+    def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, LogLine], folder: Path) -> None:
+        """Write the rows of each source as one file, and the summary of all."""
+        assert self._log is not None
+        total, files = RegionSummary(), {}
+        for source, extraction in enumerate(data.region_plan.extractions):
+            summary = files[folder / extraction.file] = RegionSummary()
+            shards = (self._log.reread(lines[s.number])["rows"] for s in data.shards if s.source == source)
+            rows = (_usable(rows, summary, total) for rows in shards)
+            write_rows(folder / extraction.file, rows, extraction.note)
+        complete = [f"data.{setting}" for setting in data.region_plan.complete]
+        by_name = {path.name: summary.to_dict() for path, summary in files.items()}
+        write_json(folder / SUMMARY, {**total.to_dict(), "files": by_name, "complete": complete})
+        print_summary(total, files, complete)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if self._log is not None:
@@ -126,23 +142,21 @@ def _begin(log: AppendLog) -> list[int]:
     return [shard for shard in shards if shard is not None]
 
 
-def _merge(shards: Iterable[Sequence[dict[str, Any]]], folder: Path) -> None:
-    """Write the rows of all shards as one file, and their summary."""
-    summary = RegionSummary()
-    write_rows(folder / QUERIES, (_usable(rows, summary) for rows in shards))
-    write_json(folder / SUMMARY, summary.to_dict())
-    print_summary(summary, folder / QUERIES)
+def output_files(folder: Path, extractions: Iterable[Extraction]) -> list[Path]:
+    """The files that a finished extraction leaves in its run directory, besides the contact sheet.
+
+    Args:
+        folder: the run directory.
+        extractions: those of `PerturbedQueryDataModule.plan_extraction(keep_known)`.
+    """
+    return [*(folder / extraction.file for extraction in extractions), folder / SUMMARY]
 
 
-def _shards(data: PerturbedQueryDataModule) -> int:
-    assert data.predict is not None
-    return shard_count(len(data.predict.queries()), data.shard_size)
-
-
-def _usable(rows: Sequence[dict[str, Any]], summary: RegionSummary) -> list[dict[str, Any]]:
-    """The rows that can be trained on; the summary counts all rows."""
+def _usable(rows: Sequence[dict[str, Any]], *summaries: RegionSummary) -> list[dict[str, Any]]:
+    """The rows that can be trained on; the summaries count all rows."""
     for row in rows:
-        summary.add(row)
+        for summary in summaries:
+            summary.add(row)
     return [row for row in rows if row["outcome"] != "unreadable"]
 
 
@@ -156,12 +170,15 @@ def row_of(extracted: Extracted) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, parts: Iterable[Sequence[Mapping[str, Any]]]) -> None:
-    """Write a Parquet file, some rows at a time."""
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+def write_rows(
+    path: Path, parts: Iterable[Sequence[Mapping[str, Any]]], note: Mapping[bytes, bytes] | None = None
+) -> None:
+    """Write a Parquet file, some rows at a time, with `note` in its metadata."""
+    schema = SCHEMA.with_metadata(note)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for rows in parts:
             if rows:
-                writer.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), row_group_size=ROW_GROUP)
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=ROW_GROUP)
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
@@ -170,11 +187,8 @@ def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
 
 def _data_settings(data: PerturbedQueryDataModule) -> dict[str, Any]:
     """The settings that decide which query is in which batch."""
-    assert data.predict is not None
-    queries = data.predict.queries()
     return {
-        "queries": len(queries),
-        "content": digest(map(repr, queries)),
+        **{extraction.file: extraction.contents._asdict() for extraction in data.region_plan.extractions},
         "shard_size": data.shard_size,
         "batch_size": data.eval_batch_size,
     }

@@ -17,6 +17,7 @@ from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
+from vlm_calibration.callbacks.regions import SUMMARY
 from vlm_calibration.files import remove, replacing
 from vlm_calibration.records import DataError
 
@@ -128,7 +129,7 @@ def check_run_directory(
         return
     another = "another --trainer.default_root_dir leaves it as it is"
     if (folder / CONFIG).exists() and (
-        any(folder.glob("*/metrics.json")) or (folder / "queries.parquet").exists()
+        any(folder.glob("*/metrics.json")) or (folder / SUMMARY).exists()
     ):
         raise DataError(f"{folder} holds the results of `test` or `predict`: {another}")
     run = _find_run(folder)

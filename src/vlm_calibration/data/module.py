@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -16,7 +17,8 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.raw import RawBatches, shard_count
+from vlm_calibration.data.raw import RawBatches, Shard, shards_of
+from vlm_calibration.data.regions import RegionPlan, plan_extraction, single_extraction, split_with_regions
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
@@ -25,7 +27,11 @@ from vlm_calibration.text.grading import EXACT, Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 TESTED = ("test", "calibration")
-"""The data sets of `test`, in order."""
+"""The data sets of an evaluation, in order."""
+LEVELS = "levels"
+"""The data set that `levels fit` asks instead, and the value of `asks` in a module that does."""
+LEVELS_SPLIT = "calibration"
+"""Begins the ids of the queries of `levels`; the noise depends on them, so tables measured in the past can be reproduced."""
 
 
 class PerturbedQueryDataModule(L.LightningDataModule):
@@ -35,10 +41,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: Hub name or folder of the model whose processor is used; the command line sets it.
         train: training queries.
         validation: queries that are perturbed in the same way and answered during training.
+        levels: held-out queries that `vlm-calibration levels fit` asks at every noise step.
         test: named splits that `vlm-calibration test` answers.
         calibration: named splits about other images that `vlm-calibration test` answers as well. A report fits recalibration
             on these answers; no score includes them.
-        predict: queries whose regions `vlm-calibration predict` extracts.
+        predict: queries whose regions `vlm-calibration predict` extracts; None: those of all sources above that are noised.
+        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with
+            these regions. A source whose queries have all the regions that they need has no file in it.
         noise: the perturbation of a query, and the confidence to state after it.
         candidates: the responses that preference optimisation compares; None for supervised fine-tuning.
         prompt: how a question is put to the model.
@@ -61,9 +70,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: str | None = None,
         train: QuerySource | None = None,
         validation: QuerySource | None = None,
+        levels: QuerySource | None = None,
         test: dict[str, EvalSplit] | None = None,
         calibration: dict[str, EvalSplit] | None = None,
         predict: QuerySource | None = None,
+        regions: str | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
         candidates: CandidateSettings | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
@@ -87,9 +98,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.processor_name = processor
         self.train = train
         self.validation = validation
+        self.levels = levels
         self.test = test
         self.calibration = calibration
         self.predict = predict
+        self.regions = regions
         self.noise = noise
         self.candidates = candidates
         self.prompt = prompt
@@ -107,6 +120,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._sets: dict[str, PerturbedQueries] = {}
         self._logs: dict[str, LoadingLog] = {}
         self._position: DataPosition | None = None
+        self._tested: tuple[str, ...] = ()
+        self._plan: RegionPlan | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: Mapping[str, Collection[int]] = {}
 
@@ -125,35 +140,85 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def chat(self) -> ChatFormat:
         return ChatFormat(self.processor, self.prompt)
 
+    @property
+    def splits(self) -> dict[str, dict[str, EvalSplit]]:
+        """Each data set that is set -> its splits by name, as configured; `predict` is none."""
+        splits: dict[str, dict[str, EvalSplit]] = {}
+        for name, source in (("train", self.train), ("validation", self.validation)):
+            if source is not None:
+                splits[name] = {"": EvalSplit(source, noise="drawn")}
+        if self.levels is not None:
+            splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_step")}
+        return splits | {name: named for name, named in zip(TESTED, (self.test, self.calibration)) if named}
+
+    @property
+    def settings(self) -> dict[str, EvalSplit]:
+        """The splits by their setting below `data`: "train", "levels", "test.clean"."""
+        return {
+            _setting(name, split): settings
+            for name, splits in self.splits.items()
+            for split, settings in splits.items()
+        }
+
     def setup(self, stage: str) -> None:
         """Read the records that this stage needs, so that an invalid record stops the run before training."""
-        needed: dict[str, dict[str, EvalSplit]] = {}
         if stage == "predict":
-            _required(self.predict, "predict").queries()
+            # Modules other than `RegionExtractor` may have no such setting.
+            self._plan = self.plan_extraction(getattr(self._module, "keep_known", True))
             return
-        if stage == "fit":
-            needed["train"] = {"": EvalSplit(_required(self.train, "train"), noise="drawn")}
-        if stage in ("fit", "validate") and self.validation is not None:
-            needed["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
-        if stage == "validate":
-            _required(self.validation, "validation")
+        required, optional = self._needed(stage)
+        splits = self.splits
+        for name in required:
+            _required(splits.get(name), name)
+        needed = [name for name in (*required, *optional) if name in splits]
         if stage == "test":
-            needed["test"] = _required(self.test, "test")
-            if self.calibration:
-                needed["calibration"] = self.calibration
-            self._answered = {}
+            self._tested, self._answered = tuple(needed), {}
         if self.noise.resolution == "model":
             check_resolution(self.processor)
-        for name, splits in needed.items():
+        for name in needed:
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(
-                    splits, self.noise, self.processor.image_processor, self.chat.check, f"data.{name}"
+                    self._with_regions(name, splits[name]),
+                    self.noise,
+                    self.processor.image_processor,
+                    self.chat.check,
+                    f"data.{name}",
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
-                _check_ranking(splits)
+                _check_ranking(self._sets[name].splits)
         if "calibration" in needed:
-            _check_no_shared_images(needed["calibration"], needed["test"])
+            _check_no_shared_images(self._sets["calibration"].splits, self._sets["test"].splits)
+
+    @property
+    def _module(self) -> L.LightningModule | None:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _needed(self, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The data sets that a stage needs, and those that it uses if they are set."""
+        if stage == "test":
+            return ((LEVELS,), ()) if getattr(self._module, "asks", "") == LEVELS else (TESTED[:1], TESTED[1:])
+        return (("train",), ("validation",)) if stage == "fit" else (("validation",), ())
+
+    def _with_regions(self, name: str, splits: Mapping[str, EvalSplit]) -> Mapping[str, EvalSplit]:
+        if self.regions is None:
+            return splits
+        return {
+            split: split_with_regions(Path(self.regions), _setting(name, split), settings)
+            for split, settings in splits.items()
+        }
+
+    def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
+        """The sources that `predict` extracts regions for, and the files that it writes; see `data.regions.plan_extraction`.
+
+        Raises:
+            DataError: no source is set, or its queries cannot be read.
+        """
+        if self.predict is not None:
+            return RegionPlan([single_extraction(self.predict)], [])
+        if not self.settings:
+            raise DataError("data.predict is not set, nor any of data.train, validation, levels, test and calibration")
+        return plan_extraction(self.settings, keep_known)
 
     def teardown(self, stage: str) -> None:
         """Report the records that could not be loaded."""
@@ -189,7 +254,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def tested_queries(self) -> dict[str, Sequence[Query]]:
         """Name of each data set that `test` answers -> its queries, answered before or not."""
-        return {name: self._sets[name].queries for name in TESTED if name in self._sets}
+        return {name: self._sets[name].queries for name in self._tested}
 
     def leave_out_answered(self, answered: Mapping[str, Collection[int]]) -> None:
         """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`.
@@ -203,23 +268,39 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
         A calibration set has a second loader of its own.
         """
-        names = [name for name in TESTED if name in self._sets]
         collate = PromptCollator(self.chat, self.grading)
-        loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in names]
+        loaders = [
+            self._loader(name, self.eval_batch_size, collate, training=False) for name in self._tested
+        ]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run finished. Must be the same in every process."""
         self._finished = frozenset(shards)
 
+    @property
+    def region_plan(self) -> RegionPlan:
+        """What `predict` extracts; planned by `setup`."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of `predict`, of all sources and parts, in the order of their numbers."""
+        return shards_of([e.contents.queries for e in self.region_plan.extractions], self.shard_size)
+
+    @property
+    def pending_shards(self) -> list[Shard]:
+        """The shards of `predict` that are left to this part, and in it to this process."""
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = self.shards[self.part :: self.parts]
+        return [shard for shard in own if shard.number not in self._finished][rank::processes]
+
     def predict_dataloader(self) -> DataLoader:
         """Batches of queries with unperturbed images; each part, and in it each process, has its own shards."""
-        source = _required(self.predict, "predict")
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        numbers = range(self.part, shard_count(len(source.queries()), self.shard_size), self.parts)
-        missing = [n for n in numbers if n not in self._finished]
+        sources = [extraction.source for extraction in self.region_plan.extractions]
         return DataLoader(
-            RawBatches(source, self.shard_size, self.eval_batch_size, missing[rank::processes]),
+            RawBatches(sources, self.pending_shards, self.eval_batch_size),
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,
@@ -287,7 +368,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._resume(sampler)
-        if name in TESTED and len(sampler) == 0:
+        if name in self._tested and len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return QueryLoader(log, collate, batch_sampler=[[]])
         return QueryLoader(
@@ -301,6 +382,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
         )
+
+
+def _setting(name: str, split: str) -> str:
+    """The setting of a split below `data`; only the data sets of an evaluation name their splits."""
+    return f"{name}.{split}" if name in TESTED and split else name
 
 
 def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:

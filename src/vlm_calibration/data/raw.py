@@ -1,6 +1,6 @@
 """Batches of queries with unperturbed images, for region extraction.
 
-The queries of a source are divided into shards of a fixed size, and each shard into batches. A process takes whole shards, so
+The queries of each source are divided into shards of a fixed size, which are numbered over all sources, and each shard into batches. A process takes whole shards, so
 the content of a batch depends neither on the number of processes nor on an earlier run.
 """
 
@@ -52,50 +52,75 @@ class RawBatch:
         return self
 
 
+class Shard(NamedTuple):
+    """Consecutive queries of one source, which one process extracts.
+
+    Attributes:
+        number: of the shard, over all sources.
+        source: index of the source.
+        begin: index of the first query in the source.
+        end: index after the last one.
+    """
+
+    number: int
+    source: int
+    begin: int
+    end: int
+
+
+def shards_of(lengths: Sequence[int], shard_size: int) -> list[Shard]:
+    """All shards of sources with these numbers of queries; the last shard of a source may be smaller than `shard_size`."""
+    spans = [
+        (source, begin, min(begin + shard_size, length))
+        for source, length in enumerate(lengths)
+        for begin in range(0, length, shard_size)
+    ]
+    return [Shard(number, *span) for number, span in enumerate(spans)]
+
+
 class RawBatches(Dataset[RawBatch]):
-    """The batches of some shards of a source.
+    """The batches of some shards of one or several sources.
 
     A process without a shard gets one empty batch, so that it takes part in the hooks after the last batch.
 
     Args:
-        source: the source.
-        shard_size: queries per shard; the last shard may be smaller.
+        sources: the sources.
+        shards: the shards, in order.
         batch_size: queries per batch; the last batch of a shard may be smaller.
-        shards: numbers of the shards, in order.
     """
 
-    def __init__(self, source: QuerySource, shard_size: int, batch_size: int, shards: Sequence[int]) -> None:
-        self.source = source
-        self.queries = source.queries()
-        self._spans: list[tuple[int, int, int, bool]] = []
-        for shard in shards:
-            begin, end = shard * shard_size, min((shard + 1) * shard_size, len(self.queries))
-            for first in range(begin, end, batch_size):
-                stop = min(first + batch_size, end)
-                self._spans.append((shard, first, stop, stop == end))
+    def __init__(self, sources: Sequence[QuerySource], shards: Sequence[Shard], batch_size: int) -> None:
+        self.sources = sources
+        self.queries = [source.queries() for source in sources]
+        self._batches = [
+            shard._replace(begin=begin, end=min(begin + batch_size, shard.end))
+            for shard in shards
+            for begin in range(shard.begin, shard.end, batch_size)
+        ]
 
     def __len__(self) -> int:
-        return max(1, len(self._spans))
+        return max(1, len(self._batches))
 
     def __getitem__(self, index: int) -> RawBatch:
-        if not self._spans:
+        if not self._batches:
             if index:
                 raise IndexError(index)
             return RawBatch([], NO_SHARD, False)
-        shard, first, stop, last = self._spans[index]
-        images: dict[str, np.ndarray] = {}
-        rows = []
-        for position in range(first, stop):
-            query = self.queries[position]
-            try:
-                if query.image not in images:
-                    images[query.image] = self.source.load(query).image
-                rows.append(RawQuery(query, images[query.image]))
-            except DataError as error:
-                rows.append(RawQuery(query, None, str(error)))
-        return RawBatch(rows, shard, last)
+        number, source, begin, end = self._batches[index]
+        is_last = index + 1 == len(self._batches) or self._batches[index + 1].number != number
+        rows = _load(self.sources[source], self.queries[source][begin:end])
+        return RawBatch(rows, number, is_last)
 
 
-def shard_count(queries: int, shard_size: int) -> int:
-    """The number of shards of a number of queries."""
-    return -(-queries // shard_size)
+def _load(source: QuerySource, queries: Sequence[Query]) -> list[RawQuery]:
+    """Queries with their images; an image that several of them share is loaded once."""
+    images: dict[str, np.ndarray] = {}
+    rows = []
+    for query in queries:
+        try:
+            if query.image not in images:
+                images[query.image] = source.load(query).image
+            rows.append(RawQuery(query, images[query.image]))
+        except DataError as error:
+            rows.append(RawQuery(query, None, str(error)))
+    return rows

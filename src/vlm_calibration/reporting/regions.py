@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,33 @@ def union_share(regions: list[Mapping[str, Any]]) -> float:
     return float(coco.area(coco.merge(masks))) / (height * width)
 
 
-def print_summary(summary: RegionSummary, path: Path) -> None:
-    """Print the summary, and the path of the queries."""
+def print_summary(summary: RegionSummary, files: Mapping[Path, RegionSummary], complete: Sequence[str]) -> None:
+    """Print the summary, and what each file holds.
+
+    Args:
+        summary: of all queries.
+        files: the summary of each file that was written.
+        complete: the settings of the sources that need no extraction.
+    """
+    console = Console()
+    if files:
+        _print_counts(console, summary)
+    for path, of_file in files.items():
+        counts = of_file.outcomes
+        console.print(
+            f"wrote {path}: {counts.total() - counts['unreadable']} queries, {counts['found'] + counts['known']} with regions",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+    if complete:
+        console.print(
+            f"nothing to extract for {', '.join(complete)}: each query has a region, or an answer that says that its object is absent",
+            soft_wrap=True,
+        )
+
+
+def _print_counts(console: Console, summary: RegionSummary) -> None:
     values = summary.to_dict()
     total = max(1, values["queries"])
     table = Table(title=f"Regions of {values['queries']} queries")
@@ -72,7 +97,6 @@ def print_summary(summary: RegionSummary, path: Path) -> None:
     for name, count in values["outcomes"].items():
         if count:
             table.add_row(name, str(count), f"{count / total:.1%}")
-    console = Console()
     console.print(table)
     phrases, shares = values["phrases"], values["share_of_image"]
     if phrases["named"]:
@@ -86,4 +110,3 @@ def print_summary(summary: RegionSummary, path: Path) -> None:
         console.print(f"regions left out ({reason}): {count}")
     for note in values["unreadable"]:
         console.print(f"unreadable: {note}", soft_wrap=True, markup=False)
-    console.print(f"wrote {path}", soft_wrap=True, markup=False)

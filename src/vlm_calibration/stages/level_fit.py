@@ -9,6 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.data.module import LEVELS
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
 from vlm_calibration.records import ANSWER_TYPES, DataError
@@ -45,7 +46,7 @@ class StepCounts(Metric):
 
 
 class LevelFitModule(L.LightningModule):
-    """Answers held-out queries at every noise step with the base model and writes a level table.
+    """Answers the queries of `data.levels` at every noise step with the base model and writes a level table.
 
     Queries that `data.grading` ranks need no generation: an answer is correct if it is likelier than the wrong ones.
 
@@ -56,18 +57,14 @@ class LevelFitModule(L.LightningModule):
     """
 
     model: Any
+    asks = LEVELS
+    """The data set that the data module provides for `test`."""
 
     def __init__(self, base: BaseModel, out: str = "runs/levels.json", max_new_tokens: int = 64) -> None:
         super().__init__()
         self.base = base
         self.out = out
         self.max_new_tokens = max_new_tokens
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.datamodule.calibration:  # type: ignore[attr-defined]
-            raise DataError(
-                "data.calibration is for evaluations, and levels are measured on data.test alone: leave it out"
-            )
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
@@ -102,7 +99,8 @@ class LevelFitModule(L.LightningModule):
             for step, n, _ in counts:
                 if n == 0:
                     raise DataError(
-                        f"no {kind} query at noise step {step}: the splits of data.test need `noise: every_step`"
+                        f"no {kind} query at noise step {step}: data.levels has only queries about absent objects, whose images "
+                        "`data.noise.absent: clean` leaves clean"
                     )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.levels = AnchoredLevels.fit(measured, provenance=provenance_of(self.base, data, measured))

@@ -38,9 +38,14 @@ class RegionExtractor(L.LightningModule):
     ) -> None:
         super().__init__()
         self.pipeline = Pipeline(describer, detector, segmenter, gates, keep_known)
+        self.keep_known = keep_known
         self.on_bad_image = on_bad_image
 
     def configure_model(self) -> None:
+        """Load the models, unless this process has nothing to extract."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and not data.pending_shards:
+            return
         for part in (self.pipeline.describer, self.pipeline.detector, self.pipeline.segmenter):
             part.load(device_of(self))
 
@@ -49,4 +54,4 @@ class RegionExtractor(L.LightningModule):
             for row in batch.rows:
                 if row.problem is not None:
                     raise DataError(row.problem)
-        return self.pipeline.extract(batch.rows)
+        return self.pipeline.extract(batch.rows) if batch.rows else []

@@ -114,6 +114,8 @@ class CocoSource(QuerySource):
         per_image: maximum number per image of questions about present objects, about absent objects, of counting and of
             spatial questions, each.
         images: number of images, drawn at random; None: all annotated images.
+        first: position in the random order at which the images begin. Sources of one file and seed whose positions do not
+            overlap, e.g. 0 to 299 and 300 to 999, have no image in common.
         exclude: text files, such as POPE's question files; an image is excluded if its twelve-digit number occurs in one.
             POPE's images of val2014 are part of train2017.
         seed: seed of all random choices.
@@ -127,9 +129,12 @@ class CocoSource(QuerySource):
         negatives: list[Negatives] = ["random", "popular", "adversarial"],  # noqa: B006
         per_image: int = 3,
         images: int | None = None,
+        first: int = 0,
         exclude: list[str] | None = None,
         seed: int = 0,
     ) -> None:
+        if first < 0 or (images is not None and images < 1):
+            raise DataError(f"CocoSource: needs images >= 1 and first >= 0, found {images} and {first}")
         if not kinds or ("existence" in kinds and not negatives) or per_image < 1:
             raise DataError(
                 "CocoSource: needs at least one of `kinds` and of `negatives`, and per_image >= 1"
@@ -140,6 +145,7 @@ class CocoSource(QuerySource):
         self.negatives = list(negatives)
         self.per_image = per_image
         self.images = images
+        self.first = first
         self.exclude = [Path(path) for path in exclude or ()]
         self.seed = seed
         self._files = ImageFolder(self.root)
@@ -152,10 +158,13 @@ class CocoSource(QuerySource):
             for image in read_instances(self.annotations)
             if not excluded & set(_IMAGE_NUMBER.findall(image.file))
         ]
-        if self.images is not None and self.images < len(images):
-            chosen = np.random.default_rng(self.seed).permutation(len(images))[: self.images]
-            images = [images[i] for i in sorted(chosen)]
-        return images
+        if self.first and self.first >= len(images):
+            raise DataError(
+                f"{self.annotations}: first: {self.first} of {len(images)} annotated images; positions count from 0"
+            )
+        count = len(images) if self.images is None else self.images
+        chosen = np.random.default_rng(self.seed).permutation(len(images))[self.first : self.first + count]
+        return [images[i] for i in sorted(chosen)]
 
     @cached_property
     def _plans(self) -> list[Plan]:

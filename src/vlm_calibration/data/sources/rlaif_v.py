@@ -7,8 +7,10 @@ data set has no regions: extract them with `vlm-calibration predict --config con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm_calibration.data.sources.base import BadRecords, OnBadRecord
@@ -21,9 +23,12 @@ from vlm_calibration.data.sources.tables import (
     schema_of,
 )
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
+from vlm_calibration.settings import digest
 from vlm_calibration.text.labels import check_answer
 
 TEXTS = ("question", "chosen", "rejected", "origin_dataset")
+IMAGE_PATH = "image_path"
+"""The column that is the same for all rows about one image."""
 
 
 class RlaifVSource(TableSource):
@@ -32,11 +37,24 @@ class RlaifVSource(TableSource):
     Args:
         path: a Parquet file of the data set, or the folder of all of them.
         unpacked: folder that images are unpacked into; None: each read of an image reads a whole row group.
+        begin: use the images from this share on, in [0, 1]. The images, by the column `image_path`, are in the order of a hash,
+            so two sources with other shares have no image in common.
+        end: use the images up to this share, in [0, 1].
         on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
     """
 
-    def __init__(self, path: str, unpacked: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
+    def __init__(
+        self,
+        path: str,
+        unpacked: str | None = None,
+        begin: float = 0.0,
+        end: float = 1.0,
+        on_bad_record: OnBadRecord = "raise",
+    ) -> None:
+        if not 0 <= begin < end <= 1:
+            raise DataError(f"RlaifVSource: needs 0 <= begin < end <= 1, found {begin} and {end}")
         super().__init__(path, unpacked, on_bad_record)
+        self.begin, self.end = begin, end
 
     def _open(self) -> np.ndarray:
         files = parquet_files(self.path)
@@ -48,27 +66,46 @@ class RlaifVSource(TableSource):
             actual = schema.field("image").type
             raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {actual}")
         self._table = read_columns(files, TEXTS, ["origin_dataset"])
+        part = self._part(files, schema)
         self._embedded = EmbeddedImages(files, "image", self.unpacked)
-        rows = self._valid_rows()
+        rows = self._valid_rows(part)
         self.bad.report(len(rows))
         if not len(rows):
-            raise DataError(f"{self.path}: no usable query in these files")
+            raise DataError(
+                f"{self.path}: no usable query in these files about the images from share {self.begin:g} to {self.end:g}"
+            )
         return rows
 
-    def _valid_rows(self) -> np.ndarray:
-        """Indices of the rows whose question and preferred response have at least one word."""
+    def _part(self, files: Sequence[Path], schema: pa.Schema) -> np.ndarray:
+        """Mask of the rows about an image of this source's share, bool [rows]."""
+        if (self.begin, self.end) == (0.0, 1.0):
+            return np.ones(self._table.num_rows, dtype=bool)
+        if IMAGE_PATH not in schema.names:
+            raise DataError(f"{self.path}: no column {IMAGE_PATH!r}, by which `begin` and `end` tell images apart")
+        column = read_columns(files, [IMAGE_PATH], [IMAGE_PATH]).column(IMAGE_PATH).combine_chunks()
+        if column.null_count:
+            raise DataError(
+                f"{self.path}: row {column.is_null().index(True).as_py()}: no {IMAGE_PATH!r}, by which `begin` and `end` tell "
+                "images apart"
+            )
+        shares = np.array([int(digest([name]), 16) / 16**32 for name in column.dictionary.to_pylist()])
+        inside = (shares >= self.begin) & (shares < self.end)
+        return inside[column.indices.to_numpy()]
+
+    def _valid_rows(self, part: np.ndarray) -> np.ndarray:
+        """Indices of the rows in `part` whose question and preferred response have at least one word."""
         self.bad = BadRecords(self.on_bad_record)
         valid = np.ones(self._table.num_rows, dtype=bool)
         for name in ("question", "chosen"):
             has_word = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
             valid &= pc.fill_null(has_word, False).to_numpy().astype(bool)
-        for row in map(int, np.flatnonzero(~valid)):
+        for row in map(int, np.flatnonzero(part & ~valid)):
             try:
                 check_answer(self._read(row))
                 valid[row] = True
             except RecordError as error:
                 self.bad.add(f"{self.path}: row {row}: {error}", error)
-        return np.flatnonzero(valid)
+        return np.flatnonzero(part & valid)
 
     def _read(self, row: int) -> Query:
         [record] = self._table.slice(row, 1).to_pylist()

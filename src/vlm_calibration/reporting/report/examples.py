@@ -113,7 +113,7 @@ def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tu
         Query id -> data URI, and why images are missing, empty if none is.
     """
     try:
-        dataset = _dataset(system.config)
+        dataset = _dataset(system.config, predictions)
         index = {query.id: i for i, query in enumerate(dataset.queries)}
         images = {}
         for prediction in predictions:
@@ -145,7 +145,7 @@ def thumbnail(image: np.ndarray) -> str:
     return data_uri("image/png" if lossless else "image/jpeg", file.getvalue())
 
 
-def _dataset(config: Mapping[str, Any] | None) -> Any:
+def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPrediction]) -> Any:
     """The data set that a run answered, built from the run's configuration.
 
     Raises:
@@ -163,6 +163,8 @@ def _dataset(config: Mapping[str, Any] | None) -> Any:
     # Never run code that comes with a checkpoint only to show images.
     settings = parser.parse_object({"data": {**config["data"], **linked, "trust_remote_code": False}})
     data = parser.instantiate_classes(settings).data
-    has_test = data.test is not None
-    data.setup("test" if has_test else "validate")
-    return data.test_set if has_test else data.val_dataloader().dataset
+    # A stage of training may have a test set in its configuration as well, and it answers the validation set.
+    prefixes = tuple(f"{name}:" if name else "" for name in data.test or ())
+    is_test = bool(prefixes) and all(p.id.startswith(prefixes) for p in predictions)
+    data.setup("test" if is_test else "validate")
+    return data.test_set if is_test else data.validation_set
