@@ -380,7 +380,7 @@ def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_pa
         "model.init_args.base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
         "model.init_args.out": "levels.json",
         "model.init_args.max_new_tokens": "3",
-        "data.test.calibration.source.init_args.scenes": "5",
+        "data.levels.init_args.scenes": "5",
         "data.workers": "0",
         "trainer.default_root_dir": str(tmp_path / "levels"),
     }

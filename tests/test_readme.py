@@ -125,12 +125,13 @@ RUNS: dict[str, Run] = {
         writes=("exported/model.safetensors",), prints=("wrote exported",)
     ),
     "vlm-calibration predict --config configs/regions.yaml": Run(
-        "--trainer.accelerator cpu --data.workers 0 --model.init_args.gates.min_score 0.02"
+        "--trainer.accelerator cpu --data.workers 0 --model.init_args.keep_known false"
+        " --model.init_args.gates.min_score 0.02"
         " --model.init_args.gates.min_area 0 --model.init_args.detector.init_args.threshold 0"
         " --model.init_args.detector.init_args.max_boxes 2"
         " --model.init_args.detector.init_args.name_or_path {grounding_dino}"
         " --model.init_args.segmenter.init_args.name_or_path {sam2}",
-        _in("runs/regions", "queries.parquet", "summary.json", "contact_sheet.png"),
+        _in("runs/regions", "train.parquet", "validation.parquet", "summary.json", "contact_sheet.png"),
     ),
     "vlm-calibration data inspect": Run(
         prints=("data.train", "yes_no answers", "bad records"), replace=(("FILE", "configs/data/jsonl.yaml"),)

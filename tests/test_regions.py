@@ -102,6 +102,27 @@ def predict(
     return arguments
 
 
+@pytest.fixture
+def of_all(predict: Callable[..., list[str]], queries: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of an extraction for all sources of a configuration instead of one file, and the overlay with these sources."""
+    lines = queries.read_text().splitlines()
+    sources: dict[str, Any] = {}
+    for name, part in {"train": lines[:9], "validation": lines[9:12], "levels": lines[12:]}.items():
+        file = queries.with_name(f"{name}.jsonl")
+        file.write_text("".join(f"{line}\n" for line in part))
+        class_path = "vlm_calibration.data.sources.jsonl.JsonlSource"
+        sources[name] = {"class_path": class_path, "init_args": {"path": str(file)}}
+    splits = {"own": {"source": sources["levels"]}}
+    overlay = tmp_path / "sources.yaml"
+    data = {**sources, "calibration": splits, "test": {"own": {"source": sources["train"]}}, "predict": None}
+    overlay.write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
+
+    def arguments(name: str, *more: dict[str, Any], **model: Any) -> list[str]:
+        return [*predict(name, *more, **model), "--config", str(overlay)]
+
+    return arguments
+
+
 def _shards(folder: Path) -> dict[int, Any]:
     """The finished shards with their settings, by number."""
     lines = [line for p in (folder / "shards").iterdir() for line in p.read_text().splitlines()]
@@ -198,6 +219,73 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     assert _content(tmp_path / "cut") == one
 
 
+def test_all_sources_are_extracted_in_one_run_and_trained_on(
+    run: Callable[..., Ended],
+    of_all: Callable[..., list[str]],
+    fit: Callable[..., list[str]],
+    root: Path,
+    queries: Path,
+    tmp_path: Path,
+) -> None:
+    """Two processes, a killed run that resumes, and two parts give the content of one run."""
+    ended = run(*of_all("one"))
+    assert ended.status == 0, ended.err
+    one = _content(tmp_path / "one")
+    files = {"train.parquet", "validation.parquet", "calibration.parquet"}
+    assert set(one) == {*files, "summary.json", *range(6)}
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    extracted = [
+        row["id"] for name in sorted(files, key=list(one["summary.json"]["files"]).index) for row in one[name]
+    ]
+    assert extracted == [line["id"] for line in lines if line["id"] != "damaged"]
+    assert one["summary.json"]["queries"] == 17
+    assert [f["queries"] for f in one["summary.json"]["files"].values()] == [9, 3, 5]
+    for name in files:
+        assert f"wrote {tmp_path}/one/{name}: " in ended.out
+
+    kill = {"class_path": "disasters.KillPrediction", "init_args": {"batch": 5}}
+    assert run(*of_all("cut", kill)).status == -9
+    assert not files & {path.name for path in (tmp_path / "cut").iterdir()}
+    ended = run_plainly([*of_all("cut"), *TWO], root, tmp_path)
+    assert ended.status == 0, ended.err
+    assert _content(tmp_path / "cut") == one
+
+    for part, done in (("1", False), ("0", True)):
+        ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part)
+        assert ended.status == 0, ended.err
+        assert (tmp_path / "parts" / "summary.json").exists() == done
+    assert _content(tmp_path / "parts") == one
+
+    regions = ["--config", str(tmp_path / "sources.yaml"), "--data.regions", str(tmp_path / "one")]
+    ended = run(*fit(), *regions)
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+    with queries.with_name("train.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[0], "id": "new"}) + "\n")
+    ended = run(*fit(trainer={"default_root_dir": str(tmp_path / "other")}), *regions)
+    assert ended.error().startswith(f"{tmp_path}/one/train.parquet: extracted from 9 queries")
+    assert not (tmp_path / "other").exists()
+    ended = run(*of_all("one"))
+    assert "written with data.train.parquet.queries = 9, found 10" in ended.error()
+
+
+def test_where_all_regions_are_known_no_model_is_looked_up(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The demo's configuration: its sources have exact masks."""
+    missing = [
+        word
+        for part in ("detector", "segmenter")
+        for word in (f"--model.init_args.{part}.init_args.name_or_path", "no/model")
+    ]
+    demo = '{"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 2}}'
+    ended = run(*predict("run"), *missing, "--data.predict", "null", "--data.train", demo)
+    assert ended.status == 0, ended.err
+    assert "nothing to extract for data.train" in ended.out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "summary.json"}
+
+
 def test_other_settings_are_refused_where_shards_were_begun(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
@@ -219,7 +307,10 @@ def test_other_settings_are_refused_where_shards_were_begun(
     other = queries.with_name("other.jsonl")
     other.write_text("\n".join([lines[0].replace('"question": "', '"question": "So: '), *lines[1:]]))
     ended = run(*predict("run"), "--data.predict.init_args.path", str(other))
-    assert f"{tmp_path}/run/shards/settings.0.0.jsonl:1: written with data.content = " in ended.error()
+    assert (
+        f"{tmp_path}/run/shards/settings.0.0.jsonl:1: written with data.queries.parquet.content = "
+        in ended.error()
+    )
 
 
 def test_a_limited_run_says_what_is_missing(

@@ -14,12 +14,12 @@ from vlm_calibration.records import DataError
 
 def test_rows_and_levels() -> None:
     source = DemoSource("test", scenes=4)
-    sheet = np.asarray(contact_sheet(source, 3, CosineSchedule()))
+    sheet = np.asarray(contact_sheet([source], 3, CosineSchedule()))
     cell = sheets.THUMB + sheets.MARGIN
     assert sheet.shape == (24 + 3 * cell, sheets.TEXT_WIDTH + 12 * cell, 3)
-    again = np.asarray(contact_sheet(source, 3, CosineSchedule()))
+    again = np.asarray(contact_sheet([source], 3, CosineSchedule()))
     assert np.array_equal(sheet, again)
-    assert not np.array_equal(sheet, np.asarray(contact_sheet(source, 3, CosineSchedule(), seed=1)))
+    assert not np.array_equal(sheet, np.asarray(contact_sheet([source], 3, CosineSchedule(), seed=1)))
     for row in range(3):
         top = 24 + row * cell
         pictures = [
@@ -35,7 +35,7 @@ def test_rows_and_levels() -> None:
 
 
 def test_more_rows_than_queries_and_none() -> None:
-    source = DemoSource("test", scenes=1)
-    assert contact_sheet(source, 100, CosineSchedule()).size[1] == 24 + 3 * (sheets.THUMB + sheets.MARGIN)
+    sources = [DemoSource("test", scenes=1), DemoSource("train", scenes=1)]
+    assert contact_sheet(sources, 100, CosineSchedule()).size[1] == 24 + 6 * (sheets.THUMB + sheets.MARGIN)
     with pytest.raises(DataError, match="queries must be at least 1"):
         ContactSheet(queries=0)

@@ -304,3 +304,22 @@ def test_missing_files_and_settings(tmp_path: Path) -> None:
     for settings in ({"kinds": []}, {"negatives": []}, {"per_image": 0}):
         with pytest.raises(DataError, match="CocoSource: needs"):
             CocoSource("a.json", "b", **settings)  # type: ignore[arg-type]
+
+
+def test_positions_without_overlap_share_no_image(write: Callable[..., tuple[str, str]]) -> None:
+    path, root = write(30)
+    whole = {q.image for q in CocoSource(path, root, kinds=["counting"]).queries()}
+    parts = [
+        {q.image for q in CocoSource(path, root, kinds=["counting"], first=first, images=count).queries()}
+        for first, count in ((0, 10), (10, 5), (15, None))
+    ]
+    assert set.union(*parts) == whole
+    assert sum(map(len, parts)) == len(whole)
+    with pytest.raises(DataError, match=f"{path}: first: 30 of 30 annotated images"):
+        CocoSource(path, root, first=30).queries()
+
+
+@pytest.mark.parametrize("settings", [{"first": -1}, {"images": 0}])
+def test_positions_that_make_no_sense_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="images >= 1 and first >= 0"):
+        CocoSource("x", "y", **settings)  # type: ignore[arg-type]

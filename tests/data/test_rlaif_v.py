@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,33 @@ def test_other_files_are_refused(tmp_path: Path, name: str, kind: Any, says: str
     with pytest.raises(DataError) as caught:
         RlaifVSource(str(tmp_path)).queries()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 0.5, 1.0), (0.0, 0.2, 0.4, 1.0)])
+def test_shares_are_disjoint_by_image_and_complete(
+    write: Callable[..., str], bounds: tuple[float, ...]
+) -> None:
+    """Forty rows about twenty images, whose rows are not adjacent."""
+    path = write(*({"image_path": f"{i % 20}.jpg"} for i in range(40)))
+    parts = [
+        {q.id for q in RlaifVSource(path, begin=begin, end=end).queries()} for begin, end in pairwise(bounds)
+    ]
+    assert set.union(*parts) == {q.id for q in RlaifVSource(path).queries()}
+    images = [{int(i.removeprefix("rlaif-v-")) % 20 for i in ids} for ids in parts]
+    assert sum(map(len, images)) == 20
+    assert all(images)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (-0.1, 1), (0, 1.1)])
+def test_shares_that_make_no_sense_are_refused(bounds: tuple[float, float]) -> None:
+    with pytest.raises(DataError, match="0 <= begin < end <= 1"):
+        RlaifVSource("x", begin=bounds[0], end=bounds[1])
+
+
+def test_a_share_needs_the_names_of_images(write: Callable[..., str]) -> None:
+    path = write(*({"image_path": f"{i}.jpg"} for i in range(9)), {})
+    assert len(RlaifVSource(path).queries()) == 10
+    with pytest.raises(DataError, match="row 9: no 'image_path'"):
+        RlaifVSource(path, end=0.9).queries()
+    with pytest.warns(UserWarning, match="row 9: no 'image_path'"):
+        assert RlaifVSource(path, end=0.9, on_bad_record="skip").queries()

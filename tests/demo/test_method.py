@@ -122,7 +122,7 @@ def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path)
         "levels.yaml",
         trainer={"logger": False},
         model={"init_args": {"out": str(call.folder / "levels.json")}},
-        data={"test": {"calibration": {"source": source, "noise": "every_step"}}},
+        data={"levels": source},
     )
     measured = json.loads((call.folder / "levels.json").read_text())["answer_types"]
     assert measured.keys() == shipped.keys()

@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from vlm_calibration.append_log import AppendLog
-from vlm_calibration.callbacks.regions import RegionWriter, _begin
+from vlm_calibration.callbacks.contact_sheet import ContactSheet
+from vlm_calibration.callbacks.regions import RegionWriter, _begin, output_files
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawQuery
+from vlm_calibration.data.regions import read_with_regions
 from vlm_calibration.data.sources.base import with_regions
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
@@ -266,6 +269,101 @@ def test_what_is_extracted_can_be_trained_on(truth: Truth, model_folder: str, tm
             assert _iou(masks[0], evidence[0]) >= 0.95
             compared += 1
     assert compared >= 4
+
+
+class Unlocated(DemoSource):
+    """The demo's scenes as images without annotations."""
+
+    def has_evidence(self, query: Query) -> bool:
+        return False
+
+
+def _predict(data: PerturbedQueryDataModule, folder: Path, detector: Detector, segmenter: Segmenter) -> None:
+    trainer = L.Trainer(
+        default_root_dir=str(folder),
+        callbacks=[RegionWriter(), ContactSheet(queries=2)],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+    )
+    trainer.predict(
+        RegionExtractor(RuleDescriber(), detector, segmenter, ALL), data, return_predictions=False
+    )
+
+
+def test_all_sources_of_a_configuration_are_extracted_and_read(
+    truth: Truth, model_folder: str, tmp_path: Path
+) -> None:
+    """Each source gets the regions of its own scenes, and its images."""
+    parts = {
+        "train": Unlocated("test", scenes=3),
+        "validation": Unlocated("test", scenes=2, first=10),
+        "levels": Unlocated("test", scenes=2, first=20),
+    }
+    settings = {
+        **parts,
+        "calibration": {"own": EvalSplit(Unlocated("test", scenes=2, first=20))},
+        "test": {"own": EvalSplit(Unlocated("test", scenes=2, first=30))},
+        "eval_batch_size": 3,
+        "shard_size": 5,
+        "workers": 0,
+    }
+    data = PerturbedQueryDataModule(model_folder, **settings)  # type: ignore[arg-type]
+    _predict(data, tmp_path, ExactDetector(truth), ExactSegmenter(truth))
+    files = {"train": "train.parquet", "validation": "validation.parquet", "levels": "calibration.parquet"}
+    extractions = data.plan_extraction().extractions
+    written = {path.name for path in tmp_path.iterdir()} - {"shards", "contact_sheet.png"}
+    assert (
+        written
+        == {path.name for path in output_files(tmp_path, extractions)}
+        == {
+            *files.values(),
+            "summary.json",
+        }
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["queries"] == 21
+    assert {name: counts["queries"] for name, counts in summary["files"].items()} == {
+        "train.parquet": 9,
+        "validation.parquet": 6,
+        "calibration.parquet": 6,
+    }
+    for setting, original in parts.items():
+        source = read_with_regions(tmp_path, setting, original)
+        assert isinstance(source, ParquetSource)
+        assert source.path.name == files[setting]
+        for query, exact in zip(source.queries(), original.queries(), strict=True):
+            loaded, expected = source.load(query), original.load(exact)
+            assert query.id == exact.id
+            assert np.array_equal(loaded.image, expected.image)
+            if exact.answer != "No" and expected.evidence[0].any():
+                assert _iou(loaded.evidence[0], expected.evidence[0]) >= 0.95
+
+
+@pytest.mark.parametrize("source", [DemoSource("test", scenes=3), Unlocated("test", scenes=3)])
+def test_no_model_is_loaded_if_nothing_is_left(
+    truth: Truth,
+    model_folder: str,
+    tmp_path: Path,
+    source: DemoSource,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every query has its regions, or an earlier run extracted them."""
+    loads: list[Any] = []
+    monkeypatch.setattr(ExactDetector, "load", lambda *_: loads.append(1))
+    for _ in range(2):
+        data = PerturbedQueryDataModule(model_folder, train=source, workers=0)
+        _predict(data, tmp_path, ExactDetector(truth), ExactSegmenter(truth))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    if isinstance(source, Unlocated):
+        assert loads == [1]
+        assert (list(summary["files"]), summary["complete"]) == (["train.parquet"], [])
+    else:
+        assert loads == []
+        assert (summary["queries"], summary["files"], summary["complete"]) == (0, {}, ["data.train"])
+        assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+        assert "nothing to extract for data.train" in capsys.readouterr().out
 
 
 def test_parts_begin_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

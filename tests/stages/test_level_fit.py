@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
@@ -22,11 +23,11 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages import level_fit
 from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule, StepCounts
 
 Data = Callable[..., PerturbedQueryDataModule]
-SWEEP = {"calibration": EvalSplit(DemoSource("calibration", scenes=4), "every_step")}
-FEW = {"calibration": EvalSplit(DemoSource("calibration", scenes=2), "every_step")}
+FOUR, TWO = DemoSource("calibration", scenes=4), DemoSource("calibration", scenes=2)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_counts_add_up_and_the_table_loads(
     out = tmp_path / "deep" / "levels.json"
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=5)
     policy = NoisePolicy(levels=LinearLevels(n_levels=6), distractor_probability=0.0, seed=3)
-    trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
+    trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
 
     assert len(answers) == 12 * 6
     total = Counter((p.answer_type, p.noise_step) for p in answers)
@@ -82,10 +83,11 @@ def test_counts_add_up_and_the_table_loads(
 
 
 def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data) -> None:
-    queries = data(test=FEW, noise=NoisePolicy(distractor_probability=0.5))
+    splits = {"": EvalSplit(TWO, "every_step")}
+    queries = data(test=splits, noise=NoisePolicy(distractor_probability=0.5))
     queries.setup("test")
-    dataset = queries.test_dataloader().dataset
-    steps = [dataset[0, i].step for i in range(len(dataset))]  # type: ignore[arg-type]
+    dataset = queries.test_set
+    steps = [dataset[0, i].step for i in range(len(dataset))]
     assert steps == list(LinearLevels().steps) * 6, "no step is lost to a distractor"
 
 
@@ -101,7 +103,7 @@ def test_clean_absent_objects_leave_the_clean_step(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
-    trainer().test(module, datamodule=data(test=FEW, noise=policy), verbose=False)
+    trainer().test(module, datamodule=data(levels=TWO, noise=policy), verbose=False)
     rows = {row.step: row.n for row in AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]}
     assert rows == {0: 2 + 2 * 3, 500: 2, 1000: 2}
 
@@ -120,7 +122,7 @@ class Damaged(DemoSource):
         return query.answer_type == "yes_no" and super().has_evidence(query)
 
 
-@pytest.mark.filterwarnings("ignore:data.test")
+@pytest.mark.filterwarnings("ignore:data.levels")
 def test_queries_without_a_region_or_a_readable_image_are_not_measured(
     model_folder: str,
     data: Data,
@@ -132,11 +134,17 @@ def test_queries_without_a_region_or_a_readable_image_are_not_measured(
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
-    parts = {"calibration": EvalSplit(Damaged("calibration", scenes=4), "every_step")}
-    trainer().test(module, datamodule=data(test=parts), verbose=False)
+    trainer().test(module, datamodule=data(levels=Damaged("calibration", scenes=4)), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
     assert list(counts) == ["yes_no"]
     assert [row.n for row in counts["yes_no"]] == [6] * 11
+
+
+class Absent(DemoSource):
+    """Only the queries about absent objects."""
+
+    def queries(self) -> Sequence[Query]:
+        return [query for query in super().queries() if query.answer == "No"]
 
 
 def test_a_step_without_queries_is_an_error(
@@ -145,19 +153,35 @@ def test_a_step_without_queries_is_an_error(
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
-    parts = {"clean": EvalSplit(DemoSource("calibration", scenes=1))}
-    with pytest.raises(DataError, match="every_step"):
-        trainer().test(module, datamodule=data(test=parts), verbose=False)
+    queries = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
+    with pytest.raises(DataError, match=r"yes_no query at noise step 100: data\.levels"):
+        trainer().test(module, datamodule=queries, verbose=False)
     assert not (tmp_path / "l.json").exists()
 
 
-def test_a_calibration_set_is_refused_before_anything_is_loaded(
-    data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+def test_without_levels_nothing_is_loaded(data: Data, trainer: Callable[..., L.Trainer]) -> None:
+    """The test set is not measured in their place."""
+    module = LevelFitModule(BaseModel("no/such-model"))
+    with pytest.raises(DataError, match=r"data\.levels is not set"):
+        trainer().test(module, datamodule=data(), verbose=False)
+
+
+def test_one_data_module_serves_levels_and_evaluation(
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    answers: list[Prediction],
 ) -> None:
-    module = LevelFitModule(BaseModel("no/such-model"), str(tmp_path / "l.json"))
-    calibration = {"held_out": EvalSplit(DemoSource("calibration", scenes=1, first=50))}
-    with pytest.raises(DataError, match="data.calibration is for evaluations"):
-        trainer().test(module, datamodule=data(test=SWEEP, calibration=calibration), verbose=False)
+    """Each command asks its own queries, whatever else is set."""
+    queries = data(levels=FOUR, calibration={"held": EvalSplit(DemoSource("calibration", 1, first=50))})
+    base = BaseModel(model_folder, dtype="float32")
+    module = LevelFitModule(base, str(tmp_path / "l.json"), max_new_tokens=5)
+    trainer().test(module, datamodule=queries, verbose=False)
+    assert list(queries.tested_queries) == ["levels"]
+    evaluation = EvaluationModule(base, max_new_tokens=3)
+    trainer(PredictionWriter()).test(evaluation, datamodule=queries, verbose=False)
+    assert list(queries.tested_queries) == ["test", "calibration"]
 
 
 def test_step_counts_count_repeats() -> None:
@@ -179,7 +203,7 @@ def test_a_table_that_teaches_nothing_is_not_written(
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=3)
     policy = NoisePolicy(levels=LinearLevels(n_levels=2))
     with pytest.raises(DataError) as caught:
-        trainer().test(module, datamodule=data(test=SWEEP, noise=policy), verbose=False)
+        trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
     assert str(caught.value).startswith(f"{out} is not written: yes_no answers teach no confidence")
     assert "0/8 at 0, 0/8 at 1000" in str(caught.value)
     assert not out.exists()

@@ -280,11 +280,11 @@ def test_rlaif_v_from_levels_to_evaluation(
     run: Callable[..., Ended], root: Path, rlaif_v: Path, tmp_path: Path
 ) -> None:
     levels = str(tmp_path / "levels.json")
-    held_out = {"calibration": {"source": _source(rlaif_v, 0.0, 0.8), "noise": "every_step"}}
-    measuring = ("levels", "data/rlaif_v_levels")
+    held_out = _source(rlaif_v, 0.0, 0.8)
+    measuring = ("levels", "data/rlaif_v")
 
     # By exact match no answer is correct, and no table is written.
-    exact = {"test": held_out, "grading": {"open": "exact"}}
+    exact = {"levels": held_out, "grading": {"open": "exact"}}
     command = _configured(root, tmp_path, "exact", *measuring, model={"out": levels}, data=exact)
     ended = run("levels", "fit", *command)
     assert (
@@ -294,7 +294,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert not Path(levels).exists()
 
     command = _configured(
-        root, tmp_path, "levels", *measuring, model={"out": levels}, data={"test": held_out}
+        root, tmp_path, "levels", *measuring, model={"out": levels}, data={"levels": held_out}
     )
     ended = run("levels", "fit", *command)
     assert ended.status == 0, ended.err
@@ -365,9 +365,7 @@ def test_ranking_measures_levels_without_generation(
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"))
     module.configure_model()
     unwrap_peft(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
-    parts = {"calibration": EvalSplit(OpenSource("test", scenes=1), "every_step")}
+    queries = data(levels=OpenSource("test", scenes=1), grading=RANKING, noise=NoisePolicy())
     with pytest.raises(DataError, match="open answers teach no confidence"):
-        trainer().test(
-            module, datamodule=data(test=parts, grading=RANKING, noise=NoisePolicy()), verbose=False
-        )
+        trainer().test(module, datamodule=queries, verbose=False)
     assert len(passes) == 3, "one for each batch of four of eleven steps"

@@ -128,9 +128,7 @@ def check_run_directory(
     if resumed:
         return
     another = "another --trainer.default_root_dir leaves it as it is"
-    if (folder / CONFIG).exists() and (
-        any(folder.glob("*/metrics.json")) or (folder / SUMMARY).exists()
-    ):
+    if (folder / CONFIG).exists() and (any(folder.glob("*/metrics.json")) or (folder / SUMMARY).exists()):
         raise DataError(f"{folder} holds the results of `test` or `predict`: {another}")
     run = _find_run(folder)
     if run is not None and not overwrite:

@@ -42,7 +42,9 @@ def inspect(*settings: Annotated[str, SETTINGS], sample: PositiveInt = PositiveI
 
     sources = list(_sources(read_data(settings)))
     if not sources:
-        raise DataError("nothing to inspect: none of data.train, validation, levels, test, calibration and predict is set")
+        raise DataError(
+            "nothing to inspect: none of data.train, validation, levels, test, calibration and predict is set"
+        )
     console = Console()
     for name, source in sources:
         print_inspection(name, inspect_source(source, sample), console)
@@ -88,7 +90,13 @@ def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]
         for name, splits in (("test", data.test), ("calibration", data.calibration))
         for split, settings in (splits or {}).items()
     }
-    sources = {"train": data.train, "validation": data.validation, "levels": data.levels, **splits, "predict": data.predict}
+    sources = {
+        "train": data.train,
+        "validation": data.validation,
+        "levels": data.levels,
+        **splits,
+        "predict": data.predict,
+    }
     for name, source in sources.items():
         if source is not None:
             yield f"data.{name}", source

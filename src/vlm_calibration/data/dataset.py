@@ -91,6 +91,7 @@ class PerturbedQueries(Dataset[Sample]):
         image_processor: defines the size at which the model sees an image.
         check: refuses queries that cannot be put to the model.
         where: the setting that holds the splits, for messages.
+        named: whether the name of a split is a part of its setting: "data.test.clean".
 
     Raises:
         DataError: a record is invalid and is not to be left out, or no query is left.
@@ -103,6 +104,7 @@ class PerturbedQueries(Dataset[Sample]):
         image_processor: Any,
         check: Check = lambda query, wrong: None,
         where: str = "data",
+        named: bool = True,
     ) -> None:
         self.splits = dict(splits)
         self.policy = policy
@@ -111,6 +113,7 @@ class PerturbedQueries(Dataset[Sample]):
         self._clean_policy = replace(policy, levels=levels, level_weights=None, absent="clean")
         self.image_processor = image_processor
         self.where = where
+        self._named = named
         self._check = check
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
@@ -184,7 +187,7 @@ class PerturbedQueries(Dataset[Sample]):
         return sample, loaded.clipped
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
-        where = f"{self.where}.{name}" if name else self.where
+        where = f"{self.where}.{name}" if name and self._named else self.where
         policy = None if split.noise == "none" else self.policy
         queries = split.source.queries()
         selected = select(split.source, queries, policy, self._check, where)

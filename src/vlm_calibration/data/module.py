@@ -149,7 +149,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 splits[name] = {"": EvalSplit(source, noise="drawn")}
         if self.levels is not None:
             splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_step")}
-        return splits | {name: named for name, named in zip(TESTED, (self.test, self.calibration)) if named}
+        for name, named in zip(TESTED, (self.test, self.calibration), strict=True):
+            if named:
+                splits[name] = named
+        return splits
 
     @property
     def settings(self) -> dict[str, EvalSplit]:
@@ -183,6 +186,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     self.processor.image_processor,
                     self.chat.check,
                     f"data.{name}",
+                    named=name in TESTED,
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
@@ -197,7 +201,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def _needed(self, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The data sets that a stage needs, and those that it uses if they are set."""
         if stage == "test":
-            return ((LEVELS,), ()) if getattr(self._module, "asks", "") == LEVELS else (TESTED[:1], TESTED[1:])
+            return (
+                ((LEVELS,), ()) if getattr(self._module, "asks", "") == LEVELS else (TESTED[:1], TESTED[1:])
+            )
         return (("train",), ("validation",)) if stage == "fit" else (("validation",), ())
 
     def _with_regions(self, name: str, splits: Mapping[str, EvalSplit]) -> Mapping[str, EvalSplit]:
@@ -217,7 +223,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if self.predict is not None:
             return RegionPlan([single_extraction(self.predict)], [])
         if not self.settings:
-            raise DataError("data.predict is not set, nor any of data.train, validation, levels, test and calibration")
+            raise DataError(
+                "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
+            )
         return plan_extraction(self.settings, keep_known)
 
     def teardown(self, stage: str) -> None:
@@ -269,9 +277,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         A calibration set has a second loader of its own.
         """
         collate = PromptCollator(self.chat, self.grading)
-        loaders = [
-            self._loader(name, self.eval_batch_size, collate, training=False) for name in self._tested
-        ]
+        loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in self._tested]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def leave_out(self, shards: Collection[int]) -> None:

@@ -183,7 +183,9 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
             f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and leave "
             "such queries out with `data.noise.no_region: skip`"
         )
-    rank_zero_info(f"data.{setting}: every query has the regions that it needs, so none are read from {folder}")
+    rank_zero_info(
+        f"data.{setting}: every query has the regions that it needs, so none are read from {folder}"
+    )
     return source
 
 

@@ -62,7 +62,9 @@ def union_share(regions: list[Mapping[str, Any]]) -> float:
     return float(coco.area(coco.merge(masks))) / (height * width)
 
 
-def print_summary(summary: RegionSummary, files: Mapping[Path, RegionSummary], complete: Sequence[str]) -> None:
+def print_summary(
+    summary: RegionSummary, files: Mapping[Path, RegionSummary], complete: Sequence[str]
+) -> None:
     """Print the summary, and what each file holds.
 
     Args:

@@ -66,9 +66,9 @@ class RlaifVSource(TableSource):
             actual = schema.field("image").type
             raise DataError(f"{self.path}: the column 'image' must hold {{bytes, path}}, found {actual}")
         self._table = read_columns(files, TEXTS, ["origin_dataset"])
-        part = self._part(files, schema)
+        share = self._image_shares(files, schema)
         self._embedded = EmbeddedImages(files, "image", self.unpacked)
-        rows = self._valid_rows(part)
+        rows = self._valid_rows(share)
         self.bad.report(len(rows))
         if not len(rows):
             raise DataError(
@@ -76,25 +76,32 @@ class RlaifVSource(TableSource):
             )
         return rows
 
-    def _part(self, files: Sequence[Path], schema: pa.Schema) -> np.ndarray:
-        """Mask of the rows about an image of this source's share, bool [rows]."""
+    def _image_shares(self, files: Sequence[Path], schema: pa.Schema) -> np.ndarray:
+        """Where the image of each row is in the order of all images, float64 [rows] in [0, 1); NaN without a name."""
         if (self.begin, self.end) == (0.0, 1.0):
-            return np.ones(self._table.num_rows, dtype=bool)
+            return np.zeros(self._table.num_rows)
         if IMAGE_PATH not in schema.names:
-            raise DataError(f"{self.path}: no column {IMAGE_PATH!r}, by which `begin` and `end` tell images apart")
-        column = read_columns(files, [IMAGE_PATH], [IMAGE_PATH]).column(IMAGE_PATH).combine_chunks()
-        if column.null_count:
             raise DataError(
-                f"{self.path}: row {column.is_null().index(True).as_py()}: no {IMAGE_PATH!r}, by which `begin` and `end` tell "
-                "images apart"
+                f"{self.path}: no column {IMAGE_PATH!r}, by which `begin` and `end` tell images apart"
             )
-        shares = np.array([int(digest([name]), 16) / 16**32 for name in column.dictionary.to_pylist()])
-        inside = (shares >= self.begin) & (shares < self.end)
-        return inside[column.indices.to_numpy()]
+        column = read_columns(files, [IMAGE_PATH], [IMAGE_PATH]).column(IMAGE_PATH).combine_chunks()
+        shares = [int(digest([name]), 16) / 16**32 for name in column.dictionary.to_pylist()]
+        return np.array([*shares, np.nan])[
+            column.indices.fill_null(len(shares)).to_numpy(zero_copy_only=False)
+        ]
 
-    def _valid_rows(self, part: np.ndarray) -> np.ndarray:
-        """Indices of the rows in `part` whose question and preferred response have at least one word."""
+    def _valid_rows(self, share: np.ndarray) -> np.ndarray:
+        """Indices of the rows about this source's images whose question and preferred response have at least one word.
+
+        Args:
+            share: as `_image_shares` returns.
+        """
         self.bad = BadRecords(self.on_bad_record)
+        for row in map(int, np.flatnonzero(np.isnan(share))):
+            self.bad.add(
+                f"{self.path}: row {row}: no {IMAGE_PATH!r}, by which `begin` and `end` tell images apart"
+            )
+        part = (share >= self.begin) & (share < self.end)
         valid = np.ones(self._table.num_rows, dtype=bool)
         for name in ("question", "chosen"):
             has_word = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
