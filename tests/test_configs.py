@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,23 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
+
+
+@pytest.mark.parametrize("name", ["rlaif_v", "coco"])
+def test_the_parts_of_a_shipped_data_set_share_no_image(name: str) -> None:
+    """A part is a file and a range of its images; levels and recalibration use the same one."""
+    data = yaml.safe_load((CONFIGS / f"data/{name}.yaml").read_text(encoding="utf-8"))["data"]
+    assert data["calibration"]["own"]["source"] == data["levels"]
+    sources = [data["train"], data["validation"], data["levels"], data["test"]["own"]["source"]]
+    ranges = []
+    for settings in (source["init_args"] for source in sources):
+        begin = settings.get("begin", settings.get("first", 0))
+        ranges.append(
+            (settings.get("annotations"), begin, settings.get("end", begin + settings.get("images", 0)))
+        )
+    assert all(begin < end for _, begin, end in ranges)
+    for (file, _, end), (next_file, begin, _) in pairwise(sorted(ranges, key=str)):
+        assert file != next_file or end <= begin
 
 
 def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:

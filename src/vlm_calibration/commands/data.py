@@ -84,19 +84,12 @@ def _only_data(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:
-    """The sources of a data module by the names of their settings."""
-    splits: dict[str, Any] = {
-        f"{name}.{split}": settings.source
-        for name, splits in (("test", data.test), ("calibration", data.calibration))
-        for split, settings in (splits or {}).items()
-    }
-    sources = {
-        "train": data.train,
-        "validation": data.validation,
-        "levels": data.levels,
-        **splits,
-        "predict": data.predict,
-    }
-    for name, source in sources.items():
-        if source is not None:
-            yield f"data.{name}", source
+    """The sources of a data module by the names of their settings, with the regions of `data.regions` if it is set."""
+    from vlm_calibration.data.regions import split_with_regions
+
+    for name, split in data.settings.items():
+        if data.regions is not None:
+            split = split_with_regions(Path(data.regions), name, split)
+        yield f"data.{name}", split.source
+    if data.predict is not None:
+        yield "data.predict", data.predict
