@@ -264,11 +264,10 @@ def test_the_parts_of_a_shipped_data_set_share_no_image(name: str) -> None:
     ranges = []
     for settings in (source["init_args"] for source in sources):
         begin = settings.get("begin", settings.get("first", 0))
-        ranges.append(
-            (settings.get("annotations"), begin, settings.get("end", begin + settings.get("images", 0)))
-        )
+        end = begin + settings["images"] if "images" in settings else settings.get("end", 1)
+        ranges.append((settings.get("annotations", ""), begin, end))
     assert all(begin < end for _, begin, end in ranges)
-    for (file, _, end), (next_file, begin, _) in pairwise(sorted(ranges, key=str)):
+    for (file, _, end), (next_file, begin, _) in pairwise(sorted(ranges)):
         assert file != next_file or end <= begin
 
 

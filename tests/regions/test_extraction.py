@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.contact_sheet import ContactSheet
-from vlm_calibration.callbacks.regions import RegionWriter, _begin, output_files
+from vlm_calibration.callbacks.regions import RegionWriter, _begin
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawQuery
@@ -311,16 +311,10 @@ def test_all_sources_of_a_configuration_are_extracted_and_read(
     data = PerturbedQueryDataModule(model_folder, **settings)  # type: ignore[arg-type]
     _predict(data, tmp_path, ExactDetector(truth), ExactSegmenter(truth))
     files = {"train": "train.parquet", "validation": "validation.parquet", "levels": "calibration.parquet"}
-    extractions = data.plan_extraction().extractions
+    module = RegionExtractor(RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth))
+    expected_files = RegionWriter().outputs(tmp_path, module, PerturbedQueryDataModule(**settings))  # type: ignore[arg-type]
     written = {path.name for path in tmp_path.iterdir()} - {"shards", "contact_sheet.png"}
-    assert (
-        written
-        == {path.name for path in output_files(tmp_path, extractions)}
-        == {
-            *files.values(),
-            "summary.json",
-        }
-    )
+    assert written == {path.name for path in expected_files} == {*files.values(), "summary.json"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["queries"] == 21
     assert {name: counts["queries"] for name, counts in summary["files"].items()} == {

@@ -19,7 +19,6 @@ from vlm_calibration.append_log import AppendLog, LogLine
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch
-from vlm_calibration.data.regions import Extraction
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
 from vlm_calibration.records import DataError
@@ -55,6 +54,11 @@ class RegionWriter(L.Callback):
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._log: AppendLog | None = None
+
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The files that are written when all shards are finished, by whichever part; reads the queries of all sources."""
+        plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
+        return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the shards that an earlier run has finished.
@@ -106,7 +110,7 @@ class RegionWriter(L.Callback):
             if missing:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {len(data.shards)} shards are other parts': the "
-                    f"last to end writes {', '.join(map(str, output_files(folder, data.region_plan.extractions)))}"
+                    f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
                 )
             else:
                 self._merge(data, lines, folder)
@@ -140,16 +144,6 @@ def _begin(log: AppendLog) -> list[int]:
         begun.append({"shard": None})
         begun.close()
     return [shard for shard in shards if shard is not None]
-
-
-def output_files(folder: Path, extractions: Iterable[Extraction]) -> list[Path]:
-    """The files that a finished extraction leaves in its run directory, besides the contact sheet.
-
-    Args:
-        folder: the run directory.
-        extractions: those of `PerturbedQueryDataModule.plan_extraction(keep_known)`.
-    """
-    return [*(folder / extraction.file for extraction in extractions), folder / SUMMARY]
 
 
 def _usable(rows: Sequence[dict[str, Any]], *summaries: RegionSummary) -> list[dict[str, Any]]:

@@ -121,6 +121,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._logs: dict[str, LoadingLog] = {}
         self._position: DataPosition | None = None
         self._tested: tuple[str, ...] = ()
+        self._plans: dict[bool, RegionPlan] = {}
         self._plan: RegionPlan | None = None
         self._finished: frozenset[int] = frozenset()
         self._answered: Mapping[str, Collection[int]] = {}
@@ -217,9 +218,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
         """The sources that `predict` extracts regions for, and the files that it writes; see `data.regions.plan_extraction`.
 
+        The queries are read at the first call.
+
         Raises:
             DataError: no source is set, or its queries cannot be read.
         """
+        if keep_known not in self._plans:
+            self._plans[keep_known] = self._new_plan(keep_known)
+        return self._plans[keep_known]
+
+    def _new_plan(self, keep_known: bool) -> RegionPlan:
         if self.predict is not None:
             return RegionPlan([single_extraction(self.predict)], [])
         if not self.settings:

@@ -169,7 +169,7 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
     for path in for_setting:
         if (notes[path].get("queries"), notes[path].get("content")) == contents:
             return ParquetSource(str(path), images=source, on_bad_record=source.on_bad_record)
-    again = "extract regions with `vlm-calibration predict --config configs/regions.yaml` and the same data settings"
+    again = "extract regions with `vlm-calibration predict --config regions` and the same data settings"
     if for_setting and setting in notes[for_setting[0]].get("settings", ()):
         path = for_setting[0]
         raise DataError(

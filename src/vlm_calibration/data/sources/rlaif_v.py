@@ -1,7 +1,7 @@
 """Source for RLAIF-V (Yu et al., arXiv 2405.17220; CC BY-NC 4.0): open questions with a preferred and a rejected response.
 
 The preferred response is the gold answer, the rejected response a wrong answer. Images are embedded in the Parquet files. The
-data set has no regions: extract them with `vlm-calibration predict --config configs/regions.yaml --config configs/data/rlaif_v.yaml`.
+data set has no regions: extract them with `vlm-calibration predict --config regions --config data/rlaif_v`.
 """
 
 from __future__ import annotations
