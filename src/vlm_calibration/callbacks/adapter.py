@@ -42,6 +42,14 @@ class AdapterWriter(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.results = state_dict["results"]
 
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+        """The adapter's folder."""
+        return [Path(trainer.default_root_dir) / ADAPTER]
+
+    def progress(self, trainer: L.Trainer) -> list[Path]:
+        """None: an adapter is written at the end."""
+        return []
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.results = None
 

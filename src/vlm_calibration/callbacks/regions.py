@@ -19,12 +19,13 @@ from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
+from vlm_calibration.data.sources.base import queries_digest
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
-from vlm_calibration.settings import digest, init_args, to_json
+from vlm_calibration.settings import init_args, to_json
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, QUERIES, SUMMARY = "shards", "queries.parquet", "summary.json"
@@ -51,14 +52,26 @@ class RegionWriter(L.Callback):
     """
 
     def __init__(self) -> None:
+        self.start_over = False
+        """Whether all shards are extracted again, whatever an earlier run finished."""
         self._rows: list[dict[str, Any]] = []
         self._log: AppendLog | None = None
+
+    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+        """The files that are written when all shards are finished, by whichever part."""
+        return [Path(trainer.default_root_dir) / name for name in (QUERIES, SUMMARY)]
+
+    def progress(self, trainer: L.Trainer) -> list[Path]:
+        """The logs of finished shards."""
+        logs = (Path(trainer.default_root_dir) / SHARDS).glob("*.jsonl")
+        return [path for path in logs if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the shards that an earlier run has finished.
 
         Raises:
-            DataError: they were extracted with other settings, or from other queries.
+            DataError: they were extracted with other settings, or from other queries; or they are to be extracted again,
+                although other parts may be extracting them.
         """
         data, folder = _data(trainer), Path(trainer.default_root_dir) / SHARDS
         settings = {
@@ -70,7 +83,20 @@ class RegionWriter(L.Callback):
         path = folder / f"{data.part}.{trainer.global_rank}.jsonl"
         log = self._log = AppendLog(path, settings, remedy, "*.jsonl")
         self._rows.clear()
+        if self.start_over:
+            broadcast_from_first(trainer, lambda: self._clear(trainer, pl_module))
         data.leave_out(broadcast_from_first(trainer, lambda: _begin(log)))
+
+    def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if _data(trainer).parts > 1:
+            raise DataError(
+                f"--overwrite would remove the shards of other parts of {trainer.default_root_dir}: remove the folder, and start "
+                "all parts"
+            )
+        assert self._log is not None
+        self._log.clear()
+        for path in self.outputs(trainer, module):
+            path.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,
@@ -174,7 +200,7 @@ def _data_settings(data: PerturbedQueryDataModule) -> dict[str, Any]:
     queries = data.predict.queries()
     return {
         "queries": len(queries),
-        "content": digest(map(repr, queries)),
+        "content": queries_digest(data.predict),
         "shard_size": data.shard_size,
         "batch_size": data.eval_batch_size,
     }
