@@ -339,3 +339,28 @@ def test_training_on_what_was_extracted(
     noised = [q for q in source.queries() if source.has_evidence(q)]
     assert noised
     assert all(isinstance(source.load(q).evidence[0], np.ndarray) for q in noised)
+
+
+def test_the_same_extraction_resumes_and_is_then_done(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    killed = run(*predict("run", callback("disasters.KillPrediction", batch=3)), "--resume")
+    assert killed.status == -9, killed.err
+    finished = set(_shards(folder))
+    gates = ["--model.init_args.gates.min_score", "0.5"]
+    refused = run(*predict("run"), "--resume", *gates).error()
+    assert all(
+        text in refused for text in (str(folder), "gates.min_score was 0.02 and is 0.5", "--overwrite")
+    )
+    ended = run(*predict("run"), "--resume")
+    assert ended.status == 0, ended.err
+    before = _content(folder)
+    assert finished < {name for name in before if isinstance(name, int)}
+    again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
+    assert again.status == 0, again.err
+    assert again.out == f"{folder}: finished with these settings: nothing to do\n"
+    assert "one run" in run(*predict("run"), "--overwrite", "--data.parts", "2").error()
+    replaced = run(*predict("run"), "--overwrite", *gates)
+    assert replaced.status == 0, replaced.err
+    assert json.loads((folder / "summary.json").read_text()) != before["summary.json"]

@@ -90,8 +90,8 @@ class RegionWriter(L.Callback):
     def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if _data(trainer).parts > 1:
             raise DataError(
-                f"--overwrite would remove the shards of other parts of {trainer.default_root_dir}: remove the folder, and start "
-                "all parts"
+                f"--overwrite in one run of {_data(trainer).parts} would remove the shards of the others: remove "
+                f"{trainer.default_root_dir} and start all parts"
             )
         assert self._log is not None
         self._log.clear()

@@ -104,7 +104,7 @@ def find_prior(cli: LightningCLI) -> Prior:
         and record.results == results_outside(folder, outputs)
     )
     parser = cli._parser(subcommand)
-    before = _saved_settings(folder / RUN_CONFIG, parser)
+    before = saved_settings(folder / RUN_CONFIG, parser)
     now = resolved_settings(parser, cli.config[subcommand])
     present = new_record(command, trainer, deciding_settings(command, now), cli.datamodule)
     differing = differences(Run(record, before), Run(present, now), is_finished=is_finished)
@@ -127,7 +127,7 @@ def resolved_settings(parser: ArgumentParser, config: Namespace) -> dict[str, An
     return settings
 
 
-def _saved_settings(path: Path, parser: ArgumentParser) -> dict[str, Any]:
+def saved_settings(path: Path, parser: ArgumentParser) -> dict[str, Any]:
     """The settings in the configuration of an earlier run, with today's defaults for settings that it lacks."""
     text = path.read_text(encoding="utf-8")
     try:

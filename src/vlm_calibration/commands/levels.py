@@ -14,9 +14,9 @@ SETTINGS = Forwarded(
         "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
         "--model.init_args.out FILE": "where to write the level table",
         "--trainer.default_root_dir DIR": "folder of the measurement's own files",
-        "--resume": "do nothing if that folder holds this measurement, finished",
     },
-    "Every other setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
+    "`--resume` does nothing if that folder holds this measurement, finished, and `--overwrite` replaces another one. Every other "
+    "setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
     "`vlm-calibration test --model.help LevelFitModule` those of the module.",
 )
 
