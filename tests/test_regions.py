@@ -348,10 +348,10 @@ def test_the_same_extraction_resumes_and_is_then_done(
     killed = run(*predict("run", callback("disasters.KillPrediction", batch=3)), "--resume")
     assert killed.status == -9, killed.err
     finished = set(_shards(folder))
-    gates = ["--model.init_args.gates.min_score", "0.5"]
+    gates = ["--model.init_args.gates.max_area", "0.1"]
     refused = run(*predict("run"), "--resume", *gates).error()
     assert all(
-        text in refused for text in (str(folder), "gates.min_score was 0.02 and is 0.5", "--overwrite")
+        text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite")
     )
     ended = run(*predict("run"), "--resume")
     assert ended.status == 0, ended.err
