@@ -152,7 +152,7 @@ def test_all_four_models_from_queries_to_regions(
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 300
     assert {p.name for p in folder.iterdir()} == {
-        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml")
+        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json")
     }
     source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
     for query in source.queries():
@@ -350,9 +350,7 @@ def test_the_same_extraction_resumes_and_is_then_done(
     finished = set(_shards(folder))
     gates = ["--model.init_args.gates.max_area", "0.1"]
     refused = run(*predict("run"), "--resume", *gates).error()
-    assert all(
-        text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite")
-    )
+    assert all(text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite"))
     ended = run(*predict("run"), "--resume")
     assert ended.status == 0, ended.err
     before = _content(folder)

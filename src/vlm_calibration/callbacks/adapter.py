@@ -42,11 +42,11 @@ class AdapterWriter(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.results = state_dict["results"]
 
-    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The adapter's folder."""
-        return [Path(trainer.default_root_dir) / ADAPTER]
+        return [folder / ADAPTER]
 
-    def progress(self, trainer: L.Trainer) -> list[Path]:
+    def progress(self, folder: Path) -> list[Path]:
         """None: an adapter is written at the end."""
         return []
 

@@ -40,15 +40,14 @@ class PredictionWriter(L.Callback):
         self._state = ResumeState()
         self._complete = False
 
-    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The metrics of each system of an evaluation."""
         systems = module.systems if isinstance(module, EvaluationModule) else ()
-        return [system_folder(trainer, system) / METRICS for system in systems]
+        return [folder / system / METRICS for system in systems]
 
-    def progress(self, trainer: L.Trainer) -> list[Path]:
+    def progress(self, folder: Path) -> list[Path]:
         """The answers of an interrupted evaluation."""
-        logs = Path(trainer.default_root_dir).glob(EVALUATED.format("*"))
-        return [path for path in logs if path.stat().st_size]
+        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of a validation that was killed; find out where to resume a test."""

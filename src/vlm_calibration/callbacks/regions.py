@@ -57,14 +57,13 @@ class RegionWriter(L.Callback):
         self._rows: list[dict[str, Any]] = []
         self._log: AppendLog | None = None
 
-    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The files that are written when all shards are finished, by whichever part."""
-        return [Path(trainer.default_root_dir) / name for name in (QUERIES, SUMMARY)]
+        return [folder / QUERIES, folder / SUMMARY]
 
-    def progress(self, trainer: L.Trainer) -> list[Path]:
+    def progress(self, folder: Path) -> list[Path]:
         """The logs of finished shards."""
-        logs = (Path(trainer.default_root_dir) / SHARDS).glob("*.jsonl")
-        return [path for path in logs if path.stat().st_size]
+        return [path for path in (folder / SHARDS).glob("*.jsonl") if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the shards that an earlier run has finished.
@@ -95,7 +94,7 @@ class RegionWriter(L.Callback):
             )
         assert self._log is not None
         self._log.clear()
-        for path in self.outputs(trainer, module):
+        for path in self.outputs(Path(trainer.default_root_dir), module, _data(trainer)):
             path.unlink(missing_ok=True)
 
     def on_predict_batch_end(

@@ -23,9 +23,9 @@ from vlm_calibration.callbacks.run_record import (
     command_of,
     new_record,
     outputs_of,
+    progress_of,
     read_record,
     results_outside,
-    writers_of,
 )
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.records import DataError
@@ -94,8 +94,7 @@ def find_prior(cli: LightningCLI) -> Prior:
         return Prior("none")
     if record.command != command:
         raise DataError(f"{folder} holds a run of `{record.command}`: {ANOTHER_FOLDER}")
-    outputs = outputs_of(trainer, module)
-    has_progress = any(writer.progress(trainer) for writer in writers_of(trainer))
+    outputs, has_progress = outputs_of(trainer, module, cli.datamodule), bool(progress_of(trainer))
     if not has_progress and not any(path.exists() for path in outputs):
         return Prior("none", begun=True)
     is_finished = (
@@ -187,7 +186,7 @@ def _change(name: str, was: Any, found: Any) -> str:
 def _batches(before: Run, now: Run, is_finished: bool) -> list[str]:
     """The number of queries of a training batch over all processes, if that differs."""
     sizes = [run.settings.get("data", {}).get("batch_size") for run in (before, now)]
-    processes = [before.record.processes, now.record.processes]
+    processes = [run.record.processes or 1 for run in (before, now)]
     if sizes == [None, None] or sizes[0] * processes[0] == sizes[1] * processes[1]:
         return []
     if sizes[0] == sizes[1] and not is_finished:

@@ -88,7 +88,8 @@ class SaveRunConfig(SaveConfigCallback):
         """Record that the run has finished; a run that ends early does not reach this."""
         if self._record is None or not trainer.is_global_zero:
             return
-        folder, outputs = Path(trainer.default_root_dir), outputs_of(trainer, pl_module)
+        folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
+        outputs = outputs_of(trainer, pl_module, data)
         # Of an extraction in several parts, the last to end writes the results.
         if all(path.exists() for path in outputs):
             replace(self._record, finished=True, results=results_outside(folder, outputs)).write(folder)

@@ -35,11 +35,11 @@ ADAPTERS = ("adapter", "adapters")
 class ResultWriter(Protocol):
     """A callback that writes the results of a run."""
 
-    def outputs(self, trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
-        """The files and folders that a finished run has."""
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The files and folders that a finished run has in its directory `folder`."""
 
-    def progress(self, trainer: L.Trainer) -> list[Path]:
-        """The existing files that an interrupted run resumes from."""
+    def progress(self, folder: Path) -> list[Path]:
+        """The existing files in `folder` from which an interrupted run resumes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RunRecord:
     Attributes:
         command: "fit", "test", "predict" or "levels fit".
         finished: whether the run has ended and all its results are written.
-        processes: number of processes.
+        processes: number of processes of a training; None for other commands, whose results do not depend on it.
         precision: the trainer's precision by its full name, e.g. "32-true".
         inputs: setting -> digest of the content that it names.
         results: path of each result outside the run directory -> digest of its content when the run ended.
@@ -57,7 +57,7 @@ class RunRecord:
 
     command: str
     finished: bool
-    processes: int
+    processes: int | None
     precision: str
     inputs: dict[str, str]
     results: dict[str, str]
@@ -100,7 +100,7 @@ def new_record(
         settings: the settings that can change the result, as `resume.deciding_settings` selects them.
         data: has the sources that `settings` describes.
     """
-    processes = trainer.num_devices * trainer.num_nodes
+    processes = trainer.num_devices * trainer.num_nodes if command == "fit" else None
     return RunRecord(command, False, processes, str(trainer.precision), run_inputs(settings, data), {})
 
 
@@ -167,14 +167,21 @@ def adapter_files(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
 
 
-def writers_of(trainer: L.Trainer) -> list[ResultWriter]:
-    return [c for c in trainer.callbacks if isinstance(c, ResultWriter)]  # type: ignore[attr-defined]
-
-
-def outputs_of(trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
+def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
     """The files and folders that this run has when it is finished."""
+    folder = Path(trainer.default_root_dir)
     table = [Path(module.out)] if isinstance(module, LevelFitModule) else []
-    return [*table, *(path for writer in writers_of(trainer) for path in writer.outputs(trainer, module))]
+    return [*table, *(p for writer in _writers(trainer) for p in writer.outputs(folder, module, data))]
+
+
+def progress_of(trainer: L.Trainer) -> list[Path]:
+    """The existing files from which this run resumes if it was interrupted."""
+    folder = Path(trainer.default_root_dir)
+    return [path for writer in _writers(trainer) for path in writer.progress(folder)]
+
+
+def _writers(trainer: L.Trainer) -> list[ResultWriter]:
+    return [c for c in trainer.callbacks if isinstance(c, ResultWriter)]  # type: ignore[attr-defined]
 
 
 def results_outside(folder: Path, outputs: list[Path]) -> dict[str, str]:
