@@ -167,7 +167,7 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     ended = run(*predict("one"))
     assert ended.status == 0, ended.err
     one = _content(tmp_path / "one")
-    assert set(one) == {"queries.parquet", "summary.json", 0, 1, 2, 3, 4}
+    assert set(one) == {"queries.parquet", "summary.json", "run.json", 0, 1, 2, 3, 4}
     assert any(r["regions"] for r in one["queries.parquet"])
 
     ended = run_plainly([*predict("two"), *TWO], root, tmp_path)
