@@ -21,6 +21,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch, shard_count
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
@@ -107,7 +108,8 @@ class RegionWriter(L.Callback):
                     f"to end writes {folder / QUERIES}"
                 )
             else:
-                _merge((self._log.reread(shards[n])["rows"] for n in range(total)), folder)
+                numbers = track(range(total), f"writing {folder / QUERIES}", total, "shards")
+                _merge((self._log.reread(shards[n])["rows"] for n in numbers), folder)
         trainer.strategy.barrier("merged")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

@@ -217,9 +217,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         source = _required(self.predict, "predict")
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         numbers = range(self.part, shard_count(len(source.queries()), self.shard_size), self.parts)
+        finished = [n for n in numbers if n in self._finished]
         missing = [n for n in numbers if n not in self._finished]
+        own = missing[rank::processes]
         return DataLoader(
-            RawBatches(source, self.shard_size, self.eval_batch_size, missing[rank::processes]),
+            RawBatches(source, self.shard_size, self.eval_batch_size, own, finished, missing),
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,

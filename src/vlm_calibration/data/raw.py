@@ -62,11 +62,30 @@ class RawBatches(Dataset[RawBatch]):
         shard_size: queries per shard; the last shard may be smaller.
         batch_size: queries per batch; the last batch of a shard may be smaller.
         shards: numbers of the shards, in order.
+        finished: shards that an earlier run finished.
+        pending: shards that all processes of this run have, `shards` among them; None: only `shards`.
+
+    Attributes:
+        done: number of queries of the finished shards.
+        total: number of queries of the finished and the pending shards.
     """
 
-    def __init__(self, source: QuerySource, shard_size: int, batch_size: int, shards: Sequence[int]) -> None:
+    def __init__(
+        self,
+        source: QuerySource,
+        shard_size: int,
+        batch_size: int,
+        shards: Sequence[int],
+        finished: Sequence[int] = (),
+        pending: Sequence[int] | None = None,
+    ) -> None:
         self.source = source
         self.queries = source.queries()
+        sizes = [
+            sum(min(shard_size, len(self.queries) - shard * shard_size) for shard in numbers)
+            for numbers in (finished, shards if pending is None else pending)
+        ]
+        self.done, self.total = sizes[0], sum(sizes)
         self._spans: list[tuple[int, int, int, bool]] = []
         for shard in shards:
             begin, end = shard * shard_size, min((shard + 1) * shard_size, len(self.queries))
