@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration import progress
-from vlm_calibration.progress import ProgressLine, Status, duration, rate_text, stage_name, track, working
+from vlm_calibration.progress import ProgressLine, stage_name, track, working
+from vlm_calibration.progress import line as progress
+from vlm_calibration.progress.status import Status, duration, rate_text
 
 
 class Clock:
@@ -97,10 +98,8 @@ def test_pauses_do_not_slow_the_rate_and_their_rest_is_added(clock: Clock) -> No
 
 def test_the_rate_follows_a_change_of_speed(clock: Clock) -> None:
     line = ProgressLine("sft", 10_000, "steps")
-    step = 0
-    for seconds in [0.1] * 2000 + [1.0] * 600:
+    for step, seconds in enumerate([0.1] * 2000 + [1.0] * 600, start=1):
         clock.now += seconds
-        step += 1
         line.update(step)
     assert line.rate == pytest.approx(1.0, rel=0.01)
 
@@ -151,7 +150,7 @@ def test_a_usual_line_shows_everything_and_a_long_one_what_matters_most() -> Non
         longer.terminal_line()
         == "evaluation   12%  123456/987654 answers  2.1/s  0:57  1 d 3:46 left  loss 0.412"
     )
-    assert longer.terminal_line(40) == "evaluation   12%  1 d 3:47 left"
+    assert longer.terminal_line(40) == "evaluation   12%  1 d 3:46 left"
 
 
 def test_100_percent_is_the_end() -> None:

@@ -21,8 +21,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from vlm_calibration.files import first_line
 from vlm_calibration.progress import working
+from vlm_calibration.progress.terminal import is_terminal
 from vlm_calibration.records import DataError
-from vlm_calibration.terminal import is_terminal
 
 CONNECT_SECONDS = 5
 

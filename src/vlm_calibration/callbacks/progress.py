@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.data.loading import QueryLoader
 from vlm_calibration.data.raw import RawBatches
-from vlm_calibration.progress import EVERY, ProgressLine, stage_name
+from vlm_calibration.progress import ProgressLine, stage_name
+from vlm_calibration.progress.line import EVERY
 from vlm_calibration.records import DataError
 
 VALIDATION = "validation"
@@ -81,9 +82,15 @@ class Progress(ProgressBar):
         self._enabled = True
         self._line: ProgressLine | None = None
         self._workload: Workload | None = None
-        self._steps = self._batches_since_step = 0
         self._validation_begun = 0.0
         self._batch_seconds: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time of a validation batch, since a resumed run may validate late."""
+        return {"batch_seconds": self._batch_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batch_seconds = state_dict["batch_seconds"]
 
     def disable(self) -> None:
         self._enabled = False
@@ -95,7 +102,6 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
-        self._steps, self._batches_since_step = trainer.global_step, 0
         self._begin(
             _stage(pl_module), total if 0 < total < float("inf") else None, "steps", done=trainer.global_step
         )
@@ -103,11 +109,9 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches_since_step += 1
-        if trainer.global_step > self._steps:
-            self._steps, self._batches_since_step = trainer.global_step, 0
-        # The validation that follows this batch is still to come.
-        self._update_training(trainer, _validations_after(trainer, _trained(trainer) - 1))
+        if self._line is not None:
+            # The validation that follows this batch is still to come.
+            self._update_training(trainer, _validations_after(trainer, _trained(trainer) - 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(note=lambda: _loss(trainer))
@@ -119,13 +123,10 @@ class Progress(ProgressBar):
             remaining: validations that are to come.
             validated: how much of the one in progress is done, in [0, 1]; None: there is none. `remaining` includes the rest.
         """
-        if self._line is None:
-            return
-        # A step of accumulated batches is done in parts.
-        part = min(self._batches_since_step / trainer.accumulate_grad_batches, 0.99)
+        assert self._line is not None
         extra, beyond = 0.0, VALIDATION if remaining else ""
-        if self._batch_seconds is not None:
-            extra, beyond = remaining * self._batch_seconds * sum(_batches(trainer.num_val_batches)), ""
+        if (seconds := self._validation_seconds(trainer, validated)) is not None:
+            extra, beyond = remaining * seconds, ""
 
         def note() -> str:
             loss = _loss(trainer)
@@ -133,7 +134,13 @@ class Progress(ProgressBar):
                 loss if validated is None else ", ".join(filter(None, [f"validating {validated:.0%}", loss]))
             )
 
-        self._line.update(self._steps + part, note, extra=extra, beyond=beyond)
+        self._line.update(_steps_done(trainer), note, extra=extra, beyond=beyond)
+
+    def _validation_seconds(self, trainer: L.Trainer, validated: float | None) -> float | None:
+        """Seconds of a validation, as the last one took or else at the speed of the one in progress; None: not known yet."""
+        if self._batch_seconds is not None:
+            return self._batch_seconds * sum(_batches(trainer.num_val_batches))
+        return (time.monotonic() - self._validation_begun) / validated if validated else None
 
     # --- Validation -------------------------------------------------------------------------------------------------
 
@@ -159,6 +166,8 @@ class Progress(ProgressBar):
     ) -> None:
         if _is_within_training(trainer):
             assert self._workload is not None
+            if self._line is None:
+                return
             done = self._workload.after(batch_idx, dataloader_idx) / max(1, sum(self._workload.total))
             self._update_training(trainer, _validations_after(trainer, _trained(trainer)) + 1 - done, done)
         else:
@@ -284,6 +293,19 @@ def _trained(trainer: L.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
+def _steps_done(trainer: L.Trainer) -> float:
+    """Number of optimiser steps so far; of a step of accumulated batches, the part that is done."""
+    per_epoch = trainer.num_training_batches
+    if per_epoch == float("inf"):
+        return trainer.global_step
+    # The last step of an epoch may have fewer batches, so that a batch is the more exact measure of time.
+    return min(_trained(trainer) * _steps_per_epoch(trainer) / per_epoch, trainer.global_step + 0.99)
+
+
+def _steps_per_epoch(trainer: L.Trainer) -> int:
+    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+
 def _validations_after(trainer: L.Trainer, batches: int) -> int:
     """Number of validations after the first `batches` training batches; 0 if it is not known."""
     steps, per_epoch, every = (
@@ -296,7 +318,6 @@ def _validations_after(trainer: L.Trainer, batches: int) -> int:
     ):
         return 0
     plan = ValidationPlan(int(per_epoch), int(cast(float, every)), trainer.check_val_every_n_epoch)
-    accumulated = trainer.accumulate_grad_batches
-    epochs, rest = divmod(int(steps), -(-plan.per_epoch // accumulated))
-    last = epochs * plan.per_epoch + min(plan.per_epoch, rest * accumulated)
+    epochs, rest = divmod(int(steps), _steps_per_epoch(trainer))
+    last = epochs * plan.per_epoch + min(plan.per_epoch, rest * trainer.accumulate_grad_batches)
     return plan.before(last) - plan.before(batches)

@@ -1,12 +1,10 @@
 """Progress of long work as one line: live on a terminal, and once in a while as plain text in a log file.
 
-Stages report through `callbacks.progress.Progress`, all other work through `track` and `working` here. All of them draw with
-`ProgressLine`, on stderr. A log line has no control characters, so that a SLURM log can be read and searched.
+A log line has no control characters, so that a SLURM log can be read and searched. All lines are on stderr.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import sys
@@ -15,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from vlm_calibration.terminal import LiveText, is_terminal
+from vlm_calibration.progress.status import COLUMNS, Status
+from vlm_calibration.progress.terminal import LiveText, is_terminal
 
 T = TypeVar("T")
 
-COLUMNS = 80
-"""Maximum width of the line on a terminal."""
 FIRST = 5.0
 """Seconds until the first line in a log file. Work of `track` and `working` that takes less leaves no line."""
 EVERY = 30.0
@@ -34,101 +31,8 @@ SPACING = 0.5
 """Minimum seconds between two measurements of the rate, and between two notes on a terminal."""
 BETWEEN = 0.1
 """Minimum seconds between two updates of `track`, whose items may take microseconds."""
-BAR = 12
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """Variables that launchers set to the number of a process."""
-STAGES = {
-    "SFTModule": "sft",
-    "DPOModule": "dpo",
-    "LevelFitModule": "levels",
-    "EvaluationModule": "evaluation",
-    "RegionExtractor": "regions",
-}
-
-
-def stage_name(module_class: str) -> str:
-    """The name of a stage as users know it, by the name or path of its LightningModule."""
-    name = module_class.rpartition(".")[2]
-    return STAGES.get(name, name)
-
-
-class Status(NamedTuple):
-    """What a line tells.
-
-    Attributes:
-        name: of the work.
-        done: how much is done; may be a fraction.
-        total: how much there is; None: unknown.
-        unit: of both, in the plural.
-        rate: units a second; None: not known yet.
-        elapsed: seconds.
-        left: seconds; None: not known.
-        beyond: what `left` does not include; empty for nothing.
-        note: e.g. the loss.
-    """
-
-    name: str
-    done: float
-    total: float | None
-    unit: str
-    rate: float | None
-    elapsed: float
-    left: float | None
-    beyond: str
-    note: str
-
-    @property
-    def percent(self) -> int | None:
-        return math.floor(100 * self.done / self.total) if self.total else None
-
-    def counts(self) -> str:
-        """The progress in words: "120 of 800 steps (15%)"."""
-        if not self.unit:
-            return ""
-        of = f" of {math.floor(self.total)}" if self.total is not None else ""
-        percent = f" ({self.percent}%)" if self.percent is not None else ""
-        return f"{math.floor(self.done)}{of} {self.unit}{percent}"
-
-    def log_line(self) -> str:
-        """The line for a log file while the work goes on."""
-        rate = rate_text(self.rate, self.unit) if self.rate else ""
-        left = f"{duration(self.left)} left{self._beyond()}" if self.left is not None else ""
-        elapsed = "" if left else f"{duration(self.elapsed)} so far"
-        return f"{self.name}: {_joined(self.counts(), rate, left or elapsed, self.note)}"
-
-    def last_line(self, *, finished: bool) -> str:
-        """The last line for a log file."""
-        if finished:
-            rate = rate_text(self.rate, self.unit) if self.rate else ""
-            return f"{self.name}: {_joined(self.counts(), rate, f'took {duration(self.elapsed)}', self.note)}"
-        return (
-            f"{self.name}: {_joined('stopped', self.counts(), f'after {duration(self.elapsed)}', self.note)}"
-        )
-
-    def terminal_line(self, width: int = COLUMNS, bar: str = "━") -> str:
-        """The line for a terminal; leaves out what does not fit into `width` characters, least important first."""
-        total = f"/{math.floor(self.total)}" if self.total is not None else ""
-        full = round(BAR * min(1.0, self.done / self.total)) if self.total else 0
-        left = f"{duration(self.left)} left{self._beyond()}" if self.left is not None else ""
-        parts = {
-            "name": self.name,
-            "percent": f"{self.percent:>3}%" if self.percent is not None else "",
-            "bar": (bar * full).ljust(BAR, "." if bar == "-" else "┄") if self.total else "",
-            "counts": f"{math.floor(self.done)}{total} {self.unit}" if self.unit else "",
-            "rate": rate_text(self.rate, self.unit).replace(f" {self.unit}", "") if self.rate else "",
-            "elapsed": duration(self.elapsed),
-            "left": left,
-            "note": self.note,
-        }
-        for name in ("", "bar", "elapsed", "rate", "counts", "note"):
-            parts.pop(name, None)
-            line = "  ".join(filter(None, parts.values()))
-            if len(line) <= width:
-                return line
-        return line[:width]
-
-    def _beyond(self) -> str:
-        return f" + {self.beyond}" if self.beyond else ""
 
 
 class ProgressLine:
@@ -334,26 +238,3 @@ def _is_first() -> bool:
     if multiprocessing.parent_process() is not None:
         return False
     return all(os.environ.get(name, "0") in ("0", "") for name in RANKS)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss, or days and h:mm."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days} d {hour}:{minute:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
-def rate_text(rate: float, unit: str) -> str:
-    """A rate a second, as a number of at least 1 a second, a minute or an hour: "2.1 steps/s"."""
-    for seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
-        value = rate * seconds
-        if value >= 1 or name == "h":
-            break
-    return f"{value:.{0 if value >= 100 else 1}f} {unit}/{name}"
-
-
-def _joined(*parts: str) -> str:
-    return ", ".join(filter(None, parts))
