@@ -6,6 +6,7 @@ that fails earlier leaves the directory unchanged.
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
-from vlm_calibration.files import remove, replacing
+from vlm_calibration.files import hold, release, remove, replacing
 from vlm_calibration.records import DataError
 
 CONFIG = "config.yaml"
@@ -26,10 +27,14 @@ TRAINED = (ADAPTER, FOLDER, "metrics.json", "predictions.jsonl")
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers."""
+    """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers.
+
+    The first process holds `config.yaml` while the run goes on, from which `vlm-calibration runs` sees that it is running.
+    """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
+        self._lock: FileIO | None = None
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
@@ -70,9 +75,13 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 logger.waiting = False
         if trainer.is_global_zero:
+            self._lock = hold(Path(trainer.default_root_dir) / CONFIG)
             config = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        release(self._lock)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write `config.yaml` and remove overwritten files; for the first process."""
