@@ -37,6 +37,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "score pope": ("--answers", "--labels", "--write-official"),
     "score amber": ("--annotations", "--only"),
     "score jsonl": ("--answers", "--labels"),
+    "runs": ("folder", "--json"),
     "report": ("--calibration", "--replicates", "--no-images"),
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "files", "append_log", "settings", "arguments", "errors", "hub", "presets"},
+    {"records", "files", "append_log", "settings", "arguments", "errors", "hub", "presets", "progress"},
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},

@@ -7,13 +7,14 @@ part. Every error names the file, and in a file of JSON lines the line.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -138,6 +139,36 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
     texts = [json.dumps(row) for row in rows]
     text = "\n".join(texts) if lines else "[\n" + ",\n".join(texts) + "\n]"
     write_text(path, text + "\n")
+
+
+def hold(path: Path) -> FileIO | None:
+    """Lock a file until the result is closed or this process ends, as a sign that it is in use; None where locks fail."""
+    file = FileIO(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def release(file: FileIO | None) -> None:
+    """End the lock of `hold`, also for forked processes, which share it."""
+    if file is not None and not file.closed:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        file.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds this file; False where locks fail."""
+    with FileIO(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -7,18 +7,21 @@ probed once; if it does not answer, only the cache is used.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from vlm_calibration.files import first_line
+from vlm_calibration.progress import working
+from vlm_calibration.progress.terminal import is_terminal
 from vlm_calibration.records import DataError
 
 CONNECT_SECONDS = 5
@@ -42,7 +45,8 @@ def loading(what: str, name: str) -> Iterator[None]:
     """
     offline = _why_offline() if is_hub_name(name) else None
     try:
-        yield
+        with _shown(what, name):
+            yield
     except DataError:
         raise
     except (OSError, ValueError, ImportError, HTTPError) as error:
@@ -55,6 +59,21 @@ def loading(what: str, name: str) -> Iterator[None]:
         else:
             cause = first_line(error)
         raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
+
+
+def _shown(what: str, name: str) -> AbstractContextManager[None]:
+    """Show how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead."""
+    is_download = is_hub_name(name) and not constants.HF_HUB_OFFLINE and not _is_cached(name)
+    bars = is_download and is_terminal()
+    # transformers' switch, which is that of `huggingface_hub` too; it is imported where it is used.
+    if (switch := sys.modules.get("transformers.utils.logging")) is not None:
+        (switch.enable_progress_bar if bars else switch.disable_progress_bar)()
+    doing = "downloading and loading" if is_download else "loading"
+    return nullcontext() if bars else working(f"{doing} {what} from {name}")
+
+
+def _is_cached(name: str) -> bool:
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def download(what: str, name: str, revision: str | None = None) -> Path:

@@ -88,7 +88,9 @@ def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "default_root_dir": str(tmp_path / out),
         }
         base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
-        trainer["callbacks"] = [c for c in shipped["trainer"]["callbacks"] if "RichProgressBar" not in str(c)]
+        trainer["callbacks"] = [
+            c for c in shipped["trainer"]["callbacks"] if "progress.Progress" not in str(c)
+        ]
         shipped["trainer"] |= trainer
         shipped["model"]["init_args"] |= {"base": base, "max_new_tokens": 16, **init_args}
         shipped["data"] |= {"test": test, "eval_batch_size": 2, "workers": 0}

@@ -1,235 +1,316 @@
-"""The log of the answers of an evaluation, and the settings that tell one evaluation from another."""
+"""Progress of the stages: counts, and the time left against the time that a run then takes, on a fake clock."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from vlm_calibration.callbacks.answer_log import AnswerLog, ResumeState
-from vlm_calibration.callbacks.fingerprint import fingerprint
-from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.consistency import SelfConsistency
-from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.perturbation.schedules import LinearSchedule
-from vlm_calibration.records import DataError
-from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.callbacks import progress as callback
+from vlm_calibration.callbacks.progress import Progress, Workload
+from vlm_calibration.data.loading import EpochSampler, QueryLoader
+from vlm_calibration.data.raw import RawBatches, shards_of
+from vlm_calibration.progress import line as progress
+from vlm_calibration.records import DataError, Query
 
-SETTINGS = {"model.base": "a", "data.noise": "b"}
-QUERIES: Any = {
-    "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
-    "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
-}
+STEP, ANSWERS = 2.0, 7.0
+"""Seconds of a training batch and of a validation batch."""
 
 
-def _batch(*numbers: int) -> BatchAnswers:
-    """Answers to the queries of these numbers by two systems."""
+class Clock:
+    now = 1000.0
 
-    def answers(text: str) -> list[EstimatedPrediction]:
-        facts = ("Größe?\u2028", "Yes", text, "yes", 0.29, True, None, 0, "yes_no", None, {"p": 1e-6})
-        return [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
-
-    passes = {"base": {"verbalized": [2] * len(numbers)}}
-    return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
-
-
-def _log(folder: Path, rank: int = 0, settings: dict[str, str] = SETTINGS) -> AnswerLog:
-    return AnswerLog(folder, rank, QUERIES, settings)
-
-
-def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
-    """The log of the first of some processes that have answered these batches of the test set each."""
-    assert _log(folder).find() == ResumeState()
-    for rank, own in enumerate(batches):
-        log = _log(folder, rank)
-        for numbers in own:
-            log.add("test", _batch(*numbers))
-        log.close()
-    return _log(folder)
-
-
-def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
-    _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
-    held_out = _log(tmp_path, 2)
-    held_out.add("calibration", _batch(2, 0))
-    held_out.close()
-    later = _log(tmp_path)
-    state = later.find()
-    assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
-    assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
-    assert [*later.batches("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
-    assert [*later.batches("calibration")] == [_batch(2, 0)]
-    other = _log(tmp_path, 1)
-    other.add("test", _batch(5, 7))
-    later.add("test", _batch(8))
-    later.write_predictions("one", "test", tmp_path / "one.jsonl", 9)
-    later.write_predictions("base", "calibration", tmp_path / "held_out.jsonl")
-    lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    assert [json.loads(line)["id"] for line in lines] == [f"q{n}" for n in range(9)]
-    assert lines[8] == json.dumps(_batch(8)["answers"]["one"][0].to_dict(), ensure_ascii=False)
-    lines = (tmp_path / "held_out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    assert [json.loads(line)["id"] for line in lines] == ["q0", "q2"]
-    later.clear()
-    assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
-
-
-def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
-    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
-    _begun(tmp_path, [(0, 1), (2, 3), (4, 5)])
-    path = tmp_path / ".answered.0.jsonl"
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    for cut in (len(lines[0]), len(lines[0]) + 1, len(lines[0] + lines[1]) - 1):
-        path.write_bytes(content[:cut])
-        log = _log(tmp_path)
-        assert log.find().answered == {"test": [0, 1], "calibration": []}
-        assert [*log.batches("test")] == [_batch(0, 1)]
-        log.add("test", _batch(2, 3))
-        log.close()
-        assert path.read_bytes() == lines[0] + lines[1]
-    path.write_bytes(content[:20])
-    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
-
-
-@pytest.mark.parametrize(
-    ("settings", "complete", "reason"),
-    [
-        ({**SETTINGS, "data.noise": "c"}, True, "changed: data.noise"),
-        ({"model.base": "c", "data.noise": "d"}, True, "changed: model.base, data.noise"),
-        ({**SETTINGS, "data.prompt": "c"}, True, "changed: data.prompt"),
-        (SETTINGS, False, "trainer.limit_test_batches is set"),
-    ],
-)
-def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: bool, reason: str) -> None:
-    _begun(tmp_path, [(0, 1)], [(2, 3)])
-    log = _log(tmp_path, settings=settings)
-    answered, message = log.find(complete=complete)
-    assert answered is None
-    assert message == f"{tmp_path}: starting over instead of resuming the interrupted evaluation: {reason}"
-    log.clear()
-    assert not list(tmp_path.iterdir())
-
-
-def _spoilt(path: Path) -> Iterator[tuple[bytes, str]]:
-    first, second = path.read_bytes().splitlines(keepends=True)
-    at, twice = f"{path}:1: damaged", "not answers to the 9 queries of data.test, each once"
-    yield b"\0" * 30 + b"\n" + second, at
-    yield b"[]\n" + second, at
-    yield first.replace(b'"one": [', b'"one": [1, ') + second, at
-    yield first.replace(b'"one": [', b'"one": [], "two": [') + second, at
-    yield first.replace(b'"split": "test"', b'"split": "train"') + second, at
-    yield first.replace(b'"passes": {', b'"passes": 1, "p": {') + second, at
-    yield first + first, twice
-    yield first.replace(b'"q1"', b'"q9"'), twice
-
-
-def test_damage_is_named(tmp_path: Path) -> None:
-    _begun(tmp_path, [(0, 1), (2, 3)])
-    path = tmp_path / ".answered.0.jsonl"
-    for content, says in [*_spoilt(path)]:
-        assert content != path.read_bytes()
-        path.write_bytes(content)
-        with pytest.raises(DataError) as caught:
-            _log(tmp_path).find()
-        assert says in str(caught.value)
-        assert "remove .answered.*.jsonl in this folder" in str(caught.value)
-
-
-def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
-    log = _begun(tmp_path, [(0, 1)], [(2, 3)])
-    for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
-        if batch:
-            other = _log(tmp_path, 1)
-            other.add("test", _batch(*batch))
-            other.close()
-        with pytest.raises(DataError, match="does another evaluation write into this folder"):
-            log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
-        (tmp_path / ".answered.1.jsonl").write_bytes(
-            (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
-        )
-    assert not (tmp_path / "predictions.jsonl").exists()
+    def monotonic(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> Callable[..., dict[str, str]]:
-    adapter, levels = new_adapter(1), str(root / "src/vlm_calibration/demo/levels.json")
-
-    def digests(**changes: Any) -> dict[str, str]:
-        base = BaseModel(model_folder, **changes.pop("base", {}))
-        model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
-        data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
-        trainer: Any = SimpleNamespace(
-            precision=changes.pop("precision", "32-true"),
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            limit_test_batches=1.0,
-        )
-        module = EvaluationModule(base, **{**model, **changes.pop("model", {})})
-        queries = PerturbedQueryDataModule(model_folder, **{**data, **changes.pop("data", {})})
-        assert not changes
-        queries.setup("test")
-        return fingerprint(trainer, module, queries)
-
-    return digests
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (progress, callback):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
-@pytest.mark.slow
+class SFTModule(L.LightningModule):
+    """One weight; logs a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = self.weight**2
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        pass
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.25)
+
+
+class Told(NamedTuple):
+    """What the line told: when, of which steps, and the time left with what it does not include."""
+
+    now: float
+    done: float
+    total: float | None
+    left: float | None
+    beyond: str
+
+
+class Hands(L.Callback):
+    """Moves the clock at the end of a batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.clock.now += STEP
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.clock.now += ANSWERS
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+class Reader(L.Callback):
+    """Reads the line after every batch; raises after some, as a process that ends early."""
+
+    def __init__(self, clock: Clock, bar: Progress, stop_after: int | None = None) -> None:
+        self.clock = clock
+        self.bar = bar
+        self.stop_after = stop_after
+        self.told: list[Told] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        assert self.bar._line is not None
+        status = self.bar._line.status()
+        self.told.append(Told(self.clock.now, status.done, status.total, status.left, status.beyond))
+        if len(self.told) == self.stop_after:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "stopped.ckpt")
+            raise RuntimeError("stopped")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.on_train_batch_end(trainer)
+
+
+def _fit(
+    clock: Clock,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> Reader:
+    """Fit on six batches, three validation batches."""
+    bar = Progress()
+    reader = Reader(clock, bar, stop_after)
+    plain = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": 1,
+        "default_root_dir": folder,
+    }
+    trainer = L.Trainer(callbacks=[Hands(clock), bar, reader], **{**plain, **settings})
+    loaders = [DataLoader(range(n), batch_size=1) for n in (6, 3)]  # type: ignore[var-annotated,arg-type]
+    trainer.fit(SFTModule(), *loaders, ckpt_path=ckpt_path)
+    return reader
+
+
 @pytest.mark.parametrize(
-    ("changes", "changed"),
+    ("settings", "steps"),
     [
-        ({}, ""),
-        ({"data": {"eval_batch_size": 3, "workers": 2, "batch_size": 1}}, ""),
-        ({"base": {"dtype": "float32"}}, "model.base"),
-        ({"model": {"with_base": False, "oracle_levels": None}}, "model.with_base, model.oracle_levels"),
-        ({"model": {"max_new_tokens": 5}}, "model.max_new_tokens"),
-        ({"model": {"estimators": [SelfConsistency(4)]}}, "model.estimators"),
-        ({"model": {"estimators": [ExpectedConfidence([LinearLevels(3)])]}}, "model.estimators"),
-        ({"model": {"estimators": None}}, "model.estimators"),
-        ({"model": {"adapters": {}}}, "model.adapters"),
-        ({"data": {"test": {"": EvalSplit(DemoSource("test", 2))}}}, "data.test"),
-        (
-            {"data": {"test": {"": EvalSplit(DemoSource("test", 3), "drawn")}}},
-            "data.test, the queries of data.test",
-        ),
-        ({"data": {"noise": NoisePolicy(seed=1)}}, "data.noise"),
-        ({"data": {"noise": NoisePolicy(schedule=LinearSchedule())}}, "data.noise"),
-        ({"data": {"noise": NoisePolicy(levels=LinearLevels(3))}}, "data.noise"),
-        ({"data": {"prompt": ElicitationPrompt("{question}?")}}, "data.prompt"),
-        ({"precision": "bf16-true"}, "trainer.precision"),
+        ({}, 6),
+        ({"max_epochs": 4}, 24),
+        ({"max_epochs": 4, "accumulate_grad_batches": 4}, 8),
+        ({"max_epochs": 4, "accumulate_grad_batches": 2, "val_check_interval": 3}, 12),
+        ({"max_epochs": 4, "max_steps": 15, "val_check_interval": 2}, 15),
+        ({"max_epochs": None, "max_steps": 5, "accumulate_grad_batches": 2}, 5),
+        ({"max_epochs": 3, "limit_train_batches": 4, "limit_val_batches": 2}, 12),
+        ({"max_epochs": 5, "check_val_every_n_epoch": 2}, 30),
+        ({"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 5}, 18),
+        ({"max_epochs": 2, "val_check_interval": 0.5, "num_sanity_val_steps": 1}, 12),
+        ({"max_epochs": 2, "limit_val_batches": 0}, 12),
     ],
 )
-def test_what_decides_the_answers(
-    decisive: Callable[..., dict[str, str]], changes: dict[str, Any], changed: str
+def test_the_time_left_is_the_time_that_it_then_takes(
+    clock: Clock, tmp_path: Path, settings: dict[str, Any], steps: int
 ) -> None:
-    before, after = decisive(), decisive(**changes)
-    assert ", ".join(name for name in before if before[name] != after[name]) == changed
+    told = _fit(clock, tmp_path, **settings).told
+    end = clock.now
+    assert {row.total for row in told} == {steps}
+    complete = [row for row in told if not row.beyond]
+    for now, _, _, left, _ in complete:
+        assert left == pytest.approx(end - now, abs=STEP)
+    # Only before the first validation is its time unknown.
+    assert all(row.beyond == "validation" for row in told[: len(told) - len(complete)])
+    assert len(complete) >= len(told) / 3
 
 
-def test_files_count_by_their_content(
-    decisive: Callable[..., dict[str, str]], new_adapter: Callable[..., str], root: Path, tmp_path: Path
+def test_what_is_left_before_the_first_validation_is_the_training(clock: Clock, tmp_path: Path) -> None:
+    first = _fit(clock, tmp_path, max_epochs=2).told[2]
+    assert first == Told(1000 + 3 * STEP, 3, 12, 9 * STEP, "validation")
+
+
+def test_steps_of_accumulated_batches_are_done_in_parts(clock: Clock, tmp_path: Path) -> None:
+    told = _fit(clock, tmp_path, accumulate_grad_batches=3, limit_val_batches=0).told
+    assert [row.done for row in told] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+
+
+@pytest.mark.parametrize("stop_after", [4, 9])
+def test_after_a_resume_the_rate_is_new_and_the_total_old(
+    clock: Clock, tmp_path: Path, stop_after: int
 ) -> None:
-    before = decisive()
-    levels = json.loads((root / "src/vlm_calibration/demo/levels.json").read_text())
-    for path in (tmp_path / "same.json", tmp_path / "other.json"):
-        path.write_text(json.dumps(levels))
-        after = decisive(model={"oracle_levels": str(path)})
-        assert (after["model.oracle_levels"] == before["model.oracle_levels"]) == (path.stem == "same")
-        levels["provenance"]["seed"] = 5
-    for seed in (1, 2):
-        after = decisive(model={"adapters": {"one": new_adapter(seed)}})
-        assert (after["model.adapters"] == before["model.adapters"]) == (seed == 1)
+    settings = {"max_epochs": 3, "limit_val_batches": 0}
+    with pytest.raises(RuntimeError, match="stopped"):
+        _fit(clock, tmp_path, stop_after=stop_after, **settings)
+    clock.now += 5000
+    told = _fit(clock, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", **settings).told
+    assert [row.done for row in told] == list(range(stop_after + 1, 19))
+    for now, _, total, left, _ in told:
+        assert (total, left) == (18, pytest.approx(clock.now - now))
+
+
+def test_the_log_of_a_training(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _fit(clock, tmp_path, max_epochs=4, num_sanity_val_steps=-1)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert lines == [
+        "sft: validation before training: 1 of 3 batches (33%), 8.6 batches/min, 0:14 left",
+        "sft: validation before training: 3 of 3 batches (100%), 8.6 batches/min, took 0:21",
+        "sft: 3 of 24 steps (12%), 30.0 steps/min, 2:06 left, loss 0.562",
+        # 16 steps of 2 s and 3 validations of 21 s.
+        "sft: 8 of 24 steps (33%), 30.0 steps/min, 1:35 left, loss 0.000549",
+        "sft: 13 of 24 steps (54%), 30.0 steps/min, 1:04 left, loss 5.36e-07",
+        "sft: 18 of 24 steps (75%), 30.0 steps/min, 0:33 left, validating 100%, loss 5.24e-10",
+        "sft: 24 of 24 steps (100%), 30.0 steps/min, 0:00 left, validating 100%, loss 1.28e-13",
+        "sft: 24 of 24 steps (100%), 30.0 steps/min, took 2:12, loss 1.28e-13",
+    ]
+
+
+def test_an_exception_ends_the_line(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        _fit(clock, tmp_path, stop_after=5, limit_val_batches=0)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sft: stopped, 5 of 6 steps (83%), after 0:10")
+
+
+def test_other_processes_print_nothing(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = SimpleNamespace(
+        is_global_zero=False, estimated_stepping_batches=9, global_step=0, state=SimpleNamespace(fn="fit")
+    )
+    bar = Progress()
+    bar.setup(trainer, SFTModule(), "fit")
+    bar.on_train_start(trainer, SFTModule())
+    clock.now += 100
+    bar.on_train_batch_end(trainer, SFTModule(), None, None, 0)
+    bar.on_train_end(trainer, SFTModule())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_interval_must_be_positive() -> None:
+    with pytest.raises(DataError, match="every"):
+        Progress(every=0)
+
+
+# --- Evaluations ----------------------------------------------------------------------------------------------------
+
+
+class Queries(list[int]):
+    """A dataset of numbers that load without problems."""
+
+
+def _loader(length: int, *, done: int = 0, rank: int = 0, processes: int = 1, batch: int = 4) -> QueryLoader:
+    sampler = EpochSampler(
+        length, rank=rank, num_replicas=processes, shuffle=False, even=False, done=range(done)
+    )
+    log: Any = SimpleNamespace(dataset=Queries(range(length)))
+    if not len(sampler):
+        return QueryLoader(log, list, batch_sampler=[[]])
+    return QueryLoader(log, list, batch_size=batch, sampler=sampler)
+
+
+def _loads(loaders: list[QueryLoader], systems: int = 1, limit: int | None = None) -> Workload:
+    batches = [min(len(loader), limit or len(loader)) for loader in loaders]
+    return callback._workload(loaders, batches, systems, 1)  # type: ignore[arg-type]
+
+
+def test_answers_of_all_systems_and_of_the_calibration_set_count_and_earlier_ones_are_done() -> None:
+    load = _loads([_loader(20, done=8), _loader(10, done=0)], systems=3)
+    assert (sum(load.done), sum(load.total), load.unit) == (3 * 8, 3 * 30, "answers")
+    assert load.after(0, 0) == 3 * (8 + 4)
+    assert load.after(2, 0) == 3 * 20
+    assert load.after(1, 1) == 3 * (20 + 10 * 2 / 3)
+    assert load.after(2, 1) == 3 * 30
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_one_process_speaks_for_all(processes: int) -> None:
+    load = _loads([_loader(31, done=9, processes=processes)])
+    assert (load.done, load.total) == ([9], [31])
+    assert load.after(load.batches[0] - 1, 0) == 31
+
+
+def test_a_process_with_nothing_left_reports_all() -> None:
+    load = _loads([_loader(9, done=8, rank=1, processes=2)])
+    assert (load.done, load.total, load.after(0, 0)) == ([9], [9], 9)
+
+
+def test_a_limited_evaluation_has_the_answers_of_its_batches() -> None:
+    load = _loads([_loader(40)], systems=2, limit=3)
+    assert (load.total, load.after(2, 0)) == ([24], 24)
+
+
+class Source:
+    def queries(self) -> list[Query]:
+        return [Query(f"q{n}", "a.jpg", "Is it?", "Yes", "yes_no") for n in range(23)]
+
+
+def test_shards_of_an_earlier_extraction_are_done() -> None:
+    """23 queries in shards of 5: the last has 3."""
+    source: Any = Source()
+    shards = shards_of([23], 5)
+    batches = RawBatches([source], [shards[2], shards[4]], 2, done=10, total=23)
+    loader = DataLoader(batches, batch_size=None)
+    load = callback._workload([loader], [len(loader)], 1, 2)
+    assert (load.done, load.total, load.unit) == ([10], [23], "queries")
+    assert load.after(len(loader) - 1, 0) == 23
+
+
+@pytest.mark.parametrize("stage", ["test", "predict", "validate"])
+def test_the_log_of_an_evaluation(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[Hands(clock), Progress(every=10)],
+        default_root_dir=tmp_path,
+    )
+    loaders = [DataLoader(range(n), batch_size=1) for n in (2, 3)]  # type: ignore[var-annotated,arg-type]
+    module = SFTModule()
+    module.predict_step = module.test_step = module.validation_step = lambda *_: None  # type: ignore[method-assign]
+    getattr(trainer, stage)(module, loaders)
+    name = "sft: validation" if stage == "validate" else "sft"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")] == [
+        f"{name}: 1 of 5 batches (20%), 8.6 batches/min, 0:28 left",
+        f"{name}: 3 of 5 batches (60%), 8.6 batches/min, 0:14 left",
+        f"{name}: 5 of 5 batches (100%), 8.6 batches/min, 0:00 left",
+        f"{name}: 5 of 5 batches (100%), 8.6 batches/min, took 0:35",
+    ]

@@ -21,6 +21,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
@@ -142,7 +143,9 @@ class RegionWriter(L.Callback):
         total, files = RegionSummary(), {}
         for source, extraction in enumerate(data.region_plan.extractions):
             summary = files[folder / extraction.file] = RegionSummary()
-            shards = (self._log.reread(lines[s.number])["rows"] for s in data.shards if s.source == source)
+            own = [lines[shard.number] for shard in data.shards if shard.source == source]
+            tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
+            shards = (self._log.reread(line)["rows"] for line in tracked)
             rows = (_usable(rows, summary, total) for rows in shards)
             write_rows(folder / extraction.file, rows, extraction.note)
         complete = [f"data.{setting}" for setting in data.region_plan.complete]

@@ -7,6 +7,7 @@ that fails earlier leaves the directory unchanged.
 from __future__ import annotations
 
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vlm_calibration.callbacks.run_record import (
     outputs_of,
     results_outside,
 )
-from vlm_calibration.files import remove, replacing
+from vlm_calibration.files import hold, release, remove, replacing
 from vlm_calibration.records import DataError
 
 CONFIG = RUN_CONFIG
@@ -48,12 +49,14 @@ SUBCOMMANDS: dict[Any, str] = {
 class SaveRunConfig(SaveConfigCallback):
     """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers.
 
-    `run.json` records when it begins and ends.
+    `run.json` records when it begins and ends. The first process holds `config.yaml` while the run goes on, from which
+    `vlm-calibration runs` sees that it is running.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
         self._record: RunRecord | None = None
+        self._lock: FileIO | None = None
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
@@ -86,7 +89,8 @@ class SaveRunConfig(SaveConfigCallback):
         self._begin(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Record that the run has finished; a run that ends early does not reach this."""
+        """Release `config.yaml`, and record that the run has finished; a run that ends early does not reach this."""
+        release(self._lock)
         if self._record is None or not trainer.is_global_zero:
             return
         folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
@@ -104,6 +108,7 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 logger.waiting = False
         if trainer.is_global_zero:
+            self._lock = hold(Path(trainer.default_root_dir) / CONFIG)
             config = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)

@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "`levels fit`: measure the level table of anchored levels",
     ),
     "score": ("vlm_calibration.commands.score:SUBCOMMANDS", "a file of answers: POPE, AMBER or predictions"),
+    "runs": (
+        "vlm_calibration.commands.runs:runs",
+        "the runs in a folder: stage, state, key figures, how to go on",
+    ),
     "report": ("vlm_calibration.commands.report:report", "a page on whether confidence can be trusted"),
     "app": ("vlm_calibration.commands.app:app", "a web page to try the models in, on this machine"),
     "ask": ("vlm_calibration.commands.ask:ask", "one question about an image, or many from a file"),

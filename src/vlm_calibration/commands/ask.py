@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
+from vlm_calibration.progress import ProgressLine
 from vlm_calibration.records import AnswerType, DataError
 
 if TYPE_CHECKING:
@@ -236,18 +237,14 @@ def _answer_all(
     threshold: float | Threshold | None,
 ) -> list[str]:
     """Answer all questions without an answer in the file; returns a message for each question that is left out."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
 
     folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
     pending = answers.pending(read_questions(questions))
-    columns = ("asking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("asking", total=total, completed=min(total, len(answers.done)))
+    done = min(total, len(answers.done))
+    with ProgressLine("ask", total, "questions", done=done) as line:
         while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
             loaded = [(q, _sample(model, q, folder, many.skip_bad_images, skipped)) for q in batch]
             samples = [(question, sample) for question, sample in loaded if sample is not None]
@@ -257,7 +254,8 @@ def _answer_all(
                 answers.add(
                     [(q, _row(a, threshold)) for (q, _), a in zip(samples, batch_answers, strict=True)]
                 )
-            progress.advance(task, len(batch))
+            done += len(batch)
+            line.update(done)
     return skipped
 
 

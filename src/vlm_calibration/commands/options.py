@@ -51,7 +51,8 @@ def load_model(options: ModelOptions) -> CalibratedModel:
     Raises:
         DataError: see `load_calibrated`.
     """
-    _silence_libraries()
+    # A user of these commands cannot act on them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
 
     base, adapter = options.base, options.adapter
@@ -72,12 +73,3 @@ def load_model(options: ModelOptions) -> CalibratedModel:
 
 def _is_trained(run: str) -> bool:
     return (Path(run) / "adapter" / "adapter_config.json").is_file()
-
-
-def _silence_libraries() -> None:
-    """Suppress warnings and progress bars of transformers that a user of these commands cannot act on."""
-    from transformers.utils import logging as transformers_logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()

@@ -20,6 +20,7 @@ from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, regio
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.labels import answer_is_no
 
@@ -229,7 +230,7 @@ def select(
     bad = BadRecords(source.on_bad_record)
     indices: dict[str, list[int]] = {"present": [], "absent": [], "unlocated": []}
     problems: dict[str, str] = {}
-    for index, query in enumerate(queries):
+    for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
         try:
             check(query, ())
             if policy is not None:

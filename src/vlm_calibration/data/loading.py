@@ -95,6 +95,11 @@ class EpochSampler(DistributedSampler):
         first_epoch, done = self.begin
         return iter([(epoch, int(i)) for i in self.indices()[done if epoch == first_epoch else 0 :]])
 
+    @property
+    def skipped(self) -> int:
+        """Number of samples that are done, of all processes."""
+        return int((~self._pending).sum())
+
     def __len__(self) -> int:
         """Number of samples of a complete epoch."""
         if self.even:
@@ -164,6 +169,16 @@ class QueryLoader(DataLoader):
     ) -> None:
         super().__init__(log.dataset, collate_fn=_Collator(collate_fn), **settings)  # type: ignore[arg-type]
         self.log = log
+
+    @property
+    def total(self) -> int:
+        """Number of samples of all processes, including those that an earlier run finished."""
+        return len(self.log.dataset)
+
+    @property
+    def done(self) -> int:
+        """Number of samples that an earlier run finished; all of them in a process that has none left."""
+        return self.sampler.skipped if isinstance(self.sampler, EpochSampler) else self.total
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Not a generator, so that workers start now and not at the first batch.

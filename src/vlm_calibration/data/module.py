@@ -312,9 +312,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of queries with unperturbed images; each part, and in it each process, has its own shards."""
+        own = self.shards[self.part :: self.parts]
+        finished, pending = (
+            sum(shard.end - shard.begin for shard in own if (shard.number in self._finished) == is_finished)
+            for is_finished in (True, False)
+        )
         sources = [extraction.source for extraction in self.region_plan.extractions]
         return DataLoader(
-            RawBatches(sources, self.pending_shards, self.eval_batch_size),
+            RawBatches(sources, self.pending_shards, self.eval_batch_size, finished, finished + pending),
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,

@@ -87,11 +87,22 @@ class RawBatches(Dataset[RawBatch]):
         sources: the sources.
         shards: the shards, in order.
         batch_size: queries per batch; the last batch of a shard may be smaller.
+        done: number of queries of the shards that an earlier run finished.
+        total: that and the number of queries that all processes of this run have; None: only this process has any.
     """
 
-    def __init__(self, sources: Sequence[QuerySource], shards: Sequence[Shard], batch_size: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[QuerySource],
+        shards: Sequence[Shard],
+        batch_size: int,
+        done: int = 0,
+        total: int | None = None,
+    ) -> None:
         self.sources = sources
         self.queries = [source.queries() for source in sources]
+        self.done = done
+        self.total = done + sum(shard.end - shard.begin for shard in shards) if total is None else total
         self._batches = [
             shard._replace(begin=begin, end=min(begin + batch_size, shard.end))
             for shard in shards

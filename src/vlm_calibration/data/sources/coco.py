@@ -23,6 +23,7 @@ from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.data.sources.instances import AnnotatedImage, Instance, object_mask, read_instances
 from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 from vlm_calibration.text.labels import is_evidence
 
@@ -170,7 +171,8 @@ class CocoSource(QuerySource):
     def _plans(self) -> list[Plan]:
         absent = AbsentObjects({image.file: image.objects for image in self._annotated})
         plans: list[Plan] = []
-        for i, image in enumerate(self._annotated):
+        images = track(self._annotated, f"checking {self.annotations}", len(self._annotated), "images")
+        for i, image in enumerate(images):
             try:
                 self._files.check(image.file)
             except RecordError as error:

@@ -17,11 +17,13 @@ from vlm_calibration.data.sources.base import (
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 
 PARQUET = b"PAR1"
 """The first bytes of a Parquet file."""
+MB = 1e6
 MAX_CHECKED_IMAGES = 100_000
 """Number of image names that are remembered as existing while a file is checked."""
 
@@ -66,7 +68,9 @@ class JsonlSource(QuerySource):
                 raise RecordError(f"duplicate id {query.id!r}, first seen on line {first_lines[query.id]}")
             return query
 
-        for line in json_lines(self.path):
+        size = self.path.stat().st_size / MB if self.path.is_file() else 0.0
+        lines = json_lines(self.path)
+        for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
             if line.number == 1 and line.content.startswith(PARQUET):
                 raise DataError(
                     f"{self.path}: a Parquet file, expected JSON lines: read it with "

@@ -23,6 +23,7 @@ from vlm_calibration.data.sources.tables import (
     read_columns,
     schema_of,
 )
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 from vlm_calibration.text.labels import check_answer
 
@@ -161,7 +162,8 @@ class ParquetSource(TableSource):
             return np.empty(0, dtype=np.int64)
         column = self._table.column("image")
         missing = []
-        for name in column.unique().to_pylist():
+        names = column.unique().to_pylist()
+        for name in track(names, f"checking the images of {self.path}", len(names), "images"):
             try:
                 if name is not None and "\0" not in name:
                     self._files.check(name)

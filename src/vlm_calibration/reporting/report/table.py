@@ -18,6 +18,7 @@ from vlm_calibration.estimators.recalibration import METHODS, recalibrated
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.summary import ALL_METRICS
+from vlm_calibration.progress import track
 from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System
 
@@ -83,43 +84,57 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     rows: list[Row] = []
     notes: dict[str, None] = {}
     base: tuple[System, Measured] | None = None
-    for system in systems:
-        bootstrap = ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
-        for estimator, recalibration, confidence in _confidences(system, notes):
-            measured = bootstrap.measure(confidence)
-            base = base or (system, measured)
-            paired = system.by_id.keys() == base[0].by_id.keys()
-            is_base = measured is base[1]
-            rows.append(
-                Row(
-                    system.name,
-                    estimator,
-                    recalibration,
-                    len(system.predictions),
-                    measured.intervals,
-                    {name: measured.values[name] - base[1].values[name] for name in MEASURED},
-                    {
-                        name: p_value(measured, base[1], name) if paired and not is_base else None
-                        for name in MEASURED
-                    },
-                    system.passes(estimator) if recalibration == RAW else None,
-                )
+    planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
+    bootstraps: dict[str, ImageBootstrap] = {}
+    for system, estimator, recalibration in track(
+        planned, "bootstrap intervals", len(planned), "confidences"
+    ):
+        if system.name not in bootstraps:
+            # One at a time, since the draws of many images take memory.
+            bootstraps = {
+                system.name: ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
+            }
+        measured = bootstraps[system.name].measure(_confidences(system, estimator, recalibration))
+        base = base or (system, measured)
+        paired = system.by_id.keys() == base[0].by_id.keys()
+        is_base = measured is base[1]
+        rows.append(
+            Row(
+                system.name,
+                estimator,
+                recalibration,
+                len(system.predictions),
+                measured.intervals,
+                {name: measured.values[name] - base[1].values[name] for name in MEASURED},
+                {
+                    name: p_value(measured, base[1], name) if paired and not is_base else None
+                    for name in MEASURED
+                },
+                system.passes(estimator) if recalibration == RAW else None,
             )
+        )
     return Compared(rows, list(notes))
 
 
-def _confidences(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str, list[float | None]]]:
-    """Estimator, recalibration and confidences for each row of one system; appends to `notes` what cannot be recalibrated."""
+def _planned(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str]]:
+    """Estimator and recalibration for each row of one system; appends to `notes` what cannot be recalibrated."""
     for estimator in system.estimators:
-        yield estimator, RAW, [p.confidence_of(estimator) for p in system.predictions]
+        yield estimator, RAW
         if system.name == ORACLE:  # calibrated by construction
             continue
         if (reason := _why_not_recalibrated(system, estimator)) is not None:
             notes[f"{system.name}: {estimator} is not recalibrated: {reason}."] = None
             continue
-        assert system.calibration is not None
         for method in METHODS:
-            yield estimator, method, recalibrated(method, system.predictions, estimator, system.calibration)
+            yield estimator, method
+
+
+def _confidences(system: System, estimator: str, recalibration: str) -> list[float | None]:
+    """The confidence in each answer of a system."""
+    if recalibration == RAW:
+        return [p.confidence_of(estimator) for p in system.predictions]
+    assert system.calibration is not None
+    return recalibrated(recalibration, system.predictions, estimator, system.calibration)
 
 
 def _why_not_recalibrated(system: System, estimator: str) -> str | None:

@@ -1,0 +1,235 @@
+"""The log of the answers of an evaluation, and the settings that tell one evaluation from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlm_calibration.callbacks.answer_log import AnswerLog, ResumeState
+from vlm_calibration.callbacks.fingerprint import fingerprint
+from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.schedules import LinearSchedule
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+SETTINGS = {"model.base": "a", "data.noise": "b"}
+QUERIES: Any = {
+    "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
+    "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
+}
+
+
+def _batch(*numbers: int) -> BatchAnswers:
+    """Answers to the queries of these numbers by two systems."""
+
+    def answers(text: str) -> list[EstimatedPrediction]:
+        facts = ("Größe?\u2028", "Yes", text, "yes", 0.29, True, None, 0, "yes_no", None, {"p": 1e-6})
+        return [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
+
+    passes = {"base": {"verbalized": [2] * len(numbers)}}
+    return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
+
+
+def _log(folder: Path, rank: int = 0, settings: dict[str, str] = SETTINGS) -> AnswerLog:
+    return AnswerLog(folder, rank, QUERIES, settings)
+
+
+def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
+    """The log of the first of some processes that have answered these batches of the test set each."""
+    assert _log(folder).find() == ResumeState()
+    for rank, own in enumerate(batches):
+        log = _log(folder, rank)
+        for numbers in own:
+            log.add("test", _batch(*numbers))
+        log.close()
+    return _log(folder)
+
+
+def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
+    _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
+    held_out = _log(tmp_path, 2)
+    held_out.add("calibration", _batch(2, 0))
+    held_out.close()
+    later = _log(tmp_path)
+    state = later.find()
+    assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
+    assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
+    assert [*later.batches("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
+    assert [*later.batches("calibration")] == [_batch(2, 0)]
+    other = _log(tmp_path, 1)
+    other.add("test", _batch(5, 7))
+    later.add("test", _batch(8))
+    later.write_predictions("one", "test", tmp_path / "one.jsonl", 9)
+    later.write_predictions("base", "calibration", tmp_path / "held_out.jsonl")
+    lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == [f"q{n}" for n in range(9)]
+    assert lines[8] == json.dumps(_batch(8)["answers"]["one"][0].to_dict(), ensure_ascii=False)
+    lines = (tmp_path / "held_out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == ["q0", "q2"]
+    later.clear()
+    assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
+
+
+def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
+    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
+    _begun(tmp_path, [(0, 1), (2, 3), (4, 5)])
+    path = tmp_path / ".answered.0.jsonl"
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for cut in (len(lines[0]), len(lines[0]) + 1, len(lines[0] + lines[1]) - 1):
+        path.write_bytes(content[:cut])
+        log = _log(tmp_path)
+        assert log.find().answered == {"test": [0, 1], "calibration": []}
+        assert [*log.batches("test")] == [_batch(0, 1)]
+        log.add("test", _batch(2, 3))
+        log.close()
+        assert path.read_bytes() == lines[0] + lines[1]
+    path.write_bytes(content[:20])
+    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
+
+
+@pytest.mark.parametrize(
+    ("settings", "complete", "reason"),
+    [
+        ({**SETTINGS, "data.noise": "c"}, True, "changed: data.noise"),
+        ({"model.base": "c", "data.noise": "d"}, True, "changed: model.base, data.noise"),
+        ({**SETTINGS, "data.prompt": "c"}, True, "changed: data.prompt"),
+        (SETTINGS, False, "trainer.limit_test_batches is set"),
+    ],
+)
+def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: bool, reason: str) -> None:
+    _begun(tmp_path, [(0, 1)], [(2, 3)])
+    log = _log(tmp_path, settings=settings)
+    answered, message = log.find(complete=complete)
+    assert answered is None
+    assert message == f"{tmp_path}: starting over instead of resuming the interrupted evaluation: {reason}"
+    log.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def _spoilt(path: Path) -> Iterator[tuple[bytes, str]]:
+    first, second = path.read_bytes().splitlines(keepends=True)
+    at, twice = f"{path}:1: damaged", "not answers to the 9 queries of data.test, each once"
+    yield b"\0" * 30 + b"\n" + second, at
+    yield b"[]\n" + second, at
+    yield first.replace(b'"one": [', b'"one": [1, ') + second, at
+    yield first.replace(b'"one": [', b'"one": [], "two": [') + second, at
+    yield first.replace(b'"split": "test"', b'"split": "train"') + second, at
+    yield first.replace(b'"passes": {', b'"passes": 1, "p": {') + second, at
+    yield first + first, twice
+    yield first.replace(b'"q1"', b'"q9"'), twice
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    _begun(tmp_path, [(0, 1), (2, 3)])
+    path = tmp_path / ".answered.0.jsonl"
+    for content, says in [*_spoilt(path)]:
+        assert content != path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            _log(tmp_path).find()
+        assert says in str(caught.value)
+        assert "remove .answered.*.jsonl in this folder" in str(caught.value)
+
+
+def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
+    log = _begun(tmp_path, [(0, 1)], [(2, 3)])
+    for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
+        if batch:
+            other = _log(tmp_path, 1)
+            other.add("test", _batch(*batch))
+            other.close()
+        with pytest.raises(DataError, match="does another evaluation write into this folder"):
+            log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
+        (tmp_path / ".answered.1.jsonl").write_bytes(
+            (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
+        )
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+@pytest.fixture
+def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> Callable[..., dict[str, str]]:
+    adapter, levels = new_adapter(1), str(root / "src/vlm_calibration/demo/levels.json")
+
+    def digests(**changes: Any) -> dict[str, str]:
+        base = BaseModel(model_folder, **changes.pop("base", {}))
+        model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
+        data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
+        trainer: Any = SimpleNamespace(
+            precision=changes.pop("precision", "32-true"),
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            limit_test_batches=1.0,
+        )
+        module = EvaluationModule(base, **{**model, **changes.pop("model", {})})
+        queries = PerturbedQueryDataModule(model_folder, **{**data, **changes.pop("data", {})})
+        assert not changes
+        queries.setup("test")
+        return fingerprint(trainer, module, queries)
+
+    return digests
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({}, ""),
+        ({"data": {"eval_batch_size": 3, "workers": 2, "batch_size": 1}}, ""),
+        ({"base": {"dtype": "float32"}}, "model.base"),
+        ({"model": {"with_base": False, "oracle_levels": None}}, "model.with_base, model.oracle_levels"),
+        ({"model": {"max_new_tokens": 5}}, "model.max_new_tokens"),
+        ({"model": {"estimators": [SelfConsistency(4)]}}, "model.estimators"),
+        ({"model": {"estimators": [ExpectedConfidence([LinearLevels(3)])]}}, "model.estimators"),
+        ({"model": {"estimators": None}}, "model.estimators"),
+        ({"model": {"adapters": {}}}, "model.adapters"),
+        ({"data": {"test": {"": EvalSplit(DemoSource("test", 2))}}}, "data.test"),
+        (
+            {"data": {"test": {"": EvalSplit(DemoSource("test", 3), "drawn")}}},
+            "data.test, the queries of data.test",
+        ),
+        ({"data": {"noise": NoisePolicy(seed=1)}}, "data.noise"),
+        ({"data": {"noise": NoisePolicy(schedule=LinearSchedule())}}, "data.noise"),
+        ({"data": {"noise": NoisePolicy(levels=LinearLevels(3))}}, "data.noise"),
+        ({"data": {"prompt": ElicitationPrompt("{question}?")}}, "data.prompt"),
+        ({"precision": "bf16-true"}, "trainer.precision"),
+    ],
+)
+def test_what_decides_the_answers(
+    decisive: Callable[..., dict[str, str]], changes: dict[str, Any], changed: str
+) -> None:
+    before, after = decisive(), decisive(**changes)
+    assert ", ".join(name for name in before if before[name] != after[name]) == changed
+
+
+def test_files_count_by_their_content(
+    decisive: Callable[..., dict[str, str]], new_adapter: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    before = decisive()
+    levels = json.loads((root / "src/vlm_calibration/demo/levels.json").read_text())
+    for path in (tmp_path / "same.json", tmp_path / "other.json"):
+        path.write_text(json.dumps(levels))
+        after = decisive(model={"oracle_levels": str(path)})
+        assert (after["model.oracle_levels"] == before["model.oracle_levels"]) == (path.stem == "same")
+        levels["provenance"]["seed"] = 5
+    for seed in (1, 2):
+        after = decisive(model={"adapters": {"one": new_adapter(seed)}})
+        assert (after["model.adapters"] == before["model.adapters"]) == (seed == 1)
