@@ -103,7 +103,7 @@ stage_arguments() {
     if [[ $stage == regions ]]; then
         (( ${PART:-0} < ${PARTS:-1} )) || fail "part ${PART:-0} of PARTS=${PARTS:-1}: parts are counted from 0"
         (( ${PARTS:-1} == 1 )) || arguments+=(--data.parts "$PARTS" --data.part "${PART:-0}")
-    elif [[ -e $runs/regions/summary.json ]]; then
+    elif [[ ${DATA:-} && -d $runs/regions ]]; then
         arguments+=(--data.regions "$runs/regions")
     fi
     [[ $stage != evaluate ]] || add_adapters
