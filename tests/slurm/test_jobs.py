@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 import shutil
@@ -89,7 +88,7 @@ def test_all_stages_one_after_the_other(
     """
     counts = _split(scene_files(7), tmp_path / "data")
     settings = {
-        "MODEL": _overlay(tmp_path / "model.yaml", MODEL, model_folder),
+        "MODEL": _overlay(tmp_path / "model.yaml", _model(model_folder)),
         "DATA": "jsonl",
         "DATA_ROOT": str(tmp_path / "data"),
         "TRAINER": _overlay(tmp_path / "trainer.yaml", TRAINER),
@@ -143,24 +142,24 @@ def _split(queries: Path, folder: Path) -> dict[str, int]:
     return counts
 
 
-MODEL: dict[str, Any] = {
-    "model": {
-        "init_args": {
-            "base": {"name_or_path": None, "dtype": "float32"},
-            "lora": {"r": 4, "alpha": 8, "parts": ["language"]},
-            "max_new_tokens": 3,
-        }
-    },
-    "data": {"batch_size": 2, "eval_batch_size": 3, "workers": 0, "max_length": 400},
-}
+def _model(folder: str) -> dict[str, Any]:
+    """An overlay for a small model."""
+    return {
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": folder, "dtype": "float32"},
+                "lora": {"r": 4, "alpha": 8, "parts": ["language"]},
+                "max_new_tokens": 3,
+            }
+        },
+        "data": {"batch_size": 2, "eval_batch_size": 3, "workers": 0, "max_length": 400},
+    }
+
+
 TRAINER = {"trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}}
 
 
-def _overlay(path: Path, settings: dict[str, Any], model: str | None = None) -> str:
-    """Write an overlay, with the folder of the base model where it has one, and return its path."""
-    settings = copy.deepcopy(settings)
-    if model is not None:
-        settings["model"]["init_args"]["base"]["name_or_path"] = model
+def _overlay(path: Path, settings: dict[str, Any]) -> str:
     path.write_text(yaml.safe_dump(settings))
     return str(path)
 
