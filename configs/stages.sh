@@ -109,7 +109,8 @@ stage_arguments() {
     [[ $stage != evaluate ]] || add_adapters
     split_words "${ARGS:-} ${!further:-}"
     check_settings "$stage" "${words[@]}"
-    arguments+=("${words[@]}")
+    # At the end, since a configuration may name another run directory.
+    arguments+=("${words[@]}" --trainer.default_root_dir "$run")
     [[ " ${words[*]} " == *" --overwrite "* ]] || arguments+=(--resume)
 }
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .slurm.cluster import clean_environment
+from .test_configs import parse as parse
 
 OWN = {"MODEL": "qwen2_5_vl_7b", "DATA": "jsonl"}
 
@@ -49,8 +52,9 @@ def _configs(command: list[str]) -> list[str]:
 def test_without_variables_all_is_the_demo(root: Path, tmp_path: Path) -> None:
     sft, dpo, evaluate, report = _commands(root, tmp_path)
     common = ["--runs", str(tmp_path)]
-    assert sft == ["fit", "--config", "configs/sft.yaml", *common, "--resume"]
-    assert dpo == ["fit", "--config", "configs/dpo.yaml", *common, "--resume"]
+    for stage, command in (("sft", sft), ("dpo", dpo)):
+        run = ["--trainer.default_root_dir", f"{tmp_path}/{stage}"]
+        assert command == ["fit", "--config", f"configs/{stage}.yaml", *common, *run, "--resume"]
     assert evaluate[:5] == ["test", "--config", "configs/eval/demo.yaml", *common]
     assert _values(evaluate, "model.init_args.adapters") == ["{}"]
     assert _values(evaluate, "model.init_args.base.name_or_path") == ["src/vlm_calibration/demo/model"]
@@ -75,6 +79,8 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(root: Path, t
         assert _values(command, "runs") == [str(tmp_path)]
         assert _values(command, "data.seed") == ["3"]
         assert command[-1] == "--resume"
+    runs = [_values(command, "trainer.default_root_dir")[-1] for command in commands[:-1]]
+    assert runs == [f"{tmp_path}/{name}" for name in ("regions", "levels", "sft", "dpo", "eval")]
     assert [_configs(command).count("experiment/anchored_dpo") for command in commands] == [0, 0, 0, 1, 0, 0]
     assert commands[-1] == ["report", f"{tmp_path}/eval"]
 
@@ -118,14 +124,16 @@ def test_settings_of_one_stage_reach_no_other(root: Path, tmp_path: Path) -> Non
         "REPORT_ARGS": "--calibration other",
     }
     sft, dpo, report = _commands(root, tmp_path, "sft", "dpo", "report", **variables)
-    assert sft[-5:] == ["--seed_everything", "3", "--data.train.init_args", '{"scenes": 4}', "--overwrite"]
-    assert dpo[-3:] == ["--seed_everything", "3", "--resume"]
+    own = ["--seed_everything", "3", "--data.train.init_args", '{"scenes": 4}', "--overwrite"]
+    assert sft[5:] == [*own, "--trainer.default_root_dir", f"{tmp_path}/sft"]
+    assert dpo[5:-3] == ["--seed_everything", "3"]
     assert report[2:] == ["--calibration", "other"]
 
 
 def test_a_configuration_of_your_own_replaces_that_of_a_stage(root: Path, tmp_path: Path) -> None:
     (command,) = _commands(root, tmp_path, "sft", CONFIG="mine.yaml")
-    assert command == ["fit", "--config", "mine.yaml", "--runs", str(tmp_path), "--resume"]
+    assert command[:3] == ["fit", "--config", "mine.yaml"]
+    assert _values(command, "trainer.default_root_dir") == [f"{tmp_path}/sft"]
 
 
 def test_extracted_regions_are_used_by_all_stages_after_the_extraction(root: Path, tmp_path: Path) -> None:
@@ -154,6 +162,27 @@ def test_parts_of_an_extraction(root: Path, tmp_path: Path) -> None:
     assert (_values(command, "data.parts"), _values(command, "data.part")) == (["3"], ["2"])
     (command,) = _commands(root, tmp_path, "regions", **OWN)
     assert _values(command, "data.parts") == []
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"PRESET": "paper"},
+        {**OWN, "TRAINER": "ddp"},
+        {"MODEL": "qwen2_5_vl_7b qlora", "DATA": "coco", "PRESET": "paper", "TRAINER": "ddp adamw_8bit"},
+        {"MODEL": "smolvlm2_256m", "DATA": "rlaif_v"},
+    ],
+)
+def test_every_stage_accepts_its_settings(
+    root: Path, tmp_path: Path, parse: Callable[[list[str]], Any], variables: dict[str, str]
+) -> None:
+    (tmp_path / "regions").mkdir()
+    *commands, _ = _commands(root, tmp_path, **variables)
+    configs = [parse(["test", *command[2:]] if command[0] == "levels" else command) for command in commands]
+    assert len(configs) >= 3
+    for config in configs:
+        assert config.data.regions == (f"{tmp_path}/regions" if "DATA" in variables else None)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ launch() {
         local tasks=${TASKS:-$gpus} prefix=()
         local settings=(--trainer.devices "$((tasks > 0 ? tasks : 1))")
     fi
-    settings+=(--trainer.accelerator "$([[ $gpus == 0 ]] && echo cpu || echo gpu)" --trainer.default_root_dir "$run")
+    settings+=(--trainer.accelerator "$([[ $gpus == 0 ]] && echo cpu || echo gpu)")
     [[ ${arguments[0]} != report ]] || settings=()
     [[ -z $last_signal ]] || return 138
     "${prefix[@]}" "$python" -u -m vlm_calibration.cli "${arguments[@]}" "${settings[@]}" &
