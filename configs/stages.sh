@@ -84,8 +84,8 @@ stage_arguments() {
         levels) arguments=(levels fit) ;;
         sft | dpo) arguments=(fit) ;;
         evaluate)
-            arguments=(test) config=configs/eval/${DATA:-demo}.yaml
-            [[ -f $config ]] || config=configs/eval/jsonl.yaml
+            arguments=(test) config=configs/eval/demo.yaml
+            [[ ! ${DATA:-} ]] || config=configs/eval/jsonl.yaml
             ;;
         report)
             split_words "${!further:-}"
@@ -103,7 +103,7 @@ stage_arguments() {
     if [[ $stage == regions ]]; then
         (( ${PART:-0} < ${PARTS:-1} )) || fail "part ${PART:-0} of PARTS=${PARTS:-1}: parts are counted from 0"
         (( ${PARTS:-1} == 1 )) || arguments+=(--data.parts "$PARTS" --data.part "${PART:-0}")
-    elif [[ ${DATA:-} && -d $runs/regions ]]; then
+    elif [[ -d $runs/regions ]]; then
         arguments+=(--data.regions "$runs/regions")
     fi
     [[ $stage != evaluate ]] || add_adapters
