@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vlm_calibration.steps import Plan
+
 from .slurm.cluster import clean_environment
 from .test_configs import parse as parse
 
@@ -164,25 +166,34 @@ def test_parts_of_an_extraction(root: Path, tmp_path: Path) -> None:
     assert _values(command, "data.parts") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [
         {},
-        {"PRESET": "paper"},
         {**OWN, "TRAINER": "ddp"},
         {"MODEL": "qwen2_5_vl_7b qlora", "DATA": "coco", "PRESET": "paper", "TRAINER": "ddp adamw_8bit"},
-        {"MODEL": "smolvlm2_256m", "DATA": "rlaif_v"},
     ],
 )
-def test_every_stage_accepts_its_settings(
+def test_the_settings_are_those_of_the_same_plan_in_python(
     root: Path, tmp_path: Path, parse: Callable[[list[str]], Any], variables: dict[str, str]
 ) -> None:
-    (tmp_path / "regions").mkdir()
+    for name in ("regions", "sft/adapter", "dpo/adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    named = {name.lower(): value.split() for name, value in variables.items() if name != "PRESET"}
+    plan = Plan(**named, preset=variables.get("PRESET"), runs=tmp_path)  # type: ignore[arg-type]
     *commands, _ = _commands(root, tmp_path, **variables)
-    configs = [parse(["test", *command[2:]] if command[0] == "levels" else command) for command in commands]
-    assert len(configs) >= 3
-    for config in configs:
-        assert config.data.regions == (f"{tmp_path}/regions" if "DATA" in variables else None)
+    assert len(commands) >= 3
+    for command in commands:
+        stage = _configs(command)[0]
+        subcommand = command[0].replace("levels", "test")
+        adapters = {name: f"{tmp_path}/{name}/adapter" for name in ("sft", "dpo")}
+        settings = {"model.init_args.adapters": adapters} if stage.startswith("eval/") else {}
+        run = f"{tmp_path}/{stage if '/' not in stage else 'eval'}"
+        ours = parse([subcommand, *command[command.index("--config") :]])
+        theirs = parse([subcommand, *plan.arguments(stage, {"trainer.default_root_dir": run, **settings})])
+        del ours["config"], theirs["config"]
+        assert ours == theirs
 
 
 @pytest.mark.parametrize(
