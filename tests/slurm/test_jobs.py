@@ -42,13 +42,13 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     # A limit one to two minutes from now, within the signal's lead of 90 seconds; it is raised again after the requeue.
     elapsed = time.time() - jobs.cluster.started(limited)
     jobs.cluster.limit(limited, int(elapsed // 60) + 2)
+    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
+    jobs.cluster.limit(limited, 10)
     jobs.paused(killed, runs["killed"])
     jobs.cluster("scancel", "--signal=KILL", killed)
     assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
     assert not (runs["killed"] / "adapter").exists()
     (resumed,) = jobs.submit("sft", **pausing, RUN=folders["killed"], TASKS="2")
-    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
-    jobs.cluster.limit(limited, 10)
     whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUN=folders["whole"], TASKS="2")
     assert whole.returncode == 0, whole.stderr
 
