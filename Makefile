@@ -145,17 +145,14 @@ demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (abo
 demo-figure: $(SETUP)  ## draw the README's figure from the evaluation in runs/eval
 	$(PYTHON) -m tests.figures.before_after $(ARGS)
 
-# The headers of configs/slurm/submit.sh and configs/slurm/job.sh list the variables of these targets.
+# The headers of configs/stages.sh, configs/slurm/submit.sh and configs/slurm/job.sh list the variables of these targets.
 slurm-sft: $(SETUP)  ## submit stage 1 to SLURM, e.g. NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu
-	$(if $(CONFIG),SFT_CONFIG="$(CONFIG)") configs/slurm/submit.sh sft
+	configs/slurm/submit.sh sft
 
 slurm-dpo: $(SETUP)  ## submit stage 2 to SLURM, from the adapter of stage 1
-	$(if $(CONFIG),DPO_CONFIG="$(CONFIG)") configs/slurm/submit.sh dpo
+	configs/slurm/submit.sh dpo
 
-# All stages use QUERIES=. On the embedded demo, which has regions: STAGES="sft dpo evaluate".
-STAGES ?= regions sft dpo evaluate
-slurm-all: $(SETUP)  ## submit STAGES= (regions sft dpo evaluate) on QUERIES= to SLURM, each after the one before
-	$(if $(CONFIG),$(error CONFIG= is for one stage; use SFT_CONFIG=, DPO_CONFIG=, EVALUATE_CONFIG=, REGIONS_CONFIG=)) \
+slurm-all: $(SETUP)  ## submit all stages, or STAGES=, to SLURM, each after the one before
 	configs/slurm/submit.sh $(STAGES)
 
 test: $(DEV)  ## the whole test suite

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError
 
-from vlm_calibration.commands.lightning_cli import CalibrationCLI
+from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlays
 from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import resolve_configs
@@ -92,7 +92,8 @@ def parse() -> Callable[[list[str]], Any]:
         sys.argv = argv
 
     def parsed(arguments: list[str]) -> Any:
-        config = parser.parse_args(resolve_configs(arguments))
+        prepare = dict if arguments[0] == "fit" else SharedOverlays()
+        config = parser.parse_args(resolve_configs(arguments, prepare))
         return config[config.subcommand]
 
     return parsed

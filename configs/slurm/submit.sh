@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Submit stages to SLURM, each starting after the one before has succeeded: configs/slurm/submit.sh [regions] [sft] [dpo] [evaluate]
-# Reads these variables and those of job.sh:
+# Submit stages to SLURM, each starting after the one before has succeeded:
+#   MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data configs/slurm/submit.sh [regions] [levels] [sft] [dpo] [evaluate] [report]
+# Without stages, those that a calibration with these variables needs. Reads the variables of configs/stages.sh, of job.sh, and these:
 #
 #   NODES      nodes per job; default: 1
 #   GPUS       GPUs per node, with one process each; default: 1. 0: train on the CPU
@@ -10,32 +11,16 @@
 #   TIME       time limit per job, which is requeued shortly before and resumes; default: 04:00:00
 #   LEAD       seconds before the limit at which the job is signalled to stop; default: 120
 #   PARTITION, ACCOUNT, QOS, MEM   options of sbatch; default: the cluster's
-#   PARTS      jobs that share the queries of stage `regions`; default: 1
 #   OPTIONS    further options of sbatch, e.g. OPTIONS="--exclusive --mail-type=FAIL"
 set -euo pipefail
-
-fail() { echo "submit.sh: $*" >&2; exit 1; }
-
-(( $# > 0 )) || fail "name stages: regions, sft, dpo, evaluate"
-command -v sbatch > /dev/null || fail "sbatch not found; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
 cd "$(dirname "$0")/../.."
+source configs/stages.sh
 
-# Later stages train and evaluate on the queries whose regions the first stage extracts.
-if [[ " $* " == *" regions "* && $# -gt 1 ]]; then
-    export TRAIN_ON=${TRAIN_ON:-regions}
-    [[ $TRAIN_ON != regions || ${QUERIES:-} ]] || fail "QUERIES= is not set: a .jsonl or .parquet file, or a folder of Parquet files," \
-        "whose regions the other stages use. For the embedded demo, which has regions: STAGES=\"sft dpo evaluate\";" \
-        "to train on the data of the configurations: TRAIN_ON=configured"
-fi
-if [[ ${TRAIN_ON:-} == regions ]]; then
-    for stage in "$@"; do
-        config=${stage^^}_CONFIG settings=${stage^^}_ARGS model=--model.init_args.base.name_or_path
-        [[ $stage != sft && $stage != dpo || ${!config:-} || "${ARGS:-} ${!settings:-}" == *"$model"* ]] ||
-            fail "$config= is not set, so $stage would train the demo's model on QUERIES=$QUERIES: name configurations with a model," \
-                "e.g. $config=\"configs/$stage.yaml configs/model/qwen2_5_vl_3b.yaml\""
-    done
-fi
-[[ -z ${QUERIES:-} || -e $QUERIES ]] || fail "QUERIES=$QUERIES: there is no such file or folder"
+command -v sbatch > /dev/null || fail "sbatch not found; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
+(( $# > 0 )) || set -- "${default_stages[@]}"
+[[ ! ${CONFIG:-} || $# == 1 ]] || fail "CONFIG= is for one stage, not for $*"
+# Check the variables of all stages before the first is submitted.
+for stage in "$@"; do stage_arguments "$stage"; done
 
 gpus=${GPUS:-1}
 tasks=$gpus gres=gpu:${GPU_TYPE:+$GPU_TYPE:}$gpus
@@ -45,25 +30,26 @@ elif [[ ${TASKS:-$gpus} != "$gpus" ]]; then
     fail "TASKS=$TASKS with GPUS=$gpus: each GPU has one process"
 fi
 options=(
-    --export=ALL --parsable --nodes="${NODES:-1}" --ntasks-per-node="$tasks" --gres="$gres"
-    --cpus-per-task="${CPUS:-8}" --time="${TIME:-04:00:00}"
+    --export=ALL --parsable --cpus-per-task="${CPUS:-8}" --time="${TIME:-04:00:00}"
     ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} ${QOS:+--qos="$QOS"} ${MEM:+--mem="$MEM"}
 )
 read -ra extra_options <<< "${OPTIONS:-}"
 
 previous=""
 for stage in "$@"; do
-    script=configs/slurm/$stage.sbatch logs=${RUNS_DIR:-runs}/${stage/evaluate/eval}/logs name=%j array_suffix='' stage_options=()
-    [[ -f $script ]] || fail "no stage $stage: expected regions, sft, dpo or evaluate"
+    stage_arguments "$stage"
+    name=%j array_suffix='' stage_options=(--nodes="${NODES:-1}" --ntasks-per-node="$tasks" --gres="$gres")
+    [[ $stage != report ]] || stage_options=(--nodes=1 --ntasks-per-node=1 --gres=none)
     if [[ $stage == regions ]]; then
-        name=%A_%a array_suffix='_*' stage_options=(--array="0-$((${PARTS:-1} - 1))")
+        name=%A_%a array_suffix='_*'
+        stage_options+=(--array="0-$((${PARTS:-1} - 1))")
     fi
-    [[ $stage == evaluate ]] || stage_options+=(--signal="B:USR1@${LEAD:-120}")
+    [[ $stage != @(regions|sft|dpo) ]] || stage_options+=(--signal="B:USR1@${LEAD:-120}")
     # Without kill-on-invalid-dep a job behind a failed one would stay in the queue forever.
     [[ -z $previous ]] || stage_options+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
-    mkdir -p "$logs"
-    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$logs/$name.log" "${extra_options[@]}" "$script")
+    mkdir -p "$run/logs"
+    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$run/logs/$name.log" "${extra_options[@]}" "configs/slurm/$stage.sbatch")
     # With several clusters, sbatch prints JOB;CLUSTER.
     previous=${previous%%;*}
-    echo "$stage: job $previous, $logs/$previous$array_suffix.log"
+    echo "$stage: job $previous, $run/logs/$previous$array_suffix.log"
 done

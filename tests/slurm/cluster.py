@@ -18,6 +18,11 @@ LIMIT = 400
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+STAGE_VARIABLES = (
+    *("ARGS", "CONFIG", "DATA", "EVALUATED", "MODEL", "PART", "PRESET", "RUN", "STAGES", "TRAINER"),
+    *(f"{stage}_ARGS" for stage in ("REGIONS", "LEVELS", "SFT", "DPO", "EVALUATE", "REPORT")),
+)
+"""Beginnings of the variables of configs/stages.sh."""
 
 CONF = """
 ClusterName=tests
@@ -66,8 +71,8 @@ def wait_for(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> 
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without variables that jobs would read: those of make, of another SLURM and of W&B."""
-    others = ("ARGS", "CONFIG", "STAGES", "MAKE", "MFLAGS", "SLURM", "SBATCH", "WANDB")
+    """This process's environment without variables that jobs would read: of stages, make, another SLURM and W&B."""
+    others = ("MAKE", "MFLAGS", "SLURM", "SBATCH", "WANDB", *STAGE_VARIABLES)
     return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 

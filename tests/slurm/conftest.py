@@ -25,16 +25,9 @@ def cluster() -> Iterator[Cluster]:
 
 
 def variables(command: list[str], stage: str = "sft") -> dict[str, str]:
-    """Variables of a stage's job for these arguments of the command line: configuration files and settings."""
-    configs: list[str] = []
-    settings: list[str] = []
-    words = iter(command[1:])
-    for word in words:
-        if word == "--config":
-            configs.append(next(words))
-        else:
-            settings.append(word)
-    return {f"{stage.upper()}_CONFIG": " ".join(configs), f"{stage.upper()}_ARGS": shlex.join(settings)}
+    """The variable with which a stage's job takes these arguments of the command line, after the stage's own configuration."""
+    assert command[1] == "--config"
+    return {f"{stage.upper()}_ARGS": shlex.join(command[3:])}
 
 
 class Jobs:
@@ -48,7 +41,7 @@ class Jobs:
             "PYTHON": sys.executable,
             # Use this repository's source, even if another one is installed.
             "PYTHONPATH": f"{root}/tests/slurm:{root}/src",
-            "RUNS_DIR": str(folder),
+            "RUN": str(folder),
             "GPUS": "0",
             "CPUS": "1",
             # The nodes' names do not resolve to addresses.

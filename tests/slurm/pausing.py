@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import lightning as L
 
 
 class PauseAt(L.Callback):
-    """Writes the file `paused` to the run directory and waits for a signal, in the first process and unless the job was requeued."""
+    """Writes the file `paused` to the run directory and waits for a signal, in the first process and once in a run."""
 
     def __init__(self, epoch: int, batch: int) -> None:
         self.position = (epoch, batch)
@@ -19,7 +18,8 @@ class PauseAt(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        paused = Path(trainer.default_root_dir) / "paused"
         here = (trainer.current_epoch, batch_idx) == self.position and trainer.is_global_zero
-        if here and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-            (Path(trainer.default_root_dir) / "paused").touch()
+        if here and not paused.exists():
+            paused.touch()
             signal.pause()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from ..regions.conftest import scene_files as scene_files
 from ..regions.conftest import tiny as tiny
@@ -33,20 +36,20 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     folders = {name: str(tmp_path / name) for name in ("whole", "limited", "killed")}
     runs = {name: Path(folder) / "sft" for name, folder in folders.items()}
 
-    (limited,) = jobs.submit("sft", **pausing, RUNS_DIR=folders["limited"], NODES="2", TIME="10", LEAD="90")
-    (killed,) = jobs.submit("sft", **pausing, RUNS_DIR=folders["killed"], TASKS="2")
+    (limited,) = jobs.submit("sft", **pausing, RUN=folders["limited"], NODES="2", TIME="10", LEAD="90")
+    (killed,) = jobs.submit("sft", **pausing, RUN=folders["killed"], TASKS="2")
     jobs.paused(limited, runs["limited"])
     # A limit one to two minutes from now, within the signal's lead of 90 seconds; it is raised again after the requeue.
     elapsed = time.time() - jobs.cluster.started(limited)
     jobs.cluster.limit(limited, int(elapsed // 60) + 2)
+    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
+    jobs.cluster.limit(limited, 10)
     jobs.paused(killed, runs["killed"])
     jobs.cluster("scancel", "--signal=KILL", killed)
     assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
     assert not (runs["killed"] / "adapter").exists()
-    (resumed,) = jobs.submit("sft", **settings, RUNS_DIR=folders["killed"], TASKS="2")
-    wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
-    jobs.cluster.limit(limited, 10)
-    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUNS_DIR=folders["whole"], TASKS="2")
+    (resumed,) = jobs.submit("sft", **pausing, RUN=folders["killed"], TASKS="2")
+    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUN=folders["whole"], TASKS="2")
     assert whole.returncode == 0, whole.stderr
 
     assert jobs.done(resumed, runs["killed"])["NumNodes"] == "1"
@@ -74,60 +77,101 @@ def _wandb_ids(run: Path) -> list[str]:
 
 def test_all_stages_one_after_the_other(
     jobs: Jobs,
-    start: Start,
     model_folder: str,
     scene_files: Callable[..., Path],
     tiny: Callable[[str], str],
     tmp_path: Path,
 ) -> None:
-    """`make slurm-all` on one data set: regions in two jobs, then both stages and the evaluation on the extracted regions.
+    """`make slurm-all` on data without regions: their extraction in two jobs, then all stages. Submitted again, nothing is repeated.
 
     SFT receives a signal before training starts.
     """
-    queries = scene_files(7)
-    regions = [
-        *("--model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
-        *("--model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
-        *("--model.init_args.detector.init_args.threshold", "0"),
-        *("--model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
-        *("--data.eval_batch_size", "3", "--data.shard_size", "4", "--data.workers", "0"),
-    ]
-    evaluate = [
-        *("--model.init_args.base", json.dumps({"name_or_path": model_folder, "dtype": "float32"})),
-        *("--model.init_args.max_new_tokens", "3", "--data.workers", "0"),
-    ]
-    short = {"max_steps": 2, "val_check_interval": 2}
+    counts = _split(scene_files(7), tmp_path / "data")
     settings = {
-        "REGIONS_ARGS": shlex.join(regions),
-        **variables(start("sft", **short), "sft"),
-        **variables(start("dpo", stage="dpo", **short), "dpo"),
-        "EVALUATE_ARGS": shlex.join(evaluate),
+        "MODEL": _overlay(tmp_path / "model.yaml", _model(model_folder)),
+        "DATA": "jsonl",
+        "DATA_ROOT": str(tmp_path / "data"),
+        "TRAINER": _overlay(tmp_path / "trainer.yaml", TRAINER),
+        "REGIONS_ARGS": shlex.join(_settings_of_extraction(tiny)),
+        "RUN": str(tmp_path / "runs"),
     }
-    ran = jobs.run("make", "slurm-all", **settings, QUERIES=str(queries), PARTS="2", TIME="10")
-    first, sft, dpo, evaluation = jobs.numbers(ran)
-    assert jobs.cluster.job(sft)["Dependency"].startswith(f"afterok:{first}")
+    runs = tmp_path / "runs"
+    ran = jobs.run("make", "slurm-all", **settings, PARTS="2", TIME="10")
+    first, levels, sft, dpo, evaluation, report = jobs.numbers(ran)
+    assert jobs.cluster.job(levels)["Dependency"].startswith(f"afterok:{first}")
 
-    log = tmp_path / f"sft/logs/{sft}.log"
+    log = runs / f"sft/logs/{sft}.log"
     wait_for(
         lambda: (log.exists() and "SFT in" in log.read_text()) or jobs.cluster.has_ended(sft),
         "the start of SFT",
     )
     jobs.cluster("scancel", "--batch", "--signal=USR1", sft)
-    assert jobs.done(sft, tmp_path / "sft")["Restarts"] == "1"
-    jobs.done(dpo, tmp_path / "dpo")
-    jobs.done(evaluation, tmp_path / "eval")
-    ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
-    assert pq.read_table(tmp_path / "regions/queries.parquet").column("id").to_pylist() == ids
-    summary = json.loads((tmp_path / "regions/summary.json").read_text())
-    assert (summary["queries"], summary["outcomes"]["found"]) == (len(ids), 14) == (21, 14)
-    assert (tmp_path / "regions/contact_sheet.png").exists()
-    for folder, share in (("sft", slice(17, 19)), ("dpo", slice(17, 19))):
-        assert [i.removeprefix("own:") for i in _answered(tmp_path / folder)] == ids[share]
+    jobs.done(levels, runs / "levels")
+    assert jobs.done(sft, runs / "sft")["Restarts"] == "1"
+    jobs.done(dpo, runs / "dpo")
+    jobs.done(evaluation, runs / "eval")
+    jobs.done(report, runs / "eval")
+    rows = sum(pq.read_metadata(path).num_rows for path in (runs / "regions").glob("*.parquet"))
+    assert rows == sum(counts.values())
+    assert [len(_answered(runs / stage)) for stage in ("sft", "dpo")] == [counts["validation"]] * 2
     for system in ("base", "sft", "dpo"):
-        assert _answered(tmp_path / "eval" / system) == [f"own:{i}" for i in ids[19:]]
-    ends = [jobs.cluster.job(number)["EndTime"] for number in (f"{first}_0", f"{first}_1", sft, dpo)]
-    starts = [jobs.cluster.job(number)["StartTime"] for number in (sft, sft, dpo, evaluation)]
+        assert len(_answered(runs / "eval" / system)) == counts["test"]
+    assert (runs / "eval/report.html").exists()
+    chain = (levels, sft, dpo, evaluation, report)
+    ends = [jobs.cluster.job(number)["EndTime"] for number in (f"{first}_0", f"{first}_1", *chain[:-1])]
+    starts = [jobs.cluster.job(number)["StartTime"] for number in (levels, *chain)]
     assert all(end <= start for end, start in zip(ends, starts, strict=True))
+
+    files = {path: path.stat().st_mtime_ns for path in runs.glob("*/adapter/*")}
+    *_, last = jobs.numbers(jobs.run("make", "slurm-all", **settings, PARTS="2", TIME="10"))
+    jobs.done(last, runs / "eval")
+    assert files == {path: path.stat().st_mtime_ns for path in runs.glob("*/adapter/*")}
+
+
+def _split(queries: Path, folder: Path) -> dict[str, int]:
+    """Write the queries of a file, with their images, as the files of a data root; return the number of queries in each."""
+    shutil.copytree(queries.parent, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    rows = [json.loads(line) for line in queries.read_text().splitlines()]
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    shares = {"train": images[:4], "validation": images[4:5], "calibration": images[5:6], "test": images[6:]}
+    counts = {}
+    for name, share in shares.items():
+        chosen = [json.dumps(row) for row in rows if row["image"] in share]
+        (folder / f"{name}.jsonl").write_text("\n".join(chosen))
+        counts[name] = len(chosen)
+    return counts
+
+
+def _model(folder: str) -> dict[str, Any]:
+    """An overlay for a small model."""
+    return {
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": folder, "dtype": "float32"},
+                "lora": {"r": 4, "alpha": 8, "parts": ["language"]},
+                "max_new_tokens": 3,
+            }
+        },
+        "data": {"batch_size": 2, "eval_batch_size": 3, "workers": 0, "max_length": 400},
+    }
+
+
+TRAINER = {"trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}}
+
+
+def _overlay(path: Path, settings: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def _settings_of_extraction(tiny: Callable[[str], str]) -> list[str]:
+    return [
+        *("--model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
+        *("--model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
+        *("--model.init_args.detector.init_args.threshold", "0"),
+        *("--model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
+        *("--data.shard_size", "4"),
+    ]
 
 
 def _answered(folder: Path) -> list[str]:

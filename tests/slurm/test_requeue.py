@@ -41,7 +41,6 @@ def test_options(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("stages", "variables", "culprit"),
     [
-        ([], {}, "stages"),
         (["stf"], {}, "stf"),
         (["sft"], {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2"),
         (["sft"], {"PARTITION": "nowhere"}, "invalid partition"),
@@ -68,9 +67,7 @@ def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
 
 
 def test_only_this_job_of_an_array_is_requeued(jobs: Jobs, tmp_path: Path) -> None:
-    queries = tmp_path / "queries.jsonl"
-    queries.write_text("{}\n" * 10)
-    (number,) = jobs.submit("regions", PYTHON=jobs.interpreter, PARTS="2", QUERIES=str(queries))
+    (number,) = jobs.submit("regions", PYTHON=jobs.interpreter, PARTS="2")
     wait_for(lambda: len([*tmp_path.glob("called-*")]) == 2, "both jobs")
     # The last job of an array has the array's number.
     jobs.cluster("scancel", "--batch", "--signal=USR1", f"{number}_1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shlex
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from ..command_line import LIMIT, restore_sigint
 from ..regions.conftest import scene_files as scene_files
 from ..regions.conftest import tiny as tiny
 from .cluster import clean_environment, wait_for
-from .conftest import variables
 
 
 def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
@@ -30,7 +28,7 @@ def _environment(root: Path, folder: Path, **variables: str) -> dict[str, str]:
     return {
         **clean_environment(),
         "PYTHON": interpreter,
-        "RUNS_DIR": str(folder),
+        "RUN": str(folder),
         "GPUS": "0",
         "WAITS": "0",
         **variables,
@@ -62,31 +60,29 @@ def _values(arguments: list[str], key: str) -> list[str]:
 
 
 def test_settings_reach_the_command(root: Path, tmp_path: Path) -> None:
-    ran = _bash(
-        *(root, tmp_path, "sft.sbatch"),
-        TASKS="2",
-        SFT_CONFIG="configs/sft.yaml configs/trainer/cpu_ddp.yaml",
-        ARGS="--trainer.max_steps 3",
-        SFT_ARGS="--data.train.init_args '{scenes: 4}'",
-    )
+    ran = _bash(root, tmp_path, "sft.sbatch", TASKS="2", TRAINER="cpu_ddp", ARGS="--trainer.max_steps 3")
     assert ran.returncode == 0, ran.stderr
     arguments = _arguments(ran.stdout)
     assert arguments[:4] == ["-u", "-m", "vlm_calibration.cli", "fit"]
     assert _values(arguments, "config") == ["configs/sft.yaml", "configs/trainer/cpu_ddp.yaml"]
     assert _values(arguments, "trainer.max_steps") == ["3"]
-    assert "--data.train.init_args {scenes: 4}" in ran.stdout
     assert _values(arguments, "trainer.default_root_dir") == [f"{tmp_path}/sft"]
     assert _values(arguments, "trainer.devices") == ["2"]
     assert _values(arguments, "trainer.accelerator") == ["cpu"]
-    assert "--ckpt_path" not in arguments
+    assert "--resume" in arguments
 
 
-def test_a_run_with_a_checkpoint_goes_on(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "dpo/checkpoints").mkdir(parents=True)
-    (tmp_path / "dpo/checkpoints/last.ckpt").touch()
-    arguments = _arguments(_bash(root, tmp_path, "dpo.sbatch").stdout)
-    assert _values(arguments, "ckpt_path") == ["last"]
-    assert _values(arguments, "model.init_args.adapter") == [f"{tmp_path}/sft/adapter"]
+@pytest.mark.parametrize("stage", ["regions", "levels", "sft", "dpo", "evaluate", "report"])
+def test_every_stage_has_a_job(root: Path, tmp_path: Path, stage: str) -> None:
+    ran = _bash(root, tmp_path, f"{stage}.sbatch")
+    assert ran.returncode == 0, ran.stderr
+    assert f"{stage.upper()} is done" in ran.stdout
+    run = "eval" if stage in ("evaluate", "report") else stage
+    assert (tmp_path / run / "logs").is_dir()
+    # A report has no trainer.
+    assert _values(_arguments(ran.stdout), "trainer.default_root_dir") == (
+        [] if stage == "report" else [f"{tmp_path}/{run}"]
+    )
 
 
 def test_the_wandb_run_belongs_to_the_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -103,21 +99,9 @@ def test_the_wandb_run_belongs_to_the_checkpoint(root: Path, tmp_path: Path) -> 
     assert number() == second
 
 
-def test_evaluation_takes_the_adapters_that_are_there(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "sft/adapter").mkdir(parents=True)
-    out = _bash(root, tmp_path, "evaluate.sbatch").stdout
-    assert f'--model.init_args.adapters {{"sft": "{tmp_path}/sft/adapter"}} ' in out
-    (tmp_path / "dpo/adapter").mkdir(parents=True)
-    out = _bash(root, tmp_path, "evaluate.sbatch").stdout
-    assert (
-        f'{{"sft": "{tmp_path}/sft/adapter", "dpo": "{tmp_path}/dpo/adapter"}} --trainer.default_root_dir'
-        in out
-    )
-
-
 @pytest.fixture(scope="module")
 def queries(scene_files: Callable[..., Path]) -> Path:
-    """24 queries about seven scenes as JSON lines; beside them `files.parquet`, and `embedded.parquet` with the images inside."""
+    """22 queries about seven scenes as JSON lines, one about an image that cannot be read; beside them `files.parquet`."""
     plain = {"answer": "Yes", "answer_type": "yes_no"}
     damaged = {"id": "damaged", "image": "damaged.png", "question": "Is there a dog?", **plain}
     path = scene_files(7, [damaged])
@@ -126,25 +110,28 @@ def queries(scene_files: Callable[..., Path]) -> Path:
     columns = ("id", "image", "question", "answer", "answer_type", "category")
     rows = [{name: row.get(name) for name in columns} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows), path.with_name("files.parquet"))
-    for row in rows:
-        row["image"] = {"bytes": (path.parent / row["image"]).read_bytes(), "path": None}
-    pq.write_table(pa.Table.from_pylist(rows), path.with_name("embedded.parquet"), row_group_size=5)
     return path
 
 
 @pytest.fixture(scope="module")
-def extraction(tiny: Callable[[str], str]) -> dict[str, str]:
-    """Variables of a job that extracts with tiny models, in shards of four queries."""
-    settings = {
-        "model.init_args.detector.init_args": {"name_or_path": tiny("grounding_dino"), "threshold": 0.0},
-        "model.init_args.segmenter.init_args.name_or_path": tiny("sam"),
-        "model.init_args.gates": {"min_score": 0.02, "min_area": 0.0, "max_area": 1.0},
-        "data.eval_batch_size": 3,
-        "data.shard_size": 4,
-        "data.workers": 0,
-    }
-    words = [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
-    return {"PYTHON": sys.executable, "REGIONS_ARGS": shlex.join(words)}
+def extraction(tiny: Callable[[str], str]) -> Callable[[str, Path], dict[str, str]]:
+    """Function that returns the variables of a job that extracts from a file, with tiny models and in shards of four queries."""
+
+    def variables(source: str, path: Path) -> dict[str, str]:
+        settings = {
+            "data.predict": f"vlm_calibration.data.sources.{source}",
+            "data.predict.init_args.path": str(path),
+            "model.init_args.detector.init_args": {"name_or_path": tiny("grounding_dino"), "threshold": 0.0},
+            "model.init_args.segmenter.init_args.name_or_path": tiny("sam"),
+            "model.init_args.gates": {"min_score": 0.02, "min_area": 0.0, "max_area": 1.0},
+            "data.eval_batch_size": 3,
+            "data.shard_size": 4,
+            "data.workers": 0,
+        }
+        words = [w for name, value in settings.items() for w in (f"--{name}", json.dumps(value).strip('"'))]
+        return {"PYTHON": sys.executable, "REGIONS_ARGS": shlex.join(words)}
+
+    return variables
 
 
 def _extracted(folder: Path) -> dict[str, Any]:
@@ -157,9 +144,10 @@ def _extracted(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
-    root: Path, tmp_path: Path, queries: Path, extraction: dict[str, str]
+    root: Path, tmp_path: Path, queries: Path, extraction: Callable[[str, Path], dict[str, str]]
 ) -> None:
-    ran = _bash(root, tmp_path / "one", "regions.sbatch", QUERIES=str(queries), **extraction)
+    lines = extraction("jsonl.JsonlSource", queries)
+    ran = _bash(root, tmp_path / "one", "regions.sbatch", **lines)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     one = _extracted(tmp_path / "one/regions")
     ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
@@ -167,7 +155,7 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert sum(bool(row["regions"]) for row in one["rows"]) == 14
     assert one["summary"]["queries"] == len(ids)
 
-    two = {"QUERIES": str(queries.with_name("files.parquet")), "PARTS": "2", **extraction}
+    two = {"PARTS": "2", **extraction("parquet.ParquetSource", queries.with_name("files.parquet"))}
     # Another part is at work at the same time: the line that it is writing stays.
     shards = tmp_path / "two/regions/shards"
     shards.mkdir(parents=True)
@@ -176,8 +164,8 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="1", **two)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "part 1 of 2 is done; 3 of 6 shards are other parts'" in ran.stdout
-    lines = (shards / "1.0.jsonl").read_text().splitlines()
-    assert [json.loads(line)["shard"] for line in lines] == [1, 3, 5]
+    rows = (shards / "1.0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in rows] == [1, 3, 5]
     assert (shards / "0.0.jsonl").read_text() == '{"shard": '
     assert not list((tmp_path / "two/regions").glob("*.p*"))
     ran = _bash(root, tmp_path / "two", "regions.sbatch", PART="0", **two)
@@ -189,95 +177,78 @@ def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     assert merged == one
 
 
-@pytest.mark.slow
-def test_training_after_an_extraction_uses_the_extracted_regions(
-    root: Path,
-    tmp_path: Path,
-    queries: Path,
-    extraction: dict[str, str],
-    start: Callable[..., list[str]],
-) -> None:
-    """Images embedded in the Parquet file are read from it."""
-    file = queries.with_name("embedded.parquet")
-    ran = _bash(root, tmp_path, "regions.sbatch", QUERIES=str(file), **extraction)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    training = variables(start("sft", max_steps=2, val_check_interval=2), "sft")
-    ran = _bash(
-        *(root, tmp_path, "sft.sbatch"),
-        **{**training, "PYTHON": sys.executable, "QUERIES": str(file), "TRAIN_ON": "regions"},
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert (tmp_path / "sft/adapter/adapter_model.safetensors").exists()
-    rows = pq.read_table(tmp_path / "regions/queries.parquet").to_pylist()
-    answered = [json.loads(line) for line in (tmp_path / "sft/predictions.jsonl").read_text().splitlines()]
-    begin, end = round(0.8 * len(rows)), round(0.9 * len(rows))
-    assert [a["id"] for a in answered] == [row["id"] for row in rows[begin:end]]
+def _submit(root: Path, folder: Path, *stages: str, **variables: str) -> tuple[Any, list[list[str]]]:
+    """Run submit.sh with a stand-in for sbatch; return what it printed, and the arguments of each submission."""
+    sbatch = folder / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$*" >> {folder}/submitted; wc -l < {folder}/submitted')
+    sbatch.chmod(0o755)
+    environment = {**_environment(root, folder), **variables}
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    command = ["bash", str(root / "configs/slurm/submit.sh"), *stages]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    log = folder / "submitted"
+    return ran, [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def test_each_stage_after_an_extraction_uses_its_share(root: Path, tmp_path: Path) -> None:
-    shares: dict[str, list[float]] = {}
-    settings = {"TRAIN_ON": "regions", "QUERIES": 'a "b"/q.jsonl', "DATA_ROOT": "my images"}
-    for stage in ("sft", "dpo", "evaluate"):
-        ran = _bash(root, tmp_path, f"{stage}.sbatch", **settings)
-        assert ran.returncode == 0, ran.stderr
-        [line] = [line for line in ran.stdout.splitlines() if line.startswith("arguments: ")]
-        for name, text in re.findall(r"--data\.(\w+) (\{.*?\})(?= --)", line):
-            value = json.loads(text)
-            source = (value["own"]["source"] if name == "test" else value)["init_args"]
-            assert source["path"] == f"{tmp_path}/regions/queries.parquet"
-            assert source["images"]["class_path"].endswith("JsonlSource")
-            assert source["images"]["init_args"] == {"path": 'a "b"/q.jsonl', "root": "my images"}
-            shares.setdefault(name, []).extend((source["begin"], source["end"]))
-    assert shares == {"train": [0, 0.8] * 2, "validation": [0.8, 0.9] * 2, "test": [0.9, 1]}
+def test_a_chain_of_all_stages(root: Path, tmp_path: Path) -> None:
+    own = {
+        "MODEL": "qwen2_5_vl_7b",
+        "DATA": "jsonl",
+        "PARTS": "3",
+        "GPUS": "2",
+        "GPU_TYPE": "a100",
+        "NODES": "2",
+    }
+    ran, jobs = _submit(root, tmp_path, **own)
+    assert ran.returncode == 0, ran.stderr
+    stages = ["regions", "levels", "sft", "dpo", "evaluate", "report"]
+    assert [job[-1] for job in jobs] == [f"configs/slurm/{stage}.sbatch" for stage in stages]
+    after = [word.split("=")[1] for job in jobs for word in job if word.startswith("--dependency=")]
+    assert after == [f"afterok:{number}" for number in range(1, 6)]
+    assert "--array=0-2" in jobs[0]
+    for job in jobs[:-1]:
+        assert {"--gres=gpu:a100:2", "--nodes=2", "--ntasks-per-node=2"} <= set(job)
+    assert {"--gres=none", "--nodes=1", "--ntasks-per-node=1"} <= set(jobs[-1])
+    runs = [*stages[:4], "eval", "eval"]
+    assert [line.split(", ")[1].rpartition("/")[0] for line in ran.stdout.splitlines()] == [
+        f"{tmp_path}/{run}/logs" for run in runs
+    ]
+
+
+def test_without_variables_the_chain_is_the_demo_s(root: Path, tmp_path: Path) -> None:
+    ran, jobs = _submit(root, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert [job[-1].split("/")[-1] for job in jobs] == [
+        f"{stage}.sbatch" for stage in ("sft", "dpo", "evaluate", "report")
+    ]
 
 
 @pytest.mark.parametrize(
     ("stages", "variables", "culprit"),
     [
-        ("regions sft", {}, "QUERIES="),
-        ("regions", {"QUERIES": "nowhere.jsonl"}, "QUERIES=nowhere.jsonl"),
-        ("regions sft", {"QUERIES": "README.md"}, "SFT_CONFIG="),
-        ("regions sft dpo", {"QUERIES": "README.md", "SFT_CONFIG": "mine.yaml"}, "DPO_CONFIG="),
+        ("sft stf", {}, "no stage stf"),
+        ("regions sft", {"DATA": "jsonl"}, "MODEL="),
+        ("sft dpo", {"CONFIG": "mine.yaml"}, "CONFIG="),
+        ("sft", {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2"),
     ],
 )
-def test_chains_that_would_work_on_two_data_sets_are_refused(
+def test_nothing_of_an_invalid_chain_is_submitted(
     root: Path, tmp_path: Path, stages: str, variables: dict[str, str], culprit: str
 ) -> None:
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f"#!/bin/sh\necho 1 >> {tmp_path}/submitted; echo 1")
-    sbatch.chmod(0o755)
-    environment = {**_environment(root, tmp_path), **variables}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    command = ["bash", str(root / "configs/slurm/submit.sh"), *stages.split()]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ran, jobs = _submit(root, tmp_path, *stages.split(), **variables)
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"submit.sh: {culprit}"), ran.stderr
-    assert not (tmp_path / "submitted").exists()
+    assert jobs == []
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "culprit"),
-    [
-        ("sft.sbatch", {"PYTHON": "nowhere/python"}, "nowhere/python"),
-        (
-            "sft.sbatch",
-            {"ARGS": "--trainer.max_steps '3"},
-            "--trainer.max_steps '3",
-        ),
-        ("sft.sbatch", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUNS_DIR="),
-        (
-            "regions.sbatch",
-            {"QUERIES": "q.csv"},
-            "QUERIES=q.csv",
-        ),
-        ("sft.sbatch", {"TRAIN_ON": "regions"}, "QUERIES="),
-        ("regions.sbatch", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2"),
-    ],
+    ("variables", "culprit"),
+    [({"PYTHON": "nowhere/python"}, "nowhere/python"), ({"MODEL": "nowhere"}, "MODEL=nowhere")],
 )
 def test_invalid_variables_are_named(
-    root: Path, tmp_path: Path, script: str, variables: dict[str, str], culprit: str
+    root: Path, tmp_path: Path, variables: dict[str, str], culprit: str
 ) -> None:
-    ran = _bash(root, tmp_path, script, **variables)
+    ran = _bash(root, tmp_path, "sft.sbatch", **variables)
     assert ran.returncode == 1
     assert culprit in ran.stderr
 
