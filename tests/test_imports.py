@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "files", "append_log", "settings", "arguments", "errors", "hub", "presets"},
+    {"records", "files", "json_stream", "append_log", "settings", "arguments", "errors", "hub", "presets"},
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},
