@@ -84,7 +84,14 @@ def test_a_file_that_is_cut_off_is_refused(
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("[1,\n2\n3]", 3), ("[1,\n]", 2), ("[1]\n[2]", 2), ("{\n}", 1), ("[1,\n{'a': 2}]", 2), ("[1,\n\n nul]", 3)],
+    [
+        ("[1,\n2\n3]", 3),
+        ("[1,\n]", 2),
+        ("[1]\n[2]", 2),
+        ("{\n}", 1),
+        ("[1,\n{'a': 2}]", 2),
+        ("[1,\n\n nul]", 3),
+    ],
 )
 def test_the_line_of_an_error_is_named(tmp_path: Path, text: str, line: int) -> None:
     path = tmp_path / "x.json"
