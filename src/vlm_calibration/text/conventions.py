@@ -27,6 +27,7 @@ _FORMAT_REQUEST = (
 _AT_END = re.compile(rf"(?:(?<=\s)|(?<=[.?!])){_FORMAT_REQUEST}\s*\Z", re.IGNORECASE)
 _AT_BEGIN = re.compile(rf"\A\s*{_FORMAT_REQUEST}(?:(?<=\.)\s+|\s*\n\s*)(?=\S)", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(?:yes|no)\s*(?:[.,;:!—–-]|\Z)", re.IGNORECASE)
+_BOX = re.compile(r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*")
 _CONFIDENCE = re.compile(
     r"confiden|certain|\bsure\b|probabilit|likelihood|置信|信心|可信|確信", re.IGNORECASE
 )
@@ -52,18 +53,20 @@ def infer_answer_type(answer: str) -> AnswerType:
     return "short" if len(answer.split()) <= MAX_SHORT_WORDS else "open"
 
 
-def check_no_confidence(answer: str) -> None:
-    """Make sure that a gold answer does not state a confidence, which training would then teach beside its own.
+def check_trainable(answer: str) -> None:
+    """Make sure that a gold answer is a text that can be graded, and states no confidence, which training would teach beside its own.
 
     A bare percentage ("50%") is an answer.
 
     Raises:
-        RecordError: it does.
+        RecordError: the answer states a confidence, or is a box of coordinates, as in the grounding parts of LLaVA-1.5's mix.
     """
     if _CONFIDENCE.search(answer) and strip_confidence(answer) != answer.strip():
         raise RecordError(
             f"the answer states a confidence: {answer.strip()[-60:]!r}; remove it from the answer"
         )
+    if _BOX.fullmatch(answer):
+        raise RecordError(f"the answer is a box of coordinates, which cannot be graded: {answer.strip()!r}")
 
 
 def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
