@@ -174,6 +174,10 @@ class ConversationSource(QuerySource):
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: changed while in use, at question {index + 1}: {error}") from error
 
+    def image_file(self, query: Query) -> Path:
+        """The file of a query's image, links resolved."""
+        return self.images.path(query.image)
+
     def load(self, query: Query) -> LoadedImage:
         try:
             return with_regions(query, self.images.load(query.image))

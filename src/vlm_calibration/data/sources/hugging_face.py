@@ -200,6 +200,21 @@ class HuggingFaceSource(QuerySource):
         row = int(self._rows[index])
         return self._make(row, self._data.text(row))
 
+    def image_file(self, query: Query) -> Path | None:
+        """The file of a query's image, links resolved; None if it is embedded."""
+        return self._data.file(query.image)
+
+    def image_id(self, query: Query) -> str:
+        """A text that is the same for two queries if their images are stored in one place."""
+        return str(self.image_file(query) or f"{self._data.name}:{query.image}")
+
+    def image_content(self, query: Query) -> Path | bytes:
+        """The file of a query's image, which is not opened, or its encoded bytes; DataError if the row has none."""
+        try:
+            return self.image_file(query) or self._data.read(query.image)
+        except RecordError as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+
     def load(self, query: Query) -> LoadedImage:
         try:
             return with_regions(query, self._data.load(query.image))

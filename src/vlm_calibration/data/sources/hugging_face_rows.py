@@ -111,7 +111,7 @@ def _is_hub_name(path: str) -> bool:
         or path.startswith(".")
         or path.endswith((".parquet", ".json", ".jsonl", ".arrow"))
     )
-    return not is_path and path.count("/") <= 1
+    return not is_path and path.count("/") == 1
 
 
 class DatasetRows:
@@ -158,24 +158,47 @@ class DatasetRows:
 
     def image_keys(self) -> Iterator[bytes]:
         """What tells images apart, for each row."""
-        [column] = (self._image_ids or self._images).column_names
-        for batch in (self._image_ids or self._images).iter(BATCH if self._image_ids else IMAGE_BATCH):
+        keys, size = (self._images, IMAGE_BATCH) if self._image_ids is None else (self._image_ids, BATCH)
+        [column] = keys.column_names
+        for batch in keys.iter(size):
             for value in batch[column]:
                 yield _image_key(value)
 
-    def load(self, name: str) -> np.ndarray:
-        """Load the image `name` of a query, uint8 [H, W, 3]; ImageError or RecordError."""
-        if self._are_files:
-            return self.folder.load(name)
-        [value] = self._images[EmbeddedImages.row(name)].values()
-        image = single(value)
-        if isinstance(image, Mapping):
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, str) and image:
-            return self.folder.load(image)
-        if not image or not isinstance(image, bytes):
+    @property
+    def name(self) -> str:
+        """The same for data sets of equal content and history."""
+        return str(self._images._fingerprint)
+
+    def file(self, name: str) -> Path | None:
+        """The file of the image `name` of a query; None if it is embedded."""
+        content = name if self._are_files else self._content(name)
+        return self.folder.path(content) if isinstance(content, str) else None
+
+    def read(self, name: str) -> bytes:
+        """The encoded bytes of the image `name` of a query.
+
+        Raises:
+            RecordError: the row has no image.
+        """
+        content = self._content(name)
+        if not isinstance(content, bytes):
             raise RecordError(f"{name} holds no image bytes")
-        return load_image(image, name=name)
+        return content
+
+    def load(self, name: str) -> np.ndarray:
+        """Load the image `name` of a query, uint8 [H, W, 3].
+
+        Raises:
+            RecordError: the row has no image, or its path leaves the folder.
+            ImageError: the image cannot be read.
+        """
+        file = self.file(name)
+        return load_image(self.read(name), name=name) if file is None else load_image(file)
+
+    def _content(self, name: str) -> bytes | str | None:
+        """The bytes of an embedded image, or the path that stands in their place; None if there is neither."""
+        [value] = self._images[EmbeddedImages.row(name)].values()
+        return _bytes_or_path(single(value))
 
 
 def _undecoded(dataset: Dataset) -> Dataset:
@@ -208,11 +231,13 @@ def single(value: Any) -> Any:
 
 
 def _image_key(value: Any) -> bytes:
-    """The bytes of an embedded image or their digest, or the path of a file."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return blake2b(value, digest_size=16).digest()
-    return repr(value).encode()
+    """The digest of an embedded image, or the path of a file or the id of an image."""
+    content = _bytes_or_path(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    return blake2b(content, digest_size=16).digest() if isinstance(content, bytes) else repr(content).encode()
+
+
+def _bytes_or_path(image: Any) -> Any:
+    """The content of an image object {bytes, path}; any other value as it is, and None for an empty one."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    return image or None

@@ -130,6 +130,10 @@ class PublishedSource(QuerySource):
         """The query of a row that was checked."""
         return query_from_dict({name: row[name] for name in COLUMNS})
 
+    def image_file(self, query: Query) -> Path:
+        """The file of a query's image, links resolved."""
+        return self.images.path(query.image)
+
     def load(self, query: Query) -> LoadedImage:
         try:
             return with_regions(query, self.images.load(query.image))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from vlm_calibration.records import DataError
+from vlm_calibration.settings import digest
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class ImageShare:
     def __contains__(self, image: str | bytes) -> bool:
         if self.is_all:
             return True
-        name = image if isinstance(image, bytes) else image.encode("utf-8", "surrogatepass")
-        place = int.from_bytes(blake2b(name, digest_size=6).digest(), "big") / 2**48
-        return self.begin <= place < self.end
+        return self.begin <= int(digest([image]), 16) / 16**32 < self.end
 
     def nothing_left(self, where: object, total: int) -> DataError:
         """The error to raise if none of `total` usable queries is in the share; `where` names the file."""
