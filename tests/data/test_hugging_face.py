@@ -173,7 +173,9 @@ def test_every_form_of_image(save: Callable[..., str], tmp_path: Path, form: str
     source = HuggingFaceSource(save(rows(2, image=values), image=feature), root=str(tmp_path))
     assert [source.load(q).image[0, 0, 0] for q in source.queries()] == [5, 6]
     contents = [source.image_content(q) for q in source.queries()]
-    assert [c if isinstance(c, bytes) else c.read_bytes() for c in contents] == [png(i)["bytes"] for i in (5, 6)]
+    assert [c if isinstance(c, bytes) else c.read_bytes() for c in contents] == [
+        png(i)["bytes"] for i in (5, 6)
+    ]
     assert len({source.image_id(q) for q in source.queries()}) == 2
     assert (source.image_file(source.queries()[0]) is None) == ("path" not in form)
 
