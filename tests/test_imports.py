@@ -15,7 +15,10 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 LAYERS = (
-    {"records", "files", "append_log", "settings", "arguments", "errors", "hub", "presets", "progress"},
+    {
+        *("records", "files", "json_stream", "append_log", "settings", "arguments", "errors", "hub", "presets"),
+        "progress",
+    },
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},

@@ -44,7 +44,12 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     assert f"python{project['requires-python']}" in environment["dependencies"]
 
 
-EXTRAS = {"app": "app/", "dashboard": "reporting/dashboard.py", "regions": "regions/tagger.py"}
+EXTRAS = {
+    "app": "app/",
+    "dashboard": "reporting/dashboard.py",
+    "datasets": "data/sources/hugging_face",
+    "regions": "regions/tagger.py",
+}
 """Extra -> prefix of the modules that may import its packages."""
 
 

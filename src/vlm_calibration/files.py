@@ -205,6 +205,11 @@ class JsonLine(NamedTuple):
         """File and line number, for messages."""
         return f"{self.path}:{self.number}"
 
+    @property
+    def length(self) -> int:
+        """Number of bytes."""
+        return len(self.content)
+
     def read(self, convert: Callable[[Any], T]) -> T:
         """Decode the line and convert the value.
 

@@ -14,7 +14,7 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.images import ImageChecks, ImageFolder
 from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
@@ -24,8 +24,6 @@ from vlm_calibration.text.labels import check_answer
 PARQUET = b"PAR1"
 """The first bytes of a Parquet file."""
 MB = 1e6
-MAX_CHECKED_IMAGES = 100_000
-"""Number of image names that are remembered as existing while a file is checked."""
 
 
 class JsonlSource(QuerySource):
@@ -57,13 +55,13 @@ class JsonlSource(QuerySource):
         """Offsets of the lines that hold a valid query."""
         self.bad = BadRecords(self.on_bad_record)
         first_lines: dict[str, int] = {}
-        checked_images: set[str] = set()
+        checks = ImageChecks(self.images)
         offsets = array("q")
 
         def convert(value: Any) -> Query:
             query = query_from_dict(value)
             check_answer(query)
-            self._check_image(query, checked_images)
+            _check_image(query, checks)
             if query.id in first_lines:
                 raise RecordError(f"duplicate id {query.id!r}, first seen on line {first_lines[query.id]}")
             return query
@@ -88,16 +86,6 @@ class JsonlSource(QuerySource):
             raise DataError(f"{self.path}: no usable query in this file")
         return offsets
 
-    def _check_image(self, query: Query, checked: set[str]) -> None:
-        if query.image in checked:
-            return
-        try:
-            self.images.check(query.image)
-        except RecordError as error:
-            raise RecordError(f"record {query.id!r}: {error}") from error
-        if len(checked) < MAX_CHECKED_IMAGES:
-            checked.add(query.image)
-
     def _query(self, index: int) -> Query:
         assert self._offsets is not None
         try:
@@ -112,3 +100,10 @@ class JsonlSource(QuerySource):
             return with_regions(query, self.images.load(query.image))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+
+
+def _check_image(query: Query, checks: ImageChecks) -> None:
+    try:
+        checks.check(query.image)
+    except RecordError as error:
+        raise RecordError(f"record {query.id!r}: {error}") from error

@@ -5,9 +5,8 @@ The columns are the keys of a query. Images are files below a data root, are emb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,7 @@ from vlm_calibration.data.sources.tables import (
     is_embedded,
     parquet_files,
     read_columns,
+    region_without_nulls,
     schema_of,
 )
 from vlm_calibration.progress import track
@@ -183,7 +183,7 @@ class ParquetSource(TableSource):
         [record] = self._table.slice(row, 1).to_pylist()
         if self._embedded is not None:
             record["image"] = self._embedded.name(row)
-        record["regions"] = [_region(region) for region in record.get("regions") or ()]
+        record["regions"] = [region_without_nulls(region) for region in record.get("regions") or ()]
         return query_from_dict(record)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
@@ -209,16 +209,6 @@ def _cast_columns(table: pa.Table) -> pa.Table:
         elif field.name != "regions" and not pa.types.is_dictionary(field.type):
             table = table.set_column(index, field.name, table.column(index).cast(expected))
     return table
-
-
-def _region(region: Mapping[str, Any] | None) -> Any:
-    """A region without a mask that Parquet filled with nulls."""
-    if region is None:
-        return None
-    mask = region.get("mask")
-    if mask is not None and all(value is None for value in mask.values()):
-        mask = None
-    return {**region, "mask": mask}
 
 
 def _is_text(dtype: pa.DataType) -> bool:

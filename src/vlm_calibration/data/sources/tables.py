@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,16 @@ def read_columns(files: Sequence[Path], columns: Sequence[str], repeating: Seque
                 f"{file}: cannot read the columns {', '.join(columns)}: {first_line(error)}"
             ) from error
     return pa.concat_tables(parts).unify_dictionaries()
+
+
+def region_without_nulls(region: Mapping[str, Any] | None) -> Any:
+    """A region without a mask that Parquet filled with nulls."""
+    if region is None:
+        return None
+    mask = region.get("mask")
+    if mask is not None and all(value is None for value in mask.values()):
+        mask = None
+    return {**region, "mask": mask}
 
 
 def is_embedded(kind: pa.DataType) -> bool:
