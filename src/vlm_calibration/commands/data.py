@@ -12,6 +12,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded, Subcommands
+from vlm_calibration.commands.data_fetch import fetch
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.errors import CommandError, explained_errors
 from vlm_calibration.records import DataError
@@ -82,7 +83,7 @@ def inspect(
 
 SUBCOMMANDS = Subcommands(
     "Examine data before training on it, split it, and fetch benchmarks.",
-    {"inspect": inspect, "split": split},
+    {"inspect": inspect, "split": split, "fetch": fetch},
 )
 
 
