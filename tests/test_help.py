@@ -26,8 +26,10 @@ HEAVY = ("torch", "lightning", "transformers", "peft", "wandb", "gradio", "matpl
 LIGHT: dict[str, tuple[str, ...]] = {
     "levels": ("fit",),
     "levels fit": ("--config", "--model.init_args.out", "AnchoredLevels"),
-    "data": ("inspect",),
-    "data inspect": ("--config", "--sample"),
+    "data": ("inspect", "split", "fetch"),
+    "data inspect": ("--config", "--sample", "--no-leaks", "--strict"),
+    "data split": ("--shares", "--no-near-identical"),
+    "data fetch": ("pope", "amber", "--check"),
     "estimate-memory": ("--config", "--tokens", "memory"),
     "score": ("pope", "amber", "jsonl"),
     "score pope": ("--answers", "--labels", "--write-official"),
