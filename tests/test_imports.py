@@ -16,7 +16,17 @@ import pytest
 PACKAGE = "vlm_calibration"
 LAYERS = (
     {
-        *("records", "files", "json_stream", "append_log", "settings", "arguments", "errors", "hub", "presets"),
+        *(
+            "records",
+            "files",
+            "json_stream",
+            "append_log",
+            "settings",
+            "arguments",
+            "errors",
+            "hub",
+            "presets",
+        ),
         "progress",
     },
     {"text", "perturbation", "losses", "metrics"},

@@ -14,6 +14,7 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
+from vlm_calibration.data.sources.data_root import MissingFileError
 from vlm_calibration.data.sources.images import ImageChecks, ImageFolder
 from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
@@ -53,6 +54,8 @@ class JsonlSource(QuerySource):
 
     def _check_lines(self) -> array[int]:
         """Offsets of the lines that hold a valid query."""
+        if not self.path.exists():
+            raise MissingFileError(self.path)
         self.bad = BadRecords(self.on_bad_record)
         first_lines: dict[str, int] = {}
         checks = ImageChecks(self.images)
@@ -86,14 +89,21 @@ class JsonlSource(QuerySource):
             raise DataError(f"{self.path}: no usable query in this file")
         return offsets
 
+    def line(self, index: int) -> bytes:
+        """The line of one of `queries` as it is in the file."""
+        assert self._offsets is not None, "`queries` is called first"
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            return file.readline()
+
     def _query(self, index: int) -> Query:
-        assert self._offsets is not None
         try:
-            with self.path.open("rb") as file:
-                file.seek(self._offsets[index])
-                return query_from_dict(parse_json(file.readline()))
+            return query_from_dict(parse_json(self.line(index)))
         except (OSError, RecordError) as error:
             raise DataError(f"{self.path}: changed while in use, at record {index + 1}: {error}") from error
+
+    def image_file(self, query: Query) -> Path:
+        return self.images.path(query.image)
 
     def load(self, query: Query) -> LoadedImage:
         try:

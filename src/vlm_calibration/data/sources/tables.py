@@ -26,6 +26,7 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
+from vlm_calibration.data.sources.data_root import MissingFileError
 from vlm_calibration.files import first_line, replacing
 from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -41,10 +42,11 @@ def parquet_files(path: Path) -> list[Path]:
     Raises:
         DataError: there is no such file.
     """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not all(os.path.isfile(f) for f in files):
-        reason = "no *.parquet file in this folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: cannot read the queries: {reason}")
+    if not path.exists():
+        raise MissingFileError(path)
+    files = sorted(f for f in path.glob("*.parquet") if f.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: cannot read the queries: no *.parquet file in this folder")
     return files
 
 
@@ -131,9 +133,17 @@ class EmbeddedImages:
             RecordError: the row has no image.
             ImageError: the image cannot be read.
         """
+        return load_image(self.read(name), name=name)
+
+    def read(self, name: str) -> bytes:
+        """The encoded bytes of the image `name`.
+
+        Raises:
+            RecordError: the row has no image.
+        """
         row = self.row(name)
         if self.unpacked is not None and os.path.isfile(path := self.unpacked / str(row)):
-            return load_image(path.read_bytes(), name=name)
+            return path.read_bytes()
         self._index_groups()
         group = bisect_right(self._ends, row)
         first = self._ends[group - 1] if group else 0
@@ -143,7 +153,7 @@ class EmbeddedImages:
         content = contents[row - first].as_py()
         if not content:
             raise RecordError(f"{name} holds no image bytes")
-        return load_image(content, name=name)
+        return bytes(content)
 
     def _group(self, group: int) -> Any:
         """The bytes of the images of a row group, a binary array; the last group is cached."""
@@ -210,6 +220,19 @@ class TableSource(QuerySource):
             return self._read(row)
         except RecordError as error:
             raise DataError(f"{self.path}: row {row}: {error}") from error
+
+    def image_id(self, query: Query) -> str:
+        self._opened_rows()
+        return super().image_id(query) if self._embedded is None else f"{self.path.resolve()}:{query.image}"
+
+    def image_content(self, query: Query) -> Path | bytes | np.ndarray:
+        self._opened_rows()
+        if self._embedded is None:
+            return super().image_content(query)
+        try:
+            return self._embedded.read(query.image)
+        except RecordError as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
     def load(self, query: Query) -> LoadedImage:
         self._opened_rows()  # nobody calls `queries` of a source that only loads another source's images
