@@ -1,8 +1,14 @@
 # Every task of the project as a target. `make help` lists them; each installs what it needs first.
 #
 #   PYTHON=...  use this interpreter as it is, without a virtual environment
-#   CONFIG=...  configuration file of train-sft and train-dpo (default: the embedded demo)
 #   ARGS=...    further arguments of the command, e.g. ARGS="--trainer.max_steps 100"
+#
+# Your own model and data, instead of the embedded demo, in the targets calibrate, regions, levels, train-sft, train-dpo, evaluate, report and
+# slurm-*: see configs/stages.sh for all variables.
+#   MODEL=...   a file in configs/model, e.g. MODEL=qwen2_5_vl_7b, or your own
+#   DATA=...    a file in configs/data, e.g. DATA=jsonl; DATA_ROOT=...: the folder of the data
+#   PRESET=...  a file in configs/experiment (default: anchored); TRAINER=...: a file in configs/trainer, e.g. TRAINER=ddp
+#   RUN=...     name of the calibration, whose run directories are in runs/RUN (default: the name of the model)
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -32,7 +38,15 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: help setup demo train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench clean
+# 1 if the variables name a model, data or a configuration of the user's.
+OWN := $(strip $(MODEL)$(DATA)$(CONFIG))
+# The shell script below turns these variables into the settings of each stage.
+ifdef OWN
+  export RUN ?= $(basename $(notdir $(firstword $(MODEL))))
+endif
+export PYTHON
+
+.PHONY: help setup demo calibrate regions levels train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -65,6 +79,12 @@ demo:  ## the whole method on the embedded demo: both stages, our preset and the
 	$(MAKE) --no-print-directory report ARGS= RUNS=runs/eval
 	mkdir -p runs/demo && cp runs/eval/report.* runs/demo/
 
+regions: $(SETUP)  ## find the regions of the queries that have none
+	configs/stages.sh regions
+
+levels: $(SETUP)  ## measure the base model's accuracy at every noise step
+	configs/stages.sh levels
+
 # Demo targets overwrite earlier runs in runs/sft, runs/dpo, runs/sft-paper and runs/dpo-paper, unless ARGS= resumes the run or
 # moves ours to another directory.
 REPLACE_PAPER = $(if $(findstring --ckpt_path,$(ARGS)),,--overwrite)
@@ -92,13 +112,24 @@ demo-dpo: $(SETUP)  ## stage 2 on the demo, our preset and the paper's, without 
 	$(call side_by_side,--config configs/dpo.yaml,--config configs/dpo.yaml $(PAPER_DPO) \
 	  --model.init_args.adapter runs/sft-paper/adapter,dpo-paper)
 
-ifdef CONFIG
-train-sft: $(SETUP)  ## stage 1 on the demo, or with CONFIG=
-	$(CLI) fit --config $(CONFIG) $(ARGS)
+ifdef OWN
+calibrate: $(SETUP)  ## all stages on MODEL= and DATA=, from regions to report; finished ones are not repeated (without them: the demo)
+	configs/stages.sh
 
-train-dpo: $(SETUP)  ## stage 2 on the demo, or with CONFIG=, from the adapter of stage 1
-	$(CLI) fit --config $(CONFIG) $(ARGS)
+train-sft: $(SETUP)  ## stage 1 on the demo, or on MODEL= and DATA=
+	configs/stages.sh sft
+
+train-dpo: $(SETUP)  ## stage 2 on the demo, or on MODEL= and DATA=, from the adapter of stage 1
+	configs/stages.sh dpo
+
+evaluate: $(SETUP)  ## compare the base model and the adapters of both stages on the test split of DATA=, or of the demo
+	configs/stages.sh evaluate
+
+report: $(SETUP)  ## write report.html about the evaluation
+	configs/stages.sh report
 else
+calibrate: demo
+
 # Trains the paper's preset as well, for comparison.
 train-sft: demo-sft
 	$(MAKE) --no-print-directory evaluate EVALUATED="sft-paper sft" ARGS="$(STATED)"
@@ -106,7 +137,6 @@ train-sft: demo-sft
 train-dpo: $(SETUP)
 	$(CLI) fit --config configs/dpo.yaml $(REPLACE) $(ARGS)
 	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo" ARGS="$(STATED)"
-endif
 
 # Evaluate the stated confidence only: no other estimators, no recalibration.
 STATED := --model.init_args.estimators=[] --data.calibration=null
@@ -118,8 +148,14 @@ comma := ,
 # An adapter names its base model; without adapters, evaluate the demo's.
 BASE_ONLY = $(if $(strip $(EVALUATED)),,--model.init_args.base.name_or_path src/vlm_calibration/demo/model)
 
-evaluate: $(SETUP)  ## compare the base model and the adapters of EVALUATED= on the demo's test split
+evaluate: $(SETUP)
 	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(BASE_ONLY) $(ARGS)
+
+RUNS ?= runs/eval
+
+report: $(SETUP)
+	$(CLI) report $(RUNS) $(ARGS)
+endif
 
 ENTITY ?=
 PROJECT ?= vlm-calibration
@@ -129,11 +165,6 @@ app: $(APP)  ## web page on 127.0.0.1 with the demo's adapters (ARGS="--adapter 
 
 dashboard: $(DASHBOARD)  ## create a W&B workspace and report for PROJECT= of ENTITY= (ARGS=--print: only print them)
 	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)
-
-RUNS ?= runs/eval
-
-report: $(SETUP)  ## write report.html about the runs and evaluations in RUNS=
-	$(CLI) report $(RUNS) $(ARGS)
 
 demo-levels: $(SETUP)  ## measure the demo's anchored levels again
 	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json

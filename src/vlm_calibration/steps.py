@@ -183,20 +183,27 @@ def _run(command: list[str], plan: Plan, stage: str, settings: Settings) -> Path
     """Run a subcommand of LightningCLI; return its run directory."""
     from vlm_calibration.commands.lightning_cli import lightning_command
 
-    with _command_line():
+    with _as_one_command():
         cli = lightning_command([*command, *plan.arguments(stage, settings)])
     return Path(cli.trainer.default_root_dir)
 
 
 @contextmanager
-def _command_line() -> Iterator[None]:
-    """Keep the process's own arguments. Lightning starts the other processes of a DDP run with those of the step."""
-    before = sys.argv
+def _as_one_command() -> Iterator[None]:
+    """Run a step as if it were the only one of this process: with a W&B run of its own, unless the caller has begun one.
+
+    Lightning starts the other processes of a DDP run with the arguments in `sys.argv`, so these are the step's for as long as it runs.
+    """
+    import wandb
+
+    arguments, run = sys.argv, wandb.run
     sys.argv = [str(Path(__file__).with_name("cli") / "__main__.py")]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv = arguments
+        if run is None:
+            wandb.finish()
 
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:

@@ -123,9 +123,9 @@ def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]
     """The sources of a data module by the names of their settings, with the regions of `data.regions` if it is set."""
     from vlm_calibration.data.regions import split_with_regions
 
-    for name, split in data.settings.items():
+    for name, eval_split in data.settings.items():
         if data.regions is not None:
-            split = split_with_regions(Path(data.regions), name, split)
-        yield f"data.{name}", split.source
+            eval_split = split_with_regions(Path(data.regions), name, eval_split)
+        yield f"data.{name}", eval_split.source
     if data.predict is not None:
         yield "data.predict", data.predict

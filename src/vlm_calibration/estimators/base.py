@@ -94,7 +94,7 @@ class Estimator(ABC):
 
     Attributes:
         name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
-        levels: the scales of the confidences that can be stated; empty: the scale of the data's noise.
+        levels: scales of the confidences that can be stated, beside the scale of the data's noise.
     """
 
     name: ClassVar[str]

@@ -30,8 +30,8 @@ class ExpectedConfidence(Estimator):
     mean.
 
     Args:
-        levels: the scales whose levels are averaged; None: the scale of the data's noise. Use the levels that the model was
-            taught, and for several models those of all of them.
+        levels: scales whose levels are averaged, beside the scale of the data's noise. Use the levels that the model was taught, and
+            for several models those of all of them.
     """
 
     name = "expected"

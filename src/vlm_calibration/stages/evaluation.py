@@ -136,9 +136,9 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def levels(self) -> list[ConfidenceLevels]:
-        """The levels whose confidences estimators range over: the estimators' own, else those of the data's noise."""
+        """The levels whose confidences estimators range over: those of the data's noise, and the estimators' own."""
         levels = [level for e in self.estimators.values() for level in e.levels]
-        return levels or [self.trainer.datamodule.noise.levels]  # type: ignore[attr-defined]
+        return [self.trainer.datamodule.noise.levels, *levels]  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

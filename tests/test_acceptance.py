@@ -1,0 +1,241 @@
+"""A stranger's first hour: the README's own commands, from a file of queries to the report.
+
+The wheel is in an environment of its own, the data are photographs as people have them, and the model is in a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_calibration.demo.questions import scene_seed
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.demo.source import DemoSource, scene_index
+from vlm_calibration.perturbation.masks import bounding_box
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL = ROOT / "src/vlm_calibration/demo/model"
+SECTION = "## Your own model and data"
+IMAGES = 300
+SIZES = ((192, 192), (320, 240), (240, 320), (500, 375), (96, 128))
+ORIENTATION = 0x0112
+WATCH = """
+import os, sys
+own, allowed, log = (os.environ[name] for name in ("CHECKOUT", "DEPENDENCIES", "READ"))
+def note(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        path = os.path.abspath(os.fsdecode(args[0]))
+        if path.startswith(own + os.sep) and not path.startswith(allowed + os.sep):
+            with open(log, "a") as file:
+                file.write(path + "\\n")
+sys.addaudithook(note)
+"""
+"""Start-up code of every process: note each file of the checkout that is opened."""
+
+
+class Stranger(NamedTuple):
+    """Someone with the package, data and a model.
+
+    Attributes:
+        folder: where they work; holds `my_data`.
+        environment: of their processes.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, script: str, interpreter: str = "bash") -> str:
+        """The output of a script, which must succeed."""
+        words = (
+            ["bash", "-euo", "pipefail", "-c", script]
+            if interpreter == "bash"
+            else [interpreter, "-c", script]
+        )
+        ran = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            check=False,
+        )
+        assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+        return ran.stdout + ran.stderr
+
+    def metrics(self, runs: str) -> dict[str, Any]:
+        return {
+            str(path.relative_to(self.folder / runs)): json.loads(path.read_text())
+            for path in sorted((self.folder / runs).rglob("metrics.json"))
+        }
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
+    base = tmp_path_factory.mktemp("stranger")
+    environment = base / "environment"
+    _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(base), str(ROOT))
+    [wheel] = base.glob("*.whl")
+    python = environment / "bin/python"
+    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
+    packages = Path(
+        _run(str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+    )
+    # Dependencies come from the tests' environment; its link to the checkout is not followed.
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    (packages / "sitecustomize.py").write_text(WATCH)
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB")) and k != "VIRTUAL_ENV"
+    }
+    folder = base / "work"
+    write_data(folder / "my_data")
+    return Stranger(
+        folder,
+        {
+            **clean,
+            "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+            "CHECKOUT": str(ROOT),
+            "DEPENDENCIES": str(Path(sys.prefix)),
+            "READ": str(base / "read"),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+        },
+    )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def write_data(folder: Path) -> None:
+    """Write photographs of all kinds, and a file of queries of which two are bad."""
+    (folder / "photos").mkdir(parents=True)
+    source = DemoSource("train", IMAGES, first=50_000)
+    by_image: dict[str, list[Any]] = {}
+    for query in source.queries():
+        by_image.setdefault(query.image, []).append(query)
+    with (folder / "queries.jsonl").open("w", encoding="utf-8") as lines:
+        for index, queries in enumerate(by_image.values()):
+            width, height = SIZES[index % len(SIZES)]
+            name = _save(
+                folder, index, Image.fromarray(source.load(queries[0]).image).resize((width, height))
+            )
+            scene = render_scene(scene_seed(source.split, scene_index(queries[0])))
+            scale = np.array([width, height] * 2) / scene.image.shape[0]
+            regions = [
+                {"label": item.name, "box": [float(v) for v in _corners(item.mask) * scale]}
+                for item in scene.objects
+            ]
+            for query in queries:
+                record = {
+                    name: getattr(query, name)
+                    for name in ("id", "question", "answer", "answer_type", "category")
+                }
+                record |= {"image": name, "objects": list(query.objects), "regions": regions}
+                if query is queries[0] and index == 7:
+                    record["answer"] = "banana"
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    truncated = folder / "photos/11.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:900])
+
+
+def _corners(mask: np.ndarray) -> np.ndarray:
+    box = bounding_box(mask)
+    return np.array([box.left, box.top, box.right, box.bottom])
+
+
+def _save(folder: Path, index: int, image: Image.Image) -> str:
+    """Save a photograph in one of the ways that people have them; returns its path below the folder."""
+    name, exif = f"photos/{index}.jpg", Image.Exif()
+    if index % 10 == 3:
+        exif[ORIENTATION], image = 6, image.transpose(Image.Transpose.ROTATE_90)
+    image = {1: image.convert("CMYK"), 2: image.convert("L"), 4: image.convert("RGBA")}.get(index, image)
+    if image.mode == "RGBA":
+        image.putalpha(200)
+        name = f"photos/{index}.png"
+    if index == 5:
+        name = "photos/Größe 日本 5.jpg"
+    image.save(folder / name, quality=92, exif=exif)
+    return name
+
+
+def blocks(language: str) -> Iterator[str]:
+    """The blocks of a language in the README's section about one's own data."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = page.split(f"\n{SECTION}\n")[1].split("\n## ")[0]
+    yield from re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def walked(stranger: Stranger) -> str:
+    """The output of the README's commands, with the stranger's model in place of the README's."""
+    stranger.run("vlm-calibration config copy model/smolvlm2_256m my_model.yaml")
+    path = stranger.folder / "my_model.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["model"]["init_args"]["base"] = {"name_or_path": "my_model", "dtype": "float32"}
+    settings["model"]["init_args"] |= {"max_new_tokens": 8, "gradient_checkpointing": False}
+    settings["trainer"] |= {
+        "precision": "32-true",
+        "max_steps": 12,
+        "accumulate_grad_batches": 1,
+        "log_every_n_steps": 4,
+    }
+    settings["data"] |= {"batch_size": 4, "workers": 0, "max_length": 256}
+    path.write_text(yaml.safe_dump(settings))
+    shutil.copytree(DEMO_MODEL, stranger.folder / "my_model")
+    return stranger.run(_with_my_model(next(blocks("bash"))))
+
+
+def _with_my_model(text: str) -> str:
+    assert "qwen2_5_vl_7b" in text
+    return re.sub("(model/)?qwen2_5_vl_7b", "my_model.yaml", text)
+
+
+def test_the_commands_lead_to_a_report(stranger: Stranger, walked: str) -> None:
+    page = (stranger.folder / "runs/mine/eval/report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("base", "sft", "dpo", "likelihood", "isotonic"))
+    assert {"eval/base/metrics.json", "eval/sft/metrics.json", "eval/dpo/metrics.json"} <= set(
+        stranger.metrics("runs/mine")
+    )
+
+
+def test_every_bad_record_is_named(walked: str) -> None:
+    assert "banana" in walked
+    assert "photos/11.jpg" in walked
+
+
+def test_no_image_is_in_two_splits(stranger: Stranger, walked: str) -> None:
+    images: dict[str, set[str]] = {}
+    for name in ("train", "validation", "calibration", "test"):
+        for line in (stranger.folder / f"my_data/{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            images.setdefault(json.loads(line)["image"], set()).add(name)
+    assert len(images) >= IMAGES - 2
+    assert [image for image, splits in images.items() if len(splits) > 1] == []
+
+
+def test_the_python_steps_give_the_same_figures(stranger: Stranger, walked: str) -> None:
+    script = _with_my_model(next(blocks("python"))).replace("runs/mine", "runs/python")
+    stranger.run(script, "python")
+    assert stranger.metrics("runs/python") == stranger.metrics("runs/mine")
+
+
+def test_no_file_of_the_checkout_is_read(stranger: Stranger, walked: str) -> None:
+    read = Path(stranger.environment["READ"])
+    names = set(read.read_text().splitlines()) if read.exists() else set()
+    assert names == set()
