@@ -243,14 +243,14 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
     for path in CONFIGS.rglob("*.yaml"):
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         for keys, value in _leaves(tree):
-            if keys[-1] == "split":
+            if keys[-1] == "scenes":
                 source = _at(tree, keys[:-1])
                 first = source.get("first", 0)
                 name = f"{path.relative_to(CONFIGS)}: {'.'.join(map(str, keys[:-2]))}"
-                scenes[name] = {(value, i) for i in range(first, first + source["scenes"])}
+                scenes[name] = {(source["split"], i) for i in range(first, first + value)}
     recalibration = {name for name in scenes if ": data.calibration." in name}
     test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(recalibration), len(test), len(scenes)) == (2, 3, 10)
+    assert (len(recalibration), len(test), len(scenes)) == (2, 3, 11)
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]

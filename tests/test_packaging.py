@@ -148,7 +148,7 @@ def test_help_lists_every_target(root: Path) -> None:
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
     """A folder with the files that make reads, and an interpreter that only logs its arguments."""
-    for name in ("Makefile", "pyproject.toml", "configs/levels.yaml"):
+    for name in ("Makefile", "pyproject.toml", "configs/stages.sh"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
     weights = tmp_path / "src/vlm_calibration/demo/model/model.safetensors"
@@ -267,5 +267,6 @@ def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
     shutil.copy(checkout / ".venv/bin/python", checkout / "mine")
     shutil.rmtree(checkout / ".venv")
     _make(checkout, "train-sft", "PYTHON=./mine", "CONFIG=mine.yaml", "ARGS=--trainer.max_steps 3")
-    assert _calls(checkout) == ["-m vlm_calibration.cli fit --config mine.yaml --trainer.max_steps 3"]
+    [call] = _calls(checkout)
+    assert call.startswith("-m vlm_calibration.cli fit --config mine.yaml --runs runs --trainer.max_steps 3")
     assert not (checkout / ".venv").exists()

@@ -93,8 +93,18 @@ def resolve_configs(
     for position, (prefix, content) in files.items():
         content = prepare(_replace(content, values))
         # The parser takes the content of a file in its place.
-        resolved[position] = prefix + yaml.safe_dump(content, default_flow_style=True, width=float("inf"))
+        text = yaml.dump(content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"))
+        resolved[position] = prefix + text
     return resolved
+
+
+class _TextsQuoted(yaml.SafeDumper):
+    """Quotes all texts, since the parser reads more of them as numbers than PyYAML does."""
+
+
+_TextsQuoted.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
 
 
 def _read(name: str) -> dict[str, Any]:

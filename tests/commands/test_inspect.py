@@ -148,7 +148,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
     assert ended.status == 1
     says = {
         "jsonl": "data/train.jsonl",
-        "parquet": "runs/regions",
+        "parquet": "data/train.parquet",
         "rlaif_v": "data/rlaif_v",
         "coco": "data/coco",
     }
