@@ -108,6 +108,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str |
         resolve_configs(["--config", str(path)])
 
 
+TEXTS = st.text(st.characters(categories=("L", "N", "P", "S")), max_size=30)
+
+
 @given(
     st.dictionaries(
         st.text("abc", min_size=1),
@@ -115,7 +118,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str |
         | st.booleans()
         | st.integers()
         | st.floats(allow_nan=False, allow_infinity=False)
-        | st.lists(st.text(max_size=30)),
+        | st.lists(TEXTS),
     )
 )
 def test_the_parser_reads_what_the_file_says(content: dict[str, Any]) -> None:
