@@ -225,7 +225,7 @@ class SharedOverlays:
 
     @staticmethod
     def _without_level_table(content: dict[str, Any], stage: type) -> dict[str, Any]:
-        data = content.get("data")
+        data: Any = content.get("data")
         noise = data.get("noise") if isinstance(data, dict) else None
         if stage not in (LevelFitModule, RegionExtractor) or not isinstance(noise, dict):
             return content
