@@ -143,6 +143,25 @@ def test_overlays_keep_what_a_stage_has(stage: str, kept: set[str]) -> None:
     assert set(prepare(LORA)["model"]["init_args"]) == kept
 
 
+@pytest.mark.parametrize(
+    ("stage", "is_kept"),
+    [
+        ("vlm_calibration.stages.evaluation.EvaluationModule", True),
+        ("vlm_calibration.stages.level_fit.LevelFitModule", False),
+        ("vlm_calibration.stages.regions.RegionExtractor", False),
+    ],
+)
+def test_stages_before_the_level_table_exists_do_not_read_it(stage: str, is_kept: bool) -> None:
+    prepare = SharedOverlays()
+    prepare({"model": {"class_path": stage}})
+    [overlay] = contents("--config", "experiment/anchored")
+    noise = prepare(overlay)["data"]["noise"]
+    assert ("levels" in noise) == is_kept
+    assert noise["resolution"] == "model"
+    [overlay] = contents("--config", "experiment/paper")
+    assert "levels" in prepare(overlay)["data"]["noise"], "linear levels have no table"
+
+
 def test_a_setting_that_no_stage_has_stays_for_the_parser() -> None:
     prepare = SharedOverlays()
     prepare({"model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule"}})

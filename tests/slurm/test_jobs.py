@@ -77,7 +77,7 @@ def _wandb_ids(run: Path) -> list[str]:
 
 def test_all_stages_one_after_the_other(
     jobs: Jobs,
-    model_folder: str,
+    root: Path,
     scene_files: Callable[..., Path],
     tiny: Callable[[str], str],
     tmp_path: Path,
@@ -86,9 +86,9 @@ def test_all_stages_one_after_the_other(
 
     SFT receives a signal before training starts.
     """
-    counts = _split(scene_files(7), tmp_path / "data")
+    counts = _split(scene_files(12), tmp_path / "data")
     settings = {
-        "MODEL": _overlay(tmp_path / "model.yaml", _model(model_folder)),
+        "MODEL": _overlay(tmp_path / "model.yaml", _model(root / "src/vlm_calibration/demo/model")),
         "DATA": "jsonl",
         "DATA_ROOT": str(tmp_path / "data"),
         "TRAINER": _overlay(tmp_path / "trainer.yaml", TRAINER),
@@ -133,7 +133,12 @@ def _split(queries: Path, folder: Path) -> dict[str, int]:
     shutil.copytree(queries.parent, folder, ignore=shutil.ignore_patterns("*.jsonl"))
     rows = [json.loads(line) for line in queries.read_text().splitlines()]
     images = list(dict.fromkeys(row["image"] for row in rows))
-    shares = {"train": images[:4], "validation": images[4:5], "calibration": images[5:6], "test": images[6:]}
+    shares = {
+        "train": images[:4],
+        "validation": images[4:5],
+        "calibration": images[5:11],
+        "test": images[11:],
+    }
     counts = {}
     for name, share in shares.items():
         chosen = [json.dumps(row) for row in rows if row["image"] in share]
@@ -142,17 +147,17 @@ def _split(queries: Path, folder: Path) -> dict[str, int]:
     return counts
 
 
-def _model(folder: str) -> dict[str, Any]:
+def _model(folder: Path) -> dict[str, Any]:
     """An overlay for a small model."""
     return {
         "model": {
             "init_args": {
-                "base": {"name_or_path": folder, "dtype": "float32"},
+                "base": {"name_or_path": str(folder), "dtype": "float32"},
                 "lora": {"r": 4, "alpha": 8, "parts": ["language"]},
-                "max_new_tokens": 3,
+                "max_new_tokens": 12,
             }
         },
-        "data": {"batch_size": 2, "eval_batch_size": 3, "workers": 0, "max_length": 400},
+        "data": {"batch_size": 2, "eval_batch_size": 8, "workers": 0, "max_length": 400},
     }
 
 

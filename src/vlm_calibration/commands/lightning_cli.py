@@ -32,9 +32,12 @@ from vlm_calibration.callbacks.resume import find_prior
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
+from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.presets import add_variables, resolve_configs
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.level_fit import LevelFitModule
+from vlm_calibration.stages.regions import RegionExtractor
 from vlm_calibration.stages.sft import SFTModule
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
@@ -191,28 +194,47 @@ class CalibrationCLI(LightningCLI):
 
 
 class SharedOverlays:
-    """Leaves settings of training out of overlays that stages without training share.
+    """Leaves settings that a stage cannot have out of overlays that all stages share.
 
-    An overlay such as `model/qwen2_5_vl_7b` sets the base model for all stages, and LoRA for those that train. A setting that no
-    stage has stays, for the parser to refuse.
+    An overlay such as `model/qwen2_5_vl_7b` sets the base model for all stages, and LoRA for those that train; `experiment/anchored`
+    names the level table, which is not measured yet when regions are extracted and levels are fitted. A setting that no stage has
+    stays, for the parser to refuse.
     """
 
     def __init__(self) -> None:
         self._stage: type | None = None
 
     def __call__(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The content of the next configuration file without settings that only training has."""
+        """The content of the next configuration file without settings that its stage cannot have."""
         model = content.get("model")
-        if not isinstance(model, dict):
-            return content
-        if "class_path" in model:
+        if isinstance(model, dict) and "class_path" in model:
             self._stage = class_at(model["class_path"])
             return content
-        if self._stage is None or not isinstance(model.get("init_args"), dict):
+        if self._stage is None:
             return content
-        only_training = (_settings(SFTModule) | _settings(DPOModule)) - _settings(self._stage)
+        return self._without_level_table(self._without_training(content, self._stage), self._stage)
+
+    @staticmethod
+    def _without_training(content: dict[str, Any], stage: type) -> dict[str, Any]:
+        model = content.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
+            return content
+        only_training = (_settings(SFTModule) | _settings(DPOModule)) - _settings(stage)
         kept = {key: value for key, value in model["init_args"].items() if key not in only_training}
         return {**content, "model": {**model, "init_args": kept}}
+
+    @staticmethod
+    def _without_level_table(content: dict[str, Any], stage: type) -> dict[str, Any]:
+        data: Any = content.get("data")
+        noise = data.get("noise") if isinstance(data, dict) else None
+        if stage not in (LevelFitModule, RegionExtractor) or not isinstance(noise, dict):
+            return content
+        levels = noise.get("levels")
+        named = levels.get("class_path") if isinstance(levels, dict) else levels
+        if not str(named).endswith(AnchoredLevels.__name__):
+            return content
+        kept = {key: value for key, value in noise.items() if key not in ("levels", "level_weights")}
+        return {**content, "data": {**data, "noise": kept}}
 
 
 def _settings(stage: type) -> set[str]:
