@@ -28,9 +28,8 @@ _AT_END = re.compile(rf"(?:(?<=\s)|(?<=[.?!])){_FORMAT_REQUEST}\s*\Z", re.IGNORE
 _AT_BEGIN = re.compile(rf"\A\s*{_FORMAT_REQUEST}(?:(?<=\.)\s+|\s*\n\s*)(?=\S)", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(?:yes|no)\s*(?:[.,;:!—–-]|\Z)", re.IGNORECASE)
 _BOX = re.compile(r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*")
-_CONFIDENCE = re.compile(
-    r"confiden|certain|\bsure\b|probabilit|likelihood|置信|信心|可信|確信", re.IGNORECASE
-)
+_CONFIDENCE = ("confiden", "certain", "sure", "probabilit", "likelihood", "置信", "信心", "可信", "確信")
+"""One of these is part of every statement of confidence that is no bare number."""
 
 
 def strip_format_request(question: str) -> str:
@@ -61,7 +60,8 @@ def check_trainable(answer: str) -> None:
     Raises:
         RecordError: the answer states a confidence, or is a box of coordinates, as in the grounding parts of LLaVA-1.5's mix.
     """
-    if _CONFIDENCE.search(answer) and strip_confidence(answer) != answer.strip():
+    folded = answer.casefold()
+    if any(word in folded for word in _CONFIDENCE) and strip_confidence(answer) != answer.strip():
         raise RecordError(
             f"the answer states a confidence: {answer.strip()[-60:]!r}; remove it from the answer"
         )
