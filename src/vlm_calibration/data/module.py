@@ -317,7 +317,7 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
 def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
     """Refuse a calibration set that shares an image with the test set."""
     calibration_images, test_images = (
-        {query.image for split in splits.values() for query in split.source.queries()}
+        {split.source.image_id(query) for split in splits.values() for query in split.source.queries()}
         for splits in (calibration, test)
     )
     if shared := sorted(calibration_images & test_images):

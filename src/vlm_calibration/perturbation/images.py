@@ -64,12 +64,37 @@ def load_image(
         ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique
             conversion to 8-bit RGB.
     """
+    return np.array(_open_upright(source, max_pixels, name))
+
+
+def load_reduced(
+    source: str | os.PathLike[str] | bytes, least: int, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> ImageArray:
+    """Read an image file like `load_image`, a JPEG at a half, a quarter or an eighth of its size, which is several times faster.
+
+    Args:
+        source: a path, or the bytes of a file.
+        least: both sides of a reduced image have at least this number of pixels.
+        max_pixels: as in `load_image`.
+
+    Raises:
+        ImageError: as `load_image`.
+    """
+    return np.array(_open_upright(source, max_pixels, None, least))
+
+
+def _open_upright(
+    source: str | os.PathLike[str] | bytes, max_pixels: int, name: str | None, least: int | None = None
+) -> Image.Image:
+    """The image as upright 8-bit RGB; reduced by the decoder if `least` is given."""
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(_too_large(name, f"{image.width} x {image.height} pixels", max_pixels))
+            if least is not None:
+                image.draft(None, (least, least))
             image.load()
             transposition = _TRANSPOSITIONS.get(_orientation(image))
             rgb = _to_rgb(image, name)
@@ -88,7 +113,7 @@ def load_image(
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"{name}: cannot be opened: {error.strerror}") from error
         raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from error
-    return np.array(rgb if transposition is None else rgb.transpose(transposition))
+    return rgb if transposition is None else rgb.transpose(transposition)
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -140,6 +141,24 @@ class QuerySource(ABC):
         Raises:
             DataError: the image or a region is invalid; named.
         """
+
+    def image_file(self, query: Query) -> Path | None:
+        """The file of a query's image, links resolved; None if the source has no file of it."""
+        return None
+
+    def image_id(self, query: Query) -> str:
+        """A text that is the same for two queries, of this or another source, if their images are stored in one place."""
+        file = self.image_file(query)
+        return query.image if file is None else str(file)
+
+    def image_content(self, query: Query) -> Path | bytes | np.ndarray:
+        """The image without its regions: its file, its encoded bytes, or else its pixels, uint8 [H, W, 3].
+
+        Raises:
+            DataError: the image is invalid; named. A file is not opened.
+        """
+        file = self.image_file(query)
+        return self.load(query).image if file is None else file
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         """Plausible wrong answers to a query, possibly none.

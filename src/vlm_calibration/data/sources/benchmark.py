@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
 from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -70,6 +71,9 @@ class BenchmarkSource(QuerySource):
                 f"{name_some(missing, len(missing))}"
             )
 
+    def image_file(self, query: Query) -> Path:
+        return self.images.path(query.image)
+
     def load(self, query: Query) -> LoadedImage:
         try:
             return LoadedImage(self.images.load(query.image), (), ())
@@ -83,11 +87,22 @@ class PopeSource(BenchmarkSource):
     Args:
         path: e.g. `coco_pope_random.json`, `gqa_pope_seem_popular.json`, `annotations.json` of POPEv2.
         root: image folder: `val2014` of COCO, GQA's `images`; for POPEv2 the folder that contains `images` and `coco`.
+        exclude: text files, such as other question files of POPE; questions about an image of COCO whose twelve-digit number
+            occurs in one are left out. The files of COCO and of A-OKVQA share 11 images.
     """
+
+    def __init__(self, path: str, root: str, exclude: list[str] | None = None) -> None:
+        super().__init__(path, root)
+        self.exclude = exclude
 
     @cached_property
     def _questions(self) -> pope.PopeQuestions:
-        return pope.read_questions(self.path)
+        questions = pope.read_questions(self.path)
+        excluded = ExcludedImages([Path(path) for path in self.exclude or ()])
+        rest = tuple(asked for asked in questions.questions if asked.image not in excluded)
+        if not rest:
+            raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
+        return replace(questions, questions=rest)
 
     def _read(self) -> list[Query]:
         for asked in self._questions.questions:

@@ -10,7 +10,6 @@ before. The first in the table wins a tie, and a rule without a candidate falls 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
 from vlm_calibration.data.sources.instances import AnnotatedImage, Instance, object_mask, read_instances
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -39,8 +38,6 @@ IRREGULAR_PLURALS = {
     "mouse": "mice",
     "knife": "knives",
 }
-
-_IMAGE_NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
 
 
 class AbsentObjects:
@@ -146,12 +143,8 @@ class CocoSource(QuerySource):
 
     @cached_property
     def _annotated(self) -> list[AnnotatedImage]:
-        excluded = {number for path in self.exclude for number in _image_numbers(path)}
-        images = [
-            image
-            for image in read_instances(self.annotations)
-            if not excluded & set(_IMAGE_NUMBER.findall(image.file))
-        ]
+        excluded = ExcludedImages(self.exclude)
+        images = [image for image in read_instances(self.annotations) if image.file not in excluded]
         if self.images is not None and self.images < len(images):
             chosen = np.random.default_rng(self.seed).permutation(len(images))[: self.images]
             images = [images[i] for i in sorted(chosen)]
@@ -216,6 +209,9 @@ class CocoSource(QuerySource):
     def _by_file(self) -> dict[str, AnnotatedImage]:
         return {image.file: image for image in self._annotated}
 
+    def image_file(self, query: Query) -> Path:
+        return self._files.path(query.image)
+
     def load(self, query: Query) -> LoadedImage:
         annotated = self._by_file[query.image]
         try:
@@ -242,21 +238,6 @@ class CocoSource(QuerySource):
             return opposite(query)
         count = int(query.answer)
         return [str(n) for n in (count - 1, count + 1) if n > 0]
-
-
-def _image_numbers(path: Path) -> set[str]:
-    """The twelve-digit image numbers in a text file.
-
-    Raises:
-        DataError: the file cannot be read, or contains none.
-    """
-    try:
-        numbers = set(_IMAGE_NUMBER.findall(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read which images to leave out: {error}") from error
-    if not numbers:
-        raise DataError(f"{path}: names no image by a number of twelve digits")
-    return numbers
 
 
 def _counting(index: int, image: AnnotatedImage) -> Iterator[Plan]:

@@ -1,15 +1,17 @@
-"""Image files below a data root."""
+"""Image files below a data root, and COCO images that another file names and that are left out."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from vlm_calibration.perturbation.images import load_image
-from vlm_calibration.records import RecordError
+from vlm_calibration.records import DataError, RecordError
 
 
 class ImageFolder:
@@ -59,3 +61,34 @@ class ImageFolder:
 @lru_cache(maxsize=64)
 def _real_path(root: str) -> str:
     return os.path.realpath(root)
+
+
+_NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
+"""The number of an image of COCO, the same in all of its releases."""
+
+
+class ExcludedImages:
+    """The images of COCO whose number occurs in text files, such as POPE's question files; supports `name in excluded`.
+
+    Args:
+        paths: the text files, possibly none.
+
+    Raises:
+        DataError: a file cannot be read, or names no image.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._numbers = {number for path in paths for number in _numbers(path)}
+
+    def __contains__(self, name: str) -> bool:
+        return not self._numbers.isdisjoint(_NUMBER.findall(name))
+
+
+def _numbers(path: Path) -> set[str]:
+    try:
+        numbers = set(_NUMBER.findall(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read which images to leave out: {error}") from error
+    if not numbers:
+        raise DataError(f"{path}: names no image by a number of twelve digits")
+    return numbers

@@ -94,14 +94,21 @@ class JsonlSource(QuerySource):
         if len(checked) < MAX_CHECKED_IMAGES:
             checked.add(query.image)
 
+    def line(self, index: int) -> bytes:
+        """The line of one of `queries` as it is in the file."""
+        assert self._offsets is not None, "`queries` is called first"
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            return file.readline()
+
     def _query(self, index: int) -> Query:
-        assert self._offsets is not None
         try:
-            with self.path.open("rb") as file:
-                file.seek(self._offsets[index])
-                return query_from_dict(parse_json(file.readline()))
+            return query_from_dict(parse_json(self.line(index)))
         except (OSError, RecordError) as error:
             raise DataError(f"{self.path}: changed while in use, at record {index + 1}: {error}") from error
+
+    def image_file(self, query: Query) -> Path:
+        return self.images.path(query.image)
 
     def load(self, query: Query) -> LoadedImage:
         try:

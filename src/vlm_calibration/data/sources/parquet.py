@@ -189,6 +189,22 @@ class ParquetSource(TableSource):
             return self.images.wrong_answers(query)
         return super().wrong_answers(query)
 
+    def row_numbers(self) -> np.ndarray:
+        """Row of each of `queries` in the file, or in the files of the folder as if they were one; int64 [N]."""
+        return self._opened_rows()
+
+    def image_file(self, query: Query) -> Path | None:
+        self._opened_rows()
+        if self.images is not None:
+            return self.images.image_file(query)
+        return self._files.path(query.image) if self._has_files else None
+
+    def image_id(self, query: Query) -> str:
+        return super().image_id(query) if self.images is None else self.images.image_id(query)
+
+    def image_content(self, query: Query) -> Path | bytes | np.ndarray:
+        return super().image_content(query) if self.images is None else self.images.image_content(query)
+
     def _image(self, query: Query) -> np.ndarray:
         if self.images is not None:
             return self.images.load(query).image

@@ -121,9 +121,17 @@ class EmbeddedImages:
             RecordError: the row has no image.
             ImageError: the image cannot be read.
         """
+        return load_image(self.read(name), name=name)
+
+    def read(self, name: str) -> bytes:
+        """The encoded bytes of the image `name`.
+
+        Raises:
+            RecordError: the row has no image.
+        """
         row = self.row(name)
         if self.unpacked is not None and os.path.isfile(path := self.unpacked / str(row)):
-            return load_image(path.read_bytes(), name=name)
+            return path.read_bytes()
         self._index_groups()
         group = bisect_right(self._ends, row)
         first = self._ends[group - 1] if group else 0
@@ -133,7 +141,7 @@ class EmbeddedImages:
         content = contents[row - first].as_py()
         if not content:
             raise RecordError(f"{name} holds no image bytes")
-        return load_image(content, name=name)
+        return bytes(content)
 
     def _group(self, group: int) -> Any:
         """The bytes of the images of a row group, a binary array; the last group is cached."""
@@ -200,6 +208,19 @@ class TableSource(QuerySource):
             return self._read(row)
         except RecordError as error:
             raise DataError(f"{self.path}: row {row}: {error}") from error
+
+    def image_id(self, query: Query) -> str:
+        self._opened_rows()
+        return super().image_id(query) if self._embedded is None else f"{self.path.resolve()}:{query.image}"
+
+    def image_content(self, query: Query) -> Path | bytes | np.ndarray:
+        self._opened_rows()
+        if self._embedded is None:
+            return super().image_content(query)
+        try:
+            return self._embedded.read(query.image)
+        except RecordError as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
     def load(self, query: Query) -> LoadedImage:
         self._opened_rows()  # nobody calls `queries` of a source that only loads another source's images
