@@ -1,4 +1,4 @@
-"""`vlm-calibration data inspect`: print what the sources of a configuration hold."""
+"""`vlm-calibration data inspect`: print what the sources of a configuration hold, and the images that splits share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded, Subcommands
-from vlm_calibration.errors import explained_errors
+from vlm_calibration.commands.data_split import split
+from vlm_calibration.errors import CommandError, explained_errors
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, resolve_configs
 from vlm_calibration.records import DataError
 
@@ -26,29 +27,62 @@ SETTINGS = Forwarded(
 )
 
 
-def inspect(*settings: Annotated[str, SETTINGS], sample: PositiveInt = PositiveInt(200)) -> None:
-    """Print counts, balance, image sizes, how much of an image regions cover, and bad records of each source.
+def inspect(
+    *settings: Annotated[str, SETTINGS],
+    sample: PositiveInt = PositiveInt(200),
+    leaks: bool = True,
+    strict: bool = False,
+) -> None:
+    """Print counts, balance, image sizes, how much of an image regions cover, and bad records of each source, and shared images.
+
+    Images that train, validation, levels or calibration, and test share are counted and named: stored in one place, with the same
+    content, or nearly the same. For this every image is read, about a millisecond each.
 
     Args:
-        sample: images of each source to open
+        sample: images of each source to open for the counts
+        leaks: look for images that splits share
+        strict: end with status 1 if splits share images, or a record or image cannot be used
 
     Raises:
         ArgumentError: a setting is unknown or wrong, or there is none.
         DataError: a configuration file or a source cannot be used.
+        CommandError: a file does not exist, or `strict` found something.
     """
     from rich.console import Console
 
+    from vlm_calibration.commands.data_leaks import print_leaks
+    from vlm_calibration.data.sources.data_root import MissingFileError
     from vlm_calibration.reporting.inspection import inspect_source, print_inspection
 
-    sources = list(_sources(read_data(settings)))
+    sources = dict(_sources(read_data(settings)))
     if not sources:
         raise DataError("nothing to inspect: none of data.train, validation, test and predict is set")
     console = Console()
-    for name, source in sources:
-        print_inspection(name, inspect_source(source, sample), console)
+    missing: dict[str, MissingFileError] = {}
+    problems = 0
+    for name, source in sources.items():
+        try:
+            inspection = inspect_source(source, sample)
+        except MissingFileError as error:
+            missing[name] = error
+            continue
+        print_inspection(name, inspection, console)
+        problems += len(inspection.bad) + len(inspection.unloadable)
+    if leaks:
+        problems += print_leaks({name: s for name, s in sources.items() if name not in missing}, console)
+    if missing:
+        for name, absent in missing.items():
+            console.print(f"{name}: {absent}", soft_wrap=True, markup=False, highlight=False)
+        paths = ", ".join(str(absent.path) for absent in missing.values())
+        raise DataError(f"{len(missing)} of the files of {len(sources)} sources do not exist: {paths}")
+    if strict and problems:
+        raise CommandError(f"--strict: {problems} of the problems above", 1)
 
 
-SUBCOMMANDS = Subcommands("Examine data before training on it.", {"inspect": inspect})
+SUBCOMMANDS = Subcommands(
+    "Examine data before training on it, split it, and fetch benchmarks.",
+    {"inspect": inspect, "split": split},
+)
 
 
 def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:

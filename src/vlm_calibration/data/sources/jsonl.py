@@ -14,6 +14,7 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
+from vlm_calibration.data.sources.data_root import MissingFileError
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
@@ -53,6 +54,8 @@ class JsonlSource(QuerySource):
 
     def _check_lines(self) -> array[int]:
         """Offsets of the lines that hold a valid query."""
+        if not self.path.exists():
+            raise MissingFileError(self.path)
         self.bad = BadRecords(self.on_bad_record)
         first_lines: dict[str, int] = {}
         checked_images: set[str] = set()

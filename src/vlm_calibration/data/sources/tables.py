@@ -26,6 +26,7 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
+from vlm_calibration.data.sources.data_root import MissingFileError
 from vlm_calibration.files import first_line, replacing
 from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -41,10 +42,11 @@ def parquet_files(path: Path) -> list[Path]:
     Raises:
         DataError: there is no such file.
     """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not all(os.path.isfile(f) for f in files):
-        reason = "no *.parquet file in this folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: cannot read the queries: {reason}")
+    if not path.exists():
+        raise MissingFileError(path)
+    files = sorted(f for f in path.glob("*.parquet") if f.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: cannot read the queries: no *.parquet file in this folder")
     return files
 
 

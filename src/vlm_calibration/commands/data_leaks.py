@@ -1,0 +1,46 @@
+"""The part of `vlm-calibration data inspect` about images that splits share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vlm_calibration.commands.progress import progress_bar
+from vlm_calibration.data.leaks import SplitImages, find_leaks
+from vlm_calibration.files import MAX_NAMED
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vlm_calibration.data.sources.base import QuerySource
+
+
+def print_leaks(sources: Mapping[str, QuerySource], console: Console) -> int:
+    """Print the images that splits share, if there are at least two splits.
+
+    Returns:
+        The number of problems: shared images, and images that cannot be read.
+    """
+    from rich.table import Table
+
+    images = SplitImages(sources)
+    if len(images.roles) < 2:
+        return 0
+    with progress_bar("comparing images", len(images)) as advance:
+        report = find_leaks(images, advance)
+    table = Table(title="images that splits share", title_justify="left")
+    for heading in ("splits", "images", "how", "for example"):
+        table.add_column(heading, overflow="fold")
+    for kind, first, second, count, examples in report.leaks:
+        names = ", ".join(examples).replace("[", "\\[")
+        of = f"{count} of {report.images[second]}"
+        table.add_row(f"{first}, {second}", of, kind, names)
+    if report.leaks:
+        console.print(table)
+    else:
+        console.print(f"no image is in two of {', '.join(report.images)} ({len(images)} images compared)")
+    for message in report.unreadable[:MAX_NAMED]:
+        console.print(f"not compared: {message}", soft_wrap=True, markup=False, highlight=False)
+    if len(report.unreadable) > MAX_NAMED:
+        console.print(f"{len(report.unreadable)} images could not be compared")
+    return sum(leak.images for leak in report.leaks) + len(report.unreadable)

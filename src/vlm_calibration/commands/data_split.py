@@ -1,0 +1,112 @@
+"""`vlm-calibration data split`: make the four files of a data root from one, without an image in two of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vlm_calibration.records import DataError
+
+if TYPE_CHECKING:
+    from vlm_calibration.data.split import Source, SplitResult
+
+
+def split(
+    file: Path,
+    *,
+    out: Path | None = None,
+    root: Path | None = None,
+    shares: list[float] = [0.8, 0.05, 0.05, 0.1],  # noqa: B006  (never changed)
+    seed: int = 0,
+    near_identical: bool = True,
+    on_bad_record: Literal["raise", "skip"] = "raise",
+    overwrite: bool = False,
+) -> None:
+    """Split a file of queries by image into train, validation, calibration and test, so that no image is in two of them.
+
+    Images with the same content stay together, and so do images that look nearly the same. Records are copied unchanged. For
+    the same seed, the order of the lines makes no difference.
+
+    Args:
+        file: JSON lines (.jsonl) or Parquet (.parquet), one query a line or row
+        out: folder to write to (default: the one that image paths are relative to, so that they stay valid)
+        root: folder that image paths are relative to (default: the folder of FILE)
+        shares: shares of the queries for train, validation, calibration and test, with sum 1
+        seed: another seed gives another split
+        near_identical: keep images together that look nearly the same, e.g. encoded again or resized
+        on_bad_record: "raise" stops at a bad record, "skip" leaves it out and names it
+        overwrite: replace existing files
+
+    Raises:
+        DataError: a record or setting cannot be used, or a file exists already.
+    """
+    # These import torch, which the help does not need.
+    from vlm_calibration.commands.progress import progress_bar
+    from vlm_calibration.data.split import (
+        ImagesOfQueries,
+        check_shares,
+        open_source,
+        output_paths,
+        split_queries,
+    )
+
+    folder = root or file.parent
+    check_shares(shares)
+    source = open_source(file, folder, on_bad_record)
+    paths = output_paths(file, out or folder, overwrite)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bad records are printed below, all of them
+        queries = source.queries()
+    if out is not None and root is None:
+        _check_images_below(source, out)
+    with progress_bar("reading images", len({source.image_id(query) for query in queries})) as advance:
+        images = ImagesOfQueries(source, near_identical, advance)
+    result = split_queries(source, paths, shares, seed, images)
+    _print(result, None if out is None or _same(out, folder) else folder)
+
+
+def _check_images_below(source: Source, out: Path) -> None:
+    """Refuse to write files whose image paths would not be valid."""
+    for query in source.queries():
+        file = source.image_file(query)
+        if file is not None and not (out / query.image).is_file():
+            raise DataError(
+                f"--out {out}: image paths are relative to the folder of the file that names them, and there is no {query.image} "
+                f"in {out}: leave out --out to write to {source.root}, or say with --root {source.root} that paths stay "
+                "relative to that folder"
+            )
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def _print(result: SplitResult, root: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_calibration.files import name_some
+
+    console = Console()
+    table = Table()
+    for heading in ("file", "queries", "images", "yes"):
+        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+    total = sum(file.queries for file in result.files)
+    for path, queries, images, yes in result.files:
+        share = f"{queries} ({queries / total:.1%})"
+        table.add_row(str(path), share, str(images), "-" if yes is None else f"{yes:.1%}")
+    console.print(table)
+    if len(result.largest) > 1:
+        names = name_some(result.largest, len(result.largest))
+        print(
+            f"largest group of images that look nearly the same, kept in one file: {len(result.largest)}: {names}"
+        )
+    if result.bad:
+        print(f"left out {len(result.bad)} bad records or images:")
+    for message in result.bad:
+        print(f"  {message}")
+    if root is not None:
+        print(
+            f"image paths are relative to {root}: set `root: {root}` in every source that reads these files"
+        )
