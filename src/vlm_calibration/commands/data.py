@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded, Subcommands
+from vlm_calibration.commands.data_fetch import fetch
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.errors import CommandError, explained_errors
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, resolve_configs
@@ -81,7 +82,7 @@ def inspect(
 
 SUBCOMMANDS = Subcommands(
     "Examine data before training on it, split it, and fetch benchmarks.",
-    {"inspect": inspect, "split": split},
+    {"inspect": inspect, "split": split, "fetch": fetch},
 )
 
 
