@@ -153,7 +153,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        ([], "missing: one of inspect; see `vlm-calibration data --help`", 2),
+        ([], "missing: one of inspect, split, fetch; see `vlm-calibration data --help`", 2),
         (["look"], "invalid choice: 'look'", 2),
         (["inspect"], "nothing to inspect: give --config FILE", 2),
         (["inspect", "--config", "none.yaml"], "'none.yaml' is neither a file nor a preset", 2),

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlm_calibration.data.sources.data_root import MissingFileError
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import ANSWER_TYPES, DataError, Query, Region
@@ -135,11 +136,28 @@ def test_a_file_of_only_bad_records_is_refused_even_when_skipping(write_jsonl: W
         JsonlSource(str(write_jsonl("{")), on_bad_record="skip").queries()
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    with pytest.raises(DataError, match=re.escape(f"{path}: cannot be read: ")):
+def test_a_missing_file_is_named_with_what_the_folder_has(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.jsonl"
+    with pytest.raises(
+        MissingFileError, match=re.escape(f"{path}: no such file; {tmp_path} has no file")
+    ) as error:
         JsonlSource(str(path)).queries()
+    assert error.value.path == path
+    assert "`vlm-calibration data split FILE`" in str(error.value)
+    for name in ("all.jsonl", "calibration.parquet", "photo.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(MissingFileError, match=r"has 'all.jsonl', 'calibration.parquet'; .* data/parquet`$"):
+        JsonlSource(str(path)).queries()
+    with pytest.raises(MissingFileError, match=re.escape(f"no folder {tmp_path / 'none'} either")):
+        JsonlSource(str(tmp_path / "none" / "train.jsonl")).queries()
+    with pytest.raises(MissingFileError) as error:
+        JsonlSource(str(tmp_path / "mine.jsonl")).queries()
+    assert "data split" not in str(error.value)
+
+
+def test_a_folder_is_not_a_file_of_queries(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: cannot be read: ")):
+        JsonlSource(str(tmp_path)).queries()
 
 
 def test_images_lie_below_the_root(write_jsonl: Write, record: Record, tmp_path: Path) -> None:

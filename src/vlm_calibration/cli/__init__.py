@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dashboard": ("vlm_calibration.commands.dashboard:dashboard", "a workspace and a report in W&B, as code"),
     "data": (
         "vlm_calibration.commands.data:SUBCOMMANDS",
-        "`data inspect`: what the sources of a configuration hold",
+        "`data inspect`: what sources hold and share; `split`: one file into four; `fetch`: POPE and AMBER",
     ),
     "config": (
         "vlm_calibration.commands.config:SUBCOMMANDS",

@@ -69,7 +69,9 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
             queries = source.queries()
         except DataError as error:
             first = "; ".join(getattr(getattr(source, "bad", None), "messages", [])[:MAX_NAMED])
-            raise DataError(f"{error}: {first}" if first else str(error)) from error
+            if not first:
+                raise
+            raise DataError(f"{error}: {first}") from error
     inspection.bad = list(getattr(getattr(source, "bad", None), "messages", []))
     for query in queries:
         _count_query(inspection, query)

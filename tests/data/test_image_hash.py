@@ -1,0 +1,213 @@
+"""Perceptual hashes against the package `imagehash`, and the search for nearly equal images against all pairs and made copies."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image, ImageDraw, ImageEnhance
+from sklearn.datasets import load_sample_images
+
+from vlm_calibration.data import image_hash
+from vlm_calibration.data.image_hash import ImageHash, hash_image, hash_images, near_groups, perceptual_hash
+from vlm_calibration.demo.questions import scene_seed
+from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.perturbation.images import load_image, load_reduced
+
+PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def _encode(image: Image.Image, kind: str = "JPEG", **settings: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def _crops(n: int) -> list[Image.Image]:
+    """Parts of two photographs, between a third and two thirds of their sides, at least 40 pixels apart."""
+    rng = np.random.default_rng(0)
+    crops, corners = [], set()
+    while len(crops) < n:
+        photo = PHOTOS[len(crops) % 2]
+        width, height = int(photo.width * rng.uniform(0.3, 0.6)), int(photo.height * rng.uniform(0.3, 0.6))
+        x, y = int(rng.integers(photo.width - width)), int(rng.integers(photo.height - height))
+        corner = (len(crops) % 2, x // 40, y // 40, width // 60, height // 60)
+        if corner not in corners:
+            corners.add(corner)
+            crops.append(photo.crop((x, y, x + width, y + height)))
+    return crops
+
+
+def _groups(hashes: list[ImageHash]) -> np.ndarray:
+    return near_groups(np.array([h.bits for h in hashes]), np.stack([h.copy for h in hashes]))
+
+
+def _scene(index: int) -> Image.Image:
+    return Image.fromarray(render_scene(scene_seed("test", index)).image)
+
+
+@pytest.mark.parametrize("image", [*PHOTOS, *_crops(10), *map(_scene, range(5))])
+def test_the_bits_are_those_of_imagehash(image: Image.Image) -> None:
+    assert f"{int(perceptual_hash(np.asarray(image))):016x}" == str(imagehash.phash(image))
+
+
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
+@settings(max_examples=50)
+def test_the_bits_are_those_of_imagehash_on_any_pixels(pixels: np.ndarray) -> None:
+    assert f"{int(perceptual_hash(pixels)):016x}" == str(imagehash.phash(Image.fromarray(pixels)))
+
+
+COPIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "quality 30": lambda image: _encode(image, quality=30),
+    "png": lambda image: _encode(image, "PNG"),
+    "half": lambda image: _encode(image.resize((image.width // 2, image.height // 2)), quality=85),
+    "square": lambda image: _encode(image.resize((336, 336))),
+    "brighter": lambda image: _encode(ImageEnhance.Brightness(image).enhance(1.05)),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_copies_of_a_photograph_are_found(copy: str) -> None:
+    images = _crops(12)
+    hashes = [hash_image(_encode(image, quality=92)) for image in images]
+    copies = [hash_image(COPIES[copy](image)) for image in images]
+    labels = _groups(hashes + copies)
+    assert labels[:12].tolist() == labels[12:].tolist()
+    assert len(set(labels.tolist())) == 12
+
+
+def _page(seed: int) -> Image.Image:
+    """Paragraphs of grey words on white."""
+    rng = random.Random(seed)
+    image = Image.new("L", (300, 400), "white")
+    draw, y = ImageDraw.Draw(image), 20
+    for _ in range(rng.randint(2, 6)):
+        for _ in range(rng.randint(2, 9)):
+            x, end = 20, rng.randint(140, 280)
+            while x < end:
+                width = rng.randint(6, 40)
+                draw.rectangle((x, y, min(x + width, end), y + 4), 90)
+                x += width + 4
+            y += 7
+        y += 10
+    return image.convert("RGB")
+
+
+def _still_life(seed: int) -> Image.Image:
+    """Discs of random colours before one background."""
+    rng = np.random.default_rng(seed)
+    shade = np.linspace(90, 170, 240).astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(shade[:, None, None], (240, 320, 3)).copy())
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(3, 11)):
+        radius, x, y = int(rng.integers(6, 23)), int(rng.integers(40, 280)), int(rng.integers(60, 210))
+        colour = tuple(int(v) for v in rng.integers(20, 230, 3))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    return image
+
+
+@pytest.mark.parametrize("make", [_page, _still_life, _scene])
+def test_other_images_of_one_kind_are_told_apart(make: Callable[[int], Image.Image]) -> None:
+    """Pages of text agree in their hashes; scenes with one background agree but for small objects."""
+    labels = _groups([hash_image(np.asarray(make(i))) for i in range(150)])
+    assert np.bincount(labels).max() <= 2
+    assert len(set(labels.tolist())) >= 147
+
+
+def _by_all_pairs(bits: np.ndarray, copies: np.ndarray) -> set[frozenset[int]]:
+    """Groups of more than one, by comparing every pair."""
+    groups = {i: {i} for i in range(len(bits))}
+    flat = copies.reshape(len(copies), -1).astype(float)
+    for i in range(len(bits)):
+        for j in range(i):
+            difference = np.abs(flat[i] - flat[j])
+            x, y = flat[i] - flat[i].mean(), flat[j] - flat[j].mean()
+            if (
+                bin(int(bits[i] ^ bits[j])).count("1") <= image_hash.MAX_BITS
+                and difference.mean() <= image_hash.MAX_MEAN
+                and difference.max() <= image_hash.MAX_PIXEL
+                and x @ y >= image_hash.MIN_CORRELATION * np.sqrt((x @ x) * (y @ y))
+            ):
+                merged = groups[i] | groups[j]
+                groups |= dict.fromkeys(merged, merged)
+    return {frozenset(group) for group in groups.values() if len(group) > 1}
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60))
+@settings(max_examples=40)
+def test_the_search_finds_what_all_pairs_show(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    originals = rng.integers(0, 2**64, 4, dtype=np.uint64)
+    bits = originals[rng.integers(0, 4, n)]
+    for _ in range(7):
+        flipped = np.uint64(1) << rng.integers(0, 64, n).astype(np.uint64)
+        bits = bits ^ np.where(rng.random(n) < 0.6, flipped, np.uint64(0))
+    looks = rng.integers(60, 200, (2, 24, 24, 3))
+    copies = (looks[rng.integers(0, 2, n)] + rng.integers(-3, 4, (n, 24, 24, 3))).astype(np.uint8)
+    labels = near_groups(bits, copies)
+    found = {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())}
+    assert {group for group in found if len(group) > 1} == _by_all_pairs(bits, copies)
+
+
+@pytest.mark.slow
+def test_many_images_are_searched_in_seconds() -> None:
+    """100,000 hashes with the correlations of photographs, and a film of nearly equal frames."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(100_000, 8)) @ rng.normal(size=(8, 64)) * 0.35 + rng.normal(size=(100_000, 64))
+    bits = np.packbits(values > 0, axis=1).view(">u8")[:, 0].astype(np.uint64)
+    copies = rng.integers(0, 256, (100_000, 24, 24, 3), dtype=np.uint8)
+    film = rng.integers(60, 200, (24, 24, 3))
+    copies[:5000] = film + rng.integers(-3, 4, (5000, 24, 24, 3))
+    bits[:5000] = bits[0] ^ np.uint64(1) << rng.integers(0, 64, 5000).astype(np.uint64)
+    labels = near_groups(bits, copies)
+    assert len(set(labels[:5000].tolist())) == 1
+    assert len(set(labels.tolist())) == 95_001
+
+
+def test_results_are_in_order_and_name_what_cannot_be_read(tmp_path: Path) -> None:
+    for i, image in enumerate(_crops(40)):
+        image.save(tmp_path / f"{i}.jpg")
+    (tmp_path / "7.jpg").write_bytes((tmp_path / "7.jpg").read_bytes()[:300])
+    (tmp_path / "9.jpg").unlink()
+    steps: list[int] = []
+    paths = [tmp_path / f"{i}.jpg" for i in range(40)]
+    results = list(hash_images([lambda p=p: p for p in paths], lambda: steps.append(1)))  # type: ignore[misc]
+    assert len(steps) == len(results) == 40
+    for i, result in enumerate(results):
+        if i in (7, 9):
+            assert isinstance(result, str)
+        else:
+            assert isinstance(result, ImageHash)
+            assert result.digest == hash_image(paths[i].read_bytes()).digest
+    assert "9.jpg" in str(results[9])
+
+
+@pytest.mark.parametrize("kind", ["upright", "turned", "grey", "cmyk", "alpha", "small"])
+def test_a_reduced_image_shows_the_whole_image(tmp_path: Path, kind: str) -> None:
+    photo, path = PHOTOS[0], tmp_path / "photo.jpg"
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo.save(path, exif=exif)
+    elif kind == "alpha":
+        path = tmp_path / "photo.png"
+        photo.convert("RGBA").save(path)
+    elif kind == "small":
+        photo.resize((50, 30)).save(path)
+    else:
+        photo.convert({"upright": "RGB", "grey": "L", "cmyk": "CMYK"}[kind]).save(path)
+    whole, reduced = load_image(path), load_reduced(path, 100)
+    assert reduced.dtype == np.uint8
+    assert min(reduced.shape[:2]) >= min(100, *whole.shape[:2])
+    if kind not in ("alpha", "small"):
+        assert reduced.size < whole.size / 3
+    a, b = (np.asarray(Image.fromarray(i).resize((8, 8), Image.Resampling.BOX)) for i in (whole, reduced))
+    assert np.abs(a.astype(int) - b).mean() < 3

@@ -1,0 +1,187 @@
+"""Images that splits share: in one place, as a copy, or encoded again; and which splits may share."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_calibration.commands.data import inspect
+from vlm_calibration.data.leaks import Leak, LeakReport, SplitImages, find_leaks
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.errors import CommandError
+from vlm_calibration.records import DataError
+
+
+def _pattern(seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def _rows(names: Iterable[str]) -> list[dict[str, Any]]:
+    return [
+        {"id": str(i), "image": name, "question": "A dog?", "answer": "Yes", "answer_type": "yes_no"}
+        for i, name in enumerate(names)
+    ]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., JsonlSource]:
+    """Write NAME.jsonl about images; those that do not exist are made, image N.png from seed N."""
+
+    def source(name: str, *images: str) -> JsonlSource:
+        for image in images:
+            if not (path := tmp_path / image).exists():
+                path.parent.mkdir(exist_ok=True)
+                _pattern(int(path.stem)).save(path)
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in _rows(images)))
+        return JsonlSource(str(path))
+
+    return source
+
+
+def _leaks(**sources: QuerySource) -> LeakReport:
+    return find_leaks(SplitImages({f"data.{name.replace('__', '.')}": s for name, s in sources.items()}))
+
+
+def test_each_image_counts_for_its_closest_kind(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
+    train = write("train", *(f"{i}.png" for i in range(10)))
+    (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
+    _pattern(2).resize((96, 72)).save(tmp_path / "again.jpg", quality=80)
+    test = write("test", "20.png", "0.png", "copy.png", "again.jpg", "21.png", "1.png")
+    report = _leaks(train=train, test__clean=test)
+    assert report.images == {"train": 10, "test": 6}
+    assert report.leaks == (
+        Leak("same file", "train", "test", 2, ("0.png", "1.png")),
+        Leak("same content", "train", "test", 1, ("1.png = copy.png",)),
+        Leak("near-identical", "train", "test", 1, ("2.png = again.jpg",)),
+    )
+
+
+def test_splits_of_one_role_may_share(write: Callable[..., JsonlSource]) -> None:
+    sources = {
+        name: write(name.replace("__", "-"), "1.png", "2.png")
+        for name in ("levels", "calibration__a", "calibration__b", "predict")
+    }
+    tests = {name: write(name, "3.png") for name in ("test__random", "test__popular")}
+    report = _leaks(**sources, **tests)
+    assert report.images == {"calibration": 2, "test": 1}
+    assert report.leaks == ()
+
+
+def test_all_pairs_of_roles_are_compared(write: Callable[..., JsonlSource]) -> None:
+    roles = ("train", "validation", "calibration", "test")
+    report = _leaks(**{role: write(role, "1.png") for role in roles})
+    assert [(leak.first, leak.second) for leak in report.leaks] == list(combinations(roles, 2))
+
+
+def test_one_name_in_two_folders_is_no_leak(tmp_path: Path) -> None:
+    sources = {}
+    for i, name in enumerate(("train", "test")):
+        (tmp_path / name).mkdir()
+        _pattern(i).save(tmp_path / name / "a.png")
+        (tmp_path / name / "q.jsonl").write_text(json.dumps(_rows(["a.png"])[0]))
+        sources[name] = JsonlSource(str(tmp_path / name / "q.jsonl"))
+    assert _leaks(**sources).leaks == ()
+
+
+def _parquet(path: Path, seeds: Iterable[int]) -> ParquetSource:
+    """A file with embedded images."""
+    rows = []
+    for row, seed in zip(_rows(map(str, seeds)), seeds, strict=True):
+        out = io.BytesIO()
+        _pattern(seed).save(out, "PNG")
+        rows.append(row | {"image": {"bytes": out.getvalue(), "path": None}})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return ParquetSource(str(path))
+
+
+def test_embedded_images_are_compared_by_content_not_by_row(tmp_path: Path) -> None:
+    train, test = _parquet(tmp_path / "train.parquet", [1, 2, 3]), _parquet(tmp_path / "t.parquet", [4, 5, 3])
+    assert _leaks(train=train, test=test).leaks == (
+        Leak("same content", "train", "test", 1, ("row-2 = row-2",)),
+    )
+    half = ParquetSource(str(tmp_path / "train.parquet"), begin=0.5)
+    [leak] = _leaks(train=train, validation=half).leaks
+    assert (leak.kind, leak.images) == ("same file", 1)
+
+
+def test_regions_of_other_sources_and_drawn_images(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
+    images = write("all", "1.png", "2.png", "3.png")
+    pq.write_table(pa.Table.from_pylist(_rows(["1.png", "2.png"])), tmp_path / "regions.parquet")
+    train = ParquetSource(str(tmp_path / "regions.parquet"), images=images)
+    report = _leaks(train=train, test=images)
+    assert [(leak.kind, leak.images) for leak in report.leaks] == [("same file", 2)]
+    demo = _leaks(train=DemoSource("train", scenes=40), test=DemoSource("test", scenes=40))
+    assert demo == LeakReport({"train": 40, "test": 40}, (), ())
+
+
+def test_an_image_that_cannot_be_read_is_named(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
+    train, test = write("train", "1.png", "2.png"), write("test", "3.png", "2.png")
+    for source in (train, test):
+        source.queries()
+    (tmp_path / "2.png").write_bytes(b"")
+    report = _leaks(train=train, test=test)
+    assert len(report.unreadable) == 1
+    assert "not an image" in report.unreadable[0]
+    assert [leak.kind for leak in report.leaks] == ["same file"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, write: Callable[..., JsonlSource]) -> Path:
+    """train and test share image 1."""
+    write("train", "1.png", "2.png")
+    write("test", "1.png", "3.png")
+
+    def source(name: str) -> dict[str, Any]:
+        path = str(tmp_path / f"{name}.jsonl")
+        return {
+            "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+            "init_args": {"path": path},
+        }
+
+    path = tmp_path / "config.yaml"
+    data = {"train": source("train"), "validation": source("test"), "test": {"x": {"source": source("test")}}}
+    path.write_text(yaml.safe_dump({"data": data}))
+    return path
+
+
+def test_the_command_reports_and_fails_only_if_strict(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect("--config", str(config))
+    assert "1 of 2" in capsys.readouterr().out
+    with pytest.raises(CommandError) as caught:
+        inspect("--config", str(config), strict=True)
+    assert caught.value.status == 1
+    capsys.readouterr()
+    inspect("--config", str(config), strict=True, leaks=False)
+    assert "share" not in capsys.readouterr().out
+
+
+def test_missing_files_are_named_after_the_others_are_shown(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test.jsonl").unlink()
+    pq.write_table(pa.Table.from_pylist(_rows(["1.png"])), tmp_path / "test.parquet")
+    with pytest.raises(DataError) as caught:
+        inspect("--config", str(config))
+    assert str(caught.value).count(f"{tmp_path}/test.jsonl") == 2
+    out = capsys.readouterr().out
+    assert "data.train" in out
+    assert f"data.test.x: {tmp_path}/test.jsonl: no such file" in out
+    assert "`--config data/parquet`" in out

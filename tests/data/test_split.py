@@ -1,0 +1,292 @@
+"""Splitting a file by image: what stays together, which records are copied, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm_calibration.commands.data_split import split
+from vlm_calibration.data import split as module
+from vlm_calibration.data.sources.data_root import SPLITS
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.data.split import assign_groups
+from vlm_calibration.records import DataError
+
+from ..command_line import Ended
+
+
+def _pattern(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def _row(i: int, image: str, k: int = 0) -> dict[str, Any]:
+    answer = "Yes" if (i + k) % 2 else "No"
+    return {"id": f"{i}-{k}", "image": image, "question": "A dog?", "answer": answer, "answer_type": "yes_no"}
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> list[bytes]:
+    """The lines of `all.jsonl`: 40 images with one to four queries, 5 of them also as a copy and 5 encoded again."""
+    folder = tmp_path / "my data"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(40):
+        _pattern(i).save(folder / f"images/{i}.png")
+        rows += [_row(i, f"images/{i}.png", k) for k in range(1 + i % 4)]
+    for i in range(5):
+        (folder / f"copy-{i}.png").write_bytes((folder / f"images/{i}.png").read_bytes())
+        _pattern(i + 5).resize((80, 60)).save(folder / f"again-{i}.jpg", quality=80)
+        rows += [_row(100 + i, f"copy-{i}.png"), _row(200 + i, f"again-{i}.jpg")]
+    styles: tuple[dict[str, Any], ...] = ({}, {"separators": (",", ":")}, {"ensure_ascii": False})
+    texts = [json.dumps(row, **styles[i % 3]) for i, row in enumerate(rows)]
+    lines = [(text + ("\r\n" if i % 7 == 0 else " \n")).encode() for i, text in enumerate(texts)]
+    (folder / "all.jsonl").write_bytes(b"".join(lines))
+    return lines
+
+
+@pytest.fixture
+def file(tmp_path: Path, lines: list[bytes]) -> Path:
+    return tmp_path / "my data" / "all.jsonl"
+
+
+def _read(folder: Path) -> dict[str, list[bytes]]:
+    return {name: (folder / f"{name}.jsonl").read_bytes().splitlines(keepends=True) for name in SPLITS}
+
+
+def test_lines_are_copied_as_they_are_and_each_once(file: Path, lines: list[bytes]) -> None:
+    split(file)
+    written = _read(file.parent)
+    assert sorted(line for part in written.values() for line in part) == sorted(lines)
+    for part in written.values():
+        assert part == [line for line in lines if line in part], "in the order of the file"
+
+
+def test_no_image_is_in_two_splits_under_any_name(file: Path) -> None:
+    split(file)
+    where = {}
+    for name in SPLITS:
+        source = JsonlSource(str(file.parent / f"{name}.jsonl"))
+        for query in source.queries():
+            assert where.setdefault(query.image, name) == name
+    assert all(where[f"copy-{i}.png"] == where[f"images/{i}.png"] for i in range(5))
+    assert all(where[f"again-{i}.jpg"] == where[f"images/{i + 5}.png"] for i in range(5))
+
+
+def test_images_that_only_look_the_same_may_be_separated(file: Path) -> None:
+    apart = []
+    for seed in range(4):
+        split(file, near_identical=False, overwrite=True, seed=seed)
+        where = {
+            json.loads(line)["image"]: name for name, part in _read(file.parent).items() for line in part
+        }
+        assert all(where[f"copy-{i}.png"] == where[f"images/{i}.png"] for i in range(5))
+        apart += [where[f"again-{i}.jpg"] != where[f"images/{i + 5}.png"] for i in range(5)]
+    assert any(apart)
+
+
+def test_the_order_of_lines_makes_no_difference_and_the_seed_does(file: Path, lines: list[bytes]) -> None:
+    def assigned(seed: int) -> dict[str, list[bytes]]:
+        split(file, seed=seed, overwrite=True)
+        return {name: sorted(part) for name, part in _read(file.parent).items()}
+
+    first = assigned(0)
+    file.write_bytes(b"".join(random.Random(1).sample(lines, len(lines))))
+    assert assigned(0) == first
+    assert assigned(1) != first
+
+
+def test_a_mark_at_the_begin_and_a_line_without_end(file: Path, lines: list[bytes]) -> None:
+    file.write_bytes(
+        b"\xef\xbb\xbf" + b"".join(lines) + b"\n\n" + json.dumps(_row(0, "images/0.png", 9)).encode()
+    )
+    split(file)
+    written = [line for part in _read(file.parent).values() for line in part]
+    assert sorted(written) == sorted([*lines, json.dumps(_row(0, "images/0.png", 9)).encode() + b"\n"])
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=4, max_size=60),
+    st.lists(st.floats(0.02, 1), min_size=4, max_size=4),
+    st.integers(0, 1000),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=150)
+def test_shares_are_close_whatever_the_groups(
+    sizes: list[int], weights: list[float], seed: int, shuffle: random.Random
+) -> None:
+    shares = [w / sum(weights) for w in weights]
+    keys = [f"image {i}" for i in range(len(sizes))]
+    chosen = assign_groups(keys, sizes, shares, seed)
+    counts = [sum(size for size, c in zip(sizes, chosen, strict=True) if c == s) for s in range(4)]
+    assert all(counts)
+    largest = max(sizes)
+    assert all(count <= share * sum(sizes) + largest for count, share in zip(counts, shares, strict=True))
+    order = shuffle.sample(range(len(sizes)), len(sizes))
+    again = assign_groups([keys[i] for i in order], [sizes[i] for i in order], shares, seed)
+    assert again == [chosen[i] for i in order]
+
+
+def test_shares_are_met_where_images_are_many() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 9, 5000).tolist()
+    shares = [0.8, 0.05, 0.05, 0.1]
+    chosen = np.array(assign_groups([str(i) for i in range(5000)], sizes, shares, 0))
+    counts = np.bincount(chosen, weights=sizes) / sum(sizes)
+    assert np.abs(counts - shares).max() < 8 / sum(sizes)
+    means = [np.mean(np.array(sizes)[chosen == s]) for s in range(4)]
+    assert np.ptp(means) < 0.5, "no split has the large groups"
+
+
+def _encoded(i: int) -> dict[str, Any]:
+    out = io.BytesIO()
+    _pattern(i).save(out, "PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_parquet_rows_keep_schema_metadata_and_values(tmp_path: Path, embedded: bool) -> None:
+    names = [f"{i}.png" for i in range(30)]
+    for i, name in enumerate(names):
+        _pattern(i).save(tmp_path / name)
+    images = [_encoded(i) if embedded else names[i] for i in range(30) for _ in range(3)]
+    rows = [_row(i // 3, "", i % 3) | {"image": image, "note": f"n{i}"} for i, image in enumerate(images)]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": "{}"})
+    pq.write_table(table, tmp_path / "all.parquet", row_group_size=20)
+    split(tmp_path / "all.parquet", shares=[0.4, 0.2, 0.2, 0.2])
+    parts = {name: pq.read_table(tmp_path / f"{name}.parquet") for name in SPLITS}
+    assert all(part.schema.equals(table.schema, check_metadata=True) for part in parts.values())
+    together = sorted(
+        (row for part in parts.values() for row in part.to_pylist()), key=lambda row: row["note"]
+    )
+    assert together == sorted(table.to_pylist(), key=lambda row: row["note"])
+    seen: dict[str, str] = {}
+    for name, part in parts.items():
+        assert all(seen.setdefault(row["id"].split("-")[0], name) == name for row in part.to_pylist())
+        assert len(ParquetSource(str(tmp_path / f"{name}.parquet")).queries()) == len(part)
+
+
+def _damage(file: Path) -> None:
+    """A line that is not JSON, one about a missing image, and an image of two queries that is truncated."""
+    image = file.parent / "images/1.png"
+    image.write_bytes(image.read_bytes()[:200])
+    with file.open("ab") as out:
+        out.write(b"{\n" + json.dumps(_row(7, "nowhere.png", 9)).encode() + b"\n")
+
+
+def test_bad_records_stop_it_and_nothing_is_written(file: Path, lines: list[bytes]) -> None:
+    image = (file.parent / "images/1.png").read_bytes()
+    _damage(file)
+    with pytest.raises(DataError, match=rf"all\.jsonl:{len(lines) + 1}: not JSON"):
+        split(file)
+    file.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=r"record '1-0' and 1 more: .*damaged"):
+        split(file)
+    assert not any((file.parent / f"{name}.jsonl").exists() for name in SPLITS)
+    (file.parent / "images/1.png").write_bytes(image)
+    split(file)
+
+
+def test_bad_records_are_left_out_and_named(
+    file: Path, lines: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _damage(file)
+    split(file, on_bad_record="skip")
+    out = capsys.readouterr().out
+    assert "left out 3 bad records or images:" in out
+    for culprit in (f"all.jsonl:{len(lines) + 1}", f"all.jsonl:{len(lines) + 2}", "record '1-0' and 1 more"):
+        assert culprit in out
+    written = [line for part in _read(file.parent).values() for line in part]
+    assert sorted(written) == sorted(line for line in lines if b"images/1.png" not in line)
+
+
+def test_existing_files_stay_unless_they_may_go(file: Path) -> None:
+    (file.parent / "test.jsonl").write_text("mine\n")
+    with pytest.raises(DataError, match=r"test\.jsonl: exists already"):
+        split(file)
+    assert (file.parent / "test.jsonl").read_text() == "mine\n"
+    assert not (file.parent / "train.jsonl").exists()
+    split(file, overwrite=True)
+    assert (file.parent / "test.jsonl").read_text() != "mine\n"
+
+
+def test_the_file_to_split_is_never_overwritten(file: Path) -> None:
+    source = file.rename(file.with_name("train.jsonl"))
+    with pytest.raises(DataError, match="is the file to split"):
+        split(source, overwrite=True)
+    assert source.stat().st_size > 0
+
+
+def test_all_files_are_written_or_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split(file)
+    before = _read(file.parent)
+    flushed: list[Path] = []
+
+    def full(path: Path) -> None:
+        flushed.append(path)
+        if len(flushed) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_flush", full)
+    with pytest.raises(DataError, match="No space left"):
+        split(file, seed=5, overwrite=True)
+    assert _read(file.parent) == before
+    assert not list(file.parent.glob(".*"))
+
+
+def test_paths_stay_valid_or_the_folder_is_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(DataError, match="leave out --out"):
+        split(file, out=elsewhere)
+    assert not elsewhere.exists()
+    split(file, out=elsewhere, root=file.parent)
+    assert f"set `root: {file.parent}`" in capsys.readouterr().out.replace("\n", " ")
+    JsonlSource(str(elsewhere / "train.jsonl"), root=str(file.parent)).queries()
+    deep = file.parent / "lists"
+    deep.mkdir()
+    split(file.rename(deep / "all.jsonl"), root=file.parent)
+    assert len(JsonlSource(str(file.parent / "train.jsonl")).queries()) > 0
+    assert not list(deep.glob("train*"))
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.7, 0.1, 0.1, 0.2], [0.9, 0.1, 0.0, 0.0], [0.25] * 5])
+def test_shares_that_cannot_be(file: Path, shares: list[float]) -> None:
+    with pytest.raises(DataError, match="--shares"):
+        split(file, shares=shares)
+
+
+def test_too_few_images_and_other_files_are_refused(file: Path, lines: list[bytes]) -> None:
+    for name, says in (("none.jsonl", "no such file"), ("images", "a folder"), ("all.csv", "ends in .jsonl")):
+        with pytest.raises(DataError, match=says):
+            split(file.parent / name)
+    file.write_bytes(b"".join(line for line in lines if b"images/3" in line and b"images/3." not in line)[:0])
+    with pytest.raises(DataError, match="no usable query"):
+        split(file)
+    rows: Sequence[bytes] = [line for line in lines if b"images/3." in line or b"images/2." in line]
+    file.write_bytes(b"".join(rows))
+    with pytest.raises(DataError, match="2 different images are too few for 4 splits"):
+        split(file)
+
+
+def test_the_command_prints_a_table(run: Callable[..., Ended], file: Path) -> None:
+    ended = run("data", "split", str(file), "--shares", "0.4", "0.2", "0.2", "0.2", "--seed", "3")
+    assert (ended.status, ended.errors) == (0, []), ended.err
+    sizes = {name: len(part) for name, part in _read(file.parent).items()}
+    assert f"{sizes['test']} ({sizes['test'] / sum(sizes.values()):.1%})" in ended.out
+    assert "largest group" in ended.out
+    assert run("data", "split", str(file)).status == 1
