@@ -60,8 +60,8 @@ def commands(text: str) -> list[str]:
     """
     lines: list[str] = []
     for language, block in BLOCK.findall(text):
-        if language not in ("bash", "json"):
-            raise ValueError(f"a block of {language or 'no language'}: expected bash or json")
+        if language not in ("bash", "json", "python"):
+            raise ValueError(f"a block of {language or 'no language'}: expected bash, json or python")
         if language == "bash":
             lines += block.replace("\\\n", " ").splitlines()
     rest = BLOCK.sub("", text)
@@ -108,13 +108,6 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
 
 # Beginning of a command -> how it is run; the longest matching beginning counts.
 RUNS: dict[str, Run] = {
-    "vlm-calibration levels fit": Run(SMALL, ("runs/levels.json",), ("wrote runs/levels.json",)),
-    "vlm-calibration fit --config configs/sft.yaml": Run(
-        f"{TRAINED} --overwrite", _in("runs/qwen", *RUN_FILES, "wandb")
-    ),
-    "vlm-calibration fit --config configs/dpo.yaml": Run(
-        f"{TRAINED} --trainer.logger false", _in("runs/qwen-dpo", *RUN_FILES), ("│ before", "│ after")
-    ),
     "vlm-calibration fit --help": Run(prints=("usage: ", "--config", "--data.batch_size")),
     "vlm-calibration fit --model.help": Run(prints=("answer_weight", "confidence_weight")),
     "vlm-calibration completion bash": Run(prints=("complete ", "--trainer.max_epochs")),
@@ -124,7 +117,7 @@ RUNS: dict[str, Run] = {
     "vlm-calibration export runs/sft --merge": Run(
         writes=("exported/model.safetensors",), prints=("wrote exported",)
     ),
-    "vlm-calibration predict --config configs/regions.yaml": Run(
+    "vlm-calibration predict --config regions": Run(
         "--trainer.accelerator cpu --data.workers 0 --model.init_args.keep_known false"
         " --model.init_args.gates.min_score 0.02"
         " --model.init_args.gates.min_area 0 --model.init_args.detector.init_args.threshold 0"
@@ -134,11 +127,11 @@ RUNS: dict[str, Run] = {
         _in("runs/regions", "train.parquet", "validation.parquet", "summary.json", "contact_sheet.png"),
     ),
     "vlm-calibration data inspect": Run(
-        prints=("data.train", "yes_no answers", "bad records"), replace=(("FILE", "configs/data/jsonl.yaml"),)
+        prints=("data.train", "yes_no answers", "bad records"), replace=(("data/coco", "data/jsonl"),)
     ),
     "vlm-calibration ask photo.jpg": Run(prints=("onfidence", "%")),
     "vlm-calibration report runs/eval": Run("--replicates 20", ("runs/eval/report.html",)),
-    "vlm-calibration test --config configs/eval/pope.yaml": Run(
+    "vlm-calibration test --config eval/pope": Run(
         f"{QUICK} --trainer.logger false",
         tuple(
             f"runs/pope/{system}/{name}"
@@ -153,7 +146,23 @@ RUNS: dict[str, Run] = {
     ),
 }
 
+WALK = [
+    "vlm-calibration data split my_data/queries.jsonl --on-bad-record skip",
+    "vlm-calibration data inspect --config data/jsonl --data-root my_data",
+    'settings="--config model/qwen2_5_vl_7b --config data/jsonl --config experiment/anchored --data-root my_data --runs runs/mine --resume"',
+    "vlm-calibration levels fit --config levels $settings",
+    "vlm-calibration fit --config sft $settings",
+    "vlm-calibration fit --config dpo $settings --config experiment/anchored_dpo",
+    "vlm-calibration test --config eval/jsonl $settings",
+    "vlm-calibration report runs/mine/eval",
+]
+"""From a file of queries to a report."""
 ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(WALK, "one after the other: tests/test_acceptance.py"),
+    "make calibrate MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data RUN=mine": "needs a model: tests/test_stages.py",
+    "make regions": "needs data without regions: tests/test_stages.py",
+    "vlm-calibration config list": "tests/commands/test_config.py",
+    "vlm-calibration runs": "tests/commands/test_runs.py",
     "make demo": "takes ten minutes: tests/test_packaging.py has the calls, tests/conftest.py runs them shortened",
     "make train-sft": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
@@ -207,7 +216,7 @@ def test_commands_that_are_not_run_here_exist() -> None:
             dry_run = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
             assert dry_run.returncode == 0, dry_run.stderr
             assert all(name in BENCHMARKS for name in re.findall(r"--only (\w+)", command)), command
-        elif words[1] == "install":
+        elif words[1:2] == ["install"]:
             ours = [word for word in words[2:] if word.startswith("vlm-calibration")]
             assert all(extra in extras for word in ours for extra in re.findall(r"\[(\w+)\]", word)), command
         elif words[0] in ("vlm-calibration", "wandb"):
@@ -293,6 +302,7 @@ def _write_queries(folder: Path) -> None:
         ("data/train", "train", 3),
         ("data/validation", "calibration", 2),
         ("data/calibration", "calibration", 6),
+        ("data/test", "test", 2),
         ("my/queries", "test", 2),
     ):
         source = DemoSource(split, scenes)
@@ -322,18 +332,24 @@ def _box(mask: np.ndarray) -> list[int]:
     return [int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
 
 
+ONE, TWO = "COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"
+
+
 def _write_benchmarks(folder: Path) -> None:
     """Write four questions of POPE and of AMBER, and answers of which three are correct."""
-    image = folder / "data/coco/val2014/one.jpg"
-    image.parent.mkdir(parents=True)
-    Image.fromarray(DemoSource("test", 1).load(DemoSource("test", 1).queries()[0]).image).save(image)
+    source = DemoSource("test", 2)
+    for name, query in zip((ONE, TWO), source.queries()[::3], strict=True):
+        image = folder / f"data/coco/val2014/{name}"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.load(query).image).save(image)
     labels = ["yes", "yes", "no", "no"]
     questions = [
-        {"question_id": i, "image": "one.jpg", "text": "Is there a dog in the image?", "label": label}
+        {"question_id": i, "image": ONE, "text": "Is there a dog in the image?", "label": label}
         for i, label in enumerate(labels, start=1)
     ]
     for kind in ("random", "popular", "adversarial"):
         _write(folder / f"data/pope/coco_pope_{kind}.json", questions)
+        _write(folder / f"data/pope/aokvqa_pope_{kind}.json", [{**row, "image": TWO} for row in questions])
     _write(folder / "coco_pope_random.json", questions)
     texts = ["Yes. Confidence: 90%", "No. Confidence: 60%", "No. Confidence: 80%", "No. Confidence: 70%"]
     _write(
