@@ -140,7 +140,7 @@ run_stage() {
     launch || status=$?
     if (( status == 0 )); then
         log_line "$name is done"
-        [[ -z $(compgen -G "$run/wandb/offline-run-*") ]] || log_line "to upload from a machine with a network: wandb sync $run/wandb/offline-run-*"
+        [[ $1 == report || -z $(compgen -G "$run/wandb/offline-run-*") ]] || log_line "to upload from a machine with a network: wandb sync $run/wandb/offline-run-*"
         return 0
     fi
     show_reason
