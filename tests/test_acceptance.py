@@ -100,15 +100,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     # Dependencies come from the tests' environment; its link to the checkout is not followed.
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
     (packages / "sitecustomize.py").write_text(WATCH)
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB")) and k != "VIRTUAL_ENV"
-    }
     folder = base / "work"
     write_data(folder / "my_data")
     return Stranger(
         folder,
         {
-            **clean,
+            **_clean(),
             "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
             "CHECKOUT": str(ROOT),
             "DEPENDENCIES": str(Path(sys.prefix)),
@@ -119,8 +116,13 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     )
 
 
+def _clean() -> dict[str, str]:
+    """The environment without what leads Python to other packages, or W&B to another run."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB", "VIRTUAL_ENV"))}
+
+
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=_clean()).stdout
 
 
 def write_data(folder: Path) -> None:
