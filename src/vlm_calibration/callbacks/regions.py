@@ -150,7 +150,8 @@ class RegionWriter(L.Callback):
             write_rows(folder / extraction.file, rows, extraction.note)
         complete = [f"data.{setting}" for setting in data.region_plan.complete]
         by_name = {path.name: summary.to_dict() for path, summary in files.items()}
-        write_json(folder / SUMMARY, {**total.to_dict(), "files": by_name, "complete": complete})
+        content = {**total.to_dict(), "unreadable": total.notes, "files": by_name, "complete": complete}
+        write_json(folder / SUMMARY, content)
         print_summary(total, files, complete)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

@@ -41,7 +41,7 @@ class RegionSummary:
             self.notes.append(row["note"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts, and deciles of the share of the image that the regions of a query cover."""
+        """The counts without `notes`, and deciles of the share of the image that the regions of a query cover."""
         shares = np.quantile(self.shares, (0.1, 0.5, 0.9)).tolist() if self.shares else [None] * 3
         return {
             "queries": sum(self.outcomes.values()),
@@ -49,7 +49,6 @@ class RegionSummary:
             "phrases": {"named": self.named, "located": self.located},
             "share_of_image": dict(zip(("p10", "median", "p90"), shares, strict=True)),
             "rejected_regions": dict(sorted(self.reasons.items())),
-            "unreadable": self.notes,
         }
 
 
@@ -110,5 +109,5 @@ def _print_counts(console: Console, summary: RegionSummary) -> None:
         )
     for reason, count in values["rejected_regions"].items():
         console.print(f"regions left out ({reason}): {count}")
-    for note in values["unreadable"]:
+    for note in summary.notes:
         console.print(f"unreadable: {note}", soft_wrap=True, markup=False)
