@@ -122,6 +122,14 @@ def test_other_images_of_one_kind_are_told_apart(make: Callable[[int], Image.Ima
     assert len(set(labels.tolist())) >= 147
 
 
+def test_one_more_small_object_makes_another_image() -> None:
+    for seed in range(8):
+        image = _still_life(seed)
+        more = image.copy()
+        ImageDraw.Draw(more).ellipse((20, 20, 44, 44), fill=(230, 40, 30))
+        assert len(set(_groups([hash_image(np.asarray(i)) for i in (image, more)]).tolist())) == 2
+
+
 def _by_all_pairs(bits: np.ndarray, copies: np.ndarray) -> set[frozenset[int]]:
     """Groups of more than one, by comparing every pair."""
     groups = {i: {i} for i in range(len(bits))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig
 
 from vlm_calibration.data.candidates import ValidationBatch
@@ -20,6 +22,7 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
@@ -164,6 +167,20 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
         DataError, match="data.calibration and data.test share 1 images, 'calibration-000000' among"
     ):
         module.setup("test")
+
+
+def test_images_of_one_name_in_two_folders_are_not_shared(model_folder: str, tmp_path: Path) -> None:
+    splits = {}
+    for name in ("test", "calibration"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 10)).save(tmp_path / name / "a.png")
+        row = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "Yes", "answer_type": "yes_no"}
+        (tmp_path / name / "q.jsonl").write_text(json.dumps(row))
+        splits[name] = {"x": EvalSplit(JsonlSource(str(tmp_path / name / "q.jsonl")))}
+    _module(model_folder, **splits).setup("test")
+    splits["calibration"] = splits["test"]
+    with pytest.raises(DataError, match=r"share 1 images, .*test/a\.png"):
+        _module(model_folder, **splits).setup("test")
 
 
 def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:

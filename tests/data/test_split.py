@@ -151,6 +151,13 @@ def test_shares_are_met_where_images_are_many() -> None:
     assert np.ptp(means) < 0.5, "no split has the large groups"
 
 
+def test_large_groups_go_where_there_is_room_for_them() -> None:
+    sizes, shares = [30, 30] + [1] * 40, [0.8, 0.05, 0.05, 0.1]
+    for seed in range(20):
+        chosen = np.array(assign_groups([str(i) for i in range(42)], sizes, shares, seed))
+        assert np.bincount(chosen, weights=sizes).tolist() == [80, 5, 5, 10]
+
+
 def _encoded(i: int) -> dict[str, Any]:
     out = io.BytesIO()
     _pattern(i).save(out, "PNG")

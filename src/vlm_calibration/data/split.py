@@ -122,7 +122,7 @@ class ImagesOfQueries:
             if isinstance(hashed, str):
                 others = int((self.of_query == len(hashes)).sum()) - 1
                 also = f" and {others} more" if others else ""
-                self.bad.add(f"{source.path}: record {query.id!r}{also}: {hashed}")
+                self.bad.add(f"{source.path}: record {query.id!r}{also}: {query.image}: {hashed}")
             hashes.append(hashed)
         self.groups, self.keys = _group(hashes, near)
         """Group of each image, -1 if it cannot be read; a text for each group that depends on its images alone."""
@@ -147,7 +147,7 @@ def _group(hashes: Sequence[ImageHash | str], near: bool) -> tuple[np.ndarray, l
 def assign_groups(keys: Sequence[str], sizes: Sequence[int], shares: Sequence[float], seed: int) -> list[int]:
     """The split of each group, as an index of `shares`.
 
-    Groups are taken in the order of a hash of key and seed. Each goes to the split that is filled least in proportion to its
+    Groups are taken in the order of a hash of key and seed, those that are larger than a split first. Each goes to the split that is filled least in proportion to its
     share, among those that it fits into; a group that fits into none goes where most room is left. So the shares differ from
     those asked for by less than one group, unless a group is larger than a split.
 
@@ -166,8 +166,8 @@ def assign_groups(keys: Sequence[str], sizes: Sequence[int], shares: Sequence[fl
             "images count as one"
         )
     hashed = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest() for key in keys]
-    order = sorted(range(len(keys)), key=hashed.__getitem__)
     targets = np.array(shares) * sum(sizes)
+    order = sorted(range(len(keys)), key=lambda group: (sizes[group] <= targets.min(), hashed[group]))
     counts, groups = np.zeros(len(shares)), np.zeros(len(shares), dtype=int)
     chosen = [0] * len(keys)
     for group in order:
