@@ -116,7 +116,7 @@ def test_bad_records_may_be_skipped(
     assert (ended.status, ended.errors) == (0, []), ended.err
     assert ended.err.count("left out 2 of 4 records") == 1
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        *("adapter", "checkpoints", "config.yaml", "metrics.json", "predictions.jsonl")
+        *("adapter", "checkpoints", "config.yaml", "metrics.json", "predictions.jsonl", "run.json")
     }
     # The written configuration alone repeats the run.
     again = run(
@@ -464,7 +464,7 @@ def test_stopping_a_run(
     assert ended.status == status
     assert len(workers) == 1
     assert [w for w in workers if Path(f"/proc/{w}").exists()] == [], "no worker survives"
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml", "run.json"}
     for checkpoint in last.parent.iterdir():
         assert checkpoint.suffix == ".ckpt"
         assert torch.load(checkpoint, weights_only=True)["global_step"] > 0

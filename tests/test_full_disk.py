@@ -113,7 +113,10 @@ def test_the_adapter(run: Run, cramped: Run, start: Start, stopped: Path) -> Non
     before = _contents(stopped)
     ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
     _assert_names(ended.error(), stopped / "adapter")
-    assert _contents(stopped) == before
+    after = _contents(stopped)
+    finished = [json.loads(files.pop("run.json"))["finished"] for files in (before, after)]
+    assert finished == [True, False], "the run began once more and did not finish"
+    assert after == before
 
 
 def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_all_four_models_from_queries_to_regions(
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 300
     assert {p.name for p in folder.iterdir()} == {
-        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml")
+        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json")
     }
     source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
     for query in source.queries():
@@ -188,7 +188,7 @@ def test_two_processes_and_restarts_give_the_content_of_one(
     ended = run(*predict("one"))
     assert ended.status == 0, ended.err
     one = _content(tmp_path / "one")
-    assert set(one) == {"queries.parquet", "summary.json", 0, 1, 2, 3, 4}
+    assert set(one) == {"queries.parquet", "summary.json", "run.json", 0, 1, 2, 3, 4}
     assert any(r["regions"] for r in one["queries.parquet"])
 
     ended = run_plainly([*predict("two"), *TWO], root, tmp_path)
@@ -430,3 +430,26 @@ def test_training_on_what_was_extracted(
     noised = [q for q in source.queries() if source.has_evidence(q)]
     assert noised
     assert all(isinstance(source.load(q).evidence[0], np.ndarray) for q in noised)
+
+
+def test_the_same_extraction_resumes_and_is_then_done(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    killed = run(*predict("run", callback("disasters.KillPrediction", batch=3)), "--resume")
+    assert killed.status == -9, killed.err
+    finished = set(_shards(folder))
+    gates = ["--model.init_args.gates.max_area", "0.1"]
+    refused = run(*predict("run"), "--resume", *gates).error()
+    assert all(text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite"))
+    ended = run(*predict("run"), "--resume")
+    assert ended.status == 0, ended.err
+    before = _content(folder)
+    assert finished < {name for name in before if isinstance(name, int)}
+    again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
+    assert again.status == 0, again.err
+    assert again.out == f"{folder}: finished with these settings: nothing to do\n"
+    assert "one run" in run(*predict("run"), "--overwrite", "--data.parts", "2").error()
+    replaced = run(*predict("run"), "--overwrite", *gates)
+    assert replaced.status == 0, replaced.err
+    assert json.loads((folder / "summary.json").read_text()) != before["summary.json"]

@@ -122,7 +122,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(
 ) -> None:
     kill = callback("disasters.KillAt", epoch=0, batch=0)
     assert run(*start("run", kill)).status == -signal.SIGKILL
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json"}
     assert run(*start("run")).status == 0
 
 
@@ -147,7 +147,7 @@ def test_an_overwritten_run_stands_until_the_new_one_trains(
     assert run(*start("run")).status == 0
     kill = callback("disasters.KillAt", epoch=0, batch=0)
     assert run(*start("run", kill), "--overwrite").status == -signal.SIGKILL
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json"}
 
 
 def test_overwriting_and_resuming_are_two_things(run: Run, fit: Fit, finished: Path) -> None:

@@ -42,6 +42,14 @@ class AdapterWriter(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.results = state_dict["results"]
 
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The adapter's folder."""
+        return [folder / ADAPTER]
+
+    def progress(self, folder: Path) -> list[Path]:
+        """None: an adapter is written at the end."""
+        return []
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.results = None
 

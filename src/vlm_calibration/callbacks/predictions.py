@@ -9,7 +9,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from vlm_calibration.callbacks.answer_log import VALIDATED, AnswerLog, ResumeState
+from vlm_calibration.callbacks.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
@@ -22,6 +22,7 @@ TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
+METRICS = "metrics.json"
 
 
 class PredictionWriter(L.Callback):
@@ -33,9 +34,20 @@ class PredictionWriter(L.Callback):
     """
 
     def __init__(self) -> None:
+        self.start_over = False
+        """Whether an evaluation asks all queries again, whatever an earlier one answered."""
         self._log: AnswerLog | None = None
         self._state = ResumeState()
         self._complete = False
+
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The metrics of each system of an evaluation."""
+        systems = module.systems if isinstance(module, EvaluationModule) else ()
+        return [folder / system / METRICS for system in systems]
+
+    def progress(self, folder: Path) -> list[Path]:
+        """The answers of an interrupted evaluation."""
+        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of a validation that was killed; find out where to resume a test."""
@@ -48,7 +60,10 @@ class PredictionWriter(L.Callback):
             settings = broadcast_from_first(trainer, lambda: fingerprint(trainer, module, data))
             log = self._log = AnswerLog(folder, rank, data.tested_queries, settings)
             complete = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
-            self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
+            if self.start_over:
+                self._state = ResumeState()
+            else:
+                self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
             data.leave_out_answered(self._state.answered or {})
 
     def earlier_answers(self, trainer: L.Trainer) -> Iterator[BatchAnswers]:
@@ -72,6 +87,10 @@ class PredictionWriter(L.Callback):
             clear_leftovers(folder)
         if self._state.answered is None:
             self._log.clear()
+        if self.start_over:
+            for name in (METRICS, *FILES.values()):
+                for path in self._log.folder.glob(f"*/{name}"):
+                    path.unlink()
         for batch in self.earlier_answers(trainer):
             module.count(batch)
 
@@ -139,7 +158,7 @@ class PredictionWriter(L.Callback):
 
 
 def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    write_json(folder / "metrics.json", {k: json_number(k, v) for k, v in metrics.items()})
+    write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

@@ -52,6 +52,8 @@ class RegionWriter(L.Callback):
     """
 
     def __init__(self) -> None:
+        self.start_over = False
+        """Whether all shards are extracted again, whatever an earlier run finished."""
         self._rows: list[dict[str, Any]] = []
         self._log: AppendLog | None = None
 
@@ -60,11 +62,16 @@ class RegionWriter(L.Callback):
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
+    def progress(self, folder: Path) -> list[Path]:
+        """The logs of finished shards."""
+        return [path for path in (folder / SHARDS).glob("*.jsonl") if path.stat().st_size]
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the shards that an earlier run has finished.
 
         Raises:
-            DataError: they were extracted with other settings, or from other queries.
+            DataError: they were extracted with other settings, or from other queries; or they are to be extracted again,
+                although other parts may be extracting them.
         """
         data, folder = _data(trainer), Path(trainer.default_root_dir) / SHARDS
         settings = {
@@ -76,8 +83,21 @@ class RegionWriter(L.Callback):
         path = folder / f"{data.part}.{trainer.global_rank}.jsonl"
         log = self._log = AppendLog(path, settings, remedy, "*.jsonl")
         self._rows.clear()
+        if self.start_over:
+            broadcast_from_first(trainer, lambda: self._clear(trainer, pl_module))
         if data.region_plan.extractions:
             data.leave_out(broadcast_from_first(trainer, lambda: _begin(log)))
+
+    def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if _data(trainer).parts > 1:
+            raise DataError(
+                f"--overwrite in one run of {_data(trainer).parts} would remove the shards of the others: remove "
+                f"{trainer.default_root_dir} and start all parts"
+            )
+        assert self._log is not None
+        self._log.clear()
+        for path in self.outputs(Path(trainer.default_root_dir), module, _data(trainer)):
+            path.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,

@@ -6,31 +6,54 @@ that fails earlier leaves the directory unchanged.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
 from vlm_calibration.callbacks.regions import SUMMARY
+from vlm_calibration.callbacks.resume import RUN_CONFIG, deciding_settings, resolved_settings
+from vlm_calibration.callbacks.run_record import (
+    RunRecord,
+    command_of,
+    new_record,
+    outputs_of,
+    results_outside,
+)
 from vlm_calibration.files import remove, replacing
 from vlm_calibration.records import DataError
 
-CONFIG = "config.yaml"
+CONFIG = RUN_CONFIG
 TRAINED = (ADAPTER, FOLDER, "metrics.json", "predictions.jsonl")
 """Files of `fit` other than its configuration and logs; `--overwrite` removes them."""
 
 
+SUBCOMMANDS: dict[Any, str] = {
+    TrainerFn.FITTING: "fit",
+    TrainerFn.TESTING: "test",
+    TrainerFn.PREDICTING: "predict",
+}
+"""State of the Trainer -> subcommand with results; `validate` only reads a run."""
+
+
 class SaveRunConfig(SaveConfigCallback):
-    """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers."""
+    """Begins a run: writes the full configuration to `config.yaml`, removes overwritten files, and starts the loggers.
+
+    `run.json` records when it begins and ends.
+    """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
+        self._record: RunRecord | None = None
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
@@ -62,6 +85,16 @@ class SaveRunConfig(SaveConfigCallback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Record that the run has finished; a run that ends early does not reach this."""
+        if self._record is None or not trainer.is_global_zero:
+            return
+        folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
+        outputs = outputs_of(trainer, pl_module, data)
+        # Of an extraction in several parts, the last to end writes the results.
+        if all(path.exists() for path in outputs):
+            replace(self._record, finished=True, results=results_outside(folder, outputs)).write(folder)
+
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.already_saved:
             return
@@ -79,9 +112,11 @@ class SaveRunConfig(SaveConfigCallback):
         """Write `config.yaml` and remove overwritten files; for the first process."""
         folder, config = Path(trainer.default_root_dir), self.config.clone()
         overwrite = config.pop("overwrite", False)
+        config.pop("resume", None)
         if is_own_checkpoint(folder, config.get("ckpt_path")):
             # The saved configuration repeats the run from its beginning.
             config.ckpt_path = None
+        self._record = self._begin_record(trainer, pl_module, config)
         with replacing(folder / CONFIG) as temporary:
             self.parser.save(
                 config,
@@ -90,8 +125,22 @@ class SaveRunConfig(SaveConfigCallback):
                 overwrite=True,
                 multifile=self.multifile,
             )
-            for name in TRAINED if overwrite else ():
+            for name in TRAINED if overwrite and trainer.state.fn == TrainerFn.FITTING else ():
                 remove(folder / name)
+
+    def _begin_record(
+        self, trainer: L.Trainer, module: L.LightningModule, config: Namespace
+    ) -> RunRecord | None:
+        """Write the record first: from then on, the directory does not hold a finished run."""
+        subcommand = SUBCOMMANDS.get(trainer.state.fn)
+        if subcommand is None:
+            return None
+        command = command_of(subcommand, module)
+        settings = deciding_settings(command, resolved_settings(self.parser, config))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        record = new_record(command, trainer, settings, data)
+        record.write(Path(trainer.default_root_dir))
+        return record
 
 
 def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:

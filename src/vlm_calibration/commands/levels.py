@@ -15,7 +15,8 @@ SETTINGS = Forwarded(
         "--model.init_args.out FILE": "where to write the level table",
         "--trainer.default_root_dir DIR": "folder of the measurement's own files",
     },
-    "Every other setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
+    "`--resume` does nothing if that folder holds this measurement, finished, and `--overwrite` replaces another one. Every other "
+    "setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
     "`vlm-calibration test --model.help LevelFitModule` those of the module.",
 )
 
@@ -32,8 +33,9 @@ def fit(*settings: Annotated[str, SETTINGS]) -> None:
     """
     from vlm_calibration.commands.lightning_cli import lightning_command
 
-    module = lightning_command(["test", *settings]).model
-    print(f"wrote {module.out}")
+    command = lightning_command(["test", *settings])
+    if not command.is_done:
+        print(f"wrote {command.model.out}")
 
 
 SUBCOMMANDS = Subcommands("Measure what anchored levels teach.", {"fit": fit})

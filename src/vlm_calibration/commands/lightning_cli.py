@@ -26,6 +26,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.callbacks.regions import RegionWriter
+from vlm_calibration.callbacks.resume import find_prior
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
@@ -40,8 +43,18 @@ DATA_DEFAULTS = {"name_or_path": None, "revision": None, "trust_remote_code": Fa
 """Settings of a base model -> their values for the data module if the module has no base model."""
 
 
+RESUMABLE = ("fit", "test", "predict")
+"""Subcommands with results, which take `--resume` and `--overwrite`."""
+
+
 class CalibrationCLI(LightningCLI):
-    """LightningCLI for any LightningModule and the one data module."""
+    """LightningCLI for any LightningModule and the one data module.
+
+    Attributes:
+        is_done: whether `--resume` found that the run directory holds this run, finished, so that nothing ran.
+    """
+
+    is_done = False
 
     def __init__(self) -> None:
         _import_choices()
@@ -101,11 +114,18 @@ class CalibrationCLI(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         add_variables(parser)
-        if subcommand == "fit":
+        if subcommand in RESUMABLE:
             parser.add_argument(
                 "--overwrite",
                 action="store_true",
-                help="Replace the run that trainer.default_root_dir holds, once the new one has been checked and begins.",
+                help="Start again in trainer.default_root_dir, and replace the run that it holds, once the new one has been "
+                "checked and begins.",
+            )
+            parser.add_argument(
+                "--resume",
+                action="store_true",
+                help="Do nothing if trainer.default_root_dir holds this run, finished; resume it if it was interrupted; start it "
+                "if there is none. A run of other settings or inputs is an error.",
             )
         return parser
 
@@ -119,15 +139,48 @@ class CalibrationCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         _check_accelerator(self.config[self.subcommand].trainer.accelerator)
-        if self.subcommand == "fit":
-            fit = self.config.fit
-            adapter = fit.model.init_args.get("adapter") if "init_args" in fit.model else None
-            folder = Path(fit.trainer.default_root_dir or ".")
-            check_run_directory(folder, fit.ckpt_path, fit.overwrite, adapter)
+        config = self.config[self.subcommand]
+        if config.get("resume"):
+            if other := next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None):
+                raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
+        elif self.subcommand == "fit":
+            self._check_run_directory(config.ckpt_path, config.overwrite)
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             raise _data_error(error) from error
+        if config.get("resume"):
+            self._resume()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter | RegionWriter):
+                callback.start_over = bool(config.get("overwrite"))
+
+    def _check_run_directory(self, checkpoint: str | None, overwrite: bool) -> None:
+        fit = self.config.fit
+        adapter = fit.model.init_args.get("adapter") if "init_args" in fit.model else None
+        check_run_directory(Path(fit.trainer.default_root_dir or "."), checkpoint, overwrite, adapter)
+
+    def _resume(self) -> None:
+        """Decide whether there is something to do, and from which checkpoint `fit` starts."""
+        folder, prior = Path(self.trainer.default_root_dir), find_prior(self)
+        self.is_done = prior.state == "finished"
+        if self.is_done:
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                print(f"{folder}: finished with these settings: nothing to do")
+        elif self.subcommand == "fit":
+            last = folder / FOLDER / LAST
+            checkpoint = str(last) if prior.state == "interrupted" and last.exists() else None
+            # What a run left behind that ended before its first checkpoint may go.
+            overwrite = prior.state == "none" and prior.begun
+            self._check_run_directory(checkpoint, overwrite)
+            for config in (self.config.fit, self.config_init.fit):
+                config.ckpt_path, config.overwrite = checkpoint, overwrite
+            if checkpoint and getattr(rank_zero_only, "rank", 0) == 0:
+                print(f"{folder}: interrupted: resuming from {checkpoint}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.is_done:
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)

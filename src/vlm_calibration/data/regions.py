@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.base import QuerySource, queries_digest
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.sources.tables import schema_of
 from vlm_calibration.files import name_some
 from vlm_calibration.records import DataError
-from vlm_calibration.settings import digest, settings_digest
+from vlm_calibration.settings import settings_digest
 
 SINGLE = "queries.parquet"
 """The file of `data.predict`."""
@@ -79,8 +79,7 @@ class RegionPlan(NamedTuple):
 
 def contents_of(source: QuerySource) -> Contents:
     """Number and digest of the queries of a source; reads them all."""
-    queries = source.queries()
-    return Contents(len(queries), digest(map(repr, queries)))
+    return Contents(len(source.queries()), queries_digest(source))
 
 
 def unlocated(source: QuerySource) -> list[str]:

@@ -14,13 +14,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.parts import layer_parts
-from vlm_calibration.settings import digest
+from vlm_calibration.settings import digest, file_digest
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -92,6 +98,31 @@ def weights_digest(base: BaseModel) -> str | None:
         return None
     files = [folder / "config.json", *weights]
     return _model_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
+"""Suffixes of the files of processor, generation settings and code in a model's folder."""
+
+
+def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
+    """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
+
+    The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates.
+
+    Returns:
+        None if there is no such model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name_or_path, revision=revision)
+        except OSError:
+            return None
+        commit: str | None = config.get("_commit_hash")
+        return commit
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in BESIDE_WEIGHTS and path.is_file()]
+    files = [f"{path.name} {file_digest(path)}\n" for path in others if path.name != "config.json"]
+    return digest([f"{weights_digest(BaseModel(name_or_path))}\n", *files])
 
 
 def _local_folder(base: BaseModel) -> Path | None:

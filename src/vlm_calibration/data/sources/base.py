@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.settings import digest
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import answer_is_no, is_evidence
 
@@ -164,3 +165,12 @@ class QuerySource(ABC):
         if self.has_evidence(query):
             return "present"
         return "absent" if answer_is_no(query) else "unlocated"
+
+
+def queries_digest(source: QuerySource) -> str:
+    """The digest of a source's queries, 32 hexadecimal digits; about 3 s for 100,000 queries, once a process."""
+    known: str | None = vars(source).get("_queries_digest")
+    if known is None:
+        known = digest(map(repr, source.queries()))
+        vars(source)["_queries_digest"] = known
+    return known

@@ -1,0 +1,251 @@
+"""Which differences in settings and inputs make a run another run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlm_calibration.callbacks.regions import write_rows
+from vlm_calibration.callbacks.resume import (
+    Run,
+    deciding_settings,
+    differences,
+    resolved_settings,
+    saved_settings,
+)
+from vlm_calibration.callbacks.run_record import RunRecord, read_record, run_inputs
+from vlm_calibration.commands.lightning_cli import ParsedCLI
+from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.regions import plan_extraction
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.records import DataError, Query, Region
+
+COMMANDS = ("fit", "test", "predict", "levels fit")
+
+
+def _source(path: str) -> dict[str, Any]:
+    return {
+        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
+        "init_args": {"path": path, "root": None},
+    }
+
+
+SETTINGS: dict[str, Any] = {
+    "seed_everything": 0,
+    "ckpt_path": None,
+    "trainer": {
+        "max_epochs": 1,
+        "limit_train_batches": 1.0,
+        "gradient_clip_val": 1.0,
+        "devices": 1,
+        "log_every_n_steps": 10,
+        "callbacks": [
+            {"class_path": "vlm_calibration.callbacks.checkpoint.RunCheckpoint", "init_args": {"every_n_train_steps": 2}},
+            {"class_path": "lightning.pytorch.callbacks.RichProgressBar"},
+        ],
+        "plugins": None,
+    },
+    "model": {
+        "class_path": "vlm_calibration.stages.sft.SFTModule",
+        "init_args": {
+            "base": {"name_or_path": "a/model", "dtype": "float32"},
+            "optimizer": {"lr": 0.1},
+            "gradient_checkpointing": False,
+        },
+    },
+    "data": {
+        "train": _source("data/train.jsonl"),
+        "predict": None,
+        "noise": {"seed": 0, "level_weights": [1, 2]},
+        "batch_size": 4,
+        "workers": 1,
+        "max_length": 10,
+    },
+}  # fmt: skip
+
+
+def _run(
+    command: str = "fit", *, processes: int = 1, inputs: dict[str, str] | None = None, **changes: Any
+) -> Run:
+    """A run of `SETTINGS` with some changed: dotted name, with "__" for the dots -> value."""
+    settings = copy.deepcopy(SETTINGS)
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        section = settings
+        for key in path:
+            section = section[key]
+        section[last] = value
+    return Run(RunRecord(command, True, processes, "32-true", inputs or {}, {}), settings)
+
+
+def _names(before: Run, now: Run, *, is_finished: bool = True) -> list[str]:
+    lines = differences(before, now, is_finished=is_finished)
+    return [line.removeprefix("the content of ").split(" ")[0] for line in lines]
+
+
+STOP = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/ece"}}
+SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment", "init_args": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"seed_everything": 1}, COMMANDS),
+        ({"trainer__max_epochs": 2}, ["fit"]),
+        ({"trainer__limit_train_batches": 1}, ["fit"]),
+        ({"trainer__gradient_clip_val": 1}, []),
+        ({"trainer__log_every_n_steps": 50, "trainer__devices": 8, "trainer__strategy": "ddp"}, []),
+        ({"trainer__callbacks": None}, []),
+        ({"trainer__callbacks": [*SETTINGS["trainer"]["callbacks"], STOP]}, ["fit"]),
+        ({"trainer__plugins": [SLURM]}, []),
+        ({"model__init_args__optimizer__lr": 0.2}, COMMANDS),
+        ({"model__init_args__gradient_checkpointing": True}, []),
+        ({"data__noise__seed": 1}, ["fit", "test", "levels fit"]),
+        ({"data__noise__level_weights": [1, 3]}, ["fit", "test", "levels fit"]),
+        ({"data__train__init_args__path": "./data/../data/train.jsonl"}, []),
+        ({"data__train__init_args__path": "other.jsonl"}, ["fit", "predict"]),
+        ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),
+        ({"data__max_length": 20}, ["fit"]),
+        ({"data__workers": 4, "data__eval_batch_size": 9, "data_root": "my", "runs": "r", "resume": True}, []),
+    ],
+)  # fmt: skip
+def test_settings_that_change_the_result(change: dict[str, Any], differs: list[str]) -> None:
+    found = [command for command in COMMANDS if _names(_run(command), _run(command, **change))]
+    assert set(found) == set(differs)
+
+
+def test_both_values_are_named_and_the_arguments_of_another_class_are_not() -> None:
+    other = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 3}}
+    lines = differences(
+        _run(), _run(data__train=other, model__init_args__optimizer__lr=0.2), is_finished=True
+    )
+    assert lines == [
+        "model.init_args.optimizer.lr was 0.1 and is 0.2",
+        "data.train.class_path was 'vlm_calibration.data.sources.jsonl.JsonlSource' and is "
+        "'vlm_calibration.demo.source.DemoSource'",
+    ]
+
+
+BASE = "model.init_args.base.name_or_path"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "contents", "differs"),
+    [
+        (BASE, {}, "aa", False),
+        (BASE, {}, "ab", True),
+        (BASE, {"model__init_args__base__name_or_path": "moved"}, "aa", False),
+        (BASE, {"model__init_args__base__name_or_path": "moved"}, "a", True),
+        ("data.train", {}, "ab", True),
+        # The images of another folder may be others, which no digest covers.
+        ("data.train", {"data__train__init_args__path": "moved.jsonl"}, "aa", True),
+    ],
+)
+def test_content_decides_where_it_is_known(
+    name: str, change: dict[str, Any], contents: str, differs: bool
+) -> None:
+    before, now = ({name: content} if content else {} for content in (contents[:1], contents[1:]))
+    assert bool(_names(_run(inputs=before), _run(inputs=now, **change))) == differs
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "finished", "interrupted"),
+    [(1, 4, False, False), (2, 2, False, False), (2, 4, True, False), (1, 8, True, True), (4, 2, True, True)],
+)
+def test_the_batch_over_all_processes_counts_in_training(
+    processes: int, batch_size: int, finished: bool, interrupted: bool
+) -> None:
+    now = {"processes": processes, "data__batch_size": batch_size}
+    assert bool(_names(_run(), _run(**now))) == finished
+    assert bool(_names(_run(), _run(**now), is_finished=False)) == interrupted
+    assert not _names(_run("test"), _run("test", **now))
+
+
+def test_inputs_count_by_content(
+    model_folder: str, new_adapter: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "image.png").write_bytes(b"")
+    query = {"id": "1", "image": "image.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}
+
+    def inputs(question: str = "?", adapter: str = new_adapter(1), n: int = 0) -> dict[str, str]:
+        (tmp_path / "train.jsonl").write_text(json.dumps({**query, "question": question}) + "\n\n" * n)
+        table = json.loads((root / "src/vlm_calibration/demo/levels.json").read_text())
+        table["provenance"]["seed"] += n
+        (tmp_path / "levels.json").write_text(json.dumps(table))
+        settings = {
+            "model": {"init_args": {"base": {"name_or_path": model_folder, "revision": None}, "adapter": adapter}},
+            "data": {"train": {}, "noise": {"levels": {"init_args": {"path": str(tmp_path / "levels.json")}}}},
+        }  # fmt: skip
+        data = PerturbedQueryDataModule(train=JsonlSource(str(tmp_path / "train.jsonl")))
+        return run_inputs(settings, data, with_regions=True)
+
+    before = inputs()
+    assert set(before) == {BASE, "model.init_args.adapter", "data.train", "data.noise.levels.init_args.path"}
+    assert inputs() == before
+
+    def changed(after: dict[str, str]) -> set[str]:
+        return {name for name in before if before[name] != after[name]}
+
+    assert changed(inputs(question="why")) == {"data.train"}
+    assert changed(inputs(adapter=new_adapter(2))) == {"model.init_args.adapter"}
+    assert changed(inputs(n=1)) == {"data.noise.levels.init_args.path"}, "blank lines are no queries"
+
+
+def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
+    """Other regions are another input of training, and none of the extraction."""
+    query = Query("1", "a.png", "Is there a dog?", "Yes", "yes_no")
+    (tmp_path / "a.png").write_bytes(b"")
+    plain = {name: getattr(query, name) for name in ("id", "image", "question", "answer", "answer_type")}
+    (tmp_path / "train.jsonl").write_text(json.dumps(plain))
+
+    def inputs(width: float, *, with_regions: bool) -> dict[str, str]:
+        source = JsonlSource(str(tmp_path / "train.jsonl"))
+        [extraction] = plan_extraction({"train": EvalSplit(source, "drawn")}, keep_known=True).extractions
+        found = replace(query, regions=(Region("dog", (0.0, 0.0, width, 4.0)),))
+        write_rows(tmp_path / extraction.file, [[asdict(found)]], extraction.note)
+        data = PerturbedQueryDataModule(train=source, regions=str(tmp_path))
+        return run_inputs({"data": {"train": {}}}, data, with_regions=with_regions)
+
+    assert inputs(4.0, with_regions=True) == inputs(4.0, with_regions=True)
+    assert inputs(4.0, with_regions=True) != inputs(5.0, with_regions=True)
+    assert inputs(4.0, with_regions=False) == inputs(5.0, with_regions=False)
+
+
+def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    for content in ("[]", "{", '{"command": "fit"}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(DataError, match=r"run\.json"):
+            read_record(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_explicit_default_and_a_missing_setting_are_no_difference(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*more: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["", "fit", "--config", str(root / "configs/sft.yaml"), *more])
+        return ParsedCLI()
+
+    cli, explicit = (
+        parsed(),
+        parsed("--model.init_args.lora.use_rslora", "false", "--data.noise.dilate", "0.0"),
+    )
+    parser = cli._parser("fit")
+    settings = resolved_settings(parser, cli.config.fit)
+    now = deciding_settings("fit", resolved_settings(parser, explicit.config.fit))
+    del settings["model"]["init_args"]["gradient_checkpointing"], settings["data"]["noise"]["dilate"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert deciding_settings("fit", saved_settings(tmp_path / "config.yaml", parser)) == now
+    settings["data"]["gone"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "gone" in deciding_settings("fit", saved_settings(tmp_path / "config.yaml", parser))["data"]

@@ -1,0 +1,211 @@
+"""`--resume` for each command: a finished run is said to be done, an interrupted one resumes, another one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .command_line import Ended, callback, run_plainly
+from .level_tables import FALLING, measured
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., Ended]
+Start = Callable[..., list[str]]
+DEMO = "vlm_calibration.demo.source.DemoSource"
+ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
+WEIGHTS = "adapter/adapter_model.safetensors"
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Path in the folder -> modification time and content of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def _assert_done(ended: Ended, folder: Path) -> None:
+    """The run printed the one line, and nothing that says that a model was loaded."""
+    assert ended.status == 0, ended.err
+    assert ended.out == f"{folder}: finished with these settings: nothing to do\n"
+    assert "Loading weights" not in ended.err
+
+
+def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
+    assert ended.status == 1
+    assert all(text in ended.error() for text in (str(folder), "--overwrite", "--runs", *texts)), ended.err
+
+
+def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
+    run: Run, start: Start, root: Path, tmp_path: Path
+) -> None:
+    whole = run(*start("whole"))
+    assert whole.status == 0, whole.err
+    stop = callback("disasters.KillAt", epoch=1, batch=3, number=int(signal.SIGTERM))
+    command = [*start("run", stop), "--resume"]
+    assert run(*command).status == 143
+    assert not json.loads((tmp_path / "run/run.json").read_text())["finished"]
+    ended = run(*command)
+    assert ended.status == 0, ended.err
+    assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.out
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    before = _files(tmp_path / "run")
+    _assert_done(run(*command), tmp_path / "run")
+    two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1"]
+    _assert_done(run_plainly(two, root, tmp_path), tmp_path / "run")
+    assert _files(tmp_path / "run") == before
+
+
+def test_training_of_other_settings_or_inputs_is_refused(
+    run: Run, fit: Start, model_folder: str, tmp_path: Path
+) -> None:
+    table, folder = tmp_path / "levels.json", tmp_path / "run"
+    measured(model_folder).save(table)
+    levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json"}}
+    command = [*fit(data={"noise": {"levels": levels}}), "--resume"]
+    assert run(*command).status == 0
+    before = _files(folder)
+    _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
+    _assert_refused(run(*command, *TWO), folder, "data.batch_size x processes", "2 x 1", "2 x 2")
+    assert "leave out --overwrite" in run(*command, "--overwrite").error()
+    assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
+    measured(
+        model_folder,
+        {kind: [r._replace(n_correct=r.n_correct - 1) for r in rows] for kind, rows in FALLING.items()},
+    ).save(table)
+    _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
+    assert _files(folder) == before
+    measured(model_folder).save(tmp_path / "same.json")
+    same = json.loads((tmp_path / "same.json").read_text())
+    table.write_text(json.dumps(same))
+    _assert_done(run(*command, "--data.noise.levels.init_args.path", str(table)), folder)
+
+
+def test_training_that_ended_before_its_first_checkpoint_starts_again_with_any_settings(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    kill = callback("disasters.KillAt", epoch=0, batch=0)
+    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
+    ended = run(*start("run"), "--resume", "--model.init_args.optimizer.lr", "0.5")
+    assert ended.status == 0, ended.err
+    assert (
+        yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["optimizer"]["lr"]
+        == 0.5
+    )
+
+
+def test_an_interrupted_training_of_other_settings_is_refused_until_it_is_overwritten(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    kill = callback("disasters.KillAt", epoch=0, batch=5)
+    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
+    more = ["--trainer.max_epochs", "1"]
+    _assert_refused(
+        run(*start("run"), "--resume", *more), tmp_path / "run", "max_epochs was 2 and is 1", "interrupted"
+    )
+    assert run(*start("run"), "--overwrite", *more).status == 0
+    _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
+
+
+@pytest.fixture
+def evaluation(model_folder: str, new_adapter: Callable[..., str], tmp_path: Path) -> Start:
+    """Function that returns the arguments of an evaluation of a copy of an adapter, with a file of the queries asked."""
+    adapter = shutil.copytree(new_adapter(1), tmp_path / "sft")
+
+    def arguments(*disaster: dict[str, Any]) -> list[str]:
+        asked = callback("disasters.WriteAsked", path=str(tmp_path / "asked"))
+        config = {
+            "trainer": {
+                "accelerator": "cpu",
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "default_root_dir": str(tmp_path / "eval"),
+                "callbacks": [asked, callback("predictions.PredictionWriter"), *disaster],
+            },
+            "model": {
+                "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
+                "init_args": {"adapters": {"sft": str(adapter)}, "max_new_tokens": 3},
+            },
+            "data": {
+                "test": {
+                    "clean": {"source": {"class_path": DEMO, "init_args": {"split": "test", "scenes": 3}}}
+                },
+                "eval_batch_size": 2,
+                "workers": 0,
+            },
+        }
+        config["model"]["init_args"]["base"] = {"name_or_path": model_folder, "dtype": "float32"}
+        path = tmp_path / "eval.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return ["test", "--config", str(path)]
+
+    return arguments
+
+
+def test_an_evaluation_resumes_and_is_then_done(
+    run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    asked, folder = tmp_path / "asked0", tmp_path / "eval"
+    assert run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")), "--resume").status == -9
+    _assert_refused(
+        run(*evaluation(), "--resume", "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4"
+    )
+    assert run(*evaluation(), "--resume", "--data.eval_batch_size", "3").status == 0
+    queries = asked.read_text().splitlines()
+    assert len(queries) == len(set(queries)) == 9, "each query is asked once"
+    before = _files(folder)
+    # Nothing of training counts.
+    training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
+    _assert_done(run(*evaluation(), "--resume", *training), folder)
+    other = Path(new_adapter(2)) / "adapter_model.safetensors"
+    shutil.copy(other, tmp_path / "sft")
+    _assert_refused(run(*evaluation(), "--resume"), folder, "adapters.sft", str(tmp_path / "sft"))
+    assert _files(folder) == before
+    assert (
+        "`test`"
+        in run("fit", "--config", str(tmp_path / "eval.yaml"), "--data.train", DEMO, "--resume").error()
+    )
+    assert run(*evaluation()).status == 0, "without the flag it is evaluated again"
+    _assert_done(run(*evaluation(), "--resume"), folder)
+
+
+def test_an_overwritten_evaluation_asks_all_queries_again(
+    run: Run, evaluation: Start, tmp_path: Path
+) -> None:
+    killed = run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")))
+    assert killed.status == -9
+    (tmp_path / "asked0").unlink()
+    (tmp_path / "eval/old").mkdir()
+    (tmp_path / "eval/old/metrics.json").write_text("{}")
+    assert run(*evaluation(), "--overwrite").status == 0
+    assert len((tmp_path / "asked0").read_text().splitlines()) == 9
+    assert {p.parent.name for p in (tmp_path / "eval").glob("*/metrics.json")} == {"base", "sft"}
+
+
+def test_a_measurement_of_levels_is_done_until_its_table_is_another(
+    run: Run, root: Path, model_folder: str, tmp_path: Path
+) -> None:
+    source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
+    command = [
+        *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
+        *("--data.levels", json.dumps(source), "--data.workers", "0"),
+        *("--trainer.default_root_dir", str(tmp_path / "levels"), "--resume"),
+        *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
+        *("--model.init_args.out", str(tmp_path / "levels.json")),
+    ]
+    ended = run(*command)
+    assert ended.status == 0, ended.err
+    table = (tmp_path / "levels.json").read_bytes()
+    _assert_done(run(*command, "--data.eval_batch_size", "7"), tmp_path / "levels")
+    _assert_refused(run(*command, "--data.noise.seed", "1"), tmp_path / "levels", "noise.seed was 0 and is 1")
+    measured(model_folder).save(tmp_path / "levels.json")
+    assert run(*command).status == 0
+    assert (tmp_path / "levels.json").read_bytes() == table
