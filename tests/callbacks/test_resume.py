@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import plan_extraction
 from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.models.loading import model_identity
 from vlm_calibration.records import DataError, Query, Region
 
 COMMANDS = ("fit", "test", "predict", "levels fit")
@@ -198,6 +200,19 @@ def test_inputs_count_by_content(
     assert changed(inputs(question="why")) == {"data.train"}
     assert changed(inputs(adapter=new_adapter(2))) == {"model.init_args.adapter"}
     assert changed(inputs(n=1)) == {"data.noise.levels.init_args.path"}, "blank lines are no queries"
+
+
+def test_a_model_counts_by_its_weights_and_its_processor(model_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "moved")
+    (folder / "README.md").write_text("notes")
+    identity = model_identity(str(folder))
+    assert identity == model_identity(model_folder)
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        assert model_identity(str(folder)) != identity, name
+        (folder / name).write_bytes(content)
+    assert model_identity("no/model") is None
 
 
 def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def fingerprint(
     """
     base = module.base
     decisive: dict[str, Any] = {
-        "model.base": [base, model_identity(base.name_or_path, base.revision)],
+        "model.base": [base, model_identity(base.name_or_path, base.revision, download=True)],
         "model.adapters": {name: adapter_files(Path(folder)) for name, folder in module.adapters.items()},
         "model.with_base": BASE in module.systems,
         "model.oracle_levels": module.oracle,
@@ -38,7 +38,7 @@ def fingerprint(
         "model.estimators": module.estimators,
         "data.processor": [
             data.processor_name,
-            model_identity(str(data.processor_name), data.revision),
+            model_identity(str(data.processor_name), data.revision, download=True),
         ],
         "data.test": data.test,
         "the queries of data.test": _queries(data.read_splits("test")),
