@@ -232,7 +232,7 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     assert ended.status == 0, ended.err
     one = _content(tmp_path / "one")
     files = {"train.parquet", "validation.parquet", "calibration.parquet"}
-    assert set(one) == {*files, "summary.json", *range(6)}
+    assert set(one) == {*files, "summary.json", "run.json", *range(6)}
     lines = [json.loads(line) for line in queries.read_text().splitlines()]
     extracted = [
         row["id"] for name in sorted(files, key=list(one["summary.json"]["files"]).index) for row in one[name]
@@ -283,7 +283,7 @@ def test_where_all_regions_are_known_no_model_is_looked_up(
     ended = run(*predict("run"), *missing, "--data.predict", "null", "--data.train", demo)
     assert ended.status == 0, ended.err
     assert "nothing to extract for data.train" in ended.out
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "summary.json"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json", "summary.json"}
 
 
 def test_other_settings_are_refused_where_shards_were_begun(

@@ -196,7 +196,7 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
     source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
     command = [
         *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
-        *("--data.test.calibration.source", json.dumps(source), "--data.workers", "0"),
+        *("--data.levels", json.dumps(source), "--data.workers", "0"),
         *("--trainer.default_root_dir", str(tmp_path / "levels"), "--resume"),
         *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
         *("--model.init_args.out", str(tmp_path / "levels.json")),

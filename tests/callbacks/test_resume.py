@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.callbacks.resume import (
     Run,
     deciding_settings,
@@ -21,9 +24,12 @@ from vlm_calibration.callbacks.resume import (
 )
 from vlm_calibration.callbacks.run_record import RunRecord, read_record, run_inputs
 from vlm_calibration.commands.lightning_cli import ParsedCLI
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.regions import plan_extraction
 from vlm_calibration.data.sources.jsonl import JsonlSource
-from vlm_calibration.records import DataError
+from vlm_calibration.models.loading import model_identity
+from vlm_calibration.records import DataError, Query, Region
 
 COMMANDS = ("fit", "test", "predict", "levels fit")
 
@@ -109,7 +115,7 @@ SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"
         ({"data__noise__level_weights": [1, 3]}, ["fit", "test", "levels fit"]),
         ({"data__train__init_args__path": "./data/../data/train.jsonl"}, []),
         ({"data__train__init_args__path": "other.jsonl"}, ["fit", "predict"]),
-        ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "levels fit", "predict"]),
+        ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),
         ({"data__max_length": 20}, ["fit"]),
         ({"data__workers": 4, "data__eval_batch_size": 9, "data_root": "my", "runs": "r", "resume": True}, []),
     ],
@@ -182,7 +188,7 @@ def test_inputs_count_by_content(
             "data": {"train": {}, "noise": {"levels": {"init_args": {"path": str(tmp_path / "levels.json")}}}},
         }  # fmt: skip
         data = PerturbedQueryDataModule(train=JsonlSource(str(tmp_path / "train.jsonl")))
-        return run_inputs(settings, data)
+        return run_inputs(settings, data, with_regions=True)
 
     before = inputs()
     assert set(before) == {BASE, "model.init_args.adapter", "data.train", "data.noise.levels.init_args.path"}
@@ -194,6 +200,39 @@ def test_inputs_count_by_content(
     assert changed(inputs(question="why")) == {"data.train"}
     assert changed(inputs(adapter=new_adapter(2))) == {"model.init_args.adapter"}
     assert changed(inputs(n=1)) == {"data.noise.levels.init_args.path"}, "blank lines are no queries"
+
+
+def test_a_model_counts_by_its_weights_and_its_processor(model_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "moved")
+    (folder / "README.md").write_text("notes")
+    identity = model_identity(str(folder))
+    assert identity == model_identity(model_folder)
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        assert model_identity(str(folder)) != identity, name
+        (folder / name).write_bytes(content)
+    assert model_identity("no/model") is None
+
+
+def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
+    """Other regions are another input of training, and none of the extraction."""
+    query = Query("1", "a.png", "Is there a dog?", "Yes", "yes_no")
+    (tmp_path / "a.png").write_bytes(b"")
+    plain = {name: getattr(query, name) for name in ("id", "image", "question", "answer", "answer_type")}
+    (tmp_path / "train.jsonl").write_text(json.dumps(plain))
+
+    def inputs(width: float, *, with_regions: bool) -> dict[str, str]:
+        source = JsonlSource(str(tmp_path / "train.jsonl"))
+        [extraction] = plan_extraction({"train": EvalSplit(source, "drawn")}, keep_known=True).extractions
+        found = replace(query, regions=(Region("dog", (0.0, 0.0, width, 4.0)),))
+        write_rows(tmp_path / extraction.file, [[asdict(found)]], extraction.note)
+        data = PerturbedQueryDataModule(train=source, regions=str(tmp_path))
+        return run_inputs({"data": {"train": {}}}, data, with_regions=with_regions)
+
+    assert inputs(4.0, with_regions=True) == inputs(4.0, with_regions=True)
+    assert inputs(4.0, with_regions=True) != inputs(5.0, with_regions=True)
+    assert inputs(4.0, with_regions=False) == inputs(5.0, with_regions=False)
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def fingerprint(
     """
     base = module.base
     decisive: dict[str, Any] = {
-        "model.base": [base, model_identity(base.name_or_path, base.revision)],
+        "model.base": [base, model_identity(base.name_or_path, base.revision, download=True)],
         "model.adapters": {name: adapter_files(Path(folder)) for name, folder in module.adapters.items()},
         "model.with_base": BASE in module.systems,
         "model.oracle_levels": module.oracle,
@@ -38,12 +38,12 @@ def fingerprint(
         "model.estimators": module.estimators,
         "data.processor": [
             data.processor_name,
-            model_identity(str(data.processor_name), data.revision),
+            model_identity(str(data.processor_name), data.revision, download=True),
         ],
         "data.test": data.test,
-        "the queries of data.test": _queries(data.test),
+        "the queries of data.test": _queries(data.read_splits("test")),
         "data.calibration": data.calibration,
-        "the queries of data.calibration": _queries(data.calibration),
+        "the queries of data.calibration": _queries(data.read_splits("calibration")),
         "data.noise": data.noise,
         "data.prompt": data.prompt,
         "data.grading": data.grading,
@@ -55,5 +55,5 @@ def fingerprint(
     return {name: settings_digest(value) for name, value in decisive.items()}
 
 
-def _queries(splits: Mapping[str, EvalSplit] | None) -> dict[str, str]:
-    return {name: queries_digest(split.source) for name, split in (splits or {}).items()}
+def _queries(splits: Mapping[str, EvalSplit]) -> dict[str, str]:
+    return {name: queries_digest(split.source) for name, split in splits.items()}

@@ -233,7 +233,7 @@ def _used_sources(command: str, data: Mapping[str, Any]) -> Collection[str]:
     if command == "test":
         return ("test", "calibration")
     if command == "levels fit":
-        return ("levels",) if data.get("levels") else ("test",)
+        return ("levels",)
     return ("predict",) if data.get("predict") else SOURCES
 
 

@@ -14,8 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 
-from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 from vlm_calibration.data.sources.base import QuerySource, queries_digest
 from vlm_calibration.files import read_json, write_json
 from vlm_calibration.models.base import find_adapter, read_object
@@ -101,7 +100,8 @@ def new_record(
         data: has the sources that `settings` describes.
     """
     processes = trainer.num_devices * trainer.num_nodes if command == "fit" else None
-    return RunRecord(command, False, processes, str(trainer.precision), run_inputs(settings, data), {})
+    inputs = run_inputs(settings, data, with_regions=command != "predict")
+    return RunRecord(command, False, processes, str(trainer.precision), inputs, {})
 
 
 def command_of(subcommand: str, module: L.LightningModule) -> str:
@@ -109,7 +109,9 @@ def command_of(subcommand: str, module: L.LightningModule) -> str:
     return "levels fit" if isinstance(module, LevelFitModule) else subcommand
 
 
-def run_inputs(settings: Mapping[str, Any], data: PerturbedQueryDataModule) -> dict[str, str]:
+def run_inputs(
+    settings: Mapping[str, Any], data: PerturbedQueryDataModule, *, with_regions: bool
+) -> dict[str, str]:
     """Digests of the content behind the settings of a run: setting, with dots -> digest.
 
     The queries of a source count, but not the bytes of its images; of models and adapters the weights and configurations; of
@@ -118,24 +120,24 @@ def run_inputs(settings: Mapping[str, Any], data: PerturbedQueryDataModule) -> d
     Args:
         settings: the sections `model` and `data`.
         data: has the sources that `settings` describes.
+        with_regions: whether the run reads the sources with the regions in `data.regions`.
     """
     content = dict(_contents("model", settings.get("model", {})))
     for name, value in settings.get("data", {}).items():
         if name in SOURCES:
-            content |= _queries(f"data.{name}", getattr(data, name))
+            sources = _sources(name, data, with_regions)
+            content |= {f"data.{setting}": queries_digest(source) for setting, source in sources.items()}
         else:
             content |= dict(_contents(f"data.{name}", value))
     return content
 
 
-def _queries(name: str, value: Any) -> dict[str, str]:
-    if isinstance(value, QuerySource):
-        return {name: queries_digest(value)}
-    if isinstance(value, EvalSplit):
-        return {f"{name}.source": queries_digest(value.source)}
-    if isinstance(value, Mapping):
-        return {k: v for key, part in value.items() for k, v in _queries(f"{name}.{key}", part).items()}
-    return {}
+def _sources(name: str, data: PerturbedQueryDataModule, with_regions: bool) -> dict[str, QuerySource]:
+    """The sources of a setting of `data`: setting below `data` -> source."""
+    if name == "predict":
+        return {name: data.predict} if data.predict is not None else {}
+    splits = data.read_splits(name) if with_regions else data.splits.get(name, {})
+    return {setting_of(name, split): settings.source for split, settings in splits.items()}
 
 
 def _contents(name: str, value: Any, revision: str | None = None) -> Iterator[tuple[str, str]]:

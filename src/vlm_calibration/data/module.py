@@ -117,6 +117,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.on_too_long = on_too_long
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self._read: dict[str, Mapping[str, EvalSplit]] = {}
         self._sets: dict[str, PerturbedQueries] = {}
         self._logs: dict[str, LoadingLog] = {}
         self._position: DataPosition | None = None
@@ -159,7 +160,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def settings(self) -> dict[str, EvalSplit]:
         """The splits by their setting below `data`: "train", "levels", "test.clean"."""
         return {
-            _setting(name, split): settings
+            setting_of(name, split): settings
             for name, splits in self.splits.items()
             for split, settings in splits.items()
         }
@@ -182,7 +183,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         for name in needed:
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(
-                    self._with_regions(name, splits[name]),
+                    self.read_splits(name),
                     self.noise,
                     self.processor.image_processor,
                     self.chat.check,
@@ -207,13 +208,21 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             )
         return (("train",), ("validation",)) if stage == "fit" else (("validation",), ())
 
-    def _with_regions(self, name: str, splits: Mapping[str, EvalSplit]) -> Mapping[str, EvalSplit]:
+    def read_splits(self, name: str) -> Mapping[str, EvalSplit]:
+        """The splits of a data set as training and evaluation read them: with the regions of `regions`; empty if it is not set.
+
+        Raises:
+            DataError: there are no regions for a split, or those of other queries.
+        """
+        splits = self.splits.get(name, {})
         if self.regions is None:
             return splits
-        return {
-            split: split_with_regions(Path(self.regions), _setting(name, split), settings)
-            for split, settings in splits.items()
-        }
+        if name not in self._read:
+            self._read[name] = {
+                split: split_with_regions(Path(self.regions), setting_of(name, split), settings)
+                for split, settings in splits.items()
+            }
+        return self._read[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
         """The sources that `predict` extracts regions for, and the files that it writes; see `data.regions.plan_extraction`.
@@ -403,7 +412,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
 
-def _setting(name: str, split: str) -> str:
+def setting_of(name: str, split: str) -> str:
     """The setting of a split below `data`; only the data sets of an evaluation name their splits."""
     return f"{name}.{split}" if name in TESTED and split else name
 

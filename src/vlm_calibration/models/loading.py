@@ -104,16 +104,24 @@ BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
 """Suffixes of the files of processor, generation settings and code in a model's folder."""
 
 
-def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
+def model_identity(name_or_path: str, revision: str | None = None, *, download: bool = False) -> str | None:
     """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
 
     The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates.
 
+    Args:
+        name_or_path: as in `BaseModel`.
+        revision: as in `BaseModel`.
+        download: ask the Hub for the commit if the model is not in the cache.
+
     Returns:
-        None if there is no such model.
+        None if the model is not on this machine, or with `download` if there is none.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
+        cached = _local_folder(BaseModel(name_or_path, revision=revision))
+        if cached is not None or not download:
+            return cached.name if cached else None
         try:
             config, _ = PretrainedConfig.get_config_dict(name_or_path, revision=revision)
         except OSError:
