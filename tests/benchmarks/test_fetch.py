@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -194,17 +194,15 @@ def test_only_what_is_missing_is_downloaded_again(
 def test_an_interrupted_download_resumes(
     fetched: Callable[..., FetchReport], site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlib import contextmanager
+    def interrupted(items: Iterable[Any], name: str, *_: Any) -> Iterator[Any]:
+        for item in items:
+            yield item
+            if "images" in name:
+                raise KeyboardInterrupt
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    @contextmanager
-    def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-        yield interrupt if description == "images" else lambda: None
-
-    with pytest.raises(KeyboardInterrupt):
-        fetched(progress=progress, workers=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("vlm_calibration.benchmarks.download.track", interrupted)
+        fetched(workers=1)
     data = tmp_path / "data"
     before = sorted((data / "coco/val2014").iterdir())
     assert 1 <= len(before) < 4

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
@@ -23,6 +23,7 @@ from urllib.request import urlopen
 
 from vlm_calibration.files import first_line, replacing, write_text
 from vlm_calibration.perturbation.images import ImageError, load_image
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 
 TIMEOUT = 20.0
@@ -108,7 +109,7 @@ def fetch_files(
     *,
     download: bool = True,
     workers: int = 8,
-    advance: Callable[[], None] = lambda: None,
+    description: str = "files",
 ) -> None:
     """Verify the files that are in their place and download the others.
 
@@ -119,7 +120,7 @@ def fetch_files(
         report: is added to, file by file, so that it is useful after an interruption.
         download: whether to download missing files.
         workers: number of files at a time.
-        advance: called after each file.
+        description: of the files, for the line of progress.
 
     Raises:
         DataError: a file cannot be written.
@@ -142,7 +143,7 @@ def fetch_files(
     pool = ThreadPoolExecutor(workers)
     try:
         futures = {pool.submit(fetch, file): file for file in files}
-        for future in as_completed(futures):
+        for future in track(as_completed(futures), f"fetching {description}", len(futures), "files"):
             file = futures[future]
             try:
                 report.downloaded += future.result()
@@ -150,7 +151,6 @@ def fetch_files(
                 report.missing[file.path] = str(error)
             except _Unusable as error:
                 (report.wrong if (root / file.path).exists() else report.missing)[file.path] = str(error)
-            advance()
     finally:
         pool.shutdown(cancel_futures=True)
 

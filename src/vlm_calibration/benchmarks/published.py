@@ -12,8 +12,7 @@ decodable, and their digests are recorded. AMBER's images are on Google Drive, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -119,10 +118,6 @@ def digest_list(name: BenchmarkName, root: Path) -> Path:
     return root / name / "SHA256SUMS"
 
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""Shows the progress of a number of steps: (description, number) -> context of the function to call after each step."""
-
-
 def fetch_benchmark(
     name: BenchmarkName,
     root: Path,
@@ -130,7 +125,6 @@ def fetch_benchmark(
     download: bool = True,
     addresses: Addresses = Addresses(),
     workers: int = 8,
-    progress: Progress = lambda description, total: nullcontext(lambda: None),
 ) -> FetchReport:
     """Download the files of a benchmark that are missing, and verify those that are there.
 
@@ -140,7 +134,6 @@ def fetch_benchmark(
         download: False: verify only.
         addresses: servers to download from.
         workers: number of files at a time.
-        progress: shows the progress.
 
     Raises:
         DataError: a file cannot be written, or the list of digests cannot be read.
@@ -154,8 +147,9 @@ def fetch_benchmark(
 
     def fetch(files: Sequence[RemoteFile], description: str) -> None:
         if files:
-            with progress(description, len(files)) as advance:
-                fetch_files(files, root, known, report, download=download, workers=workers, advance=advance)
+            fetch_files(
+                files, root, known, report, download=download, workers=workers, description=description
+            )
 
     try:
         fetch(benchmark.questions, "questions")

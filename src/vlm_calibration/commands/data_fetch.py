@@ -35,9 +35,8 @@ def fetch(
         CommandError: a file is missing or not the right one.
     """
     from vlm_calibration.benchmarks.published import digest_list, fetch_benchmark, how_to_place
-    from vlm_calibration.commands.progress import progress_bar
 
-    report = fetch_benchmark(benchmark, data_root, download=not check, workers=workers, progress=progress_bar)
+    report = fetch_benchmark(benchmark, data_root, download=not check, workers=workers)
     listed = f"; digests: {digest_list(benchmark, data_root)}" if report.digests else ""
     print(f"{len(report.digests)} files verified, {report.downloaded} of them downloaded now{listed}")
     for problems, what in ((report.missing, "missing"), (report.wrong, "wrong, delete them and fetch again")):

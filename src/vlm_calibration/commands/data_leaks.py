@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlm_calibration.commands.progress import progress_bar
 from vlm_calibration.data.leaks import SplitImages, find_leaks
 from vlm_calibration.files import MAX_NAMED
 
@@ -26,8 +25,7 @@ def print_leaks(sources: Mapping[str, QuerySource], console: Console) -> int:
     images = SplitImages(sources)
     if len(images.roles) < 2:
         return 0
-    with progress_bar("comparing images", len(images)) as advance:
-        report = find_leaks(images, advance)
+    report = find_leaks(images)
     table = Table(title="images that splits share", title_justify="left")
     for heading in ("splits", "images", "how", "for example"):
         table.add_column(heading, overflow="fold")

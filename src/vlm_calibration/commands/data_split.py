@@ -42,7 +42,6 @@ def split(
         DataError: a record or setting cannot be used, or a file exists already.
     """
     # These import torch, which the help does not need.
-    from vlm_calibration.commands.progress import progress_bar
     from vlm_calibration.data.split import (
         ImagesOfQueries,
         check_shares,
@@ -57,11 +56,10 @@ def split(
     paths = output_paths(file, out or folder, overwrite)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bad records are printed below, all of them
-        queries = source.queries()
+        source.queries()
     if out is not None and root is None:
         _check_images_below(source, out)
-    with progress_bar("reading images", len({source.image_id(query) for query in queries})) as advance:
-        images = ImagesOfQueries(source, near_identical, advance)
+    images = ImagesOfQueries(source, near_identical)
     result = split_queries(source, paths, shares, seed, images)
     _print(result, None if out is None or _same(out, folder) else folder)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from vlm_calibration.perturbation.images import ImageError, load_reduced
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest
 
@@ -86,18 +87,19 @@ def hash_image(content: Content) -> ImageHash:
     return ImageHash(digest([encoded]), perceptual_hash(image), np.asarray(copy))
 
 
-def hash_images(
-    contents: Iterable[Callable[[], Content]], advance: Callable[[], None] = lambda: None
-) -> Iterator[ImageHash | str]:
+def hash_images(contents: Sequence[Callable[[], Content]]) -> Iterator[ImageHash | str]:
     """Hash images in threads, which Pillow's decoders and the hash function run in side by side.
 
     Args:
         contents: each is called in this thread, in order, since sources are not safe to share.
-        advance: called after each image.
 
     Yields:
         In order, the hash of each image, or the message of the `DataError` or `ImageError` about it.
     """
+    return track(_hashes(contents), "comparing images", len(contents), "images")
+
+
+def _hashes(contents: Sequence[Callable[[], Content]]) -> Iterator[ImageHash | str]:
     workers = min(
         16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -111,10 +113,8 @@ def hash_images(
                 pending.append(str(error))
             if len(pending) >= 4 * workers:
                 yield _result(pending.popleft())
-                advance()
         for future in pending:
             yield _result(future)
-            advance()
 
 
 def _result(hashed: Future[ImageHash] | str) -> ImageHash | str:

@@ -5,7 +5,7 @@ Compared are the places where images are stored, the contents of their files, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -99,20 +99,19 @@ class SplitImages:
         """Name of an image in the source that it was first found in."""
         return self._owners[index][1].image
 
-    def hashes(self, advance: Callable[[], None] = lambda: None) -> list[ImageHash | str]:
+    def hashes(self) -> list[ImageHash | str]:
         """The hash of each image, or why there is none."""
         contents = [partial(source.image_content, query) for source, query in self._owners]
-        return list(hash_images(contents, advance))
+        return list(hash_images(contents))
 
 
-def find_leaks(images: SplitImages, advance: Callable[[], None] = lambda: None) -> LeakReport:
+def find_leaks(images: SplitImages) -> LeakReport:
     """Compare the images of all splits.
 
     Args:
         images: of all splits.
-        advance: called after each image that was read.
     """
-    hashes = images.hashes(advance)
+    hashes = images.hashes()
     usable = np.array([i for i, hashed in enumerate(hashes) if isinstance(hashed, ImageHash)], dtype=np.int64)
     valid = [hashed for hashed in hashes if isinstance(hashed, ImageHash)]
     # An image without a hash is alone in its group.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -99,13 +99,12 @@ class ImagesOfQueries:
     Args:
         source: its `queries` have been read.
         near: keep nearly equal images together, not only equal ones.
-        advance: called after each image that was read.
 
     Raises:
         DataError: an image cannot be read, if bad records stop the source.
     """
 
-    def __init__(self, source: Source, near: bool, advance: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, source: Source, near: bool) -> None:
         self.bad = BadRecords(source.on_bad_record)
         self.first: list[Query] = []
         indices: dict[str, int] = {}
@@ -118,7 +117,7 @@ class ImagesOfQueries:
         self.of_query = np.array(of_query)
         contents = [partial(source.image_content, query) for query in self.first]
         hashes: list[ImageHash | str] = []
-        for query, hashed in zip(self.first, hash_images(contents, advance), strict=True):
+        for query, hashed in zip(self.first, hash_images(contents), strict=True):
             if isinstance(hashed, str):
                 others = int((self.of_query == len(hashes)).sum()) - 1
                 also = f" and {others} more" if others else ""
