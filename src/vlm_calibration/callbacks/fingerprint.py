@@ -41,6 +41,7 @@ def fingerprint(
         ),
         "data.noise": data.noise,
         "data.prompt": data.prompt,
+        "data.max_pixels": data.max_pixels,
         "data.grading": data.grading,
         "trainer.precision": str(trainer.precision),
         "trainer.accelerator": trainer.strategy.root_device.type,
