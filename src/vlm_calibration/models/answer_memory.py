@@ -20,7 +20,6 @@ from vlm_calibration.models.activations import RESPONSE_TOKENS, isolated_suffixe
 from vlm_calibration.models.fake_tensors import FakeModules, LiveBytes, autocast, over_layers
 from vlm_calibration.models.forward import unwrap_peft
 
-
 CACHE = "keys and values"
 
 

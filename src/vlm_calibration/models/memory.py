@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.image_tokens import patches_per_token
 from vlm_calibration.models.loading import empty_vlm, quantised_layers
 from vlm_calibration.models.parts import ModelPart
+from vlm_calibration.models.sharding import transformer_blocks
 from vlm_calibration.models.shared_prefix import ATTENTION, why_not_shared
-from vlm_calibration.models.vision_memory import adapted_vision, adapter_parts, pixel_bytes, tower_peak
+from vlm_calibration.models.vision_memory import adapted_vision, adapter_parts, pixel_bytes, tower_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class MemoryEstimate:
         pixels: bytes of the batch's images as the processor gives them.
         cache: bytes of the keys and values of prompts and answers.
         buckets: bytes of DDP's copy of the gradients.
+        gathered: bytes of weights that are gathered at a time if each GPU stores a share of them.
+        largest_gathered: what `gathered` would be: the weights outside the transformer blocks, and two blocks.
         phase: what is done at the peak.
     """
 
@@ -55,11 +60,13 @@ class MemoryEstimate:
     pixels: int = 0
     cache: int = 0
     buckets: int = 0
+    gathered: int = 0
+    largest_gathered: int = 0
     phase: str = "training step"
 
     @property
     def total(self) -> int:
-        held = self.gradients + self.optimizer + self.pixels + self.cache + self.buckets
+        held = self.gradients + self.optimizer + self.pixels + self.cache + self.buckets + self.gathered
         return sum(self.weights.values()) + held + self.activations
 
 
@@ -88,13 +95,8 @@ def estimate_memory(
     Raises:
         DataError: the model does not exist, or has no linear layer in one of the parts.
     """
-    model = _build(base, training=True)
-    if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = _cast(_attach(model, lora), step.cast).train()
-    for name, part in adapter_parts(model).items():
-        if trained is not None and part not in trained:
-            model.get_parameter(name).requires_grad_(False)
+    parts = None if trained is None else tuple(trained)
+    model = _model(base, lora, True, step.cast, step.checkpointing, parts).train()
     parameters = dict(model.named_parameters())
     adapters = [p for name, p in parameters.items() if "lora_" in name]
     updated = [p for p in parameters.values() if p.requires_grad]
@@ -108,7 +110,7 @@ def estimate_memory(
         step = replace(step, batch=step.batch * step.responses, responses=1, shares_image=step.responses)
     saved = adapted_vision(model, step.images, step.autocast, step.checkpointing)
     # A frozen tower runs before the language model and keeps nothing.
-    tower = tower_peak(model, step.images, step.autocast)
+    tower = round(step.images * tower_bytes(model, step.autocast))
     activations, logits = training_peak(model, step)
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters.values()) + reference * sum(p.numel() for p in adapters),
@@ -118,6 +120,7 @@ def estimate_memory(
         optimizer=round(optimizer_bytes * n_trained),
         activations=max(activations + saved, tower),
         logits=logits,
+        largest_gathered=_gathered(model),
         pixels=pixel_bytes(unwrap_peft(model).config, step.images),
     )
 
@@ -142,17 +145,13 @@ def estimate_answering(
     Raises:
         DataError: as `estimate_memory`.
     """
-    model = _build(base, training=training)
-    one = 0
-    if lora is not None and adapters:
-        model = _attach(model, lora)
-        one = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    model = _cast(model, step.cast).eval()
+    model = _model(base, lora if adapters else None, training, step.cast).eval()
+    one = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     parameters = dict(model.named_parameters())
     weights = Counter(_weight_bytes(model, base.quantization))
     for _ in range(adapters - 1):
         weights.update(_by_dtype([p for name, p in parameters.items() if "lora_" in name]))
-    tower = tower_peak(model, step.images, step.autocast)
+    tower = round(step.images * tower_bytes(model, step.autocast))
     features = _shared_features(model, step)
     longest = step.tokens + max(step.scored_tokens, math.prod(step.ranked or ()))
     step = replace(step, shared=step.shared and _shares(base, model, longest))
@@ -184,7 +183,9 @@ def _shared_features(model: Any, step: AnsweringStep) -> int:
     if step.systems < 2:
         return 0
     config = unwrap_peft(model).config
-    widths = config.vision_config.hidden_size * patches_per_token(config) + config.get_text_config().hidden_size
+    widths = (
+        config.vision_config.hidden_size * patches_per_token(config) + config.get_text_config().hidden_size
+    )
     return round(step.images * widths * (step.autocast or model.dtype).itemsize)
 
 
@@ -217,8 +218,24 @@ class _QuantisedProduct(torch.autograd.Function):
         return product.to(gradient.dtype), None, None, None, None
 
 
-def _build(base: BaseModel, *, training: bool) -> Any:
-    """The architecture with the dtypes that it is loaded with."""
+def _model(base: BaseModel, lora: LoraSettings | None, *settings: Any) -> Any:
+    """The architecture as a stage loads it; the same object for the same settings."""
+    config = Path(base.name_or_path) / "config.json"
+    state = config.stat().st_mtime_ns if config.is_file() else None
+    return _build(base, lora and replace(lora, parts=tuple(lora.parts)), state, *settings)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4)
+def _build(
+    base: BaseModel,
+    lora: LoraSettings | None,
+    state: int | None,
+    training: bool,
+    cast: torch.dtype | None = None,
+    checkpointing: bool = False,
+    trained: tuple[ModelPart, ...] | None = None,
+) -> Any:
+    """The architecture with the dtypes that it is loaded with, and its adapter; `state` is that of its configuration's file."""
     model = empty_vlm(base)
     checkpoint_dtype = model.config.dtype or torch.float32
     dtype = checkpoint_dtype if base.dtype == "auto" else getattr(torch, base.dtype)
@@ -231,16 +248,17 @@ def _build(base: BaseModel, *, training: bool) -> Any:
         layer.saves_input = base.quantization == "int8"
     if base.attn_implementation == "eager":
         model.set_attn_implementation("eager")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        with torch.device("meta"):
+            model = attach_lora(model, lora)
+    if cast is not None:
+        model = model.to(cast)
+    for name, part in adapter_parts(model).items():
+        if trained is not None and part not in trained:
+            model.get_parameter(name).requires_grad_(False)
     return model
-
-
-def _attach(model: Any, lora: LoraSettings) -> Any:
-    with torch.device("meta"):
-        return attach_lora(model, lora)
-
-
-def _cast(model: Any, dtype: torch.dtype | None) -> Any:
-    return model.to(dtype) if dtype else model
 
 
 def _weight_bytes(model: Any, quantization: Quantization) -> dict[str, int]:
@@ -265,6 +283,12 @@ def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
         return n + 4 * shape[0]
     blocks = math.ceil(n / 64)
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / 256)
+
+
+def _gathered(model: Any) -> int:
+    """Bytes that are whole at a time under FSDP (`sharding`): parameters outside the blocks, and the two largest blocks."""
+    blocks = [_bytes(list(block.parameters())) for block in transformer_blocks(model)]
+    return _bytes(list(model.parameters())) - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

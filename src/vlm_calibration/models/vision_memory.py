@@ -6,6 +6,7 @@ one saves activations for the backward pass, which are estimated from the shapes
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ def pixel_bytes(config: Any, tokens: int) -> int:
     return round(tokens * image.patches * image.patch_values * torch.float32.itemsize)
 
 
-def tower_peak(model: Any, tokens: int, dtype: torch.dtype | None) -> int:
-    """Peak bytes of a pass of the vision tower without gradients; 0 if its images are not known here.
+@lru_cache(maxsize=8)
+def tower_bytes(model: Any, dtype: torch.dtype | None) -> float:
+    """Peak bytes of a pass of the vision tower without gradients, per token of its images; 0 if its images are not known here.
 
     Args:
         model: a transformers or peft model.
-        tokens: tokens in the language model of all images of a batch.
         dtype: of the arithmetic in mixed precision, as in `TrainingStep`.
     """
     base = unwrap_peft(model)
@@ -60,7 +61,7 @@ def tower_peak(model: Any, tokens: int, dtype: torch.dtype | None) -> int:
     with torch.no_grad(), autocast(dtype), LiveBytes([*fakes.parameters, pixels]) as live:
         values = pixels.to(next(tower.parameters()).dtype)
         tower(values, **settings)
-    return round(live.peak * tokens * patches_per_token(base.config) / patches)
+    return live.peak * patches_per_token(base.config) / patches
 
 
 def adapter_parts(model: Any) -> dict[str, ModelPart]:
