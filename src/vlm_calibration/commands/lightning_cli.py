@@ -265,7 +265,10 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
 
 
 class ParsedCLI(CalibrationCLI):
-    """Parses the configuration and instantiates nothing."""
+    """Parses the configuration; instantiates and seeds nothing."""
+
+    def _set_seed(self) -> None:
+        pass
 
     def instantiate_classes(self) -> None:
         pass

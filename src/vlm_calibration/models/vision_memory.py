@@ -43,7 +43,7 @@ def tower_bytes(model: Any, dtype: torch.dtype | None) -> float:
     named = dict(base.named_modules())
     tower = next((m for name, m in named.items() if name.rpartition(".")[-1] in TOWERS), None)
     config = base.config.vision_config
-    side = getattr(config, "image_size", None)
+    side: Any = getattr(config, "image_size", None)
     grid = hasattr(config, "spatial_merge_size")
     if tower is None or not (grid or side):
         return 0

@@ -88,10 +88,12 @@ class PlanFit:
     Attributes:
         shared: settings of all stages; None: no stage has a vision-language model.
         stages: name -> its settings. If not all fit, those that take the least.
+        quantization: of the configuration.
     """
 
     shared: Shared | None
     stages: Mapping[str, StageFit]
+    quantization: Quantization = "none"
 
     @property
     def fits(self) -> bool:
@@ -114,17 +116,26 @@ def fit_plan(stages: Mapping[str, Any], plan: Plan, gpu_bytes: float) -> PlanFit
     regions = {
         name: _fit_regions(config, usable) for name, config in stages.items() if stage_of(config) == "regions"
     }
-    best = PlanFit(None, regions)
-    for shared in shared_settings(list(models.values()), plan) if models else ():
+    if not models:
+        return PlanFit(None, regions)
+    base = base_model(next(iter(models.values())), plan)
+    *larger, smallest = shared_settings(list(models.values()), plan)
+    for shared in larger:
         fits: dict[str, StageFit] = {}
         for name, config in models.items():
-            changed, known = with_shared(config, shared, plan)
-            fit = _fit_training if stage_of(config) in ("sft", "dpo") else _fit_answers
-            fits[name] = fit(changed, known, usable)
-        best = PlanFit(shared, {name: {**fits, **regions}[name] for name in stages})
-        if all(fit.fits for fit in fits.values()):
-            break
-    return best
+            fits[name] = _fit_stage(config, shared, plan, usable)
+            if not fits[name].fits:
+                break
+        else:
+            return PlanFit(shared, {name: {**fits, **regions}[name] for name in stages}, base.quantization)
+    fits = {name: _fit_stage(config, smallest, plan, usable) for name, config in models.items()}
+    return PlanFit(smallest, {name: {**fits, **regions}[name] for name in stages}, base.quantization)
+
+
+def _fit_stage(config: Any, shared: Shared, plan: Plan, usable: float) -> StageFit:
+    changed, known = with_shared(config, shared, plan)
+    fit = _fit_training if stage_of(config) in ("sft", "dpo") else _fit_answers
+    return fit(changed, known, usable)
 
 
 def shared_settings(configs: Sequence[Any], plan: Plan) -> Iterator[Shared]:
