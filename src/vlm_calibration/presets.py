@@ -83,7 +83,7 @@ def resolve_configs(
             continue
         value = value if equals else args[position]
         if option in ("--config", "-c"):
-            files[position] = (f"{option}=" if equals else "", _read(value))
+            files[position] = (f"{option}=" if equals else "", read_config(value))
         elif (variable := option.removeprefix("--").replace("-", "_")) in VARIABLES:
             given[variable] = value
     values = {name: default for name, (default, _) in VARIABLES.items()}
@@ -107,8 +107,12 @@ _TextsQuoted.add_representer(
 )
 
 
-def _read(name: str) -> dict[str, Any]:
-    """The settings in a configuration file, or in a text that is one itself, such as "{data: {workers: 0}}"."""
+def read_config(name: str) -> dict[str, Any]:
+    """The settings in a preset or a file, or in a text that is one itself, such as "{data: {workers: 0}}".
+
+    Raises:
+        ArgumentError: there is no such preset or file, it cannot be read, or it is not a mapping of settings.
+    """
     from jsonargparse import get_loader
 
     if name.lstrip().startswith("{"):

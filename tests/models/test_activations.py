@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from vlm_calibration.losses.sequence import token_log_likelihood
-from vlm_calibration.models.activations import (
-    LiveBytes,
-    TrainingStep,
-    adapter_parts,
-    patches_per_token,
-)
+from vlm_calibration.models.activations import TrainingStep
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.fake_tensors import LiveBytes
 from vlm_calibration.models.forward import labelled_logits
+from vlm_calibration.models.image_tokens import patches_per_token
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.models.memory import estimate_memory
+from vlm_calibration.models.vision_memory import adapter_parts
 
 from .families import FAMILIES, IMAGE, build, collated, new_prompts
 from .published import MODELS

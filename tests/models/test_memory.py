@@ -157,7 +157,8 @@ def test_more_of_anything_takes_more(model_folder: str) -> None:
     assert _estimate(model_folder, LoraSettings(r=32, dropout=0.0)).trained == 2 * base.trained
     assert _estimate(model_folder, optimizer_bytes=2).optimizer == 2 * base.trained
     assert base.optimizer == 8 * base.trained
-    assert base.total == sum(base.weights.values()) + base.gradients + base.optimizer + base.activations
+    held = base.gradients + base.optimizer + base.pixels
+    assert base.total == sum(base.weights.values()) + held + base.activations
 
 
 @pytest.mark.parametrize(

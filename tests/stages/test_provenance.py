@@ -64,6 +64,7 @@ ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
             {"prompt": ElicitationPrompt("{question}?")},
             r"data.prompt.template was '{question}\nHow sure are you?' and is '{question}?'",
         ),
+        ({}, {"max_pixels": 5000}, "data.max_pixels was None and is 5000"),
         (
             {"grading": Grading(short="contains")},
             {"grading": Grading(short="token_f1")},

@@ -111,6 +111,7 @@ class AdapterWriter(L.Callback):
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
             max_new_tokens=trained.max_new_tokens,
+            max_pixels=data.max_pixels,
         )
 
 

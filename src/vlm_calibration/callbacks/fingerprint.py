@@ -46,6 +46,7 @@ def fingerprint(
         "the queries of data.calibration": _queries(data.read_splits("calibration")),
         "data.noise": data.noise,
         "data.prompt": data.prompt,
+        "data.max_pixels": data.max_pixels,
         "data.grading": data.grading,
         "trainer.precision": str(trainer.precision),
         "trainer.accelerator": trainer.strategy.root_device.type,

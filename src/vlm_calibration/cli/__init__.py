@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "estimate-memory": (
         "vlm_calibration.commands.estimate_memory:estimate",
-        "the memory that `fit` takes with the same settings [--tokens N]",
+        "GPU memory of every stage, or settings that fit [--gpu 24GB]",
     ),
     "completion": (
         "vlm_calibration.cli.completion:completion",

@@ -340,7 +340,10 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
 
 
 class ParsedCLI(CalibrationCLI):
-    """Parses the configuration and instantiates nothing."""
+    """Parses the configuration; instantiates and seeds nothing."""
+
+    def _set_seed(self) -> None:
+        pass
 
     def instantiate_classes(self) -> None:
         pass
@@ -349,8 +352,13 @@ class ParsedCLI(CalibrationCLI):
         pass
 
 
-def parsed_fit(args: Sequence[str]) -> Any:
-    """Parse the configuration of `fit` with these settings; nothing is instantiated."""
-    sys.argv[1:] = ["fit", *args]
+def parsed(subcommand: str, args: Sequence[str]) -> Any:
+    """Parse the configuration of a subcommand with these settings; nothing is instantiated.
+
+    Args:
+        subcommand: "fit", "test" or "predict".
+        args: what follows it on the command line.
+    """
+    sys.argv[1:] = [subcommand, *args]
     with _lightning_errors():
-        return ParsedCLI().config.fit
+        return ParsedCLI().config[subcommand]

@@ -17,6 +17,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.pixel_limit import limit_pixels
 from vlm_calibration.data.raw import RawBatches, Shard, shards_of
 from vlm_calibration.data.regions import RegionPlan, plan_extraction, single_extraction, split_with_regions
 from vlm_calibration.data.resolution import check_resolution
@@ -60,6 +61,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         part: index of this run among them, from 0.
         workers: number of data workers a process.
         max_length: maximum number of tokens of a training sample, image tokens included.
+        max_pixels: maximum number of pixels of an image after the processor's resize, its tiles together; larger images are
+            shrunk, in training, evaluation and `levels fit` alike. None: the processor's own limit. See `limit_pixels`.
         on_too_long: "raise" stops at a longer sample, "skip" leaves it out and reports the number.
         revision: of the processor, as in `from_pretrained`.
         trust_remote_code: for the processor, as in `from_pretrained`.
@@ -86,6 +89,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         part: int = 0,
         workers: int = 4,
         max_length: int = 4096,
+        max_pixels: int | None = None,
         on_too_long: Literal["raise", "skip"] = "raise",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -114,6 +118,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.part = part
         self.workers = workers
         self.max_length = max_length
+        self.max_pixels = max_pixels
         self.on_too_long = on_too_long
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -129,14 +134,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor: image processor, tokenizer and chat template.
+        """The model's processor: image processor, tokenizer and chat template, with `max_pixels` applied.
 
         Raises:
-            DataError: it is not set, does not exist, or does not take images and text.
+            DataError: it is not set, does not exist, does not take images and text, or cannot keep to `max_pixels`.
         """
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
-        return load_processor(self.processor_name, self.revision, self.trust_remote_code)
+        processor = load_processor(self.processor_name, self.revision, self.trust_remote_code)
+        if self.max_pixels is not None:
+            limit_pixels(processor, self.max_pixels)
+        return processor
 
     @cached_property
     def chat(self) -> ChatFormat:

@@ -82,9 +82,9 @@ def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[in
     """
     if not getattr(image_processor, "do_resize", True):
         return [(height, width)]
-    size = _as_mapping(getattr(image_processor, "size", None))
+    size = as_mapping(getattr(image_processor, "size", None))
     shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
-    if grids := _grids(image_processor):
+    if grids := tile_grids(image_processor):
         return [_fit_within(height, width, *_best_grid(height, width, grids))]
     if getattr(image_processor, "crop_to_patches", False):
         tiles = range(int(image_processor.min_patches), int(image_processor.max_patches) + 1)
@@ -93,12 +93,12 @@ def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[in
             raise _unknown(image_processor)
         return [_fit_canvas(height, width, int(size["height"]), tiles)]
     if shortest and longest and hasattr(image_processor, "merge_size"):
-        return [_fit_pixels(height, width, shortest, longest, _factor(image_processor))]
-    tile = _split_side(image_processor)
+        return [_fit_pixels(height, width, shortest, longest, merge_factor(image_processor))]
+    tile = split_side(image_processor)
     if longest and not shortest and tile and longest % tile == 0:
         return _fit_tiles(height, width, longest, tile, bool(image_processor.do_image_splitting))
     if longest and not shortest and hasattr(image_processor, "patch_size"):
-        return [_fit_patches(height, width, longest, *_sides(image_processor.patch_size))]
+        return [_fit_patches(height, width, longest, *patch_sides(image_processor.patch_size))]
     if size.get("height") and size.get("width"):
         return [(int(size["height"]), int(size["width"]))]
     if shortest and not longest:
@@ -166,7 +166,7 @@ def _unknown(image_processor: Any) -> DataError:
     )
 
 
-def _as_mapping(size: Any) -> Mapping[str, Any]:
+def as_mapping(size: Any) -> Mapping[str, Any]:
     if size is None:
         return {}
     if isinstance(size, int):
@@ -174,38 +174,38 @@ def _as_mapping(size: Any) -> Mapping[str, Any]:
     return {k: v for k, v in dict(size).items() if v is not None}
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def patch_sides(size: Any) -> tuple[int, int]:
     """(height, width) of a patch or crop, which may be set as one number."""
     return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
 
 
-def _factor(image_processor: Any) -> int:
+def merge_factor(image_processor: Any) -> int:
     return int(image_processor.patch_size) * int(image_processor.merge_size)
 
 
-def _split_side(image_processor: Any) -> int:
+def split_side(image_processor: Any) -> int:
     """Side of the square tiles of Idefics 3 and SmolVLM; 0 for other processors."""
-    return int(_as_mapping(getattr(image_processor, "max_image_size", None)).get("longest_edge", 0))
+    return int(as_mapping(getattr(image_processor, "max_image_size", None)).get("longest_edge", 0))
 
 
-def _grids(image_processor: Any) -> list[tuple[int, int]]:
+def tile_grids(image_processor: Any) -> list[tuple[int, int]]:
     """The sizes (height, width) of the tile grids of LLaVA-NeXT and LLaVA-OneVision; empty for other processors."""
     return [(int(h), int(w)) for h, w in getattr(image_processor, "image_grid_pinpoints", None) or ()]
 
 
 def _pixels(image_processor: Any, size: tuple[int, int]) -> int:
     """Number of pixels that the model receives for an image of this size, the overview image included."""
-    mapping = _as_mapping(image_processor.size)
-    if grids := _grids(image_processor):
+    mapping = as_mapping(image_processor.size)
+    if grids := tile_grids(image_processor):
         # A tile is as large as the overview; the rest of the grid is filled with black.
         height, width = mapping.get("height"), mapping.get("width")
         tile = height * width if height and width else mapping["shortest_edge"] ** 2
         return math.prod(_best_grid(*size, grids)) + int(tile)
     if getattr(image_processor, "do_center_crop", False):
-        return math.prod(_sides(image_processor.crop_size))
-    pixels, tile = math.prod(size), _split_side(image_processor) ** 2
+        return math.prod(patch_sides(image_processor.crop_size))
+    pixels, tile = math.prod(size), split_side(image_processor) ** 2
     if getattr(image_processor, "crop_to_patches", False):
-        tile = math.prod(_sides(mapping))
+        tile = math.prod(patch_sides(mapping))
     if tile and pixels > tile:
         pixels += tile
     return pixels * int(getattr(image_processor, "temporal_patch_size", 1))

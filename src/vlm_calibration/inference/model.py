@@ -59,7 +59,8 @@ def load_calibrated(
 ) -> CalibratedModel:
     """Load a base model, with or without an adapter, to ask it questions.
 
-    Prompt and length of answers default to those of the training, from the adapter's card.
+    Prompt and length of answers default to those of the training, from the adapter's card; images are shrunk as in the training
+    (`data.max_pixels`).
 
     Args:
         base: name or folder of the base model, or its loading settings; None: the model that the adapter names, with the
@@ -89,6 +90,7 @@ def load_calibrated(
     data = PerturbedQueryDataModule(
         processor_source(folder, model),
         prompt=ElicitationPrompt(template) if template else ElicitationPrompt(),
+        max_pixels=card.max_pixels,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )

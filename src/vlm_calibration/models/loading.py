@@ -65,18 +65,27 @@ def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> Pr
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
+def model_config(base: BaseModel) -> Any:
+    """The model's configuration.
+
+    Raises:
+        DataError: the model does not exist.
+    """
+    with hub.loading("a model", base.name_or_path):
+        return AutoConfig.from_pretrained(
+            base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+
+
 def empty_vlm(base: BaseModel) -> PreTrainedModel:
     """The model with meta tensors: parameters have shapes but no values and take no memory.
 
     Raises:
         DataError: the model does not exist.
     """
-    with hub.loading("a model", base.name_or_path):
-        config = AutoConfig.from_pretrained(
-            base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
+    config = model_config(base)
+    with hub.loading("a model", base.name_or_path), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
 
 
 SPANS, SPAN = 16, 1 << 20
@@ -187,7 +196,7 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     quantised = set(quantised_layers(model))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if base.quantization == "nf4":
-        _check_blocks(model, quantised)
+        check_blocks(model, quantised)
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
@@ -198,7 +207,12 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     )
 
 
-def _check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
+def check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
+    """Check that layers can be quantised to nf4.
+
+    Raises:
+        ValueError: a layer's number of inputs is no multiple of 64.
+    """
     for name, module in model.named_modules():
         if name in quantised and module.in_features % 64:
             raise ValueError(

@@ -14,12 +14,12 @@ from vlm_calibration.models.forward import unwrap_peft
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
     """Shard the model over a mesh of processes, in place; a forward gathers one transformer block at a time."""
-    for block in _transformer_blocks(model):
+    for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def _transformer_blocks(model: Any) -> list[nn.Module]:
+def transformer_blocks(model: Any) -> list[nn.Module]:
     """The modules that transformers never splits between devices, in the language model and the tower."""
     base = unwrap_peft(model)
     names = {n for m in base.modules() for n in getattr(m, "_no_split_modules", None) or ()}

@@ -203,7 +203,7 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
 def _score_packed(model: Any, packed: Packed) -> ResponseScores:
     """Score all candidates with one forward over packed rows."""
     decoder = unwrap_peft(model).get_decoder()
-    hook = partial(_isolate_suffixes, segment=packed.segment, shift=packed.shift)
+    hook = partial(isolate_suffixes, segment=packed.segment, shift=packed.shift)
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         inputs = _with_response_types(model, packed)
@@ -266,7 +266,7 @@ def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
     return {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
 
 
-def _isolate_suffixes(
+def isolate_suffixes(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, segment: Tensor, shift: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix."""

@@ -45,6 +45,7 @@ class Card:
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
         has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
         max_new_tokens: length limit of an answer.
+        max_pixels: limit of an image's pixels in training, as in `data.max_pixels`; the saved processor has it too.
     """
 
     base: str
@@ -62,6 +63,7 @@ class Card:
     conversation: str | None = None
     has_chat_template: bool = True
     max_new_tokens: int = 64
+    max_pixels: int | None = None
 
 
 def save_card(folder: Path, card: Card) -> None:

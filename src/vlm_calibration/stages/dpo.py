@@ -30,6 +30,7 @@ from vlm_calibration.models.adapters import (
     continue_adapter,
     using_adapter,
 )
+from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
@@ -45,7 +46,7 @@ from vlm_calibration.stages.preference_targets import (
     fit_recalibration,
     kl_divergence,
 )
-from vlm_calibration.stages.provenance import check_levels
+from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
     check_trained_weights,
@@ -157,6 +158,8 @@ class DPOModule(L.LightningModule):
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
         check_levels(data.noise.levels, self.base, data)
+        if self.adapter is not None:
+            check_image_size({self.adapter: str(find_adapter(self.adapter))}, data)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):

@@ -28,7 +28,7 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
-from vlm_calibration.stages.provenance import check_levels
+from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 
 
@@ -114,8 +114,9 @@ class EvaluationModule(L.LightningModule):
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Check, before a model is loaded, that the oracle's levels were measured for such data."""
+        """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
         check_levels(self.oracle, self.base, data)
+        check_image_size(self.adapters, data)
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):

@@ -1,4 +1,4 @@
-"""The provenance of a level table, and the check that a run uses the table under the conditions that it was measured under.
+"""The provenance of a level table, and checks that a table or an adapter is used under the conditions that it was made under.
 
 A table holds the accuracies of one model with one prompt, one grading rule and one kind of noise, and is wrong for any others. So
 these are compared before a model is loaded.
@@ -7,11 +7,13 @@ these are compared before a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.models.base import FACTS, read_object
 from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError
@@ -23,6 +25,7 @@ COMPARED = {
     "dilate": "data.noise.dilate",
     "absent": "data.noise.absent",
     "prompt": "data.prompt.template",
+    "max_pixels": "data.max_pixels",
 }
 """Key of a table's provenance -> the setting that must be the same."""
 
@@ -47,6 +50,7 @@ def provenance_of(
         "absent": noise.absent,
         "seed": noise.seed,
         "prompt": data.prompt.template,
+        "max_pixels": data.max_pixels,
         "grading": {kind: data.grading.rule(kind) for kind in answer_types},
     }
 
@@ -63,7 +67,9 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
     """
     if not isinstance(levels, AnchoredLevels):
         return
-    table, use = levels.table.provenance, provenance_of(base, data, levels.answer_types)
+    # Tables of earlier versions, which had no such setting, were measured without it.
+    table: dict[str, Any] = {"max_pixels": None, **levels.table.provenance}
+    use = provenance_of(base, data, levels.answer_types)
     if missing := [key for key in use if key not in table]:
         raise DataError(
             f"{levels.source} has no {', '.join(missing)} in its provenance, so it cannot be compared with this run: measure it "
@@ -79,6 +85,23 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
             f"{levels.source} was measured with model.base.quantization {table['quantization']}, and this run uses "
             f"{use['quantization']}: the model's accuracy may differ a little from the taught confidence"
         )
+
+
+def check_image_size(adapters: Mapping[str, str], data: PerturbedQueryDataModule) -> None:
+    """Warn of adapters that were trained with another `data.max_pixels`, and so on images of another size.
+
+    Args:
+        adapters: name -> folder of an adapter; one without a model card is not compared.
+        data: the data of this run.
+    """
+    for name, folder in adapters.items():
+        card = read_object(Path(folder) / FACTS) if (Path(folder) / FACTS).is_file() else {}
+        trained = card.get("max_pixels", data.max_pixels)
+        if trained != data.max_pixels:
+            rank_zero_warn(
+                f"data.max_pixels is {data.max_pixels}, and the adapter {name!r} was trained with {trained}: it now sees images at "
+                "another size"
+            )
 
 
 def _find_differences(table: Mapping[str, Any], use: Mapping[str, Any]) -> list[str]:
