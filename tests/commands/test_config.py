@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,11 @@ def test_a_copy_replaces_nothing_unasked(capsys: pytest.CaptureFixture[str]) -> 
 def test_what_does_not_exist_is_named(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", *arguments]) == 2
     assert "qlorra" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_may_end_before_the_output() -> None:
+    command = f"{sys.executable} -m vlm_calibration.cli config list | head -1"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("data/coco ")
+    assert "Traceback" not in ran.stderr

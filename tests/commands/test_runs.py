@@ -22,7 +22,7 @@ from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.regions import BEGUN, SHARDS
 from vlm_calibration.cli import main
-from vlm_calibration.commands.lightning_cli import parsed_fit
+from vlm_calibration.commands.lightning_cli import parsed
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import hold, release, write_json
 from vlm_calibration.records import DataError
@@ -47,7 +47,12 @@ def _run(folder: Path, stage: str, data: dict[str, Any] | None = None, **setting
     folder.mkdir(parents=True)
     base = {"base": {"name_or_path": "owner/model-7b"}}
     config = {
-        "trainer": {"max_epochs": 2, "max_steps": -1, "accumulate_grad_batches": 2},
+        "trainer": {
+            "default_root_dir": str(folder),
+            "max_epochs": 2,
+            "max_steps": -1,
+            "accumulate_grad_batches": 2,
+        },
         "model": {
             "class_path": f"vlm_calibration.stages.{stage}.{STAGES[stage]}",
             "init_args": {**base, **settings},
@@ -163,6 +168,17 @@ def test_levels_have_their_accuracy_on_clean_images_and_on_noise(tmp_path: Path)
     assert run.state == "finished"
     assert run.figures[""] == {"accuracy clean": 0.85, "accuracy at pure noise": 0.3}
     assert run.command == f"vlm-calibration fit --config sft ... --runs {tmp_path}"
+
+
+def test_paths_begin_at_the_folder_that_a_run_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _run(Path("runs/levels"), "levels", out="runs/levels.json")
+    rows = {"yes_no": [{"step": 0, "n": 4, "n_correct": 3}]}
+    write_json(tmp_path / "runs/levels.json", {"answer_types": rows})
+    monkeypatch.chdir("/")
+    assert _one(tmp_path / "runs").state == "finished"
 
 
 def test_regions_have_their_share_and_shards(tmp_path: Path) -> None:
@@ -306,6 +322,6 @@ def test_a_killed_training_goes_on_by_the_command_of_the_list_and_its_progress_t
     assert "\x1b" not in ended.err
     done = _one(tmp_path)
     assert done.state == "finished"
-    following = parsed_fit(shlex.split(done.command)[2:])
+    following = parsed("fit", shlex.split(done.command)[2:])
     assert following.model.init_args.adapter == str(tmp_path / "run")
     assert following.trainer.default_root_dir == str(tmp_path / "dpo")

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 130 or 143 if the run was stopped.
+        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 130 or 143 if the run was stopped, 141 if nobody
+            reads its output any more.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -95,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             load(target)(args)
         else:
             run_command(f"{PROG} {name}", load(target), rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has ended. Python writes the rest at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ArgumentError as error:
         return _fail(one_line(error), 2)
     except DataError as error:

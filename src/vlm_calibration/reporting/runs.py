@@ -188,8 +188,15 @@ def _read_evaluation(run: Run, config: Mapping[str, Any]) -> None:
     run.figures = {s: _headline(run.folder / s / METRICS) for s in systems if s not in missing}
 
 
+def _start_folder(run: Run, config: Mapping[str, Any]) -> Path:
+    """The folder that the run was started in, which its relative paths begin at; the present one if that is not known."""
+    root = Path(_get(config, "trainer", "default_root_dir") or "").parts
+    folder = run.folder.parts
+    return Path(*folder[: -len(root)]) if root and folder[-len(root) :] == root else Path()
+
+
 def _read_levels(run: Run, config: Mapping[str, Any]) -> None:
-    table = Path(_get(config, "model", "init_args", "out") or "")
+    table = _start_folder(run, config) / (_get(config, "model", "init_args", "out") or "")
     if not table.is_file():
         run.state, run.detail = "interrupted", f"before {table} was written"
         return
@@ -206,7 +213,7 @@ def _read_levels(run: Run, config: Mapping[str, Any]) -> None:
 
 
 def _read_regions(run: Run, config: Mapping[str, Any]) -> None:
-    if (run.folder / SUMMARY).is_file() and (run.folder / QUERIES).is_file():
+    if (run.folder / SUMMARY).is_file():
         summary = read_json(run.folder / SUMMARY)
         outcomes, total = summary["outcomes"], summary["queries"]
         located = outcomes["found"] + outcomes["known"]
