@@ -126,7 +126,9 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         content = get_loader("yaml")(text)
     except yaml.YAMLError as error:
-        raise ArgumentError(None, f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ArgumentError(None, f"{where}: not YAML: {' '.join(str(problem or error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise ArgumentError(None, f"{path}: expected settings (key: value), found {str(content)[:40]!r}")
     return content or {}

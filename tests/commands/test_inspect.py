@@ -174,7 +174,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
             2,
         ),
         (["inspect", "--config", "empty.yaml"], "nothing to inspect", 1),
-        (["inspect", "--config", "broken.yaml"], "broken.yaml: not YAML", 2),
+        (["inspect", "--config", "broken.yaml"], "broken.yaml:2: not YAML", 2),
         (["inspect", "--config", "unknown.yaml"], "trian", 2),
     ],
 )
