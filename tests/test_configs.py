@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlay
 from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import resolve_configs
+
+from .performance.demo_seeds import ABLATIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
@@ -217,12 +219,13 @@ def _settings(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _differences(
-    parse: Callable[[list[str]], Any], base: Path, *overlays: Path
+    parse: Callable[[list[str]], Any], base: Path, *overlays: Path, arguments: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that the overlays change: name -> (value in `base`, value with the overlays)."""
+    """Settings that the overlays and arguments change: name -> (value in `base`, value with them)."""
+    files = [argument for path in overlays for argument in ("--config", str(path))]
     alone, overlaid = (
-        _settings(parse(["fit", *(a for path in (base, *more) for a in ("--config", str(path)))]).as_dict())
-        for more in ((), overlays)
+        _settings(parse(["fit", "--config", str(base), *more]).as_dict())
+        for more in ((), (*files, *arguments))
     )
     names = sorted({*alone, *overlaid} - {"config"})
     return {name: (alone[name], overlaid[name]) for name in names if alone[name] != overlaid[name]}
@@ -239,6 +242,15 @@ def test_presets_differ_in_these_settings_and_in_no_other(
         print(f"{stage.stem}, {preset}: {name}: {base} -> {changed}")
     own_data = {**OWN_DATA, **(LEARNING_RATE if stage == DPO else {})}
     assert differences == (PRESETS[stage] if preset == "paper" else own_data)
+
+
+def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(
+    parse: Callable[[list[str]], Any],
+) -> None:
+    """Each takes over one setting of the paper's preset."""
+    changed = [_differences(parse, SFT, arguments=settings) for settings in ABLATIONS.values()]
+    assert [len(differences) for differences in changed] == [1] * len(PRESETS[SFT])
+    assert {name: value for differences in changed for name, value in differences.items()} == PRESETS[SFT]
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:

@@ -20,11 +20,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from vlm_calibration.benchmarks.download import FetchReport, RemoteFile, fetch_files
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
+from vlm_calibration.commands.data_split import split
 from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report
 from vlm_calibration.data.sources.tables import _unpack
@@ -172,6 +175,30 @@ def _image(folder: Path) -> None:
     _unpack(folder, 0, pa.array([os.urandom(50_000)]))
 
 
+def _limit_what_follows(largest: int = 3_000) -> None:
+    """A lower limit than that of the file that is copied."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+
+def _downloaded(folder: Path) -> None:
+    served = folder.with_name(f"{folder.name}-served")
+    served.write_bytes(os.urandom(LARGEST))
+    _limit_what_follows()
+    fetch_files([RemoteFile("pope.json", served.as_uri())], folder, {}, FetchReport())
+
+
+def _divided(folder: Path) -> None:
+    data = folder.with_name(f"{folder.name}-data")
+    data.mkdir()
+    plain = {"question": "?" * 1_000, "answer": "Yes", "answer_type": "yes_no"}
+    rows = [{"id": str(i), "image": f"{i}.png", **plain} for i in range(10)]
+    (data / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(10):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(data / f"{i}.png")
+    _limit_what_follows()
+    split(data / "all.jsonl", out=folder, root=data, near_identical=False, overwrite=True)
+
+
 def _report(folder: Path) -> None:
     rows = [
         {
@@ -201,6 +228,8 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     ".answered.0.jsonl": (_answered, False),
     "answers.jsonl": (_asked, False),
     "0": (_image, False),
+    "pope.json": (_downloaded, False),
+    "train.jsonl": (_divided, True),
     "report.html": (_report, True),
 }
 """File -> the function that writes it, and whether that replaces an existing file."""

@@ -135,9 +135,10 @@ def test_an_interval_holds_its_estimate(answers, seed):
         ("calibrated, 4 an image", "ece"),
     ],
 )
-def test_intervals_cover(population, metric):
+@pytest.mark.parametrize("answers", [200, 2000])
+def test_intervals_cover(population, metric, answers):
     """At least 135 of 150 intervals contain the truth; at a coverage of 95% fewer do with a probability of 1/200."""
-    counted = coverage(POPULATIONS[population], 200, [metric], samples=150, replicates=200)[metric]
+    counted = coverage(POPULATIONS[population], answers, [metric], samples=150, replicates=200)[metric]
     assert counted.samples == 150
     assert counted.samples - counted.below - counted.above >= 135
     assert counted.width / counted.samples < 0.2, "a wide interval is no use"
