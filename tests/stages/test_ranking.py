@@ -341,14 +341,17 @@ def test_rlaif_v_from_levels_to_evaluation(
         assert any(answer["correct"] for answer in answered), "ranked in validation as well"
 
     evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}, "oracle_levels": levels}
-    graded = {"test": {"own": {"source": _source(rlaif_v, 0.0, 1.0)}}, "grading": {"open": "ranking"}}
-    settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated}
-    command = _configured(root, tmp_path, "eval", "eval/jsonl", data=graded, **settings)
+    parts = {"test": (0.0, 0.8), "calibration": (0.8, 1.0)}
+    graded = {name: {"own": {"source": _source(rlaif_v, *part)}} for name, part in parts.items()}
+    settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated, "data": graded}
+    command = _configured(root, tmp_path, "eval", "eval/jsonl", "data/rlaif_v", **settings)
     ended = run("test", *command)
     assert ended.status == 0, ended.err
     for system in ("base", "dpo", "oracle"):
         metrics = json.loads((tmp_path / "eval" / system / "metrics.json").read_text())
-        assert metrics["n"] == SCENES
+        assert metrics["n"] == 24
+        calibrated = (tmp_path / "eval" / system / "calibration.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["correct"] for line in calibrated) >= 4, "ranked as well"
         assert metrics["accuracy"] >= 0.85, "ranked on clean images"
     ended = run("test", *command, "--data.grading.open", "exact")
     assert "data.grading (open) was 'ranking' and is 'exact'" in ended.error()
