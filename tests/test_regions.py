@@ -340,7 +340,7 @@ def test_a_damaged_image_stops_the_run_if_it_is_to(
             ["--model.init_args.detector.init_args.name_or_path", "no/model"],
             "cannot load AutoModelForZeroShotObjectDetection from 'no/model'",
         ),
-        (["--data.predict", "null"], "data.predict is not set"),
+        (["--data.predict", "null", "--data.train", "null"], "data.predict is not set"),
         (["--model.init_args.gates.max_area", "2"], "gates: needs 0 <= min_score <= 1"),
         (["--model.init_args.describer.init_args.max_phrases", "0"], "max_phrases must be at least 1"),
         (["--data.parts", "2", "--data.part", "2"], "data: needs 0 <= part < parts, found part 2 of 2"),

@@ -92,8 +92,9 @@ def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
             c for c in shipped["trainer"]["callbacks"] if "progress.Progress" not in str(c)
         ]
         shipped["trainer"] |= trainer
-        shipped["model"]["init_args"] |= {"base": base, "max_new_tokens": 16, **init_args}
-        shipped["data"] |= {"test": test, "eval_batch_size": 2, "workers": 0}
+        quick = {"max_new_tokens": 16, "estimators": None, "adapters": {}}
+        shipped["model"]["init_args"] |= {"base": base, **quick, **init_args}
+        shipped["data"] |= {"test": test, "calibration": None, "eval_batch_size": 2, "workers": 0}
         path = tmp_path / f"{out}.yaml"
         path.write_text(yaml.safe_dump(shipped), encoding="utf-8")
         return ["test", "--config", str(path)]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -96,10 +97,11 @@ def test_every_estimator_has_its_key_and_its_metrics(
     assert not [key for key in json.loads((folder / "oracle" / "metrics.json").read_text()) if "@" in key]
 
 
-def test_levels_are_those_of_the_estimator_or_of_the_data(model_folder: str, levels_file: str) -> None:
-    own, base = [LinearLevels(3), LinearLevels(5)], BaseModel(model_folder)
+def test_levels_are_those_of_the_data_and_of_the_estimators(model_folder: str) -> None:
+    own, base, drawn = [LinearLevels(3), LinearLevels(5)], BaseModel(model_folder), LinearLevels(11)
     module = EvaluationModule(base, estimators=[AnswerLikelihood(), ExpectedConfidence(own)])
-    assert module.levels == own
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(noise=SimpleNamespace(levels=drawn)))  # type: ignore[assignment]
+    assert module.levels == [drawn, *own]
     assert [*EvaluationModule(base, estimators=[PTrue()]).estimators] == ["verbalized", "p_true"]
     assert EvaluationModule(base).estimators == {}
 
