@@ -218,7 +218,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
             1,
         ),
         (["fit", "--config", "none.yaml"], "none.yaml", 2),
-        (["fit", "--config", "broken.yaml"], "parsing config", 2),
+        (["fit", "--config", "broken.yaml"], "broken.yaml: not YAML", 2),
         (
             ["fit", "--model.init_args.confidence_weight=-1"],
             "model.confidence_weight must be a finite number",
