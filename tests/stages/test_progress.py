@@ -97,7 +97,9 @@ def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
 def _files(folder: Path) -> dict[str, bytes]:
     """The content of all files except the configuration and the record, which name the folder and its models."""
     paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in paths.items() if name not in ("config.yaml", "run.json")}
+    return {
+        name: path.read_bytes() for name, path in paths.items() if name not in ("config.yaml", "run.json")
+    }
 
 
 def _messages(ended: Ended) -> list[str]:
