@@ -13,15 +13,11 @@ import torch
 import yaml
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.estimate_memory import (
-    STATE_BYTES,
-    memory_line,
-    memory_of,
-    training_step,
-)
 from vlm_calibration.commands.lightning_cli import ParsedCLI
 from vlm_calibration.presets import resolve_configs
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.memory import memory_line
+from vlm_calibration.stages.memory import STATE_BYTES, training_memory, training_step
 from vlm_calibration.stages.optimization import OptimizerSettings
 
 from ..models.published import MODELS
@@ -83,7 +79,7 @@ def test_files_quote_the_estimate(
 ) -> None:
     config = parse("sft.yaml", f"model/{name}.yaml", model__init_args__base__name_or_path=published(name))
     step = training_step(config)
-    assert memory_line(memory_of(config, step), step) == _quoted(name)
+    assert memory_line(training_memory(config, step), step) == _quoted(name)
 
 
 def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callable[[str], str]) -> None:
@@ -92,7 +88,7 @@ def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callabl
     config = parse(*files, model__init_args__base__name_or_path=published(name))
     assert config.model.init_args.base.quantization == "nf4"
     step = training_step(config)
-    estimate = memory_of(config, step)
+    estimate = training_memory(config, step)
     assert memory_line(estimate, step) == _quoted("qlora")
     # Embeddings, output head and tower in float32, the rest in a little more than four bits.
     assert estimate.weights["nf4"] == pytest.approx(6.53e9 * 0.516, rel=0.01)
@@ -100,9 +96,12 @@ def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callabl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_preference_optimisation_takes_them_too(parse: Callable[..., Any], name: str) -> None:
+def test_preference_optimisation_takes_them_too(
+    parse: Callable[..., Any], published: Callable[[str], str], name: str
+) -> None:
+    folder = {"model__init_args__base__name_or_path": published(name)}
     for overlays in ([], ["model/qlora.yaml"]):
-        config = parse("dpo.yaml", f"model/{name}.yaml", *overlays)
+        config = parse("dpo.yaml", f"model/{name}.yaml", *overlays, **folder)
         assert config.model.init_args.lora.r == 16
         assert training_step(config).responses == 11
 
@@ -121,6 +120,7 @@ def test_the_command(
     for row in ("weights in bfloat16", "gradients", "optimizer states", "activations, at most", "total"):
         assert f"│ {row} " in out
     assert "16 rows of 2048 tokens, with checkpointing" in out
+    assert "64 prompts of 2048 tokens, up to 64 new ones" in out
     assert "data.max_length" in out
     assert main([*arguments, *folder, "--tokens", "700"]) == 0
     out = capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_a_reference_and_trained_parts_count(parse: Callable[..., Any], model_fo
 
     def estimate(**settings: Any) -> Any:
         config = parse("dpo.yaml", **folder, **lora, **settings)
-        return memory_of(config, training_step(config, 90))
+        return training_memory(config, training_step(config, 90))
 
     with_, without = estimate(), estimate(model__init_args__reference="base")
     adapter = with_.parameters - without.parameters
@@ -178,7 +178,7 @@ def test_a_module_that_trains_no_adapter(parse: Callable[..., Any]) -> None:
     config = parse("sft.yaml")
     del config.model.init_args["lora"]
     with pytest.raises(DataError, match="SFTModule trains no adapter"):
-        memory_of(config, training_step(config))
+        training_memory(config, training_step(config))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _notes(stages: Mapping[str, Any], plan: Plan) -> list[str]:
         image = image_tokens(model_config(base_model(models[0], plan)))
         if plan.tokens:
             notes.append("Tokens of a prompt with its image and a response: as given by --tokens.")
-        elif data.get("max_pixels") or image.kind == "fixed":
+        elif image.at_most(data.get("max_pixels")) is not None:
             notes.append(
                 f"Tokens of a prompt with its image and a response: the largest image and {TEXT_TOKENS} of text, at most "
                 "data.max_length (or --tokens N); in training without data.max_pixels data.max_length."

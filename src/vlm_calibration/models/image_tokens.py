@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
+TILES = {"scale_factor": 16, "downsample_ratio": 12}
+"""Field of a configuration of images in tiles -> the most tiles that the processors of such models cut an image into by default."""
+
+
 @dataclass(frozen=True)
 class ImageTokens:
     """The images of a model.
@@ -22,6 +26,7 @@ class ImageTokens:
         pixels: pixels of one unit; 0 for "fixed" and "unknown".
         patches: patches of the tower per token.
         patch_values: values of one patch's pixels.
+        tiles: the most tiles of an image without a limit; 0 if images are not cut into tiles.
     """
 
     kind: Literal["area", "tiles", "fixed", "unknown"]
@@ -29,6 +34,7 @@ class ImageTokens:
     pixels: int
     patches: float
     patch_values: int
+    tiles: int = 0
 
     def at_most(self, max_pixels: int | None) -> int | None:
         """Tokens of the largest image of at most `max_pixels`; None if that cannot be told.
@@ -37,9 +43,10 @@ class ImageTokens:
         """
         if self.kind == "fixed":
             return self.tokens
-        if self.kind == "unknown" or max_pixels is None:
+        if self.kind == "unknown" or (max_pixels is None and not self.tiles):
             return None
-        units = max(1, max_pixels // self.pixels)
+        units = self.tiles if max_pixels is None else max(1, max_pixels // self.pixels)
+        units = min(units, self.tiles or units)
         return self.tokens * (units + (self.kind == "tiles" and units > 1))
 
     def limit(self, tokens: int) -> int | None:
@@ -66,8 +73,9 @@ def image_tokens(config: Any) -> ImageTokens:
         return ImageTokens("area", 1, round(patch**2 * patches), patches, values)
     if hasattr(config, "image_grid_pinpoints") or vision.model_type == "pixtral" or not side:
         return ImageTokens("unknown", 0, 0, patches, values)
-    if hasattr(config, "scale_factor") or hasattr(config, "downsample_ratio"):
-        return ImageTokens("tiles", per_image, side**2, patches, values)
+    for field, tiles in TILES.items():
+        if hasattr(config, field):
+            return ImageTokens("tiles", per_image, side**2, patches, values, tiles)
     return ImageTokens("fixed", per_image, 0, patches, values)
 
 

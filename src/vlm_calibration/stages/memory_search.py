@@ -155,12 +155,10 @@ def _image_sizes(base: BaseModel, data: Any) -> Iterator[tuple[int | None, int]]
     Where images may have any size, `max_pixels` is set from the start: training would refuse larger images by `max_length`, and an
     evaluation would take them.
     """
-    image = image_tokens(model_config(base))
-    longest = data.max_length
-    tokens = image.at_most(data.get("max_pixels")) or longest - TEXT_TOKENS
-    limit = image.limit(tokens)
-    if data.get("max_pixels") is not None or image.kind != "area" or tokens < 1:
-        limit = data.get("max_pixels")
+    image, limit, longest = image_tokens(model_config(base)), data.get("max_pixels"), data.max_length
+    tokens = image.at_most(limit) or longest - TEXT_TOKENS
+    if limit is None and image.kind == "area" and tokens > 0:
+        limit = image.limit(tokens)
     yield limit, longest
     if image.kind == "fixed":
         if (shorter := image.tokens + TEXT_TOKENS) < longest:
