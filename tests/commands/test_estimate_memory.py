@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -13,48 +12,17 @@ import torch
 import yaml
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.lightning_cli import ParsedCLI
-from vlm_calibration.presets import resolve_configs
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.memory import memory_line
 from vlm_calibration.stages.memory import STATE_BYTES, training_memory, training_step
 from vlm_calibration.stages.optimization import OptimizerSettings
 
 from ..models.published import MODELS
+from .conftest import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
+ADVICE = re.compile(r"^# .* --gpu 24GB.*:\n#   (--.*)$", re.MULTILINE)
 BEHIND = re.compile(r"behind (\w+)\.yaml:$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def parse() -> Callable[..., Any]:
-    """Parses files under configs/ and further arguments as `fit` does; the parser takes seconds to build."""
-    before = sys.argv
-    sys.argv = ["vlm-calibration", "fit", "--config", str(CONFIGS / "sft.yaml")]
-    try:
-        parser = ParsedCLI().parser
-    finally:
-        sys.argv = before
-
-    def parsed(*files: str, **settings: Any) -> Any:
-        arguments = [a for name in files for a in ("--config", str(CONFIGS / name))]
-        keys = [f"--{k.replace('__', '.')}={v}" for k, v in settings.items()]
-        return parser.parse_args(resolve_configs(["fit", *arguments, *keys])).fit
-
-    return parsed
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Saves the configuration of a published model, by the name of its file; returns the folder."""
-    folder = tmp_path_factory.mktemp("published")
-
-    def saved(name: str) -> str:
-        MODELS[name].config().save_pretrained(folder / name)
-        return str(folder / name)
-
-    return saved
 
 
 def _quoted(name: str) -> str:
@@ -80,6 +48,21 @@ def test_files_quote_the_estimate(
     config = parse("sft.yaml", f"model/{name}.yaml", model__init_args__base__name_or_path=published(name))
     step = training_step(config)
     assert memory_line(training_memory(config, step), step) == _quoted(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "llava_1_5_7b"])
+def test_files_quote_what_fits(
+    published: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    folder = ["--model.init_args.base.name_or_path", published(name)]
+    assert main(["estimate-memory", "--config", f"model/{name}", *folder, "--gpu", "24GB"]) == 0
+    [advice] = ADVICE.findall((CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert f"Settings for all stages: {advice}\n" in capsys.readouterr().out
 
 
 def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callable[[str], str]) -> None:
@@ -120,7 +103,7 @@ def test_the_command(
     for row in ("weights in bfloat16", "gradients", "optimizer states", "activations, at most", "total"):
         assert f"│ {row} " in out
     assert "16 rows of 2048 tokens, with checkpointing" in out
-    assert "64 prompts of 2048 tokens, up to 64 new ones" in out
+    assert "64 prompts of 1344 tokens, up to 64 new ones" in out
     assert "data.max_length" in out
     assert main([*arguments, *folder, "--tokens", "700"]) == 0
     out = capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_an_estimate_is_what_generation_takes(tmp_path: Path, family: str, adapt
         assert estimate.pixels == inputs["pixel_values"].nbytes
 
 
-@pytest.mark.parametrize("family", ["llava_siglip", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("family", ["llava_siglip", "smolvlm", "internvl"])
 def test_an_estimate_is_what_scoring_from_the_cache_takes(tmp_path: Path, family: str) -> None:
     model = build(family)
     inputs, tokens, image = _prompts(family)

@@ -68,7 +68,7 @@ def test_an_estimate_is_what_a_model_takes(
 
 
 def test_published_detector_and_segmenter(tmp_path: Path) -> None:
-    """Grounding DINO base has 233 million parameters, SAM 2.1 with Hiera large 224 million."""
+    """Grounding DINO base has 233 million parameters, SAM 2.1 with Hiera large 224 million with its part for videos."""
     swin = tf.SwinConfig(
         image_size=384,
         embed_dim=128,
@@ -92,7 +92,7 @@ def test_published_detector_and_segmenter(tmp_path: Path) -> None:
     detector = detector_memory(ZeroShotDetector(str(tmp_path / "dino")), 8)
     segmenter = segmenter_memory(PromptedSegmenter(str(tmp_path / "sam")), 8)
     assert detector.parameters == pytest.approx(233e6, rel=0.01)
-    assert segmenter.parameters == pytest.approx(224e6, rel=0.01)
+    assert segmenter.parameters == pytest.approx(217e6, rel=0.01)
     for found in (detector, segmenter):
         one = found.activations / 8
         assert 0.1e9 < one < 4e9, "bytes for an image"

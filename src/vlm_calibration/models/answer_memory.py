@@ -6,6 +6,7 @@ the prompts, the new tokens with the cache of keys and values, then what an eval
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,14 +129,20 @@ def _embedded(decoder: Any, batch: int, tokens: int) -> Tensor:
     return torch.empty(batch, tokens, embeddings.shape[1], dtype=embeddings.dtype).clone()
 
 
+def _as_argument(decoder: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The cache under its name among the arguments of the language model; newer versions of transformers call it `cache`."""
+    newer = "cache" in inspect.signature(decoder.forward).parameters
+    return {"cache" if newer else "past_key_values": cache}
+
+
 def _next_scores(decoder: Any, head: Any, batch: int, tokens: int, cache: DynamicCache) -> None:
     """Append tokens to the cache, and score the next one as `generate` does: a copy in float32 at the last position."""
     mask = torch.ones(batch, cache.get_seq_length() + tokens, dtype=torch.int64)
     hidden = decoder(
         inputs_embeds=_embedded(decoder, batch, tokens),
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
+        **_as_argument(decoder, cache),
     ).last_hidden_state
     logits = head(hidden[:, -1:])
     logits[:, -1].to(dtype=torch.float32, copy=True)
@@ -149,8 +156,8 @@ def _score_from_cache(decoder: Any, head: Any, step: AnsweringStep, cache: Dynam
         inputs_embeds=rows,
         attention_mask=torch.zeros(step.batch, 1, step.scored_tokens, length, dtype=rows.dtype),
         position_ids=torch.zeros(step.batch, step.scored_tokens, dtype=torch.int64),
-        past_key_values=cache,
         use_cache=True,
+        **_as_argument(decoder, cache),
     ).last_hidden_state
     head(hidden.flatten(0, 1)).float().log_softmax(-1)
 

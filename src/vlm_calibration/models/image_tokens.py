@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-
 TILES = {"scale_factor": 16, "downsample_ratio": 12}
 """Field of a configuration of images in tiles -> the most tiles that the processors of such models cut an image into by default."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 GIB = 2**30
 PARTS = (
     ("weights gathered at a time", "gathered", "gathered"),
-    ("gradients", "gradients", "gradients"),
-    ("gradients, copy of DDP", "DDP copy", "buckets"),
-    ("optimizer states", "optimizer", "optimizer"),
+    ("gradients", "grad.", "gradients"),
+    ("gradients, copy of DDP", "DDP", "buckets"),
+    ("optimizer states", "optim.", "optimizer"),
     ("images", "images", "pixels"),
-    ("keys and values", "KV cache", "cache"),
-    ("activations, at most", "activations", "activations"),
+    ("keys and values", "KV", "cache"),
+    ("activations, at most", "activ.", "activations"),
 )
 """Name of a part of a phase's memory, its name where there is little room, and the field of the estimate."""
 
@@ -42,6 +43,9 @@ def memory_table(phases: Mapping[str, Sequence[Phase]], model: str) -> Table:
     rows["total"] = [e.total for e in estimates]
     table = Table(
         title=f"{model}, GiB on one GPU",
+        box=SIMPLE_HEAD if len(phases) > 1 else HEAVY_HEAD,
+        collapse_padding=len(phases) > 1,
+        pad_edge=len(phases) == 1,
         title_justify="left",
         title_style="bold",
         caption_justify="left",
