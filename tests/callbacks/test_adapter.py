@@ -43,6 +43,8 @@ from vlm_calibration.text.confidence import strip_confidence
 from ..level_tables import measured
 
 LIMIT = 300
+PIXELS = 10**6
+"""`data.max_pixels`, more than the demo model's images have."""
 COUNTS = {
     "yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)],
     "short": [StepCount(0, 10, 8), StepCount(1000, 10, 0)],
@@ -59,7 +61,9 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     plain = {
         "train": DemoSource("train", scenes=24),
         "validation": DemoSource("calibration", scenes=2),
-        "noise": NoisePolicy(levels=measured(model, COUNTS), wrong_answer_rate=1.0),
+        "noise": NoisePolicy(
+            levels=measured(model, COUNTS, max_pixels=settings.get("max_pixels")), wrong_answer_rate=1.0
+        ),
         "batch_size": 12,
         "workers": 0,
         "max_length": 300,
@@ -101,7 +105,12 @@ def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         OptimizerSettings(lr=1e-2),
         max_new_tokens=16,
     )
-    return _fit(module, _data(demo_model), tmp_path_factory.mktemp("sft"), BeforeAfterCheck(tolerance=1.0))
+    return _fit(
+        module,
+        _data(demo_model, max_pixels=PIXELS),
+        tmp_path_factory.mktemp("sft"),
+        BeforeAfterCheck(tolerance=1.0),
+    )
 
 
 @pytest.mark.slow
@@ -120,6 +129,7 @@ def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
 def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     card = load_card(sft)
     assert card is not None
+    assert card.max_pixels == PIXELS
     assert (card.base, card.revision, card.quantization, card.merged) == (demo_model, None, "none", False)
     assert card.location == str(sft)
     assert card.training["stage"] == "supervised fine-tuning (SFT)"

@@ -295,6 +295,15 @@ def test_another_chat_template_is_warned_of(
     assert "its chat template differs from that of the training" in caplog.text
 
 
+def test_images_are_shrunk_as_in_the_training(adapter_run: Path, tmp_path: Path) -> None:
+    """The demo model shows all images at one size, which a limit below it names."""
+    shutil.copytree(adapter_run, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_pixels": 100}))
+    with pytest.raises(DataError, match=r"data\.max_pixels: SiglipImageProcessor.* 100 pixels"):
+        load_calibrated(adapter=tmp_path / "run", device="cpu")
+
+
 @pytest.mark.slow
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:
     model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedul
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.provenance import check_levels
+from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -96,6 +97,34 @@ def test_settings_without_effect_on_the_measurement_may_differ(
     model_folder: str, data: Data, used_with: dict[str, Any]
 ) -> None:
     check_levels(measured(model_folder), BaseModel(model_folder), data(**used_with))
+
+
+def test_a_table_without_a_limit_of_pixels_was_measured_without_one(model_folder: str, data: Data) -> None:
+    levels = measured(model_folder)
+    old = {k: v for k, v in levels.table.provenance.items() if k != "max_pixels"}
+    earlier = AnchoredLevels(table=replace(levels.table, provenance=old))
+    check_levels(earlier, BaseModel(model_folder), data())
+    with pytest.raises(DataError, match=r"data\.max_pixels was None and is 5000"):
+        check_levels(earlier, BaseModel(model_folder), data(max_pixels=5000))
+
+
+@pytest.mark.parametrize(
+    ("trained", "used", "warns"), [(5000, None, True), (5000, 5000, False), (None, 5000, True)]
+)
+def test_an_adapter_at_another_image_size_is_warned_of(
+    tmp_path: Path, data: Data, trained: int | None, used: int | None, warns: bool
+) -> None:
+    (tmp_path / "calibration.json").write_text(json.dumps({"max_pixels": trained}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_image_size({"sft": str(tmp_path), "uncarded": "no/such"}, data(max_pixels=used))
+    assert [str(w.message) for w in caught] == (
+        [
+            f"data.max_pixels is {used}, and the adapter 'sft' was trained with {trained}: it now sees images at another size"
+        ]
+        if warns
+        else []
+    )
 
 
 def test_linear_levels_are_not_compared(data: Data) -> None:

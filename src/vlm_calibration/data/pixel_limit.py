@@ -28,7 +28,8 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
     """Set a processor so that no image has more pixels after its resize; smaller images keep their size.
 
     Of an image that is cut into tiles the pixels of all tiles together count, without the overview image that some families
-    add. A limit above the processor's own changes nothing.
+    add. A limit above the processor's own changes nothing. Of an image that is one patch high or wide, Qwen's processors keep that patch,
+    and so may exceed a low limit.
 
     Args:
         processor: a transformers processor with an `image_processor`; changed in place, and `save_pretrained` keeps the change.
