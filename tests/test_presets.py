@@ -126,6 +126,12 @@ def test_the_parser_reads_what_the_file_says(content: dict[str, Any]) -> None:
     assert resolved == {"data": content}
 
 
+def test_the_order_of_keys_is_that_of_the_file() -> None:
+    """It is the order of systems and splits in tables and figures."""
+    [content] = contents("--config", "{adapters: {sft: 1, dpo: 2}, test: {b: 1, a: 2}}")
+    assert [list(value) for value in content.values()] == [["sft", "dpo"], ["b", "a"]]
+
+
 LORA = {"model": {"init_args": {"base": {"name_or_path": "m"}, "lora": {"r": 4}, "max_new_tokens": 8}}}
 
 

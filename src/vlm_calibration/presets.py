@@ -93,7 +93,9 @@ def resolve_configs(
     for position, (prefix, content) in files.items():
         content = prepare(_replace(content, values))
         # The parser takes the content of a file in its place.
-        text = yaml.dump(content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"))
+        text = yaml.dump(
+            content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"), sort_keys=False
+        )
         resolved[position] = prefix + text
     return resolved
 
