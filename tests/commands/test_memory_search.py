@@ -31,6 +31,8 @@ from vlm_calibration.stages.memory_search import (
     with_shared,
 )
 
+from .conftest import CONFIGS
+
 Parse = Callable[..., Any]
 Folder = Callable[[str], str]
 SMALL = {"data__batch_size": 4, "trainer__accumulate_grad_batches": 2, "data__eval_batch_size": 4}
@@ -240,6 +242,14 @@ def test_a_plan_with_stages_has_those(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(stages) == ["sft", "regions"]
     assert [c.data.eval_batch_size for c in stages.values()] == [3, 3]
     assert plan_of(stages).adapters == 1
+
+
+def test_stages_have_short_names(parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    own = tmp_path / "mine.yaml"
+    own.write_text((CONFIGS / "sft.yaml").read_text())
+    files = [str(CONFIGS / "eval/jsonl.yaml"), str(own), "levels.yaml"]
+    assert list(parse_stages([f"--config={name}" for name in files])) == ["eval/jsonl", "mine", "levels"]
 
 
 def test_a_key_that_no_stage_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,8 @@ def _print_memory(stages: Mapping[str, Any], plan: Plan) -> None:
     console.print(memory_table(phases, models[0] if models else "regions"))
     for name, of_stage in phases.items():
         for phase in of_stage:
-            console.print(f"{name} {phase.name}: {phase.work}; peak: {phase.estimate.phase}", highlight=False)
+            line = f"{name} {phase.name}: {phase.work}; peak: {phase.estimate.phase}"
+            console.print(line, soft_wrap=True, highlight=False)
     for note in _notes(stages, plan):
         console.print(note, highlight=False)
     training = [name for name in stages if phases[name][0].name == "training"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_calibration.commands.lightning_cli import parsed
 from vlm_calibration.errors import class_at
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.presets import preset_names, read_config
+from vlm_calibration.presets import CONFIGS, preset_names, read_config
 from vlm_calibration.stages.memory import Plan, stage_of
 
 STAGES = ("levels", "sft", "dpo", "eval/jsonl")
@@ -39,7 +40,7 @@ def parse_stages(settings: Sequence[str]) -> dict[str, Any]:
         settings: `--config NAME`, `--KEY VALUE`.
 
     Returns:
-        Name of a stage's configuration -> its settings.
+        Name of a stage -> its settings. The name is that of its preset, or of its file without folder and ending.
 
     Raises:
         ArgumentError: a setting is unknown or wrong.
@@ -49,7 +50,8 @@ def parse_stages(settings: Sequence[str]) -> dict[str, Any]:
     calls: dict[str, tuple[str, list[str]]] = {}
     for stage in stages:
         others = {c.position for c in stages if c is not stage}
-        calls[stage.name] = (str(stage.module), _without(settings, others))
+        label = _label(stage)
+        calls[stage.name if label in calls else label] = (str(stage.module), _without(settings, others))
     for name in () if stages else STAGES:
         module = read_config(name)["model"]["class_path"]
         calls[name] = (module, ["--config", name, *settings, *_second_overlays(name, configs)])
@@ -95,6 +97,17 @@ def _configs(settings: Sequence[str]) -> list[_Config]:
     return configs
 
 
+def _label(config: _Config) -> str:
+    """A short name of a stage."""
+    if config.name.lstrip().startswith("{"):
+        return str(config.module).rpartition(".")[-1]
+    path = Path(config.name)
+    preset = path.resolve().with_suffix("")
+    if path.is_file() and preset.is_relative_to(CONFIGS.resolve()):
+        return str(preset.relative_to(CONFIGS.resolve()))
+    return path.stem if path.is_file() else config.name.removesuffix(".yaml")
+
+
 def _without(settings: Sequence[str], positions: set[int]) -> list[str]:
     """The settings without the configurations at these positions."""
     left: list[str] = []
@@ -111,7 +124,7 @@ def _without(settings: Sequence[str], positions: set[int]) -> list[str]:
 
 def _second_overlays(stage: str, configs: Sequence[_Config]) -> list[str]:
     """The overlays that a preset has for stage 2 alone, such as `experiment/anchored_dpo`."""
-    names = [f"{c.name.removesuffix('.yaml')}_dpo" for c in configs] if stage == "dpo" else []
+    names = [f"{_label(c)}_dpo" for c in configs] if stage == "dpo" else []
     return [part for name in names if name in preset_names() for part in ("--config", name)]
 
 
