@@ -269,6 +269,7 @@ def test_own_queries(
         ("id", "{data}/q.json: record 1: 99 is no id in {data}/annotations.json"),
         ("generative", "{data}/q.json: 1 generative records (descriptions) are left out"),
         ("order", "trainer.callbacks: OfficialScores needs a PredictionWriter before it"),
+        ("own data", "data.test asks no questions of POPE or AMBER, but 'part'"),
         ("climbing", "{data}/bad.json: 1 of 1 images are not in {data}/val2014: '../v2/images/7.jpg'"),
     ],
 )
@@ -286,7 +287,11 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(
     (files / "bad.json").write_text(json.dumps({"label": "yes", "text": "A cup?", **image}))
     number = 99 if mistake == "id" else 1
     (files / "q.json").write_text(json.dumps([{"id": number, "image": "AMBER_1.jpg", "query": "Is it?"}]))
+    own = {"id": "1", "image": "val2014/a.jpg", "question": "A cup?", "answer": "No", "answer_type": "yes_no"}
+    (files / "own.jsonl").write_text(json.dumps(own))
+    jsonl = "vlm_calibration.data.sources.jsonl.JsonlSource"
     part = {
+        "own data": {"source": {"class_path": jsonl, "init_args": {"path": str(files / "own.jsonl")}}},
         "images": _source("PopeSource", **{**pope, "root": files}),
         "question": _source("PopeSource", **{**pope, "path": files / "bad.json"}),
         "climbing": _source("PopeSource", **{**pope, "path": files / "bad.json"}),

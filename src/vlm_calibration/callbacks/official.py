@@ -37,6 +37,12 @@ class OfficialScores(L.Callback):
         before = callbacks[: callbacks.index(self)]
         if not any(isinstance(callback, PredictionWriter) for callback in before):
             raise DataError("trainer.callbacks: OfficialScores needs a PredictionWriter before it")
+        test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
+        if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
+            raise DataError(
+                f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}: a preset of data after the "
+                "benchmark's replaces its questions, so leave it out"
+            )
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         splits = benchmark_splits(trainer.datamodule.test)  # type: ignore[attr-defined]
