@@ -11,7 +11,7 @@ import pytest
 import vlm_calibration
 from vlm_calibration import Plan
 from vlm_calibration.records import DataError
-from vlm_calibration.steps import train_sft
+from vlm_calibration.steps import BASE, train_sft
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +47,23 @@ def test_presets_follow_the_stage_in_the_order_of_the_command_line(folder: Path)
 
 def test_a_preset_of_the_user_s_own_has_no_settings_of_stage_2(folder: Path) -> None:
     (folder / "mine.yaml").touch()
-    assert configs(Plan(data="jsonl", preset="mine.yaml"), "dpo") == ["dpo", "data/jsonl", "mine.yaml"]
+    assert configs(Plan("qlora", "jsonl", "mine.yaml"), "dpo") == [
+        "dpo",
+        "model/qlora",
+        "data/jsonl",
+        "mine.yaml",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["levels", "sft", "dpo"])
+def test_the_demo_s_model_is_not_used_on_other_data_unasked(stage: str) -> None:
+    with pytest.raises(DataError, match="data 'jsonl' without a model"):
+        Plan(data="jsonl").arguments(stage, {})
+    assert f"--{BASE}=mine" in Plan(data="jsonl", settings={BASE: "mine"}).arguments(stage, {})
 
 
 def test_extracted_regions_are_used(folder: Path) -> None:
-    plan = Plan(data="jsonl", runs="runs/mine")
+    plan = Plan(model="qwen2_5_vl_7b", data="jsonl", runs="runs/mine")
     assert "--data.regions" not in plan.arguments("sft", {})
     (folder / "runs/mine/regions").mkdir(parents=True)
     arguments = plan.arguments("sft", {})
@@ -71,10 +83,12 @@ def test_settings_are_those_of_json_and_a_step_s_own_win() -> None:
     ]
 
 
-def test_a_step_that_fails_leaves_the_process_s_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_the_process_s_arguments_alone(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["notebook"])
     with pytest.raises(DataError, match=r"data/train\.jsonl"):
-        train_sft(Plan(data="jsonl", preset="paper", settings={"trainer.logger": False}))
+        train_sft(Plan(data="jsonl", preset="paper", settings={"trainer.logger": False, BASE: model_folder}))
     assert sys.argv == ["notebook"]
 
 

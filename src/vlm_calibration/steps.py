@@ -25,12 +25,16 @@ from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.files import read_json
 from vlm_calibration.presets import preset_names
+from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.perturbation.levels import AnchoredLevels
 
 Settings: TypeAlias = Mapping[str, Any]
 """Settings by their dotted names, e.g. {"data.workers": 0, "trainer.max_steps": 100}; values are those of JSON."""
+
+BASE = "model.init_args.base.name_or_path"
+"""The setting of the base model."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,16 @@ class Plan:
         Args:
             stage: the preset that is the step's whole configuration, e.g. "sft".
             settings: those of this step alone.
+
+        Raises:
+            DataError: data without a model, on which the demo's would be used unasked.
         """
+        settings = {**self.settings, **settings}
+        if self.data and not self.model and stage in ("levels", "sft", "dpo") and BASE not in settings:
+            raise DataError(
+                f"Plan: data {self.data!r} without a model, so the demo's would be used: give one, e.g. model='qwen2_5_vl_7b', or the "
+                f"setting {BASE}"
+            )
         configs = [stage, *_presets("model", self.model), *_presets("data", self.data)]
         preset = self.preset or ("anchored" if self.model or self.data else ())
         configs += _presets("experiment", preset)
@@ -75,7 +88,7 @@ class Plan:
         regions = Path(self.runs) / "regions"
         if regions.is_dir() and stage != "regions":
             arguments += ["--data.regions", str(regions)]
-        arguments += [f"--{name}={_spelled(value)}" for name, value in {**self.settings, **settings}.items()]
+        arguments += [f"--{name}={_spelled(value)}" for name, value in settings.items()]
         return [*arguments, "--overwrite" if self.overwrite else "--resume"]
 
 
