@@ -29,6 +29,7 @@ Parse = Callable[..., Any]
 Folder = Callable[[str], str]
 ESTIMATORS = "vlm_calibration.estimators."
 EXPECTED = {"class_path": f"{ESTIMATORS}verbal.ExpectedConfidence"}
+NO_ADAPTERS = {"model__init_args__adapters": "{}"}
 SAMPLED = {"class_path": f"{ESTIMATORS}consistency.SelfConsistency"}
 
 
@@ -96,7 +97,7 @@ def test_the_longest_row(
 def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) -> None:
     def answers(plan: Plan = Plan(), *estimators: Any) -> Any:  # noqa: B008
         given = {"model__init_args__estimators": json.dumps(estimators)} if estimators else {}
-        config = parse("eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **given)
+        config = parse("eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, **given)
         [phase] = stage_phases(config, plan)
         return phase
 
@@ -108,12 +109,14 @@ def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) ->
     assert "sampled answers" in sampled.work
     assert sampled.estimate.phase == "sampling"
     assert sampled.estimate.total > scored.estimate.total >= alone.estimate.total
-    ranked = parse("eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), data__grading__open="ranking")
+    ranked = parse(
+        "eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, data__grading__open="ranking"
+    )
     assert "ranked answers" in stage_phases(ranked)[0].work
 
 
 def test_a_base_model_that_only_the_plan_knows(parse: Parse, tiny: Folder) -> None:
-    config = parse("eval/jsonl.yaml")
+    config = parse("eval/jsonl.yaml", **NO_ADAPTERS)
     assert base_model(config, Plan(base=BaseModel("plan"))).name_or_path == "plan"
     with pytest.raises(DataError, match="no base model"):
         stage_phases(config)
