@@ -86,7 +86,9 @@ class Prediction:
         confidence: the stated confidence in [0, 1]; None if it could not be parsed.
         correct: whether the prediction matches the gold answer.
         category: category of the query.
-        noise_step: diffusion step of the region noise, 0 for a clean image; None where noise does not apply.
+        perturbation: kind of perturbation of the evidence, "" for an untouched image; None where it is not known.
+        strength: of the perturbation, in [0, 1], 0 for an untouched image; None where it is not known.
+        noise_step: diffusion step of noise, 0 for an untouched image; None for other kinds and where it is not known.
         answer_type: how the answer was graded.
     """
 
@@ -100,6 +102,8 @@ class Prediction:
     category: str | None
     noise_step: int | None
     answer_type: AnswerType
+    perturbation: str | None = None
+    strength: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,7 +28,7 @@ from vlm_calibration.app.subject import (
 from vlm_calibration.app.widgets import SIDE, marker, object_choice, scene_strip, upload_errors
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.levels import NOISE, LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
@@ -84,8 +84,10 @@ class PageHandlers:
     ) -> list[Sample]:
         clean = not any(noise)
         mask = None if clean else key_object(subject, choice, marks, question, self.finder)
-        steps = [round(share * self.model.noise.schedule.steps) for share in noise]
-        return [self.model.sample(subject.image, question, mask=mask, step=step) for step in steps]
+        return [
+            self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(NOISE, share))
+            for share in noise
+        ]
 
     def see(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
         """Show the image as the models see it."""
@@ -120,7 +122,7 @@ class PageHandlers:
         self, subject: Subject, choice: str, marks: str, question: str, noise: float
     ) -> tuple[Any, str]:
         """Each system's answers at all levels of noise, as data for `mark` and as a figure."""
-        amounts = [step / 1000 for step in LinearLevels().steps]
+        amounts = LinearLevels().strengths()
         try:
             samples = self._samples(subject, choice, marks, question, amounts)
             curves = self.model.answers(samples, self.model.systems)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vlm_calibration.callbacks.before_after import BeforeAfterCheck
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import replacing
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
-from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import init_args
@@ -104,8 +105,7 @@ class AdapterWriter(L.Callback):
             dtype=trained.base.dtype,
             quantization=trained.base.quantization,
             training=_training(trained, data, trainer.global_step),
-            steps=data.noise.schedule.steps,
-            levels=_taught(data.noise.levels),
+            levels=_taught(data.noise),
             results={name: _overall(values) for name, values in results.items() if values is not None},
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
@@ -169,10 +169,14 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
     return parts
 
 
-def _taught(levels: ConfidenceLevels) -> dict[str, list[list[float]]]:
-    """Answer type -> [noise step, confidence in [0, 1] that is taught there] for each level."""
-    kinds = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
-    return {kind: [[step, levels.confidence(step, kind)] for step in levels.steps] for kind in kinds}
+def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:
+    """Answer type -> (kind of perturbation, strength, confidence in [0, 1] that is taught there) for each level, on average."""
+    levels = noise.levels
+    answer_types = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
+    return {
+        answer_type: [(*p, levels.confidence(p, answer_type)) for p in noise.perturbations]
+        for answer_type in answer_types
+    }
 
 
 def _overall(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -65,8 +65,8 @@ def contact_sheet(
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    levels = LinearLevels(total_steps=schedule.steps)
-    header = ["", "regions", *(f"{levels.confidence(step):.0%}" for step in levels.steps)]
+    levels = LinearLevels()
+    header = ["", "regions", *(f"{confidence:.0%}" for confidence in levels.confidences())]
     rows = []
     for index in chosen:
         source, position = queries[int(index)]
@@ -74,8 +74,10 @@ def contact_sheet(
         loaded = _thumbnail(source.load(query))
         union = _union(loaded.evidence or loaded.distractors, loaded.image)
         noised = [
-            _add_noise(loaded.image, union, step, schedule, query, seed) if union.any() else loaded.image
-            for step in levels.steps
+            _add_noise(loaded.image, union, round(s * schedule.steps), schedule, query, seed)
+            if union.any()
+            else loaded.image
+            for s in levels.strengths()
         ]
         rows.append((query, [_draw_regions(loaded), *noised]))
     return _sheet(header, rows)

@@ -172,7 +172,9 @@ def adapter_files(folder: Path) -> dict[str, str]:
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
     """The files and folders that this run has when it is finished."""
     folder = Path(trainer.default_root_dir)
-    table = [Path(module.out)] if isinstance(module, LevelFitModule) else []
+    table = []
+    if isinstance(module, LevelFitModule):
+        table = [Path(path) for path in (module.out, module.likelihoods) if path is not None]
     return [*table, *(p for writer in _writers(trainer) for p in writer.outputs(folder, module, data))]
 
 

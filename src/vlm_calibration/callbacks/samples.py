@@ -11,7 +11,7 @@ from vlm_calibration.callbacks.media import data_table, photo
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.records import Prediction
 
-QUERY_COLUMNS = ("id", "image", "question", "answer", "noise_step")
+QUERY_COLUMNS = ("id", "image", "question", "answer", "perturbation", "strength")
 ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
@@ -67,7 +67,7 @@ class SampleTable:
         # Validation and evaluation use the noise of epoch 0, whatever the epoch of training.
         sample = self.dataset[0, index]
         query = sample.query
-        cells = [query.id, photo(sample.image), query.question, query.answer, sample.step]
+        cells = [query.id, photo(sample.image), query.question, query.answer, *sample.perturbation]
         return [*cells, sample.confidence] if self.taught else cells
 
 

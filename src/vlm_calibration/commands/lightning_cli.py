@@ -233,7 +233,7 @@ class SharedOverlays:
         named = levels.get("class_path") if isinstance(levels, dict) else levels
         if not str(named).endswith(AnchoredLevels.__name__):
             return content
-        kept = {key: value for key, value in noise.items() if key not in ("levels", "level_weights")}
+        kept = {key: value for key, value in noise.items() if key != "levels"}
         return {**content, "data": {**data, "noise": kept}}
 
 

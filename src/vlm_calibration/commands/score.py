@@ -142,7 +142,7 @@ def _print_scores(
 
 def _grade(query: Query, answer: Reply) -> EstimatedPrediction:
     try:
-        return replace(graded_prediction(query, answer.text, None), confidence=answer.confidence)
+        return replace(graded_prediction(query, answer.text, None, None), confidence=answer.confidence)
     except ValueError as error:
         raise DataError(f"record {query.id!r}: {error}") from error
 

@@ -80,7 +80,7 @@ class CandidateBatch(NamedTuple):
         lengths: int64 [B], tokens of each prompt before its responses.
         candidates: for each query one response per confidence, in falling order, then the same with a wrong answer if
             `CandidateSettings.wrong_answer` asks for it.
-        levels: for each query the confidence in [0, 1] of its noise level.
+        levels: for each query the confidence in [0, 1] of its perturbation.
         is_correct: for each query whether its responses give the gold answer.
         epochs: for each query the epoch that it is drawn in.
         queries: the B queries.
@@ -119,7 +119,7 @@ def stated_levels(
     # Confidences that round to the same percentage are one: the last scale's highest.
     by_text: dict[str, float] = {}
     for scale in levels:
-        own = {scale.confidence(step, answer_type) for step in scale.steps}
+        own = set(scale.confidences(answer_type))
         by_text |= {render_response("", c): c for c in sorted(own | multiples)}
     return tuple(sorted(by_text.values(), reverse=True))
 

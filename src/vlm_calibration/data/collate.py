@@ -16,6 +16,7 @@ import torch
 from vlm_calibration.data.layout import Side, common_prefix, layout_of
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.grading import EXACT, Grading
@@ -79,15 +80,17 @@ class PromptBatch(NamedTuple):
     Attributes:
         inputs: arguments of `generate` (input_ids int64 [B, L], ...); empty without queries.
         queries: the B queries.
-        steps: for each query the noise step of its image.
-        levels: for each query the confidence in [0, 1] of its noise step.
+        perturbations: for each query what happened to its image.
+        noise_steps: for each query the diffusion step of its noise; None for other kinds of perturbation.
+        levels: for each query the confidence in [0, 1] of its perturbation.
         grading: rule that grades the answers.
         ranked: for each query the answers to rank; empty if ranking grades none of them.
     """
 
     inputs: dict[str, torch.Tensor]
     queries: tuple[Query, ...]
-    steps: tuple[int, ...]
+    perturbations: tuple[Perturbation, ...]
+    noise_steps: tuple[int | None, ...]
     levels: tuple[float, ...]
     grading: Grading = EXACT
     ranked: tuple[RankedAnswers, ...] = ()
@@ -309,7 +312,7 @@ class PromptCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
         if not samples:
-            return PromptBatch({}, (), (), (), self.grading)
+            return PromptBatch({}, (), (), (), (), self.grading)
         for sample in samples:
             self.chat.check(sample.query)
         ranking = any(self.grading.ranks(s.query.answer_type) for s in samples)
@@ -317,7 +320,8 @@ class PromptCollator:
         return PromptBatch(
             self.chat.inputs_of(samples, texts, "left"),
             tuple(s.query for s in samples),
-            tuple(s.step for s in samples),
+            tuple(s.perturbation for s in samples),
+            tuple(s.noise_step for s in samples),
             tuple(s.confidence for s in samples),
             self.grading,
             tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),

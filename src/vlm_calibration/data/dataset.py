@@ -1,8 +1,8 @@
 """The dataset that loads and perturbs queries on access.
 
 It first selects the queries that can be asked, without opening an image, so that an invalid record stops the run before
-training. Noise needs a region of the key object. If there is none, the object counts as absent only if the answer says so; any
-other query could only get noise on something else, so it is left out or stops the run.
+training. A perturbation needs a region of the key object. If there is none, the object counts as absent only if the answer says so; any
+other query could only be perturbed somewhere else, so it is left out or stops the run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, region_noise
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.kind_names import region_perturbation
+from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.labels import answer_is_no
@@ -34,12 +35,12 @@ class EvalSplit:
 
     Args:
         source: its queries.
-        noise: "none" leaves the images clean; "drawn" perturbs each query at a step drawn by the noise policy; "every_step"
-            asks each query once at every step of the policy's levels.
+        noise: "none" leaves the images untouched; "drawn" perturbs each query as drawn by the noise policy; "every_level" asks
+            each query once at every level of each of the policy's kinds of perturbation.
     """
 
     source: QuerySource
-    noise: Literal["none", "drawn", "every_step"] = "none"
+    noise: Literal["none", "drawn", "every_level"] = "none"
 
 
 class SampleBatch(NamedTuple):
@@ -62,23 +63,25 @@ class NoEvidenceError(DataError):
 
 @dataclass(frozen=True)
 class _SplitQueries:
-    """The selected queries of one split, each at every one of `steps`."""
+    """The selected queries of one split, each under every one of `perturbations`; None: drawn when the sample is loaded."""
 
     name: str
     split: EvalSplit
     queries: Sequence[Query]
     selected: np.ndarray
-    steps: Sequence[int | None]
+    perturbations: Sequence[Perturbation | None]
 
     def __len__(self) -> int:
-        return len(self.selected) * len(self.steps)
+        return len(self.selected) * len(self.perturbations)
 
-    def item(self, index: int) -> tuple[Query, int | None]:
-        """The query at an index, with the split's name, and its noise step."""
-        position, step_index = divmod(index, len(self.steps))
+    def item(self, index: int) -> tuple[Query, Perturbation | None]:
+        """The query at an index, with the split's name, and its perturbation."""
+        level, position = divmod(index, len(self.selected))
         query = with_split_name(self.queries[int(self.selected[position])], self.name)
-        step = self.steps[step_index]
-        return (replace(query, id=f"{query.id}@{step}") if self.split.noise == "every_step" else query), step
+        perturbation = self.perturbations[level]
+        if self.split.noise == "every_level" and perturbation is not None:
+            query = replace(query, id=level_id(query.id, perturbation))
+        return query, perturbation
 
 
 class PerturbedQueries(Dataset[Sample]):
@@ -109,9 +112,8 @@ class PerturbedQueries(Dataset[Sample]):
     ) -> None:
         self.splits = dict(splits)
         self.policy = policy
-        # On clean images, levels need not be measured and no query is left out for an absent object.
-        levels = LinearLevels(2, policy.schedule.steps)
-        self._clean_policy = replace(policy, levels=levels, level_weights=None, absent="clean")
+        # On untouched images, levels need not be measured and no query is left out for an absent object.
+        self._clean_policy = replace(policy, levels=LinearLevels(), absent="clean")
         self.image_processor = image_processor
         self.where = where
         self._named = named
@@ -120,11 +122,12 @@ class PerturbedQueries(Dataset[Sample]):
         self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
             raise DataError(
-                f"{where}: no query is left: to be noised, a query needs a region of what it asks about, or an answer that "
+                f"{where}: no query is left: to be perturbed, a query needs a region of what it asks about, or an answer that "
                 "says that it is absent"
             )
         if any(split.noise != "none" for split in splits.values()):
-            region_noise(policy.schedule)  # imported once here, not in every worker
+            for kind in policy.used_kinds:
+                region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
@@ -141,11 +144,11 @@ class PerturbedQueries(Dataset[Sample]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _item(self, index: int) -> tuple[EvalSplit, Query, int | None]:
+    def _item(self, index: int) -> tuple[EvalSplit, Query, Perturbation | None]:
         number = next(i for i, end in enumerate(self._ends) if index < end)
         part = self._parts[number]
-        query, step = part.item(index - (self._ends[number] - len(part)))
-        return part.split, query, step
+        query, perturbation = part.item(index - (self._ends[number] - len(part)))
+        return part.split, query, perturbation
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample at (epoch, index).
@@ -174,7 +177,7 @@ class PerturbedQueries(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> tuple[Sample, bool]:
         """A sample, and whether one of its regions is partly outside the image."""
-        split, query, step = self._item(index)
+        split, query, perturbation = self._item(index)
         loaded = split.source.load(query)
         if split.noise != "none" and not loaded.evidence and not answer_is_no(query):
             raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
@@ -182,7 +185,7 @@ class PerturbedQueries(Dataset[Sample]):
         try:
             wrong = split.source.wrong_answers(query)
             self._check(query, wrong)
-            sample = perturb_query(query, loaded, policy, self.image_processor, epoch, step, wrong)
+            sample = perturb_query(query, loaded, policy, self.image_processor, epoch, perturbation, wrong)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped
@@ -192,13 +195,23 @@ class PerturbedQueries(Dataset[Sample]):
         policy = None if split.noise == "none" else self.policy
         queries = split.source.queries()
         selected = select(split.source, queries, policy, self._check, where)
-        # None: drawn when the sample is loaded.
-        steps: dict[str, Sequence[int | None]] = {
-            "every_step": self.policy.levels.steps,
+        perturbations: dict[str, Sequence[Perturbation | None]] = {
+            "every_level": self.policy.perturbations,
             "drawn": [None],
-            "none": [0],
+            "none": [CLEAN],
         }
-        return _SplitQueries(name, split, queries, selected, steps[split.noise])
+        return _SplitQueries(name, split, queries, selected, perturbations[split.noise])
+
+
+def level_id(query_id: str, perturbation: Perturbation) -> str:
+    """The id of a query that is asked at every level: "QUERY@noise-0.3", "QUERY@0" for its untouched image."""
+    kind, strength = perturbation
+    return f"{query_id}@{kind}-{strength:g}" if strength else f"{query_id}@0"
+
+
+def query_id_of_level(level_id: str) -> str:
+    """The query's own id in an id of `level_id`."""
+    return level_id.rpartition("@")[0] or level_id
 
 
 def with_split_name(query: Query, split: str) -> Query:
@@ -229,12 +242,11 @@ def select(
     """
     bad = BadRecords(source.on_bad_record)
     indices: dict[str, list[int]] = {"present": [], "absent": [], "unlocated": []}
-    problems: dict[str, str] = {}
     for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
         try:
             check(query, ())
             if policy is not None:
-                _check_levels(policy, query, problems)
+                _check_levels(policy, query)
         except DataError as error:
             bad.add(f"{where}: {error}", error)
             continue
@@ -246,17 +258,12 @@ def select(
     return np.array(sorted(indices["present"] + absent), dtype=np.int64)
 
 
-def _check_levels(policy: NoisePolicy, query: Query, problems: dict[str, str]) -> None:
-    """Make sure that there are levels for a query's answer type; `problems` caches the message for each type."""
-    kind = query.answer_type
-    if kind not in problems:
-        try:
-            policy.levels.confidence(0, kind)
-            problems[kind] = ""
-        except ValueError as error:
-            problems[kind] = f"{error}: measure them with `vlm-calibration levels fit`"
-    if problems[kind]:
-        raise DataError(f"record {query.id!r}: {problems[kind]}")
+def _check_levels(policy: NoisePolicy, query: Query) -> None:
+    """Make sure that there are levels for a query."""
+    try:
+        policy.levels.confidence(CLEAN, query.answer_type, query.id)
+    except ValueError as error:
+        raise DataError(f"record {query.id!r}: {error}") from error
 
 
 def _report_regions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,11 @@ TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
 LEVELS = "levels"
 """The data set that `levels fit` asks instead, and the value of `asks` in a module that does."""
+INSTANCES = "instances"
+_SOURCES = {INSTANCES: "train"}
+"""The queries of `train`, untouched, which `levels fit` asks as well if its module writes their likelihoods."""
 LEVELS_SPLIT = "calibration"
-"""Begins the ids of the queries of `levels`; the noise depends on them, so tables measured in the past can be reproduced."""
+"""Begins the ids of the queries of `levels`, on which the perturbations depend."""
 
 
 class PerturbedQueryDataModule(L.LightningDataModule):
@@ -42,7 +46,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: Hub name or folder of the model whose processor is used; the command line sets it.
         train: training queries.
         validation: queries that are perturbed in the same way and answered during training.
-        levels: held-out queries that `vlm-calibration levels fit` asks at every noise step.
+        levels: held-out queries that `vlm-calibration levels fit` asks at every level of each kind of `noise`.
         test: named splits that `vlm-calibration test` answers.
         calibration: named splits about other images that `vlm-calibration test` answers as well. A report fits recalibration
             on these answers; no score includes them.
@@ -158,7 +162,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             if source is not None:
                 splits[name] = {"": EvalSplit(source, noise="drawn")}
         if self.levels is not None:
-            splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_step")}
+            splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")}
         for name, named in zip(TESTED, (self.test, self.calibration), strict=True):
             if named:
                 splits[name] = named
@@ -182,8 +186,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         required, optional = self._needed(stage)
         splits = self.splits
         for name in required:
-            _required(splits.get(name), name)
-        needed = [name for name in (*required, *optional) if name in splits]
+            _required(splits.get(_SOURCES.get(name, name)), _SOURCES.get(name, name))
+        needed = [*required, *(name for name in optional if name in splits)]
         if stage == "test":
             self._tested, self._answered = tuple(needed), {}
         if self.noise.resolution == "model":
@@ -192,10 +196,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(
                     self.read_splits(name),
-                    self.noise,
+                    # Levels that depend on the query are known for training queries alone.
+                    self.noise if name == "train" else replace(self.noise, levels=self.noise.levels.averaged),
                     self.processor.image_processor,
                     self.chat.check,
-                    f"data.{name}",
+                    f"data.{_SOURCES.get(name, name)}",
                     named=name in TESTED,
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
@@ -211,9 +216,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def _needed(self, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The data sets that a stage needs, and those that it uses if they are set."""
         if stage == "test":
+            if getattr(self._module, "asks", "") != LEVELS:
+                return TESTED[:1], TESTED[1:]
             return (
-                ((LEVELS,), ()) if getattr(self._module, "asks", "") == LEVELS else (TESTED[:1], TESTED[1:])
-            )
+                (LEVELS,) if getattr(self._module, "likelihoods", None) is None else (LEVELS, INSTANCES)
+            ), ()
         return (("train",), ("validation",)) if stage == "fit" else (("validation",), ())
 
     def read_splits(self, name: str) -> Mapping[str, EvalSplit]:
@@ -222,6 +229,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         Raises:
             DataError: there are no regions for a split, or those of other queries.
         """
+        if name == INSTANCES:
+            return {"": EvalSplit(self.read_splits(_SOURCES[name])[""].source)}
         splits = self.splits.get(name, {})
         if self.regions is None:
             return splits

@@ -1,7 +1,7 @@
-"""Perturbation of one query: its noise level, region and seed are a pure function of (seed, epoch, query id).
+"""Perturbation of one query: its kind, strength, region and seed are a pure function of (seed, epoch, query id).
 
-There is no random stream, so a sample is the same in any worker, on any rank and after any restart. The noise itself is the
-albumentations transform `RegionNoise`.
+There is no random stream, so a sample is the same in any worker, on any rank and after any restart. What is done to the pixels
+is one of the albumentations transforms of `perturbation.kinds`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from vlm_calibration.data.resolution import model_resolution, resize_to_model
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
+from vlm_calibration.perturbation.kind_names import KIND_NAMES, region_perturbation
+from vlm_calibration.perturbation.levels import (
+    CLEAN,
+    NOISE,
+    ConfidenceLevels,
+    LinearLevels,
+    Perturbation,
+)
 from vlm_calibration.perturbation.regions import choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
-
-if TYPE_CHECKING:
-    from vlm_calibration.perturbation.transform import RegionNoise
 
 
 class Sample(NamedTuple):
@@ -31,9 +34,10 @@ class Sample(NamedTuple):
 
     Attributes:
         query: the query.
-        image: uint8 [H, W, 3]; a noised image has the size set by the policy, a clean image that of the file.
+        image: uint8 [H, W, 3]; a perturbed image has the size set by the policy, an untouched image that of the file.
         confidence: the confidence to state, in [0, 1].
-        step: diffusion step of the noise on the evidence; 0 if the evidence is intact.
+        perturbation: what happened to the evidence; `CLEAN` if it is intact.
+        noise_step: diffusion step of the noise on the evidence, 0 if the evidence is intact; None for other kinds.
         epoch: the epoch that the sample is drawn for.
         wrong_answer: a wrong answer for the response to give instead of the gold answer; None: the gold answer.
         wrong: plausible wrong answers.
@@ -42,7 +46,8 @@ class Sample(NamedTuple):
     query: Query
     image: np.ndarray
     confidence: float
-    step: int
+    perturbation: Perturbation
+    noise_step: int | None
     epoch: int = 0
     wrong_answer: str | None = None
     wrong: tuple[str, ...] = ()
@@ -58,22 +63,23 @@ class NoisePolicy:
     """How queries are perturbed, and the confidence to state after it.
 
     Args:
-        levels: the noise steps, and the confidence to state at each. `LinearLevels` is the paper's mapping,
-            `AnchoredLevels` states the base model's measured accuracy.
+        levels: the strengths of each kind of perturbation, and the confidence to state at each. `LinearLevels` is the paper's
+            mapping, `AnchoredLevels` states the base model's measured accuracy.
+        kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}. The paper's kind is noise
+            alone. All strengths of a kind are equally frequent, untouched images among them.
         schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the
             levels; with the linear schedule it is complete by the fourth level.
-        level_weights: relative frequency of each level; None: uniform.
-        clean_fraction: share of samples in [0, 1] that stay clean, in addition to the weights.
-        absent: what to noise if the question is about an absent object: another object or else a random region
+        clean_fraction: share of samples in [0, 1] that stay untouched, in addition to strength 0 of each kind.
+        absent: what to perturb if the question is about an absent object: another object or else a random region
             ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the answer says so
             (no, to a yes/no question), not if a region is missing.
         no_region: what to do with other queries without a region of the key object: leave them out and report the number
             ("skip"), or stop the run ("raise"). Queries on clean images need no region.
-        distractor_probability: share of samples in [0, 1] whose noise goes to a region that the question is not about; their
-            confidence is that of a clean image.
-        resolution: noise at the size at which the model sees the image ("model"), or at the size of the file ("native", the
+        distractor_probability: share of samples in [0, 1] whose perturbation goes to a region that the question is not about;
+            their confidence is that of an untouched image.
+        resolution: perturb at the size at which the model sees the image ("model"), or at the size of the file ("native", the
             paper's reading).
-        shape: noise the object's pixels ("mask") or its bounding box ("box", which hides the silhouette).
+        shape: perturb the object's pixels ("mask") or its bounding box ("box", which hides the silhouette).
         dilate: growth of the region in each direction, as a fraction of the longer side of its bounding box.
         wrong_answer_rate: in [0, 1]; a training response that states confidence c gives a wrong answer with probability
             `wrong_answer_rate * (1 - c)`. With 1, it is correct with probability c, like the model's own responses; with 0 the
@@ -83,8 +89,8 @@ class NoisePolicy:
     """
 
     levels: ConfidenceLevels = field(default_factory=LinearLevels)
+    kinds: dict[str, float] = field(default_factory=lambda: {NOISE: 1.0})
     schedule: Schedule = field(default_factory=CosineSchedule)
-    level_weights: list[float] | None = None
     clean_fraction: float = 0.0
     absent: Literal["distractor", "clean", "skip"] = "distractor"
     no_region: Literal["skip", "raise"] = "skip"
@@ -100,31 +106,51 @@ class NoisePolicy:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
-        weights = self.level_weights
-        if weights is not None and (
-            len(weights) != len(self.levels.steps)
-            or not all(0 <= w < math.inf for w in weights)
-            or sum(weights) == 0
-        ):
+        if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
+            raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
+        if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):
             raise DataError(
-                f"noise.level_weights must be {len(self.levels.steps)} numbers of at least 0, one a level and not all "
-                f"0, found {weights}"
+                f"noise.kinds must be frequencies of at least 0, one of them above 0, found {dict(self.kinds)}"
             )
         if not 0 <= self.dilate < math.inf:
             raise DataError(f"noise.dilate must be a finite number of at least 0, found {self.dilate}")
         if self.seed < 0:
             raise DataError(f"noise.seed must be at least 0, found {self.seed}")
-        last, steps = self.levels.steps[-1], self.schedule.steps
-        # Linear levels state 0% at their last step, so it must be the last step of the schedule.
-        if last > steps or (isinstance(self.levels, LinearLevels) and last != steps):
-            raise DataError(f"noise.levels goes up to step {last} but noise.schedule has {steps}")
+        try:
+            for kind in self.used_kinds:
+                self.levels.strengths(kind)
+        except ValueError as error:
+            raise DataError(f"noise.kinds: {error}") from error
 
-    def draw_step(self, rng: np.random.Generator) -> int:
-        """Draw the noise step of one sample."""
+    @property
+    def used_kinds(self) -> tuple[str, ...]:
+        """The kinds that are drawn."""
+        return tuple(kind for kind, weight in self.kinds.items() if weight)
+
+    @property
+    def perturbations(self) -> tuple[Perturbation, ...]:
+        """Every level of every kind that is drawn, the untouched image once."""
+        levels = [Perturbation(kind, s) for kind in self.used_kinds for s in self.levels.strengths(kind) if s]
+        return (CLEAN, *levels)
+
+    def draw(self, epoch: int, query_id: str, rng: np.random.Generator) -> Perturbation:
+        """Draw the perturbation of one sample; `rng` is its generator."""
         if rng.random() < self.clean_fraction:
-            return 0
-        weights = np.asarray(self.level_weights or [1.0] * len(self.levels.steps))
-        return self.levels.steps[int(rng.choice(len(weights), p=weights / weights.sum()))]
+            return CLEAN
+        kind = self.used_kinds[0]
+        if len(self.used_kinds) > 1:
+            weights = np.array([self.kinds[k] for k in self.used_kinds], dtype=np.float64)
+            kind_rng = query_rng(self.seed, epoch, query_id, "kind")
+            kind = self.used_kinds[int(kind_rng.choice(len(weights), p=weights / weights.sum()))]
+        strengths = self.levels.strengths(kind)
+        strength = strengths[int(rng.choice(len(strengths), p=np.full(len(strengths), 1 / len(strengths))))]
+        return Perturbation(kind, strength) if strength else CLEAN
+
+    def noise_step(self, perturbation: Perturbation) -> int | None:
+        """The diffusion step of noise, 0 for an untouched image; None for other kinds."""
+        if perturbation.kind in ("", NOISE):
+            return round(perturbation.strength * self.schedule.steps)
+        return None
 
 
 def query_rng(seed: int, epoch: int, query_id: str, purpose: str = "") -> np.random.Generator:
@@ -139,7 +165,7 @@ def perturb_query(
     policy: NoisePolicy,
     image_processor: Any,
     epoch: int,
-    step: int | None = None,
+    perturbation: Perturbation | None = None,
     wrong: Sequence[str] = (),
 ) -> Sample:
     """Perturb one query.
@@ -150,23 +176,23 @@ def perturb_query(
         policy: the noise policy.
         image_processor: defines the size at which the model sees the image; unused at native resolution.
         epoch: with the policy's seed and the query's id, decides all random choices.
-        step: noise step of the evidence, never of a distractor; None: drawn by the policy.
+        perturbation: of the evidence, never of a distractor; None: drawn by the policy.
         wrong: plausible wrong answers.
 
     Raises:
         DataError: the input size of `image_processor` is unknown.
     """
     rng = query_rng(policy.seed, epoch, query.id)
-    drawn = policy.draw_step(rng)
-    distractor_probability = policy.distractor_probability if step is None else 0.0
-    step = drawn if step is None else step
+    drawn = policy.draw(epoch, query.id, rng)
+    distractor_probability = policy.distractor_probability if perturbation is None else 0.0
+    perturbation = drawn if perturbation is None else perturbation
     image, evidence, distractors, _ = loaded
     size = image.shape[:2]
     if policy.resolution == "model":
         size = model_resolution(image_processor, *size)
         evidence = tuple(resize_mask(m, size) for m in evidence)
         distractors = tuple(resize_mask(m, size) for m in distractors)
-    # Regions are dilated before one is chosen, so that noise on a distractor cannot touch the evidence.
+    # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
     choice = choose_region(
         [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in evidence],
         [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in distractors],
@@ -175,25 +201,18 @@ def perturb_query(
         rng=rng,
         image_shape=size,
     )
-    # A clean image keeps the size of the file, so that the processor resizes it as in use.
-    if choice.mask is not None and step > 0:
+    # An untouched image keeps the size of the file, so that the processor resizes it as in use.
+    if choice.mask is not None and perturbation.strength > 0:
         if policy.resolution == "model":
             image = resize_to_model(image_processor, image)
-        image = region_noise(policy.schedule)(
-            image=image, mask=choice.mask, step=step, noise_seed=int(rng.integers(2**63))
+        transform = region_perturbation(perturbation.kind, policy.schedule)
+        image = transform(
+            image=image, mask=choice.mask, strength=perturbation.strength, seed=int(rng.integers(2**63))
         )["image"]
-    evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
-    confidence = policy.levels.confidence(evidence_step, query.answer_type)
+    lost = CLEAN if choice.mask is None or choice.kind == "distractor" else perturbation
+    confidence = policy.levels.confidence(lost, query.answer_type, query.id)
     wrong_answer = _wrong_answer(query, confidence, policy, epoch, wrong) if wrong else None
-    return Sample(query, image, confidence, evidence_step, epoch, wrong_answer, tuple(wrong))
-
-
-@lru_cache(maxsize=8)
-def region_noise(schedule: Schedule) -> RegionNoise:
-    """The albumentations transform for a schedule; the first call imports albumentations."""
-    from vlm_calibration.perturbation.transform import RegionNoise  # deferred: slow to import
-
-    return RegionNoise(schedule)
+    return Sample(query, image, confidence, lost, policy.noise_step(lost), epoch, wrong_answer, tuple(wrong))
 
 
 def _wrong_answer(

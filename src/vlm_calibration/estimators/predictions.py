@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_calibration.files import json_lines
+from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
 from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
@@ -46,6 +47,7 @@ class EstimatedPrediction(Prediction):
 def graded_prediction(
     query: Query,
     text: str,
+    perturbation: Perturbation | None,
     noise_step: int | None,
     grading: Grading = EXACT,
     ranked_correct: bool | None = None,
@@ -55,7 +57,8 @@ def graded_prediction(
     Args:
         query: the query that the text answers.
         text: the generated text.
-        noise_step: noise step of the query's image.
+        perturbation: what happened to the query's image; None if that is not known.
+        noise_step: diffusion step of its noise; None for other kinds.
         grading: the rule that grades the answer.
         ranked_correct: for queries graded by ranking, whether the gold answer is the likeliest.
     """
@@ -74,6 +77,8 @@ def graded_prediction(
         category=query.category,
         noise_step=noise_step,
         answer_type=query.answer_type,
+        perturbation=None if perturbation is None else perturbation.kind,
+        strength=None if perturbation is None else perturbation.strength,
         image=query.image,
     )
 
@@ -111,7 +116,7 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
     for key in ("id", "question", "answer", "text"):
         _check(data, key, isinstance(data[key], str), "a string")
-    for key in ("predicted", "category", "image"):
+    for key in ("predicted", "category", "perturbation", "image"):
         value = data.get(key)
         _check(data, key, value is None or isinstance(value, str), "a string or null")
     step = data["noise_step"]
@@ -120,8 +125,8 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
     _check(data, "correct", isinstance(data["correct"], bool), "true or false")
     _check(data, "answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
     estimators = [key for key in data if key not in KEYS]
-    for key in ("confidence", *estimators):
-        _check(data, key, _is_confidence(data[key]), "a number in [0, 1] or null")
+    for key in ("confidence", "strength", *estimators):
+        _check(data, key, _is_share(data.get(key)), "a number in [0, 1] or null")
     own = {key: data[key] for key in KEYS if key in data}
     return EstimatedPrediction(**own, estimates={key: data[key] for key in estimators})
 
@@ -137,7 +142,7 @@ def _check(data: Mapping[str, Any], key: str, valid: bool, expected: str) -> Non
         raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
 
 
-def _is_confidence(value: Any) -> bool:
+def _is_share(value: Any) -> bool:
     if value is None:
         return True
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

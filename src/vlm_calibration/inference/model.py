@@ -33,7 +33,7 @@ from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
+from vlm_calibration.perturbation.levels import CLEAN, ConfidenceLevels, LinearLevels, Perturbation
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
@@ -229,7 +229,7 @@ class CalibratedModel:
         *,
         name: str = "question",
         mask: Any = None,
-        step: int = 0,
+        perturbation: Perturbation = CLEAN,
     ) -> Sample:
         """Prepare a question about an image for the model.
 
@@ -237,9 +237,9 @@ class CalibratedModel:
             image: as for `ask`.
             question: as for `ask`.
             answer_type: as for `ask`.
-            name: name of the question in messages, and seed of the noise.
-            mask: region to noise, bool [H, W]; None: the whole image stays clean.
-            step: diffusion step of the noise.
+            name: name of the question in messages, and seed of the perturbation.
+            mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
+            perturbation: what happens to the region.
 
         Raises:
             DataError: the image or the question cannot be used.
@@ -250,7 +250,9 @@ class CalibratedModel:
         query = Query(name, "", question, "-", answer_type or answer_type_of(question))
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
-        return perturb_query(query, loaded, noise, self.chat.processor.image_processor, epoch=0, step=step)
+        return perturb_query(
+            query, loaded, noise, self.chat.processor.image_processor, epoch=0, perturbation=perturbation
+        )
 
     def seen(self, sample: Sample) -> np.ndarray:
         """The sample's image at the model's input resolution, uint8 [H, W, 3]."""

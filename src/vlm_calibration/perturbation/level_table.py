@@ -1,5 +1,9 @@
-"""Level tables: the measured accuracy of the base model at each noise step, its provenance, and whether it is usable."""
+"""Level tables: how often the base model is correct by answer type, kind and strength of perturbation, and its own certainty.
 
+`levels fit` writes a table, `AnchoredLevels` teaches from it. A table holds counts only; `level_accuracy` fits accuracies to them.
+"""
+
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 from scipy.stats import binomtest, norm
 
-from vlm_calibration.files import parse_json
+from vlm_calibration.files import parse_json, write_text
 
-FORMAT = "vlm_calibration.levels/1"
+FORMAT = "vlm_calibration.levels/2"
 
 SIGNIFICANCE = 0.05
 FREE_GUESS = 0.05
@@ -20,18 +23,93 @@ FREE_GUESS = 0.05
 GRADING_ADVICE = ", or grade by another rule (data.grading: contains or token_f1; ranking for open answers with a rejected one)"
 
 
-class StepCount(NamedTuple):
-    """Accuracy of the base model at one noise step.
+class LevelCount(NamedTuple):
+    """Accuracy of the base model at one strength.
 
     Attributes:
-        step: diffusion step of the noise.
+        strength: of the perturbation, in [0, 1]; 0 is the untouched image.
         n: number of held-out queries.
         n_correct: number of correct answers.
     """
 
-    step: int
+    strength: float
     n: int
     n_correct: int
+
+
+KindCounts = Mapping[str, tuple[LevelCount, ...]]
+"""Kind of perturbation -> counts by rising strength. The first is that of untouched images, the same for all kinds."""
+
+
+@dataclass(frozen=True)
+class AnswerTypeCounts:
+    """The counts of one answer type, in bins of the base model's likelihood of its own answer to the untouched image.
+
+    Args:
+        bins: the counts of each bin, in rising order of the likelihood; all have the same kinds and strengths.
+        edges: likelihoods in [0, 1] between the bins; a likelihood equal to an edge belongs to the bin above it.
+
+    Raises:
+        ValueError: no counts, impossible counts, kinds that differ between bins, or strengths that are repeated, outside [0, 1],
+            without 0, or different between bins.
+    """
+
+    bins: tuple[KindCounts, ...]
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = tuple({kind: _ordered(rows) for kind, rows in counts.items()} for counts in self.bins)
+        object.__setattr__(self, "bins", ordered)
+        object.__setattr__(self, "edges", tuple(map(float, self.edges)))
+        if not ordered or not ordered[0]:
+            raise ValueError("no counts")
+        if len(self.edges) != len(ordered) - 1 or list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(
+                f"{len(ordered)} bins need as many edges less one, rising, found {list(self.edges)}"
+            )
+        grids = [
+            {kind: [row.strength for row in rows] for kind, rows in counts.items()} for counts in ordered
+        ]
+        if any(grid != grids[0] for grid in grids):
+            raise ValueError("bins were measured at different kinds or strengths")
+        for counts in ordered:
+            for kind, rows in counts.items():
+                _check_rows(kind, rows)
+            if len({rows[0] for rows in counts.values()}) > 1:
+                raise ValueError("kinds have different counts of untouched images")
+
+    @classmethod
+    def of_kinds(cls, counts: Mapping[str, Sequence[Sequence[float]]]) -> "AnswerTypeCounts":
+        """Counts in a single bin: kind -> rows (strength, n, n_correct)."""
+        return cls((counts,))  # type: ignore[arg-type]
+
+    @property
+    def pooled(self) -> KindCounts:
+        """The counts of all bins together."""
+        return {
+            kind: tuple(
+                LevelCount(rows[0].strength, sum(r.n for r in rows), sum(r.n_correct for r in rows))
+                for rows in zip(*(counts[kind] for counts in self.bins), strict=True)
+            )
+            for kind in self.bins[0]
+        }
+
+
+def _ordered(rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
+    return tuple(sorted(LevelCount(float(s), int(n), int(correct)) for s, n, correct in rows))
+
+
+def _check_rows(kind: str, rows: Sequence[LevelCount]) -> None:
+    strengths = [row.strength for row in rows]
+    if not strengths or strengths[0] != 0 or strengths[-1] > 1:
+        raise ValueError(
+            f"counts of {kind!r} must begin at strength 0, the untouched image, and end at 1 or below; got {strengths}"
+        )
+    if len(set(strengths)) != len(strengths):
+        raise ValueError(f"counts of {kind!r} repeat a strength: {strengths}")
+    for row in rows:
+        if row.n < 1 or not 0 <= row.n_correct <= row.n:
+            raise ValueError(f"impossible count of {kind!r}: {row}")
 
 
 @dataclass(frozen=True)
@@ -39,65 +117,80 @@ class LevelTable:
     """Measured counts and their provenance.
 
     Args:
-        counts: answer type -> counts, one per noise step; all answer types have the same steps, 0 included.
+        counts: answer type -> its counts; all answer types have the same kinds.
         provenance: origin of the counts: model, schedule, seed, number of queries, ...
 
     Raises:
-        ValueError: no counts, impossible counts, repeated steps, steps that differ between answer types, or no step 0.
+        ValueError: no counts, or kinds that differ between answer types.
     """
 
-    counts: Mapping[str, tuple[StepCount, ...]]
+    counts: Mapping[str, AnswerTypeCounts]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ordered = {
-            kind: tuple(sorted(StepCount(*map(int, row)) for row in rows))
-            for kind, rows in self.counts.items()
-        }
-        object.__setattr__(self, "counts", ordered)
-        if not ordered:
+        if not self.counts:
             raise ValueError("a level table needs counts for at least one answer type")
-        first = next(iter(ordered))
-        expected = [row.step for row in ordered[first]]
-        for kind, rows in ordered.items():
-            steps = [row.step for row in rows]
-            if not steps or steps[0] != 0:
-                raise ValueError(
-                    f"counts of answer type {kind!r} must begin at step 0, the clean image; got {steps}"
-                )
-            if len(set(steps)) != len(steps):
-                raise ValueError(f"counts of answer type {kind!r} repeat a step: {steps}")
-            if steps != expected:
-                raise ValueError(f"answer types {first!r} and {kind!r} were measured at different steps")
-            for row in rows:
-                if row.n < 1 or not 0 <= row.n_correct <= row.n:
-                    raise ValueError(f"impossible count for answer type {kind!r}: {row}")
+        if len({frozenset(counts.bins[0]) for counts in self.counts.values()}) > 1:
+            raise ValueError("answer types were measured with different kinds of perturbation")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The measured kinds of perturbation."""
+        return tuple(next(iter(self.counts.values())).bins[0])
 
     def check_usable(self) -> None:
         """Refuse counts from which no useful confidence can be learned.
 
-        Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on clean images
-        exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and a Cochran-Armitage test
-        that accuracy falls with the noise. The second test is conservative, since the same queries are asked at every step.
+        Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on untouched images
+        exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and for each kind of
+        perturbation a Cochran-Armitage test that accuracy falls with the strength. The second test is conservative, since the
+        same queries are asked at every strength.
 
         Raises:
-            ValueError: a test fails; names the answer type, its counts and what to do.
+            ValueError: a test fails; names the answer type, the kind, its counts and what to do.
         """
-        for kind, rows in self.counts.items():
-            by_ranking = self.provenance.get("grading", {}).get(kind) == "ranking"
-            guess = 0.5 if kind == "yes_no" or by_ranking else FREE_GUESS
-            reason = _why_unusable(rows, guess)
-            if reason is None:
-                continue
-            counts = ", ".join(f"{row.n_correct}/{row.n} at {row.step}" for row in rows)
-            advice = "" if kind == "yes_no" or by_ranking else GRADING_ADVICE
-            raise ValueError(
-                f"{kind} answers teach no confidence: {reason} (correct, by noise step: {counts}); measure more or other "
-                f"queries, ask with another prompt (data.prompt){advice}"
-            )
+        for answer_type, counts in self.counts.items():
+            by_ranking = self.provenance.get("grading", {}).get(answer_type) == "ranking"
+            guess = 0.5 if answer_type == "yes_no" or by_ranking else FREE_GUESS
+            for kind, rows in counts.pooled.items():
+                reason = _why_unusable(kind, rows, guess)
+                if reason is None:
+                    continue
+                shown = ", ".join(f"{row.n_correct}/{row.n} at {row.strength:g}" for row in rows)
+                advice = "" if answer_type == "yes_no" or by_ranking else GRADING_ADVICE
+                raise ValueError(
+                    f"{answer_type} answers teach no confidence: {reason} (correct, by strength of {kind}: {shown}); measure more "
+                    f"or other queries, ask with another prompt (data.prompt){advice}"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, atomically.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        answer_types = {
+            answer_type: {
+                "likelihood_edges": list(counts.edges),
+                "kinds": {
+                    kind: [
+                        {
+                            "strength": s[0].strength,
+                            "n": [r.n for r in s],
+                            "n_correct": [r.n_correct for r in s],
+                        }
+                        for s in zip(*(by_kind[kind] for by_kind in counts.bins), strict=True)
+                    ]
+                    for kind in self.kinds
+                },
+            }
+            for answer_type, counts in self.counts.items()
+        }
+        content = {"format": FORMAT, "provenance": dict(self.provenance), "answer_types": answer_types}
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _why_unusable(rows: Sequence[StepCount], guess: float) -> str | None:
+def _why_unusable(kind: str, rows: Sequence[LevelCount], guess: float) -> str | None:
     """Which test the counts fail; None if they pass."""
     clean = rows[0]
     if guess**clean.n > SIGNIFICANCE:
@@ -109,31 +202,25 @@ def _why_unusable(rows: Sequence[StepCount], guess: float) -> str | None:
             f"{guess:.0%} of a blind guess"
         )
     if trend_p_value(rows) > SIGNIFICANCE:
-        return "noise does not significantly lower the base model's accuracy"
+        return (
+            f"{kind} does not significantly lower the base model's accuracy: leave it out of data.noise.kinds"
+        )
     return None
 
 
-def trend_p_value(rows: Sequence[StepCount]) -> float:
-    """One-sided p-value of the Cochran-Armitage test that accuracy falls with the noise step (Armitage, 1955)."""
-    steps, n, correct = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+def trend_p_value(rows: Sequence[LevelCount]) -> float:
+    """One-sided p-value of the Cochran-Armitage test that accuracy falls with the strength (Armitage, 1955)."""
+    strengths, n, correct = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     mean = correct.sum() / n.sum()
-    centred = steps - np.average(steps, weights=n)
+    centred = strengths - np.average(strengths, weights=n)
     variance = mean * (1 - mean) * (n * centred**2).sum()
     return (
         float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance))) if variance > 0 else 1.0
     )
 
 
-def isotonic_accuracy(rows: Sequence[StepCount]) -> np.ndarray:
-    """Isotonic fit of the accuracies, weighted by `n`, not increasing with the step; float64 [len(rows)]."""
-    accuracy = np.array([row.n_correct / row.n for row in rows])
-    weights = np.array([row.n for row in rows], dtype=np.float64)
-    fit = isotonic_regression(accuracy, weights=weights, increasing=False).x
-    return np.clip(fit, 0.0, 1.0)  # block means may leave [0, 1] by one rounding error
-
-
 def read_table(path: Path) -> LevelTable:
-    """Read a level table that `AnchoredLevels.save` wrote.
+    """Read a level table that `LevelTable.save` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -144,22 +231,16 @@ def read_table(path: Path) -> LevelTable:
     try:
         content = parse_json(path.read_bytes())
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"expected a JSON object with format {FORMAT!r}")
-        counts = {
-            kind: tuple(StepCount(row["step"], row["n"], row["n_correct"]) for row in rows)
-            for kind, rows in content["answer_types"].items()
-        }
-        table = LevelTable(counts, content["provenance"])
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(
+                f"expected a JSON object with format {FORMAT!r}, found {found!r}: measure it again with `vlm-calibration levels fit`"
+            )
+        table = LevelTable(
+            {kind: _read_counts(value) for kind, value in content["answer_types"].items()},
+            content["provenance"],
+        )
         if not isinstance(table.provenance.get("grading", {}), dict):
             raise ValueError("'grading' must be an object of rules by answer type")
-        for kind, rows in table.counts.items():
-            stored = [
-                row["accuracy"] for row in sorted(content["answer_types"][kind], key=lambda row: row["step"])
-            ]
-            if not np.allclose(stored, isotonic_accuracy(rows), rtol=0, atol=1e-9):
-                raise ValueError(
-                    f"the accuracies of {kind!r} are not the fit of its counts; was the file edited?"
-                )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"missing key {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not a level table: {reason}") from error
@@ -168,3 +249,22 @@ def read_table(path: Path) -> LevelTable:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return table
+
+
+def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
+    edges = content["likelihood_edges"]
+    bins = tuple(
+        {
+            kind: tuple(LevelCount(row["strength"], row["n"][i], row["n_correct"][i]) for row in rows)
+            for kind, rows in content["kinds"].items()
+        }
+        for i in range(len(edges) + 1)
+    )
+    if any(
+        len(row[k]) != len(bins)
+        for rows in content["kinds"].values()
+        for row in rows
+        for k in ("n", "n_correct")
+    ):
+        raise ValueError(f"every count must have {len(bins)} bins, one more than there are likelihood_edges")
+    return AnswerTypeCounts(bins, tuple(edges))

@@ -1,29 +1,49 @@
-"""Confidence levels: the mapping between noise steps and the confidence to state.
+"""Confidence levels: the mapping from a perturbation to the confidence to state.
 
-`LinearLevels` is the paper's mapping: the confidence falls linearly with the noise step. `AnchoredLevels` states the base
-model's measured accuracy at each step, per answer type, since a yes/no question is answered correctly half of the time even
-if the object is invisible.
+`LinearLevels` is the paper's mapping: the confidence falls linearly with the strength. `AnchoredLevels` states the base model's
+measured accuracy, per answer type, kind and strength, since a yes/no question is answered correctly half of the time even if
+the object is invisible; and, if it knows how likely the base model holds its answer to an untouched image, for this very image.
 """
 
-import json
 import math
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_calibration.files import write_text
-from vlm_calibration.perturbation.level_table import (
-    FORMAT,
-    LevelTable,
-    StepCount,
-    isotonic_accuracy,
-    read_table,
+from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods
+from vlm_calibration.perturbation.level_accuracy import (
+    Accuracies,
+    fit_bins,
+    fit_pooled,
+    group_means,
+    spread_strengths,
 )
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable, read_table
+
+NOISE = "noise"
+"""The paper's kind of perturbation: diffusion noise, whose strength is its step as a share of the schedule."""
+
+
+class Perturbation(NamedTuple):
+    """What happens to the evidence in an image.
+
+    Attributes:
+        kind: a name of `KIND_NAMES`; "" for an untouched image.
+        strength: in [0, 1]; 0 leaves the image as it is, 1 leaves nothing of the object.
+    """
+
+    kind: str
+    strength: float
+
+
+CLEAN = Perturbation("", 0.0)
+"""An untouched image."""
 
 
 def check_confidence(confidence: float) -> float:
@@ -40,76 +60,97 @@ def nominal_step(confidence: float, total_steps: int) -> int:
 
 
 class ConfidenceLevels(ABC):
-    """A finite set of noise steps with a confidence for each.
-
-    Attributes:
-        steps: noise steps in rising order; `steps[0]` is 0, the clean image, which has the highest confidence.
-    """
-
-    steps: tuple[int, ...]
+    """A finite set of strengths for each kind of perturbation, with a confidence for each."""
 
     @abstractmethod
-    def confidence(self, step: int, answer_type: str) -> float:
-        """The confidence in [0, 1] at a noise step; ValueError for a step outside `[0, steps[-1]]`."""
+    def strengths(self, kind: str) -> tuple[float, ...]:
+        """The strengths of a kind in rising order; the first is 0, the untouched image. ValueError for an unknown kind."""
+
+    @abstractmethod
+    def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
+        """The confidence in [0, 1] after a perturbation.
+
+        Args:
+            perturbation: its strength need not be one of `strengths`.
+            answer_type: type of the answer.
+            query_id: the query, for levels that depend on it; None: the average over queries.
+
+        Raises:
+            ValueError: levels are not known for this.
+        """
+
+    @abstractmethod
+    def confidences(self, answer_type: str) -> tuple[float, ...]:
+        """All confidences at `strengths`, over all kinds and queries, in falling order."""
+
+    @property
+    def averaged(self) -> "ConfidenceLevels":
+        """The same levels without their dependence on the query."""
+        return self
 
 
 @dataclass(frozen=True)
 class LinearLevels(ConfidenceLevels):
-    """The paper's levels: evenly spaced confidences 1, ..., 0 with `step = round((1 - c) * total_steps)`.
+    """The paper's levels: evenly spaced strengths 0, ..., 1 of any kind, each with the confidence `1 - strength`.
 
     Args:
         n_levels: number of levels; 11 gives 100%, 90%, ..., 0%.
-        total_steps: number of steps of the schedule.
 
     Raises:
-        ValueError: fewer than two levels, or more levels than steps.
+        ValueError: fewer than two levels.
     """
 
     n_levels: int = 11
-    total_steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.n_levels < 2 or self.total_steps < self.n_levels - 1:
-            raise ValueError(
-                f"need n_levels >= 2 and total_steps >= n_levels - 1, got {self.n_levels} and {self.total_steps}"
-            )
+        if self.n_levels < 2:
+            raise ValueError(f"need n_levels >= 2, got {self.n_levels}")
 
-    @property
-    def steps(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The noise steps of the levels, from 0 to `total_steps`."""
-        last = self.n_levels - 1
-        return tuple(nominal_step((last - i) / last, self.total_steps) for i in range(self.n_levels))
+    def strengths(self, kind: str = NOISE) -> tuple[float, ...]:
+        return tuple(i / (self.n_levels - 1) for i in range(self.n_levels))
 
-    def confidence(self, step: int, answer_type: str = "") -> float:
-        """`1 - step / total_steps`, or the exact level if `step` is one of `steps`; the same for all answer types."""
-        _check_range(step, self.total_steps)
-        if step in self.steps:
+    def confidence(
+        self, perturbation: Perturbation, answer_type: str = "", query_id: str | None = None
+    ) -> float:
+        """`1 - strength`, exactly for the levels' own strengths; the same for all kinds, answer types and queries."""
+        _check_strength(perturbation.strength, 1.0)
+        strengths = self.strengths()
+        if perturbation.strength in strengths:
             last = self.n_levels - 1
-            return (last - self.steps.index(step)) / last
-        return (self.total_steps - step) / self.total_steps
+            return (last - strengths.index(perturbation.strength)) / last
+        return 1.0 - perturbation.strength
+
+    def confidences(self, answer_type: str = "") -> tuple[float, ...]:
+        last = self.n_levels - 1
+        return tuple((last - i) / last for i in range(self.n_levels))
 
 
 class AnchoredLevels(ConfidenceLevels):
-    """Levels with the base model's measured accuracy at each noise step, per answer type.
+    """Levels with the base model's measured accuracy, per answer type, kind and strength of perturbation.
 
-    Isotonic regression weighted by `n` makes the accuracies monotone (not increasing with the noise); between measured steps
-    they are interpolated linearly. `accuracy` is this fit; `confidence` rounds it to a grid, ties up. The default grid of 5%
-    gives few, round targets: a model learns "85%" more easily than 101 near-synonymous numbers, and accuracies measured on a
-    few hundred queries are no finer. The rounding error is at most half a grid step (2.5%), 1.25% on average; `grid=1` states
-    whole percents.
+    A fit makes the accuracies fall with the strength of each kind (`fit_kinds`); between measured strengths they are
+    interpolated linearly. The levels' own strengths are chosen so that these accuracies are evenly spread (`spread_strengths`).
+    `accuracy` is the fit; `confidence` rounds it to a grid, ties up. The default grid of 5% gives few, round targets: a model
+    learns "85%" more easily than 101 near-synonymous numbers, and accuracies measured on a few hundred queries are no finer.
+    The rounding error is at most half a grid step (2.5%), 1.25% on average; `grid=1` states the accuracies themselves.
 
-    `groups` reduces the number of targets without that bias: it merges neighbouring steps so that accuracies differ least from
-    the mean of their group (Jenks' natural breaks), and each step states that mean.
+    `groups` reduces the number of targets without that bias: the accuracies at the levels' strengths are split into groups that
+    differ least from their means (`group_means`), and each states its mean.
+
+    A clean image is not a certain one. With `likelihoods` the accuracy is that of queries whose own answer the base model holds
+    similarly likely on the untouched image, so a hard untouched image gets a low confidence.
 
     Args:
         path: a JSON file written by `save`; alternative to `table`.
         table: the measurements; alternative to `path`.
         grid: percent between two confidences; divides 100.
         groups: maximum number of confidences per answer type; None: as many as the grid allows.
+        likelihoods: the file of the training queries' likelihoods that `vlm-calibration levels fit` writes beside the table; None:
+            levels do not depend on the query.
 
     Raises:
-        ValueError: neither or both of `path` and `table` are given, the file is not a usable level table (see
-            `LevelTable.check_usable`), `grid` does not divide 100, or `groups` is below 1.
+        ValueError: neither or both of `path` and `table` are given, a file cannot be used (see `LevelTable.check_usable`),
+            `grid` does not divide 100, `groups` is below 1, or the likelihoods are those of another model or prompt.
         FileNotFoundError: there is no such file.
     """
 
@@ -120,6 +161,7 @@ class AnchoredLevels(ConfidenceLevels):
         table: LevelTable | None = None,
         grid: int = 5,
         groups: int | None = None,
+        likelihoods: str | os.PathLike[str] | None = None,
     ) -> None:
         if (path is None) == (table is None):
             raise ValueError("AnchoredLevels needs either a path or a table")
@@ -134,118 +176,162 @@ class AnchoredLevels(ConfidenceLevels):
         self.table = table
         self.grid = grid
         self.groups = groups
-        self.steps = tuple(row.step for row in next(iter(table.counts.values())))
-        self._fits = {kind: isotonic_accuracy(rows) for kind, rows in table.counts.items()}
-        self._stated = self._fits
-        if groups is not None:
-            self._stated = {
-                kind: _group_means(fit, [row.n for row in table.counts[kind]], groups)
-                for kind, fit in self._fits.items()
-            }
+        self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
+        self._likelihoods = (
+            None
+            if likelihoods is None
+            else read_likelihoods(Path(likelihoods), table.provenance, self.source)
+        )
+        self._fits = {kind: _Fit(counts) for kind, counts in table.counts.items()}
+        self._strengths = {kind: self._spread(kind) for kind in table.kinds}
+        self._groups = {answer_type: self._group(answer_type) for answer_type in self._fits}
 
     @classmethod
     def fit(
         cls,
-        counts: Mapping[str, Sequence[StepCount]],
+        counts: Mapping[str, AnswerTypeCounts],
         *,
         provenance: Mapping[str, Any] | None = None,
         grid: int = 5,
     ) -> "AnchoredLevels":
-        """Create levels from measurements.
-
-        Args:
-            counts: answer type -> rows `(step, n, n_correct)`, in any order.
-            provenance: as in `LevelTable`.
-            grid: as in the constructor.
-        """
-        table = LevelTable({kind: tuple(rows) for kind, rows in counts.items()}, dict(provenance or {}))
-        return cls(table=table, grid=grid)
+        """Create levels from measurements: answer type -> its counts; `provenance` and `grid` as in `LevelTable` and the constructor."""
+        return cls(table=LevelTable(dict(counts), dict(provenance or {})), grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
-        kinds = {
-            kind: [
-                {**row._asdict(), "accuracy": float(accuracy)}
-                for row, accuracy in zip(rows, self._fits[kind], strict=True)
-            ]
-            for kind, rows in self.table.counts.items()
-        }
-        content = {"format": FORMAT, "provenance": dict(self.table.provenance), "answer_types": kinds}
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        write_text(Path(path), text)
+        """Write the table as JSON, atomically; see `LevelTable.save`."""
+        self.table.save(Path(path))
 
     @property
     def answer_types(self) -> tuple[str, ...]:
         """The measured answer types."""
         return tuple(self.table.counts)
 
-    def accuracy(self, step: int, answer_type: str) -> float:
-        """The fitted accuracy in [0, 1], unrounded, interpolated linearly between measured steps.
+    @property
+    def averaged(self) -> "AnchoredLevels":
+        """The same levels without likelihoods."""
+        if self.likelihoods is None:
+            return self
+        return AnchoredLevels(table=self.table, grid=self.grid, groups=self.groups)
+
+    def strengths(self, kind: str) -> tuple[float, ...]:
+        self._check_kind(kind)
+        return self._strengths[kind]
+
+    def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
+        """The fitted accuracy in [0, 1], unrounded, interpolated linearly between measured strengths.
+
+        Args:
+            perturbation: what happened to the image.
+            answer_type: type of the answer.
+            query_id: a query with a known likelihood; None: all queries together.
 
         Raises:
-            ValueError: an answer type that was not measured, or a step outside `[0, steps[-1]]`.
+            ValueError: a kind, an answer type or a query that was not measured, or a strength above the measured ones.
         """
         fit = self._fit(answer_type)
-        _check_range(step, self.steps[-1])
-        return float(np.interp(step, self.steps, fit))
+        if perturbation.strength == 0:
+            kind = self.table.kinds[0]
+        else:
+            kind = perturbation.kind
+            self._check_kind(kind)
+        accuracies = fit.pooled
+        if query_id is not None and self._likelihoods is not None:
+            if query_id not in self._likelihoods:
+                raise ValueError(
+                    f"no likelihood of this query in {self.likelihoods}: write it again with `vlm-calibration levels fit`"
+                )
+            accuracies = fit.bins[bisect_right(fit.edges, self._likelihoods[query_id])]
+        _check_strength(perturbation.strength, fit.strengths[kind][-1])
+        return float(np.interp(perturbation.strength, fit.strengths[kind], accuracies[kind]))
 
-    def confidence(self, step: int, answer_type: str) -> float:
-        """`accuracy`, or with `groups` the group mean of the nearest measured step, rounded to the grid.
+    def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
+        """`accuracy`, or with `groups` the mean of its group, rounded to the grid.
 
         Raises:
             ValueError: as `accuracy`.
         """
-        value = self.accuracy(step, answer_type)
+        return self._stated(self.accuracy(perturbation, answer_type, query_id), answer_type)
+
+    def confidences(self, answer_type: str) -> tuple[float, ...]:
+        fit = self._fit(answer_type)
+        return tuple(sorted({self._stated(v, answer_type) for v in self._values(fit)}, reverse=True))
+
+    def _stated(self, accuracy: float, answer_type: str) -> float:
+        value = accuracy
         if self.groups is not None:
-            nearest = min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - step))
-            value = float(self._stated[answer_type][nearest])
+            groups = self._groups[answer_type]
+            # The boundary between two groups is midway between their nearest members.
+            value = next((mean for lower, mean in groups if accuracy >= lower), groups[-1][1])
         cells = 100 // self.grid
         # The small term rounds interpolated ties up despite floating-point error.
         return math.floor(value * cells + 0.5 + 1e-9) / cells
 
-    def _fit(self, answer_type: str) -> np.ndarray:
+    def _group(self, answer_type: str) -> list[tuple[float, float]]:
+        """The lower boundary and the mean of each group, in falling order; empty without groups."""
+        if self.groups is None:
+            return []
+        values = self._values(self._fit(answer_type))
+        means = group_means(values, self.groups)
+        boundaries = []
+        for smallest, _ in means[:-1]:
+            below = max(v for v in values if v < smallest)
+            boundaries.append((smallest + below) / 2)
+        return [(lower, mean) for lower, (_, mean) in zip([*boundaries, 0.0], means, strict=True)]
+
+    def _spread(self, kind: str) -> tuple[float, ...]:
+        fits = list(self._fits.values())
+        return spread_strengths(fits[0].strengths[kind], [fit.pooled[kind] for fit in fits])
+
+    def _values(self, fit: "_Fit") -> list[float]:
+        """The accuracies at the levels' strengths, over all kinds and, with likelihoods, all bins."""
+        bins = [fit.pooled] if self._likelihoods is None else fit.bins
+        return [
+            float(v)
+            for kind, strengths in self._strengths.items()
+            for accuracies in bins
+            for v in np.interp(strengths, fit.strengths[kind], accuracies[kind])
+        ]
+
+    def _fit(self, answer_type: str) -> "_Fit":
         if answer_type not in self._fits:
             raise ValueError(
-                f"no levels were measured for answer type {answer_type!r}; known: {', '.join(self.answer_types)}"
+                f"{self.source} has no levels for answer type {answer_type!r}; measured: {', '.join(self.answer_types)}: measure it "
+                "with `vlm-calibration levels fit`"
             )
         return self._fits[answer_type]
 
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self.table.kinds:
+            raise ValueError(
+                f"{self.source} has no levels for {kind!r}; measured: {', '.join(self.table.kinds)}: measure it with "
+                "`vlm-calibration levels fit`"
+            )
+
     def __repr__(self) -> str:
-        return f"AnchoredLevels({', '.join(self.answer_types)}; {len(self.steps)} steps, grid={self.grid})"
-
-
-def _group_means(accuracy: np.ndarray, weights: Sequence[int], groups: int) -> np.ndarray:
-    """Replace each value by the weighted mean of its group: at most `groups` runs with the least sum of squared errors.
-
-    Exact dynamic programming: `best[g][j]` is (error, start of the last run) for the first j values in g runs.
-    """
-    n, w = len(accuracy), np.asarray(weights, dtype=np.float64)
-
-    def run(i: int, j: int) -> tuple[float, float]:
-        mean = float(np.average(accuracy[i:j], weights=w[i:j]))
-        return float((w[i:j] * (accuracy[i:j] - mean) ** 2).sum()), mean
-
-    groups = min(groups, n)
-    best = [[(0.0 if j == 0 else math.inf, 0) for j in range(n + 1)]]
-    for g in range(1, groups + 1):
-        best.append(
-            [
-                min(((best[g - 1][i][0] + run(i, j)[0], i) for i in range(j)), default=(math.inf, 0))
-                for j in range(n + 1)
-            ]
+        return (
+            f"AnchoredLevels({', '.join(self.answer_types)}; {', '.join(self.table.kinds)}; grid={self.grid})"
         )
-    means, j = np.empty(n), n
-    for g in range(groups, 0, -1):
-        i = best[g][j][1]
-        means[i:j] = run(i, j)[1]
-        j = i
-    return means
 
 
-def _check_range(step: int, last: int) -> None:
-    if not 0 <= step <= last:
-        raise ValueError(f"noise step must be in [0, {last}], got {step!r}")
+class _Fit:
+    """The fitted accuracies of one answer type.
+
+    Attributes:
+        strengths: kind -> its measured strengths.
+        pooled: accuracies over all queries.
+        bins: accuracies in each bin of the likelihood.
+        edges: likelihoods between the bins.
+    """
+
+    def __init__(self, counts: AnswerTypeCounts) -> None:
+        self.strengths: Mapping[str, Sequence[float]] = {
+            kind: [row.strength for row in rows] for kind, rows in counts.bins[0].items()
+        }
+        self.pooled: Accuracies = fit_pooled(counts)
+        self.bins: Sequence[Accuracies] = fit_bins(counts)
+        self.edges = counts.edges
+
+
+def _check_strength(strength: float, last: float) -> None:
+    if not 0 <= strength <= last:
+        raise ValueError(f"strength must be in [0, {last:g}], got {strength!r}")

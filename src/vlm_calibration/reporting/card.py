@@ -38,8 +38,7 @@ class Card:
         dtype: of the base model in training, as in `BaseModel`.
         quantization: of the base model in training, as in `BaseModel`.
         training: name -> description of the training: stage, adapter, data, noise.
-        steps: steps of the noise schedule, T.
-        levels: answer type -> pairs of a noise step and the confidence in [0, 1] that was taught at it.
+        levels: answer type -> kind of perturbation, strength and the confidence in [0, 1] that was taught for it, on average.
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
         template: the prompt, with `{question}` in it.
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
@@ -56,8 +55,7 @@ class Card:
     dtype: str = "auto"
     quantization: str = "none"
     training: dict[str, str] = field(default_factory=dict)
-    steps: int | None = None
-    levels: dict[str, list[list[float]]] = field(default_factory=dict)
+    levels: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     template: str | None = None
     conversation: str | None = None
@@ -236,19 +234,20 @@ def _answer_format(card: Card) -> str:
 
 
 def _levels(card: Card) -> str:
-    rows: dict[float, list[str]] = {}
-    for kind, pairs in enumerate(card.levels.values()):
-        for step, confidence in pairs:
-            rows.setdefault(step, ["-"] * len(card.levels))[kind] = format(confidence, ".0%")
+    rows: dict[tuple[str, float], list[str]] = {}
+    for position, levels in enumerate(card.levels.values()):
+        for kind, strength, confidence in levels:
+            rows.setdefault((kind, strength), ["-"] * len(card.levels))[position] = format(confidence, ".0%")
     table = _table(
-        [f"noise step of {card.steps}", *card.levels], [[f"{step:g}", *rows[step]] for step in sorted(rows)]
+        ["perturbation", "strength", *card.levels],
+        [[kind or "untouched", f"{strength:g}", *cells] for (kind, strength), cells in rows.items()],
     )
     return "\n\n".join(
         [
             "## What it was taught",
             *([_code(settings)] if (settings := _level_settings(card)) else []),
-            "The confidence that the model should state when the key object is noised up to a step of the diffusion process, "
-            "by type of answer. At step 0 the image is unchanged; at the last step nothing of the object is left.",
+            "The confidence that the model should state when the key object is perturbed, on average over images, by type of "
+            "answer. Strength 0 is the untouched image; at strength 1 nothing of the object is left.",
             table,
         ]
     )

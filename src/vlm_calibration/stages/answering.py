@@ -40,10 +40,10 @@ def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens:
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
     ranked = rank_answers(model.model if isinstance(model, GenerationRecorder) else model, batch)
-    rows = zip(batch.queries, texts, batch.steps, ranked, strict=True)
+    rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, ranked, strict=True)
     return [
-        graded_prediction(query, text, step, batch.grading, is_correct)
-        for query, text, step, is_correct in rows
+        graded_prediction(query, text, perturbation, step, batch.grading, is_correct)
+        for query, text, perturbation, step, is_correct in rows
     ]
 
 

@@ -25,7 +25,7 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.provenance import check_image_size, check_levels
@@ -76,8 +76,8 @@ class EvaluationModule(L.LightningModule):
         adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
         oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with
-            the base model's measured accuracy at the true noise step as their confidence. The oracle uses the amount of
-            noise, which models are not given, but no other loss of evidence.
+            the base model's measured accuracy at the true kind and strength of perturbation as their confidence. The oracle
+            uses these, which models are not given, but no other loss of evidence.
         max_new_tokens: length limit of an answer.
         estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
@@ -204,8 +204,10 @@ class EvaluationModule(L.LightningModule):
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None
-        assert prediction.noise_step is not None
-        accuracy = self.oracle.accuracy(prediction.noise_step, prediction.answer_type)
+        assert prediction.perturbation is not None
+        assert prediction.strength is not None
+        lost = Perturbation(prediction.perturbation, prediction.strength)
+        accuracy = self.oracle.accuracy(lost, prediction.answer_type)
         return replace(prediction, confidence=accuracy, estimates={})
 
     def on_test_epoch_end(self) -> None:

@@ -120,8 +120,9 @@ def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tu
             if prediction.id not in index:
                 continue
             sample = dataset[0, index[prediction.id]]
-            # With another noise policy than the run's, the image would show different noise.
-            if (prediction.question, prediction.noise_step) == (sample.query.question, sample.step):
+            # With another noise policy than the run's, the image would be perturbed in another way.
+            shown = (sample.query.question, *sample.perturbation)
+            if (prediction.question, prediction.perturbation, prediction.strength) == shown:
                 images[prediction.id] = thumbnail(sample.image)
     except (DataError, ArgumentError, OSError, ValueError, TypeError, ImportError) as error:
         return {}, f"The images could not be loaded: {first_line(error)}"

@@ -1,0 +1,80 @@
+"""How likely the base model holds its own answer to each untouched image: the file that `levels fit` writes for anchored levels.
+
+A Parquet file with the columns `id` and `likelihood`; its metadata names the model and the prompt. pyarrow is imported where it is used, since it is slow to import.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_calibration.files import replacing
+
+FORMAT = "vlm_calibration.likelihoods/1"
+COMPARED = ("weights", "prompt", "max_pixels")
+"""Keys of the provenance that must be those of the level table."""
+
+
+def write_likelihoods(
+    path: Path, likelihoods: Mapping[str, float | None], provenance: Mapping[str, Any]
+) -> None:
+    """Write likelihoods, atomically.
+
+    Args:
+        path: the file.
+        likelihoods: query id -> likelihood in [0, 1]; None for a query without an answer, which counts as 0.
+        provenance: that of the level table measured in the same run.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "id": pa.array(list(likelihoods), pa.string()),
+            "likelihood": pa.array([value or 0.0 for value in likelihoods.values()], pa.float32()),
+        },
+        metadata={"format": FORMAT, "provenance": json.dumps({key: provenance[key] for key in COMPARED})},
+    )
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, float]:
+    """Query id -> likelihood in [0, 1].
+
+    Args:
+        path: a file of `write_likelihoods`.
+        provenance: that of a level table, which must have been measured with the same model and prompt.
+        table: name of the table, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of likelihoods, or was measured with another model or prompt.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no likelihoods at {path}; write them with `vlm-calibration levels fit`")
+    try:
+        content = pq.read_table(path)
+        metadata = content.schema.metadata or {}
+        if metadata.get(b"format") != FORMAT.encode():
+            raise ValueError(f"expected the format {FORMAT!r}, found {metadata.get(b'format')!r}")
+        measured = json.loads(metadata[b"provenance"])
+        ids, values = content["id"].to_pylist(), np.asarray(content["likelihood"], dtype=np.float64)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of likelihoods: {error}") from error
+    differing = [key for key in COMPARED if measured.get(key) != provenance.get(key)]
+    if differing:
+        raise ValueError(
+            f"{path} and {table} were measured with another {', '.join(differing)}: write both with `vlm-calibration levels fit`"
+        )
+    if len(values) and not (values.min() >= 0 and values.max() <= 1):  # also refuses NaN
+        raise ValueError(f"{path}: likelihoods must be in [0, 1], found {values.min()} to {values.max()}")
+    return dict(zip(ids, values.tolist(), strict=True))

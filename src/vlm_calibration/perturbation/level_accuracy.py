@@ -1,0 +1,135 @@
+"""From the counts of a level table to accuracies: monotone fits, evenly spread strengths, and groups of similar accuracies."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, KindCounts
+
+Accuracies = Mapping[str, np.ndarray]
+"""Kind of perturbation -> fitted accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
+
+
+def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
+    """Accuracies that fall with the strength of each kind, all from the same value of untouched images.
+
+    The weighted least-squares fit under these order constraints. For a given value at strength 0, the best fit of a kind is its
+    isotonic regression cut off at that value; so that value pools with all blocks above it, as in the pool-adjacent-violators
+    algorithm. With one kind this is isotonic regression.
+
+    Args:
+        accuracy: measured accuracies by kind; the first value is the same for all kinds.
+        n: the number of answers behind each.
+    """
+    chains = {
+        kind: isotonic_regression(values[1:], weights=n[kind][1:], increasing=False).x
+        if len(values) > 1
+        else values[1:]
+        for kind, values in accuracy.items()
+    }
+    first = next(iter(accuracy))
+    blocks = sorted(
+        (
+            (value, weight)
+            for kind, chain in chains.items()
+            for value, weight in zip(chain, n[kind][1:], strict=True)
+        ),
+        reverse=True,
+    )
+    total, weight = accuracy[first][0] * n[first][0], float(n[first][0])
+    for value, block_weight in blocks:
+        if value <= total / weight:
+            break
+        total, weight = total + value * block_weight, weight + block_weight
+    untouched = total / weight
+    return {
+        kind: np.clip([untouched, *np.minimum(chain, untouched)], 0.0, 1.0) for kind, chain in chains.items()
+    }
+
+
+def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
+    """`fit_kinds` in each bin of the likelihood, after accuracies were made to rise with the likelihood at every strength."""
+    accuracy, n = zip(*map(_columns, counts.bins), strict=True)
+    rising: list[dict[str, np.ndarray]] = [{} for _ in accuracy]
+    for kind in counts.bins[0]:
+        cells = np.stack([a[kind] for a in accuracy])  # [bins, strengths]
+        weights = np.stack([w[kind] for w in n])
+        for column in range(cells.shape[1]):
+            cells[:, column] = isotonic_regression(cells[:, column], weights=weights[:, column]).x
+        for bin_, values in zip(rising, cells, strict=True):
+            bin_[kind] = values
+    return [fit_kinds(a, w) for a, w in zip(rising, n, strict=True)]
+
+
+def fit_pooled(counts: AnswerTypeCounts) -> dict[str, np.ndarray]:
+    """`fit_kinds` of all bins together."""
+    return fit_kinds(*_columns(counts.pooled))
+
+
+def _columns(counts: KindCounts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Measured accuracies and numbers of answers, by kind."""
+    accuracy = {kind: np.array([row.n_correct / row.n for row in rows]) for kind, rows in counts.items()}
+    return accuracy, {kind: np.array([float(row.n) for row in rows]) for kind, rows in counts.items()}
+
+
+def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """As many strengths as were measured, at which accuracies are evenly spaced between untouched images and the lowest one.
+
+    Args:
+        strengths: the measured strengths of a kind, rising from 0.
+        accuracies: the fitted accuracies of each answer type at these strengths. Each is scaled to [0, 1], and their mean counts.
+
+    Returns:
+        Strengths in rising order, the first 0; rounded to a thousandth, and fewer where several coincide.
+    """
+    scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
+    if not scaled:
+        return tuple(strengths)
+    curve = np.mean(scaled, axis=0)
+    chosen = [0.0]
+    for target in np.linspace(1, 0, len(strengths))[1:]:
+        above = int(np.argmax(curve <= target + 1e-12))  # the first strength that falls to the target
+        low, high = curve[above], curve[above - 1]
+        share = (high - target) / (high - low)
+        strength = round(float(strengths[above - 1] + share * (strengths[above] - strengths[above - 1])), 3)
+        if strength > chosen[-1]:
+            chosen.append(strength)
+    return tuple(chosen)
+
+
+def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float]]:
+    """Split numbers into at most `groups` groups with the least sum of squared differences from their means (Jenks' natural breaks).
+
+    Exact dynamic programming over the distinct values in falling order.
+
+    Returns:
+        The smallest number and the mean of each group, in falling order.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))[::-1]
+    first = np.concatenate([[0.0], np.cumsum(ordered)])
+    second = np.concatenate([[0.0], np.cumsum(ordered**2)])
+    n = len(ordered)
+    groups = min(groups, len(np.unique(ordered)))
+
+    def errors(end: int) -> np.ndarray:
+        """Squared error of the runs [i, end) for each start i < end."""
+        i = np.arange(end)
+        return second[end] - second[i] - (first[end] - first[i]) ** 2 / (end - i)
+
+    best = np.full((groups + 1, n + 1), math.inf)
+    best[0, 0] = 0.0
+    starts = np.zeros((groups + 1, n + 1), dtype=np.int64)
+    for group in range(1, groups + 1):
+        for end in range(group, n + 1):
+            cost = best[group - 1, :end] + errors(end)
+            starts[group, end] = int(cost.argmin())
+            best[group, end] = cost.min()
+    means: list[tuple[float, float]] = []
+    end = n
+    for group in range(groups, 0, -1):
+        start = int(starts[group, end])
+        means.append((float(ordered[end - 1]), float(ordered[start:end].mean())))
+        end = start
+    return means[::-1]
