@@ -16,7 +16,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.augment import Augmentation
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.kind_names import region_perturbation
@@ -96,6 +97,7 @@ class PerturbedQueries(Dataset[Sample]):
         check: refuses queries that cannot be put to the model.
         where: the setting that holds the splits, for messages.
         named: whether the name of a split is a part of its setting: "data.test.clean".
+        augmentation: what is done to images before they are perturbed.
 
     Raises:
         DataError: a record is invalid and is not to be left out, or no query is left.
@@ -109,6 +111,7 @@ class PerturbedQueries(Dataset[Sample]):
         check: Check = lambda query, wrong: None,
         where: str = "data",
         named: bool = True,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.splits = dict(splits)
         self.policy = policy
@@ -118,6 +121,7 @@ class PerturbedQueries(Dataset[Sample]):
         self.where = where
         self._named = named
         self._check = check
+        self._augmentation = augmentation
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
@@ -182,6 +186,9 @@ class PerturbedQueries(Dataset[Sample]):
         if split.noise != "none" and not loaded.evidence and not answer_is_no(query):
             raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
         policy = self._clean_policy if split.noise == "none" else self.policy
+        if self._augmentation is not None:
+            seed = query_rng(policy.seed, epoch, query.id, "augment").integers(2**32)
+            loaded = self._augmentation(loaded, int(seed))
         try:
             wrong = split.source.wrong_answers(query)
             self._check(query, wrong)

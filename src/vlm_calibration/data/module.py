@@ -13,6 +13,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
@@ -54,6 +55,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with
             these regions. A source whose queries have all the regions that they need has no file in it.
         noise: the perturbation of a query, and the confidence to state after it.
+        augment: albumentations transforms of training images, which come before the perturbation; regions move with the pixels.
+            Answers do not, so leave out what would make them wrong, such as flips where questions ask for left and right.
         candidates: the responses that preference optimisation compares; None for supervised fine-tuning.
         prompt: how a question is put to the model.
         grading: how answers are graded, in `levels fit`, validation and `test`.
@@ -83,6 +86,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         predict: QuerySource | None = None,
         regions: str | None = None,
         noise: NoisePolicy = NoisePolicy(),  # noqa: B008  (frozen)
+        augment: list[BasicTransform] | None = None,
         candidates: CandidateSettings | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
         grading: Grading = EXACT,
@@ -112,6 +116,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.predict = predict
         self.regions = regions
         self.noise = noise
+        self.augment = augment
         self.candidates = candidates
         self.prompt = prompt
         self.grading = grading
@@ -202,6 +207,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     self.chat.check,
                     f"data.{_SOURCES.get(name, name)}",
                     named=name in TESTED,
+                    augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):

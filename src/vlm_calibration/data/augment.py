@@ -1,0 +1,65 @@
+"""The user's augmentations of training images, by albumentations; regions move with the pixels.
+
+They come before the perturbation, and are a pure function of (seed, epoch, query id) like it. Importing albumentations is slow, but
+every training run needs it for the perturbation as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import numpy as np
+from albumentations import BasicTransform, Compose
+
+from vlm_calibration.records import DataError, LoadedImage
+
+__all__ = ["Augmentation", "BasicTransform"]
+
+
+class Augmentation:
+    """Applies albumentations transforms to an image and its regions.
+
+    Args:
+        transforms: in the order in which they are applied.
+    """
+
+    def __init__(self, transforms: Sequence[BasicTransform]) -> None:
+        self.transforms = list(transforms)
+        self._compose = Compose(self.transforms)
+
+    def __call__(self, loaded: LoadedImage, seed: int) -> LoadedImage:
+        """Augment an image. One that would lose the evidence, e.g. by cropping, stays as it is.
+
+        Args:
+            loaded: the image with its regions.
+            seed: of all random choices, in [0, 2**32).
+
+        Raises:
+            DataError: the result is not a uint8 image of three channels.
+        """
+        regions = [*loaded.evidence, *loaded.distractors]
+        self._compose.set_random_seed(seed)
+        # Without regions albumentations must not be given an empty list.
+        targets = {"masks": [mask.astype(np.uint8) for mask in regions]} if regions else {}
+        result = self._compose(image=loaded.image, **targets)
+        image, masks = result["image"], [np.asarray(m, dtype=bool) for m in result.get("masks", ())]
+        if (
+            not isinstance(image, np.ndarray)
+            or image.dtype != np.uint8
+            or image.ndim != 3
+            or image.shape[2] != 3
+        ):
+            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            names = ", ".join(type(transform).__name__ for transform in self.transforms)
+            raise DataError(
+                f"data.augment: {names} must leave uint8 images of shape (height, width, 3), found {found}: leave out conversions, the "
+                "model's processor makes them"
+            )
+        evidence = tuple(masks[: len(loaded.evidence)])
+        if not all(mask.any() for mask in evidence):
+            return loaded
+        distractors = tuple(mask for mask in masks[len(loaded.evidence) :] if mask.any())
+        return loaded._replace(image=np.ascontiguousarray(image), evidence=evidence, distractors=distractors)
