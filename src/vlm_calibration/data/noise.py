@@ -180,7 +180,7 @@ def perturb_query(
         if policy.resolution == "model":
             image = resize_to_model(image_processor, image)
         image = region_noise(policy.schedule)(
-            image=image, mask=choice.mask, step=step, noise_seed=int(rng.integers(2**63))
+            image=image, mask=choice.mask, step=step, seed=int(rng.integers(2**63))
         )["image"]
     evidence_step = 0 if choice.mask is None or choice.kind == "distractor" else step
     confidence = policy.levels.confidence(evidence_step, query.answer_type)
