@@ -54,10 +54,8 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
     gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
     return {
         "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
-        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, step=STEP, noise_seed=i),
-        "`RegionNoise` in a `Compose`": lambda i: transform(
-            image=image, mask=mask, confidence=0.5, noise_seed=i
-        ),
+        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, step=STEP, seed=i),
+        "`RegionNoise` in a `Compose`": lambda i: transform(image=image, mask=mask, confidence=0.5, seed=i),
         "albumentations `GaussNoise`, whole image": lambda i: gauss(image=image),
         "plain numpy, float64": lambda i: plain_numpy(image, mask, alpha_bar, i),
     }

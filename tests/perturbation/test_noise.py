@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.noise import add_region_noise, perturb
+from vlm_calibration.perturbation.by_kind import perturb
+from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import (
     CosineSchedule,
     LinearSchedule,

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_calibration.perturbation.noise import add_region_noise, perturb
+from vlm_calibration.perturbation.by_kind import perturb
+from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.regions import region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule, schedule_by_name
 from vlm_calibration.perturbation.transform import RegionNoise
@@ -30,7 +31,7 @@ def mask():
 
 def test_it_is_perturb_with_the_mask_and_keys_of_the_call(image, mask):
     for schedule in ("linear", "cosine", "sigmoid"):
-        result = RegionNoise(schedule)(image=image, mask=mask, confidence=0.3, noise_seed=(1, 2, 3))
+        result = RegionNoise(schedule)(image=image, mask=mask, confidence=0.3, seed=(1, 2, 3))
         np.testing.assert_array_equal(
             result["image"], perturb(image, mask, 0.3, schedule=schedule, seed=(1, 2, 3))
         )
@@ -40,10 +41,10 @@ def test_it_is_perturb_with_the_mask_and_keys_of_the_call(image, mask):
 def test_a_call_may_pass_the_step_and_any_schedule(image, mask):
     for schedule in (CosineSchedule(steps=5), LinearSchedule(beta_end=0.01)):
         transform = RegionNoise(schedule)
-        result = transform(image=image, mask=mask, step=4, noise_seed=7)["image"]
+        result = transform(image=image, mask=mask, step=4, seed=7)["image"]
         np.testing.assert_array_equal(result, add_region_noise(image, mask, 4, schedule, 7))
         used = transform.get_applied_params()
-        assert (used["confidence"], used["step"], used["noise_seed"]) == (None, 4, 7)
+        assert (used["strength"], used["step"], used["seed"]) == (4 / schedule.steps, 4, 7)
         again = A.from_dict(json.loads(json.dumps(A.to_dict(transform))))
         assert again.schedule == schedule
 
@@ -56,14 +57,14 @@ def test_at_full_confidence_the_image_is_bit_identical(image, mask):
 
 def test_it_follows_geometry_that_comes_before_it(image, mask):
     transform = A.Compose([A.HorizontalFlip(p=1), RegionNoise()], strict=True)
-    result = transform(image=image, mask=mask, confidence=0.2, noise_seed=4)
+    result = transform(image=image, mask=mask, confidence=0.2, seed=4)
     expected = perturb(image[:, ::-1], mask[:, ::-1], 0.2, schedule="linear", seed=4)
     np.testing.assert_array_equal(result["image"], expected)
     np.testing.assert_array_equal(result["mask"], mask[:, ::-1])
 
 
 def test_shape_and_dilation(image, mask):
-    result = RegionNoise(shape="box", dilate=0.2)(image=image, mask=mask, confidence=0.0, noise_seed=0)
+    result = RegionNoise(shape="box", dilate=0.2)(image=image, mask=mask, confidence=0.0, seed=0)
     region = region_mask(mask, shape="box", dilate=0.2)
     assert region.sum() > mask.sum()
     np.testing.assert_array_equal(np.any(result["image"] != image, axis=-1) & ~region, False)
@@ -78,7 +79,7 @@ def test_an_explicit_seed_makes_every_call_the_same(image, mask):
     np.testing.assert_array_equal(transform(image=image, mask=mask)["image"], first)
     np.testing.assert_array_equal(transform(image=image, mask=mask)["image"], first)
     seen = {
-        RegionNoise(seed=seed, confidences=[0.5])(image=image, mask=mask)["image"].tobytes()
+        RegionNoise(seed=seed, strengths=[0.5])(image=image, mask=mask)["image"].tobytes()
         for seed in range(5)
     }
     assert len(seen) == 5
@@ -94,16 +95,16 @@ def test_a_seeded_compose_draws_a_reproducible_sequence(image, mask):
 
 
 def test_levels_are_drawn_evenly_and_reported(image, mask):
-    transform = RegionNoise(confidences=[1.0, 0.5, 0.0])
+    transform = RegionNoise(strengths=[1.0, 0.5, 0.0])
     transform.set_random_seed(0)
     drawn = []
     for _ in range(300):
         result = transform(image=image, mask=mask)["image"]
         used = transform.get_applied_params()
-        assert used["step"] == round((1 - used["confidence"]) * 1000)
-        drawn.append(used["confidence"])
+        assert used["step"] == round(used["strength"] * 1000)
+        drawn.append(used["strength"])
     np.testing.assert_array_equal(
-        result, perturb(image, mask, used["confidence"], schedule="linear", seed=used["noise_seed"])
+        result, perturb(image, mask, 1 - used["strength"], schedule="linear", seed=used["seed"])
     )
     for level in (1.0, 0.5, 0.0):
         assert 70 < drawn.count(level) < 130
@@ -116,7 +117,7 @@ def test_it_can_be_left_to_chance(image, mask):
 
 def test_a_compose_survives_serialisation(image, mask):
     schedule = {"name": "cosine", "steps": 500}
-    noise = RegionNoise(schedule, confidences=[0.2, 0.4], shape="box", dilate=0.1, seed=11, p=1.0)
+    noise = RegionNoise(schedule, strengths=[0.2, 0.4], shape="box", dilate=0.1, seed=11, p=1.0)
     transform = A.Compose([A.HorizontalFlip(p=1), noise])
     written = json.dumps(A.to_dict(transform))
     again = A.from_dict(json.loads(written))
@@ -133,8 +134,8 @@ def test_a_compose_survives_serialisation(image, mask):
     ("arguments", "message"),
     [
         ({"schedule": "quadratic"}, "unknown noise schedule 'quadratic'"),
-        ({"confidences": [0.5, 1.5]}, r"confidence must be in \[0, 1\]"),
-        ({"confidences": []}, "must not be empty"),
+        ({"strengths": [0.5, 1.5]}, r"strength must be in \[0, 1\]"),
+        ({"strengths": []}, "must not be empty"),
         ({"shape": "circle"}, "shape"),
         ({"schedule": {"name": "linear", "steps": 5}}, "use more steps"),
         ({"dilate": -1.0}, "dilate"),
@@ -155,7 +156,10 @@ def test_wrong_parameters_are_refused_when_it_is_built(arguments, message):
         ({"mask": np.ones((64, 48), bool)}, ValueError, "mask has shape"),
         ({"confidence": 1.5}, ValueError, "confidence must be in"),
         ({"confidence": float("nan")}, ValueError, "confidence must be in"),
-        ({"noise_seed": -3}, ValueError, "seed must not be negative"),
+        ({"strength": 0.5}, ValueError, "strength or confidence, not both"),
+        ({"step": 5}, ValueError, "not two of them, got step 5"),
+        ({"confidence": None, "step": 1001}, ValueError, "step must be in"),
+        ({"seed": -3}, ValueError, "seed must not be negative"),
     ],
 )
 def test_wrong_calls_are_refused(image, mask, change, error, message):

@@ -20,7 +20,7 @@ from vlm_calibration.data.augment import Augmentation
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
-from vlm_calibration.perturbation.kind_names import region_perturbation
+from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vlm_calibration.data.resolution import model_resolution, resize_to_model
+from vlm_calibration.perturbation.by_kind import KIND_NAMES, region_perturbation
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.kind_names import KIND_NAMES, region_perturbation
 from vlm_calibration.perturbation.levels import (
     CLEAN,
     NOISE,

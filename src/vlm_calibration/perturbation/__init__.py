@@ -1,9 +1,10 @@
 """Semantic perturbation: kinds and strengths, levels (the confidence after a perturbation), noise schedules, and regions.
 
-The albumentations transform is in `vlm_calibration.perturbation.transform` and is not imported here, since importing
-albumentations is slow.
+The albumentations transforms are in `vlm_calibration.perturbation.kinds`, which is not imported here, since importing
+albumentations is slow; `region_perturbation` imports it when it is called.
 """
 
+from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb, region_perturbation
 from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
 from vlm_calibration.perturbation.levels import (
@@ -13,7 +14,7 @@ from vlm_calibration.perturbation.levels import (
     LinearLevels,
     Perturbation,
 )
-from vlm_calibration.perturbation.noise import add_region_noise, perturb
+from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.regions import RegionChoice, choose_region, region_mask
 from vlm_calibration.perturbation.schedules import (
     CosineSchedule,
@@ -25,6 +26,7 @@ from vlm_calibration.perturbation.schedules import (
 
 __all__ = [
     "CLEAN",
+    "KIND_NAMES",
     "AnchoredLevels",
     "AnswerTypeCounts",
     "ConfidenceLevels",
@@ -43,6 +45,7 @@ __all__ = [
     "load_image",
     "perturb",
     "region_mask",
+    "region_perturbation",
     "resize_image",
     "resize_mask",
     "schedule_by_name",

@@ -1,4 +1,4 @@
-"""Semantic perturbation: diffusion noise on the pixels of a region.
+"""The paper's perturbation: diffusion noise on the pixels of a region.
 
 `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps` on pixels scaled to [-1, 1], `v = m * x_t + (1 - m) * x_0`
 (Zhao et al., arXiv 2504.14848). This runs for every training sample in the data workers, so noise is drawn for the masked
@@ -11,40 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_calibration.perturbation.levels import nominal_step
 from vlm_calibration.perturbation.masks import bounding_box, check_mask
-from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
+from vlm_calibration.perturbation.schedules import Schedule
 
 ImageArray = NDArray[np.uint8]
 Seed = int | Sequence[int] | np.random.SeedSequence
-
-
-def perturb(
-    image: ImageArray,
-    mask: NDArray[Any],
-    confidence: float,
-    *,
-    schedule: Schedule | str = "linear",
-    seed: Seed,
-) -> ImageArray:
-    """Add noise to a region at the level of `confidence`, by the paper's linear levels.
-
-    Args:
-        image: uint8 [H, W, 3].
-        mask: bool [H, W], or uint8 of 0 and 1; the region.
-        confidence: in [0, 1]; 1 leaves the image unchanged, 0 is the last step of the schedule.
-        schedule: a schedule, or its name with 1000 steps: "linear", "cosine" or "sigmoid".
-        seed: a non-negative integer, or several such as (seed, epoch, query).
-
-    Returns:
-        A new uint8 [H, W, 3]; see `add_region_noise`.
-
-    Raises:
-        TypeError, ValueError: an invalid image, mask, confidence or seed; named.
-    """
-    if isinstance(schedule, str):
-        schedule = schedule_by_name(schedule)
-    return add_region_noise(image, mask, nominal_step(confidence, schedule.steps), schedule, seed)
 
 
 def add_region_noise(
@@ -72,7 +43,7 @@ def add_region_noise(
     check_image(image)
     mask = check_mask(mask, image.shape)
     alpha_bar = schedule.alpha_bar(step)
-    generator = np.random.Generator(np.random.PCG64(_seed_sequence(seed)))
+    generator = np.random.Generator(np.random.PCG64(seed_sequence(seed)))
     noisy = np.array(image, order="C")
     if step == 0:
         return noisy
@@ -101,7 +72,7 @@ def check_image(image: NDArray[Any]) -> None:
         raise ValueError(f"image must have shape (height, width, 3), got {image.shape}")
 
 
-def _seed_sequence(seed: Seed) -> np.random.SeedSequence:
+def seed_sequence(seed: Seed) -> np.random.SeedSequence:
     """Check a seed. Noise uses PCG64, since `default_rng` may change its generator between numpy versions."""
     if isinstance(seed, np.random.SeedSequence):
         return seed

@@ -1,0 +1,91 @@
+"""A perturbation by the name of its kind, without importing albumentations before an image is perturbed.
+
+The import takes about two seconds, which help pages, configurations and the evaluation of untouched images need not wait for.
+`vlm_calibration.perturbation.kinds` has the kinds themselves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from vlm_calibration.perturbation.levels import NOISE, check_confidence, nominal_step
+from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise
+from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
+
+if TYPE_CHECKING:
+    from vlm_calibration.perturbation.transform import RegionPerturbation
+
+KIND_NAMES = (
+    NOISE,
+    "blur",
+    "motion_blur",
+    "pixelation",
+    "occlusion",
+    "fade",
+    "jpeg",
+    "darkness",
+    "overexposure",
+)
+"""The names of all kinds: the keys of `kinds.KINDS`."""
+
+
+def check_kind(kind: str) -> str:
+    """Return the name of a kind; ValueError if there is no such kind."""
+    if kind not in KIND_NAMES:
+        raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
+    return kind
+
+
+@lru_cache(maxsize=32)
+def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
+    """The transform of a kind; the first call imports albumentations.
+
+    Args:
+        kind: one of `KIND_NAMES`.
+        schedule: the schedule of noise; other kinds have none.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    check_kind(kind)
+    from vlm_calibration.perturbation.kinds import KINDS, RegionNoise  # deferred: slow to import
+
+    return RegionNoise(schedule) if kind == NOISE else KINDS[kind]()
+
+
+def perturb(
+    image: ImageArray,
+    mask: NDArray[Any],
+    confidence: float,
+    *,
+    schedule: Schedule | str = "linear",
+    seed: Seed,
+    kind: str = NOISE,
+) -> ImageArray:
+    """Perturb a region at the level of `confidence`, by the paper's linear levels.
+
+    Args:
+        image: uint8 [H, W, 3].
+        mask: bool [H, W], or uint8 of 0 and 1; the region.
+        confidence: in [0, 1]; 1 leaves the image unchanged, 0 leaves nothing of the region: the last step of the schedule, or
+            strength 1 of another kind.
+        schedule: the schedule of noise, or its name with 1000 steps: "linear", "cosine" or "sigmoid".
+        seed: a non-negative integer, or several such as (seed, epoch, query).
+        kind: one of `KIND_NAMES`.
+
+    Returns:
+        A new uint8 [H, W, 3], bit-identical to the image outside the region; see `add_region_noise` and `kinds`.
+
+    Raises:
+        TypeError, ValueError: an invalid image, mask, confidence, seed or kind; named.
+    """
+    if isinstance(schedule, str):
+        schedule = schedule_by_name(schedule)
+    if kind == NOISE:
+        return add_region_noise(image, mask, nominal_step(confidence, schedule.steps), schedule, seed)
+    transform = region_perturbation(kind, schedule)
+    strength = 1.0 - check_confidence(confidence)
+    return transform(image=image, mask=mask, strength=strength, seed=seed)["image"]
