@@ -1,7 +1,8 @@
 """Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer).
 
 The absent object of a "no" question is sampled as in POPE (arXiv 2305.10355): uniformly, by class frequency, or by
-co-occurrence with the objects in the scene. Queries are a pure function of (split, scene index).
+co-occurrence with the objects in the scene; where the scene has a look-alike, it is what that resembles. Queries are a pure
+function of (split, scene index, kind of scene).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, THEMES, class_weights, scene_layout
 from vlm_calibration.records import Query
 
-SPLITS = ("train", "calibration", "test")
+SPLITS = ("train", "calibration", "development", "test")
+"""Everything is chosen on scenes of the first three; those of "test" are for what is reported at the end."""
 NEGATIVES = ("random", "popular", "adversarial")
 
 EXISTENCE_FORMS = (
@@ -63,14 +65,20 @@ def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) 
     return CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]
 
 
-def scene_queries(split: str, index: int) -> list[Query]:
-    """Three queries about one scene: an existence question answered yes, one answered no, and a corner question."""
-    names, corners = scene_layout(scene_seed(split, index))
+def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
+    """Three queries about one scene: an existence question answered yes, one answered no, and a corner question.
+
+    Args:
+        split: one of `SPLITS`.
+        index: of the scene.
+        kind: one of `HARD_KINDS`, or "" for an easy scene; the first part of the category.
+    """
+    names, corners, _, look_alike = scene_layout(scene_seed(split, index), kind)
     rng = np.random.default_rng((*scene_seed(split, index), 1))
-    image = f"{split}-{index:06d}"
+    image = f"{split}-{kind}-{index:06d}" if kind else f"{split}-{index:06d}"
     negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
     present = names[int(rng.integers(len(names)))]
-    absent = absent_class(rng, names, negative)
+    absent = look_alike.resembles if look_alike else absent_class(rng, names, negative)
     asked = int(rng.integers(len(names)))
     rows = (
         ("yes", EXISTENCE_FORMS, {"name": present}, "Yes", present, "existence"),
@@ -97,7 +105,7 @@ def scene_queries(split: str, index: int) -> list[Query]:
                 answer=answer,
                 answer_type="short" if category == "position" else "yes_no",
                 objects=(key_object,),
-                category=category,
+                category=f"{kind}/{category}" if kind else category,
             )
         )
     return queries

