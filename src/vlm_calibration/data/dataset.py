@@ -38,10 +38,23 @@ class EvalSplit:
         source: its queries.
         noise: "none" leaves the images untouched; "drawn" perturbs each query as drawn by the noise policy; "every_level" asks
             each query once at every level of each of the policy's kinds of perturbation.
+        kinds: kind of perturbation -> relative frequency, instead of the policy's.
     """
 
     source: QuerySource
     noise: Literal["none", "drawn", "every_level"] = "none"
+    kinds: dict[str, float] | None = None
+
+    def policy(self, policy: NoisePolicy) -> NoisePolicy:
+        """The noise policy of this part, given that of the data.
+
+        Raises:
+            DataError: the levels are not known for a kind.
+        """
+        if self.noise == "none":
+            # On untouched images, levels need not be measured and no query is left out for an absent object.
+            return replace(policy, levels=LinearLevels(), absent="clean")
+        return policy if self.kinds is None else replace(policy, kinds=self.kinds)
 
 
 class SampleBatch(NamedTuple):
@@ -68,6 +81,7 @@ class _SplitQueries:
 
     name: str
     split: EvalSplit
+    policy: NoisePolicy
     queries: Sequence[Query]
     selected: np.ndarray
     perturbations: Sequence[Perturbation | None]
@@ -115,8 +129,6 @@ class PerturbedQueries(Dataset[Sample]):
     ) -> None:
         self.splits = dict(splits)
         self.policy = policy
-        # On untouched images, levels need not be measured and no query is left out for an absent object.
-        self._clean_policy = replace(policy, levels=LinearLevels(), absent="clean")
         self.image_processor = image_processor
         self.where = where
         self._named = named
@@ -129,9 +141,10 @@ class PerturbedQueries(Dataset[Sample]):
                 f"{where}: no query is left: to be perturbed, a query needs a region of what it asks about, or an answer that "
                 "says that it is absent"
             )
-        if any(split.noise != "none" for split in splits.values()):
-            for kind in policy.used_kinds:
-                region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
+        for part in self._parts:
+            if part.split.noise != "none":
+                for kind in part.policy.used_kinds:
+                    region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
@@ -148,11 +161,11 @@ class PerturbedQueries(Dataset[Sample]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _item(self, index: int) -> tuple[EvalSplit, Query, Perturbation | None]:
+    def _item(self, index: int) -> tuple[_SplitQueries, Query, Perturbation | None]:
         number = next(i for i, end in enumerate(self._ends) if index < end)
         part = self._parts[number]
         query, perturbation = part.item(index - (self._ends[number] - len(part)))
-        return part.split, query, perturbation
+        return part, query, perturbation
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample at (epoch, index).
@@ -169,7 +182,7 @@ class PerturbedQueries(Dataset[Sample]):
             try:
                 sample, clipped = self._load(epoch, index)
             except DataError as error:
-                source = self._item(index)[0].source
+                source = self._item(index)[0].split.source
                 policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
                 if policy == "raise":
                     raise
@@ -181,11 +194,11 @@ class PerturbedQueries(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> tuple[Sample, bool]:
         """A sample, and whether one of its regions is partly outside the image."""
-        split, query, perturbation = self._item(index)
+        part, query, perturbation = self._item(index)
+        split, policy = part.split, part.policy
         loaded = split.source.load(query)
         if split.noise != "none" and not loaded.evidence and not answer_is_no(query):
             raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
-        policy = self._clean_policy if split.noise == "none" else self.policy
         if self._augmentation is not None:
             seed = query_rng(policy.seed, epoch, query.id, "augment").integers(2**32)
             loaded = self._augmentation(loaded, int(seed))
@@ -199,15 +212,16 @@ class PerturbedQueries(Dataset[Sample]):
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
         where = f"{self.where}.{name}" if name and self._named else self.where
-        policy = None if split.noise == "none" else self.policy
+        policy = split.policy(self.policy)
         queries = split.source.queries()
-        selected = select(split.source, queries, policy, self._check, where)
+        perturbed = None if split.noise == "none" else policy
+        selected = select(split.source, queries, perturbed, self._check, where)
         perturbations: dict[str, Sequence[Perturbation | None]] = {
-            "every_level": self.policy.perturbations,
+            "every_level": policy.perturbations,
             "drawn": [None],
             "none": [CLEAN],
         }
-        return _SplitQueries(name, split, queries, selected, perturbations[split.noise])
+        return _SplitQueries(name, split, policy, queries, selected, perturbations[split.noise])
 
 
 def level_id(query_id: str, perturbation: Perturbation) -> str:
