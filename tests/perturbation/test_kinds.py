@@ -245,7 +245,7 @@ def test_blur_is_scipys(side, strength):
     sigma = RegionBlur.sigma(strength) * side
     expected = gaussian_filter(image.astype(float), (sigma, sigma, 0))
     error = (perturbed("blur", image, mask, strength) - expected)[mask]
-    assert np.sqrt(np.mean(error**2)) < 0.1 * expected[mask].std() + 0.5
+    assert np.sqrt(np.mean(error**2)) < 0.5  # rounding alone is 0.29
 
 
 def test_motion_blur_averages_along_one_line():
