@@ -1,7 +1,7 @@
-"""Time of one perturbation, compared with albumentations' noise on the whole image and a plain float64 version.
+"""Time of one perturbation, compared with albumentations on the whole image and, for noise, a plain float64 version.
 
 Run with `python -m tests.performance.perturbation`. The contestants take turns in one process on one thread, so that
-other load on the machine affects all of them; the table shows medians. The bar: at most 5 ms for ours.
+other load on the machine affects all of them; the tables show medians. The bar: at most 5 ms for ours, of any kind.
 """
 
 import os
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from tests.performance.machine import setting
 
+from vlm_calibration.perturbation.kinds import KINDS
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import LinearSchedule
 from vlm_calibration.perturbation.transform import RegionNoise
@@ -25,6 +26,20 @@ import albumentations as A
 import cv2
 
 HEIGHT, WIDTH, STEP = 480, 640, 500
+STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+BOXES = {"150 x 150": (slice(165, 315), slice(245, 395)), "400 x 300": (slice(90, 390), slice(120, 520))}
+PEERS = {
+    "noise": A.GaussNoise(std_range=(0.3, 0.3), p=1),
+    "blur": A.GaussianBlur(sigma_limit=(10, 10), p=1),
+    "motion_blur": A.MotionBlur(blur_limit=(31, 31), p=1),
+    "pixelation": A.Downscale(scale_range=(0.05, 0.05), p=1),
+    "occlusion": A.CoarseDropout(num_holes_range=(8, 8), fill="random", p=1),
+    "fade": A.RandomFog(p=1),
+    "jpeg": A.ImageCompression(quality_range=(5, 5), p=1),
+    "darkness": A.ShotNoise(scale_range=(0.3, 0.3), p=1),
+    "overexposure": A.RandomBrightnessContrast(brightness_limit=(0.5, 0.5), p=1),
+}
+"""Albumentations' own transform of a similar kind."""
 
 
 def ellipse_mask(share: float) -> np.ndarray:
@@ -61,9 +76,24 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
     }
 
 
-def measure(share: float, rounds: int) -> dict[str, list[float]]:
+def kind_contestants() -> dict[str, Callable[[int], object]]:
+    """Each kind on a mask of each size, at a strength that changes from call to call, and its peer on the whole image."""
+    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    runs: dict[str, Callable[[int], object]] = {}
+    for kind, make in KINDS.items():
+        transform, peer = make(), PEERS[kind]
+        for size, box in BOXES.items():
+            mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+            mask[box] = True
+            runs[f"{kind}, {size}"] = lambda i, transform=transform, mask=mask: transform(
+                image=image, mask=mask, strength=STRENGTHS[i % len(STRENGTHS)], seed=i
+            )
+        runs[f"{kind}, peer"] = lambda i, peer=peer: peer(image=image)
+    return runs
+
+
+def measure(runs: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every round after three warm-up rounds; the order rotates, since each contestant leaves its caches behind."""
-    runs = contestants(share)
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(-3, rounds):
@@ -75,6 +105,19 @@ def measure(share: float, rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def print_kinds(rounds: int) -> None:
+    """The table of all kinds: median milliseconds on both masks, and of albumentations' transform on the whole image."""
+    medians = {
+        name: statistics.median(values) for name, values in measure(kind_contestants(), rounds).items()
+    }
+    print(f"\nAll kinds, ms at strengths {', '.join(map(str, STRENGTHS))} in turn\n")
+    print(f"| kind | {' | '.join(f'mask of {size}' for size in BOXES)} | albumentations, whole image |")
+    print("|---|---|---|---|")
+    for kind, peer in PEERS.items():
+        ours = " | ".join(f"{medians[f'{kind}, {size}']:.2f}" for size in BOXES)
+        print(f"| {kind} | {ours} | `{type(peer).__name__}` {medians[f'{kind}, peer']:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,7 +126,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="share of the image under the mask")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
-    times = measure(arguments.share, arguments.rounds)
+    times = measure(contestants(arguments.share), arguments.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = next(iter(medians.values()))
     print(
@@ -94,6 +137,7 @@ def main() -> None:
     for name, values in times.items():
         low, high = np.percentile(values, [10, 90])
         print(f"| {name} | {medians[name]:.2f} | {low:.2f} to {high:.2f} | {medians[name] / ours:.1f} |")
+    print_kinds(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A perturbation by the name of its kind, without importing albumentations before an image is perturbed.
+"""The names of the kinds of perturbation, and perturbing by name, without importing albumentations before it is needed.
 
 The import takes about two seconds, which help pages, configurations and the evaluation of untouched images need not wait for.
 `vlm_calibration.perturbation.kinds` has the kinds themselves.

@@ -6,23 +6,24 @@ large one, and the strength is scaled so that the evidence is lost over the whol
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 from albumentations.augmentations.blur import functional as blurs
 from albumentations.augmentations.pixel import functional as pixels
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from vlm_calibration.perturbation.noise import ImageArray
-from vlm_calibration.perturbation.surroundings import surroundings
+from vlm_calibration.perturbation.surroundings import mixed, surroundings
 from vlm_calibration.perturbation.transform import Crop, RegionNoise, RegionPerturbation
 
 _QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
 """256 equally probable values of a standard normal variable."""
 
-_LONGEST_KERNEL = (
-    31  # pixels; a wider kernel is applied to a smaller image, which takes less time and looks the same
-)
+_LONGEST_KERNEL = 31
+"""In pixels; a wider kernel is applied to a smaller image, which takes less time and looks the same."""
 
 
 class RegionBlur(RegionPerturbation):
@@ -101,7 +102,7 @@ class RegionOcclusion(RegionPerturbation):
         shape = np.array(uncovered.shape)
         while missing > 0:
             index, places = self._draw(uncovered, places, generator)
-            place = np.array(np.unravel_index(index, uncovered.shape))
+            place = np.array(divmod(index, uncovered.shape[1]))
             sides = np.maximum(1, np.rint(generator.uniform(*self.sides, 2) * shape)).astype(int)
             start = np.maximum(0, place - (generator.random(2) * sides).astype(int))
             colour = generator.integers(0, 256, 3, dtype=np.uint8)
@@ -112,7 +113,7 @@ class RegionOcclusion(RegionPerturbation):
                 new.ravel()[np.flatnonzero(new)[-surplus:]] = False
             result[box][new] = colour
             uncovered[box] &= ~new
-            missing -= np.count_nonzero(new)
+            missing -= int(np.count_nonzero(new))
         return result
 
     @staticmethod
@@ -121,11 +122,11 @@ class RegionOcclusion(RegionPerturbation):
     ) -> tuple[int, np.ndarray]:
         """Draw an uncovered pixel, from which a rectangle starts, so that each covers something; and where to draw the next."""
         for _ in range(8):
-            place = places[int(generator.integers(places.size))]
+            place = int(places[generator.integers(places.size)])
             if uncovered.flat[place]:
                 return place, places
         places = np.flatnonzero(uncovered)
-        return places[int(generator.integers(places.size))], places
+        return int(places[generator.integers(places.size)]), places
 
 
 class RegionFade(RegionPerturbation):
@@ -139,12 +140,14 @@ class RegionFade(RegionPerturbation):
         return strength
 
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        weight = self.weight(strength)
-        return cv2.addWeighted(crop.image, 1 - weight, surroundings(crop.image, crop.region), weight, 0)
+        return mixed(crop.image, surroundings(crop.image, crop.region), self.weight(strength))
 
 
 class RegionJpeg(RegionPerturbation):
-    """JPEG compression of a reduced image, as of pictures that are shared again and again."""
+    """JPEG compression of a reduced image, as of pictures that are shared again and again.
+
+    The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
+    """
 
     context = 0.25
     fades = True
@@ -199,12 +202,12 @@ class RegionDarkness(RegionPerturbation):
 
 
 class RegionOverexposure(RegionPerturbation):
-    """Too much light, as against the sun: a gain and a veil until every pixel is white."""
+    """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
 
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
         light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
         table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
-        return cv2.LUT(crop.image, table)
+        return table[crop.image]
 
 
 KINDS: dict[str, type[RegionPerturbation]] = {
@@ -240,9 +243,9 @@ def _at_size(
     full = (width + right, height + bottom)
     small = cv2.resize(padded, (full[0] // whole, full[1] // whole), interpolation=cv2.INTER_AREA)
     size = (max(1, round(full[0] / shrink)), max(1, round(full[1] / shrink)))
-    small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
+    small = _uint8(cv2.resize(small, size, interpolation=cv2.INTER_AREA))
     enlarged = cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)
-    return np.ascontiguousarray(enlarged[:height, :width])
+    return _uint8(enlarged[:height, :width])
 
 
 def _moved(image: ImageArray, length: float, angle: float) -> ImageArray:
@@ -254,4 +257,9 @@ def _moved(image: ImageArray, length: float, angle: float) -> ImageArray:
     turned = cv2.warpAffine(image, turn, (side, side), borderMode=cv2.BORDER_REFLECT_101)
     odd = 2 * round((length - 1) / 2) + 1
     moved = cv2.blur(turned, (max(1, odd), 1))
-    return cv2.warpAffine(moved, turn, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return _uint8(cv2.warpAffine(moved, turn, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP))
+
+
+def _uint8(image: NDArray[Any]) -> ImageArray:
+    """A C-contiguous image of the type that OpenCV's signatures leave open."""
+    return np.ascontiguousarray(image, dtype=np.uint8)

@@ -52,6 +52,11 @@ def surroundings(image: ImageArray, region: BoolMask) -> ImageArray:
     return np.ascontiguousarray(enlarged[:height, :width])
 
 
+def mixed(image: ImageArray, background: ImageArray, weight: float) -> ImageArray:
+    """`(1 - weight) * image + weight * background`, rounded; exactly `background` at weight 1."""
+    return cv2.addWeighted(image, 1 - weight, background, weight, 0).astype(np.uint8, copy=False)
+
+
 def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Fill in what is unknown.
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, field_validator
@@ -23,7 +22,7 @@ from vlm_calibration.perturbation.masks import BoolMask, MaskBox, bounding_box, 
 from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise, check_image, seed_sequence
 from vlm_calibration.perturbation.regions import RegionShape, region_mask
 from vlm_calibration.perturbation.schedules import SCHEDULES, Schedule, schedule_by_name
-from vlm_calibration.perturbation.surroundings import surroundings
+from vlm_calibration.perturbation.surroundings import mixed, surroundings
 
 STRENGTHS = tuple(i / 10 for i in range(11))
 """The strengths that are drawn by default: those of the paper's eleven levels."""
@@ -187,9 +186,7 @@ class RegionPerturbation(A.ImageOnlyTransform):
         perturbed = self.perturb_crop(crop, strength, sequence)
         weight = strength**FADE_POWER
         if self.fades and 255 * weight >= 0.5:  # less changes no value
-            perturbed = cv2.addWeighted(
-                perturbed, 1 - weight, surroundings(crop.image, crop.region), weight, 0
-            )
+            perturbed = mixed(perturbed, surroundings(crop.image, crop.region), weight)
         # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
         result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
         return result
