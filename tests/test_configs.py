@@ -35,8 +35,10 @@ FULL = {
     "regions.yaml": "predict",
 }
 DPO = CONFIGS / "dpo.yaml"
+EVAL = CONFIGS / "eval/demo.yaml"
 # The first matching pattern counts.
 OVERLAYS = {
+    "eval/*_development.yaml": (EVAL,),
     "experiment/*_dpo.yaml": (DPO,),
     **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
 }
@@ -53,10 +55,11 @@ def plan(configs: Path) -> list[tuple[str, list[str]]]:
         name = path.relative_to(configs)
         command = next((c for pattern, c in FULL.items() if _is(name, pattern)), None)
         bases = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
-        if command is not None:
+        if bases is not None:
+            command = "test" if bases == (EVAL,) else "fit"
+            arguments += [(str(name), [command, "--config", str(b), "--config", str(path)]) for b in bases]
+        elif command is not None:
             arguments.append((str(name), [command, "--config", str(path)]))
-        elif bases is not None:
-            arguments += [(str(name), ["fit", "--config", str(b), "--config", str(path)]) for b in bases]
         else:
             raise ValueError(f"configs/{name}: no test knows how to parse it")
     return arguments
@@ -266,10 +269,22 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
                 scenes[name] = {(source["split"], i) for i in range(first, first + value)}
     recalibration = {name for name in scenes if ": data.calibration." in name}
     test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(recalibration), len(test), len(scenes)) == (2, 3, 11)
+    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 19)
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
+
+
+def test_the_demo_is_developed_on_the_same_parts_as_it_is_tested_on() -> None:
+    test, development = (
+        yaml.safe_load((CONFIGS / f"eval/{name}.yaml").read_text(encoding="utf-8"))["data"]["test"]
+        for name in ("demo", "demo_development")
+    )
+    sources = [part["source"]["init_args"] for part in test.values()]
+    assert {source["split"] for source in sources} == {"test"}
+    for source in sources:
+        source["split"] = "development"
+    assert development == test
 
 
 @pytest.mark.parametrize("name", ["rlaif_v", "coco"])
