@@ -23,6 +23,7 @@ from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import resolve_configs
 
+from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -36,6 +37,7 @@ FULL = {
 }
 DPO = CONFIGS / "dpo.yaml"
 EVAL = CONFIGS / "eval/demo.yaml"
+DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
 # The first matching pattern counts.
 OVERLAYS = {
     "eval/*_development.yaml": (EVAL,),
@@ -254,6 +256,33 @@ def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(
     changed = [_differences(parse, SFT, arguments=settings) for settings in ABLATIONS.values()]
     assert [len(differences) for differences in changed] == [1] * len(PRESETS[SFT])
     assert {name: value for differences in changed for name, value in differences.items()} == PRESETS[SFT]
+
+
+def test_the_benchmark_refuses_to_choose_on_test_scenes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = []
+
+    class Stopped(Exception):
+        pass
+
+    def start(*arguments: str, threads: int = 1) -> None:
+        if arguments[0] == "test":
+            answered.append(arguments)
+            raise Stopped
+
+    monkeypatch.setattr(demo_seeds, "start", start)
+    monkeypatch.setattr(demo_seeds, "finish", lambda process: None)
+    with pytest.raises(SystemExit):
+        demo_seeds.main(["--test", "--without", "simpo"])
+    assert "--without simpo" in capsys.readouterr().err
+    for arguments in ([], ["--test"]):
+        with pytest.raises(Stopped):
+            demo_seeds.main(arguments)
+    systems = [json.loads(a[a.index("--model.init_args.adapters") + 1]) for a in answered]
+    assert set(systems[1]) == {"sft-paper", "dpo-paper", "sft", "dpo"}
+    assert set(ABLATIONS) < set(systems[0])
+    assert [str(DEVELOPMENT.relative_to(CONFIGS.parent)) in a for a in answered] == [True, False]
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
