@@ -23,6 +23,7 @@ from vlm_calibration.errors import one_line
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import resolve_configs
 
+from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,8 +36,11 @@ FULL = {
     "regions.yaml": "predict",
 }
 DPO = CONFIGS / "dpo.yaml"
+EVAL = CONFIGS / "eval/demo.yaml"
+DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
 # The first matching pattern counts.
 OVERLAYS = {
+    "eval/*_development.yaml": (EVAL,),
     "experiment/*_dpo.yaml": (DPO,),
     **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
 }
@@ -53,10 +57,11 @@ def plan(configs: Path) -> list[tuple[str, list[str]]]:
         name = path.relative_to(configs)
         command = next((c for pattern, c in FULL.items() if _is(name, pattern)), None)
         bases = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
-        if command is not None:
+        if bases is not None:
+            command = "test" if bases == (EVAL,) else "fit"
+            arguments += [(str(name), [command, "--config", str(b), "--config", str(path)]) for b in bases]
+        elif command is not None:
             arguments.append((str(name), [command, "--config", str(path)]))
-        elif bases is not None:
-            arguments += [(str(name), ["fit", "--config", str(b), "--config", str(path)]) for b in bases]
         else:
             raise ValueError(f"configs/{name}: no test knows how to parse it")
     return arguments
@@ -253,6 +258,33 @@ def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(
     assert {name: value for differences in changed for name, value in differences.items()} == PRESETS[SFT]
 
 
+def test_the_benchmark_refuses_to_choose_on_test_scenes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = []
+
+    class Stopped(Exception):
+        pass
+
+    def start(*arguments: str, threads: int = 1) -> None:
+        if arguments[0] == "test":
+            answered.append(arguments)
+            raise Stopped
+
+    monkeypatch.setattr(demo_seeds, "start", start)
+    monkeypatch.setattr(demo_seeds, "finish", lambda process: None)
+    with pytest.raises(SystemExit):
+        demo_seeds.main(["--test", "--without", "simpo"])
+    assert "--without simpo" in capsys.readouterr().err
+    for arguments in ([], ["--test"]):
+        with pytest.raises(Stopped):
+            demo_seeds.main(arguments)
+    systems = [json.loads(a[a.index("--model.init_args.adapters") + 1]) for a in answered]
+    assert set(systems[1]) == {"sft-paper", "dpo-paper", "sft", "dpo"}
+    assert set(ABLATIONS) < set(systems[0])
+    assert [str(DEVELOPMENT.relative_to(CONFIGS.parent)) in a for a in answered] == [True, False]
+
+
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
     """The same holds for the test set. Scenes are compared by split and index, over all configurations."""
     scenes: dict[str, set[tuple[str, int]]] = {}
@@ -266,10 +298,22 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
                 scenes[name] = {(source["split"], i) for i in range(first, first + value)}
     recalibration = {name for name in scenes if ": data.calibration." in name}
     test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(recalibration), len(test), len(scenes)) == (2, 3, 11)
+    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 19)
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
+
+
+def test_the_demo_is_developed_on_the_same_parts_as_it_is_tested_on() -> None:
+    test, development = (
+        yaml.safe_load((CONFIGS / f"eval/{name}.yaml").read_text(encoding="utf-8"))["data"]["test"]
+        for name in ("demo", "demo_development")
+    )
+    sources = [part["source"]["init_args"] for part in test.values()]
+    assert {source["split"] for source in sources} == {"test"}
+    for source in sources:
+        source["split"] = "development"
+    assert development == test
 
 
 @pytest.mark.parametrize("name", ["rlaif_v", "coco"])

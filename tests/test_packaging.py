@@ -46,6 +46,7 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
 
 EXTRAS = {
     "app": "app/",
+    "demo": "demo/pictures.py",
     "dashboard": "reporting/dashboard.py",
     "datasets": "data/sources/hugging_face",
     "regions": "regions/tagger.py",

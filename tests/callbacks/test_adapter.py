@@ -135,7 +135,10 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert card.training["stage"] == "supervised fine-tuning (SFT)"
     assert card.training["steps"] == "6"
     assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0"
-    assert card.training["train"] == "DemoSource(split='train', scenes=24, first=0, shifted=False)"
+    assert (
+        card.training["train"]
+        == "DemoSource(split='train', scenes=24, first=0, shifted=False, hard=0.0, hand='colour')"
+    )
     assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
     assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None)"
     assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
@@ -369,7 +372,7 @@ def test_sources_are_described_by_their_settings(tmp_path: Path) -> None:
     )
     assert constructed(source) == (
         "Mixed(sources=[JsonlSource(path='data/a.jsonl', root='data', on_bad_record='raise'), "
-        "DemoSource(split='test', scenes=1, first=0, shifted=False)], weights={'a': 0.5})"
+        "DemoSource(split='test', scenes=1, first=0, shifted=False, hard=0.0, hand='colour')], weights={'a': 0.5})"
     )
 
 

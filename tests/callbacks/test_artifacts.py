@@ -218,7 +218,9 @@ def _dataset(*scenes: int, noise: str = "drawn", name: str = "") -> PerturbedQue
 
 def test_facts_of_a_data_set() -> None:
     facts = data_facts(_dataset(2, 0))
-    source = "DemoSource(split='train', scenes=2, first=0, shifted=False), noise: drawn"
+    source = (
+        "DemoSource(split='train', scenes=2, first=0, shifted=False, hard=0.0, hand='colour'), noise: drawn"
+    )
     assert facts["sources"] == [source]
     assert facts["queries"] == 6
     assert facts == data_facts(_dataset(2, 0)), "the same for the same queries"

@@ -30,7 +30,7 @@ from vlm_calibration.demo.scenes import (
     render_scene,
     scene_layout,
 )
-from vlm_calibration.demo.shifts import MILD, SHIFTS, STRENGTHS, draw_shift, mild_degradation
+from vlm_calibration.demo.shifts import DEGRADATIONS, MILD, SHIFTS, STRENGTHS, draw_shift, mild_degradation
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import grade
@@ -170,8 +170,15 @@ def test_shifts_take_more_away_the_stronger_they_are(name: str) -> None:
 
     test = [harm(s) for s in STRENGTHS[name]]
     assert test == sorted(test)
-    assert 0 < harm(MILD[name][0]) < harm(MILD[name][1]) < test[0]
+    assert test[0] > 0
+    if name in MILD:
+        assert 0 < harm(MILD[name][0]) < harm(MILD[name][1]) < test[0]
     assert len(STRENGTHS[name]) >= 3
+
+
+def test_no_shift_is_a_kind_of_perturbation_that_training_uses() -> None:
+    assert MILD.keys() == DEGRADATIONS.keys()
+    assert {"noise", "blur", "occlusion"}.isdisjoint(SHIFTS)
 
 
 def test_draws_cover_all_shifts_and_strengths() -> None:

@@ -1,4 +1,7 @@
-"""The demo over several seeds: `python -m tests.performance.demo_seeds` prints the README's tables.
+"""The demo over several seeds: `python -m tests.performance.demo_seeds` compares settings, `--test` prints the README's tables.
+
+Settings are chosen on development scenes. With `--test`, the systems of the README alone answer the test scenes, so that nothing
+can be chosen on them.
 
 The last table compares with an isotonic map of the base model's confidence, which needs no training: it improves calibration and
 does not improve ranking. Intervals that do not overlap are "apart". Each seed changes training noise, order of data, adapter
@@ -62,6 +65,9 @@ STAGE_2_PAPER = {
     ]
 }
 UNTRAINED = ("base", "oracle")
+REPORTED = ("base", "sft-paper", "dpo-paper", "sft", "dpo", "oracle")
+"""The systems that answer the test scenes, once their settings are chosen."""
+DEVELOPMENT = ["--config", "configs/eval/demo_development.yaml"]
 SYSTEMS = {
     "base": "base",
     "sft-paper": "SFT, paper's preset",
@@ -90,7 +96,9 @@ ABLATED = {
 PARTS = {
     "": "whole split",
     "/clean": "clean",
-    "/noised": "region noise",
+    "/natural": "natural",
+    "/foreign": "foreign",
+    "/perturbed": "perturbed",
     "/shifted": "shifted",
     "/existence": "existence (yes/no)",
     "/position": "corner (short)",
@@ -132,8 +140,8 @@ def train(fits: dict[Path, list[str]], resume: bool) -> None:
         )
 
 
-def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics:
-    """Train and evaluate the systems with this seed; returns their metrics."""
+def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: bool) -> Metrics:
+    """Train the systems with this seed and evaluate them on development or test scenes; returns their metrics."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
     folders = {name: root / f"{name}-{seed}" for name in systems if name not in UNTRAINED}
 
@@ -149,16 +157,21 @@ def run_seed(seed: int, root: Path, systems: list[str], resume: bool) -> Metrics
     train(fits("sft", STAGE_1), resume)
     stage_2 = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
     train({**fits("sft", ABLATIONS), **stage_2}, resume)
-    evaluated = root / f"eval-{seed}"
+    evaluated = evaluation(root, seed, test)
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(
         start(
-            *("test", "--config", "configs/eval/demo.yaml", *own, *into(evaluated)),
+            *("test", "--config", "configs/eval/demo.yaml", *([] if test else DEVELOPMENT)),
+            *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters, "--model.init_args.estimators", "[]"),
             threads=2,
         )
     )
     return {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in systems}
+
+
+def evaluation(root: Path, seed: int, test: bool) -> Path:
+    return root / f"{'test' if test else 'eval'}-{seed}"
 
 
 def spread(values: list[float | None]) -> str:
@@ -206,7 +219,7 @@ def against_recalibration(folders: list[Path]) -> str:
             first, second = base.metrics[metric], dpo.metrics[metric]
             apart = first.high < second.low or second.high < first.low
             values = [cell(row, metric).removesuffix("*") for row in (base, dpo)]
-            seed = folder.name.removeprefix("eval-")
+            seed = folder.name.rsplit("-", 1)[1]
             lines.append(f"| {seed} | {metric} | {' | '.join(values)} | {'apart' if apart else 'overlap'} |")
     return "\n".join(lines)
 
@@ -216,7 +229,7 @@ def _row(rows: list[Row], system: str, recalibration: str) -> Row:
     return next(r for r in rows if (r.system, r.estimator, r.recalibration) == key)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     all_systems = list({**SYSTEMS, **ABLATED})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -230,15 +243,24 @@ def main() -> None:
         default=[],
         choices=sorted({*all_systems} - {"sft", "sft-paper", "dpo", *UNTRAINED}),
     )
-    args = parser.parse_args()
-    systems = [name for name in all_systems if name not in args.without]
-    runs = [run_seed(seed, args.out, systems, args.resume) for seed in args.seeds]
+    parser.add_argument(
+        "--test", action="store_true", help="answer the test scenes, with the systems of the README alone"
+    )
+    args = parser.parse_args(arguments)
+    if args.test and args.without:
+        parser.error(
+            f"--test takes no --without {' '.join(args.without)}: settings are chosen on development scenes; the test scenes are "
+            f"for {', '.join(REPORTED)}"
+        )
+    systems = [name for name in (REPORTED if args.test else all_systems) if name not in args.without]
+    runs = [run_seed(seed, args.out, systems, resume=args.resume, test=args.test) for seed in args.seeds]
     print(markdown(runs, SYSTEMS))
-    print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")
-    print("SFT with one thing as in the paper's preset:\n")
-    print(markdown(runs, ABLATED))
-    print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
-    print(against_recalibration([args.out / f"eval-{seed}" for seed in args.seeds]))
+    if not args.test:
+        print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")
+        print("SFT with one thing as in the paper's preset:\n")
+        print(markdown(runs, ABLATED))
+        print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
+    print(against_recalibration([evaluation(args.out, seed, args.test) for seed in args.seeds]))
 
 
 if __name__ == "__main__":

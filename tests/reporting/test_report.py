@@ -363,8 +363,11 @@ def test_images_come_back_with_their_noise(
 ) -> None:
     """An evaluation of the demo, reported by the command: thumbnails show what the model saw."""
     out = tmp_path / "eval"
-    parts = ("test.clean", "test.noised", "test.shifted", "calibration.clean", "calibration.noised")
-    scenes = [f"--data.{part}.source.init_args.scenes=4" for part in parts]
+    parts = {
+        "test": ("clean", "natural", "foreign", "perturbed", "shifted"),
+        "calibration": ("clean", "natural", "perturbed"),
+    }
+    scenes = [f"--data.{name}.{part}.source.init_args.scenes=4" for name in parts for part in parts[name]]
     evaluated = server.wait(
         server.start(
             [
@@ -380,7 +383,9 @@ def test_images_come_back_with_their_noise(
     ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--subject", "base"], root))
     assert ended.status == 0, ended.err
     html = (out / "report.html").read_text()
-    assert "24 answers (12 clean, 12 noised), none of them shifted." in Page(html).text
+    assert (
+        "36 answers (12 clean, 12 natural, 12 perturbed), none of them foreign or shifted." in Page(html).text
+    )
     [base, *_] = read_systems([str(out)])
     shown = examples_of(base, []).predictions
     assert any(p.noise_step for p in shown)
@@ -390,7 +395,9 @@ def test_images_come_back_with_their_noise(
         "src/vlm_calibration/demo/model",
         test={
             "clean": EvalSplit(DemoSource("test", 4)),
-            "noised": EvalSplit(DemoSource("test", 4), "drawn"),
+            "natural": EvalSplit(DemoSource("test", 4, hard=1.0)),
+            "foreign": EvalSplit(DemoSource("test", 4, hand="line")),
+            "perturbed": EvalSplit(DemoSource("test", 4), "drawn"),
             "shifted": EvalSplit(DemoSource("test", 4, shifted=True)),
         },
     )

@@ -51,10 +51,10 @@ class Subject:
 
 
 def demo_subject(index: int) -> Subject:
-    """A scene of the demo's test split, with exact masks of its objects."""
-    scene = render_scene(scene_seed("test", index))
+    """A scene of the demo's development split, with exact masks of its objects."""
+    scene = render_scene(scene_seed("development", index))
     objects = {o.name: o.mask for o in scene.objects if o.mask.any()}
-    return Subject(scene.image, objects, scene_queries("test", index)[0].question)
+    return Subject(scene.image, objects, scene_queries("development", index)[0].question)
 
 
 def uploaded_subject(path: str | Path) -> Subject:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import lightning as L
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
@@ -355,7 +356,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_init_worker,
         )
 
     @property
@@ -428,7 +429,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_init_worker,
             persistent_workers=training and self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
@@ -483,11 +484,13 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     return processor
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT and SIGUSR1 in a worker; the main process handles them and may be saving a checkpoint.
+def _init_worker(worker: int) -> None:
+    """Let a worker use one core, and ignore SIGINT and SIGUSR1: the main process handles them and may be saving a checkpoint.
 
     The first SIGTERM only restores the default handler, so the second ends the worker.
     """
+    # OpenCV, which albumentations uses, would take all cores in every worker.
+    cv2.setNumThreads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -50,7 +50,7 @@ def check_installed(hand: Hand) -> None:
         try:
             import resvg_py  # noqa: F401
         except ImportError as error:
-            raise _missing("resvg-py in the hand 'line'", error) from error
+            raise _missing("resvg-py (the hand 'line')", error) from error
 
 
 def _missing(what: str, error: ImportError) -> DataError:

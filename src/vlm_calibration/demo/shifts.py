@@ -1,8 +1,9 @@
-"""Distribution shifts of the demo's *shifted* test images, none of which occurs in training with region noise.
+"""Changes of the whole image: distribution shifts of the test, and the mild degradations with which the base model was trained.
 
-They test whether calibration learned on Gaussian noise generalises: blur, occlusion, low contrast, JPEG and shrinking, each at
-several strengths. The demo model was pre-trained with the same functions at `MILD` strengths, as real models are on imperfect
-photographs.
+Shifts test whether calibration learned from perturbed regions carries over to losses of evidence that training never shows: low
+contrast, JPEG, shrinking, glare and coloured light, each at several strengths. The demo model was pre-trained with
+`DEGRADATIONS`, as real models are on imperfect photographs; of these, blur and occlusion are no shifts of the test, because
+training may perturb regions with them.
 """
 
 from __future__ import annotations
@@ -53,19 +54,45 @@ def shrink(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
     return np.array(resized.resize(picture.size, Image.Resampling.BILINEAR))
 
 
-SHIFTS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+def glare(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """White light that falls off from a random point; `strength` is its share of the pixel's colour where it is brightest."""
+    height, width = image.shape[:2]
+    y, x = rng.uniform(0, height), rng.uniform(0, width)
+    rows, columns = np.mgrid[:height, :width]
+    distance = ((rows - y) / height) ** 2 + ((columns - x) / width) ** 2
+    light = strength * np.exp(-distance / 0.5)[..., None]
+    return np.rint(image * (1 - light) + 255.0 * light).astype(np.uint8)
+
+
+def coloured_light(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """The image under light of a random hue; at `strength` 1 the light is of one pure colour."""
+    hue = rng.uniform(0, 6)
+    light = np.clip(np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+    return np.rint(image * (1 - strength * (1 - light))).astype(np.uint8)
+
+
+Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+"""uint8 [H, W, 3], strength and generator to uint8 [H, W, 3]."""
+SHIFTS: dict[str, Change] = {
+    "low_contrast": low_contrast,
+    "jpeg": jpeg,
+    "shrink": shrink,
+    "glare": glare,
+    "coloured_light": coloured_light,
+}
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "low_contrast": (0.7, 0.8, 0.9),
+    "jpeg": (96, 98, 99),
+    "shrink": (5, 7, 10),
+    "glare": (0.6, 0.75, 0.9),
+    "coloured_light": (0.25, 0.35, 0.4),
+}
+DEGRADATIONS: dict[str, Change] = {
     "blur": blur,
     "occlusion": occlusion,
     "low_contrast": low_contrast,
     "jpeg": jpeg,
     "shrink": shrink,
-}
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    "blur": (2.5, 3.5, 5.0),
-    "occlusion": (0.3, 0.45, 0.6),
-    "low_contrast": (0.7, 0.8, 0.9),
-    "jpeg": (96, 98, 99),
-    "shrink": (5, 7, 10),
 }
 MILD: dict[str, tuple[float, float]] = {
     "blur": (0.3, 1.2),
@@ -77,12 +104,12 @@ MILD: dict[str, tuple[float, float]] = {
 
 
 def draw_shift(rng: np.random.Generator) -> tuple[str, float]:
-    """Sample one of the shifts and one of its test strengths."""
+    """Sample one of the shifts and one of its strengths."""
     name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
     return name, float(rng.choice(STRENGTHS[name]))
 
 
 def mild_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Apply a random shift at a random strength well below the test strengths; uint8 [H, W, 3] in and out."""
-    name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
-    return SHIFTS[name](image, float(rng.uniform(*MILD[name])), rng)
+    """Apply a random degradation at a random strength well below those of the shifts; uint8 [H, W, 3] in and out."""
+    name = list(DEGRADATIONS)[int(rng.integers(len(DEGRADATIONS)))]
+    return DEGRADATIONS[name](image, float(rng.uniform(*MILD[name])), rng)
