@@ -73,7 +73,7 @@ def systems(call: Caller) -> dict[str, Evaluated]:
         "fit",
         "sft.yaml",
         trainer={"logger": False},
-        data={"train": demo("train", 900), "batch_size": 12},
+        data={"train": demo("train", 900, hard=0.0), "batch_size": 12},
     )
     dpo = call(
         "dpo",
@@ -81,7 +81,7 @@ def systems(call: Caller) -> dict[str, Evaluated]:
         "dpo.yaml",
         *("--model.init_args.adapter", str(sft / "adapter")),
         trainer={"logger": False, "num_sanity_val_steps": 0},
-        data={"train": demo("train", 500, first=3000), "batch_size": 16},
+        data={"train": demo("train", 500, first=3000, hard=0.0), "batch_size": 16},
     )
     source = demo("calibration", 150, **UNSEEN)
     parts = {"clean": {"source": source}, "perturbed": {"source": source, "noise": "drawn"}}
