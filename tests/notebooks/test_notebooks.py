@@ -126,7 +126,7 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
     assert any(not torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
     for system in ("base", "sft", "dpo", "oracle"):
         answers = read_predictions(runs / "eval" / system / "predictions.jsonl")
-        assert len(answers) == 3 * 3 * 4, "three splits of four scenes with three questions each"
+        assert len(answers) == 5 * 3 * 4, "five parts of four scenes with three questions each"
 
 
 @pytest.mark.slow

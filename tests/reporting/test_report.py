@@ -368,6 +368,7 @@ def test_images_come_back_with_their_noise(
         "calibration": ("clean", "natural", "perturbed"),
     }
     scenes = [f"--data.{name}.{part}.source.init_args.scenes=4" for name in parts for part in parts[name]]
+    scenes += [f"--data.test.{part}.source.init_args.scenes=1" for part in ("natural", "foreign", "shifted")]
     evaluated = server.wait(
         server.start(
             [
@@ -395,10 +396,10 @@ def test_images_come_back_with_their_noise(
         "src/vlm_calibration/demo/model",
         test={
             "clean": EvalSplit(DemoSource("test", 4)),
-            "natural": EvalSplit(DemoSource("test", 4, hard=1.0)),
-            "foreign": EvalSplit(DemoSource("test", 4, hand="line")),
+            "natural": EvalSplit(DemoSource("test", 1, hard=1.0)),
+            "foreign": EvalSplit(DemoSource("test", 1, hand="line")),
             "perturbed": EvalSplit(DemoSource("test", 4), "drawn"),
-            "shifted": EvalSplit(DemoSource("test", 4, shifted=True)),
+            "shifted": EvalSplit(DemoSource("test", 1, shifted=True)),
         },
     )
     data.setup("test")

@@ -116,7 +116,7 @@ def _fitted_on(system: System) -> str:
         for answers in (system.calibration, system.predictions)
     )
     counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items() if split)
-    unseen = ", ".join(split for split in scored if split and split not in fitted)
+    unseen = " or ".join(split for split in scored if split and split not in fitted)
     return (
         f"{len(system.calibration):,} answers"
         + (f" ({counts})" if counts else "")
