@@ -232,7 +232,7 @@ def level_id(query_id: str, perturbation: Perturbation) -> str:
 
 def query_id_of_level(level_id: str) -> str:
     """The query's own id in an id of `level_id`."""
-    return level_id.rpartition("@")[0] or level_id
+    return level_id.rpartition("@")[0]
 
 
 def with_split_name(query: Query, split: str) -> Query:
