@@ -31,10 +31,11 @@ from vlm_calibration.commands.data_split import split
 from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report
 from vlm_calibration.data.sources.tables import _unpack
-from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 
 from .command_line import LIMIT, Ended, Server, callback
+from .level_tables import noise_counts
 
 Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
@@ -151,8 +152,8 @@ def test_an_export(
 
 
 def _levels(folder: Path) -> None:
-    rows = [StepCount(step, 100, 50) for step in range(0, 1001, 2)]
-    AnchoredLevels.fit({"yes_no": rows}).save(folder / "levels.json")
+    rows = [(i / 500, 100, 50) for i in range(501)]
+    AnchoredLevels.fit({"yes_no": noise_counts(*rows)}).save(folder / "levels.json")
 
 
 def _regions(folder: Path) -> None:

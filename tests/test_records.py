@@ -168,5 +168,5 @@ def test_predictions_have_the_keys_of_the_file_format() -> None:
         "category",
         "noise_step",
     ]
-    assert list(prediction.to_dict()) == [*keys, "answer_type"]
+    assert list(prediction.to_dict()) == [*keys, "answer_type", "perturbation", "strength"]
     assert ANSWER_TYPES == ("yes_no", "short", "open")

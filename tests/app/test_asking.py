@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 from vlm_calibration.app.subject import DRAWN, WHOLE, demo_subject
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import BASE, CALIBRATED, CalibratedModel
+from vlm_calibration.perturbation.levels import Perturbation
 
 from .browser import SCENE, App, Visit, is_error, shown_answers
 
@@ -154,8 +155,13 @@ def test_the_response_curve(visit: Visit, model: CalibratedModel) -> None:
         line = [p.split(",") for p in (drawn.locator("polyline").get_attribute("points") or "").split()]
         assert [float(x) for x, _ in line] == pytest.approx([44 + 42 * level for level in range(11)])
         samples = [
-            model.sample(subject.image, subject.question, mask=subject.objects["cow"], step=step)
-            for step in (0, 500, 1000)
+            model.sample(
+                subject.image,
+                subject.question,
+                mask=subject.objects["cow"],
+                perturbation=Perturbation("noise", s),
+            )
+            for s in (0, 0.5, 1)
         ]
         expected = [answer.expected for answer in model.answers(samples, [system])[system]]
         assert [float(line[i][1]) for i in (0, 5, 10)] == pytest.approx(

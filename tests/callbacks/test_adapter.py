@@ -30,7 +30,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.perturbation.levels import StepCount
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.answering import answer_batch
@@ -40,14 +40,14 @@ from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
-from ..level_tables import measured
+from ..level_tables import measured, noise_counts
 
 LIMIT = 300
 PIXELS = 10**6
 """`data.max_pixels`, more than the demo model's images have."""
 COUNTS = {
-    "yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)],
-    "short": [StepCount(0, 10, 8), StepCount(1000, 10, 0)],
+    "yes_no": noise_counts((0, 10, 9), (1, 10, 5)),
+    "short": noise_counts((0, 10, 8), (1, 10, 0)),
 }
 
 
@@ -145,8 +145,10 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert "wrong_answer_rate=1.0" in card.training["noise"]
     assert "pairs" not in card.training
     assert "candidates" not in card.training
-    assert card.steps == 1000
-    assert card.levels == {"yes_no": [[0, 0.9], [1000, 0.5]], "short": [[0, 0.8], [1000, 0.0]]}
+    assert card.levels == {
+        "yes_no": [["", 0, 0.9], ["noise", 1, 0.5]],
+        "short": [["", 0, 0.8], ["noise", 1, 0.0]],
+    }
     assert list(card.results) == ["before", "after"]
     assert card.results["after"]["n"] == 6
     assert card.results["before"] != card.results["after"]
@@ -173,7 +175,9 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     for scene in range(6):
         image = render_scene(scene).image
         Image.fromarray(np.asarray(image)).save(tmp_path / f"{scene}.png")
-        samples.append(Sample(Query(f"q{scene}", "x", EXAMPLE, "Yes", "yes_no"), np.asarray(image), 1.0, 0))
+        samples.append(
+            Sample(Query(f"q{scene}", "x", EXAMPLE, "Yes", "yes_no"), np.asarray(image), 1.0, CLEAN, 0)
+        )
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER, "program.py", *(f"{scene}.png" for scene in range(6))],
         cwd=tmp_path,

@@ -67,7 +67,7 @@ SETTINGS: dict[str, Any] = {
     "data": {
         "train": _source("data/train.jsonl"),
         "predict": None,
-        "noise": {"seed": 0, "level_weights": [1, 2]},
+        "noise": {"seed": 0, "kinds": {"noise": 1, "blur": 2}},
         "batch_size": 4,
         "workers": 1,
         "max_length": 10,
@@ -112,7 +112,7 @@ SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"
         ({"model__init_args__optimizer__lr": 0.2}, COMMANDS),
         ({"model__init_args__gradient_checkpointing": True}, []),
         ({"data__noise__seed": 1}, ["fit", "test", "levels fit"]),
-        ({"data__noise__level_weights": [1, 3]}, ["fit", "test", "levels fit"]),
+        ({"data__noise__kinds": {"noise": 1, "blur": 3}}, ["fit", "test", "levels fit"]),
         ({"data__train__init_args__path": "./data/../data/train.jsonl"}, []),
         ({"data__train__init_args__path": "other.jsonl"}, ["fit", "predict"]),
         ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),

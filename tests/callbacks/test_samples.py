@@ -19,6 +19,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.metrics.figures import reliability_diagram
 from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.scoring import Scorer
 from vlm_calibration.text.grading import Grading
@@ -42,11 +43,14 @@ def test_a_table_has_a_row_for_each_query_and_the_answers_of_each_system(dataset
     table = SampleTable(dataset, size=2, taught=True)
     samples = [dataset[0, i] for i in range(len(dataset))]
     for system, text in (("base", "Yes. Confidence: 90%"), ("sft", "No. Confidence: 20%")):
-        table.update(system, [graded_prediction(s.query, text, s.step, Grading()) for s in samples])
+        table.update(
+            system,
+            [graded_prediction(s.query, text, s.perturbation, s.noise_step, Grading()) for s in samples],
+        )
     logged = table.draw()
     first, last = (dict(zip(logged.columns, row, strict=True)) for row in logged.data)
     assert (first["id"], last["id"]) == (samples[0].query.id, samples[-1].query.id)
-    assert first["noise_step"] == samples[0].step
+    assert (first["perturbation"], first["strength"]) == samples[0].perturbation
     assert first["earned_confidence"] == samples[0].confidence
     assert (first["base_confidence"], first["sft_confidence"]) == (0.9, 0.2)
     assert first["base_correct"] != first["sft_correct"]
@@ -64,7 +68,7 @@ def test_the_first_process_prints_the_comparison(
     dataset: PerturbedQueries, capsys: pytest.CaptureFixture[str]
 ) -> None:
     query, scorer = dataset[0, 0].query, Scorer()
-    scorer.update([graded_prediction(query, f"{query.answer}. Confidence: 75%", 0, Grading())])
+    scorer.update([graded_prediction(query, f"{query.answer}. Confidence: 75%", CLEAN, 0, Grading())])
     module: Any = SimpleNamespace(results={"mine": scorer.compute()})
     for is_first in (True, False):
         ResultsTable().on_test_end(SimpleNamespace(is_global_zero=is_first), module)  # type: ignore[arg-type]

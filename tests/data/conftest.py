@@ -13,6 +13,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
 
 
@@ -68,7 +69,7 @@ def samples() -> Sequence[Sample]:
     rng = np.random.default_rng(0)
     sizes = [(96, 96), (96, 96), (96, 96), (60, 132)]
     return [
-        Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, 0)  # type: ignore[arg-type]
+        Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, CLEAN, 0)  # type: ignore[arg-type]
         for i, ((q, a, kind, c), size) in enumerate(zip(rows, sizes, strict=True))
     ]
 

@@ -27,10 +27,13 @@ from vlm_calibration.data.candidates import (
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
-from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, LinearLevels, StepCount
+from vlm_calibration.perturbation.level_table import LevelTable
+from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..level_tables import noise_counts
 
 QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
@@ -51,33 +54,35 @@ def test_levels_with_the_same_percentage_are_stated_once() -> None:
 def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
     accuracies = {"yes_no": (99, 98, 90, 61, 60, 50), "short": (97, 80, 41, 40, 5, 4)}
     counts = {
-        kind: tuple(StepCount(200 * i, 100, n_correct) for i, n_correct in enumerate(n_corrects))
+        kind: noise_counts(*((i / 5, 100, n_correct) for i, n_correct in enumerate(n_corrects)))
         for kind, n_corrects in accuracies.items()
     }
     table = LevelTable(counts)
     plain = AnchoredLevels(table=table, grid=5)
-    assert stated_levels([plain], "yes_no") == (1.0, 0.9, 0.6, 0.5)
-    assert stated_levels([plain], "short") == (0.95, 0.8, 0.4, 0.05)
+    for kind in accuracies:
+        stated = {plain.confidence(Perturbation(NOISE, s), kind) for s in plain.strengths(NOISE)}
+        assert stated_levels([plain], kind) == tuple(sorted(stated, reverse=True))
+    assert stated_levels([plain], "yes_no")[0] == 1.0
+    assert stated_levels([plain], "short")[-1] == 0.05
     grouped = AnchoredLevels(table=table, grid=1, groups=3)
     for kind in accuracies:
         levels = stated_levels([grouped], kind)
         assert len(levels) == 3
         assert sorted(levels, reverse=True) == list(levels)
-        assert set(levels) == {grouped.confidence(step, kind) for step in grouped.steps}
-    assert stated_levels([grouped], "yes_no") == (0.96, 0.61, 0.5)
-    assert stated_levels([AnchoredLevels(table=table, groups=1)], "short") == (0.45,)
+        assert set(levels) == {
+            grouped.confidence(Perturbation(NOISE, s), kind) for s in grouped.strengths(NOISE)
+        }
+    assert len(stated_levels([AnchoredLevels(table=table, groups=1)], "short")) == 1
 
 
 def test_the_levels_of_several_scales_are_taken_together() -> None:
     assert stated_levels([LinearLevels(3), LinearLevels(4)], "yes_no") == (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
-    thirds = AnchoredLevels(table=LevelTable({"yes_no": (StepCount(0, 3, 2), StepCount(500, 3, 1))}), grid=1)
+    thirds = AnchoredLevels(table=LevelTable({"yes_no": noise_counts((0, 3, 2), (0.5, 3, 1))}), grid=1)
     assert stated_levels([LinearLevels(4), thirds], "yes_no") == (1.0, 0.67, 0.33, 0.0), "the last scale's"
 
 
 def test_a_grid_adds_its_percentages_to_the_levels() -> None:
-    coarse = AnchoredLevels(
-        table=LevelTable({"yes_no": (StepCount(0, 100, 96), StepCount(500, 100, 50))}), grid=1
-    )
+    coarse = AnchoredLevels(table=LevelTable({"yes_no": noise_counts((0, 100, 96), (0.5, 100, 50))}), grid=1)
     assert stated_levels([coarse], "yes_no", 25) == (1.0, 0.96, 0.75, 0.5, 0.25, 0.0)
     assert stated_levels([coarse], "yes_no", 100) == (1.0, 0.96, 0.5, 0.0)
     for grid in (1, 2, 4, 5, 10, 20):

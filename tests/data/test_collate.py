@@ -20,6 +20,7 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImagePro
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTBatch, SFTCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
+from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -163,14 +164,20 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
             assert (batch.labels[index, length:] == IGNORE).all()
 
 
-def test_the_batch_carries_queries_confidences_and_steps(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_the_batch_carries_queries_confidences_and_perturbations(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
     batch = _collate(chat, samples)
     assert batch.queries == tuple(s.query for s in samples)
     assert batch.skipped == ()
     assert batch.confidence.dtype == torch.float32
     assert batch.confidence.tolist() == pytest.approx([1.0, 0.3, 0.0, 0.85])
-    prompts = PromptCollator(chat)([s._replace(step=i * 100) for i, s in enumerate(samples)])
-    assert (prompts.steps, prompts.levels) == ((0, 100, 200, 300), (1.0, 0.3, 0.0, 0.85))
+    perturbations = (CLEAN, Perturbation("noise", 0.3), Perturbation("blur", 0.5), Perturbation("noise", 1.0))
+    steps = (0, 300, None, 1000)
+    changed = zip(samples, perturbations, steps, strict=True)
+    prompts = PromptCollator(chat)([s._replace(perturbation=p, noise_step=step) for s, p, step in changed])
+    assert prompts.perturbations == perturbations
+    assert (prompts.noise_steps, prompts.levels) == (steps, (1.0, 0.3, 0.0, 0.85))
     assert prompts.queries == batch.queries
     moved = batch.to("meta")
     assert {
@@ -182,7 +189,7 @@ def test_the_batch_carries_queries_confidences_and_steps(chat: ChatFormat, sampl
 def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
         query = replace(samples[0].query, answer=answer, answer_type="open")
-        batch = _collate(chat, [Sample(query, samples[0].image, 0.8, 0)])
+        batch = _collate(chat, [Sample(query, samples[0].image, 0.8, CLEAN, 0)])
         response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
         assert response == render_response(answer, 0.8) + "<|end|>"
         assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"

@@ -6,21 +6,33 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_calibration.data.dataset import EvalSplit, NoEvidenceError, PerturbedQueries
+from vlm_calibration.data.dataset import (
+    EvalSplit,
+    NoEvidenceError,
+    PerturbedQueries,
+    level_id,
+    query_id_of_level,
+)
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.benchmark import PopeSource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.perturbation.by_kind import KIND_NAMES
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
+
+from ..level_tables import OnlyAt, noise_counts
 
 POLICY = NoisePolicy(resolution="native", distractor_probability=0.0)
 
@@ -58,21 +70,54 @@ def test_a_clean_part_stays_clean_and_states_the_clean_confidence() -> None:
     for epoch in range(5):
         sample = dataset[epoch, 0]
         assert (sample.image == 128).all()
-        assert (sample.step, sample.confidence) == (0, 1.0)
+        assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
 
 
-def test_every_step_asks_each_query_at_each_step() -> None:
-    dataset = _dataset(sweep=EvalSplit(Square(), "every_step"))
-    steps = LinearLevels().steps
-    assert len(dataset) == 2 * len(steps)
-    assert [q.id for q in dataset.queries[:3]] == ["sweep:dog@0", "sweep:dog@100", "sweep:dog@200"]
+@pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "darkness": 0.0, "blur": 2.0}])
+def test_every_level_asks_each_query_at_each_level_of_each_kind(kinds: dict[str, float]) -> None:
+    policy = replace(POLICY, kinds=kinds, levels=LinearLevels(3))
+    dataset = _dataset(policy, sweep=EvalSplit(Square(), "every_level"))
+    levels = [(kind, s) for kind, weight in kinds.items() if weight for s in (0.5, 1.0)]
+    assert len(dataset) == 2 * (1 + len(levels))
     samples = [dataset[0, i] for i in range(len(dataset))]
-    assert [s.step for s in samples] == [*steps, *steps]
+    assert [s.perturbation for s in samples] == [p for p in (CLEAN, *levels) for _ in ("dog", "cat")]
+    assert [q.id for q in dataset.queries] == [
+        f"sweep:{q}@{level}" for level in ("0", *(f"{k}-{s:g}" for k, s in levels)) for q in ("dog", "cat")
+    ]
     assert len({q.id for q in dataset.queries}) == len(dataset)
 
 
+@given(
+    st.text(),
+    st.sampled_from([CLEAN, *(Perturbation(k, s) for k in KIND_NAMES for s in (0.0, 0.001, 1 / 3, 1.0))]),
+)
+def test_the_id_of_a_level_contains_that_of_the_query(query_id: str, perturbation: Perturbation) -> None:
+    assert query_id_of_level(level_id(query_id, perturbation)) == query_id
+
+
+def test_levels_have_different_ids() -> None:
+    levels = NoisePolicy(levels=LinearLevels(101), kinds=dict.fromkeys(KIND_NAMES, 1.0)).perturbations
+    assert len({level_id("q", p) for p in levels}) == len(levels) == 1 + 100 * len(KIND_NAMES)
+
+
+def test_a_part_may_have_kinds_of_its_own() -> None:
+    policy = replace(POLICY, levels=LinearLevels(3))
+    parts = {
+        "own": EvalSplit(Square(), "every_level", {"blur": 1.0}),
+        "shared": EvalSplit(Square(), "every_level"),
+        "clean": EvalSplit(Square()),
+    }
+    dataset = _dataset(policy, **parts)
+    kinds: dict[str, set[str]] = {}
+    for index, query in enumerate(dataset.queries):
+        kinds.setdefault(query.id.split(":")[0], set()).add(dataset[0, index].perturbation.kind)
+    assert kinds == {"own": {"", "blur"}, "shared": {"", "noise"}, "clean": {""}}
+    with pytest.raises(DataError, match=r"noise.kinds: there is no kind 'rain': expected noise, blur"):
+        _dataset(policy, bad=EvalSplit(Square(), "drawn", {"rain": 1.0}))
+
+
 def test_the_same_query_in_two_parts_gets_different_noise() -> None:
-    policy = NoisePolicy(resolution="native", level_weights=[0] * 10 + [1])
+    policy = NoisePolicy(resolution="native", levels=OnlyAt())
     dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
     assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
 
@@ -144,7 +189,7 @@ def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: 
     )
 
 
-@pytest.mark.parametrize("noise", ["drawn", "every_step"])
+@pytest.mark.parametrize("noise", ["drawn", "every_level"])
 def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) -> None:
     with pytest.warns(UserWarning, match="need a region") as warned:
         dataset = _jsonl(mixed, noise=noise)
@@ -158,7 +203,7 @@ def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) 
 
 
 def test_a_no_about_an_object_that_is_there_is_noised_there(mixed: Path) -> None:
-    policy = NoisePolicy(resolution="native", distractor_probability=0.0, level_weights=[0] * 10 + [1])
+    policy = NoisePolicy(resolution="native", distractor_probability=0.0, levels=OnlyAt())
     with pytest.warns(UserWarning, match="need a region"):
         dataset = _jsonl(mixed, policy)
     changed = {q.id: (dataset[0, i].image != (255, 0, 0)).any(axis=-1) for i, q in enumerate(dataset.queries)}
@@ -192,7 +237,7 @@ def test_clean_images_need_no_regions(mixed: Path, caplog: pytest.LogCaptureFixt
         warnings.simplefilter("error")
         dataset = _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise", absent="skip"), "none")
     assert [q.id for q in dataset.queries] == [*ASKED, *UNLOCATED]
-    assert {dataset[0, i].step for i in range(9)} == {0}
+    assert {dataset[0, i].perturbation for i in range(9)} == {CLEAN}
     assert caplog.text == ""
 
 
@@ -226,7 +271,7 @@ def test_the_demo_loses_no_question(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def levels() -> AnchoredLevels:
-    return AnchoredLevels.fit({"yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)]})
+    return AnchoredLevels.fit({"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
 
 
 def test_an_answer_type_without_levels_is_told_before_anything_is_loaded(
@@ -239,14 +284,14 @@ def test_an_answer_type_without_levels_is_told_before_anything_is_loaded(
     with pytest.raises(DataError) as caught:
         _jsonl(path, policy)
     assert str(caught.value) == (
-        "data.train: record 'open': no levels were measured for answer type 'open'; known: yes_no: measure them with "
+        "data.train: record 'open': the level table has no levels for answer type 'open'; measured: yes_no: measure it with "
         "`vlm-calibration levels fit`; `on_bad_record: skip` leaves such records out"
     )
     with pytest.warns(UserWarning, match="left out 1 of 2 records: data.train: record 'open'"):
         dataset = _jsonl(path, policy, on_bad_record="skip")
     assert [q.id for q in dataset.queries] == ["yes"]
     clean = _jsonl(path, policy, "none")
-    assert [clean[0, i].step for i in range(2)] == [0, 0], "clean images need no levels"
+    assert [clean[0, i].perturbation for i in range(2)] == [CLEAN, CLEAN], "clean images need no levels"
 
 
 def test_what_the_model_cannot_be_asked_is_told_before_anything_is_loaded(
@@ -294,7 +339,7 @@ def test_records_that_cannot_be_loaded_are_left_out_of_a_batch(damaged: Path, no
     for sample in drawn.samples:
         alone = dataset[3, int(sample.query.id)]
         assert np.array_equal(alone.image, sample.image)
-        assert (alone.confidence, alone.step) == (sample.confidence, sample.step)
+        assert (alone.confidence, alone.perturbation) == (sample.confidence, sample.perturbation)
 
 
 def test_a_record_that_cannot_be_loaded_stops_the_run_where_it_is_to(damaged: Path) -> None:

@@ -26,7 +26,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.parts import layer_parts
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -275,7 +275,9 @@ def test_noise_survives_the_processor(family: Family) -> None:
     std = {}
     for resolution in ("model", "native"):
         policy = NoisePolicy(resolution=resolution, distractor_probability=0.0)  # type: ignore[arg-type]
-        image = perturb_query(query, loaded, policy, processor.image_processor, 0, 150).image
+        image = perturb_query(
+            query, loaded, policy, processor.image_processor, 0, Perturbation("noise", 0.15)
+        ).image
         std[resolution] = float(tiles(image).std())
     assert std["model"] > 3 * std["native"] > 3 * float(tiles(photo).std())
 

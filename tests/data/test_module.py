@@ -126,7 +126,7 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes
     parts = {
         "clean": EvalSplit(DemoSource("test", scenes=3)),
         "noised": EvalSplit(DemoSource("test", scenes=3), "drawn"),
-        "sweep": EvalSplit(DemoSource("calibration", scenes=1), "every_step"),
+        "sweep": EvalSplit(DemoSource("calibration", scenes=1), "every_level"),
     }
     ids: list[list[str]] = []
     drawn: Drawn = {}
@@ -137,7 +137,7 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes
         batches = list(module.test_dataloader())
         ids.append([q.id for batch in batches for q in batch.queries])
         drawn |= _drawn(batches)
-    total = 9 + 9 + 3 * len(LinearLevels().steps)
+    total = 9 + 9 + 3 * len(LinearLevels().strengths())
     assert sum(map(len, ids)) == len(drawn) == total
     woven = [shard[i] for i in range(len(ids[0])) for shard in ids if i < len(shard)]
     module = _module(model_folder, test=parts)

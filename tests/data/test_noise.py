@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
 
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
-from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
+from vlm_calibration.perturbation.by_kind import KIND_NAMES
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable
+from vlm_calibration.perturbation.levels import (
+    CLEAN,
+    AnchoredLevels,
+    ConfidenceLevels,
+    LinearLevels,
+    Perturbation,
+)
+from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import CosineSchedule
 from vlm_calibration.perturbation.transform import RegionNoise
 from vlm_calibration.records import DataError, LoadedImage, Query
+
+from ..level_tables import OnlyAt, noise_counts
 
 DOG = np.zeros((96, 96), dtype=bool)
 DOG[10:40, 10:50] = True
@@ -35,13 +49,15 @@ def _perturbed(
     loaded: LoadedImage,
     epoch: int = 0,
     query: str = "q",
-    step: int | None = None,
+    strength: float | None = None,
     processor: Any = None,
+    kind: str = "noise",
     **policy: Any,
 ) -> Sample:
+    perturbation = None if strength is None else Perturbation(kind, strength)
     resolution = {} if processor is not None else {"resolution": "native"}
     settings = {"distractor_probability": 0.0, **resolution, **policy}
-    return perturb_query(_query(query), loaded, NoisePolicy(**settings), processor, epoch, step)
+    return perturb_query(_query(query), loaded, NoisePolicy(**settings), processor, epoch, perturbation)
 
 
 def _changed(sample: Sample, before: np.ndarray = IMAGE) -> np.ndarray:
@@ -49,19 +65,21 @@ def _changed(sample: Sample, before: np.ndarray = IMAGE) -> np.ndarray:
 
 
 def test_a_sample_is_a_pure_function_of_seed_epoch_and_id() -> None:
-    def key(sample: Sample) -> tuple[bytes, float, int]:
-        return sample.image.tobytes(), sample.confidence, sample.step
+    kinds = {"noise": 1.0, "occlusion": 1.0, "darkness": 1.0}
 
-    expected = key(_perturbed(SCENE, epoch=3, seed=5))
+    def key(sample: Sample) -> tuple[bytes, float, Perturbation]:
+        return sample.image.tobytes(), sample.confidence, sample.perturbation
+
+    expected = key(_perturbed(SCENE, epoch=3, seed=5, kinds=kinds))
     np.random.default_rng(0).random(100)
     np.random.seed(1)  # noqa: NPY002  (the legacy stream must not matter)
     for identifier in ("a", "b"):
         _perturbed(SCENE, epoch=3, seed=5, query=identifier)
-    assert key(_perturbed(SCENE, epoch=3, seed=5)) == expected
+    assert key(_perturbed(SCENE, epoch=3, seed=5, kinds=kinds)) == expected
     changed = [
-        key(_perturbed(SCENE, epoch=4, seed=5)),
-        key(_perturbed(SCENE, epoch=3, seed=6)),
-        key(_perturbed(SCENE, epoch=3, seed=5, query="r")),
+        key(_perturbed(SCENE, epoch=4, seed=5, kinds=kinds)),
+        key(_perturbed(SCENE, epoch=3, seed=6, kinds=kinds)),
+        key(_perturbed(SCENE, epoch=3, seed=5, query="r", kinds=kinds)),
     ]
     assert len({expected, *changed}) == 4
 
@@ -76,31 +94,51 @@ def test_epochs_and_queries_have_unrelated_streams() -> None:
 
 def test_the_image_given_is_left_alone() -> None:
     before = IMAGE.copy()
-    _perturbed(SCENE, step=1000)
+    _perturbed(SCENE, strength=1)
     assert np.array_equal(IMAGE, before)
 
 
 @pytest.mark.parametrize("resolution", ["native", "model"])
-@pytest.mark.parametrize("step", [100, 500, 1000])
-def test_only_the_evidence_changes(processor: Any, resolution: str, step: int) -> None:
-    sample = _perturbed(SCENE, step=step, resolution=resolution, processor=processor.image_processor)
+@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
+def test_only_the_evidence_changes(processor: Any, resolution: str, strength: float) -> None:
+    sample = _perturbed(SCENE, strength=strength, resolution=resolution, processor=processor.image_processor)
     changed = _changed(sample)
     assert not changed[~DOG].any()
     assert changed[DOG].mean() > 0.9
-    assert (sample.step, sample.confidence) == (step, 1 - step / 1000)
+    assert (sample.perturbation, sample.confidence) == (("noise", strength), 1 - strength)
+    assert sample.noise_step == round(1000 * strength)
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("resolution", ["native", "model"])
+def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, kind: str) -> None:
+    sample = _perturbed(
+        SCENE,
+        strength=0.7,
+        kind=kind,
+        kinds={kind: 1.0},
+        resolution=resolution,
+        processor=processor.image_processor,
+    )
+    changed = _changed(sample)
+    assert not changed[~DOG].any()
+    assert changed[DOG].mean() > 0.5
+    assert (sample.perturbation, sample.confidence) == ((kind, 0.7), pytest.approx(0.3))
+    assert sample.noise_step == (700 if kind == "noise" else None)
 
 
 def test_at_full_confidence_nothing_changes() -> None:
-    sample = _perturbed(SCENE, step=0)
-    assert np.array_equal(sample.image, IMAGE)
-    assert (sample.step, sample.confidence) == (0, 1.0)
+    for kind in KIND_NAMES:
+        sample = _perturbed(SCENE, strength=0, kind=kind)
+        assert np.array_equal(sample.image, IMAGE)
+        assert sample.confidence == 1.0
 
 
 def test_a_box_and_a_grown_region_cover_more() -> None:
     round_dog = np.hypot(*(np.mgrid[:96, :96] - 30)) < 15
     loaded = LoadedImage(IMAGE, (round_dog,), ())
     areas = [
-        _changed(_perturbed(loaded, step=1000, **how)).sum()
+        _changed(_perturbed(loaded, strength=1, **how)).sum()
         for how in ({}, {"dilate": 0.1}, {"shape": "box"}, {"shape": "box", "dilate": 0.1})
     ]
     assert areas[0] < areas[1] < areas[3]
@@ -108,42 +146,40 @@ def test_a_box_and_a_grown_region_cover_more() -> None:
 
 
 def test_all_evidence_is_noised_together() -> None:
-    changed = _changed(_perturbed(LoadedImage(IMAGE, (DOG, CAT), ()), step=1000))
+    changed = _changed(_perturbed(LoadedImage(IMAGE, (DOG, CAT), ()), strength=1))
     assert changed[DOG].mean() > 0.9
     assert changed[CAT].mean() > 0.9
 
 
 def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
     samples = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, level_weights=[0] * 10 + [1])
-        for i in range(50)
+        _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, levels=OnlyAt()) for i in range(50)
     ]
     for sample in samples:
         assert np.array_equal(sample.image[DOG], IMAGE[DOG])
         assert _changed(sample)[CAT].mean() > 0.9
-        assert (sample.step, sample.confidence) == (0, 1.0)
+        assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
 
 
 def test_distractors_come_as_often_as_asked() -> None:
     noised = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, level_weights=[0] * 10 + [1])
-        for i in range(600)
+        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, levels=OnlyAt()) for i in range(600)
     ]
-    share = np.mean([s.step == 0 for s in noised])
+    share = np.mean([s.perturbation == CLEAN for s in noised])
     assert abs(share - 0.3) < 0.06
 
 
-def test_a_given_step_never_goes_to_a_distractor() -> None:
+def test_a_given_perturbation_never_goes_to_a_distractor() -> None:
     for i in range(30):
-        sample = _perturbed(SCENE, query=f"q{i}", step=1000, distractor_probability=1.0)
-        assert sample.step == 1000
+        sample = _perturbed(SCENE, query=f"q{i}", strength=1, distractor_probability=1.0)
+        assert sample.perturbation == ("noise", 1)
         assert not _changed(sample)[CAT].any()
 
 
 @pytest.mark.parametrize(("loaded", "where"), [(NO_DOG, CAT), (EMPTY, None)])
 def test_absent_objects_another_region_is_noised(loaded: LoadedImage, where: np.ndarray | None) -> None:
-    sample = _perturbed(loaded, step=1000)
-    assert (sample.step, sample.confidence) == (1000, 0.0)
+    sample = _perturbed(loaded, strength=1)
+    assert (sample.perturbation, sample.confidence) == (("noise", 1), 0.0)
     changed = _changed(sample)
     if where is None:
         assert 0.01 < changed.mean() < 0.3
@@ -153,49 +189,141 @@ def test_absent_objects_another_region_is_noised(loaded: LoadedImage, where: np.
 
 
 def test_absent_objects_clean() -> None:
-    sample = _perturbed(NO_DOG, step=1000, absent="clean")
+    sample = _perturbed(NO_DOG, strength=1, absent="clean")
     assert np.array_equal(sample.image, IMAGE)
-    assert (sample.step, sample.confidence) == (0, 1.0)
+    assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
 
 
-def _draws(n: int = 4000, **policy: Any) -> Counter[int]:
-    noise_policy = NoisePolicy(**policy)
-    return Counter(noise_policy.draw_step(query_rng(0, 0, f"q{i}")) for i in range(n))
+def _draws(n: int = 4000, **policy: Any) -> Counter[Perturbation]:
+    noise = NoisePolicy(**policy)
+    return Counter(noise.draw(0, f"q{i}", query_rng(noise.seed, 0, f"q{i}")) for i in range(n))
 
 
 def test_levels_come_alike_often() -> None:
     counts = _draws()
-    assert sorted(counts) == list(LinearLevels().steps)
+    assert sorted(s for _, s in counts) == list(LinearLevels().strengths())
+    assert counts[CLEAN]
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_level_weights_and_clean_fraction() -> None:
-    weights = [0.0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
-    counts = _draws(level_weights=weights, clean_fraction=0.25)
-    assert abs(counts[0] / 4000 - 0.25) < 0.025
-    drawn = np.array([counts[s] for s in LinearLevels().steps])[1:]
-    relative = np.array(weights[1:])
-    assert (drawn[relative == 0] == 0).all()
-    expected = relative / relative.sum() * drawn.sum()
-    assert chisquare(drawn[relative > 0], expected[relative > 0]).pvalue > 1e-3
+def test_a_share_stays_clean() -> None:
+    counts = _draws(clean_fraction=0.25)
+    assert abs(counts[CLEAN] / 4000 - (0.25 + 0.75 / 11)) < 0.03
+    assert chisquare([n for p, n in counts.items() if p != CLEAN]).pvalue > 1e-3
+    assert set(_draws(50, clean_fraction=1.0)) == {CLEAN}
 
 
-def test_own_levels_decide_the_steps_and_the_confidence() -> None:
+@pytest.mark.parametrize("seed", [0, 7])
+def test_kinds_and_their_strengths_come_as_often_as_asked(seed: int) -> None:
+    kinds = {"noise": 2.0, "blur": 1.0, "jpeg": 0.0, "occlusion": 0.5}
+    n = 7000
+    counts = _draws(n, kinds=kinds, levels=LinearLevels(5), seed=seed)
+    drawn = {k: w for k, w in kinds.items() if w}
+    expected = {
+        Perturbation(k, s): n * w / sum(drawn.values()) / 5
+        for k, w in drawn.items()
+        for s in (0.25, 0.5, 0.75, 1.0)
+    } | {CLEAN: n / 5}
+    assert set(counts) == set(expected)
+    assert chisquare([counts[p] for p in expected], list(expected.values())).pvalue > 1e-3
+    policy = NoisePolicy(kinds=kinds, levels=LinearLevels(5))
+    assert policy.used_kinds == ("noise", "blur", "occlusion")
+    assert len(policy.perturbations) == len(set(policy.perturbations)) == len(expected)
+    assert set(policy.perturbations) == set(expected)
+    assert policy.perturbations[0] == CLEAN
+
+
+def test_another_kind_with_the_same_strengths_changes_no_strength() -> None:
+    """The kind has a generator of its own, so runs with more kinds compare image by image with noise alone."""
+    alone = NoisePolicy()
+    mixed = NoisePolicy(kinds={"noise": 1.0, "blur": 1.0})
+    strengths = [
+        [policy.draw(2, f"q{i}", query_rng(0, 2, f"q{i}")).strength for i in range(200)]
+        for policy in (alone, mixed)
+    ]
+    assert strengths[0] == strengths[1]
+
+
+def test_the_kind_does_not_depend_on_the_strength() -> None:
+    counts = _draws(6000, kinds={"noise": 1.0, "blur": 1.0}, levels=LinearLevels(4))
+    table = [[counts[Perturbation(k, i / 3)] for i in (1, 2, 3)] for k in ("noise", "blur")]
+    assert chi2_contingency(table).pvalue > 1e-3
+
+
+def test_own_levels_decide_the_strengths_and_the_confidence() -> None:
     counts = {
-        "yes_no": [StepCount(0, 100, 90), StepCount(400, 100, 70), StepCount(900, 100, 50)],
-        "short": [StepCount(0, 100, 80), StepCount(400, 100, 40), StepCount(900, 100, 5)],
+        "yes_no": noise_counts((0, 100, 90), (0.4, 100, 70), (0.9, 100, 50)),
+        "short": noise_counts((0, 100, 80), (0.4, 100, 40), (0.9, 100, 5)),
     }
     levels = AnchoredLevels.fit(counts)
-    assert sorted(_draws(300, levels=levels)) == [0, 400, 900]
+    assert sorted(s for _, s in _draws(300, levels=levels)) == list(levels.strengths("noise"))
     policy = NoisePolicy(levels=levels, resolution="native")
-    for kind, expected in (("yes_no", 0.5), ("short", 0.05)):
-        assert perturb_query(_query("q", kind), SCENE, policy, None, 0, 900).confidence == expected
+    strongest = Perturbation("noise", 0.9)
+    for answer_type, expected in (("yes_no", 0.5), ("short", 0.05)):
+        sample = perturb_query(_query("q", answer_type), SCENE, policy, None, 0, strongest)
+        assert sample.confidence == expected
     distracted = NoisePolicy(
-        levels=levels, resolution="native", distractor_probability=1.0, level_weights=[0, 0, 1]
+        levels=levels, resolution="native", distractor_probability=1.0, clean_fraction=0.0
     )
-    assert perturb_query(_query("q", "short"), SCENE, distracted, None, 0).confidence == 0.8
-    with pytest.raises(ValueError, match="no levels were measured for answer type 'open'"):
-        perturb_query(_query("q", "open"), SCENE, policy, None, 0, 900)
+    samples = [perturb_query(_query(f"q{i}", "short"), SCENE, distracted, None, 0) for i in range(9)]
+    assert {s.confidence for s in samples} == {0.8}
+    assert any(_changed(s)[CAT].any() for s in samples)
+    with pytest.raises(ValueError, match="no levels for answer type 'open'"):
+        perturb_query(_query("q", "open"), SCENE, policy, None, 0, strongest)
+
+
+def test_kinds_without_levels_are_refused_at_once() -> None:
+    levels = AnchoredLevels.fit({"short": noise_counts((0, 100, 80), (1, 100, 5))})
+    NoisePolicy(levels=levels, kinds={"noise": 1.0, "blur": 0.0})
+    with pytest.raises(DataError) as caught:
+        NoisePolicy(levels=levels, kinds={"noise": 1.0, "blur": 1.0})
+    assert str(caught.value) == (
+        "noise.kinds: the level table has no levels for 'blur'; measured: noise: measure it with `vlm-calibration levels fit`"
+    )
+
+
+def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
+    """Untouched, perturbed, and with a perturbed distractor."""
+    provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
+    bins = (
+        {"noise": [(0, 100, 60), (1, 100, 20)], "blur": [(0, 100, 60), (1, 100, 40)]},
+        {"noise": [(0, 100, 100), (1, 100, 30)], "blur": [(0, 100, 100), (1, 100, 50)]},
+    )
+    table = LevelTable({"yes_no": AnswerTypeCounts(bins, (0.5,))}, provenance)
+    write_likelihoods(tmp_path / "l.parquet", {"hard": 0.1, "easy": 0.9}, provenance)
+    levels = AnchoredLevels(table=table, grid=1, likelihoods=tmp_path / "l.parquet")
+    kinds = {"noise": 1.0, "blur": 1.0}
+    for query, stated in (("hard", (0.6, 0.2, 0.4)), ("easy", (1.0, 0.3, 0.5))):
+        found = [
+            _perturbed(
+                SCENE, query=query, strength=strength, kind=kind, levels=levels, kinds=kinds
+            ).confidence
+            for kind, strength in ((CLEAN.kind, 0), ("noise", 1), ("blur", 1))
+        ]
+        assert tuple(found) == stated
+        distracted = _perturbed(
+            SCENE, query=query, levels=OnlyStrong(levels), kinds=kinds, distractor_probability=1.0
+        )
+        assert _changed(distracted)[CAT].any()
+        assert distracted.confidence == stated[0]
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "l.parquet"))):
+        _perturbed(SCENE, query="unknown", levels=levels)
+
+
+class OnlyStrong(ConfidenceLevels):
+    """Other levels, of which only strength 1 is drawn."""
+
+    def __init__(self, levels: ConfidenceLevels) -> None:
+        self.levels = levels
+
+    def strengths(self, kind: str) -> tuple[float, ...]:
+        return self.levels.strengths(kind)[-1:]
+
+    def confidence(self, *arguments: Any) -> float:
+        return self.levels.confidence(*arguments)
+
+    def confidences(self, answer_type: str) -> tuple[float, ...]:
+        return self.levels.confidences(answer_type)
 
 
 @pytest.mark.parametrize(
@@ -206,13 +334,13 @@ def test_own_levels_decide_the_steps_and_the_confidence() -> None:
         ({"distractor_probability": -0.1}, "noise.distractor_probability must be in [0, 1], found -0.1"),
         ({"wrong_answer_rate": 1.1}, "noise.wrong_answer_rate must be in [0, 1], found 1.1"),
         ({"wrong_answer_rate": float("nan")}, "noise.wrong_answer_rate"),
-        ({"level_weights": [1.0, 2.0]}, "noise.level_weights must be 11 numbers"),
-        ({"level_weights": [-1.0] + [1.0] * 10}, "noise.level_weights"),
-        ({"level_weights": [0.0] * 11}, "noise.level_weights"),
-        ({"level_weights": [float("nan")] + [1.0] * 10}, "noise.level_weights"),
-        ({"level_weights": [float("inf")] + [1.0] * 10}, "noise.level_weights"),
-        ({"schedule": CosineSchedule(steps=500)}, "goes up to step 1000 but noise.schedule has 500"),
-        ({"schedule": CosineSchedule(steps=2000)}, "goes up to step 1000 but noise.schedule has 2000"),
+        ({"kinds": {"rain": 1.0}}, "'rain': expected noise, blur, motion_blur, pixelation, occlusion"),
+        ({"kinds": {"noise": 1.0, "Blur": 0.0}}, "noise.kinds: there is no kind 'Blur'"),
+        ({"kinds": {}}, "noise.kinds must be frequencies of at least 0, one of them above 0, found {}"),
+        ({"kinds": {"noise": 0.0}}, "found {'noise': 0.0}"),
+        ({"kinds": {"noise": 2.0, "blur": -1.0}}, "noise.kinds"),
+        ({"kinds": {"noise": float("nan")}}, "noise.kinds"),
+        ({"kinds": {"noise": float("inf")}}, "noise.kinds"),
         ({"seed": -1}, "noise.seed must be at least 0, found -1"),
         ({"dilate": -0.1}, "noise.dilate must be a finite number of at least 0, found -0.1"),
         ({"dilate": float("inf")}, "noise.dilate"),
@@ -222,6 +350,14 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings: dict[str, Any
     with pytest.raises(DataError) as caught:
         NoisePolicy(**settings)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [50, 500, 2000])
+def test_strengths_are_shares_of_any_schedule(steps: int) -> None:
+    sample = _perturbed(SCENE, strength=0.5, schedule=CosineSchedule(steps=steps))
+    assert sample.noise_step == steps // 2
+    expected = add_region_noise(IMAGE, DOG, steps // 2, CosineSchedule(steps=steps), 1)[DOG].std()
+    assert sample.image[DOG].std() == pytest.approx(expected, rel=0.1)
 
 
 def _seen_std(processor: Any, sample: Sample) -> float:
@@ -234,15 +370,19 @@ def _seen_std(processor: Any, sample: Sample) -> float:
 def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
     photo = np.full((1500, 2000, 3), 128, dtype=np.uint8)
     everything = LoadedImage(photo, (np.ones((1500, 2000), dtype=bool),), ())
-    step = 300
-    expected = np.sqrt(1 - NoisePolicy().schedule.alpha_bar(step))
+    strength = 0.3
+    expected = np.sqrt(1 - NoisePolicy().schedule.alpha_bar(300))
     assert 0.3 < expected < 0.6, "strong enough to see, weak enough not to be clipped much"
 
-    sample = _perturbed(everything, step=step, processor=processor.image_processor, resolution="model")
+    sample = _perturbed(
+        everything, strength=strength, processor=processor.image_processor, resolution="model"
+    )
     assert sample.image.shape == (96, 96, 3)
     assert abs(_seen_std(processor, sample) / expected - 1) < 0.05
 
-    native = _perturbed(everything, step=step, processor=processor.image_processor, resolution="native")
+    native = _perturbed(
+        everything, strength=strength, processor=processor.image_processor, resolution="native"
+    )
     assert native.image.shape == photo.shape
     assert native.image.std() / 127.5 == pytest.approx(expected, rel=0.05)
     assert _seen_std(processor, native) < 0.15 * expected
@@ -252,7 +392,7 @@ def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None
     photo = np.full((480, 640, 3), 128, dtype=np.uint8)
     mask = np.zeros((480, 640), dtype=bool)
     mask[120:240, 320:480] = True
-    sample = _perturbed(LoadedImage(photo, (mask,), ()), step=1000, processor=processor.image_processor)
+    sample = _perturbed(LoadedImage(photo, (mask,), ()), strength=1, processor=processor.image_processor)
     expected = np.zeros((96, 96), dtype=bool)
     expected[24:48, 48:72] = True
     changed = (sample.image != 128).any(axis=-1)
@@ -268,10 +408,10 @@ def test_the_noise_is_that_of_the_albumentations_transform(monkeypatch: pytest.M
         return {"image": np.zeros_like(call["image"])}
 
     monkeypatch.setattr(RegionNoise, "__call__", record)
-    assert not _perturbed(SCENE, step=300).image.any()
+    assert not _perturbed(SCENE, strength=0.3).image.any()
     assert calls[0]["image"] is IMAGE
     assert (calls[0]["mask"] == DOG).all()
-    assert calls[0]["step"] == 300
+    assert calls[0]["strength"] == 0.3
 
 
 @pytest.mark.slow

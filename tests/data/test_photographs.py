@@ -16,6 +16,7 @@ from vlm_calibration.data.noise import NoisePolicy, perturb_query
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
 from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import LoadedImage, Query
 
 from ..models.processors import FAMILIES, cached_family
@@ -80,16 +81,20 @@ def test_pixels_are_those_of_the_processor_alone(family: tuple[str, Any], photog
         assert differing == 0
 
 
-def _perturbed(image_processor: Any, image: np.ndarray, mask: np.ndarray, step: int) -> np.ndarray:
+def _perturbed(
+    image_processor: Any, image: np.ndarray, mask: np.ndarray, perturbation: Perturbation
+) -> np.ndarray:
     query = Query("q", "x.png", "A hat?", "Yes", "yes_no", objects=("hat",))
     loaded = LoadedImage(image, (mask,), ())
-    return perturb_query(query, loaded, NoisePolicy(), image_processor, epoch=0, step=step).image
+    return perturb_query(
+        query, loaded, NoisePolicy(), image_processor, epoch=0, perturbation=perturbation
+    ).image
 
 
 def test_a_sample_without_noise_is_what_the_processor_makes_of_the_file(family: tuple[str, Any]) -> None:
     _, image_processor = family
     image = PHOTOGRAPHS["portrait"]
-    sample = _perturbed(image_processor, image, np.ones(image.shape[:2], dtype=bool), step=0)
+    sample = _perturbed(image_processor, image, np.ones(image.shape[:2], dtype=bool), CLEAN)
     assert torch.equal(_levels(image_processor, sample), _levels(image_processor, image))
 
 
@@ -99,7 +104,7 @@ def test_noise_leaves_all_other_pixels_to_the_processor(family: tuple[str, Any])
     mask = np.zeros(image.shape[:2], dtype=bool)
     mask[: len(mask) // 2] = True
     sample, alone = (
-        _perturbed(image_processor, image, mask, step=500),
+        _perturbed(image_processor, image, mask, Perturbation("noise", 0.5)),
         resize_to_model(image_processor, image),
     )
     assert sample.shape == alone.shape

@@ -70,7 +70,7 @@ def test_each_noised_source_without_regions_has_a_file_named_after_its_settings(
         {
             "train": noised(Plain("t")),
             "validation": noised(Plain("v", located=6)),
-            "levels": EvalSplit(held_out, "every_step"),
+            "levels": EvalSplit(held_out, "every_level"),
             "test.clean": EvalSplit(Plain("c")),
             "test.near": noised(Plain("n")),
             "test.far/off": noised(Plain("f")),

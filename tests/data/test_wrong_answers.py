@@ -17,9 +17,11 @@ from vlm_calibration.data.sources.base import QuerySource, opposite
 from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import CLASSES, scene_layout
 from vlm_calibration.demo.source import DemoSource, scene_index
-from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import LoadedImage, Query, Region
 from vlm_calibration.text.grading import grade
+
+from ..level_tables import OnlyAt, noise_counts
 
 IMAGE = np.random.default_rng(0).integers(60, 200, (6, 6, 3), dtype=np.uint8)
 DOG = np.zeros((6, 6), dtype=bool)
@@ -29,12 +31,17 @@ QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no", objects=("dog",))
 
 
 def _sample(
-    number: int, wrong_answer_rate: float = 1.0, epoch: int = 0, step: int | None = None, **settings: Any
+    number: int,
+    wrong_answer_rate: float = 1.0,
+    epoch: int = 0,
+    strength: float | None = None,
+    **settings: Any,
 ) -> Sample:
     wrong = settings.pop("wrong", ("No",))
     query = replace(QUERY, id=f"q{number}", answer_type=settings.pop("kind", "yes_no"))
     policy = NoisePolicy(**{"resolution": "native", "wrong_answer_rate": wrong_answer_rate, **settings})
-    return perturb_query(query, SCENE, policy, None, epoch, step, wrong)
+    perturbation = None if strength is None else Perturbation(NOISE, strength)
+    return perturb_query(query, SCENE, policy, None, epoch, perturbation, wrong)
 
 
 def _fits(wrong: int, n: int, share: float) -> bool:
@@ -60,17 +67,22 @@ def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: 
 
 def test_the_confidence_counts_and_not_the_noise() -> None:
     # Half of all yes/no questions are answered correctly without any evidence.
-    counts = [StepCount(0, 100, 100), StepCount(1000, 100, 50)]
-    levels = AnchoredLevels.fit({"yes_no": counts, "short": [counts[0], StepCount(1000, 100, 0)]})
+    counts = {
+        "yes_no": noise_counts((0, 100, 100), (1, 100, 50)),
+        "short": noise_counts((0, 100, 100), (1, 100, 0)),
+    }
+    levels = AnchoredLevels.fit(counts)
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
-        for step, wrong in ((0, 0.0), (1000, share)):
-            answers = [_sample(i, step=step, levels=levels, kind=kind).wrong_answer for i in range(600)]
+        for strength, wrong in ((0, 0.0), (1, share)):
+            answers = [
+                _sample(i, strength=strength, levels=levels, kind=kind).wrong_answer for i in range(600)
+            ]
             assert _fits(sum(m is not None for m in answers), 600, wrong)
 
 
 def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
     for i in range(200):
-        for sample in (_sample(i, 0.0, step=1000), _sample(i, 1.0, step=1000, wrong=())):
+        for sample in (_sample(i, 0.0, strength=1), _sample(i, 1.0, strength=1, wrong=())):
             assert sample.wrong_answer is None
             assert sample.answer == "Yes"
             assert sample.confidence == 0.0
@@ -78,7 +90,7 @@ def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
 
 def test_wrong_answers_are_drawn_alike_often() -> None:
     wrong = ("cat", "car", "tree")
-    samples = [_sample(i, step=1000, wrong=wrong) for i in range(1200)]
+    samples = [_sample(i, strength=1, wrong=wrong) for i in range(1200)]
     counts = Counter(s.answer for s in samples)
     assert set(counts) == set(wrong)
     assert chisquare(list(counts.values())).pvalue > 1e-3
@@ -87,7 +99,7 @@ def test_wrong_answers_are_drawn_alike_often() -> None:
 
 def test_a_mistake_is_a_pure_function_of_seed_epoch_and_id() -> None:
     def drawn(**settings: Any) -> list[str]:
-        return [_sample(i, step=500, wrong=("a", "b"), **settings).answer for i in range(60)]
+        return [_sample(i, strength=0.5, wrong=("a", "b"), **settings).answer for i in range(60)]
 
     expected = drawn()
     np.random.seed(3)  # noqa: NPY002  (the legacy stream must not matter)
@@ -104,9 +116,9 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
             for wrong_answer_rate in (0.0, 1.0)
         )
         assert np.array_equal(plain.image, mistaken.image)
-        assert (plain.confidence, plain.step, plain.wrong) == (
+        assert (plain.confidence, plain.perturbation, plain.wrong) == (
             mistaken.confidence,
-            mistaken.step,
+            mistaken.perturbation,
             mistaken.wrong,
         )
         changed += mistaken.wrong_answer is not None
@@ -115,8 +127,8 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
 
 def test_mistakes_have_a_stream_of_their_own() -> None:
     # The first draw of the noise generator decides which samples stay clean; for the other samples it is above 0.5.
-    weights = [0.0] * 4 + [1.0] * 3 + [0.0] * 4
-    rows = [_sample(i, clean_fraction=0.5, level_weights=weights) for i in range(3000)]
+    levels = OnlyAt(drawn=(0.4, 0.5, 0.6))
+    rows = [_sample(i, clean_fraction=0.5, levels=levels) for i in range(3000)]
     wrong = Counter(s.confidence for s in rows if s.wrong_answer is not None)
     total = Counter(s.confidence for s in rows)
     assert set(total) == {1.0, 0.6, 0.5, 0.4}
@@ -212,7 +224,7 @@ def test_the_demo_knows_what_else_is_in_the_scene(shifted: bool) -> None:
 def test_the_dataset_asks_the_source() -> None:
     source = DemoSource("train", scenes=4)
     policy = NoisePolicy(levels=LinearLevels(), wrong_answer_rate=1.0, resolution="native")
-    for parts in ({"": EvalSplit(source, "drawn")}, {"named": EvalSplit(source, "every_step")}):
+    for parts in ({"": EvalSplit(source, "drawn")}, {"named": EvalSplit(source, "every_level")}):
         dataset = PerturbedQueries(parts, policy, None)
         samples = [dataset[3, i] for i in range(len(dataset))]
         assert all(s.wrong == tuple(source.wrong_answers(s.query)) for s in samples)

@@ -38,7 +38,10 @@ def answering() -> Answering:
         with torch.no_grad():
             generated = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
         answers = texts or generated
-        predictions = [graded_prediction(s.query, t, s.step) for s, t in zip(samples, answers, strict=True)]
+        predictions = [
+            graded_prediction(s.query, t, s.perturbation, s.noise_step)
+            for s, t in zip(samples, answers, strict=True)
+        ]
         return AnsweredBatch(
             model,
             batch,

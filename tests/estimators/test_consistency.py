@@ -16,7 +16,7 @@ from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, _agrees
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -59,7 +59,7 @@ def test_the_share_is_the_models_probability(processor: Any, temperature: float,
     from vlm_calibration.data.collate import PromptCollator
 
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
-    predictions = [graded_prediction(s.query, t, 0) for s, t in zip(samples, texts, strict=True)]
+    predictions = [graded_prediction(s.query, t, CLEAN, 0) for s, t in zip(samples, texts, strict=True)]
     batch = AnsweredBatch(
         urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerTokenizer(chat, [LinearLevels()]), 4
     )
@@ -158,11 +158,13 @@ def test_passes_are_counted_to_the_end_of_each_answer(
 )
 def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, agrees: bool) -> None:
     query = Query("1", "a.png", "What is it?", "dog", "short")
-    assert _agrees(graded_prediction(query, "a dog", 0), "a big dog. Confidence: 80%", grading) is agrees
+    assert (
+        _agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is agrees
+    )
 
 
 def test_samples_are_not_ranked_but_compared_as_answers() -> None:
     query = Query("1", "a.png", "What is it?", "a cat", "open")
-    answer = graded_prediction(query, "a dog", 0, Grading(open="ranking"), ranked_correct=True)
+    answer = graded_prediction(query, "a dog", CLEAN, 0, Grading(open="ranking"), ranked_correct=True)
     assert answer.correct
     assert [_agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]

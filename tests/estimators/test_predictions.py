@@ -42,12 +42,23 @@ def write(path: Path, *lines: Any) -> Path:
     confidence=st.none() | st.floats(0, 1),
     estimates=st.dictionaries(st.sampled_from(["expected", "p_true"]), st.none() | st.floats(0, 1)),
     image=st.none() | st.text(),
+    perturbation=st.none() | st.sampled_from(["", "noise", "blur"]),
+    strength=st.none() | st.floats(0, 1),
 )
 def test_what_is_written_is_read(
-    text: str, confidence: float | None, estimates: dict[str, float | None], image: str | None
+    text: str,
+    confidence: float | None,
+    estimates: dict[str, float | None],
+    image: str | None,
+    perturbation: str | None,
+    strength: float | None,
 ) -> None:
     made = EstimatedPrediction(
-        "a", "?", "Yes", text, None, confidence, False, None, None, "short", image, estimates
+        *("a", "?", "Yes", text, None, confidence, False, None, None, "short"),
+        perturbation=perturbation,
+        strength=strength,
+        image=image,
+        estimates=estimates,
     )
     assert prediction_from_dict(json.loads(json.dumps(made.to_dict(), ensure_ascii=False))) == made
 
@@ -57,7 +68,7 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
         tmp_path / "p.jsonl", LINE, "", {**LINE, "id": "b", "text": "a\u2028b\u0085", "expected": 0.5}
     )
     first, second = read_predictions(path)
-    assert (first.image, first.estimates) == (None, {})
+    assert (first.image, first.estimates, first.perturbation, first.strength) == (None, {}, None, None)
     assert second.text == "a\u2028b\u0085"
     assert second.confidence_of("expected") == 0.5
     assert second.confidence_of("verbalized") == 0.8
@@ -74,6 +85,9 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
         ({"note": "well"}, "'note' must be a number in [0, 1] or null, found 'well'"),
         ({"correct": 1}, "'correct' must be true or false"),
         ({"noise_step": 0.5}, "'noise_step' must be a whole number or null"),
+        ({"perturbation": 1}, "'perturbation' must be a string or null, found 1"),
+        ({"strength": 1.5}, "'strength' must be a number in [0, 1] or null, found 1.5"),
+        ({"strength": "strong"}, "'strength' must be a number in [0, 1] or null, found 'strong'"),
         ({"answer_type": "number"}, "'answer_type' must be one of yes_no, short, open"),
         ({"category": 3}, "'category' must be a string or null"),
         ({"text": None}, "'text' must be a string"),

@@ -25,11 +25,12 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import TEMPLATE, PTrue
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.models import shared_prefix
-from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, StepCount
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+from ..level_tables import noise_counts
 from ..models.processors import FAMILIES, cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
@@ -42,10 +43,7 @@ ASKED = (
     ("Is it late?", "No", "yes_no", "It is white."),
 )
 LEVELS = AnchoredLevels.fit(
-    {
-        kind: [StepCount(0, 100, 90), StepCount(500, 100, 45), StepCount(1000, 100, 20)]
-        for kind in ("yes_no", "short")
-    }
+    dict.fromkeys(("yes_no", "short"), noise_counts((0, 100, 90), (0.5625, 100, 45), (1, 100, 20)))
 )
 """90%, 45% and 20%: two digits each, so that no level is likelier for being shorter."""
 UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
@@ -53,7 +51,7 @@ UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
 
 def samples_of(images: list[np.ndarray], rows: tuple[tuple[str, ...], ...] = ASKED) -> list[Sample]:
     return [
-        Sample(Query(f"q{i}", f"{i}.png", q, a, kind), image, 0.5, 0)  # type: ignore[arg-type]
+        Sample(Query(f"q{i}", f"{i}.png", q, a, kind), image, 0.5, CLEAN, 0)  # type: ignore[arg-type]
         for i, ((q, a, kind, _), image) in enumerate(zip(rows, images, strict=True))
     ]
 

@@ -10,6 +10,7 @@ import pytest
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator, SFTBatch, SFTCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -22,7 +23,7 @@ def questions() -> list[Sample]:
         ("Do you see a cup?", "No", 0.0),
     )
     return [
-        Sample(Query(f"q{i}", "x", q, a, "short"), np.asarray(render_scene(i).image), c, 0)
+        Sample(Query(f"q{i}", "x", q, a, "short"), np.asarray(render_scene(i).image), c, CLEAN, 0)
         for i, (q, a, c) in enumerate(rows)
     ]
 

@@ -20,19 +20,17 @@ from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, Quantization
-from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
+from ..level_tables import OnlyAt
 from .processors import Family
 
 SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
 """(height, width) of the images in a batch."""
-NOISE = NoisePolicy(
-    levels=LinearLevels(n_levels=3), level_weights=[0.0, 1.0, 0.0], distractor_probability=0.0
-)
+NOISE = NoisePolicy(levels=OnlyAt(n_levels=3, drawn=(0.5,)), distractor_probability=0.0)
 """Every sample has half of the noise, so every response states 50%."""
 LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
 

@@ -42,7 +42,7 @@ from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -89,6 +89,7 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
             Query(f"q{i}", f"{i}.png", f"Is there a {CLASSES[i % len(CLASSES)]} in the image?", "Yes", "yes_no"),
             rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
             1.0,
+            CLEAN,
             0,
         )
         for i in range(BATCH)
@@ -106,7 +107,9 @@ def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
     generating = GenerationRecorder(bench.model, keep_cache=bool(estimators))
     generate_texts(generating, bench.batch.inputs, bench.chat.processor.tokenizer, bench.tokens)
     if estimators:
-        predictions = [graded_prediction(q, render_response("Yes", 0.8), 0) for q in bench.batch.queries]
+        predictions = [
+            graded_prediction(q, render_response("Yes", 0.8), CLEAN, 0) for q in bench.batch.queries
+        ]
         answered = AnsweredBatch(
             bench.model,
             bench.batch,

@@ -55,7 +55,7 @@ from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.perturbation.levels import NOISE, LinearLevels, Perturbation
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
@@ -165,8 +165,8 @@ def make_samples(n: int) -> list[Sample]:
         question = " ".join(rng.choice(CLASSES, size=rng.integers(5, 25)))
         query = Query(f"q{i}", "noise", question, ("Yes", "No")[i % 2], "yes_no")
         image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        step = int(rng.choice(LEVELS.steps))
-        samples.append(Sample(query, image, LEVELS.confidence(step), step))
+        drawn = Perturbation(NOISE, float(rng.choice(LEVELS.strengths())))
+        samples.append(Sample(query, image, LEVELS.confidence(drawn), drawn, round(1000 * drawn.strength)))
     return samples
 
 

@@ -1,4 +1,4 @@
-"""Groups of levels: neighbouring steps are merged, and state the mean accuracy of their answers."""
+"""Groups of levels: similar accuracies are merged, and state their mean."""
 
 import pickle
 from itertools import combinations, pairwise
@@ -8,85 +8,81 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount, _group_means
+from vlm_calibration.perturbation.level_accuracy import group_means
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
+
+from .conftest import noise_counts
 
 
-def segmentations(n, max_runs):
-    """All segmentations of `range(n)` into at most `max_runs` runs, as lists of (start, end)."""
-    for cuts in range(min(max_runs, n)):
-        for where in combinations(range(1, n), cuts):
-            yield list(pairwise((0, *where, n)))
+def partitions(values, groups):
+    """All partitions of falling numbers into at most `groups` runs."""
+    for cuts in range(min(groups, len(values))):
+        for where in combinations(range(1, len(values)), cuts):
+            yield [values[a:b] for a, b in pairwise((0, *where, len(values)))]
 
 
-def error_and_means(values, weights, runs):
-    """The weighted sum of squared errors of a segmentation, and the mean of the run that each value is in."""
-    means = []
-    for start, end in runs:
-        weight = sum(weights[start:end])
-        mean = sum(v * w for v, w in zip(values[start:end], weights[start:end], strict=True)) / weight
-        means += [mean] * (end - start)
-    return sum(w * (v - m) ** 2 for v, m, w in zip(values, means, weights, strict=True)), means
+def error(runs):
+    return sum(float(((np.array(run) - np.mean(run)) ** 2).sum()) for run in runs)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 500)), min_size=1, max_size=8), st.integers(1, 9)
-)
-def test_groups_are_the_best_of_all_segmentations(pairs, groups):
-    values = sorted((v / 1000 for v, _ in pairs), reverse=True)
-    weights = [w for _, w in pairs]
-    group_means = _group_means(np.array(values), weights, groups)
-    all_of_them = [error_and_means(values, weights, runs) for runs in segmentations(len(values), groups)]
-    minimum = min(error for error, _ in all_of_them)
-    error = sum(w * (v - m) ** 2 for v, m, w in zip(values, group_means, weights, strict=True))
-    assert error == pytest.approx(minimum, abs=1e-9)
-    assert any(
-        np.allclose(group_means, means, atol=1e-9) for e, means in all_of_them if e <= minimum + 1e-9
-    ), "the means of such a segmentation"
-    assert (np.diff(group_means) <= 1e-12).all(), "never rising with the noise"
-    assert len(set(np.round(group_means, 9))) <= groups
-    assert np.average(group_means, weights=weights) == pytest.approx(np.average(values, weights=weights))
+def runs_of(values, smallest):
+    """The falling numbers split behind each of `smallest`."""
+    bounds = [0, *(max(i for i, v in enumerate(values) if v == s) + 1 for s in smallest)]
+    return [values[a:b] for a, b in pairwise(bounds)]
+
+
+@given(st.lists(st.integers(0, 12).map(lambda i: i / 12), min_size=1, max_size=9), st.integers(1, 10))
+def test_groups_are_the_best_of_all_partitions(values, groups):
+    falling = sorted(values, reverse=True)
+    result = group_means(values, groups)
+    runs = runs_of(falling, [smallest for smallest, _ in result])
+    assert len(result) <= groups
+    assert error(runs) == pytest.approx(min(error(p) for p in partitions(falling, groups)), abs=1e-9)
+    assert [mean for _, mean in result] == pytest.approx([np.mean(run) for run in runs])
+    assert sum(map(len, runs)) == len(values)
+
+
+def test_equal_numbers_are_never_split():
+    smallest, means = zip(*group_means([0.9] * 5 + [0.5] * 3 + [0.9] * 2, 5), strict=True)
+    assert smallest == (0.9, 0.5)
+    assert means == pytest.approx((0.9, 0.5))
+    assert len(group_means([0.7, 0.7, 0.7], 3)) == 1
 
 
 def grouped(rights, groups, ns=None, grid=1, **more):
     ns = ns or [100] * len(rights)
-    rows = tuple(StepCount(100 * i, n, right) for i, (n, right) in enumerate(zip(ns, rights, strict=True)))
-    return AnchoredLevels(table=LevelTable({"open": rows, **more}), grid=grid, groups=groups)
+    rows = [(i / 10, n, right) for i, (n, right) in enumerate(zip(ns, rights, strict=True))]
+    return AnchoredLevels(table=LevelTable({"open": noise_counts(rows), **more}), grid=grid, groups=groups)
 
 
-def stated_at_steps(levels, kind="open"):
-    return [levels.confidence(step, kind) for step in levels.steps]
+def stated(levels, answer_type="open"):
+    """The confidences at the measured strengths."""
+    rows = levels.table.counts[answer_type].bins[0]["noise"]
+    return [levels.confidence(Perturbation("noise", row.strength), answer_type) for row in rows]
 
 
-def test_neighbours_are_merged_to_the_mean_of_their_answers():
-    levels = grouped([98, 96, 60, 58, 10], 3)
-    assert stated_at_steps(levels) == [0.97, 0.97, 0.59, 0.59, 0.10]
-    assert [levels.accuracy(step, "open") for step in levels.steps] == [0.98, 0.96, 0.60, 0.58, 0.10], (
-        "as it was"
-    )
-    # 900 of 1000 and 60 of 100 answers, then 90 of 100 and 600 of 1000.
-    assert stated_at_steps(grouped([900, 60, 1], 2, [1000, 100, 100])) == [0.87, 0.87, 0.01]
-    assert stated_at_steps(grouped([90, 600, 1], 2, [100, 1000, 100])) == [0.63, 0.63, 0.01]
+def test_neighbours_are_merged_to_their_mean():
+    levels = grouped([90, 70, 50, 30, 10], 5)
+    assert stated(levels) == [0.9, 0.7, 0.5, 0.3, 0.1]
+    assert levels.strengths("noise") == (0, 0.1, 0.2, 0.3, 0.4)
+    assert levels.confidences("open") == (0.9, 0.7, 0.5, 0.3, 0.1)
+    # At evenly spread accuracies 0.9, 0.7, ..., 0.1.
+    assert stated(grouped([90, 70, 50, 30, 10], 1)) == [0.5] * 5
+    assert stated(grouped([98, 96, 94, 92], 2)) == [0.97, 0.97, 0.93, 0.93]
 
 
-def test_groups_are_of_the_monotone_fit_and_of_each_answer_type():
-    rows = tuple(StepCount(100 * i, 100, right) for i, right in enumerate([50, 50, 40, 44]))
-    levels = grouped([98, 96, 60, 58], 2, short=rows)
-    assert stated_at_steps(levels) == [0.97, 0.97, 0.59, 0.59]
-    assert stated_at_steps(levels, "short") == [0.5, 0.5, 0.42, 0.42]
-    with pytest.raises(ValueError, match="no levels were measured for answer type 'yes_no'"):
-        levels.confidence(0, "yes_no")
-
-
-@pytest.mark.parametrize("groups", [5, 6, 100])
-@pytest.mark.parametrize("grid", [1, 5, 25])
-def test_as_many_groups_as_steps_are_the_fit_itself(groups, grid):
-    rights = [975, 925, 925, 600, 125]
-    plain, merged = (grouped(rights, g, [1000] * 5, grid) for g in (None, groups))
-    assert stated_at_steps(merged) == stated_at_steps(plain)
-
-
-def test_one_group_is_the_mean():
-    assert stated_at_steps(grouped([90, 60, 0], 1)) == [0.5, 0.5, 0.5]
+def test_groups_are_of_the_fit_and_of_each_answer_type():
+    rows = [(i / 10, 100, right) for i, right in enumerate([50, 44, 36, 40])]
+    levels = grouped([98, 96, 94, 92], 2, short=noise_counts(rows))
+    assert len(levels.confidences("open")) == len(levels.confidences("short")) == 2
+    assert max(levels.confidences("short")) <= 0.5 < min(levels.confidences("open"))
+    assert [levels.accuracy(Perturbation("noise", i / 10), "open") for i in range(4)] == [
+        0.98,
+        0.96,
+        0.94,
+        0.92,
+    ], "not merged"
 
 
 @given(
@@ -96,31 +92,60 @@ def test_one_group_is_the_mean():
 )
 def test_the_means_of_groups_are_rounded_to_the_grid(rights, groups, grid):
     levels = grouped(rights, groups, [400] * len(rights), grid)
-    fit = np.array([levels.accuracy(step, "open") for step in levels.steps])
-    stated = np.array(stated_at_steps(levels))
-    means = _group_means(fit, [400] * len(rights), groups)
-    assert (np.abs(stated - means) <= grid / 200 + 1e-8).all()
-    assert all(round(value * 100) % grid == 0 and round(value * 100) / 100 == value for value in stated)
-    assert len(set(stated)) <= groups
-    assert (np.diff(stated) <= 0).all()
+    strengths = levels.strengths("noise")
+    accuracies = [round(levels.accuracy(Perturbation("noise", s), "open"), 9) for s in strengths]
+    result = group_means(accuracies, groups)
+    of_strengths = [levels.confidence(Perturbation("noise", s), "open") for s in strengths]
+    expected = [next(mean for smallest, mean in result if a >= smallest) for a in accuracies]
+    assert np.abs(np.array(of_strengths) - expected).max() <= grid / 200 + 1e-8
+    assert all(round(value * 100) % grid == 0 and round(value * 100) / 100 == value for value in of_strengths)
+    assert len(set(of_strengths)) <= groups
+    assert levels.confidences("open") == tuple(sorted(set(of_strengths), reverse=True))
+    assert (np.diff(stated(levels)) <= 0).all(), "never rising with the strength"
+    assert set(stated(levels)) <= set(of_strengths)
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 30), min_size=1, max_size=5).map(lambda v: [30, *v]), min_size=1, max_size=3
+    ),
+    st.integers(1, 8),
+)
+def test_groups_of_several_kinds_state_what_they_say(rights, groups):
+    kinds = ("noise", "blur", "fade")[: len(rights)]
+    counts = {
+        kind: [(i / 7, 30, right) for i, right in enumerate(row)]
+        for kind, row in zip(kinds, rights, strict=True)
+    }
+    levels = AnchoredLevels(
+        table=LevelTable({"open": AnswerTypeCounts.of_kinds(counts)}), grid=1, groups=groups
+    )
+    drawn = {levels.confidence(Perturbation(k, s), "open") for k in kinds for s in levels.strengths(k)}
+    assert drawn == set(levels.confidences("open"))
+    assert len(drawn) <= groups
 
 
 def test_a_tie_of_a_group_goes_up():
-    assert stated_at_steps(grouped([90, 85, 0], 2)) == [0.88, 0.88, 0.0]
-    assert stated_at_steps(grouped([90, 85, 0], 2, grid=25)) == [1.0, 1.0, 0.0]
+    assert levels_of([90, 85, 0], 2).confidence(CLEAN, "open") == 0.88
+    assert levels_of([90, 85, 0], 2, grid=25).confidence(CLEAN, "open") == 1.0
 
 
-def test_between_measured_steps_a_group_is_that_of_the_nearest():
-    levels = grouped([98, 96, 60, 58, 10], 3)
-    for step in range(401):
-        nearest = min(abs(step - s) for s in levels.steps)
-        could_be = {levels.confidence(s, "open") for s in levels.steps if abs(step - s) == nearest}
-        assert levels.confidence(step, "open") in could_be
-    assert levels.confidence(149, "open") == 0.97
-    assert levels.confidence(151, "open") == 0.59
-    for step in (-1, 401):
-        with pytest.raises(ValueError, match=r"noise step must be in \[0, 400\]"):
-            levels.confidence(step, "open")
+def levels_of(percent, groups, grid=1):
+    """Levels whose own strengths have these accuracies, since every kind has two strengths."""
+    kinds = ("blur", "fade", "darkness")
+    top, *rest = percent
+    counts = {kind: [(0, 100, top), (1, 100, value)] for kind, value in zip(kinds, rest, strict=False)}
+    table = LevelTable({"open": AnswerTypeCounts.of_kinds(counts)})
+    return AnchoredLevels(table=table, grid=grid, groups=groups)
+
+
+def test_between_groups_the_nearest_accuracy_counts():
+    levels = levels_of([98, 60, 10], 3)
+    for strength in np.linspace(0, 1, 41):
+        accuracy = levels.accuracy(Perturbation("fade", strength), "open")
+        distances = [abs(accuracy - c) for c in (0.98, 0.6, 0.1)]
+        could_be = {c for c, d in zip((0.98, 0.6, 0.1), distances, strict=True) if d <= min(distances) + 1e-9}
+        assert levels.confidence(Perturbation("fade", strength), "open") in could_be
 
 
 def test_groups_can_be_saved_and_sent(tmp_path):
@@ -128,8 +153,9 @@ def test_groups_can_be_saved_and_sent(tmp_path):
     levels.save(tmp_path / "levels.json")
     again = AnchoredLevels(tmp_path / "levels.json", grid=1, groups=3)
     for copy in (again, pickle.loads(pickle.dumps(levels))):
-        assert stated_at_steps(copy) == stated_at_steps(levels)
-    assert stated_at_steps(AnchoredLevels(tmp_path / "levels.json", grid=1)) == [0.98, 0.96, 0.60, 0.58, 0.10]
+        assert stated(copy) == stated(levels)
+        assert copy.confidences("open") == levels.confidences("open")
+    assert stated(AnchoredLevels(tmp_path / "levels.json", grid=1)) == [0.98, 0.96, 0.60, 0.58, 0.10]
 
 
 @pytest.mark.parametrize("groups", [0, -1])

@@ -5,22 +5,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from vlm_calibration import demo
-from vlm_calibration.perturbation.level_table import trend_p_value
-from vlm_calibration.perturbation.levels import AnchoredLevels, LevelTable, StepCount
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable, trend_p_value
+from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 
-from .conftest import COUNTS
+from .conftest import COUNTS, PROVENANCE, instance_table, noise_counts
 
-STEPS = range(0, 1001, 100)
+STRENGTHS = [i / 10 for i in range(11)]
 
 
 def saved(folder, right, n=100, kind="open", **provenance):
-    """Write a table with these numbers of correct answers of `n` at each step."""
-    rows = [StepCount(step, n, k) for step, k in zip(STEPS, right, strict=True)]
+    """Write a table with these numbers of correct answers of `n` at each strength."""
+    rows = [(strength, n, k) for strength, k in zip(STRENGTHS, right, strict=True)]
     path = folder / "levels.json"
-    AnchoredLevels.fit({kind: rows}, provenance=provenance).save(path)
+    AnchoredLevels.fit({kind: noise_counts(rows)}, provenance=provenance).save(path)
     return path
 
 
@@ -35,13 +37,62 @@ def test_a_saved_table_loads_equal(levels, tmp_path):
     levels.save(path)
     loaded = AnchoredLevels(path, grid=1)
     assert loaded.table == levels.table
-    assert loaded.table.provenance == {"model": "tiny", "schedule": "linear", "seed": 0}
-    for kind in COUNTS:
-        for step in range(0, 1001, 50):
-            assert loaded.accuracy(step, kind) == levels.accuracy(step, kind)
+    assert loaded.table.provenance == PROVENANCE
+    for answer_type in COUNTS:
+        for strength in np.linspace(0, 1, 21):
+            perturbation = Perturbation("noise", strength)
+            assert loaded.accuracy(perturbation, answer_type) == levels.accuracy(perturbation, answer_type)
     content = json.loads(path.read_text())
-    assert content["answer_types"]["short"][1] == {"step": 500, "n": 100, "n_correct": 20, "accuracy": 0.275}
+    assert content["answer_types"]["short"] == {
+        "likelihood_edges": [],
+        "kinds": {
+            "noise": [
+                {"strength": 0.0, "n": [100], "n_correct": [97]},
+                {"strength": 0.5, "n": [100], "n_correct": [20]},
+                {"strength": 1.0, "n": [300], "n_correct": [90]},
+            ]
+        },
+    }
     assert [entry.name for entry in path.parent.iterdir()] == ["levels.json"]
+
+
+SHARES = st.floats(0, 1)
+
+
+@st.composite
+def falling_tables(draw):
+    """Usable tables: accuracies fall from all correct to none, in any bins, kinds and strengths."""
+    edges = tuple(sorted(draw(st.sets(SHARES, max_size=3))))
+    kinds = draw(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True))
+    inner = {kind: draw(st.sets(st.floats(0.01, 0.99), max_size=3)) for kind in kinds}
+    n = draw(st.integers(20, 10**6))
+    middle = draw(st.integers(0, n))
+
+    def rows(kind):
+        return [(0, n, n), *((s, n, middle) for s in sorted(inner[kind])), (1, n, 0)]
+
+    counts = AnswerTypeCounts(
+        tuple({kind: rows(kind) for kind in kinds} for _ in range(len(edges) + 1)), edges
+    )
+    types = draw(st.sampled_from([["yes_no"], ["short", "open"], ["yes_no", "short", "open"]]))
+    return LevelTable(dict.fromkeys(types, counts), {"prompt": draw(st.text(max_size=20))})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(falling_tables())
+def test_any_table_loads_as_it_was_saved(tmp_path, table):
+    table.save(tmp_path / "levels.json")
+    loaded = AnchoredLevels(tmp_path / "levels.json").table
+    assert loaded == table
+    assert loaded.kinds == table.kinds
+
+
+def test_bins_survive_the_file(tmp_path):
+    table = instance_table()
+    table.save(tmp_path / "levels.json")
+    loaded = AnchoredLevels(tmp_path / "levels.json").table
+    assert loaded == table
+    assert loaded.counts["yes_no"].edges == (0.6, 0.9)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkeypatch):
@@ -58,37 +109,64 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkey
     assert list(tmp_path.iterdir()) == [path]
 
 
+def content(answer_types, **more):
+    return json.dumps(
+        {"format": "vlm_calibration.levels/2", "provenance": {}, "answer_types": answer_types, **more}
+    )
+
+
+ROW = {"strength": 0, "n": [10], "n_correct": [9]}
+
+
+def one(*rows, edges=(), kind="noise"):
+    """The content of a table of open answers with these rows."""
+    return content({"open": {"likelihood_edges": list(edges), "kinds": {kind: list(rows)}}})
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("text", "message"),
     [
         ("not json", "Expecting value"),
         ("[]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
-        ('{"format": "vlm_calibration.levels/1"}', "missing key 'answer_types'"),
-        ('{"format": "vlm_calibration.levels/1", "answer_types": [], "provenance": {}}', "items"),
+        ('{"format": "vlm_calibration.levels/1"}', "'vlm_calibration.levels/1': measure it again"),
+        ('{"format": "vlm_calibration.levels/2"}', "missing key 'answer_types'"),
+        ('{"format": "vlm_calibration.levels/2", "answer_types": {}}', "missing key 'provenance'"),
+        (content([]), "items"),
+        (content({}), "at least one answer type"),
+        (content({"open": {"kinds": {"noise": [ROW]}}}), "missing key 'likelihood_edges'"),
+        (content({"open": {"likelihood_edges": []}}), "missing key 'kinds'"),
+        (content({"open": {"likelihood_edges": [], "kinds": {}}}), "no counts"),
         (
-            '{"format": "vlm_calibration.levels/1", "provenance": {"grading": "exact"},'
-            ' "answer_types": {"open": [{"step": 0, "n": 10, "n_correct": 9, "accuracy": 0.9}]}}',
+            content({"open": {"likelihood_edges": [], "kinds": {"noise": [ROW]}}}, provenance={"grading": 1}),
             "'grading' must be an object",
         ),
-        (
-            '{"format": "vlm_calibration.levels/1", "answer_types": {}, "provenance": {}}',
-            "at least one answer type",
-        ),
-        (
-            '{"format": "vlm_calibration.levels/1", "provenance": {},'
-            ' "answer_types": {"open": [{"step": 0, "n": 10, "n_correct": 9, "accuracy": 0.8}]}}',
-            "was the file edited",
-        ),
+        (one({"n": [10], "n_correct": [9]}), "missing key 'strength'"),
+        (one({"strength": 0, "n": [10]}), "missing key 'n_correct'"),
+        (one({**ROW, "n": []}), "must have 1 bins"),
+        (one({**ROW, "n": [10, 10]}), "must have 1 bins"),
+        (one({**ROW, "n_correct": [9, 9]}), "must have 1 bins"),
+        (one(ROW, edges=[0.5]), "must have 2 bins"),
+        (one({**ROW, "n": [10.5]}), "whole number, found 10.5"),
+        (one({**ROW, "n": [float("nan")]}), "whole number, found nan"),
+        (one({**ROW, "n": [float("inf")]}), "whole number, found inf"),
+        (one({**ROW, "n_correct": [11]}), "impossible count of 'noise'"),
+        (one({**ROW, "strength": 0.5}), "'noise' must begin at strength 0"),
+        (one(ROW, {**ROW, "strength": 1.5}), "1.5"),
+        (one(ROW, {**ROW, "strength": -0.5}), "-0.5"),
+        (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
+        (one(ROW, {**ROW, "strength": "strong"}), "strong"),
+        (one(ROW, ROW, kind="blur"), "'blur' repeat a strength"),
     ],
 )
-def test_a_file_that_is_no_level_table_is_named(content, message, tmp_path):
+def test_a_file_that_is_no_level_table_is_named(text, message, tmp_path):
     path = tmp_path / "levels.json"
-    path.write_text(content)
+    path.write_text(text)
     with pytest.raises(ValueError, match="is not a level table") as error:
         AnchoredLevels(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -97,7 +175,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("right", "settings", "message"),
+    ("right", "options", "message"),
     [
         ([0] * 11, {}, "correct on 0 of 100 clean images, not significantly more than the 5%"),
         ([8, *[4] * 10], {}, "correct on 8 of 100 clean images"),
@@ -114,25 +192,25 @@ def test_a_missing_file_is_named(tmp_path):
         ),
     ],
 )
-def test_a_table_that_teaches_nothing_is_refused(right, settings, message, tmp_path):
-    path = saved(tmp_path, right, **settings)
+def test_a_table_that_teaches_nothing_is_refused(right, options, message, tmp_path):
+    path = saved(tmp_path, right, **options)
     with pytest.raises(ValueError, match="teach no confidence") as error:
         AnchoredLevels(path)
-    n = settings.get("n", 100)
+    n = options.get("n", 100)
     for part in (
         str(path),
-        settings.get("kind", "open"),
+        options.get("kind", "open"),
         message,
-        f"{right[0]}/{n} at 0, {right[1]}/{n} at 100",
+        f"by strength of noise: {right[0]}/{n} at 0, {right[1]}/{n} at 0.1",
     ):
         assert part in str(error.value)
-    ranked_or_yes_no = settings in ({"kind": "yes_no"}, RANKING) or n == 4
+    ranked_or_yes_no = options in ({"kind": "yes_no"}, RANKING) or n == 4
     assert ("data.grading" in str(error.value)) is not ranked_or_yes_no
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("right", "settings"),
+    ("right", "options"),
     [
         (FALLING, {}),
         ([12, 12, 11, 10, 8, 6, 4, 2, 0, 0, 0], {}),
@@ -142,27 +220,55 @@ def test_a_table_that_teaches_nothing_is_refused(right, settings, message, tmp_p
         ([1] * 6 + [0] * 5, {"kind": "short", "n": 1}),
     ],
 )
-def test_a_table_that_teaches_something_is_read(right, settings, tmp_path):
-    assert AnchoredLevels(saved(tmp_path, right, **settings)).steps == tuple(STEPS)
+def test_a_table_that_teaches_something_is_read(right, options, tmp_path):
+    levels = AnchoredLevels(saved(tmp_path, right, **options))
+    (counts,) = levels.table.counts.values()
+    assert [row.n_correct for row in counts.bins[0]["noise"]] == right
 
 
 def test_each_answer_type_must_teach_something(tmp_path):
-    rows = {"yes_no": [(0, 50, 48), (1000, 50, 25)], "short": [(0, 50, 40), (1000, 50, 40)]}
-    AnchoredLevels.fit(rows).save(tmp_path / "levels.json")
+    counts = {
+        "yes_no": noise_counts([(0, 50, 48), (1, 50, 25)]),
+        "short": noise_counts([(0, 50, 40), (1, 50, 40)]),
+    }
+    AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
     with pytest.raises(ValueError, match="short answers teach no confidence"):
         AnchoredLevels(tmp_path / "levels.json")
 
 
+def test_each_kind_must_lower_the_accuracy(tmp_path):
+    counts = AnswerTypeCounts.of_kinds(
+        {"noise": [(0, 50, 48), (1, 50, 2)], "jpeg": [(0, 50, 48), (0.5, 50, 47), (1, 50, 48)]}
+    )
+    AnchoredLevels.fit({"short": counts}).save(tmp_path / "levels.json")
+    with pytest.raises(ValueError, match="short answers teach no confidence") as error:
+        AnchoredLevels(tmp_path / "levels.json")
+    for part in (
+        "jpeg does not significantly lower",
+        "data.noise.kinds",
+        "48/50 at 0, 47/50 at 0.5, 48/50 at 1",
+    ):
+        assert part in str(error.value)
+
+
+def test_all_bins_together_must_teach_something():
+    """The easy bin alone would, the pooled counts do not."""
+    bins = ({"noise": [(0, 900, 20), (1, 900, 60)]}, {"noise": [(0, 50, 48), (1, 50, 2)]})
+    table = LevelTable({"short": AnswerTypeCounts(bins, (0.5,))})
+    with pytest.raises(ValueError, match="68/950 at 0, 62/950 at 1"):
+        table.check_usable()
+
+
 def test_the_trend_is_that_of_a_contingency_table():
-    """The square of the statistic is N times the squared correlation of step and being correct."""
-    rows = [StepCount(0, 30, 25), StepCount(200, 20, 14), StepCount(700, 40, 22)]
-    steps = np.repeat([r.step for r in rows], [r.n for r in rows])
+    """The square of the statistic is N times the squared correlation of strength and being correct."""
+    rows = [LevelCount(0, 30, 25), LevelCount(0.2, 20, 14), LevelCount(0.7, 40, 22)]
+    strengths = np.repeat([r.strength for r in rows], [r.n for r in rows])
     right = np.concatenate([np.arange(r.n) < r.n_correct for r in rows])
-    z = np.sqrt(len(right)) * np.corrcoef(steps, right)[0, 1]
+    z = np.sqrt(len(right)) * np.corrcoef(strengths, right)[0, 1]
     assert trend_p_value(rows) == pytest.approx(norm.cdf(z))
     rng, p_values = np.random.default_rng(0), []
     for _ in range(2000):
-        p_values.append(trend_p_value([StepCount(s, 50, rng.binomial(50, 0.6)) for s in STEPS]))
+        p_values.append(trend_p_value([LevelCount(s, 50, rng.binomial(50, 0.6)) for s in STRENGTHS]))
     assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015), (
         "refuses what noise does not change"
     )
@@ -173,26 +279,82 @@ def test_the_shipped_table_teaches_something():
 
 
 @pytest.mark.parametrize(
-    ("counts", "message"),
+    ("kinds", "message"),
     [
-        ({}, "at least one answer type"),
-        ({"open": []}, "must begin at step 0"),
-        ({"open": [(100, 10, 5)]}, "must begin at step 0"),
-        ({"open": [(0, 10, 5), (0, 10, 6)]}, "repeat a step"),
-        ({"open": [(0, 0, 0)]}, "impossible count"),
-        ({"open": [(0, 10, 11)]}, "impossible count"),
-        ({"open": [(0, 10, -1)]}, "impossible count"),
-        ({"open": [(0, 10, 5)], "short": [(0, 10, 5), (9, 10, 5)]}, "measured at different steps"),
+        ({}, "no counts"),
+        ({"noise": []}, "'noise' must begin at strength 0"),
+        ({"noise": [(0.1, 10, 5)]}, "'noise' must begin at strength 0"),
+        ({"noise": [(0, 10, 5), (1.1, 10, 5)]}, "1.1"),
+        ({"noise": [(0, 10, 5), (0, 10, 6)]}, "repeat a strength"),
+        ({"noise": [(0, 0, 0)]}, "impossible count"),
+        ({"noise": [(0, 10, 11)]}, "impossible count"),
+        ({"noise": [(0, 10, -1)]}, "impossible count"),
+        ({"noise": [(0, 10, 0.5)]}, "whole number"),
+        ({"noise": [(0, 10, 5)], "blur": [(0, 10, 6)]}, "different counts of untouched images"),
     ],
 )
-def test_impossible_counts_are_refused(counts, message):
+def test_impossible_counts_are_refused(kinds, message):
     with pytest.raises(ValueError, match=message):
-        AnchoredLevels.fit(counts)
+        AnswerTypeCounts.of_kinds(kinds)
+
+
+NOISE_ROWS = {"noise": [(0, 10, 5), (1, 10, 1)]}
+
+
+@pytest.mark.parametrize(
+    ("bins", "edges", "message"),
+    [
+        ((), (), "no counts"),
+        ((NOISE_ROWS, NOISE_ROWS), (), "2 bins need as many edges less one"),
+        ((NOISE_ROWS,), (0.5,), "1 bins need as many edges less one"),
+        ((NOISE_ROWS,) * 3, (0.6, 0.4), "rising"),
+        ((NOISE_ROWS,) * 3, (0.5, 0.5), "repeated"),
+        ((NOISE_ROWS,) * 2, (1.5,), "1.5"),
+        ((NOISE_ROWS,) * 2, (-0.1,), "-0.1"),
+        ((NOISE_ROWS,) * 2, (float("nan"),), "nan"),
+        ((NOISE_ROWS, {"blur": NOISE_ROWS["noise"]}), (0.5,), "different kinds or strengths"),
+        ((NOISE_ROWS, {"noise": [(0, 10, 5), (0.9, 10, 1)]}), (0.5,), "different kinds or strengths"),
+    ],
+)
+def test_impossible_bins_are_refused(bins, edges, message):
+    with pytest.raises(ValueError, match=message):
+        AnswerTypeCounts(bins, edges)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"noise": [(0, 10, 5)], "blur": [(0, 10, 5)]},
+        {"blur": [(0, 10, 5)]},
+        {"noise": [(0, 10, 5), (0.9, 10, 5)]},
+    ],
+)
+def test_answer_types_of_a_table_share_kinds_and_strengths(other):
+    counts = {"open": noise_counts([(0, 10, 5)]), "short": AnswerTypeCounts.of_kinds(other)}
+    with pytest.raises(
+        ValueError, match="'open' and 'short' were measured with different kinds or strengths"
+    ):
+        LevelTable(counts)
+    with pytest.raises(ValueError, match="at least one answer type"):
+        LevelTable({})
+
+
+def test_counts_are_sorted_and_pooled():
+    bins = (
+        {"noise": [(1, 10, 1), (0, 20, 15)], "blur": [(0, 20, 15), (0.5, 7, 3)]},
+        {"noise": [(0, 30, 29), (1, 5, 2)], "blur": [(0, 30, 29), (0.5, 3, 3)]},
+    )
+    counts = AnswerTypeCounts(bins, (0.5,))
+    assert counts.bins[0]["noise"] == (LevelCount(0, 20, 15), LevelCount(1, 10, 1))
+    assert counts.pooled == {
+        "noise": (LevelCount(0, 50, 44), LevelCount(1, 15, 3)),
+        "blur": (LevelCount(0, 50, 44), LevelCount(0.5, 10, 6)),
+    }
 
 
 def test_either_a_path_or_a_table():
-    table = LevelTable({kind: tuple(rows) for kind, rows in COUNTS.items()})
-    assert AnchoredLevels(table=table).steps == (0, 500, 1000)
+    table = LevelTable(COUNTS)
+    assert AnchoredLevels(table=table).table is table
     for arguments in ({}, {"path": "levels.json", "table": table}):
         with pytest.raises(ValueError, match="either a path or a table"):
             AnchoredLevels(**arguments)

@@ -8,45 +8,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import (
+    CLEAN,
     AnchoredLevels,
     ConfidenceLevels,
     LinearLevels,
-    StepCount,
+    Perturbation,
     nominal_step,
 )
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 
-from .conftest import COUNTS
+from .conftest import COUNTS, noise_counts
+
+
+def noise(strength):
+    return Perturbation("noise", strength)
 
 
 def test_linear_levels_are_the_papers():
     levels = LinearLevels()
-    assert levels.steps == (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
-    stated = [levels.confidence(step, "yes_no") for step in levels.steps]
+    steps = [round(1000 * s) for s in levels.strengths("noise")]
+    assert steps == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
+    stated = [levels.confidence(noise(s), "yes_no") for s in levels.strengths("noise")]
     assert stated == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
-    assert [nominal_step(confidence, 1000) for confidence in stated] == list(levels.steps)
-    assert levels.confidence(250, "short") == 0.75
+    assert levels.confidences("yes_no") == tuple(stated)
+    assert [nominal_step(confidence, 1000) for confidence in stated] == steps
+    assert levels.confidence(noise(0.25), "short") == 0.75
     assert nominal_step(0.7504, 1000) == 250
+
+
+def test_linear_levels_are_the_same_for_every_kind_answer_type_and_query():
+    levels = LinearLevels(5)
+    assert levels.strengths("blur") == levels.strengths("noise") == (0, 0.25, 0.5, 0.75, 1)
+    assert levels.confidence(Perturbation("blur", 0.5), "short", "q") == levels.confidence(noise(0.5)) == 0.5
+    assert levels.confidence(CLEAN, "short") == 1
+    assert levels.averaged is levels
 
 
 @given(st.integers(2, 101), st.integers(100, 4000))
 def test_linear_levels_invert_themselves(n_levels, total_steps):
-    levels = LinearLevels(n_levels, total_steps)
-    assert len(set(levels.steps)) == n_levels
-    assert levels.steps[0] == 0
-    assert levels.steps[-1] == total_steps
-    stated = [levels.confidence(step, "any") for step in levels.steps]
+    levels = LinearLevels(n_levels)
+    strengths = levels.strengths("noise")
+    steps = [round(s * total_steps) for s in strengths]
+    assert len(set(steps)) == n_levels
+    assert (strengths[0], strengths[-1]) == (0, 1)
+    stated = [levels.confidence(noise(s), "any") for s in strengths]
     assert stated == sorted(stated, reverse=True)
-    assert [nominal_step(confidence, total_steps) for confidence in stated] == list(levels.steps)
+    assert levels.confidences("any") == tuple(stated)
+    assert [nominal_step(confidence, total_steps) for confidence in stated] == pytest.approx(steps, abs=1)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: LinearLevels(1), lambda: LinearLevels(0), lambda: LinearLevels(11, 9)]
-)
-def test_impossible_linear_levels_are_refused(make):
-    with pytest.raises(ValueError, match="n_levels"):
-        make()
+@pytest.mark.parametrize("n_levels", [1, 0, -3])
+def test_impossible_linear_levels_are_refused(n_levels):
+    with pytest.raises(ValueError, match=f"n_levels.*{n_levels}"):
+        LinearLevels(n_levels)
 
 
 @pytest.mark.parametrize("confidence", [-0.1, 1.1, float("nan"), float("inf"), 80])
@@ -55,27 +71,32 @@ def test_a_confidence_outside_the_unit_interval_is_refused(confidence):
         nominal_step(confidence, 1000)
 
 
-@pytest.mark.parametrize("step", [-1, 1001])
-def test_a_step_outside_the_range_is_refused(step, levels):
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_strength_outside_the_range_is_refused(strength, levels):
     for each in (LinearLevels(), levels):
-        with pytest.raises(ValueError, match=r"noise step must be in \[0, 1000\]"):
-            each.confidence(step, "yes_no")
+        with pytest.raises(ValueError, match=r"strength must be in \[0, 1\]"):
+            each.confidence(noise(strength), "yes_no")
+
+
+def test_a_strength_above_the_measured_ones_is_refused():
+    levels = AnchoredLevels.fit({"open": noise_counts([(0, 100, 90), (0.4, 100, 20)])})
+    with pytest.raises(ValueError, match=r"strength must be in \[0, 0\.4\], got 0\.5"):
+        levels.confidence(noise(0.5), "open")
 
 
 def test_anchored_levels_state_the_measured_accuracy_per_answer_type(levels):
-    assert levels.steps == (0, 500, 1000)
     assert levels.answer_types == ("yes_no", "short")
-    assert levels.accuracy(0, "yes_no") == 0.95
-    assert levels.accuracy(1000, "yes_no") == 0.52
-    assert levels.confidence(1000, "yes_no") == 0.5
-    assert levels.confidence(0, "short") == 0.95
+    assert levels.accuracy(CLEAN, "yes_no") == 0.95
+    assert levels.accuracy(noise(0), "yes_no") == 0.95
+    assert levels.accuracy(noise(1), "yes_no") == 0.52
+    assert levels.confidence(noise(1), "yes_no") == 0.5
+    assert levels.confidence(CLEAN, "short") == 0.95
 
 
-def test_accuracies_that_rise_with_the_noise_are_pooled_by_their_counts(levels):
+def test_accuracies_that_rise_with_the_strength_are_pooled_by_their_counts(levels):
     pooled = (20 + 90) / (100 + 300)
-    assert levels.accuracy(500, "short") == pytest.approx(pooled)
-    assert levels.accuracy(1000, "short") == pytest.approx(pooled)
-    assert levels.accuracy(700, "short") == pytest.approx(pooled)
+    for strength in (0.5, 0.7, 1):
+        assert levels.accuracy(noise(strength), "short") == pytest.approx(pooled)
 
 
 def pool_adjacent_violators(accuracies, weights):
@@ -97,18 +118,18 @@ def pool_adjacent_violators(accuracies, weights):
         max_size=12,
     )
 )
-def test_the_fit_is_isotonic_regression(pairs):
-    rows = [StepCount(100 * i, n, right) for i, (n, right) in enumerate(pairs)]
-    levels = AnchoredLevels.fit({"open": rows})
-    fitted = [levels.accuracy(row.step, "open") for row in rows]
+def test_the_fit_of_one_kind_is_isotonic_regression(pairs):
+    rows = [(i / 16, n, right) for i, (n, right) in enumerate(pairs)]
+    levels = AnchoredLevels.fit({"open": noise_counts(rows)})
+    fitted = [levels.accuracy(noise(strength), "open") for strength, _, _ in rows]
     expected = pool_adjacent_violators([right / n for n, right in pairs], [n for n, _ in pairs])
     np.testing.assert_allclose(fitted, expected, atol=1e-9)
     assert all(0 <= value <= 1 for value in fitted)
 
 
-def test_between_measured_steps_accuracy_is_linear(levels):
-    assert levels.accuracy(250, "yes_no") == pytest.approx((0.95 + 0.75) / 2)
-    assert levels.accuracy(600, "yes_no") == pytest.approx(0.75 + (0.52 - 0.75) / 5)
+def test_between_measured_strengths_accuracy_is_linear(levels):
+    assert levels.accuracy(noise(0.25), "yes_no") == pytest.approx((0.95 + 0.75) / 2)
+    assert levels.accuracy(noise(0.6), "yes_no") == pytest.approx(0.75 + (0.52 - 0.75) / 5)
 
 
 @pytest.mark.parametrize(
@@ -125,26 +146,55 @@ def test_between_measured_steps_accuracy_is_linear(levels):
     ],
 )
 def test_confidences_are_rounded_to_the_grid_with_ties_up(right, grid, stated):
-    levels = AnchoredLevels.fit({"open": [(0, 1000, right)]}, grid=grid)
-    assert levels.confidence(0, "open") == stated
-    assert levels.accuracy(0, "open") == right / 1000
+    levels = AnchoredLevels.fit({"open": noise_counts([(0, 1000, right)])}, grid=grid)
+    assert levels.confidence(CLEAN, "open") == stated
+    assert levels.accuracy(CLEAN, "open") == right / 1000
 
 
-@given(st.integers(0, 1000), st.sampled_from([1, 2, 5, 10, 20, 25]))
-def test_a_stated_confidence_is_a_whole_percent_and_close(step, grid):
+@given(st.floats(0, 1), st.sampled_from([1, 2, 5, 10, 20, 25]))
+def test_a_stated_confidence_is_a_whole_percent_and_close(strength, grid):
     levels = AnchoredLevels.fit(COUNTS, grid=grid)
-    stated = levels.confidence(step, "yes_no")
+    stated = levels.confidence(noise(strength), "yes_no")
     assert round(stated * 100) / 100 == stated
     assert round(stated * 100) % grid == 0
-    assert abs(stated - levels.accuracy(step, "yes_no")) <= grid / 200 + 1e-9
+    assert abs(stated - levels.accuracy(noise(strength), "yes_no")) <= grid / 200 + 1e-8
 
 
-def test_an_answer_type_that_was_not_measured_is_answered_with_the_known_ones(levels):
+@given(st.sampled_from([1, 5, 10]), st.sampled_from([None, 1, 2, 3]))
+def test_the_confidences_are_those_at_the_strengths(grid, groups):
+    table = AnchoredLevels.fit(COUNTS).table
+    levels = AnchoredLevels(table=table, grid=grid, groups=groups)
+    for answer_type in levels.answer_types:
+        stated = {levels.confidence(noise(s), answer_type) for s in levels.strengths("noise")}
+        assert levels.confidences(answer_type) == tuple(sorted(stated, reverse=True))
+
+
+def test_what_was_not_measured_is_answered_with_what_was(levels):
     for method in (levels.confidence, levels.accuracy):
-        with pytest.raises(
-            ValueError, match="no levels were measured for answer type 'open'; known: yes_no, short"
-        ):
-            method(0, "open")
+        with pytest.raises(ValueError, match="no levels for answer type 'open'; measured: yes_no, short"):
+            method(CLEAN, "open")
+        with pytest.raises(ValueError, match="no levels for 'blur'; measured: noise"):
+            method(Perturbation("blur", 0.5), "short")
+    with pytest.raises(ValueError, match="no levels for answer type 'open'; measured: yes_no, short"):
+        levels.confidences("open")
+    with pytest.raises(ValueError, match="no levels for 'blur'; measured: noise"):
+        levels.strengths("blur")
+
+
+def test_each_kind_has_its_own_accuracies_and_all_share_the_untouched_image():
+    counts = AnswerTypeCounts.of_kinds(
+        {
+            "noise": [(0, 100, 90), (0.5, 100, 60), (1, 100, 20)],
+            "blur": [(0, 100, 90), (0.8, 100, 70)],
+        }
+    )
+    levels = AnchoredLevels.fit({"open": counts}, grid=1)
+    assert levels.confidence(noise(0.5), "open") == 0.6
+    assert levels.confidence(Perturbation("blur", 0.8), "open") == 0.7
+    assert levels.confidence(Perturbation("blur", 0), "open") == levels.confidence(CLEAN, "open") == 0.9
+    assert levels.strengths("blur") == (0, 0.8)
+    with pytest.raises(ValueError, match=r"strength must be in \[0, 0\.8\]"):
+        levels.confidence(Perturbation("blur", 0.9), "open")
 
 
 @pytest.mark.parametrize("grid", [0, -5, 3, 200, 2.5, True])
@@ -155,7 +205,8 @@ def test_a_grid_must_divide_a_hundred(grid):
 
 def test_levels_survive_pickling(levels):
     copy = pickle.loads(pickle.dumps(levels))
-    assert copy.confidence(300, "short") == levels.confidence(300, "short")
+    assert copy.confidence(noise(0.3), "short") == levels.confidence(noise(0.3), "short")
+    assert copy.strengths("noise") == levels.strengths("noise")
     assert pickle.loads(pickle.dumps(LinearLevels(6))) == LinearLevels(6)
 
 

@@ -21,8 +21,10 @@ FULL = Card(
     revision="0123456789abcdef",
     location="runs/sft/adapter",
     training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
-    steps=1000,
-    levels={"yes_no": [[0, 0.95], [500, 0.7], [1000, 0.5]], "short": [[0, 0.9], [500, 0.45], [1000, 0.0]]},
+    levels={
+        "yes_no": [("", 0, 0.95), ("noise", 0.5, 0.7), ("noise", 1, 0.5), ("blur", 0.25, 0.8)],
+        "short": [("", 0, 0.9), ("noise", 0.5, 0.45), ("noise", 1, 0.0), ("blur", 0.25, 0.5)],
+    },
     results={
         "before": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.5)},
         "after": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.25), "auroc": None},
@@ -80,10 +82,11 @@ def test_a_strange_name_stays_one_value() -> None:
 def test_levels_and_results_are_tables() -> None:
     text = card_text(FULL)
     assert _table(text, "## What it was taught") == [
-        ["noise step of 1000", "yes_no", "short"],
-        ["0", "95%", "90%"],
-        ["500", "70%", "45%"],
-        ["1000", "50%", "0%"],
+        ["perturbation", "strength", "yes_no", "short"],
+        ["untouched", "0", "95%", "90%"],
+        ["noise", "0.5", "70%", "45%"],
+        ["noise", "1", "50%", "0%"],
+        ["blur", "0.25", "80%", "50%"],
     ]
     assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
     rows = _table(text, "## Results")
@@ -96,9 +99,13 @@ def test_levels_and_results_are_tables() -> None:
     assert "On 40 validation queries" in text
 
 
-def test_answer_types_measured_at_other_steps_leave_gaps() -> None:
-    card = replace(FULL, levels={"a": [[0, 1.0]], "b": [[500, 0.5]]})
-    assert _table(card_text(card), "## What it was taught")[1:] == [["0", "100%", "-"], ["500", "-", "50%"]]
+def test_answer_types_at_other_levels_leave_gaps() -> None:
+    card = replace(FULL, levels={"a": [("", 0, 1.0)], "b": [("blur", 0.5, 0.5), ("noise", 0.5, 0.2)]})
+    assert _table(card_text(card), "## What it was taught")[1:] == [
+        ["untouched", "0", "100%", "-"],
+        ["blur", "0.5", "-", "50%"],
+        ["noise", "0.5", "-", "20%"],
+    ]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -161,10 +168,32 @@ def test_a_card_comes_back_from_its_facts(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == card_text(FULL)
     facts = json.loads((tmp_path / "calibration.json").read_text(encoding="utf-8"))
     assert facts["template"] == DEFAULT_TEMPLATE
-    assert facts["levels"]["short"][1] == [500, 0.45]
+    assert facts["levels"]["short"][1] == ["noise", 0.5, 0.45]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"bases": 1}', "{}", '"text"'])
+def test_the_card_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """It has noise steps, and how many there were."""
+    save_card(tmp_path, replace(FULL, levels={}))
+    path = tmp_path / "calibration.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    levels = {"yes_no": [[0, 0.95], [250, 0.8], [1000, 0.5]]}
+    path.write_text(json.dumps({**facts, "steps": 1000, "levels": levels}), encoding="utf-8")
+    expected = [("", 0, 0.95), ("noise", 0.25, 0.8), ("noise", 1, 0.5)]
+    assert load_card(tmp_path) == replace(FULL, levels={"yes_no": expected})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"bases": 1}',
+        "{}",
+        '"text"',
+        '{"base": "a", "levels": [1]}',
+        '{"base": "a", "levels": {"a": [[1]]}}',
+    ],
+)
 def test_facts_that_are_none_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "calibration.json").write_text(content)
     with pytest.raises(DataError, match=r"calibration.json: not the facts of a model card") as caught:

@@ -406,7 +406,7 @@ def test_images_come_back_with_their_noise(
     place = {query.id: i for i, query in enumerate(dataset.queries)}
     for prediction in shown:
         sample = dataset[0, place[prediction.id]]
-        assert sample.step == prediction.noise_step
+        assert sample.perturbation == (prediction.perturbation, prediction.strength)
         assert thumbnail(sample.image) in html, prediction.id
     assert html.count('alt="the image of the question') == len(shown)
 

@@ -51,7 +51,7 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 @pytest.fixture
 def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
-    """Nine training queries, three for validation, and a test split of three parts of which one is `every_step`."""
+    """Nine training queries, three for validation, and a test split of three parts of which one is noised."""
 
     def make(**settings: Any) -> PerturbedQueryDataModule:
         plain = {

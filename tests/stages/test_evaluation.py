@@ -16,12 +16,12 @@ from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import AnchoredLevels, StepCount
+from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
-from ..level_tables import measured
+from ..level_tables import measured, noise_counts
 
 Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "two", "oracle")
@@ -58,8 +58,10 @@ def test_systems_side_by_side(
         assert [line["id"] for line in found] == [q.id for q in dataset.queries]  # type: ignore[attr-defined]
         assert [line["category"] for line in found] == [q.category for q in dataset.queries]  # type: ignore[attr-defined]
     samples = [dataset[0, i] for i in range(len(dataset))]  # type: ignore[arg-type]
-    assert [line["noise_step"] for line in lines["base"]] == [s.step for s in samples]
-    assert len({s.step for s in samples}) > 2
+    for line, sample in zip(lines["base"], samples, strict=True):
+        assert (line["perturbation"], line["strength"]) == sample.perturbation
+        assert line["noise_step"] == sample.noise_step == round(1000 * sample.perturbation.strength)
+    assert len({s.perturbation for s in samples}) > 2
 
     # Each system answers as it does alone.
     model = load_adapters(load_model(), module.adapters)
@@ -76,7 +78,9 @@ def test_systems_side_by_side(
     levels = AnchoredLevels(levels_file)
     for oracle, base in zip(lines["oracle"], lines["base"], strict=True):
         assert {**oracle, "confidence": None} == {**base, "confidence": None}
-        assert oracle["confidence"] == levels.accuracy(base["noise_step"], base["answer_type"])
+        assert oracle["confidence"] == levels.accuracy(
+            Perturbation(base["perturbation"], base["strength"]), base["answer_type"]
+        )
 
     # The metrics are those of the predictions.
     for system in SYSTEMS:
@@ -203,7 +207,7 @@ def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    table = measured(model_folder, {"yes_no": [StepCount(0, 10, 9), StepCount(1000, 10, 5)]})
+    table = measured(model_folder, {"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
     table.save(tmp_path / "levels.json")
     module = EvaluationModule(
         BaseModel(model_folder, dtype="float32"),

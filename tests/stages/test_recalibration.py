@@ -24,6 +24,7 @@ from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import ResponseScores
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference_targets
 from vlm_calibration.stages.answering import graded_prediction
@@ -179,10 +180,10 @@ def test_the_reference_scores_the_whole_conversation(
     query = Query("q", "x", "What is it?", "Yes", "open")
     collator = queries.candidate_collator
     assert collator is not None
-    batch = collator([Sample(query, blank, 1.0, 0)])
+    batch = collator([Sample(query, blank, 1.0, CLEAN, 0)])
     reference = Reference()
     preference_targets._score_answers(
-        reference, batch, [graded_prediction(query, text, 0)], collator.responses
+        reference, batch, [graded_prediction(query, text, CLEAN, 0)], collator.responses
     )
     chat = queries.chat
     for ids, level in zip(reference.asked[0], LEVELS, strict=True):

@@ -32,6 +32,8 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import trained_parameters
 from vlm_calibration.text.confidence import render_answer
 
+from ..level_tables import OnlyAt
+
 Data = Callable[..., PerturbedQueryDataModule]
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -354,7 +356,7 @@ def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
 
 
 def test_the_batch_marks_wrong_answers(model_folder: str, data: Data) -> None:
-    queries = data(noise=NoisePolicy(wrong_answer_rate=1.0, level_weights=[0.0] * 5 + [1.0] + [0.0] * 5))
+    queries = data(noise=NoisePolicy(wrong_answer_rate=1.0, levels=OnlyAt(drawn=(0.5,))))
     queries.setup("fit")
     loader = queries.train_dataloader()
     samples = {s.query.id: s for s in (loader.dataset[0, i] for i in range(9))}

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.augment import Augmentation
 from vlm_calibration.data.copies import CopySettings, perturbed_copies
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
@@ -26,6 +25,9 @@ from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbatio
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.labels import answer_is_no
+
+if TYPE_CHECKING:
+    from vlm_calibration.data.augment import Augmentation  # imports albumentations, which is slow
 
 Check = Callable[[Query, Sequence[str]], None]
 """Raises a DataError for a query that cannot be put to the model, or for one of the wrong answers to it."""
@@ -259,7 +261,7 @@ def level_id(query_id: str, perturbation: Perturbation) -> str:
 
 def query_id_of_level(level_id: str) -> str:
     """The query's own id in an id of `level_id`."""
-    return level_id.rpartition("@")[0] or level_id
+    return level_id.rpartition("@")[0]
 
 
 def with_split_name(query: Query, split: str) -> Query:

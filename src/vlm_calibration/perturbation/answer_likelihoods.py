@@ -66,10 +66,11 @@ def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> d
         metadata = content.schema.metadata or {}
         if metadata.get(b"format") != FORMAT.encode():
             raise ValueError(f"expected the format {FORMAT!r}, found {metadata.get(b'format')!r}")
-        measured = json.loads(metadata[b"provenance"])
+        measured = dict(json.loads(metadata[b"provenance"]))
         ids, values = content["id"].to_pylist(), np.asarray(content["likelihood"], dtype=np.float64)
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of likelihoods: {error}") from error
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a file of likelihoods: {reason}") from error
     differing = [key for key in COMPARED if measured.get(key) != provenance.get(key)]
     if differing:
         raise ValueError(

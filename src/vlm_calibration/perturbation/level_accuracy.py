@@ -94,6 +94,7 @@ def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray
         low, high = curve[above], curve[above - 1]
         share = (high - target) / (high - low)
         strength = round(float(strengths[above - 1] + share * (strengths[above] - strengths[above - 1])), 3)
+        strength = min(strength, strengths[-1])  # accuracies are not known above it
         if strength > chosen[-1]:
             chosen.append(strength)
     return tuple(chosen)
@@ -107,16 +108,17 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
     Returns:
         The smallest number and the mean of each group, in falling order.
     """
-    ordered = np.sort(np.asarray(values, dtype=np.float64))[::-1]
-    first = np.concatenate([[0.0], np.cumsum(ordered)])
-    second = np.concatenate([[0.0], np.cumsum(ordered**2)])
-    n = len(ordered)
-    groups = min(groups, len(np.unique(ordered)))
+    distinct, repeats = (part[::-1] for part in np.unique(values, return_counts=True))
+    weight, first, second = (
+        np.concatenate([[0.0], np.cumsum(repeats * distinct**power)]) for power in range(3)
+    )
+    n = len(distinct)
+    groups = min(groups, n)
 
     def errors(end: int) -> np.ndarray:
         """Squared error of the runs [i, end) for each start i < end."""
         i = np.arange(end)
-        return second[end] - second[i] - (first[end] - first[i]) ** 2 / (end - i)
+        return second[end] - second[i] - (first[end] - first[i]) ** 2 / (weight[end] - weight[i])
 
     best = np.full((groups + 1, n + 1), math.inf)
     best[0, 0] = 0.0
@@ -130,6 +132,7 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
     end = n
     for group in range(groups, 0, -1):
         start = int(starts[group, end])
-        means.append((float(ordered[end - 1]), float(ordered[start:end].mean())))
+        mean = np.average(distinct[start:end], weights=repeats[start:end])
+        means.append((float(distinct[end - 1]), float(mean)))
         end = start
     return means[::-1]

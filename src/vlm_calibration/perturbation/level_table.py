@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +51,8 @@ class AnswerTypeCounts:
         edges: likelihoods in [0, 1] between the bins; a likelihood equal to an edge belongs to the bin above it.
 
     Raises:
-        ValueError: no counts, impossible counts, kinds that differ between bins, or strengths that are repeated, outside [0, 1],
-            without 0, or different between bins.
+        ValueError: no counts, impossible counts, kinds that differ between bins, strengths that are repeated, outside [0, 1],
+            without 0, or different between bins, or edges that do not rise within [0, 1].
     """
 
     bins: tuple[KindCounts, ...]
@@ -63,18 +64,18 @@ class AnswerTypeCounts:
         object.__setattr__(self, "edges", tuple(map(float, self.edges)))
         if not ordered or not ordered[0]:
             raise ValueError("no counts")
-        if len(self.edges) != len(ordered) - 1 or list(self.edges) != sorted(set(self.edges)):
+        edges = [0.0, *self.edges, 1.0]
+        if len(self.edges) != len(ordered) - 1 or not all(a <= b for a, b in pairwise(edges)):
             raise ValueError(
-                f"{len(ordered)} bins need as many edges less one, rising, found {list(self.edges)}"
+                f"{len(ordered)} bins need as many edges less one, rising in [0, 1], found {list(self.edges)}"
             )
-        grids = [
-            {kind: [row.strength for row in rows] for kind, rows in counts.items()} for counts in ordered
-        ]
-        if any(grid != grids[0] for grid in grids):
-            raise ValueError("bins were measured at different kinds or strengths")
+        if len(set(self.edges)) < len(self.edges):
+            raise ValueError(f"edges are repeated: {list(self.edges)}")
         for counts in ordered:
             for kind, rows in counts.items():
                 _check_rows(kind, rows)
+            if _strengths(counts) != _strengths(ordered[0]):
+                raise ValueError("bins were measured at different kinds or strengths")
             if len({rows[0] for rows in counts.values()}) > 1:
                 raise ValueError("kinds have different counts of untouched images")
 
@@ -96,12 +97,22 @@ class AnswerTypeCounts:
 
 
 def _ordered(rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
-    return tuple(sorted(LevelCount(float(s), int(n), int(correct)) for s, n, correct in rows))
+    return tuple(sorted(LevelCount(float(s), _whole(n), _whole(correct)) for s, n, correct in rows))
+
+
+def _whole(count: float) -> int:
+    if not float(count).is_integer():
+        raise ValueError(f"a count must be a whole number, found {count!r}")
+    return int(count)
+
+
+def _strengths(counts: KindCounts) -> dict[str, list[float]]:
+    return {kind: [row.strength for row in rows] for kind, rows in counts.items()}
 
 
 def _check_rows(kind: str, rows: Sequence[LevelCount]) -> None:
     strengths = [row.strength for row in rows]
-    if not strengths or strengths[0] != 0 or strengths[-1] > 1:
+    if not strengths or strengths[0] != 0 or not all(0 <= strength <= 1 for strength in strengths):
         raise ValueError(
             f"counts of {kind!r} must begin at strength 0, the untouched image, and end at 1 or below; got {strengths}"
         )
@@ -117,11 +128,11 @@ class LevelTable:
     """Measured counts and their provenance.
 
     Args:
-        counts: answer type -> its counts; all answer types have the same kinds.
+        counts: answer type -> its counts; all answer types have the same kinds and strengths.
         provenance: origin of the counts: model, schedule, seed, number of queries, ...
 
     Raises:
-        ValueError: no counts, or kinds that differ between answer types.
+        ValueError: no counts, or kinds or strengths that differ between answer types.
     """
 
     counts: Mapping[str, AnswerTypeCounts]
@@ -130,8 +141,12 @@ class LevelTable:
     def __post_init__(self) -> None:
         if not self.counts:
             raise ValueError("a level table needs counts for at least one answer type")
-        if len({frozenset(counts.bins[0]) for counts in self.counts.values()}) > 1:
-            raise ValueError("answer types were measured with different kinds of perturbation")
+        first, *others = self.counts
+        for other in others:
+            if _strengths(self.counts[other].bins[0]) != _strengths(self.counts[first].bins[0]):
+                raise ValueError(
+                    f"answer types {first!r} and {other!r} were measured with different kinds or strengths of perturbation"
+                )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -252,19 +267,15 @@ def read_table(path: Path) -> LevelTable:
 
 
 def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
-    edges = content["likelihood_edges"]
+    edges, kinds = content["likelihood_edges"], content["kinds"]
+    n_bins = len(edges) + 1
+    if any(len(row[key]) != n_bins for rows in kinds.values() for row in rows for key in ("n", "n_correct")):
+        raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
     bins = tuple(
         {
             kind: tuple(LevelCount(row["strength"], row["n"][i], row["n_correct"][i]) for row in rows)
-            for kind, rows in content["kinds"].items()
+            for kind, rows in kinds.items()
         }
-        for i in range(len(edges) + 1)
+        for i in range(n_bins)
     )
-    if any(
-        len(row[k]) != len(bins)
-        for rows in content["kinds"].values()
-        for row in rows
-        for k in ("n", "n_correct")
-    ):
-        raise ValueError(f"every count must have {len(bins)} bins, one more than there are likelihood_edges")
     return AnswerTypeCounts(bins, tuple(edges))

@@ -5,6 +5,7 @@ measured accuracy, per answer type, kind and strength, since a yes/no question i
 the object is invisible; and, if it knows how likely the base model holds its answer to an untouched image, for this very image.
 """
 
+import copy
 import math
 import os
 from abc import ABC, abstractmethod
@@ -208,10 +209,10 @@ class AnchoredLevels(ConfidenceLevels):
 
     @property
     def averaged(self) -> "AnchoredLevels":
-        """The same levels without likelihoods."""
-        if self.likelihoods is None:
-            return self
-        return AnchoredLevels(table=self.table, grid=self.grid, groups=self.groups)
+        """The same levels without likelihoods. They state the same groups, so each of their `confidences` is one of these levels."""
+        averaged = copy.copy(self)
+        averaged.likelihoods = averaged._likelihoods = None
+        return averaged
 
     def strengths(self, kind: str) -> tuple[float, ...]:
         self._check_kind(kind)
@@ -283,10 +284,13 @@ class AnchoredLevels(ConfidenceLevels):
         return spread_strengths(fits[0].strengths[kind], [fit.pooled[kind] for fit in fits])
 
     def _values(self, fit: "_Fit") -> list[float]:
-        """The accuracies at the levels' strengths, over all kinds and, with likelihoods, all bins."""
-        bins = [fit.pooled] if self._likelihoods is None else fit.bins
+        """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
+
+        Rounded, so that accuracies that are equal but for floating-point errors are one.
+        """
+        bins = [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]
         return [
-            float(v)
+            round(float(v), 9)
             for kind, strengths in self._strengths.items()
             for accuracies in bins
             for v in np.interp(strengths, fit.strengths[kind], accuracies[kind])

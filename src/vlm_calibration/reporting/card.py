@@ -98,9 +98,20 @@ def _read_facts(folder: Path) -> tuple[Card, str] | None:
     try:
         facts = dict(json.loads(path.read_text(encoding="utf-8")))
         digest = facts.pop(DIGEST, "")
-        return Card(**facts), digest
-    except (ValueError, TypeError) as error:
+        steps = facts.pop("steps", None)
+        levels = {t: [_level(row, steps) for row in rows] for t, rows in facts.pop("levels", {}).items()}
+        return Card(**facts, levels=levels), digest
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
+
+
+def _level(row: list[Any], steps: int | None) -> tuple[str, float, float]:
+    """A row of `Card.levels`; earlier versions wrote the noise step, of `steps`, and the confidence."""
+    if steps is not None:
+        step, confidence = row
+        return ("noise" if step else "", step / steps, confidence)
+    kind, strength, confidence = row
+    return (kind, strength, confidence)
 
 
 def _digest(text: str) -> str:

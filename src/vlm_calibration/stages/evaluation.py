@@ -67,6 +67,18 @@ def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels:
         raise DataError("nothing to evaluate: give model.adapters or set model.with_base")
 
 
+def _check_strengths(oracle: AnchoredLevels, data: PerturbedQueryDataModule) -> None:
+    """Refuse parts whose kinds or strengths of perturbation the oracle's levels lack."""
+    for setting, split in data.settings.items():
+        if setting.partition(".")[0] not in TESTED or split.noise == "none":
+            continue
+        try:
+            for perturbation in split.policy(data.noise).perturbations:
+                oracle.accuracy(perturbation, oracle.answer_types[0])
+        except ValueError as error:
+            raise DataError(f"model.oracle_levels, for data.{setting}: {error}") from error
+
+
 class EvaluationModule(L.LightningModule):
     """Evaluates *systems*: the base model, adapters on it, and the level oracle.
 
@@ -117,6 +129,8 @@ class EvaluationModule(L.LightningModule):
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
         check_levels(self.oracle, self.base, data)
+        if self.oracle is not None:
+            _check_strengths(self.oracle, data)
         check_image_size(self.adapters, data)
 
     def configure_model(self) -> None:

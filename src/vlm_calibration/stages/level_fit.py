@@ -137,15 +137,16 @@ class LevelFitModule(L.LightningModule):
         else:
             answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
             correct = [answer.correct for answer in answers]
+        name = (LEVELS, INSTANCES)[dataloader_idx]
+        own_id = query_id_of_level if name == LEVELS else str
         columns = (
-            [number_of(query_id_of_level(q.id)) for q in batch.queries],
+            [number_of(own_id(q.id)) for q in batch.queries],
             [ANSWER_TYPES.index(q.answer_type) for q in batch.queries],
             [self.perturbations.index(p) for p in batch.perturbations],
             correct,
             # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
             [float(p or 0) if clean else torch.nan for p, clean in zip(likelihood, untouched, strict=True)],
         )
-        name = (LEVELS, INSTANCES)[dataloader_idx]
         self.answers[name].update(*(torch.tensor(column, device=self.device) for column in columns))
 
     def _answer_with_likelihood(self, batch: PromptBatch) -> tuple[list[bool], list[float | None]]:

@@ -1,0 +1,219 @@
+"""Levels that depend on how likely the base model holds its answer to the untouched image, and the file of these likelihoods."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods, write_likelihoods
+from vlm_calibration.perturbation.level_accuracy import fit_pooled
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
+
+from .conftest import KINDS, PROVENANCE, instance_table
+
+LIKELIHOODS = {"hard": 0.3, "edge": 0.6, "middle": 0.75, "easy": 0.99, "none": 0.0, "sure": 1.0}
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_likelihoods(tmp_path / "likelihoods.parquet", LIKELIHOODS, PROVENANCE)
+    return tmp_path / "likelihoods.parquet"
+
+
+@pytest.fixture
+def by_query(file):
+    def make(**settings):
+        return AnchoredLevels(table=instance_table(), likelihoods=file, **settings)
+
+    return make
+
+
+def perturbations(levels):
+    return [Perturbation(kind, s) for kind in KINDS for s in levels.strengths(kind)]
+
+
+def test_a_hard_untouched_image_is_low_and_an_easy_one_high(by_query):
+    levels = by_query(grid=1)
+    stated = {name: levels.confidence(CLEAN, "yes_no", name) for name in LIKELIHOODS}
+    assert stated["hard"] == stated["none"] == 0.55
+    assert stated["edge"] == stated["middle"] == 0.8, "an edge belongs to the bin above it"
+    assert stated["easy"] == stated["sure"] == 0.98
+    assert levels.confidence(CLEAN, "short", "hard") == 0.4
+    assert levels.confidence(CLEAN, "short", "easy") == 0.95
+
+
+@pytest.mark.parametrize("answer_type", ["yes_no", "short"])
+def test_confidences_fall_with_the_strength_and_rise_with_the_likelihood(by_query, answer_type):
+    levels = by_query(grid=1)
+    for kind in KINDS:
+        stated = np.array(
+            [
+                [levels.confidence(Perturbation(kind, s), answer_type, q) for s in np.linspace(0, 1, 21)]
+                for q in ("hard", "middle", "easy")
+            ]
+        )
+        assert (np.diff(stated, axis=1) <= 0).all()
+        assert (np.diff(stated, axis=0) >= 0).all()
+        assert (stated[:, 0] > stated[:, -1]).all()
+
+
+def test_blur_and_noise_fall_by_their_own_counts(by_query):
+    levels = by_query()
+    assert levels.accuracy(Perturbation("noise", 1), "yes_no", "easy") == pytest.approx(0.5)
+    assert levels.accuracy(Perturbation("blur", 1), "yes_no", "easy") == pytest.approx(0.74)
+    assert levels.accuracy(Perturbation("blur", 0.25), "yes_no", "easy") == pytest.approx(0.92)
+
+
+def test_a_query_without_a_likelihood_is_refused_and_the_file_named(by_query, file):
+    for method in (by_query().confidence, by_query().accuracy):
+        with pytest.raises(ValueError, match=r"`vlm-calibration levels fit`") as error:
+            method(CLEAN, "yes_no", "unknown")
+        assert str(file) in str(error.value)
+
+
+def test_without_a_query_the_levels_are_the_average(by_query):
+    levels, table = by_query(), instance_table()
+    plain = AnchoredLevels(table=table)
+    for perturbation in perturbations(levels):
+        for answer_type in levels.answer_types:
+            expected = plain.accuracy(perturbation, answer_type)
+            assert levels.accuracy(perturbation, answer_type) == expected
+            assert levels.averaged.accuracy(perturbation, answer_type, "unknown") == expected
+    assert plain.averaged.table is table
+    assert levels.averaged.likelihoods is None
+    assert [levels.strengths(kind) for kind in KINDS] == [plain.strengths(kind) for kind in KINDS]
+
+
+def test_without_likelihoods_a_query_makes_no_difference():
+    levels = AnchoredLevels(table=instance_table(), grid=1)
+    assert levels.confidence(CLEAN, "yes_no", "anything") == levels.confidence(CLEAN, "yes_no")
+
+
+@pytest.mark.parametrize("grid", [1, 5, 20])
+@pytest.mark.parametrize("groups", [None, 1, 2, 3, 5, 50])
+def test_everything_that_is_stated_is_among_the_confidences(by_query, grid, groups):
+    levels = by_query(grid=grid, groups=groups)
+    for answer_type in levels.answer_types:
+        known = levels.confidences(answer_type)
+        assert known == tuple(sorted(set(known), reverse=True))
+        stated = {
+            levels.confidence(p, answer_type, q) for p in perturbations(levels) for q in (*LIKELIHOODS, None)
+        }
+        averaged = {levels.averaged.confidence(p, answer_type) for p in perturbations(levels)}
+        assert stated == set(known)
+        assert averaged == set(levels.averaged.confidences(answer_type)) <= stated
+        assert groups is None or len(known) <= groups
+
+
+def test_averaged_levels_are_also_averaged_when_they_are_sent_to_a_worker(by_query):
+    levels = by_query(groups=3)
+    copy = pickle.loads(pickle.dumps(levels.averaged))
+    assert copy.confidences("short") == levels.averaged.confidences("short")
+    assert copy.confidence(CLEAN, "short", "unknown") == levels.confidence(CLEAN, "short")
+    again = pickle.loads(pickle.dumps(levels))
+    assert again.confidence(CLEAN, "short", "easy") == levels.confidence(CLEAN, "short", "easy")
+
+
+def test_the_average_is_the_fit_of_all_queries(by_query):
+    levels, table = by_query(), instance_table()
+    fit = fit_pooled(table.counts["short"])
+    for kind, strengths in KINDS.items():
+        found = [levels.accuracy(Perturbation(kind, s), "short") for s in strengths]
+        assert found == pytest.approx(fit[kind].tolist())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.none() | st.floats(0, 1, width=32))
+)
+def test_likelihoods_are_read_as_they_were_written(tmp_path, likelihoods):
+    path = tmp_path / "likelihoods.parquet"
+    write_likelihoods(path, likelihoods, PROVENANCE)
+    read = read_likelihoods(path, PROVENANCE, "levels.json")
+    assert read == {key: value or 0.0 for key, value in likelihoods.items()}
+
+
+def test_a_likelihood_is_in_the_bin_that_it_was_counted_in(tmp_path):
+    """Both sides compare the single-precision number with the edge."""
+    edge = float(np.float32(0.1))
+    write_likelihoods(tmp_path / "l.parquet", {"q": 0.1}, PROVENANCE)
+    assert read_likelihoods(tmp_path / "l.parquet", PROVENANCE, "")["q"] == edge
+
+
+@pytest.mark.parametrize("key", ["weights", "prompt", "max_pixels"])
+def test_likelihoods_of_another_model_or_prompt_are_refused(file, key):
+    with pytest.raises(ValueError, match=f"another {key}: ") as error:
+        AnchoredLevels(table=instance_table({**PROVENANCE, key: "other"}), likelihoods=file)
+    assert str(file) in str(error.value)
+    AnchoredLevels(table=instance_table({**PROVENANCE, "seed": 7, "schedule": "cosine"}), likelihoods=file)
+
+
+def test_both_files_are_named_if_they_do_not_belong_together(file, tmp_path):
+    path = tmp_path / "levels.json"
+    instance_table({**PROVENANCE, "prompt": "other", "weights": None}).save(path)
+    with pytest.raises(ValueError, match="another weights, prompt") as error:
+        AnchoredLevels(path, likelihoods=file)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_of_likelihoods_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no likelihoods at .*none\.parquet"):
+        AnchoredLevels(table=instance_table(), likelihoods=tmp_path / "none.parquet")
+
+
+FORMAT = {"format": "vlm_calibration.likelihoods/1", "provenance": json.dumps(PROVENANCE)}
+
+
+@pytest.mark.parametrize(
+    ("columns", "metadata", "message"),
+    [
+        ({"id": ["a"], "likelihood": [0.5]}, {}, "expected the format"),
+        ({"id": ["a"], "likelihood": [0.5]}, {"format": "other"}, "b'other'"),
+        ({"id": ["a"], "likelihood": [0.5]}, {"format": FORMAT["format"]}, "provenance"),
+        ({"id": ["a"], "likelihood": [0.5]}, {**FORMAT, "provenance": "no json"}, "Expecting value"),
+        ({"id": ["a"], "likelihood": [0.5]}, {**FORMAT, "provenance": "[1]"}, "is not a file of likelihoods"),
+        ({"likelihood": [0.5]}, FORMAT, "id"),
+        ({"id": ["a"]}, FORMAT, "likelihood"),
+        ({"id": ["a"], "likelihood": ["high"]}, FORMAT, "high"),
+        ({"id": ["a", "b"], "likelihood": [0.5, 1.5]}, FORMAT, "found 0.5 to 1.5"),
+        ({"id": ["a"], "likelihood": [-0.5]}, FORMAT, "found -0.5"),
+        ({"id": ["a"], "likelihood": [float("nan")]}, FORMAT, "found nan"),
+        ({"id": ["a"], "likelihood": pa.array([None], pa.float32())}, FORMAT, "found nan"),
+    ],
+)
+def test_a_file_that_has_no_likelihoods_is_named(tmp_path, columns, metadata, message):
+    path = tmp_path / "likelihoods.parquet"
+    pq.write_table(pa.table(columns, metadata=metadata), path)
+    with pytest.raises(ValueError, match="likelihoods") as error:
+        read_likelihoods(path, PROVENANCE, "levels.json")
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_damaged_file_of_likelihoods_is_named(file):
+    whole = file.read_bytes()
+    for content in (b"", b"not parquet", whole[:-20], whole[:8] + bytes(40) + whole[48:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a file of likelihoods") as error:
+            read_likelihoods(file, PROVENANCE, "levels.json")
+        assert str(file) in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_likelihoods(file, {"q": 0.5}, PROVENANCE)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
