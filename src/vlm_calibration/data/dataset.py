@@ -231,9 +231,7 @@ class PerturbedQueries(Dataset[Sample]):
             self._check(query, wrong)
             sample = perturb_query(query, loaded, policy, self.image_processor, epoch, perturbation, wrong)
             if self._copies is not None:
-                copies = perturbed_copies(
-                    sample, loaded.evidence, self._copies, policy, self.image_processor
-                )
+                copies = perturbed_copies(sample, loaded.evidence, self._copies, policy, self.image_processor)
                 sample = sample._replace(copies=copies)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
@@ -241,7 +239,10 @@ class PerturbedQueries(Dataset[Sample]):
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
         where = f"{self.where}.{name}" if name and self._named else self.where
-        policy = split.policy(self.policy)
+        try:
+            policy = split.policy(self.policy)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         queries = split.source.queries()
         perturbed = None if split.noise == "none" else policy
         selected = select(split.source, queries, perturbed, self._check, where)
