@@ -33,7 +33,7 @@ from .naive import Alone
 from .test_scored import ASKED, LEVELS, logits, samples_of, scenes
 
 POLICY = NoisePolicy()
-STRENGTHS = {"noise": [0.2, 0.3], "blur": [0.05]}
+STRENGTHS = {"noise": [0.2, 0.3], "blur": [0.2]}
 ANSWERS = ("Yes", "a blue umbrella", "No", "It is white")
 
 
