@@ -27,6 +27,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
@@ -44,7 +45,7 @@ def test_our_objects_keep_what_they_are_made_from() -> None:
     kinds: list[Any] = [
         *(DemoSource, JsonlSource, ParquetSource, CocoSource, RlaifVSource, PopeSource, AmberSource),
         *(ConversationSource, GqaSource, HuggingFaceSource, VqaSource),
-        *(ExpectedConfidence, SelfConsistency, PTrue, LinearLevels, NoisePolicy),
+        *(ExpectedConfidence, SelfConsistency, PTrue, Stability, LinearLevels, NoisePolicy),
         *(RuleDescriber, PromptedDescriber, ZeroShotDetector, PromptedSegmenter),
     ]
     bases = (QuerySource, Estimator, ConfidenceLevels, Describer, Detector, Segmenter)

@@ -29,6 +29,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import plan_extraction
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
+from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
 from vlm_calibration.records import DataError, Query, Region
 
 COMMANDS = ("fit", "test", "predict", "levels fit")
@@ -117,6 +118,7 @@ SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"
         ({"data__train__init_args__path": "other.jsonl"}, ["fit", "predict"]),
         ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),
         ({"data__max_length": 20}, ["fit"]),
+        ({"data__augment": [{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.5}}]}, ["fit"]),
         ({"data__workers": 4, "data__eval_batch_size": 9, "data_root": "my", "runs": "r", "resume": True}, []),
     ],
 )  # fmt: skip
@@ -233,6 +235,28 @@ def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
     assert inputs(4.0, with_regions=True) == inputs(4.0, with_regions=True)
     assert inputs(4.0, with_regions=True) != inputs(5.0, with_regions=True)
     assert inputs(4.0, with_regions=False) == inputs(5.0, with_regions=False)
+
+
+def test_likelihoods_that_were_measured_again_are_another_input(tmp_path: Path) -> None:
+    """The path of `AnchoredLevels.likelihoods` stays, its content changes."""
+    path = tmp_path / "likelihoods.parquet"
+    settings = {"data": {"noise": {"levels": {"init_args": {"likelihoods": str(path)}}}}}
+    digests = []
+    for value in (0.5, 0.5, 0.6):
+        provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
+        write_likelihoods(path, {"q": value}, provenance)
+        inputs = run_inputs(settings, PerturbedQueryDataModule(), with_regions=True)
+        digests.append(inputs["data.noise.levels.init_args.likelihoods"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_levels_with_likelihoods_depend_on_the_training_queries(tmp_path: Path) -> None:
+    settings = copy.deepcopy(SETTINGS)
+    assert "train" not in deciding_settings("levels fit", settings)["data"]
+    settings["model"]["init_args"]["likelihoods"] = str(tmp_path / "likelihoods.parquet")
+    decided = deciding_settings("levels fit", settings)
+    assert "train" in decided["data"]
+    assert "likelihoods" not in decided["model"]["init_args"], "a result: it exists only after the run"
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ Folder = Callable[[str], str]
 ESTIMATORS = "vlm_calibration.estimators."
 EXPECTED = {"class_path": f"{ESTIMATORS}verbal.ExpectedConfidence"}
 NO_ADAPTERS = {"model__init_args__adapters": "{}"}
+STABLE = {"class_path": f"{ESTIMATORS}stability.Stability"}
 SAMPLED = {"class_path": f"{ESTIMATORS}consistency.SelfConsistency"}
 
 
@@ -109,6 +110,10 @@ def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) ->
     assert "sampled answers" in sampled.work
     assert sampled.estimate.phase == "sampling"
     assert sampled.estimate.total > scored.estimate.total >= alone.estimate.total
+    copied = answers(Plan(), EXPECTED, STABLE)
+    assert "perturbed copies" in copied.work
+    assert copied.estimate.total > scored.estimate.total
+    assert copied.estimate.pixels == 2 * scored.estimate.pixels
     ranked = parse(
         "eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, data__grading__open="ranking"
     )

@@ -13,7 +13,7 @@ from vlm_calibration.estimators.answer_scoring import right_padded
 from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.answer_memory import AnsweringStep, answering_peaks
+from vlm_calibration.models.answer_memory import COPY_RESPONSES, AnsweringStep, answering_peaks
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import empty_vlm
@@ -125,6 +125,29 @@ def test_an_estimate_is_what_ranking_takes(tmp_path: Path, family: str) -> None:
     assert estimate.phase == "ranking"
     assert estimate.cache == 0
     assert _activations(estimate) == pytest.approx(peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl"])
+def test_an_estimate_is_what_scoring_perturbed_copies_takes(tmp_path: Path, family: str) -> None:
+    model = build(family)
+    inputs, tokens, image = _prompts(family)
+    inputs["attention_mask"][:] = 1
+    responses = [[[9] * NEW_TOKENS] * COPY_RESPONSES] * ROWS
+
+    def score() -> None:
+        with torch.no_grad():
+            score_responses(model, right_padded(inputs), responses)
+
+    score()
+    peak = allocated(score)
+    step = AnsweringStep(ROWS, tokens, NEW_TOKENS, image, scored_tokens=NEW_TOKENS, copied=True)
+    phases = answering_peaks(_built(model, tmp_path), step)
+    # The keys and values of the answer are kept meanwhile.
+    assert phases.phases["perturbed copies"] - phases.cache == pytest.approx(peak, rel=TOLERANCE)
+    estimate = _estimate(model, tmp_path, step)
+    alone = _estimate(model, tmp_path, replace(step, copied=False))
+    assert estimate.pixels == 2 * alone.pixels
+    assert estimate.total > alone.total
 
 
 def test_adapters_and_systems_add_up(tmp_path: Path) -> None:

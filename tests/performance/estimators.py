@@ -30,7 +30,8 @@ from tests.performance.preference import SIDE, write_model
 from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
-from vlm_calibration.data.noise import Sample
+from vlm_calibration.data.copies import perturbed_copies
+from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
@@ -39,6 +40,7 @@ from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
@@ -50,6 +52,7 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 BATCH = 16
 TARGET = 0.15
 DEMO = Path("src/vlm_calibration/demo/model")
+STABILITY = Stability()
 ALONE, EXPECTED = "verbalized alone", "with expected"
 SETS: dict[str, Sequence[Estimator]] = {
     ALONE: (),
@@ -57,6 +60,7 @@ SETS: dict[str, Sequence[Estimator]] = {
     "with expected and likelihood": (ExpectedConfidence(), AnswerLikelihood()),
     "with P(True)": (PTrue(),),
     "with self-consistency, 5 samples": (SelfConsistency(samples=5),),
+    "with stability, 4 copies": (STABILITY,),
 }
 
 
@@ -94,6 +98,13 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
         )
         for i in range(BATCH)
     ]  # fmt: skip
+    # Copies are made in data workers, beside the passes that are timed here.
+    samples = [
+        s._replace(
+            copies=perturbed_copies(s, (), STABILITY.copies, NoisePolicy(), chat.processor.image_processor)
+        )
+        for s in samples
+    ]
     response = chat.processor.tokenizer(render_response("Yes", 0.8), add_special_tokens=False)["input_ids"]
     model = load_base(BaseModel(str(folder), dtype="float32")).eval()
     tokenizer = AnswerTokenizer(chat, [LinearLevels()])

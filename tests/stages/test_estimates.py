@@ -22,6 +22,7 @@ from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
+from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.metrics import functional
 from vlm_calibration.models.adapters import load_adapters, using_adapter
@@ -97,6 +98,21 @@ def test_every_estimator_has_its_key_and_its_metrics(
     assert not [key for key in json.loads((folder / "oracle" / "metrics.json").read_text()) if "@" in key]
 
 
+@pytest.mark.slow
+def test_stability_rates_the_answers_of_every_system(
+    run_evaluation: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    run_evaluation({"one": new_adapter(1)}, estimators=[AnswerLikelihood(), Stability()])
+    for system in ("base", "one"):
+        metrics = json.loads((tmp_path / "run" / system / "metrics.json").read_text())
+        assert metrics["forward_passes@stability"] == 4
+        assert "brier@stability" in metrics
+        lines = (tmp_path / "run" / system / "predictions.jsonl").read_text().splitlines()
+        rated = [json.loads(line) for line in lines]
+        assert all((r["stability"] is None) == (r["likelihood"] is None) for r in rated)
+        assert [r["stability"] for r in rated] != [r["likelihood"] for r in rated]
+
+
 def test_levels_are_those_of_the_data_and_of_the_estimators(model_folder: str) -> None:
     own, base, drawn = [LinearLevels(3), LinearLevels(5)], BaseModel(model_folder), LinearLevels(11)
     module = EvaluationModule(base, estimators=[AnswerLikelihood(), ExpectedConfidence(own)])
@@ -144,7 +160,9 @@ def test_two_processes_estimate_as_one(
         "likelihood.AnswerLikelihood",
         "p_true.PTrue",
         "consistency.SelfConsistency",
+        "stability.Stability",
     )
+    names = (*NAMES, "stability")
     overlay = {
         "trainer": {"accelerator": "cpu", "logger": False},
         "model": {
@@ -190,8 +208,9 @@ def test_two_processes_estimate_as_one(
         )
         assert len(one_process) == n
         for a, b in zip(one_process, two_processes, strict=True):
-            assert {**a.to_dict(), **dict.fromkeys(NAMES)} == {**b.to_dict(), **dict.fromkeys(NAMES)}
+            assert {**a.to_dict(), **dict.fromkeys(names)} == {**b.to_dict(), **dict.fromkeys(names)}
             assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
     metrics = [json.loads((tmp_path / name / "base/metrics.json").read_text()) for name in ("one", "two")]
     assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
-    assert f"ece@{NAMES[-1]}" in metrics[0]
+    assert all(f"ece@{name}" in metrics[0] for name in names)
+    assert metrics[0]["forward_passes@stability"] == 4

@@ -74,6 +74,18 @@ class RankedAnswers(NamedTuple):
     tokens: tuple[tuple[int, ...], ...]
 
 
+class CopiedPrompts(NamedTuple):
+    """The prompts of a batch with perturbed copies of their images.
+
+    Attributes:
+        rows: the queries of the batch that have copies, as indices.
+        inputs: for each copy the arguments of `generate` for these queries; they stay in main memory.
+    """
+
+    rows: tuple[int, ...]
+    inputs: tuple[dict[str, torch.Tensor], ...]
+
+
 class PromptBatch(NamedTuple):
     """B prompts to answer, padded on the left.
 
@@ -85,6 +97,7 @@ class PromptBatch(NamedTuple):
         levels: for each query the confidence in [0, 1] of its perturbation.
         grading: rule that grades the answers.
         ranked: for each query the answers to rank; empty if ranking grades none of them.
+        copies: the prompts with perturbed copies of their images; None if no query has any.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -94,8 +107,10 @@ class PromptBatch(NamedTuple):
     levels: tuple[float, ...]
     grading: Grading = EXACT
     ranked: tuple[RankedAnswers, ...] = ()
+    copies: CopiedPrompts | None = None
 
     def to(self, device: torch.device | str) -> PromptBatch:
+        """The batch with its inputs on a device. Copies, which are many, are moved when each is used."""
         return self._replace(inputs=move(self.inputs, device))
 
 
@@ -325,7 +340,20 @@ class PromptCollator:
             tuple(s.confidence for s in samples),
             self.grading,
             tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),
+            self._copied(samples, texts),
         )
+
+    def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> CopiedPrompts | None:
+        rows = tuple(row for row, sample in enumerate(samples) if sample.copies)
+        if not rows:
+            return None
+        of_rows = [texts[row] for row in rows]
+        numbered = zip(*(samples[row].copies for row in rows), strict=True)
+        copies = [
+            [samples[row]._replace(image=image) for row, image in zip(rows, images, strict=True)]
+            for images in numbered
+        ]
+        return CopiedPrompts(rows, tuple(self.chat.inputs_of(copy, of_rows, "left") for copy in copies))
 
     def _tokenize_ranked(self, sample: Sample) -> RankedAnswers:
         query = sample.query

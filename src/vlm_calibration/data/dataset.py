@@ -16,6 +16,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
+from vlm_calibration.data.copies import CopySettings, perturbed_copies
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
@@ -136,6 +137,7 @@ class PerturbedQueries(Dataset[Sample]):
         self._named = named
         self._check = check
         self._augmentation = augmentation
+        self._copies: CopySettings | None = None
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
@@ -147,6 +149,26 @@ class PerturbedQueries(Dataset[Sample]):
             if part.split.noise != "none":
                 for kind in part.policy.used_kinds:
                     region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
+
+    def make_copies(self, copies: CopySettings | None) -> None:
+        """Give each sample these perturbed copies of its image from now on; None: no copies.
+
+        Raises:
+            DataError: the copies need a region of the key object, and no query has one.
+        """
+        if copies is not None:
+            if copies.region == "object" and not any(
+                part.split.source.presence(part.queries[int(index)]) == "present"
+                for part in self._parts
+                for index in part.selected
+            ):
+                raise DataError(
+                    f"{self.where}: no query has a region of its key object, which an estimator is to perturb: perturb the image "
+                    "instead (`region: image`), or give queries with regions"
+                )
+            for kind, _ in copies.perturbations:
+                region_perturbation(kind, self.policy.schedule)  # imported once here, not in every worker
+        self._copies = copies
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
@@ -208,13 +230,19 @@ class PerturbedQueries(Dataset[Sample]):
             wrong = split.source.wrong_answers(query)
             self._check(query, wrong)
             sample = perturb_query(query, loaded, policy, self.image_processor, epoch, perturbation, wrong)
+            if self._copies is not None:
+                copies = perturbed_copies(sample, loaded.evidence, self._copies, policy, self.image_processor)
+                sample = sample._replace(copies=copies)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
         where = f"{self.where}.{name}" if name and self._named else self.where
-        policy = split.policy(self.policy)
+        try:
+            policy = split.policy(self.policy)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         queries = split.source.queries()
         perturbed = None if split.noise == "none" else policy
         selected = select(split.source, queries, perturbed, self._check, where)

@@ -213,6 +213,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
                 _check_ranking(self._sets[name].splits)
+        if stage == "test":
+            for name in self._tested:
+                # Modules other than `EvaluationModule` ask for none.
+                self._sets[name].make_copies(getattr(self._module, "copies", None))
         if "calibration" in needed:
             _check_no_shared_images(self._sets["calibration"].splits, self._sets["test"].splits)
 

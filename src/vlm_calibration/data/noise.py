@@ -41,6 +41,7 @@ class Sample(NamedTuple):
         epoch: the epoch that the sample is drawn for.
         wrong_answer: a wrong answer for the response to give instead of the gold answer; None: the gold answer.
         wrong: plausible wrong answers.
+        copies: perturbed copies of the image, uint8 [H, W, 3] each, if an estimator asks for them (`copies.CopySettings`).
     """
 
     query: Query
@@ -51,6 +52,7 @@ class Sample(NamedTuple):
     epoch: int = 0
     wrong_answer: str | None = None
     wrong: tuple[str, ...] = ()
+    copies: tuple[np.ndarray, ...] = ()
 
     @property
     def answer(self) -> str:

@@ -59,6 +59,12 @@ class TokenizedAnswer(NamedTuple):
     levels: tuple[float, ...]
     answer: slice
 
+    def without_levels(self) -> TokenizedAnswer:
+        """With one confidence after the answer instead of all, for scores that do not depend on them."""
+        return self._replace(
+            tokens=[self.tokens[0], *self.tokens[len(self.levels) :]], levels=self.levels[:1]
+        )
+
 
 def right_padded(
     inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, suffixes: Sequence[Sequence[int]] = ()

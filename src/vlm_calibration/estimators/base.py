@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
+from vlm_calibration.data.copies import CopySettings
 from vlm_calibration.estimators.answer_scoring import (
     AnswerTokenizer,
     ResponsePass,
@@ -95,10 +96,12 @@ class Estimator(ABC):
     Attributes:
         name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
         levels: scales of the confidences that can be stated, beside the scale of the data's noise.
+        copies: the perturbed copies of each image that it needs, as `PromptBatch.copies`; None: none.
     """
 
     name: ClassVar[str]
     levels: Sequence[ConfidenceLevels] = ()
+    copies: CopySettings | None = None
 
     @abstractmethod
     def estimate(self, answered: AnsweredBatch) -> Estimate:

@@ -21,11 +21,17 @@ class AnswerLikelihood(Estimator):
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         rows = zip(answered.scored, answered.predictions, strict=True)
-        confidence = [_likelihood(scores, p.predicted) if scores else None for scores, p in rows]
+        confidence = [likelihood_of(scores, p.predicted) if scores else None for scores, p in rows]
         return Estimate(confidence, [scores.passes if scores else 1 for scores in answered.scored])
 
 
-def _likelihood(scores: ResponsePass, predicted: str | None) -> float | None:
+def likelihood_of(scores: ResponsePass, predicted: str | None) -> float | None:
+    """The likelihood of an answer, in [0, 1], as `AnswerLikelihood` defines it; None for an answer other than yes and no.
+
+    Args:
+        scores: of the answer.
+        predicted: the parsed answer.
+    """
     if scores.yes_no_log_p is None:
         return min(1.0, float(scores.answer_log_p.double().mean().exp()))
     words = [word.lower() for word in YES_NO]

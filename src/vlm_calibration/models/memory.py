@@ -153,20 +153,21 @@ def estimate_answering(
         weights.update(_by_dtype([p for name, p in parameters.items() if "lora_" in name]))
     tower = round(step.images * tower_bytes(model, step.autocast))
     features = _shared_features(model, step)
-    longest = step.tokens + max(step.scored_tokens, math.prod(step.ranked or ()))
-    step = replace(step, shared=step.shared and _shares(base, model, longest))
+    step = replace(step, shared=step.shared and _shares(base, model, step.longest_row))
     peaks = answering_peaks(model, step)
     phase = max(peaks.phases, key=lambda name: peaks.phases[name])
-    # The tower runs before there are keys and values.
+    # The tower runs before there are keys and values, except for perturbed copies.
+    held = peaks.cache if step.copied else 0
+    images = tower + (held + features if step.copied else 0)
     cache = min(peaks.cache, peaks.phases[phase])
-    phase, peak = max((phase, features + peaks.phases[phase]), ("images", tower), key=lambda pair: pair[1])
-    cache = 0 if phase == "images" else cache
+    phase, peak = max((phase, features + peaks.phases[phase]), ("images", images), key=lambda pair: pair[1])
+    cache = held if phase == "images" else cache
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters.values()) + max(0, adapters - 1) * one,
         trained=0,
         weights=dict(weights),
         activations=peak - cache,
-        pixels=pixel_bytes(unwrap_peft(model).config, step.images),
+        pixels=pixel_bytes(unwrap_peft(model).config, step.images) * (1 + step.copied),
         cache=cache,
         phase=phase,
     )

@@ -15,6 +15,7 @@ from torch import nn
 
 from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.data.copies import CopySettings
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
@@ -148,6 +149,11 @@ class EvaluationModule(L.LightningModule):
 
     def _scored(self) -> list[tuple[str, Scorer]]:
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
+
+    @property
+    def copies(self) -> CopySettings | None:
+        """The perturbed copies of each image that an estimator needs, which the data module makes."""
+        return next((e.copies for e in self.estimators.values() if e.copies is not None), None)
 
     @property
     def levels(self) -> list[ConfidenceLevels]:

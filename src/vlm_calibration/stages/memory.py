@@ -238,6 +238,7 @@ def answer_phase(config: Any, plan: Plan) -> Phase:
             systems=adapters + bool(settings.get("with_base")),
             scored_tokens=_scored_tokens(settings) if names else 0,
             sampled="SelfConsistency" in names,
+            copied="Stability" in names,
         )
     estimate = estimate_answering(base, step, lora=plan.lora, adapters=adapters)
     return Phase("answers", _answer_work(step), estimate)
@@ -271,6 +272,7 @@ def _answer_work(step: AnsweringStep) -> str:
         f"{step.systems} systems": step.systems > 1,
         "scored responses": step.scored_tokens,
         "sampled answers": step.sampled,
+        "perturbed copies": step.copied,
         "ranked answers": step.ranked,
     }
     return ", ".join([work, *(name for name, used in parts.items() if used)])

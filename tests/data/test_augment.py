@@ -1,0 +1,198 @@
+"""The user's augmentations: regions move with the pixels, samples stay a pure function of (seed, epoch, query id)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import pytest
+import yaml
+
+from vlm_calibration.commands.lightning_cli import ParsedCLI
+from vlm_calibration.data.augment import Augmentation
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError, LoadedImage
+
+RANDOM = (
+    A.HorizontalFlip(p=0.5),
+    A.Affine(translate_percent=(-0.1, 0.1), p=1.0),
+    A.RandomBrightnessContrast(p=1.0),
+)
+SOURCE = DemoSource("train", scenes=3)
+
+
+@pytest.fixture
+def loaded() -> LoadedImage:
+    """A texture with the evidence at the top left and a distractor at the bottom right."""
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    evidence, distractor = np.zeros((2, 20, 30), dtype=bool)
+    evidence[2:7, 3:9] = True
+    distractor[12:19, 20:28] = True
+    return LoadedImage(image, (evidence,), (distractor,), False)
+
+
+def _equal(a: LoadedImage, b: LoadedImage) -> bool:
+    masks = ((*a.evidence, *a.distractors), (*b.evidence, *b.distractors))
+    return np.array_equal(a.image, b.image) and all(map(np.array_equal, *masks))
+
+
+def test_regions_move_with_the_pixels(loaded: LoadedImage) -> None:
+    flipped = Augmentation([A.HorizontalFlip(p=1.0)])(loaded, 0)
+    assert np.array_equal(flipped.image, np.flip(loaded.image, 1))
+    assert np.array_equal(flipped.evidence[0], np.flip(loaded.evidence[0], 1))
+    assert np.array_equal(flipped.distractors[0], np.flip(loaded.distractors[0], 1))
+    assert flipped.evidence[0].dtype == bool
+    assert flipped.image.flags.c_contiguous
+
+
+def test_an_image_without_regions_is_augmented(loaded: LoadedImage) -> None:
+    flipped = Augmentation([A.HorizontalFlip(p=1.0)])(loaded._replace(evidence=(), distractors=()), 0)
+    assert np.array_equal(flipped.image, np.flip(loaded.image, 1))
+    assert flipped.evidence == flipped.distractors == ()
+
+
+def test_the_seed_alone_decides(loaded: LoadedImage) -> None:
+    one, other = Augmentation(RANDOM), Augmentation(RANDOM)
+    results = [one(loaded, seed) for seed in range(8)]
+    assert all(_equal(other(loaded, seed), results[seed]) for seed in reversed(range(8)))
+    assert len({r.image.tobytes() for r in results}) == 8
+
+
+def test_a_crop_that_loses_the_evidence_leaves_the_image_as_it_is(loaded: LoadedImage) -> None:
+    lost = Augmentation([A.Crop(15, 10, 30, 20)])(loaded, 0)
+    assert _equal(lost, loaded)
+    kept = Augmentation([A.Crop(0, 0, 15, 10)])(loaded, 0)
+    assert np.array_equal(kept.image, loaded.image[:10, :15])
+    assert np.array_equal(kept.evidence[0], loaded.evidence[0][:10, :15])
+    assert kept.distractors == (), "outside the crop"
+
+
+@pytest.mark.parametrize(
+    ("transform", "found"),
+    [(A.Normalize(), "float32"), (A.ToFloat(), "float32"), (A.ToGray(1, p=1.0), r"\(20, 30")],
+)
+def test_results_that_are_no_rgb_image_are_refused_by_name(
+    loaded: LoadedImage, transform: A.BasicTransform, found: str
+) -> None:
+    with pytest.raises(DataError, match=rf"data\.augment: .*{type(transform).__name__}.*{found}"):
+        Augmentation([A.HorizontalFlip(), transform])(loaded, 0)
+
+
+# --- In the data module -------------------------------------------------------------------------------------------
+
+
+def _samples(
+    folder: str, epoch: int, transforms: Sequence[Any] | None = RANDOM, **settings: Any
+) -> dict[str, bytes]:
+    """Query id -> its pixels, in an epoch of training."""
+    plain: dict[str, Any] = {"train": SOURCE, "batch_size": 3, "workers": 0, "max_length": 300}
+    augment = None if transforms is None else list(transforms)
+    module = PerturbedQueryDataModule(folder, augment=augment, **{**plain, **settings})
+    module.setup("fit")
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return {
+        query.id: pixels.numpy().tobytes()
+        for batch in loader
+        for query, pixels in zip(batch.queries, batch.inputs["pixel_values"], strict=True)
+    }
+
+
+def test_epoch_and_query_decide_what_training_sees(model_folder: str) -> None:
+    first, second = (_samples(model_folder, epoch) for epoch in (0, 1))
+    plain = _samples(model_folder, 0, None)
+    assert len(first) == 9
+    assert all(first[query] != second[query] and first[query] != plain[query] for query in first)
+    assert _samples(model_folder, 0, batch_size=2) == {
+        q: first[q] for q in _samples(model_folder, 0, batch_size=2)
+    }
+    assert _samples(model_folder, 0, noise=NoisePolicy(seed=1)) != first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_make_no_difference(model_folder: str, workers: int) -> None:
+    assert _samples(model_folder, 1, workers=workers) == _samples(model_folder, 1)
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_samples(model_folder: str) -> None:
+    expected = _samples(model_folder, 1)
+    module = PerturbedQueryDataModule(
+        model_folder, train=SOURCE, augment=list(RANDOM), batch_size=3, workers=0, max_length=300
+    )
+    module.load_state_dict({"epoch": 1, "batch": 1, "queries": 9, "batch_size": 3})
+    module.setup("fit")
+    rest = {
+        query.id: pixels.numpy().tobytes()
+        for batch in module.train_dataloader()
+        for query, pixels in zip(batch.queries, batch.inputs["pixel_values"], strict=True)
+    }
+    assert len(rest) == 6
+    assert rest == {query: expected[query] for query in rest}
+
+
+def test_perturbation_follows_the_augmentation() -> None:
+    """The object moves with the flip, and its new place is perturbed."""
+    policy = NoisePolicy(resolution="native", distractor_probability=0.0, kinds={"fade": 1.0})
+    part = {"": EvalSplit(SOURCE, "every_level")}
+    plain = PerturbedQueries(part, policy, None)
+    flipped = PerturbedQueries(part, policy, None, augmentation=Augmentation([A.HorizontalFlip(p=1.0)]))
+    index = next(i for i, query in enumerate(plain.queries) if query.id.endswith("fade-0.5"))
+    for clean, perturbed in ((0, index),):
+        changed, changed_flipped = (
+            (data[0, clean].image != data[0, perturbed].image).any(-1) for data in (plain, flipped)
+        )
+        overlap = (np.flip(changed, 1) & changed_flipped).sum() / (
+            np.flip(changed, 1) | changed_flipped
+        ).sum()
+        assert overlap > 0.9
+
+
+def test_only_training_is_augmented(model_folder: str) -> None:
+    def validated(augment: list[Any] | None) -> list[bytes]:
+        module = PerturbedQueryDataModule(
+            model_folder,
+            train=SOURCE,
+            validation=DemoSource("calibration", scenes=1),
+            test={"": EvalSplit(DemoSource("test", scenes=1), "drawn")},
+            augment=augment,
+            workers=0,
+            max_length=300,
+        )
+        pixels = []
+        for stage, loader in (("fit", module.val_dataloader), ("test", module.test_dataloader)):
+            module.setup(stage)
+            for batch in loader():
+                prompts = getattr(batch, "prompts", batch)
+                pixels.append(prompts.inputs["pixel_values"].numpy().tobytes())
+        return pixels
+
+    assert validated(list(RANDOM)) == validated(None)
+
+
+@pytest.mark.slow
+def test_a_configuration_names_transforms_by_their_class(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transforms = [{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}]
+    (tmp_path / "augment.yaml").write_text(yaml.safe_dump({"data": {"augment": transforms}}))
+    files = ["--config", str(root / "configs/sft.yaml"), "--config", str(tmp_path / "augment.yaml")]
+    for more, p in (
+        ([], 0.25),
+        (
+            ["--data.augment", '[{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.75}}]'],
+            0.75,
+        ),
+    ):
+        monkeypatch.setattr(sys, "argv", ["", "fit", *files, *more])
+        cli = ParsedCLI()
+        [transform] = cli._parser("fit").instantiate_classes(cli.config.fit).data.augment
+        assert isinstance(transform, A.HorizontalFlip)
+        assert transform.p == p

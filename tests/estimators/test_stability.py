@@ -1,0 +1,254 @@
+"""Stability: against perturbing and scoring one image at a time; copies from the data module; what it costs and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat, PromptBatch
+from vlm_calibration.data.copies import CopySettings, perturbed_copies
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy, Sample, query_rng
+from vlm_calibration.data.resolution import resize_to_model
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.stability import Stability
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.perturbation.by_kind import region_perturbation
+from vlm_calibration.perturbation.levels import CLEAN, Perturbation
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..models.processors import FAMILIES, cached_family
+from ..models.runs import SIZES
+from .conftest import Answering
+from .naive import Alone
+from .test_scored import ASKED, LEVELS, logits, samples_of, scenes
+
+POLICY = NoisePolicy()
+STRENGTHS = {"noise": [0.2, 0.3], "blur": [0.2]}
+ANSWERS = ("Yes", "a blue umbrella", "No", "It is white")
+
+
+def with_copies(samples: Sequence[Sample], estimator: Stability, chat: ChatFormat) -> list[Sample]:
+    processor = chat.processor.image_processor
+    return [s._replace(copies=perturbed_copies(s, (), estimator.copies, POLICY, processor)) for s in samples]
+
+
+@pytest.fixture(params=["demo", *FAMILIES])
+def asked(
+    request: pytest.FixtureRequest, processor: Any, load_model: Any
+) -> tuple[Any, ChatFormat, list[Sample]]:
+    if request.param == "demo":
+        return load_model(), ChatFormat(processor, ElicitationPrompt()), samples_of(scenes(4))
+    family, rng = cached_family(request.param), np.random.default_rng(0)
+    torch.manual_seed(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images)
+
+
+@torch.no_grad()
+def test_the_likelihood_is_the_mean_over_perturbed_images(
+    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+) -> None:
+    model, chat, samples = asked
+    estimator = Stability(STRENGTHS, seed=3)
+    texts = [text for *_, text in ASKED]
+    batch = answering(model, chat, with_copies(samples, estimator, chat), texts, LEVELS, keep_cache=True)
+    estimate = estimator.estimate(batch)
+
+    expected = []
+    for sample, answer in zip(samples[:3], ANSWERS, strict=False):
+        image = resize_to_model(chat.processor.image_processor, sample.image)
+        scores = []
+        for number, (kind, strength) in enumerate((k, s) for k, own in STRENGTHS.items() for s in own):
+            seed = int(query_rng(3, number, sample.query.id, "copy").integers(2**63))
+            transform = region_perturbation(kind, POLICY.schedule)
+            mask = np.ones(image.shape[:2], dtype=bool)
+            copy = transform(image=image, mask=mask, strength=strength, seed=seed)["image"]
+            assert not np.array_equal(copy, image)
+            alone = Alone(model, chat, copy, sample.query.question)
+            yes = alone.against(alone.prompt, "Yes.", "No.") if answer in ("Yes", "No") else None
+            scores.append(alone.likelihood(answer) if yes is None else yes if answer == "Yes" else 1 - yes)
+        expected.append(sum(scores) / len(scores))
+    *rated, last = estimate.confidence
+    assert logits(rated) == pytest.approx(logits(expected), abs=2e-3)
+    assert last is None, "the answer is neither yes nor no"
+    assert estimate.passes == [3] * 4
+    # Other estimators do not notice the copies.
+    plain = answering(model, chat, samples, texts, LEVELS, keep_cache=True)
+    for other in (ExpectedConfidence(), AnswerLikelihood()):
+        assert other.estimate(batch) == other.estimate(plain)
+
+
+# --- Copies from the data module ----------------------------------------------------------------------------------
+
+
+class _Asking:
+    """Stands for the module of an evaluation."""
+
+    def __init__(self, copies: CopySettings | None) -> None:
+        self.copies = copies
+
+
+def _batches(
+    folder: str, estimator: Stability | None, answered: dict[str, list[int]] | None = None, **settings: Any
+) -> list[PromptBatch]:
+    plain = {
+        "test": {"a": EvalSplit(DemoSource("test", scenes=2), "drawn")},
+        "workers": 0,
+        "eval_batch_size": 4,
+    }
+    module = PerturbedQueryDataModule(folder, **{**plain, **settings})  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patched:
+        asking = _Asking(estimator.copies if estimator else None)
+        patched.setattr(PerturbedQueryDataModule, "_module", asking)
+        module.setup("test")
+    module.leave_out_answered(answered or {})
+    return list(module.test_dataloader())  # type: ignore[arg-type]
+
+
+def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
+    """Query id -> the pixels of each copy."""
+    by_query: dict[str, list[bytes]] = {}
+    for batch in batches:
+        assert batch.copies is not None
+        for index, row in enumerate(batch.copies.rows):
+            copies = [inputs["pixel_values"][index].numpy().tobytes() for inputs in batch.copies.inputs]
+            by_query[batch.queries[row].id] = copies
+    return by_query
+
+
+def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
+    estimator = Stability(STRENGTHS)
+    expected = _pixels(_batches(model_folder, estimator))
+    assert len(expected) == 6
+    assert all(len(set(copies)) == 3 for copies in expected.values())
+    assert _pixels(_batches(model_folder, estimator, eval_batch_size=5)) == expected
+    assert _pixels(_batches(model_folder, Stability(STRENGTHS, seed=1))) != expected
+    # A resumed evaluation asks the rest only.
+    rest = _pixels(_batches(model_folder, estimator, {"test": [0, 3]}))
+    assert len(rest) == 4
+    assert rest == {query: expected[query] for query in rest}
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_copies(model_folder: str) -> None:
+    estimator = Stability(STRENGTHS)
+    expected = _pixels(_batches(model_folder, estimator))
+    assert _pixels(_batches(model_folder, estimator, workers=2)) == expected
+
+
+def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
+    with_copies, without = _batches(model_folder, Stability(STRENGTHS)), _batches(model_folder, None)
+    for a, b in zip(with_copies, without, strict=True):
+        assert b.copies is None
+        assert a[1:-1] == b[1:-1]
+        assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
+        assert a.copies is not None
+        for inputs in a.copies.inputs:
+            assert torch.equal(inputs["input_ids"], a.inputs["input_ids"])
+
+
+class _Square(QuerySource):
+    """A dog in a square of a textured image, and an absent cat."""
+
+    def queries(self) -> Sequence[Query]:
+        return [
+            Query("dog", "x", "A dog?", "Yes", "yes_no", ("dog",)),
+            Query("cat", "x", "A cat?", "No", "yes_no", ("cat",)),
+        ]
+
+    def load(self, query: Query) -> LoadedImage:
+        mask = np.zeros((40, 40), dtype=bool)
+        mask[8:24, 8:24] = True
+        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        return LoadedImage(image, (mask,) if query.id == "dog" else (), ())
+
+    def has_evidence(self, query: Query) -> bool:
+        return query.id == "dog"
+
+
+class _Absent(_Square):
+    def queries(self) -> Sequence[Query]:
+        return super().queries()[1:]
+
+
+def test_on_the_object_only_its_pixels_change() -> None:
+    dataset = PerturbedQueries({"": EvalSplit(_Square())}, NoisePolicy(resolution="native"), None)
+    dataset.make_copies(Stability({"noise": [0.5]}, region="object").copies)
+    dog, cat = dataset[0, 0], dataset[0, 1]
+    [copy] = dog.copies
+    changed = (copy != dog.image).any(-1)
+    assert changed[8:24, 8:24].mean() > 0.9
+    changed[8:24, 8:24] = False
+    assert not changed.any()
+    assert cat.copies == ()
+    dataset.make_copies(None)
+    assert dataset[0, 0].copies == ()
+
+
+@torch.no_grad()
+def test_a_query_without_a_region_has_no_confidence(
+    load_model: Any, processor: Any, answering: Answering
+) -> None:
+    chat, estimator = ChatFormat(processor, ElicitationPrompt()), Stability(region="object")
+    dataset = PerturbedQueries({"": EvalSplit(_Square())}, POLICY, processor.image_processor)
+    dataset.make_copies(estimator.copies)
+    samples = [dataset[0, 1], dataset[0, 0]]
+    estimate = estimator.estimate(answering(load_model(), chat, samples, ["No", "Yes"]))
+    assert estimate.confidence[0] is None
+    assert estimate.confidence[1] is not None
+    assert estimate.passes == [0, 4]
+    absent = estimator.estimate(answering(load_model(), chat, samples[:1], ["No"]))
+    assert absent == ([None], [0])
+
+
+def test_copies_are_made_of_the_perturbed_image() -> None:
+    sample = samples_of(scenes(1), ASKED[:1])[0]
+    settings = CopySettings((Perturbation("blur", 0.05),))
+    black = sample._replace(image=np.zeros_like(sample.image), perturbation=Perturbation("darkness", 1.0))
+    [copy] = perturbed_copies(black, (), settings, replace(POLICY, resolution="native"), None)
+    assert not copy.any()
+    assert sample.perturbation == CLEAN
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strengths": {"rain": [0.1]}}, "'rain'"),
+        ({"strengths": {}}, "one or more copies"),
+        ({"strengths": {"blur": []}}, "one or more copies"),
+        ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
+        ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
+        ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),
+        ({"seed": -1}, "Stability.seed"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Stability(**settings)
+
+
+def test_objects_without_regions_are_refused() -> None:
+    policy = NoisePolicy(resolution="native")
+    dataset = PerturbedQueries({"": EvalSplit(_Absent())}, policy, None, where="data.test")
+    with pytest.raises(DataError, match=r"data\.test: no query has a region"):
+        dataset.make_copies(Stability(region="object").copies)
+
+
+def test_a_batch_without_copies_is_an_error(load_model: Any, processor: Any, answering: Answering) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt())
+    batch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
+    with pytest.raises(ValueError, match="without the 4 copies"):
+        Stability().estimate(batch)
