@@ -167,7 +167,8 @@ dashboard: $(DASHBOARD)  ## create a W&B workspace and report for PROJECT= of EN
 	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)
 
 demo-levels: $(SETUP)  ## measure the demo's anchored levels again
-	$(CLI) levels fit --config configs/levels.yaml --model.init_args.out src/vlm_calibration/demo/levels.json
+	$(CLI) levels fit --config configs/levels.yaml --overwrite --model.init_args.out src/vlm_calibration/demo/levels.json \
+	  --model.init_args.likelihoods src/vlm_calibration/demo/likelihoods.parquet
 
 demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (about half an hour)
 	$(PYTHON) -m vlm_calibration.demo.recipe $(ARGS)
