@@ -26,6 +26,7 @@ from vlm_calibration.commands.lightning_cli import parsed
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import hold, release, write_json
 from vlm_calibration.records import DataError
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
 from vlm_calibration.reporting.runs import Run, find_runs, read_run
 from vlm_calibration.reporting.training_state import read_training_state
 
@@ -156,17 +157,23 @@ def test_an_interrupted_evaluation_has_its_number_of_questions(tmp_path: Path) -
     assert run.command == f"vlm-calibration test --config {folder}/config.yaml"
 
 
-def test_levels_have_their_accuracy_on_clean_images_and_on_noise(tmp_path: Path) -> None:
+def test_levels_have_their_accuracy_on_clean_images_and_at_full_strength(tmp_path: Path) -> None:
     folder = _run(tmp_path / "levels", "levels", out=str(tmp_path / "levels.json"))
     assert _one(tmp_path).command == f"vlm-calibration levels fit --config {folder}/config.yaml"
-    rows = {
-        kind: [{"step": step, "n": 10, "n_correct": n} for step, n in ((1000, noise), (0, clean))]
-        for kind, clean, noise in (("yes_no", 9, 5), ("short", 8, 1))
+    counts = {
+        answer_type: AnswerTypeCounts(
+            tuple(
+                {kind: (LevelCount(0, 5, clean), LevelCount(1, 5, lost)) for kind in ("noise", "blur")}
+                for clean in right
+            ),
+            (0.5,),
+        )
+        for answer_type, right, lost in (("yes_no", (4, 5), 2), ("short", (3, 5), 1))
     }
-    write_json(tmp_path / "levels.json", {"answer_types": rows})
+    LevelTable(counts).save(tmp_path / "levels.json")
     run = _one(tmp_path)
     assert run.state == "finished"
-    assert run.figures[""] == {"accuracy clean": 0.85, "accuracy at pure noise": 0.3}
+    assert run.figures[""] == {"accuracy clean": 0.85, "accuracy at full strength": 0.3}
     assert run.command == f"vlm-calibration fit --config sft ... --runs {tmp_path}"
 
 

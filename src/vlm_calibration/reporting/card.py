@@ -266,7 +266,7 @@ def _results(card: Card) -> str:
     return "\n\n".join(
         [
             "## Results",
-            f"On {'the' if n is None else f'{n:g}'} validation queries, noised as in training. Calibration (ECE to "
+            f"On {'the' if n is None else f'{n:g}'} validation queries, perturbed as in training. Calibration (ECE to "
             "overconfidence) is over the answers whose confidence could be parsed, accuracy over all.",
             _table(["", *(column(name)[0] for name in COLUMNS)], rows),
         ]

@@ -122,7 +122,7 @@ def _label(path: Path, folder: Path, adapters: Mapping[str, str]) -> str:
     if path.name == BASE:
         return "the base model, not fine-tuned"
     if path.name == ORACLE:
-        return "the base model's answers, stated with its measured accuracy at the true noise step"
+        return "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation"
     if path.name in adapters:
         return _training_label(_read_config(Path(adapters[path.name]).parent / CONFIG))
     return ""
