@@ -203,6 +203,10 @@ def _read_levels(run: Run, config: Mapping[str, Any]) -> None:
     run.state, run.detail = "finished", str(table)
     rows: dict[str, list[Mapping[str, Any]]] = {"accuracy clean": [], "accuracy at full strength": []}
     for counts in read_json(table)["answer_types"].values():
+        if "kinds" not in counts:
+            raise ValueError(
+                f"{table}: a level table of an older version: measure it again with `vlm-calibration levels fit`"
+            )
         for number, kind in enumerate(counts["kinds"].values()):
             # The untouched images are the same for all kinds.
             rows["accuracy clean"] += kind[:1] if number == 0 else []
