@@ -300,7 +300,7 @@ def test_systems_are_described_by_their_training_and_the_oracle_by_what_it_knows
     }
     run.mkdir(parents=True)
     trained = {"model": {"class_path": "vlm_calibration.stages.sft.SFTModule"}, "data": {"noise": noise}}
-    (run / "config.yaml").write_text(yaml.safe_dump(trained))
+    (run / "config.yaml").write_text(yaml.safe_dump(trained, sort_keys=False))
     config = {"model": {"init_args": {"adapters": {"tuned": str(run / "adapter")}}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     (evaluation / "base").rename(evaluation / "oracle")
