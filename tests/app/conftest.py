@@ -60,7 +60,6 @@ def trained_run(root: Path, server: Server, tmp_path_factory: pytest.TempPathFac
             "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
             "init_args": {"n_levels": 2},
         },
-        "data.noise.level_weights": [1, 1],
     }
     options = [
         word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))
