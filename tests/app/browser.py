@@ -22,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, expect
 from playwright.sync_api import Error as BrowserError
 
+from vlm_calibration.app.subject import demo_subject, named_in
 from vlm_calibration.inference.model import BASE, CALIBRATED
 
 from ..command_line import LIMIT, restore_sigint
@@ -144,13 +145,18 @@ class Visit:
         self.page.locator("#question textarea").fill(question)
         self.renewed("curve", self.page.locator("#ask").click)
 
-    def set_noise(self, percent: int, wait: bool = True) -> None:
+    def choose_kind(self, name: str) -> None:
+        """Choose a kind of perturbation by the name that is shown."""
+        self.page.locator("#kind input").click()
+        self.renewed("curve", self.page.get_by_role("option", name=name, exact=True).click)
+
+    def set_strength(self, percent: int, wait: bool = True) -> None:
         """Drag the slider with the mouse; with `wait`, until the models have answered."""
-        slider = self.page.locator("#noise input[type=range]")
+        slider = self.page.locator("#strength input[type=range]")
         slider.scroll_into_view_if_needed()
         box = slider.bounding_box()
         assert box is not None
-        at = self.page.evaluate("() => Number(document.querySelector('#noise input[type=range]').value)")
+        at = self.page.evaluate("() => Number(document.querySelector('#strength input[type=range]').value)")
         # The knob's middle stays half its width away from either end.
         spots = [box["x"] + 8 + (box["width"] - 16) * share / 100 for share in (at, percent)]
         y = box["y"] + box["height"] / 2
@@ -158,16 +164,16 @@ class Visit:
         self.page.mouse.down()
         self.page.mouse.move(spots[1], y, steps=3)
         self.page.mouse.up()
-        expect(self.page.locator("#noise input[type=number]")).to_have_value(str(percent))
+        expect(self.page.locator("#strength input[type=number]")).to_have_value(str(percent))
         if wait:
             self.answered(percent)
 
-    def answered(self, noise: int) -> None:
-        """Wait until picture, answers and the mark on the curve show this noise, in percent."""
-        caption = f"{noise}% noise" if noise else "no noise"
+    def answered(self, strength: int) -> None:
+        """Wait until picture, answers and the mark on the curve show this strength, in percent."""
+        caption = f"{strength}% " if strength else "the image untouched"
         expect(self.page.locator("#seen figcaption")).to_contain_text(f": {caption}")
-        self.page.locator(f"#answers .answers[data-noise='{noise}']").wait_for()
-        self.page.locator(f"#curve .curve[data-noise='{noise}']").wait_for()
+        self.page.locator(f"#answers .answers[data-strength='{strength}']").wait_for()
+        self.page.locator(f"#curve .curve[data-strength='{strength}']").wait_for()
 
     def paint(self, *spots: tuple[float, float]) -> None:
         """Draw a line through points, in shares of the picture's width and height."""
@@ -245,7 +251,15 @@ def is_error(call: Callable[[], Any]) -> bool:
 
 
 SCENE = 2
-"""The scene of most tests, with a question about the cow."""
+"""The scene of most tests."""
+
+
+def names_of(scene: int) -> list[str]:
+    """The objects of a scene of the demo, first the one that its question names."""
+    subject = demo_subject(scene)
+    asked = named_in(subject.question, list(subject.objects))
+    assert asked is not None
+    return [asked, *(name for name in subject.objects if name != asked)]
 
 
 def shown_answers(visit: Visit) -> dict[str, tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from playwright.sync_api import expect
 from vlm_calibration.app.subject import DRAWN, WHOLE, demo_subject
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import BASE, CALIBRATED, CalibratedModel
-from vlm_calibration.perturbation.levels import Perturbation
+from vlm_calibration.perturbation import KIND_NAMES, Perturbation
 
-from .browser import SCENE, App, Visit, is_error, shown_answers
+from .browser import SCENE, App, Visit, is_error, names_of, shown_answers
+
+KEY, OTHER, *_ = names_of(SCENE)
+"""The object that the question of the scene names, and another one."""
 
 
 def _shown(answer: Answer) -> tuple[str, str, str]:
@@ -40,7 +44,7 @@ def test_a_scene_of_the_demo_is_answered(visit: Visit, model: CalibratedModel) -
     visit.choose_scene(SCENE)
     subject = demo_subject(SCENE)
     assert visit.page.get_by_label("Question").input_value() == subject.question
-    assert visit.object() == "cow"
+    assert visit.object() == KEY
     assert visit.objects() == [*subject.objects, DRAWN, WHOLE]
     assert shown_answers(visit) == _asked(model, subject.image, subject.question)
     np.testing.assert_array_equal(visit.seen(), subject.image)
@@ -49,17 +53,19 @@ def test_a_scene_of_the_demo_is_answered(visit: Visit, model: CalibratedModel) -
 
 
 def test_a_question_names_the_key_object(visit: Visit) -> None:
-    assert visit.object() == "horse"
-    visit.page.get_by_label("Question").press_sequentially(" Or a pig?")
-    assert visit.object() == "horse", "the first one that it names"
-    visit.page.get_by_label("Question").fill("Can you see pigs?")
-    expect(visit.page.locator("#object input")).to_have_value("pig")
+    named, other, *_ = names_of(0)
+    assert visit.object() == named
+    visit.page.get_by_label("Question").press_sequentially(f" Or a {other}?")
+    first = next(name for name in demo_subject(0).objects if name in (named, other))
+    expect(visit.page.locator("#object input")).to_have_value(first)
+    visit.page.get_by_label("Question").fill(f"Can you see {other}s?")
+    expect(visit.page.locator("#object input")).to_have_value(other)
 
 
 def test_an_image_of_ones_own(visit: Visit, model: CalibratedModel, app: App, photograph: Path) -> None:
-    visit.set_noise(50)
+    visit.set_strength(50)
     visit.renewed("curve", lambda: visit.send(photograph))
-    assert visit.page.locator("#noise input[type=number]").input_value() == "0"
+    assert visit.page.locator("#strength input[type=number]").input_value() == "0"
     assert visit.objects() == [DRAWN, WHOLE], "nothing is known of its objects"
     question = visit.page.get_by_label("Question")
     question.fill("Is there a ball in the picture?")
@@ -70,13 +76,13 @@ def test_an_image_of_ones_own(visit: Visit, model: CalibratedModel, app: App, ph
     clean = visit.seen()
     assert clean.shape == (96, 96, 3), "as the model takes it"
     assert clean[48, 70, 0] > clean[48, 70, 1] + 100, "the disc"
-    visit.set_noise(100)
+    visit.set_strength(100)
     assert (visit.seen() != clean).any(axis=2).mean() > 0.99, "the whole image is noise"
     assert not [path for path in app.files() if path.suffix == ".png"], "it is not kept on the disk"
 
 
 def test_another_image_comes_while_answers_are_on_their_way(visit: Visit, photograph: Path) -> None:
-    visit.set_noise(50, wait=False)
+    visit.set_strength(50, wait=False)
     visit.send(photograph)
     expect(visit.page.locator("#object input")).to_have_value(WHOLE)
     visit.answered(0)
@@ -85,18 +91,18 @@ def test_another_image_comes_while_answers_are_on_their_way(visit: Visit, photog
 
 def test_noise_on_the_key_object(visit: Visit) -> None:
     visit.choose_scene(SCENE)
-    mask = demo_subject(SCENE).objects["cow"]
+    mask = demo_subject(SCENE).objects[KEY]
     clean, before, bars = visit.seen(), shown_answers(visit), visit.bars(CALIBRATED)
     assert before[CALIBRATED][1] == "100%"
     assert bars == pytest.approx([1, _percent(before[CALIBRATED][2]) / 100], abs=0.02)
     marked = visit.page.locator("#curve line.now")
     left = float(marked.get_attribute("x1") or "")
 
-    visit.set_noise(100)
+    visit.set_strength(100)
     changed = (visit.seen() != clean).any(axis=2)
     assert not changed[~mask].any(), "noise beside the key object"
     assert changed[mask].mean() > 0.98
-    expect(visit.page.locator("#seen figcaption")).to_have_text("What the models see: 100% noise on cow")
+    expect(visit.page.locator("#seen figcaption")).to_have_text(f"What the models see: 100% noise on {KEY}")
     after, bars = shown_answers(visit), visit.bars(CALIBRATED)
     assert after[CALIBRATED][1] == "0%", "it says that it cannot know"
     assert _percent(after[CALIBRATED][2]) < 60
@@ -105,20 +111,51 @@ def test_noise_on_the_key_object(visit: Visit) -> None:
     expect(marked).not_to_have_attribute("x1", f"{left:.1f}")
     assert float(marked.get_attribute("x1") or "") == left + 420
 
-    visit.set_noise(0)
+    visit.set_strength(0)
     np.testing.assert_array_equal(visit.seen(), clean)
     assert shown_answers(visit) == before
 
 
-def test_another_key_object_gets_the_noise(visit: Visit) -> None:
+def test_every_kind_of_perturbation(visit: Visit, model: CalibratedModel) -> None:
+    visit.choose_scene(SCENE)
+    visit.page.locator("#kind input").click()
+    offered = [
+        re.sub(r"^✓\s*", "", name).strip() for name in visit.page.get_by_role("option").all_inner_texts()
+    ]
+    assert [name.lower().replace(" ", "_") for name in offered] == list(KIND_NAMES)
+    visit.page.keyboard.press("Escape")
+    subject, clean = demo_subject(SCENE), visit.seen()
+    mask = subject.objects[KEY]
+    visit.set_strength(60)
+    seen = [visit.seen()]
+    for name, kind in (("Occlusion", "occlusion"), ("Motion blur", "motion_blur")):
+        visit.choose_kind(name)
+        visit.page.locator(f"#answers .answers[data-kind={kind}][data-strength='60']").wait_for()
+        words = f"What the models see: 60% {name.lower()} on {KEY}"
+        expect(visit.page.locator("#seen figcaption")).to_have_text(words)
+        seen.append(visit.seen())
+        assert not (seen[-1] != clean).any(axis=2)[~mask].any()
+        assert not np.array_equal(seen[-1], seen[-2])
+        curve = visit.page.locator(f"#curve figure[data-kind={kind}][data-strength='60'] > svg")
+        expect(curve).to_contain_text(f"strength of {name.lower()} on the key object")
+    assert (seen[1] != clean).any(axis=2).sum() == pytest.approx(0.6 * mask.sum(), rel=0.05)
+    sample = model.sample(
+        subject.image, subject.question, mask=mask, perturbation=Perturbation("motion_blur", 0.6)
+    )
+    np.testing.assert_array_equal(seen[-1], model.seen(sample))
+    expected = {s: _shown(a) for s, [a] in model.answers([sample], [BASE, CALIBRATED]).items()}
+    assert shown_answers(visit) == expected
+
+
+def test_another_key_object_is_perturbed(visit: Visit) -> None:
     visit.choose_scene(SCENE)
     clean = visit.seen()
     visit.page.locator("#object input").click()
-    visit.renewed("curve", visit.page.get_by_role("option", name="dog").click)
-    visit.set_noise(100)
+    visit.renewed("curve", visit.page.get_by_role("option", name=OTHER).click)
+    visit.set_strength(100)
     changed = (visit.seen() != clean).any(axis=2)
-    assert changed[demo_subject(SCENE).objects["dog"]].mean() > 0.98
-    assert not changed[~demo_subject(SCENE).objects["dog"]].any()
+    assert changed[demo_subject(SCENE).objects[OTHER]].mean() > 0.98
+    assert not changed[~demo_subject(SCENE).objects[OTHER]].any()
 
 
 def test_painting_marks_the_key_object(visit: Visit) -> None:
@@ -126,7 +163,7 @@ def test_painting_marks_the_key_object(visit: Visit) -> None:
     clean = visit.seen()
     visit.renewed("curve", lambda: visit.paint((0.2, 0.8), (0.4, 0.8)))
     assert visit.object() == DRAWN
-    visit.set_noise(100)
+    visit.set_strength(100)
     changed = (visit.seen() != clean).any(axis=2)
     y, x = np.nonzero(changed)
     # The brush is 14% of the picture wide, with round ends.
@@ -138,7 +175,7 @@ def test_painting_marks_the_key_object(visit: Visit) -> None:
     visit.renewed("curve", visit.page.get_by_role("button", name="Clear paint").click)
     for part in ("seen", "curve"):
         expect(visit.page.locator(f"#{part} .notice")).to_have_text(
-            "Paint over the key object to put noise on it."
+            "Paint over the key object to perturb it."
         )
     visit.renewed("curve", lambda: visit.paint((0.7, 0.3), (0.7, 0.31)))
     assert (visit.seen() != clean).any(axis=2)[29, 67]
@@ -148,7 +185,7 @@ def test_the_response_curve(visit: Visit, model: CalibratedModel) -> None:
     visit.choose_scene(SCENE)
     curve = visit.page.locator("#curve figure")
     words = curve.locator("> svg").get_attribute("aria-label") or ""
-    assert "Calibrated model: states 100% without noise and 0% at full noise." in words
+    assert "Calibrated model: states 100% for the untouched image and 0% at full strength." in words
     subject = demo_subject(SCENE)
     for system in (BASE, CALIBRATED):
         drawn = curve.locator(f"> svg g.{system}")
@@ -158,10 +195,10 @@ def test_the_response_curve(visit: Visit, model: CalibratedModel) -> None:
             model.sample(
                 subject.image,
                 subject.question,
-                mask=subject.objects["cow"],
-                perturbation=Perturbation("noise", s),
+                mask=subject.objects[KEY],
+                perturbation=Perturbation("noise", strength),
             )
-            for s in (0, 0.5, 1)
+            for strength in (0, 0.5, 1)
         ]
         expected = [answer.expected for answer in model.answers(samples, [system])[system]]
         assert [float(line[i][1]) for i in (0, 5, 10)] == pytest.approx(

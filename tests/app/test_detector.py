@@ -120,9 +120,9 @@ def test_the_command_s_detector_decides_where_the_page_puts_noise(
     assert 0.02 < expected.mean() < 0.9, "some of the image, and not all of it"
     np.testing.assert_array_equal(handlers.finder.find(subject, question), expected)
 
-    clean = _noised(handlers.see(subject, DETECTED, "", question, 0))
+    clean = _noised(handlers.see(subject, DETECTED, "", question, "noise", 0))
     np.testing.assert_array_equal(clean, scene.image)
-    changed = (_noised(handlers.see(subject, DETECTED, "", question, 100)) != clean).any(axis=2)
+    changed = (_noised(handlers.see(subject, DETECTED, "", question, "noise", 100)) != clean).any(axis=2)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.95
     assert DETECTED in [value for value, _ in handlers.begin(subject)[3].choices]

@@ -22,7 +22,7 @@ from vlm_calibration.app.subject import MAX_PIXELS, MAX_UPLOAD, demo_subject
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import BASE, DEMO_MODEL
 
-from .browser import SCENE, App, Visit, shown_answers
+from .browser import SCENE, App, Visit, names_of, shown_answers
 
 HTML = '<img src=x onerror="window.ran = 1"><script>window.ran = 1</script><b>bold</b>'
 
@@ -98,9 +98,9 @@ def test_visits_share_nothing(visits: Callable[..., Visit], photograph: Path) ->
     one.renewed("curve", lambda: one.send(photograph))
     one.ask("Is there a secret?")
     own = one.seen()
-    other.set_noise(100)
+    other.set_strength(100)
     assert other.page.get_by_label("Question").input_value() == demo_subject(0).question
-    mask = demo_subject(0).objects["horse"]
+    mask = demo_subject(0).objects[names_of(0)[0]]
     np.testing.assert_array_equal(other.seen()[~mask], default[~mask])
     other.choose_scene(SCENE)
     one.ask("Is there another secret?")

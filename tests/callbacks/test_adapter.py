@@ -295,7 +295,7 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert yaml.safe_load(front)["base_model_revision"] == "0123abcd", "the commit, not the branch asked for"
     assert "rsLoRA DoRA LoRA, r=1, alpha=2, dropout=0.5" in text
     assert "quantised (nf4)" in text
-    assert "| 500 | 50% |" in text, "linear levels are the same for any answer"
+    assert "|  | any answer | 100% | 90% |" in text, "linear levels are the same for any answer"
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -91,7 +91,13 @@ def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs:
     response = run.table("val/response_table")
     assert sum(row["answers"] for row in response) == len(stated)
     for row in response:
-        at = [p for p in predictions if p["noise_step"] == row["noise_step"] and p["confidence"] is not None]
+        key = ("" if row["kind"] == "untouched" else row["kind"], row["strength"])
+        at = [
+            p
+            for p in predictions
+            if (p["perturbation"], p["strength"]) == key and p["confidence"] is not None
+        ]
+        assert row["answers"] == len(at)
         assert row["accuracy"] == pytest.approx(np.mean([p["correct"] for p in at]))
         assert row["mean_confidence"] == pytest.approx(np.mean([p["confidence"] for p in at]))
 
@@ -120,13 +126,13 @@ def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_
     assert len(rows) == 16
     said = {p["id"]: p for p in _predictions(sft.directory)}
     for row in rows:
-        for name in ("question", "answer", "text", "confidence", "correct", "noise_step"):
+        for name in ("question", "answer", "text", "confidence", "correct", "perturbation", "strength"):
             assert row[name] == said[row["id"]][name]
         assert 0 <= row["earned_confidence"] <= 1
     images = _images(sft, "samples")
     assert len(images) == len(rows)
     assert all(image.shape == (96, 96, 3) for image in images)
-    noisy = [row["noise_step"] >= 800 for row in rows]
+    noisy = [row["perturbation"] == "noise" and row["strength"] >= 0.7 for row in rows]
     assert any(noisy)
     # Noise makes neighbours differ, and is the same at every validation.
     rough = [float(np.abs(np.diff(image.astype(int), axis=0)).mean()) for image in images]

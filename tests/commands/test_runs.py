@@ -25,6 +25,7 @@ from vlm_calibration.cli import main
 from vlm_calibration.commands.lightning_cli import parsed
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import hold, release, write_json
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import Run, find_runs, read_run
 from vlm_calibration.reporting.training_state import read_training_state
@@ -156,18 +157,30 @@ def test_an_interrupted_evaluation_has_its_number_of_questions(tmp_path: Path) -
     assert run.command == f"vlm-calibration test --config {folder}/config.yaml"
 
 
-def test_levels_have_their_accuracy_on_clean_images_and_on_noise(tmp_path: Path) -> None:
+def _level_table(correct: dict[str, tuple[tuple[int, int], int]]) -> LevelTable:
+    """Counts of five answers in each of two bins: answer type -> correct ones on untouched images by bin, and at full strength."""
+    kinds = ("noise", "blur")
+    return LevelTable(
+        {
+            answer_type: AnswerTypeCounts(
+                tuple(dict.fromkeys(kinds, (LevelCount(0, 5, n), LevelCount(1, 5, lost))) for n in untouched),
+                (0.5,),
+            )
+            for answer_type, (untouched, lost) in correct.items()
+        }
+    )
+
+
+def test_levels_have_their_accuracy_on_clean_images_and_at_full_strength(tmp_path: Path) -> None:
     folder = _run(tmp_path / "levels", "levels", out=str(tmp_path / "levels.json"))
     assert _one(tmp_path).command == f"vlm-calibration levels fit --config {folder}/config.yaml"
-    rows = {
-        kind: [{"step": step, "n": 10, "n_correct": n} for step, n in ((1000, noise), (0, clean))]
-        for kind, clean, noise in (("yes_no", 9, 5), ("short", 8, 1))
-    }
-    write_json(tmp_path / "levels.json", {"answer_types": rows})
+    _level_table({"yes_no": ((4, 5), 2), "short": ((3, 5), 1)}).save(tmp_path / "levels.json")
     run = _one(tmp_path)
     assert run.state == "finished"
-    assert run.figures[""] == {"accuracy clean": 0.85, "accuracy at pure noise": 0.3}
+    assert run.figures[""] == {"accuracy clean": 0.85, "accuracy at full strength": 0.3}
     assert run.command == f"vlm-calibration fit --config sft ... --runs {tmp_path}"
+    write_json(tmp_path / "levels.json", {"answer_types": {"short": [{"step": 0, "n": 4, "n_correct": 3}]}})
+    assert (_one(tmp_path).state, "levels.json" in _one(tmp_path).detail) == ("damaged", True)
 
 
 def test_paths_begin_at_the_folder_that_a_run_was_started_in(
@@ -175,8 +188,7 @@ def test_paths_begin_at_the_folder_that_a_run_was_started_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _run(Path("runs/levels"), "levels", out="runs/levels.json")
-    rows = {"yes_no": [{"step": 0, "n": 4, "n_correct": 3}]}
-    write_json(tmp_path / "runs/levels.json", {"answer_types": rows})
+    _level_table({"yes_no": ((3, 4), 2)}).save(tmp_path / "runs/levels.json")
     monkeypatch.chdir("/")
     assert _one(tmp_path / "runs").state == "finished"
 

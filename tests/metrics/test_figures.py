@@ -118,15 +118,66 @@ def test_the_risk_coverage_figure_integrates_to_aurc():
     assert points.get_xdata()[-1] == pytest.approx(100)
 
 
-def test_the_response_curve():
-    tables = {step: make(200, seed=step) for step in (500, 0, 1000)} | {750: ConfidenceTable.empty()}
+KINDS = (
+    "noise",
+    "blur",
+    "motion_blur",
+    "pixelation",
+    "occlusion",
+    "fade",
+    "jpeg",
+    "darkness",
+    "overexposure",
+)
+
+
+def response(n_kinds, strengths=(1.0, 0.5)):
+    tables = {(kind, s): make(200, seed=int(100 * s)) for kind in KINDS[:n_kinds] for s in strengths}
+    return {("", 0.0): make(300), **tables}
+
+
+def curves(ax):
+    """Label -> the x and y of each line."""
+    return {li.get_label(): (list(li.get_xdata()), list(li.get_ydata())) for li in ax.lines}
+
+
+def test_the_response_curve_of_one_kind():
+    tables = response(1) | {("noise", 0.75): ConfidenceTable.empty()}
     figure = figures.response_curve(tables)
     assert size(figure) == (800, 600)
-    line = next(li for li in figure.axes[0].lines if li.get_label() == "Mean stated confidence")
-    assert list(line.get_xdata()) == [0, 500, 1000]
-    assert "diffusion step" in texts(figure)
-    assert "600 answers" in texts(figure)
-    assert "No answer" in texts(figures.response_curve({0: ConfidenceTable.empty()}))
+    [ax] = figure.axes
+    assert ax.child_axes == [], "no panels"
+    strengths, confidence = curves(ax)["Mean stated confidence"]
+    assert strengths == [0, 0.5, 1]
+    expected = [tables[key] for key in (("", 0.0), ("noise", 0.5), ("noise", 1.0))]
+    assert confidence == pytest.approx([100 * float(METRICS["mean_confidence"](t)) for t in expected])
+    accuracy = curves(ax)["Accuracy"][1]
+    assert accuracy == pytest.approx([100 * float(METRICS["parsed_accuracy"](t)) for t in expected])
+    assert "Strength of noise" in texts(figure)
+    assert "700 answers" in texts(figure)
+
+
+@pytest.mark.parametrize("n_kinds", range(2, 10))
+def test_several_kinds_have_a_panel_each_and_share_the_untouched_images(n_kinds):
+    tables = response(n_kinds)
+    figure = figures.response_curve(tables)
+    assert size(figure) == (800, 600)
+    panels = figure.axes[0].child_axes
+    assert [panel.get_title() for panel in panels] == sorted(k.replace("_", " ") for k in KINDS[:n_kinds])
+    untouched = 100 * float(METRICS["mean_confidence"](tables["", 0.0]))
+    for panel in panels:
+        strengths, confidence = curves(panel)["Mean stated confidence"]
+        assert (strengths, confidence[0]) == ([0, 0.5, 1], untouched)
+    boxes = [panel.get_tightbbox() for panel in panels]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), "all labels can be read"
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert not any(legend.overlaps(box) for box in boxes)
+
+
+def test_the_response_curve_without_answers_or_perturbation():
+    assert "No answer" in texts(figures.response_curve({("", 0.0): ConfidenceTable.empty()}))
+    alone = figures.response_curve({("", 0.0): make()}).axes[0]
+    assert curves(alone)["Accuracy"][0] == [0]
     with pytest.raises(ValueError, match="at least one table"):
         figures.response_curve({})
 
@@ -137,7 +188,7 @@ def test_given_axes_and_titles_are_used():
     for draw, ax in zip(DRAWN, axes, strict=False):
         assert draw(make(), ax=ax, title="mine") is figure
         assert ax.get_title() == "mine"
-    assert figures.response_curve({0: make()}, ax=axes[3], title="mine") is figure
+    assert figures.response_curve(response(3), ax=axes[3], title="mine") is figure
 
 
 def test_threads():

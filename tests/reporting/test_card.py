@@ -22,8 +22,8 @@ FULL = Card(
     location="runs/sft/adapter",
     training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
     levels={
-        "yes_no": [("", 0, 0.95), ("noise", 0.5, 0.7), ("noise", 1, 0.5), ("blur", 0.25, 0.8)],
-        "short": [("", 0, 0.9), ("noise", 0.5, 0.45), ("noise", 1, 0.0), ("blur", 0.25, 0.5)],
+        "yes_no": [("", 0.0, 0.95), ("noise", 0.5, 0.7), ("noise", 1.0, 0.5)],
+        "short": [("", 0.0, 0.9), ("noise", 0.5, 0.45), ("noise", 1.0, 0.0)],
     },
     results={
         "before": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.5)},
@@ -82,11 +82,10 @@ def test_a_strange_name_stays_one_value() -> None:
 def test_levels_and_results_are_tables() -> None:
     text = card_text(FULL)
     assert _table(text, "## What it was taught") == [
-        ["perturbation", "strength", "yes_no", "short"],
-        ["untouched", "0", "95%", "90%"],
-        ["noise", "0.5", "70%", "45%"],
-        ["noise", "1", "50%", "0%"],
-        ["blur", "0.25", "80%", "50%"],
+        ["perturbation", "", "", "", ""],
+        ["noise", "strength", "0", "0.5", "1"],
+        ["", "yes_no", "95%", "70%", "50%"],
+        ["", "short", "90%", "45%", "0%"],
     ]
     assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
     rows = _table(text, "## Results")
@@ -99,13 +98,30 @@ def test_levels_and_results_are_tables() -> None:
     assert "On 40 validation queries" in text
 
 
-def test_answer_types_at_other_levels_leave_gaps() -> None:
-    card = replace(FULL, levels={"a": [("", 0, 1.0)], "b": [("blur", 0.5, 0.5), ("noise", 0.5, 0.2)]})
-    assert _table(card_text(card), "## What it was taught")[1:] == [
-        ["untouched", "0", "100%", "-"],
-        ["blur", "0.5", "-", "50%"],
-        ["noise", "0.5", "-", "20%"],
+def test_each_kind_has_its_own_strengths_and_shares_the_untouched_images() -> None:
+    levels = [("", 0.0, 1.0), ("noise", 0.25, 0.5), ("noise", 1.0, 0.0), ("motion_blur", 0.875, 0.25)]
+    table = _table(card_text(replace(FULL, levels={"any answer": levels})), "## What it was taught")
+    assert table == [
+        ["perturbation", "", "", "", ""],
+        ["noise", "strength", "0", "0.25", "1"],
+        ["", "any answer", "100%", "50%", "0%"],
+        ["motion blur", "strength", "0", "0.875", ""],
+        ["", "any answer", "100%", "25%", ""],
     ]
+
+
+def test_three_kinds_of_eleven_strengths_are_a_compact_table() -> None:
+    levels = [("", 0.0, 1.0)]
+    levels += [(k, s / 10, 1 - s / 10) for k in ("noise", "blur", "occlusion") for s in range(1, 11)]
+    card = replace(FULL, levels=dict.fromkeys(("yes_no", "short"), levels))
+    table = _table(card_text(card), "## What it was taught")
+    assert (len(table), {len(row) for row in table}) == (1 + 3 * 3, {13})
+
+
+def test_levels_of_another_answer_type_leave_gaps() -> None:
+    card = replace(FULL, levels={"a": [("", 0.0, 1.0)], "b": [("blur", 0.5, 0.5)]})
+    rows = _table(card_text(card), "## What it was taught")[2:]
+    assert rows == [["", "a", "100%", "-"], ["", "b", "-", "50%"]]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -171,27 +187,19 @@ def test_a_card_comes_back_from_its_facts(tmp_path: Path) -> None:
     assert facts["levels"]["short"][1] == ["noise", 0.5, 0.45]
 
 
-def test_the_card_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """It has noise steps, and how many there were."""
-    save_card(tmp_path, replace(FULL, levels={}))
-    path = tmp_path / "calibration.json"
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    levels = {"yes_no": [[0, 0.95], [250, 0.8], [1000, 0.5]]}
-    path.write_text(json.dumps({**facts, "steps": 1000, "levels": levels}), encoding="utf-8")
-    expected = [("", 0, 0.95), ("noise", 0.25, 0.8), ("noise", 1, 0.5)]
-    assert load_card(tmp_path) == replace(FULL, levels={"yes_no": expected})
+def test_the_card_of_an_older_adapter_has_noise_steps(tmp_path: Path) -> None:
+    old = {"base": "org/Model-7B", "steps": 1000, "levels": {"short": [[0, 0.9], [500, 0.45]]}}
+    (tmp_path / "calibration.json").write_text(json.dumps(old))
+    assert load_card(tmp_path) == Card(
+        "org/Model-7B", levels={"short": [("", 0.0, 0.9), ("noise", 0.5, 0.45)]}
+    )
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "{",
-        "[]",
-        '{"bases": 1}',
-        "{}",
-        '"text"',
-        '{"base": "a", "levels": [1]}',
-        '{"base": "a", "levels": {"a": [[1]]}}',
+        *("{", "[]", '{"bases": 1}', "{}", '"text"'),
+        *('{"base": "x", "levels": [1]}', '{"base": "x", "levels": {"a": [[0, 1.0]]}}'),
     ],
 )
 def test_facts_that_are_none_are_named(tmp_path: Path, content: str) -> None:

@@ -30,7 +30,9 @@ from vlm_calibration.metrics.functional import (
     brier_score,
     expected_calibration_error,
 )
+from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report import figures
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
 from vlm_calibration.reporting.report.data import System, read_systems
 from vlm_calibration.reporting.report.examples import examples_of, thumbnail
@@ -68,7 +70,9 @@ def answers(
                 confidence=None if i == 7 else confidence,
                 correct=right,
                 category="noised/dog" if i % 2 else "clean/dog",
-                noise_step=(i % 4) * 250 if i % 2 else 0,
+                noise_step=500 if i % 4 == 1 else None if i % 2 else 0,
+                perturbation=("noise", "motion_blur")[i % 4 // 2] if i % 2 else "",
+                strength=0.5 if i % 2 else 0.0,
                 answer_type="yes_no",
                 image=f"{i // 3}.png",
                 estimates={"likelihood": round(float(rng.random()), 6)} if estimators else {},
@@ -288,6 +292,50 @@ def test_the_report_describes_the_last_trained_system() -> None:
     assert subject_of(systems[-1:]).name == "oracle"
 
 
+def test_systems_are_described_by_their_training_and_the_oracle_by_what_it_knows(evaluation: Path) -> None:
+    run = evaluation.parent / "runs/tuned"
+    noise = {
+        "levels": {"class_path": "vlm_calibration.perturbation.levels.AnchoredLevels"},
+        "kinds": {"noise": 2, "motion_blur": 1, "jpeg": 0},
+    }
+    run.mkdir(parents=True)
+    trained = {"model": {"class_path": "vlm_calibration.stages.sft.SFTModule"}, "data": {"noise": noise}}
+    (run / "config.yaml").write_text(yaml.safe_dump(trained, sort_keys=False))
+    config = {"model": {"init_args": {"adapters": {"tuned": str(run / "adapter")}}}}
+    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
+    (evaluation / "base").rename(evaluation / "oracle")
+    labels = {s.name: s.label for s in read_systems([str(evaluation)])}
+    assert labels["tuned"] == "SFT, anchored levels, noise + motion blur"
+    assert "kind and strength" in labels["oracle"]
+
+
+def test_examples_say_what_happened_to_the_image() -> None:
+    base = [replace(p, category="noised", id=p.id) for p in answers(0)]
+    old = [replace(p, perturbation=None, strength=None) for p in base]
+    shown = examples_of(system("base", base), [])
+    by_id = {p.id: p for p in base}
+    words = {"": "untouched", "noise": "noise, strength 0.5", "motion_blur": "motion blur, strength 0.5"}
+    for example in (*shown.overconfident, *shown.underconfident):
+        assert example.perturbation == words[by_id[example.id].perturbation or ""]
+    assert {e.perturbation for e in examples_of(system("base", old), []).overconfident} == {""}, "not known"
+
+
+def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "response_curve", lambda tables, ax: drawn.append(tables))
+    rows = [replace(p, category="clean") if p.strength == 0 else p for p in answers(0)]
+    rows += [replace(p, id=f"n{p.id}", category="noised") for p in rows[:8:2]]
+    figures.panels_of([system("base", rows)])
+    [tables] = drawn
+    assert {key: table.n for key, table in tables.items()} == {
+        ("", 0.0): 4,
+        ("motion_blur", 0.5): 15,
+        ("noise", 0.5): 15,
+    }
+    figures.panels_of([system("base", [p for p in rows if p.category == "clean"])])
+    assert len(drawn) == 1, "nothing was perturbed"
+
+
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +351,7 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     assert " 1 of the answers state none that could be parsed." in page.text
     for heading in (
         "Side by side", "Reliability", "Which confidences are stated, and how often", "Answering only when sure",
-        "Response to noise on the evidence", "By category", "Most confident wrong answers",
+        "Response to lost evidence", "By category", "Most confident wrong answers",
     ):  # fmt: skip
         assert heading in page.text, heading
     assert all(load.startswith("data:image/") for load in page.loads if load), page.loads
@@ -358,7 +406,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch:
     assert sorted(p.name for p in evaluation.glob("report*")) == ["report.html"]
 
 
-def test_images_come_back_with_their_noise(
+def test_images_come_back_with_their_perturbation(
     server: Server, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation of the demo, reported by the command: thumbnails show what the model saw."""
@@ -389,7 +437,9 @@ def test_images_come_back_with_their_noise(
     )
     [base, *_] = read_systems([str(out)])
     shown = examples_of(base, []).predictions
-    assert any(p.noise_step for p in shown)
+    assert any(p.strength for p in shown)
+    words = [str(Perturbation(p.perturbation or "", p.strength or 0.0)) for p in shown]
+    assert all(word in html for word in words)
 
     monkeypatch.chdir(root)
     data = PerturbedQueryDataModule(

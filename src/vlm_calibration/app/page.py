@@ -1,4 +1,4 @@
-"""The web page: an image, a question and noise on the key object on the left, the answers of both models on the right.
+"""The web page: an image, a question and a perturbation of the key object on the left, the answers of both models on the right.
 
 A visitor's data are kept in `gr.State` only, which is separate for every visit.
 """
@@ -25,10 +25,18 @@ from vlm_calibration.app.subject import (
     named_in,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import SIDE, marker, object_choice, scene_strip, upload_errors
+from vlm_calibration.app.widgets import (
+    SIDE,
+    kind_choice,
+    marker,
+    object_choice,
+    scene_strip,
+    upload_errors,
+)
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.perturbation.levels import NOISE, LinearLevels, Perturbation
+from vlm_calibration.perturbation.by_kind import KIND_NAMES
+from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
@@ -54,7 +62,7 @@ class PageHandlers:
         self.report = report
 
     def begin(self, subject: Subject) -> list[Any]:
-        """New values of subject, picture to paint on, question, key object and noise."""
+        """New values of subject, picture to paint on, question, key object and strength."""
         options = choices(subject, self.finder)
         default = options[0] if subject.objects else WHOLE
         chosen = named_in(subject.question, list(subject.objects)) or default
@@ -80,33 +88,37 @@ class PageHandlers:
         return named_in(question, list(subject.objects)) or gr.skip()
 
     def _samples(
-        self, subject: Subject, choice: str, marks: str, question: str, noise: Sequence[float]
+        self,
+        subject: Subject,
+        choice: str,
+        marks: str,
+        question: str,
+        kind: str,
+        strengths: Sequence[float],
     ) -> list[Sample]:
-        clean = not any(noise)
-        mask = None if clean else key_object(subject, choice, marks, question, self.finder)
+        untouched = not any(strengths)
+        mask = None if untouched else key_object(subject, choice, marks, question, self.finder)
         return [
-            self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(NOISE, share))
-            for share in noise
+            self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(kind, strength))
+            for strength in strengths
         ]
 
-    def see(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
+    def see(self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float) -> str:
         """Show the image as the models see it."""
         try:
-            # The noise does not depend on the question.
-            [sample] = self._samples(subject, choice, marks, question or "?", [noise / 100])
+            # The perturbation does not depend on the question.
+            [sample] = self._samples(subject, choice, marks, question or "?", kind, [percent / 100])
         except DataError as error:
             return view.notice(str(error))
-        caption = (
-            f"What the models see: {noise:.0f}% noise on {choice}"
-            if noise
-            else "What the models see: no noise"
-        )
-        return view.picture(self.model.seen(sample), caption)
+        what = f"{percent:.0f}% {view.kind_in_words(kind)} on {choice}" if percent else "the image untouched"
+        return view.picture(self.model.seen(sample), f"What the models see: {what}")
 
-    def answer(self, subject: Subject, choice: str, marks: str, question: str, noise: float) -> str:
+    def answer(
+        self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
+    ) -> str:
         """Show each system's answer."""
         try:
-            samples = self._samples(subject, choice, marks, question, [noise / 100])
+            samples = self._samples(subject, choice, marks, question, kind, [percent / 100])
             by_system = self.model.answers(samples, self.model.systems)
         except DataError as error:
             return view.notice(str(error), "problem")
@@ -116,26 +128,23 @@ class PageHandlers:
             if len(by_system) > 1
             else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
         )
-        return f'<div class="answers" data-noise="{noise:.0f}">{panels}</div>{_LEGEND}{hint}'
+        return f'<div class="answers" data-kind="{escape(kind)}" data-strength="{percent:.0f}">{panels}</div>{_LEGEND}{hint}'
 
     def curve(
-        self, subject: Subject, choice: str, marks: str, question: str, noise: float
+        self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
     ) -> tuple[Any, str]:
-        """Each system's answers at all levels of noise, as data for `mark` and as a figure."""
-        amounts = LinearLevels().strengths()
+        """Each system's answers at all strengths of a kind, as data for `mark` and as a figure."""
+        strengths = LinearLevels().strengths()
         try:
-            samples = self._samples(subject, choice, marks, question, amounts)
+            samples = self._samples(subject, choice, marks, question, kind, strengths)
             curves = self.model.answers(samples, self.model.systems)
         except DataError as error:
             return None, view.notice(str(error))
-        return (curves, amounts), view.response_curve(curves, amounts, noise / 100)
+        return (curves, strengths, kind), view.response_curve(curves, strengths, kind, percent / 100)
 
-    def mark(self, curve: Any, noise: float) -> Any:
-        """Redraw the curve with another amount of noise marked."""
-        if curve is None:
-            return gr.skip()
-        curves, amounts = curve
-        return view.response_curve(curves, amounts, noise / 100)
+    def mark(self, curve: Any, percent: float) -> Any:
+        """Redraw the curve with another strength marked."""
+        return gr.skip() if curve is None else view.response_curve(*curve, percent / 100)
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
@@ -154,7 +163,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
         title="vlm-calibration", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as page:
         gr.HTML(
-            "<h1>How sure is it?</h1><p>Put noise on the object that a question is about, and see which model's confidence "
+            "<h1>How sure is it?</h1><p>Perturb the object that a question is about, and see which model's confidence "
             f"falls.</p><p>Model: <code>{escape(_short_name(handlers.model.name))}</code></p>"
         )
         with gr.Tab("Ask"):
@@ -187,17 +196,28 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             with gr.Row(elem_id="pictures"):
                 picture = marker()
                 seen = gr.HTML(elem_id="seen")
-            noise = gr.Slider(0, 100, 0, step=5, label="Noise on the key object (%)", elem_id="noise")
+            with gr.Row(elem_id="perturbation"):
+                kind = kind_choice(KIND_NAMES)
+                strength = gr.Slider(
+                    0,
+                    100,
+                    0,
+                    step=5,
+                    label="Strength of the perturbation on the key object (%)",
+                    elem_id="strength",
+                    min_width=220,
+                    scale=3,
+                )
             choice = object_choice()
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
             answers = gr.HTML(elem_id="answers")
-            gr.HTML("<h2>Confidence at every level of noise</h2>")
+            gr.HTML("<h2>Confidence at every strength</h2>")
             curve = gr.HTML(elem_id="curve")
 
-    inputs = [subject, choice, picture, question, noise]
-    begun = [subject, picture, question, choice, noise]
+    inputs = [subject, choice, picture, question, kind, strength]
+    begun = [subject, picture, question, choice, strength]
 
     def update(event: Any) -> None:
         """Update image, answers and curve after an event."""
@@ -208,9 +228,9 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
     update(scenes.select(handlers.begin_scene, None, [*begun, problem], **QUIET))
     update(upload.upload(handlers.begin_upload, upload, [*begun, problem], **QUIET))
-    update(gr.on([ask.click, question.submit, choice.input], lambda: "", None, problem, **QUIET))
+    update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: "", None, problem, **QUIET))
     update(picture.input(lambda: DRAWN, None, choice, **LATEST))
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
-    noise.input(handlers.see, inputs, seen, **LATEST)
-    noise.input(handlers.answer, inputs, answers, **LATEST)
-    noise.input(handlers.mark, [curves, noise], curve, **LATEST)
+    strength.input(handlers.see, inputs, seen, **LATEST)
+    strength.input(handlers.answer, inputs, answers, **LATEST)
+    strength.input(handlers.mark, [curves, strength], curve, **LATEST)

@@ -163,5 +163,5 @@ def key_object(
         return mask
     mask = painted(marks, subject.image.shape)
     if mask is None:
-        raise DataError("Paint over the key object to put noise on it.")
+        raise DataError("Paint over the key object to perturb it.")
     return mask

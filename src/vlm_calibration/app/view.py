@@ -24,6 +24,16 @@ PREVIEW_SIDE = 768
 """Pixels of the longer side of pictures for the browser."""
 
 
+def kind_in_words(kind: str, *, capital: bool = False) -> str:
+    """A kind of perturbation as the page names it.
+
+    >>> kind_in_words("motion_blur"), kind_in_words("motion_blur", capital=True), kind_in_words("jpeg")
+    ('motion blur', 'Motion blur', 'JPEG')
+    """
+    words = "JPEG" if kind == "jpeg" else kind.replace("_", " ")
+    return words[:1].upper() + words[1:] if capital else words
+
+
 def notice(text: str, kind: str = "hint") -> str:
     """A message to the visitor; `kind` is "hint" or "problem", which screen readers announce."""
     role = ' role="alert"' if kind == "problem" else ""
@@ -43,7 +53,7 @@ def picture(image: np.ndarray, caption: str) -> str:
     """An image, uint8 [H, W, 3], with a caption; small images are scaled without smoothing."""
     small = " small" if max(image.shape[:2]) < 256 else ""
     return (
-        f'<figure class="noised"><img class="noised{small}" alt="" src="{data_url(image)}">'
+        f'<figure class="seen"><img class="seen{small}" alt="" src="{data_url(image)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -95,33 +105,35 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 44, 12, 420, 190
 
 
 def response_curve(
-    curves: Mapping[str, Sequence[Answer]], noise: Sequence[float], now: float | None = None
+    curves: Mapping[str, Sequence[Answer]], strengths: Sequence[float], kind: str, now: float
 ) -> str:
-    """Confidence against the noise on the key object: stated as points, expected as a line.
+    """Confidence against the strength of a perturbation of the key object: stated as points, expected as a line.
 
     Args:
-        curves: system -> its answers, one for each amount of noise.
-        noise: amounts in [0, 1], ascending from 0.
-        now: the amount to mark; None: none.
+        curves: system -> its answers, one for each strength.
+        strengths: in [0, 1], ascending from 0.
+        kind: of the perturbation.
+        now: the strength to mark.
     """
     ticks = "".join(_tick(t / 100) for t in (0, 25, 50, 75, 100))
-    marked, at = ("", "") if now is None else (_vertical(now, "now"), f' data-noise="{100 * now:.0f}"')
-    lines = "".join(_curve(system, answers, noise) for system, answers in curves.items())
+    at = f' data-kind="{escape(kind)}" data-strength="{100 * now:.0f}"'
+    lines = "".join(_curve(system, answers, strengths) for system, answers in curves.items())
     legend = "".join(
         f'<li class="{escape(system)}"><svg viewBox="0 0 34 14" width="34" height="14" style="--own: {COLOURS[system]}">'
         f'<line class="line" x1="1" y1="7" x2="33" y2="7"/>{_point(system, 17, 7, False)}</svg> {TITLES[system]}</li>'
         for system in curves
     )
     return (
-        f'<figure class="curve"{at}><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves))}">'
-        f'{ticks}{marked}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">noise on the key object</text></svg>'
+        f'<figure class="curve"{at}><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves, kind))}">'
+        f'{ticks}{_vertical(now, "now")}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">'
+        f"strength of {escape(kind_in_words(kind))} on the key object</text></svg>"
         f"<ul>{legend}<li>Points: stated confidence, hollow where the answer has changed. Lines: expected confidence.</li>"
         "</ul></figure>"
     )
 
 
-def _x(noise: float) -> float:
-    return _LEFT + _WIDTH * noise
+def _x(strength: float) -> float:
+    return _LEFT + _WIDTH * strength
 
 
 def _y(confidence: float) -> float:
@@ -136,21 +148,20 @@ def _tick(share: float) -> str:
     )
 
 
-def _vertical(noise: float, kind: str) -> str:
-    return (
-        f'<line class="{kind}" x1="{_x(noise):.1f}" y1="{_TOP}" x2="{_x(noise):.1f}" y2="{_TOP + _HEIGHT}"/>'
-    )
+def _vertical(strength: float, name: str) -> str:
+    x = f"{_x(strength):.1f}"
+    return f'<line class="{name}" x1="{x}" y1="{_TOP}" x2="{x}" y2="{_TOP + _HEIGHT}"/>'
 
 
-def _curve(system: str, answers: Sequence[Answer], noise: Sequence[float]) -> str:
+def _curve(system: str, answers: Sequence[Answer], strengths: Sequence[float]) -> str:
     path = " ".join(
-        f"{_x(n):.1f},{_y(a.expected):.1f}"
-        for n, a in zip(noise, answers, strict=True)
+        f"{_x(s):.1f},{_y(a.expected):.1f}"
+        for s, a in zip(strengths, answers, strict=True)
         if a.expected is not None
     )
     points = "".join(
-        _point(system, _x(n), _y(a.confidence), a.answer != answers[0].answer)
-        for n, a in zip(noise, answers, strict=True)
+        _point(system, _x(s), _y(a.confidence), a.answer != answers[0].answer)
+        for s, a in zip(strengths, answers, strict=True)
         if a.confidence is not None
     )
     return f'<g class="{escape(system)}" style="--own: {COLOURS[system]}"><polyline class="line" points="{path}"/>{points}</g>'
@@ -163,11 +174,11 @@ def _point(system: str, x: float, y: float, hollow: bool) -> str:
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
-def _in_words(curves: Mapping[str, Sequence[Answer]]) -> str:
+def _in_words(curves: Mapping[str, Sequence[Answer]], kind: str) -> str:
     def at(answer: Answer) -> str:
         return "nothing" if answer.confidence is None else f"{answer.confidence:.0%}"
 
-    return "Confidence against noise. " + " ".join(
-        f"{TITLES[system]}: states {at(answers[0])} without noise and {at(answers[-1])} at full noise."
+    return f"Confidence against the strength of {kind_in_words(kind)}. " + " ".join(
+        f"{TITLES[system]}: states {at(answers[0])} for the untouched image and {at(answers[-1])} at full strength."
         for system, answers in curves.items()
     )

@@ -1,4 +1,4 @@
-"""The page's own components: a picture to paint the key object on (with `marker.js`), the scenes, and upload errors."""
+"""The page's own components: a picture to paint the key object on (with `marker.js`), the scenes, choices, and upload errors."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def object_choice() -> gr.Dropdown:
     Gradio would report as an error; `subject.key_object` checks the value.
     """
     return gr.Dropdown(label="Key object", elem_id="object", allow_custom_value=True)
+
+
+def kind_choice(kinds: Sequence[str]) -> gr.Dropdown:
+    """The dropdown of kinds of perturbation, the first one chosen."""
+    named = [(view.kind_in_words(kind, capital=True), kind) for kind in kinds]
+    return gr.Dropdown(named, value=kinds[0], label="Perturbation", elem_id="kind", min_width=140, scale=2)
 
 
 def marker() -> gr.HTML:

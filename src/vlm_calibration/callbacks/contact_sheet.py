@@ -1,45 +1,45 @@
-"""Draws some queries with their regions and the noised images, to inspect extracted regions by eye."""
+"""Draws some queries with their regions and the perturbed images, to inspect extracted regions and strengths by eye."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from vlm_calibration.data.noise import query_rng
+from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import replacing
+from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.images import resize_image, resize_mask
-from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.perturbation.noise import add_region_noise
-from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 THUMB = 168
-MARGIN, LINE, TEXT_WIDTH = 6, 15, 260
-EVIDENCE, OTHER = (230, 30, 90), (40, 110, 230)
+MARGIN, LINE, LABEL, TEXT_WIDTH = 6, 15, 20, 260
+CELL_WIDTH, CELL_HEIGHT = THUMB + MARGIN, LABEL + THUMB + MARGIN
+EVIDENCE, OTHER, LINE_COLOUR = (230, 30, 90), (40, 110, 230), (200, 200, 200)
 
 
 class ContactSheet(L.Callback):
     """Writes `contact_sheet.png` in the run directory of `vlm-calibration predict`; place it after `RegionWriter`.
 
+    It shows the kinds of perturbation and the strengths of `data.noise`.
+
     Args:
-        queries: number of rows.
-        schedule: noise schedule of the drawn images.
-        seed: of the choice of queries, and of the noise.
+        queries: number of queries.
+        seed: of the choice of queries, and of the perturbations.
     """
 
-    def __init__(self, queries: int = 12, schedule: Schedule = CosineSchedule(), seed: int = 0) -> None:  # noqa: B008
+    def __init__(self, queries: int = 12, seed: int = 0) -> None:
         if queries < 1:
             raise DataError(f"ContactSheet: queries must be at least 1, found {queries}")
         self.queries = queries
-        self.schedule = schedule
         self.seed = seed
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,37 +50,50 @@ class ContactSheet(L.Callback):
             return
         sources = [ParquetSource(str(path), images=source) for path, source in files.items()]
         with replacing(folder / "contact_sheet.png") as temporary:
-            contact_sheet(sources, self.queries, self.schedule, self.seed).save(temporary, "PNG")
+            contact_sheet(sources, self.queries, data.noise, self.seed).save(temporary, "PNG")
 
 
 def contact_sheet(
-    sources: Sequence[QuerySource], count: int, schedule: Schedule, seed: int = 0
+    sources: Sequence[QuerySource], count: int, policy: NoisePolicy, seed: int = 0
 ) -> Image.Image:
-    """Draw random queries of some sources, one a row: question and answer, regions, and the noised images of levels 100% to 0%.
+    """Draw random queries of some sources: question and answer, regions, and a row of strengths for each kind of perturbation.
 
-    The evidence is outlined in red, other regions in blue. The evidence is noised, or the other regions if there is none.
+    The evidence is outlined in red, other regions in blue. The evidence is perturbed, or the other regions if there is none.
+
+    Args:
+        sources: of the queries.
+        count: number of queries.
+        policy: its kinds and strengths are shown, by the transforms of training, on the evidence in thumbnails.
+        seed: of the choice of queries, and of the perturbations.
 
     Raises:
         DataError: an image cannot be read.
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    levels = LinearLevels()
-    header = ["", "regions", *(f"{confidence:.0%}" for confidence in levels.confidences())]
     rows = []
     for index in chosen:
         source, position = queries[int(index)]
         query = source.queries()[position]
         loaded = _thumbnail(source.load(query))
-        union = _union(loaded.evidence or loaded.distractors, loaded.image)
-        noised = [
-            _add_noise(loaded.image, union, round(s * schedule.steps), schedule, query, seed)
-            if union.any()
-            else loaded.image
-            for s in levels.strengths()
-        ]
-        rows.append((query, [_draw_regions(loaded), *noised]))
-    return _sheet(header, rows)
+        beginning = _Row(query, [("regions", _draw_regions(loaded)), ("untouched", loaded.image)])
+        for number, kind in enumerate(policy.used_kinds):
+            row = beginning if number == 0 else _Row(None, [None, None])
+            row.cells.extend(_perturbed(loaded, policy, kind, query, seed))
+            rows.append(row)
+    return _sheet(rows)
+
+
+class _Row(NamedTuple):
+    """A row of the sheet.
+
+    Attributes:
+        query: the query whose first row this is; None in its other rows.
+        cells: label and picture of each column, uint8 [H, W, 3]; None for an empty one.
+    """
+
+    query: Query | None
+    cells: list[tuple[str, np.ndarray] | None]
 
 
 def _thumbnail(loaded: LoadedImage) -> LoadedImage:
@@ -99,11 +112,23 @@ def _union(masks: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
     return np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
 
 
-def _add_noise(
-    image: np.ndarray, mask: np.ndarray, step: int, schedule: Schedule, query: Query, seed: int
-) -> np.ndarray:
-    noise = int(query_rng(seed, 0, query.id).integers(2**63))
-    return add_region_noise(image, mask, step, schedule=schedule, seed=noise) if step else image
+def _perturbed(
+    loaded: LoadedImage, policy: NoisePolicy, kind: str, query: Query, seed: int
+) -> list[tuple[str, np.ndarray]]:
+    """The image at each strength of a kind above 0, with its label."""
+    mask = _union(loaded.evidence or loaded.distractors, loaded.image)
+    own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
+    transform = region_perturbation(kind, policy.schedule)
+    return [
+        (
+            f"{kind.replace('_', ' ')} {strength:g}",
+            transform(image=loaded.image, mask=mask, strength=strength, seed=own_seed)["image"]
+            if mask.any()
+            else loaded.image,
+        )
+        for strength in policy.levels.strengths(kind)
+        if strength
+    ]
 
 
 def _draw_regions(loaded: LoadedImage) -> np.ndarray:
@@ -116,20 +141,24 @@ def _draw_regions(loaded: LoadedImage) -> np.ndarray:
     return pixels.round().astype(np.uint8)
 
 
-def _sheet(header: Sequence[str], rows: Sequence[tuple[Query, list[np.ndarray]]]) -> Image.Image:
-    """The sheet: captions at the left, thumbnails at their right."""
+def _sheet(rows: Sequence[_Row]) -> Image.Image:
+    """The sheet: captions at the left, thumbnails with their labels above them at the right."""
     font = ImageFont.load_default(12)
-    cell = THUMB + MARGIN
-    sheet = Image.new("RGB", (TEXT_WIDTH + cell * (len(header) - 1), 24 + cell * len(rows)), "white")
+    columns = max(len(row.cells) for row in rows)
+    sheet = Image.new("RGB", (TEXT_WIDTH + CELL_WIDTH * columns, CELL_HEIGHT * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(header[1:]):
-        draw.text((TEXT_WIDTH + column * cell + THUMB // 2, 12), text, "black", font, anchor="mm")
-    for number, (query, pictures) in enumerate(rows):
-        top = 24 + number * cell
-        for line, text in enumerate(_caption(query)[: THUMB // LINE]):
-            draw.text((MARGIN, top + line * LINE), text, "black", font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (TEXT_WIDTH + column * cell, top))
+    for number, (query, cells) in enumerate(rows):
+        top = number * CELL_HEIGHT
+        if query is not None:
+            draw.line((0, top, sheet.width, top), LINE_COLOUR)
+            for line, text in enumerate(_caption(query)[: THUMB // LINE]):
+                draw.text((MARGIN, top + LABEL + line * LINE), text, "black", font)
+        for column, cell in enumerate(cells):
+            if cell is not None:
+                label, picture = cell
+                left = TEXT_WIDTH + column * CELL_WIDTH
+                draw.text((left + THUMB // 2, top + LABEL // 2), label, "black", font, anchor="mm")
+                sheet.paste(Image.fromarray(picture), (left, top + LABEL))
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""Figures and tables of a validation or an evaluation in W&B: reliability, response to noise, risk and coverage."""
+"""Figures and tables of a validation or an evaluation in W&B: reliability, response to perturbation, risk and coverage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from vlm_calibration.callbacks.media import data_table, drawing
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
-from vlm_calibration.metrics.figures import reliability_diagram, response_curve, risk_coverage_figure
+from vlm_calibration.metrics.figures import (
+    ResponseTables,
+    reliability_diagram,
+    response_curve,
+    risk_coverage_figure,
+)
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
 from vlm_calibration.records import Prediction
@@ -23,26 +28,26 @@ from vlm_calibration.stages.scoring import HasResults
 
 Answers = Mapping[str, Sequence[Prediction]]
 
-
-StepTables = dict[int, ConfidenceTable]
-"""The answers of a system by noise step, those to queries that were not noised under `UNNOISED`."""
-UNNOISED = -1
+UNPERTURBED = ("unperturbed", 0.0)
+"""Key of the answers in splits that are not perturbed, which are not those of a response curve."""
 
 
-def tables_by_step(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> StepTables:
-    """Count predictions by the noise step of their image."""
-    steps = [p.noise_step if dataset.is_noised(p.id) else None for p in predictions]
+def tables_by_perturbation(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> ResponseTables:
+    """Count predictions by kind and strength of perturbation; those to splits that are not perturbed under `UNPERTURBED`."""
     return tables_by_category(
         [p.confidence for p in predictions],
         [p.correct for p in predictions],
-        [UNNOISED if step is None else step for step in steps],
+        [
+            (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
+            for p in predictions
+        ],
     )
 
 
-def add_tables(total: StepTables, tables: StepTables) -> None:
+def add_tables(total: ResponseTables, tables: ResponseTables) -> None:
     """Add tables to `total`, in place."""
-    for step, table in tables.items():
-        total[step] = total[step] + table if step in total else table
+    for key, table in tables.items():
+        total[key] = total[key] + table if key in total else table
 
 
 class CalibrationFigures(L.Callback):
@@ -50,7 +55,7 @@ class CalibrationFigures(L.Callback):
 
     For each system:
 
-    - `reliability`, `risk_coverage` and, if images were noised, `response_curve`: figures.
+    - `reliability`, `risk_coverage` and, if images were perturbed, `response_curve`: figures.
     - `confidence_table` and `response_table`: the numbers behind them.
 
     Once for all systems:
@@ -66,7 +71,7 @@ class CalibrationFigures(L.Callback):
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = samples
-        self._tables: dict[str, StepTables] = {}
+        self._tables: dict[str, ResponseTables] = {}
         self._samples: SampleTable | None = None
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -115,14 +120,14 @@ class CalibrationFigures(L.Callback):
         if self._samples is None:
             return
         for system, predictions in answers.items():
-            tables = tables_by_step(predictions, self._samples.dataset)
+            tables = tables_by_perturbation(predictions, self._samples.dataset)
             add_tables(self._tables.setdefault(system, {}), tables)
             self._samples.update(system, predictions)
 
     def _finish(self, trainer: L.Trainer, stage: str, more: Mapping[str, Any] | None = None) -> None:
         if self._samples is None:
             return
-        totals: dict[str, StepTables] = {}
+        totals: dict[str, ResponseTables] = {}
         for of_process in all_gather(trainer, self._tables):
             for system, tables in of_process.items():
                 add_tables(totals.setdefault(system, {}), tables)
@@ -140,18 +145,18 @@ class CalibrationFigures(L.Callback):
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
 
 
-def media_of(tables: StepTables) -> dict[str, Any]:
+def media_of(tables: ResponseTables) -> dict[str, Any]:
     """The figures and tables of one system, by name."""
     total = sum(tables.values(), start=ConfidenceTable.empty())
-    noised = {step: table for step, table in tables.items() if step != UNNOISED}
+    perturbed = {key: table for key, table in tables.items() if key != UNPERTURBED}
     media: dict[str, Any] = {
         "reliability": drawing(reliability_diagram(total)),
         "risk_coverage": drawing(risk_coverage_figure(total)),
         "confidence_table": confidence_table(total),
     }
-    if noised:
-        media["response_curve"] = drawing(response_curve(noised))
-        media["response_table"] = response_table(noised)
+    if perturbed:
+        media["response_curve"] = drawing(response_curve(perturbed))
+        media["response_table"] = response_table(perturbed)
     return media
 
 
@@ -165,18 +170,19 @@ def confidence_table(table: ConfidenceTable) -> Any:
     return data_table(["confidence", "right", "wrong"], rows)
 
 
-def response_table(tables: Mapping[int, ConfidenceTable]) -> Any:
-    """Number of answers with a readable confidence at each noise step, their accuracy and mean confidence."""
+def response_table(tables: ResponseTables) -> Any:
+    """Number of answers with a readable confidence at each strength of each kind, their accuracy and mean confidence."""
     rows = [
         [
-            step,
+            kind or "untouched",
+            strength,
             table.parsed,
             *(float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence")),
         ]
-        for step, table in sorted(tables.items())
+        for (kind, strength), table in sorted(tables.items())
         if table.parsed
     ]
-    return data_table(["noise_step", "answers", "accuracy", "mean_confidence"], rows)
+    return data_table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
 
 
 def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:

@@ -16,7 +16,7 @@ LABELS = {
     "brier": ("Brier ", "{:.3f}"),
     "auroc": ("AUROC ", "{:.3f}"),
     "accuracy clean": ("accuracy clean ", "{:.3f}"),
-    "accuracy at pure noise": ("at pure noise ", "{:.3f}"),
+    "accuracy at full strength": ("at full strength ", "{:.3f}"),
     "with regions": ("with regions ", "{:.1%}"),
 }
 """Figure -> what stands in front of it, and its format."""

@@ -1,4 +1,4 @@
-"""Figures of tables for `plot()`, reports and W&B: reliability, histogram, risk and coverage, response to noise.
+"""Figures of tables for `plot()`, reports and W&B: reliability, histogram, risk and coverage, response to perturbation.
 
 Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless axes are given. Figures are
 built without pyplot, so that they need no display and are safe in threads. Colours are those of Okabe & Ito
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
 _Z95 = 1.959963984540054
+_RESPONSE = "Percent of the answers, or stated percent"
+
+ResponseTables = dict[tuple[str, float], ConfidenceTable]
+"""(kind of perturbation, its strength in [0, 1]) -> the answers to such images; ("", 0.0) holds untouched images."""
 
 
 def new_axes() -> "Axes":
@@ -171,17 +175,15 @@ def risk_coverage_figure(
     return _figure(ax)
 
 
-def response_curve(
-    tables: Mapping[int, ConfidenceTable], *, title: str | None = None, ax: "Axes | None" = None
-) -> "Figure":
-    """Mean stated confidence and accuracy against the noise step of the perturbation.
+def response_curve(tables: ResponseTables, *, title: str | None = None, ax: "Axes | None" = None) -> "Figure":
+    """Mean stated confidence and accuracy against the strength of the perturbation, with a panel for each kind.
 
     A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy.
 
     Args:
-        tables: a table for each noise step (0 is the clean image).
+        tables: a table for each kind and strength; that of untouched images is shown in every panel.
         title: replaces the default title.
-        ax: axes to draw into, or None for a new figure.
+        ax: axes to draw into, or None for a new figure; several panels are insets of these axes.
 
     Raises:
         ValueError: without a table.
@@ -190,33 +192,86 @@ def response_curve(
         raise ValueError("a response curve needs at least one table")
     ax = new_axes() if ax is None else ax
     first, *others = tables.values()
-    ax.set_title(title or f"Response to noise: {_answers(sum(others, start=first))}")
-    ax.set_xlabel("Noise on the key object (diffusion step; 0 is the clean image)")
-    _percent_axis(ax, "y", "Percent of the answers, or stated percent")
-    steps = sorted(step for step, table in tables.items() if table.parsed)
-    if not steps:
+    ax.set_title(title or f"Response to perturbation: {_answers(sum(others, start=first))}")
+    ax.set_xlabel("Strength of the perturbation on the key object (0: untouched)")
+    answered = {key: table for key, table in tables.items() if table.parsed}
+    if not answered:
+        _percent_axis(ax, "y", _RESPONSE)
         _note_empty(ax)
         return _figure(ax)
-    confidence = [100 * _value(tables[step], "mean_confidence") for step in steps]
-    accuracy = [100 * _value(tables[step], "parsed_accuracy") for step in steps]
-    correct = torch.tensor([float(tables[step].counts[:, 1].sum()) for step in steps], dtype=torch.float64)
-    answers = torch.tensor([tables[step].parsed for step in steps], dtype=torch.float64)
+    kinds = sorted({kind for kind, _ in answered} - {""}) or [""]
+    panels = [ax] if len(kinds) == 1 else _inset_panels(ax, len(kinds))
+    for kind, panel in zip(kinds, panels, strict=True):
+        curve = {strength: table for (k, strength), table in answered.items() if k in ("", kind)}
+        _draw_response(panel, curve, kind.replace("_", " "))
+    if len(kinds) == 1:
+        _percent_axis(ax, "y", _RESPONSE)
+        ax.set_xlabel(
+            f"Strength of {kinds[0].replace('_', ' ') or 'perturbation'} on the key object (0: untouched)"
+        )
+        ax.legend(*_response_legend(ax), loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    else:
+        ax.legend(*_response_legend(panels[0]), loc="upper center", ncols=2, frameon=False)
+    return _figure(ax)
+
+
+def _inset_panels(ax: "Axes", n: int) -> "list[Axes]":
+    """Split axes into n panels, row by row, below a strip for the legend; tick labels stand at the outer panels only."""
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    # Shares of the axes. The legend, and the name of each panel, stand in a strip of this height.
+    gap, strip = 0.04, 0.078
+    width, height = (1 - gap * (columns - 1)) / columns, (1 - strip) / rows - strip
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    # The labels stand beside the tick labels of the panels.
+    ax.set_xlabel(ax.get_xlabel(), labelpad=18)
+    ax.set_ylabel(_RESPONSE, labelpad=28)
+    panels = []
+    for index in range(n):
+        row, column = divmod(index, columns)
+        bottom = (rows - 1 - row) * (height + strip)
+        panel = ax.inset_axes((column * (width + gap), bottom, width, height))
+        panel.set(ylim=(-3, 103), yticks=range(0, 101, 25), xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
+        panel.tick_params(labelsize="small", labelleft=column == 0, labelbottom=index + columns >= n)
+        panels.append(panel)
+    return panels
+
+
+def _draw_response(ax: "Axes", curve: Mapping[float, ConfidenceTable], name: str) -> None:
+    """Draw the curves of one kind: strength -> the answers there; `name` is drawn above panels."""
+    strengths = sorted(curve)
+    rows = [curve[strength] for strength in strengths]
+    correct = torch.tensor([float(table.counts[:, 1].sum()) for table in rows], dtype=torch.float64)
+    answers = torch.tensor([table.parsed for table in rows], dtype=torch.float64)
     low, high = (100 * bound for bound in wilson_interval(correct, answers))
-    ax.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="Accuracy, 95% interval")
-    ax.vlines(steps, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
-    ax.plot(steps, accuracy, color=BLUE, marker="o", linewidth=1.8, label="Accuracy")
+    accuracy, confidence = (
+        [100 * _value(table, metric) for table in rows] for metric in ("parsed_accuracy", "mean_confidence")
+    )
+    is_panel = ax.get_title() == ""
+    size = 3.5 if is_panel else 6
+    ax.fill_between(strengths, low, high, color=BLUE, alpha=0.18, linewidth=0, label="Accuracy, 95% interval")
+    ax.vlines(strengths, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
+    ax.plot(strengths, accuracy, color=BLUE, marker="o", markersize=size, linewidth=1.8, label="Accuracy")
     ax.plot(
-        steps,
+        strengths,
         confidence,
         color=ORANGE,
         marker="s",
+        markersize=size,
         linestyle="--",
         linewidth=1.8,
         label="Mean stated confidence",
     )
     ax.grid(alpha=0.25)
-    ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
-    return _figure(ax)
+    if is_panel:
+        ax.set_title(name, fontsize="medium")
+
+
+def _response_legend(ax: "Axes") -> tuple[list[Any], list[str]]:
+    """Handles and labels; the line of the accuracy is drawn on its band."""
+    band, accuracy, confidence = ax.get_legend_handles_labels()[0]
+    return [(band, accuracy), confidence], ["Accuracy, 95% interval", "Mean stated confidence"]
 
 
 def _histogram(table: ConfidenceTable, n_bins: int) -> tuple[Tensor, float, Tensor, Tensor]:

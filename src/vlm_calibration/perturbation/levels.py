@@ -42,6 +42,10 @@ class Perturbation(NamedTuple):
     kind: str
     strength: float
 
+    def __str__(self) -> str:
+        """In words: "motion blur, strength 0.4"; "untouched"."""
+        return f"{self.kind.replace('_', ' ')}, strength {self.strength:g}" if self.strength else "untouched"
+
 
 CLEAN = Perturbation("", 0.0)
 """An untouched image."""

@@ -98,20 +98,22 @@ def _read_facts(folder: Path) -> tuple[Card, str] | None:
     try:
         facts = dict(json.loads(path.read_text(encoding="utf-8")))
         digest = facts.pop(DIGEST, "")
-        steps = facts.pop("steps", None)
-        levels = {t: [_level(row, steps) for row in rows] for t, rows in facts.pop("levels", {}).items()}
-        return Card(**facts, levels=levels), digest
+        levels, steps = facts.pop("levels", {}), facts.pop("steps", None)
+        read = {
+            answer_type: [_read_level(row, steps) for row in rows] for answer_type, rows in levels.items()
+        }
+        return Card(levels=read, **facts), digest
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
 
 
-def _level(row: list[Any], steps: int | None) -> tuple[str, float, float]:
-    """A row of `Card.levels`; earlier versions wrote the noise step, of `steps`, and the confidence."""
+def _read_level(row: list[Any], steps: int | None) -> tuple[str, float, float]:
+    """One of `Card.levels`; cards of older adapters have pairs of a noise step, of `steps` in all, and a confidence."""
     if steps is not None:
         step, confidence = row
         return ("noise" if step else "", step / steps, confidence)
     kind, strength, confidence = row
-    return (kind, strength, confidence)
+    return kind, strength, confidence
 
 
 def _digest(text: str) -> str:
@@ -245,23 +247,35 @@ def _answer_format(card: Card) -> str:
 
 
 def _levels(card: Card) -> str:
-    rows: dict[tuple[str, float], list[str]] = {}
-    for position, levels in enumerate(card.levels.values()):
+    by_kind: dict[str, dict[float, dict[str, float]]] = {}
+    for answer_type, levels in card.levels.items():
         for kind, strength, confidence in levels:
-            rows.setdefault((kind, strength), ["-"] * len(card.levels))[position] = format(confidence, ".0%")
-    table = _table(
-        ["perturbation", "strength", *card.levels],
-        [[kind or "untouched", f"{strength:g}", *cells] for (kind, strength), cells in rows.items()],
-    )
+            by_kind.setdefault(kind, {}).setdefault(strength, {})[answer_type] = confidence
+    untouched = by_kind.pop("", {})
+    width = max((len(strengths) for strengths in by_kind.values()), default=0) + len(untouched)
+    rows = []
+    for kind, strengths in by_kind.items():
+        columns = {**untouched, **strengths}
+        empty = [""] * (width - len(columns))
+        rows.append([kind.replace("_", " "), "strength", *(f"{s:g}" for s in columns), *empty])
+        rows += [
+            ["", answer_type, *(_percent(c.get(answer_type)) for c in columns.values()), *empty]
+            for answer_type in card.levels
+        ]
     return "\n\n".join(
         [
             "## What it was taught",
             *([_code(settings)] if (settings := _level_settings(card)) else []),
-            "The confidence that the model should state when the key object is perturbed, on average over images, by type of "
-            "answer. Strength 0 is the untouched image; at strength 1 nothing of the object is left.",
-            table,
+            "The confidence that the model should state when the key object is perturbed, on average over images: for each kind of "
+            "perturbation its strengths and, by type of answer, the confidence at each. Strength 0 is the untouched image; at "
+            "strength 1 nothing of the object is left.",
+            _table(["perturbation", "", *[""] * width], rows),
         ]
     )
+
+
+def _percent(confidence: float | None) -> str:
+    return "-" if confidence is None else format(confidence, ".0%")
 
 
 def _level_settings(card: Card) -> str:
@@ -277,7 +291,7 @@ def _results(card: Card) -> str:
     return "\n\n".join(
         [
             "## Results",
-            f"On {'the' if n is None else f'{n:g}'} validation queries, noised as in training. Calibration (ECE to "
+            f"On {'the' if n is None else f'{n:g}'} validation queries, perturbed as in training. Calibration (ECE to "
             "overconfidence) is over the answers whose confidence could be parsed, accuracy over all.",
             _table(["", *(column(name)[0] for name in COLUMNS)], rows),
         ]

@@ -98,7 +98,7 @@ def _comparison_section(systems: Sequence[str]) -> Section:
             Panel("Comparison", "table", ("test/comparison",)),
             *bars,
             Panel("Reliability of each system", "figures", keys("reliability")),
-            Panel("Response of each system to noise", "figures", keys("response_curve")),
+            Panel("Response of each system to perturbation", "figures", keys("response_curve")),
             Panel("Risk and coverage of each system", "figures", keys("risk_coverage")),
             Panel("The same questions, answered by each system", "table", ("test/samples",)),
         ),
@@ -149,10 +149,10 @@ def _validation_sections() -> list[Section]:
         ),
         Section(
             "Does confidence fall with the evidence?",
-            "More noise on the key object leaves less evidence: the two curves should fall together.",
+            "A stronger perturbation of the key object leaves less evidence: the two curves of each kind should fall together.",
             (
-                Panel("Response to noise", "figures", ("val/response_curve",)),
-                Panel("Accuracy and confidence at each noise step", "table", ("val/response_table",)),
+                Panel("Response to perturbation", "figures", ("val/response_curve",)),
+                Panel("Accuracy and confidence by kind and strength", "table", ("val/response_table",)),
             ),
         ),
         Section(

@@ -201,14 +201,18 @@ def _read_levels(run: Run, config: Mapping[str, Any]) -> None:
         run.state, run.detail = "interrupted", f"before {table} was written"
         return
     run.state, run.detail = "finished", str(table)
-    steps: dict[int, list[int]] = {}
-    for rows in read_json(table)["answer_types"].values():
-        for row in rows:
-            count = steps.setdefault(int(row["step"]), [0, 0])
-            count[0] += row["n_correct"]
-            count[1] += row["n"]
-    for name, step in (("accuracy clean", min(steps)), ("accuracy at pure noise", max(steps))):
-        correct, n = steps[step]
+    rows: dict[str, list[Mapping[str, Any]]] = {"accuracy clean": [], "accuracy at full strength": []}
+    for counts in read_json(table)["answer_types"].values():
+        if "kinds" not in counts:
+            raise ValueError(
+                f"{table}: a level table of an older version: measure it again with `vlm-calibration levels fit`"
+            )
+        for number, kind in enumerate(counts["kinds"].values()):
+            # The untouched images are the same for all kinds.
+            rows["accuracy clean"] += kind[:1] if number == 0 else []
+            rows["accuracy at full strength"] += kind[-1:]
+    for name, chosen in rows.items():
+        correct, n = (sum(sum(row[key]) for row in chosen) for key in ("n_correct", "n"))
         run.figures.setdefault("", {})[name] = correct / n if n else None
 
 

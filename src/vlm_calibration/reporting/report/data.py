@@ -122,7 +122,7 @@ def _label(path: Path, folder: Path, adapters: Mapping[str, str]) -> str:
     if path.name == BASE:
         return "the base model, not fine-tuned"
     if path.name == ORACLE:
-        return "the base model's answers, stated with its measured accuracy at the true noise step"
+        return "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation"
     if path.name in adapters:
         return _training_label(_read_config(Path(adapters[path.name]).parent / CONFIG))
     return ""
@@ -135,8 +135,12 @@ def _training_label(config: Mapping[str, Any] | None) -> str:
     if stage not in ("SFTModule", "DPOModule"):
         return ""
     how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(settings.get('loss') or {}) or 'DPO'}"
-    levels = _class_name((data.get("noise") or {}).get("levels") or {}).removesuffix("Levels").lower()
-    return f"{how}, {levels} levels" if levels else how
+    noise = data.get("noise") or {}
+    levels = _class_name(noise.get("levels") or {}).removesuffix("Levels").lower()
+    kinds = [str(kind).replace("_", " ") for kind, weight in (noise.get("kinds") or {}).items() if weight]
+    return ", ".join(
+        [how, *([f"{levels} levels"] if levels else []), *([" + ".join(kinds)] if kinds else [])]
+    )
 
 
 def _class_name(settings: Any) -> str:

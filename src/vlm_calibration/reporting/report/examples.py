@@ -1,6 +1,6 @@
-"""The answers that a report shows one by one, with the images as the model saw them, noise included.
+"""The answers that a report shows one by one, with the images as the model saw them, perturbation included.
 
-Images are loaded from the data of the run. Noise is a function of (seed, epoch, query id), so the configuration reproduces it.
+Images are loaded from the data of the run. The perturbation is a function of (seed, epoch, query id), so the configuration reproduces it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import first_line
+from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.figures import data_uri
@@ -38,7 +39,7 @@ class Example(NamedTuple):
         text: the model's output, cut short if it is long.
         category: of the prediction, may be empty.
         stated: the stated confidence in percent.
-        noise: the diffusion step; None if noise does not apply.
+        perturbation: what happened to the image, in words; empty if that is not known.
         others: name of another system -> its output.
     """
 
@@ -48,7 +49,7 @@ class Example(NamedTuple):
     text: str
     category: str
     stated: str
-    noise: int | None
+    perturbation: str
     others: dict[str, str]
 
 
@@ -94,9 +95,15 @@ def _example(prediction: EstimatedPrediction, others: Sequence[System]) -> Examp
         _shorten(prediction.text),
         prediction.category or "",
         f"{100 * (prediction.confidence or 0.0):.0f}%",
-        prediction.noise_step,
+        _in_words(prediction),
         {s.name: _shorten(s.by_id[prediction.id].text) for s in others if prediction.id in s.by_id},
     )
+
+
+def _in_words(prediction: EstimatedPrediction) -> str:
+    if prediction.perturbation is None or prediction.strength is None:
+        return ""
+    return str(Perturbation(prediction.perturbation, prediction.strength))
 
 
 def _shorten(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.figures import (
+    ResponseTables,
     confidence_histogram,
     reliability_diagram,
     response_curve,
@@ -77,16 +78,18 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
             [_draw(s, "risk-coverage curve", risk_coverage_figure, _table(s.predictions)) for s in systems],
         ),
     ]
-    by_step = [(s, _tables_by_step(s.predictions)) for s in systems]
+    responses = [(s, _tables_by_perturbation(s.predictions)) for s in systems]
     curves = [
-        _draw(s, "response to noise", response_curve, tables) for s, tables in by_step if len(tables) > 1
+        _draw(s, "response to perturbation", response_curve, tables)
+        for s, tables in responses
+        if len(tables) > 1
     ]
     if curves:
         how = (
-            "The key object is replaced by noise, more of it to the right. Both curves should fall together: stated confidence "
-            "follows what the model can see."
+            "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of perturbation "
+            "both curves should fall together: stated confidence follows what the model can see."
         )
-        panels.append(FigurePanel("Response to noise on the evidence", how, curves))
+        panels.append(FigurePanel("Response to lost evidence", how, curves))
     return panels
 
 
@@ -120,14 +123,15 @@ def _table(predictions: Sequence[EstimatedPrediction]) -> ConfidenceTable:
     )
 
 
-def _tables_by_step(predictions: Sequence[EstimatedPrediction]) -> dict[int, ConfidenceTable]:
-    """A table for each noise step, over the evaluation splits with noised images."""
-    noised = {_split(p) for p in predictions if p.noise_step}
-    steps: dict[int, list[EstimatedPrediction]] = {}
+def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> ResponseTables:
+    """A table for each kind and strength of perturbation, over the evaluation splits with perturbed images."""
+    perturbed = {_split(p) for p in predictions if p.strength}
+    groups: dict[tuple[str, float], list[EstimatedPrediction]] = {}
     for prediction in predictions:
-        if prediction.noise_step is not None and _split(prediction) in noised:
-            steps.setdefault(prediction.noise_step, []).append(prediction)
-    return {step: _table(answers) for step, answers in sorted(steps.items())}
+        if prediction.strength is not None and _split(prediction) in perturbed:
+            key = (prediction.perturbation or "", prediction.strength)
+            groups.setdefault(key, []).append(prediction)
+    return {key: _table(answers) for key, answers in sorted(groups.items())}
 
 
 def _split(prediction: EstimatedPrediction) -> str:
