@@ -139,8 +139,8 @@ class AnchoredLevels(ConfidenceLevels):
     learns "85%" more easily than 101 near-synonymous numbers, and accuracies measured on a few hundred queries are no finer.
     The rounding error is at most half a grid step (2.5%), 1.25% on average; `grid=1` states the accuracies themselves.
 
-    `groups` reduces the number of targets without that bias: the accuracies at the levels' strengths are split into groups that
-    differ least from their means (`group_means`), and each states its mean.
+    `groups` reduces the number of targets without that bias: the accuracies at the levels' strengths, and as often those of untouched
+    images, are split into groups that differ least from their means (`group_means`), and each states its mean.
 
     A clean image is not a certain one. With `likelihoods` the accuracy is that of queries whose own answer the base model holds
     similarly likely on the untouched image, so a hard untouched image gets a low confidence.
@@ -275,7 +275,7 @@ class AnchoredLevels(ConfidenceLevels):
         """The lower boundary and the mean of each group, in falling order; empty without groups."""
         if self.groups is None:
             return []
-        values = self._values(self._fit(answer_type))
+        values = self._values(self._fit(answer_type), balanced=True)
         means = group_means(values, self.groups)
         boundaries = []
         for smallest, _ in means[:-1]:
@@ -287,18 +287,23 @@ class AnchoredLevels(ConfidenceLevels):
         fits = list(self._fits.values())
         return spread_strengths(fits[0].strengths[kind], [fit.pooled[kind] for fit in fits])
 
-    def _values(self, fit: "_Fit") -> list[float]:
+    def _values(self, fit: "_Fit", balanced: bool = False) -> list[float]:
         """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
 
         Rounded, so that accuracies that are equal but for floating-point errors are one.
+
+        Args:
+            fit: the accuracies of an answer type.
+            balanced: untouched images count as often as perturbed ones, as in our presets.
         """
-        bins = [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]
-        return [
-            round(float(v), 9)
-            for kind, strengths in self._strengths.items()
-            for accuracies in bins
-            for v in np.interp(strengths, fit.strengths[kind], accuracies[kind])
-        ]
+        values = []
+        for kind, strengths in self._strengths.items():
+            for accuracies in [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]:
+                curve = [
+                    round(float(v), 9) for v in np.interp(strengths, fit.strengths[kind], accuracies[kind])
+                ]
+                values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
+        return values
 
     def _fit(self, answer_type: str) -> "_Fit":
         if answer_type not in self._fits:
