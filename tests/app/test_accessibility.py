@@ -56,6 +56,7 @@ def test_the_keyboard_reaches_everything(visit: Visit) -> None:
     keys.press("ArrowDown")
     visit.renewed("curve", lambda: keys.press("Enter"))
     expect(visit.page.locator("#curve figure[data-kind=blur]")).to_be_visible()
+    _tab_to(visit, "#kind input")
     keys.press("ArrowUp")
     visit.renewed("curve", lambda: keys.press("Enter"))
     expect(visit.page.locator("#curve figure[data-kind=noise]")).to_be_visible()

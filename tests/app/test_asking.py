@@ -138,6 +138,13 @@ def test_every_kind_of_perturbation(visit: Visit, model: CalibratedModel) -> Non
         assert not np.array_equal(seen[-1], seen[-2])
         curve = visit.page.locator(f"#curve figure[data-kind={kind}][data-strength='60'] > svg")
         expect(curve).to_contain_text(f"strength of {name.lower()} on the key object")
+    visit.page.locator("#kind input").click()
+    visit.page.get_by_role("option", name="Fade", exact=True).click()
+    visit.set_strength(80)
+    visit.page.locator("#curve figure[data-kind=fade][data-strength='80']").wait_for()
+    expect(visit.page.locator("#seen figcaption")).to_have_text(f"What the models see: 80% fade on {KEY}")
+    visit.set_strength(60)
+    visit.choose_kind("Motion blur")
     assert (seen[1] != clean).any(axis=2).sum() == pytest.approx(0.6 * mask.sum(), rel=0.05)
     sample = model.sample(
         subject.image, subject.question, mask=mask, perturbation=Perturbation("motion_blur", 0.6)

@@ -55,7 +55,7 @@ def upload(tmp_path: Path) -> Callable[[np.ndarray], Subject]:
 
 
 def test_the_object_that_a_question_names_is_found(upload: Callable[[np.ndarray], Subject]) -> None:
-    truth = Truth(SCENES)
+    truth = Truth(SCENES, split="development")
     finder = KeyObjectFinder(RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth))
     found = 0
     for index in range(SCENES):
@@ -74,7 +74,7 @@ def test_the_object_that_a_question_names_is_found(upload: Callable[[np.ndarray]
 def test_all_objects_of_a_question_are_found_and_none_that_is_not_there(
     upload: Callable[[np.ndarray], Subject],
 ) -> None:
-    truth = Truth(SCENES)
+    truth = Truth(SCENES, split="development")
     detector = ExactDetector(truth)
     finder = KeyObjectFinder(RuleDescriber(), detector, ExactSegmenter(truth))
     scene = demo_subject(0)

@@ -15,12 +15,12 @@ from vlm_calibration.regions.segmenter import Segmenter
 
 
 class Truth:
-    """The scenes of the test split by their pixels, enlarged by integer factors."""
+    """The scenes of a split by their pixels, enlarged by integer factors."""
 
-    def __init__(self, scenes: int, factors: Sequence[int] = (1,)) -> None:
+    def __init__(self, scenes: int, factors: Sequence[int] = (1,), split: str = "test") -> None:
         self.by_pixels: dict[bytes, tuple[Scene, int]] = {}
         for index in range(scenes):
-            scene = render_scene(scene_seed("test", index))
+            scene = render_scene(scene_seed(split, index))
             for factor in factors:
                 self.by_pixels[enlarged(scene.image, factor).tobytes()] = scene, factor
 

@@ -42,6 +42,10 @@ from vlm_calibration.records import DataError
 SCENES = 8
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 LATEST = {**QUIET, "trigger_mode": "always_last"}
+# Events that redraw the same part wait in one queue, so that the last event has the last word.
+PICTURE, ANSWERS, CURVE = (
+    {"concurrency_id": name, "concurrency_limit": 1} for name in ("picture", "answers", "curve")
+)
 _LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all confidences that might have been stated.</p>'
 
 
@@ -144,7 +148,10 @@ class PageHandlers:
 
     def mark(self, curve: Any, percent: float) -> Any:
         """Redraw the curve with another strength marked."""
-        return gr.skip() if curve is None else view.response_curve(*curve, percent / 100)
+        if curve is None:
+            return gr.skip()
+        curves, strengths, kind = curve
+        return view.response_curve(curves, strengths, kind, percent / 100)
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
@@ -221,9 +228,16 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
 
     def update(event: Any) -> None:
         """Update image, answers and curve after an event."""
-        event.then(handlers.see, inputs, seen, **QUIET).then(
-            handlers.answer, inputs, answers, api_visibility="private"
-        ).then(handlers.curve, inputs, [curves, curve], api_visibility="private")
+        event.then(handlers.see, inputs, seen, **QUIET, **PICTURE).then(
+            handlers.answer, inputs, answers, api_visibility="private", **ANSWERS
+        ).then(handlers.curve, inputs, [curves, curve], api_visibility="private", **CURVE).then(
+            # The strength may have changed since.
+            handlers.mark,
+            [curves, strength],
+            curve,
+            **QUIET,
+            **CURVE,
+        )
 
     update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
     update(scenes.select(handlers.begin_scene, None, [*begun, problem], **QUIET))
@@ -231,6 +245,6 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: "", None, problem, **QUIET))
     update(picture.input(lambda: DRAWN, None, choice, **LATEST))
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
-    strength.input(handlers.see, inputs, seen, **LATEST)
-    strength.input(handlers.answer, inputs, answers, **LATEST)
-    strength.input(handlers.mark, [curves, strength], curve, **LATEST)
+    strength.input(handlers.see, inputs, seen, **LATEST, **PICTURE)
+    strength.input(handlers.answer, inputs, answers, **LATEST, **ANSWERS)
+    strength.input(handlers.mark, [curves, strength], curve, **LATEST, **CURVE)
