@@ -195,8 +195,7 @@ def test_set_up_happens_once(checkout: Path) -> None:
     assert all(
         " fit --config configs/sft.yaml" in c or " test --config configs/eval/demo.yaml" in c for c in second
     )
-    # The two trainings run in parallel, so their order varies.
-    assert sorted(second) == sorted(_cli_calls(first))
+    assert second == _cli_calls(first)
     _make(checkout, "evaluate")
     assert len(_calls(checkout)) == 1
 
