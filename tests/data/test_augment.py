@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,15 +145,12 @@ def test_perturbation_follows_the_augmentation() -> None:
     part = {"": EvalSplit(SOURCE, "every_level")}
     plain = PerturbedQueries(part, policy, None)
     flipped = PerturbedQueries(part, policy, None, augmentation=Augmentation([A.HorizontalFlip(p=1.0)]))
-    index = next(i for i, query in enumerate(plain.queries) if query.id.endswith("fade-0.5"))
-    for clean, perturbed in ((0, index),):
-        changed, changed_flipped = (
-            (data[0, clean].image != data[0, perturbed].image).any(-1) for data in (plain, flipped)
-        )
-        overlap = (np.flip(changed, 1) & changed_flipped).sum() / (
-            np.flip(changed, 1) | changed_flipped
-        ).sum()
-        assert overlap > 0.9
+    index = next(i for i, query in enumerate(plain.queries) if query.id.endswith("@fade-0.5"))
+    changed, changed_flipped = (
+        (data[0, 0].image != data[0, index].image).any(-1) for data in (plain, flipped)
+    )
+    overlap = (np.flip(changed, 1) & changed_flipped).sum() / (np.flip(changed, 1) | changed_flipped).sum()
+    assert overlap > 0.9
 
 
 def test_only_training_is_augmented(model_folder: str) -> None:
@@ -182,17 +180,14 @@ def test_a_configuration_names_transforms_by_their_class(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transforms = [{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}]
-    (tmp_path / "augment.yaml").write_text(yaml.safe_dump({"data": {"augment": transforms}}))
+    levels = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
+    overlay = {"data": {"augment": transforms, "noise": {"levels": levels}}}
+    (tmp_path / "augment.yaml").write_text(yaml.safe_dump(overlay))
     files = ["--config", str(root / "configs/sft.yaml"), "--config", str(tmp_path / "augment.yaml")]
-    for more, p in (
-        ([], 0.25),
-        (
-            ["--data.augment", '[{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.75}}]'],
-            0.75,
-        ),
-    ):
+    argument = json.dumps([{"class_path": "albumentations.VerticalFlip"}])
+    for more, kind in ([], A.HorizontalFlip), (["--data.augment", argument], A.VerticalFlip):
         monkeypatch.setattr(sys, "argv", ["", "fit", *files, *more])
         cli = ParsedCLI()
         [transform] = cli._parser("fit").instantiate_classes(cli.config.fit).data.augment
-        assert isinstance(transform, A.HorizontalFlip)
-        assert transform.p == p
+        assert type(transform) is kind
+        assert transform.p == 0.25

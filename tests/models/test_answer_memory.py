@@ -132,7 +132,7 @@ def test_an_estimate_is_what_scoring_perturbed_copies_takes(tmp_path: Path, fami
     model = build(family)
     inputs, tokens, image = _prompts(family)
     inputs["attention_mask"][:] = 1
-    responses = [[[9] * NEW_TOKENS] * COPY_RESPONSES] * ROWS
+    responses = [[[9 + number] * NEW_TOKENS for number in range(COPY_RESPONSES)]] * ROWS
 
     def score() -> None:
         with torch.no_grad():

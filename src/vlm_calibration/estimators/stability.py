@@ -75,7 +75,7 @@ class Stability(Estimator):
         passes = [0] * len(answered.predictions)
         if copies is None and self.region == "object":  # no query of the batch has a region
             return Estimate(confidence, passes)
-        n_copies = len(self.copies.perturbations)
+        n_copies = sum(len(strengths) for strengths in self.strengths.values())
         if copies is None or len(copies.inputs) != n_copies:
             raise ValueError(f"stability: a batch without the {n_copies} copies of each image that it rates")
         for number in range(n_copies):
