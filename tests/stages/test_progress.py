@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import yaml
 
-from vlm_calibration.callbacks.figures import CalibrationFigures, StepTables
+from vlm_calibration.callbacks.figures import CalibrationFigures, ResponseTables
 from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -226,7 +226,7 @@ class Stop(L.Callback):
 class Counted(CalibrationFigures):
     """Keeps the tables and answers that it would log, without W&B."""
 
-    tables: dict[str, StepTables]
+    tables: dict[str, ResponseTables]
     answers: dict[str, Any]
 
     def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
