@@ -164,15 +164,15 @@ ANCHORED = {
         "table": None,
         "grid": 1,
         "groups": 3,
+        "likelihoods": None,
     },
 }
 LINEAR = {
     "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
-    "init_args": {"n_levels": 11, "total_steps": 1000},
+    "init_args": {"n_levels": 11},
 }
 BOTH_STAGES = {
     "data.noise.levels": (ANCHORED, LINEAR),
-    "data.noise.level_weights": ([4, 0.4, 0.4, 0.4, 0.6, 1, 1, 1, 0.8, 0.6, 0.6], None),
     "data.noise.wrong_answer_rate": (1.0, 0.0),
     "data.noise.distractor_probability": (0.1, 0.0),
     "data.noise.resolution": ("model", "native"),
@@ -204,13 +204,12 @@ PRESETS = {
         **LEARNING_RATE,
     },
 }
-# Settings that our preset for own data changes from the demo's: the level table, and no level weights, which were tuned on the demo.
+# Settings that our preset for own data changes from the demo's: the level table, and more untouched images.
 OWN_DATA = {
     "data.noise.levels": (
         ANCHORED,
         {**ANCHORED, "init_args": {**ANCHORED["init_args"], "path": "runs/levels.json"}},  # type: ignore[dict-item]
     ),
-    "data.noise.level_weights": (BOTH_STAGES["data.noise.level_weights"][0], None),
     "data.noise.clean_fraction": (0.0, 0.3),
 }
 
@@ -298,7 +297,7 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
                 scenes[name] = {(source["split"], i) for i in range(first, first + value)}
     recalibration = {name for name in scenes if ": data.calibration." in name}
     test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 19)
+    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 20)
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]

@@ -140,14 +140,14 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
         == "DemoSource(split='train', scenes=24, first=0, shifted=False, hard=0.0, hand='colour')"
     )
     assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
-    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None)"
+    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None, likelihoods=None)"
     assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
     assert "wrong_answer_rate=1.0" in card.training["noise"]
     assert "pairs" not in card.training
     assert "candidates" not in card.training
     assert card.levels == {
-        "yes_no": [["", 0, 0.9], ["noise", 1, 0.5]],
-        "short": [["", 0, 0.8], ["noise", 1, 0.0]],
+        "yes_no": [("", 0, 0.9), ("noise", 1, 0.5)],
+        "short": [("", 0, 0.8), ("noise", 1, 0.0)],
     }
     assert list(card.results) == ["before", "after"]
     assert card.results["after"]["n"] == 6
@@ -295,7 +295,7 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert yaml.safe_load(front)["base_model_revision"] == "0123abcd", "the commit, not the branch asked for"
     assert "rsLoRA DoRA LoRA, r=1, alpha=2, dropout=0.5" in text
     assert "quantised (nf4)" in text
-    assert "| 500 | 50% |" in text, "linear levels are the same for any answer"
+    assert "| noise | 0.5 | 50% |" in text, "linear levels are the same for any answer"
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -45,7 +45,18 @@ def predictions(
     rows = zip(confidence, correct, images, strict=True)
     return [
         EstimatedPrediction(
-            f"{prefix}{i}", "?", "Yes", "", "yes", c, bool(r), None, None, "yes_no", image, {"other": c}
+            f"{prefix}{i}",
+            "?",
+            "Yes",
+            "",
+            "yes",
+            c,
+            bool(r),
+            None,
+            None,
+            "yes_no",
+            image=image,
+            estimates={"other": c},
         )
         for i, (c, r, image) in enumerate(rows)
     ]

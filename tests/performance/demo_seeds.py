@@ -32,7 +32,6 @@ STAGE_1 = {"sft-paper": PAPER, "sft": []}
 ABLATIONS = {
     "linear-levels": ["--data.noise.levels", LINEAR],
     "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
-    "even-levels": ["--data.noise.level_weights", "null"],
     "no-distractors": ["--data.noise.distractor_probability", "0.0"],
     "native-resolution": ["--data.noise.resolution", "native"],
     "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
@@ -86,7 +85,6 @@ ABLATED = {
     "sft": "SFT",
     "linear-levels": "linear levels",
     "no-wrong-answers": "no wrong answers (`wrong_answer_rate: 0`)",
-    "even-levels": "all levels alike often (`level_weights: null`)",
     "no-distractors": "no distractors (`distractor_probability: 0`)",
     "native-resolution": "noise at the file's resolution (`resolution: native`)",
     "constant-answer-weight": "`answer_weight: constant`",

@@ -11,7 +11,9 @@ import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.generation import generate_texts
@@ -217,3 +219,39 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
     with pytest.raises(DataError, match="no levels were measured for answer type 'short'"):
         trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows", "says"),
+    [
+        ({"noise": 1.0, "blur": 1.0}, [(0, 100, 95), (1, 100, 50)], "no levels for 'blur'; measured: noise"),
+        ({"noise": 1.0}, [(0, 100, 95), (0.8, 100, 50)], "strength must be in [0, 0.8]"),
+    ],
+)
+def test_an_oracle_without_levels_for_a_part_is_refused_before_a_model_is_loaded(
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kinds: dict[str, float],
+    rows: list[tuple[float, int, int]],
+    says: str,
+) -> None:
+    """Parts with untouched images need none."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    counts = dict.fromkeys(("yes_no", "short"), noise_counts(*rows))
+    measured(model_folder, counts).save(tmp_path / "levels.json")
+    monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
+    source = DemoSource("test", scenes=1)
+    for noise, error in (("drawn", DataError), ("none", AssertionError)):
+        module = EvaluationModule(BaseModel(model_folder), oracle_levels=str(tmp_path / "levels.json"))
+        queries = data(test={"clean": EvalSplit(source), "hard": EvalSplit(source, noise, kinds)})
+        with pytest.raises(error) as caught:
+            trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+        if noise == "drawn":
+            assert says in str(caught.value)
+            assert "model.oracle_levels, for data.test.hard: " in str(caught.value)

@@ -1,4 +1,4 @@
-"""Level fitting: every answer at every noise step is counted, and the written table loads."""
+"""Level fitting: every answer at every level is counted, and the written table loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
-import torch
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
@@ -24,7 +23,7 @@ from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages import level_fit
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.level_fit import LevelFitModule, StepCounts
+from vlm_calibration.stages.level_fit import LevelFitModule
 
 Data = Callable[..., PerturbedQueryDataModule]
 FOUR, TWO = DemoSource("calibration", scenes=4), DemoSource("calibration", scenes=2)
@@ -32,7 +31,7 @@ FOUR, TWO = DemoSource("calibration", scenes=4), DemoSource("calibration", scene
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
-    """The model's answers, graded at random with an accuracy that falls with the noise.
+    """The model's answers, graded at random with an accuracy that falls with the strength.
 
     The tiny model itself is hardly ever correct, which gives no table.
     """
@@ -40,10 +39,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     rng = np.random.default_rng(0)
 
     def answer(*arguments: Any) -> list[Prediction]:
-        graded = [
-            replace(p, correct=bool(rng.random() >= (p.noise_step or 0) / 1000))
-            for p in answer_batch(*arguments)
-        ]
+        graded = [replace(p, correct=bool(rng.random() >= p.strength)) for p in answer_batch(*arguments)]
         answers.extend(graded)
         return graded
 
@@ -60,20 +56,25 @@ def test_counts_add_up_and_the_table_loads(
 ) -> None:
     out = tmp_path / "deep" / "levels.json"
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=5)
-    policy = NoisePolicy(levels=LinearLevels(n_levels=6), distractor_probability=0.0, seed=3)
+    kinds = {"noise": 1.0, "blur": 3.0, "fade": 0.0}
+    policy = NoisePolicy(levels=LinearLevels(n_levels=6), kinds=kinds, distractor_probability=0.0, seed=3)
     trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
 
-    assert len(answers) == 12 * 6
-    total = Counter((p.answer_type, p.noise_step) for p in answers)
-    correct = Counter((p.answer_type, p.noise_step) for p in answers if p.correct)
-    assert 20 < sum(correct.values()) < 50
+    assert len(answers) == 12 * 11
+    total = Counter((p.answer_type, p.perturbation, p.strength) for p in answers)
+    correct = Counter((p.answer_type, p.perturbation, p.strength) for p in answers if p.correct)
+    assert 40 < sum(correct.values()) < 80
 
     levels = AnchoredLevels(out)
-    assert levels.steps == (0, 200, 400, 600, 800, 1000)
+    assert levels.table.kinds == ("noise", "blur")
     assert levels.answer_types == ("yes_no", "short")
-    for kind, rows in levels.table.counts.items():
-        for step, n, n_correct in rows:
-            assert (n, n_correct) == (total[kind, step], correct[kind, step])
+    for answer_type, counts in levels.table.counts.items():
+        for kind, rows in counts.pooled.items():
+            assert [row.strength for row in rows] == [0, 0.2, 0.4, 0.6, 0.8, 1]
+            for strength, n, n_correct in rows:
+                key = (answer_type, kind if strength else "", strength)
+                assert (n, n_correct) == (total[key], correct[key])
+    assert not list(out.parent.glob("*.parquet")), "likelihoods are not asked for"
     provenance = levels.table.provenance
     assert provenance["model"] == model_folder
     assert provenance["seed"] == 3
@@ -83,29 +84,31 @@ def test_counts_add_up_and_the_table_loads(
 
 
 def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data) -> None:
-    splits = {"": EvalSplit(TWO, "every_step")}
+    splits = {"": EvalSplit(TWO, "every_level")}
     queries = data(test=splits, noise=NoisePolicy(distractor_probability=0.5))
     queries.setup("test")
     dataset = queries.test_set
-    steps = [dataset[0, i].step for i in range(len(dataset))]
-    assert steps == list(LinearLevels().steps) * 6, "no step is lost to a distractor"
+    strengths = [dataset[0, i].perturbation.strength for i in range(len(dataset))]
+    assert strengths == [s for s in LinearLevels().strengths() for _ in range(6)], (
+        "none is lost to a distractor"
+    )
 
 
-def test_clean_absent_objects_leave_the_clean_step(
+def test_clean_absent_objects_count_as_untouched(
     model_folder: str,
     data: Data,
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    # With `absent: clean` a "no" question stays clean at every step, so it counts at step 0.
+    # With `absent: clean` a "no" question stays clean at every level, so it counts at strength 0.
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
     trainer().test(module, datamodule=data(levels=TWO, noise=policy), verbose=False)
-    rows = {row.step: row.n for row in AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]}
-    assert rows == {0: 2 + 2 * 3, 500: 2, 1000: 2}
+    (counts,) = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"].bins
+    assert {row.strength: row.n for row in counts["noise"]} == {0: 2 + 2 * 3, 0.5: 2, 1: 2}
 
 
 class Damaged(DemoSource):
@@ -130,14 +133,14 @@ def test_queries_without_a_region_or_a_readable_image_are_not_measured(
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    """Three of four scenes are left, with a yes and a no at every step each; whole batches of the first scene are empty."""
+    """Three of four scenes are left, with a yes and a no at every level each; whole batches of the first scene are empty."""
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     trainer().test(module, datamodule=data(levels=Damaged("calibration", scenes=4)), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
     assert list(counts) == ["yes_no"]
-    assert [row.n for row in counts["yes_no"]] == [6] * 11
+    assert [row.n for row in counts["yes_no"].pooled["noise"]] == [6] * 11
 
 
 class Absent(DemoSource):
@@ -147,14 +150,14 @@ class Absent(DemoSource):
         return [query for query in super().queries() if query.answer == "No"]
 
 
-def test_a_step_without_queries_is_an_error(
+def test_a_level_without_queries_is_an_error(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     queries = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
-    with pytest.raises(DataError, match=r"yes_no query at noise step 100: data\.levels"):
+    with pytest.raises(DataError, match=r"yes_no query with noise of strength 0\.1: data\.levels"):
         trainer().test(module, datamodule=queries, verbose=False)
     assert not (tmp_path / "l.json").exists()
 
@@ -184,17 +187,6 @@ def test_one_data_module_serves_levels_and_evaluation(
     assert list(queries.tested_queries) == ["test", "calibration"]
 
 
-def test_step_counts_count_repeats() -> None:
-    counts = StepCounts(3)
-    kinds, steps = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 2, 0])
-    counts.update(kinds, steps, torch.tensor([True, False, True, False]))
-    counts.update(kinds[:1], steps[:1], torch.tensor([True]))
-    table = counts.compute()
-    assert table[0, 2].tolist() == [3, 4]
-    assert table[1, 0].tolist() == [0, 1]
-    assert int(table[..., 1].sum()) == 5
-
-
 def test_a_table_that_teaches_nothing_is_not_written(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
@@ -205,5 +197,5 @@ def test_a_table_that_teaches_nothing_is_not_written(
     with pytest.raises(DataError) as caught:
         trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
     assert str(caught.value).startswith(f"{out} is not written: yes_no answers teach no confidence")
-    assert "0/8 at 0, 0/8 at 1000" in str(caught.value)
+    assert "0/8 at 0, 0/8 at 1" in str(caught.value)
     assert not out.exists()

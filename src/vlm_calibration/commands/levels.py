@@ -13,6 +13,8 @@ SETTINGS = Forwarded(
         **VARIABLE_OPTIONS,
         "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
         "--model.init_args.out FILE": "where to write the level table",
+        "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
+        "not at all",
         "--trainer.default_root_dir DIR": "folder of the measurement's own files",
     },
     "`--resume` does nothing if that folder holds this measurement, finished, and `--overwrite` replaces another one. Every other "
@@ -22,7 +24,7 @@ SETTINGS = Forwarded(
 
 
 def fit(*settings: Annotated[str, SETTINGS]) -> None:
-    """Measure how often a base model is right at every noise step and write the level table.
+    """Measure how often a base model is right by kind and strength of perturbation, and write the level table.
 
     The queries are held-out ones; AnchoredLevels reads the table. `--config configs/levels.yaml` measures the demo's model,
     without a GPU or data of your own.
@@ -35,7 +37,9 @@ def fit(*settings: Annotated[str, SETTINGS]) -> None:
 
     command = lightning_command(["test", *settings])
     if not command.is_done:
-        print(f"wrote {command.model.out}")
+        for path in (command.model.out, command.model.likelihoods):
+            if path is not None:
+                print(f"wrote {path}")
 
 
 SUBCOMMANDS = Subcommands("Measure what anchored levels teach.", {"fit": fit})
