@@ -360,7 +360,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             batch_size=None,
             collate_fn=_identity,
             num_workers=self.workers,
-            worker_init_fn=_init_worker,
+            worker_init_fn=_ignore_signals,
         )
 
     @property
@@ -427,13 +427,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if name in self._tested and len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return QueryLoader(log, collate, batch_sampler=[[]])
+        if self.workers:
+            # OpenCV, which albumentations uses, would take all cores in every worker. Set in a worker, whose threads did not survive
+            # the fork, it would wait for them for ever.
+            cv2.setNumThreads(1)
         return QueryLoader(
             log,
             collate,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            worker_init_fn=_init_worker,
+            worker_init_fn=_ignore_signals,
             persistent_workers=training and self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             drop_last=training and len(sampler) >= batch_size,
@@ -488,13 +492,11 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     return processor
 
 
-def _init_worker(worker: int) -> None:
-    """Let a worker use one core, and ignore SIGINT and SIGUSR1: the main process handles them and may be saving a checkpoint.
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGUSR1 in a worker; the main process handles them and may be saving a checkpoint.
 
     The first SIGTERM only restores the default handler, so the second ends the worker.
     """
-    # OpenCV, which albumentations uses, would take all cores in every worker.
-    cv2.setNumThreads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
