@@ -163,8 +163,8 @@ ANCHORED = {
         "path": "src/vlm_calibration/demo/levels.json",
         "table": None,
         "grid": 1,
-        "groups": 3,
-        "likelihoods": None,
+        "groups": 5,
+        "likelihoods": "src/vlm_calibration/demo/likelihoods.parquet",
     },
 }
 LINEAR = {
@@ -173,6 +173,8 @@ LINEAR = {
 }
 BOTH_STAGES = {
     "data.noise.levels": (ANCHORED, LINEAR),
+    "data.noise.kinds": (dict.fromkeys(("noise", "blur", "occlusion"), 1.0), {"noise": 1.0}),
+    "data.noise.clean_fraction": (0.35, 0.0),
     "data.noise.wrong_answer_rate": (1.0, 0.0),
     "data.noise.distractor_probability": (0.1, 0.0),
     "data.noise.resolution": ("model", "native"),
@@ -204,19 +206,22 @@ PRESETS = {
         **LEARNING_RATE,
     },
 }
-# Settings that our preset for own data changes from the demo's: the level table, and more untouched images.
+# Settings that our preset for own data changes from the demo's: the files of its levels, and how often there is what.
+OWN_LEVELS = {"path": "runs/levels.json", "likelihoods": "runs/likelihoods.parquet"}
 OWN_DATA = {
     "data.noise.levels": (
         ANCHORED,
-        {**ANCHORED, "init_args": {**ANCHORED["init_args"], "path": "runs/levels.json"}},  # type: ignore[dict-item]
+        {**ANCHORED, "init_args": {**ANCHORED["init_args"], **OWN_LEVELS}},  # type: ignore[dict-item]
     ),
-    "data.noise.clean_fraction": (0.0, 0.3),
+    "data.noise.kinds": (BOTH_STAGES["data.noise.kinds"][0], {"noise": 2.0, "blur": 1.0, "occlusion": 1.0}),
+    "data.noise.clean_fraction": (0.35, 0.3),
 }
 
 
 def _settings(tree: Any, path: str = "") -> dict[str, Any]:
-    """Settings by dotted name; an object with a `class_path` is one setting."""
-    if not isinstance(tree, dict) or (path and "class_path" in tree and path != "model"):
+    """Settings by dotted name; an object with a `class_path` is one setting, and so are the kinds of perturbation."""
+    is_one = "class_path" in tree if isinstance(tree, dict) and path not in ("", "model") else False
+    if not isinstance(tree, dict) or is_one or path == "data.noise.kinds":
         return {path: tree}
     below = ((f"{path}.{key}" if path else key, value) for key, value in tree.items())
     return {name: value for key, child in below for name, value in _settings(child, key).items()}

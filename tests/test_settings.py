@@ -30,6 +30,7 @@ from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.base import BaseModel
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector, ZeroShotDetector
@@ -57,8 +58,9 @@ def test_our_objects_keep_what_they_are_made_from() -> None:
         names = inspect.signature(kind).parameters
         instance = kind(**{n: v for n, v in needed.items() if n in names})
         assert set(init_args(instance)) == set(names), kind
-    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
-    assert set(init_args(table)) == {"table", "grid", "groups"}, "the content of the file at `path`"
+    counts = AnswerTypeCounts.of_kinds({"noise": [(0, 10, 9), (1, 10, 5)]})
+    names = set(init_args(AnchoredLevels.fit({"yes_no": counts})))
+    assert names == {"table", "grid", "groups", "likelihoods"}, "the content of the file at `path`"
 
 
 def test_private_attributes_count_and_others_are_left_out() -> None:

@@ -31,6 +31,8 @@ STAGE_1 = {"sft-paper": PAPER, "sft": []}
 # Stage 1 with one setting of the paper's preset each.
 ABLATIONS = {
     "linear-levels": ["--data.noise.levels", LINEAR],
+    "noise-alone": ["--data.noise.kinds", '{"noise": 1}'],
+    "fewer-untouched": ["--data.noise.clean_fraction", "0.0"],
     "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
     "no-distractors": ["--data.noise.distractor_probability", "0.0"],
     "native-resolution": ["--data.noise.resolution", "native"],
@@ -84,6 +86,8 @@ SYSTEMS = {
 ABLATED = {
     "sft": "SFT",
     "linear-levels": "linear levels",
+    "noise-alone": "noise alone (`kinds: {noise: 1}`)",
+    "fewer-untouched": "fewer untouched images (`clean_fraction: 0`)",
     "no-wrong-answers": "no wrong answers (`wrong_answer_rate: 0`)",
     "no-distractors": "no distractors (`distractor_probability: 0`)",
     "native-resolution": "noise at the file's resolution (`resolution: native`)",
