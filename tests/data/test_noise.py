@@ -244,6 +244,14 @@ def test_another_kind_with_the_same_strengths_changes_no_strength() -> None:
     assert strengths[0] == strengths[1]
 
 
+def test_the_kind_does_not_depend_on_what_stays_clean() -> None:
+    counts = _draws(6000, kinds={"noise": 1.0, "blur": 1.0}, clean_fraction=0.5)
+    drawn = Counter[str]()
+    for perturbation, n in counts.items():
+        drawn[perturbation.kind] += n
+    assert chisquare([drawn["noise"], drawn["blur"]]).pvalue > 1e-3
+
+
 def test_the_kind_does_not_depend_on_the_strength() -> None:
     counts = _draws(6000, kinds={"noise": 1.0, "blur": 1.0}, levels=LinearLevels(4))
     table = [[counts[Perturbation(k, i / 3)] for i in (1, 2, 3)] for k in ("noise", "blur")]

@@ -34,7 +34,7 @@ KINDS = {"noise": (0.0, 0.3, 0.7, 1.0), "blur": (0.0, 0.5, 1.0)}
 EASE = (0.55, 0.8, 0.98)
 """Accuracy on untouched images in each bin of the likelihood in `instance_counts`."""
 
-EDGES = (0.6, 0.9)
+EDGES = (0.625, 0.875)
 
 
 def instance_counts(floor: float = 0.5, n: int = 400, ease: Sequence[float] = EASE) -> AnswerTypeCounts:

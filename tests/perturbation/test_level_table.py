@@ -92,7 +92,7 @@ def test_bins_survive_the_file(tmp_path):
     table.save(tmp_path / "levels.json")
     loaded = AnchoredLevels(tmp_path / "levels.json").table
     assert loaded == table
-    assert loaded.counts["yes_no"].edges == (0.6, 0.9)
+    assert loaded.counts["yes_no"].edges == (0.625, 0.875)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbat
 
 from .conftest import KINDS, PROVENANCE, instance_table
 
-LIKELIHOODS = {"hard": 0.3, "edge": 0.6, "middle": 0.75, "easy": 0.99, "none": 0.0, "sure": 1.0}
+LIKELIHOODS = {"hard": 0.3, "edge": 0.625, "middle": 0.75, "easy": 0.99, "none": 0.0, "sure": 1.0}
 
 
 @pytest.fixture
