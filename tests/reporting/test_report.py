@@ -19,6 +19,7 @@ import yaml
 from vlm_calibration.commands.report import report
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS
@@ -451,6 +452,7 @@ def test_images_come_back_with_their_perturbation(
             "perturbed": EvalSplit(DemoSource("test", 4), "drawn"),
             "shifted": EvalSplit(DemoSource("test", 1, shifted=True)),
         },
+        noise=NoisePolicy(kinds=dict.fromkeys(("noise", "blur", "occlusion"), 1.0)),
     )
     data.setup("test")
     dataset = data.test_set
