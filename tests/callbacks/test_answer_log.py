@@ -38,7 +38,21 @@ def _batch(*numbers: int) -> BatchAnswers:
     """Answers to the queries of these numbers by two systems."""
 
     def answers(text: str) -> list[EstimatedPrediction]:
-        facts = ("Größe?\u2028", "Yes", text, "yes", 0.29, True, None, 0, "yes_no", "", 0.0, None, {"p": 1e-6})
+        facts = (
+            "Größe?\u2028",
+            "Yes",
+            text,
+            "yes",
+            0.29,
+            True,
+            None,
+            0,
+            "yes_no",
+            "",
+            0.0,
+            None,
+            {"p": 1e-6},
+        )
         return [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
 
     passes = {"base": {"verbalized": [2] * len(numbers)}}

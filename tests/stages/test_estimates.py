@@ -27,6 +27,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConf
 from vlm_calibration.metrics import functional
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import EvaluationModule
@@ -137,11 +138,11 @@ def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], mes
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
+    table = AnchoredLevels.fit({"yes_no": AnswerTypeCounts.of_kinds({"noise": [(0, 10, 9), (1, 10, 5)]})})
     module = EvaluationModule(
         BaseModel(model_folder, dtype="float32"), estimators=[ExpectedConfidence([table])]
     )
-    with pytest.raises(DataError, match="model.estimators: no levels were measured for answer type 'short'"):
+    with pytest.raises(DataError, match="model.estimators: .* has no levels for answer type 'short'"):
         trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
 
