@@ -68,8 +68,8 @@ def test_training_of_other_settings_or_inputs_is_refused(
 ) -> None:
     table, folder = tmp_path / "levels.json", tmp_path / "run"
     measured(model_folder).save(table)
-    levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json"}}
-    command = [*fit(data={"noise": {"levels": levels}}), "--resume"]
+    levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
+    command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
     assert run(*command).status == 0
     before = _files(folder)
     _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")

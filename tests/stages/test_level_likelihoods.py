@@ -331,7 +331,7 @@ def test_kinds_that_the_table_lacks_stop_the_run_before_a_model_is_loaded(
     AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
     levels = {
         "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
-        "init_args": {"path": str(tmp_path / "levels.json")},
+        "init_args": {"path": str(tmp_path / "levels.json"), "likelihoods": None},
     }
     for kinds, culprit in (({"noise": 1, "blur": 1}, "levels for 'blur'"), ({"rain": 1}, "kind 'rain'")):
         ended = run(*fit(data={"noise": {"levels": levels, "kinds": kinds}}))

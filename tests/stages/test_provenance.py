@@ -256,7 +256,8 @@ def test_the_command_line_says_so_in_one_line_and_writes_nothing(
     path = tmp_path / "levels.json"
     measured(model_folder).save(path)
     noise = {
-        "levels": {"class_path": ANCHORED, "init_args": {"path": str(path)}},
+        "levels": {"class_path": ANCHORED, "init_args": {"path": str(path), "likelihoods": None}},
+        "kinds": {"noise": 1},
         "schedule": {"class_path": "vlm_calibration.perturbation.schedules.LinearSchedule"},
     }
     command = fit("dpo" if stage == "dpo" else "sft", data={"noise": noise})

@@ -27,7 +27,7 @@ from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.stages.answering import answer_batch, rank_answers
 from vlm_calibration.stages.level_fit import LevelFitModule
@@ -300,8 +300,8 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert ended.status == 0, ended.err
     table = AnchoredLevels(levels)
     assert table.table.provenance["grading"] == {"open": "ranking"}
-    assert table.accuracy(0, "open") >= 0.9
-    assert 0.2 <= table.accuracy(1000, "open") <= 0.7, "two answers to choose between"
+    assert table.accuracy(CLEAN, "open") >= 0.9
+    assert 0.2 <= table.accuracy(Perturbation("noise", 1.0), "open") <= 0.7, "two answers to choose between"
 
     trained = {
         "train": _source(rlaif_v, 0.0, 0.8),
@@ -310,7 +310,7 @@ def test_rlaif_v_from_levels_to_evaluation(
         "noise": {
             "levels": {
                 "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
-                "init_args": {"path": levels, "grid": 1, "groups": 3},
+                "init_args": {"path": levels, "likelihoods": None, "grid": 1, "groups": 3},
             }
         },
     }
@@ -320,9 +320,9 @@ def test_rlaif_v_from_levels_to_evaluation(
     ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
     assert ended.status == 0, ended.err
     card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
-    taught = [confidence for _, confidence in card["levels"]["open"]]
-    assert taught[0] >= 0.9
-    assert 0.2 <= taught[-1] <= 0.7
+    taught = {(kind, strength): confidence for kind, strength, confidence in card["levels"]["open"]}
+    assert taught["", 0] >= 0.9
+    assert 0.2 <= taught["noise", 1] <= 0.7
 
     stage_2 = {"adapter": str(tmp_path / "sft/adapter")}
     command = _configured(
