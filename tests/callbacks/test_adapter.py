@@ -140,7 +140,7 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
         == "DemoSource(split='train', scenes=24, first=0, shifted=False, hard=0.0, hand='colour')"
     )
     assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
-    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None)"
+    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None, likelihoods=None)"
     assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
     assert "wrong_answer_rate=1.0" in card.training["noise"]
     assert "pairs" not in card.training

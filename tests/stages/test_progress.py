@@ -79,6 +79,7 @@ def test(
             "data": {
                 "test": {"clean": _part(2), "noised": _part(2, "drawn"), "shifted": _part(1, shifted=True)},
                 "calibration": None,
+                "noise": {"kinds": {"noise": 1}},
                 "eval_batch_size": batch,
                 "workers": 0,
             },

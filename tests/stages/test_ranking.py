@@ -285,7 +285,9 @@ def test_rlaif_v_from_levels_to_evaluation(
 
     # By exact match no answer is correct, and no table is written.
     exact = {"levels": held_out, "grading": {"open": "exact"}}
-    command = _configured(root, tmp_path, "exact", *measuring, model={"out": levels}, data=exact)
+    command = _configured(
+        root, tmp_path, "exact", *measuring, model={"out": levels, "likelihoods": None}, data=exact
+    )
     ended = run("levels", "fit", *command)
     assert (
         f"{levels} is not written: open answers teach no confidence: the base model is correct on 0 of 24"
@@ -294,7 +296,9 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert not Path(levels).exists()
 
     command = _configured(
-        root, tmp_path, "levels", *measuring, model={"out": levels}, data={"levels": held_out}
+        *(root, tmp_path, "levels", *measuring),
+        model={"out": levels, "likelihoods": None},
+        data={"levels": held_out},
     )
     ended = run("levels", "fit", *command)
     assert ended.status == 0, ended.err

@@ -79,14 +79,15 @@ def number_of(query_id: str) -> int:
 class LevelFitModule(L.LightningModule):
     """Answers the queries of `data.levels` at every level of each kind of perturbation with the base model and writes a level table.
 
-    Queries that `data.grading` ranks need no generation when they are perturbed: an answer is correct if it is likelier than the
-    wrong ones.
+    Queries that `data.grading` ranks need no generation, unless likelihoods are written: an answer is correct if it is likelier
+    than the wrong ones.
 
     Args:
         base: the base model.
         out: JSON file to write.
         likelihoods: Parquet file to write: how likely the base model holds its own answer to each query of `data.train`,
-            untouched, with which `AnchoredLevels` tells hard images from easy ones. None: `data.train` is not answered.
+            untouched, with which `AnchoredLevels` tells hard images from easy ones. None: `data.train` is not answered, and the
+            table has no bins of the likelihood.
         max_new_tokens: length limit of an answer.
     """
 
@@ -130,7 +131,7 @@ class LevelFitModule(L.LightningModule):
             return
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
         likelihood: Sequence[float | None] = [None] * len(batch.queries)
-        if any(untouched):
+        if any(untouched) and self.likelihoods is not None:
             correct, likelihood = self._answer_with_likelihood(batch)
         elif all(batch.grading.ranks(query.answer_type) for query in batch.queries):
             correct = [bool(is_correct) for is_correct in rank_answers(self.model, batch)]
@@ -201,6 +202,8 @@ def count_levels(
 def _count(
     answer_type: str, answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
 ) -> AnswerTypeCounts:
+    if np.isnan(answers["likelihood"]).all():
+        answers = {**answers, "likelihood": np.zeros(len(answers["query"]))}
     measured = ~np.isnan(answers["likelihood"])
     likelihood_of = dict(
         zip(answers["query"][measured].tolist(), answers["likelihood"][measured].tolist(), strict=True)
