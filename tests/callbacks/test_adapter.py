@@ -146,8 +146,8 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert "pairs" not in card.training
     assert "candidates" not in card.training
     assert card.levels == {
-        "yes_no": [["", 0, 0.9], ["noise", 1, 0.5]],
-        "short": [["", 0, 0.8], ["noise", 1, 0.0]],
+        "yes_no": [("", 0, 0.9), ("noise", 1, 0.5)],
+        "short": [("", 0, 0.8), ("noise", 1, 0.0)],
     }
     assert list(card.results) == ["before", "after"]
     assert card.results["after"]["n"] == 6
