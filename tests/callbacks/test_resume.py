@@ -117,12 +117,25 @@ SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"
         ({"data__train__init_args__path": "other.jsonl"}, ["fit", "predict"]),
         ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),
         ({"data__max_length": 20}, ["fit"]),
+        ({"data__augment": [{"class_path": "albumentations.HorizontalFlip"}]}, ["fit"]),
+        ({"model__init_args__out": "other.json"}, []),
         ({"data__workers": 4, "data__eval_batch_size": 9, "data_root": "my", "runs": "r", "resume": True}, []),
     ],
 )  # fmt: skip
 def test_settings_that_change_the_result(change: dict[str, Any], differs: list[str]) -> None:
     found = [command for command in COMMANDS if _names(_run(command), _run(command, **change))]
     assert set(found) == set(differs)
+
+
+def test_training_queries_count_for_a_measurement_of_their_likelihoods() -> None:
+    """The files that it writes do not."""
+    likelihoods = {"model__init_args__likelihoods": "l.parquet"}
+    before = _run("levels fit", **likelihoods)
+    changed = _run("levels fit", **likelihoods, data__train__init_args__path="other.jsonl")
+    assert _names(before, changed) == ["data.train.init_args.path"]
+    assert _names(before, _run("levels fit", model__init_args__likelihoods="other.parquet")) == []
+    # What does not decide is no input either.
+    assert "likelihoods" not in deciding_settings("levels fit", before.settings)["model"]["init_args"]
 
 
 def test_both_values_are_named_and_the_arguments_of_another_class_are_not() -> None:

@@ -47,7 +47,7 @@ TRAINER = {
 """Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
 LOADING = frozenset({"batch_size", "eval_batch_size", "shard_size", "parts", "part", "workers", "regions"})
 """Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
-TRAINING = frozenset({"candidates", "max_length", "on_too_long"})
+TRAINING = frozenset({"augment", "candidates", "max_length", "on_too_long"})
 ANSWERING = frozenset({"noise", "prompt", "grading"})
 IGNORED_DATA = {
     "fit": LOADING,
@@ -56,7 +56,7 @@ IGNORED_DATA = {
     "predict": LOADING | TRAINING | ANSWERING,
 }
 """Command -> settings of `data`, other than sources, that do not count."""
-IGNORED_MODEL = frozenset({"gradient_checkpointing", "out"})
+IGNORED_MODEL = frozenset({"gradient_checkpointing", "out", "likelihoods"})
 PASSIVE = frozenset(
     {
         *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint"),
@@ -211,8 +211,9 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
         settings: as `resolved_settings` gives them.
     """
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
-    used, ignored = _used_sources(command, data), IGNORED_DATA[command]
-    arguments = {k: v for k, v in (model.get("init_args") or {}).items() if k not in IGNORED_MODEL}
+    init_args = model.get("init_args") or {}
+    used, ignored = _used_sources(command, data, init_args), IGNORED_DATA[command]
+    arguments = {k: v for k, v in init_args.items() if k not in IGNORED_MODEL}
     return {
         "seed_everything": settings.get("seed_everything"),
         "ckpt_path": settings.get("ckpt_path"),
@@ -226,14 +227,14 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _used_sources(command: str, data: Mapping[str, Any]) -> Collection[str]:
+def _used_sources(command: str, data: Mapping[str, Any], model: Mapping[str, Any]) -> Collection[str]:
     """The sources in `data` that a command reads."""
     if command == "fit":
         return ("train", "validation")
     if command == "test":
         return ("test", "calibration")
     if command == "levels fit":
-        return ("levels",)
+        return ("levels", "train") if model.get("likelihoods") else ("levels",)
     return ("predict",) if data.get("predict") else SOURCES
 
 
