@@ -380,7 +380,10 @@ def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_pa
         "model.init_args.base.name_or_path": str(root / "src/vlm_calibration/demo/model"),
         "model.init_args.out": "levels.json",
         "model.init_args.max_new_tokens": "3",
+        "model.init_args.likelihoods": "likelihoods.parquet",
         "data.levels.init_args.scenes": "5",
+        "data.train.init_args.scenes": "2",
+        "data.noise.kinds": '{"noise": 1}',
         "data.workers": "0",
         "trainer.default_root_dir": str(tmp_path / "levels"),
     }
@@ -392,9 +395,10 @@ def test_levels_fit_writes_a_table(run: Callable[..., Ended], root: Path, tmp_pa
         *(f"--{k}={v}" for k, v in settings.items()),
     )
     assert ended.status == 0, ended.err
-    assert ended.out.splitlines()[-1] == "wrote levels.json"
-    rows = AnchoredLevels(tmp_path / "levels.json").table.counts
-    assert {kind: {row.n for row in counts} for kind, counts in rows.items()} == {
+    assert ended.out.splitlines()[-2:] == ["wrote levels.json", "wrote likelihoods.parquet"]
+    table = AnchoredLevels(tmp_path / "levels.json", likelihoods=tmp_path / "likelihoods.parquet").table
+    assert table.kinds == ("noise",)
+    assert {t: {row.n for row in counts.pooled["noise"]} for t, counts in table.counts.items()} == {
         "yes_no": {10},
         "short": {5},
     }

@@ -38,6 +38,8 @@ from vlm_calibration.regions.prompted import PromptedDescriber
 from vlm_calibration.regions.segmenter import PromptedSegmenter, Segmenter
 from vlm_calibration.settings import digest, file_digest, init_args, settings_digest, to_json
 
+from .level_tables import noise_counts
+
 
 def test_our_objects_keep_what_they_are_made_from() -> None:
     """A setting that an object does not keep under its name would not be seen to change."""
@@ -56,8 +58,10 @@ def test_our_objects_keep_what_they_are_made_from() -> None:
         names = inspect.signature(kind).parameters
         instance = kind(**{n: v for n, v in needed.items() if n in names})
         assert set(init_args(instance)) == set(names), kind
-    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
-    assert set(init_args(table)) == {"table", "grid", "groups"}, "the content of the file at `path`"
+    table = AnchoredLevels.fit({"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
+    assert set(init_args(table)) == {"table", "grid", "groups", "likelihoods"}, (
+        "the content of the file at `path`"
+    )
 
 
 def test_private_attributes_count_and_others_are_left_out() -> None:

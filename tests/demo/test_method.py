@@ -150,16 +150,19 @@ def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path)
         "levels fit",
         "levels.yaml",
         trainer={"logger": False},
-        model={"init_args": {"out": str(call.folder / "levels.json")}},
+        model={"init_args": {"out": str(call.folder / "levels.json"), "likelihoods": None}},
         data={"levels": source},
     )
     measured = json.loads((call.folder / "levels.json").read_text())["answer_types"]
     assert measured.keys() == shipped.keys()
-    for kind, rows in shipped.items():
-        for old, new in zip(rows, measured[kind], strict=True):
-            assert old["step"] == new["step"]
-            table = [[row["n_correct"], row["n"] - row["n_correct"]] for row in (old, new)]
-            assert fisher_exact(table).pvalue > 1e-3, (kind, old, new)
+    for answer_type, counts in shipped.items():
+        assert measured[answer_type]["kinds"].keys() == counts["kinds"].keys()
+        for kind, rows in counts["kinds"].items():
+            for old, new in zip(rows, measured[answer_type]["kinds"][kind], strict=True):
+                assert old["strength"] == new["strength"]
+                sums = [(sum(row["n"]), sum(row["n_correct"])) for row in (old, new)]
+                table = [[correct, n - correct] for n, correct in sums]
+                assert fisher_exact(table).pvalue > 1e-3, (answer_type, kind, old, new)
 
 
 def test_stage_1_makes_stated_confidence_more_honest(systems: dict[str, Evaluated]) -> None:

@@ -31,6 +31,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, run_plainly
+from ..level_tables import noise_counts
 
 Data = Callable[..., PerturbedQueryDataModule]
 NAMES = ("expected", "likelihood", "p_true", "self_consistency")
@@ -121,11 +122,13 @@ def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], mes
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
-    table = AnchoredLevels.fit({"yes_no": [(0, 10, 9), (1000, 10, 5)]})  # type: ignore[list-item]
+    table = AnchoredLevels.fit({"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
     module = EvaluationModule(
         BaseModel(model_folder, dtype="float32"), estimators=[ExpectedConfidence([table])]
     )
-    with pytest.raises(DataError, match="model.estimators: no levels were measured for answer type 'short'"):
+    with pytest.raises(
+        DataError, match="model.estimators: the level table has no levels for answer type 'short'"
+    ):
         trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
@@ -27,7 +28,7 @@ from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.stages.answering import answer_batch, rank_answers
 from vlm_calibration.stages.level_fit import LevelFitModule
@@ -261,6 +262,7 @@ def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: 
             "init_args": {
                 "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"},
                 "max_new_tokens": 16,
+                **({"likelihoods": None} if "levels" in configs else {}),
                 **sections.get("model", {}),
             }
         },
@@ -300,8 +302,8 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert ended.status == 0, ended.err
     table = AnchoredLevels(levels)
     assert table.table.provenance["grading"] == {"open": "ranking"}
-    assert table.accuracy(0, "open") >= 0.9
-    assert 0.2 <= table.accuracy(1000, "open") <= 0.7, "two answers to choose between"
+    assert table.accuracy(CLEAN, "open") >= 0.9
+    assert 0.2 <= table.accuracy(Perturbation("noise", 1), "open") <= 0.7, "two answers to choose between"
 
     trained = {
         "train": _source(rlaif_v, 0.0, 0.8),
@@ -320,7 +322,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
     assert ended.status == 0, ended.err
     card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
-    taught = [confidence for _, confidence in card["levels"]["open"]]
+    taught = [confidence for _, _, confidence in card["levels"]["open"]]
     assert taught[0] >= 0.9
     assert 0.2 <= taught[-1] <= 0.7
 
@@ -362,13 +364,22 @@ def test_ranking_measures_levels_without_generation(
     trainer: Callable[..., L.Trainer],
     model_folder: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passes: list[int] = []
+    passes = Counter[int]()
+    batch = 0
+
+    class Watch(L.Callback):
+        def on_test_batch_start(self, *arguments: Any) -> None:
+            nonlocal batch
+            batch = arguments[3]
+
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"))
     module.configure_model()
-    unwrap_peft(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    unwrap_peft(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.update([batch]))
     queries = data(levels=OpenSource("test", scenes=1), grading=RANKING, noise=NoisePolicy())
     with pytest.raises(DataError, match="open answers teach no confidence"):
-        trainer().test(module, datamodule=queries, verbose=False)
-    assert len(passes) == 3, "one for each batch of four of eleven steps"
+        trainer(Watch()).test(module, datamodule=queries, verbose=False)
+    assert (passes[1], passes[2]) == (1, 1), "one for each batch of four of eleven levels"
+    assert passes[0] > 2, (
+        "the untouched image is among the first, and the likelihood of its answer is measured"
+    )
