@@ -322,9 +322,12 @@ def test_rlaif_v_from_levels_to_evaluation(
     ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
     assert ended.status == 0, ended.err
     card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
-    taught = [confidence for _, _, confidence in card["levels"]["open"]]
-    assert taught[0] >= 0.9
-    assert 0.2 <= taught[-1] <= 0.7
+    taught = {(kind, strength): confidence for kind, strength, confidence in card["levels"]["open"]}
+    grouped = AnchoredLevels(levels, grid=1, groups=3)
+    assert taught == {p: grouped.confidence(Perturbation(*p), "open") for p in taught}
+    assert {kind for kind, _ in taught} == {"", "noise"}
+    assert taught[CLEAN] >= 0.8, "the mean of its group"
+    assert 0.2 <= taught["noise", 1] <= 0.7
 
     stage_2 = {"adapter": str(tmp_path / "sft/adapter")}
     command = _configured(
