@@ -200,6 +200,9 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
         *("--trainer.default_root_dir", str(tmp_path / "levels"), "--resume"),
         *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
         *("--model.init_args.out", str(tmp_path / "levels.json")),
+        *("--model.init_args.likelihoods", str(tmp_path / "likelihoods.parquet")),
+        *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
+        *("--data.noise.kinds", '{"noise": 1}'),
     ]
     ended = run(*command)
     assert ended.status == 0, ended.err
@@ -209,3 +212,12 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
     measured(model_folder).save(tmp_path / "levels.json")
     assert run(*command).status == 0
     assert (tmp_path / "levels.json").read_bytes() == table
+    likelihoods = (tmp_path / "likelihoods.parquet").read_bytes()
+    (tmp_path / "likelihoods.parquet").write_bytes(likelihoods[:-1])
+    for _ in range(2):
+        ended = run(*command)
+        assert ended.status == 0, ended.err
+        assert (tmp_path / "likelihoods.parquet").read_bytes() == likelihoods
+    _assert_done(ended, tmp_path / "levels")
+    more = json.dumps({**source, "init_args": {"split": "train", "scenes": 3}})
+    _assert_refused(run(*command, "--data.train", more), tmp_path / "levels", "data.train.init_args.scenes")
