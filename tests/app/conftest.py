@@ -54,7 +54,7 @@ def trained_run(root: Path, server: Server, tmp_path_factory: pytest.TempPathFac
         "model.init_args.answer_weight": "constant",
         "model.init_args.confidence_weight": 3,
         "data.workers": 0,
-        "data.train.init_args.hard": 0,
+        "data.train.init_args": {"split": "train", "scenes": 2700, "hard": 0},
         "data.noise.kinds": {"noise": 1},
         "data.noise.clean_fraction": 0,
         "data.noise.absent": "skip",
