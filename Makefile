@@ -82,7 +82,7 @@ demo:  ## the whole method on the embedded demo: both stages, our preset and the
 regions: $(SETUP)  ## find the regions of the queries that have none
 	configs/stages.sh regions
 
-levels: $(SETUP)  ## measure the base model's accuracy at every noise step
+levels: $(SETUP)  ## measure the base model's accuracy by kind and strength of perturbation
 	configs/stages.sh levels
 
 # Demo targets overwrite earlier runs in runs/sft, runs/dpo, runs/sft-paper and runs/dpo-paper, unless ARGS= resumes the run or

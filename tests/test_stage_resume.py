@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from .command_line import Ended, callback, run_plainly
-from .level_tables import FALLING, measured
+from .level_tables import FALLING, measured, noise_counts
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,10 @@ def test_training_of_other_settings_or_inputs_is_refused(
     assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
     measured(
         model_folder,
-        {kind: [r._replace(n_correct=r.n_correct - 1) for r in rows] for kind, rows in FALLING.items()},
+        {
+            answer_type: noise_counts(*((r.strength, r.n, r.n_correct - 1) for r in counts.bins[0]["noise"]))
+            for answer_type, counts in FALLING.items()
+        },
     ).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
     assert _files(folder) == before

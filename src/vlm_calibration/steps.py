@@ -111,7 +111,7 @@ def extract_regions(plan: Plan, settings: Settings = MappingProxyType({})) -> Pa
 
 
 def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> AnchoredLevels:
-    """Measure the base model's accuracy at every noise step, which anchored levels teach.
+    """Measure the base model's accuracy by kind and strength of perturbation, which anchored levels teach.
 
     Args:
         plan: model and data.

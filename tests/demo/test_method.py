@@ -84,7 +84,7 @@ def systems(call: Caller) -> dict[str, Evaluated]:
         "fit",
         "sft.yaml",
         trainer={"logger": False},
-        data={"train": demo("train", 900, hard=0.0), "batch_size": 12, "noise": NOISE_ALONE},
+        data={"train": demo("train", 1500, hard=0.0), "batch_size": 12, "noise": NOISE_ALONE},
     )
     dpo = call(
         "dpo",

@@ -48,6 +48,12 @@ class EvalSplit:
     noise: Literal["none", "drawn", "every_level"] = "none"
     kinds: dict[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.kinds is not None and self.noise == "none":
+            raise DataError(
+                f"kinds of a part need `noise: drawn` or `noise: every_level`, found none and {self.kinds}"
+            )
+
     def policy(self, policy: NoisePolicy) -> NoisePolicy:
         """The noise policy of this part, given that of the data.
 
