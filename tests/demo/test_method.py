@@ -79,24 +79,29 @@ def call(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def systems(call: Caller) -> dict[str, Evaluated]:
     """The base model and adapters of both stages, trained on few scenes and evaluated on clean and perturbed images."""
-    sft = call(
-        "sft",
-        "fit",
-        "sft.yaml",
-        trainer={"logger": False},
-        data={"train": demo("train", 900, hard=0.0), "batch_size": 12, "noise": NOISE_ALONE},
+    # Stage 2 starts from a shorter stage 1, which leaves it more to improve.
+    sft, short_sft = (
+        call(
+            name,
+            "fit",
+            "sft.yaml",
+            trainer={"logger": False},
+            data={"train": demo("train", scenes, hard=0.0), "batch_size": 12, "noise": NOISE_ALONE},
+        )
+        for name, scenes in (("sft", 1800), ("short_sft", 900))
     )
     dpo = call(
         "dpo",
         "fit",
         "dpo.yaml",
-        *("--model.init_args.adapter", str(sft / "adapter")),
+        *("--model.init_args.adapter", str(short_sft / "adapter")),
         trainer={"logger": False, "num_sanity_val_steps": 0},
         data={"train": demo("train", 500, first=3000, hard=0.0), "batch_size": 16, "noise": NOISE_ALONE},
     )
     source = demo("calibration", 150, **UNSEEN)
     parts = {"clean": {"source": source}, "perturbed": {"source": source, "noise": "drawn"}}
-    return _evaluate(call, "eval", {"sft": str(sft / "adapter"), "dpo": str(dpo / "adapter")}, parts)
+    runs = {"sft": sft, "short_sft": short_sft, "dpo": dpo}
+    return _evaluate(call, "eval", {name: str(run / "adapter") for name, run in runs.items()}, parts)
 
 
 def _evaluate(
@@ -176,16 +181,15 @@ def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path)
 
 def test_stage_1_makes_stated_confidence_more_honest(systems: dict[str, Evaluated]) -> None:
     base, sft = systems["base"].metrics, systems["sft"].metrics
-    assert sft["ece/perturbed"] < base["ece/perturbed"]
-    # So few steps improve ranking and calibration; the Brier score follows in stage 2.
-    assert sft["brier/perturbed"] < base["brier/perturbed"] + 0.01
+    assert sft["ece/perturbed"] < 0.9 * base["ece/perturbed"]
+    assert sft["brier/perturbed"] < base["brier/perturbed"] - 0.02
     assert sft["auroc/perturbed"] > max(0.5, base["auroc/perturbed"]) + 0.08
     assert sft["accuracy"] > base["accuracy"] - 0.03
     assert sft["parse_failure_rate"] == 0
 
 
 def test_stage_2_makes_it_more_honest_still(systems: dict[str, Evaluated]) -> None:
-    base, sft, dpo = (systems[name].metrics for name in ("base", "sft", "dpo"))
+    base, sft, dpo = (systems[name].metrics for name in ("base", "short_sft", "dpo"))
     assert dpo["ece/perturbed"] < 0.8 * sft["ece/perturbed"]
     # Tolerance for rounding on other processors, still far from the base model.
     assert dpo["brier/perturbed"] < sft["brier/perturbed"] + 0.005
