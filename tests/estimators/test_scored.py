@@ -43,9 +43,9 @@ ASKED = (
     ("Is it late?", "No", "yes_no", "It is white."),
 )
 LEVELS = AnchoredLevels.fit(
-    dict.fromkeys(("yes_no", "short"), noise_counts((0, 100, 90), (0.5625, 100, 45), (1, 100, 20)))
+    dict.fromkeys(("yes_no", "short"), noise_counts((0, 100, 90), (0.5, 100, 60), (1, 100, 30)))
 )
-"""90%, 55% and 20%: two digits each, so that no level is likelier for being shorter."""
+"""90%, 60% and 30%: two digits each, so that no level is likelier for being shorter."""
 UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
 
 
@@ -97,7 +97,7 @@ def alone(asked: tuple[Any, ChatFormat, list[Sample]]) -> list[Alone]:
 def test_expected_confidence(answered: AnsweredBatch, alone: list[Alone]) -> None:
     estimate = ExpectedConfidence().estimate(answered)
     answers = ("Yes", "a blue umbrella", "No", "It is white")
-    expected = [a.expected(answer, (0.9, 0.55, 0.2)) for a, answer in zip(alone, answers, strict=True)]
+    expected = [a.expected(answer, (0.9, 0.6, 0.3)) for a, answer in zip(alone, answers, strict=True)]
     assert estimate.confidence == pytest.approx(expected, abs=1e-5)
     assert estimate.passes == [1] * 4
     assert len({round(c, 2) for c in expected}) > 2

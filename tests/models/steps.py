@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from vlm_calibration.losses.sequence import IGNORE, token_log_likelihood
@@ -43,6 +44,16 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
+def _allocations(events: Iterable[Any]) -> list[tuple[int, int, int]]:
+    """(time, address, bytes) of what was allocated, and with negative bytes of what was freed."""
+    rows = []
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            rows.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        rows += _allocations(event.children)
+    return rows
+
+
 def allocated(run: Callable[[], None]) -> int:
     """Peak bytes that a run allocates, not counting those allocated before it.
 
@@ -50,10 +61,14 @@ def allocated(run: Callable[[], None]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
+    allocations = _allocations(profiler.profiler.kineto_results.experimental_event_tree())
+    assert allocations
+    held: dict[int, int] = {}
     current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
+    for _, pointer, size in sorted(allocations, key=lambda allocation: allocation[0]):
+        # The profiler remembers addresses of earlier runs: memory that this run did not allocate may seem freed.
+        current += size if size > 0 else -held.pop(pointer, 0)
+        if size > 0:
+            held[pointer] = size
         peak = max(peak, current)
     return peak

@@ -247,11 +247,12 @@ def test_an_oracle_without_levels_for_a_part_is_refused_before_a_model_is_loaded
     measured(model_folder, counts).save(tmp_path / "levels.json")
     monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
     source = DemoSource("test", scenes=1)
-    for noise, error in (("drawn", DataError), ("none", AssertionError)):
+    drawn = EvalSplit(source, "drawn", kinds)
+    for hard, error in ((drawn, DataError), (EvalSplit(source), AssertionError)):
         module = EvaluationModule(BaseModel(model_folder), oracle_levels=str(tmp_path / "levels.json"))
-        queries = data(test={"clean": EvalSplit(source), "hard": EvalSplit(source, noise, kinds)})
+        queries = data(test={"clean": EvalSplit(source), "hard": hard})
         with pytest.raises(error) as caught:
             trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
-        if noise == "drawn":
+        if hard is drawn:
             assert says in str(caught.value)
             assert "model.oracle_levels, for data.test.hard: " in str(caught.value)
