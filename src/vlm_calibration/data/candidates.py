@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,13 +32,17 @@ class CandidateSettings:
     """The candidate responses to a query: one for each confidence that can be stated.
 
     Args:
+        answers: the answer that all of them give. "gold": the gold answer, or a wrong one in its place for a share of the queries
+            (`noise.wrong_answer_rate`), as in the paper. "own": what the reference answers to this very image, generated within
+            the training step, so that confidence is learnt for the answers that the model will give.
         grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels. A noise
             scale with few levels needs it to express a mean that lies between them. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected.
+            rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong.
         seed: seed of the draw among several wrong answers.
     """
 
+    answers: Literal["gold", "own"] = "gold"
     grid: int | None = None
     wrong_answer: bool = False
     seed: int = 0

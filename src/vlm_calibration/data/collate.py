@@ -98,6 +98,8 @@ class PromptBatch(NamedTuple):
         grading: rule that grades the answers.
         ranked: for each query the answers to rank; empty if ranking grades none of them.
         copies: the prompts with perturbed copies of their images; None if no query has any.
+        epochs: for each query the epoch that it is drawn in.
+        skipped: ids of the samples that were too long.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -108,6 +110,8 @@ class PromptBatch(NamedTuple):
     grading: Grading = EXACT
     ranked: tuple[RankedAnswers, ...] = ()
     copies: CopiedPrompts | None = None
+    epochs: tuple[int, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The batch with its inputs on a device. Copies, which are many, are moved when each is used."""
@@ -319,11 +323,21 @@ class PromptCollator:
     Args:
         chat: renders and tokenizes conversations.
         grading: rule that will grade the answers.
+        max_length: limit of a prompt in tokens; None: no limit.
+        on_too_long: as in `SFTCollator`.
     """
 
-    def __init__(self, chat: ChatFormat, grading: Grading = EXACT) -> None:
+    def __init__(
+        self,
+        chat: ChatFormat,
+        grading: Grading = EXACT,
+        max_length: int | None = None,
+        on_too_long: TooLong = "raise",
+    ) -> None:
         self.chat = chat
         self.grading = grading
+        self.max_length = max_length
+        self.on_too_long = on_too_long
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
         if not samples:
@@ -332,8 +346,14 @@ class PromptCollator:
             self.chat.check(sample.query)
         ranking = any(self.grading.ranks(s.query.answer_type) for s in samples)
         texts = [self.chat.render(s.query.question) for s in samples]
+        inputs = self.chat.inputs_of(samples, texts, "left")
+        if self.max_length is not None:
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+            fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
+            if skipped:
+                return self(fitting)._replace(skipped=skipped)
         return PromptBatch(
-            self.chat.inputs_of(samples, texts, "left"),
+            inputs,
             tuple(s.query for s in samples),
             tuple(s.perturbation for s in samples),
             tuple(s.noise_step for s in samples),
@@ -341,6 +361,7 @@ class PromptCollator:
             self.grading,
             tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),
             self._copied(samples, texts),
+            tuple(s.epoch for s in samples),
         )
 
     def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> CopiedPrompts | None:

@@ -280,7 +280,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 log.report(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
-        collate = self.candidate_collator or SFTCollator(self.chat, self.max_length, self.on_too_long)
+        limits = self.max_length, self.on_too_long
+        collate: Callable[..., Any] = self.candidate_collator or SFTCollator(self.chat, *limits)
+        if self.candidates is not None and self.candidates.answers == "own":
+            collate = PromptCollator(self.chat, self.grading, *limits)
         return self._loader("train", self.batch_size, collate, training=True)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
@@ -365,8 +368,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def candidate_collator(self) -> CandidateCollator | None:
-        """The collator of preference optimisation; None without `candidates`."""
-        if self.candidates is None:
+        """The collator of gold answers for preference optimisation; None without, and where the model's own answers are compared."""
+        if self.candidates is None or self.candidates.answers == "own":
             return None
         return CandidateCollator(
             self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_calibration.data.candidates import ResponseTokenizer
+from vlm_calibration.data.candidates import Candidate, ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.estimators.cached import PromptCache, score_cached
@@ -22,8 +22,14 @@ from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_
 from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer
+from vlm_calibration.text.grading import parse_answer
 
 YES_NO = ("Yes", "No")
+
+
+def opposite(answer: str) -> str | None:
+    """The other word for an answer to a yes/no question; None for an answer that is neither yes nor no."""
+    return {"yes": "No", "no": "Yes"}.get(parse_answer(answer, "yes_no") or "")
 
 
 class ResponsePass(NamedTuple):
@@ -44,25 +50,81 @@ class ResponsePass(NamedTuple):
     passes: int
 
 
+class ScoredAnswers(NamedTuple):
+    """The scores of B answers.
+
+    Attributes:
+        answers: what was scored.
+        scores: of each answer's `tokens`.
+        passes: number of forward passes of each.
+    """
+
+    answers: Sequence[TokenizedAnswer]
+    scores: ResponseScores
+    passes: list[int]
+
+    def by_answer(self) -> list[ResponsePass]:
+        """The scores of each answer, in main memory."""
+        log_p, total = self.scores.log_likelihood.float().cpu(), self.scores.total.float().cpu()
+        results = []
+        for row, answer in enumerate(self.answers):
+            k, end = len(answer.levels), len(answer.candidates)
+            yes_no = total[row, end : end + 2] if len(answer.tokens) > end else None
+            results.append(
+                ResponsePass(
+                    answer.levels, total[row, :k], log_p[row, 0, answer.answer], yes_no, self.passes[row]
+                )
+            )
+        return results
+
+    @property
+    def candidates(self) -> ResponseScores:
+        """The scores of the candidates alone, [B, K, T] for the largest number K of candidates."""
+        width = max(len(answer.candidates) for answer in self.answers)
+        rows = []
+        for values in self.scores:
+            # Tokens of the prompt that precede a candidate in its row are no part of it.
+            parts = [
+                torch.nn.functional.pad(
+                    value[: len(answer.candidates), answer.offset :],
+                    (0, answer.offset, 0, width - len(answer.candidates)),
+                )
+                for value, answer in zip(values, self.answers, strict=True)
+            ]
+            rows.append(torch.stack(parts))
+        return ResponseScores(*rows)
+
+
 class TokenizedAnswer(NamedTuple):
     """The responses that one answer is scored with.
 
     Attributes:
         cut: how many tokens at the end of the prompt the responses replace (mostly 0).
-        tokens: token ids of a response for each of `levels`, then, for a yes/no question, of the words yes and no.
-        levels: the confidences that can be stated, in falling order.
-        answer: the position of the answer's tokens in the first response.
+        tokens: token ids of each of `candidates`, then, for a yes/no question, of the words yes and no.
+        candidates: the answer with each confidence that can be stated, in falling order, then the opposite answer with each if
+            the tokenizer adds it.
+        offset: how many leading tokens of each candidate's row in `tokens` belong to the prompt (mostly 0).
     """
 
     cut: int
     tokens: list[list[int]]
-    levels: tuple[float, ...]
-    answer: slice
+    candidates: tuple[Candidate, ...]
+    offset: int
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The confidences that can be stated after the answer, in falling order."""
+        return tuple(c.confidence for c in self.candidates if not c.wrong)
+
+    @property
+    def answer(self) -> slice:
+        """The position of the answer's tokens in the first row of `tokens`."""
+        return slice(self.offset, self.offset + self.candidates[0].answer_length)
 
     def without_levels(self) -> TokenizedAnswer:
         """With one confidence after the answer instead of all, for scores that do not depend on them."""
         return self._replace(
-            tokens=[self.tokens[0], *self.tokens[len(self.levels) :]], levels=self.levels[:1]
+            tokens=[self.tokens[0], *self.tokens[len(self.candidates) :]], candidates=self.candidates[:1]
         )
 
 
@@ -131,7 +193,7 @@ def score_answers(
     answers: Sequence[TokenizedAnswer],
     prompts: Prompts,
     cache: PromptCache | None = None,
-) -> list[ResponsePass]:
+) -> ScoredAnswers:
     """Score B answers with every level after them in one pass.
 
     Args:
@@ -141,16 +203,7 @@ def score_answers(
     """
     lengths = prompts.lengths - torch.tensor([a.cut for a in answers], device=prompts.lengths.device)
     tokens = [a.tokens for a in answers]
-    scores, passes = score_counted(model, prompts._replace(lengths=lengths), tokens, cache)
-    log_p, total = scores.log_likelihood.float().cpu(), scores.total.float().cpu()
-    results = []
-    for row, answer in enumerate(answers):
-        k = len(answer.levels)
-        yes_no = total[row, k : k + 2] if len(answer.tokens) > k else None
-        results.append(
-            ResponsePass(answer.levels, total[row, :k], log_p[row, 0, answer.answer], yes_no, passes[row])
-        )
-    return results
+    return ScoredAnswers(answers, *score_counted(model, prompts._replace(lengths=lengths), tokens, cache))
 
 
 class AnswerTokenizer:
@@ -161,13 +214,22 @@ class AnswerTokenizer:
     Args:
         chat: renders and tokenizes conversations.
         levels: confidences of any of these scales can be stated.
+        grid: percent, as in `CandidateSettings`.
+        opposite: also score the opposite answer to a yes/no question with every confidence.
     """
 
     cache_size = 1 << 14
 
-    def __init__(self, chat: ChatFormat, levels: Sequence[ConfidenceLevels]) -> None:
+    def __init__(
+        self,
+        chat: ChatFormat,
+        levels: Sequence[ConfidenceLevels],
+        grid: int | None = None,
+        opposite: bool = False,
+    ) -> None:
         self.chat = chat
-        self._responses = ResponseTokenizer(chat, levels)
+        self.opposite = opposite
+        self._responses = ResponseTokenizer(chat, levels, grid)
         self._cache: dict[tuple[str, str, str], TokenizedAnswer] = {}
 
     def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
@@ -180,19 +242,19 @@ class AnswerTokenizer:
         return self._cache[key]
 
     def _tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
-        stated_cut, candidates = self._responses.tokenize(query, [answer])
+        others = [opposite(answer)] if self.opposite and query.answer_type == "yes_no" else []
+        stated_cut, candidates = self._responses.tokenize(query, [answer, *filter(None, others)])
         words_cut, words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
         cut = max(stated_cut, words_cut)
         # Tokens of the prompt's end that only some responses replace go in front of the others.
         [prompt] = self.chat.token_ids([self.chat.render(query.question)])
         before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
         before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
-        answer_start = len(before_stated)
         return TokenizedAnswer(
             cut,
             [*([*before_stated, *c.tokens] for c in candidates), *([*before_words, *w] for w in words)],
-            tuple(c.confidence for c in candidates),
-            slice(answer_start, answer_start + candidates[0].answer_length),
+            candidates,
+            len(before_stated),
         )
 
     def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:

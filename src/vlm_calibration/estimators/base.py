@@ -18,6 +18,7 @@ from vlm_calibration.data.copies import CopySettings
 from vlm_calibration.estimators.answer_scoring import (
     AnswerTokenizer,
     ResponsePass,
+    ScoredAnswers,
     right_padded,
     score_answers,
 )
@@ -81,13 +82,17 @@ class AnsweredBatch:
         return [text if text and not (image and image in text) else None for text in texts]
 
     @cached_property
+    def scored_answers(self) -> ScoredAnswers:
+        """The scores of each answer with every level, in one pass; of the gold answer for a query without an answer."""
+        rows = zip(self.batch.queries, self.answers, strict=True)
+        tokenized = [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in rows]
+        return score_answers(self.model, tokenized, self.prompts, self.cache)
+
+    @cached_property
     def scored(self) -> list[ResponsePass | None]:
         """For each query the scores of its answer with every level, in one pass; None without an answer."""
-        # A query without an answer keeps its row; its scores are dropped.
-        pairs = zip(self.batch.queries, self.answers, strict=True)
-        tokenized = [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
-        scores = score_answers(self.model, tokenized, self.prompts, self.cache)
-        return [s if a is not None else None for s, a in zip(scores, self.answers, strict=True)]
+        scores = zip(self.scored_answers.by_answer(), self.answers, strict=True)
+        return [s if answer is not None else None for s, answer in scores]
 
 
 class Estimator(ABC):

@@ -101,5 +101,5 @@ class Stability(Estimator):
             answer = answered.tokenizer.tokenize(query, answered.answers[row] or query.answer)
             tokenized.append(answer.without_levels())
         inputs = move(copies.inputs[number], batch.inputs["input_ids"].device)
-        scores = score_answers(answered.model, tokenized, right_padded(inputs))
+        scores = score_answers(answered.model, tokenized, right_padded(inputs)).by_answer()
         return list(zip(copies.rows, scores, strict=True))

@@ -1,26 +1,35 @@
 """Stage 2: preference optimisation of the stated confidence, starting from the adapter of stage 1.
 
-For one noised image and one answer, the response that states the target confidence is preferred over responses that state
-other confidences (CSP, arXiv 2504.14848). A training step: choose the candidates (`preference_targets`), score them
-(`models.shared_prefix`: one pass over image and prompt for all candidates, one pass of the frozen vision tower for policy and
-reference), and compare the scores (`losses.preference`).
+For one perturbed image and one answer, the response that states the target confidence is preferred over responses that state
+other confidences (CSP, arXiv 2504.14848), or the distribution over the confidences is taught (`losses.distribution`). A training
+step: answer the prompts with the reference unless gold answers are compared (`own_answers`), choose target and candidates
+(`teachers`, `preference_targets`), score them (`models.shared_prefix`: one pass over image and prompt for all candidates, one pass
+of the frozen vision tower for policy and reference), and compare the scores (`losses`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MeanMetric
 
 from vlm_calibration.data.candidates import CandidateBatch, Candidates, ValidationBatch
+from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.losses.preference import DPO, PreferenceLoss, preference_statistics
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.losses.candidates import CandidateLoss
+from vlm_calibration.losses.distribution import DistributionLoss
+from vlm_calibration.losses.preference import DPO, preference_statistics
 from vlm_calibration.losses.sequence import AnswerWeight
 from vlm_calibration.models.adapters import (
     REFERENCE,
@@ -37,17 +46,28 @@ from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import answer_statistics, candidate_scores, chosen_nll, logp_drift
+from vlm_calibration.stages.own_answers import eval_mode, own_answers, own_candidates
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.preference_targets import (
-    IsotonicMap,
+    OF_GOLD_ANSWERS,
+    Comparison,
     LevelDistribution,
     PairPolicy,
+    choose_all,
     choose_candidates,
-    fit_recalibration,
     kl_divergence,
+    picked,
 )
 from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
+from vlm_calibration.stages.teachers import (
+    FittedTeacher,
+    TaughtAnswer,
+    TeacherSettings,
+    estimators_of,
+    features_of,
+    gather,
+)
 from vlm_calibration.stages.training import (
     check_trained_weights,
     keep_trained_weights,
@@ -71,6 +91,7 @@ class DPOModule(L.LightningModule):
         lora: settings of the new adapter if `adapter` is None; a given adapter keeps its own.
         loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
         pairs: which of a query's candidates is chosen and which are rejected.
+        teacher: what `pairs.target: fitted` fits.
         reference: the frozen reference of the loss: the given adapter ("adapter"), the model without adapter ("base"), or
             "none" for losses that need no reference.
         parts: train only the given adapter's layers in these parts of the model; None: all of them. A new adapter uses
@@ -86,7 +107,7 @@ class DPOModule(L.LightningModule):
         scoring: "auto" shares the prefix between candidates if that is exact for the model, "shared" requires it, "plain" does
             not share.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
-        max_new_tokens: length limit of the answers generated in validation.
+        max_new_tokens: length limit of the answers that are generated, in validation and as own answers.
     """
 
     model: Any
@@ -97,8 +118,9 @@ class DPOModule(L.LightningModule):
         base: BaseModel,
         adapter: str | None = None,
         lora: LoraSettings = LoraSettings(),  # noqa: B008  (frozen)
-        loss: PreferenceLoss = DPO(),  # noqa: B008  (frozen)
+        loss: CandidateLoss = DPO(),  # noqa: B008  (frozen)
         pairs: PairPolicy = PairPolicy(),  # noqa: B008  (frozen)
+        teacher: TeacherSettings = TeacherSettings(),  # noqa: B008  (frozen)
         reference: Literal["adapter", "base", "none"] = "adapter",
         parts: list[ModelPart] | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(lr=2e-5),  # noqa: B008  (frozen)
@@ -132,6 +154,7 @@ class DPOModule(L.LightningModule):
         self.lora = lora
         self.loss = loss
         self.pairs = pairs
+        self.teacher = teacher
         self.reference = reference
         self.parts = parts
         self.optimizer_settings = optimizer
@@ -146,7 +169,9 @@ class DPOModule(L.LightningModule):
         # A metric per name, because the processes need not have values for the same names.
         self.pair_means = nn.ModuleDict({name: MeanMetric() for name in PAIR_STATISTICS})
         self.skipped = 0
-        self.recalibration: IsotonicMap | None = None
+        self.fitted: FittedTeacher | None = None
+        features = teacher.features if pairs.target == "fitted" else (pairs.target,)
+        self.estimators = [] if pairs.target in OF_GOLD_ANSWERS else estimators_of(features)
         # Checkpoints hold the trained weights alone; base and reference are loaded again.
         self.strict_loading = False
 
@@ -157,6 +182,17 @@ class DPOModule(L.LightningModule):
         """Reject data without candidates, or with levels that were measured differently, before the model is loaded."""
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
+        if data.candidates.answers == "own":
+            if self.reference == "none":
+                raise DataError(
+                    "data.candidates: `answers: own` are the reference's, but model.reference is none: set it, or use `answers: gold`"
+                )
+            if self.pairs.target == "fitted" and data.validation is None:
+                raise DataError("data.validation is not set: `target: fitted` fits its map on those queries")
+        elif self.pairs.target not in OF_GOLD_ANSWERS:
+            raise DataError(
+                f"model.pairs: `target: {self.pairs.target}` rates the model's own answers: set data.candidates.answers to own"
+            )
         check_levels(data.noise.levels, self.base, data)
         if self.adapter is not None:
             check_image_size({self.adapter: str(find_adapter(self.adapter))}, data)
@@ -171,59 +207,135 @@ class DPOModule(L.LightningModule):
             adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
         self.model = prepare_for_training(self, adapted, self.gradient_checkpointing)
 
-    def on_fit_start(self) -> None:
-        if self.pairs.target == "recalibrated" and self.recalibration is None:
-            self.recalibration = fit_recalibration(self)
+    @cached_property
+    def answer_tokenizer(self) -> AnswerTokenizer:
+        """Tokenizes own answers with every confidence that can be stated."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert data.candidates is not None
+        return AnswerTokenizer(
+            data.chat, [data.noise.levels], data.candidates.grid, data.candidates.wrong_answer
+        )
 
-    def on_train_batch_start(self, batch: CandidateBatch, batch_idx: int) -> None:
+    def on_fit_start(self) -> None:
+        if self.pairs.target == "fitted" and self.fitted is None:
+            self.fitted = self._fit_teacher()
+
+    def _fit_teacher(self) -> FittedTeacher:
+        """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
+        rows: list[TaughtAnswer] = []
+        for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            if not batch.prompts.queries:
+                continue
+            with shared_vision(self.model), self.as_reference(), eval_mode(self.model):
+                answered = self._answer(batch.prompts.to(self.device))
+                rates = features_of(self.estimators, answered)
+            rows += [
+                TaughtAnswer(features, p.correct, p.answer_type, query.image)
+                for features, p, query in zip(rates, answered.predictions, answered.batch.queries, strict=True)
+                if features is not None
+            ]
+        rows = gather(rows)  # before any error is raised, so that no process waits for another
+        if not rows:
+            raise DataError(
+                "`target: fitted`: the reference gives no answer to a validation query that "
+                f"{' and '.join(self.teacher.features)} rate, so there is nothing to fit: use `target: expected`, or train stage "
+                "1 longer"
+            )
+        fitted = FittedTeacher.fit(self.teacher, rows)
+        rank_zero_info(f"teacher: {fitted!r}")
+        return fitted
+
+    def on_train_batch_start(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> None:
         seed_batch(self, batch_idx)
 
-    def training_step(self, batch: CandidateBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
         if not batch.inputs:
             return zero_loss(self)
         with shared_vision(self.model):
-            compared, reference = self.choose(
-                batch
-            )  # K candidates of each of B queries, the chosen one first
-            policy = self.score(batch, compared)  # log_likelihood [B, K, T]
-        scores = candidate_scores(policy, reference, compared)  # [B, K]
+            prompts, comparison = self.compare(batch)
+            policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
+        comparison, policy = comparison.rated(policy)
+        if not comparison.picks:
+            return zero_loss(self)
+        compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
+        scores = candidate_scores(policy, reference, compared, comparison.targets, is_correct)  # [B, K]
         loss = self.loss(scores)
         if self.nll_weight:
             loss = loss + self.nll_weight * chosen_nll(
-                policy, compared, batch.is_correct, self.answer_weight, self.confidence_weight
+                policy, compared, is_correct, self.answer_weight, self.confidence_weight
             )
         if self.drift_weight:
             assert reference is not None
             loss = loss + self.drift_weight * logp_drift(policy, reference, compared)
-        size = len(batch.queries)
+        size = len(compared)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         statistics = preference_statistics(self.loss, scores)
-        for name, value in (statistics | answer_statistics(policy, compared, batch.is_correct)).items():
+        for name, value in (statistics | answer_statistics(policy, compared, is_correct)).items():
             if not bool(value.isnan()):
                 self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         return loss
 
-    def choose(self, batch: CandidateBatch) -> tuple[Candidates, ResponseScores | None]:
-        """For each query the chosen candidate, then the rejected ones, and their scores under the reference if needed."""
-        scores, distribution = None, None
-        if self.pairs.needs_reference:
-            scores = self.score_reference(batch, batch.candidates)
-            distribution = LevelDistribution(scores.total, batch.candidates)
-        picks = choose_candidates(self.pairs, batch, distribution, self.recalibration)
-        compared = tuple(
-            tuple(row[i] for i in pick) for row, pick in zip(batch.candidates, picks, strict=True)
-        )
+    def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
+        """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
+        if isinstance(batch, CandidateBatch):
+            return batch, self.choose(batch)
+        with torch.no_grad(), self.as_reference(), eval_mode(self.model):
+            answered = self._answer(batch)
+            candidates = own_candidates(answered)
+            return candidates, self.choose(candidates, answered)
+
+    def choose(self, batch: CandidateBatch, answered: AnsweredBatch | None = None) -> Comparison:
+        """For each query the target, the chosen candidate and the rejected ones, and their scores under the reference if needed.
+
+        Args:
+            answered: the reference's own answers, if the candidates give these; the reference is active then.
+        """
+        of_all = None
+        if answered is not None:
+            of_all = answered.scored_answers.candidates
+        elif self.pairs.needs_reference:
+            of_all = self.score_reference(batch, batch.candidates)
+        distribution = None if of_all is None else LevelDistribution(of_all.total, batch.candidates)
+        targets = self._targets(batch, distribution, answered)
+        if isinstance(self.loss, DistributionLoss):
+            picks = choose_all(batch, targets)
+        else:
+            picks = choose_candidates(self.pairs, batch, targets, distribution)
+        comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
         if not (self.loss.needs_reference or self.drift_weight):
-            return compared, None
-        if scores is None:
-            return compared, self.score_reference(batch, compared)
-        # A row with fewer candidates repeats its first one, which is masked because the policy has no tokens there.
-        width = max(map(len, picks))
-        index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=scores.tokens.device)
-        rows = torch.arange(len(picks), device=index.device)[:, None]
-        return compared, ResponseScores(*(values[rows, index] for values in scores))
+            return comparison
+        if of_all is not None:
+            return comparison._replace(reference=picked(of_all, picks))
+        return comparison._replace(reference=self.score_reference(batch, comparison.compared))
+
+    def _targets(
+        self,
+        batch: CandidateBatch,
+        distribution: LevelDistribution | None,
+        answered: AnsweredBatch | None,
+    ) -> tuple[float | None, ...]:
+        """For each query the target confidence in [0, 1]; None for an answer that is none, or that the teacher does not rate."""
+        targets: Sequence[float | None]
+        if self.pairs.target == "level":
+            targets = batch.levels
+        elif self.pairs.target == "correct":
+            targets = [float(correct) for correct in batch.is_correct]
+        elif self.pairs.target == "expected":
+            assert distribution is not None
+            targets = [distribution.expected(row) for row in range(len(batch.queries))]
+        else:
+            assert answered is not None
+            rated = zip(features_of(self.estimators, answered), batch.queries, strict=True)
+            teach = self.fitted or (lambda features, _: features[0])
+            targets = [None if f is None else teach(f, query.answer_type) for f, query in rated]
+        if answered is None:
+            return tuple(targets)
+        return tuple(t if a is not None else None for t, a in zip(targets, answered.answers, strict=True))
+
+    def _answer(self, batch: PromptBatch) -> AnsweredBatch:
+        return own_answers(self.model, batch, self.answer_tokenizer, self.max_new_tokens)
 
     def score(self, batch: CandidateBatch, candidates: Candidates) -> ResponseScores:
         """Log-likelihoods of candidates under the active adapter."""
@@ -249,27 +361,41 @@ class DPOModule(L.LightningModule):
         with shared_vision(self.model):
             predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
-        # `vlm-calibration validate` has no map for `target: recalibrated`, which is fitted when training starts.
-        ready = self.pairs.target != "recalibrated" or self.recalibration is not None
-        if batch.candidates is not None and batch.candidates.inputs and ready:
-            self._validate_pairs(batch.candidates)
+        compared = batch.candidates if self._gold else batch.prompts
+        # `vlm-calibration validate` has no fitted teacher, which is fitted when training starts.
+        ready = self.pairs.target != "fitted" or self.fitted is not None
+        if compared is not None and compared.inputs and ready:
+            self._validate_pairs(compared)
         return {"": predictions}
 
-    def _validate_pairs(self, batch: CandidateBatch) -> None:
+    @property
+    def _gold(self) -> bool:
+        """Whether gold answers are compared."""
+        candidates = self.trainer.datamodule.candidates  # type: ignore[attr-defined]
+        return candidates is None or candidates.answers == "gold"
+
+    def _validate_pairs(self, batch: CandidateBatch | PromptBatch) -> None:
         with shared_vision(self.model):
-            compared, reference = self.choose(batch)
-            policy = self.score(batch, compared)
-            distributions = [LevelDistribution(self.score(batch, batch.candidates).total, batch.candidates)]
-            if self.reference != "none":
-                total = self.score_reference(batch, batch.candidates).total
-                distributions.append(LevelDistribution(total, batch.candidates))
-        statistics = preference_statistics(self.loss, candidate_scores(policy, reference, compared))
-        statistics |= answer_statistics(policy, compared, batch.is_correct)
-        if self.reference != "none":
-            statistics["kl"] = kl_divergence(*distributions)
+            prompts, comparison = self.compare(batch)
+            policy = self.score(prompts, comparison.candidates)
+            if comparison.of_all is None and self.reference != "none":
+                comparison = comparison._replace(of_all=self.score_reference(prompts, comparison.candidates))
+        comparison, policy = comparison.rated(policy)
+        if not comparison.picks:
+            return
+        compared, is_correct, of_all = comparison.compared, comparison.is_correct, comparison.of_all
+        of_compared = picked(policy, comparison.picks)
+        scores = candidate_scores(of_compared, comparison.reference, compared, comparison.targets, is_correct)
+        statistics = preference_statistics(self.loss, scores)
+        statistics |= answer_statistics(of_compared, compared, is_correct)
+        if of_all is not None:
+            statistics["kl"] = kl_divergence(
+                LevelDistribution(policy.total, comparison.candidates),
+                LevelDistribution(of_all.total, comparison.candidates),
+            )
         for name, value in statistics.items():
             if not bool(value.isnan()):
-                count = sum(batch.is_correct) if name == "logp_answer" else len(batch.queries)
+                count = sum(is_correct) if name == "logp_answer" else len(compared)
                 cast(MeanMetric, self.pair_means[name]).update(value, count)
 
     def on_validation_epoch_end(self) -> None:
@@ -295,15 +421,15 @@ class DPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_trained_weights(self, checkpoint)
-        checkpoint["recalibration"] = None if self.recalibration is None else dict(self.recalibration.knots)
+        checkpoint["teacher"] = None if self.fitted is None else self.fitted.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_trained_weights(self, checkpoint)
-        knots = checkpoint.get("recalibration")
-        self.recalibration = None if knots is None else IsotonicMap(knots)
+        state = checkpoint.get("teacher")
+        self.fitted = None if state is None else FittedTeacher.from_state(self.teacher, state)
 
 
-def _check_without_reference(loss: PreferenceLoss, pairs: PairPolicy, drift_weight: float) -> None:
+def _check_without_reference(loss: CandidateLoss, pairs: PairPolicy, drift_weight: float) -> None:
     """Raise a DataError for settings that need the reference, for a module that has none."""
     if loss.needs_reference:
         raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")

@@ -1,28 +1,28 @@
-"""Which response stage 2 prefers: the target confidence, the chosen candidate and the rejected ones.
+"""Which response stage 2 prefers: the chosen candidate, which states the target confidence, and the rejected ones.
 
-The target is the level of the noise, or it follows from the reference model's distribution over the levels for this very image.
-Given that distribution, the choice is a pure function of (seed, epoch, query id).
+Given the target and the reference's distribution over the levels, the choice is a pure function of (seed, epoch, query id).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates, ResponseTokenizer
+from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates
 from vlm_calibration.data.noise import query_rng
-from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.records import DataError, Prediction, Query
-from vlm_calibration.stages.answering import answer_batch, tokenizer_of
-from vlm_calibration.text.confidence import strip_confidence
+from vlm_calibration.models.shared_prefix import ResponseScores
+from vlm_calibration.records import DataError, Query
+
+
+Target = Literal[
+    "level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"
+]
+OF_GOLD_ANSWERS: tuple[Target, ...] = ("level", "expected", "correct")
+"""Targets that gold answers have."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class PairPolicy:
     """Which of a query's candidates is chosen and which are rejected.
 
     Args:
-        target: the confidence that the chosen response states. "level": the level of the noise, as in the paper.
-            "expected": the candidate nearest to the mean of the reference's distribution over the candidates' levels.
-            "recalibrated": the same after an isotonic map that is fitted on the validation queries before training.
-            Greedy decoding states the mode of the distribution, but its mean is what is calibrated: "level" sharpens the
-            mode, "expected" moves it to the mean.
+        target: the confidence that the chosen response states: the candidate nearest to it. "level": that of the perturbation, as
+            in the paper. "expected": the mean of the reference's distribution over the candidates' levels: greedy decoding
+            states the mode of that distribution, but its mean is what is calibrated. "likelihood", "p_true" and
+            "self_consistency": what the estimator of this name makes of the reference's own answer. "fitted": the accuracy
+            that `model.teacher` maps such estimates to. "correct": 1 for a correct answer and 0 for a wrong one, for losses whose
+            optimum is then the accuracy. Own answers (`data.candidates.answers: own`) have all of these, gold answers the
+            first two and the last.
         rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform"), those
             furthest from the target ("far") or those nearest to it ("adjacent").
         n_rejected: how many levels are rejected, 1 by default; not allowed with "all".
@@ -42,7 +44,7 @@ class PairPolicy:
         seed: seed of the random draws.
     """
 
-    target: Literal["expected", "recalibrated", "level"] = "expected"
+    target: Target = "expected"
     rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
     n_rejected: int | None = None
     on_policy: bool = False
@@ -59,8 +61,59 @@ class PairPolicy:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the choice depends on the reference's distribution over the levels."""
-        return self.target != "level" or self.on_policy
+        """Whether the choice among gold answers depends on the reference's distribution over the levels."""
+        return self.target == "expected" or self.on_policy
+
+
+class Comparison(NamedTuple):
+    """What a step compares for B queries.
+
+    Attributes:
+        candidates: all candidates of each.
+        picks: for each the index of the chosen candidate, then those of the rejected ones.
+        targets: for each the target confidence in [0, 1]; None for an answer that the teacher does not rate.
+        is_correct: for each whether the answer is correct.
+        reference: the reference's scores of the picked candidates, [B, K, T]; None if nothing needs them.
+        of_all: the reference's scores of all candidates; None if the choice does not depend on them.
+    """
+
+    candidates: Candidates
+    picks: tuple[tuple[int, ...], ...]
+    targets: tuple[float | None, ...]
+    is_correct: tuple[bool, ...]
+    reference: ResponseScores | None
+    of_all: ResponseScores | None
+
+    @property
+    def compared(self) -> Candidates:
+        """The picked candidates of each query."""
+        return tuple(
+            tuple(row[i] for i in picks) for row, picks in zip(self.candidates, self.picks, strict=True)
+        )
+
+    def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
+        """The comparison of the queries that have a target, and the policy's scores of them."""
+        rows = [row for row, target in enumerate(self.targets) if target is not None]
+        kept = (None if values is None else _rows(values, rows) for values in self)
+        return Comparison(*kept), _rows(policy, rows)
+
+
+def _rows(values: Any, rows: list[int]) -> Any:
+    """Some rows of a tuple or of `ResponseScores`."""
+    if isinstance(values, ResponseScores):
+        return ResponseScores(*(tensor[rows] for tensor in values))
+    return tuple(values[row] for row in rows)
+
+
+def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
+    """The scores of the picked candidates, [B, K, T] for the largest number K of picks.
+
+    A row with fewer picks repeats its first one.
+    """
+    width = max(map(len, picks))
+    index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=scores.tokens.device)
+    rows = torch.arange(len(picks), device=index.device)[:, None]
+    return ResponseScores(*(values[rows, index] for values in scores))
 
 
 class LevelDistribution(NamedTuple):
@@ -105,29 +158,30 @@ def kl_divergence(policy: LevelDistribution, reference: LevelDistribution) -> Te
 def choose_candidates(
     policy: PairPolicy,
     batch: CandidateBatch,
+    targets: Sequence[float | None],
     reference: LevelDistribution | None = None,
-    recalibration: IsotonicMap | None = None,
-) -> list[list[int]]:
+) -> tuple[tuple[int, ...], ...]:
     """For each query the index of its chosen candidate, then those of its rejected ones.
 
     Args:
-        reference: the reference's distribution over all candidates; required if `policy.needs_reference`.
-        recalibration: map of the expected confidence; required by the target "recalibrated".
+        targets: for each query the target confidence in [0, 1]; without one, any candidate is chosen.
+        reference: the reference's distribution over all candidates; required if `policy.on_policy`.
     """
     picks = []
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
-        confidence, mode = batch.levels[row], None
-        if policy.needs_reference:
-            assert reference is not None
-            mode = reference.mode(row)
-            if policy.target != "level":
-                confidence = reference.expected(row)
-        if policy.target == "recalibrated":
-            assert recalibration is not None
-            confidence = recalibration(confidence, query.answer_type)
-        target = nearest([c.confidence for c in candidates if not c.wrong], confidence)
-        picks.append(choose(policy, candidates, target, query, batch.epochs[row], mode))
-    return picks
+        target = nearest([c.confidence for c in candidates if not c.wrong], targets[row] or 0.0)
+        mode = None if reference is None else reference.mode(row)
+        picks.append(tuple(choose(policy, candidates, target, query, batch.epochs[row], mode)))
+    return tuple(picks)
+
+
+def choose_all(batch: CandidateBatch, targets: Sequence[float | None]) -> tuple[tuple[int, ...], ...]:
+    """All candidates of each query, the one nearest to its target first, for losses of the distribution over them."""
+    picks = []
+    for candidates, confidence in zip(batch.candidates, targets, strict=True):
+        target = nearest([c.confidence for c in candidates if not c.wrong], confidence or 0.0)
+        picks.append((target, *(i for i in range(len(candidates)) if i != target)))
+    return tuple(picks)
 
 
 def nearest(levels: Sequence[float], confidence: float) -> int:
@@ -162,110 +216,3 @@ def choose(
         rejected = rejected[: policy.n_rejected or 1]
     wrong = [i for i, c in enumerate(candidates) if c.wrong and c.confidence == confidence]
     return [target, *rejected, *wrong]
-
-
-class IsotonicMap(NamedTuple):
-    """A monotone, piecewise linear map from confidence to accuracy for each answer type.
-
-    Attributes:
-        knots: answer type -> (confidences in rising order, accuracies), both in [0, 1].
-    """
-
-    knots: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-
-    def __call__(self, confidence: float, answer_type: str) -> float:
-        """The accuracy at a confidence; the confidence itself for an answer type without knots.
-
-        Raises:
-            ValueError: the confidence is NaN.
-        """
-        if math.isnan(confidence):
-            raise ValueError("confidence is not a number")
-        if answer_type not in self.knots:
-            return confidence
-        return float(np.interp(confidence, *self.knots[answer_type]))
-
-
-def fit_isotonic_map(
-    confidence: Sequence[float], correct: Sequence[bool], answer_type: Sequence[str]
-) -> IsotonicMap:
-    """Isotonic regression of correctness on confidence for each answer type (Zadrozny and Elkan, 2002)."""
-    knots = {}
-    for kind in sorted(set(answer_type)):
-        rows = sorted(
-            (c, float(r)) for c, r, t in zip(confidence, correct, answer_type, strict=True) if t == kind
-        )
-        x = np.array([c for c, _ in rows])
-        unique, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-        means = np.bincount(inverse, weights=[r for _, r in rows]) / counts
-        fit = isotonic_regression(means, weights=counts.astype(np.float64)).x
-        knots[kind] = (unique.tolist(), np.clip(fit, 0.0, 1.0).tolist())
-    return IsotonicMap(knots)
-
-
-@torch.no_grad()
-def fit_recalibration(module: Any) -> IsotonicMap:
-    """Fit the map of `target: recalibrated`: the reference's expected confidence in its own answers to their accuracy.
-
-    The reference answers the validation queries. Every process answers its share, and all fit the same map.
-
-    Args:
-        module: a `DPOModule` in training.
-
-    Raises:
-        DataError: there are no validation queries, or none of the answers can be parsed.
-    """
-    data = module.trainer.datamodule
-    if data.validation is None:
-        raise DataError("data.validation is not set: `target: recalibrated` fits its map on those queries")
-    rows: list[tuple[float, bool, str]] = []
-    training = module.model.training
-    module.model.eval()  # in train mode, gradient checkpointing disables the cache of generation
-    for batch in data.val_dataloader():
-        prompts, candidates = batch.prompts.to(module.device), batch.candidates.to(module.device)
-        if not candidates.inputs:
-            continue
-        with shared_vision(module.model):
-            with module.as_reference():
-                answers = answer_batch(module.model, prompts, tokenizer_of(module), module.max_new_tokens)
-            answers = [a for a in answers if a.id not in candidates.skipped]
-            rows += _score_answers(module, candidates, answers, data.candidate_collator.responses)
-    module.model.train(training)
-    rows = _all_gather(rows)  # before any error is raised, so that no process waits for another
-    if not rows:
-        raise DataError(
-            "`target: recalibrated`: no answer of the reference to a validation query can be parsed, so there is nothing to "
-            "fit its map on: use `target: expected`, or train stage 1 longer"
-        )
-    return fit_isotonic_map(*zip(*rows, strict=True))
-
-
-def _score_answers(
-    module: Any, batch: CandidateBatch, answers: Sequence[Prediction], responses: ResponseTokenizer
-) -> list[tuple[float, bool, str]]:
-    """(expected confidence, is correct, answer type) of each answer that is parsed."""
-    cuts, candidates = zip(
-        *(
-            responses.tokenize(query, [strip_confidence(answer.text) or query.answer])
-            for query, answer in zip(batch.queries, answers, strict=True)
-        ),
-        strict=True,
-    )
-    # How many tokens a response replaces at the end of the prompt depends on the answer.
-    lengths = batch.inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts, device=batch.lengths.device)
-    total = module.score_reference(batch._replace(lengths=lengths), candidates).total
-    distribution = LevelDistribution(total, candidates)
-    return [
-        (distribution.expected(row), answer.correct, answer.answer_type)
-        for row, answer in enumerate(answers)
-        if answer.predicted
-    ]
-
-
-def _all_gather(rows: list[Any]) -> list[Any]:
-    """The rows of all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
