@@ -1,0 +1,61 @@
+"""The answers of stage 2's reference to the images of a batch, and the candidates that give these answers.
+
+Confidence is stated about the model's own answer, so it is learnt on own answers: with gold answers a model learns how confident
+to be of answers that it would not give. The reference generates them within the training step, on the same perturbed images.
+Its scores of all candidates, and those of its teacher, come from one pass after the cached prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_calibration.data.candidates import CandidateBatch
+from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.stages.answering import answer_batch
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode in the block: in train mode, gradient checkpointing disables the cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def own_answers(
+    model: Any, batch: PromptBatch, tokenizer: AnswerTokenizer, max_new_tokens: int
+) -> AnsweredBatch:
+    """The greedy, graded answers of the active adapter to B prompts, with the cache of their prompts.
+
+    Call it in eval mode and under `torch.no_grad`.
+    """
+    recorder = GenerationRecorder(model, keep_cache=True)
+    answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
+    return AnsweredBatch(model, batch, answers, recorder.passes, tokenizer, max_new_tokens, recorder.cache)
+
+
+def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
+    """The candidates that give the answers of a batch; those of a query without an answer give its gold answer."""
+    batch, answers = answered.batch, answered.scored_answers.answers
+    cut = torch.tensor([a.cut - a.offset for a in answers], device=answered.prompts.lengths.device)
+    return CandidateBatch(
+        answered.prompts.inputs,
+        answered.prompts.lengths - cut,
+        tuple(a.candidates for a in answers),
+        batch.levels,
+        tuple(p.correct for p in answered.predictions),
+        batch.epochs,
+        batch.queries,
+        batch.skipped,
+    )

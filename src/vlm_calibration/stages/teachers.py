@@ -1,0 +1,237 @@
+"""Teachers of stage 2: how confident the reference should have been of its answers, from what it knows of them.
+
+A fitted teacher is a map from estimates of the reference's confidence to the accuracy of its answers, one for each answer type,
+fitted with scikit-learn on the validation queries before training. It is kept in the checkpoint and described in the adapter's
+card with scores of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
+from vlm_calibration.records import DataError
+
+Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
+FEATURES: tuple[str, ...] = get_args(Feature)
+_ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "expected": ExpectedConfidence,
+    "likelihood": AnswerLikelihood,
+    "p_true": PTrue,
+    "self_consistency": SelfConsistency,
+}
+FOLDS = 5
+"""Folds of the cross-validation that scores a fitted teacher."""
+SMALLEST = 1e-6
+"""Distance from 0 and 1 to which confidences are clipped before their log-odds are taken."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The teacher that `pairs.target: fitted` fits on the reference's answers to the validation queries.
+
+    Args:
+        features: estimates of the reference's confidence that the map combines, as in an evaluation's `model.estimators`.
+        map: "logistic": logistic regression of correctness on the log-odds of the features. "isotonic": isotonic regression
+            on a single feature.
+    """
+
+    features: tuple[Feature, ...] = ("likelihood", "expected")
+    map: Literal["logistic", "isotonic"] = "logistic"
+
+    def __post_init__(self) -> None:
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise DataError(
+                f"model.teacher.features needs different features, at least one, found {list(self.features)}"
+            )
+        if self.map == "isotonic" and len(self.features) > 1:
+            raise DataError(
+                f"model.teacher: `map: isotonic` takes one feature, found {list(self.features)}: leave all but one out, or use "
+                "`map: logistic`"
+            )
+
+
+class TaughtAnswer(NamedTuple):
+    """One answer that a teacher is fitted on.
+
+    Attributes:
+        features: confidences in [0, 1], in the order of the settings.
+        correct: whether the answer is correct.
+        answer_type: of the query.
+        image: of the query; answers about one image are not independent.
+    """
+
+    features: tuple[float, ...]
+    correct: bool
+    answer_type: str
+    image: str
+
+
+class LogisticMap(NamedTuple):
+    """sigmoid(weights . log-odds of the features + intercept)."""
+
+    weights: tuple[float, ...]
+    intercept: float
+
+    def __call__(self, features: Sequence[float]) -> float:
+        z = float(np.dot(self.weights, _log_odds(np.array(features))) + self.intercept)
+        return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+
+class IsotonicMap(NamedTuple):
+    """Accuracies at rising confidences, both in [0, 1]; linear between them, constant outside."""
+
+    confidences: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+    def __call__(self, features: Sequence[float]) -> float:
+        return float(np.interp(features[0], self.confidences, self.accuracies))
+
+
+Map = LogisticMap | IsotonicMap
+
+
+class FittedTeacher:
+    """Maps from estimates of confidence to accuracy, one for each answer type.
+
+    Args:
+        settings: what was fitted.
+        maps: answer type -> its map.
+        scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
+            `accuracy`, `brier`, `ece`, `auroc`; those of a map alone without a second image.
+    """
+
+    def __init__(
+        self, settings: TeacherSettings, maps: Mapping[str, Map], scores: Mapping[str, float]
+    ) -> None:
+        self.settings = settings
+        self.maps = maps
+        self.scores = scores
+
+    def __call__(self, features: Sequence[float], answer_type: str) -> float:
+        """The accuracy in [0, 1] of answers with such features.
+
+        Raises:
+            DataError: no answer of this type was fitted.
+        """
+        if answer_type not in self.maps:
+            raise DataError(
+                f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
+                f"{', '.join(sorted(self.maps))}: add such queries to it"
+            )
+        return self.maps[answer_type](features)
+
+    @staticmethod
+    def fit(settings: TeacherSettings, answers: Sequence[TaughtAnswer]) -> FittedTeacher:
+        """Fit the maps on at least one answer. The order of the answers does not matter."""
+        rows = sorted(answers)
+        return FittedTeacher(settings, _fit_maps(settings, rows), _cross_validated(settings, rows))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "maps": {kind: tuple(fitted) for kind, fitted in self.maps.items()},
+            "scores": dict(self.scores),
+        }
+
+    @staticmethod
+    def from_state(settings: TeacherSettings, state: Mapping[str, Any]) -> FittedTeacher:
+        build = LogisticMap if settings.map == "logistic" else IsotonicMap
+        maps = {kind: build(*values) for kind, values in state["maps"].items()}
+        return FittedTeacher(settings, maps, state["scores"])
+
+    def __repr__(self) -> str:
+        scores = ", ".join(
+            f"{name} {value:g}" if name == "n" else f"{name} {value:.3f}"
+            for name, value in self.scores.items()
+        )
+        return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
+
+
+def estimators_of(features: Sequence[Feature]) -> list[Estimator]:
+    """The estimators of features, in their order."""
+    return [_ESTIMATORS[name]() for name in features]
+
+
+def features_of(estimators: Sequence[Estimator], answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
+    """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
+    columns = [estimator.estimate(answered).confidence for estimator in estimators]
+    rows = zip(*columns, strict=True)
+    return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
+    fit = _fit_logistic if settings.map == "logistic" else _fit_isotonic
+    maps: dict[str, Map] = {}
+    for kind in sorted({row.answer_type for row in rows}):
+        own = [row for row in rows if row.answer_type == kind]
+        maps[kind] = fit(np.array([row.features for row in own]), np.array([row.correct for row in own]))
+    return maps
+
+
+def _fit_logistic(features: np.ndarray, correct: np.ndarray) -> LogisticMap:
+    """Logistic regression on features, float64 [N, F], and correctness, bool [N]."""
+    if correct.all() or not correct.any():
+        # One outcome has no finite fit: the rule of succession, whatever the features are.
+        n, n_correct = len(correct), int(correct.sum())
+        return LogisticMap((0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1)))
+    logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
+    return LogisticMap(tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0]))
+
+
+def _fit_isotonic(features: np.ndarray, correct: np.ndarray) -> IsotonicMap:
+    """Isotonic regression (Zadrozny & Elkan, 2002) on one feature, float64 [N, 1], and correctness, bool [N]."""
+    isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(features[:, 0], correct.astype(np.float64))
+    return IsotonicMap(tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist()))
+
+
+def _log_odds(confidence: np.ndarray) -> np.ndarray:
+    clipped = np.clip(confidence, SMALLEST, 1 - SMALLEST)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, float]:
+    """Scores of teachers on answers about images that they were not fitted on."""
+    images = [row.image for row in rows]
+    folds = min(FOLDS, len(set(images)))
+    correct = torch.tensor([row.correct for row in rows])
+    scores = {"n": float(len(rows)), "accuracy": float(correct.double().mean())}
+    if folds < 2:
+        return scores
+    confidence = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    for fitted_on, held_out in GroupKFold(folds).split(images, groups=images):
+        maps = _fit_maps(settings, [rows[i] for i in fitted_on])
+        for i in held_out:
+            if rows[i].answer_type in maps:
+                confidence[i] = maps[rows[i].answer_type](rows[i].features)
+    rated = ~confidence.isnan()
+    confidence, correct = confidence[rated], correct[rated]
+    return scores | {
+        "brier": float(brier_score(confidence, correct)),
+        "ece": float(expected_calibration_error(confidence, correct)),
+        "auroc": float(auroc(confidence, correct)),
+    }
