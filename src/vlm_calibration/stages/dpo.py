@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -20,7 +21,8 @@ from torchmetrics import MeanMetric
 
 from vlm_calibration.data.candidates import CandidateBatch, Candidates, ValidationBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.losses.preference import DPO, PreferenceLoss, preference_statistics
+from vlm_calibration.losses.candidates import CandidateLoss
+from vlm_calibration.losses.preference import DPO, preference_statistics
 from vlm_calibration.losses.sequence import AnswerWeight
 from vlm_calibration.models.adapters import (
     REFERENCE,
@@ -69,7 +71,8 @@ class DPOModule(L.LightningModule):
         base: the model below the adapter.
         adapter: folder of the adapter to continue, as stage 1 writes it; None: a new one on the base model.
         lora: settings of the new adapter if `adapter` is None; a given adapter keeps its own.
-        loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
+        loss: a preference loss (DPO, SimPO, IPO, Ordinal or Listwise), or a loss of the distribution over confidences
+            (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
         reference: the frozen reference of the loss: the given adapter ("adapter"), the model without adapter ("base"), or
             "none" for losses that need no reference.
@@ -97,7 +100,7 @@ class DPOModule(L.LightningModule):
         base: BaseModel,
         adapter: str | None = None,
         lora: LoraSettings = LoraSettings(),  # noqa: B008  (frozen)
-        loss: PreferenceLoss = DPO(),  # noqa: B008  (frozen)
+        loss: CandidateLoss = DPO(),  # noqa: B008  (frozen)
         pairs: PairPolicy = PairPolicy(),  # noqa: B008  (frozen)
         reference: Literal["adapter", "base", "none"] = "adapter",
         parts: list[ModelPart] | None = None,
@@ -187,7 +190,7 @@ class DPOModule(L.LightningModule):
                 batch
             )  # K candidates of each of B queries, the chosen one first
             policy = self.score(batch, compared)  # log_likelihood [B, K, T]
-        scores = candidate_scores(policy, reference, compared)  # [B, K]
+        scores = candidate_scores(policy, reference, compared, *_labels(compared, batch.is_correct))  # [B, K]
         loss = self.loss(scores)
         if self.nll_weight:
             loss = loss + self.nll_weight * chosen_nll(
@@ -263,7 +266,8 @@ class DPOModule(L.LightningModule):
             if self.reference != "none":
                 total = self.score_reference(batch, batch.candidates).total
                 distributions.append(LevelDistribution(total, batch.candidates))
-        statistics = preference_statistics(self.loss, candidate_scores(policy, reference, compared))
+        scores = candidate_scores(policy, reference, compared, *_labels(compared, batch.is_correct))
+        statistics = preference_statistics(self.loss, scores)
         statistics |= answer_statistics(policy, compared, batch.is_correct)
         if self.reference != "none":
             statistics["kl"] = kl_divergence(*distributions)
@@ -303,7 +307,13 @@ class DPOModule(L.LightningModule):
         self.recalibration = None if knots is None else IsotonicMap(knots)
 
 
-def _check_without_reference(loss: PreferenceLoss, pairs: PairPolicy, drift_weight: float) -> None:
+def _labels(compared: Candidates, is_correct: Sequence[bool]) -> tuple[list[float], list[list[bool]]]:
+    """For each query the chosen confidence, and whether the answer of each candidate is correct."""
+    correct = [[c.wrong != own for c in row] for row, own in zip(compared, is_correct, strict=True)]
+    return [row[0].confidence for row in compared], correct
+
+
+def _check_without_reference(loss: CandidateLoss, pairs: PairPolicy, drift_weight: float) -> None:
     """Raise a DataError for settings that need the reference, for a module that has none."""
     if loss.needs_reference:
         raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
