@@ -166,6 +166,8 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
             parts[name] = constructed(value)
     if isinstance(module, DPOModule):
         parts["pairs"] = constructed(module.pairs)
+        if module.fitted is not None:
+            parts["teacher"] = repr(module.fitted)
     return parts
 
 

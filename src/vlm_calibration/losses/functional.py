@@ -57,11 +57,6 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     return (h - 1 / (2 * beta)) ** 2
 
 
-def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
-    """max(0, 1 - beta h) (arXiv 2309.06657)."""
-    return torch.relu(1 - beta * log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected))
-
-
 def odpo(
     chosen: Tensor,
     rejected: Tensor,

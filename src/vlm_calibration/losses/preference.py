@@ -7,34 +7,15 @@ module handles settings, padding and means.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.losses.functional import dpo, hinge, ipo, odpo, plackett_luce, simpo
-from vlm_calibration.records import DataError
-
-
-class CandidateScores(NamedTuple):
-    """Log-likelihoods of K candidate responses to each of B queries; column 0 is the chosen one.
-
-    Attributes:
-        policy: float [B, K], sum of log p over the response's tokens.
-        reference: float [B, K], the same under the frozen reference, or None.
-        lengths: [B, K], number of tokens, at least 1.
-        distance: float [B, K] in [0, 1], distance to the target: |stated level - target level|, which is 0 for the chosen
-            response, and 1 for a wrong answer.
-        valid: bool [B, K], False for padding, whose numbers may be anything; column 0 is always valid.
-    """
-
-    policy: Tensor
-    reference: Tensor | None
-    lengths: Tensor
-    distance: Tensor
-    valid: Tensor
+from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fill_padding
+from vlm_calibration.losses.functional import dpo, ipo, odpo, plackett_luce, simpo
 
 
 class Pairs(NamedTuple):
@@ -53,35 +34,6 @@ class Pairs(NamedTuple):
     ref_rejected: Tensor
 
 
-def _fill_padding(scores: CandidateScores) -> CandidateScores:
-    """Check scores, convert them to at least float32, and replace padding by finite numbers.
-
-    Padding is replaced before any arithmetic, because the gradient of an inf or nan that is masked afterwards is nan.
-
-    Raises:
-        ValueError: see `PreferenceLoss.__call__`.
-    """
-    shape, valid = scores.policy.shape, scores.valid
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"candidates must be a table of queries x candidates, found shape {tuple(shape)}")
-    for name, values in scores._asdict().items():
-        if values is not None and values.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}, but policy has {tuple(shape)}")
-    if not bool(valid[:, 0].all()):
-        raise ValueError("column 0 is the chosen response and must be valid for every query")
-
-    dtype = torch.promote_types(scores.policy.dtype, torch.float32)
-
-    def fill(values: Tensor, padding: float) -> Tensor:
-        return torch.where(valid, values.to(dtype), padding)
-
-    lengths = fill(scores.lengths, 1.0)
-    if bool((lengths < 1).any()):
-        raise ValueError("every valid candidate needs a length of at least 1 token")
-    reference = None if scores.reference is None else fill(scores.reference, 0.0)
-    return CandidateScores(fill(scores.policy, 0.0), reference, lengths, fill(scores.distance, 0.0), valid)
-
-
 def _mean_over_queries(values: Tensor, counted: Tensor) -> Tensor:
     """Mean over the counted values of each query, then over the queries that have any; 0 if no query has.
 
@@ -94,32 +46,17 @@ def _mean_over_queries(values: Tensor, counted: Tensor) -> Tensor:
     return means.sum() / (n > 0).sum().clamp(min=1)
 
 
-_RULES = {
-    "beta": (lambda value: 0 < value < math.inf, "a finite number above 0"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
-    "gamma": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
-    "offset": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
-}
+class PreferenceLoss(CandidateLoss):
+    """Base class of the losses that prefer responses to others.
 
-
-class PreferenceLoss(ABC):
-    """Base class of the losses of candidate scores.
-
-    Every query has the same weight, whatever its number of candidates. A query with nothing to compare does not
-    contribute; if no query does, the loss is 0 with a gradient of 0.
+    A query with nothing to compare does not contribute; if no query does, the loss is 0 with a gradient of 0.
 
     Attributes:
         beta: scale of the implicit reward.
-        needs_reference: whether `CandidateScores.reference` is used.
         per_token: whether log-likelihoods are divided by the number of tokens.
     """
 
     beta: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name in _RULES and not _RULES[name][0](value):
-                raise DataError(f"loss.{name} must be {_RULES[name][1]}, found {value}")
 
     @property
     def needs_reference(self) -> bool:
@@ -129,18 +66,9 @@ class PreferenceLoss(ABC):
     def per_token(self) -> bool:
         return False
 
-    @abstractmethod
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        """The loss, a scalar of at least float32.
-
-        Raises:
-            ValueError: the scores are not [B, K], a chosen response is invalid, a length is 0, or a needed reference is
-                missing.
-        """
-
     def rewards(self, scores: CandidateScores) -> Tensor:
         """Implicit reward of each candidate, float [B, K]: beta (policy - reference), per token if the loss is; 0 for padding."""
-        policy, reference = self._log_likelihoods(_fill_padding(scores))
+        policy, reference = self._log_likelihoods(fill_padding(scores))
         return self.beta * (policy - reference)
 
     def _log_likelihoods(self, filled: CandidateScores) -> tuple[Tensor, Tensor]:
@@ -163,7 +91,7 @@ class PairwiseLoss(PreferenceLoss):
         """The loss of each pair, float [B, K - 1]; `distance`, float [B, K - 1], is that of the rejected response."""
 
     def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = _fill_padding(scores)
+        filled = fill_padding(scores)
         policy, reference = self._log_likelihoods(filled)
         pairs = Pairs(policy[:, :1], policy[:, 1:], reference[:, :1], reference[:, 1:])
         return _mean_over_queries(self.pair_losses(pairs, filled.distance[:, 1:]), filled.valid[:, 1:])
@@ -241,20 +169,6 @@ class IPO(PairwiseLoss):
 
 
 @dataclass(frozen=True)
-class Hinge(PairwiseLoss):
-    """The hinge loss of SLiC (arXiv 2305.10425), on ratios to the reference as in RSO (arXiv 2309.06657).
-
-    Args:
-        beta: inverse of the margin, SLiC's delta: a pair has no gradient once its h reaches 1 / beta.
-    """
-
-    beta: float = 0.1
-
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        return hinge(*pairs, self.beta)
-
-
-@dataclass(frozen=True)
 class Ordinal(PairwiseLoss):
     """DPO with an offset (ODPO, arXiv 2402.10571): the margin grows with the rejected response's distance to the target.
 
@@ -287,21 +201,21 @@ class Listwise(PreferenceLoss):
     beta: float = 0.1
 
     def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = _fill_padding(scores)
+        filled = fill_padding(scores)
         policy, reference = self._log_likelihoods(filled)
         terms, counted = plackett_luce(self.beta * (policy - reference), filled.distance, filled.valid)
         return _mean_over_queries(terms, counted)
 
 
 @torch.no_grad()
-def preference_statistics(loss: PreferenceLoss, scores: CandidateScores) -> dict[str, Tensor]:
+def preference_statistics(loss: CandidateLoss, scores: CandidateScores) -> dict[str, Tensor]:
     """Statistics to log beside the loss: means over a query's pairs, then over the queries with a pair; nan if there is none.
 
     Returns:
         `reward_margin`: reward of the chosen response minus that of the rejected one; `reward_accuracy`: the share of
         margins above 0; `logp_chosen` and `logp_rejected`: log-likelihood of the whole responses.
     """
-    filled = _fill_padding(scores)
+    filled = fill_padding(scores)
     rewards, policy, pairs = loss.rewards(filled), filled.policy, filled.valid[:, 1:]
     margin = rewards[:, :1] - rewards[:, 1:]
     statistics = {

@@ -18,15 +18,15 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from vlm_calibration.data.candidates import CandidateBatch, Candidates, ValidationBatch
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import DistributionLoss
 from vlm_calibration.losses.preference import DPO, preference_statistics
@@ -43,11 +43,17 @@ from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError, Prediction, Query
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
-from vlm_calibration.stages.dpo_terms import answer_statistics, candidate_scores, chosen_nll, logp_drift
-from vlm_calibration.stages.own_answers import eval_mode, own_answers, own_candidates
+from vlm_calibration.stages.dpo_terms import (
+    answer_statistics,
+    candidate_scores,
+    chosen_nll,
+    logp_drift,
+    which_correct,
+)
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
+from vlm_calibration.stages.own_answers import eval_mode, own_answers, own_candidates
 from vlm_calibration.stages.preference_targets import (
     OF_GOLD_ANSWERS,
     Comparison,
@@ -89,7 +95,8 @@ class DPOModule(L.LightningModule):
         base: the model below the adapter.
         adapter: folder of the adapter to continue, as stage 1 writes it; None: a new one on the base model.
         lora: settings of the new adapter if `adapter` is None; a given adapter keeps its own.
-        loss: the preference loss: DPO, SimPO, IPO, Hinge, Ordinal or Listwise.
+        loss: a preference loss (DPO, SimPO, IPO, Ordinal or Listwise), or a loss of the distribution over confidences
+            (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
         teacher: what `pairs.target: fitted` fits.
         reference: the frozen reference of the loss: the given adapter ("adapter"), the model without adapter ("base"), or
@@ -145,6 +152,11 @@ class DPOModule(L.LightningModule):
                 "model.reference: adapter, but model.adapter is not set: set it to the adapter of stage 1, or compare with "
                 "the base model (`reference: base`)"
             )
+        if isinstance(loss, DistributionLoss) and pairs.rejected != "all":
+            raise DataError(
+                f"model.loss: {type(loss).__name__} is of the distribution over all candidates, but model.pairs has "
+                f"`rejected: {pairs.rejected}`: set it to all"
+            )
         if parts is not None and adapter is None:
             raise DataError("model.parts needs a given adapter: set model.lora.parts for a new one")
         if reference == "none":
@@ -170,8 +182,11 @@ class DPOModule(L.LightningModule):
         self.pair_means = nn.ModuleDict({name: MeanMetric() for name in PAIR_STATISTICS})
         self.skipped = 0
         self.fitted: FittedTeacher | None = None
-        features = teacher.features if pairs.target == "fitted" else (pairs.target,)
-        self.estimators = [] if pairs.target in OF_GOLD_ANSWERS else estimators_of(features)
+        self.estimators: list[Estimator] = []
+        if pairs.target == "fitted":
+            self.estimators = estimators_of(teacher.features)
+        elif pairs.target not in OF_GOLD_ANSWERS:
+            self.estimators = estimators_of([pairs.target])
         # Checkpoints hold the trained weights alone; base and reference are loaded again.
         self.strict_loading = False
 
@@ -231,7 +246,9 @@ class DPOModule(L.LightningModule):
                 rates = features_of(self.estimators, answered)
             rows += [
                 TaughtAnswer(features, p.correct, p.answer_type, query.image)
-                for features, p, query in zip(rates, answered.predictions, answered.batch.queries, strict=True)
+                for features, p, query in zip(
+                    rates, answered.predictions, answered.batch.queries, strict=True
+                )
                 if features is not None
             ]
         rows = gather(rows)  # before any error is raised, so that no process waits for another
@@ -259,7 +276,9 @@ class DPOModule(L.LightningModule):
         if not comparison.picks:
             return zero_loss(self)
         compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
-        scores = candidate_scores(policy, reference, compared, comparison.targets, is_correct)  # [B, K]
+        scores = candidate_scores(
+            policy, reference, compared, comparison.targets, which_correct(compared, is_correct)
+        )  # [B, K]
         loss = self.loss(scores)
         if self.nll_weight:
             loss = loss + self.nll_weight * chosen_nll(
@@ -315,9 +334,9 @@ class DPOModule(L.LightningModule):
         batch: CandidateBatch,
         distribution: LevelDistribution | None,
         answered: AnsweredBatch | None,
-    ) -> tuple[float | None, ...]:
-        """For each query the target confidence in [0, 1]; None for an answer that is none, or that the teacher does not rate."""
-        targets: Sequence[float | None]
+    ) -> tuple[float, ...]:
+        """For each query the target confidence in [0, 1]; NaN without an answer, or for one that the teacher does not rate."""
+        targets: Sequence[float]
         if self.pairs.target == "level":
             targets = batch.levels
         elif self.pairs.target == "correct":
@@ -328,11 +347,17 @@ class DPOModule(L.LightningModule):
         else:
             assert answered is not None
             rated = zip(features_of(self.estimators, answered), batch.queries, strict=True)
-            teach = self.fitted or (lambda features, _: features[0])
-            targets = [None if f is None else teach(f, query.answer_type) for f, query in rated]
+            targets = [math.nan if f is None else self._teach(f, query) for f, query in rated]
         if answered is None:
             return tuple(targets)
-        return tuple(t if a is not None else None for t, a in zip(targets, answered.answers, strict=True))
+        rows = zip(targets, answered.answers, strict=True)
+        return tuple(math.nan if answer is None else target for target, answer in rows)
+
+    def _teach(self, features: tuple[float, ...], query: Query) -> float:
+        if self.pairs.target != "fitted":
+            return features[0]
+        assert self.fitted is not None
+        return self.fitted(features, query.answer_type)
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
         return own_answers(self.model, batch, self.answer_tokenizer, self.max_new_tokens)
@@ -385,7 +410,13 @@ class DPOModule(L.LightningModule):
             return
         compared, is_correct, of_all = comparison.compared, comparison.is_correct, comparison.of_all
         of_compared = picked(policy, comparison.picks)
-        scores = candidate_scores(of_compared, comparison.reference, compared, comparison.targets, is_correct)
+        scores = candidate_scores(
+            of_compared,
+            comparison.reference,
+            compared,
+            comparison.targets,
+            which_correct(compared, is_correct),
+        )
         statistics = preference_statistics(self.loss, scores)
         statistics |= answer_statistics(of_compared, compared, is_correct)
         if of_all is not None:

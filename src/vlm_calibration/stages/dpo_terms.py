@@ -6,38 +6,67 @@ In all of them a row is a query, and the first candidate of a row is the chosen 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, Candidates
-from vlm_calibration.losses.preference import CandidateScores
+from vlm_calibration.losses.candidates import CandidateScores
 from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_weights
 from vlm_calibration.models.shared_prefix import ResponseScores
 
 
 def candidate_scores(
-    policy: ResponseScores, reference: ResponseScores | None, compared: Candidates
+    policy: ResponseScores,
+    reference: ResponseScores | None,
+    compared: Candidates,
+    targets: Sequence[float],
+    correct: Sequence[Sequence[bool]],
 ) -> CandidateScores:
-    """Arguments of a preference loss.
+    """Arguments of the loss of candidates.
 
     Args:
         policy: of the compared candidates, log_likelihood float32 [B, K, T].
         reference: the same under the reference, or None.
+        targets: for each query the confidence in [0, 1] to learn.
+        correct: for each query whether the answer of each of its candidates is correct.
+
+    Raises:
+        ValueError: `targets` or `correct` are not those of the compared candidates.
     """
-    width = policy.total.shape[1]
-    distance = [
-        [1.0 if c.wrong else abs(c.confidence - row[0].confidence) for c in row] + [0.0] * (width - len(row))
-        for row in compared
-    ]
+    total = policy.total  # [B, K]
+
+    def table(values: Iterable[Iterable[float]]) -> Tensor:
+        rows = [list(row) for row in values]
+        return total.new_tensor([row + [0.0] * (total.shape[1] - len(row)) for row in rows])
+
+    if len(targets) != len(compared) or [len(row) for row in correct] != [len(row) for row in compared]:
+        raise ValueError("every query needs a target, and every candidate to be known as correct or not")
+    answer_lengths = table((c.answer_length for c in row) for row in compared)
+    is_answer = torch.arange(policy.tokens.shape[-1], device=total.device) < answer_lengths[..., None]
     return CandidateScores(
-        policy.total,  # [B, K]
-        None if reference is None else reference.total,
-        policy.lengths,
-        policy.total.new_tensor(distance),
-        policy.lengths > 0,
+        policy=total,
+        reference=None if reference is None else reference.total,
+        lengths=policy.lengths,
+        distance=table(
+            (1.0 if c.wrong else abs(c.confidence - row[0].confidence) for c in row) for row in compared
+        ),
+        valid=policy.lengths > 0,
+        answer=torch.where(is_answer, policy.log_likelihood, 0.0).sum(-1),
+        confidence=table((c.confidence for c in row) for row in compared),
+        target=total.new_tensor(targets),
+        correct=table(correct).bool(),
+        own=table((not c.wrong for c in row) for row in compared).bool(),
     )
+
+
+def which_correct(compared: Candidates, is_correct: Sequence[bool]) -> list[list[bool]]:
+    """For each query whether the answer of each candidate is correct, given whether the query's own answer is.
+
+    A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
+    """
+    return [[c.wrong != own for c in row] for row, own in zip(compared, is_correct, strict=True)]
 
 
 def chosen_nll(

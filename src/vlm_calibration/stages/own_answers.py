@@ -50,7 +50,7 @@ def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
     batch, answers = answered.batch, answered.scored_answers.answers
     cut = torch.tensor([a.cut - a.offset for a in answers], device=answered.prompts.lengths.device)
     return CandidateBatch(
-        answered.prompts.inputs,
+        dict(answered.prompts.inputs),
         answered.prompts.lengths - cut,
         tuple(a.candidates for a in answers),
         batch.levels,

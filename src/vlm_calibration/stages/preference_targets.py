@@ -5,6 +5,7 @@ Given the target and the reference's distribution over the levels, the choice is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,10 +18,7 @@ from vlm_calibration.data.noise import query_rng
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 
-
-Target = Literal[
-    "level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"
-]
+Target = Literal["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
 OF_GOLD_ANSWERS: tuple[Target, ...] = ("level", "expected", "correct")
 """Targets that gold answers have."""
 
@@ -71,7 +69,7 @@ class Comparison(NamedTuple):
     Attributes:
         candidates: all candidates of each.
         picks: for each the index of the chosen candidate, then those of the rejected ones.
-        targets: for each the target confidence in [0, 1]; None for an answer that the teacher does not rate.
+        targets: for each the target confidence in [0, 1]; NaN for an answer that the teacher does not rate.
         is_correct: for each whether the answer is correct.
         reference: the reference's scores of the picked candidates, [B, K, T]; None if nothing needs them.
         of_all: the reference's scores of all candidates; None if the choice does not depend on them.
@@ -79,7 +77,7 @@ class Comparison(NamedTuple):
 
     candidates: Candidates
     picks: tuple[tuple[int, ...], ...]
-    targets: tuple[float | None, ...]
+    targets: tuple[float, ...]
     is_correct: tuple[bool, ...]
     reference: ResponseScores | None
     of_all: ResponseScores | None
@@ -93,16 +91,18 @@ class Comparison(NamedTuple):
 
     def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
         """The comparison of the queries that have a target, and the policy's scores of them."""
-        rows = [row for row, target in enumerate(self.targets) if target is not None]
-        kept = (None if values is None else _rows(values, rows) for values in self)
-        return Comparison(*kept), _rows(policy, rows)
+        rows = [row for row, target in enumerate(self.targets) if not math.isnan(target)]
+        fields: dict[str, Any] = {}
+        for name, values in self._asdict().items():
+            if isinstance(values, ResponseScores):
+                fields[name] = _rows(values, rows)
+            else:
+                fields[name] = None if values is None else tuple(values[row] for row in rows)
+        return Comparison(**fields), _rows(policy, rows)
 
 
-def _rows(values: Any, rows: list[int]) -> Any:
-    """Some rows of a tuple or of `ResponseScores`."""
-    if isinstance(values, ResponseScores):
-        return ResponseScores(*(tensor[rows] for tensor in values))
-    return tuple(values[row] for row in rows)
+def _rows(scores: ResponseScores, rows: list[int]) -> ResponseScores:
+    return ResponseScores(*(values[rows] for values in scores))
 
 
 def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
@@ -158,28 +158,28 @@ def kl_divergence(policy: LevelDistribution, reference: LevelDistribution) -> Te
 def choose_candidates(
     policy: PairPolicy,
     batch: CandidateBatch,
-    targets: Sequence[float | None],
+    targets: Sequence[float],
     reference: LevelDistribution | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """For each query the index of its chosen candidate, then those of its rejected ones.
 
     Args:
-        targets: for each query the target confidence in [0, 1]; without one, any candidate is chosen.
+        targets: for each query the target confidence in [0, 1]; for NaN any candidate is chosen.
         reference: the reference's distribution over all candidates; required if `policy.on_policy`.
     """
     picks = []
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
-        target = nearest([c.confidence for c in candidates if not c.wrong], targets[row] or 0.0)
+        target = nearest([c.confidence for c in candidates if not c.wrong], targets[row])
         mode = None if reference is None else reference.mode(row)
         picks.append(tuple(choose(policy, candidates, target, query, batch.epochs[row], mode)))
     return tuple(picks)
 
 
-def choose_all(batch: CandidateBatch, targets: Sequence[float | None]) -> tuple[tuple[int, ...], ...]:
+def choose_all(batch: CandidateBatch, targets: Sequence[float]) -> tuple[tuple[int, ...], ...]:
     """All candidates of each query, the one nearest to its target first, for losses of the distribution over them."""
     picks = []
     for candidates, confidence in zip(batch.candidates, targets, strict=True):
-        target = nearest([c.confidence for c in candidates if not c.wrong], confidence or 0.0)
+        target = nearest([c.confidence for c in candidates if not c.wrong], confidence)
         picks.append((target, *(i for i in range(len(candidates)) if i != target)))
     return tuple(picks)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from vlm_calibration.metrics.functional import auroc, brier_score, expected_cali
 from vlm_calibration.records import DataError
 
 Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
-FEATURES: tuple[str, ...] = get_args(Feature)
 _ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "expected": ExpectedConfidence,
     "likelihood": AnswerLikelihood,
@@ -163,7 +162,7 @@ class FittedTeacher:
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
 
 
-def estimators_of(features: Sequence[Feature]) -> list[Estimator]:
+def estimators_of(features: Sequence[str]) -> list[Estimator]:
     """The estimators of features, in their order."""
     return [_ESTIMATORS[name]() for name in features]
 

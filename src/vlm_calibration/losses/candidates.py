@@ -1,0 +1,131 @@
+"""The argument of the losses of stage 2, scores of the candidate responses to each query, and the base class of these losses."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm_calibration.records import DataError
+
+
+class CandidateScores(NamedTuple):
+    """Log-likelihoods of K candidate responses to each of B queries; column 0 is the one nearest to the target, the chosen one.
+
+    A response is an answer, then a confidence. `policy` and `answer` must come from the same token log-likelihoods, with
+    gradient: in `policy - answer` the answer's tokens cancel, in the value and in the gradient.
+
+    Attributes:
+        policy: float [B, K], sum of log p over the response's tokens.
+        reference: float [B, K], the same under the frozen reference, or None.
+        lengths: [B, K], number of tokens, at least 1.
+        distance: float [B, K] in [0, 1], distance to the target: |stated level - target level|, which is 0 for the chosen
+            response, and 1 for another answer.
+        valid: bool [B, K], False for padding, whose numbers may be anything; column 0 is always valid.
+        answer: float [B, K], sum of log p over the answer's tokens; `policy - answer` is the log p of all that follows it:
+            the confidence with its format, and the end of the turn.
+        confidence: float [B, K] in [0, 1], the stated confidence.
+        target: float [B] in [0, 1], the confidence to learn.
+        correct: bool [B, K], whether the response's answer is correct.
+        own: bool [B, K], whether the response gives the query's answer, and not another one; column 0 always does.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    lengths: Tensor
+    distance: Tensor
+    valid: Tensor
+    answer: Tensor
+    confidence: Tensor
+    target: Tensor
+    correct: Tensor
+    own: Tensor
+
+
+def fill_padding(scores: CandidateScores) -> CandidateScores:
+    """Check scores, convert them to at least float32, and replace padding by finite numbers and by False.
+
+    Padding is replaced before any arithmetic, because the gradient of an inf or nan that is masked afterwards is nan.
+
+    Raises:
+        ValueError: see `CandidateLoss.__call__`.
+    """
+    shape, valid = scores.policy.shape, scores.valid
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"candidates must be a table of queries x candidates, found shape {tuple(shape)}")
+    for name, values in scores._asdict().items():
+        expected = shape[:1] if name == "target" else shape
+        if values is not None and values.shape != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, but policy has {tuple(shape)}: expected {tuple(expected)}"
+            )
+    own = valid & scores.own
+    if not bool(own[:, 0].all()):
+        raise ValueError("column 0 is the chosen response: it must be valid and give the query's answer")
+
+    dtype = torch.promote_types(scores.policy.dtype, torch.float32)
+
+    def fill(values: Tensor, padding: float) -> Tensor:
+        return torch.where(valid, values.to(dtype), padding)
+
+    lengths, confidence = fill(scores.lengths, 1.0), fill(scores.confidence, 0.0)
+    target = scores.target.to(dtype)
+    if bool((lengths < 1).any()):
+        raise ValueError("every valid candidate needs a length of at least 1 token")
+    # A mean of confidences may exceed 1 by rounding.
+    if not bool(((torch.cat([confidence, target[:, None]], 1) - 0.5).abs() <= 0.5 + 1e-5).all()):
+        raise ValueError("every valid confidence and every target must be in [0, 1]")
+    return CandidateScores(
+        policy=fill(scores.policy, 0.0),
+        reference=None if scores.reference is None else fill(scores.reference, 0.0),
+        lengths=lengths,
+        distance=fill(scores.distance, 0.0),
+        valid=valid,
+        answer=fill(scores.answer, 0.0),
+        confidence=confidence,
+        target=target,
+        correct=valid & scores.correct,
+        own=own,
+    )
+
+
+_RULES = {
+    "beta": (lambda value: 0 < value < math.inf, "a finite number above 0"),
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
+    "gamma": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    "offset": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    "width": (lambda value: 0.001 <= value <= 1, "in [0.001, 1]"),
+}
+
+
+class CandidateLoss(ABC):
+    """Base class of the losses of candidate scores. Every query has the same weight, whatever its number of candidates.
+
+    Attributes:
+        needs_reference: whether `CandidateScores.reference` is used.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in _RULES and not _RULES[name][0](value):
+                raise DataError(f"loss.{name} must be {_RULES[name][1]}, found {value}")
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @abstractmethod
+    def __call__(self, scores: CandidateScores) -> Tensor:
+        """The loss, a scalar of at least float32.
+
+        Raises:
+            ValueError: the scores are not [B, K], a chosen response is invalid or gives another answer, a length is 0, a
+                confidence or target is outside [0, 1], or a needed reference is missing.
+        """
+
+    def rewards(self, scores: CandidateScores) -> Tensor:
+        """Reward of each candidate, float [B, K]: its log-likelihood; 0 for padding."""
+        return fill_padding(scores).policy

@@ -1,0 +1,130 @@
+"""Losses of the policy's distribution over the confidences that can be stated, and over answers with them.
+
+For one query with the target t, over the candidates k that give the query's own answer and state the confidence c_k:
+
+    s_k = log p(text of c_k | image, question, answer) = policy_k - answer_k
+    pi  = softmax_k(s), the policy's distribution over these confidences
+    Z   = logsumexp_k(s), the log-probability that any of their texts follows the answer; at most 0
+
+The text of a confidence includes its format and the end of the turn. pi is unaware of the format, because a normalised
+distribution does not change when all its texts become unlikely. So each loss adds -Z, which is least at Z = 0, where every
+answer is followed by a readable confidence, whatever pi is. All probabilities are relative to the candidates compared: give all
+confidences that can be stated (`pairs.rejected: all`).
+
+The answer's tokens cancel in s: `SoftLabel`, `TokenizedBrier` and `ExpectedBrier` teach the confidence, not the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fill_padding
+
+
+def _stated(filled: CandidateScores) -> tuple[Tensor, Tensor, Tensor]:
+    """s, pi and Z: float [B, K], [B, K] and [B]. s is 0 and pi is 0 for candidates that do not give the own answer."""
+    s = torch.where(filled.own, filled.policy - filled.answer, 0.0)
+    own = s.masked_fill(~filled.own, -torch.inf)
+    return s, own.softmax(-1), own.logsumexp(-1)
+
+
+class DistributionLoss(CandidateLoss):
+    """Base class of the losses of the distribution over all candidates."""
+
+
+@dataclass(frozen=True)
+class SoftLabel(DistributionLoss):
+    """Cross-entropy to a distribution around the target:
+
+        -sum_k q_k s_k = -sum_k q_k log pi_k - Z,   q_k proportional to exp(-((c_k - t) / width)^2 / 2)
+
+    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q.
+
+    Args:
+        width: standard deviation of q before it is restricted to the candidates, in [0.001, 1]; far below the
+            distance between confidences, q is the one nearest to t.
+    """
+
+    width: float = 0.05
+
+    def __call__(self, scores: CandidateScores) -> Tensor:
+        filled = fill_padding(scores)
+        s, _, _ = _stated(filled)
+        log_q = -(((filled.confidence - filled.target[:, None]) / self.width) ** 2) / 2
+        q = log_q.masked_fill(~filled.own, -torch.inf).softmax(-1)
+        return -(q * s).sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class TokenizedBrier(DistributionLoss):
+    """The tokenized Brier score (ConfTuner, arXiv 2508.18847), the expected squared error of a sampled confidence:
+
+        sum_k pi_k (c_k - t)^2 - Z
+
+    It is a proper score of t = 1 for a correct answer and t = 0 for a wrong one, as in the paper, where a confidence is one token
+    and -Z is not needed. Optimum: all of pi on the confidence nearest to E[t] at the same input, and Z = 0.
+    """
+
+    def __call__(self, scores: CandidateScores) -> Tensor:
+        filled = fill_padding(scores)
+        _, pi, z = _stated(filled)
+        error = filled.confidence - filled.target[:, None]
+        return ((pi * error**2).sum(-1) - z).mean()
+
+
+@dataclass(frozen=True)
+class ExpectedBrier(DistributionLoss):
+    """The squared error of the mean confidence:
+
+        (sum_k pi_k c_k - t)^2 - Z
+
+    Optimum: the mean of pi is E[t] at the same input (or the nearest confidence, if E[t] is outside their range), and Z = 0. It
+    leaves open which pi has this mean, so the most likely confidence may be another one: read the mean out, not the mode.
+    """
+
+    def __call__(self, scores: CandidateScores) -> Tensor:
+        filled = fill_padding(scores)
+        _, pi, z = _stated(filled)
+        mean = (pi * filled.confidence).sum(-1)
+        return ((mean - filled.target) ** 2 - z).mean()
+
+
+@dataclass(frozen=True)
+class RLCR(DistributionLoss):
+    """Reinforcement learning with calibration rewards (RLCR, arXiv 2507.16806), enumerated instead of sampled.
+
+    The reward of a response is that of the paper, of its answer's correctness y_k (0 or 1) and the stated confidence:
+
+        R_k = y_k - (c_k - y_k)^2
+
+    With L_k the log p of the whole response and P = softmax(L), both over all candidates, whatever their answer, the loss is
+
+        -sum_k P_k R_k - logsumexp_k(L_k)
+
+    The gradient of the first term is exactly the expectation, over a response k drawn from P, of REINFORCE's estimate
+    -R_k grad log P_k; and also of -(R_k - sum_j P_j R_j) grad L_k, which is REINFORCE on the response's log p with the mean
+    reward as baseline. So it is the policy gradient of one on-policy step, restricted to the candidates, without sampling noise, and
+    without clipping, division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written);
+    it teaches the format, and is least where that is 0, whatever P is.
+
+    A query whose candidates all give its own answer (an open question) has nothing to choose an answer from, so L_k is
+    s_k = log p(text of c_k | answer) there: P is the same, and the answer's tokens get no gradient. Else the second term would
+    teach the answer, also a wrong one. `target` is not used.
+
+    Optimum: an answer that is correct with the probability p, stated with the confidence c, has the expected reward
+    p^2 - (c - p)^2. All of P is on the response for which this is largest: the confidence nearest to p, after the answer that is
+    most likely to be correct (exactly so, if confidences are dense or if yes/no answers are followed by confidences that are
+    symmetric about 50%; else an answer with nearly as large a p can win by a confidence that is nearer to it).
+    """
+
+    def __call__(self, scores: CandidateScores) -> Tensor:
+        filled = fill_padding(scores)
+        others = (filled.valid & ~filled.own).any(-1, keepdim=True)
+        log_p = torch.where(others, filled.policy, filled.policy - filled.answer)
+        log_p = log_p.masked_fill(~filled.valid, -torch.inf)
+        correct = filled.correct.to(log_p.dtype)
+        reward = correct - (filled.confidence - correct) ** 2
+        return -((log_p.softmax(-1) * reward).sum(-1) + log_p.logsumexp(-1)).mean()
