@@ -63,7 +63,7 @@ class Observed:
 
     def compared(self) -> list[list[Candidate]]:
         with torch.no_grad():
-            return [list(row) for row in self.module.choose(self.batch)[0]]
+            return [list(row) for row in self.module.choose(self.batch).compared]
 
     def by_token(self, row: int, candidate: Candidate, reference: bool = False) -> list[float]:
         """log p of a candidate's tokens, by a plain forward over the whole conversation."""

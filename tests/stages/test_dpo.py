@@ -21,16 +21,14 @@ from vlm_calibration.data.candidates import (
 )
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.losses.preference import DPO, Hinge, Listwise, SimPO
+from vlm_calibration.losses.preference import DPO, IPO, Listwise, SimPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
-from vlm_calibration.stages import dpo
-from vlm_calibration.stages.preference_targets import (
-    IsotonicMap,
-    PairPolicy,
-)
+from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.preference_targets import PairPolicy
+from vlm_calibration.stages.teachers import FittedTeacher, LogisticMap, TeacherSettings
 
 from .preference import Data, MakeModule, Steps, adapter_weights
 
@@ -42,7 +40,7 @@ LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "l
     [
         ({}, PairPolicy(target="expected"), False),
         (
-            {"reference": "base", "loss": Hinge(beta=1.0)},
+            {"reference": "base", "loss": IPO(beta=1.0)},
             PairPolicy(target="expected", on_policy=True),
             False,
         ),
@@ -105,7 +103,7 @@ def test_a_run_changes_the_policy_alone_and_writes_its_files(
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert set(checkpoint["state_dict"]) == set(trained)
     assert all(".default." in name for name in trained)
-    assert checkpoint["recalibration"] is None
+    assert checkpoint["teacher"] is None
 
     folder = tmp_path / "run" / "adapter"
     assert not (folder / "reference").exists()
@@ -136,24 +134,31 @@ def test_training_goes_on_from_a_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    knots = {"yes_no": ([0.2, 0.9], [0.3, 0.6])}
-    monkeypatch.setattr(dpo, "fit_recalibration", lambda module: IsotonicMap(knots))
-    policy = PairPolicy(target="recalibrated", rejected="uniform", n_rejected=2)
+    maps = {kind: LogisticMap((0.5, 1.5), -0.25) for kind in ("yes_no", "short")}
+    teacher = FittedTeacher(TeacherSettings(), maps, {"n": 12.0})
+    monkeypatch.setattr(DPOModule, "_fit_teacher", lambda module: teacher)
+    policy = PairPolicy(target="fitted", rejected="uniform", n_rejected=2)
+    own = CandidateSettings(answers="own")
     uninterrupted, seen = make_module(pairs=policy), Steps()
     saver = RunCheckpoint(filename="{epoch}", save_top_k=-1)
     run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
-    run.fit(uninterrupted, datamodule=candidates())
+    run.fit(uninterrupted, datamodule=candidates(own, validation=DemoSource("calibration", scenes=1)))
     first = tmp_path / "run" / "checkpoints" / "epoch=0.ckpt"
-    assert torch.load(first, weights_only=True)["recalibration"] == knots
+    assert torch.load(first, weights_only=True)["teacher"] == teacher.state()
 
-    def fitted(module: Any) -> IsotonicMap:
-        raise AssertionError("a resumed run keeps its map")
+    def fitted(module: Any) -> FittedTeacher:
+        raise AssertionError("a resumed run keeps its teacher")
 
-    monkeypatch.setattr(dpo, "fit_recalibration", fitted)
+    monkeypatch.setattr(DPOModule, "_fit_teacher", fitted)
     resumed, rest = make_module(pairs=policy), Steps()
     run = trainer(rest, max_epochs=2, limit_val_batches=0)
-    run.fit(resumed, datamodule=candidates(), ckpt_path=str(first))
-    assert resumed.recalibration == IsotonicMap(knots)
+    run.fit(
+        resumed,
+        datamodule=candidates(own, validation=DemoSource("calibration", scenes=1)),
+        ckpt_path=str(first),
+    )
+    assert resumed.fitted is not None
+    assert resumed.fitted.maps == maps
     assert len(seen.losses) == 6
     assert rest.losses == seen.losses[3:]
     there, here = (adapter_weights(m, "default") for m in (uninterrupted, resumed))

@@ -184,7 +184,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         ({"target": "level", "rejected": "far"}, False),
         ({"target": "level", "rejected": "far", "on_policy": True}, True),
         ({"target": "expected"}, True),
-        ({"target": "recalibrated"}, True),
+        ({"target": "correct"}, False),
     ],
 )
 def test_which_policies_need_the_reference(settings: dict[str, Any], needed: bool) -> None:

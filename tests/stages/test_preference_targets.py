@@ -20,7 +20,6 @@ from vlm_calibration.data.candidates import (
 )
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.stages.preference_targets import (
-    IsotonicMap,
     LevelDistribution,
     PairPolicy,
     kl_divergence,
@@ -70,19 +69,6 @@ def test_a_grid_refines_the_expected_confidence(
     assert all(sorted(c.confidence for c in row) == finer for row in chosen)
 
 
-def test_the_recalibrated_level_is_the_map_of_the_expected_one(
-    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    observed = Observed(make_module(pairs=PairPolicy(target="recalibrated")), candidates(), monkeypatch, 6)
-    observed.module.recalibration = IsotonicMap({"yes_no": ([0.0, 1.0], [0.1, 0.3])})
-    for row, (picks, sample) in enumerate(zip(observed.compared(), observed.samples, strict=True)):
-        expected = observed.expected(row)
-        if sample.query.answer_type == "yes_no":
-            assert picks[0].confidence == _nearest_level(0.1 + 0.2 * expected) == 0.25
-        else:
-            assert picks[0].confidence == _nearest_level(expected)
-
-
 def test_the_mode_of_the_reference_is_rejected(
     make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +95,8 @@ def test_reference_likelihoods_match_their_candidates(
         make_module(pairs=policy), candidates(CandidateSettings(wrong_answer=True)), monkeypatch, 9
     )
     with torch.no_grad():
-        compared, reference = observed.module.choose(observed.batch)
+        comparison = observed.module.choose(observed.batch)
+    compared, reference = comparison.compared, comparison.reference
     assert reference is not None
     assert {len(row) for row in compared} == {3, 4}, (
         "a response that is wrong itself has no wrong answer beside it"
@@ -130,7 +117,7 @@ def test_a_reference_that_is_not_needed_does_not_score(
         raise AssertionError("the reference scores")
 
     monkeypatch.setattr(observed.module, "score_reference", refuse)
-    assert observed.module.choose(observed.batch)[1] is None
+    assert observed.module.choose(observed.batch).reference is None
     assert observed.step().isfinite()
     adapters = set(observed.module.model.peft_config)
     assert adapters == ({"default"} if "reference" in settings else {"default", "reference"})

@@ -93,7 +93,10 @@ class Throughput(L.Callback):
 
 
 def tokens_of(batch: Any) -> Tensor | int:
-    """Tokens of a training batch that are not padding, on the batch's device; of a `CandidateBatch`, of all responses too."""
+    """Tokens of a training batch that are not padding, on the batch's device; of a `CandidateBatch`, of all responses too.
+
+    Own answers, which the step generates, are not counted.
+    """
     if not batch.inputs:
         return 0
     tokens: Tensor = batch.inputs["attention_mask"].sum()

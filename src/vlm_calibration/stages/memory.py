@@ -122,7 +122,11 @@ def stage_phases(config: Any, plan: Plan = Plan()) -> list[Phase]:
     if stage not in ("sft", "dpo"):
         return [answer_phase(config, plan)]
     training = training_phase(config, plan)
-    return [training, *validation_phases(config, plan, training.estimate)]
+    return [
+        training,
+        *own_answer_phases(config, plan, training.estimate),
+        *validation_phases(config, plan, training.estimate),
+    ]
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
@@ -200,6 +204,34 @@ def validation_phases(config: Any, plan: Plan, training: MemoryEstimate) -> list
     if (responses := _responses(settings, data)) > 1:
         candidates = (responses, RESPONSE_TOKENS)
         step = replace(step, systems=2, ranked=max(step.ranked or candidates, candidates, key=math.prod))
+    return [_answers_in_training("validation", step, config, training)]
+
+
+def own_answer_phases(config: Any, plan: Plan, training: MemoryEstimate) -> list[Phase]:
+    """The reference's answers within a training step, with the scores of their candidates; none where gold answers are compared.
+
+    Args:
+        config: of `fit`.
+        plan: as for `stage_phases`.
+        training: memory of a training step on one of the GPUs.
+    """
+    candidates = config.data.get("candidates")
+    if candidates is None or candidates.answers != "own":
+        return []
+    settings = config.model.init_args
+    target = settings.pairs.target
+    features = settings.teacher.features if target == "fitted" else [target]
+    step = replace(
+        _answering_step(base_model(config), config, plan),
+        batch=config.data.batch_size,
+        scored_tokens=settings.max_new_tokens + _responses(settings, config.data) * LEVEL_TOKENS,
+        sampled="self_consistency" in features,
+    )
+    return [_answers_in_training("own answers", step, config, training)]
+
+
+def _answers_in_training(name: str, step: AnsweringStep, config: Any, training: MemoryEstimate) -> Phase:
+    settings = config.model.init_args
     estimate = estimate_answering(
         base_model(config),
         step,
@@ -208,8 +240,8 @@ def validation_phases(config: Any, plan: Plan, training: MemoryEstimate) -> list
         training=True,
     )
     kept = ("trained", "weights", "gradients", "optimizer", "buckets", "gathered")
-    estimate = replace(estimate, **{name: getattr(training, name) for name in kept})
-    return [Phase("validation", _answer_work(step), estimate)]
+    estimate = replace(estimate, **{field: getattr(training, field) for field in kept})
+    return Phase(name, _answer_work(step), estimate)
 
 
 def _responses(settings: Any, data: Any) -> int:
