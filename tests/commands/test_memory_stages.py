@@ -62,6 +62,22 @@ def test_training_validates_unless_it_is_off(parse: Parse, tiny: Folder) -> None
     assert "ranked answers" in validation.work
 
 
+def test_own_answers_are_a_phase_beside_the_states_of_training(parse: Parse, tiny: Folder) -> None:
+    settings = {
+        **_base(tiny("llava_clip")),
+        "data__candidates__answers": "own",
+        "trainer__limit_val_batches": 0,
+    }
+    training, own = stage_phases(parse("dpo.yaml", **settings))
+    assert own.name == "own answers"
+    assert own.estimate.optimizer == training.estimate.optimizer > 0
+    assert own.work.startswith("16 prompts")
+    assert "scored responses" in own.work
+    assert "sampled" not in own.work
+    settings["model__init_args__pairs__target"] = "self_consistency"
+    assert "sampled answers" in stage_phases(parse("dpo.yaml", **settings))[1].work
+
+
 def test_ddp_has_a_second_copy_of_the_gradients(parse: Parse, tiny: Folder) -> None:
     base = _base(tiny("llava_clip"))
     alone = training_phase(parse("sft.yaml", **base), Plan()).estimate
