@@ -22,12 +22,11 @@ from trl.experimental.cpo import CPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from vlm_calibration.losses.candidates import CandidateScores
 from vlm_calibration.losses.functional import dpo, log_ratio_difference
 from vlm_calibration.losses.preference import (
     DPO,
     IPO,
-    CandidateScores,
-    Hinge,
     PreferenceLoss,
     SimPO,
     preference_statistics,
@@ -86,7 +85,10 @@ def score(models: Models) -> CandidateScores:
     )
     lengths = torch.tensor([[len(r) for r in responses] for _, responses in QUERIES])
     distance = (torch.arange(3) / 2).expand_as(policy)
-    return CandidateScores(policy, reference, lengths, distance, torch.ones_like(policy, dtype=torch.bool))
+    everywhere, zeros = torch.ones_like(policy, dtype=torch.bool), torch.zeros_like(policy)
+    return CandidateScores(
+        policy, reference, lengths, distance, everywhere, zeros, zeros, zeros[:, 0], everywhere, everywhere
+    )
 
 
 def _trainer(kind: type, **settings: Any) -> Any:
@@ -162,12 +164,10 @@ def assert_same(models: Models, ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_scores_are_far_apart(models: Models) -> None:
-    """The comparisons below are not of zeros, and cover both sides of the hinge's kink."""
+    """The comparisons below are not of zeros."""
     scores = score(models)
     assert scores.reference is not None
     assert float((scores.policy - scores.reference).detach().std()) > 1
-    reached = (scores.policy - scores.reference)[:, :1] - (scores.policy - scores.reference)[:, 1:] >= 1 / 0.8
-    assert 0 < int(reached.sum()) < reached.numel()
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,6 @@ def test_scores_are_far_apart(models: Models) -> None:
     [
         (DPO(beta=0.1), "sigmoid"),
         (DPO(beta=0.7), "sigmoid"),
-        (Hinge(beta=0.1), "hinge"),
-        (Hinge(beta=0.8), "hinge"),
         (IPO(beta=0.1, average=True), "ipo"),
         (IPO(beta=0.6, average=True), "ipo"),
     ],

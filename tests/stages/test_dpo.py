@@ -21,7 +21,7 @@ from vlm_calibration.data.candidates import (
 )
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.losses.preference import DPO, IPO, Listwise, SimPO
+from vlm_calibration.losses.preference import DPO, Listwise, Ordinal, SimPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -40,7 +40,7 @@ LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "l
     [
         ({}, PairPolicy(target="expected"), False),
         (
-            {"reference": "base", "loss": IPO(beta=1.0)},
+            {"reference": "base", "loss": Ordinal(beta=1.0)},
             PairPolicy(target="expected", on_policy=True),
             False,
         ),

@@ -25,8 +25,8 @@ from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fi
 
 
 def _stated(filled: CandidateScores) -> tuple[Tensor, Tensor, Tensor]:
-    """s, pi and Z: float [B, K], [B, K] and [B]. s is 0 and pi is 0 for candidates that do not give the own answer."""
-    s = torch.where(filled.own, filled.policy - filled.answer, 0.0)
+    """s, pi and Z: float [B, K], [B, K] and [B]. pi is 0 for candidates that do not give the own answer."""
+    s = filled.policy - filled.answer
     own = s.masked_fill(~filled.own, -torch.inf)
     return s, own.softmax(-1), own.logsumexp(-1)
 

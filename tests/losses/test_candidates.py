@@ -1,0 +1,177 @@
+"""What holds for every loss of candidates: gradients, padding, precision, refusals, settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fill_padding
+from vlm_calibration.losses.distribution import RLCR, ExpectedBrier, SoftLabel, TokenizedBrier
+from vlm_calibration.losses.preference import (
+    DPO,
+    IPO,
+    Listwise,
+    Ordinal,
+    SimPO,
+    preference_statistics,
+)
+from vlm_calibration.records import DataError
+
+from .tables import DISTRIBUTION_LOSSES, PREFERENCE_LOSSES, random_table, table
+
+each_loss = pytest.mark.parametrize("loss", [*PREFERENCE_LOSSES, *DISTRIBUTION_LOSSES], ids=repr)
+
+
+@each_loss
+def test_gradient(loss: CandidateLoss) -> None:
+    scores = random_table(5, n_queries=3)
+    policy, answer = scores.policy.clone().requires_grad_(), scores.answer.clone().requires_grad_()
+
+    def value(policy: Tensor, answer: Tensor) -> Tensor:
+        return loss(scores._replace(policy=policy, answer=answer))
+
+    assert torch.autograd.gradcheck(value, (policy, answer))
+
+
+@each_loss
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_padding_may_hold_anything(loss: CandidateLoss, garbage: float) -> None:
+    clean = random_table(7)
+    tables, values, gradients, rewards = [], [], [], []
+    for padding in (0.0, garbage):
+        filled = {
+            name: getattr(clean, name).masked_fill(~clean.valid, padding)
+            for name in ("policy", "reference", "distance", "answer", "confidence")
+        }
+        filled["lengths"] = clean.lengths.masked_fill(~clean.valid, 1 if padding == 0 else 0)
+        for name in ("correct", "own"):
+            filled[name] = getattr(clean, name).masked_fill(~clean.valid, padding != 0)
+        policy = filled["policy"].requires_grad_()
+        scores = clean._replace(**filled)
+        tables.append(fill_padding(scores))
+        value = loss(scores)
+        value.backward()
+        values.append(value)
+        gradients.append(policy.grad)
+        rewards.append(
+            torch.stack([loss.rewards(scores).sum(), *preference_statistics(loss, scores).values()])
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
+    assert values[0].isfinite()
+    assert values[0] == values[1]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not gradients[1][~clean.valid].any()
+    assert torch.equal(rewards[0], rewards[1])
+
+
+@each_loss
+def test_half_precision_is_computed_in_float32(loss: CandidateLoss) -> None:
+    full = random_table(3)
+    names = ("policy", "reference", "answer")
+    half = full._replace(**{name: getattr(full, name).bfloat16() for name in names})
+    value = loss(half)
+    assert value.dtype == torch.float32
+    rounded = full._replace(**{name: getattr(half, name).double() for name in names})
+    assert float(value) == pytest.approx(float(loss(rounded)), rel=1e-5)
+    assert loss(full).dtype == torch.float64
+
+
+@each_loss
+@pytest.mark.parametrize("size", [-1e4, 1e4])
+@pytest.mark.parametrize("own", [True, False])
+def test_large_margins_stay_finite(loss: CandidateLoss, size: float, own: bool) -> None:
+    scores = table([[0, 0, 0]], confidence=[[0, 0.5, 1]], target=[0], own=[[True, True, own]])
+    policy = torch.tensor([[size, 0.0, -size]], requires_grad=True)
+    scores = scores._replace(
+        policy=policy, distance=scores.confidence, reference=torch.zeros(1, 3), answer=torch.zeros(1, 3)
+    )
+    value = loss(scores)
+    assert value.dtype == torch.float32
+    value.backward()
+    assert value.isfinite()
+    assert policy.grad is not None
+    assert policy.grad.isfinite().all()
+
+
+def _with(**changes: Tensor) -> CandidateScores:
+    return random_table(0, 2, 3)._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (
+            lambda: _with(valid=torch.tensor([[True] * 3, [False, True, True]])),
+            "column 0 is the chosen response",
+        ),
+        (
+            lambda: _with(own=torch.tensor([[True] * 3, [False, True, True]])),
+            "column 0 is the chosen response",
+        ),
+        (lambda: _with(lengths=torch.ones(2, 2)), r"lengths has shape \(2, 2\), but policy has \(2, 3\)"),
+        (lambda: _with(reference=torch.ones(3)), r"reference has shape \(3,\), but policy has \(2, 3\)"),
+        (lambda: _with(policy=torch.ones(3)), r"must be a table of queries x candidates, found shape \(3,\)"),
+        (lambda: _with(policy=torch.ones(0, 3)), "must be a table of queries x candidates"),
+        (lambda: _with(lengths=torch.zeros(2, 3)), "length of at least 1 token"),
+        (lambda: _with(answer=torch.zeros(2, 2)), r"answer has shape \(2, 2\)"),
+        (lambda: _with(target=torch.zeros(2, 3)), r"target has shape \(2, 3\).* expected \(2,\)"),
+        (lambda: _with(target=torch.tensor([0.5, 50.0])), r"must be in \[0, 1\]"),
+        (lambda: _with(target=torch.tensor([0.5, math.nan])), r"must be in \[0, 1\]"),
+        (lambda: _with(confidence=torch.full((2, 3), -0.1)), r"must be in \[0, 1\]"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(DPO(), Listwise(), SoftLabel(), TokenizedBrier(), ExpectedBrier(), RLCR()),
+        *(SimPO().rewards, RLCR().rewards, lambda scores: preference_statistics(DPO(), scores)),
+    ],
+)
+def test_tables_that_are_refused(
+    scores: Callable[[], CandidateScores], message: str, call: Callable[[CandidateScores], object]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(scores())
+
+
+@pytest.mark.parametrize("kind", [DPO, SimPO, IPO, Ordinal, Listwise])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
+def test_bad_beta(kind: Callable[..., CandidateLoss], beta: float) -> None:
+    with pytest.raises(DataError, match=f"loss.beta must be a finite number above 0, found {beta}"):
+        kind(beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (DPO, "label_smoothing", [-0.1, 0.5, 1.0, math.nan]),
+        (SimPO, "gamma", [-0.1, math.inf, math.nan]),
+        (Ordinal, "offset", [-0.1, math.inf, math.nan]),
+        (SoftLabel, "width", [-0.1, 0.0, 0.0009, 1.1, math.nan]),
+    ],
+)
+def test_bad_settings(kind: Callable[..., CandidateLoss], name: str, values: list[float]) -> None:
+    for value in values:
+        with pytest.raises(DataError, match=rf"loss\.{name} must be .*, found {value}"):
+            kind(**{name: value})
+
+
+def test_losses_are_made_from_a_config() -> None:
+    def build(loss: CandidateLoss) -> CandidateLoss:
+        return loss
+
+    module = "vlm_calibration.losses"
+    config = {"class_path": f"{module}.preference.DPO", "init_args": {"label_smoothing": 0.1}}
+    for args, loss in [
+        ([f"--loss={json.dumps(config)}"], DPO(label_smoothing=0.1)),
+        ([f"--loss={module}.preference.Ordinal", "--loss.offset=2"], Ordinal(offset=2.0)),
+        ([f"--loss={module}.distribution.SoftLabel", "--loss.width=0.1"], SoftLabel(width=0.1)),
+        ([f"--loss={module}.distribution.RLCR"], RLCR()),
+    ]:
+        assert auto_cli(build, args=args, as_positional=False) == loss
