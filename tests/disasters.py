@@ -133,12 +133,12 @@ class WriteLosses(L.Callback):
             file.write(f"{float(outputs['loss'])!r}\n")
 
 
-class WriteMap(L.Callback):
-    """Writes a preference stage's recalibration map to `map-RANK.json` in the run directory when training starts."""
+class WriteTeacher(L.Callback):
+    """Writes a preference stage's fitted teacher to `teacher-RANK.json` in the run directory when training starts."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        path = Path(trainer.default_root_dir) / f"map-{trainer.global_rank}.json"
-        path.write_text(json.dumps(module.recalibration.knots), encoding="utf-8")
+        path = Path(trainer.default_root_dir) / f"teacher-{trainer.global_rank}.json"
+        path.write_text(json.dumps(module.fitted.state()), encoding="utf-8")
 
 
 class KillTest(L.Callback):

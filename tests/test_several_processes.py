@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_processes(
+def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers."""
@@ -75,23 +75,30 @@ def test_the_map_of_a_recalibrated_target_is_fitted_on_the_answers_of_all_proces
         "reference": "base",
         "parts": "null",
         "max_new_tokens": "8",
+        "pairs.target": "fitted",
     }
     answering = [word for key, value in settings.items() for word in (f"--model.init_args.{key}", value)]
-    answering += ["--model.init_args.pairs.target", "recalibrated", "--data.validation.init_args.scenes", "8"]
+    answering += ["--data.candidates.answers", "own", "--data.validation.init_args.scenes", "8"]
     answering += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
-    watch = callback("disasters.WriteMap")
-    ended = run(*start("one", watch, stage="dpo"), *answering)
+    watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
+    ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
-    command = [*start("two", watch, stage="dpo", strategy="ddp"), *answering, *TWO]
+    command = [*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *TWO]
     ended = run_plainly(command, root, tmp_path)
     assert ended.status == 0, ended.err
-    one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/map-*.json")))
+    one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
     assert len(two) == 2
-    assert any(len(set(accuracies)) > 1 for _, accuracies in one.values()), "the answers differ in accuracy"
+    assert one["scores"]["n"] == 24
+    assert 0 < one["scores"]["accuracy"] < 1
+    assert set(one["maps"]) == {"yes_no", "short"}
     for fitted in two:
-        assert fitted.keys() == one.keys()
-        for kind, knots in one.items():
-            torch.testing.assert_close(torch.tensor(fitted[kind]), torch.tensor(knots), atol=1e-4, rtol=1e-3)
+        assert fitted["scores"] == pytest.approx(one["scores"], abs=1e-3)
+        assert fitted["maps"].keys() == one["maps"].keys()
+        for kind, (weights, intercept) in one["maps"].items():
+            assert fitted["maps"][kind][0] == pytest.approx(weights, abs=1e-3)
+            assert fitted["maps"][kind][1] == pytest.approx(intercept, abs=1e-3)
+    assert two[0] == two[1], "both processes fit the same teacher"
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), abs=1e-3)
 
 
 def test_accumulated_batches_are_one_large_batch(

@@ -38,7 +38,8 @@ class CandidateSettings:
         grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels. A noise
             scale with few levels needs it to express a mean that lies between them. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong.
+            rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong; a right one is not
+            rejected.
         seed: seed of the draw among several wrong answers.
     """
 

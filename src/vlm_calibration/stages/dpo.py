@@ -235,13 +235,19 @@ class DPOModule(L.LightningModule):
         if self.pairs.target == "fitted" and self.fitted is None:
             self.fitted = self._fit_teacher()
 
+    @torch.no_grad()
     def _fit_teacher(self) -> FittedTeacher:
         """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         rows: list[TaughtAnswer] = []
         for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             if not batch.prompts.queries:
                 continue
-            with shared_vision(self.model), self.as_reference(), eval_mode(self.model):
+            with (
+                self.trainer.precision_plugin.val_step_context(),  # as in the steps, which use the features
+                shared_vision(self.model),
+                self.as_reference(),
+                eval_mode(self.model),
+            ):
                 answered = self._answer(batch.prompts.to(self.device))
                 rates = features_of(self.estimators, answered)
             rows += [

@@ -171,7 +171,9 @@ def choose_candidates(
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
         target = nearest([c.confidence for c in candidates if not c.wrong], targets[row])
         mode = None if reference is None else reference.mode(row)
-        picks.append(tuple(choose(policy, candidates, target, query, batch.epochs[row], mode)))
+        chosen = choose(policy, candidates, target, query, batch.epochs[row], mode)
+        # A wrong answer is not preferred over its opposite, which is correct.
+        picks.append(tuple(i for i in chosen if batch.is_correct[row] or not candidates[i].wrong))
     return tuple(picks)
 
 

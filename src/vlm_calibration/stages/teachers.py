@@ -112,7 +112,7 @@ class FittedTeacher:
         settings: what was fitted.
         maps: answer type -> its map.
         scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
-            `accuracy`, `brier`, `ece`, `auroc`; those of a map alone without a second image.
+            `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
     """
 
     def __init__(
@@ -144,12 +144,23 @@ class FittedTeacher:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
+            "settings": _plain(self.settings),
             "maps": {kind: tuple(fitted) for kind, fitted in self.maps.items()},
             "scores": dict(self.scores),
         }
 
     @staticmethod
     def from_state(settings: TeacherSettings, state: Mapping[str, Any]) -> FittedTeacher:
+        """The teacher of a checkpoint.
+
+        Raises:
+            DataError: it was fitted with other settings.
+        """
+        if state["settings"] != _plain(settings):
+            raise DataError(
+                f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
+                f"{_plain(settings)}: use the settings of the run that wrote the checkpoint"
+            )
         build = LogisticMap if settings.map == "logistic" else IsotonicMap
         maps = {kind: build(*values) for kind, values in state["maps"].items()}
         return FittedTeacher(settings, maps, state["scores"])
@@ -160,6 +171,10 @@ class FittedTeacher:
             for name, value in self.scores.items()
         )
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
+
+
+def _plain(settings: TeacherSettings) -> dict[str, Any]:
+    return {"features": list(settings.features), "map": settings.map}
 
 
 def estimators_of(features: Sequence[str]) -> list[Estimator]:
@@ -227,10 +242,11 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
         for i in held_out:
             if rows[i].answer_type in maps:
                 confidence[i] = maps[rows[i].answer_type](rows[i].features)
-    rated = ~confidence.isnan()
+    rated = ~confidence.isnan()  # all but those of an answer type of a single fold
     confidence, correct = confidence[rated], correct[rated]
-    return scores | {
-        "brier": float(brier_score(confidence, correct)),
-        "ece": float(expected_calibration_error(confidence, correct)),
-        "auroc": float(auroc(confidence, correct)),
-    }
+    if len(correct):
+        scores["brier"] = float(brier_score(confidence, correct))
+        scores["ece"] = float(expected_calibration_error(confidence, correct))
+    if len(correct.unique()) == 2:
+        scores["auroc"] = float(auroc(confidence, correct))
+    return scores

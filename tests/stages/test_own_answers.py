@@ -1,0 +1,478 @@
+"""Stage 2 on the reference's own answers, against each query and each response on its own: answers, scores, targets and losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vlm_calibration.callbacks.checkpoint import RunCheckpoint
+from vlm_calibration.data.candidates import CandidateSettings
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.p_true import TEMPLATE
+from vlm_calibration.losses.candidates import CandidateLoss
+from vlm_calibration.losses.distribution import RLCR, ExpectedBrier, SoftLabel, TokenizedBrier
+from vlm_calibration.losses.preference import DPO, Listwise, SimPO
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.records import DataError
+from vlm_calibration.stages import dpo
+from vlm_calibration.stages.preference_targets import PairPolicy
+from vlm_calibration.stages.teachers import FittedTeacher, LogisticMap, TeacherSettings
+from vlm_calibration.stages.training import trained_parameters
+
+from .own import OwnStep, loss_by_hand, nearest
+from .preference import LEVELS, Data, MakeModule, Steps, adapter_weights
+
+OWN = CandidateSettings(answers="own")
+WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
+TARGETS = ("level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct")
+EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
+MAPS = {"yes_no": LogisticMap((0.7, 0.4), -0.3), "short": LogisticMap((-0.2, 0.9), 0.6)}
+
+MakeStep = Callable[..., OwnStep]
+
+
+@pytest.fixture
+def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch) -> MakeStep:
+    """Function that builds a step of six queries; `data` are settings of the data, all others of the module."""
+
+    def make(
+        answers: CandidateSettings = OWN,
+        n: int = 6,
+        moved: float = 0.03,
+        data: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> OwnStep:
+        plain = {"pairs": PairPolicy(target="correct"), "loss": SoftLabel(width=0.2)}
+        module = make_module(**{**plain, **settings})
+        module.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
+        return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
+
+    return make
+
+
+# --- Answers and scores ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"reference": "base"}, {"scoring": "plain"}], ids=repr)
+def test_candidates_give_what_the_reference_generates_and_are_scored_as_if_alone(
+    make_step: MakeStep, settings: dict[str, Any]
+) -> None:
+    step = make_step(n=9, **settings)
+    prompts, comparison = step.compare()
+    assert len(set(prompts.lengths.tolist())) > 1, "prompts of different lengths"
+    with torch.no_grad():
+        policy = step.module.score(prompts, comparison.candidates)
+    assert comparison.of_all is not None
+    for row in range(9):
+        ours = comparison.candidates[row]
+        assert [c.confidence for c in ours] == list(LEVELS)
+        assert comparison.is_correct[row] == step.is_correct(row)
+        assert not any(c.wrong for c in ours)
+        for scores, reference in ((comparison.of_all, True), (policy, False)):
+            alone = step.stated(row, reference)
+            assert [list(c.tokens) for c in ours] == [r.ids for r in alone]
+            assert [c.answer_length for c in ours] == [r.answer for r in alone]
+            for k, response in enumerate(alone):
+                n = len(response.ids)
+                assert scores.tokens[row, k].tolist() == [t < n for t in range(scores.tokens.shape[2])]
+                assert scores.log_likelihood[row, k, :n].tolist() == pytest.approx(response.log_p, abs=2e-3)
+                assert not scores.log_likelihood[row, k, n:].any()
+    assert set(comparison.is_correct) == {True, False}
+    assert any(step.answer(row).rstrip(".") != step.samples[row].query.answer for row in range(9))
+    assert prompts.queries == tuple(s.query for s in step.samples)
+    assert prompts.levels == tuple(s.confidence for s in step.samples)
+
+
+def test_own_answers_follow_the_reference_not_the_policy(make_step: MakeStep) -> None:
+    step = make_step(moved=0.4)
+    prompts, _ = step.compare()
+    decode = step.queries.processor.tokenizer.decode
+    own = [decode(row[0].tokens[: row[0].answer_length]).strip() for row in prompts.candidates]
+    assert own == [step.answer(row) for row in range(6)]
+    policy = [step.text(row, reference=False) for row in range(6)]
+    assert sum(a not in text for a, text in zip(own, policy, strict=True)) > 2, "the policy answers otherwise"
+    with torch.no_grad():
+        predictions = step.module.validation_step(next(iter(step.queries.val_dataloader())), 0)[""]
+    assert len(predictions) == 3
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_reference_answers_in_eval_mode_with_a_cache(
+    make_step: MakeStep, monkeypatch: pytest.MonkeyPatch, gradient_checkpointing: bool
+) -> None:
+    expected = make_step().compare()[1]
+    seen: list[tuple[bool, bool, bool]] = []
+    original = dpo.own_answers
+
+    def recorded(model: Any, *arguments: Any) -> Any:
+        answered = original(model, *arguments)
+        modes = {m.training for m in model.modules()}
+        seen.append((modes == {False}, torch.is_grad_enabled(), answered.cache is None))
+        return answered
+
+    monkeypatch.setattr(dpo, "own_answers", recorded)
+    step = make_step(gradient_checkpointing=gradient_checkpointing)
+    for name, layer in step.module.model.named_modules():
+        if name.endswith("lora_dropout"):
+            layer["reference"] = nn.Dropout(0.9)
+    step.module.model.train()
+    _, comparison = step.compare()
+    assert seen == [(True, False, False)]
+    assert {m.training for m in step.module.model.modules()} == {True}
+    assert comparison.candidates == expected.candidates
+    assert comparison.is_correct == expected.is_correct
+    assert comparison.of_all is not None
+    assert expected.of_all is not None
+    torch.testing.assert_close(comparison.of_all, expected.of_all, atol=1e-5, rtol=1e-5)
+    assert float(step.step()) == pytest.approx(float(make_step().step()), abs=1e-5)
+
+
+# --- Targets --------------------------------------------------------------------------------------------------------
+
+
+def _target(step: OwnStep, row: int, target: str) -> float:
+    """The target of one query, by hand."""
+    query, answer = step.samples[row].query, step.answer(row)
+    if target == "level":
+        return step.samples[row].confidence
+    if target == "correct":
+        return float(step.is_correct(row))
+    if target == "expected":
+        return step.ask(row, lambda alone: alone.expected(answer, LEVELS))
+    if target == "likelihood":
+        if query.answer_type != "yes_no":
+            return step.ask(row, lambda alone: alone.likelihood(answer))
+        words = ("Yes.", "No.") if answer.lower().startswith("yes") else ("No.", "Yes.")
+        return step.ask(row, lambda alone: alone.against(alone.prompt, *words))
+    if target == "p_true":
+        asked = TEMPLATE.format(question=query.question, answer=answer)
+        return step.ask(row, lambda alone: alone.against(asked, "True", "False"))
+    assert target == "fitted"
+    *weights, intercept = *MAPS[query.answer_type].weights, MAPS[query.answer_type].intercept
+    features = [_target(step, row, name) for name in ("likelihood", "expected")]
+    z = intercept + sum(w * math.log(f / (1 - f)) for w, f in zip(weights, features, strict=True))
+    return 1 / (1 + math.exp(-z))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "self_consistency"])
+def test_targets_are_what_is_computed_for_each_query_alone(make_step: MakeStep, target: Any) -> None:
+    step = make_step(pairs=PairPolicy(target=target))
+    _, comparison = step.compare()
+    expected = [_target(step, row, target) for row in range(6)]
+    assert comparison.targets == pytest.approx(expected, abs=2e-3)
+    assert np.std(expected) > 0.01
+    for picks, confidence in zip(comparison.picks, expected, strict=True):
+        assert picks[0] == nearest(LEVELS, confidence)
+        assert sorted(picks) == list(range(len(LEVELS)))
+
+
+@pytest.mark.slow
+def test_the_target_self_consistency_is_that_of_each_query_alone(make_step: MakeStep) -> None:
+    step = make_step(pairs=PairPolicy(target="self_consistency"), loss=DPO())
+    _, comparison = step.compare()
+    alone = []
+    for sample in step.samples:
+        with torch.no_grad(), step.module.as_reference():
+            answered = step.module._answer(step.collate([sample]))
+            alone += SelfConsistency().estimate(answered).confidence
+    assert list(comparison.targets) == alone
+    assert len(set(alone)) > 1
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [OWN, WITH_OPPOSITE], ids=["own", "opposite"])
+def test_losses_by_hand(make_step: MakeStep, answers: CandidateSettings) -> None:
+    step = make_step(answers, pairs=PairPolicy(target="expected"))
+    yes_no = [row for row in range(6) if step.samples[row].query.answer_type == "yes_no"]
+    step.write({yes_no[0]: "No. Confidence: 25%", yes_no[1]: "No. Confidence: 75%"})
+    assert {step.is_correct(row) for row in yes_no} == {True, False}
+    policy, reference = (
+        [step.stated(row, of, answers.wrong_answer) for row in range(6)] for of in (False, True)
+    )
+    targets = [_target(step, row, "expected") for row in range(6)]
+    for loss in (SoftLabel(width=0.2), TokenizedBrier(), RLCR(), DPO(beta=0.4)):
+        step.module.loss = loss
+        rows = zip(policy, reference, targets, strict=True)
+        expected = np.mean([loss_by_hand(loss, *row) for row in rows])
+        assert float(step.step()) == pytest.approx(expected, abs=2e-3), loss
+
+
+@pytest.mark.slow
+def test_the_other_terms_by_hand(make_step: MakeStep) -> None:
+    """The likelihood of the chosen responses, with the weights of stage 1, and the drift of what the responses share."""
+    pairs = PairPolicy(target="correct")
+    losses = {
+        weights: float(make_step(pairs=pairs, nll_weight=weights[0], drift_weight=weights[1]).step())
+        for weights in ((0.0, 0.0), (0.7, 0.0), (0.0, 0.3))
+    }
+    step = make_step(pairs=pairs)
+    first = step.stated(0, True)
+    ending = next(n for n in range(1, 9) if len({tuple(r.ids[-n - 1 :]) for r in first}) > 1)
+    nll, drift = [], []
+    for row in range(6):
+        policy, reference = step.stated(row, False), step.stated(row, True)
+        correct = step.is_correct(row)
+        chosen = policy[0 if correct else -1]
+        answer = math.fsum(chosen.log_p[: chosen.answer])
+        nll.append(-(answer * correct * chosen.confidence + chosen.s) / len(chosen.ids))
+        changes = [np.array(p.log_p) - np.array(r.log_p) for p, r in zip(policy, reference, strict=True)]
+        ends = [change[-ending:].sum() ** 2 for change in changes]
+        drift.append(changes[0][: chosen.answer].sum() ** 2 + np.mean(ends))
+    assert losses[0.7, 0.0] - losses[0.0, 0.0] == pytest.approx(0.7 * np.mean(nll), abs=2e-3)
+    assert losses[0.0, 0.3] - losses[0.0, 0.0] == pytest.approx(0.3 * np.mean(drift), rel=2e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "loss", [SoftLabel(), TokenizedBrier(), ExpectedBrier(), RLCR(), DPO(), Listwise()], ids=repr
+)
+def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep, loss: CandidateLoss) -> None:
+    step = make_step(WITH_OPPOSITE, loss=loss, n=4)
+    parameters = trained_parameters(step.module)
+    optimizer, losses = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0), []
+    frozen = {n: p.detach().clone() for n, p in step.module.named_parameters() if not p.requires_grad}
+    for _ in range(5):
+        value = step.step()
+        losses.append(float(value))
+        optimizer.zero_grad()
+        value.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.01
+    assert losses == sorted(losses, reverse=True)
+    assert all(torch.equal(p, frozen[n]) for n, p in step.module.named_parameters() if n in frozen)
+
+
+# --- Answers that do not count --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [SoftLabel(), RLCR(), DPO(), SimPO()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [("expected", EMPTY), ("correct", EMPTY), ("likelihood", UNCLEAR), ("fitted", UNCLEAR)],
+)
+def test_a_query_without_an_answer_to_rate_does_not_count(
+    make_step: MakeStep, loss: CandidateLoss, target: Any, text: str
+) -> None:
+    step = make_step(
+        *(WITH_OPPOSITE, 5),
+        loss=loss,
+        pairs=PairPolicy(target=target),
+        nll_weight=0.5,
+        drift_weight=0.5,
+        data={"batch_size": 5},
+    )
+    step.write({1: text})
+    assert step.samples[1].query.answer_type == "yes_no"
+    whole = float(step.step())
+    logged = dict(step.logged)
+    gradients = _gradients(step, step.batch)
+    rest = step.collate([s for row, s in enumerate(step.samples) if row != 1])
+    assert whole == pytest.approx(float(step.step(rest)), abs=1e-4)
+    assert logged == pytest.approx(step.logged, abs=2e-3)
+    for name, gradient in _gradients(step, rest).items():
+        assert torch.allclose(gradients[name], gradient, atol=1e-4 + 1e-3 * float(gradient.abs().max())), name
+
+
+def _gradients(step: OwnStep, batch: Any) -> dict[str, torch.Tensor]:
+    step.module.zero_grad(set_to_none=True)
+    step.step(batch).backward()
+    return {n: p.grad.clone() for n, p in step.module.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_step: MakeStep) -> None:
+    step = make_step(n=3)
+    step.write(dict.fromkeys(range(3), EMPTY))
+    loss = step.step()
+    assert float(loss) == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in trained_parameters(step.module))
+    assert step.logged == {}
+    step.module._validate_pairs(step.batch)
+    assert all(int(mean.weight) == 0 for mean in step.module.pair_means.values())  # type: ignore[arg-type, union-attr]
+
+
+def test_samples_that_are_too_long_are_skipped(make_step: MakeStep) -> None:
+    step = make_step(n=6, data={"on_too_long": "skip"})
+    lengths = step.batch.inputs["attention_mask"].sum(1).tolist()
+    limit = sorted(lengths)[2]
+    kept = [s for s, n in zip(step.samples, lengths, strict=True) if n <= limit]
+    assert 0 < len(kept) < 6
+    expected = float(step.step(step.collate(kept)))
+    step.collate.max_length = limit
+    assert float(step.step()) == pytest.approx(expected, abs=1e-5)
+    assert step.module.skipped == 6 - len(kept)
+    assert step.logged["train/skipped"] == 6 - len(kept)
+    step.collate.max_length = 1
+    assert float(step.step()) == 0
+    assert step.module.skipped == 12 - len(kept)
+    step.collate.on_too_long = "raise"
+    with pytest.raises(DataError, match=step.samples[0].query.id):
+        step.step()
+
+
+# --- The opposite answer --------------------------------------------------------------------------------------------
+
+
+def test_yes_and_no_have_the_opposite_answer_as_well(make_step: MakeStep) -> None:
+    step = make_step(WITH_OPPOSITE, loss=RLCR(), n=4)
+    golds = [s.query.answer for s in step.samples]
+    assert golds[:2] == ["Yes", "No"]
+    step.write({0: "No. Confidence: 75%", 1: "no, it is not", 3: UNCLEAR})
+    correct: list[list[bool]] = []
+    original = dpo.which_correct
+
+    def recorded(*arguments: Any) -> list[list[bool]]:
+        correct.extend(original(*arguments))
+        return original(*arguments)
+
+    step.monkeypatch.setattr(dpo, "which_correct", recorded)
+    step.step()
+    _, comparison = step.compare()
+    decode = step.queries.processor.tokenizer.decode
+    texts = [[decode(c.tokens[: c.answer_length]).strip() for c in row] for row in comparison.compared]
+    n = len(LEVELS)
+    assert set(texts[0][:n]) == {"No."}
+    assert set(texts[0][n:]) == {"Yes."}
+    assert correct[0] == [False] * n + [True] * n, "the own answer is wrong, its opposite correct"
+    assert set(texts[1][n:]) == {"Yes."}
+    assert correct[1] == [True] * n + [False] * n
+    assert [c.wrong for c in comparison.compared[0]] == [False] * n + [True] * n
+    assert step.samples[2].query.answer_type == "short"
+    assert len(texts[2]) == len(texts[3]) == n, "no opposite of a short answer, or of neither yes nor no"
+    assert correct[3] == [False] * n
+
+
+def test_a_wrong_answer_is_not_preferred_over_its_opposite(make_step: MakeStep) -> None:
+    step = make_step(WITH_OPPOSITE, loss=DPO(), n=2)
+    step.write({0: "No. Confidence: 75%", 1: "No. Confidence: 75%"})
+    _, comparison = step.compare()
+    assert comparison.is_correct == (False, True)
+    wrong, correct = comparison.compared
+    assert [(c.confidence, c.wrong) for c in wrong] == [(0.0, False), *((c, False) for c in LEVELS[:-1])]
+    assert [(c.confidence, c.wrong) for c in correct] == [*((c, False) for c in LEVELS), (1.0, True)]
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answers", "settings"),
+    [
+        (WITH_OPPOSITE, {"loss": RLCR(), "pairs": PairPolicy(target="correct")}),
+        (OWN, {"loss": SoftLabel(), "pairs": PairPolicy(target="fitted"), "gradient_checkpointing": True}),
+        (
+            WITH_OPPOSITE,
+            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2, on_policy=True), "reference": "base"},
+        ),
+        (OWN, {"loss": SimPO(), "nll_weight": 1.0, "drift_weight": 1.0}),
+    ],
+    ids=repr,
+)
+def test_a_run_logs_before_and_after(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    answers: CandidateSettings,
+    settings: dict[str, Any],
+) -> None:
+    base = settings.get("reference") == "base"
+    lora = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.0)} if base else {}
+    module, seen = make_module(**lora, **settings), Steps()
+    run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
+    run.fit(module, datamodule=candidates(answers))
+    assert len(seen.losses) == 3
+    assert all(math.isfinite(loss) for loss in seen.losses)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in seen.gradients)
+    before, after = seen.validated
+    for values in (before, after):
+        assert {f"val/{name}" for name in ("reward_margin", "logp_chosen", "kl", "accuracy", "ece")} <= set(
+            values
+        )
+    assert before["val/kl"] == pytest.approx(0, abs=1e-5), "the policy is the reference at first"
+    assert after["val/logp_chosen"] != pytest.approx(before["val/logp_chosen"], abs=1e-3)
+    assert base or after["val/kl"] > 1e-6, "the base model is sure of one level"
+
+
+def test_validating_alone_needs_no_fitted_teacher(
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    module = make_module(pairs=PairPolicy(target="fitted"))
+    [values] = trainer().validate(module, datamodule=candidates(OWN), verbose=False)
+    assert "val/accuracy" in values
+    assert "val/kl" not in values
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_teacher(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"pairs": PairPolicy(target="fitted"), "loss": SoftLabel()}
+    uninterrupted, seen = make_module(**settings), Steps()
+    saver = RunCheckpoint(filename="{epoch}", save_top_k=-1)
+    run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
+    run.fit(uninterrupted, datamodule=candidates(OWN))
+    first = tmp_path / "run" / "checkpoints" / "epoch=0.ckpt"
+    assert uninterrupted.fitted is not None
+    assert torch.load(first, weights_only=True)["teacher"] == uninterrupted.fitted.state()
+
+    def refuse(module: Any) -> FittedTeacher:
+        raise AssertionError("a resumed run keeps its teacher")
+
+    monkeypatch.setattr(dpo.DPOModule, "_fit_teacher", refuse)
+    resumed, rest = make_module(**settings), Steps()
+    run = trainer(rest, max_epochs=2, limit_val_batches=0)
+    run.fit(resumed, datamodule=candidates(OWN), ckpt_path=str(first))
+    assert resumed.fitted is not None
+    assert resumed.fitted.state() == uninterrupted.fitted.state()
+    assert len(seen.losses) == 6
+    assert rest.losses == seen.losses[3:]
+    there, here = (adapter_weights(m, "default") for m in (uninterrupted, resumed))
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    other = make_module(**settings, teacher=TeacherSettings(("expected",), "isotonic"))
+    with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
+        trainer(max_epochs=2).fit(other, datamodule=candidates(OWN), ckpt_path=str(first))
+
+
+@pytest.mark.parametrize(
+    ("answers", "settings", "match"),
+    [
+        (
+            CandidateSettings(),
+            {"pairs": PairPolicy(target="likelihood")},
+            r"likelihood.*data\.candidates\.answers",
+        ),
+        (OWN, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
+        (None, {}, r"data\.candidates is not set"),
+    ],
+    ids=["gold", "none", "without"],
+)
+def test_data_that_does_not_fit_the_module_is_rejected(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    answers: CandidateSettings | None,
+    settings: dict[str, Any],
+    match: str,
+) -> None:
+    module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
+    with pytest.raises(DataError, match=match):
+        trainer(max_steps=1).fit(module, datamodule=candidates(answers))

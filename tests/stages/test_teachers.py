@@ -1,0 +1,412 @@
+"""The teachers of `target: fitted`: their maps and scores against scikit-learn, and the answers that they are fitted on."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.model_selection import GroupKFold
+
+from vlm_calibration.data.candidates import CandidateSettings
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.models.adapters import load_adapters
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.records import DataError
+from vlm_calibration.stages import dpo, teachers
+from vlm_calibration.stages.preference_targets import PairPolicy
+from vlm_calibration.stages.teachers import FittedTeacher, TaughtAnswer, TeacherSettings
+from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
+from vlm_calibration.text.grading import grade
+
+from ..estimators.naive import Alone
+from .preference import LEVELS, Data, MakeModule
+
+OWN = CandidateSettings(answers="own")
+FITTED = PairPolicy(target="fitted")
+ONE = TeacherSettings(features=("expected",))
+TWO = TeacherSettings()
+ISOTONIC = TeacherSettings(features=("expected",), map="isotonic")
+SETTINGS = [ONE, TWO, TeacherSettings(features=("expected", "likelihood", "p_true")), ISOTONIC]
+
+
+def _answers(settings: TeacherSettings, n: int = 120, seed: int = 0) -> list[TaughtAnswer]:
+    """Answers of two types about n / 4 images, correct more often where the features are high; some are exactly 0 or 1."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        features = np.round(rng.random(len(settings.features)), 2)
+        correct = bool(rng.random() < 0.2 + 0.7 * features.mean())
+        kind = ("yes_no", "short")[int(rng.random() < 0.3)]
+        rows.append(TaughtAnswer(tuple(features.tolist()), correct, kind, f"image-{i % (n // 4)}"))
+    extreme = (0.0, 1.0)
+    rows += [TaughtAnswer((e,) * len(settings.features), e > 0.5, "yes_no", f"image-{e}") for e in extreme]
+    return rows
+
+
+def _log_odds(features: Any) -> np.ndarray:
+    clipped = np.clip(np.asarray(features, dtype=np.float64), 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
+
+
+def _peer(
+    settings: TeacherSettings, rows: Sequence[TaughtAnswer], asked: Sequence[TaughtAnswer]
+) -> list[float]:
+    """The accuracy of the asked answers by scikit-learn's own predictions, fitted on `rows`; NaN for a type without a row."""
+    values = []
+    for answer in asked:
+        own = [row for row in rows if row.answer_type == answer.answer_type]
+        x, y = np.array([row.features for row in own]), np.array([row.correct for row in own])
+        if not own:
+            values.append(math.nan)
+        elif settings.map == "isotonic":
+            peer = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(x[:, 0], y)
+            values.append(float(peer.predict([answer.features[0]])[0]))
+        elif y.min() == y.max():
+            values.append((y.sum() + 1) / (len(y) + 2))
+        else:
+            logistic = LogisticRegression(max_iter=1000).fit(_log_odds(x), y)
+            values.append(float(logistic.predict_proba(_log_odds([answer.features]))[0, 1]))
+    return values
+
+
+# --- Maps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=repr)
+def test_the_map_of_each_answer_type_is_that_of_scikit_learn(settings: TeacherSettings) -> None:
+    rows, asked = _answers(settings), _answers(settings, 40, seed=1)
+    fitted = FittedTeacher.fit(settings, rows)
+    ours = [fitted(row.features, row.answer_type) for row in asked]
+    assert ours == pytest.approx(_peer(settings, rows, asked), abs=1e-5)
+    assert set(fitted.maps) == {"yes_no", "short"}
+    assert np.std(ours) > 0.1
+    swapped = [fitted(r.features, "short" if r.answer_type == "yes_no" else "yes_no") for r in asked]
+    assert swapped != pytest.approx(ours, abs=0.02), "the types have maps of their own"
+
+
+confidences = st.integers(0, 20).map(lambda n: n / 20)
+kinds = st.sampled_from(["yes_no", "short"])
+images = st.sampled_from([f"image-{i}" for i in range(8)])
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    st.lists(st.tuples(confidences, confidences, st.booleans(), kinds, images), min_size=1, max_size=40),
+    st.sampled_from([ISOTONIC, ONE, TWO]),
+    st.randoms(use_true_random=False),
+)
+def test_any_answers_give_a_monotone_map_to_shares_whatever_their_order(
+    drawn: list[tuple[float, float, bool, Any, str]], settings: TeacherSettings, random: Any
+) -> None:
+    rows = [
+        TaughtAnswer((a, b)[: len(settings.features)], correct, kind, image)
+        for a, b, correct, kind, image in drawn
+    ]
+    fitted = FittedTeacher.fit(settings, rows)
+    assert set(fitted.maps) == {row.answer_type for row in rows}
+    grid = np.linspace(0, 1, 21)
+    for kind in fitted.maps:
+        for other in (0.0, 0.5, 1.0):
+            values = [fitted((c, other)[: len(settings.features)], kind) for c in grid]
+            assert all(0 <= value <= 1 for value in values)
+            steps = np.diff(values)
+            rises, falls = (steps >= -1e-12).all(), (steps <= 1e-12).all()
+            assert rises if settings.map == "isotonic" else rises or falls
+    assert all(math.isfinite(score) for score in fitted.scores.values())
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    again = FittedTeacher.fit(settings, shuffled)
+    assert (again.maps, again.scores) == (fitted.maps, fitted.scores)
+
+
+def test_the_isotonic_map_by_hand() -> None:
+    correct = {0.2: [False, True], 0.4: [False], 0.6: [True, True], 0.9: [True]}
+    rows = [TaughtAnswer((c,), y, "open", str(c)) for c, values in correct.items() for y in values]
+    fitted = FittedTeacher.fit(ISOTONIC, rows)
+    # 0.2 is correct half the time, 0.4 never: pooled, by their counts, to a third.
+    values = [fitted((c,), "open") for c in (0.0, 0.2, 0.4, 0.5, 0.6, 1.0)]
+    assert values == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1]), "linear between, constant outside"
+
+
+def test_the_logistic_map_by_hand() -> None:
+    fitted = FittedTeacher(TWO, {"open": teachers.LogisticMap((1.0, -2.0), 0.5)}, {})
+    odds = math.exp(0.5) * (0.8 / 0.2) * (0.6 / 0.4) ** -2
+    assert fitted((0.8, 0.6), "open") == pytest.approx(odds / (1 + odds))
+    assert fitted((0.0, 1.0), "open") == pytest.approx(0, abs=1e-12)
+    assert fitted((1.0, 0.0), "open") == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "correct", "expected"), [(1, True, 2 / 3), (3, False, 1 / 5), (8, True, 0.9)])
+def test_answers_of_one_outcome_follow_the_rule_of_succession(n: int, correct: bool, expected: float) -> None:
+    rows = [TaughtAnswer((0.1 * i, 0.5), correct, "short", f"{i}") for i in range(n)]
+    mixed = [TaughtAnswer((0.3, 0.3), y, "yes_no", f"{y}") for y in (False, True)]
+    fitted = FittedTeacher.fit(TWO, rows + mixed)
+    for features in ((0.0, 0.0), (0.9, 0.1), (1.0, 1.0)):
+        assert fitted(features, "short") == pytest.approx(expected)
+
+
+def test_an_answer_type_without_answers_is_named() -> None:
+    fitted = FittedTeacher.fit(ONE, [TaughtAnswer((0.5,), True, "yes_no", "a")])
+    with pytest.raises(DataError, match=r"no open answer.*data\.validation.*yes_no"):
+        fitted((0.5,), "open")
+
+
+# --- State ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=repr)
+def test_a_checkpoint_keeps_the_teacher(settings: TeacherSettings) -> None:
+    fitted = FittedTeacher.fit(settings, _answers(settings))
+    file = io.BytesIO()
+    torch.save(fitted.state(), file)
+    file.seek(0)
+    again = FittedTeacher.from_state(settings, torch.load(file, weights_only=True))
+    assert (again.settings, again.maps, again.scores) == (settings, fitted.maps, fitted.scores)
+    for row in _answers(settings, 20, seed=2):
+        assert again(row.features, row.answer_type) == fitted(row.features, row.answer_type)
+    assert repr(again) == repr(fitted)
+    assert settings.map in repr(fitted)
+    assert all(feature in repr(fitted) for feature in settings.features)
+
+
+@pytest.mark.parametrize("other", [TWO, ISOTONIC, TeacherSettings(features=("likelihood",))], ids=repr)
+def test_a_teacher_of_other_settings_is_refused(other: TeacherSettings) -> None:
+    state = FittedTeacher.fit(ONE, _answers(ONE)).state()
+    with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
+        FittedTeacher.from_state(other, state)
+
+
+@pytest.mark.parametrize(
+    ("features", "kind", "match"),
+    [
+        ((), "logistic", "at least one"),
+        (("expected", "expected"), "logistic", "expected"),
+        (("expected", "p_true"), "isotonic", "isotonic.*p_true"),
+    ],
+)
+def test_settings_that_cannot_be_fitted_are_rejected(
+    features: Any, kind: Literal["logistic", "isotonic"], match: str
+) -> None:
+    with pytest.raises(DataError, match=rf"model\.teacher.*{match}"):
+        TeacherSettings(features, kind)
+
+
+# --- Scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=repr)
+@pytest.mark.parametrize("n_images", [30, 3])
+def test_scores_are_of_answers_about_images_that_the_maps_were_not_fitted_on(
+    settings: TeacherSettings, n_images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = _answers(settings, 4 * n_images)[: 4 * n_images]
+    fitted_on: list[set[str]] = []
+    original = teachers._fit_maps
+
+    def recorded(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> Any:
+        fitted_on.append({row.image for row in rows})
+        return original(settings, rows)
+
+    monkeypatch.setattr(teachers, "_fit_maps", recorded)
+    scores = FittedTeacher.fit(settings, rows).scores
+    folds = min(5, n_images)
+    assert [len(images) for images in fitted_on] == [n_images] + [n_images - n_images // folds] * folds
+
+    rows = sorted(rows)
+    confidence, held_out_images = np.full(len(rows), np.nan), []
+    for train, test in GroupKFold(folds).split(rows, groups=[row.image for row in rows]):
+        confidence[test] = _peer(settings, [rows[i] for i in train], [rows[i] for i in test])
+        held_out_images.append({rows[i].image for i in test})
+        assert not held_out_images[-1] & {rows[i].image for i in train}
+    assert all(not kept & out for kept, out in zip(fitted_on[1:], held_out_images, strict=True))
+    correct = np.array([row.correct for row in rows])
+    expected = {"n": len(rows), "accuracy": correct.mean()}
+    rated = ~np.isnan(confidence)  # with three images, a fold can hold all answers of a type
+    assert rated.all() or n_images == 3
+    confidence, correct = confidence[rated], correct[rated]
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    gaps = [abs((confidence[bins == b] - correct[bins == b]).sum()) for b in range(10)]
+    expected |= {
+        "brier": brier_score_loss(correct, confidence),
+        "ece": sum(gaps) / len(correct),
+        "auroc": roc_auc_score(correct, confidence),
+    }
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [ONE, ISOTONIC], ids=repr)
+@pytest.mark.parametrize(
+    ("rows", "undefined"),
+    [
+        ([("yes_no", True, "a"), ("yes_no", False, "a")], {"brier", "ece", "auroc"}),  # a single image
+        (
+            [("yes_no", True, "a"), ("short", False, "b")],
+            {"brier", "ece", "auroc"},
+        ),  # no fold knows the other's type
+        ([("yes_no", True, "a"), ("yes_no", True, "b")], {"auroc"}),
+        ([("yes_no", True, "a"), ("yes_no", False, "b")], set()),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_scores_that_are_undefined_are_left_out(
+    settings: TeacherSettings, rows: list[tuple[Any, bool, str]], undefined: set[str]
+) -> None:
+    answers = [TaughtAnswer((0.4,), correct, kind, image) for kind, correct, image in rows]
+    scores = FittedTeacher.fit(settings, answers).scores
+    assert set(scores) == {"n", "accuracy", "brier", "ece", "auroc"} - undefined
+    assert all(math.isfinite(score) for score in scores.values())
+
+
+# --- Fitting in a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_that(
+    make_module: MakeModule,
+    demo_folder: str,
+    adapter: str,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    gradient_checkpointing: bool,
+) -> None:
+    rated: list[bool] = []
+    original = dpo.features_of
+
+    def recorded(estimators: Any, answered: Any) -> Any:
+        rated.append(torch.is_grad_enabled())
+        return original(estimators, answered)
+
+    monkeypatch.setattr(dpo, "features_of", recorded)
+    settings = TeacherSettings(features=("likelihood", "expected"))
+    module = make_module(pairs=FITTED, teacher=settings, gradient_checkpointing=gradient_checkpointing)
+    queries = candidates(OWN, validation=DemoSource("calibration", scenes=4))
+    trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=queries)
+    assert module.fitted is not None
+    assert rated == [False] * 4, "three batches of validation and a step"
+    assert module.model.training
+
+    # By hand: generate alone with the adapter, and read every response alone.
+    model = load_adapters(load_base(BaseModel(demo_folder, dtype="float32")), {"sft": adapter}).eval()
+    dataset, tokenizer = queries.val_dataloader().dataset, queries.processor.tokenizer
+    rows = []
+    for sample in [dataset[0, i] for i in range(12)]:
+        query, alone = sample.query, Alone(model, queries.chat, sample.image, sample.query.question)
+        inputs = queries.chat.inputs([queries.chat.render(query.question)], [sample.image], "left")
+        text = generate_texts(model, inputs, tokenizer, 8, end_of_confidence)[0]
+        graded, answer = grade(text, query.answer, query.answer_type), strip_confidence(text)
+        likelihood = alone.likelihood(answer)
+        if query.answer_type == "yes_no":
+            yes = alone.against(alone.prompt, "Yes.", "No.")
+            likelihood = yes if graded.predicted == "yes" else 1 - yes
+        features = likelihood, alone.expected(answer, LEVELS)
+        rows.append(TaughtAnswer(features, graded.correct, query.answer_type, query.image))
+    assert {row.correct for row in rows} == {True, False}
+    for row in rows:
+        ours = module.fitted(row.features, row.answer_type)
+        assert ours == pytest.approx(_peer(settings, rows, [row])[0], abs=2e-3)
+    assert module.fitted.scores["n"] == 12
+
+
+def test_answers_are_rated_in_the_precision_of_training(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    autocast: list[bool] = []
+    original = dpo.own_answers
+
+    def recorded(*arguments: Any) -> Any:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return original(*arguments)
+
+    monkeypatch.setattr(dpo, "own_answers", recorded)
+    run = trainer(max_steps=1, limit_val_batches=0, precision="bf16-mixed")
+    run.fit(make_module(pairs=FITTED), datamodule=candidates(OWN))
+    assert autocast == [True, True], "in the fit of the teacher and in the step"
+
+
+OTHERS = [TaughtAnswer((0.3, 0.4), False, kind, "a") for kind in ("yes_no", "short")]
+OTHERS += [TaughtAnswer((0.8, 0.7), True, kind, "b") for kind in ("yes_no", "short")]
+
+
+def test_the_teacher_is_that_of_all_processes(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process none of whose own answers is rated must not raise while the others wait for it."""
+    own: list[list[TaughtAnswer]] = []
+
+    def gather(rows: list[TaughtAnswer]) -> list[TaughtAnswer]:
+        own.append(rows)
+        return rows + OTHERS
+
+    monkeypatch.setattr(dpo, "features_of", lambda _, answered: [None] * len(answered.predictions))
+    monkeypatch.setattr(dpo, "gather", gather)
+    module = make_module(pairs=FITTED)
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=candidates(OWN))
+    assert own == [[]]
+    assert module.fitted is not None
+    assert module.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
+
+
+def test_a_process_without_validation_queries_fits_the_teacher_of_the_others(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dpo, "gather", lambda rows: rows + OTHERS)
+    module, queries = make_module(pairs=FITTED), candidates(OWN)
+
+    def nothing() -> list[Any]:  # Lightning asks for the code of a loader's function, which `list` has not
+        return []
+
+    monkeypatch.setattr(queries, "val_dataloader", nothing)
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=queries)
+    assert module.fitted is not None
+    assert module.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
+
+
+def test_rows_are_gathered_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert teachers.gather([1, 2]) == [1, 2], "a single process"
+    monkeypatch.setattr(teachers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(teachers.dist, "get_world_size", lambda: 3)
+
+    def all_gather_object(gathered: list[Any], rows: list[Any]) -> None:
+        gathered[:] = [rows, [], ["other"]]
+
+    monkeypatch.setattr(teachers.dist, "all_gather_object", all_gather_object)
+    assert teachers.gather(["own"]) == ["own", "other"]
+
+
+def test_a_teacher_needs_answers_to_be_fitted_on(
+    make_module: MakeModule,
+    candidates: Data,
+    trainer: Callable[..., L.Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(DataError, match=r"data\.validation is not set: `target: fitted`"):
+        trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates(OWN, validation=None))
+    with pytest.raises(DataError, match=r"target: fitted.*data\.candidates\.answers"):
+        trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates())
+    monkeypatch.setattr(dpo, "features_of", lambda _, answered: [None] * len(answered.predictions))
+    with pytest.raises(DataError, match="`target: fitted`.*nothing to fit"):
+        trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates(OWN))
