@@ -88,10 +88,16 @@ class DemoSource(QuerySource):
         )
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        index = scene_index(query)
-        layout = scene_layout(scene_seed(self.split, index), self._kind(index))
-        in_scene = [name for name in layout.names if name != query.answer]
+        in_scene = [name for name in self._names(query) if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
     def has_evidence(self, query: Query) -> bool:
         return query.answer != "No"
+
+    def has_distractor(self, query: Query) -> bool:
+        return any(not is_evidence(query, name) for name in self._names(query))
+
+    def _names(self, query: Query) -> Sequence[str]:
+        """The names of the objects in a query's scene."""
+        index = scene_index(query)
+        return scene_layout(scene_seed(self.split, index), self._kind(index)).names
