@@ -19,7 +19,15 @@ from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.probes import BLANK, COPIES, PROBES, check_probes, copies_of, read_probes
+from vlm_calibration.estimators.probes import (
+    BLANK,
+    COPIES,
+    PROBES,
+    check_probes,
+    copies_of,
+    read_probes,
+    score_opposite,
+)
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.metrics.probes import ORIGINAL
 from vlm_calibration.models.loading import BaseModel
@@ -107,6 +115,8 @@ def test_confidences_are_those_read_one_response_at_a_time(
     copied = with_copies(samples, copies_of(PROBES), chat)
     batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
     readings = read_probes(batch, PROBES)
+    scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
+    scored["answer"] = score_opposite(batch)
     processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
     for row, (sample, answer) in enumerate(zip(samples, ANSWERS, strict=True)):
         images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
@@ -120,9 +130,8 @@ def test_confidences_are_those_read_one_response_at_a_time(
                 continue
             log_p = naive_log_p(model, chat, image, sample.query.question, given)
             assert found == levels[int(np.argmax(log_p))], (row, name)
-            if name in COPIES:
-                scores = batch.score_copy(COPIES[name], with_levels=True)[row]  # type: ignore[index]
-                assert scores.level_log_p.tolist() == pytest.approx(log_p, abs=2e-3)
+            if name != ORIGINAL:
+                assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
     # The original, three copies of which two images lack one each, and the opposite of two answers.
     assert readings.passes == [5, 3, 4, 4, 4]
 

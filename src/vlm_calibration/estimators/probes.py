@@ -84,7 +84,7 @@ def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadin
     ]
     for probe in probes:
         copy = COPIES.get(probe)
-        changed = _score_opposite(answered) if copy is None else answered.score_copy(copy, with_levels=True)
+        changed = score_opposite(answered) if copy is None else answered.score_copy(copy, with_levels=True)
         for row, scores in changed.items():
             passes[row] += scores.passes
             if original[row] is not None:
@@ -97,8 +97,8 @@ def likeliest_level(scores: ResponsePass) -> float:
     return scores.levels[int(scores.level_log_p.argmax())]
 
 
-def _score_opposite(answered: AnsweredBatch) -> dict[int, ResponsePass]:
-    """Row -> the scores of the opposite word, for yes/no answers, with the image as it is."""
+def score_opposite(answered: AnsweredBatch) -> dict[int, ResponsePass]:
+    """Row -> the scores of the opposite word with the image as it is, for answers yes and no to yes/no questions."""
     words = [word.lower() for word in YES_NO]
     opposite = {
         row: YES_NO[1 - words.index(prediction.predicted)]

@@ -123,10 +123,10 @@ def probe_sentences(effects: Mapping[str, ProbeEffect]) -> list[str]:
 def _change_cell(effect: ProbeEffect | None) -> ProbeCell:
     if effect is None or not effect.n:
         return ProbeCell("–")
-    low, high = (100 * bound for bound in effect.change[1:])
+    low, high = (round(100 * bound) for bound in effect.change[1:])
     return ProbeCell(
         _moves(effect.change.value),
-        f"{low:+.0f} to {high:+.0f}",
+        f"{low:+d} to {high:+d}",
         f"falls in {_percent(effect.fell)}, rises in {_percent(effect.rose)} of {effect.n:,}",
     )
 
