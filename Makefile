@@ -138,8 +138,8 @@ train-dpo: $(SETUP)
 	$(CLI) fit --config configs/dpo.yaml $(REPLACE) $(ARGS)
 	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo" ARGS="$(STATED)"
 
-# Evaluate the stated confidence only: no other estimators, no recalibration.
-STATED := --model.init_args.estimators=[] --data.calibration=null
+# Evaluate the stated confidence only: no other estimators, no probes, no recalibration.
+STATED := --model.init_args.estimators=[] --model.init_args.probes=[] --data.calibration=null
 
 # Names of the runs to evaluate: by default those demo runs that have an adapter.
 EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))

@@ -218,6 +218,7 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
                     "adapters": {},
                     "oracle_levels": None,
                     "estimators": None,
+                    "probes": None,
                     "max_new_tokens": 3,
                 }
             },

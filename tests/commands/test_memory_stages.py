@@ -112,8 +112,9 @@ def test_the_longest_row(
 
 
 def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) -> None:
-    def answers(plan: Plan = Plan(), *estimators: Any) -> Any:  # noqa: B008
+    def answers(plan: Plan = Plan(), *estimators: Any, probes: str = "[]") -> Any:  # noqa: B008
         given = {"model__init_args__estimators": json.dumps(estimators)} if estimators else {}
+        given["model__init_args__probes"] = probes
         config = parse("eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, **given)
         [phase] = stage_phases(config, plan)
         return phase
@@ -130,6 +131,10 @@ def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) ->
     assert "perturbed copies" in copied.work
     assert copied.estimate.total > scored.estimate.total
     assert copied.estimate.pixels == 2 * scored.estimate.pixels
+    swapped, blanked = (answers(Plan(), EXPECTED, probes=names) for names in ("[answer]", "[image, answer]"))
+    assert swapped == scored
+    assert "perturbed copies" in blanked.work
+    assert blanked.estimate.total > scored.estimate.total
     ranked = parse(
         "eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, data__grading__open="ranking"
     )

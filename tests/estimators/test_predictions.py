@@ -44,6 +44,7 @@ def write(path: Path, *lines: Any) -> Path:
     image=st.none() | st.text(),
     perturbation=st.none() | st.sampled_from(["", "noise", "blur"]),
     strength=st.none() | st.floats(0, 1),
+    probes=st.just({}) | st.fixed_dictionaries({"original": st.none() | st.floats(0, 1), "image": st.none()}),
 )
 def test_what_is_written_is_read(
     text: str,
@@ -52,6 +53,7 @@ def test_what_is_written_is_read(
     image: str | None,
     perturbation: str | None,
     strength: float | None,
+    probes: dict[str, float | None],
 ) -> None:
     made = EstimatedPrediction(
         *("a", "?", "Yes", text, None, confidence, False, None, None, "short"),
@@ -59,6 +61,7 @@ def test_what_is_written_is_read(
         strength=strength,
         image=image,
         estimates=estimates,
+        probes=probes,
     )
     assert prediction_from_dict(json.loads(json.dumps(made.to_dict(), ensure_ascii=False))) == made
 
@@ -91,6 +94,9 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
         ({"answer_type": "number"}, "'answer_type' must be one of yes_no, short, open"),
         ({"category": 3}, "'category' must be a string or null"),
         ({"text": None}, "'text' must be a string"),
+        ({"probes": 0.5}, "'probes' must be an object, found 0.5"),
+        ({"probes": {"original": 0.5, "image": 2}}, "'image' must be a number in [0, 1] or null, found 2"),
+        ({"probes": {"image": 0.5}}, "'probes' must have the key 'original'"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(change: dict[str, Any], says: str) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
-from vlm_calibration.data.copies import CopySettings, perturbed_copies
+from vlm_calibration.data.copies import perturbed_copies
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy, Sample, query_rng
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, query_rng
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
@@ -39,7 +39,11 @@ ANSWERS = ("Yes", "a blue umbrella", "No", "It is white")
 
 def with_copies(samples: Sequence[Sample], estimator: Stability, chat: ChatFormat) -> list[Sample]:
     processor = chat.processor.image_processor
-    return [s._replace(copies=perturbed_copies(s, (), estimator.copies, POLICY, processor)) for s in samples]
+    copied = [
+        perturbed_copies(s, LoadedImage(s.image, (), ()), estimator.copies, POLICY, processor)
+        for s in samples
+    ]
+    return [s._replace(copies=copies) for s, copies in zip(samples, copied, strict=True)]
 
 
 @pytest.fixture(params=["demo", *FAMILIES])
@@ -94,8 +98,8 @@ def test_the_likelihood_is_the_mean_over_perturbed_images(
 class _Asking:
     """Stands for the module of an evaluation."""
 
-    def __init__(self, copies: CopySettings | None) -> None:
-        self.copies = copies
+    def __init__(self, copies: Sequence[ImageCopy]) -> None:
+        self.copies = {"test": copies}
 
 
 def _batches(
@@ -108,7 +112,7 @@ def _batches(
     }
     module = PerturbedQueryDataModule(folder, **{**plain, **settings})  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patched:
-        asking = _Asking(estimator.copies if estimator else None)
+        asking = _Asking(estimator.copies if estimator else ())
         patched.setattr(PerturbedQueryDataModule, "_module", asking)
         module.setup("test")
     module.leave_out_answered(answered or {})
@@ -119,10 +123,9 @@ def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
     """Query id -> the pixels of each copy."""
     by_query: dict[str, list[bytes]] = {}
     for batch in batches:
-        assert batch.copies is not None
-        for index, row in enumerate(batch.copies.rows):
-            copies = [inputs["pixel_values"][index].numpy().tobytes() for inputs in batch.copies.inputs]
-            by_query[batch.queries[row].id] = copies
+        for copied in batch.copies.values():
+            for row, pixels in zip(copied.rows, copied.inputs["pixel_values"], strict=True):
+                by_query.setdefault(batch.queries[row].id, []).append(pixels.numpy().tobytes())
     return by_query
 
 
@@ -149,12 +152,11 @@ def test_workers_make_the_same_copies(model_folder: str) -> None:
 def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
     with_copies, without = _batches(model_folder, Stability(STRENGTHS)), _batches(model_folder, None)
     for a, b in zip(with_copies, without, strict=True):
-        assert b.copies is None
+        assert not b.copies
         assert a[1:-1] == b[1:-1]
         assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
-        assert a.copies is not None
-        for inputs in a.copies.inputs:
-            assert torch.equal(inputs["input_ids"], a.inputs["input_ids"])
+        for copied in a.copies.values():
+            assert torch.equal(copied.inputs["input_ids"], a.inputs["input_ids"])
 
 
 class _Square(QuerySource):
@@ -185,14 +187,15 @@ def test_on_the_object_only_its_pixels_change() -> None:
     dataset = PerturbedQueries({"": EvalSplit(_Square())}, NoisePolicy(resolution="native"), None)
     dataset.make_copies(Stability({"noise": [0.5]}, region="object").copies)
     dog, cat = dataset[0, 0], dataset[0, 1]
-    [copy] = dog.copies
+    [copy] = dog.copies.values()
+    assert copy is not None
     changed = (copy != dog.image).any(-1)
     assert changed[8:24, 8:24].mean() > 0.9
     changed[8:24, 8:24] = False
     assert not changed.any()
-    assert cat.copies == ()
-    dataset.make_copies(None)
-    assert dataset[0, 0].copies == ()
+    assert [*cat.copies.values()] == [None]
+    dataset.make_copies(())
+    assert not dataset[0, 0].copies
 
 
 @torch.no_grad()
@@ -213,9 +216,11 @@ def test_a_query_without_a_region_has_no_confidence(
 
 def test_copies_are_made_of_the_perturbed_image() -> None:
     sample = samples_of(scenes(1), ASKED[:1])[0]
-    settings = CopySettings((Perturbation("blur", 0.05),))
+    blurred = ImageCopy(Perturbation("blur", 0.05))
     black = sample._replace(image=np.zeros_like(sample.image), perturbation=Perturbation("darkness", 1.0))
-    [copy] = perturbed_copies(black, (), settings, replace(POLICY, resolution="native"), None)
+    loaded, native = LoadedImage(sample.image, (), ()), replace(POLICY, resolution="native")
+    copy = perturbed_copies(black, loaded, [blurred], native, None)[blurred]
+    assert copy is not None
     assert not copy.any()
     assert sample.perturbation == CLEAN
 
@@ -250,5 +255,5 @@ def test_objects_without_regions_are_refused() -> None:
 def test_a_batch_without_copies_is_an_error(load_model: Any, processor: Any, answering: Answering) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     batch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
-    with pytest.raises(ValueError, match="without the 4 copies"):
+    with pytest.raises(ValueError, match="without the copies"):
         Stability().estimate(batch)

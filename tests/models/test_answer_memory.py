@@ -13,7 +13,7 @@ from vlm_calibration.estimators.answer_scoring import right_padded
 from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.answer_memory import COPY_RESPONSES, AnsweringStep, answering_peaks
+from vlm_calibration.models.answer_memory import AnsweringStep, answering_peaks
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import empty_vlm
@@ -132,7 +132,7 @@ def test_an_estimate_is_what_scoring_perturbed_copies_takes(tmp_path: Path, fami
     model = build(family)
     inputs, tokens, image = _prompts(family)
     inputs["attention_mask"][:] = 1
-    responses = [[[9 + number] * NEW_TOKENS for number in range(COPY_RESPONSES)]] * ROWS
+    responses = [[[9 + number] * NEW_TOKENS for number in range(3)]] * ROWS
 
     def score() -> None:
         with torch.no_grad():
@@ -140,12 +140,12 @@ def test_an_estimate_is_what_scoring_perturbed_copies_takes(tmp_path: Path, fami
 
     score()
     peak = allocated(score)
-    step = AnsweringStep(ROWS, tokens, NEW_TOKENS, image, scored_tokens=NEW_TOKENS, copied=True)
+    step = AnsweringStep(ROWS, tokens, NEW_TOKENS, image, scored_tokens=NEW_TOKENS, copied=(3, NEW_TOKENS))
     phases = answering_peaks(_built(model, tmp_path), step)
     # The keys and values of the answer are kept meanwhile.
     assert phases.phases["perturbed copies"] - phases.cache == pytest.approx(peak, rel=TOLERANCE)
     estimate = _estimate(model, tmp_path, step)
-    alone = _estimate(model, tmp_path, replace(step, copied=False))
+    alone = _estimate(model, tmp_path, replace(step, copied=None))
     assert estimate.pixels == 2 * alone.pixels
     assert estimate.total > alone.total
 

@@ -166,6 +166,7 @@ def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: b
             *("test", "--config", "configs/eval/demo.yaml", *([] if test else DEVELOPMENT)),
             *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters, "--model.init_args.estimators", "[]"),
+            *("--model.init_args.probes", "[]"),
             threads=2,
         )
     )

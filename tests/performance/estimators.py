@@ -45,7 +45,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
-from vlm_calibration.records import Query
+from vlm_calibration.records import LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -101,7 +101,13 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
     # Copies are made in data workers, beside the passes that are timed here.
     samples = [
         s._replace(
-            copies=perturbed_copies(s, (), STABILITY.copies, NoisePolicy(), chat.processor.image_processor)
+            copies=perturbed_copies(
+                s,
+                LoadedImage(s.image, (), ()),
+                STABILITY.copies,
+                NoisePolicy(),
+                chat.processor.image_processor,
+            )
         )
         for s in samples
     ]

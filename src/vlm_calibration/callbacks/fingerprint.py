@@ -36,6 +36,7 @@ def fingerprint(
         "model.oracle_levels": module.oracle,
         "model.max_new_tokens": module.max_new_tokens,
         "model.estimators": module.estimators,
+        "model.probes": module.probes,
         "data.processor": [
             data.processor_name,
             model_identity(str(data.processor_name), data.revision, download=True),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from vlm_calibration.data.layout import Side, common_prefix, layout_of
-from vlm_calibration.data.noise import Sample
+from vlm_calibration.data.noise import ImageCopy, Sample
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError, Query
@@ -75,15 +75,15 @@ class RankedAnswers(NamedTuple):
 
 
 class CopiedPrompts(NamedTuple):
-    """The prompts of a batch with perturbed copies of their images.
+    """The prompts of a batch with one perturbed copy of each image.
 
     Attributes:
-        rows: the queries of the batch that have copies, as indices.
-        inputs: for each copy the arguments of `generate` for these queries; they stay in main memory.
+        rows: the queries of the batch whose image has the copy, as indices.
+        inputs: the arguments of `generate` for these queries, empty without any; they stay in main memory.
     """
 
     rows: tuple[int, ...]
-    inputs: tuple[dict[str, torch.Tensor], ...]
+    inputs: dict[str, torch.Tensor]
 
 
 class PromptBatch(NamedTuple):
@@ -97,7 +97,7 @@ class PromptBatch(NamedTuple):
         levels: for each query the confidence in [0, 1] of its perturbation.
         grading: rule that grades the answers.
         ranked: for each query the answers to rank; empty if ranking grades none of them.
-        copies: the prompts with perturbed copies of their images; None if no query has any.
+        copies: the prompts with each perturbed copy of their images that an estimator or a probe asks for.
         epochs: for each query the epoch that it is drawn in.
         skipped: ids of the samples that were too long.
     """
@@ -109,7 +109,7 @@ class PromptBatch(NamedTuple):
     levels: tuple[float, ...]
     grading: Grading = EXACT
     ranked: tuple[RankedAnswers, ...] = ()
-    copies: CopiedPrompts | None = None
+    copies: Mapping[ImageCopy, CopiedPrompts] = {}
     epochs: tuple[int, ...] = ()
     skipped: tuple[str, ...] = ()
 
@@ -364,17 +364,15 @@ class PromptCollator:
             tuple(s.epoch for s in samples),
         )
 
-    def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> CopiedPrompts | None:
-        rows = tuple(row for row, sample in enumerate(samples) if sample.copies)
-        if not rows:
-            return None
-        of_rows = [texts[row] for row in rows]
-        numbered = zip(*(samples[row].copies for row in rows), strict=True)
-        copies = [
-            [samples[row]._replace(image=image) for row, image in zip(rows, images, strict=True)]
-            for images in numbered
-        ]
-        return CopiedPrompts(rows, tuple(self.chat.inputs_of(copy, of_rows, "left") for copy in copies))
+    def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> dict[ImageCopy, CopiedPrompts]:
+        copied = {}
+        for copy in samples[0].copies:
+            images = {row: image for row, s in enumerate(samples) if (image := s.copies[copy]) is not None}
+            changed = [samples[row]._replace(image=image) for row, image in images.items()]
+            of_rows = [texts[row] for row in images]
+            inputs = self.chat.inputs_of(changed, of_rows, "left") if changed else {}
+            copied[copy] = CopiedPrompts(tuple(images), inputs)
+        return copied
 
     def _tokenize_ranked(self, sample: Sample) -> RankedAnswers:
         query = sample.query

@@ -16,8 +16,15 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.copies import CopySettings, perturbed_copies
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
+from vlm_calibration.data.copies import perturbed_copies
+from vlm_calibration.data.noise import (
+    CopiedRegion,
+    ImageCopy,
+    NoisePolicy,
+    Sample,
+    perturb_query,
+    query_rng,
+)
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.by_kind import region_perturbation
@@ -143,7 +150,7 @@ class PerturbedQueries(Dataset[Sample]):
         self._named = named
         self._check = check
         self._augmentation = augmentation
-        self._copies: CopySettings | None = None
+        self._copies: Sequence[ImageCopy] = ()
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
@@ -156,25 +163,36 @@ class PerturbedQueries(Dataset[Sample]):
                 for kind in part.policy.used_kinds:
                     region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
 
-    def make_copies(self, copies: CopySettings | None) -> None:
-        """Give each sample these perturbed copies of its image from now on; None: no copies.
+    def make_copies(self, copies: Sequence[ImageCopy]) -> None:
+        """Give each sample these perturbed copies of its image from now on.
 
         Raises:
-            DataError: the copies need a region of the key object, and no query has one.
+            DataError: a copy perturbs a region that no query of a split has.
         """
-        if copies is not None:
-            if copies.region == "object" and not any(
-                part.split.source.presence(part.queries[int(index)]) == "present"
-                for part in self._parts
-                for index in part.selected
-            ):
-                raise DataError(
-                    f"{self.where}: no query has a region of its key object, which an estimator is to perturb: perturb the image "
-                    "instead (`region: image`), or give queries with regions"
-                )
-            for kind, _ in copies.perturbations:
-                region_perturbation(kind, self.policy.schedule)  # imported once here, not in every worker
-        self._copies = copies
+        for part in self._parts:
+            for region in dict.fromkeys(copy.region for copy in copies):
+                self._check_regions(part, region)
+        for copy in copies:
+            # Imported once here, not in every worker.
+            region_perturbation(copy.perturbation.kind, self.policy.schedule)
+        self._copies = tuple(copies)
+
+    def _check_regions(self, part: _SplitQueries, region: CopiedRegion) -> None:
+        if region == "image":
+            return
+        source, what = part.split.source, "its key object"
+        has_region: Callable[[Query], bool] = source.has_evidence
+        if region == "distractor":
+            what, has_region = "an object that it does not ask about", source.has_distractor
+        if not any(has_region(part.queries[int(index)]) for index in part.selected):
+            raise DataError(
+                f"{self._setting(part.name)}: no query has a region of {what}, which model.probes or an estimator is to perturb: "
+                f"take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
+            )
+
+    def _setting(self, name: str) -> str:
+        """The setting of a split."""
+        return f"{self.where}.{name}" if name and self._named else self.where
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
@@ -236,15 +254,15 @@ class PerturbedQueries(Dataset[Sample]):
             wrong = split.source.wrong_answers(query)
             self._check(query, wrong)
             sample = perturb_query(query, loaded, policy, self.image_processor, epoch, perturbation, wrong)
-            if self._copies is not None:
-                copies = perturbed_copies(sample, loaded.evidence, self._copies, policy, self.image_processor)
+            if self._copies:
+                copies = perturbed_copies(sample, loaded, self._copies, policy, self.image_processor)
                 sample = sample._replace(copies=copies)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
-        where = f"{self.where}.{name}" if name and self._named else self.where
+        where = self._setting(name)
         try:
             policy = split.policy(self.policy)
         except DataError as error:

@@ -214,9 +214,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             if name != "train" and self.grading.ranks("open"):
                 _check_ranking(self._sets[name].splits)
         if stage == "test":
+            # Modules other than `EvaluationModule` ask for none.
+            copies = getattr(self._module, "copies", None) or {}
             for name in self._tested:
-                # Modules other than `EvaluationModule` ask for none.
-                self._sets[name].make_copies(getattr(self._module, "copies", None))
+                self._sets[name].make_copies(copies.get(name, ()))
         if "calibration" in needed:
             _check_no_shared_images(self._sets["calibration"].splits, self._sets["test"].splits)
 

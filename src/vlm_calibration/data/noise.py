@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,25 @@ from vlm_calibration.perturbation.regions import choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
+CopiedRegion = Literal["image", "object", "distractor"]
+"""What a copy changes: the whole image; the key object, all its regions together; one region that the question is not about."""
+
+
+class ImageCopy(NamedTuple):
+    """A copy of every image, by which batches name it.
+
+    Attributes:
+        perturbation: what happens to the region.
+        region: which part of the image is perturbed.
+        seed: of all random choices.
+        number: of the copy among those of one seed, whose random choices differ.
+    """
+
+    perturbation: Perturbation
+    region: CopiedRegion = "image"
+    seed: int = 0
+    number: int = 0
+
 
 class Sample(NamedTuple):
     """A perturbed query.
@@ -41,7 +60,8 @@ class Sample(NamedTuple):
         epoch: the epoch that the sample is drawn for.
         wrong_answer: a wrong answer for the response to give instead of the gold answer; None: the gold answer.
         wrong: plausible wrong answers.
-        copies: perturbed copies of the image, uint8 [H, W, 3] each, if an estimator asks for them (`copies.CopySettings`).
+        copies: perturbed copies of the image, uint8 [H, W, 3] each; None for one whose region the image lacks. Empty unless an
+            estimator or a probe asks for them.
     """
 
     query: Query
@@ -52,7 +72,7 @@ class Sample(NamedTuple):
     epoch: int = 0
     wrong_answer: str | None = None
     wrong: tuple[str, ...] = ()
-    copies: tuple[np.ndarray, ...] = ()
+    copies: Mapping[ImageCopy, np.ndarray | None] = {}
 
     @property
     def answer(self) -> str:

@@ -11,7 +11,7 @@ from vlm_calibration.data.sources.base import QuerySource, opposite
 from vlm_calibration.demo.hard import hard_kind
 from vlm_calibration.demo.pictures import Hand, check_installed
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import CLASSES, render_scene, scene_layout
+from vlm_calibration.demo.scenes import CLASSES, Layout, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
@@ -88,10 +88,15 @@ class DemoSource(QuerySource):
         )
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        index = scene_index(query)
-        layout = scene_layout(scene_seed(self.split, index), self._kind(index))
-        in_scene = [name for name in layout.names if name != query.answer]
+        in_scene = [name for name in self._layout(query).names if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
     def has_evidence(self, query: Query) -> bool:
         return query.answer != "No"
+
+    def has_distractor(self, query: Query) -> bool:
+        return any(not is_evidence(query, name) for name in self._layout(query).labels)
+
+    def _layout(self, query: Query) -> Layout:
+        index = scene_index(query)
+        return scene_layout(scene_seed(self.split, index), self._kind(index))

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
-from vlm_calibration.data.collate import ChatFormat, PromptBatch
-from vlm_calibration.data.copies import CopySettings
+from vlm_calibration.data.collate import ChatFormat, PromptBatch, move
+from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.estimators.answer_scoring import (
     AnswerTokenizer,
     ResponsePass,
     ScoredAnswers,
+    TokenizedAnswer,
     right_padded,
     score_answers,
 )
@@ -84,15 +85,46 @@ class AnsweredBatch:
     @cached_property
     def scored_answers(self) -> ScoredAnswers:
         """The scores of each answer with every level, in one pass; of the gold answer for a query without an answer."""
-        rows = zip(self.batch.queries, self.answers, strict=True)
-        tokenized = [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in rows]
-        return score_answers(self.model, tokenized, self.prompts, self.cache)
+        return score_answers(self.model, self._tokenized, self.prompts, self.cache)
 
     @cached_property
     def scored(self) -> list[ResponsePass | None]:
         """For each query the scores of its answer with every level, in one pass; None without an answer."""
         scores = zip(self.scored_answers.by_answer(), self.answers, strict=True)
         return [s if answer is not None else None for s, answer in scores]
+
+    def score_copy(self, copy: ImageCopy, *, with_levels: bool) -> dict[int, ResponsePass]:
+        """Score each answer with a perturbed copy of its image, in one pass.
+
+        Args:
+            copy: the copy.
+            with_levels: with every level after the answer, or with one, for scores that do not depend on them.
+
+        Returns:
+            Row -> scores, for the queries whose image has the copy; those without an answer are scored with the gold answer.
+
+        Raises:
+            ValueError: the copies were not made, which `PerturbedQueryDataModule` does for an `EvaluationModule`.
+        """
+        copied = self.batch.copies.get(copy)
+        if copied is None:
+            raise ValueError(f"a batch without the copies of its images that are to be scored: {copy}")
+        if not copied.rows:
+            return {}
+        answers = [self._tokenized[row] for row in copied.rows]
+        inputs = move(copied.inputs, self.batch.inputs["input_ids"].device)
+        scores = score_answers(
+            self.model,
+            answers if with_levels else [a.without_levels() for a in answers],
+            right_padded(inputs),
+        )
+        return dict(zip(copied.rows, scores.by_answer(), strict=True))
+
+    @cached_property
+    def _tokenized(self) -> list[TokenizedAnswer]:
+        """For each query its answer with every level; for one without an answer the gold answer, whose scores are dropped."""
+        pairs = zip(self.batch.queries, self.answers, strict=True)
+        return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
 
 
 class Estimator(ABC):
@@ -101,12 +133,12 @@ class Estimator(ABC):
     Attributes:
         name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
         levels: scales of the confidences that can be stated, beside the scale of the data's noise.
-        copies: the perturbed copies of each image that it needs, as `PromptBatch.copies`; None: none.
+        copies: the perturbed copies of each image that it needs.
     """
 
     name: ClassVar[str]
     levels: Sequence[ConfidenceLevels] = ()
-    copies: CopySettings | None = None
+    copies: Sequence[ImageCopy] = ()
 
     @abstractmethod
     def estimate(self, answered: AnsweredBatch) -> Estimate:

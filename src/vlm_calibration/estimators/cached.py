@@ -121,12 +121,18 @@ def score_cached(
         return None
     if bool(torch.isin(tree.ids[:, 0], _image_tokens(model, tree.ids)).any()):
         return None  # the tree begins with an image, whose features are not embedded as tokens
-    hook = partial(_replace_mask, cache=cache, tree=tree)
+    # The position in the cached prompt at which each tree begins.
+    rows = torch.arange(len(tree.ids), device=tree.ids.device)
+    begin = cache.positions.to(tree.ids.device)[..., rows, tree.first]
+    positions = begin[..., None] + tree.depth
+    hook = partial(_replace_mask, cache=cache, tree=tree, positions=positions)
     handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     inputs = {
         "input_ids": tree.ids,
         "attention_mask": cache.mask.new_ones(len(tree.ids), cached + tree.ids.shape[1]),
         cache.keyword: cache.key_values,
+        # Without them, Qwen's models compute positions from those of the last prompts that they saw, of any number of rows.
+        "position_ids": positions,
     }
     try:
         logits = logits_at(model, inputs, tree.rows, tree.columns)
@@ -204,7 +210,13 @@ def _image_tokens(model: Any, like: Tensor) -> Tensor:
 
 
 def _replace_mask(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, cache: PromptCache, tree: _Tree
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    cache: PromptCache,
+    tree: _Tree,
+    positions: Tensor,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the language model: the attention mask and the positions of the tree's tokens."""
     dtype, device = kwargs["inputs_embeds"].dtype, tree.ids.device
@@ -220,12 +232,9 @@ def _replace_mask(
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(
         ~allowed, torch.finfo(dtype).min
     )[:, None]
-    # The position in the cached prompt at which the tree begins.
-    rows = torch.arange(batch, device=device)
-    begin = cache.positions.to(device)[..., rows, tree.first]
     original = kwargs.get("attention_mask")
     return args, {
         **kwargs,
         "attention_mask": dict.fromkeys(original, mask) if isinstance(original, dict) else mask,
-        "position_ids": begin[..., None] + tree.depth,
+        "position_ids": positions,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_calibration.files import json_lines
+from vlm_calibration.metrics.probes import ORIGINAL
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
 from vlm_calibration.text.confidence import parse_confidence
@@ -25,19 +26,23 @@ VERBALIZED = "verbalized"
 
 @dataclass(frozen=True)
 class EstimatedPrediction(Prediction):
-    """A prediction with the confidences of further estimators.
+    """A prediction with the confidences of further estimators and probes.
 
     Attributes:
         image: the query's image, as its source names it; None if a file lacks it.
         estimates: estimator name -> confidence in [0, 1], or None. Each is a key of its own in `predictions.jsonl`.
+        probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None (`estimators.probes`). Empty, and no key of
+            `predictions.jsonl`, without probes.
     """
 
     image: str | None = None
     estimates: Mapping[str, float | None] = field(default_factory=dict)
+    probes: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "estimates"}
-        return {**own, **self.estimates}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("estimates", "probes")}
+        probes = {"probes": dict(self.probes)} if self.probes else {}
+        return {**own, **self.estimates, **probes}
 
     def confidence_of(self, estimator: str) -> float | None:
         """The confidence of an estimator; KeyError for an unknown one."""
@@ -127,6 +132,12 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
     estimators = [key for key in data if key not in KEYS]
     for key in ("confidence", "strength", *estimators):
         _check(data, key, _is_share(data.get(key)), "a number in [0, 1] or null")
+    probes = data.get("probes", {})
+    _check(data, "probes", isinstance(probes, Mapping), "an object")
+    for key in probes:
+        _check(probes, key, _is_share(probes[key]), "a number in [0, 1] or null")
+    if probes and ORIGINAL not in probes:
+        raise RecordError(f"'probes' must have the key {ORIGINAL!r}, found {', '.join(map(repr, probes))}")
     own = {key: data[key] for key in KEYS if key in data}
     return EstimatedPrediction(**own, estimates={key: data[key] for key in estimators})
 
@@ -135,6 +146,12 @@ def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]
     """The estimators that all predictions have, the verbalized confidence first."""
     common = [n for n in predictions[0].estimates if all(n in p.estimates for p in predictions)]
     return (VERBALIZED, *common)
+
+
+def probes_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
+    """The probes that all predictions have, in the order of the first one."""
+    first = [name for name in predictions[0].probes if name != ORIGINAL]
+    return tuple(name for name in first if all(name in p.probes for p in predictions))
 
 
 def _check(data: Mapping[str, Any], key: str, valid: bool, expected: str) -> None:

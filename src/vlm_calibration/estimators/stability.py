@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from vlm_calibration.data.collate import CopiedPrompts, move
-from vlm_calibration.data.copies import CopySettings
-from vlm_calibration.estimators.answer_scoring import ResponsePass, right_padded, score_answers
+from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.likelihood import likelihood_of
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -62,44 +60,23 @@ class Stability(Estimator):
             )
         if seed < 0:
             raise DataError(f"Stability.seed must be at least 0, found {seed}")
-        self.copies = CopySettings(tuple(perturbations), region, seed)
+        self.copies = [ImageCopy(p, region, seed, number) for number, p in enumerate(perturbations)]
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         """The mean likelihood of each answer.
 
         Raises:
-            ValueError: the copies were not made, which `PerturbedQueryDataModule` does for an `EvaluationModule`.
+            ValueError: the copies were not made, see `AnsweredBatch.score_copy`.
         """
-        copies = answered.batch.copies
         confidence: list[float | None] = [None] * len(answered.predictions)
         passes = [0] * len(answered.predictions)
-        if copies is None and self.region == "object":  # no query of the batch has a region
-            return Estimate(confidence, passes)
-        n_copies = sum(len(strengths) for strengths in self.strengths.values())
-        if copies is None or len(copies.inputs) != n_copies:
-            raise ValueError(f"stability: a batch without the {n_copies} copies of each image that it rates")
-        for number in range(n_copies):
-            for row, scores in self._scored(answered, copies, number):
+        for copy in self.copies:
+            for row, scores in answered.score_copy(copy, with_levels=False).items():
                 passes[row] += scores.passes
                 if answered.answers[row] is None:
                     continue
                 likelihood = likelihood_of(scores, answered.predictions[row].predicted)
                 if likelihood is not None:
-                    confidence[row] = (confidence[row] or 0.0) + likelihood / n_copies
+                    confidence[row] = (confidence[row] or 0.0) + likelihood / len(self.copies)
         # Rounding can move the mean just above 1.
         return Estimate([None if c is None else min(1.0, c) for c in confidence], passes)
-
-    def _scored(
-        self, answered: AnsweredBatch, copies: CopiedPrompts, number: int
-    ) -> list[tuple[int, ResponsePass]]:
-        """Row -> the scores of its answer with one of the copies."""
-        batch = answered.batch
-        tokenized = []
-        for row in copies.rows:
-            query = batch.queries[row]
-            # A query without an answer keeps its row; its scores are dropped.
-            answer = answered.tokenizer.tokenize(query, answered.answers[row] or query.answer)
-            tokenized.append(answer.without_levels())
-        inputs = move(copies.inputs[number], batch.inputs["input_ids"].device)
-        scores = score_answers(answered.model, tokenized, right_padded(inputs)).by_answer()
-        return list(zip(copies.rows, scores, strict=True))

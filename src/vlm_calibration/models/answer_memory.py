@@ -23,8 +23,6 @@ from vlm_calibration.models.fake_tensors import FakeModules, LiveBytes, autocast
 from vlm_calibration.models.forward import unwrap_peft
 
 CACHE = "keys and values"
-COPY_RESPONSES = 3
-"""Responses that are scored with a perturbed copy of an image: the answer, and for yes/no questions both words."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,8 @@ class AnsweringStep:
         image_tokens: tokens of the image; None: all tokens.
         scored_tokens: tokens per prompt that are computed from the kept cache to score responses; 0: none are scored.
         sampled: whether further answers are sampled while that cache is kept.
-        copied: whether answers are scored with perturbed copies of the images while that cache is kept, one copy at a time.
+        copied: (responses, tokens of each) that are scored with perturbed copies of the images while that cache is kept, one copy
+            at a time; None: none are.
         ranked: (responses, tokens of each) that are compared in a row of their own with the prompt; None: none are.
         systems: answers to the same images in turn, which keep the result of a frozen tower; 1: it is not kept.
         shared: whether responses share the keys and values of their prompt, see `why_not_shared`.
@@ -52,7 +51,7 @@ class AnsweringStep:
     image_tokens: int | None = None
     scored_tokens: int = 0
     sampled: bool = False
-    copied: bool = False
+    copied: tuple[int, int] | None = None
     ranked: tuple[int, int] | None = None
     systems: int = 1
     shared: bool = True
@@ -62,8 +61,9 @@ class AnsweringStep:
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row: a prompt with all that is scored after it."""
-        copied = COPY_RESPONSES * self.new_tokens if self.copied else 0
-        return self.tokens + max(self.scored_tokens, copied, math.prod(self.ranked or ()))
+        return self.tokens + max(
+            self.scored_tokens, math.prod(self.copied or ()), math.prod(self.ranked or ())
+        )
 
     @property
     def images(self) -> int:
@@ -120,8 +120,8 @@ def _run_phases(decoder: Any, head: Any, config: Any, step: AnsweringStep) -> di
                     phases["sampling"] = cached + max(phases["prompts"], phases["new tokens"])
                 if step.copied:
                     with _phase("perturbed copies", live, phases):
-                        responses = COPY_RESPONSES if step.shared else 1
-                        _rank(decoder, head, step.batch, step.tokens, responses, step.new_tokens)
+                        responses, length = step.copied
+                        _rank(decoder, head, step.batch, step.tokens, responses if step.shared else 1, length)
             del cache
         if step.ranked:
             with _phase("ranking", live, phases):

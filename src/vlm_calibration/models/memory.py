@@ -167,7 +167,7 @@ def estimate_answering(
         trained=0,
         weights=dict(weights),
         activations=peak - cache,
-        pixels=pixel_bytes(unwrap_peft(model).config, step.images) * (1 + step.copied),
+        pixels=pixel_bytes(unwrap_peft(model).config, step.images) * (1 + bool(step.copied)),
         cache=cache,
         phase=phase,
     )

@@ -49,7 +49,7 @@ from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
     chosen_nll,
-    logp_drift,
+    shared_text_drift,
     which_correct,
 )
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
@@ -109,8 +109,8 @@ class DPOModule(L.LightningModule):
         confidence_weight: weight of the confidence's tokens in that likelihood, at least 0.
         answer_weight: weight of a correct answer's tokens in it: "constant" is 1, "confidence" the stated confidence. Tokens
             of a wrong answer have weight 0.
-        drift_weight: weight in the loss, at least 0, of the squared change since the reference of the log-likelihood of what
-            the responses share, the answer and the ending. At 0, both can collapse.
+        drift_weight: weight in the loss, at least 0, of keeping what the responses share: of the squared change since the
+            reference of the answer's log-likelihood, and of the negative log-likelihood of the ending. At 0, both can collapse.
         scoring: "auto" shares the prefix between candidates if that is exact for the model, "shared" requires it, "plain" does
             not share.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
@@ -292,7 +292,7 @@ class DPOModule(L.LightningModule):
             )
         if self.drift_weight:
             assert reference is not None
-            loss = loss + self.drift_weight * logp_drift(policy, reference, compared)
+            loss = loss + self.drift_weight * shared_text_drift(policy, reference, compared)
         size = len(compared)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         statistics = preference_statistics(self.loss, scores)

@@ -92,15 +92,17 @@ def chosen_nll(
     return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 
 
-def logp_drift(
+def shared_text_drift(
     policy: ResponseScores, reference: ResponseScores, compared: Sequence[Sequence[Candidate]]
 ) -> Tensor:
-    """Squared change since the reference of the log-likelihood of what the responses to a query share, averaged over queries.
+    """How far the policy is from keeping what the responses to a query share, averaged over queries.
 
-    They share the answer before the confidence and the ending after it ("%", the end of the turn); the changes of the endings
-    are averaged over a query's responses. A preference between confidences constrains neither, and can be satisfied by
-    destroying them: by making the ending of the rejected responses unlikely, which leaves numbers without "%", or by making the
-    number likely everywhere, also in place of the answer.
+    They share the answer before the confidence: its term is the squared change of its log-likelihood since the reference. And
+    they share the ending after it ("%", the end of the turn), which must follow every number: its term is its negative
+    log-likelihood, averaged over a query's responses; the reference itself may end a number badly that it never states.
+    A preference between confidences constrains neither, and can be satisfied by destroying them: by making the ending of the
+    rejected responses unlikely, which leaves numbers without "%", or by making the number likely everywhere, also in place
+    of the answer.
     """
     answer, ending = torch.zeros(policy.tokens.shape), torch.zeros(policy.tokens.shape)  # [B, K, T]
     for row, candidates in enumerate(compared):
@@ -110,9 +112,10 @@ def logp_drift(
             ending[row, k, length - candidate.ending_length : length] = 1
     # The reference may have scored longer responses in the same batch.
     change = policy.log_likelihood - reference.log_likelihood[..., : answer.shape[-1]]
+    answers = (change * answer.to(change)).sum(-1)[:, 0].square()  # [B]
+    endings = (policy.log_likelihood * ending.to(change)).sum((-1, -2))  # [B]
     count = torch.tensor([len(candidates) for candidates in compared]).to(change)
-    answers, endings = ((change * mask.to(change)).sum(-1).square() for mask in (answer, ending))  # [B, K]
-    return (answers[:, 0] + endings.sum(-1) / count).mean()
+    return (answers - endings / count).mean()
 
 
 @torch.no_grad()

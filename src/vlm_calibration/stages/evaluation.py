@@ -1,6 +1,7 @@
 """Evaluates the base model and any number of adapters on the same noised images.
 
-Further estimators may rate the answers beside the stated confidence, in the same pass over the images.
+Further estimators may rate the answers beside the stated confidence, and probes may read that again with a changed image or answer, in
+the same pass over the images.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import nn
 
 from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.data.copies import CopySettings
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
+from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
 from vlm_calibration.estimators.verbal import VerbalizedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
@@ -30,7 +32,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.provenance import check_image_size, check_levels
-from vlm_calibration.stages.scoring import Results, Scorer
+from vlm_calibration.stages.scoring import PROBES, Results, Scorer
 
 
 class BatchAnswers(TypedDict):
@@ -38,7 +40,7 @@ class BatchAnswers(TypedDict):
 
     Attributes:
         answers: system -> B answers.
-        passes: system -> estimator -> the forward passes of each of B queries; empty without estimators.
+        passes: system -> estimator, or `PROBES` -> the forward passes of each of B queries; empty without estimators and probes.
     """
 
     answers: Mapping[str, Sequence[EstimatedPrediction]]
@@ -47,6 +49,8 @@ class BatchAnswers(TypedDict):
 
 BASE = "base"
 ORACLE = "oracle"
+SCORED = TESTED[0]
+"""The data set that scores include."""
 
 
 def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels: str | None) -> None:
@@ -94,6 +98,10 @@ class EvaluationModule(L.LightningModule):
         max_new_tokens: length limit of an answer.
         estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
+        probes: what is changed before the confidence in an answer is read again, to see what it listens to: "image", "object" and
+            "distractor" blank the image, the key object or another object, and "answer" gives the opposite of yes or no. Each adds
+            a forward pass for each query of `data.test`, and `metrics.json` has its effect as `probe_NAME_change`. See
+            `estimators.probes`.
     """
 
     model: Any
@@ -107,6 +115,7 @@ class EvaluationModule(L.LightningModule):
         oracle_levels: str | None = None,
         max_new_tokens: int = 64,
         estimators: list[Estimator] | None = None,
+        probes: list[Probe] | None = None,
     ) -> None:
         super().__init__()
         _check_settings(adapters or {}, with_base, oracle_levels)
@@ -116,10 +125,13 @@ class EvaluationModule(L.LightningModule):
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
-        self.estimators = named([VerbalizedConfidence(), *estimators]) if estimators else {}
+        self.probes = check_probes(probes or ())
+        rates = bool(estimators or self.probes)
+        self.estimators = named([VerbalizedConfidence(), *(estimators or ())]) if rates else {}
         further = [name for name in self.estimators if name != VERBALIZED]
         self.scorers = nn.ModuleList(
-            Scorer(estimators=further if system in self.answering else ()) for system in self.systems
+            Scorer(estimators=further, probes=self.probes) if system in self.answering else Scorer()
+            for system in self.systems
         )
         self.results = {}
 
@@ -151,9 +163,11 @@ class EvaluationModule(L.LightningModule):
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
 
     @property
-    def copies(self) -> CopySettings | None:
-        """The perturbed copies of each image that an estimator needs, which the data module makes."""
-        return next((e.copies for e in self.estimators.values() if e.copies is not None), None)
+    def copies(self) -> dict[str, list[ImageCopy]]:
+        """Data set -> the perturbed copies of each of its images that estimators and probes need, which the data module makes."""
+        of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
+        # No score includes the calibration set, so it is not probed.
+        return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
 
     @property
     def levels(self) -> list[ConfidenceLevels]:
@@ -180,16 +194,19 @@ class EvaluationModule(L.LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> BatchAnswers:
         answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
+        is_scored = TESTED[dataloader_idx] == SCORED
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
             with shared_vision(self.model):
                 for system in self.answering:
                     with using_adapter(self.model, None if system == BASE else system):
-                        answers[system], passes[system] = self._answer(batch)
+                        answers[system], passes[system] = self._answer(
+                            batch, self.probes if is_scored else ()
+                        )
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         output = BatchAnswers(answers=answers, passes=passes)
-        if batch.queries and TESTED[dataloader_idx] == "test":  # the calibration set counts in no score
+        if batch.queries and is_scored:
             self.count(output)
         return output
 
@@ -198,8 +215,10 @@ class EvaluationModule(L.LightningModule):
         for system, scorer in self._scored():
             scorer.update(batch["answers"][system], batch["passes"].get(system))
 
-    def _answer(self, batch: PromptBatch) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
-        """The active system's answers with all estimates, and estimator -> the forward passes of each query."""
+    def _answer(
+        self, batch: PromptBatch, probes: Sequence[Probe]
+    ) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
+        """The active system's answers with all estimates and probes, and estimator -> the forward passes of each query."""
         generating = GenerationRecorder(self.model, keep_cache=bool(self.estimators))
         answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
         plain = cast(list[EstimatedPrediction], answers)
@@ -220,7 +239,15 @@ class EvaluationModule(L.LightningModule):
             replace(answer, estimates={name: _rounded(values[row]) for name, values in further.items()})
             for row, answer in enumerate(plain)
         ]
-        return rated, {name: e.passes for name, e in estimates.items()}
+        passes = {name: e.passes for name, e in estimates.items()}
+        if not probes:
+            return rated, passes
+        readings = read_probes(answered, probes)
+        probed = [
+            replace(answer, probes={name: _rounded(value) for name, value in confidences.items()})
+            for answer, confidences in zip(rated, readings.probed, strict=True)
+        ]
+        return probed, {**passes, PROBES: readings.passes}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None
@@ -228,7 +255,7 @@ class EvaluationModule(L.LightningModule):
         assert prediction.strength is not None
         lost = Perturbation(prediction.perturbation, prediction.strength)
         accuracy = self.oracle.accuracy(lost, prediction.answer_type)
-        return replace(prediction, confidence=accuracy, estimates={})
+        return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
         self.results = {system: scorer.compute() for system, scorer in self._scored()}

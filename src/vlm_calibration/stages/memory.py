@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from vlm_calibration.estimators.probes import COPIES
 from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.answer_memory import AnsweringStep
@@ -32,6 +33,8 @@ LEVELS = 11
 """Confidences of a scale: 0%, 10%, ... 100%."""
 LEVEL_TOKENS = 3
 """Tokens of each further confidence when all of a scale are scored after an answer."""
+COPY_RESPONSES = 3
+"""Responses that `Stability` scores with a copy of an image: the answer, and for yes/no questions both words."""
 TEXT_TOKENS = 256
 """Tokens of a prompt and its response beside the image: question, request for a confidence, chat template, answer."""
 RANKED_TOKENS = 128
@@ -268,9 +271,9 @@ def answer_phase(config: Any, plan: Plan) -> Phase:
         step = replace(
             step,
             systems=adapters + bool(settings.get("with_base")),
-            scored_tokens=_scored_tokens(settings) if names else 0,
+            scored_tokens=_scored_tokens(settings) if names or settings.get("probes") else 0,
             sampled="SelfConsistency" in names,
-            copied="Stability" in names,
+            copied=_copied_responses(settings, names),
         )
     estimate = estimate_answering(base, step, lora=plan.lora, adapters=adapters)
     return Phase("answers", _answer_work(step), estimate)
@@ -293,9 +296,19 @@ def _answering_step(base: BaseModel, config: Any, plan: Plan) -> AnsweringStep:
 
 def _scored_tokens(settings: Any) -> int:
     """Tokens of an answer and of all confidences after it, which estimators score."""
-    scales = [e.init_args.get("levels") or [None] for e in settings.estimators if "init_args" in e]
+    scales = [e.init_args.get("levels") or [None] for e in settings.estimators or () if "init_args" in e]
     widest = max((len(levels) for levels in scales), default=1)
     return settings.max_new_tokens + widest * LEVELS * LEVEL_TOKENS
+
+
+def _copied_responses(settings: Any, estimators: Collection[str]) -> tuple[int, int] | None:
+    """The responses that are scored with perturbed copies of an image, and the tokens of each."""
+    copied = []
+    if "Stability" in estimators:
+        copied.append((COPY_RESPONSES, settings.max_new_tokens))
+    if set(settings.get("probes") or ()) & set(COPIES):
+        copied.append((1, _scored_tokens(settings)))
+    return max(copied, key=math.prod, default=None)
 
 
 def _answer_work(step: AnsweringStep) -> str:

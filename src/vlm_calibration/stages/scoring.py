@@ -2,7 +2,8 @@
 
 Metrics have flat names, with `/group` behind them for each group of categories. Those of an estimator beside the stated
 confidence have "@" and its name before the group: `ece@expected`, `ece@expected/existence`. `forward_passes@expected` is the cost
-of the estimator a query, `forward_passes@verbalized` that of the answer.
+of the estimator a query, `forward_passes@verbalized` that of the answer. Those of probes are `probe_image_change`,
+`probe_image_change/existence`, ... (`metrics.probes`), and their cost `forward_passes@probes`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torchmetrics import Metric
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
 from vlm_calibration.metrics.functional import REPORTED
+from vlm_calibration.metrics.probe_metrics import ProbeMetrics
 from vlm_calibration.metrics.table import as_confidence_tensor
 from vlm_calibration.records import Prediction, category_groups
 
@@ -25,6 +27,8 @@ Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
 GRID_STEPS = 10_000
 """Grid steps from 0 to 1 for estimators, whose probabilities are not whole percents."""
+PROBES = "probes"
+"""Name under which the forward passes of all probes are counted."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
 
@@ -66,14 +70,21 @@ class Scorer(nn.Module):
     Args:
         groups: to break results down by. They must be set before the first update, since every process needs the same state.
         estimators: names of further estimators, beside the stated confidence, that every prediction has.
+        probes: names of the probes that every prediction has.
     """
 
     task: TaskMetrics
     passes: PassCount
+    probes: ProbeMetrics
 
-    def __init__(self, groups: Iterable[str] = (), estimators: Sequence[str] = ()) -> None:
+    def __init__(
+        self, groups: Iterable[str] = (), estimators: Sequence[str] = (), probes: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.confidences = [VERBALIZED, *estimators]
+        self.probe_names = tuple(probes)
+        costly = [*estimators, *([PROBES] if probes else [])]
+        self.counted = [VERBALIZED, *costly] if costly else []
         self.set_groups(groups)
 
     def set_groups(self, groups: Iterable[str]) -> None:
@@ -87,7 +98,8 @@ class Scorer(nn.Module):
                     categories=self.groups, grid_steps=GRID_STEPS, metrics=REPORTED_FOR_ESTIMATORS
                 )
             )
-        self.passes = PassCount(len(self.confidences))
+        self.passes = PassCount(len(self.counted))
+        self.probes = ProbeMetrics(self.probe_names, self.groups)
 
     def _calibration(self) -> dict[str, CalibrationMetrics]:
         """The calibration metrics of each confidence."""
@@ -97,6 +109,7 @@ class Scorer(nn.Module):
     def reset(self) -> None:
         self.task.reset()
         self.passes.reset()
+        self.probes.reset()
         for metrics in self._calibration().values():
             metrics.reset()
 
@@ -106,9 +119,9 @@ class Scorer(nn.Module):
         """Count predictions.
 
         Args:
-            predictions: if the scorer has estimators, `EstimatedPrediction`s with an estimate of each.
-            passes: the forward passes of each prediction by estimator, the stated confidence included, if the scorer has
-                estimators.
+            predictions: if the scorer has estimators or probes, `EstimatedPrediction`s with the confidence of each.
+            passes: the forward passes of each prediction by estimator, the stated confidence and `PROBES` included, if the scorer
+                has estimators or probes.
         """
         if not predictions:
             return
@@ -122,23 +135,27 @@ class Scorer(nn.Module):
                 for p in predictions
             ]
             metrics.update(as_confidence_tensor(confidences), correct, groups)
-        if self.confidences[1:]:
+        if self.probe_names:
+            self.probes.update([cast(EstimatedPrediction, p).probes for p in predictions], groups)
+        if self.counted:
             assert passes is not None
-            self.passes.update([passes[name] for name in self.confidences])
+            self.passes.update([passes[name] for name in self.counted])
 
     def compute(self) -> dict[str, float]:
-        """All metrics, NaN where undefined: overall, by group, then forward passes and metrics of the estimators."""
+        """All metrics, NaN where undefined: overall, by group, then forward passes and metrics of estimators and probes."""
         with warnings.catch_warnings():
             # A group of short answers has no yes ratio, and one without errors no AUROC. Tables show a dash, files null.
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             by_confidence = {name: metrics.compute() for name, metrics in self._calibration().items()}
             values = by_confidence.pop(VERBALIZED) | self.task.compute()
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
-        if by_confidence:
-            costs = zip(self.confidences, self.passes.compute().tolist(), strict=True)
+        if self.counted:
+            costs = zip(self.counted, self.passes.compute().tolist(), strict=True)
             results |= {f"forward_passes@{name}": cost for name, cost in costs}
         for estimator, values in by_confidence.items():
             for key, value in values.items():
                 metric, slash, group = key.partition("/")
                 results[f"{metric}@{estimator}{slash}{group}"] = float(value)
+        if self.probe_names:
+            results |= {name: float(value) for name, value in self.probes.compute().items()}
         return results

@@ -179,6 +179,10 @@ class QuerySource(ABC):
         """Whether a region contains the key object; does not open the image."""
         return any(is_evidence(query, r.label) for r in query.regions)
 
+    def has_distractor(self, query: Query) -> bool:
+        """Whether a region contains an object that the question is not about; does not open the image."""
+        return any(not is_evidence(query, r.label) for r in query.regions)
+
     def presence(self, query: Query) -> Presence:
         """Presence of the key object. It is absent if the answer says so; a missing region alone means `unlocated`."""
         if self.has_evidence(query):

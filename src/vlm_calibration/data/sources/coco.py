@@ -244,6 +244,9 @@ class CocoSource(QuerySource):
     def has_evidence(self, query: Query) -> bool:
         return any(is_evidence(query, name) for name in self._by_file[query.image].objects)
 
+    def has_distractor(self, query: Query) -> bool:
+        return any(not is_evidence(query, name) for name in self._by_file[query.image].objects)
+
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":
             return opposite(query)

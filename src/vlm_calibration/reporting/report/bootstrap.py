@@ -112,6 +112,21 @@ class ImageBootstrap:
             {"accuracy": accuracy, **of_draws},
         )
 
+    def mean(self, values: Sequence[float | None]) -> Interval:
+        """The mean of one number for each answer with its 95% interval; None is left out, NaN without any number."""
+        used = np.array([value is not None for value in values])
+        if not used.any():
+            return Interval(*[float("nan")] * 3)
+        numbers = np.array([0.0 if value is None else value for value in values])
+        total, n = (
+            np.bincount(self._unit_of, weights=w, minlength=len(self.weights))
+            for w in (numbers, used.astype(np.float64))
+        )
+        drawn = n @ self.weights
+        means = torch.from_numpy((total @ self.weights) / np.where(drawn > 0, drawn, np.nan))
+        units = len(np.unique(self._unit_of[used]))
+        return percentile_interval(float(numbers[used].mean()), means, units)
+
     def _levels(self, confidence: Sequence[float | None]) -> tuple[ConfidenceGroups, ConfidenceGroups]:
         """The confidence groups of the answers, and those of every draw."""
         values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)

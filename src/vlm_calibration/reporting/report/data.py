@@ -19,12 +19,14 @@ from vlm_calibration.estimators.predictions import (
     VERBALIZED,
     EstimatedPrediction,
     estimators_of,
+    probes_of,
     read_predictions,
 )
 from vlm_calibration.files import read_json
 from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
+from vlm_calibration.metrics.probes import count_probes, probe_values
 from vlm_calibration.metrics.summary import table_values
 from vlm_calibration.records import DataError, category_groups
 
@@ -191,7 +193,8 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
 def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
     """Compute every metric over all predictions, and as `METRIC/GROUP` over each group of categories.
 
-    Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`. Confidences are not rounded to a grid.
+    Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as `probe_NAME_change` and others.
+    Confidences are not rounded to a grid.
 
     Returns:
         Name -> value, NaN if undefined.
@@ -216,6 +219,13 @@ def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[st
             **{f"/{g}": members for g, members in ordered.items()},
         }.items():
             values |= table_values(_confidence_groups(members, name), REPORTED[1:], f"@{name}{suffix}")
+    probes = probes_of(predictions)
+    if probes:
+        row_of = {group: row for row, group in enumerate(ordered, start=1)}
+        rows = [[0, *(row_of[g] for g in category_groups(p.category))] for p in predictions]
+        counts = count_probes((p.probes for p in predictions), probes, rows, 1 + len(ordered))
+        for suffix, counted in zip(["", *(f"/{group}" for group in ordered)], counts, strict=True):
+            values |= probe_values(counted, probes, suffix)
     return values
 
 

@@ -21,6 +21,7 @@ from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.examples import examples_of, thumbnails
 from vlm_calibration.reporting.report.figures import panels_of
+from vlm_calibration.reporting.report.listening import probe_cells, probe_headings, probe_sentences, probes_in
 from vlm_calibration.reporting.report.summary import (
     ROUGH,
     TRUSTED,
@@ -78,6 +79,7 @@ def render_page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    probes = probes_in(compared.probed)
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         summary=summarize_system(about, compared.rows),
@@ -88,6 +90,9 @@ def render_page(
             (row.system, [cell_of(row, name) for name in HEADINGS]) for row in compared.rows if row.is_stated
         ],
         panels=panels_of(systems),
+        probe_heads=probe_headings(probes),
+        probed=[(s, probe_cells(effects, probes)) for s, effects in compared.probed.items()],
+        probe_sentences=probe_sentences(compared.probed.get(about.name, {})),
         official=_official(systems),
         grouped=_groups((*others, about)),
         grouped_others=_groups(rest),

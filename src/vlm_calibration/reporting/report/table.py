@@ -21,6 +21,7 @@ from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.progress import track
 from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System
+from vlm_calibration.reporting.report.listening import ProbeEffect, probe_effects
 
 RAW = "raw"
 
@@ -73,10 +74,12 @@ class Compared(NamedTuple):
     Attributes:
         rows: rows of every system, its stated confidence first.
         notes: why rows are missing.
+        probed: system -> the effect of each probe on its stated confidence, for systems that were probed.
     """
 
     rows: list[Row]
     notes: list[str]
+    probed: Mapping[str, Mapping[str, ProbeEffect]]
 
 
 def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
@@ -86,6 +89,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     base: tuple[System, Measured] | None = None
     planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
     bootstraps: dict[str, ImageBootstrap] = {}
+    probed: dict[str, Mapping[str, ProbeEffect]] = {}
     for system, estimator, recalibration in track(
         planned, "bootstrap intervals", len(planned), "confidences"
     ):
@@ -94,6 +98,8 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
             bootstraps = {
                 system.name: ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
             }
+            if effects := probe_effects(system.predictions, bootstraps[system.name]):
+                probed[system.name] = effects
         measured = bootstraps[system.name].measure(_confidences(system, estimator, recalibration))
         base = base or (system, measured)
         paired = system.by_id.keys() == base[0].by_id.keys()
@@ -113,7 +119,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
                 system.passes(estimator) if recalibration == RAW else None,
             )
         )
-    return Compared(rows, list(notes))
+    return Compared(rows, list(notes), probed)
 
 
 def _planned(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str]]:

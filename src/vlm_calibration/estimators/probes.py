@@ -1,0 +1,118 @@
+"""What a confidence listens to: how it changes when the image, a part of the image or the answer is changed.
+
+Calibrated confidences may still ignore the image (arXiv 2609.18453). The answer is held, and the confidence after it is read again:
+
+- "image": the whole image is blank;
+- "object": the key object is blank, and nothing else;
+- "distractor": one object that the question is not about is blank, and nothing else;
+- "answer": the opposite of a yes/no answer is given.
+
+A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to 1 with that
+in the opposite answer. Nothing is generated again: the confidence is the likeliest of those that can be stated after the answer, and
+so is the original one that it is compared with. Each probe, and the original reading, is one forward pass for each query that it applies
+to; the original one is that of `ExpectedConfidence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from vlm_calibration.data.noise import ImageCopy
+from vlm_calibration.estimators.answer_scoring import YES_NO, ResponsePass, score_answers
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.metrics.probes import ORIGINAL, Probed
+from vlm_calibration.perturbation.levels import Perturbation
+from vlm_calibration.records import DataError
+
+Probe = Literal["image", "object", "distractor", "answer"]
+PROBES: tuple[Probe, ...] = get_args(Probe)
+BLANK = Perturbation("fade", 1.0)
+"""A whole image is uniformly grey after it. A region is filled with its surroundings, so that not even its outline shows the object,
+as it does after occlusion."""
+COPIES: dict[Probe, ImageCopy] = {
+    "image": ImageCopy(BLANK, "image"),
+    "object": ImageCopy(BLANK, "object"),
+    "distractor": ImageCopy(BLANK, "distractor"),
+}
+"""The copy of the image that a probe reads the confidence with."""
+
+
+class ProbeReadings(NamedTuple):
+    """The probed confidences of B answers.
+
+    Attributes:
+        probed: for each answer the original confidence and that of every probe; None where it does not apply, and for a text
+            without an answer.
+        passes: B numbers of forward passes, as if the probes ran alone.
+    """
+
+    probed: list[Probed]
+    passes: list[int]
+
+
+def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
+    """The probes in the order of `PROBES`.
+
+    Raises:
+        DataError: there is no such probe, or one appears twice.
+    """
+    for probe in probes:
+        if probe not in PROBES:
+            raise DataError(f"model.probes: there is no probe {probe!r}: expected {', '.join(PROBES)}")
+        if list(probes).count(probe) > 1:
+            raise DataError(f"model.probes: {probe!r} appears twice")
+    return tuple(probe for probe in PROBES if probe in probes)
+
+
+def copies_of(probes: Sequence[Probe]) -> list[ImageCopy]:
+    """The copies of each image that probes need."""
+    return [COPIES[probe] for probe in probes if probe in COPIES]
+
+
+def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadings:
+    """Read the confidence in each answer of a batch after every probe. Call it under `torch.no_grad` or in inference mode.
+
+    Raises:
+        ValueError: the copies of the images were not made, see `AnsweredBatch.score_copy`.
+    """
+    original = answered.scored
+    passes = [scores.passes if scores else 1 for scores in original]
+    probed: list[dict[str, float | None]] = [
+        {ORIGINAL: likeliest_level(scores) if scores else None, **dict.fromkeys(probes)}
+        for scores in original
+    ]
+    for probe in probes:
+        copy = COPIES.get(probe)
+        changed = score_opposite(answered) if copy is None else answered.score_copy(copy, with_levels=True)
+        for row, scores in changed.items():
+            passes[row] += scores.passes
+            if original[row] is not None:
+                probed[row][probe] = likeliest_level(scores)
+    return ProbeReadings(list(probed), passes)
+
+
+def likeliest_level(scores: ResponsePass) -> float:
+    """The confidence that is likeliest to be stated after an answer, the highest of equally likely ones."""
+    return scores.levels[int(scores.level_log_p.argmax())]
+
+
+def score_opposite(answered: AnsweredBatch) -> dict[int, ResponsePass]:
+    """Row -> the scores of the opposite word with the image as it is, for answers yes and no to yes/no questions."""
+    words = [word.lower() for word in YES_NO]
+    opposite = {
+        row: YES_NO[1 - words.index(prediction.predicted)]
+        for row, prediction in enumerate(answered.predictions)
+        if answered.batch.queries[row].answer_type == "yes_no"
+        and prediction.predicted in words
+        and answered.answers[row] is not None
+    }
+    if not opposite:
+        return {}
+    # The other queries keep their rows, which the cache has as well; their scores are dropped.
+    tokenized = [
+        answered.tokenizer.tokenize(query, opposite.get(row, query.answer))
+        for row, query in enumerate(answered.batch.queries)
+    ]
+    by_answer = score_answers(answered.model, tokenized, answered.prompts, answered.cache).by_answer()
+    return {row: by_answer[row] for row in opposite}

@@ -1,0 +1,260 @@
+"""Probes: against blanking and reading one response at a time; which pixels a copy changes; beside other copies; what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.copies import perturbed_copies
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import CopiedRegion, ImageCopy, NoisePolicy, Sample
+from vlm_calibration.data.resolution import resize_to_model
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.probes import (
+    BLANK,
+    COPIES,
+    PROBES,
+    check_probes,
+    copies_of,
+    read_probes,
+    score_opposite,
+)
+from vlm_calibration.estimators.stability import Stability
+from vlm_calibration.metrics.probes import ORIGINAL
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.images import resize_mask
+from vlm_calibration.perturbation.kinds import RegionFade
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..models.processors import FAMILIES, cached_family
+from ..models.runs import SIZES
+from .conftest import Answering
+from .naive import Alone
+from .test_scored import ASKED, LEVELS, UNANSWERED, samples_of, scenes
+
+POLICY = NoisePolicy()
+ROWS = (*ASKED, UNANSWERED)
+ANSWERS = ("Yes", "a blue umbrella", "No", "It is white", None)
+OPPOSITE = ("No", None, "Yes", None, None)
+OBJECT, DISTRACTOR = (slice(2, 9), slice(3, 12)), (slice(12, 19), slice(5, 15))
+"""Boxes of the regions, in images of at least 20 x 16 pixels."""
+
+
+def mask_of(image: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    mask[box] = True
+    return mask
+
+
+def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Key objects and distractors: the third query has no key object, the second no distractor."""
+    evidence = [] if row == 2 else [mask_of(image, OBJECT)]
+    return evidence, [] if row == 1 else [mask_of(image, DISTRACTOR)]
+
+
+@pytest.fixture(params=["demo", *FAMILIES])
+def asked(
+    request: pytest.FixtureRequest, processor: Any, load_model: Any
+) -> tuple[Any, ChatFormat, list[Sample]]:
+    if request.param == "demo":
+        return load_model(), ChatFormat(processor, ElicitationPrompt()), samples_of(scenes(5), ROWS)
+    family, rng = cached_family(request.param), np.random.default_rng(0)
+    torch.manual_seed(0)
+    sizes = [*SIZES, SIZES[0]][:5]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images, ROWS)
+
+
+def with_copies(samples: Sequence[Sample], copies: Sequence[ImageCopy], chat: ChatFormat) -> list[Sample]:
+    made = []
+    for row, sample in enumerate(samples):
+        evidence, distractors = regions_of(row, sample.image)
+        loaded = LoadedImage(sample.image, tuple(evidence), tuple(distractors))
+        made.append(perturbed_copies(sample, loaded, copies, POLICY, chat.processor.image_processor))
+    return [s._replace(copies=copied) for s, copied in zip(samples, made, strict=True)]
+
+
+def blanked(row: int, image: np.ndarray, region: str, processor: Any) -> np.ndarray | None:
+    """The image at the model's resolution with one part blank, made by hand."""
+    evidence, distractors = regions_of(row, image)
+    image = resize_to_model(processor, image)
+    if region == "image":
+        return np.full_like(image, 128)
+    masks = evidence if region == "object" else distractors
+    if not masks:
+        return None
+    mask = resize_mask(masks[0], image.shape[:2])
+    return RegionFade()(image=image, mask=mask, strength=1.0, seed=0)["image"]
+
+
+def naive_log_p(model: Any, chat: ChatFormat, image: np.ndarray, question: str, answer: str) -> list[float]:
+    """log p of the answer with each level, one forward each."""
+    alone = Alone(model, chat, image, question)
+    texts = [render_response(answer, level) for level in (0.9, 0.6, 0.3)]
+    return [math.fsum(alone.response(alone.prompt, text)[1]) for text in texts]
+
+
+@torch.no_grad()
+def test_confidences_are_those_read_one_response_at_a_time(
+    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+) -> None:
+    model, chat, samples = asked
+    texts = [text for *_, text in ROWS]
+    copied = with_copies(samples, copies_of(PROBES), chat)
+    batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
+    readings = read_probes(batch, PROBES)
+    scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
+    scored["answer"] = score_opposite(batch)
+    processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
+    for row, (sample, answer) in enumerate(zip(samples, ANSWERS, strict=True)):
+        images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
+        cases = {ORIGINAL: (sample.image, answer), "answer": (sample.image, OPPOSITE[row])}
+        cases |= {name: (image, answer) for name, image in images.items()}
+        assert readings.probed[row].keys() == cases.keys()
+        for name, (image, given) in cases.items():
+            found = readings.probed[row][name]
+            if image is None or given is None:
+                assert found is None, (row, name)
+                continue
+            log_p = naive_log_p(model, chat, image, sample.query.question, given)
+            assert found == levels[int(np.argmax(log_p))], (row, name)
+            if name != ORIGINAL:
+                assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
+    # The original, three copies of which two images lack one each, and the opposite of two answers.
+    assert readings.passes == [5, 3, 4, 4, 4]
+
+
+@torch.no_grad()
+def test_probes_and_other_copies_are_read_together_as_alone(
+    load_model: Any, processor: Any, answering: Answering
+) -> None:
+    model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
+    samples, texts = samples_of(scenes(5), ROWS), [text for *_, text in ROWS]
+    stable = Stability({"noise": [0.2], "fade": [1.0]})
+    together, probes, copies = (
+        answering(model, chat, with_copies(samples, wanted, chat), texts, LEVELS)
+        for wanted in ([*stable.copies, *copies_of(PROBES)], copies_of(PROBES), stable.copies)
+    )
+    assert read_probes(together, PROBES) == read_probes(probes, PROBES)
+    assert stable.estimate(together) == stable.estimate(copies)
+    assert read_probes(together, ("object",)).probed == [
+        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES).probed
+    ]
+
+
+def test_probes_without_their_copies_are_an_error(
+    load_model: Any, processor: Any, answering: Answering
+) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt())
+    batch: AnsweredBatch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
+    assert read_probes(batch, ("answer",)).probed[0]["answer"] is not None
+    with pytest.raises(ValueError, match="without the copies"):
+        read_probes(batch, ("image",))
+
+
+# --- Which pixels change ------------------------------------------------------------------------------------------
+
+
+class _Boxes(QuerySource):
+    """A square for each named object: a dog and a cat apart, and a car that touches the dog."""
+
+    boxes: ClassVar = {"dog": (4, 16, 4, 16), "cat": (24, 36, 24, 36), "car": (10, 20, 10, 20)}
+
+    def __init__(self, objects: Sequence[str] = ("dog", "cat", "car"), asked: str = "dog") -> None:
+        self.objects = list(objects)
+        self.asked = asked
+
+    def queries(self) -> Sequence[Query]:
+        return [Query(f"q{i}", "x", f"A {self.asked}?", "Yes", "yes_no", (self.asked,)) for i in range(3)]
+
+    def load(self, query: Query) -> LoadedImage:
+        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        masks = {}
+        for name in self.objects:
+            top, bottom, left, right = self.boxes[name]
+            masks[name] = mask_of(image, (slice(top, bottom), slice(left, right)))
+        evidence = tuple(m for name, m in masks.items() if name == self.asked)
+        return LoadedImage(image, evidence, tuple(m for name, m in masks.items() if name != self.asked))
+
+    def has_evidence(self, query: Query) -> bool:
+        return self.asked in self.objects
+
+    def has_distractor(self, query: Query) -> bool:
+        return any(name != self.asked for name in self.objects)
+
+
+def changes(source: QuerySource, region: CopiedRegion, seed: int = 0) -> list[np.ndarray | None]:
+    """For each query which pixels its copy changes, bool [40, 40]; None without a copy."""
+    dataset = PerturbedQueries({"": EvalSplit(source)}, NoisePolicy(resolution="native"), None)
+    copy = ImageCopy(BLANK, region, seed)
+    dataset.make_copies([copy])
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    images = [(s.image, s.copies[copy]) for s in samples]
+    return [None if changed is None else (changed != image).any(-1) for image, changed in images]
+
+
+def test_only_the_region_is_blanked() -> None:
+    image = _Boxes().load(_Boxes().queries()[0]).image
+    for box, region in (((4, 16), "object"), ((24, 36), "distractor")):
+        outside = ~mask_of(image, (slice(*box), slice(*box)))
+        for changed in changes(_Boxes(), region):  # type: ignore[arg-type]
+            assert changed is not None
+            assert not changed[outside].any()
+            assert changed[~outside].mean() > 0.9
+    assert all(c is not None and c.mean() > 0.9 for c in changes(_Boxes(), "image"))
+
+
+def test_a_distractor_is_one_object_that_does_not_touch_the_key_object() -> None:
+    """The car touches the dog; asked about the cat, both are distractors, and either is drawn."""
+    assert changes(_Boxes(("dog", "car")), "distractor") == [None] * 3
+    drawn = {
+        int(c.sum()) > 120 for seed in range(8) for c in changes(_Boxes(asked="cat"), "distractor", seed) if c is not None
+    }  # fmt: skip
+    assert drawn == {True, False}
+    # An absent object leaves all others.
+    assert all(c is not None for c in changes(_Boxes(("cat",)), "distractor"))
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("region", "objects"), [("object", ("cat",)), ("distractor", ("dog",)), ("object", ())]
+)
+def test_a_split_without_such_a_region_is_named(
+    model_folder: str, region: str, objects: tuple[str, ...]
+) -> None:
+    parts = {"fine": EvalSplit(_Boxes()), "bare": EvalSplit(_Boxes(objects))}
+    module = PerturbedQueryDataModule(model_folder, test=parts, workers=0)
+    asking = EvaluationModule(BaseModel(model_folder), probes=[region])  # type: ignore[list-item]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PerturbedQueryDataModule, "_module", asking)
+        with pytest.raises(DataError, match=rf"data\.test\.bare: .*'{region}' out of model\.probes"):
+            module.setup("test")
+
+
+@pytest.mark.parametrize(
+    ("probes", "message"), [(["sound"], "no probe 'sound'"), (["image", "image"], "'image' appears twice")]
+)
+def test_probes_that_make_no_sense_are_refused(probes: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"model.probes: .*{message}"):
+        EvaluationModule(BaseModel("nowhere"), probes=probes)
+    assert check_probes(["answer", "image"]) == ("image", "answer")
+
+
+def test_the_demo_knows_its_distractors() -> None:
+    for source in (DemoSource("test", 3), DemoSource("test", 6, hard=1.0)):
+        for query in source.queries():
+            assert source.has_distractor(query) == bool(source.load(query).distractors)

@@ -1,0 +1,103 @@
+"""Counts of probed confidences: against a loop in exact fractions, in any batches and processes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.metrics.probe_metrics import ProbeMetrics
+from vlm_calibration.metrics.probes import ORIGINAL, probe_difference
+
+PROBES = ("image", "answer")
+GROUPS = ("a", "b", "empty")
+
+
+def draw(n: int, seed: int = 0) -> tuple[list[dict[str, float | None]], list[list[str]]]:
+    """Confidences of whole percents and of millionths, some missing, and the groups of each answer."""
+    rng = np.random.default_rng(seed)
+
+    def one() -> float | None:
+        if rng.random() < 0.2:
+            return None
+        return float(rng.integers(0, 11) / 10) if rng.random() < 0.7 else round(float(rng.random()), 6)
+
+    probed = [{name: one() for name in (ORIGINAL, *PROBES)} for _ in range(n)]
+    return probed, [[g for g in ("a", "b") if rng.random() < 0.5] for _ in range(n)]
+
+
+def by_hand(probed: list[dict[str, float | None]], probe: str) -> dict[str, float]:
+    pairs = [
+        (Fraction(str(p[ORIGINAL])), Fraction(str(p[probe])))
+        for p in probed
+        if p[ORIGINAL] is not None and p[probe] is not None
+    ]
+    n = len(pairs)
+    if not n:
+        return {"n": 0.0, **dict.fromkeys(("change", "fell", "stayed", "rose", "sum"), math.nan)}
+    return {
+        "n": float(n),
+        "change": float(sum(after - before for before, after in pairs) / n),
+        "fell": sum(after < before for before, after in pairs) / n,
+        "stayed": sum(after == before for before, after in pairs) / n,
+        "rose": sum(after > before for before, after in pairs) / n,
+        "sum": float(sum(after + before for before, after in pairs) / n),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_every_number_is_that_of_a_loop(batch: int) -> None:
+    probed, groups = draw(200)
+    metrics = ProbeMetrics(PROBES, GROUPS)
+    for start in range(0, 200, batch):
+        metrics.update(probed[start : start + batch], groups[start : start + batch])
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    expected: dict[str, float] = {}
+    for group in ("", *GROUPS):
+        members = [p for p, of in zip(probed, groups, strict=True) if not group or group in of]
+        for probe in PROBES:
+            named = by_hand(members, probe)
+            if probe != "answer":
+                del named["sum"]
+            suffix = f"/{group}" if group else ""
+            expected |= {f"probe_{probe}_{name}{suffix}": value for name, value in named.items()}
+    assert values == pytest.approx(expected, abs=1e-15, nan_ok=True)
+    assert 0 < values["probe_image_fell"] < 1
+
+
+def test_processes_merge_to_the_same_bits() -> None:
+    """Each process syncs by the sum of its state, in any order."""
+    probed, groups = draw(300)
+    whole = ProbeMetrics(PROBES, GROUPS)
+    whole.update(probed, groups)
+    parts = []
+    for part in (slice(0, 0), slice(0, 37), slice(37, 300)):
+        metrics = ProbeMetrics(PROBES, GROUPS)
+        if probed[part]:
+            metrics.update(probed[part], groups[part])
+        parts.append(metrics)
+
+    def gathered(state: Any, **_: Any) -> list[torch.Tensor]:
+        assert state.shape == whole.counts.shape
+        return [p.counts.clone() for p in parts[::-1]]
+
+    synced = parts[1]
+    synced.sync(dist_sync_fn=gathered, distributed_available=lambda: True)
+    assert torch.equal(synced.counts, whole.counts)
+    synced.unsync()
+    assert not torch.equal(synced.counts, whole.counts)
+
+
+def test_without_probes_there_is_nothing() -> None:
+    metrics = ProbeMetrics((), GROUPS)
+    assert metrics.compute() == {}
+
+
+def test_a_difference_needs_both_confidences() -> None:
+    assert probe_difference({ORIGINAL: 0.9, "image": 0.2}, "image") == pytest.approx(-0.7)
+    assert probe_difference({ORIGINAL: None, "image": 0.2}, "image") is None
+    assert probe_difference({ORIGINAL: 0.9, "image": None}, "image") is None
