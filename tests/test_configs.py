@@ -188,8 +188,8 @@ PRESETS = {
         **BOTH_STAGES,
         "model.init_args.loss": (
             {
-                "class_path": "vlm_calibration.losses.preference.DPO",
-                "init_args": {"beta": 0.3, "label_smoothing": 0.0, "reference_free": False},
+                "class_path": "vlm_calibration.losses.distribution.SoftLabel",
+                "init_args": {"width": 0.05},
             },
             {
                 "class_path": "vlm_calibration.losses.preference.SimPO",
@@ -197,10 +197,9 @@ PRESETS = {
             },
         ),
         "model.init_args.reference": ("adapter", "none"),
-        "model.init_args.nll_weight": (1.0, 0.0),
         "model.init_args.drift_weight": (1.0, 0.0),
-        "model.init_args.pairs.target": ("expected", "level"),
-        "data.candidates.grid": (10, None),
+        "model.init_args.pairs.target": ("fitted", "level"),
+        "data.candidates.answers": ("own", "gold"),
         "model.init_args.pairs.rejected": ("all", "uniform"),
         "model.init_args.pairs.n_rejected": (None, 1),
         **LEARNING_RATE,

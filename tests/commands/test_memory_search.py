@@ -232,7 +232,7 @@ def test_a_plan_without_a_stage_has_all(tiny: Folder, monkeypatch: pytest.Monkey
     assert list(stages) == ["levels", "sft", "dpo", "eval/jsonl"]
     assert all(c.model.init_args.base.name_or_path == folder[1] for c in stages.values())
     assert stages["sft"].model.init_args.lora.r == 8, "levels and eval have no adapter to train"
-    assert stages["dpo"].data.candidates.grid == 10, "experiment/anchored_dpo"
+    assert stages["dpo"].model.init_args.optimizer.lr == 2e-5, "experiment/anchored_dpo"
     assert plan_of(stages).lora.r == 8
 
 

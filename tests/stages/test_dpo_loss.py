@@ -22,7 +22,7 @@ from vlm_calibration.data.candidates import (
 from vlm_calibration.losses.preference import DPO, Listwise, SimPO
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.dpo_terms import logp_drift
+from vlm_calibration.stages.dpo_terms import shared_text_drift
 from vlm_calibration.stages.preference_targets import (
     PairPolicy,
 )
@@ -117,7 +117,7 @@ def test_the_nll_term_weights_tokens_as_in_stage_1(
     ],
     ids=repr,
 )
-def test_the_drift_term_is_the_squared_change_of_answer_and_endings(
+def test_the_drift_term_is_the_change_of_the_answer_and_the_likelihood_of_the_endings(
     make_module: MakeModule,
     candidates: Data,
     monkeypatch: pytest.MonkeyPatch,
@@ -139,7 +139,7 @@ def test_the_drift_term_is_the_squared_change_of_answer_and_endings(
         )
         answer = responses[0].answer_length
         # "%" and the end of the turn
-        endings = [(sum(n[-2:]) - sum(b[-2:])) ** 2 for n, b in zip(now, before, strict=True)]
+        endings = [-sum(tokens[-2:]) for tokens in now]
         drifts.append((sum(now[0][:answer]) - sum(before[0][:answer])) ** 2 + np.mean(endings))
     assert max(drifts) > 0.01
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * np.mean(drifts), abs=1e-3)
@@ -243,11 +243,11 @@ def test_drift_against_a_sum_spelled_out(compared: list[list[tuple[int, int, int
                 total += (sum(now[:answer]) - sum(before[:answer])) ** 2
                 counted[row, k, :answer] = True
             if ending:
-                endings += (sum(now[-ending:]) - sum(before[-ending:])) ** 2
+                endings -= sum(now[-ending:])
                 counted[row, k, n - ending : n] = True
         total += endings / len(of_query)
 
-    value = logp_drift(policy, reference, candidates)
+    value = shared_text_drift(policy, reference, candidates)
     assert float(value) == pytest.approx(total / len(compared), rel=1e-5)
     value.backward()
     gradient = policy.log_likelihood.grad
@@ -255,7 +255,8 @@ def test_drift_against_a_sum_spelled_out(compared: list[list[tuple[int, int, int
     assert torch.equal(gradient != 0, counted), "no other token counts"
 
 
-def test_equal_scores_have_no_drift() -> None:
+def test_equal_scores_with_certain_endings_have_no_drift() -> None:
     scores = _scores([[4, 4]], 4, 0)
+    scores.log_likelihood[..., -2:] = 0
     same = [[Candidate((1,) * 4, 1, 2, c, False) for c in (1.0, 0.5)]]
-    assert float(logp_drift(scores, scores, same)) == 0
+    assert float(shared_text_drift(scores, scores, same)) == 0
