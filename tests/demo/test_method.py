@@ -121,6 +121,7 @@ def _evaluate(
                 "adapters": adapters,
                 "oracle_levels": None,
                 "estimators": [],
+                "probes": [],
             }
         },
         data={"test": parts, "calibration": None, "noise": {"kinds": {"noise": 1}}},
