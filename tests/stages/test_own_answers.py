@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import nn
 
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.data.candidates import CandidateSettings
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.p_true import TEMPLATE
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, ExpectedBrier, SoftLabel, TokenizedBrier
 from vlm_calibration.losses.preference import DPO, Listwise, SimPO
 from vlm_calibration.models.adapters import LoraSettings
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import dpo
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.teachers import FittedTeacher, LogisticMap, TeacherSettings
@@ -476,3 +477,16 @@ def test_data_that_does_not_fit_the_module_is_rejected(
     module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
     with pytest.raises(DataError, match=match):
         trainer(max_steps=1).fit(module, datamodule=candidates(answers))
+
+
+def test_a_teacher_needs_every_answer_type_in_the_validation_set(
+    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+) -> None:
+    class YesNo(DemoSource):
+        def queries(self) -> Sequence[Query]:
+            return [query for query in super().queries() if query.answer_type == "yes_no"]
+
+    module = make_module(pairs=PairPolicy(target="fitted"))
+    data = candidates(OWN, validation=YesNo("calibration", scenes=1))
+    with pytest.raises(DataError, match=r"data\.validation has no short question, but data\.train has"):
+        trainer(max_steps=1).fit(module, datamodule=data)

@@ -294,6 +294,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
     @property
+    def train_set(self) -> PerturbedQueries:
+        """The queries that are trained on."""
+        return self._sets["train"]
+
+    @property
     def validation_set(self) -> PerturbedQueries:
         """The queries that are answered during training."""
         return self._sets["validation"]

@@ -233,6 +233,15 @@ class DPOModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.pairs.target == "fitted" and self.fitted is None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            taught, held_out = (
+                {q.answer_type for q in split.queries} for split in (data.train_set, data.validation_set)
+            )
+            if missing := sorted(taught - held_out):
+                raise DataError(
+                    f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` fits its map "
+                    "for each answer type on data.validation; add such questions to it"
+                )
             self.fitted = self._fit_teacher()
 
     @torch.no_grad()
