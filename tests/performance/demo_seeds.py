@@ -43,6 +43,8 @@ ABLATIONS = {
 }
 # Stage 2 from the adapter of "sft", each with one thing changed.
 LOSS = "--model.init_args.loss"
+# At the default learning rate, losses whose gradient vanishes on a single level collapse to one.
+SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
 STAGE_2 = {
     "dpo": [],
@@ -53,9 +55,9 @@ STAGE_2 = {
     "map-isotonic": ["--model.init_args.teacher", '{"features": ["likelihood"], "map": "isotonic"}'],
     "gold-answers": ["--data.candidates.answers", "gold", TARGET, "expected"],
     "grid-10": ["--data.candidates.grid", "10"],
-    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct"],
-    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier"],
-    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", "--data.candidates.wrong_answer", "true"],
+    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *SLOWER],
+    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *SLOWER],
+    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", "--data.candidates.wrong_answer", "true", *SLOWER],
     "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3"],
     "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3"],
     "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3"],
