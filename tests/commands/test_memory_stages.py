@@ -56,7 +56,8 @@ def test_training_validates_unless_it_is_off(parse: Parse, tiny: Folder) -> None
     base = _base(tiny("llava_clip"))
     assert _names(parse("sft.yaml", **base)) == ["training", "validation"]
     assert _names(parse("sft.yaml", **base, trainer__limit_val_batches=0)) == ["training"]
-    training, validation = stage_phases(parse("dpo.yaml", **base))
+    training, own, validation = stage_phases(parse("dpo.yaml", **base))
+    assert own.name == "own answers"
     assert validation.estimate.optimizer == training.estimate.optimizer > 0
     assert validation.estimate.weights == training.estimate.weights
     assert "ranked answers" in validation.work
@@ -76,6 +77,8 @@ def test_own_answers_are_a_phase_beside_the_states_of_training(parse: Parse, tin
     assert "sampled" not in own.work
     settings["model__init_args__pairs__target"] = "self_consistency"
     assert "sampled answers" in stage_phases(parse("dpo.yaml", **settings))[1].work
+    gold = {"data__candidates__answers": "gold", "model__init_args__pairs__target": "level"}
+    assert _names(parse("dpo.yaml", **{**settings, **gold})) == ["training"]
 
 
 def test_ddp_has_a_second_copy_of_the_gradients(parse: Parse, tiny: Folder) -> None:

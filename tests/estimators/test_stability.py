@@ -153,7 +153,7 @@ def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
     with_copies, without = _batches(model_folder, Stability(STRENGTHS)), _batches(model_folder, None)
     for a, b in zip(with_copies, without, strict=True):
         assert not b.copies
-        assert a[1:-1] == b[1:-1]
+        assert a._replace(inputs={}, copies={}) == b._replace(inputs={}, copies={})
         assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
         for copied in a.copies.values():
             assert torch.equal(copied.inputs["input_ids"], a.inputs["input_ids"])

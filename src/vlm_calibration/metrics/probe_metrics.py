@@ -1,7 +1,5 @@
 """The numbers about probed confidences as a torchmetric."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ A probe reads the confidence in an answer again after something has changed (`es
 as in prediction files, so all sums are exact and do not depend on the order of the answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
