@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.stages.evaluation import ORACLE
 from vlm_calibration.stages.scoring import REPORTED_FOR_ESTIMATORS
@@ -154,7 +155,9 @@ def test_an_evaluation_compares_its_systems(offline_runs: Runs) -> None:
     run = offline_runs["eval"]
     names = {*REPORTED, *TASK, *FIGURES, *TABLES}
     rated = {f"{name}@{e}" for name in REPORTED_FOR_ESTIMATORS for e in ESTIMATORS}
-    rated |= {f"forward_passes@{e}" for e in (VERBALIZED, *ESTIMATORS)}
+    rated |= {f"forward_passes@{e}" for e in (VERBALIZED, *ESTIMATORS, "probes")}
+    rated |= {f"probe_{p}_{name}" for p in PROBES for name in ("n", "change", "fell", "stayed", "rose")}
+    rated |= {"probe_answer_sum"}
     of_answers = {s: names | rated if s != ORACLE else names for s in SYSTEMS}
     expected = {f"test/{system}/{name}" for system, found in of_answers.items() for name in found}
     assert run.keys == expected | {"test/comparison", "test/samples", "epoch", "trainer/global_step"}
