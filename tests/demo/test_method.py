@@ -96,7 +96,12 @@ def systems(call: Caller) -> dict[str, Evaluated]:
         "dpo.yaml",
         *("--model.init_args.adapter", str(short_sft / "adapter")),
         trainer={"logger": False, "num_sanity_val_steps": 0},
-        data={"train": demo("train", 500, first=3000, hard=0.0), "batch_size": 16, "noise": NOISE_ALONE},
+        data={
+            "train": demo("train", 500, first=3000, hard=0.0),
+            "validation": demo("calibration", 150, first=10000, hard=0.0),
+            "batch_size": 16,
+            "noise": NOISE_ALONE,
+        },
     )
     source = demo("calibration", 150, **UNSEEN)
     parts = {"clean": {"source": source}, "perturbed": {"source": source, "noise": "drawn"}}
