@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from vlm_calibration.data.collate import PromptBatch
@@ -27,7 +25,6 @@ from vlm_calibration.records import Query
 from vlm_calibration.stages import own_answers
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import Comparison
-from vlm_calibration.stages.training import trained_parameters
 from vlm_calibration.text.confidence import (
     end_of_confidence,
     render_answer,
@@ -37,6 +34,7 @@ from vlm_calibration.text.confidence import (
 from vlm_calibration.text.grading import grade
 
 from ..estimators.naive import Alone
+from .preference import outside_trainer
 
 
 class Stated(NamedTuple):
@@ -83,17 +81,9 @@ class OwnStep:
         moved: float = 0.03,
     ) -> None:
         self.module, self.queries, self.monkeypatch = module, queries, monkeypatch
-        self.logged: dict[str, float] = {}
+        self.logged = outside_trainer(module, queries, monkeypatch, moved)
         self.written: dict[str, str] = {}
         self._texts: dict[tuple[str, bool], str] = {}
-        module.configure_model()
-        module.trainer = SimpleNamespace(datamodule=queries)  # type: ignore[assignment]
-        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in trained_parameters(module):
-                parameter += moved * torch.randn(parameter.shape, generator=generator)
-        queries.setup("fit")
         loader = queries.train_dataloader()
         self.collate: Any = loader.collate_fn.collate
         self.samples: list[Sample] = [loader.dataset[0, i] for i in range(n)]

@@ -28,6 +28,29 @@ NOISE = NoisePolicy(levels=LinearLevels(n_levels=5), distractor_probability=0.0,
 """Five levels, and wrong responses among the correct ones."""
 
 
+def outside_trainer(
+    module: DPOModule,
+    queries: PerturbedQueryDataModule,
+    monkeypatch: pytest.MonkeyPatch,
+    moved: float = 0.03,
+) -> dict[str, float]:
+    """Make a module and its data ready for steps without a Trainer, and return the dictionary of the values that it logs.
+
+    Args:
+        moved: how far the policy's weights are moved away from the reference's.
+    """
+    logged: dict[str, float] = {}
+    module.configure_model()
+    module.trainer = SimpleNamespace(datamodule=queries)  # type: ignore[assignment]
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained_parameters(module):
+            parameter += moved * torch.randn(parameter.shape, generator=generator)
+    queries.setup("fit")
+    return logged
+
+
 class Observed:
     """A module outside a Trainer, the first samples of its data, and the values that it logs.
 
@@ -42,15 +65,7 @@ class Observed:
         n: int = 4,
     ) -> None:
         self.module = module
-        self.logged: dict[str, float] = {}
-        module.configure_model()
-        module.trainer = SimpleNamespace(datamodule=queries)  # type: ignore[assignment]
-        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in trained_parameters(module):
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-        queries.setup("fit")
+        self.logged = outside_trainer(module, queries, monkeypatch)
         dataset = queries.train_dataloader().dataset
         self.samples: list[Sample] = [dataset[0, i] for i in range(n)]
         self.chat: ChatFormat = queries.chat
