@@ -17,6 +17,8 @@ import numpy as np
 
 AnswerType = Literal["yes_no", "short", "open"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
+ORIGINAL = "original"
+"""Key of the confidence that all probed confidences are compared with."""
 
 
 class RecordError(ValueError):

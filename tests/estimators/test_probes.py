@@ -29,11 +29,10 @@ from vlm_calibration.estimators.probes import (
     score_opposite,
 )
 from vlm_calibration.estimators.stability import Stability
-from vlm_calibration.metrics.probes import ORIGINAL
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.kinds import RegionFade
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vlm_calibration.metrics.probe_metrics import ProbeMetrics
-from vlm_calibration.metrics.probes import ORIGINAL, probe_difference
+from vlm_calibration.metrics.probes import probe_difference
+from vlm_calibration.records import ORIGINAL
 
 PROBES = ("image", "answer")
 GROUPS = ("a", "b", "empty")

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_calibration.files import json_lines
-from vlm_calibration.metrics.probes import ORIGINAL
 from vlm_calibration.perturbation.levels import Perturbation
-from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query, RecordError
+from vlm_calibration.records import ANSWER_TYPES, ORIGINAL, DataError, Prediction, Query, RecordError
 from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
 

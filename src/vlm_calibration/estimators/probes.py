@@ -21,9 +21,9 @@ from typing import Literal, NamedTuple, get_args
 from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.estimators.answer_scoring import YES_NO, ResponsePass, score_answers
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.metrics.probes import ORIGINAL, Probed
+from vlm_calibration.metrics.probes import Probed
 from vlm_calibration.perturbation.levels import Perturbation
-from vlm_calibration.records import DataError
+from vlm_calibration.records import ORIGINAL, DataError
 
 Probe = Literal["image", "object", "distractor", "answer"]
 PROBES: tuple[Probe, ...] = get_args(Probe)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-ORIGINAL = "original"
-"""Key of the confidence that all probed confidences are compared with."""
+from vlm_calibration.records import ORIGINAL
+
 SWAPPED = "answer"
 """The probe that swaps the answer; its confidence and the original one should add up to 1."""
 FELL, STAYED, ROSE, CHANGE, SUM = range(5)

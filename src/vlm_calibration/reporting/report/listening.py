@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction, probes_of
 from vlm_calibration.metrics.bootstrap import Interval
-from vlm_calibration.metrics.probes import ORIGINAL, SWAPPED, count_probes, probe_difference, probe_values
+from vlm_calibration.metrics.probes import SWAPPED, count_probes, probe_difference, probe_values
+from vlm_calibration.records import ORIGINAL
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap
 
 WITHOUT = {
