@@ -1,4 +1,5 @@
-"""The README's claims: every command runs here, with settings that shorten it, or is listed with the test that runs it.
+"""The claims of the README and of the pages of folders: every command runs here, with settings that shorten it, or is listed with the
+test that runs it.
 
 A command in neither table fails. Commands run in a folder with the files that the README assumes; the demo's model and tiny ones
 replace models of the Hub. Also checks that the pages of folders name existing files.
@@ -43,7 +44,7 @@ from .regions.conftest import tiny as tiny
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = "src/vlm_calibration/demo/model"
-PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb")
+PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb", "conda", "coverage")
 PAGES = sorted(
     page for name in ("configs", "notebooks", "src", "tests") for page in (ROOT / name).rglob("README.md")
 )
@@ -53,20 +54,20 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def commands(text: str) -> list[str]:
     """The commands of a page: lines of ```bash and indented blocks, and code spans that begin with a program's name.
 
-    Comments are removed and continued lines joined. An indented line of the form `name = ...` is a formula.
+    Comments are removed and continued lines joined. Other indented lines are formulas and settings.
 
     Raises:
         ValueError: a block in an unknown language.
     """
     lines: list[str] = []
     for language, block in BLOCK.findall(text):
-        if language not in ("bash", "json", "python"):
-            raise ValueError(f"a block of {language or 'no language'}: expected bash, json or python")
+        if language not in ("bash", "bibtex", "json", "python", "text"):
+            raise ValueError(f"a block of {language or 'no language'}: expected bash, bibtex, json, python or text")
         if language == "bash":
             lines += block.replace("\\\n", " ").splitlines()
     rest = BLOCK.sub("", text)
     for line in re.findall(r"^ {4}(\S.*)$", rest, re.MULTILINE):
-        if line.split()[1:2] != ["="]:
+        if Path(line.split()[0]).name in PROGRAMS:
             lines.append(line)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
     lines += [span for span in spans if " " in span and Path(span.split()[0]).name in PROGRAMS]
@@ -164,15 +165,35 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration config list": "tests/commands/test_config.py",
     "vlm-calibration runs": "tests/commands/test_runs.py",
     "make demo": "takes ten minutes: tests/test_packaging.py has the calls, tests/conftest.py runs them shortened",
-    "make train-sft": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
-    "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "make demo-figure": "needs an evaluation: tests/figures/test_before_after.py",
     "make test": "runs this test",
     "make test-fast": "runs tests: tests/test_packaging.py has the call",
     "make lint type": "is run by .ci/run",
     "make bench": "takes hours",
     "make app": "serves until it is stopped: test_the_page_answers",
-    "make slurm-sft NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu": "needs SLURM: tests/slurm/test_jobs.py",
+    "make slurm-sft": "needs SLURM: tests/slurm/test_jobs.py",
+    "make slurm-dpo": "needs SLURM: tests/slurm/test_jobs.py",
+    "make slurm-all": "needs SLURM: tests/slurm/test_jobs.py",
+    "make slurm-all MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data RUN=mine GPUS=8 PARTITION=gpu": "needs SLURM: tests/slurm/test_jobs.py",
+    "pip install .": "downloads: tests/test_packaging.py installs the package",
+    "conda env create -f environment.yml": "needs conda: tests/test_packaging.py compares the requirements",
+    "make setup && source .venv/bin/activate": "downloads: .ci/run begins with it",
+    "vlm-calibration fit --config sft --config model/qwen2_5_vl_7b --config data/jsonl --data-root my_data --runs runs/mine": "as below",
+    "vlm-calibration data split my_data/all.jsonl": "tests/data/test_split.py",
+    "vlm-calibration data fetch pope": "downloads: tests/benchmarks/test_fetch.py",
+    "vlm-calibration levels fit --config levels --config data/jsonl --data-root DIR --data.noise.kinds '{noise: 2, blur: 1, occlusion: 1}'": (
+        "tests/stages/test_level_fit.py"
+    ),
+    "vlm-calibration test --config eval/demo --config eval/demo_development --model.init_args.adapters '{sft: runs/sft/adapter}'": (
+        "takes minutes: tests/test_configs.py"
+    ),
+    "vlm-calibration report RUN --calibration FOLDER": "tests/reporting/test_report.py",
+    'make test-fast ARGS="tests/metrics -x"': "runs tests: tests/test_packaging.py has the call",
+    'make test ARGS="--durations=50"': "runs this test",
+    "pip install coverage": "downloads",
+    'coverage run --source src/vlm_calibration -m pytest -m "not slow and not slurm and not browser"': "runs tests",
+    "coverage report": "reads what `coverage run` wrote",
+    'make bench ARGS="--only metrics startup"': "takes minutes",
     "make dashboard ENTITY=... PROJECT=...": "needs a login at W&B: tests/reporting/test_dashboard.py",
     "vlm-calibration export runs/sft --push-to-hub NAME": "uploads: tests/commands/test_export.py",
     "wandb login": "needs an account at W&B",
@@ -193,7 +214,11 @@ def _run_of(command: str) -> Run | None:
     return RUNS[max(matches, key=len)] if matches and command not in ELSEWHERE else None
 
 
-COMMANDS = commands(README)
+COMMANDS = list(
+    dict.fromkeys(
+        command for page in (ROOT / "README.md", *PAGES) for command in commands(page.read_text(encoding="utf-8"))
+    )
+)
 RUN_HERE = [command for command in COMMANDS if _run_of(command) is not None]
 
 
