@@ -4,10 +4,9 @@ Settings are chosen on development scenes, by this rule: of the settings with at
 point of the base model's on every part, the one whose stated confidence has the lowest Brier score on the whole split, averaged over
 the seeds. With `--test`, the systems of the README alone answer the test scenes, so that nothing can be chosen on them.
 
-The last table compares with an isotonic map of the base model's confidence, which needs no training: it improves calibration and
-does not improve ranking. Intervals that do not overlap are "apart". Each seed changes training noise, order of data, adapter
-initialisation and test noise; the base model, its levels and the test scenes are fixed. Values are mean ± standard deviation over
-seeds.
+`--test` also compares with what needs no training: maps of the base model's own estimates, fitted on a calibration set. Its p-values are
+those of a paired bootstrap over images. Each seed changes training noise, order of data, adapter initialisation and test noise; the
+base model, its levels and the test scenes are fixed. Values are mean ± standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -20,10 +19,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
+from vlm_calibration.estimators.recalibration import recalibrated
+from vlm_calibration.metrics import functional
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import read_systems
-from vlm_calibration.reporting.report.table import RAW, Comparison, Row, cell, compare
 
 PREFERENCE = "vlm_calibration.losses.preference."
 DISTRIBUTION = "vlm_calibration.losses.distribution."
@@ -40,6 +43,12 @@ ABLATIONS = {
     "native-resolution": ["--data.noise.resolution", "native"],
     "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
     "confidence-weight-1": ["--model.init_args.confidence_weight", "1.0"],
+}
+# Stage 1 without one kind of perturbation each, which its answers are then tested on.
+KINDS = ("noise", "blur", "occlusion")
+LEFT_OUT = {
+    f"without-{left_out}": ["--data.noise.kinds", json.dumps({kind: 1 for kind in KINDS if kind != left_out})]
+    for left_out in KINDS
 }
 # Stage 2 from the adapter of "sft", each with one thing changed.
 LOSS = "--model.init_args.loss"
@@ -74,6 +83,10 @@ UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft-paper", "dpo-paper", "sft", "dpo", "oracle")
 """The systems that answer the test scenes, once their settings are chosen."""
 DEVELOPMENT = ["--config", "configs/eval/demo_development.yaml"]
+STATED_ALONE = [
+    *("--model.init_args.estimators", "[]", "--model.init_args.probes", "[]"),
+    *("--data.calibration", "null"),
+]
 SYSTEMS = {
     "base": "base",
     "sft-paper": "SFT, paper's preset",
@@ -107,6 +120,7 @@ ABLATED = {
     "constant-answer-weight": "`answer_weight: constant`",
     "confidence-weight-1": "`confidence_weight: 1`",
     "sft-paper": "SFT, paper's preset: all of these",
+    **{f"without-{kind}": f"without {kind}" for kind in KINDS},
 }
 PARTS = {
     "": "whole split",
@@ -171,7 +185,7 @@ def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: b
 
     train(fits("sft", STAGE_1), resume)
     stage_2 = {**fits("dpo", STAGE_2_PAPER, "sft-paper"), **fits("dpo", STAGE_2, "sft")}
-    train({**fits("sft", ABLATIONS), **stage_2}, resume)
+    train({**fits("sft", ABLATIONS), **fits("sft", LEFT_OUT), **stage_2}, resume)
     evaluated = evaluation(root, seed, test)
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(
@@ -179,8 +193,7 @@ def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: b
             *("test", "--config", "configs/eval/demo.yaml", *([] if test else DEVELOPMENT)),
             *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters),
-            *("--model.init_args.estimators", "[]", "--model.init_args.probes", "[]"),
-            *("--model.init_args.probes", "[]"),
+            *([] if test else STATED_ALONE),
             threads=2,
         )
     )
@@ -213,6 +226,27 @@ def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def left_out(folders: list[Path]) -> str:
+    """A table of each kind's perturbed answers: trained on all kinds, on noise alone, and on all but this one."""
+    names = {"ece": "ECE", "brier": "Brier", "auroc": "AUROC"}
+    functions = (functional.expected_calibration_error, functional.brier_score, functional.auroc)
+    lines = [f"| tested on | trained on | {' | '.join(names.values())} |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        rows = {"sft": "all kinds", "noise-alone": "noise alone", f"without-{kind}": f"all but {kind}"}
+        for system, title in rows.items():
+            values = []
+            for folder in folders:
+                predictions = read_predictions(folder / system / "predictions.jsonl")
+                answers = [p for p in predictions if p.perturbation == kind]
+                table = ConfidenceTable.from_predictions(
+                    [p.confidence for p in answers], [p.correct for p in answers]
+                )
+                values.append([float(function(table)) for function in functions])
+            cells = [spread(list(column)) for column in zip(*values, strict=True)]
+            lines.append(f"| {kind} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
     """Number of seeds in which each system is better than "sft" on the whole split."""
     signs = {"ece": -1, "brier": -1, "auroc": 1}
@@ -225,25 +259,70 @@ def against_sft(runs: list[Metrics], titles: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def against_recalibration(folders: list[Path]) -> str:
-    """The recalibrated base model against the adapter of stage 2 without recalibration, for each seed."""
-    lines = ["| seed | metric | base, isotonic | SFT + DPO, as stated | intervals |", "|---|---|---|---|---|"]
-    for folder in folders:
-        systems = [s for s in read_systems([str(folder)]) if s.name in ("base", "dpo")]
-        rows = compare(systems, Comparison()).rows
-        base, dpo = _row(rows, "base", "isotonic"), _row(rows, "dpo", RAW)
-        for metric in ("auroc", "aurc", "brier", "ece"):
-            first, second = base.metrics[metric], dpo.metrics[metric]
-            apart = first.high < second.low or second.high < first.low
-            values = [cell(row, metric).removesuffix("*") for row in (base, dpo)]
-            seed = folder.name.rsplit("-", 1)[1]
-            lines.append(f"| {seed} | {metric} | {' | '.join(values)} | {'apart' if apart else 'overlap'} |")
+class Confidence(NamedTuple):
+    """A confidence of a system: an estimator, and the map that recalibrates it, if any."""
+
+    system: str
+    estimator: str = VERBALIZED
+    recalibration: str | None = None
+
+
+CONFIDENCES = {
+    Confidence("base"): "base, as stated",
+    Confidence("base", recalibration="platt"): "base, as stated, Platt",
+    Confidence("base", "likelihood"): "base, likelihood of its answer",
+    Confidence("base", "likelihood", "platt"): "base, likelihood, Platt",
+    Confidence("oracle"): "level oracle",
+    Confidence("sft-paper"): "paper's preset, stage 1, as stated",
+    Confidence("dpo-paper"): "paper's preset, stage 2, as stated",
+    Confidence("sft"): "stage 1, as stated",
+    Confidence("sft", "expected"): "stage 1, expected",
+    Confidence("dpo"): "**stage 2, as stated**",
+    Confidence("dpo", "expected"): "stage 2, expected",
+}
+"""The rows of the README's table."""
+LIKELIHOOD = Confidence("base", "likelihood", "platt")
+
+
+def measure(folder: Path) -> dict[Confidence, Measured]:
+    """Each of `CONFIDENCES` in one evaluation, all with the same draws of images."""
+    systems = {system.name: system for system in read_systems([str(folder)])}
+    measured = {}
+    for confidence in CONFIDENCES:
+        system, estimator = systems[confidence.system], confidence.estimator
+        if confidence.recalibration is None:
+            values = [p.confidence_of(estimator) for p in system.predictions]
+        else:
+            assert system.calibration is not None
+            values = list(
+                recalibrated(confidence.recalibration, system.predictions, estimator, system.calibration)
+            )
+        measured[confidence] = ImageBootstrap(system.predictions).measure(values)
+    return measured
+
+
+def as_a_table(seeds: list[dict[Confidence, Measured]]) -> str:
+    """Metrics of each of `CONFIDENCES` on the whole split, over the seeds."""
+    names = ("mean_confidence", *METRICS)
+    heads = " | ".join(METRICS.get(name, "mean confidence") for name in names)
+    lines = [f"| whole split | {heads} |", "|---" * (len(names) + 1) + "|"]
+    for confidence, title in CONFIDENCES.items():
+        cells = [spread([measured[confidence].values[name] for measured in seeds]) for name in names]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _row(rows: list[Row], system: str, recalibration: str) -> Row:
-    key = (system, VERBALIZED, recalibration)
-    return next(r for r in rows if (r.system, r.estimator, r.recalibration) == key)
+def against_likelihood(seeds: list[dict[Confidence, Measured]]) -> str:
+    """What stage 2 states, less the base model's likelihood after Platt scaling, with paired p-values, for each seed."""
+    lines = ["| stage 2 less base likelihood (Platt) | Brier | p | AUROC | p |", "|---|---|---|---|---|"]
+    for seed, measured in enumerate(seeds):
+        stated, likelihood = measured[Confidence("dpo")], measured[LIKELIHOOD]
+        cells = []
+        for name in ("brier", "auroc"):
+            difference = stated.values[name] - likelihood.values[name]
+            cells += [f"{difference:+.3f}", f"{p_value(stated, likelihood, name):.3f}"]
+        lines.append(f"| run {seed + 1} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -277,7 +356,11 @@ def main(arguments: list[str] | None = None) -> None:
         print("SFT with one thing as in the paper's preset:\n")
         print(markdown(runs, ABLATED))
         print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
-    print(against_recalibration([evaluation(args.out, seed, args.test) for seed in args.seeds]))
+        if {"noise-alone", *LEFT_OUT} <= {*systems}:
+            print(f"{left_out([evaluation(args.out, seed, test=False) for seed in args.seeds])}\n")
+    else:
+        seeds = [measure(evaluation(args.out, seed, test=True)) for seed in args.seeds]
+        print(f"{as_a_table(seeds)}\n\n{against_likelihood(seeds)}")
 
 
 if __name__ == "__main__":
