@@ -60,8 +60,7 @@ $(VENV)/.setup: pyproject.toml
 	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions]'
 	# Byte-compile the modules and build the font cache now, so that the first run need not.
-	$(VENV)/bin/python -c 'from vlm_calibration.quiet import quiet_libraries; quiet_libraries(); \
-	  import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
+	$(VENV)/bin/python -c 'from vlm_calibration import quiet; quiet.quiet_libraries(); import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
