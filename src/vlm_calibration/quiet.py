@@ -17,9 +17,13 @@ WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
 )
 """Regular expressions of the beginnings of warnings."""
-KERNELS = "bitsandbytes.backends.cpu.ops"
-NO_KERNEL = "Failed to load CPU gemm_4bit_forward"
-"""Logged at every import on some CPUs, also if no weight has 4 bits."""
+LOGGED = {
+    # At every import on some CPUs, also if no weight has 4 bits.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # At the import by accelerate, also if no strategy is DeepSpeed's.
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""Name of a logger -> the beginning of the message."""
 LIGHTNING = ("lightning.pytorch", "lightning.fabric")
 PROCESSES = "lightning/fabric/utilities/distributed.py"
 """Logs how many processes a run has, which is worth seeing."""
@@ -29,7 +33,8 @@ def quiet_libraries() -> None:
     """Hide the named messages from now on; needs no import of the libraries."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger(KERNELS).addFilter(_not_the_kernel)
+    for name in LOGGED:
+        logging.getLogger(name).addFilter(_not_listed)
 
 
 def quiet_lightning() -> None:
@@ -42,8 +47,8 @@ def quiet_lightning() -> None:
             handler.addFilter(_worth_reading)
 
 
-def _not_the_kernel(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NO_KERNEL)
+def _not_listed(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOGGED[record.name])
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,7 +108,8 @@ def _as_typed(command: str) -> str:
     beside = Path(sys.executable).with_name(name)
     if shutil.which(name) or not beside.exists():
         return command
-    return f"{os.path.relpath(beside)} {arguments}"
+    path = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return f"{path} {arguments}"
 
 
 def _cell(value: float, form: str) -> str:
