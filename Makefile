@@ -13,6 +13,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
+# Commands are not printed; `make -n TARGET` lists them.
+.SILENT:
 
 # Builds the environment; Python 3.11 or newer.
 BOOTSTRAP ?= python3
@@ -49,15 +51,16 @@ export PYTHON
 .PHONY: help setup demo calibrate regions levels train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
 setup: $(SETUP)  ## build the virtual environment; again only when pyproject.toml changes
 
 $(VENV)/.setup: pyproject.toml
+	echo "set-up: installing into $(VENV), once; this takes minutes"
 	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions]'
-	@# Byte-compile the modules and build the font cache now, so that the first run need not.
-	$(VENV)/bin/python -c 'import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
+	# Byte-compile the modules and build the font cache now, so that the first run need not.
+	$(VENV)/bin/python -c 'from vlm_calibration import quiet; quiet.quiet_libraries(); import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
@@ -76,8 +79,7 @@ demo:  ## the whole method on the embedded demo: both stages, our preset and the
 	$(MAKE) --no-print-directory demo-sft
 	$(MAKE) --no-print-directory demo-dpo
 	$(MAKE) --no-print-directory evaluate ARGS=
-	$(MAKE) --no-print-directory report ARGS= RUNS=runs/eval
-	mkdir -p runs/demo && cp runs/eval/report.* runs/demo/
+	$(MAKE) --no-print-directory report ARGS="--out runs/demo/report.html" RUNS=runs/eval
 
 regions: $(SETUP)  ## find the regions of the queries that have none
 	configs/stages.sh regions
@@ -97,6 +99,7 @@ define side_by_side
 	$(CLI) fit $(2) $(REPLACE_PAPER) $(ARGS) --trainer.default_root_dir runs/$(3) > runs/$(3).log 2>&1 & paper=$$!; \
 	trap "kill $$paper 2> /dev/null || true" EXIT; \
 	$(CLI) fit $(1) $(REPLACE) $(ARGS); \
+	if kill -0 $$paper 2> /dev/null; then echo "waiting for the paper's preset, see runs/$(3).log"; fi; \
 	wait $$paper || { cat runs/$(3).log; exit 1; }
 endef
 

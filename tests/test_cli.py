@@ -325,6 +325,7 @@ def test_both_stages(
         *("--model.init_args.adapter", str(tmp_path / "run/adapter")),
         *("--trainer.default_root_dir", str(tmp_path / "dpo")),
         *("--trainer.callbacks+", "vlm_calibration.callbacks.before_after.BeforeAfterCheck"),
+        *("--trainer.callbacks+", "vlm_calibration.callbacks.results_table.ResultsTable"),
     )
     assert second.status == 0, second.err
     for row in ("before", "after"):

@@ -26,6 +26,7 @@ LAYERS = (
             "errors",
             "hub",
             "presets",
+            "quiet",
         ),
         "progress",
     },

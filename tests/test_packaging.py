@@ -200,6 +200,13 @@ def test_set_up_happens_once(checkout: Path) -> None:
     assert len(_calls(checkout)) == 1
 
 
+def test_the_demo_prints_no_commands_and_ends_with_its_report(checkout: Path) -> None:
+    printed = _make(checkout, "demo")
+    assert "python" not in printed
+    assert "make" not in printed
+    assert _calls(checkout)[-1] == "-m vlm_calibration.cli report runs/eval --out runs/demo/report.html"
+
+
 def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
     _make(checkout, "train-dpo", "ARGS=--data.batch_size 3")
     fit, evaluation = _cli_calls(_calls(checkout))

@@ -189,14 +189,14 @@ def test_the_log_of_a_training(clock: Clock, tmp_path: Path, capsys: pytest.Capt
     _fit(clock, tmp_path, max_epochs=4, num_sanity_val_steps=-1)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
     assert lines == [
-        "sft: validation before training: 1 of 3 batches (33%), 8.6 batches/min, 0:14 left",
+        "sft: validation before training: 1 of 3 batches (33%), 0:14 left",
         "sft: validation before training: 3 of 3 batches (100%), 8.6 batches/min, took 0:21",
         "sft: 3 of 24 steps (12%), 30.0 steps/min, 2:06 left, loss 0.562",
         # 16 steps of 2 s and 3 validations of 21 s.
         "sft: 8 of 24 steps (33%), 30.0 steps/min, 1:35 left, loss 0.000549",
         "sft: 13 of 24 steps (54%), 30.0 steps/min, 1:04 left, loss 5.36e-07",
-        "sft: 18 of 24 steps (75%), 30.0 steps/min, 0:33 left, validating 100%, loss 5.24e-10",
-        "sft: 24 of 24 steps (100%), 30.0 steps/min, 0:00 left, validating 100%, loss 1.28e-13",
+        "sft: 18 of 24 steps (75%), 0:33 left, validating 100%, loss 5.24e-10",
+        "sft: 24 of 24 steps (100%), 0:00 left, validating 100%, loss 1.28e-13",
         "sft: 24 of 24 steps (100%), 30.0 steps/min, took 2:12, loss 1.28e-13",
     ]
 

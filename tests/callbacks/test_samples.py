@@ -71,7 +71,8 @@ def test_the_first_process_prints_the_comparison(
     scorer.update([graded_prediction(query, f"{query.answer}. Confidence: 75%", CLEAN, 0, Grading())])
     module: Any = SimpleNamespace(results={"mine": scorer.compute()})
     for is_first in (True, False):
-        ResultsTable().on_test_end(SimpleNamespace(is_global_zero=is_first), module)  # type: ignore[arg-type]
+        trainer: Any = SimpleNamespace(is_global_zero=is_first, default_root_dir="runs/eval")
+        ResultsTable().on_test_end(trainer, module)
         printed = capsys.readouterr().out
         assert ("mine" in printed) is is_first
         assert ("0.250" in printed) is is_first

@@ -96,11 +96,15 @@ class AdapterWriter(L.Callback):
             data.processor.save_pretrained(temporary)
             save_card(temporary, card)
 
+    def validated(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:
+        """The metrics of the validations before training, if `BeforeAfterCheck` has them, and after it."""
+        checks = [c for c in trainer.callbacks if isinstance(c, BeforeAfterCheck)]  # type: ignore[attr-defined]
+        results = {"before": checks[0].before if checks else None, "after": self.results}
+        return {name: values for name, values in results.items() if values is not None}
+
     def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
         """The model card of the adapter in its present state."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        guards = [c for c in trainer.callbacks if isinstance(c, BeforeAfterCheck)]  # type: ignore[attr-defined]
-        results = {"before": guards[0].before if guards else None, "after": self.results}
         trained = cast(Any, module)
         return Card(
             base=trained.base.name_or_path,
@@ -111,7 +115,7 @@ class AdapterWriter(L.Callback):
             quantization=trained.base.quantization,
             training=_training(trained, data, trainer.global_step),
             levels=_taught(data.noise),
-            results={name: _overall(values) for name, values in results.items() if values is not None},
+            results={name: _overall(values) for name, values in self.validated(trainer).items()},
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,

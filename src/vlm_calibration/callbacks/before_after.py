@@ -7,12 +7,11 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vlm_calibration.reporting.tables import print_results
-from vlm_calibration.stages.scoring import HasResults, Results
+from vlm_calibration.stages.scoring import HasResults
 
 
 class BeforeAfterCheck(L.Callback):
-    """Prints validation results before and after training side by side.
+    """Keeps the validation results before and after training, which `ResultsTable` prints, and warns if accuracy fell.
 
     The validation before training is Lightning's sanity check over all batches: `trainer.num_sanity_val_steps: -1`.
 
@@ -50,8 +49,6 @@ class BeforeAfterCheck(L.Callback):
         if self.after is None:
             rank_zero_warn("training ended without a validation to compare with the one before it")
             return
-        results: Results = {"before": self.before, "after": self.after}
-        print_results(results)
         lost = self.before["accuracy"] - self.after["accuracy"]
         if lost > self.tolerance:
             rank_zero_warn(

@@ -24,6 +24,8 @@ from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end of a run, so that a run without network ends too."""
+SHOW_INFO = "WANDB_SHOW_INFO"
+"""Environment variable of whether W&B prints more than warnings and errors."""
 ROOM = 1 << 20
 """Free bytes below which nothing is logged: W&B loses data on a full disk without an error."""
 STAGING = "WANDB_DATA_DIR"
@@ -42,7 +44,8 @@ class RunLogger(WandbLogger):
     """A `WandbLogger` that is offline unless the user is logged in, and so never prompts.
 
     It also goes offline if the server cannot be reached or refuses. `wandb sync` uploads an offline run later. WANDB_MODE
-    takes precedence; WANDB_RUN_ID continues a run.
+    takes precedence; WANDB_RUN_ID continues a run. It prints the address of an online run; of what W&B prints itself only warnings
+    and errors appear, unless WANDB_SHOW_INFO=true.
 
     Args:
         save_dir: folder of the run; the command line gives the run directory.
@@ -102,9 +105,14 @@ class RunLogger(WandbLogger):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if self._is_full():
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # A setting of the session, which begins before W&B reads those of the run.
+            os.environ.setdefault(SHOW_INFO, "false")
         if self._experiment is None and not self._offline:
             try:
-                return super().experiment
+                run = super().experiment
+                if run.url:
+                    print(f"W&B: {run.url}", file=sys.stderr)
+                return run
             except CommError as error:
                 rank_zero_warn(
                     f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"

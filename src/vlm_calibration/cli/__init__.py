@@ -6,7 +6,6 @@ is imported when the command runs, so that a command that needs neither Lightnin
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from argparse import ArgumentError
@@ -17,6 +16,7 @@ from typing import Any
 
 from vlm_calibration.arguments import run_command
 from vlm_calibration.errors import CommandError, did_you_mean, one_line
+from vlm_calibration.quiet import quiet_libraries
 from vlm_calibration.records import DataError
 
 PROG = "vlm-calibration"
@@ -88,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         suggestion = did_you_mean(name, COMMANDS)
         return _fail(f"unknown command {name!r}{suggestion}: expected one of {', '.join(COMMANDS)}", 2)
-    # bitsandbytes logs at every start that it has no kernels for 4-bit weights on the CPU.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     target, _ = COMMANDS[name]
     try:
         if target == TRAINER:

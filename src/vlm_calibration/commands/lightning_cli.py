@@ -34,6 +34,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.presets import add_variables, resolve_configs
+from vlm_calibration.quiet import quiet_lightning
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.level_fit import LevelFitModule
@@ -66,7 +67,7 @@ class CalibrationCLI(LightningCLI):
             datamodule_class=PerturbedQueryDataModule,
             subclass_mode_model=True,
             save_config_callback=SaveRunConfig,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
             # argparse would take `--data.batch` for `--data.batch_size`.
             parser_kwargs={"prog": "vlm-calibration", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
@@ -117,6 +118,9 @@ class CalibrationCLI(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         add_variables(parser)
+        if subcommand in ("validate", "test"):
+            # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
+            parser.set_defaults({"verbose": False})
         if subcommand in RESUMABLE:
             parser.add_argument(
                 "--overwrite",
@@ -335,8 +339,20 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
     """Run a subcommand of LightningCLI; `args` begin with its name."""
     # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv[1:] = args
-    with _lightning_errors():
+    quiet_lightning()
+    with _lightning_errors(), _wandb_run():
         return CalibrationCLI()
+
+
+@contextmanager
+def _wandb_run() -> Iterator[None]:
+    """End the W&B run that the block begins; at the end of the process W&B would print more below the result."""
+    import wandb
+
+    run = wandb.run
+    yield
+    if run is None:
+        wandb.finish()
 
 
 class ParsedCLI(CalibrationCLI):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +50,6 @@ def load_model(options: ModelOptions) -> CalibratedModel:
     Raises:
         DataError: see `load_calibrated`.
     """
-    # A user of these commands cannot act on them.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
 
     base, adapter = options.base, options.adapter

@@ -24,6 +24,8 @@ def report(
 ) -> None:
     """Write a page on whether the confidence of evaluated models can be trusted, with its table as CSV, Markdown, LaTeX and JSON.
 
+    What it prints is the result in brief: a table, the weakest group, the page and what to try next.
+
     Args:
         runs: folders of evaluations or runs, with predictions.jsonl in them or in their subfolders; all systems are compared
             with the first one, the base model of an evaluation
@@ -42,7 +44,10 @@ def report(
     # These import torch and matplotlib, which the help does not need.
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
+    from vlm_calibration.reporting.report.summary import largest_error, subject_of
     from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
+    from vlm_calibration.reporting.runs import commands_with
+    from vlm_calibration.reporting.tables import print_results
 
     systems = read_systems(runs)
     if subject is not None and subject not in [s.name for s in systems]:
@@ -54,5 +59,12 @@ def report(
     page = Path(out) if out is not None else Path(runs[0]) / PAGE
     html = render_page(systems, compared, comparison, subject, images)
     write_text(page, html)
-    tables = write_tables(compared.rows, page)
-    print(f"wrote {page}, and its table as {', '.join(path.name for path in tables)}")
+    write_tables(compared.rows, page)
+    about = next((s for s in systems if s.name == subject), subject_of(systems))
+    worst = largest_error(about)
+    print_results(
+        {s.name: s.values for s in systems},
+        words=f"{about.name}: its {worst}" if worst else "",
+        files={"report": page},
+        commands=commands_with(about.adapter),
+    )

@@ -134,10 +134,10 @@ def _print_scores(
     if json:
         print(dumps({name: json_number(name, value) for name, value in values.items()}))
         return
-    console, results = Console(), {Path(answers).stem: values}
+    results = {Path(answers).stem: values}
     if official:
-        console.print(official_table(results))
-    print_results(results, console)
+        Console().print(official_table(results))
+    print_results(results, by_group=True)
 
 
 def _grade(query: Query, answer: Reply) -> EstimatedPrediction:

@@ -364,7 +364,8 @@ def _report_regions(
         )
     if not unlocated:
         if about_absent:
-            rank_zero_info(f"{where}: of {len(queries)} queries, {about_absent}")
+            counts = f"{len(absent)} of {len(queries)} queries"
+            rank_zero_info(f"{where}: absent object in {counts} (`absent: {policy.absent}`)")
         return
     missing = (
         f"{len(unlocated)} of {len(queries)} queries need a region of what they ask about and have none: "

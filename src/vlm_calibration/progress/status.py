@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 COLUMNS = 80
-"""Maximum width of the line on a terminal."""
+"""Maximum width of the line on a terminal, and aim in a log file."""
 BAR = 12
 """Width of the bar in it."""
 STAGES = {
@@ -62,11 +62,14 @@ class Status(NamedTuple):
         return f"{math.floor(self.done)}{of} {self.unit}{percent}"
 
     def log_line(self) -> str:
-        """The line for a log file while the work goes on."""
+        """The line for a log file while the work goes on; without the rate if it does not fit into `COLUMNS` characters."""
         rate = rate_text(self.rate, self.unit) if self.rate else ""
         left = f"{duration(self.left)} left{self._beyond()}" if self.left is not None else ""
         elapsed = "" if left else f"{duration(self.elapsed)} so far"
-        return f"{self.name}: {_joined(self.counts(), rate, left or elapsed, self.note)}"
+        line = f"{self.name}: {_joined(self.counts(), rate, left or elapsed, self.note)}"
+        if len(line) > COLUMNS:
+            line = f"{self.name}: {_joined(self.counts(), left or elapsed, self.note)}"
+        return line
 
     def last_line(self, *, finished: bool) -> str:
         """The last line for a log file."""

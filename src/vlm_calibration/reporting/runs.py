@@ -281,6 +281,20 @@ def _get(tree: Any, *keys: str) -> Any:
 # --- How to go on ---------------------------------------------------------------------------------------------------
 
 
+def commands_with(adapter: str | None) -> list[str]:
+    """Commands that use a trained adapter; without one, the command that tells how to go on."""
+    if adapter is None:
+        return ["vlm-calibration runs"]
+    name = shlex.quote(adapter)
+    # In a checkout, make installs Gradio first.
+    is_checkout = Path("src/vlm_calibration").is_dir()
+    return [
+        f'make app ARGS="--adapter {name}"' if is_checkout else f"vlm-calibration app --adapter {name}",
+        f'vlm-calibration ask photo.jpg "Is there a dog?" --adapter {name}',
+        f"vlm-calibration export {name} --out my_adapter",
+    ]
+
+
 def _next_command(run: Run, config: Mapping[str, Any]) -> str:
     """The command that resumes an interrupted run, or the next stage after a finished one."""
     if run.state == "running":

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
 
@@ -15,6 +20,8 @@ Results = Mapping[str, Mapping[str, float]]
 
 COLUMNS = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence", "parse_failure_rate")
 """The headline metrics by flat name."""
+PRINTED = ("mean_confidence", "accuracy", "ece", "auroc")
+"""Those of them that fit beside each other on a terminal of 80 columns."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
 
 
@@ -26,14 +33,16 @@ def column(name: str) -> tuple[str, str]:
 
 
 def overall_table(results: Results) -> Table:
-    """A table of the headline metrics over all answers, one row a system."""
+    """A table of the `PRINTED` metrics over all answers, one row a system; with unparsed answers if there are any."""
+    any_unparsed = any(values["parse_failure_rate"] for values in results.values())
+    names = (*PRINTED, "parse_failure_rate") if any_unparsed else PRINTED
     n = int(next(iter(results.values()))["n"])
     table = Table(title=f"All {n} answers", title_justify="left", title_style="bold")
     table.add_column("system")
-    for name in COLUMNS:
+    for name in names:
         table.add_column(column(name)[0], justify="right")
     for system, values in results.items():
-        table.add_row(system, *(_cell(values[name], column(name)[1]) for name in COLUMNS))
+        table.add_row(system, *(_cell(values[name], column(name)[1]) for name in names))
     return table
 
 
@@ -58,13 +67,49 @@ def groups_of(results: Results, max_parts: int = 2) -> list[str]:
     return sorted((n for n in names if n.count("/") < max_parts), key=lambda n: (n.count("/"), n))
 
 
-def print_results(results: Results, console: Console | None = None) -> None:
-    """Print the headline metrics, and the main ones by group."""
-    console = console or Console()
-    console.print(overall_table(results))
-    groups = groups_of(results)
-    for metric in BROKEN_DOWN if groups else ():
-        console.print(group_table(results, metric, groups))
+def print_results(
+    results: Results,
+    *,
+    by_group: bool = False,
+    words: str = "",
+    files: Mapping[str, Path] = MappingProxyType({}),
+    commands: Sequence[str] = (),
+) -> None:
+    """Print the result of a command, which ends its output.
+
+    Args:
+        results: of the systems; empty prints no table.
+        by_group: print tables of the main metrics by group of answers as well.
+        words: a sentence on the results.
+        files: what was written -> its path, which a terminal links to.
+        commands: what to try next; each begins with `vlm-calibration`.
+    """
+    console = Console(highlight=False)
+    if results:
+        console.print(overall_table(results))
+        groups = groups_of(results) if by_group else []
+        for metric in BROKEN_DOWN if groups else ():
+            console.print(group_table(results, metric, groups))
+    if words:
+        console.print(Text(words))
+    for name, path in files.items():
+        # A line that is wrapped is no path any more.
+        link = Text(str(path), f"link {path.resolve().as_uri()}")
+        console.print(Text.assemble(f"{name}: ", link), soft_wrap=True)
+    if commands:
+        console.print("what to try next:")
+    for command in commands:
+        console.print(Text(f"  {_as_typed(command)}"), soft_wrap=True)
+
+
+def _as_typed(command: str) -> str:
+    """The command with the path of its program, if the shell does not find it by its name."""
+    name, _, arguments = command.partition(" ")
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) or not beside.exists():
+        return command
+    path = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return f"{path} {arguments}"
 
 
 def _cell(value: float, form: str) -> str:

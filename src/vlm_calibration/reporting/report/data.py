@@ -28,6 +28,7 @@ from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
 from vlm_calibration.metrics.probes import count_probes, probe_values
 from vlm_calibration.metrics.summary import table_values
+from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import DataError, category_groups
 
 METRICS, CONFIG = "metrics.json", "config.yaml"
@@ -69,6 +70,15 @@ class System:
     def values(self) -> dict[str, float]:
         """All metrics of the answers, as in `metrics.json`; NaN if undefined."""
         return summarize_predictions(self.predictions)
+
+    @property
+    def adapter(self) -> str | None:
+        """Its adapter as commands take it: a run, the folder of an adapter or a name on the Hub; None for a base model."""
+        named = _adapters(self.config).get(self.name.removeprefix(f"{self.folder}/"))
+        if named is not None:
+            return named.removesuffix(f"/{ADAPTER}")
+        is_run = (self.folder / ADAPTER).is_dir()
+        return str(self.folder) if is_run else None
 
     def passes(self, estimator: str) -> float | None:
         """Forward passes of an estimator for each query, None if they were not counted."""

@@ -106,19 +106,26 @@ def summarize_system(system: System, rows: Sequence[Row]) -> Summary:
         )
     if base is not row:
         sentences.append(_compared_with(row, base))
+    if worst := largest_error(system):
+        sentences.append(f"Its {worst}")
+    return Summary(system.name, verdict, _headline(bands), sentences, bands)
+
+
+def largest_error(system: System) -> str:
+    """The group whose stated confidence and accuracy differ most, in words; empty without a group of `MIN_ANSWERS`."""
     groups = [
         g
         for g in groups_of_system(system)
         if g.n >= MIN_ANSWERS and not math.isnan(g.metrics["overconfidence"])
     ]
-    if groups:
-        worst = max(groups, key=lambda g: abs(g.metrics["overconfidence"]))
-        confidence, gap = worst.metrics["mean_confidence"], worst.metrics["overconfidence"]
-        sentences.append(
-            f"Its largest error is on “{worst.name}”: it says {_percent(confidence)} and is right "
-            f"{_percent(confidence - gap)} of the time ({worst.n:,} answers)."
-        )
-    return Summary(system.name, verdict, _headline(bands), sentences, bands)
+    if not groups:
+        return ""
+    worst = max(groups, key=lambda g: abs(g.metrics["overconfidence"]))
+    confidence, gap = worst.metrics["mean_confidence"], worst.metrics["overconfidence"]
+    return (
+        f"largest error is on “{worst.name}”: it says {_percent(confidence)} and is right "
+        f"{_percent(confidence - gap)} of the time ({worst.n:,} answers)."
+    )
 
 
 def verdict_of(row: Row) -> Verdict:

@@ -1,0 +1,56 @@
+"""Messages of other libraries that a user of the command line cannot act on. All that is hidden is listed here.
+
+Warnings and errors appear, except for those that are named one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+WARNINGS = (
+    # peft asks every model for this property of transformers.
+    "`is_gradient_checkpointing` is deprecated",
+    # Lightning calls this function of torch.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Lightning's; only --overwrite, --resume and --ckpt_path let a training into the directory of an earlier one.
+    "Checkpoint directory .* exists and is not empty",
+)
+"""Regular expressions of the beginnings of warnings."""
+LOGGED = {
+    # At every import on some CPUs, also if no weight has 4 bits.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # At the import by accelerate, also if no strategy is DeepSpeed's.
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""Name of a logger -> the beginning of the message."""
+LIGHTNING = ("lightning.pytorch", "lightning.fabric")
+PROCESSES = "lightning/fabric/utilities/distributed.py"
+"""Logs how many processes a run has, which is worth seeing."""
+
+
+def quiet_libraries() -> None:
+    """Hide the named messages from now on; needs no import of the libraries."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    for name in LOGGED:
+        logging.getLogger(name).addFilter(_not_listed)
+
+
+def quiet_lightning() -> None:
+    """Hide what Lightning logs below a warning: tips, devices, what it loads; not what this package logs by its functions.
+
+    Call it after the import of Lightning, which adds the handlers.
+    """
+    for name in LIGHTNING:
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_worth_reading)
+
+
+def _not_listed(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOGGED[record.name])
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    path = record.pathname.replace("\\", "/")
+    return record.levelno >= logging.WARNING or "/lightning/" not in path or path.endswith(PROCESSES)
