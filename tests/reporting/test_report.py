@@ -430,7 +430,7 @@ def test_images_come_back_with_their_perturbation(
         )
     )
     assert evaluated.status == 0, evaluated.err
-    ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--subject", "base"], root))
+    ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--system", "base"], root))
     assert ended.status == 0, ended.err
     html = (out / "report.html").read_text()
     assert (

@@ -48,7 +48,7 @@ def report(
     if system is not None and system not in [s.name for s in systems]:
         raise DataError(f"--system: no system {system!r}; there are {', '.join(s.name for s in systems)}")
     if calibration is not None:
-        systems = read_calibration(calibration, systems)
+        systems = read_calibration(str(calibration), systems)
     comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
     page = out if out is not None else Path(runs[0]) / PAGE
