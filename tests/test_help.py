@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from vlm_calibration.cli import COMMANDS
 from vlm_calibration.cli.completion import all_commands
 
 from .command_line import LIMIT, Ended
