@@ -168,7 +168,7 @@ def _definition(root: Path) -> dict[str, list[str]]:
 def _copied(root: Path, file: str) -> dict[str, str]:
     """What a container file copies: path in the repository -> path in the image."""
     if file == DEFINITION:
-        return {a: b for a, b in (shlex.split(line) for line in _definition(root)["files"])}
+        return dict(shlex.split(line) for line in _definition(root)["files"])
     copied = {}
     for name, argument in _dockerfile(root):
         if name == "COPY":
@@ -199,7 +199,7 @@ def test_a_container_file_installs_what_it_copies(
 
 def test_the_images_run_the_command_as_a_user_with_models_outside(root: Path) -> None:
     instructions = dict(_dockerfile(root))
-    assert list(instructions)[0] == "FROM"
+    assert next(iter(instructions)) == "FROM"
     assert int(instructions["USER"]) > 0
     assert f"--uid {instructions['USER']} " in instructions["RUN"]
     assert f"HF_HOME={instructions['VOLUME']} " in instructions["ENV"]
