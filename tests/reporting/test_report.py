@@ -472,7 +472,7 @@ def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
     empty.mkdir()
     for settings, says in (
         ({"runs": [str(empty)]}, "no predictions.jsonl"),
-        ({"runs": [str(evaluation)], "subject": "nobody"}, "there are base, tuned"),
+        ({"runs": [str(evaluation)], "system": "nobody"}, "there are base, tuned"),
         ({"runs": [str(evaluation)], "calibration": str(evaluation)}, "image"),
     ):
         with pytest.raises(DataError, match=says):
