@@ -166,8 +166,8 @@ PROJECT ?= vlm-calibration
 app: $(APP)  ## web page on 127.0.0.1 with the demo's adapters (ARGS="--adapter runs/mine --port 8000")
 	$(CLI) app $(ARGS)
 
-dashboard: $(DASHBOARD)  ## create a W&B workspace and report for PROJECT= of ENTITY= (ARGS=--print: only print them)
-	$(CLI) dashboard --entity "$(ENTITY)" --project "$(PROJECT)" $(ARGS)
+dashboard: $(DASHBOARD)  ## create a W&B workspace and report for PROJECT= of ENTITY= (ARGS=--print: only print what they show)
+	$(CLI) dashboard $(if $(ENTITY),--entity "$(ENTITY)") --project "$(PROJECT)" $(ARGS)
 
 demo-levels: $(SETUP)  ## measure the demo's anchored levels again
 	$(CLI) levels fit --config configs/levels.yaml --overwrite --model.init_args.out src/vlm_calibration/demo/levels.json \

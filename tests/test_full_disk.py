@@ -220,7 +220,7 @@ def _report(folder: Path) -> None:
     system = folder / "run" / "base"
     system.mkdir(parents=True)
     (system / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report([str(folder / "run")], out=str(folder / "report.html"), replicates=20)
+    report([str(folder / "run")], out=folder / "report.html", replicates=20)
 
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {

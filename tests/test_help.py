@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -15,36 +16,47 @@ from pathlib import Path
 
 import pytest
 
-from vlm_calibration.cli import COMMANDS, TRAINER
 from vlm_calibration.cli.completion import all_commands
 
 from .command_line import LIMIT, Ended
 
 pytestmark = pytest.mark.slow
 
+OPTIONS = re.compile(r"(?<![\w-])--[a-z][\w-]*(?![\w.-])")
+"""Options without a dot; those with one are settings of a configuration, spelt as in a file."""
+LIGHTNINGS = {"--ckpt_path", "--print_config"}
+"""Lightning's own options, spelt as Lightning does."""
 HEAVY = ("torch", "lightning", "transformers", "peft", "wandb", "gradio", "matplotlib")
 LIGHT: dict[str, tuple[str, ...]] = {
+    "fit": (
+        *("--config", "--help-all", "--data-root", "--runs", "--model.init_args.adapter", "optimizer.lr"),
+        *("--trainer.max_steps", "--data.batch_size", "--trainer.default_root_dir", "--trainer.devices"),
+        *("--overwrite", "--resume", "--ckpt_path", "sft, dpo", "qwen2_5_vl_7b", "experiment/: anchored"),
+    ),
+    "validate": ("--help-all", "sft, dpo"),
+    "test": ("--help-all", "--model.init_args.adapters", "eval/pope"),
+    "predict": ("--help-all", "--data.parts", "regions"),
     "levels": ("fit",),
-    "levels fit": ("--config", "--model.init_args.out", "AnchoredLevels"),
+    "levels fit": ("--config", "--help-all", "--model.init_args.out", "AnchoredLevels"),
     "config": ("list", "show", "copy"),
     "config list": ("pattern",),
     "config show": ("name",),
     "config copy": ("--overwrite", "to"),
     "data": ("inspect", "split", "fetch"),
-    "data inspect": ("--config", "--sample", "--no-leaks", "--strict"),
+    "data inspect": ("--config", "--help-all", "--samples", "--no-leaks", "--strict"),
     "data split": ("--shares", "--no-near-identical"),
     "data fetch": ("pope", "amber", "--check"),
-    "estimate-memory": ("--config", "--tokens", "memory"),
+    "estimate-memory": ("--config", "--help-all", "--tokens", "memory"),
     "score": ("pope", "amber", "jsonl"),
-    "score pope": ("--answers", "--labels", "--write-official"),
+    "score pope": ("answers", "--labels", "--write-official"),
     "score amber": ("--annotations", "--only"),
-    "score jsonl": ("--answers", "--labels"),
+    "score jsonl": ("answers", "--labels"),
     "runs": ("folder", "--json"),
     "report": ("--calibration", "--replicates", "--no-images"),
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),
     "export": ("--merge", "--push-to-hub"),
-    "dashboard": ("--entity", "--systems"),
+    "dashboard": ("--entity", "--systems", "--print", "--json"),
     "completion": ("bash", "zsh"),
 }
 """Command -> texts on its page."""
@@ -69,7 +81,7 @@ def _cold(*arguments: str, watch: bool = False) -> Ended:
         text=True,
         timeout=LIMIT,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
     )
     return Ended(ran.returncode, ran.stdout, ran.stderr)
 
@@ -80,16 +92,30 @@ def test_a_page_of_its_own_without_a_framework(command: str) -> None:
     assert ended.status == 0, ended.err
     assert ended.out.startswith(f"usage: vlm-calibration {command} "), ended.out
     assert [name for name in LIGHT[command] if name not in ended.out] == []
-    assert "--trainer.max_epochs" not in ended.out, "the page of `fit`"
+    assert len(ended.out.splitlines()) <= 60, "two screens"
+    assert max(map(len, ended.out.splitlines())) <= 80
+    assert {o for o in OPTIONS.findall(ended.out) if "_" in o} <= LIGHTNINGS
     assert ended.err.splitlines() == ["[]"], "imported for a page of text"
 
 
-@pytest.mark.parametrize("command", [name for name, (target, _) in COMMANDS.items() if target == TRAINER])
-def test_the_page_of_a_trainer_s_command(run: Callable[..., Ended], command: str) -> None:
-    ended = run(command, "--help")
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "levels fit", "data inspect"])
+def test_the_common_settings_are_among_all(run: Callable[..., Ended], command: str) -> None:
+    ended = run(*command.split(), "--help-all")
     assert (ended.status, ended.errors) == (0, [])
-    assert ended.out.startswith(f"usage: vlm-calibration [options] {command} ")
-    assert {"--config", "--data.batch_size"} <= {word.strip(",") for word in ended.out.split()}
+    known = set(re.findall(r"--[\w.-]+", ended.out))
+    assert {"--config", "--data.batch_size", "--data.train.help"} <= known
+    assert ("--trainer.max_epochs" in known) == (command != "data inspect")
+    common = set(re.findall(r"^  (--[\w.-]+)", run(*command.split(), "--help").out, re.MULTILINE))
+    own = {"--help-all", "--samples", "--no-leaks", "--strict"}
+    assert len(common) > 5
+    assert common - own - known == set()
+
+
+def test_an_option_has_one_spelling(run: Callable[..., Ended]) -> None:
+    for given, meant in (("--batch_size", "--batch-size"), ("--no-json", "--json")):
+        ended = run("ask", "a.png", "A dog?", given)
+        assert ended.status == 2
+        assert f"unknown setting {given} (did you mean {meant}?)" in ended.error()
 
 
 def test_every_command_and_subcommand_is_tested() -> None:
@@ -98,7 +124,6 @@ def test_every_command_and_subcommand_is_tested() -> None:
         " ".join([name, *sub])
         for name, parser in _commands(all_commands()).items()
         for sub in ((), *((sub,) for sub in _commands(parser)))
-        if COMMANDS[name][0] != TRAINER
     }
     assert pages == set(LIGHT)
 
@@ -130,7 +155,7 @@ COMPLETED = {
     "fit --model.init_args.lora.al": {"--model.init_args.lora.alpha"},
     "levels f": {"fit"},
     "levels fit --model.init_args.o": {"--model.init_args.out"},
-    "data inspect --sa": {"--sample"},
+    "data inspect --sa": {"--samples"},
     "score amber --only a": {"attribute"},
     "ask --quantization n": {"none", "nf4"},
     "fit --config confi": {"config.yaml"},

@@ -19,7 +19,17 @@ import yaml
 from vlm_calibration.cli import COMMANDS, main
 
 TOP_LEVEL = {
-    *("src", "configs", "notebooks", "tests", "environment.yml", "Makefile", "pyproject.toml", "README.md"),
+    *(
+        "src",
+        "configs",
+        "notebooks",
+        "tests",
+        "environment.yml",
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+    ),
     *("LICENSE", ".gitignore", ".pre-commit-config.yaml", ".ci"),
 }
 

@@ -72,7 +72,7 @@ def test_variables_have_defaults(overlay: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("--data-root", "my data", "--runs", "r: #1"), ("--data_root=my data", "--runs=r: #1")]
+    "options", [("--data-root", "my data", "--runs", "r: #1"), ("--data-root=my data", "--runs=r: #1")]
 )
 def test_options_set_variables_wherever_they_stand(overlay: Path, options: tuple[str, ...]) -> None:
     for arguments in ([*options, "--config", str(overlay)], ["--config", str(overlay), *options]):

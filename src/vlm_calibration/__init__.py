@@ -1,13 +1,14 @@
 """Train vision-language models to state honest confidence.
 
 `load_calibrated` loads a trained model to ask it. `Plan` and the steps of a calibration (`fit_levels`, `train_sft`, `train_dpo`,
-`evaluate`, `report`) train one. Everything else is in the packages below.
+`evaluate`, `report`) train one. `__version__` is the version of the installed package. Everything else is in the packages below.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from vlm_calibration.inference.answers import Answer, choose_threshold
     from vlm_calibration.inference.model import load_calibrated
     from vlm_calibration.steps import (
@@ -49,6 +50,10 @@ __all__ = [
 if not TYPE_CHECKING:
     # Imported on demand: the command line imports this package first, and its help must not wait for torch.
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("vlm-calibration")
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_MODULES[name]), name)

@@ -6,8 +6,8 @@ Neither torch nor Lightning is imported, and jsonargparse only when a command ru
 from __future__ import annotations
 
 import inspect
-from argparse import SUPPRESS, HelpFormatter
-from collections import deque
+import textwrap
+from argparse import HelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from itertools import islice
@@ -43,12 +43,17 @@ class Forwarded(NamedTuple):
     """Annotation of a command's `*settings`: arguments that are passed on unparsed, in the order given.
 
     Attributes:
-        options: those that the help lists, "--name METAVAR" -> description.
-        epilog: where to find the others.
+        options: the common ones, which `--help` lists: "--name METAVAR", or "--name" of a flag -> description.
+        epilog: returns what stands below them.
+        all_settings: returns the page of all settings, which `--help-all` prints.
     """
 
     options: Mapping[str, str]
-    epilog: str
+    epilog: Callable[[], str]
+    all_settings: Callable[[], str]
+
+
+HELP_ALL = "--help-all"
 
 
 def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
@@ -64,10 +69,13 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
     """
     if isinstance(command, Subcommands) and args and args[0] in command.functions:
         return run_command(f"{prog} {args[0]}", command.functions[args[0]], args[1:])
-    parser, forwarded = command_parser(prog, command), _forwarded(command)
+    forwarded = _forwarded(command)
+    if forwarded and HELP_ALL in args:
+        return print(forwarded.all_settings())
+    parser = command_parser(prog, command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
     with explained_errors(parser):
-        values = parser.parse_args(_normalize(parser, own))
+        values = parser.parse_args(own)
     assert not isinstance(command, Subcommands), "without a subcommand the parser prints its help or raises"
     return command(*rest, **_keywords(command, values))
 
@@ -75,8 +83,8 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
 def command_parser(prog: str, command: Command) -> ArgumentParser:
     """Build the parser of a command from its function, or of one with subcommands.
 
-    Parameters become positional arguments, keyword-only parameters `--options`, booleans flags (`--x`, or `--no-x` where the
-    default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
+    Parameters become positional arguments, keyword-only parameters `--options` with hyphens, booleans flags (`--x`, or `--no-x` where
+    the default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
     docstring. Help texts come from docstrings.
     """
     from jsonargparse import ArgumentParser
@@ -85,8 +93,9 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description=command.description if isinstance(command, Subcommands) else _description(command),
-        epilog=forwarded and forwarded.epilog,
-        formatter_class=HelpFormatter,
+        usage="%(prog)s [--config NAME ...] [--KEY VALUE ...]" if forwarded else None,
+        epilog=forwarded and forwarded.epilog(),
+        formatter_class=_LineFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -96,11 +105,36 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
             own = command_parser(f"{prog} {name}", function)
             subcommands.add_subcommand(name, own, help=own.description)
     else:
-        for option, text in forwarded.options.items() if forwarded else ():
-            name, metavar = option.split()
-            parser.add_argument(name, metavar=metavar, help=text)
+        if forwarded:
+            parser.add_argument(HELP_ALL, action="store_true", help="show all settings and exit")
+            for option, text in forwarded.options.items():
+                name, *metavars = option.split()
+                value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
+                parser.add_argument(name, help=text, **value)
         _add_parameters(parser, command)
     return parser
+
+
+class _LineFormatter(HelpFormatter):
+    """Folds each line of a description or epilog by itself, and breaks no option at its hyphens.
+
+    Continuation lines are indented like the line, and by two spaces more if it is indented.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        folded = []
+        for line in text.splitlines():
+            start = indent + line[: len(line) - len(line.lstrip())]
+            below = start and f"{start}  "
+            folded.append(
+                textwrap.fill(
+                    line.strip(), width, initial_indent=start, subsequent_indent=below, break_on_hyphens=False
+                )
+            )
+        return "\n".join(folded)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _forwarded(command: Command) -> Forwarded | None:
@@ -170,13 +204,14 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
 
 
 def _add_flag(group: Any, name: str, default: bool, text: str) -> None:
-    """Add `--name` and `--no-name`; the help shows the one that changes the default."""
-    dashed = name.replace("_", "-")
-    shown = (SUPPRESS, f"do not {text}") if default else (text, SUPPRESS)
-    for option, action, help_text in zip(
-        (f"--{dashed}", f"--no-{dashed}"), ("store_true", "store_false"), shown, strict=True
-    ):
-        group.add_argument(option, dest=name, action=action, default=default, help=help_text)
+    """Add the flag that changes the default: `--name`, or `--no-name` where it is true."""
+    option = f"--no-{name}" if default else f"--{name}"
+    group.add_argument(
+        option.replace("_", "-"),
+        dest=name,
+        action="store_false" if default else "store_true",
+        help=f"do not {text}" if default else text,
+    )
 
 
 def _without_none(hint: Any) -> Any:
@@ -216,22 +251,3 @@ def _split_arguments(
         else:
             own += [arg, *([] if equals or options[name].nargs == 0 else islice(pending, 1))]
     return own, rest
-
-
-def _normalize(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
-    """Spell options as the parser does: underscores as dashes, `--flag=false` and `--flag false` as `--no-flag`."""
-    options = parser._option_string_actions
-    normalized: list[str] = []
-    pending = deque(args)
-    while pending:
-        arg = pending.popleft()
-        name, equals, value = arg.partition("=")
-        dashed = name.replace("_", "-")
-        negated = f"--no-{dashed.removeprefix('--')}"
-        if negated in options:
-            if not equals and pending and pending[0] in ("true", "false"):
-                value = pending.popleft()
-            normalized.append({"": dashed, "true": dashed, "false": negated}.get(value, arg))
-        else:
-            normalized.append(dashed + equals + value if dashed in options else arg)
-    return normalized

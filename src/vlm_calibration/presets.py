@@ -10,6 +10,7 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,19 @@ VARIABLES = {
     "runs": ("runs", "folder of the run directories that the presets name, such as DIR/sft"),
 }
 """Variable that an option sets -> its default and description. There is also `${demo}`, the folder of the embedded demo."""
+OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
+"""Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
-VARIABLE_OPTIONS = {f"--{name.replace('_', '-')} DIR": text for name, (_, text) in VARIABLES.items()}
+_OPTIONS = {f"--{name.replace('_', '-')}": name for name in VARIABLES}
+VARIABLE_OPTIONS = {f"{option} DIR": VARIABLES[name][1] for option, name in _OPTIONS.items()}
 """The options that set variables, as `arguments.Forwarded` lists them."""
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
 def add_variables(parser: ArgumentParser) -> None:
     """Add the options that set variables to a parser of configurations."""
-    for name, (default, text) in VARIABLES.items():
-        option = f"--{name.replace('_', '-')}"
+    for option, name in _OPTIONS.items():
+        default, text = VARIABLES[name]
         parser.add_argument(
             option, metavar="DIR", type=str, default=default, help=f"{text} (default: {default})"
         )
@@ -45,6 +49,26 @@ def add_variables(parser: ArgumentParser) -> None:
 def preset_names() -> list[str]:
     """The names of all presets, sorted."""
     return sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("**/*.yaml"))
+
+
+def presets_by_folder(*stages: str) -> str:
+    """The presets of a command, a line of a help page for its stages and one for each folder of overlays.
+
+    Args:
+        stages: names or patterns of the full configurations, such as "sft" or "eval/*".
+    """
+    names = preset_names()
+    chosen = [name for pattern in stages for name in names if fnmatch(name, pattern)]
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if folder in OVERLAYS:
+            folders.setdefault(folder, []).append(last)
+    lines = [
+        f"  {', '.join(chosen)}",
+        *(f"  {folder}/: {', '.join(lasts)}" for folder, lasts in folders.items()),
+    ]
+    return "\n".join(["presets (`vlm-calibration config list` describes them):", *lines])
 
 
 def find_preset(name: str) -> Path:
@@ -84,8 +108,8 @@ def resolve_configs(
         value = value if equals else args[position]
         if option in ("--config", "-c"):
             files[position] = (f"{option}=" if equals else "", read_config(value))
-        elif (variable := option.removeprefix("--").replace("-", "_")) in VARIABLES:
-            given[variable] = value
+        elif option in _OPTIONS:
+            given[_OPTIONS[option]] = value
     values = {name: default for name, (default, _) in VARIABLES.items()}
     for _, content in files.values():
         values |= {name: content[name] for name in VARIABLES if isinstance(content.get(name), str)}

@@ -229,8 +229,8 @@ def test_amber(
         f"official/{k}": v for k, v in expected.items()
     }
     # What was written is scored the same without a model.
-    written = ("--answers", str(folder / "official/amber.answers.json"))
-    assert main(["score", "amber", *written, "--annotations", str(files / "annotations.json"), "--json"]) == 0
+    written = str(folder / "official/amber.answers.json")
+    assert main(["score", "amber", written, "--annotations", str(files / "annotations.json"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     ours = {k: v for k, v in metrics.items() if "amber" not in k and "@" not in k and "probe" not in k}
     assert {k: v for k, v in again.items() if v is not None} == pytest.approx(

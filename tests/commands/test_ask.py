@@ -278,9 +278,9 @@ def test_bad_images_stop_the_run_or_are_counted(
     ended = call(*arguments)
     assert f"{questions}:2: no such image: " in ended.error()
     assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
-    ended = call(*arguments, "--skip-bad-images", "--review-below", "1")
+    ended = call(*arguments, "--on-bad-image", "skip", "--review-below", "1")
     assert "choose another --out" in ended.error()
-    ended = call(*arguments, "--skip-bad-images")
+    ended = call(*arguments, "--on-bad-image", "skip")
     assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
     for reason in (
         ":2: no such image",
@@ -337,7 +337,7 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["a.png"], "give an image and a question, or --questions FILE"),
         (["a.png", "A dog?", "--out", "b"], "--out is for many questions"),
         (["a.png", "A dog?", "--batch-size", "3"], "--batch-size is for many questions"),
-        (["a.png", "A dog?", "--skip-bad-images"], "--skip-bad-images is for many questions"),
+        (["a.png", "A dog?", "--on-bad-image", "skip"], "--on-bad-image is for many questions"),
         (["a.png", "A dog?", "--questions", "f", "--out", "b"], "give either an image and a question, or"),
         (["--questions", "f"], "give --out FILE"),
         (["--questions", "f", "--out", "b", "--answer-type", "open"], "--answer-type is for one question"),

@@ -160,7 +160,7 @@ def test_an_adapter_without_card_and_processor(
         shutil.copy(Path(new_adapter(1)) / name, tmp_path / "plain")
     assert call("plain", "--out", "copy")[0] == 0
     assert load_card(tmp_path / "copy") == Card(model_folder, location="copy")
-    assert call("plain", "--out", "merged", "--merge=true")[0] == 0
+    assert call("plain", "--out", "merged", "--merge")[0] == 0
     assert (tmp_path / "merged" / "tokenizer.json").is_file(), "the processor of the base"
 
 
@@ -320,7 +320,7 @@ def test_the_adapter_is_uploaded_to_a_branch(
     call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path
 ) -> None:
     status, out, _ = call(
-        "run", "--push-to-hub", "org/mine", "--base", "org/base", "--private", "--revision", "v2"
+        "run", "--push-to-hub", "org/mine", "--base", "org/base", "--private", "--branch", "v2"
     )
     assert (status, out) == (0, "pushed to org/mine\n")
     assert api.calls == [

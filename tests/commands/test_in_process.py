@@ -21,7 +21,7 @@ def test_data_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     config.write_text(
         yaml.safe_dump({"data": {"processor": "none", "train": scenes}, "model": {"unread": 1}})
     )
-    assert main(["data", "inspect", "--config", str(config), "--sample", "3"]) == 0
+    assert main(["data", "inspect", "--config", str(config), "--samples", "3"]) == 0
     printed = capsys.readouterr().out
     assert "data.train" in printed
     assert "3 opened" in printed

@@ -109,7 +109,7 @@ def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict
 def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
     labels, answers = _pope()
     shuffled = random.Random(1).sample(answers, len(answers))
-    values = scored("pope", "--answers", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
+    values = scored("pope", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
     expected = official_rules.pope(labels, answers)
     assert {k: v for k, v in values.items() if "/" in k} == {f"official/{k}": v for k, v in expected.items()}
     assert list(values)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
@@ -130,7 +130,7 @@ def test_our_grading_and_calibration_metrics(
     }
     parsed |= {"": None, "\nNo": "no", "Maybe": None}  # type: ignore[dict-item]
     labels, answers = _pope()
-    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
     is_correct = [parsed[a["answer"]] == x["label"] for x, a in zip(labels, answers, strict=True)]
     assert values["accuracy"] == sum(is_correct) / 200
     assert values["yes_ratio"] == sum(parsed[a["answer"]] == "yes" for a in answers) / 200
@@ -161,7 +161,7 @@ def test_a_stated_confidence(
     else:
         texts = ["Confidence: 0.9. Yes", "No\nConfidence: 80%", "Yes, I am 70% sure.", "Yes"]
         answers = [{"question_id": i, "answer": text} for i, text in enumerate(texts)]
-    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
     assert values["official/accuracy"] == values["accuracy"] == 3 / 4
     assert (values["official/precision"], values["official/recall"]) == (2 / 3, 1.0)
     assert values["parse_failure_rate"] == 1 / 4
@@ -174,7 +174,7 @@ def test_undefined_official_scores_are_null(
 ) -> None:
     labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
     answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
-    values = scored("pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels))
+    values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
     official = {k: values[f"official/{k}"] for k in (*SCORES, "yes_ratio")}
     assert official == {"accuracy": 0.5, "precision": None, "recall": 0.0, "f1": None, "yes_ratio": 0.0}
     assert values["ece"] is None, "no confidence is stated"
@@ -183,7 +183,6 @@ def test_undefined_official_scores_are_null(
 def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
     annotations, answers = _amber()
     files = (
-        "--answers",
         written("a.json", answers, lines=False),
         *("--annotations", written("t.json", annotations, lines=False)),
     )
@@ -208,7 +207,6 @@ def test_generative_answers_are_left_out_with_a_note(
 ) -> None:
     answers = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS]
     files = (
-        "--answers",
         written("a.json", answers, lines=False),
         *("--annotations", written("t.json", ANNOTATIONS, lines=False)),
     )
@@ -241,7 +239,7 @@ def test_predictions_as_they_were_graded(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
     rows = [{**row, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
-    values = scored("jsonl", "--answers", written("p.jsonl", rows))
+    values = scored("jsonl", written("p.jsonl", rows))
     assert (values["n"], values["accuracy"], values["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
     assert values["ece"] == pytest.approx((0.8 + 0.1) / 2)
     assert values["accuracy/indoor"] == 2 / 3
@@ -264,7 +262,7 @@ def test_predictions_graded_anew_by_the_queries(
         for i in range(3)
     ]
     answers = [{"id": row["id"], "text": row["text"]} for row in PREDICTIONS][::-1]
-    files = ("--answers", written("p.jsonl", answers), "--labels")
+    files = (written("p.jsonl", answers), "--labels")
     assert scored("jsonl", *files, written("q.jsonl", queries))["accuracy"] == 1 / 3
     queries[0]["synonyms"] = ["couch"]  # type: ignore[assignment]
     values = scored("jsonl", *files, written("q.jsonl", queries))
@@ -281,7 +279,6 @@ def test_files_for_the_benchmarks_own_scripts(
     labels[0]["label"] = "No"
     out = tmp_path / "out.json"
     files = (
-        "--answers",
         written("a.jsonl", answers[::-1]),
         "--labels",
         written("l.json", labels, lines=False),
@@ -296,12 +293,12 @@ def test_files_for_the_benchmarks_own_scripts(
     assert {k: v for k, v in values.items() if k.startswith("official")} == {
         f"official/{k}": v for k, v in theirs.items()
     }
-    again = scored("pope", "--answers", str(out), "--labels", str(tmp_path / "out.labels.jsonl"))
+    again = scored("pope", str(out), "--labels", str(tmp_path / "out.labels.jsonl"))
     assert again == values, "the written file has the same metrics"
 
     annotations, responses = _amber(80)
     responses[0] = {"id": 1, "response": "No. Confidence: 80%"}
-    files = ("--annotations", written("t.json", annotations, lines=False), "--answers")
+    files = ("--annotations", written("t.json", annotations, lines=False))
     given = written("r.json", responses, lines=False)
     values = scored("amber", *files, given, "--write-official", str(tmp_path))
     theirs = official_rules.amber(annotations, json.loads((tmp_path / "answers.json").read_text()))
@@ -313,12 +310,7 @@ def test_files_for_the_benchmarks_own_scripts(
 
 def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     labels, answers = _pope(20)
-    assert (
-        main(
-            ["score", "pope", "--answers", written("a.jsonl", answers), "--labels", written("l.json", labels)]
-        )
-        == 0
-    )
+    assert main(["score", "pope", written("a.jsonl", answers), "--labels", written("l.json", labels)]) == 0
     out = capsys.readouterr().out
     assert "Official scores" in out
     assert f"{official_rules.pope(labels, answers)['accuracy']:.4f}" in out
@@ -330,24 +322,24 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
     [
         ([], "missing: one of pope, amber, jsonl", 2),
         (["mme"], "invalid choice: 'mme' (choose from 'pope', 'amber', 'jsonl')", 2),
-        (["pope", "--answers", "a.jsonl"], "missing: --labels", 2),
-        (["jsonl", "--answer", "a.jsonl"], "unknown setting --answer (did you mean --answers?)", 2),
-        (["jsonl", "--json"], "missing: --answers", 2),
-        (["jsonl", "--answers", "a.jsonl", "--write-official", "x"], "unknown setting --write-official", 2),
+        (["pope", "a.jsonl"], "missing: --labels", 2),
+        (["jsonl", "a.jsonl", "--label", "q.jsonl"], "unknown setting --label (did you mean --labels?)", 2),
+        (["jsonl", "--json"], "missing: answers", 2),
+        (["jsonl", "a.jsonl", "--write-official", "x"], "unknown setting --write-official", 2),
         (
-            ["pope", "--answers", "a.jsonl", "--labels", "none.json"],
+            ["pope", "a.jsonl", "--labels", "none.json"],
             "none.json: cannot be read: No such file",
             1,
         ),
-        (["jsonl", "--answers", "a.jsonl"], "a.jsonl:1: ", 1),
-        (["jsonl", "--answers", "a.jsonl", "--labels", "a.jsonl"], "a.jsonl:1: unknown key", 1),
-        (["jsonl", "--answers", "a.jsonl", "--labels", "q.jsonl"], "a.jsonl:1: 'id' must be a string", 1),
+        (["jsonl", "a.jsonl"], "a.jsonl:1: ", 1),
+        (["jsonl", "a.jsonl", "--labels", "a.jsonl"], "a.jsonl:1: unknown key", 1),
+        (["jsonl", "a.jsonl", "--labels", "q.jsonl"], "a.jsonl:1: 'id' must be a string", 1),
         (
-            ["jsonl", "--answers", "t.jsonl", "--labels", "q.jsonl"],
+            ["jsonl", "t.jsonl", "--labels", "q.jsonl"],
             "record '1': the gold answer of a yes/no",
             1,
         ),
-        (["jsonl", "--answers", "t.jsonl", "--labels", "qq.jsonl"], "qq.jsonl:2: duplicate id '1'", 1),
+        (["jsonl", "t.jsonl", "--labels", "qq.jsonl"], "qq.jsonl:2: duplicate id '1'", 1),
     ],
 )
 def test_a_mistake_ends_in_one_line(
@@ -384,7 +376,6 @@ def test_the_command_starts_without_a_trainer(written: Callable[..., str]) -> No
     command = [
         "score",
         "pope",
-        "--answers",
         written("a.jsonl", answers),
         "--labels",
         written("l.json", labels),

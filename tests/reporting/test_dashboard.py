@@ -138,7 +138,7 @@ def test_what_was_asked_for_is_there(offline_runs: dict[str, OfflineRun]) -> Non
 def test_other_systems_are_compared_where_they_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main(["dashboard", "--entity", ENTITY, "--print", "--systems", "base", "mine-1", "mine_2"])
+    assert main(["dashboard", "--print", "--json", "--systems", "base", "mine-1", "mine_2"]) == 0
     specification = json.loads(capsys.readouterr().out)
     for view in specification.values():
         keys = {key for panel in _panels(view["spec"]) for key in _keys(panel)}
@@ -147,7 +147,7 @@ def test_other_systems_are_compared_where_they_are_named(
 
 
 def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str]) -> None:
-    dashboard(entity=ENTITY, print=True)
+    dashboard(print=True, json=True)
     specification = json.loads(capsys.readouterr().out)
     for block in specification["report"]["spec"]["blocks"]:
         taken: set[tuple[int, int]] = set()
@@ -164,13 +164,33 @@ def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str])
 def test_printing_needs_neither_a_login_nor_a_network(
     build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
 ) -> None:
-    ended, saved = build("--project", "mine", "--print", WANDB_API_KEY="")
+    ended, saved = build("--project", "mine", "--print", "--json", WANDB_API_KEY="")
     assert ended.status == 0, ended.err
     assert wandb_server.requests == saved == []
     printed = json.loads(ended.out)
     assert list(printed) == ["workspace", "report"]
     assert printed["workspace"]["entity"] == ENTITY
     assert printed["report"]["project"]["name"] == "mine"
+
+
+def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dashboard", "--print", "--systems", "base", "mine"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in sections(["base", "mine"]):
+        begin = lines.index(f"{section.question} ({section.runs} runs)")
+        assert lines[begin + 1].strip() == section.note
+        panels = lines[begin + 2 : begin + 2 + len(section.panels)]
+        for line, panel in zip(panels, section.panels, strict=True):
+            unit = f" ({panel.unit})" if panel.unit else ""
+            assert line == f"  - {panel.title}: {panel.kind} of {', '.join(panel.keys)}{unit}"
+
+
+def test_the_addresses_as_json(
+    build: Callable[..., tuple[Ended, list[dict[str, Any]]]],
+) -> None:
+    ended, saved = build("--project", "mine", "--json")
+    assert set(json.loads(ended.out)) == {"report", "workspace"}
+    assert len(saved) == 2
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------

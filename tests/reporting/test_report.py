@@ -430,7 +430,7 @@ def test_images_come_back_with_their_perturbation(
         )
     )
     assert evaluated.status == 0, evaluated.err
-    ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--subject", "base"], root))
+    ended = server.wait(server.start(["report", str(out), "--replicates", "20", "--system", "base"], root))
     assert ended.status == 0, ended.err
     html = (out / "report.html").read_text()
     assert (
@@ -472,7 +472,7 @@ def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
     empty.mkdir()
     for settings, says in (
         ({"runs": [str(empty)]}, "no predictions.jsonl"),
-        ({"runs": [str(evaluation)], "subject": "nobody"}, "there are base, tuned"),
+        ({"runs": [str(evaluation)], "system": "nobody"}, "there are base, tuned"),
         ({"runs": [str(evaluation)], "calibration": str(evaluation)}, "image"),
     ):
         with pytest.raises(DataError, match=says):

@@ -20,12 +20,11 @@ from vlm_calibration.quiet import quiet_libraries
 from vlm_calibration.records import DataError
 
 PROG = "vlm-calibration"
-TRAINER = "vlm_calibration.commands.lightning_cli:lightning_command"
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": (TRAINER, "train: SFT or preference optimisation"),
-    "validate": (TRAINER, "answer and score the validation queries"),
-    "test": (TRAINER, "evaluate the base model and adapters side by side"),
-    "predict": (TRAINER, "run a module's prediction over the data"),
+    "fit": ("vlm_calibration.commands.trainer:fit", "train: SFT or preference optimisation"),
+    "validate": ("vlm_calibration.commands.trainer:validate", "answer and score the validation queries"),
+    "test": ("vlm_calibration.commands.trainer:test", "evaluate the base model and adapters side by side"),
+    "predict": ("vlm_calibration.commands.trainer:predict", "find the regions of key objects"),
     "levels": (
         "vlm_calibration.commands.levels:SUBCOMMANDS",
         "`levels fit`: measure the level table of anchored levels",
@@ -57,8 +56,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "a script that completes commands and settings in bash or zsh",
     ),
 }
-"""Name of a command -> its `arguments.Command` as module:name, and its description. LightningCLI's subcommands are called with
-all arguments, their own name first."""
+"""Name of a command -> its `arguments.Command` as module:name, and its description."""
 
 
 def usage() -> str:
@@ -91,10 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     target, _ = COMMANDS[name]
     try:
-        if target == TRAINER:
-            load(target)(args)
-        else:
-            run_command(f"{PROG} {name}", load(target), rest)
+        run_command(f"{PROG} {name}", load(target), rest)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the output, such as `head`, has ended. Python writes the rest at its exit.

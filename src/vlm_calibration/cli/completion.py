@@ -6,20 +6,11 @@ It is not in `commands` because it reads the table of all commands.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from vlm_calibration.arguments import command_parser
-from vlm_calibration.cli import COMMANDS, PROG, TRAINER, load
-
-STAGES = (
-    "vlm_calibration.stages.sft:SFTModule",
-    "vlm_calibration.stages.dpo:DPOModule",
-    "vlm_calibration.stages.evaluation:EvaluationModule",
-    "vlm_calibration.stages.level_fit:LevelFitModule",
-    "vlm_calibration.stages.regions:RegionExtractor",
-)
+from vlm_calibration.cli import COMMANDS, PROG, load
 
 
 def completion(shell: Literal["bash", "zsh"]) -> None:
@@ -38,47 +29,20 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
 
 def all_commands() -> argparse.ArgumentParser:
     """Build one parser with all commands and their settings, for completion only."""
+    from vlm_calibration.commands.all_settings import STAGES, stage_parsers, trainer_parsers
+
     parser = argparse.ArgumentParser(PROG)
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers()
-    trainer_parsers = _trainer_parsers()
+    of_trainer = trainer_parsers()
     for name, (target, text) in COMMANDS.items():
-        is_trainer = target == TRAINER
-        source = trainer_parsers[name] if is_trainer else command_parser(f"{PROG} {name}", load(target))
+        sources = [command_parser(f"{PROG} {name}", load(target))]
+        if name in STAGES:
+            sources += [of_trainer[name], *stage_parsers(name)]
         command = commands.add_parser(name, help=text, add_help=False)
-        _copy(source._actions, command)
-        if is_trainer:
-            _add_stages(command)
+        for source in sources:
+            _copy(source._actions, command)
     return parser
-
-
-def _trainer_parsers() -> Mapping[str, argparse.ArgumentParser]:
-    """The parsers of LightningCLI's subcommands."""
-    from vlm_calibration.commands.lightning_cli import CalibrationCLI
-
-    class ParsersBuilt(Exception):
-        pass
-
-    class ParserBuilder(CalibrationCLI):
-        def parse_arguments(self, *_: Any) -> None:
-            raise ParsersBuilt(self._subcommand_parsers)
-
-    try:
-        ParserBuilder()
-    except ParsersBuilt as end:
-        parsers: Mapping[str, argparse.ArgumentParser] = end.args[0]
-    return parsers
-
-
-def _add_stages(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of all modules that a configuration may name."""
-    from jsonargparse import ArgumentParser
-
-    for stage in STAGES:
-        module, _, name = stage.partition(":")
-        own = ArgumentParser(exit_on_error=False)
-        own.add_class_arguments(getattr(import_module(module), name), "model.init_args")
-        _copy(own._actions, parser)
 
 
 def _copy(actions: Iterable[argparse.Action], parser: argparse.ArgumentParser) -> None:

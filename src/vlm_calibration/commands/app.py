@@ -53,8 +53,8 @@ def app(
     *,
     port: PositiveInt = PositiveInt(7860),
     report: Path | None = None,
-    key_objects: FinderOptions,
     model: ModelOptions,
+    key_objects: FinderOptions,
 ) -> None:
     """Serve a page to try out a base model and its calibrated adapter, on this machine, until interrupted.
 

@@ -37,14 +37,14 @@ class ManyQuestions:
         out: file to write the answers to, one a line; if it holds some already, the others are added
         root: folder of the images (default: that of the questions)
         batch_size: questions asked together (default: 8)
-        skip_bad_images: leave out images that cannot be read, and count them
+        on_bad_image: "raise" stops at an image that cannot be read, "skip" leaves it out and names it (default: raise)
     """
 
     questions: Path | None = None
     out: Path | None = None
     root: Path | None = None
     batch_size: PositiveInt | None = None
-    skip_bad_images: bool = False
+    on_bad_image: Literal["raise", "skip"] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def ask(
     *,
     json: bool = False,
     answer_type: AnswerType | None = None,
+    model: ModelOptions,
     many: ManyQuestions,
     review: ReviewOptions,
-    model: ModelOptions,
 ) -> None:
     """Ask a question about an image; print the answer and the confidence in it.
 
@@ -103,7 +103,7 @@ def _check_options(
     if many.questions is None:
         if image is None or question is None:
             raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-        for name in ("out", "root", "batch_size", "skip_bad_images"):
+        for name in ("out", "root", "batch_size", "on_bad_image"):
             if getattr(many, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
@@ -246,7 +246,7 @@ def _answer_all(
     done = min(total, len(answers.done))
     with ProgressLine("ask", total, "questions", done=done) as line:
         while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
-            loaded = [(q, _sample(model, q, folder, many.skip_bad_images, skipped)) for q in batch]
+            loaded = [(q, _sample(model, q, folder, many.on_bad_image == "skip", skipped)) for q in batch]
             samples = [(question, sample) for question, sample in loaded if sample is not None]
             if samples:
                 system = model.systems[-1]

@@ -1,10 +1,11 @@
-"""`vlm-calibration dashboard`: build the W&B workspace and report of a project, or print their specification."""
+"""`vlm-calibration dashboard`: build the W&B workspace and report of a project, or print what they show."""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from json import dumps
 
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.wandb_login import PROJECT
@@ -18,23 +19,27 @@ def dashboard(
     project: str = PROJECT,
     systems: Sequence[str] = SYSTEMS,
     print: bool = False,
+    json: bool = False,
 ) -> None:
-    """Build the W&B workspace and report of a project.
+    """Build the W&B workspace and report of a project, or print an outline of them.
 
     Args:
-        entity: team or user that owns the project (required)
+        entity: team or user that owns the project; to build, required
         project: project that runs are logged to
         systems: names of the systems in the evaluation
-        print: print the specification as JSON and build nothing
+        print: print the sections, and what each panel shows, and build nothing
+        json: print one JSON object: the addresses, or with --print what would be sent to W&B
 
     Raises:
-        ArgumentError: no entity is given.
+        ArgumentError: no entity is given, and something is to be built.
         DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses.
     """
-    if not entity:
-        raise ArgumentError(None, "missing: the team or user that owns the project; give --entity NAME")
+    if not entity and not print:
+        raise ArgumentError(
+            None, "missing: the team or user that owns the project; give --entity NAME, or --print"
+        )
     try:
-        from vlm_calibration.reporting.dashboard import build, sections, specification
+        from vlm_calibration.reporting.dashboard import build, outline, sections, specification
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("wandb_workspaces"):
             raise
@@ -43,7 +48,8 @@ def dashboard(
         ) from error
     content = sections(systems)
     if print:
-        lines = [specification(entity, project, content)]
+        text = specification(entity or "", project, content) if json else outline(content)
     else:
-        lines = [f"{name}: {url}" for name, url in build(entity, project, content).items()]
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+        urls = build(entity or "", project, content)
+        text = dumps(urls) if json else "\n".join(f"{name}: {url}" for name, url in urls.items())
+    sys.stdout.write(f"{text}\n")

@@ -17,21 +17,32 @@ from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, res
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
     from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.data.sources.base import QuerySource
+
+
+def _all_settings() -> str:
+    return _data_parser().format_help()
+
 
 SETTINGS = Forwarded(
     {
         CONFIG: "a preset or file, of which only the section `data` is read (may be repeated)",
         **VARIABLE_OPTIONS,
     },
-    "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; those of trainer and model in a file are ignored.",
+    lambda: (
+        "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; --help-all lists them. Those of trainer and model in a file "
+        "are ignored."
+    ),
+    _all_settings,
 )
 
 
 def inspect(
     *settings: Annotated[str, SETTINGS],
-    sample: PositiveInt = PositiveInt(200),
+    samples: PositiveInt = PositiveInt(200),
     leaks: bool = True,
     strict: bool = False,
 ) -> None:
@@ -41,7 +52,7 @@ def inspect(
     content, or nearly the same. For this every image is read, about a millisecond each.
 
     Args:
-        sample: images of each source to open for the counts
+        samples: images of each source to open for the counts
         leaks: look for images that splits share
         strict: end with status 1 if splits share images, or a record or image cannot be used
 
@@ -66,7 +77,7 @@ def inspect(
     problems = 0
     for name, source in sources.items():
         try:
-            inspection = inspect_source(source, sample)
+            inspection = inspect_source(source, samples)
         except MissingFileError as error:
             missing[name] = error
             continue
@@ -96,16 +107,9 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
         ArgumentError: an unknown key, a value of the wrong type, or no settings.
         DataError: a source cannot be built.
     """
-    from jsonargparse import ArgumentParser
-
-    from vlm_calibration.data.module import PerturbedQueryDataModule
-
     if not settings:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    add_variables(parser)
-    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    parser = _data_parser()
     with explained_errors(parser):
         parsed = parser.parse_args(resolve_configs(settings, _only_data))
     try:
@@ -113,6 +117,19 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
     except (ValueError, OSError) as error:
         raise DataError(f"configuration: {error}") from error
     return data
+
+
+def _data_parser() -> ArgumentParser:
+    """A parser of the section `data` of configurations."""
+    from jsonargparse import ArgumentParser
+
+    from vlm_calibration.data.module import PerturbedQueryDataModule
+
+    parser = ArgumentParser(prog="vlm-calibration data inspect", exit_on_error=False)
+    parser.add_argument("-c", "--config", action="config")
+    add_variables(parser)
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    return parser
 
 
 def _only_data(content: dict[str, Any]) -> dict[str, Any]:

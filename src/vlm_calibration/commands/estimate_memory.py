@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from vlm_calibration.arguments import Forwarded
+from vlm_calibration.commands.trainer import page_of
 from vlm_calibration.errors import CommandError
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
 from vlm_calibration.records import DataError
@@ -27,7 +29,8 @@ SETTINGS = Forwarded(
         "but regions (may be repeated)",
         **VARIABLE_OPTIONS,
     },
-    "Every setting of the stages may follow: `vlm-calibration fit --help` lists those of training.",
+    lambda: "Every setting of the stages may follow; --help-all lists those of training.",
+    partial(page_of, "fit"),
 )
 
 

@@ -25,33 +25,33 @@ from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, sav
 
 
 def export(
-    run: str,
+    adapter: str,
     *,
-    out: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
     merge: bool = False,
     dtype: Dtype = "auto",
+    push_to_hub: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     trust_remote_code: bool = False,
-    overwrite: bool = False,
-    push_to_hub: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
 ) -> None:
     """Export an adapter, or its base model with the adapter merged into it, with a model card.
 
     Args:
-        run: a run directory, the folder of an adapter, or its name on the Hub
+        adapter: a run directory, the folder of an adapter, or its name on the Hub (owner/name, owner/name@revision)
         out: folder to write to
+        overwrite: replace what is in `out`
         merge: merge the adapter into its base model and export the whole model; takes 4 bytes of memory a parameter
         dtype: dtype of the merged weights; "auto" is that of the base model's checkpoint
-        base: name or folder of the base model, instead of the one that the adapter names; the export then names it too
-        base_revision: branch, tag or commit of `base` on the Hub
-        trust_remote_code: run modelling code that comes with the base model
-        overwrite: replace what is in `out`
         push_to_hub: name on the Hugging Face Hub to upload to; the repository is created if there is none
         private: make a created repository private
-        revision: branch on the Hub to upload to; it is created if there is none
+        branch: branch on the Hub to upload to; it is created if there is none
+        base: name or folder of the base model, instead of the one that the adapter names; the export then names it too
+        base_revision: branch, tag or commit of the base model on the Hub
+        trust_remote_code: run code that comes with the base model
 
     Raises:
         ArgumentError: neither `out` nor `push_to_hub` is given.
@@ -63,24 +63,24 @@ def export(
     from vlm_calibration.callbacks.adapter import shown_path
     from vlm_calibration.hub import check_upload, upload
 
-    adapter = find_adapter(run)
-    model = _base_of(adapter, base, base_revision, trust_remote_code)
+    source = find_adapter(adapter)
+    model = _base_of(source, base, base_revision, trust_remote_code)
     if push_to_hub is not None:
         check_upload(push_to_hub, model.name_or_path)
     if out is not None:
-        _check_out(Path(out), adapter, model.name_or_path, overwrite)
-    location = push_to_hub or shown_path(Path(out or "."))
+        _check_out(out, source, model.name_or_path, overwrite)
+    location = push_to_hub or shown_path(out or Path())
     with _output_folder(out) as folder:
         if merge:
-            _write_merged(adapter, model, dtype, folder, location)
+            _write_merged(source, model, dtype, folder, location)
         else:
-            _write_adapter(adapter, model, folder, location)
+            _write_adapter(source, model, folder, location)
         if push_to_hub is not None and out is None:
-            upload(folder, push_to_hub, private, revision)
+            upload(folder, push_to_hub, private, branch)
     if out is not None:
         print(f"wrote {out}")
         if push_to_hub is not None:
-            upload(Path(out), push_to_hub, private, revision)
+            upload(out, push_to_hub, private, branch)
     if push_to_hub is not None:
         print(f"pushed to {push_to_hub}")
 
@@ -105,10 +105,10 @@ def _check_out(out: Path, adapter: Path, base: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _output_folder(out: str | None) -> Iterator[Path]:
+def _output_folder(out: Path | None) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends; without `out` it is deleted."""
     if out is not None:
-        with replacing(Path(out)) as temporary:
+        with replacing(out) as temporary:
             temporary.mkdir()
             yield temporary
     else:

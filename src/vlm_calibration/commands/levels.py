@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded, Subcommands
-from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
+from vlm_calibration.commands.trainer import RUN, page_of
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, presets_by_folder
 
 SETTINGS = Forwarded(
     {
-        CONFIG: '"levels", and overlays after it: presets or files (may be repeated)',
+        CONFIG: '"levels", then overlays: presets (see below) or files of your own (may be repeated)',
         **VARIABLE_OPTIONS,
         "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
         "--model.init_args.out FILE": "where to write the level table",
         "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
         "not at all",
-        "--trainer.default_root_dir DIR": "folder of the measurement's own files",
+        "--data.eval_batch_size N": "queries answered together",
+        **RUN,
     },
-    "`--resume` does nothing if that folder holds this measurement, finished, and `--overwrite` replaces another one. Every other "
-    "setting of the configuration may follow: `vlm-calibration test --help` lists those of trainer and data, "
-    "`vlm-calibration test --model.help LevelFitModule` those of the module.",
+    lambda: f"{presets_by_folder('levels')}\n\nAll settings of trainer, data and model: --help-all.",
+    partial(page_of, "test"),
 )
 
 

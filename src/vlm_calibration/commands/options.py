@@ -29,7 +29,7 @@ class ModelOptions:
         device: e.g. "cpu" or "cuda:1" (default: a GPU if there is one)
         dtype: of the weights (default: as the adapter was trained with, else that of the checkpoint)
         quantization: of the language model (default: as the adapter was trained with, else none)
-        revision: branch, tag or commit of the base model on the Hub
+        base_revision: branch, tag or commit of the base model on the Hub
         trust_remote_code: run code that comes with the base model
         max_new_tokens: length limit of an answer
     """
@@ -39,7 +39,7 @@ class ModelOptions:
     device: str | None = None
     dtype: Dtype | None = None
     quantization: Quantization | None = None
-    revision: str | None = None
+    base_revision: str | None = None
     trust_remote_code: bool = False
     max_new_tokens: PositiveInt | None = None
 
@@ -62,7 +62,7 @@ def load_model(options: ModelOptions) -> CalibratedModel:
         model,
         dtype=options.dtype or model.dtype,
         quantization=options.quantization or model.quantization,
-        revision=options.revision or model.revision,
+        revision=options.base_revision or model.revision,
         trust_remote_code=options.trust_remote_code,
     )
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)

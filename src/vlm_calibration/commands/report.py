@@ -15,9 +15,9 @@ PAGE = "report.html"
 def report(
     runs: list[str],
     *,
-    calibration: str | None = None,
-    out: str | None = None,
-    subject: str | None = None,
+    out: Path | None = None,
+    system: str | None = None,
+    calibration: Path | None = None,
     images: bool = True,
     replicates: PositiveInt = PositiveInt(1000),
     seed: int = 0,
@@ -29,10 +29,10 @@ def report(
     Args:
         runs: folders of evaluations or runs, with predictions.jsonl in them or in their subfolders; all systems are compared
             with the first one, the base model of an evaluation
+        out: path of the page (default: report.html in the first folder)
+        system: the system that the summary and the examples describe (default: the last trained one)
         calibration: an evaluation of the same systems on other images, to fit recalibration on (default: the answers to the
             calibration set of the evaluation itself, data.calibration; without either, nothing is recalibrated)
-        out: path of the page (default: report.html in the first folder)
-        subject: system that the summary and the examples describe (default: the last trained one)
         images: show images, loaded from the data that the run's configuration names
         replicates: number of bootstrap draws
         seed: seed of the draws
@@ -50,14 +50,14 @@ def report(
     from vlm_calibration.reporting.tables import print_results
 
     systems = read_systems(runs)
-    if subject is not None and subject not in [s.name for s in systems]:
-        raise DataError(f"--subject: no system {subject!r}; there are {', '.join(s.name for s in systems)}")
+    if system is not None and system not in [s.name for s in systems]:
+        raise DataError(f"--system: no system {system!r}; there are {', '.join(s.name for s in systems)}")
     if calibration is not None:
-        systems = read_calibration(calibration, systems)
+        systems = read_calibration(str(calibration), systems)
     comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
-    page = Path(out) if out is not None else Path(runs[0]) / PAGE
-    html = render_page(systems, compared, comparison, subject, images)
+    page = out if out is not None else Path(runs[0]) / PAGE
+    html = render_page(systems, compared, comparison, system, images)
     write_text(page, html)
     write_tables(compared.rows, page)
     about = next((s for s in systems if s.name == subject), subject_of(systems))

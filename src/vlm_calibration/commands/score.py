@@ -21,7 +21,9 @@ from vlm_calibration.files import json_number, write_rows
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 
 
-def score_pope(*, answers: str, labels: str, json: bool = False, write_official: str | None = None) -> None:
+def score_pope(
+    answers: Path, *, labels: Path, json: bool = False, write_official: Path | None = None
+) -> None:
     """Score answers to POPE's questions under its own rules and ours.
 
     Args:
@@ -43,26 +45,26 @@ def score_pope(*, answers: str, labels: str, json: bool = False, write_official:
     }
     graded = [_grade(q.query(), r) for q, r in zip(questions.questions, replies, strict=True)]
     if write_official:
-        _write_official(Path(write_official), files)
+        _write_official(write_official, files)
     _print_scores(answers, graded, counts.scores(), json)
 
 
 def score_amber(
+    answers: Path,
     *,
-    answers: str,
-    annotations: str,
-    json: bool = False,
-    write_official: str | None = None,
+    annotations: Path,
     only: Literal["existence", "attribute", "relation"] | None = None,
+    json: bool = False,
+    write_official: Path | None = None,
 ) -> None:
     """Score answers to AMBER's discriminative questions under its own rules and ours.
 
     Args:
         answers: the answers, in the benchmark's format
         annotations: AMBER's annotations.json
+        only: score one dimension alone
         json: print one flat JSON object
         write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
-        only: score one dimension alone
 
     Raises:
         DataError: a file or a record of it cannot be used.
@@ -79,11 +81,11 @@ def score_amber(
     graded = [_grade(truth.query(), r) for truth, r in zip(truths, replies, strict=True)]
     files = {"answers.json": amber.official_answers(truths, [(r.text, r.confidence) for r in replies])}
     if write_official:
-        _write_official(Path(write_official), files)
+        _write_official(write_official, files)
     _print_scores(answers, graded, counts.scores(dimensions), json)
 
 
-def score_jsonl(*, answers: str, labels: str | None = None, json: bool = False) -> None:
+def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False) -> None:
     """Score the predictions of an evaluation, or answers to any queries.
 
     Args:
@@ -94,7 +96,7 @@ def score_jsonl(*, answers: str, labels: str | None = None, json: bool = False) 
     Raises:
         DataError: a file or a record of it cannot be used.
     """
-    graded = read_predictions(Path(answers)) if labels is None else _graded_by_queries(answers, labels)
+    graded = read_predictions(answers) if labels is None else _graded_by_queries(answers, labels)
     _print_scores(answers, graded, {}, json)
 
 
@@ -104,7 +106,7 @@ SUBCOMMANDS = Subcommands(
 )
 
 
-def _graded_by_queries(answers: str, labels: str) -> list[EstimatedPrediction]:
+def _graded_by_queries(answers: Path, labels: Path) -> list[EstimatedPrediction]:
     """Grade the answers in a file by the queries in another."""
     queries: dict[str, Query] = {}
     for record in read_records(labels):
@@ -121,7 +123,7 @@ def _graded_by_queries(answers: str, labels: str) -> list[EstimatedPrediction]:
 
 
 def _print_scores(
-    answers: str, graded: Sequence[EstimatedPrediction], official: Mapping[str, float], json: bool
+    answers: Path, graded: Sequence[EstimatedPrediction], official: Mapping[str, float], json: bool
 ) -> None:
     """Print the official scores of a file of answers, and this project's metrics of the graded answers."""
     from rich.console import Console
@@ -134,7 +136,7 @@ def _print_scores(
     if json:
         print(dumps({name: json_number(name, value) for name, value in values.items()}))
         return
-    results = {Path(answers).stem: values}
+    results = {answers.stem: values}
     if official:
         Console().print(official_table(results))
     print_results(results, by_group=True)

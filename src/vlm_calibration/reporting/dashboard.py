@@ -298,6 +298,18 @@ def _size(panel: Panel) -> tuple[int, int]:
     return (GRID_COLUMNS if wide or len(panel.keys) > 1 else HALF), 11
 
 
+def outline(sections: Sequence[Section]) -> str:
+    """The sections as text: the runs of each, its note, and the kind, the logged keys and the unit of each panel."""
+    lines = []
+    for section in sections:
+        lines += [f"{section.question} ({section.runs} runs)", f"  {section.note}"]
+        for panel in section.panels:
+            unit = f" ({panel.unit})" if panel.unit else ""
+            lines.append(f"  - {panel.title}: {panel.kind} of {', '.join(panel.keys)}{unit}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 def specification(entity: str, project: str, sections: Sequence[Section]) -> str:
     """The workspace and report as JSON, as they would be sent to the server; needs no network."""
     models = {

@@ -1,0 +1,140 @@
+"""`fit`, `validate`, `test` and `predict`: the common settings of LightningCLI's subcommands, for a help page without torch.
+
+`lightning_cli` parses and runs them; `all_settings` lists everything that they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+from vlm_calibration.arguments import Forwarded
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, presets_by_folder
+
+BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
+RUN = {
+    "--trainer.devices N": "GPUs or processes",
+    "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)",
+    "--overwrite": "start again, and replace the run that the run directory holds",
+    "--resume": "resume the run if it was interrupted, do nothing if it is finished, else start it",
+}
+MORE = {"--print_config": "print the configuration that results, and exit"}
+
+
+def page_of(subcommand: str) -> str:
+    """The page of all settings of a subcommand."""
+    from vlm_calibration.commands.all_settings import settings_page
+
+    return settings_page(subcommand)
+
+
+def _settings(subcommand: str, *stages: str, common: Mapping[str, str]) -> Forwarded:
+    """The common settings of a subcommand.
+
+    Args:
+        subcommand: its name.
+        stages: names or patterns of the full configurations that it runs.
+        common: options between those of data and configuration and `--print_config`.
+    """
+    config = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
+    return Forwarded(
+        {**config, **VARIABLE_OPTIONS, **common, **MORE},
+        lambda: f"{presets_by_folder(*stages)}\n\nAll settings of trainer, data and model: --help-all.",
+        partial(page_of, subcommand),
+    )
+
+
+FIT = _settings(
+    "fit",
+    "sft",
+    "dpo",
+    common={
+        **BASE,
+        "--model.init_args.adapter DIR": "stage dpo: the adapter to start from",
+        "--model.init_args.optimizer.lr X": "learning rate",
+        "--data.batch_size N": "queries of a training step on each device",
+        "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
+        "--trainer.max_epochs N": "passes over the training data",
+        **RUN,
+        "--ckpt_path FILE": 'checkpoint to resume from, or "last"',
+    },
+)
+VALIDATE = _settings(
+    "validate",
+    "sft",
+    "dpo",
+    common={
+        **BASE,
+        "--model.init_args.adapter DIR": "stage dpo: the adapter to start from",
+        "--data.eval_batch_size N": "queries answered together",
+        "--trainer.devices N": RUN["--trainer.devices N"],
+        "--ckpt_path FILE": "checkpoint of the model to validate",
+    },
+)
+TEST = _settings(
+    "test",
+    "eval/*",
+    common={
+        **BASE,
+        "--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name",
+        "--data.eval_batch_size N": "queries answered together",
+        **RUN,
+    },
+)
+PREDICT = _settings(
+    "predict",
+    "regions",
+    common={
+        "--data.eval_batch_size N": "images of a batch",
+        "--data.parts N": "number of jobs that share the queries",
+        "--data.part N": "which of these jobs this one is, from 0",
+        **RUN,
+    },
+)
+
+
+def fit(*settings: Annotated[str, FIT]) -> None:
+    """Train: stage 1 (supervised fine-tuning) or stage 2 (preference optimisation). Writes checkpoints, adapter and metrics.
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting, a file or a model cannot be used.
+    """
+    _run("fit", settings)
+
+
+def validate(*settings: Annotated[str, VALIDATE]) -> None:
+    """Answer and score the validation queries with the model of a training stage.
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting, a file or a model cannot be used.
+    """
+    _run("validate", settings)
+
+
+def test(*settings: Annotated[str, TEST]) -> None:
+    """Evaluate a base model and adapters side by side. Writes metrics and predictions of each; continues where it was interrupted.
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting, a file or a model cannot be used.
+    """
+    _run("test", settings)
+
+
+def predict(*settings: Annotated[str, PREDICT]) -> None:
+    """Find the key objects of queries that have no regions, and write them to files that every other stage reads.
+
+    Raises:
+        ArgumentError: a setting is unknown or wrong.
+        DataError: a setting, a file or a model cannot be used.
+    """
+    _run("predict", settings)
+
+
+def _run(subcommand: str, settings: tuple[str, ...]) -> None:
+    from vlm_calibration.commands.lightning_cli import lightning_command
+
+    lightning_command([subcommand, *settings])

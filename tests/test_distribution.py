@@ -1,0 +1,212 @@
+"""The package as others get it: sdist and wheel, the wheel in an environment of its own, and the container files.
+
+Images are not built, since that needs a registry: what a container file copies is built into a wheel instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import vlm_calibration
+
+pytestmark = pytest.mark.slow
+
+DOCKERFILE = "configs/docker/Dockerfile"
+DEFINITION = "configs/slurm/vlm_calibration.def"
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+CONTENTS = (
+    "vlm_calibration/configs/sft.yaml",
+    "vlm_calibration/configs/model/qwen2_5_vl_7b.yaml",
+    "vlm_calibration/demo/model/model.safetensors",
+    "vlm_calibration/demo/model/chat_template.jinja",
+    "vlm_calibration/demo/likelihoods.parquet",
+    "vlm_calibration/reporting/report/page.html.j2",
+    "vlm_calibration/app/page.css",
+    "vlm_calibration/py.typed",
+)
+
+
+def _run(*command: str | Path, folder: Path | None = None) -> str:
+    """Output of a command, which must succeed, without what leads Python to the checkout."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    ran = subprocess.run(
+        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def _build(folder: Path, kind: str, out: Path) -> Path:
+    """The file that `build_sdist` or `build_wheel` writes into a new folder."""
+    out.mkdir()
+    _run(sys.executable, "-c", BUILD, kind, out, folder=folder)
+    [file] = out.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files."""
+    folder = tmp_path_factory.mktemp("source")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if name.startswith(("tests/", "notebooks/")) or not os.path.lexists(root / name):
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(source, "build_sdist", tmp_path_factory.mktemp("sdist") / "dist")
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(source, "build_wheel", tmp_path_factory.mktemp("wheel") / "dist")
+
+
+def _files(wheel: Path) -> dict[str, int]:
+    """File -> checksum of its content, without the list of checksums."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {i.filename: i.CRC for i in archive.infolist() if not i.filename.endswith("/RECORD")}
+
+
+def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) -> None:
+    files = _files(wheel)
+    assert [name for name in CONTENTS if name not in files] == []
+    presets = {
+        f"vlm_calibration/configs/{p.relative_to(root / 'configs')}"
+        for p in (root / "configs").rglob("*.yaml")
+    }
+    assert len(presets) > 30
+    assert presets <= files.keys()
+    assert not [name for name in files if name.startswith(("tests", "notebooks"))]
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [folder] = tmp_path.iterdir()
+    assert _files(_build(folder, "build_wheel", tmp_path / "dist")) == _files(wheel)
+
+
+def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
+    checked = _run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    assert checked.count("PASSED") == 2
+
+
+def test_no_link_of_the_page_is_relative(wheel: Path, root: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["Version"] == vlm_calibration.__version__
+    page = metadata.get_payload()
+    targets = re.findall(r"\]\(([^)]*)\)", page)
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "## Limits" in page
+    assert re.search(r"!\[[^\]]*\]\(", (root / "README.md").read_text(encoding="utf-8")), (
+        "an image to leave out"
+    )
+
+
+def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    _run(sys.executable, "-m", "venv", "--without-pip", environment)
+    python = environment / "bin/python"
+    _run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
+    packages = _run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+    # Added as a folder of modules, so that the tests' own link to the checkout is not followed.
+    (Path(packages) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    command = environment / "bin/vlm-calibration"
+    where = _run(python, "-c", "import vlm_calibration; print(vlm_calibration.__file__)", folder=tmp_path)
+    assert Path(where.strip()).is_relative_to(environment)
+    presets = [line.split()[0] for line in _run(command, "config", "list", folder=tmp_path).splitlines()]
+    assert {"sft", "dpo", "eval/pope", "model/qwen2_5_vl_7b"} <= set(presets)
+    assert _run(command, "config", "show", "sft", folder=tmp_path).startswith("# Stage 1")
+    assert "--adapter" in _run(command, "ask", "--help", folder=tmp_path)
+    assert _run(command, "--version", folder=tmp_path) == f"vlm-calibration {vlm_calibration.__version__}\n"
+
+
+# --- Container files ----------------------------------------------------------------------------------------------
+
+
+def _dockerfile(root: Path) -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile and their arguments."""
+    text = (root / DOCKERFILE).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def _definition(root: Path) -> dict[str, list[str]]:
+    """The sections of the Apptainer definition and their lines; the header is under ""."""
+    sections: dict[str, list[str]] = {"": []}
+    name = ""
+    for line in (root / DEFINITION).read_text(encoding="utf-8").splitlines():
+        if line.startswith("%"):
+            name = line[1:].strip()
+        elif line.strip() and not line.startswith("#"):
+            sections.setdefault(name, []).append(line.strip())
+    return sections
+
+
+def _copied(root: Path, file: str) -> dict[str, str]:
+    """What a container file copies: path in the repository -> path in the image."""
+    if file == DEFINITION:
+        return dict(shlex.split(line) for line in _definition(root)["files"])
+    copied = {}
+    for name, argument in _dockerfile(root):
+        if name == "COPY":
+            *sources, target = shlex.split(argument)
+            copied |= {s: target + s if target.endswith("/") else target for s in sources}
+    return copied
+
+
+@pytest.mark.parametrize("file", [DOCKERFILE, DEFINITION])
+def test_a_container_file_installs_what_it_copies(
+    root: Path, source: Path, tmp_path: Path, file: str
+) -> None:
+    for name, target in _copied(root, file).items():
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, tmp_path / target.lstrip("/"), symlinks=True)
+        else:
+            (tmp_path / target.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / target.lstrip("/"))
+    [(folder, extras)] = re.findall(
+        r"pip install [^']*'(/\w+)\[([\w,]+)\]'", (root / file).read_text(encoding="utf-8")
+    )
+    wheel = _build(tmp_path / folder.lstrip("/"), "build_wheel", tmp_path / "dist")
+    assert [name for name in CONTENTS if name not in _files(wheel)] == []
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def test_the_images_run_the_command_as_a_user_with_models_outside(root: Path) -> None:
+    instructions = dict(_dockerfile(root))
+    assert next(iter(instructions)) == "FROM"
+    assert int(instructions["USER"]) > 0
+    assert f"--uid {instructions['USER']} " in instructions["RUN"]
+    assert f"HF_HOME={instructions['VOLUME']} " in instructions["ENV"]
+    assert instructions["ENTRYPOINT"] == '["vlm-calibration"]'
+    sections = _definition(root)
+    assert sections["runscript"] == ['exec vlm-calibration "$@"']
+    [home] = [line.partition("=")[2] for line in sections["environment"] if "HF_HOME" in line]
+    assert f"mkdir {home}" in sections["post"]
+    base = [line.split()[1] for line in sections[""] if line.startswith("From:")]
+    assert base == [instructions["FROM"]]
