@@ -139,7 +139,7 @@ class Page(HTMLParser):
 def system(
     name: str, predictions: list[EstimatedPrediction], calibration: list[EstimatedPrediction] | None = None
 ) -> System:
-    return System(name, "", predictions, {}, Path("eval"), None, calibration)
+    return System(name, predictions, {}, Path("eval"), None, calibration)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_systems_are_described_by_their_training_and_the_oracle_by_what_it_knows
     config = {"model": {"init_args": {"adapters": {"tuned": str(run / "adapter")}}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     (evaluation / "base").rename(evaluation / "oracle")
-    labels = {s.name: s.label for s in read_systems([str(evaluation)])}
+    labels = {s.name: s.origin.label for s in read_systems([str(evaluation)])}
     assert labels["tuned"] == "SFT, anchored levels, noise + motion blur"
     assert "kind and strength" in labels["oracle"]
 

@@ -22,7 +22,10 @@ def report(
     replicates: PositiveInt = PositiveInt(1000),
     seed: int = 0,
 ) -> None:
-    """Write a page on whether the confidence of evaluated models can be trusted, with its table as CSV, Markdown, LaTeX and JSON.
+    """Write a page on whether the confidence of evaluated models can be trusted, with its tables beside it.
+
+    The comparison lies beside `report.html` as CSV, Markdown, LaTeX and JSON (`report.csv`, ...), each other table of the page as
+    `report.NAME.csv`: systems, confidence, groups, and where there are any probes and official.
 
     Args:
         runs: folders of evaluations or runs, with predictions.jsonl in them or in their subfolders; all systems are compared
@@ -42,6 +45,7 @@ def report(
     # These import torch and matplotlib, which the help does not need.
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
+    from vlm_calibration.reporting.report.sheets import sheets_of, write_sheets
     from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
 
     systems = read_systems(runs)
@@ -52,7 +56,7 @@ def report(
     comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
     page = Path(out) if out is not None else Path(runs[0]) / PAGE
-    html = render_page(systems, compared, comparison, subject, images)
+    html = render_page(systems, compared, comparison, subject, images, page)
     write_text(page, html)
-    tables = write_tables(compared.rows, page)
-    print(f"wrote {page}, and its table as {', '.join(path.name for path in tables)}")
+    tables = [*write_tables(compared.rows, page), *write_sheets(sheets_of(systems, compared.probed), page)]
+    print(f"wrote {page}, and its tables as {', '.join(path.name for path in tables)}")
