@@ -20,7 +20,7 @@ TOLERANCE = 5
 """Points of percent by which stated confidence and accuracy may differ, however many answers show it."""
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
 """Metrics of each group."""
-TYPES = {"yes_no": "yes/no answers", "short": "short answers", "open": "open answers"}
+TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
 """Answer type -> the name of its group."""
 
 

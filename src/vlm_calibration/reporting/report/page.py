@@ -109,6 +109,7 @@ def render_page(
     probes = probes_in(compared.probed)
     stated = {row.system: row for row in compared.rows if row.is_stated}
     groups = {s.name: groups_of_system(s) for s in ordered}
+    rated = [(row, [cell_of(row, name) for name in RATED]) for row in compared.rows]
     panels, official = panels_of(systems), _official(systems)
     summary = summarize_system(about, compared.rows)
     present = {
@@ -133,7 +134,8 @@ def render_page(
         official=official,
         grouped=[(name, _group_rows(rows)) for name, rows in groups.items() if rows],
         rated_heads=[HEADINGS[name] for name in RATED],
-        rated=[(s.name, *_rated(s, compared.rows)) for s in ordered],
+        raw=[(row, cells) for row, cells in rated if row.recalibration == RAW],
+        recalibrated=_recalibrated(rated),
         counted=any(row.passes is not None for row in compared.rows),
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=compared.notes,
@@ -218,10 +220,13 @@ def _group_rows(groups: Sequence[Group]) -> list[tuple[Group, str, str, str]]:
     ]
 
 
-def _rated(system: System, rows: Sequence[Row]) -> list[list[tuple[Row, list[Cell]]]]:
-    """The raw rows of one system, one for each estimator, and the recalibrated ones."""
-    rated = [(row, [cell_of(row, name) for name in RATED]) for row in rows if row.system == system.name]
-    return [[r for r in rated if (r[0].recalibration == RAW) == is_raw] for is_raw in (True, False)]
+def _recalibrated(rated: Sequence[tuple[Row, list[Cell]]]) -> dict[str, list[tuple[Row, list[Cell]]]]:
+    """The recalibrated rows of each system that has any."""
+    by_system: dict[str, list[tuple[Row, list[Cell]]]] = {}
+    for row, cells in rated:
+        if row.recalibration != RAW:
+            by_system.setdefault(row.system, []).append((row, cells))
+    return by_system
 
 
 def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str, str]]]]:

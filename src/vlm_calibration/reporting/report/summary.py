@@ -166,7 +166,8 @@ def _places(checks: Checks, agrees: bool) -> str:
     ):
         chosen = [(name, match) for name, match in matches.items() if match.agrees == agrees]
         if not agrees:
-            chosen.sort(key=lambda item: -abs(item[1].says - item[1].right))
+            # Coarse groups first, since they explain their parts; among these the farthest apart.
+            chosen.sort(key=lambda item: (item[0].count("/"), -abs(item[1].says - item[1].right)))
         names = [name if agrees else f"{name} ({match.numbers})" for name, match in chosen[:MAX_PLACES]]
         if more := len(chosen) - len(names):
             names.append(f"{more} more {unit if more > 1 else unit[:-1]}")
