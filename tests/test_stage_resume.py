@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
     stop = callback("disasters.KillAt", epoch=1, batch=3, number=int(signal.SIGTERM))
     command = [*start("run", stop), "--resume"]
     assert run(*command).status == 143
-    assert not json.loads((tmp_path / "run/run.json").read_text())["finished"]
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert not record["finished"]
+    assert record["versions"]["torch"] == version("torch")
     ended = run(*command)
     assert ended.status == 0, ended.err
     assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.out

@@ -1,5 +1,6 @@
 """Figures show the numbers of the table, need no display or pyplot, and work with empty tables and in threads."""
 
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +68,8 @@ def test_every_figure_draws_every_table(draw, table):
 
 
 def test_the_reliability_diagram_shows_bins_counts_and_ece():
-    confidence = [0.2] * 4 + [0.25] * 4 + [1.0] * 1500
-    correct = [True] * 2 + [False] * 6 + [True] * 1500
+    confidence = [0.2] * 20 + [0.25] * 20 + [1.0] * 1500
+    correct = [True] * 10 + [False] * 30 + [True] * 1500
     table = ConfidenceTable.from_predictions(confidence, correct)
     figure = figures.reliability_diagram(table)
     line = next(li for li in figure.axes[0].lines if li.get_label() == "Answers, by bin")
@@ -76,14 +77,28 @@ def test_the_reliability_diagram_shows_bins_counts_and_ece():
     assert line.get_ydata().tolist() == pytest.approx([25, 100])
     written = texts(figure)
     for part in (
-        "8",
+        "40",
         "1.5k",
         "Perfectly calibrated",
         "95% interval",
         "Answers in each bin",
-        "ECE 0.0%, 1,508 answers",
+        "ECE 0.1%, 1,540 answers",
     ):
         assert part in written
+
+
+def test_bins_with_few_answers_are_faint_and_no_line_leads_to_them():
+    sizes = {0.15: 30, 0.35: 29, 0.55: 30, 0.75: 30}
+    table = ConfidenceTable.from_predictions(
+        [c for c, n in sizes.items() for _ in range(n)], [True] * sum(sizes.values())
+    )
+    ax = figures.reliability_diagram(table).axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    joined, few = lines["Answers, by bin"], lines["Bins with fewer than 30 answers"]
+    assert [math.isnan(y) for y in joined.get_ydata()] == [False, True, False, False]
+    assert few.get_xdata().tolist() == pytest.approx([35])
+    assert few.get_linestyle() == "None"
+    assert few.get_alpha() < 0.5
 
 
 def test_wilson_intervals():

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -33,11 +34,22 @@ from vlm_calibration.metrics.functional import (
 )
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import figures
+from vlm_calibration.reporting.report.agreement import Match, bands_of, groups_of_system, match_of
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
 from vlm_calibration.reporting.report.data import System, read_systems
 from vlm_calibration.reporting.report.examples import examples_of, thumbnail
-from vlm_calibration.reporting.report.summary import bands_of, subject_of, verdict_of
+from vlm_calibration.reporting.report.summary import (
+    Checks,
+    Verdict,
+    checks_of,
+    subject_of,
+    summarize_system,
+    verdict_of,
+    verdict_sentence,
+    weakest_group,
+)
 from vlm_calibration.reporting.report.table import Comparison, as_csv, as_latex, as_markdown, compare
 
 from ..command_line import Server
@@ -116,6 +128,11 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.loads: list[str] = []
         self.handlers: list[str] = []
+        self.links: list[str] = []
+        self.anchors: list[str] = []
+        self.depth = 0
+        self.rows = {False: 0, True: 0}
+        """Whether inside a folded part -> number of rows of tables."""
         self.policy = ""
         self.words: list[str] = []
         self.feed(text)
@@ -123,10 +140,20 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         attributes = dict(attrs)
+        links = [value or "" for key, value in attrs if key == "href" and tag == "a"]
+        self.links += links
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "data", "srcset")]
+        self.loads = [load for load in self.loads if load not in links]
+        self.anchors += [attributes["id"] or ""] if "id" in attributes else []
+        if tag == "details":
+            self.depth += 1
+        self.rows[self.depth > 0] += tag == "tr"
         self.handlers += [key for key, _ in attrs if key.startswith("on")]
         if attributes.get("http-equiv") == "Content-Security-Policy":
             self.policy = attributes["content"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self.depth -= tag == "details"
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -139,7 +166,7 @@ class Page(HTMLParser):
 def system(
     name: str, predictions: list[EstimatedPrediction], calibration: list[EstimatedPrediction] | None = None
 ) -> System:
-    return System(name, "", predictions, {}, Path("eval"), None, calibration)
+    return System(name, predictions, {}, Path("eval"), None, calibration)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
@@ -249,25 +276,85 @@ def test_names_are_plain_text_in_markdown_and_latex() -> None:
 # --- The summary --------------------------------------------------------------------------------------------------
 
 
-def stated(ece: float, ranking: float) -> Any:
+def stated(ece: float = 0.01, ranking: float = 0.8, unparsed: float = 0.0, n: int = 1000) -> Any:
     """The part of a row that the verdict depends on."""
-    return SimpleNamespace(metrics={"ece": Interval(ece, ece, ece), "auroc": Interval(ranking, 0, 1)})
+    values = {"ece": ece, "auroc": ranking, "parse_failure_rate": unparsed}
+    return SimpleNamespace(n=n, metrics={name: Interval(value, 0, 1) for name, value in values.items()})
+
+
+GOOD, WIDE, OFF = match_of(0.80, 400, 500), match_of(0.80, 73, 100), match_of(0.80, 325, 500)
+"""Accuracy at, near and far from a stated confidence of 80%."""
+
+
+def test_stated_confidence_agrees_within_five_points_or_the_interval_of_the_accuracy() -> None:
+    assert GOOD.agrees
+    assert WIDE.agrees, "7 points apart, and 100 answers cannot tell them apart"
+    assert not OFF.agrees
+    assert match_of(0.80, 75_000, 100_000).agrees, "5 points apart, beyond chance"
+    assert not match_of(0.80, 74_900, 100_000).agrees
 
 
 @pytest.mark.parametrize(
-    ("ece", "ranking", "verdict"),
+    ("row", "bands", "groups", "verdict"),
     [
-        (0.05, 0.70, "yes"),
-        (0.051, 0.9, "partly"),
-        (0.05, 0.69, "partly"),
-        (0.10, 0.60, "partly"),
-        (0.101, 0.9, "no"),
-        (0.01, 0.5, "no"),
-        (0.01, math.nan, "yes"),
+        (stated(0.05, 0.70), {"80–89%": GOOD}, {"clean": GOOD}, "yes"),
+        (stated(ranking=math.nan), {"80–89%": GOOD}, {}, "yes"),
+        (stated(), {"80–89%": GOOD}, {"clean": GOOD, "foreign": OFF}, "partly"),
+        (stated(), {"80–89%": GOOD, "20–39%": OFF}, {"clean": GOOD}, "partly"),
+        (stated(0.051), {"80–89%": GOOD}, {}, "partly"),
+        (stated(0.05, 0.69), {"80–89%": GOOD}, {}, "partly"),
+        (stated(0.10, 0.60), {"80–89%": GOOD}, {}, "partly"),
+        (stated(0.101), {"80–89%": GOOD}, {}, "no"),
+        (stated(ranking=0.59), {"80–89%": GOOD}, {}, "no"),
+        (stated(), {"80–89%": OFF}, {"clean": GOOD}, "no"),
+        (stated(math.nan, math.nan, unparsed=1.0), {}, {}, "no"),
+        (stated(), {}, {"clean": GOOD}, "unknown"),
     ],
 )
-def test_verdict(ece: float, ranking: float, verdict: str) -> None:
-    assert verdict_of(stated(ece, ranking)) == verdict
+def test_verdict(row: Any, bands: dict[str, Match], groups: dict[str, Match], verdict: Verdict) -> None:
+    checks = Checks(bands, groups)
+    assert verdict_of(row, checks) == verdict
+    sentence = verdict_sentence(verdict, row, checks)
+    start = {"yes": "Yes:", "partly": "Partly:", "no": "No:", "unknown": "It cannot be told:"}
+    assert sentence.startswith(start[verdict])
+    assert sentence.count(". ") == 0, "one sentence"
+    for name, match in (bands | groups).items():
+        if verdict != "unknown" and not match.agrees:
+            assert f"{name} (says 80%, is right 65%)" in sentence
+        elif verdict in ("partly", "no"):
+            assert name in sentence
+
+
+def test_the_verdict_names_a_group_that_an_average_hides() -> None:
+    """Two groups that err by 15 points in opposite directions are right on average."""
+    rows = []
+    for i in range(800):
+        group, says = ("up", "down")[i % 2], (0.25, 0.75)[i // 2 % 2]
+        right = (i // 4 % 20) < 20 * (says + (0.15 if group == "up" else -0.15))
+        rows.append(
+            replace(
+                answers(0, n=1)[0], id=f"q{i}", image=f"{i}", category=group, confidence=says, correct=right
+            )
+        )
+    shown = system("tuned", rows)
+    summary = summarize_system(shown, compare([shown], Comparison(replicates=5)).rows)
+    assert abs(shown.values["ece"]) < 0.01
+    assert summary.verdict == "partly"
+    assert "where it says 60–79% or 20–39%" in summary.sentence
+    assert "not on down (says 50%, is right 35%) and up (says 50%, is right 65%)" in summary.sentence
+
+
+def test_small_groups_decide_nothing_and_answer_types_are_groups() -> None:
+    rows = [
+        replace(answers(0, n=1)[0], id=f"q{i}", category="small" if i < 99 else "large", confidence=0.5,
+                correct=i % 2 == 0, answer_type="short" if i < 120 else "yes_no")
+        for i in range(300)
+    ]  # fmt: skip
+    groups = groups_of_system(system("tuned", rows))
+    assert {g.name: g.n for g in groups} == {
+        "yes-or-no answers": 180, "short answers": 120, "large": 201, "small": 99,
+    }  # fmt: skip
+    assert list(checks_of(bands_of(rows), groups).groups) == ["yes-or-no answers", "short answers", "large"]
 
 
 def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
@@ -279,7 +366,7 @@ def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     bands = bands_of(
         [*predictions, EstimatedPrediction("x", "?", "Yes", "", "yes", None, True, None, None, "yes_no")]
     )
-    assert [(b.name, b.answers, round(b.confidence, 6), round(b.accuracy, 3)) for b in bands] == [
+    assert [(b.name, b.match.answers, round(b.match.says, 6), round(b.match.right, 3)) for b in bands] == [
         ("90–100%", 3, 96.666667, 66.667),
         ("80–89%", 1, 80.0, 100.0),
         ("20–39%", 2, 24.5, 50.0),
@@ -305,7 +392,7 @@ def test_systems_are_described_by_their_training_and_the_oracle_by_what_it_knows
     config = {"model": {"init_args": {"adapters": {"tuned": str(run / "adapter")}}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     (evaluation / "base").rename(evaluation / "oracle")
-    labels = {s.name: s.label for s in read_systems([str(evaluation)])}
+    labels = {s.name: s.origin.label for s in read_systems([str(evaluation)])}
     assert labels["tuned"] == "SFT, anchored levels, noise + motion blur"
     assert "kind and strength" in labels["oracle"]
 
@@ -370,6 +457,78 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     assert rows[5]["forward_passes"] == "1.0"
     assert (evaluation / "report.md").read_text().count("\n| ") == 1 + 20
     assert (evaluation / "report.tex").read_text().count(r" \\") == 1 + 20
+
+
+def test_every_section_is_linked_and_every_table_is_a_file(evaluation: Path) -> None:
+    report([str(evaluation)], replicates=5, images=False)
+    page = Page((evaluation / "report.html").read_text())
+    links = [link for link in page.links if link.startswith("#")]
+    assert [link[1:] for link in links] == page.anchors
+    assert {"confidence", "systems", "groups", "made"} <= set(page.anchors)
+    tables = {unquote(link) for link in page.links} - set(links)
+    assert tables == {f"report{name}.csv" for name in ("", ".systems", ".confidence", ".groups")}
+    for name in tables:
+        header, *rows = list(csv.reader((evaluation / name).open()))
+        assert rows
+        assert {len(row) for row in rows} == {len(header)}
+    groups = list(csv.DictReader((evaluation / "report.groups.csv").open()))
+    clean = [p for p in answers(0) if (p.category or "").startswith("clean/") and p.confidence is not None]
+    [row] = [r for r in groups if (r["system"], r["group"]) == ("tuned", "clean")]
+    assert float(row["says"]) == pytest.approx(np.mean([p.confidence for p in clean]))
+    assert float(row["is_right"]) == pytest.approx(np.mean([p.correct for p in clean]))
+
+
+def test_a_table_without_rows_leaves_no_file(evaluation: Path) -> None:
+    (evaluation / "report.probes.csv").write_text("of an earlier report")
+    report([str(evaluation)], replicates=5, images=False)
+    assert not (evaluation / "report.probes.csv").exists()
+
+
+def test_raw_confidences_are_visible_and_recalibrated_ones_folded(evaluation: Path) -> None:
+    report([str(evaluation)], replicates=5, images=False)
+    html = (evaluation / "report.html").read_text()
+    assert [html.count(f'<td class="name">{name}</td>') for name in ("verbalized", *METHODS)] == [2] + [
+        4
+    ] * len(METHODS)
+    section = Page(html[html.index('id="estimators"') : html.index('id="overconfident"')])
+    assert section.rows == {False: 1 + 4, True: 2 * (1 + 2 * len(METHODS))}
+
+
+def test_versions_are_those_of_the_run(evaluation: Path) -> None:
+    report([str(evaluation)], replicates=5, images=False)
+    assert (
+        f"Versions of the run in {evaluation}: not recorded."
+        in Page((evaluation / "report.html").read_text()).text
+    )
+    record = {"finished": True, "versions": {"Python": "3.99.1", "torch": "0.0.7"}}
+    (evaluation / "run.json").write_text(json.dumps(record))
+    report([str(evaluation)], replicates=5, images=False)
+    page = Page((evaluation / "report.html").read_text())
+    assert f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7." in page.text
+    assert torch.__version__ not in page.text
+
+
+def test_a_card_says_what_a_system_is_and_where_it_is_weakest(evaluation: Path) -> None:
+    adapter = evaluation.parent / "runs/tuned/adapter"
+    adapter.mkdir(parents=True)
+    save_card(adapter, Card("my/base", training={"stage": "a stage", "steps": "77", "adapter": "LoRA, r=3"}))
+    run = {"model": {"class_path": "a.SFTModule", "init_args": {"optimizer": {"name": "adamw", "lr": 0.5}}}}
+    (adapter.parent / "config.yaml").write_text(yaml.safe_dump(run))
+    config = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
+    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
+    report([str(evaluation)], replicates=5, images=False)
+    page = Page((evaluation / "report.html").read_text()).text
+    for fact in (
+        "base model my/base", f"adapter {adapter}", "stage a stage", "steps 77", "adapter settings LoRA, r=3",
+        "optimizer adamw, learning rate 0.5",
+    ):  # fmt: skip
+        assert fact in page
+    [base, tuned] = list(csv.DictReader((evaluation / "report.systems.csv").open()))
+    assert base["base_model"] == "my/base"
+    weakest = weakest_group(groups_of_system(read_systems([str(evaluation)])[1]))
+    assert weakest is not None
+    assert tuned["weakest_group"] == weakest.name
+    assert f"{weakest.name}: {weakest.match.numbers} of the time" in page
 
 
 def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:

@@ -160,7 +160,11 @@ class PageHandlers:
             return view.notice(
                 f"No report yet: `make demo` ends with one, and `vlm-calibration report` writes one for any run.{where}"
             )
-        content = escape(self.report.read_text(encoding="utf-8"), quote=True)
+        # Without this base, the links of its contents would lead to the address of this page.
+        text = self.report.read_text(encoding="utf-8").replace(
+            "<head>", '<head><base href="about:srcdoc">', 1
+        )
+        content = escape(text, quote=True)
         return f'<iframe class="report" title="Report" sandbox="allow-scripts" srcdoc="{content}"></iframe>'
 
 

@@ -1,4 +1,4 @@
-"""The record of a run, `run.json` in its directory: the command, whether it has finished, and digests of its inputs.
+"""The record of a run, `run.json` in its directory: the command, whether it has finished, digests of its inputs, and versions.
 
 `config.yaml` beside it has the settings. Together they tell `--resume` whether a directory holds the run that is asked for.
 Inputs are compared by content, so that e.g. a level table that was measured again is another input at the same path.
@@ -7,8 +7,10 @@ Inputs are compared by content, so that e.g. a level table that was measured aga
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +30,8 @@ SOURCES = ("train", "validation", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
 ADAPTERS = ("adapter", "adapters")
 """Settings of `model` that name an adapter, or several."""
+PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
+"""Packages whose versions are recorded."""
 
 
 @runtime_checkable
@@ -52,6 +56,7 @@ class RunRecord:
         precision: the trainer's precision by its full name, e.g. "32-true".
         inputs: setting -> digest of the content that it names.
         results: path of each result outside the run directory -> digest of its content when the run ended.
+        versions: "Python" and packages -> version that the run began with; empty in records of versions that did not record it.
     """
 
     command: str
@@ -60,6 +65,7 @@ class RunRecord:
     precision: str
     inputs: dict[str, str]
     results: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the record into a run directory, atomically.
@@ -101,7 +107,18 @@ def new_record(
     """
     processes = trainer.num_devices * trainer.num_nodes if command == "fit" else None
     inputs = run_inputs(settings, data, with_regions=command != "predict")
-    return RunRecord(command, False, processes, str(trainer.precision), inputs, {})
+    return RunRecord(command, False, processes, str(trainer.precision), inputs, {}, installed_versions())
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of `PACKAGES`; a package that runs from a source tree has none."""
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def command_of(subcommand: str, module: L.LightningModule) -> str:

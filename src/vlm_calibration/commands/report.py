@@ -22,7 +22,10 @@ def report(
     replicates: PositiveInt = PositiveInt(1000),
     seed: int = 0,
 ) -> None:
-    """Write a page on whether the confidence of evaluated models can be trusted, with its table as CSV, Markdown, LaTeX and JSON.
+    """Write a page on whether the confidence of evaluated models can be trusted, with its tables beside it.
+
+    The comparison lies beside `report.html` as CSV, Markdown, LaTeX and JSON (`report.csv`, ...), each other table of the page as
+    `report.NAME.csv`: systems, confidence, groups, and where there are any probes and official.
 
     What it prints is the result in brief: a table, the weakest group, the page and what to try next.
 
@@ -42,8 +45,10 @@ def report(
             there is no such system.
     """
     # These import torch and matplotlib, which the help does not need.
+    from vlm_calibration.reporting.report.agreement import groups_of_system
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
+    from vlm_calibration.reporting.report.sheets import sheets_of, write_sheets
     from vlm_calibration.reporting.report.summary import largest_error, subject_of
     from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
     from vlm_calibration.reporting.runs import commands_with
@@ -57,11 +62,12 @@ def report(
     comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
     page = out if out is not None else Path(runs[0]) / PAGE
-    html = render_page(systems, compared, comparison, system, images)
+    html = render_page(systems, compared, comparison, system, images, page)
     write_text(page, html)
     write_tables(compared.rows, page)
-    about = next((s for s in systems if s.name == subject), subject_of(systems))
-    worst = largest_error(about)
+    write_sheets(sheets_of(systems, compared.probed), page)
+    about = next((s for s in systems if s.name == system), subject_of(systems))
+    worst = largest_error(groups_of_system(about))
     print_results(
         {s.name: s.values for s in systems},
         words=f"{about.name}: its {worst}" if worst else "",

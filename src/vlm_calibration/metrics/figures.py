@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.groups import bin_sums
+from vlm_calibration.metrics.groups import BinSums, bin_sums
 from vlm_calibration.metrics.table import ConfidenceTable
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
+FEW = 30
+"""Bins with fewer answers are drawn faint, and no line leads to them."""
 _Z95 = 1.959963984540054
 _RESPONSE = "Percent of the answers, or stated percent"
 
@@ -58,6 +60,8 @@ def reliability_diagram(
 ) -> "Figure":
     """Accuracy against mean confidence of each equal-width bin, with bin counts and a 95% Wilson band.
 
+    Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
+
     Args:
         table: the answers.
         n_bins: number of bins, as in the ECE.
@@ -71,19 +75,32 @@ def reliability_diagram(
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
     sums = bin_sums(table.groups(), n_bins, "uniform") if table.parsed else None
     if sums is not None:
-        occupied = sums.answers > 0
-        answers, correct = sums.answers[occupied], sums.correct[occupied]
-        x, y = 100 * sums.confidence[occupied] / answers, 100 * correct / answers
-        low, high = (100 * bound for bound in wilson_interval(correct, answers))
-        ax.fill_between(x, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
-        ax.vlines(x, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
-        ax.plot(x, y, color=BLUE, marker="o", markersize=6, linewidth=1.8, label="Answers, by bin")
+        _draw_bins(ax, sums)
     else:
         _note_empty(ax)
     ax.legend(loc="upper left", frameon=False)
     if sums is not None:
         _draw_bin_counts(ax, sums.answers, n_bins)
     return _figure(ax)
+
+
+def _draw_bins(ax: "Axes", sums: BinSums) -> None:
+    """Draw the accuracy of each bin with its interval."""
+    occupied = sums.answers > 0
+    answers, correct = sums.answers[occupied], sums.correct[occupied]
+    x, y = 100 * sums.confidence[occupied] / answers, 100 * correct / answers
+    low, high = (100 * bound for bound in wilson_interval(correct, answers))
+    few = answers < FEW
+    if not few.all():
+        # Where a bin has few answers, NaN breaks the line and the band.
+        joined, bottom, top = (values.masked_fill(few, math.nan) for values in (y, low, high))
+        ax.fill_between(x, bottom, top, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
+        ax.vlines(x[~few], low[~few], high[~few], color=BLUE, alpha=0.55, linewidth=1.5)
+        ax.plot(x, joined, color=BLUE, marker="o", markersize=6, linewidth=1.8, label="Answers, by bin")
+    if few.any():
+        ax.vlines(x[few], low[few], high[few], color=BLUE, alpha=0.25, linewidth=1)
+        label = f"Bins with fewer than {FEW} answers"
+        ax.plot(x[few], y[few], "o", color=BLUE, markersize=5, fillstyle="none", alpha=0.4, label=label)
 
 
 def confidence_histogram(

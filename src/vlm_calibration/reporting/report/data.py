@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from vlm_calibration.estimators.predictions import (
     CALIBRATION,
@@ -30,9 +29,18 @@ from vlm_calibration.metrics.probes import count_probes, probe_values
 from vlm_calibration.metrics.summary import table_values
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.records import DataError, category_groups
+from vlm_calibration.reporting.report.origin import (
+    BASE,
+    CONFIG,
+    ORACLE,
+    Origin,
+    adapters_of,
+    origin_of,
+    read_config,
+    read_versions,
+)
 
-METRICS, CONFIG = "metrics.json", "config.yaml"
-BASE, ORACLE = "base", "oracle"
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +49,23 @@ class System:
 
     Attributes:
         name: its name in tables.
-        label: how it was trained; empty if unknown.
         predictions: its answers.
         metrics: the metrics that the evaluation wrote beside them; may be empty.
         folder: folder of the whole evaluation.
         config: configuration of the evaluation, None if there is none.
         calibration: its answers to the calibration set, to fit recalibration on; None if there are none.
+        origin: what it is.
+        versions: name -> version of the software that answered; empty if the run did not record them.
     """
 
     name: str
-    label: str
     predictions: Sequence[EstimatedPrediction]
     metrics: Mapping[str, float | None]
     folder: Path
     config: Mapping[str, Any] | None
     calibration: Sequence[EstimatedPrediction] | None = None
+    origin: Origin = field(default_factory=Origin)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def estimators(self) -> tuple[str, ...]:
@@ -104,8 +114,8 @@ def read_systems(folders: Sequence[str]) -> list[System]:
 
 def _read_folder(folder: Path) -> list[System]:
     """Read the systems of an evaluation, the base model first; or a run, under the folder's name."""
-    config = _read_config(folder / CONFIG)
-    adapters = _adapters(config)
+    config = read_config(folder / CONFIG)
+    adapters, versions = adapters_of(config), read_versions(folder)
     order = {name: i for i, name in enumerate([BASE, *adapters])}
     paths = [folder / name for name in order] + sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))
     paths = [p for p in dict.fromkeys([folder, *paths]) if (p / PREDICTIONS).is_file()]
@@ -117,62 +127,16 @@ def _read_folder(folder: Path) -> list[System]:
     return [
         System(
             path.resolve().name,
-            _label(path, folder, adapters),
             read_predictions(path / PREDICTIONS),
             _read_metrics(path / METRICS),
             folder,
             config,
             read_predictions(path / CALIBRATION) if (path / CALIBRATION).is_file() else None,
+            origin_of(path, folder, config),
+            versions,
         )
         for path in paths
     ]
-
-
-def _label(path: Path, folder: Path, adapters: Mapping[str, str]) -> str:
-    if path == folder:
-        return _training_label(_read_config(path / CONFIG))
-    if path.name == BASE:
-        return "the base model, not fine-tuned"
-    if path.name == ORACLE:
-        return "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation"
-    if path.name in adapters:
-        return _training_label(_read_config(Path(adapters[path.name]).parent / CONFIG))
-    return ""
-
-
-def _training_label(config: Mapping[str, Any] | None) -> str:
-    """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
-    model, data = (config or {}).get("model") or {}, (config or {}).get("data") or {}
-    stage, settings = _class_name(model), model.get("init_args") or {}
-    if stage not in ("SFTModule", "DPOModule"):
-        return ""
-    how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(settings.get('loss') or {}) or 'DPO'}"
-    noise = data.get("noise") or {}
-    levels = _class_name(noise.get("levels") or {}).removesuffix("Levels").lower()
-    kinds = [str(kind).replace("_", " ") for kind, weight in (noise.get("kinds") or {}).items() if weight]
-    return ", ".join(
-        [how, *([f"{levels} levels"] if levels else []), *([" + ".join(kinds)] if kinds else [])]
-    )
-
-
-def _class_name(settings: Any) -> str:
-    path = settings.get("class_path", "") if isinstance(settings, Mapping) else ""
-    return str(path).rsplit(".", 1)[-1]
-
-
-def _adapters(config: Mapping[str, Any] | None) -> dict[str, str]:
-    settings = ((config or {}).get("model") or {}).get("init_args") or {}
-    return {str(k): str(v) for k, v in (settings.get("adapters") or {}).items()}
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a configuration: {error}") from error
-    return config if isinstance(config, dict) else None
 
 
 def _read_metrics(path: Path) -> dict[str, float | None]:

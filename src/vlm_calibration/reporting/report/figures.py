@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.figures import (
+    FEW,
     ResponseTables,
     confidence_histogram,
     reliability_diagram,
@@ -43,11 +44,13 @@ class FigurePanel(NamedTuple):
     """Figures of one kind side by side.
 
     Attributes:
+        anchor: name of their section.
         heading: what they show.
         how: how to read them.
         pictures: one figure for each system.
     """
 
+    anchor: str
     heading: str
     how: str
     pictures: list[DrawnFigure]
@@ -57,12 +60,14 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
     """Draw every kind of figure for each system whose answers allow it."""
     panels = [
         FigurePanel(
+            "reliability",
             "Reliability",
             "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
-            "below it.",
+            f"below it. Bins with fewer than {FEW} answers are drawn faint, and no line leads to them.",
             [_draw(s, "reliability diagram", reliability_diagram, _table(s.predictions)) for s in systems],
         ),
         FigurePanel(
+            "histogram",
             "Which confidences are stated, and how often",
             "Correct answers are drawn upwards, wrong ones downwards. If both have the same shape, confidence carries no "
             "information.",
@@ -72,6 +77,7 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
             ],
         ),
         FigurePanel(
+            "coverage",
             "Answering only when sure",
             "The share of wrong answers if only the most confident answers are given. The lower, and the closer to the best "
             "possible ranking, the better.",
@@ -89,7 +95,7 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
             "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of perturbation "
             "both curves should fall together: stated confidence follows what the model can see."
         )
-        panels.append(FigurePanel("Response to lost evidence", how, curves))
+        panels.append(FigurePanel("response", "Response to lost evidence", how, curves))
     return panels
 
 

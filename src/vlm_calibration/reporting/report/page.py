@@ -6,28 +6,31 @@ The template escapes every text of a model, a data set or a configuration; the p
 from __future__ import annotations
 
 import math
-import platform
 from collections import Counter
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence, Set
 from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.benchmarks.official import blocks_of
 from vlm_calibration.metrics.summary import ALL_METRICS
+from vlm_calibration.reporting.report.agreement import TOLERANCE, Group, groups_of_system
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.examples import examples_of, thumbnails
-from vlm_calibration.reporting.report.figures import panels_of
+from vlm_calibration.reporting.report.figures import FigurePanel, panels_of
 from vlm_calibration.reporting.report.listening import probe_cells, probe_headings, probe_sentences, probes_in
+from vlm_calibration.reporting.report.sheets import sheet_path
 from vlm_calibration.reporting.report.summary import (
+    MIN_CHECKED,
     ROUGH,
     TRUSTED,
-    groups_of_system,
     subject_of,
     summarize_system,
+    weakest_group,
 )
 from vlm_calibration.reporting.report.table import HEADINGS, RAW, Compared, Comparison, Row
 from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_of
@@ -35,13 +38,12 @@ from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_
 TEMPLATE = "page.html.j2"
 RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
 """Metrics in the tables of estimators and recalibration; accuracy is the same for all of them."""
-OF_GROUPS = ("accuracy", "mean_confidence", "ece", "auroc")
-"""Metrics in the table of categories."""
+OF_CARDS = ("accuracy", "ece", "brier", "auroc")
+"""Metrics on the card of a system."""
 SHARES = frozenset(
     ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
 )
 """Metrics that are shown in percent."""
-PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 
 
 class Cell(NamedTuple):
@@ -60,8 +62,31 @@ class Cell(NamedTuple):
     why: str = ""
 
 
+class SystemCard(NamedTuple):
+    """What a system is and how good its stated confidence is.
+
+    Attributes:
+        name: of the system.
+        label: how it was trained; may be empty.
+        facts: heading -> text.
+        numbers: heading and cell of each headline metric.
+        weakest: the group whose stated confidence is farthest from its accuracy; None without one.
+    """
+
+    name: str
+    label: str
+    facts: Mapping[str, str]
+    numbers: list[tuple[str, Cell]]
+    weakest: Group | None
+
+
 def render_page(
-    systems: Sequence[System], compared: Compared, comparison: Comparison, subject: str | None, images: bool
+    systems: Sequence[System],
+    compared: Compared,
+    comparison: Comparison,
+    subject: str | None,
+    images: bool,
+    page: Path,
 ) -> str:
     """Render the page as HTML.
 
@@ -70,47 +95,82 @@ def render_page(
         compared: the comparison of all systems, made with the settings `comparison`.
         subject: name of the system that the summary and the examples describe; None: the last trained one.
         images: whether to show images.
+        page: file of the page; the tables that it links to lie beside it.
     """
     about = next((s for s in systems if s.name == subject), subject_of(systems))
-    others = [s for s in (systems[0],) if s is not about]
-    rest = [s for s in systems if s is not about and s not in others]
-    examples = examples_of(about, others)
+    first = [about, *(s for s in (systems[0],) if s is not about)]
+    ordered = [*first, *(s for s in systems if s not in first)]
+    examples = examples_of(about, first[1:])
     pictures, missing = thumbnails(about, examples.predictions) if images else ({}, "")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    probes = probes_in(compared.probed)
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    probes = probes_in(compared.probed)
+    stated = {row.system: row for row in compared.rows if row.is_stated}
+    groups = {s.name: groups_of_system(s) for s in ordered}
+    rated = [(row, [cell_of(row, name) for name in RATED]) for row in compared.rows]
+    panels, official = panels_of(systems), _official(systems)
+    summary = summarize_system(about, compared.rows)
+    present = {
+        "confidence": summary.bands,
+        "probes": probes,
+        "groups": any(groups.values()),
+        "official": official,
+    }
     return environment.from_string(source).render(
-        summary=summarize_system(about, compared.rows),
-        thresholds=(TRUSTED, ROUGH),
-        systems=systems,
+        contents=_contents(panels, {name for name, content in present.items() if not content}),
+        link=lambda name: quote(sheet_path(page, name).name if name else page.with_suffix(".csv").name),
+        summary=summary,
+        label=about.origin.label,
+        rule={"trusted": TRUSTED, "rough": ROUGH, "answers": MIN_CHECKED, "points": TOLERANCE},
+        cards=[_card(s, stated[s.name], groups[s.name]) for s in systems],
         headings=HEADINGS,
-        stated=[
-            (row.system, [cell_of(row, name) for name in HEADINGS]) for row in compared.rows if row.is_stated
-        ],
-        panels=panels_of(systems),
+        stated=[(name, [cell_of(row, metric) for metric in HEADINGS]) for name, row in stated.items()],
+        panels=panels,
         probe_heads=probe_headings(probes),
         probed=[(s, probe_cells(effects, probes)) for s, effects in compared.probed.items()],
         probe_sentences=probe_sentences(compared.probed.get(about.name, {})),
-        official=_official(systems),
-        grouped=_groups((*others, about)),
-        grouped_others=_groups(rest),
-        group_heads=[HEADINGS[name] for name in OF_GROUPS],
+        official=official,
+        grouped=[(name, _group_rows(rows)) for name, rows in groups.items() if rows],
         rated_heads=[HEADINGS[name] for name in RATED],
-        rated=[_rated(s, compared.rows) for s in (*others, about)],
-        rated_others=[_rated(s, compared.rows) for s in rest],
+        raw=[(row, cells) for row, cells in rated if row.recalibration == RAW],
+        recalibrated=_recalibrated(rated),
         counted=any(row.passes is not None for row in compared.rows),
-        recalibrated=any(row.recalibration != RAW for row in compared.rows),
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=compared.notes,
         examples=examples,
         pictures=pictures,
         missing=missing,
+        made_from=[(s.name, len(s.predictions)) for s in systems],
+        versions={str(s.folder): s.versions for s in systems},
         configs=_configs(systems),
-        versions=_versions(),
         comparison=comparison,
     )
+
+
+def _contents(panels: Sequence[FigurePanel], empty: Set[str]) -> dict[str, str]:
+    """The sections of the page, without the empty ones: anchor -> heading."""
+    sections = {
+        "confidence": "What it says, and how often that is right",
+        "systems": "The systems",
+        "comparison": "Side by side",
+        **{panel.anchor: panel.heading for panel in panels},
+        "probes": "What confidence listens to",
+        "groups": "By category",
+        "official": "Official scores",
+        "estimators": "Other estimators of confidence, and recalibration",
+        "overconfident": "Most confident wrong answers",
+        "underconfident": "Least confident correct answers",
+        "numbers": "What the numbers mean",
+        "made": "How this was made",
+    }
+    return {anchor: heading for anchor, heading in sections.items() if anchor not in empty}
+
+
+def _card(system: System, row: Row, groups: Sequence[Group]) -> SystemCard:
+    numbers = [(HEADINGS[name], cell_of(row, name)) for name in OF_CARDS]
+    return SystemCard(system.name, system.origin.label, system.origin.facts, numbers, weakest_group(groups))
 
 
 def _fitted_on(system: System) -> str:
@@ -153,25 +213,20 @@ def number(value: float, name: str) -> str:
     return f"{100 * value:{sign}.1f}%" if name in SHARES else f"{value:.3f}"
 
 
-def _groups(systems: Sequence[System]) -> tuple[Sequence[System], list[tuple[str, str, list[str]]]]:
-    """The systems, and for each group its name, its size, and the metrics of one system after the other."""
-    by_name = [{g.name: g for g in groups_of_system(s)} for s in systems]
-    rows = []
-    for name in dict.fromkeys(name for groups in by_name for name in groups):
-        sizes = [groups[name].n for groups in by_name if name in groups]
-        cells = [
-            number(groups[name].metrics[metric], metric) if name in groups else ""
-            for groups in by_name
-            for metric in OF_GROUPS
-        ]
-        rows.append((name, f"{max(sizes):,}", cells))
-    return systems, rows
+def _group_rows(groups: Sequence[Group]) -> list[tuple[Group, str, str, str]]:
+    """Each group with its number of answers, ECE and AUROC as text."""
+    return [
+        (g, f"{g.n:,}", number(g.metrics["ece"], "ece"), number(g.metrics["auroc"], "auroc")) for g in groups
+    ]
 
 
-def _rated(system: System, rows: Sequence[Row]) -> tuple[System, list[tuple[Row, list[Cell]]]]:
-    """The rows of one system: every estimator, raw and recalibrated."""
-    rows = [row for row in rows if row.system == system.name]
-    return system, [(row, [cell_of(row, name) for name in RATED]) for row in rows]
+def _recalibrated(rated: Sequence[tuple[Row, list[Cell]]]) -> dict[str, list[tuple[Row, list[Cell]]]]:
+    """The recalibrated rows of each system that has any."""
+    by_system: dict[str, list[tuple[Row, list[Cell]]]] = {}
+    for row, cells in rated:
+        if row.recalibration != RAW:
+            by_system.setdefault(row.system, []).append((row, cells))
+    return by_system
 
 
 def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -192,13 +247,3 @@ def _configs(systems: Sequence[System]) -> list[tuple[str, str]]:
     """Folder and YAML of each configuration."""
     configs = {str(s.folder): s.config for s in systems if s.config is not None}
     return [(folder, yaml.safe_dump(config, sort_keys=False)) for folder, config in configs.items()]
-
-
-def _versions() -> list[tuple[str, str]]:
-    versions: list[tuple[str, str]] = [("Python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            versions.append((package, version(package)))
-        except PackageNotFoundError:  # the package runs from a source tree
-            continue
-    return versions
