@@ -52,7 +52,11 @@ def call(
     """Runs the command in this process, in `tmp_path`; returns exit status, output and error line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_token")
-    monkeypatch.setattr(hub, "loading", lambda what, name: nullcontext())
+    loading = hub.loading
+    card = "the model card"
+    monkeypatch.setattr(
+        hub, "loading", lambda what, name: nullcontext() if what == card else loading(what, name)
+    )
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: _card_of_the_base(tmp_path))
 
     def called(*arguments: str) -> tuple[int, str, str]:

@@ -14,6 +14,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -151,6 +153,23 @@ def test_what_must_not_be_committed_is_found(what: str, text: str) -> None:
     assert re.search(UNWANTED[what], text)
 
 
+def _prose(name: str) -> str:
+    """All Markdown of a notebook as one line."""
+    cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
+    return " ".join(" ".join(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+
+
+def test_the_text_names_the_settings_of_the_presets(root: Path) -> None:
+    presets = {
+        name: yaml.safe_load((root / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("sft", "experiment/anchored")
+    }
+    scenes = presets["sft"]["data"]["train"]["init_args"]["scenes"]
+    assert f"README's numbers are for {scenes} scenes" in _prose(TRAIN)
+    groups = presets["experiment/anchored"]["data"]["noise"]["levels"]["init_args"]["groups"]
+    assert f"in {groups} groups for each answer type" in _prose(OWN)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [".", "notebooks"])
 def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None:
@@ -160,6 +179,11 @@ def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None
     # A figure with few colours would be empty.
     assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 20 for picture in pictures)
     assert Image.open(runs / "photo.png").size == (768, 768)
+    assert "768 x 768 pixels" in _prose(PERTURBATION)
+    # This notebook has one size, so what it computes is what is committed.
+    stored = nbformat.read(NOTEBOOKS / PERTURBATION, as_version=4)
+    assert _text(notebook) == _text(stored)
+    assert [p.shape for p in pictures] == [p.shape for p in _pictures(stored)]
 
 
 @pytest.mark.slow
@@ -176,6 +200,9 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
     for system in ("base", "sft", "dpo", "oracle"):
         answers = read_predictions(runs / "eval" / system / "predictions.jsonl")
         assert len(answers) == 5 * 3 * 4, "five parts of four scenes with three questions each"
+    stated = [a.confidence for a in read_predictions(runs / "eval" / "base" / "predictions.jsonl")]
+    assert "always states 90 to 100%" in _prose(TRAIN)
+    assert all(confidence is not None and 0.9 <= confidence <= 1 for confidence in stated)
 
 
 @pytest.mark.slow
@@ -197,6 +224,9 @@ def test_own_data(execute: Execute, root: Path) -> None:
     assert any(bool(weight.any()) for name, weight in sft.items() if "lora_B" in name), "trained"
     assert any(not torch.equal(weight, dpo[name]) for name, weight in sft.items())
     assert dpo.keys() == exported.keys()
+    results = ModelCard.load(runs / "exported" / "README.md").data.eval_results
+    metrics = json.loads((runs / "eval" / "dpo" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["brier"] in [r.metric_value for r in results if r.metric_type == "brier_score"]
     assert all(torch.equal(weight, exported[name]) for name, weight in dpo.items())
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def export(
     base_revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    evaluation: list[str] | None = None,
+    evaluation: Sequence[str] = (),
     license: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -104,7 +104,7 @@ def export(
         adapter,
         model,
         push_to_hub or shown_path(Path(out or ".")),
-        _read_evaluations(adapter, evaluation or []),
+        _read_evaluations(adapter, evaluation),
         _license(license),
         {} if license else base_license(model.name_or_path, model.revision, download=push_to_hub is not None),
     )
@@ -154,7 +154,7 @@ def _output_folder(out: str | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _read_evaluations(adapter: Path, folders: list[str]) -> list[Evaluation]:
+def _read_evaluations(adapter: Path, folders: Sequence[str]) -> list[Evaluation]:
     """The results of an adapter that its card has already, and those of further evaluations, which replace results on the same data."""
     from vlm_calibration.callbacks.run_record import adapter_digest
     from vlm_calibration.reporting.card import load_card
