@@ -194,7 +194,7 @@ def test_the_results_of_an_evaluation_are_in_the_card(
     assert _results(tmp_path / "copy" / "README.md") == defined
     text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
     assert f"The same {metrics['n']} queries of `demo`, split `test`" in text
-    assert "parts: clean, perturbed (perturbed)" in text
+    assert "parts: clean, perturbed (key object perturbed)" in text
     assert [row in text for row in ("| base model |", "| sft |", "| **dpo (this one)** |")] == 3 * [True]
 
     # They stay with these weights when the copy is exported again under another name of its base, and with no others.

@@ -37,7 +37,7 @@ FOUND = Evaluation(
     config=None,
     split="development",
     revision="2" * 32,
-    parts=["clean", "hard (perturbed)"],
+    parts=["clean", "hard (key object perturbed)"],
     results={"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED},
 )
 
@@ -83,7 +83,7 @@ def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation(tmp_path
     found = read_evaluation(folder, DPO)
     assert (found.system, found.parts, found.dataset, found.split) == (
         "dpo",
-        ["clean", "hard (perturbed)"],
+        ["clean", "hard (key object perturbed)"],
         "demo",
         "development",
     )
@@ -159,7 +159,7 @@ def test_the_hubs_parser_reads_the_results(tmp_path: Path) -> None:
     assert {(r.task_type, r.dataset_type, r.dataset_split, r.dataset_revision) for r in results} == {
         ("image-text-to-text", "demo", "development", "2" * 32)
     }
-    assert results[0].dataset_name == "demo: clean, hard (perturbed)"
+    assert results[0].dataset_name == "demo: clean, hard (key object perturbed)"
     assert ModelCardData(**front).to_dict() == front, "nothing is lost"
     assert load_card(tmp_path) == CARD
 

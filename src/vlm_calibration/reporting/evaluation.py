@@ -108,7 +108,7 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
         adapter=adapter,
         system=system,
         parts=[
-            name if split.get("noise", "none") == "none" else f"{name} (perturbed)"
+            name if split.get("noise", "none") == "none" else f"{name} (key object perturbed)"
             for name, split in splits.items()
         ],
         results=results,
