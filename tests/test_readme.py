@@ -62,7 +62,9 @@ def commands(text: str) -> list[str]:
     lines: list[str] = []
     for language, block in BLOCK.findall(text):
         if language not in ("bash", "bibtex", "json", "python", "text"):
-            raise ValueError(f"a block of {language or 'no language'}: expected bash, bibtex, json, python or text")
+            raise ValueError(
+                f"a block of {language or 'no language'}: expected bash, bibtex, json, python or text"
+            )
         if language == "bash":
             lines += block.replace("\\\n", " ").splitlines()
     rest = BLOCK.sub("", text)
@@ -216,7 +218,9 @@ def _run_of(command: str) -> Run | None:
 
 COMMANDS = list(
     dict.fromkeys(
-        command for page in (ROOT / "README.md", *PAGES) for command in commands(page.read_text(encoding="utf-8"))
+        command
+        for page in (ROOT / "README.md", *PAGES)
+        for command in commands(page.read_text(encoding="utf-8"))
     )
 )
 RUN_HERE = [command for command in COMMANDS if _run_of(command) is not None]

@@ -194,7 +194,7 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
             settings["default"] = default
         group.add_argument(parameter.name, **settings)
         return
-    if not required and default is not None:
+    if not required and default not in (None, []):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         settings["help"] = f"{text} (default: {shown})"
     if isinstance(hint, type):

@@ -12,12 +12,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from vlm_calibration.files import first_line
 from vlm_calibration.progress import working
@@ -25,6 +35,9 @@ from vlm_calibration.progress.terminal import is_terminal
 from vlm_calibration.records import DataError
 
 CONNECT_SECONDS = 5
+CARD = "README.md"
+LICENSE = ("license", "license_name", "license_link")
+"""Metadata of a model card that state its licence."""
 
 
 def is_hub_name(name: str) -> bool:
@@ -84,6 +97,35 @@ def download(what: str, name: str, revision: str | None = None) -> Path:
     """
     with loading(what, name):
         return Path(snapshot_download(name, revision=revision))
+
+
+def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:
+    """The licence that the model card of a base model states, as metadata of the Hub; empty if it states none or there is no card.
+
+    Args:
+        name: folder of the model, or its name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        download: download the card if it is not in the cache.
+
+    Raises:
+        DataError: the card cannot be read, or not be downloaded.
+    """
+    path: object = Path(name) / CARD
+    if is_hub_name(name):
+        path = try_to_load_from_cache(name, CARD, revision=revision)
+        if not isinstance(path, str) and download:
+            with loading("the model card", name):
+                try:
+                    path = hf_hub_download(name, CARD, revision=revision)
+                except RemoteEntryNotFoundError:
+                    return {}
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    try:
+        data = ModelCard.load(path).data.to_dict()
+    except (ValueError, YAMLError) as error:
+        raise DataError(f"{path}: the metadata cannot be read: {first_line(error)}") from error
+    return {key: data[key] for key in LICENSE if key in data}
 
 
 def check_upload(name: str, base: str) -> None:

@@ -225,7 +225,7 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
     assert card.training["candidates"].startswith("CandidateSettings(")
     assert "validation" not in card.training
     assert card.results == {}, "nothing was validated"
-    assert "## Results" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "## Validation" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 # --- Whole or not at all ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_calibration import cli, hub
+from vlm_calibration.callbacks.run_record import adapter_digest
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
 from ..command_line import Ended
+from ..wandb_log import OfflineRun
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,6 +52,12 @@ def call(
     """Runs the command in this process, in `tmp_path`; returns exit status, output and error line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_token")
+    loading = hub.loading
+    card = "the model card"
+    monkeypatch.setattr(
+        hub, "loading", lambda what, name: nullcontext() if what == card else loading(what, name)
+    )
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: _card_of_the_base(tmp_path))
 
     def called(*arguments: str) -> tuple[int, str, str]:
         status = cli.main(["export", *arguments])
@@ -57,6 +67,12 @@ def call(
         return status, out, "".join(errors).removeprefix("vlm-calibration: error: ")
 
     return called
+
+
+def _card_of_the_base(folder: Path) -> str:
+    path = folder.with_name(f"{folder.name}-hub.md")
+    path.write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
+    return str(path)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -152,6 +168,99 @@ def test_a_card_that_someone_edited_is_kept(call: Callable[..., Any], trained: P
     assert "merged into it" in (tmp_path / "merged" / "README.md").read_text()
 
 
+def _results(readme: Path) -> dict[str, float]:
+    """The metrics in the metadata of a card, as the Hub's own parser reads them."""
+    return {r.metric_type: r.metric_value for r in ModelCard.load(readme).data.eval_results or []}
+
+
+@pytest.mark.slow
+def test_the_results_of_an_evaluation_are_in_the_card(
+    call: Callable[..., Any], offline_runs: dict[str, OfflineRun], tmp_path: Path
+) -> None:
+    folders = {name: str(run.directory) for name, run in offline_runs.items()}
+    assert call(folders["dpo"], "--out", "copy", "--evaluation", folders["eval"])[0] == 0
+    metrics = json.loads((Path(folders["eval"]) / "dpo" / "metrics.json").read_text())
+    defined = {
+        kind: metrics[name]
+        for kind, name in (
+            ("accuracy", "accuracy"),
+            ("expected_calibration_error", "ece"),
+            ("brier_score", "brier"),
+            ("roc_auc", "auroc"),
+        )
+        if metrics[name] is not None
+    }
+    assert len(defined) >= 3
+    assert _results(tmp_path / "copy" / "README.md") == defined
+    text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
+    assert f"The same {metrics['n']} queries of `demo`, split `test`" in text
+    assert "parts: clean, perturbed (key object perturbed)" in text
+    assert [row in text for row in ("| base model |", "| sft |", "| **dpo (this one)** |")] == 3 * [True]
+
+    # They stay with these weights when the copy is exported again under another name of its base, and with no others.
+    assert call("copy", "--out", "again", "--base", "org/base")[0] == 0
+    assert _results(tmp_path / "again" / "README.md") == defined
+    card = load_card(tmp_path / "again")
+    assert card is not None
+    assert [e.adapter for e in card.evaluations] == [adapter_digest(tmp_path / "again")]
+    shutil.copy(Path(folders["sft"]) / "adapter" / WEIGHTS, tmp_path / "again")
+    assert call("again", "--out", "other")[0] == 0
+    assert _results(tmp_path / "other" / "README.md") == {}
+    status, _, error = call("again", "--out", "more", "--evaluation", folders["eval"])
+    assert (status, not (tmp_path / "more").exists()) == (1, True)
+    assert error.startswith(f"{folders['eval']}: this adapter was not evaluated there, or has changed since")
+
+
+@pytest.mark.slow
+def test_two_evaluations_of_the_same_queries_are_refused(
+    call: Callable[..., Any], offline_runs: dict[str, OfflineRun], tmp_path: Path
+) -> None:
+    evaluated = str(offline_runs["eval"].directory)
+    shutil.copytree(evaluated, tmp_path / "second")
+    run = str(offline_runs["dpo"].directory)
+    status, _, error = call(run, "--out", "copy", "--evaluation", evaluated, "second")
+    assert (status, error) == (
+        1,
+        f"--evaluation {evaluated} second: both evaluate the same queries: choose one",
+    )
+
+
+@pytest.mark.slow
+def test_an_edited_card_gets_the_results_and_keeps_its_text(
+    call: Callable[..., Any], offline_runs: dict[str, OfflineRun], tmp_path: Path
+) -> None:
+    shutil.copytree(offline_runs["sft"].directory / "adapter", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n\nMy own words.\n")
+    evaluated = str(offline_runs["eval"].directory)
+    assert call("mine", "--out", "copy", "--evaluation", evaluated)[0] == 0
+    card = ModelCard.load(tmp_path / "copy" / "README.md")
+    assert "My own words." in card.text
+    assert "| **sft (this one)** |" in card.text
+    assert card.data.license == "mit"
+    assert len(card.data.eval_results) >= 3
+
+
+# --- The licence ------------------------------------------------------------------------------------------------
+
+
+def test_the_licence_is_that_of_the_base_unless_one_is_given(
+    call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path, model_folder: str
+) -> None:
+    push = ("run", "--push-to-hub", "org/mine", "--base", "org/base")
+    assert call(*push)[0] == 0
+    data = yaml.safe_load(api.uploaded["README.md"].decode().split("---\n")[1])
+    assert (data["license"], data["license_name"]) == ("other", "theirs")
+    assert call(*push, "--license", "mit")[0] == 0
+    data = yaml.safe_load(api.uploaded["README.md"].decode().split("---\n")[1])
+    assert (data["license"], "license_name" in data) == ("mit", False)
+    assert call("run", "--out", "plain")[0] == 0
+    assert "license" not in (tmp_path / "plain/README.md").read_text(), "that of the base is not known"
+    shutil.copytree(model_folder, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert call("run", "--out", "known", "--base", "base")[0] == 0
+    assert ModelCard.load(tmp_path / "known/README.md").data.license == "apache-2.0"
+
+
 def test_an_adapter_without_card_and_processor(
     call: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path, model_folder: str
 ) -> None:
@@ -241,6 +350,12 @@ def test_a_failed_export_leaves_the_old_one(
             "no adapter at none (expected adapter_config.json there or in its folder 'adapter')",
             1,
         ),
+        (
+            ["run", "--out", "x", "--license", "Apache 2"],
+            "--license Apache 2: not a name that the Hub has",
+            1,
+        ),
+        (["run", "--out", "x", "--evaluation", "run"], "run: no run.json: give the run directory", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
         ([], "run", 2),
         (["run", "--out", "x", "--merg"], "--merg", 2),
@@ -410,6 +525,11 @@ def the_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
                     "files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]
                 }
             self._answer({"errors": [], "warnings": [], **answer})
+
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
 
         def do_GET(self) -> None:
             self._answer({})

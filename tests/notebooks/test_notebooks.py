@@ -1,11 +1,11 @@
-"""The notebooks run from top to bottom with few scenes, and are stored without outputs."""
+"""The notebooks run from top to bottom with few scenes; the outputs that are committed are whole and show nothing of a machine."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +24,9 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.perturbation import AnchoredLevels
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+from .execution import NOTEBOOKS
+from .execution import execute as execute_notebook
+
 PERTURBATION, TRAIN, OWN = (
     "01_semantic_perturbation.ipynb",
     "02_train_and_evaluate.ipynb",
@@ -33,6 +36,15 @@ SCENES = 12
 LIMIT = 240
 """Timeout of a cell in seconds."""
 
+UNWANTED = {
+    "an absolute path": r"(?<![\w./:~])/(home|root|tmp|work|usr|opt|var|mnt|Users|data|scratch)/",
+    "a user": r"\\Users\\|/home/",
+    "a warning": r"Warning\b|WARNING|warnings\.warn",
+    "an escape code": r"\x1b|\r",
+    "a progress bar": r"it/s\]|s/it\]|\|\s*\d+/\d+ \[",
+}
+"""What no committed output contains, as regular expressions."""
+
 Execute = Callable[..., tuple[Any, Path]]
 
 
@@ -41,18 +53,12 @@ def execute(tmp_path: Path) -> Execute:
     """Function that runs a notebook in a kernel started in `folder`; returns the notebook with outputs and the folder of its runs."""
 
     def executed(name: str, folder: Path) -> tuple[Any, Path]:
-        notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
         environment = {
-            **os.environ,
             "SCENES": str(SCENES),
             "RUNS_DIR": str(tmp_path / "runs"),
             "IPYTHONDIR": str(tmp_path / "ipython"),
-            "OMP_NUM_THREADS": "1",
         }
-        client = NotebookClient(
-            notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-        )
-        client.execute(env=environment)
+        notebook = execute_notebook(name, folder, environment, timeout=LIMIT)
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1))
         [runs] = (tmp_path / "runs").iterdir()
@@ -76,10 +82,15 @@ def _pictures(notebook: Any) -> list[np.ndarray]:
 
 def _text(notebook: Any) -> str:
     """All text output of the notebook."""
-    return "\n".join(
-        output.text if output.output_type == "stream" else str(output.get("data", {}).get("text/plain", ""))
-        for output in _outputs(notebook)
-    )
+    return "\n".join(map(_text_of, _outputs(notebook)))
+
+
+def _text_of(output: Any) -> str:
+    """The text of an output; of a figure none."""
+    if output.output_type == "stream":
+        return str(output.text)
+    data = output.get("data", {})
+    return "" if "image/png" in data else "\n".join(str(data[kind]) for kind in ("text/plain", "text/html") if kind in data)
 
 
 def test_every_notebook_is_run_here_and_named_in_the_readme() -> None:
@@ -90,16 +101,73 @@ def test_every_notebook_is_run_here_and_named_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("name", [PERTURBATION, TRAIN, OWN])
-def test_stored_without_outputs(name: str) -> None:
+def test_committed_outputs_are_complete(name: str) -> None:
     stored = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
-    nbformat.validate(nbformat.from_dict(stored))
+    notebook = nbformat.from_dict(stored)
+    nbformat.validate(notebook)
     code = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
-    assert code
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], "run once, from the top"
+    assert not [output for output in _outputs(notebook) if output.output_type == "error"]
+    plots = sum(cell["source"].count("plt.show()") or "show(" in cell["source"] for cell in map(_joined, code))
+    assert len(_pictures(notebook)) >= plots / 2 > 0
+    # What depends on who ran it when: times of cells, the version of Python.
     assert all(cell["metadata"] == {} for cell in stored["cells"])
-    # The version of Python would differ between authors.
+    assert set(stored["metadata"]) == {"kernelspec", "language_info"}
     assert set(stored["metadata"]["language_info"]) == {"name"}
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def _joined(cell: dict[str, Any]) -> dict[str, Any]:
+    return {**cell, "source": "".join(cell["source"])}
+
+
+@pytest.mark.parametrize("name", [PERTURBATION, TRAIN, OWN])
+def test_committed_outputs_show_nothing_of_a_machine(name: str) -> None:
+    stored = nbformat.read(NOTEBOOKS / name, as_version=4)
+    for cell in stored.cells:
+        for output in cell.get("outputs", []):
+            shown = _text_of(output)
+            for what, pattern in UNWANTED.items():
+                match = re.search(pattern, shown)
+                assert match is None, f"{name}, cell {cell.id}: {what}: {match and match[0]!r}"
+            kinds = set(output.get("data", {}))
+            assert kinds <= {"text/plain", "image/png", "text/html"}, f"{cell.id}: a page on the web shows no {kinds}"
+
+
+def test_committed_notebooks_are_small() -> None:
+    assert sum(path.stat().st_size for path in NOTEBOOKS.glob("*.ipynb")) < 3e6
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("an absolute path", "saved to /home/someone/runs/x"),
+        ("an absolute path", "/tmp/a.png"),
+        ("a user", "C:\\Users\\someone"),
+        ("a warning", "x.py:21: TqdmWarning: IProgress not found"),
+        ("an escape code", "\x1b[32mdone"),
+        ("a progress bar", " 50%|#####     | 5/10 [00:01<00:01, 4.2it/s]"),
+    ],
+)
+def test_what_must_not_be_committed_is_found(what: str, text: str) -> None:
+    assert re.search(UNWANTED[what], text)
+
+
+def _prose(name: str) -> str:
+    """All Markdown of a notebook as one line."""
+    cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
+    return " ".join(" ".join(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+
+
+def test_the_text_names_the_settings_of_the_presets(root: Path) -> None:
+    presets = {
+        name: yaml.safe_load((root / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("sft", "experiment/anchored")
+    }
+    scenes = presets["sft"]["data"]["train"]["init_args"]["scenes"]
+    assert f"README's numbers are for {scenes} scenes" in _prose(TRAIN)
+    groups = presets["experiment/anchored"]["data"]["noise"]["levels"]["init_args"]["groups"]
+    assert f"in {groups} groups for each answer type" in _prose(OWN)
 
 
 @pytest.mark.slow
@@ -111,6 +179,11 @@ def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None
     # A figure with few colours would be empty.
     assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 20 for picture in pictures)
     assert Image.open(runs / "photo.png").size == (768, 768)
+    assert "768 x 768 pixels" in _prose(PERTURBATION)
+    # This notebook has one size, so what it computes is what is committed.
+    stored = nbformat.read(NOTEBOOKS / PERTURBATION, as_version=4)
+    assert _text(notebook) == _text(stored)
+    assert [p.shape for p in pictures] == [p.shape for p in _pictures(stored)]
 
 
 @pytest.mark.slow
@@ -127,6 +200,9 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
     for system in ("base", "sft", "dpo", "oracle"):
         answers = read_predictions(runs / "eval" / system / "predictions.jsonl")
         assert len(answers) == 5 * 3 * 4, "five parts of four scenes with three questions each"
+    stated = [a.confidence for a in read_predictions(runs / "eval" / "base" / "predictions.jsonl")]
+    assert "always states 90 to 100%" in _prose(TRAIN)
+    assert all(confidence is not None and 0.9 <= confidence <= 1 for confidence in stated)
 
 
 @pytest.mark.slow
@@ -148,6 +224,9 @@ def test_own_data(execute: Execute, root: Path) -> None:
     assert any(bool(weight.any()) for name, weight in sft.items() if "lora_B" in name), "trained"
     assert any(not torch.equal(weight, dpo[name]) for name, weight in sft.items())
     assert dpo.keys() == exported.keys()
+    results = ModelCard.load(runs / "exported" / "README.md").data.eval_results
+    metrics = json.loads((runs / "eval" / "dpo" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["brier"] in [r.metric_value for r in results if r.metric_type == "brier_score"]
     assert all(torch.equal(weight, exported[name]) for name, weight in dpo.items())
 
 

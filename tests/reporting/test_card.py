@@ -18,6 +18,7 @@ from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
 FULL = Card(
     base="org/Model-7B",
+    base_on_hub=True,
     revision="0123456789abcdef",
     location="runs/sft/adapter",
     training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
@@ -53,11 +54,12 @@ def _table(text: str, heading: str) -> list[list[str]]:
 
 
 def test_the_metadata_is_what_the_hub_reads() -> None:
-    data = _metadata(FULL)
+    data = _metadata(replace(FULL, datasets=["org/data"]))
     assert data.pop("tags") == [
         *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848", "lora")
     ]
     assert data == {
+        "datasets": ["org/data"],
         "base_model": "org/Model-7B",
         "base_model_relation": "adapter",
         "base_model_revision": "0123456789abcdef",
@@ -72,8 +74,8 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
 
 def test_a_strange_name_stays_one_value() -> None:
     for name in ("a: b #c", "'quoted'", "yes", "0.1", "wörld/mödel", "a\nb"):
-        assert _metadata(Card(name, revision=name)) == {
-            **_metadata(Card("x", revision="x")),
+        assert _metadata(Card(name, base_on_hub=True, revision=name)) == {
+            **_metadata(Card("x", base_on_hub=True, revision="x")),
             "base_model": name,
             "base_model_revision": name,
         }
@@ -88,7 +90,7 @@ def test_levels_and_results_are_tables() -> None:
         ["", "short", "90%", "45%", "0%"],
     ]
     assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
-    rows = _table(text, "## Results")
+    rows = _table(text, "## Validation")
     assert rows[0] == ["", *(column(name)[0] for name in COLUMNS)]
     assert [row[:4] for row in rows[1:]] == [
         ["before training", "0.500", "0.500", "0.500"],

@@ -16,6 +16,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import replacing
+from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
@@ -108,6 +109,7 @@ class AdapterWriter(L.Callback):
         trained = cast(Any, module)
         return Card(
             base=trained.base.name_or_path,
+            base_on_hub=is_hub_name(trained.base.name_or_path),
             revision=getattr(trained.model.config, "_commit_hash", None) or trained.base.revision,
             location=shown_path(Path(trainer.default_root_dir) / ADAPTER),
             trust_remote_code=trained.base.trust_remote_code,
@@ -116,6 +118,8 @@ class AdapterWriter(L.Callback):
             training=_training(trained, data, trainer.global_step),
             levels=_taught(data.noise),
             results={name: _overall(values) for name, values in self.validated(trainer).items()},
+            datasets=_hub_datasets(data),
+            license=base_license(trained.base.name_or_path, trained.base.revision),
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
@@ -178,6 +182,12 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
         if module.fitted is not None:
             parts["teacher"] = repr(module.fitted)
     return parts
+
+
+def _hub_datasets(data: PerturbedQueryDataModule) -> list[str]:
+    """The data sets on the Hub that the training queries come from."""
+    name = None if data.train is None else data.train.hub_dataset
+    return [] if name is None else [name]
 
 
 def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:

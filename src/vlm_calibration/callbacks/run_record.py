@@ -173,12 +173,17 @@ def _content(name: list[str], value: str, revision: str | None) -> str | None:
     if name[-1] == "name_or_path":
         return model_identity(value, revision)
     if name[-1] in ADAPTERS or name[-2] in ADAPTERS:
-        return digest([json.dumps(adapter_files(find_adapter(value)))])
+        return adapter_digest(find_adapter(value))
     path = Path(value)
     if path.is_file():
         # The same JSON in another layout is the same.
         return digest([json.dumps(read_json(path))]) if path.suffix == ".json" else file_digest(path)
     return model_identity(value) if (path / "config.json").is_file() else None
+
+
+def adapter_digest(folder: Path) -> str:
+    """The digest of all files that peft reads from an adapter's folder."""
+    return digest([json.dumps(adapter_files(folder))])
 
 
 def adapter_files(folder: Path) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlm_calibration.files import replacing, write_json, writing
 from vlm_calibration.models.base import (
@@ -21,7 +23,32 @@ from vlm_calibration.models.base import (
     read_object,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import TEXT, Card, is_edited, load_card, save_card
+
+if TYPE_CHECKING:
+    # These take seconds to import, and the help does not need them.
+    from vlm_calibration.reporting.card import Card
+    from vlm_calibration.reporting.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, found and checked before anything is loaded or written.
+
+    Attributes:
+        adapter: the adapter's folder.
+        base: the base model that the export names.
+        location: where the export will be, as its card says.
+        evaluations: results of this adapter to put into the card.
+        license: metadata of the licence that is asked for; empty for none.
+        base_license: those of the base model's licence; empty if it is not known.
+    """
+
+    adapter: Path
+    base: BaseModel
+    location: str
+    evaluations: list[Evaluation]
+    license: dict[str, Any]
+    base_license: dict[str, Any]
 
 
 def export(
@@ -31,6 +58,8 @@ def export(
     overwrite: bool = False,
     merge: bool = False,
     dtype: Dtype = "auto",
+    evaluation: Sequence[str] = (),
+    license: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     branch: str | None = None,
@@ -46,6 +75,8 @@ def export(
         overwrite: replace what is in `out`
         merge: merge the adapter into its base model and export the whole model; takes 4 bytes of memory a parameter
         dtype: dtype of the merged weights; "auto" is that of the base model's checkpoint
+        evaluation: run directories of `vlm-calibration test`, whose results of this adapter and its base model the card shows
+        license: licence of the adapter by its name on the Hub, e.g. apache-2.0, instead of the one that the base model's card states
         push_to_hub: name on the Hugging Face Hub to upload to; the repository is created if there is none
         private: make a created repository private
         branch: branch on the Hub to upload to; it is created if there is none
@@ -55,13 +86,13 @@ def export(
 
     Raises:
         ArgumentError: neither `out` nor `push_to_hub` is given.
-        DataError: there is no adapter, it cannot be merged, `out` is not empty, or the Hub refuses.
+        DataError: there is no adapter, it cannot be merged, an evaluation is not of this adapter, `out` is not empty, or the Hub
+            refuses.
     """
     if out is None and push_to_hub is None:
         raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")
-    # Lightning and transformers take seconds to import; the help does not need them.
     from vlm_calibration.callbacks.adapter import shown_path
-    from vlm_calibration.hub import check_upload, upload
+    from vlm_calibration.hub import base_license, check_upload, upload
 
     source = find_adapter(adapter)
     model = _base_of(source, base, base_revision, trust_remote_code)
@@ -69,12 +100,19 @@ def export(
         check_upload(push_to_hub, model.name_or_path)
     if out is not None:
         _check_out(out, source, model.name_or_path, overwrite)
-    location = push_to_hub or shown_path(out or Path())
+    exported = Export(
+        source,
+        model,
+        push_to_hub or shown_path(out or Path()),
+        _read_evaluations(source, evaluation),
+        _license(license),
+        {} if license else base_license(model.name_or_path, model.revision, download=push_to_hub is not None),
+    )
     with _output_folder(out) as folder:
         if merge:
-            _write_merged(source, model, dtype, folder, location)
+            _write_merged(exported, dtype, folder)
         else:
-            _write_adapter(source, model, folder, location)
+            _write_adapter(exported, folder)
         if push_to_hub is not None and out is None:
             upload(folder, push_to_hub, private, branch)
     if out is not None:
@@ -116,21 +154,62 @@ def _output_folder(out: Path | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _write_adapter(adapter: Path, base: BaseModel, folder: Path, location: str) -> None:
+def _read_evaluations(adapter: Path, folders: Sequence[str]) -> list[Evaluation]:
+    """The results of an adapter that its card has already, and those of further evaluations, which replace results on the same data."""
+    from vlm_calibration.callbacks.run_record import adapter_digest
+    from vlm_calibration.reporting.card import load_card
+    from vlm_calibration.reporting.evaluation import read_evaluation
+
+    digest, card = adapter_digest(adapter), load_card(adapter)
+    # An adapter may have been replaced below its card.
+    known = [e for e in card.evaluations if e.adapter == digest] if card else []
+    by_data = {e.key: e for e in known}
+    asked: dict[Any, str] = {}
+    for folder in folders:
+        evaluation = read_evaluation(Path(folder), digest)
+        if (other := asked.setdefault(evaluation.key, folder)) != folder:
+            raise DataError(f"--evaluation {other} {folder}: both evaluate the same queries: choose one")
+        by_data[evaluation.key] = evaluation
+    return list(by_data.values())
+
+
+def _license(name: str | None) -> dict[str, Any]:
+    """The metadata of the licence that is asked for."""
+    if name is None:
+        return {}
+    if not re.fullmatch(r"[a-z0-9.+-]+", name):
+        raise DataError(
+            f"--license {name}: not a name that the Hub has for a licence, such as apache-2.0, mit or cc-by-nc-4.0"
+        )
+    return {"license": name}
+
+
+def _write_adapter(export: Export, folder: Path) -> None:
+    from vlm_calibration.callbacks.run_record import adapter_digest
+    from vlm_calibration.reporting.card import is_edited, save_card, update_card
+
+    adapter, base = export.adapter, export.base
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
     config = read_object(adapter / CONFIG)
     names = {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
     if any(config.get(key) != value for key, value in names.items()):
         write_json(folder / CONFIG, {**config, **names})
-    # Keep a card that someone has edited.
+    digest = adapter_digest(folder)
+    card = _card(export)
+    # The same weights, whose configuration may name the base model otherwise.
+    card = replace(card, evaluations=[replace(e, adapter=digest) for e in card.evaluations])
     if not is_edited(adapter):
-        save_card(folder, _card(adapter, base, location))
+        save_card(folder, card)
+    else:
+        update_card(folder, card, export.license)
 
 
-def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, location: str) -> None:
+def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
     from vlm_calibration.data.module import load_processor
     from vlm_calibration.models.export import merge_adapter, save_merged
+    from vlm_calibration.reporting.card import TEXT, is_edited, save_card
 
+    adapter, base = export.adapter, export.base
     if is_edited(adapter):
         print(
             f"{adapter / TEXT} has been edited since training: the merged model gets a card without these edits"
@@ -139,11 +218,23 @@ def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, lo
     save_merged(merged.model, folder, base.trust_remote_code)
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
-    save_card(folder, replace(_card(adapter, base, location), merged=True))
+    save_card(folder, replace(_card(export), merged=True))
     print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
 
 
-def _card(adapter: Path, base: BaseModel, location: str) -> Card:
-    """The adapter's card with another base model and location."""
-    card = load_card(adapter) or Card(base.name_or_path)
-    return replace(card, base=base.name_or_path, revision=base.revision, location=location)
+def _card(export: Export) -> Card:
+    """The adapter's card with the base model, location, results and licence of the export."""
+    from vlm_calibration.hub import is_hub_name
+    from vlm_calibration.reporting.card import Card, load_card
+
+    base = export.base.name_or_path
+    card = load_card(export.adapter) or Card(base)
+    return replace(
+        card,
+        base=base,
+        base_on_hub=is_hub_name(base),
+        revision=export.base.revision,
+        location=export.location,
+        evaluations=export.evaluations,
+        license=export.license or export.base_license or card.license,
+    )

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
+from vlm_calibration.files import first_line
 from vlm_calibration.models.base import FACTS
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results, results_section
+from vlm_calibration.reporting.markdown import code, fenced, number, table
 from vlm_calibration.reporting.tables import COLUMNS, column
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+"""Lines around the results in `README.md`; what stands between them is replaced in an edited card."""
 EXAMPLE = "Is there a dog in the image?"
 """The question in the examples of cards."""
 
@@ -31,6 +36,7 @@ class Card:
 
     Attributes:
         base: name on the Hub or folder of the base model.
+        base_on_hub: whether it is a name on the Hub, which the metadata then give.
         revision: commit or branch of the base model.
         location: where the weights are: a folder, or a name on the Hub.
         merged: whether the weights are those of the whole model, with the adapter merged in.
@@ -40,6 +46,9 @@ class Card:
         training: name -> description of the training: stage, adapter, data, noise.
         levels: answer type -> kind of perturbation, strength and the confidence in [0, 1] that was taught for it, on average.
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
+        evaluations: results on test data.
+        datasets: names on the Hub of the data sets that it was trained on.
+        license: metadata of the licence: `license` and, for one that the Hub has no name for, `license_name` and `license_link`.
         template: the prompt, with `{question}` in it.
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
         has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
@@ -48,6 +57,7 @@ class Card:
     """
 
     base: str
+    base_on_hub: bool = False
     revision: str | None = None
     location: str = "."
     merged: bool = False
@@ -57,6 +67,9 @@ class Card:
     training: dict[str, str] = field(default_factory=dict)
     levels: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    license: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     conversation: str | None = None
     has_chat_template: bool = True
@@ -68,8 +81,54 @@ def save_card(folder: Path, card: Card) -> None:
     """Write `README.md` and `calibration.json`."""
     text = card_text(card)
     (folder / TEXT).write_text(text, encoding="utf-8")
-    facts = json.dumps({**asdict(card), DIGEST: _digest(text)}, indent=2, ensure_ascii=False, allow_nan=False)
+    _write_facts(folder, card, _digest(text))
+
+
+def _write_facts(folder: Path, card: Card, digest: str) -> None:
+    facts = json.dumps({**asdict(card), DIGEST: digest}, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / FACTS).write_text(facts + "\n", encoding="utf-8")
+
+
+def update_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
+    """Put a card's results and a licence into a `README.md` that someone has edited; all other text stays.
+
+    Results replace what stands between the lines `BEGIN` and `END`; without these lines they are appended.
+
+    Args:
+        folder: has the `README.md`, and the `calibration.json` of `save_card` if there was one.
+        card: its results are those of the adapter in the folder.
+        license: metadata of the licence to state instead; empty for what the text states.
+
+    Raises:
+        DataError: the metadata at the head of the text cannot be read.
+    """
+    path, facts = folder / TEXT, _read_facts(folder)
+    has_results = bool(card.evaluations or (facts and facts[0].evaluations))
+    if not has_results and not license:
+        return
+    try:
+        edited = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: the metadata cannot be read: {first_line(error)}") from error
+    for name, value in license.items():
+        edited.data[name] = value
+    if has_results:
+        metadata = card_metadata(card)
+        edited.data["model_name"], edited.data["eval_results"] = metadata.model_name, metadata.eval_results
+        edited.text = _with_results(edited.text, _evaluations(card) if card.evaluations else "")
+    path.write_text(str(edited), encoding="utf-8")
+    if facts is not None:
+        # The digest stays that of the text before it was edited.
+        _write_facts(folder, card, facts[1])
+
+
+def _with_results(text: str, results: str) -> str:
+    """The text with `results` in place of those that it has, or at its end."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        return f"{before}{results}{after}"
+    return f"{text.rstrip()}\n\n{results}\n" if results else text
 
 
 def load_card(folder: Path) -> Card | None:
@@ -102,7 +161,8 @@ def _read_facts(folder: Path) -> tuple[Card, str] | None:
         read = {
             answer_type: [_read_level(row, steps) for row in rows] for answer_type, rows in levels.items()
         }
-        return Card(levels=read, **facts), digest
+        evaluations = [Evaluation(**evaluation) for evaluation in facts.pop("evaluations", [])]
+        return Card(levels=read, evaluations=evaluations, **facts), digest
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
 
@@ -127,39 +187,55 @@ def card_text(card: Card) -> str:
         _usage(card),
         _prompt(card) if card.template else "",
         _answer_format(card) if card.template else "",
+        _evaluations(card) if card.evaluations else "",
         _levels(card) if card.levels else "",
         _results(card) if card.results else "",
         _training(card) if card.training else "",
     ]
-    return f"---\n{_metadata(card)}---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
+    return f"---\n{card_metadata(card).to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
 
 
-def _metadata(card: Card) -> str:
-    data: dict[str, Any] = {
-        "base_model": card.base,
-        "base_model_relation": "finetune" if card.merged else "adapter",
-        "base_model_revision": card.revision,
-        "library_name": "transformers" if card.merged else "peft",
-        "pipeline_tag": "image-text-to-text",
-        "tags": [
+def card_metadata(card: Card) -> ModelCardData:
+    """The metadata that the Hub reads. What is not known is left out, and so is a base model that is a folder."""
+    relation = "finetune" if card.merged else "adapter"
+    # The weights of a merged model are not the ones that were evaluated.
+    results = [] if card.merged else [result for e in card.evaluations for result in eval_results(e)]
+    return ModelCardData(
+        **card.license,
+        base_model=card.base if card.base_on_hub else None,
+        base_model_relation=relation if card.base_on_hub else None,
+        base_model_revision=card.revision if card.base_on_hub else None,
+        library_name="transformers" if card.merged else "peft",
+        pipeline_tag=TASK,
+        datasets=card.datasets or None,
+        tags=[
             *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848"),
             *([] if card.merged else ["lora"]),
         ],
-    }
-    defined = {name: value for name, value in data.items() if value is not None}
-    return yaml.safe_dump(defined, sort_keys=False, allow_unicode=True)
+        model_name=_title(card) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _title(card: Card) -> str:
+    return f"{card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated"
 
 
 def _head(card: Card) -> str:
     what = "with a LoRA adapter merged into it," if card.merged else "with a LoRA adapter,"
-    revision = f" (revision {_code(card.revision)})" if card.revision else ""
+    revision = f" (revision {code(card.revision)})" if card.revision else ""
     lines = [
-        f"# {card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated",
+        f"# {_title(card)}",
         "",
-        f"{_code(card.base)}{revision} {what} fine-tuned so that the confidence it states is the probability that its "
+        f"{code(card.base)}{revision} {what} fine-tuned so that the confidence it states is the probability that its "
         "answer about an image is right (semantic perturbation, "
         "[arXiv 2504.14848](https://arxiv.org/abs/2504.14848)).",
     ]
+    if not card.base_on_hub:
+        lines += [
+            "",
+            "The base model is a folder, not a repository on the Hub, so the metadata of this card name no base model.",
+        ]
     if card.quantization != "none":
         note = f"The base model was quantised ({card.quantization}) in training"
         what = "merged into" if card.merged else "loaded below on"
@@ -177,7 +253,7 @@ def _usage(card: Card) -> str:
         [
             "## How to ask it",
             f"With {needs} alone; `path` is the folder of this {what} or its name on the Hub.",
-            _fenced(snippet(card), "python"),
+            fenced(snippet(card), "python"),
         ]
     )
 
@@ -228,10 +304,10 @@ def _prompt(card: Card) -> str:
     parts = [
         "## The prompt",
         "Use exactly this prompt, with the question in place of `{question}`; the model was trained with no other.",
-        _fenced(card.template or ""),
+        fenced(card.template or ""),
     ]
     if card.conversation:
-        parts += [f"The model reads {EXAMPLE!r} as", _fenced(card.conversation)]
+        parts += [f"The model reads {EXAMPLE!r} as", fenced(card.conversation)]
     return "\n\n".join(parts)
 
 
@@ -265,11 +341,11 @@ def _levels(card: Card) -> str:
     return "\n\n".join(
         [
             "## What it was taught",
-            *([_code(settings)] if (settings := _level_settings(card)) else []),
+            *([code(settings)] if (settings := _level_settings(card)) else []),
             "The confidence that the model should state when the key object is perturbed, on average over images: for each kind of "
             "perturbation its strengths and, by type of answer, the confidence at each. Strength 0 is the untouched image; at "
             "strength 1 nothing of the object is left.",
-            _table(["perturbation", "", *[""] * width], rows),
+            table(["perturbation", "", *[""] * width], rows),
         ]
     )
 
@@ -282,47 +358,27 @@ def _level_settings(card: Card) -> str:
     return ", ".join(card.training[name] for name in ("levels", "schedule") if name in card.training)
 
 
+def _evaluations(card: Card) -> str:
+    sections = [results_section(evaluation, card.merged) for evaluation in card.evaluations]
+    return "\n\n".join([BEGIN, "## Results", *sections, END])
+
+
 def _results(card: Card) -> str:
     n = next(iter(card.results.values())).get("n")
     rows = [
-        [f"{name} training", *(_cell(values.get(metric), column(metric)[1]) for metric in COLUMNS)]
+        [f"{name} training", *(number(values.get(metric), column(metric)[1]) for metric in COLUMNS)]
         for name, values in card.results.items()
     ]
     return "\n\n".join(
         [
-            "## Results",
+            "## Validation",
             f"On {'the' if n is None else f'{n:g}'} validation queries, perturbed as in training. Calibration (ECE to "
             "overconfidence) is over the answers whose confidence could be parsed, accuracy over all.",
-            _table(["", *(column(name)[0] for name in COLUMNS)], rows),
+            table(["", *(column(name)[0] for name in COLUMNS)], rows),
         ]
     )
 
 
 def _training(card: Card) -> str:
     lines = [f"{name}: {value}" for name, value in card.training.items()]
-    return "\n\n".join(["## Training", _fenced("\n".join(lines))])
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def _code(text: str) -> str:
-    """Inline code, also for text with backticks."""
-    ticks = "`" * (_longest_ticks(text) + 1)
-    pad = " " if "`" in text else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}"
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    fence = "`" * max(3, _longest_ticks(text) + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _longest_ticks(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
+    return "\n\n".join(["## Training", fenced("\n".join(lines))])

@@ -98,7 +98,7 @@ def read_run(folder: Path) -> Run:
     """Read one run directory; what is wrong with it is in `state` and `detail`."""
     run = Run(folder, when=_last_change(folder))
     try:
-        config = _read_config(folder / CONFIG)
+        config = read_config(folder / CONFIG)
         if config is None:
             _without_config(run)
             return run
@@ -129,7 +129,12 @@ def _without_config(run: Run) -> None:
         run.figures[""] = _headline(run.folder / METRICS)
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The configuration of a run; None without one.
+
+    Raises:
+        DataError: the file is not the configuration of a run.
+    """
     if not path.is_file():
         return None
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -127,6 +127,11 @@ class QuerySource(ABC):
 
     on_bad_record: OnBadRecord = "raise"
 
+    @property
+    def hub_dataset(self) -> str | None:
+        """Name of the data set on the Hugging Face Hub; None for data from elsewhere."""
+        return None
+
     @abstractmethod
     def queries(self) -> Sequence[Query]:
         """All queries, in the same order on every call, ids unique.

@@ -24,6 +24,7 @@ from vlm_calibration.data.sources.images import ImageChecks, ImageFolder
 from vlm_calibration.data.sources.shares import ImageShare
 from vlm_calibration.data.sources.tables import EmbeddedImages, region_without_nulls
 from vlm_calibration.errors import did_you_mean
+from vlm_calibration.hub import is_hub_name
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import (
     DataError,
@@ -106,6 +107,10 @@ class HuggingFaceSource(QuerySource):
         self._share = ImageShare(begin, end)
         self._opened: DatasetRows | None = None
         self._rows: np.ndarray | None = None
+
+    @property
+    def hub_dataset(self) -> str | None:
+        return self.path if is_hub_name(self.path) else None
 
     @property
     def _data(self) -> DatasetRows:

@@ -27,6 +27,7 @@ from vlm_calibration.settings import digest
 from vlm_calibration.text.labels import check_answer
 
 TEXTS = ("question", "chosen", "rejected", "origin_dataset")
+HUB_DATASET = "openbmb/RLAIF-V-Dataset"
 IMAGE_PATH = "image_path"
 """The column that is the same for all rows about one image."""
 
@@ -55,6 +56,10 @@ class RlaifVSource(TableSource):
             raise DataError(f"RlaifVSource: needs 0 <= begin < end <= 1, found {begin} and {end}")
         super().__init__(path, unpacked, on_bad_record)
         self.begin, self.end = begin, end
+
+    @property
+    def hub_dataset(self) -> str:
+        return HUB_DATASET
 
     def _open(self) -> np.ndarray:
         files = parquet_files(self.path)

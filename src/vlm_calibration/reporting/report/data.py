@@ -84,7 +84,7 @@ class System:
     @property
     def adapter(self) -> str | None:
         """Its adapter as commands take it: a run, the folder of an adapter or a name on the Hub; None for a base model."""
-        named = _adapters(self.config).get(self.name.removeprefix(f"{self.folder}/"))
+        named = adapters_of(self.config).get(self.name.removeprefix(f"{self.folder}/"))
         if named is not None:
             return named.removesuffix(f"/{ADAPTER}")
         is_run = (self.folder / ADAPTER).is_dir()

@@ -1,0 +1,247 @@
+"""The results of an evaluation in a model card: read only for the adapter that was evaluated, valid for the Hub, and no edit is lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData, model_index_to_eval_results
+
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.card import (
+    BEGIN,
+    END,
+    Card,
+    card_text,
+    is_edited,
+    load_card,
+    save_card,
+    update_card,
+)
+from vlm_calibration.reporting.evaluation import Evaluation, read_evaluation
+from vlm_calibration.reporting.tables import COLUMNS
+
+SFT, DPO = "0" * 32, "1" * 32
+DEMO = "vlm_calibration.demo.source.DemoSource"
+BASE = {"n": 8, **dict.fromkeys(COLUMNS, 0.5)}
+TUNED = {"n": 8, "accuracy": 0.75, "ece": 0.0625, "brier": 0.125, "auroc": None, "mean_confidence": 0.5}
+FOUND = Evaluation(
+    adapter=DPO,
+    system="dpo",
+    dataset="demo",
+    config=None,
+    split="development",
+    revision="2" * 32,
+    parts=["clean", "hard (key object perturbed)"],
+    results={"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED},
+)
+
+
+def _write(
+    folder: Path,
+    record: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+    trainer: Any = None,
+    source: Any = None,
+    **metrics: dict[str, float | None],
+) -> Path:
+    """A run directory as `test` leaves it."""
+    source = source or {"class_path": DEMO, "init_args": {"split": "development"}}
+    config = {
+        "trainer": trainer or {"limit_test_batches": None},
+        "model": {"class_path": "x.EvaluationModule", "init_args": {"adapters": {"sft": "a", "dpo": "b"}}},
+        "data": {
+            "test": {
+                "clean": {"source": source, "noise": "none"},
+                "hard": {"source": source, "noise": "drawn"},
+            }
+        },
+    }
+    digests = {
+        "model.init_args.adapters.sft": SFT,
+        "model.init_args.adapters.dpo": DPO,
+        "data.test.clean": "a",
+        "data.test.hard": "b",
+        "data.calibration.clean": "c",
+    }
+    for system, values in {"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED, **metrics}.items():
+        (folder / system).mkdir(parents=True)
+        (folder / system / "metrics.json").write_text(json.dumps({**values, "ece/clean": 0.0}))
+    written = {"command": "test", "finished": True, "inputs": {**digests, **(inputs or {})}, **(record or {})}
+    (folder / "run.json").write_text(json.dumps(written))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "eval", oracle=BASE, left_by_an_earlier_one=BASE)
+    found = read_evaluation(folder, DPO)
+    assert (found.system, found.parts, found.dataset, found.split) == (
+        "dpo",
+        ["clean", "hard (key object perturbed)"],
+        "demo",
+        "development",
+    )
+    assert list(found.results) == ["base", "sft", "dpo"]
+    assert found.results["dpo"] == {"n": 8, **{name: TUNED.get(name) for name in COLUMNS}}
+    assert read_evaluation(folder, SFT).system == "sft"
+
+
+def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path) -> None:
+    first = read_evaluation(_write(tmp_path / "1"), DPO)
+    calibration = read_evaluation(_write(tmp_path / "2", inputs={"data.calibration.clean": "z"}), DPO)
+    queries = read_evaluation(_write(tmp_path / "3", inputs={"data.test.hard": "z"}), DPO)
+    assert first.key == calibration.key != queries.key
+
+
+def test_a_data_set_of_the_hub_keeps_its_name_and_revision(tmp_path: Path) -> None:
+    source = {
+        "class_path": "vlm_calibration.data.sources.hugging_face.HuggingFaceSource",
+        "init_args": {"path": "org/vqa", "name": "small", "split": "validation", "revision": "abc"},
+    }
+    found = read_evaluation(_write(tmp_path / "hub", source=source), DPO)
+    assert found.key == ("org/vqa", "small", "validation", "abc")
+    source["init_args"]["path"] = str(tmp_path)
+    assert read_evaluation(_write(tmp_path / "local", source=source), DPO).dataset == "huggingface"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"inputs": {"model.init_args.adapters.dpo": "changed"}},
+            r"not evaluated there, or has changed since \(adapters: sft, dpo\)",
+        ),
+        ({"record": {"finished": False}}, r"run.json: not the record of a finished `vlm-calibration test`"),
+        ({"record": {"command": "fit"}}, r"run.json: not the record of a finished `vlm-calibration test`"),
+        ({"trainer": {"limit_test_batches": 2}}, "not an evaluation of the whole test set"),
+        ({"sft": {**BASE, "n": 7}}, "the systems answered different numbers of queries"),
+        ({"sft": {}}, r"sft/metrics.json: not the metrics of an evaluation"),
+    ],
+)
+def test_results_of_something_else_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    folder = _write(tmp_path / "eval", **settings)
+    with pytest.raises(DataError, match=f"^{folder}.*{says}"):
+        read_evaluation(folder, DPO)
+
+
+def test_a_folder_without_an_evaluation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"^{tmp_path}: no run.json: give the run directory"):
+        read_evaluation(tmp_path, DPO)
+
+
+# --- In the card ----------------------------------------------------------------------------------------------------
+
+CARD = Card("org/Model-7B", base_on_hub=True, evaluations=[FOUND], license={"license": "apache-2.0"})
+
+
+def test_the_hubs_parser_reads_the_results(tmp_path: Path) -> None:
+    save_card(tmp_path, CARD)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == (
+        "apache-2.0",
+        "org/Model-7B",
+        "peft",
+    )
+    front = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    name, results = model_index_to_eval_results(front["model-index"])
+    assert name == "Model-7B, calibrated"
+    assert {r.metric_type: r.metric_value for r in results} == {
+        "accuracy": 0.75,
+        "expected_calibration_error": 0.0625,
+        "brier_score": 0.125,
+    }, "an undefined metric has no value"
+    assert {(r.task_type, r.dataset_type, r.dataset_split, r.dataset_revision) for r in results} == {
+        ("image-text-to-text", "demo", "development", "2" * 32)
+    }
+    assert results[0].dataset_name == "demo: clean, hard (key object perturbed)"
+    assert ModelCardData(**front).to_dict() == front, "nothing is lost"
+    assert load_card(tmp_path) == CARD
+
+
+def test_two_evaluations_stay_two(tmp_path: Path) -> None:
+    other = replace(FOUND, revision="3" * 32, results={"dpo": {**TUNED, "accuracy": 1.0}})
+    data = ModelCard(card_text(replace(CARD, evaluations=[FOUND, other]))).data
+    by_data = {r.dataset_revision: r.metric_value for r in data.eval_results if r.metric_type == "accuracy"}
+    assert by_data == {"2" * 32: 0.75, "3" * 32: 1.0}
+
+
+def test_the_base_model_stands_beside_the_stages() -> None:
+    section = card_text(CARD).split(BEGIN)[1].split(END)[0]
+    assert "The same 8 queries of `demo`, split `development`" in section
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        ("| base model", "0.500", "0.500"),
+        ("| sft", "0.500", "0.250"),
+        ("| **dpo (this one)**", "**0.750**", "**0.062**"),
+    ]
+    assert rows[2][4] == "**-**", "undefined"
+
+
+def test_a_merged_model_claims_no_results_of_its_own() -> None:
+    text = card_text(replace(CARD, merged=True))
+    assert "model-index" not in text
+    assert "Measured with the adapter beside the base model, before it was merged." in text
+
+
+def test_a_folder_is_no_base_model_of_the_hub() -> None:
+    text = card_text(Card("runs/base", revision="x"))
+    assert not {"base_model", "base_model_relation", "base_model_revision"} & set(
+        yaml.safe_load(text.split("---\n")[1])
+    )
+    assert "The base model is a folder, not a repository on the Hub" in text
+    assert "The base model is a folder" not in card_text(CARD)
+
+
+# --- An edited card -------------------------------------------------------------------------------------------------
+
+OWN = "---\nlicense: mit\nmine: 1\n---\n\n# My title\n\nMy text.\n"
+
+
+def _edited(folder: Path, text: str, card: Card) -> Path:
+    save_card(folder, card)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    assert is_edited(folder)
+    return folder / "README.md"
+
+
+def test_results_enter_an_edited_card_and_replace_older_ones(tmp_path: Path) -> None:
+    path = _edited(tmp_path, OWN, replace(CARD, evaluations=[]))
+    update_card(tmp_path, replace(CARD, evaluations=[FOUND]), {})
+    first = ModelCard.load(path)
+    assert first.text.startswith("\n# My title\n\nMy text.\n\n" + BEGIN)
+    assert (first.data.license, first.data.mine) == ("mit", 1), "the base model's licence does not replace it"
+    assert first.data.eval_results[0].metric_value == 0.75
+    path.write_text(f"{path.read_text()}\nMore of mine.\n", encoding="utf-8")
+    changed = replace(FOUND, results={"dpo": {**TUNED, "accuracy": 1.0}})
+    update_card(tmp_path, replace(CARD, evaluations=[changed]), {"license": "apache-2.0"})
+    second = ModelCard.load(path)
+    assert second.text.count(BEGIN) == second.text.count(END) == 1
+    assert "0.750" not in second.text
+    assert "**1.000**" in second.text
+    assert second.text.endswith(f"{END}\n\nMore of mine.\n")
+    assert (second.data.license, second.data.eval_results[0].metric_value) == ("apache-2.0", 1.0)
+    assert is_edited(tmp_path)
+    update_card(tmp_path, replace(CARD, evaluations=[]), {})
+    third = path.read_text(encoding="utf-8")
+    assert "Results" not in third
+    assert "model-index" not in third, "results of weights that have changed go"
+    assert "More of mine." in third
+
+
+def test_an_edited_card_without_new_facts_stays_to_the_byte(tmp_path: Path) -> None:
+    text = OWN.replace("mine: 1", "mine:    1   # as I like it")
+    path = _edited(tmp_path, text, replace(CARD, evaluations=[]))
+    update_card(tmp_path, replace(CARD, evaluations=[]), {})
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_metadata_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = _edited(tmp_path, "---\na: [\n---\n", replace(CARD, evaluations=[]))
+    with pytest.raises(DataError, match=f"^{path}: the metadata cannot be read: "):
+        update_card(tmp_path, CARD, {})
