@@ -60,6 +60,7 @@ def test_as_json() -> None:
         "expected": 0.5,
         "distribution": [[1.0, 0.5], [0.0, 0.49999]],
         "answer_type": "short",
+        "warning": None,
     }
 
 
