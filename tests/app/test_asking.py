@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_a_scene_of_the_demo_is_answered(visit: Visit, model: CalibratedModel) -
     assert first == _asked(model, demo_subject(0).image, demo_subject(0).question)
     visit.choose_scene(SCENE)
     subject = demo_subject(SCENE)
-    assert visit.page.get_by_label("Question").input_value() == subject.question
+    assert visit.page.get_by_label("Question", exact=True).input_value() == subject.question
     assert visit.object() == KEY
     assert visit.objects() == [*subject.objects, DRAWN, WHOLE]
     assert shown_answers(visit) == _asked(model, subject.image, subject.question)
@@ -55,10 +56,10 @@ def test_a_scene_of_the_demo_is_answered(visit: Visit, model: CalibratedModel) -
 def test_a_question_names_the_key_object(visit: Visit) -> None:
     named, other, *_ = names_of(0)
     assert visit.object() == named
-    visit.page.get_by_label("Question").press_sequentially(f" Or a {other}?")
+    visit.page.get_by_label("Question", exact=True).press_sequentially(f" Or a {other}?")
     first = next(name for name in demo_subject(0).objects if name in (named, other))
     expect(visit.page.locator("#object input")).to_have_value(first)
-    visit.page.get_by_label("Question").fill(f"Can you see {other}s?")
+    visit.page.get_by_label("Question", exact=True).fill(f"Can you see {other}s?")
     expect(visit.page.locator("#object input")).to_have_value(other)
 
 
@@ -67,10 +68,10 @@ def test_an_image_of_ones_own(visit: Visit, model: CalibratedModel, app: App, ph
     visit.renewed("curve", lambda: visit.send(photograph))
     assert visit.page.locator("#strength input[type=number]").input_value() == "0"
     assert visit.objects() == [DRAWN, WHOLE], "nothing is known of its objects"
-    question = visit.page.get_by_label("Question")
-    question.fill("Is there a ball in the picture?")
+    question = visit.page.get_by_label("Question", exact=True)
+    question.fill("Is there a ball in the image?")
     question.press("Enter")
-    expected = _asked(model, photograph, "Is there a ball in the picture?")
+    expected = _asked(model, photograph, "Is there a ball in the image?")
     # What was asked before, about the image alone and while the slider moved, is answered first.
     visit.until(lambda: shown_answers(visit) == expected, lambda: f"{shown_answers(visit)}, not {expected}")
     clean = visit.seen()
@@ -218,10 +219,14 @@ def test_the_response_curve(visit: Visit, model: CalibratedModel) -> None:
     assert box["height"] > 200
 
 
-def test_the_report(visit: Visit) -> None:
+def test_the_report(visits: Callable[..., Visit]) -> None:
+    visit = visits(width=1920)
     visit.page.get_by_role("tab", name="Report").click()
     frame = visit.page.frame_locator("iframe.report")
     expect(frame.locator("h1").first).to_be_visible()
+    box = visit.page.locator("iframe.report").bounding_box()
+    assert box is not None
+    assert box["width"] > 0.95 * 1920
     assert "sft" in frame.locator("body").inner_text()
     [inner] = [f for f in visit.page.frames if f is not visit.page.main_frame]
     assert inner.evaluate("1 + 1") == 2, "its own scripts run"

@@ -81,7 +81,7 @@ def test_files_that_are_too_large_are_refused(visit: Visit, app: App, tmp_path: 
 
 def test_texts_are_not_run_as_scripts(visit: Visit) -> None:
     visit.ask(f"Is there a {HTML} in the image?")
-    assert visit.page.get_by_label("Question").input_value() == f"Is there a {HTML} in the image?"
+    assert visit.page.get_by_label("Question", exact=True).input_value() == f"Is there a {HTML} in the image?"
     # The text of a model, as the page shows it.
     written = Answer(HTML, HTML, None, None, {}, "open")
     panel = view.answer_panel(BASE, written) + view.notice(HTML)
@@ -99,11 +99,11 @@ def test_visits_share_nothing(visits: Callable[..., Visit], photograph: Path) ->
     one.ask("Is there a secret?")
     own = one.seen()
     other.set_strength(100)
-    assert other.page.get_by_label("Question").input_value() == demo_subject(0).question
+    assert other.page.get_by_label("Question", exact=True).input_value() == demo_subject(0).question
     mask = demo_subject(0).objects[names_of(0)[0]]
     np.testing.assert_array_equal(other.seen()[~mask], default[~mask])
     other.choose_scene(SCENE)
-    one.ask("Is there another secret?")
+    one.ask("Is there a guitar in the image?")
     np.testing.assert_array_equal(one.seen(), own)
     third = visits()
     np.testing.assert_array_equal(third.seen(), default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from vlm_calibration import cli
 from vlm_calibration.arguments import command_parser
 from vlm_calibration.commands.ask import _as_text, ask
 from vlm_calibration.commands.questions import AnswerFile
+from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
@@ -82,6 +84,31 @@ def test_one_question(
     answered = json.loads(ended.out)
     assert answered.pop("model").endswith(")")
     assert answered == {"image": row["image"], "question": row["question"], **expected.to_dict()}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["demo", "own"])
+def test_what_the_demo_model_does_not_know_is_a_warning(
+    call: Call, questions: Path, tmp_path: Path, own: bool
+) -> None:
+    image, model = json.loads(questions.read_text().splitlines()[0])["image"], str(DEMO_MODEL)
+    if own:
+        # The same weights, but in a folder of the user.
+        model = str(shutil.copytree(DEMO_MODEL, tmp_path / "own"))
+    asked = (image, "Is there a zebra?", "--base", model, "--device", "cpu")
+    ended = call(*asked)
+    assert ended.status == 0
+    assert ended.err.startswith("warning: the demo model does not know the word 'zebra'; it knows") != own
+    answered = json.loads(call(*asked, "--json").out)
+    assert answered["warning"] == (None if own else unknown_part("Is there a zebra?"))
+    assert answered["confidence"] > 0.5
+
+    known = json.loads(questions.read_text().splitlines()[0])
+    zebra = {"id": "z", "image": image, "question": "Is there a zebra?"}
+    questions.write_text("".join(json.dumps(row) + "\n" for row in (known, zebra)))
+    ended = call("--questions", str(questions), "--out", "out.jsonl", *asked[2:])
+    assert ended.status == 0
+    assert (f"warning: {questions}:2: the demo model does not know the word 'zebra'" in ended.err) != own
+    assert [row["warning"] is None for row in _rows(tmp_path / "out.jsonl")] == [True, own]
 
 
 def test_the_kind_of_question_and_the_threshold_can_be_given(

@@ -60,6 +60,7 @@ def test_as_json() -> None:
         "expected": 0.5,
         "distribution": [[1.0, 0.5], [0.0, 0.49999]],
         "answer_type": "short",
+        "warning": None,
     }
 
 
@@ -115,5 +116,6 @@ def test_an_answer_s_text_is_short() -> None:
     levels = {i / 100: 0.01 for i in range(100, -1, -1)}
     answer = Answer("Yes. Confidence: 90%", "Yes", 0.9, 0.87, levels, "yes_no")
     assert repr(answer) == (
-        "Answer(text='Yes. Confidence: 90%', answer='Yes', confidence=0.9, expected=0.87, answer_type='yes_no')"
+        "Answer(text='Yes. Confidence: 90%', answer='Yes', confidence=0.9, expected=0.87, answer_type='yes_no', "
+        "warning=None)"
     )

@@ -19,10 +19,10 @@ from vlm_calibration.app.subject import (
     WHOLE,
     KeyObjectFinder,
     Subject,
+    asked_about,
     choices,
     demo_subject,
     key_object,
-    named_in,
     uploaded_subject,
 )
 from vlm_calibration.app.widgets import (
@@ -30,10 +30,12 @@ from vlm_calibration.app.widgets import (
     kind_choice,
     marker,
     object_choice,
+    question_choice,
     scene_strip,
     upload_errors,
 )
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.demo.questions import FORMS, known_question, question_about
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
@@ -66,13 +68,14 @@ class PageHandlers:
         self.report = report
 
     def begin(self, subject: Subject) -> list[Any]:
-        """New values of subject, picture to paint on, question, key object and strength."""
+        """New values of subject, picture to paint on, question, key object, strength and the closed solution."""
         options = choices(subject, self.finder)
         default = options[0] if subject.objects else WHOLE
-        chosen = named_in(subject.question, list(subject.objects)) or default
+        chosen = asked_about(subject, subject.question) or default
         picture = gr.HTML(value="", image=view.data_url(subject.image, SIDE))
         question = subject.question or gr.skip()
-        return [subject, picture, question, gr.Dropdown(choices=options, value=chosen), 0]
+        solution = gr.Accordion(open=False, visible=bool(subject.corners))
+        return [subject, picture, question, gr.Dropdown(choices=options, value=chosen), 0, solution]
 
     def begin_scene(self, event: gr.EventData) -> list[Any]:
         """As `begin` for a scene of the demo; also clears the error message."""
@@ -83,13 +86,30 @@ class PageHandlers:
         try:
             return [*self.begin(uploaded_subject(path)), ""]
         except DataError as error:
-            return [*[gr.skip()] * 5, view.notice(str(error), "problem")]
+            return [*[gr.skip()] * 6, view.notice(str(error), "problem")]
         finally:
             Path(path).unlink(missing_ok=True)
 
     def name_object(self, subject: Subject, question: str) -> Any:
-        """Select the key object that a question names, if it names one."""
-        return named_in(question, list(subject.objects)) or gr.skip()
+        """Select the key object that a question is about, if that is known."""
+        return asked_about(subject, question) or gr.skip()
+
+    def compose(self, subject: Subject, form: str | None, word: str) -> list[Any]:
+        """Question and key object of a chosen form and word; a form that does not take the word gets its first one."""
+        form = form or next(form for form, words in FORMS.items() if word in words)
+        question = question_about(form, word if word in FORMS[form] else FORMS[form][0])
+        return [question, self.name_object(subject, question)]
+
+    def recognise(self, question: str) -> list[Any]:
+        """Select form and word of a question; no form if the demo model does not know the question."""
+        known = known_question(question)
+        if known is None:
+            return [None, gr.skip()]
+        return [known.form, gr.Dropdown(choices=list(FORMS[known.form]), value=known.word)]
+
+    def solve(self, subject: Subject, question: str) -> str:
+        """Show the right answer."""
+        return view.solution(question, subject.corners)
 
     def _samples(
         self,
@@ -120,7 +140,9 @@ class PageHandlers:
     def answer(
         self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
     ) -> str:
-        """Show each system's answer."""
+        """Show each system's answer, or what the demo model does not know in the question."""
+        if unknown := self.model.unknown_part(question):
+            return view.notice(view.sentence(unknown), "problem")
         try:
             samples = self._samples(subject, choice, marks, question, kind, [percent / 100])
             by_system = self.model.answers(samples, self.model.systems)
@@ -138,6 +160,8 @@ class PageHandlers:
         self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
     ) -> tuple[Any, str]:
         """Each system's answers at all strengths of a kind, as data for `mark` and as a figure."""
+        if self.model.unknown_part(question):
+            return None, view.notice("There is no answer to draw.")
         strengths = LinearLevels().strengths()
         try:
             samples = self._samples(subject, choice, marks, question, kind, strengths)
@@ -177,9 +201,9 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
             "<h1>How sure is it?</h1><p>Perturb the object that a question is about, and see which model's confidence "
             f"falls.</p><p>Model: <code>{escape(_short_name(handlers.model.name))}</code></p>"
         )
-        with gr.Tab("Ask"):
+        with gr.Tab("Ask", elem_id="ask-tab"):
             _ask_tab(page, handlers)
-        with gr.Tab("Report") as tab:
+        with gr.Tab("Report", elem_id="report-tab") as tab:
             report = gr.HTML()
         tab.select(handlers.show_report, None, report, **QUIET)
     return page
@@ -214,21 +238,28 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                     100,
                     0,
                     step=5,
-                    label="Strength of the perturbation on the key object (%)",
+                    label="Strength on the key object (%)",
                     elem_id="strength",
                     min_width=220,
                     scale=3,
                 )
             choice = object_choice()
+            if handlers.model.is_demo:
+                with gr.Accordion("What the demo model knows", open=False, elem_id="known"):
+                    gr.HTML(view.known_to_demo())
+                with gr.Row():
+                    form, word = question_choice()
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
             answers = gr.HTML(elem_id="answers")
+            with gr.Accordion("The right answer", open=False, elem_id="solution") as solution:
+                solved = gr.HTML()
             gr.HTML("<h2>Confidence at every strength</h2>")
             curve = gr.HTML(elem_id="curve")
 
     inputs = [subject, choice, picture, question, kind, strength]
-    begun = [subject, picture, question, choice, strength]
+    begun = [subject, picture, question, choice, strength, solution]
 
     def update(event: Any) -> None:
         """Update image, answers and curve after an event."""
@@ -248,6 +279,14 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     update(upload.upload(handlers.begin_upload, upload, [*begun, problem], **QUIET))
     update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: "", None, problem, **QUIET))
     update(picture.input(lambda: DRAWN, None, choice, **LATEST))
+    if handlers.model.is_demo:
+        question.change(handlers.recognise, question, [form, word], **LATEST)
+        composed = gr.on(
+            [form.input, word.input], handlers.compose, [subject, form, word], [question, choice], **LATEST
+        )
+        update(composed.then(lambda: "", None, problem, **QUIET))
+    question.change(lambda: gr.Accordion(open=False), None, solution, **LATEST)
+    solution.expand(handlers.solve, [subject, question], solved, **QUIET)
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
     strength.input(handlers.see, inputs, seen, **LATEST, **PICTURE)
     strength.input(handlers.answer, inputs, answers, **LATEST, **ANSWERS)

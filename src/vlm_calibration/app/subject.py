@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.demo.questions import right_answer, scene_queries, scene_seed
+from vlm_calibration.demo.scenes import CORNERS, render_scene
 from vlm_calibration.inference.pixels import pixels_of
 from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
 from vlm_calibration.records import DataError, Query
@@ -40,12 +40,14 @@ class Subject:
     Attributes:
         image: uint8 [H, W, 3].
         objects: name -> mask, bool [H, W].
+        corners: name -> corner of each object of a scene of the demo.
         question: a first question about it.
         detected: question -> mask that a detector found for it, None if it found nothing.
     """
 
     image: np.ndarray
     objects: Mapping[str, np.ndarray] = field(default_factory=dict)
+    corners: Mapping[str, str] = field(default_factory=dict)
     question: str = ""
     detected: dict[str, np.ndarray | None] = field(default_factory=dict)
 
@@ -54,7 +56,8 @@ def demo_subject(index: int) -> Subject:
     """A scene of the demo's development split, with exact masks of its objects."""
     scene = render_scene(scene_seed("development", index))
     objects = {o.name: o.mask for o in scene.objects if o.mask.any()}
-    return Subject(scene.image, objects, scene_queries("development", index)[0].question)
+    corners = {o.name: CORNERS[o.corner] for o in scene.objects}
+    return Subject(scene.image, objects, corners, scene_queries("development", index)[0].question)
 
 
 def uploaded_subject(path: str | Path) -> Subject:
@@ -74,6 +77,12 @@ def uploaded_subject(path: str | Path) -> Subject:
 def named_in(question: str, names: Sequence[str]) -> str | None:
     """The first of some names that occurs in the question as a word."""
     return next((n for n in names if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE)), None)
+
+
+def asked_about(subject: Subject, question: str) -> str | None:
+    """The known object that a question names, or that is in the corner that it names."""
+    answer = right_answer(question, subject.corners)
+    return answer if answer in subject.objects else named_in(question, list(subject.objects))
 
 
 def painted(marks: str, shape: Sequence[int]) -> np.ndarray | None:

@@ -14,6 +14,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from vlm_calibration.demo.questions import FORMS, known_question, right_answer, shown_form
+from vlm_calibration.demo.scenes import CLASSES, CORNERS
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import BASE, CALIBRATED
 from vlm_calibration.metrics.figures import BLUE, ORANGE
@@ -40,6 +42,38 @@ def notice(text: str, kind: str = "hint") -> str:
     return f'<p class="notice {escape(kind)}"{role}>{escape(text)}</p>'
 
 
+def sentence(text: str) -> str:
+    """A message as a sentence of the page: with a capital and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?")) else ".")
+
+
+def known_to_demo() -> str:
+    """What the demo model was trained on, as a list."""
+    rows = {
+        "Objects": ", ".join(CLASSES),
+        "Positions": ", ".join(CORNERS),
+        "Questions": " ".join(map(shown_form, FORMS)),
+    }
+    items = "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows.items())
+    return (
+        f'<dl class="known">{items}</dl><p>It was trained on drawn scenes: photographs are foreign to it.</p>'
+    )
+
+
+def solution(question: str, corners: Mapping[str, str]) -> str:
+    """The right answer to a question about a scene of the demo, and what the scene shows.
+
+    Args:
+        question: the question.
+        corners: name -> corner of each object of the scene.
+    """
+    answer = right_answer(question, corners)
+    if answer is None:
+        answer = "Nothing is there" if known_question(question) else "Known for the demo's questions only"
+    shown = ", ".join(f"{name} ({corner})" for name, corner in corners.items())
+    return f'<p class="solution"><strong>{escape(answer)}.</strong> The scene shows: {escape(shown)}.</p>'
+
+
 def data_url(image: np.ndarray, side: int = PREVIEW_SIDE) -> str:
     """Encode an image, uint8 [H, W, 3], as a data URL, shrunk to a longer side of at most `side` pixels."""
     thumbnail = Image.fromarray(image)
@@ -62,7 +96,7 @@ def answer_panel(system: str, answer: Answer) -> str:
     """One system's answer: text, stated and expected confidence as bars, and the distribution."""
     return (
         f'<section class="said {escape(system)}" style="--own: {COLOURS[system]}">'
-        f"<h3>{TITLES[system]}</h3>"
+        f"<h2>{TITLES[system]}</h2>"
         f'<p class="answer">{escape(answer.answer) or "<i>no answer</i>"}</p>'
         f"{_bar('stated', answer.confidence)}{_bar('expected', answer.expected)}"
         f"{_distribution(answer)}</section>"
@@ -125,7 +159,7 @@ def response_curve(
     )
     return (
         f'<figure class="curve"{at}><svg viewBox="0 0 480 250" role="img" aria-label="{escape(_in_words(curves, kind))}">'
-        f'{ticks}{_vertical(now, "now")}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="244">'
+        f'{ticks}{_vertical(now, "now")}{lines}<text class="axis" x="{_LEFT + _WIDTH / 2}" y="246">'
         f"strength of {escape(kind_in_words(kind))} on the key object</text></svg>"
         f"<ul>{legend}<li>Points: stated confidence, hollow where the answer has changed. Lines: expected confidence.</li>"
         "</ul></figure>"
@@ -144,7 +178,7 @@ def _tick(share: float) -> str:
     return (
         f'<line class="grid" x1="{_LEFT}" y1="{_y(share):.1f}" x2="{_LEFT + _WIDTH}" y2="{_y(share):.1f}"/>'
         f'<text class="y" x="{_LEFT - 6}" y="{_y(share) + 4:.1f}">{share:.0%}</text>'
-        f'<text class="x" x="{_x(share):.1f}" y="{_TOP + _HEIGHT + 18}">{share:.0%}</text>'
+        f'<text class="x" x="{_x(share):.1f}" y="{_TOP + _HEIGHT + 24}">{share:.0%}</text>'
     )
 
 

@@ -11,6 +11,8 @@ import gradio as gr
 
 from vlm_calibration.app import view
 from vlm_calibration.app.subject import Subject
+from vlm_calibration.demo.questions import FORMS, shown_form
+from vlm_calibration.demo.scenes import CLASSES
 
 SIDE = 480
 """Pixels of the longer side of the picture to paint on."""
@@ -76,6 +78,17 @@ def kind_choice(kinds: Sequence[str]) -> gr.Dropdown:
     """The dropdown of kinds of perturbation, the first one chosen."""
     named = [(view.kind_in_words(kind, capital=True), kind) for kind in kinds]
     return gr.Dropdown(named, value=kinds[0], label="Perturbation", elem_id="kind", min_width=140, scale=2)
+
+
+def question_choice() -> tuple[gr.Dropdown, gr.Dropdown]:
+    """The dropdowns of the question forms that the demo model knows, and of the words that complete them."""
+    forms = [(shown_form(form), form) for form in FORMS]
+    return (
+        gr.Dropdown(forms, value=None, label="Form of question", elem_id="form", min_width=240, scale=3),
+        gr.Dropdown(
+            list(CLASSES), value=None, label="Object or position", elem_id="word", min_width=140, scale=2
+        ),
+    )
 
 
 def marker() -> gr.HTML:

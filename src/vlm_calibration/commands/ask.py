@@ -153,6 +153,8 @@ def _ask_one(
 ) -> None:
     model = load_model(options)
     answer = model.ask(image, question, answer_type)
+    if answer.warning is not None:
+        print(f"warning: {answer.warning}", file=sys.stderr)
     if json:
         row = {"image": image, "question": question, **_row(answer, threshold), "model": model.name}
         print(dumps(row, ensure_ascii=False))
@@ -208,7 +210,7 @@ def _ask_many(
     below = threshold if threshold is None or isinstance(threshold, float) else threshold.value
     with closing(AnswerFile(out, {"model": model.name, "review_below": below})) as answers:
         before = len(answers.done)
-        skipped = _answer_all(many, questions, model, answers, total, threshold)
+        skipped, warnings = _answer_all(many, questions, model, answers, total, threshold)
         counts = {
             "questions": total,
             "answered_now": len(answers.done) - before,
@@ -218,6 +220,8 @@ def _ask_many(
         }
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
+    if warnings:
+        print(f"warning: {warnings[0]} (in all {len(warnings)} such answers)", file=sys.stderr)
     if json:
         print(dumps({**counts, "out": str(out)}, ensure_ascii=False))
     else:
@@ -235,13 +239,18 @@ def _answer_all(
     answers: AnswerFile,
     total: int,
     threshold: float | Threshold | None,
-) -> list[str]:
-    """Answer all questions without an answer in the file; returns a message for each question that is left out."""
+) -> tuple[list[str], list[str]]:
+    """Answer all questions without an answer in the file.
+
+    Returns:
+        A message for each question that is left out, and the warnings about answers.
+    """
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
 
     folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
+    warnings: list[str] = []
     pending = answers.pending(read_questions(questions))
     done = min(total, len(answers.done))
     with ProgressLine("ask", total, "questions", done=done) as line:
@@ -251,12 +260,17 @@ def _answer_all(
             if samples:
                 system = model.systems[-1]
                 batch_answers = model.answers([sample for _, sample in samples], [system])[system]
+                warnings += [
+                    f"{q.where}: {a.warning}"
+                    for (q, _), a in zip(samples, batch_answers, strict=True)
+                    if a.warning
+                ]
                 answers.add(
                     [(q, _row(a, threshold)) for (q, _), a in zip(samples, batch_answers, strict=True)]
                 )
             done += len(batch)
             line.update(done)
-    return skipped
+    return skipped, warnings
 
 
 def _sample(

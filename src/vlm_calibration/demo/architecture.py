@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, with_article
+from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, question_about
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, SCENE_SIZE
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -48,10 +48,10 @@ def _sentences() -> Iterator[str]:
     prompt = ElicitationPrompt()
     for name in CLASSES:
         for form in EXISTENCE_FORMS:
-            yield prompt.render(form.format(article=with_article(name).split()[0], name=name))
+            yield prompt.render(question_about(form, name))
     for corner in CORNERS:
         for form in POSITION_FORMS:
-            yield prompt.render(form.format(corner=corner))
+            yield prompt.render(question_about(form, corner))
     for percent in range(101):
         for answer in ("Yes", "No", *CLASSES):
             yield render_response(answer, percent / 100)

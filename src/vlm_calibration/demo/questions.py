@@ -1,5 +1,6 @@
 """Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer).
 
+The forms, classes and corners are all that the demo model was trained on; `unknown_part` says what a question has beside them.
 The absent object of a "no" question is sampled as in POPE (arXiv 2305.10355): uniformly, by class frequency, or by
 co-occurrence with the objects in the scene; where the scene has a look-alike, it is what that resembles. Queries are a pure
 function of (split, scene index, kind of scene).
@@ -7,11 +8,15 @@ function of (split, scene index, kind of scene).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, THEMES, class_weights, scene_layout
+from vlm_calibration.files import name_some
 from vlm_calibration.records import Query
 
 SPLITS = ("train", "calibration", "development", "test")
@@ -28,6 +33,11 @@ POSITION_FORMS = (
     "Which object is at the {corner} of the image?",
     "What do you see at the {corner}?",
 )
+FORMS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(EXISTENCE_FORMS, CLASSES),
+    **dict.fromkeys(POSITION_FORMS, CORNERS),
+}
+"""Form of question -> the words that complete it."""
 
 
 def scene_seed(split: str, index: int) -> tuple[int, int]:
@@ -43,6 +53,94 @@ def scene_seed(split: str, index: int) -> tuple[int, int]:
 
 def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def question_about(form: str, word: str) -> str:
+    """The question of one of `FORMS` about a class or a corner."""
+    return form.format(article=with_article(word).split()[0], name=word, corner=word)
+
+
+class KnownQuestion(NamedTuple):
+    """A question that the demo model was trained on.
+
+    Attributes:
+        form: one of `FORMS`.
+        word: the class or corner that it is about.
+    """
+
+    form: str
+    word: str
+
+
+@lru_cache(maxsize=1)
+def _known_questions() -> dict[str, KnownQuestion]:
+    return {
+        _normalized(question_about(form, word)): KnownQuestion(form, word)
+        for form, words in FORMS.items()
+        for word in words
+    }
+
+
+def _normalized(question: str) -> str:
+    """Without capitals, repeated spaces and the question mark, which do not change the demo model's answers."""
+    return " ".join(question.lower().split()).rstrip("? ")
+
+
+def known_question(question: str) -> KnownQuestion | None:
+    """Form and word of a question; None if the demo model was not trained on it."""
+    return _known_questions().get(_normalized(question))
+
+
+def unknown_part(question: str) -> str | None:
+    """What the demo model does not know in a question: words, or else its form; None if it knows the question.
+
+    >>> unknown_part("Is there a dog in the image?")
+    >>> unknown_part("Is there a zebra in the image?").partition(";")[0]
+    "the demo model does not know the word 'zebra'"
+    >>> unknown_part("Where is the dog?").partition(";")[0]
+    "the demo model does not know the word 'where'"
+    >>> unknown_part("Is there a dog?").partition(";")[2]
+    ' it knows "Is there a dog in the image?", "Do you see a dog?", "Can you see a dog in this picture?"'
+    """
+    known = _known_questions()
+    if _normalized(question) in known:
+        return None
+    vocabulary = {word for text in known for word in text.split()}
+    words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", question.lower()))
+    if unknown := [word for word in words if word not in vocabulary]:
+        noun = "word" if len(unknown) == 1 else "words"
+        return (
+            f"the demo model does not know the {noun} {name_some(unknown, len(unknown))}; "
+            f"it knows the objects {', '.join(CLASSES)}, the positions {', '.join(CORNERS)}, "
+            f"and the questions {_quoted(map(shown_form, FORMS))}"
+        )
+    named = [word for word in (*CLASSES, *CORNERS) if re.search(rf"\b{word}\b", question.lower())]
+    forms = [question_about(form, named[0]) for form, about in FORMS.items() if named and named[0] in about]
+    return f"the demo model does not know this form of question; it knows {_quoted(forms or map(shown_form, FORMS))}"
+
+
+def shown_form(form: str) -> str:
+    """A form of question for readers, with "..." for its word."""
+    return form.format(article="a", name="...", corner="...")
+
+
+def _quoted(questions: Iterable[str]) -> str:
+    return ", ".join(f'"{question}"' for question in questions)
+
+
+def right_answer(question: str, objects: Mapping[str, str]) -> str | None:
+    """The right answer to a question about a scene; None if it has none, or is not one of the demo's.
+
+    Args:
+        question: the question.
+        objects: class -> corner of each object of the scene.
+    """
+    known = known_question(question)
+    if known is None:
+        return None
+    if known.form in EXISTENCE_FORMS:
+        return "Yes" if known.word in objects else "No"
+    return next((name for name, corner in objects.items() if corner == known.word), None)
 
 
 @lru_cache(maxsize=1)
@@ -80,28 +178,21 @@ def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
     present = names[int(rng.integers(len(names)))]
     absent = look_alike.resembles if look_alike else absent_class(rng, names, negative)
     asked = int(rng.integers(len(names)))
+    corner = CORNERS[corners[asked]]
+    # suffix, forms, word of the question, answer, key object, category
     rows = (
-        ("yes", EXISTENCE_FORMS, {"name": present}, "Yes", present, "existence"),
-        ("no", EXISTENCE_FORMS, {"name": absent}, "No", absent, "existence"),
-        (
-            "corner",
-            POSITION_FORMS,
-            {"corner": CORNERS[corners[asked]]},
-            names[asked],
-            names[asked],
-            "position",
-        ),
+        ("yes", EXISTENCE_FORMS, present, "Yes", present, "existence"),
+        ("no", EXISTENCE_FORMS, absent, "No", absent, "existence"),
+        ("corner", POSITION_FORMS, corner, names[asked], names[asked], "position"),
     )
     queries = []
-    for suffix, forms, values, answer, key_object, category in rows:
+    for suffix, forms, word, answer, key_object, category in rows:
         form = forms[int(rng.integers(len(forms)))]
-        if "name" in values:
-            values["article"] = with_article(values["name"]).split()[0]
         queries.append(
             Query(
                 id=f"{image}-{suffix}",
                 image=image,
-                question=form.format(**values),
+                question=question_about(form, word),
                 answer=answer,
                 answer_type="short" if category == "position" else "yes_no",
                 objects=(key_object,),

@@ -34,8 +34,8 @@ from vlm_calibration.demo.questions import (
     NEGATIVES,
     POSITION_FORMS,
     absent_class,
+    question_about,
     scene_seed,
-    with_article,
 )
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
@@ -196,7 +196,7 @@ class QuestionPacker:
         if kind % 8 >= 5:
             corner = CORNERS[target.corner]
             text, answer, decisive = (
-                POSITION_FORMS[form].format(corner=corner),
+                question_about(POSITION_FORMS[form], corner),
                 target.name,
                 corner.split()[1],
             )
@@ -204,7 +204,7 @@ class QuestionPacker:
             present = bool(rng.integers(2))
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
             name = target.name if present else absent_class(rng, scene.names, negative)
-            text = EXISTENCE_FORMS[form].format(article=with_article(name).split()[0], name=name)
+            text = question_about(EXISTENCE_FORMS[form], name)
             answer, decisive = "Yes" if present else "No", name
         confidence = float(rng.choice(CONFIDENCES, p=CONFIDENCE_SHARES[form]))
         return self.prompt.render(text), render_response(answer, confidence), decisive

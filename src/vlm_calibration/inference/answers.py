@@ -56,6 +56,8 @@ class Answer:
             answer. Greedy decoding states the most probable one.
         distribution: confidence -> probability that the model states it, highest confidence first; sums to 1.
         answer_type: the kind of question that the model was asked.
+        warning: why answer and confidence mean nothing: what the model does not know in the question. None if it knows the
+            question, and for any model but the demo's, since what others know is not known.
     """
 
     text: str
@@ -64,6 +66,7 @@ class Answer:
     expected: float | None
     distribution: Mapping[float, float] = field(hash=False, repr=False)
     answer_type: AnswerType
+    warning: str | None = None
 
     def confidence_of(self, estimator: str) -> float | None:
         """The stated confidence ("verbalized") or the expected one ("expected").
@@ -104,6 +107,7 @@ class Answer:
             "expected": self.expected,
             "distribution": [[level, round(p, 6)] for level, p in self.distribution.items() if p >= 1e-3],
             "answer_type": self.answer_type,
+            "warning": self.warning,
         }
 
 

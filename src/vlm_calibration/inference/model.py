@@ -21,6 +21,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
+from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -102,6 +103,7 @@ def load_calibrated(
         levels or EVERY_PERCENT,
         max_new_tokens or card.max_new_tokens,
         name=_name(model, folder),
+        is_demo=_is_demo_model(model.name_or_path),
     )
 
 
@@ -141,6 +143,10 @@ def _locate_demo_model(name: str) -> str:
     return str(DEMO_MODEL) if is_demo and not Path(name).exists() else name
 
 
+def _is_demo_model(name: str) -> bool:
+    return Path(name).is_dir() and Path(name).samefile(DEMO_MODEL)
+
+
 def _card_folder(model: BaseModel) -> Path:
     """The folder with the card of a merged model: its own folder, or the cache of a model on the Hub."""
     if not is_hub_name(model.name_or_path):
@@ -163,11 +169,18 @@ class CalibratedModel:
         levels: the confidences that `Answer.distribution` ranges over.
         max_new_tokens: length limit of an answer.
         name: name for messages.
+        is_demo: whether the base model is the demo's, of which it is known what it knows.
         systems: "base", and "calibrated" if there is an adapter.
     """
 
     def __init__(
-        self, model: Any, chat: ChatFormat, levels: ConfidenceLevels, max_new_tokens: int, name: str = "model"
+        self,
+        model: Any,
+        chat: ChatFormat,
+        levels: ConfidenceLevels,
+        max_new_tokens: int,
+        name: str = "model",
+        is_demo: bool = False,
     ) -> None:
         self.model = model
         self.chat = chat
@@ -175,6 +188,7 @@ class CalibratedModel:
         self._answer_tokenizer = AnswerTokenizer(chat, [levels])
         self.max_new_tokens = max_new_tokens
         self.name = name
+        self.is_demo = is_demo
         self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
         self.noise = NoisePolicy(resolution=_resolution(chat.processor))
         self._one_at_a_time = threading.Lock()
@@ -254,6 +268,10 @@ class CalibratedModel:
             query, loaded, noise, self.chat.processor.image_processor, epoch=0, perturbation=perturbation
         )
 
+    def unknown_part(self, question: str) -> str | None:
+        """What the demo model does not know in a question; None if it knows it, and for any other model."""
+        return unknown_part(question) if self.is_demo else None
+
     def seen(self, sample: Sample) -> np.ndarray:
         """The sample's image at the model's input resolution, uint8 [H, W, 3]."""
         return resize_to_model(self.chat.processor.image_processor, sample.image)
@@ -304,6 +322,7 @@ class CalibratedModel:
                     expected=mean,
                     distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
                     answer_type=prediction.answer_type,
+                    warning=self.unknown_part(prediction.question),
                 )
             )
         return answers
