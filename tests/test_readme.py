@@ -1,5 +1,4 @@
-"""The claims of the README and of the pages of folders: every command runs here, with settings that shorten it, or is listed with the
-test that runs it.
+"""The claims of the README and of the pages of folders: every command runs here, or is listed with the test that runs it.
 
 A command in neither table fails. Commands run in a folder with the files that the README assumes; the demo's model and tiny ones
 replace models of the Hub. Also checks that the pages of folders name existing files.
