@@ -4,7 +4,8 @@ An adapter answers scenes that nothing else uses, once. Each stream then draws a
 replacement, whole scenes of three questions, either all answers in random order or scene by scene. There are two references, of the
 size of the demo's calibration set: its mix of easy, hard and perturbed scenes, and easy scenes alone. Streams of the reference's own
 kind give false alarms, which should be at most 5% in random order; answers about one scene are not independent, so that in the order
-of scenes nothing is guaranteed. For the other streams the table has how many alarm within their length, and after how many answers.
+of scenes nothing is guaranteed. For the other streams the table has how many alarm before their scenes are used up, and after how many
+answers.
 """
 
 from __future__ import annotations
@@ -26,17 +27,15 @@ from vlm_calibration.metrics.drift import detect_drift
 ERROR = 0.05
 REFERENCE = 183
 """Scenes of the demo's calibration set."""
-LENGTH = 200
-"""Scenes of a stream, three answers each."""
 PARTS = {
-    "clean": {"scenes": 550, "first": 30000},
-    "natural": {"scenes": 354, "first": 31000, "hard": 1.0},
-    "perturbed": {"scenes": 350, "first": 32000, "hard": 0.3},
-    "shifted": {"scenes": 1100, "first": 33000, "shifted": True},
-    "foreign": {"scenes": 220, "first": 35000, "hand": "line"},
+    "clean": {"scenes": 250, "first": 30000},
+    "natural": {"scenes": 126, "first": 31000, "hard": 1.0},
+    "perturbed": {"scenes": 150, "first": 32000, "hard": 0.3},
+    "shifted": {"scenes": 400, "first": 33000, "shifted": True},
+    "foreign": {"scenes": 80, "first": 35000, "hand": "line"},
 }
 """Part of the test set of `configs/eval/demo.yaml` -> scenes of the calibration split in its place."""
-EASY_OF_MIX, HARD_OF_MIX = 350, 154
+EASY_OF_MIX, HARD_OF_MIX = 150, 66
 """Easy and hard scenes in the mix, in proportion to `data.calibration` of that file. The others are for streams against the mix."""
 SOURCE = "vlm_calibration.demo.source.DemoSource"
 
@@ -58,6 +57,7 @@ def answer(adapter: Path, out: Path) -> Path:
         "adapters": json.dumps({"adapter": str(adapter)}),
         "estimators": "[]",
         "probes": "[]",
+        "with_base": "false",
         "oracle_levels": "null",
     }
     arguments = [a for name, value in settings.items() for a in (f"--model.init_args.{name}", value)]
@@ -76,14 +76,13 @@ def pools_of(path: Path) -> dict[str, Pool]:
     return {name: np.array(list(by_scene.values())) for name, by_scene in scenes.items()}
 
 
-def delays(reference: Pool, new: Pool | None, streams: int, length: int, *, by_scene: bool) -> list[float]:
+def delays(reference: Pool, new: Pool | None, streams: int, *, by_scene: bool) -> list[float]:
     """The answer at which each stream gives an alarm, infinite if it gives none.
 
     Args:
         reference: scenes to draw the reference from.
-        new: scenes to draw the stream from; None: the rest of the reference's.
+        new: the scenes of the stream, in random order; None: those that the reference leaves.
         streams: number of streams.
-        length: of each in scenes.
         by_scene: keep the answers about a scene together.
     """
     alarms = []
@@ -91,7 +90,7 @@ def delays(reference: Pool, new: Pool | None, streams: int, length: int, *, by_s
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(reference))
         drawn = rng.permutation(new) if new is not None else reference[order[REFERENCE:]]
-        stream = drawn[:length].reshape(-1)
+        stream = drawn.reshape(-1)
         stream = stream if by_scene else rng.permutation(stream)
         alarm = detect_drift(reference[order[:REFERENCE]].reshape(-1), stream, ERROR, seed).alarm
         alarms.append(math.inf if alarm is None else float(alarm))
@@ -127,12 +126,12 @@ def table(pools: Mapping[str, Pool], streams: int) -> list[str]:
     ]
     for by_scene in (False, True):
         how = "scene by scene" if by_scene else "random order"
-        fresh = [delays(pool, None, streams, LENGTH, by_scene=by_scene) for pool in own.values()]
+        fresh = [delays(pool, None, streams, by_scene=by_scene) for pool in own.values()]
         lines.append(row(f"of the reference's kind, {how}", mix, fresh))
     for name, pool in new.items():
         # Easy scenes against easy scenes are the first row.
         measured = [
-            delays(reference, None if name == kind else pool, streams, LENGTH, by_scene=False)
+            delays(reference, None if name == kind else pool, streams, by_scene=False)
             for kind, reference in own.items()
         ]
         lines.append(row(name, pool, measured))
