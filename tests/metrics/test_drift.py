@@ -54,7 +54,9 @@ def test_the_wealth_is_that_of_a_naive_loop(kind: str) -> None:
     rng = np.random.default_rng(3)
     # More than one chunk of answers.
     reference, new = (
-        (draw(rng, 40), draw(rng, 600, LOWER)) if kind == "stated" else (rng.random(40), rng.random(600) ** 2)
+        (draw(rng, 200), draw(rng, 600, LOWER))
+        if kind == "stated"
+        else (rng.random(200), rng.random(600) ** 1.5)
     )
     u = np.random.default_rng(7).random(len(new))
     drift = detect_drift(reference, new, ERROR, seed=7)

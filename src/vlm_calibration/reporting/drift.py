@@ -134,15 +134,16 @@ def drift_table(groups: Sequence[GroupDrift], certainty: float) -> Table:
         title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         caption_justify="left",
         caption=(
-            f"Drift: the wealth reached {1 / groups[0].error:.4g}. Without drift, this happens in any of the\n"
-            f"{len(groups)} rows with a probability of at most {1 - certainty:.3g}, however often one looks.\n"
+            f"Drift: the wealth, here at its highest, reached {1 / groups[0].error:.4g}. Without drift, this happens\n"
+            f"anywhere with a probability of at most {1 - certainty:.3g}, however often one looks.\n"
             "The p-value is for a file that is looked at once."
         ),
     )
     table.add_column("answers", overflow="fold")
-    for heading in ("reference", "new", "p-value", "highest wealth"):
+    for heading in ("reference", "new", "p-value", "wealth"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for group in groups:
