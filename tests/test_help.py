@@ -52,6 +52,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "score amber": ("--annotations", "--only"),
     "score jsonl": ("answers", "--labels"),
     "runs": ("folder", "--json"),
+    "monitor": ("--reference", "--certainty", "--by"),
     "report": ("--calibration", "--replicates", "--no-images"),
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),

@@ -173,6 +173,7 @@ _TYPES = {
     "str": "a text",
     "PositiveInt": "a whole number of at least 1",
     "ClosedUnitInterval": "a number in [0, 1]",
+    "OpenUnitInterval": "a number in (0, 1)",
 }
 
 

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "estimators": "Cost of confidence estimators",
     "preference": "Training steps, against TRL's",
     "intervals": "Coverage of 95% intervals",
+    "drift": "Drift of the demo's questions (needs an adapter of the demo)",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",
 }
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")

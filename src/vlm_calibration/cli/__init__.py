@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "the runs in a folder: stage, state, key figures, how to go on",
     ),
     "report": ("vlm_calibration.commands.report:report", "a page on whether confidence can be trusted"),
+    "monitor": (
+        "vlm_calibration.commands.monitor:monitor",
+        "are the confidences of new, ungraded answers still those of an evaluation?",
+    ),
     "app": ("vlm_calibration.commands.app:app", "a web page to try the models in, on this machine"),
     "ask": ("vlm_calibration.commands.ask:ask", "one question about an image, or many from a file"),
     "export": ("vlm_calibration.commands.export:export", "an adapter with its card, or merged into its base"),
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 130 or 143 if the run was stopped, 141 if nobody
+        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 3 for drift (`monitor`), 130 or 143 if the run was stopped, 141 if nobody
             reads its output any more.
     """
     args = list(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,260 @@
+"""`vlm-calibration monitor`: what it compares and writes, its exit statuses and its errors. Most tests call `main`; two start a process."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.cli import main
+from vlm_calibration.commands.questions import AnswerFile, Question
+from vlm_calibration.metrics.drift import detect_drift, two_sample_p_value
+
+from ..command_line import run_plainly
+from ..wandb_log import read_run
+
+LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, None)
+LOW = (0.3, 0.5, 0.5, 0.7)
+Rows = list[dict[str, Any]]
+
+
+def answers(n: int, seed: int, levels: Sequence[float | None] = LEVELS, category: str | None = None) -> Rows:
+    rng = random.Random(seed)
+    return [
+        {
+            "id": f"{seed}-{i}",
+            "question": "Is there a dog?",
+            "answer": "Yes",
+            "text": "Yes",
+            "predicted": "yes",
+            "confidence": rng.choice(levels),
+            "correct": True,
+            "category": category or rng.choice(["easy/existence", "hard/existence"]),
+            "noise_step": None,
+            "answer_type": "yes_no",
+            "expected": rng.random(),
+        }
+        for i in range(n)
+    ]
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """Two systems; "sft" has a calibration set, which states other confidences than its answers to the test set."""
+    folder = tmp_path / "eval"
+    write(folder / "base" / "predictions.jsonl", answers(300, 1))
+    write(folder / "sft" / "predictions.jsonl", answers(300, 2, LOW))
+    write(folder / "sft" / "calibration.jsonl", answers(300, 3))
+    return folder
+
+
+@pytest.fixture
+def monitored(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Runs the command; returns its status and the object that it prints."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        status = main(["monitor", *map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return status, json.loads(out)
+
+    return run
+
+
+def confidences(rows: Rows, key: str = "confidence") -> np.ndarray:
+    return np.array([math.nan if row[key] is None else row[key] for row in rows])
+
+
+def test_answers_of_the_same_kind(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
+    new = answers(400, 4)
+    path = write(tmp_path / "new.jsonl", [{"confidence": row["confidence"]} for row in new])
+    status, result = monitored("--reference", evaluation, "--system", "sft", "--new", path)
+    reference, stream = confidences(answers(300, 3)), confidences(new)
+    drift = detect_drift(reference, stream, 0.05)
+    assert (status, result["drift"], result["groups"]) == (0, False, {})
+    overall = result["overall"]
+    assert overall == {
+        "reference_n": 300,
+        "new_n": 400,
+        "reference_mean_confidence": pytest.approx(np.nanmean(reference)),
+        "new_mean_confidence": pytest.approx(np.nanmean(stream)),
+        "reference_unparsed": int(np.isnan(reference).sum()),
+        "new_unparsed": int(np.isnan(stream).sum()),
+        "p_value": two_sample_p_value(reference, stream),
+        "log10_wealth": pytest.approx(drift.log_wealth[-1] / math.log(10)),
+        "log10_highest_wealth": pytest.approx(drift.log_wealth.max() / math.log(10)),
+        "log10_alarm_line": pytest.approx(math.log10(20)),
+        "drift_since": None,
+    }
+    written = tmp_path / "new-monitor"
+    assert sorted(p.name for p in written.iterdir()) == ["monitor.json", "monitor.png"]
+    assert json.loads((written / "monitor.json").read_text()) == result
+    with Image.open(written / "monitor.png") as image:
+        assert image.size == (800, 900)
+
+
+def test_a_drift_of_one_category_ends_with_status_3(
+    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+) -> None:
+    hard = answers(300, 6, LOW, "hard/existence")
+    rows = [row for pair in zip(answers(300, 5, category="easy"), hard, strict=True) for row in pair]
+    rows += answers(10, 7, category="foreign")
+    path = write(tmp_path / "new.jsonl", rows)
+    command = (
+        "--reference",
+        evaluation / "sft",
+        "--new",
+        path,
+        "--by",
+        "category",
+        "--out",
+        tmp_path / "out",
+    )
+    status, result = monitored(*command)
+    assert (status, result["drift"]) == (3, True)
+    assert list(result["groups"]) == ["easy", "existence", "hard"]
+    assert result["without_reference"] == ["foreign"]
+    assert result["groups"]["easy"]["drift_since"] is None
+    # Four comparisons share the error.
+    reference = confidences([r for r in answers(300, 3) if r["category"].startswith("hard")])
+    alarm = detect_drift(reference, confidences(hard), 0.05 / 4).alarm
+    assert alarm is not None
+    # The answers about hard scenes are every second line.
+    assert result["groups"]["hard"]["drift_since"] == 2 * alarm
+    assert result["groups"]["hard"]["log10_alarm_line"] == pytest.approx(math.log10(80))
+    assert (tmp_path / "out" / "monitor.json").is_file()
+    # A stricter certainty needs more answers.
+    _, stricter = monitored(*command, "--certainty", "0.9999")
+    assert stricter["groups"]["hard"]["drift_since"] > 2 * alarm
+
+
+def test_without_a_calibration_set_the_predictions_are_the_reference(
+    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+) -> None:
+    (evaluation / "sft" / "calibration.jsonl").unlink()
+    path = write(tmp_path / "new.jsonl", answers(300, 4))
+    assert monitored("--reference", evaluation / "sft", "--new", path)[0] == 3
+
+
+def test_another_estimator(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
+    rows = answers(200, 4, LOW)
+    path = write(tmp_path / "new.jsonl", rows)
+    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--estimator", "expected")
+    assert status == 0
+    assert result["overall"]["new_mean_confidence"] == pytest.approx(confidences(rows, "expected").mean())
+
+
+def test_the_answers_of_ask_by_type(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    file = AnswerFile(path, {"model": "m", "review_below": None})
+    for i, row in enumerate(answers(60, 4)):
+        question = Question(str(i), f"q:{i}", "a.png", "Is there a dog?", None)
+        file.add([(question, {"confidence": row["confidence"], "answer_type": "yes_no"})])
+    file.close()
+    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")
+    assert (status, result["overall"]["new_n"]) == (0, 60)
+    assert result["groups"]["yes_no"]["new_n"] == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("levels", "status", "verdict"), [(LEVELS, 0, "no drift"), (LOW, 3, "drift since answer")]
+)
+def test_a_process_prints_a_table(
+    evaluation: Path, root: Path, tmp_path: Path, levels: Sequence[float | None], status: int, verdict: str
+) -> None:
+    write(tmp_path / "new.jsonl", answers(200, 4, levels))
+    command = ["monitor", "--reference", "eval", "--system", "sft", "--new", "new.jsonl", "--by", "category"]
+    ended = run_plainly(command, root, tmp_path)
+    assert (ended.status, ended.err) == (status, "")
+    rows = {line.split()[0]: line for line in ended.out.splitlines() if line.strip()}
+    assert {"overall", "easy", "hard", "existence"} <= set(rows)
+    assert rows["overall"].rstrip().split("  ")[-1].strip().startswith(verdict)
+    assert "wrote new-monitor/monitor.json and monitor.png" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_it_logs_to_w_and_b(evaluation: Path, root: Path, tmp_path: Path) -> None:
+    """Offline without a login, and without a prompt."""
+    write(tmp_path / "new.jsonl", answers(80, 4, LOW))
+    command = ["monitor", "--reference", "eval/sft", "--new", "new.jsonl", "--by", "category", "--json"]
+    ended = run_plainly([*command, "--wandb", "watched"], root, tmp_path)
+    assert ended.status == 3, ended.err
+    result = json.loads(ended.out)
+    run = read_run(tmp_path / "new-monitor")
+    assert {"answer", "log10_wealth", "log10_wealth/easy", "monitor"} <= run.keys
+    assert (run.project, run.name) == ("watched", "new-monitor")
+    last = [row for row in run.history if "log10_wealth" in row][-1]
+    assert last["answer"] == 80
+    assert last["log10_wealth"] == pytest.approx(result["overall"]["log10_wealth"])
+
+
+CONFIDENT = {"confidence": 0.5, "category": "easy"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "named"),
+    [
+        ([CONFIDENT, {"text": "Yes"}], [], ("new.jsonl:2", "'confidence'")),
+        ([{"confidence": 1.5}], [], ("new.jsonl:1", "1.5")),
+        ([{"confidence": True}], [], ("new.jsonl:1", "True")),
+        ([{"confidence": "90%"}], [], ("new.jsonl:1", "'90%'")),
+        ([[0.5]], [], ("new.jsonl:1", "[0.5]")),
+        ([], [], ("new.jsonl",)),
+        ([CONFIDENT, {"confidence": 0.5}], ["--by", "category"], ("new.jsonl:2", "'category'")),
+        ([{"confidence": 0.5, "category": 7}], ["--by", "category"], ("new.jsonl:1", "7")),
+        ([{"confidence": 0.5, "category": "sea"}], ["--by", "category"], ("new.jsonl", "'sea'", "'easy'")),
+        ([CONFIDENT], ["--estimator", "expected"], ("new.jsonl:1", "'expected'")),
+        ([CONFIDENT], ["--estimator", "expcted"], ("--estimator", "expected")),
+        ([CONFIDENT], ["--system", "stf"], ("--system", "did you mean sft")),
+        ([CONFIDENT], ["--system", ""], ("--system", "base, sft")),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    evaluation: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: Any,
+    options: list[str],
+    named: tuple[str, ...],
+) -> None:
+    path = write(tmp_path / "new.jsonl", rows)
+    system = [] if "--system" in options else ["--system", "sft"]
+    assert main(["monitor", "--reference", str(evaluation), "--new", str(path), *system, *options]) == 1
+    [error] = capsys.readouterr().err.splitlines()
+    assert [text for text in named if text not in error] == []
+    assert not (tmp_path / "new-monitor").exists()
+
+
+def test_several_systems_need_a_name(
+    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "new.jsonl", answers(5, 4))
+    assert main(["monitor", "--reference", str(evaluation), "--new", str(path)]) == 1
+    assert "--system, one of base, sft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("certainty", ["1", "0", "most"])
+def test_a_certainty_outside_its_range_is_an_error_in_the_call(
+    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], certainty: str
+) -> None:
+    path = write(tmp_path / "new.jsonl", answers(5, 4))
+    command = ["monitor", "--reference", str(evaluation), "--new", str(path), "--certainty", certainty]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "--certainty" in error
+    assert "a number in (0, 1)" in error
