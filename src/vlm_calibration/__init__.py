@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_calibration.inference.answers import Answer, choose_threshold
+    from vlm_calibration.inference.answers import Answer
     from vlm_calibration.inference.model import load_calibrated
     from vlm_calibration.steps import (
         Plan,
@@ -24,7 +24,6 @@ _STEPS = "vlm_calibration.steps"
 _MODULES = {
     "Answer": "vlm_calibration.inference.answers",
     "Plan": _STEPS,
-    "choose_threshold": "vlm_calibration.inference.answers",
     "evaluate": _STEPS,
     "extract_regions": _STEPS,
     "fit_levels": _STEPS,
@@ -36,7 +35,6 @@ _MODULES = {
 __all__ = [
     "Answer",
     "Plan",
-    "choose_threshold",
     "evaluate",
     "extract_regions",
     "fit_levels",

@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "the runs in a folder: stage, state, key figures, how to go on",
     ),
     "report": ("vlm_calibration.commands.report:report", "a page on whether confidence can be trusted"),
+    "threshold": (
+        "vlm_calibration.commands.threshold:threshold",
+        "the confidence from which on to answer, with a guarantee",
+    ),
     "app": ("vlm_calibration.commands.app:app", "a web page to try the models in, on this machine"),
     "ask": ("vlm_calibration.commands.ask:ask", "one question about an image, or many from a file"),
     "export": ("vlm_calibration.commands.export:export", "an adapter with its card, or merged into its base"),
@@ -74,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 130 or 143 if the run was stopped, 141 if nobody
-            reads its output any more.
+        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 3 if `threshold` finds none, 4 if `ask --abstain` does
+            not answer, 130 or 143 if the run was stopped, 141 if nobody reads its output any more.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):

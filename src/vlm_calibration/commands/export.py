@@ -15,6 +15,7 @@ from vlm_calibration.models.base import (
     CONFIG,
     BaseModel,
     Dtype,
+    adapter_weights_digest,
     base_of_adapter,
     find_adapter,
     processor_source,
@@ -140,7 +141,34 @@ def _write_merged(adapter: Path, base: BaseModel, dtype: Dtype, folder: Path, lo
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
     save_card(folder, replace(_card(adapter, base, location), merged=True))
+    _write_merged_rule(adapter, folder, base, dtype)
     print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
+
+
+def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> None:
+    """Keep the adapter's decision rule for the merged model, if that computes what was evaluated up to rounding."""
+    from vlm_calibration.estimators.decision import read_rule, write_rule
+    from vlm_calibration.models.loading import weights_digest
+
+    rule = read_rule(adapter)
+    if rule is None:
+        return
+    weights = weights_digest(BaseModel(str(folder)))
+    if rule.weights != adapter_weights_digest(adapter):
+        reason = "they were chosen with other weights"
+    elif rule.quantization != "none":
+        reason = (
+            f"they were chosen with the base model in {rule.quantization}, and here it is in full precision"
+        )
+    elif dtype != rule.dtype:
+        reason = f"they were chosen with dtype {rule.dtype!r}, and here it is {dtype!r}"
+    else:
+        assert weights is not None, "the merged model has just been written"
+        write_rule(replace(rule, base=base.name_or_path, weights=weights), folder)
+        return
+    print(
+        f"left out the thresholds of {adapter}: {reason}; choose them again on an evaluation of the merged model"
+    )
 
 
 def _card(adapter: Path, base: BaseModel, location: str) -> Card:

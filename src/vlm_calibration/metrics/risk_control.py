@@ -104,6 +104,22 @@ class ThresholdScores(NamedTuple):
     error: Interval
     sent_away_share: Interval
 
+    @classmethod
+    def of(
+        cls, n: int, answers: int, wrong: int, correct: int, sent_away: int, certainty: float
+    ) -> ThresholdScores:
+        """The scores of counts; `certainty` is that of each interval, in (0, 1)."""
+        return cls(
+            n,
+            answers,
+            wrong,
+            correct,
+            sent_away,
+            exact_interval(answers, n, certainty),
+            exact_interval(wrong, answers, certainty),
+            exact_interval(sent_away, correct, certainty),
+        )
+
 
 class Choice(NamedTuple):
     """The threshold of one group of answers, or why there is none.
@@ -163,18 +179,7 @@ def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float)
     groups, unparsed_correct = answers.groups, int(answers.unparsed_correct)
     given = groups.counts[groups.value >= threshold].sum(0)
     n, correct = int(groups.counts.sum() + groups.unparsed), int(groups.counts[:, 1].sum()) + unparsed_correct
-    wrong, total = int(given[0]), int(given.sum())
-    sent_away = correct - int(given[1])
-    return ThresholdScores(
-        n,
-        total,
-        wrong,
-        correct,
-        sent_away,
-        exact_interval(total, n, certainty),
-        exact_interval(wrong, total, certainty),
-        exact_interval(sent_away, correct, certainty),
-    )
+    return ThresholdScores.of(n, int(given.sum()), int(given[0]), correct, correct - int(given[1]), certainty)
 
 
 def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskControl:
