@@ -215,7 +215,6 @@ def _model_of(system: System, estimator: str, answers: Sequence[EstimatedPredict
         DataError: the adapter is gone or was trained again since.
     """
     from vlm_calibration.models.base import BaseModel, adapter_weights_digest, base_of_adapters, find_adapter
-    from vlm_calibration.models.loading import weights_digest
     from vlm_calibration.reporting.report.data import BASE
     from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -228,6 +227,10 @@ def _model_of(system: System, estimator: str, answers: Sequence[EstimatedPredict
     levels = _levels(settings, data, answers) if estimator == "expected" else {}
     folder = system.folder / system.name
     if system.name == BASE:
+        from vlm_calibration.models.loading import (
+            weights_digest,  # imports transformers, which no adapter needs
+        )
+
         return Model(base, weights_digest(base) or "", prompt, levels, folder)
     adapter = find_adapter(adapters[system.name])
     _check_unchanged(system, adapter)
@@ -388,10 +391,10 @@ def _print(
         )
     if evaluated.without_group:
         print(f"{evaluated.without_group} answers have no category and are left out.")
-    print(rule.guarantee or "No threshold keeps the limits.")
+    print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
     for name, choice in control.choices.items():
         if choice.reason:
-            print(f"{f'{name}: ' if name else ''}{choice.reason}.")
+            print(f"{name or 'Why'}: {choice.reason}.")
     if not control.found:
         return
     table = Table(

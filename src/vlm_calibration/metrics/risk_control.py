@@ -227,7 +227,7 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
 
 def percent(share: float) -> str:
     """A share in percent, with a decimal only where it needs one: 5%, 2.5%."""
-    return f"{round(100 * share, 2):g}%"
+    return f"{round(100 * share, 1):g}%" if share >= 0.001 else f"{100 * share:.2g}%"
 
 
 def answers_needed(groups: ConfidenceGroups, max_error: float, level: float) -> int | None:
