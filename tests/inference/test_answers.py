@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from vlm_calibration.estimators.decision import AppliedRule
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, write_rule
 from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
+from vlm_calibration.models.base import adapter_weights_digest
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import DataError
+from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 
 @pytest.mark.parametrize(
@@ -48,3 +56,43 @@ def test_an_answer_s_text_is_short() -> None:
     assert repr(answer) == (
         "Answer(text='Yes. Confidence: 90%', answer='Yes', confidence=0.9, expected=0.87, answer_type='yes_no', rule=None)"
     )
+
+
+def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
+    adapter_run: Path, tmp_path: Path
+) -> None:
+    source = DemoSource("test", scenes=2)
+    asked = [(source.load(query).image, query.question) for query in source.queries()]
+    few = LinearLevels(n_levels=4)
+    evaluated = load_calibrated(adapter=adapter_run, device="cpu", max_new_tokens=16, levels=few)
+    levels = {kind: list(few.confidences(kind)) for kind in ("yes_no", "short")}
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_run / "adapter", folder)
+    rule = DecisionRule(
+        base=str(DEMO_MODEL),
+        quantization="none",
+        dtype="auto",
+        weights=adapter_weights_digest(folder),
+        prompt=DEFAULT_TEMPLATE,
+        estimator="expected",
+        levels=levels,
+        by=None,
+        groups={"": {"threshold": 0.5}},
+        limits={},
+        correction="",
+        guarantee="",
+        assumptions=[],
+        answers={},
+    )
+    write_rule(rule, folder)
+    deciding = load_calibrated(adapter=folder, device="cpu", max_new_tokens=16)
+    differ = 0
+    for answer, reference in zip(deciding.ask_many(asked), evaluated.ask_many(asked), strict=True):
+        assert answer.rule is not None
+        assert answer.rule.confidence == pytest.approx(reference.expected, abs=2e-5)
+        assert answer.decision == ("answer" if (reference.expected or 0) >= 0.5 else "review")
+        differ += abs((answer.expected or 0) - (reference.expected or 0)) > 1e-3
+    assert differ, "the mean over every percent is another confidence"
+    assert deciding.ask(*asked[0], as_base=True).decision is None
+    with pytest.raises(DataError, match="leave `levels` out"):
+        load_calibrated(adapter=folder, device="cpu", levels=few)
