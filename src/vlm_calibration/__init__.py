@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from vlm_calibration.inference.answers import Answer, choose_threshold
+    from vlm_calibration.inference.answers import Answer
     from vlm_calibration.inference.model import load_calibrated
     from vlm_calibration.steps import (
         Plan,
@@ -25,7 +25,6 @@ _STEPS = "vlm_calibration.steps"
 _MODULES = {
     "Answer": "vlm_calibration.inference.answers",
     "Plan": _STEPS,
-    "choose_threshold": "vlm_calibration.inference.answers",
     "evaluate": _STEPS,
     "extract_regions": _STEPS,
     "fit_levels": _STEPS,
@@ -37,7 +36,6 @@ _MODULES = {
 __all__ = [
     "Answer",
     "Plan",
-    "choose_threshold",
     "evaluate",
     "extract_regions",
     "fit_levels",

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,10 +22,12 @@ from vlm_calibration.commands.ask import _as_text, ask
 from vlm_calibration.commands.questions import AnswerFile
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, write_rule
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.models.base import Dtype, Quantization
+from vlm_calibration.models.base import Dtype, Quantization, adapter_weights_digest
 from vlm_calibration.records import DataError
+from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 from ..command_line import Ended, Server
 
@@ -111,51 +114,121 @@ def test_what_the_demo_model_does_not_know_is_a_warning(
     assert [row["warning"] is None for row in _rows(tmp_path / "out.jsonl")] == [True, own]
 
 
-def test_the_kind_of_question_and_the_threshold_can_be_given(
-    call: Call, questions: Path, adapter: tuple[str, ...]
-) -> None:
+def test_the_kind_of_question_can_be_given(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
-    asked = (row["image"], row["question"], *adapter, "--json")
-    answered = json.loads(call(*asked, "--answer-type", "open", "--review-below", "0").out)
-    assert (answered["answer_type"], answered["needs_review"]) == ("open", answered["confidence"] is None)
-    shown = call(*asked[:-1], "--review-below", "1").out
-    assert ("needs review" in shown) == (answered["confidence"] != 1)
+    answered = json.loads(
+        call(row["image"], row["question"], *adapter, "--json", "--answer-type", "open").out
+    )
+    assert (answered["answer_type"], answered["decision"]) == ("open", None)
 
 
 def test_an_answer_as_text() -> None:
-    answer = Answer("\x1b[2JYes", "\x1b[2JYes", None, 0.7, {0.9: 0.5, 0.5: 0.46, 0.1: 0.04}, "yes_no")
-    assert _as_text(answer, 0.9).splitlines() == [
+    rule = AppliedRule(0.9, "verbalized", None, "", "At most 5% ...")
+    answer = Answer("\x1b[2JYes", "\x1b[2JYes", None, 0.7, {0.9: 0.5, 0.5: 0.46, 0.1: 0.04}, "yes_no", rule)
+    assert _as_text(answer).splitlines() == [
         "\N{REPLACEMENT CHARACTER}[2JYes",
         "  stated confidence     none",
         "  expected confidence    70%",
         "  might have stated    90% (p = 0.50), 50% (p = 0.46)",
-        "  needs review",
+        "  decision             review (verbalized, from 90.0% on)",
     ]
 
 
-def test_a_threshold_from_an_evaluation(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
-    plain = {"question": "?", "answer": "Yes", "text": "", "predicted": None, "category": None}
-    plain |= {"noise_step": None, "answer_type": "yes_no"}
-    rows = [(0.99, True)] * 4 + [(0.2, False)] * 4
-    evaluated = questions.parent / "predictions.jsonl"
-    lines = [
-        json.dumps({"id": str(i), **plain, "confidence": c, "correct": r}) for i, (c, r) in enumerate(rows)
-    ]
-    evaluated.write_text("\n".join(lines))
+# --- Abstaining -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+    """Options of the adapter with a decision rule beside it."""
+
+    def options(groups: dict[str, float | None], by: Any = None, **changed: Any) -> tuple[str, ...]:
+        folder = tmp_path / "decides"
+        shutil.copytree(Path(adapter[1]) / "adapter", folder, dirs_exist_ok=True)
+        rule = DecisionRule(
+            base=str(DEMO_MODEL),
+            quantization="none",
+            dtype="auto",
+            weights=adapter_weights_digest(folder),
+            prompt=DEFAULT_TEMPLATE,
+            estimator="verbalized",
+            levels={},
+            by=by,
+            groups={name: {"threshold": value} for name, value in groups.items()},
+            limits={"max_error": 0.05, "max_sent_away": None, "certainty": 0.95},
+            correction="",
+            guarantee="At most 5% ...",
+            assumptions=[],
+            answers={},
+        )
+        write_rule(replace(rule, **changed), folder)
+        return ("--adapter", str(folder), *adapter[2:])
+
+    return options
+
+
+def test_an_answer_below_the_threshold_is_not_printed(
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
-    ended = call(
-        row["image"],
-        row["question"],
-        *adapter,
-        "--json",
-        "--accuracy",
-        "1",
-        "--evaluated",
-        str(evaluated.parent),
-    )
-    assert "review below 0.99 (verbalized): of the answers at or above it, 100.0% were right" in ended.err
-    answered = json.loads(ended.out)
-    assert answered["needs_review"] is (answered["confidence"] is None or answered["confidence"] < 0.99)
+    asked = (row["image"], row["question"])
+    ended = call(*asked, *decides({"": None}), "--abstain")
+    assert (ended.status, ended.out, ended.err) == (4, "review\n", "")
+    ended = call(*asked, *decides({"": None}), "--abstain", "--json")
+    assert (ended.status, json.loads(ended.out)["decision"]) == (4, "review")
+    ended = call(*asked, *decides({"": None}))
+    assert (ended.status, "decision             review" in ended.out) == (0, True), "not asked to abstain"
+    ended = call(*asked, *decides({"": 0.0}), "--abstain")
+    assert (ended.status, "decision             answer" in ended.out) == (0, True)
+
+
+def test_thresholds_by_category_need_one(
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    asked = (row["image"], row["question"], *decides({"colour": 0.0, "size": None}, "category"))
+    assert call(*asked, "--category", "colour", "--abstain").status == 0
+    assert call(*asked, "--category", "size", "--abstain").status == 4
+    assert json.loads(call(*asked, "--json").out)["decision"] is None
+    for category in ((), ("--category", "shape")):
+        ended = call(*asked, *category, "--abstain")
+        assert ended.status == 1
+        assert "'colour', 'size'" in ended.error()
+
+
+def test_abstaining_without_thresholds_names_the_command(
+    call: Call, questions: Path, adapter: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_calibration.inference.model.load_base", lambda *_: pytest.fail("loaded"))
+    row = json.loads(questions.read_text().splitlines()[0])
+    for asked in ((row["image"], row["question"]), ("--questions", str(questions), "--out", "a.jsonl")):
+        ended = call(*asked, *adapter, "--abstain")
+        assert ended.status == 1
+        assert "`vlm-calibration threshold RUN`" in ended.error()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"), [({"weights": "0"}, "other weights"), ({"prompt": "{question}?"}, "another prompt")]
+)
+def test_thresholds_of_another_model_are_refused(
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], changed: dict[str, str], says: str
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    ended = call(row["image"], row["question"], *decides({"": 0.5}, **changed))
+    assert ended.status == 1
+    assert f"decides/thresholds.json: its thresholds were chosen with {says}" in ended.error()
+
+
+def test_each_line_has_its_decision_also_after_a_restart(
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+) -> None:
+    arguments = ("--questions", str(questions), "--out", "answers.jsonl", *decides({"": 0.97}), "--abstain")
+    assert call(*arguments).status == 0
+    out = questions.parent / "answers.jsonl"
+    rows = _rows(out)
+    below = [row["confidence"] is None or row["confidence"] < 0.97 for row in rows]
+    assert [row["decision"] for row in rows] == ["review" if b else "answer" for b in below]
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:7]))
+    assert f"{sum(below)} for review" in call(*arguments).out
 
 
 def test_without_a_model_the_demo_s_is_asked(
@@ -193,9 +266,9 @@ def test_many_questions(
     rows = _rows(questions.parent / "a" / "answers.jsonl")
     expected = calibrated.ask_many((questions.parent / q["image"], q["question"]) for q in asked)
     for row, question, answer in zip(rows, asked, expected, strict=True):
-        model, below = row.pop("model"), row.pop("review_below")
+        model, rule = row.pop("model"), row.pop("rule")
         assert model.startswith(str(DEMO_MODEL))
-        assert below is None
+        assert rule is None
         assert {k: row[k] for k in question} == question
         assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
         assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
@@ -206,7 +279,7 @@ def test_many_questions(
         "answered_now": 0,
         "answered_before": 12,
         "skipped": 0,
-        "needs_review": None,
+        "review": None,
         "out": "a/answers.jsonl",
     }
 
@@ -246,17 +319,15 @@ def test_a_killed_run_resumes_where_it_was(
 
 
 def test_answers_under_other_settings_are_not_mixed(
-    call: Call, questions: Path, adapter: tuple[str, ...]
+    call: Call, questions: Path, adapter: tuple[str, ...], decides: Callable[..., tuple[str, ...]]
 ) -> None:
     arguments = ("--questions", str(questions), "--out", "answers.jsonl")
     assert call(*arguments, *adapter).status == 0
     before = (questions.parent / "answers.jsonl").read_bytes()
     ended = call(*arguments, "--base", str(DEMO_MODEL))
     assert ended.error().startswith("answers.jsonl:1: written with model = '")
-    ended = call(*arguments, *adapter, "--review-below", "0.5")
-    assert ended.error() == (
-        "answers.jsonl:1: written with review_below = None, found 0.5: choose another --out"
-    )
+    ended = call(*arguments, *decides({"": 0.5}))
+    assert ended.error().startswith("answers.jsonl:1: written with ")
     first, *rest = questions.read_text().splitlines()
     questions.write_text("\n".join([json.dumps({**json.loads(first), "question": "A cow?"}), *rest]))
     ended = call(*arguments, *adapter)
@@ -305,8 +376,6 @@ def test_bad_images_stop_the_run_or_are_counted(
     ended = call(*arguments)
     assert f"{questions}:2: no such image: " in ended.error()
     assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
-    ended = call(*arguments, "--on-bad-image", "skip", "--review-below", "1")
-    assert "choose another --out" in ended.error()
     ended = call(*arguments, "--on-bad-image", "skip")
     assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
     for reason in (
@@ -315,17 +384,6 @@ def test_bad_images_stop_the_run_or_are_counted(
         "torn.png: damaged",
     ):
         assert reason in ended.err
-
-
-def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: tuple[str, ...]) -> None:
-    arguments = ("--questions", str(questions), "--out", "answers.jsonl", *adapter, "--review-below", "0.97")
-    assert call(*arguments).status == 0
-    out = questions.parent / "answers.jsonl"
-    rows = _rows(out)
-    to_review = sum(row["needs_review"] for row in rows)
-    assert to_review == sum(row["confidence"] is None or row["confidence"] < 0.97 for row in rows)
-    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:7]))
-    assert f"{to_review} need review" in call(*arguments).out
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------
@@ -340,6 +398,7 @@ def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: t
         ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
         ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
+        ('{"image": "a.png", "question": "?", "category": 1}', ":2: 'category' must be a string or null"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
         (b"\xff", ":2: not UTF-8"),
     ],
@@ -347,7 +406,7 @@ def test_review_is_counted_over_restarts(call: Call, questions: Path, adapter: t
 def test_bad_lines_are_named_before_a_model_is_loaded(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | bytes, says: str
 ) -> None:
-    monkeypatch.setattr("vlm_calibration.commands.ask.load_model", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("vlm_calibration.commands.ask.load_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / "q.jsonl"
     path.write_bytes(
         b'{"image": "a.png", "question": "A dog?"}\n' + (line if isinstance(line, bytes) else line.encode())
@@ -368,12 +427,7 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["a.png", "A dog?", "--questions", "f", "--out", "b"], "give either an image and a question, or"),
         (["--questions", "f"], "give --out FILE"),
         (["--questions", "f", "--out", "b", "--answer-type", "open"], "--answer-type is for one question"),
-        (["a.png", "A dog?", "--accuracy", "0.9"], "--accuracy and --evaluated belong together"),
-        (["a.png", "A dog?", "--by", "expected"], "--by is for --accuracy"),
-        (
-            ["a.png", "A dog?", "--review-below", "80"],
-            "--review-below: expected a number in [0, 1], found '80'",
-        ),
+        (["--questions", "f", "--out", "b", "--category", "x"], "--category is for one question"),
         (
             ["a.png", "A dog?", "--batch-size", "0"],
             "--batch-size: expected a whole number of at least 1, found '0'",
@@ -398,7 +452,6 @@ def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: 
         ),
         (["nowhere.png", "A dog?"], "nowhere.png: no such file"),
         (["--questions", "nowhere.jsonl", "--out", "b"], "nowhere.jsonl: cannot be read: No such file"),
-        (["a.png", "A dog?", "--accuracy", "0.9", "--evaluated", "x"], "x: cannot be read"),
     ],
 )
 def test_missing_inputs_are_named(call: Call, arguments: list[str], says: str) -> None:

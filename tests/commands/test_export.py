@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_calibration import cli, hub
-from vlm_calibration.callbacks.run_record import adapter_digest
 from vlm_calibration.demo.scenes import render_scene
+from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
+from vlm_calibration.inference.model import load_calibrated
+from vlm_calibration.models.base import BaseModel, adapter_digest, adapter_weights_digest
+from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
 from ..command_line import Ended
@@ -99,6 +103,60 @@ def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path
         assert f"path = 'to/{run}'" in (tmp_path / "to" / run / "README.md").read_text()
         shutil.rmtree(tmp_path / "to")
     assert _files(trained / "adapter") == before
+
+
+def _decide(folder: Path, **changed: Any) -> DecisionRule:
+    """Write a decision rule beside an adapter."""
+    rule = DecisionRule(
+        base="b",
+        quantization="none",
+        dtype="auto",
+        weights=adapter_weights_digest(folder),
+        prompt="{question}?",
+        estimator="verbalized",
+        levels={},
+        by=None,
+        groups={"": {"threshold": 0.8}},
+        limits={},
+        correction="",
+        guarantee="At most ...",
+        assumptions=[],
+        answers={},
+    )
+    rule = replace(rule, **changed)
+    write_rule(rule, folder)
+    return rule
+
+
+def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
+    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str
+) -> None:
+    rule = _decide(trained / "adapter")
+    assert call("run", "--out", "copy")[0] == 0
+    assert read_rule(tmp_path / "copy") == rule
+    assert call("run", "--merge", "--out", "merged")[0] == 0
+    merged = read_rule(tmp_path / "merged")
+    weights = weights_digest(BaseModel(str(tmp_path / "merged")))
+    assert merged == replace(rule, base=model_folder, weights=weights)
+    assert load_calibrated(str(tmp_path / "merged"), device="cpu").rule == merged
+
+
+@pytest.mark.parametrize(
+    ("changed", "dtype", "says"),
+    [
+        ({}, "bfloat16", "they were chosen with dtype 'auto', and here it is 'bfloat16'"),
+        ({"quantization": "nf4"}, "auto", "they were chosen with the base model in nf4"),
+        ({"weights": "0"}, "auto", "they were chosen with other weights"),
+    ],
+)
+def test_thresholds_that_do_not_hold_for_the_merged_model_are_left_out(
+    call: Callable[..., Any], trained: Path, tmp_path: Path, changed: dict[str, Any], dtype: str, says: str
+) -> None:
+    _decide(trained / "adapter", **changed)
+    status, out, _ = call("run", "--merge", "--out", "merged", "--dtype", dtype)
+    assert status == 0
+    assert f"left out the thresholds of run/adapter: {says}" in out
+    assert not (tmp_path / "merged/thresholds.json").exists()
 
 
 def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning as L
 
-from vlm_calibration.callbacks.run_record import adapter_files
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import queries_digest
+from vlm_calibration.models.base import adapter_files
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.settings import settings_digest
 from vlm_calibration.stages.evaluation import BASE, EvaluationModule

@@ -19,7 +19,7 @@ import lightning as L
 from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 from vlm_calibration.data.sources.base import QuerySource, queries_digest
 from vlm_calibration.files import read_json, write_json
-from vlm_calibration.models.base import find_adapter, read_object
+from vlm_calibration.models.base import adapter_digest, find_adapter, read_object
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
@@ -179,16 +179,6 @@ def _content(name: list[str], value: str, revision: str | None) -> str | None:
         # The same JSON in another layout is the same.
         return digest([json.dumps(read_json(path))]) if path.suffix == ".json" else file_digest(path)
     return model_identity(value) if (path / "config.json").is_file() else None
-
-
-def adapter_digest(folder: Path) -> str:
-    """The digest of all files that peft reads from an adapter's folder."""
-    return digest([json.dumps(adapter_files(folder))])
-
-
-def adapter_files(folder: Path) -> dict[str, str]:
-    """File name -> digest, of every file that peft reads from an adapter's folder."""
-    return {path.name: file_digest(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
 
 
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:

@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "the runs in a folder: stage, state, key figures, how to go on",
     ),
     "report": ("vlm_calibration.commands.report:report", "a page on whether confidence can be trusted"),
+    "threshold": (
+        "vlm_calibration.commands.threshold:threshold",
+        "the confidence from which on to answer, with a guarantee",
+    ),
     "monitor": (
         "vlm_calibration.commands.monitor:monitor",
         "are the confidences of new, ungraded answers still those of an evaluation?",
@@ -76,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 3 for drift (`monitor`), 130 or 143 if the run was stopped, 141 if nobody
-            reads its output any more.
+        The exit status: 0, 1 for an error in the data, 2 for an error in the call, 3 if `threshold` finds none or `monitor` finds
+            drift, 4 if `ask --abstain` does not answer, 130 or 143 if the run was stopped, 141 if nobody reads its output any more.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):

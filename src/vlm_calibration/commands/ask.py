@@ -1,31 +1,40 @@
-"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer."""
+"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer.
+
+With `--abstain` an answer that the model's thresholds do not allow is not printed.
+"""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
+from vlm_calibration.errors import CommandError
 from vlm_calibration.progress import ProgressLine
 from vlm_calibration.records import AnswerType, DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.commands.questions import AnswerFile, Question
     from vlm_calibration.data.noise import Sample
-    from vlm_calibration.inference.answers import Answer, Threshold
+    from vlm_calibration.estimators.decision import DecisionRule
+    from vlm_calibration.inference.answers import Answer
     from vlm_calibration.inference.model import CalibratedModel
 
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
 BATCH_SIZE = 8
+REVIEWED = 4
+"""Exit status if `--abstain` sends the question to a person."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class ManyQuestions:
     """many questions
 
     Attributes:
-        questions: JSON lines with "image" and "question", optionally "id" and "answer_type"
+        questions: JSON lines with "image" and "question", optionally "id", "answer_type" and "category"
         out: file to write the answers to, one a line; if it holds some already, the others are added
         root: folder of the images (default: that of the questions)
         batch_size: questions asked together (default: 8)
@@ -47,57 +56,50 @@ class ManyQuestions:
     on_bad_image: Literal["raise", "skip"] | None = None
 
 
-@dataclass(frozen=True)
-class ReviewOptions:
-    """review of answers that are not confident enough
-
-    Attributes:
-        review_below: a stated confidence in [0, 1]
-        accuracy: choose the lowest confidence from which on this share of the answers in --evaluated is right
-        evaluated: a predictions.jsonl, or its folder
-        by: estimator of the confidence for --accuracy (default: verbalized)
-    """
-
-    review_below: ClosedUnitInterval | None = None
-    accuracy: float | None = None
-    evaluated: Path | None = None
-    by: Literal["verbalized", "expected"] | None = None
-
-
 def ask(
     image: str | None = None,
     question: str | None = None,
     *,
     json: bool = False,
     answer_type: AnswerType | None = None,
+    category: str | None = None,
+    abstain: bool = False,
     model: ModelOptions,
     many: ManyQuestions,
-    review: ReviewOptions,
 ) -> None:
     """Ask a question about an image; print the answer and the confidence in it.
+
+    With --abstain, exit status 4 if the question goes to a person.
 
     Args:
         image: an image file
         question: the question about it
         json: print one JSON object
         answer_type: kind of question (default: recognised from its words)
+        category: category of the question, for thresholds by category
+        abstain: print "review" instead of an answer whose confidence is below the threshold that `vlm-calibration threshold` wrote;
+            JSON has both, and the decision
 
     Raises:
         ArgumentError: options are missing or contradict each other.
-        DataError: a file, image, question or model cannot be used.
+        DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
+        CommandError: with `abstain`, the one question goes to a person.
     """
-    _check_options(image, question, answer_type, many)
-    threshold = _review_threshold(review)
+    _check_options(image, question, answer_type, category, many)
     if many.questions is not None and many.out is not None:
-        _ask_many(many, many.questions, many.out, model, threshold, json)
+        _ask_many(many, many.questions, many.out, model, abstain, json)
     else:
         assert image is not None
         assert question is not None
-        _ask_one(image, question, answer_type, model, threshold, json)
+        _ask_one(image, question, answer_type, category, model, abstain, json)
 
 
 def _check_options(
-    image: str | None, question: str | None, answer_type: AnswerType | None, many: ManyQuestions
+    image: str | None,
+    question: str | None,
+    answer_type: AnswerType | None,
+    category: str | None,
+    many: ManyQuestions,
 ) -> None:
     """Refuse options that contradict each other or would have no effect."""
     if many.questions is None:
@@ -115,29 +117,32 @@ def _check_options(
         raise ArgumentError(
             None, '--answer-type is for one question; a file of questions has the key "answer_type"'
         )
+    elif category is not None:
+        raise ArgumentError(
+            None, '--category is for one question; a file of questions has the key "category"'
+        )
 
 
-def _review_threshold(review: ReviewOptions) -> float | Threshold | None:
-    """The confidence below which answers need review; None if they are not to be marked."""
-    if (review.accuracy is None) != (review.evaluated is None):
-        raise ArgumentError(None, "--accuracy and --evaluated belong together")
-    if review.accuracy is not None and review.review_below is not None:
-        raise ArgumentError(None, "give either --review-below or --accuracy")
-    if review.by is not None and review.accuracy is None:
-        raise ArgumentError(None, "--by is for --accuracy")
-    if review.accuracy is None or review.evaluated is None:
-        return review.review_below
-    from vlm_calibration.estimators.predictions import VERBALIZED
-    from vlm_calibration.inference.answers import choose_threshold
+def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
+    """Refuse `--abstain` for a model without thresholds, or with thresholds by category for a question that fits none.
 
-    threshold = choose_threshold(review.evaluated, review.accuracy, review.by or VERBALIZED)
-    low, high = threshold.interval
-    print(
-        f"review below {threshold.value:.2f} ({threshold.estimator}): of the answers at or above it, {threshold.accuracy:.1%} "
-        f"were right (95% interval {low:.1%} to {high:.1%}); they are {threshold.coverage:.1%} of all answers",
-        file=sys.stderr,
-    )
-    return threshold
+    Args:
+        rule: the model's decision rule.
+        asked: where a question comes from, and its category.
+
+    Raises:
+        DataError: the rule does not decide about a question.
+    """
+    if rule is None:
+        raise DataError(
+            "--abstain: the model has no thresholds.json: choose thresholds with `vlm-calibration threshold RUN` on an evaluation of its adapter"
+        )
+    for where, category in asked:
+        if rule.applied(None, category) is None:
+            raise DataError(
+                f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
+                f"{', '.join(map(repr, rule.groups))}"
+            )
 
 
 # --- One question ---------------------------------------------------------------------------------------------------
@@ -147,27 +152,27 @@ def _ask_one(
     image: str,
     question: str,
     answer_type: AnswerType | None,
+    category: str | None,
     options: ModelOptions,
-    threshold: float | Threshold | None,
+    abstain: bool,
     json: bool,
 ) -> None:
-    model = load_model(options)
-    answer = model.ask(image, question, answer_type)
+    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
+    model = load_model(options, check)
+    answer = model.ask(image, question, answer_type, category)
     if answer.warning is not None:
         print(f"warning: {answer.warning}", file=sys.stderr)
+    review = abstain and answer.decision == "review"
     if json:
-        row = {"image": image, "question": question, **_row(answer, threshold), "model": model.name}
+        row = {"image": image, "question": question, **answer.to_dict(), "model": model.name}
         print(dumps(row, ensure_ascii=False))
     else:
-        print(_as_text(answer, threshold))
+        print("review" if review else _as_text(answer))
+    if review:
+        raise CommandError("", REVIEWED)
 
 
-def _row(answer: Answer, threshold: float | Threshold | None) -> dict[str, Any]:
-    review = {} if threshold is None else {"needs_review": answer.needs_review(threshold)}
-    return {**answer.to_dict(), **review}
-
-
-def _as_text(answer: Answer, threshold: float | Threshold | None) -> str:
+def _as_text(answer: Answer) -> str:
     """An answer as lines for the terminal: text, confidences, and the confidences that it might have stated."""
 
     def percent(value: float | None) -> str:
@@ -181,8 +186,10 @@ def _as_text(answer: Answer, threshold: float | Threshold | None) -> str:
     likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= MIN_PRINTED]
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
-    if threshold is not None:
-        lines.append("  needs review" if answer.needs_review(threshold) else "  confident enough")
+    if answer.rule is not None:
+        limit = answer.rule.threshold
+        known = "no threshold" if limit is None else f"{answer.rule.estimator}, from {limit:.1%} on"
+        lines.append(f"  decision             {answer.decision} ({known})")
     return "\n".join(lines)
 
 
@@ -199,24 +206,25 @@ def _ask_many(
     questions: Path,
     out: Path,
     options: ModelOptions,
-    threshold: float | Threshold | None,
+    abstain: bool,
     json: bool,
 ) -> None:
     from vlm_calibration.commands.questions import AnswerFile, read_questions
 
     # Check all questions before a model is loaded.
     total = sum(1 for _ in read_questions(questions))
-    model = load_model(options)
-    below = threshold if threshold is None or isinstance(threshold, float) else threshold.value
-    with closing(AnswerFile(out, {"model": model.name, "review_below": below})) as answers:
+    asked = ((q.where, q.category) for q in read_questions(questions))
+    model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
+    settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
+    with closing(AnswerFile(out, settings)) as answers:
         before = len(answers.done)
-        skipped, warnings = _answer_all(many, questions, model, answers, total, threshold)
+        skipped, warnings = _answer_all(many, questions, model, answers, total)
         counts = {
             "questions": total,
             "answered_now": len(answers.done) - before,
             "answered_before": before,
             "skipped": len(skipped),
-            "needs_review": None if threshold is None else answers.to_review,
+            "review": None if model.rule is None else answers.to_review,
         }
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
@@ -228,7 +236,7 @@ def _ask_many(
         parts = [f"{counts['answered_now']} of {total} questions answered"]
         parts += [f"{before} answered before"] if before else []
         parts += [f"{len(skipped)} left out"] if skipped else []
-        parts += [] if threshold is None else [f"{answers.to_review} need review"]
+        parts += [] if model.rule is None else [f"{answers.to_review} for review"]
         print(f"{', '.join(parts)}: {out}")
 
 
@@ -238,7 +246,6 @@ def _answer_all(
     model: CalibratedModel,
     answers: AnswerFile,
     total: int,
-    threshold: float | Threshold | None,
 ) -> tuple[list[str], list[str]]:
     """Answer all questions without an answer in the file.
 
@@ -265,9 +272,7 @@ def _answer_all(
                     for (q, _), a in zip(samples, batch_answers, strict=True)
                     if a.warning
                 ]
-                answers.add(
-                    [(q, _row(a, threshold)) for (q, _), a in zip(samples, batch_answers, strict=True)]
-                )
+                answers.add([(q, a.to_dict()) for (q, _), a in zip(samples, batch_answers, strict=True)])
             done += len(batch)
             line.update(done)
     return skipped, warnings
@@ -281,7 +286,9 @@ def _sample(
 
     try:
         path = image_of(question, folder)
-        return model.sample(path, question.question, question.answer_type, name=question.where)
+        return model.sample(
+            path, question.question, question.answer_type, question.category, name=question.where
+        )
     except DataError as error:
         if not skip_bad_images:
             raise

@@ -17,6 +17,7 @@ from vlm_calibration.models.base import (
     CONFIG,
     BaseModel,
     Dtype,
+    adapter_weights_digest,
     base_of_adapter,
     find_adapter,
     processor_source,
@@ -156,7 +157,7 @@ def _output_folder(out: Path | None) -> Iterator[Path]:
 
 def _read_evaluations(adapter: Path, folders: Sequence[str]) -> list[Evaluation]:
     """The results of an adapter that its card has already, and those of further evaluations, which replace results on the same data."""
-    from vlm_calibration.callbacks.run_record import adapter_digest
+    from vlm_calibration.models.base import adapter_digest
     from vlm_calibration.reporting.card import load_card
     from vlm_calibration.reporting.evaluation import read_evaluation
 
@@ -185,7 +186,7 @@ def _license(name: str | None) -> dict[str, Any]:
 
 
 def _write_adapter(export: Export, folder: Path) -> None:
-    from vlm_calibration.callbacks.run_record import adapter_digest
+    from vlm_calibration.models.base import adapter_digest
     from vlm_calibration.reporting.card import is_edited, save_card, update_card
 
     adapter, base = export.adapter, export.base
@@ -219,7 +220,34 @@ def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
     save_card(folder, replace(_card(export), merged=True))
+    _write_merged_rule(adapter, folder, base, dtype)
     print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
+
+
+def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> None:
+    """Keep the adapter's decision rule for the merged model, if that computes what was evaluated up to rounding."""
+    from vlm_calibration.estimators.decision import read_rule, write_rule
+    from vlm_calibration.models.loading import weights_digest
+
+    rule = read_rule(adapter)
+    if rule is None:
+        return
+    weights = weights_digest(BaseModel(str(folder)))
+    if rule.weights != adapter_weights_digest(adapter):
+        reason = "they were chosen with other weights"
+    elif rule.quantization != "none":
+        reason = (
+            f"they were chosen with the base model in {rule.quantization}, and here it is in full precision"
+        )
+    elif dtype != rule.dtype:
+        reason = f"they were chosen with dtype {rule.dtype!r}, and here it is {dtype!r}"
+    else:
+        assert weights is not None, "the merged model has just been written"
+        write_rule(replace(rule, base=base.name_or_path, weights=weights), folder)
+        return
+    print(
+        f"left out the thresholds of {adapter}: {reason}; choose them again on an evaluation of the merged model"
+    )
 
 
 def _card(export: Export) -> Card:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from jsonargparse.typing import PositiveInt
 from vlm_calibration.models.base import BaseModel, Dtype, Quantization, base_of_adapter
 
 if TYPE_CHECKING:
+    from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.inference.model import CalibratedModel
 
 DEMO_RUNS = ("runs/dpo", "runs/sft")
@@ -44,13 +46,19 @@ class ModelOptions:
     max_new_tokens: PositiveInt | None = None
 
 
-def load_model(options: ModelOptions) -> CalibratedModel:
+def load_model(
+    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
+) -> CalibratedModel:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
+
+    Args:
+        options: name the model.
+        check: takes its decision rule before the model is loaded, and raises if the rule is not enough.
 
     Raises:
         DataError: see `load_calibrated`.
     """
-    from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
+    from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated, rule_of
 
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
@@ -65,6 +73,8 @@ def load_model(options: ModelOptions) -> CalibratedModel:
         revision=options.base_revision or model.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    if check is not None:
+        check(rule_of(model, adapter))
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
 
 

@@ -26,6 +26,7 @@ class Question:
         image: path relative to the folder of images.
         question: the text.
         answer_type: None if the file does not give it.
+        category: None if the file does not give it.
     """
 
     id: str
@@ -33,10 +34,11 @@ class Question:
     image: str
     question: str
     answer_type: AnswerType | None
+    category: str | None
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id` and `answer_type`.
+    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id`, `answer_type` and `category`.
 
     The other keys of a query are ignored, so that a data set can be asked; blank lines are skipped.
 
@@ -58,7 +60,9 @@ def _question(data: Any, number: int, where: str) -> Question:
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with 'image' and 'question'")
     if unknown := sorted(set(data) - KNOWN_KEYS):
-        raise RecordError(f"unknown key {unknown[0]!r}; a question has image, question, id and answer_type")
+        raise RecordError(
+            f"unknown key {unknown[0]!r}; a question has image, question, id, answer_type and category"
+        )
     for key in ("image", "question"):
         if not isinstance(data.get(key), str) or not data[key].strip():
             raise RecordError(f"'{key}' must be a non-empty string")
@@ -67,7 +71,9 @@ def _question(data: Any, number: int, where: str) -> Question:
         raise RecordError("'id' must be a non-empty string")
     if kind is not None and kind not in ANSWER_TYPES:
         raise RecordError(f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {kind!r}")
-    return Question(identifier, where, data["image"], data["question"], kind)
+    if (category := data.get("category")) is not None and not isinstance(category, str):
+        raise RecordError(f"'category' must be a string or null, found {category!r}")
+    return Question(identifier, where, data["image"], data["question"], kind, category)
 
 
 class AnswerFile(AppendLog):
@@ -79,7 +85,7 @@ class AnswerFile(AppendLog):
 
     Attributes:
         done: id -> image and question of every answer in it.
-        to_review: how many answers need review.
+        to_review: how many answers go to a person for review.
 
     Raises:
         DataError: the file cannot be written, another process writes to it, or a line is not an answer under these settings.
@@ -102,7 +108,7 @@ class AnswerFile(AppendLog):
             self.done[line.row["id"]] = (line.row["image"], line.row["question"])
         except (LookupError, TypeError) as error:
             raise self.damaged(line.where, "not an answer that `ask` wrote") from error
-        self.to_review += line.row.get("needs_review") is True
+        self.to_review += line.row.get("decision") == "review"
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
         """The questions that have no answer yet.
@@ -130,7 +136,7 @@ class AnswerFile(AppendLog):
         self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
         for question, answer in rows:
             self.done[question.id] = (question.image, question.question)
-            self.to_review += answer.get("needs_review") is True
+            self.to_review += answer.get("decision") == "review"
 
 
 def image_of(question: Question, folder: ImageFolder) -> Path:

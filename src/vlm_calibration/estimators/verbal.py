@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from vlm_calibration.estimators.answer_scoring import ResponsePass
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.perturbation.levels import ConfidenceLevels
+from vlm_calibration.text.confidence import render_response
 
 
 class VerbalizedConfidence(Estimator):
@@ -42,11 +47,32 @@ class ExpectedConfidence(Estimator):
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         confidence: list[float | None] = []
         for scores in answered.scored:
-            if scores is None:
-                confidence.append(None)
-                continue
-            p = torch.softmax(scores.level_log_p.double(), -1)
-            mean = float((p * torch.tensor(scores.levels, dtype=torch.float64)).sum())
-            # Rounding can move the mean just outside the levels.
-            confidence.append(min(max(mean, min(scores.levels)), max(scores.levels)))
+            confidence.append(None if scores is None else _mean(scores.levels, scores.level_log_p))
         return Estimate(confidence, [scores.passes if scores else 1 for scores in answered.scored])
+
+
+def expected_over(levels: Sequence[float], scores: ResponsePass) -> float:
+    """The mean of some confidences, as an evaluation that scores these alone writes it into `predictions.jsonl`.
+
+    Args:
+        levels: confidences; in an answer each is stated as a whole percent.
+        scores: of every whole percent.
+    """
+    log_p = {
+        render_response("", c): value for c, value in zip(scores.levels, scores.level_log_p, strict=True)
+    }
+    stated = torch.stack([log_p[render_response("", c)] for c in levels])
+    return rounded(_mean(levels, stated))
+
+
+def rounded(confidence: float) -> float:
+    """The confidence rounded to a millionth; further digits depend on the batch size."""
+    return round(confidence, 6)
+
+
+def _mean(levels: Sequence[float], log_p: Tensor) -> float:
+    """The mean of K confidences by their log-probabilities, float [K]."""
+    p = torch.softmax(log_p.double(), -1)
+    mean = float((p * torch.tensor(levels, dtype=torch.float64)).sum())
+    # Rounding can move the mean just outside the levels.
+    return min(max(mean, min(levels)), max(levels))

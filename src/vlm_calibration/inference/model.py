@@ -22,17 +22,27 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
 from vlm_calibration.demo.questions import unknown_part
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, ResponsePass
 from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_over
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.base import FACTS, BaseModel, base_of_adapter, find_adapter, processor_source
+from vlm_calibration.models.base import (
+    FACTS,
+    THRESHOLDS,
+    BaseModel,
+    adapter_weights_digest,
+    base_of_adapter,
+    find_adapter,
+    processor_source,
+)
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.loading import load_base
+from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import CLEAN, ConfidenceLevels, LinearLevels, Perturbation
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
@@ -61,7 +71,8 @@ def load_calibrated(
     """Load a base model, with or without an adapter, to ask it questions.
 
     Prompt and length of answers default to those of the training, from the adapter's card; images are shrunk as in the training
-    (`data.max_pixels`).
+    (`data.max_pixels`). `thresholds.json` beside the weights, which `vlm-calibration threshold` writes, decides for each answer whether it may
+    be given (`Answer.decision`).
 
     Args:
         base: name or folder of the base model, or its loading settings; None: the model that the adapter names, with the
@@ -75,7 +86,8 @@ def load_calibrated(
         max_new_tokens: length limit of an answer.
 
     Raises:
-        DataError: there is no such model or adapter, neither is given, or they do not fit each other.
+        DataError: there is no such model or adapter, neither is given, they do not fit each other, or the thresholds were chosen with
+            other weights or another prompt.
     """
     device = _usable_device(device)
     folder = None if adapter is None else find_adapter(adapter)
@@ -83,14 +95,18 @@ def load_calibrated(
         raise DataError("nothing to ask: give a base model, an adapter, or both")
     model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
     model = replace(model, name_or_path=_locate_demo_model(model.name_or_path))
-    card = load_card(folder or _card_folder(model)) or Card(model.name_or_path)
+    files = folder or _model_files(model)
+    card = load_card(files) or Card(model.name_or_path)
+    elicitation = _prompt(prompt or card.template)
+    rule = read_rule(files)
+    if rule is not None:
+        _check_rule(rule, files, folder, model, elicitation, levels)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
         loaded = loaded.to(device)
-    template = prompt or card.template
     data = PerturbedQueryDataModule(
         processor_source(folder, model),
-        prompt=ElicitationPrompt(template) if template else ElicitationPrompt(),
+        prompt=elicitation,
         max_pixels=card.max_pixels,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -104,7 +120,52 @@ def load_calibrated(
         max_new_tokens or card.max_new_tokens,
         name=_name(model, folder),
         is_demo=_is_demo_model(model.name_or_path),
+        rule=rule,
     )
+
+
+def rule_of(base: BaseModel, adapter: str | Path | None) -> DecisionRule | None:
+    """The decision rule beside an adapter, or beside a base model's own weights; None if there is none.
+
+    Raises:
+        DataError: there is no such adapter, or the file is not a rule.
+    """
+    return read_rule(find_adapter(adapter) if adapter is not None else _model_files(base))
+
+
+def _prompt(template: str | None) -> ElicitationPrompt:
+    return ElicitationPrompt(template) if template else ElicitationPrompt()
+
+
+def _check_rule(
+    rule: DecisionRule,
+    files: Path,
+    adapter: Path | None,
+    model: BaseModel,
+    prompt: ElicitationPrompt,
+    levels: ConfidenceLevels | None,
+) -> None:
+    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise.
+
+    Raises:
+        DataError: see `check_rule`; or the rule averages over confidences that are not among `levels`.
+    """
+    path = files / THRESHOLDS
+    weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
+    check_rule(rule, path, weights, prompt.template)
+    if rule.estimator not in (VERBALIZED, ExpectedConfidence.name):
+        raise DataError(
+            f"{path}: the estimator {rule.estimator!r} is not one of {VERBALIZED}, {ExpectedConfidence.name}"
+        )
+    if rule.estimator == ExpectedConfidence.name and levels is not None:
+        raise DataError(
+            f"{path}: its thresholds compare the expected confidence, which needs every percent: leave `levels` out"
+        )
+    if rule.quantization != model.quantization:
+        logger.warning(
+            f"{path}: the thresholds were chosen with quantization {rule.quantization!r}, and the model is loaded with "
+            f"{model.quantization!r}: their guarantee may not hold"
+        )
 
 
 def _name(base: BaseModel, adapter: Path | None) -> str:
@@ -147,15 +208,17 @@ def _is_demo_model(name: str) -> bool:
     return Path(name).is_dir() and Path(name).samefile(DEMO_MODEL)
 
 
-def _card_folder(model: BaseModel) -> Path:
-    """The folder with the card of a merged model: its own folder, or the cache of a model on the Hub."""
-    if not is_hub_name(model.name_or_path):
-        return Path(model.name_or_path)
-    with loading("a model card", model.name_or_path):
-        try:
-            return Path(hf_hub_download(model.name_or_path, FACTS, revision=model.revision)).parent
-        except EntryNotFoundError:
-            return Path(model.name_or_path)
+def _model_files(model: BaseModel) -> Path:
+    """The folder with card and thresholds of a merged model: its own folder, or the cache of a model on the Hub."""
+    folder = Path(model.name_or_path)
+    if is_hub_name(model.name_or_path):
+        with loading("a model card", model.name_or_path):
+            for name in (FACTS, THRESHOLDS):
+                try:
+                    folder = Path(hf_hub_download(model.name_or_path, name, revision=model.revision)).parent
+                except EntryNotFoundError:
+                    continue
+    return folder
 
 
 class CalibratedModel:
@@ -171,6 +234,7 @@ class CalibratedModel:
         name: name for messages.
         is_demo: whether the base model is the demo's, of which it is known what it knows.
         systems: "base", and "calibrated" if there is an adapter.
+        rule: decides about the answers of the last system; None: nothing does.
     """
 
     def __init__(
@@ -181,6 +245,7 @@ class CalibratedModel:
         max_new_tokens: int,
         name: str = "model",
         is_demo: bool = False,
+        rule: DecisionRule | None = None,
     ) -> None:
         self.model = model
         self.chat = chat
@@ -189,12 +254,19 @@ class CalibratedModel:
         self.max_new_tokens = max_new_tokens
         self.name = name
         self.is_demo = is_demo
+        self.rule = rule
         self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
         self.noise = NoisePolicy(resolution=_resolution(chat.processor))
         self._one_at_a_time = threading.Lock()
 
     def ask(
-        self, image: ImageLike, question: str, answer_type: AnswerType | None = None, *, as_base: bool = False
+        self,
+        image: ImageLike,
+        question: str,
+        answer_type: AnswerType | None = None,
+        category: str | None = None,
+        *,
+        as_base: bool = False,
     ) -> Answer:
         """Ask one question.
 
@@ -202,16 +274,21 @@ class CalibratedModel:
             image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
             question: the question about the image.
             answer_type: "yes_no", "short" or "open"; None: recognised from the question.
+            category: of the question, for thresholds by category; without it they decide nothing.
             as_base: answer without the adapter.
 
         Raises:
             DataError: the image or the question cannot be used.
         """
-        return next(self.ask_many([(image, question, answer_type)], as_base=as_base))
+        return next(self.ask_many([(image, question, answer_type, category)], as_base=as_base))
 
     def ask_many(
         self,
-        questions: Iterable[tuple[ImageLike, str] | tuple[ImageLike, str, AnswerType | None]],
+        questions: Iterable[
+            tuple[ImageLike, str]
+            | tuple[ImageLike, str, AnswerType | None]
+            | tuple[ImageLike, str, AnswerType | None, str | None]
+        ],
         batch_size: int = 8,
         *,
         as_base: bool = False,
@@ -219,7 +296,7 @@ class CalibratedModel:
         """Ask many questions; yields their answers in the same order.
 
         Args:
-            questions: image, question and optionally answer type, as for `ask`; consumed one batch at a time.
+            questions: image, question and optionally answer type and category, as for `ask`; consumed one batch at a time.
             batch_size: questions answered together; the answers do not depend on it.
             as_base: answer without the adapter.
 
@@ -240,6 +317,7 @@ class CalibratedModel:
         image: ImageLike,
         question: str,
         answer_type: AnswerType | None = None,
+        category: str | None = None,
         *,
         name: str = "question",
         mask: Any = None,
@@ -251,6 +329,7 @@ class CalibratedModel:
             image: as for `ask`.
             question: as for `ask`.
             answer_type: as for `ask`.
+            category: as for `ask`.
             name: name of the question in messages, and seed of the perturbation.
             mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
             perturbation: what happens to the region.
@@ -261,7 +340,8 @@ class CalibratedModel:
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
         # The gold answer is unknown; nothing is graded.
-        query = Query(name, "", question, "-", answer_type or answer_type_of(question))
+        kind = answer_type or answer_type_of(question)
+        query = Query(name, "", question, "-", kind, category=category)
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
         return perturb_query(
@@ -292,10 +372,10 @@ class CalibratedModel:
         with self._one_at_a_time, torch.no_grad(), sharing:
             for system in systems:
                 with using_adapter(self.model, None if system == BASE else system):
-                    answers[system] = self._answer(batch)
+                    answers[system] = self._answer(batch, self.rule if system == self.systems[-1] else None)
         return answers
 
-    def _answer(self, batch: Any) -> list[Answer]:
+    def _answer(self, batch: Any, rule: DecisionRule | None) -> list[Answer]:
         generating = GenerationRecorder(self.model, keep_cache=True)
         texts = generate_texts(
             generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
@@ -323,9 +403,23 @@ class CalibratedModel:
                     distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
                     answer_type=prediction.answer_type,
                     warning=self.unknown_part(prediction.question),
+                    rule=_applied(rule, prediction, scored),
                 )
             )
         return answers
+
+
+def _applied(
+    rule: DecisionRule | None, prediction: Prediction, scored: ResponsePass | None
+) -> AppliedRule | None:
+    """The rule for an answer, with the confidence as an evaluation measures it."""
+    if rule is None:
+        return None
+    confidence = prediction.confidence
+    if rule.estimator == ExpectedConfidence.name:
+        levels = rule.levels.get(prediction.answer_type)
+        confidence = None if scored is None or levels is None else expected_over(levels, scored)
+    return rule.applied(confidence, prediction.category)
 
 
 def _prediction(query: Query, text: str) -> Prediction:
@@ -338,7 +432,7 @@ def _prediction(query: Query, text: str) -> Prediction:
         predicted=parse_answer(text, query.answer_type),
         confidence=parse_confidence(text),
         correct=False,
-        category=None,
+        category=query.category,
         noise_step=None,
         answer_type=query.answer_type,
     )

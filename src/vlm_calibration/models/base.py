@@ -5,6 +5,7 @@ This module imports neither torch nor transformers, so that command help stays f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from vlm_calibration.files import read_json
 from vlm_calibration.records import DataError
+from vlm_calibration.settings import digest, file_digest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -20,6 +22,8 @@ ADAPTER = "adapter"
 """The adapter's folder within a run directory."""
 CONFIG, FACTS = "adapter_config.json", "calibration.json"
 """peft's configuration of an adapter, and the data of its model card."""
+THRESHOLDS = "thresholds.json"
+"""The decision rule beside an adapter's or a merged model's weights."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,21 @@ def find_adapter(run: str | Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise DataError(f"no adapter at {run}: the repository on the Hub has no {CONFIG}")
     return folder
+
+
+def adapter_files(folder: Path) -> dict[str, str]:
+    """File name -> digest, of every file that peft reads from an adapter's folder."""
+    return {path.name: file_digest(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
+
+
+def adapter_digest(folder: Path) -> str:
+    """The digest of all files that peft reads from an adapter's folder."""
+    return digest([json.dumps(adapter_files(folder))])
+
+
+def adapter_weights_digest(folder: Path) -> str:
+    """The digest of an adapter's weights, whatever base model its configuration names."""
+    return digest([json.dumps({name: d for name, d in adapter_files(folder).items() if name != CONFIG})])
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:

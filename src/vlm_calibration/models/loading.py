@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
-from vlm_calibration.models.base import BaseModel
+from vlm_calibration.models.base import THRESHOLDS, BaseModel
 from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.settings import digest, file_digest
 
@@ -138,7 +138,9 @@ def model_identity(name_or_path: str, revision: str | None = None, *, download: 
         commit: str | None = config.get("_commit_hash")
         return commit
     others = [path for path in sorted(folder.iterdir()) if path.suffix in BESIDE_WEIGHTS and path.is_file()]
-    files = [f"{path.name} {file_digest(path)}\n" for path in others if path.name != "config.json"]
+    # A decision rule is chosen on the model's answers and changes none of them.
+    others = [path for path in others if path.name not in ("config.json", THRESHOLDS)]
+    files = [f"{path.name} {file_digest(path)}\n" for path in others]
     return digest([f"{weights_digest(BaseModel(name_or_path))}\n", *files])
 
 

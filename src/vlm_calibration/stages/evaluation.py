@@ -23,7 +23,7 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
-from vlm_calibration.estimators.verbal import VerbalizedConfidence
+from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
@@ -265,5 +265,4 @@ class EvaluationModule(L.LightningModule):
 
 
 def _rounded(confidence: float | None) -> float | None:
-    """The confidence rounded to a millionth; further digits depend on the batch size."""
-    return None if confidence is None else round(confidence, 6)
+    return None if confidence is None else rounded(confidence)

@@ -1,0 +1,186 @@
+"""The decision rule of a model: answer from a confidence on, else send the question to a person; read from and written to `thresholds.json`.
+
+`vlm-calibration threshold` chooses a rule with `metrics.risk_control` and writes it beside the weights. This module imports neither torch
+nor a model, so that a rule can be checked before one is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from vlm_calibration.files import write_json
+from vlm_calibration.models.base import THRESHOLDS, Quantization, read_object
+from vlm_calibration.records import DataError
+
+Decision: TypeAlias = Literal["answer", "review"]
+By: TypeAlias = Literal["category"]
+SCHEMA = 1
+EVERYTHING = ""
+"""The group of a rule that has one threshold for all questions."""
+
+
+class AppliedRule(NamedTuple):
+    """The part of a decision rule that decided about an answer.
+
+    Attributes:
+        threshold: the lowest confidence that is answered; None: no answer of the group is given.
+        estimator: estimator of the confidence.
+        confidence: the confidence that was compared, in [0, 1]; None if there is none.
+        group: the category that the threshold is for; empty if it is for all questions.
+        guarantee: what the rule promises, as a sentence.
+    """
+
+    threshold: float | None
+    estimator: str
+    confidence: float | None
+    group: str
+    guarantee: str
+
+    @property
+    def decision(self) -> Decision:
+        """Whether the answer may be given."""
+        given = (
+            self.threshold is not None and self.confidence is not None and self.confidence >= self.threshold
+        )
+        return "answer" if given else "review"
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """A rule with its guarantee and what it was chosen on; the fields are the keys of `thresholds.json`, beside "schema".
+
+    Attributes:
+        base: name or folder of the base model.
+        quantization: of the base model in the evaluation.
+        dtype: of the base model in the evaluation.
+        weights: digest of the adapter's weights, or of the whole model if nothing is to be added to it.
+        prompt: template of the prompt.
+        estimator: estimator of the confidence that is compared.
+        levels: answer type -> confidences that the estimator averages over; empty if it averages none.
+        by: what the groups are; None: one group of all questions.
+        groups: group -> "threshold" (None: none was found), and what it does on the answers that it was chosen on.
+        limits: "max_error", "max_sent_away" (None: no limit) and "certainty".
+        correction: how several tests share the error probability.
+        guarantee: what the rule promises, as a sentence.
+        assumptions: what the guarantee rests on.
+        answers: the answers that the rule was chosen on: "split", "digest" of their file, "n", "images" and "without_group".
+    """
+
+    base: str
+    quantization: Quantization
+    dtype: str
+    weights: str
+    prompt: str
+    estimator: str
+    levels: Mapping[str, list[float]]
+    by: By | None
+    groups: Mapping[str, Mapping[str, Any]]
+    limits: Mapping[str, float | None]
+    correction: str
+    guarantee: str
+    assumptions: list[str]
+    answers: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check what decisions depend on.
+
+        Raises:
+            ValueError: on a threshold that is no confidence, or a value of the wrong type.
+        """
+        for name in ("weights", "prompt", "estimator", "guarantee"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name!r} must be a text")
+        if self.by not in (None, "category"):
+            raise ValueError(f"'by' must be null or \"category\", found {self.by!r}")
+        if not isinstance(self.groups, Mapping) or not self.groups:
+            raise ValueError("'groups' must be an object with a group")
+        if self.by is None and set(self.groups) != {EVERYTHING}:
+            raise ValueError("'groups' must have the one key \"\" without 'by'")
+        for name, group in self.groups.items():
+            value = group["threshold"]
+            if value is not None and not _is_share(value):
+                raise ValueError(
+                    f"the threshold of group {name!r} must be in [0, 1] or null, found {value!r}"
+                )
+        for kind, levels in self.levels.items():
+            if not levels or not all(map(_is_share, levels)):
+                raise ValueError(f"the levels of {kind!r} must be numbers in [0, 1]")
+
+    def applied(self, confidence: float | None, category: str | None) -> AppliedRule | None:
+        """The rule for one answer; None if the rule goes by category and knows no threshold for this one.
+
+        Args:
+            confidence: what the rule's estimator says, in [0, 1]; None if it says nothing.
+            category: the category of the question.
+        """
+        group = EVERYTHING if self.by is None else category
+        if group is None or group not in self.groups:
+            return None
+        return AppliedRule(self.groups[group]["threshold"], self.estimator, confidence, group, self.guarantee)
+
+
+def write_rule(rule: DecisionRule, folder: Path) -> Path:
+    """Write `thresholds.json` into a folder, in place of an earlier one; returns its path.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    path = folder / THRESHOLDS
+    write_json(path, {"schema": SCHEMA, **asdict(rule)})
+    return path
+
+
+def read_rule(folder: Path) -> DecisionRule | None:
+    """The rule in a folder; None if there is none.
+
+    Raises:
+        DataError: the file is not such a rule.
+    """
+    path = folder / THRESHOLDS
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    again = "choose the thresholds again with `vlm-calibration threshold`, or remove the file"
+    if (schema := content.pop("schema", None)) != SCHEMA:
+        raise DataError(f"{path}: schema {schema!r}, expected {SCHEMA}: {again}")
+    try:
+        return DecisionRule(**content)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DataError(f"{path}: not a decision rule: {error}: {again}") from error
+
+
+def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str) -> None:
+    """Refuse a rule that was chosen on the answers of other weights or to another prompt.
+
+    Args:
+        rule: the rule.
+        path: its file, for messages.
+        weights: digest of the weights that are used.
+        prompt: template of the prompt that is used.
+
+    Raises:
+        DataError: they differ from those of the rule.
+    """
+    what = None
+    if rule.weights != weights:
+        what = f"other weights (digest {rule.weights[:8]}, here {str(weights)[:8]})"
+    elif rule.prompt != prompt:
+        what = f"another prompt ({rule.prompt!r}, here {prompt!r})"
+    if what is not None:
+        raise DataError(
+            f"{path}: its thresholds were chosen with {what}, so they promise nothing here: evaluate this model and run "
+            "`vlm-calibration threshold` on the evaluation, or remove the file"
+        )
+
+
+def _is_share(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 <= value <= 1
+    )

@@ -1,0 +1,265 @@
+"""`vlm-calibration threshold` on the files of an evaluation: what it chooses, prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from vlm_calibration import cli
+from vlm_calibration.commands.threshold import category_of, part_of
+from vlm_calibration.estimators.decision import read_rule
+from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
+from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
+from vlm_calibration.models.base import adapter_files, adapter_weights_digest
+from vlm_calibration.settings import digest, file_digest
+from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
+
+from ..command_line import Ended
+
+Call = Callable[..., Ended]
+
+
+def _write(path: Path, n: int, seed: int, split: str = "own", error: float = 0.3, **more: Any) -> None:
+    """Predictions about n/2 images, whose error rate falls from `error` to 0 as the confidence rises."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(n):
+        confidence = round(float(rng.beta(3, 1)), 2)
+        plain = {"id": f"{split}:{i}", "question": "A dog?", "answer": "Yes", "text": "", "predicted": None}
+        plain |= {"noise_step": None, "answer_type": "yes_no", "image": f"{split}-{i // 2}"}
+        plain |= {"category": f"{split}/{('colour', 'size')[i % 2]}", "expected": 1 - (1 - confidence) ** 2}
+        lines.append(
+            {
+                **plain,
+                "confidence": confidence,
+                "correct": bool(rng.random() > error * (1 - confidence)),
+                **more,
+            }
+        )
+    with path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """An evaluation of two adapters, the last one with a calibration split."""
+    settings: dict[str, Any] = {"base": None, "adapters": {}, "estimators": []}
+    for name in ("sft", "dpo"):
+        adapter = tmp_path / "runs" / name / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+        (adapter / "adapter_model.safetensors").write_text(name)
+        settings["adapters"][name] = f"runs/{name}/adapter"
+        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 1500, 1, "easy")
+        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 500, 2, "hard", error=0.9)
+    folder = tmp_path / "runs" / "eval"
+    _write(folder / "dpo" / "calibration.jsonl", 2000, 3)
+    levels = [
+        {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 5}}
+    ]
+    settings["estimators"] = [
+        {
+            "class_path": "vlm_calibration.estimators.verbal.ExpectedConfidence",
+            "init_args": {"levels": levels},
+        }
+    ]
+    model = {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": settings}
+    noise = {"levels": {**levels[0], "init_args": {"n_levels": 3}}}
+    data = {"prompt": {"template": DEFAULT_TEMPLATE}, "noise": noise}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    recorded = digest([json.dumps(adapter_files(tmp_path / "runs/dpo/adapter"))])
+    (folder / "run.json").write_text(json.dumps({"inputs": {"model.init_args.adapters.dpo": recorded}}))
+    return folder
+
+
+@pytest.fixture
+def call(
+    evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def called(*arguments: str) -> Ended:
+        return Ended(cli.main(["threshold", *arguments]), *capsys.readouterr())
+
+    return called
+
+
+def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, tmp_path: Path) -> None:
+    ended = call("runs/eval")
+    assert (ended.status, ended.err) == (0, "")
+    adapter = tmp_path / "runs/dpo/adapter"
+    rule = read_rule(adapter)
+    assert rule is not None
+    answers = read_predictions(evaluation / "dpo" / "calibration.jsonl")
+    graded = graded_answers([a.confidence for a in answers], [a.correct for a in answers])
+    choice = control_risk({"": graded}, Limits(0.05)).choices[""]
+    assert choice.threshold is not None
+    assert rule.groups[""]["threshold"] == choice.threshold
+    assert (rule.base, rule.weights, rule.prompt) == (
+        "owner/base",
+        adapter_weights_digest(adapter),
+        DEFAULT_TEMPLATE,
+    )
+    assert rule.answers == {
+        "split": "calibration",
+        "digest": file_digest(evaluation / "dpo" / "calibration.jsonl"),
+        "n": 2000,
+        "images": 1000,
+        "without_group": 0,
+    }
+    assert rule.guarantee in ended.out
+    assert "wrote runs/dpo/adapter/thresholds.json" in ended.out
+    tested = read_predictions(evaluation / "dpo" / "predictions.jsonl")
+    for part in ("easy", "hard"):
+        given = [a for a in tested if part_of(a) == part and (a.confidence or 0) >= choice.threshold]
+        row = next(line for line in ended.out.splitlines() if f"test: {part}" in line)
+        assert f"{sum(not a.correct for a in given) / len(given):.1%} [" in row
+
+
+def test_one_system_s_folder_and_json(call: Call, evaluation: Path, tmp_path: Path) -> None:
+    ended = call("runs/eval/dpo", "--max-error", "0.1", "--max-sent-away", "0.6", "--json")
+    result = json.loads(ended.out)
+    assert (ended.status, result["found"]) == (0, True)
+    assert result["limits"] == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
+    assert list(result["test"]) == ["all", "easy", "hard"]
+    assert result["test"]["all"]["n"] == 2000
+    assert result["written"].endswith("runs/dpo/adapter/thresholds.json")
+
+
+def test_without_a_calibration_split_the_predictions_are_used_and_named(call: Call, tmp_path: Path) -> None:
+    ended = call("runs/eval", "--system", "sft", "--max-error", "0.2")
+    assert ended.status == 0, ended.err
+    assert "no calibration split" in ended.out
+    assert "test" not in "".join(line for line in ended.out.splitlines() if line.startswith("│"))
+    rule = read_rule(tmp_path / "runs/sft/adapter")
+    assert rule is not None
+    assert rule.answers["split"] == "predictions"
+    assert "like the evaluated ones" in rule.guarantee
+
+
+def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: Path) -> None:
+    _write(evaluation / "dpo" / "calibration.jsonl", 30, 4, "none", category=None)
+    ended = call("runs/eval", "--by", "category")
+    assert "30 answers have no category and are left out" in ended.out
+    rule = read_rule(tmp_path / "runs/dpo/adapter")
+    assert rule is not None
+    assert (rule.by, list(rule.groups)) == ("category", ["colour", "size"])
+    assert "Bonferroni over 2" in rule.correction
+    assert rule.applied(1.0, "colour") is not None
+    assert rule.applied(1.0, None) is None
+    assert rule.applied(1.0, "shape") is None
+
+
+def test_a_second_call_replaces_the_rule(call: Call, tmp_path: Path) -> None:
+    assert call("runs/eval").status == 0
+    assert call("runs/eval", "--estimator", "expected", "--max-error", "0.1").status == 0
+    rule = read_rule(tmp_path / "runs/dpo/adapter")
+    assert rule is not None
+    assert (rule.estimator, rule.limits["max_error"]) == ("expected", 0.1)
+    # Those of the estimator and of the data's noise.
+    assert rule.levels == {"yes_no": [1.0, 0.75, 0.5, 0.25, 0.0]}
+
+
+def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Path) -> None:
+    ended = call("runs/eval", "--max-error", "0.0001")
+    assert (ended.status, ended.err) == (3, "")
+    assert "No threshold keeps the limits, so nothing is written." in ended.out
+    assert not (tmp_path / "runs/dpo/adapter/thresholds.json").exists()
+    ended = call("runs/eval", "--max-error", "0.0001", "--json")
+    assert (ended.status, json.loads(ended.out)["found"]) == (3, False)
+
+
+def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) -> None:
+    (evaluation / "dpo" / "predictions.jsonl").unlink()
+    _write(evaluation / "dpo" / "predictions.jsonl", 1000, 5, "shifted", confidence=1.0, correct=False)
+    assert "these questions are not like those" in call("runs/eval").out
+
+
+def test_the_base_model_s_rule_stays_in_the_evaluation(
+    call: Call, evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(evaluation / "base" / "predictions.jsonl", 2000, 6)
+    assert call("runs/eval", "--system", "base", "--max-error", "0.1").status == 0
+    assert read_rule(evaluation / "base") is not None
+
+
+def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "runs/dpo/adapter/adapter_model.safetensors").write_text("other")
+    ended = call("runs/eval")
+    assert ended.status == 1
+    assert "runs/dpo/adapter: not the adapter that runs/eval evaluated" in ended.error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["nowhere"], 1, "nowhere"),
+        (["runs/eval", "--system", "oracle"], 1, "no system 'oracle'"),
+        (["runs/eval/dpo", "--system", "sft"], 1, "is the folder of 'dpo', not of 'sft'"),
+        (["runs/eval", "--max-error", "0"], 2, "--max-error must be between 0 and 1"),
+        (["runs/eval", "--certainty", "95"], 2, "--certainty must be between 0 and 1"),
+        (["runs/eval", "--estimator", "likelihood"], 2, "likelihood"),
+    ],
+)
+def test_mistakes_are_named(call: Call, arguments: list[str], status: int, says: str) -> None:
+    ended = call(*arguments)
+    assert ended.status == status
+    assert says in ended.error()
+
+
+def test_a_missing_estimator_is_named(call: Call, evaluation: Path) -> None:
+    path = evaluation / "dpo" / "calibration.jsonl"
+    path.write_text(
+        "".join(line.replace('"expected"', '"p_true"') for line in path.read_text().splitlines(True))
+    )
+    assert (
+        "no estimator 'expected'; it has verbalized, p_true"
+        in call("runs/eval", "--estimator", "expected").error()
+    )
+
+
+@pytest.mark.parametrize(
+    ("identifier", "category", "part", "own"),
+    [
+        ("own:1", "own/colour", "own", "colour"),
+        ("own:1", "own", "own", None),
+        ("1", "colour/red", None, "colour/red"),
+        ("1", None, None, None),
+        ("own:1", "owner/colour", None, "owner/colour"),
+    ],
+)
+def test_the_name_of_the_split_is_not_part_of_the_category(
+    identifier: str, category: str | None, part: str | None, own: str | None
+) -> None:
+    answer = EstimatedPrediction(identifier, "?", "Yes", "", None, None, True, category, None, "yes_no")
+    assert (part_of(answer), category_of(answer)) == (part, own)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"schema": 2}, "schema 2, expected 1"),
+        ({"groups": {"": {"threshold": 2}}}, "must be in [0, 1] or null, found 2"),
+        ({"groups": {}}, "'groups'"),
+        ({"by": "colour"}, "'by'"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_a_damaged_file_is_named(call: Call, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+    assert call("runs/eval").status == 0
+    path = tmp_path / "runs/dpo/adapter/thresholds.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    from vlm_calibration.records import DataError
+
+    with pytest.raises(DataError) as raised:
+        read_rule(path.parent)
+    assert str(path) in str(raised.value)
+    assert says in str(raised.value)
