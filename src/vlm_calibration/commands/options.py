@@ -26,8 +26,8 @@ class ModelOptions:
     Attributes:
         adapter: a run directory, the folder of an adapter, or its name on the Hub (owner/name, owner/name@revision)
         base: name or folder of the base model (default: the one that the adapter names; without an adapter the demo's, with
-            the adapter in runs/dpo or runs/sft if there is one)
-        device: e.g. "cpu" or "cuda:1" (default: a GPU if there is one)
+            runs/dpo or runs/sft)
+        device: "cpu", "cuda:1", ... (default: a GPU if any)
         dtype: of the weights (default: as the adapter was trained with, else that of the checkpoint)
         quantization: of the language model (default: as the adapter was trained with, else none)
         base_revision: branch, tag or commit of the base model on the Hub
