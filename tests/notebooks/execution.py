@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ def execute(
         timeout: limit of a cell in seconds.
 
     Returns:
-        The notebook with outputs, and with nothing that depends on who ran it when: no times, no version of Python.
+        The notebook with outputs, and with nothing that depends on who ran it when: no times, no version of Python, and none of
+        standard error, which has progress and the notices of libraries about this machine.
 
     Raises:
         CellExecutionError: a cell failed.
@@ -53,7 +55,17 @@ def execute(
     )
     client.execute(env={**os.environ, **QUIET, **(environment or {})})
     notebook.metadata = metadata
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [cleaned(output) for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
+
+
+def cleaned(output: Any) -> Any:
+    """An output without the escape codes that rich puts into the plain text of its tables."""
+    if "text/plain" in output.get("data", {}):
+        output.data["text/plain"] = re.sub(r"\x1b\[[\d;]*m", "", output.data["text/plain"])
+    return output
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ class ModelOptions:
     Attributes:
         adapter: a run directory, the folder of an adapter, or its name on the Hub (owner/name, owner/name@revision)
         base: name or folder of the base model (default: the one that the adapter names; without an adapter the demo's, with
-            the adapter in runs/dpo or runs/sft if there is one)
-        device: e.g. "cpu" or "cuda:1" (default: a GPU if there is one)
-        dtype: of the weights (default: as the adapter was trained with, else that of the checkpoint)
-        quantization: of the language model (default: as the adapter was trained with, else none)
+            runs/dpo or runs/sft)
+        device: "cpu", "cuda:1", ... (default: a GPU if any)
+        dtype: of the weights (default: the adapter's or checkpoint's)
+        quantization: of the language model (default: the adapter's or none)
         base_revision: branch, tag or commit of the base model on the Hub
         trust_remote_code: run code that comes with the base model
         max_new_tokens: length limit of an answer
