@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import gradio as gr
 from playwright.sync_api import expect
 
 from vlm_calibration.app import view
 from vlm_calibration.app.page import PageHandlers, build_page
 from vlm_calibration.app.subject import demo_subject
-from vlm_calibration.demo.questions import FORMS, right_answer
+from vlm_calibration.demo.questions import FORMS, POSITION_FORMS, known_question, right_answer
 from vlm_calibration.demo.scenes import CLASSES, CORNERS
 from vlm_calibration.inference.model import BASE, DEMO_MODEL, CalibratedModel, load_calibrated
 
@@ -39,6 +40,20 @@ def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path) -> None:
     assert labels == [{"form", "word", "known"}, set()]
 
 
+def test_passing_the_choices_changes_neither_question_nor_key_object() -> None:
+    handlers = PageHandlers(load_calibrated(str(DEMO_MODEL), device="cpu"))
+    subject = demo_subject(SCENE)
+    question = subject.question
+    form, word = known_question(question) or ("", "")
+    kept = [gr.skip(), gr.skip()]
+    assert handlers.compose(subject, question, form, word) == kept
+    assert handlers.compose(subject, ZEBRA, None, None) == kept
+    other = next(corner for corner in CORNERS if corner in subject.corners.values())
+    at = next(name for name, corner in subject.corners.items() if corner == other)
+    assert handlers.compose(subject, ZEBRA, POSITION_FORMS[0], other) == [f"What is at the {other}?", at]
+    assert handlers.compose(subject, ZEBRA, None, "cat")[0] == "Is there a cat in the image?"
+
+
 def test_the_solution_names_the_answer_and_the_scene() -> None:
     corners = {"dog": "top left"}
     assert "<strong>No.</strong> The scene shows: dog (top left)." in view.solution(
@@ -58,7 +73,12 @@ def test_an_unknown_word_is_flagged_instead_of_answered(visit: Visit) -> None:
     )
     expect(visit.page.locator("#answers .said")).to_have_count(0)
     expect(visit.page.locator("#curve figure")).to_have_count(0)
-    expect(visit.page.locator("#form input")).to_have_value("")
+    for part in ("form", "word"):
+        expect(visit.page.locator(f"#{part} input")).to_have_value("")
+        visit.page.locator(f"#{part} input").focus()
+        visit.page.keyboard.press("Tab")
+    expect(visit.page.locator("#question textarea")).to_be_focused()
+    expect(visit.page.locator("#question textarea")).to_have_value(ZEBRA)
     visit.ask("Is there a cat in the image?")
     expect(visit.page.locator("#answers .said")).to_have_count(2)
     expect(visit.page.locator("#form input")).to_have_value("Is there a ... in the image?")

@@ -94,17 +94,22 @@ class PageHandlers:
         """Select the key object that a question is about, if that is known."""
         return asked_about(subject, question) or gr.skip()
 
-    def compose(self, subject: Subject, form: str | None, word: str) -> list[Any]:
-        """Question and key object of a chosen form and word; a form that does not take the word gets its first one."""
+    def compose(self, subject: Subject, question: str, form: str | None, word: str | None) -> list[Any]:
+        """Question and key object of a chosen form and word; what does not fit the other gets the first that does.
+
+        Gradio also reports a choice when the focus leaves a dropdown; then nothing has changed, and a typed question stays.
+        """
+        if (form, word) == (None, None) or known_question(question) == (form, word):
+            return [gr.skip(), gr.skip()]
         form = form or next(form for form, words in FORMS.items() if word in words)
-        question = question_about(form, word if word in FORMS[form] else FORMS[form][0])
-        return [question, self.name_object(subject, question)]
+        composed = question_about(form, word if word in FORMS[form] else FORMS[form][0])
+        return [composed, self.name_object(subject, composed)]
 
     def recognise(self, question: str) -> list[Any]:
-        """Select form and word of a question; no form if the demo model does not know the question."""
+        """Select form and word of a question; neither if the demo model does not know the question."""
         known = known_question(question)
         if known is None:
-            return [None, gr.skip()]
+            return [None, None]
         return [known.form, gr.Dropdown(choices=list(FORMS[known.form]), value=known.word)]
 
     def solve(self, subject: Subject, question: str) -> str:
@@ -282,7 +287,11 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     if handlers.model.is_demo:
         question.change(handlers.recognise, question, [form, word], **LATEST)
         composed = gr.on(
-            [form.input, word.input], handlers.compose, [subject, form, word], [question, choice], **LATEST
+            [form.input, word.input],
+            handlers.compose,
+            [subject, question, form, word],
+            [question, choice],
+            **LATEST,
         )
         update(composed.then(lambda: "", None, problem, **QUIET))
     question.change(lambda: gr.Accordion(open=False), None, solution, **LATEST)
