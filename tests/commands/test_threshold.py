@@ -73,7 +73,7 @@ def evaluation(tmp_path: Path) -> Path:
     model = {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": settings}
     noise = {"levels": {**levels[0], "init_args": {"n_levels": 3}}}
     data = {"prompt": {"template": DEFAULT_TEMPLATE}, "noise": noise}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
     recorded = digest([json.dumps(adapter_files(tmp_path / "runs/dpo/adapter"))])
     (folder / "run.json").write_text(json.dumps({"inputs": {"model.init_args.adapters.dpo": recorded}}))
     return folder
