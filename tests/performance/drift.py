@@ -70,9 +70,10 @@ def pools_of(path: Path) -> dict[str, Pool]:
     """Part or kind of shift -> confidences of its scenes."""
     scenes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for p in read_predictions(path):
-        part, *middle, _ = (p.category or "").split("/")
+        part, *others = (p.category or "").split("/")
         confidence = math.nan if p.confidence is None else p.confidence
-        scenes[middle[0] if middle else part][p.image or ""].append(confidence)
+        name = next((other for other in others if other in SHIFTS), part)
+        scenes[name][p.image or ""].append(confidence)
     return {name: np.array(list(by_scene.values())) for name, by_scene in scenes.items()}
 
 
