@@ -261,7 +261,7 @@ def _paths(page: Path) -> set[str]:
     return {
         span
         for span in spans
-        if re.search(r"/|\.(py|yaml|sh|sbatch|ipynb|md|jsonl?|toml|png)$", span)
+        if re.search(r"/|\.(py|yaml|sh|sbatch|def|ipynb|md|jsonl?|toml|png)$", span)
         and not re.search(r"[A-Z]{3}|^runs/", span)
     }
 
