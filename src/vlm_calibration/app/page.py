@@ -294,7 +294,8 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             **LATEST,
         )
         update(composed.then(lambda: "", None, problem, **QUIET))
-    question.change(lambda: gr.Accordion(open=False), None, solution, **LATEST)
+    # In the browser, since the server's reply could close what the visitor has opened since.
+    question.change(None, None, solution, js="() => ({ __type__: 'update', open: false })", **QUIET)
     solution.expand(handlers.solve, [subject, question], solved, **QUIET)
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
     strength.input(handlers.see, inputs, seen, **LATEST, **PICTURE)
