@@ -110,19 +110,12 @@ def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
     assert checked.count("PASSED") == 2
 
 
-def test_no_link_of_the_page_is_relative(wheel: Path, root: Path) -> None:
+def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         metadata = message_from_bytes(archive.read(name))
     assert metadata["Version"] == vlm_calibration.__version__
-    page = metadata.get_payload()
-    targets = re.findall(r"\]\(([^)]*)\)", page)
-    assert targets
-    assert [target for target in targets if not target.startswith("https://")] == []
-    assert "## Limits" in page
-    images = re.findall(r"!\[([^\]]*)\]\((?!https:)", (root / "README.md").read_text(encoding="utf-8"))
-    assert images
-    assert [description for description in images if description in page] == []
+    assert "## Limits" in metadata.get_payload()
 
 
 def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
