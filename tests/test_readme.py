@@ -111,6 +111,7 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
 # Beginning of a command -> how it is run; the longest matching beginning counts.
 RUNS: dict[str, Run] = {
     "vlm-calibration fit --help": Run(prints=("usage: ", "--config", "--data.batch_size")),
+    "vlm-calibration fit --help-all": Run(prints=("usage: ", "--config", "--data.batch_size")),
     "vlm-calibration fit --model.help": Run(prints=("answer_weight", "confidence_weight")),
     "vlm-calibration completion bash": Run(prints=("complete ", "--trainer.max_epochs")),
     "vlm-calibration estimate-memory": Run(
@@ -188,6 +189,20 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration test --config eval/demo --config eval/demo_development --model.init_args.adapters '{sft: runs/sft/adapter}'": (
         "takes minutes: tests/test_configs.py"
     ),
+    **dict.fromkeys(
+        (
+            "vlm-calibration threshold runs/eval --max-error 0.05",
+            "vlm-calibration threshold runs/eval --max-error 0.05 --certainty 0.95",
+        ),
+        "needs answers to a calibration set: tests/commands/test_threshold.py",
+    ),
+    "vlm-calibration monitor --reference runs/eval --new answers.jsonl": "tests/commands/test_monitor.py",
+    "vlm-calibration monitor --reference runs/eval --system dpo --new answers.jsonl --by answer_type": (
+        "tests/commands/test_monitor.py"
+    ),
+    "vlm-calibration ask --abstain": "needs thresholds: tests/commands/test_ask.py",
+    "vlm-calibration COMMAND --help": "tests/test_help.py",
+    ".venv/bin/python -m tests.notebooks.execution": "takes minutes: tests/notebooks/test_notebooks.py",
     "vlm-calibration report RUN --calibration FOLDER": "tests/reporting/test_report.py",
     'make test-fast ARGS="tests/metrics -x"': "runs tests: tests/test_packaging.py has the call",
     'make test ARGS="--durations=50"': "runs this test",
@@ -203,7 +218,7 @@ ELSEWHERE: dict[str, str] = {
     "pip install 'vlm-calibration[regions]'": "downloads; the tests have the extra: tests/regions/test_phrases.py",
     ".venv/bin/pip install jupyterlab ipywidgets": "downloads; notebooks are run without either: tests/notebooks/test_notebooks.py",
     ".venv/bin/jupyter lab notebooks": "serves until it is stopped: tests/notebooks/test_notebooks.py",
-    'make bench ARGS="--only demo_seeds"': "takes two hours",
+    'make bench ARGS="--only demo_seeds"': "takes hours",
     'make bench ARGS="--only phrases"': "is tested in tests/regions/test_phrases.py",
     'make bench ARGS="--only preference"': "takes minutes: tests/losses/test_preference_trl.py",
 }
@@ -252,7 +267,7 @@ def test_commands_that_are_not_run_here_exist() -> None:
 
 
 def test_no_command_runs_a_module_of_the_tests() -> None:
-    assert [command for command in COMMANDS if "tests." in command or "tests/" in command] == []
+    assert [command for command in commands(README) if "tests." in command or "tests/" in command] == []
 
 
 def _paths(page: Path) -> set[str]:
