@@ -56,7 +56,7 @@ def test_passing_the_choices_changes_neither_question_nor_key_object() -> None:
 
 def test_the_solution_names_the_answer_and_the_scene() -> None:
     corners = {"dog": "top left"}
-    assert "<strong>No.</strong> The scene shows: dog (top left)." in view.solution(
+    assert "Do you see a cat? <strong>No.</strong> The scene shows: dog (top left)." in view.solution(
         "Do you see a cat?", corners
     )
     assert "<strong>Nothing is there.</strong>" in view.solution("What is at the top right?", corners)

@@ -71,7 +71,7 @@ def solution(question: str, corners: Mapping[str, str]) -> str:
     if answer is None:
         answer = "Nothing is there" if known_question(question) else "Known for the demo's questions only"
     shown = ", ".join(f"{name} ({corner})" for name, corner in corners.items())
-    return f'<p class="solution"><strong>{escape(answer)}.</strong> The scene shows: {escape(shown)}.</p>'
+    return f'<p class="solution">{escape(question)} <strong>{escape(answer)}.</strong> The scene shows: {escape(shown)}.</p>'
 
 
 def data_url(image: np.ndarray, side: int = PREVIEW_SIDE) -> str:
