@@ -283,7 +283,7 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
         with pytest.raises(Stopped):
             demo_seeds.main(arguments)
     systems = [json.loads(a[a.index("--model.init_args.adapters") + 1]) for a in answered]
-    assert set(systems[1]) == {"sft-paper", "dpo-paper", "sft", "dpo"}
+    assert set(systems[1]) == {"sft", "dpo"}
     assert set(ABLATIONS) < set(systems[0])
     assert [str(DEVELOPMENT.relative_to(CONFIGS.parent)) in a for a in answered] == [True, False]
 

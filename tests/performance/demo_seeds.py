@@ -80,7 +80,7 @@ STAGE_2_PAPER = {
     ]
 }
 UNTRAINED = ("base", "oracle")
-REPORTED = ("base", "sft-paper", "dpo-paper", "sft", "dpo", "oracle")
+REPORTED = ("base", "sft", "dpo", "oracle")
 """The systems that answer the test scenes, once their settings are chosen."""
 DEVELOPMENT = ["--config", "configs/eval/demo_development.yaml"]
 STATED_ALONE = [
@@ -273,8 +273,6 @@ CONFIDENCES = {
     Confidence("base", "likelihood"): "base, likelihood of its answer",
     Confidence("base", "likelihood", "platt"): "base, likelihood, Platt",
     Confidence("oracle"): "level oracle",
-    Confidence("sft-paper"): "paper's preset, stage 1, as stated",
-    Confidence("dpo-paper"): "paper's preset, stage 2, as stated",
     Confidence("sft"): "stage 1, as stated",
     Confidence("sft", "expected"): "stage 1, expected",
     Confidence("dpo"): "**stage 2, as stated**",
