@@ -295,7 +295,7 @@ def commands_with(adapter: str | None) -> list[str]:
     is_checkout = Path("src/vlm_calibration").is_dir()
     return [
         f'make app ARGS="--adapter {name}"' if is_checkout else f"vlm-calibration app --adapter {name}",
-        f'vlm-calibration ask photo.jpg "Is there a dog?" --adapter {name}',
+        f'vlm-calibration ask photo.jpg "Is there a dog in the image?" --adapter {name}',
         f"vlm-calibration export {name} --out my_adapter",
     ]
 
