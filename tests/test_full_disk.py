@@ -169,7 +169,7 @@ def _answered(folder: Path) -> None:
 
 def _asked(folder: Path) -> None:
     answers = AnswerFile(folder / "answers.jsonl", {})
-    answers.add([(Question("q", "1", "a.png", "?", None), {"text": "Yes" * 10_000})])
+    answers.add([(Question("q", "1", "a.png", "?", None, None), {"text": "Yes" * 10_000})])
 
 
 def _image(folder: Path) -> None:

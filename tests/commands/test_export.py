@@ -415,7 +415,7 @@ def test_a_failed_export_leaves_the_old_one(
         ),
         (["run", "--out", "x", "--evaluation", "run"], "run: no run.json: give the run directory", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
-        ([], "run", 2),
+        ([], "adapter", 2),
         (["run", "--out", "x", "--merg"], "--merg", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),

@@ -161,7 +161,7 @@ def test_the_answers_of_ask_by_type(evaluation: Path, monitored: Callable[..., A
     path = tmp_path / "asked.jsonl"
     file = AnswerFile(path, {"model": "m", "review_below": None})
     for i, row in enumerate(answers(60, 4)):
-        question = Question(str(i), f"q:{i}", "a.png", "Is there a dog?", None)
+        question = Question(str(i), f"q:{i}", "a.png", "Is there a dog?", None, None)
         file.add([(question, {"confidence": row["confidence"], "answer_type": "yes_no"})])
     file.close()
     status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")

@@ -20,7 +20,7 @@ from .before_after import OUT, ROOT, WIDTH, main, png, read_table, side_by_side
 
 SYSTEMS: dict[str, list[tuple[float | None, int, int]]] = {
     "base": [(0.95, 30, 40)],
-    "dpo": [(0.5, 5, 10), (0.9, 27, 30)],
+    "dpo": [(0.5, 20, 40), (0.9, 108, 120)],
     "silent": [(None, 3, 4)],
 }
 """Of each system: a stated confidence, and how many answers with it are right, of how many."""
@@ -71,7 +71,7 @@ def test_both_diagrams_show_their_system(table: Callable[[str], ConfidenceTable]
         "Before: says 95%, is right 75% of the time\ncalibration error (ECE) 20.0%, 40 answers"
     )
     assert right.get_title() == (
-        "After: says 80%, is right 80% of the time\ncalibration error (ECE) 0.0%, 40 answers"
+        "After: says 80%, is right 80% of the time\ncalibration error (ECE) 0.0%, 160 answers"
     )
 
 

@@ -56,7 +56,7 @@ def test_an_answer_s_text_is_short() -> None:
     answer = Answer("Yes. Confidence: 90%", "Yes", 0.9, 0.87, levels, "yes_no")
     assert repr(answer) == (
         "Answer(text='Yes. Confidence: 90%', answer='Yes', confidence=0.9, expected=0.87, answer_type='yes_no', "
-        "warning=None, rule=None)"
+        "rule=None, warning=None)"
     )
 
 

@@ -22,10 +22,10 @@ class Answer:
             answer. Greedy decoding states the most probable one.
         distribution: confidence -> probability that the model states it, highest confidence first; sums to 1.
         answer_type: the kind of question that the model was asked.
-        warning: why answer and confidence mean nothing: what the model does not know in the question. None if it knows the
-            question, and for any model but the demo's, since what others know is not known.
         rule: the threshold that the confidence was compared with, and its guarantee; None if the model has no thresholds, or has them
             by category and none for this question's.
+        warning: why answer and confidence mean nothing: what the model does not know in the question. None if it knows the
+            question, and for any model but the demo's, since what others know is not known.
     """
 
     text: str
@@ -34,8 +34,8 @@ class Answer:
     expected: float | None
     distribution: Mapping[float, float] = field(hash=False, repr=False)
     answer_type: AnswerType
-    warning: str | None = None
     rule: AppliedRule | None = None
+    warning: str | None = None
 
     @property
     def decision(self) -> Decision | None:

@@ -6,8 +6,6 @@ another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-va
 threshold that breaks the limit is therefore chosen with a probability of at most 1 - certainty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,7 +105,7 @@ class ThresholdScores(NamedTuple):
     @classmethod
     def of(
         cls, n: int, answers: int, wrong: int, correct: int, sent_away: int, certainty: float
-    ) -> ThresholdScores:
+    ) -> "ThresholdScores":
         """The scores of counts; `certainty` is that of each interval, in (0, 1)."""
         return cls(
             n,
@@ -168,7 +166,7 @@ class RiskControl(NamedTuple):
 # --- Choice ---------------------------------------------------------------------------------------------------------
 
 
-def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> ThresholdScores:
+def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> "ThresholdScores":
     """What a threshold does on answers, which need not be those that it was chosen on.
 
     Args:

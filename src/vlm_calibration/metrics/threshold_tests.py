@@ -1,7 +1,5 @@
 """Exact tests of confidence thresholds, for one set of answers or a batch of replicates: see `risk_control`, which chooses with them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
