@@ -83,10 +83,8 @@ UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
 """The systems that answer the test scenes, once their settings are chosen."""
 DEVELOPMENT = ["--config", "configs/eval/demo_development.yaml"]
-STATED_ALONE = [
-    *("--model.init_args.estimators", "[]", "--model.init_args.probes", "[]"),
-    *("--data.calibration", "null"),
-]
+NO_PROBES = ["--model.init_args.probes", "[]"]
+STATED_ALONE = ["--model.init_args.estimators", "[]", "--data.calibration", "null"]
 SYSTEMS = {
     "base": "base",
     "sft-paper": "SFT, paper's preset",
@@ -193,6 +191,7 @@ def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: b
             *("test", "--config", "configs/eval/demo.yaml", *([] if test else DEVELOPMENT)),
             *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters),
+            *NO_PROBES,
             *([] if test else STATED_ALONE),
             threads=2,
         )
