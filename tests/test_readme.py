@@ -219,7 +219,6 @@ ELSEWHERE: dict[str, str] = {
     "pip install 'vlm-calibration[regions]'": "downloads; the tests have the extra: tests/regions/test_phrases.py",
     ".venv/bin/pip install jupyterlab ipywidgets": "downloads; notebooks are run without either: tests/notebooks/test_notebooks.py",
     ".venv/bin/jupyter lab notebooks": "serves until it is stopped: tests/notebooks/test_notebooks.py",
-    'make bench ARGS="--only demo_seeds"': "takes hours",
     'make bench ARGS="--only phrases"': "is tested in tests/regions/test_phrases.py",
     'make bench ARGS="--only preference"': "takes minutes: tests/losses/test_preference_trl.py",
 }
