@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vlm_calibration import cli
-from vlm_calibration.commands.threshold import category_of, part_of
+from vlm_calibration.reporting.report.thresholds import category_of, part_of
 from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers

@@ -85,8 +85,8 @@ def _rule_in(path: Path) -> DecisionRule | None:
     rule = read_rule(path)
     if rule is None:
         return None
-    answers = path / (CALIBRATION if rule.answers["split"] == "calibration" else PREDICTIONS)
-    return rule if answers.is_file() and rule.answers["digest"] == file_digest(answers) else None
+    answers = path / (CALIBRATION if rule.answers.get("split") == "calibration" else PREDICTIONS)
+    return rule if answers.is_file() and rule.answers.get("digest") == file_digest(answers) else None
 
 
 def _guarantee(rule: DecisionRule | None) -> dict[str, str]:
