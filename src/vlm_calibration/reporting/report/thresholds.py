@@ -258,11 +258,11 @@ def uncalibrated_sentence(systems: Sequence[System]) -> str:
     names = [system.name for system in systems if system.calibration is None]
     if not names:
         return ""
-    who = (
-        "The systems have"
-        if len(names) == len(systems)
-        else f"{_listed(names)} {'has' if len(names) == 1 else 'have'}"
-    )
+    one = len(names) == 1
+    if len(names) < len(systems):
+        who = f"{_listed(names)} {'has' if one else 'have'}"
+    else:
+        who = "The system has" if one else "The systems have"
     return (
         f"{who} no answers to a calibration set, and a threshold that is chosen on the answers it is tested on proves nothing: evaluate "
         "with data.calibration, or name such an evaluation with --calibration."
