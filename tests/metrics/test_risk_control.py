@@ -202,7 +202,7 @@ def test_the_number_of_answers_that_would_be_enough(seed: int) -> None:
 
 
 def test_the_number_of_further_answers_is_that_of_the_reason() -> None:
-    groups = graded_answers([0.9] * 40 + [0.4] * 60, [True] * 99 + [False])
+    groups = graded_answers([0.9] * 40 + [0.4] * 60, [True] * 40 + [False] * 60)
     choice = control_risk({"": groups}, Limits(0.05)).choices[""]
     needed = answers_needed(groups.groups, 0.05, 0.05)
     assert needed is not None

@@ -133,7 +133,7 @@ def evaluation(tmp_path: Path) -> Path:
 def test_the_page_has_a_row_for_each_probed_system(evaluation: Path) -> None:
     report([str(evaluation)], replicates=20, images=False)
     text = Page((evaluation / "report.html").read_text()).text
-    section = text[text.index("What confidence listens to") : text.index("By category")]
+    section = text[text.rindex("What confidence listens to") : text.rindex("By category")]
     predictions = probed(listens=True)
     changes = [0.2 - p.confidence for p in predictions if p.confidence is not None]
     fell = sum(c < 0 for c in changes) / len(changes)
