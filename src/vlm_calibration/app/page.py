@@ -189,10 +189,8 @@ class PageHandlers:
             return view.notice(
                 f"No report yet: `make demo` ends with one, and `vlm-calibration report` writes one for any run.{where}"
             )
-        # Without this base, the links of its contents would lead to the address of this page.
-        text = self.report.read_text(encoding="utf-8").replace(
-            "<head>", '<head><base href="about:srcdoc">', 1
-        )
+        # A link to "#made" alone would lead to the address of this page. Texts in the report cannot hold a plain quotation mark.
+        text = self.report.read_text(encoding="utf-8").replace('href="#', 'href="about:srcdoc#')
         content = escape(text, quote=True)
         return f'<iframe class="report" title="Report" sandbox="allow-scripts" srcdoc="{content}"></iframe>'
 
