@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
+import pytest
 from playwright.sync_api import expect
 
 from vlm_calibration.app import view
@@ -13,7 +15,9 @@ from vlm_calibration.app.page import PageHandlers, build_page
 from vlm_calibration.app.subject import demo_subject
 from vlm_calibration.demo.questions import FORMS, POSITION_FORMS, known_question, right_answer
 from vlm_calibration.demo.scenes import CLASSES, CORNERS
-from vlm_calibration.inference.model import BASE, DEMO_MODEL, CalibratedModel, load_calibrated
+from vlm_calibration.estimators.decision import AppliedRule
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
 
 from .browser import SCENE, Visit, shown_answers
 
@@ -120,3 +124,25 @@ def test_the_right_answer_is_hidden_until_it_is_asked_for(visit: Visit) -> None:
     button.click()
     expect(solution).to_contain_text("No. The scene shows: ")
     assert shown_answers(visit)[BASE][0] in ("Yes.", "No.")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "confidence", "decision", "why"),
+    [
+        (0.925, 0.95, "answer", "stated 95%, at least 92.5%"),
+        (0.925, 0.9, "review", "stated 90%, below 92.5%"),
+        (0.925, None, "review", "no stated confidence"),
+        (None, 1.0, "review", "no threshold keeps the limits"),
+    ],
+)
+def test_an_answer_says_whether_it_may_be_given_and_why(
+    threshold: float | None, confidence: float | None, decision: str, why: str
+) -> None:
+    rule = AppliedRule(threshold, "verbalized", confidence, "", "At most <5%> ...")
+    answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule=rule)
+    panel = view.answer_panel(CALIBRATED, answer)
+    assert (
+        f'data-decision="{decision}"><strong>{decision}</strong> ({why})<small>At most &lt;5%&gt; ...'
+        in panel
+    )
+    assert "data-decision" not in view.answer_panel(CALIBRATED, replace(answer, rule=None))

@@ -134,7 +134,10 @@ def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
     rule = _decide(trained / "adapter")
     assert call("run", "--out", "copy")[0] == 0
     assert read_rule(tmp_path / "copy") == rule
+    assert call("copy", "--out", "again")[0] == 0
     assert call("run", "--merge", "--out", "merged")[0] == 0
+    for name in ("copy", "again", "merged"):
+        assert f"{rule.guarantee} Send all other" in (tmp_path / name / "README.md").read_text()
     merged = read_rule(tmp_path / "merged")
     weights = weights_digest(BaseModel(str(tmp_path / "merged")))
     assert merged == replace(rule, base=model_folder, weights=weights)
@@ -157,6 +160,7 @@ def test_thresholds_that_do_not_hold_for_the_merged_model_are_left_out(
     assert status == 0
     assert f"left out the thresholds of run/adapter: {says}" in out
     assert not (tmp_path / "merged/thresholds.json").exists()
+    assert "At most ..." not in (tmp_path / "merged/README.md").read_text()
 
 
 def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str) -> None:

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from vlm_calibration import cli
-from vlm_calibration.commands.threshold import category_of, part_of
 from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
+from vlm_calibration.reporting.card import Card, save_card
+from vlm_calibration.reporting.report.data import read_systems
+from vlm_calibration.reporting.report.thresholds import category_of, part_of, promises_of
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
@@ -122,6 +124,32 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
         given = [a for a in tested if part_of(a) == part and (a.confidence or 0) >= choice.threshold]
         row = next(line for line in ended.out.splitlines() if f"test: {part}" in line)
         assert f"{sum(not a.correct for a in given) / len(given):.1%} [" in row
+
+
+def test_the_adapter_s_card_states_the_guarantee(call: Call, tmp_path: Path) -> None:
+    adapter = tmp_path / "runs/dpo/adapter"
+    save_card(adapter, Card("owner/base"))
+    assert call("runs/eval", "--max-error", "0.0001").status == 3
+    assert "When to answer" not in (adapter / "README.md").read_text()
+    for limit in ("0.05", "0.1"):
+        assert call("runs/eval", "--max-error", limit).status == 0
+        rule = read_rule(adapter)
+        assert rule is not None
+        assert (adapter / "README.md").read_text().count(rule.guarantee) == 1
+
+
+def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) -> None:
+    result = json.loads(call("runs/eval", "--json").out)
+    rows = promises_of(read_systems(["runs/eval"]))
+    assert [row.name for row in rows] == ["dpo"], "sft has no calibration answers"
+    promise = next(p for p in rows[0].promises if p.limits.max_error == 0.05)
+    assert promise.choice.threshold == result["groups"][""]["threshold"]
+    assert promise.choice.scores is not None
+    assert promise.choice.scores.coverage.value == result["groups"][""]["coverage"][0]
+    assert {name: [s.n, s.answers, s.wrong, *s.error] for name, s in promise.tested.items()} == {
+        name: [s["n"], s["answers"], s["wrong"], *s["error"]] for name, s in result["test"].items()
+    }
+    assert list(promise.tested) == ["all", "easy", "hard"]
 
 
 def test_one_system_s_folder_and_json(call: Call, evaluation: Path, tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ import pytest
 import yaml
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, snippet
+from vlm_calibration.reporting.card import (
+    BEGIN,
+    END,
+    EXAMPLE,
+    Card,
+    card_text,
+    load_card,
+    save_card,
+    snippet,
+    state_guarantee,
+)
 from vlm_calibration.reporting.tables import COLUMNS, column
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
@@ -209,3 +219,37 @@ def test_facts_that_are_none_are_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(DataError, match=r"calibration.json: not the facts of a model card") as caught:
         load_card(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+PROMISE = "At most 5% of the answers given are wrong, with 95% certainty."
+
+
+def test_thresholds_beside_the_adapter_are_in_its_card(tmp_path: Path) -> None:
+    save_card(tmp_path, FULL)
+    assert "When to answer" not in (tmp_path / "README.md").read_text()
+    state_guarantee(tmp_path, PROMISE)
+    text = (tmp_path / "README.md").read_text()
+    assert f"## When to answer\n\n{PROMISE} Send all other questions to a person." in text
+    assert "## Results" not in text
+    assert load_card(tmp_path) == replace(FULL, guarantee=PROMISE)
+    state_guarantee(tmp_path, "Another.")
+    assert PROMISE not in (tmp_path / "README.md").read_text()
+
+
+def test_an_edited_card_gets_the_guarantee_and_keeps_its_text(tmp_path: Path) -> None:
+    save_card(tmp_path, FULL)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nMine.\n")
+    for promise in (PROMISE, "Another."):
+        state_guarantee(tmp_path, promise)
+    text = path.read_text()
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+    assert "Mine." in text
+    assert "Another. Send all other" in text
+    assert PROMISE not in text
+
+
+def test_a_foreign_readme_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("Mine.\n")
+    state_guarantee(tmp_path, PROMISE)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("README.md", "Mine.\n")]

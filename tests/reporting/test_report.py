@@ -443,7 +443,7 @@ def test_page_and_tables_of_an_evaluation(evaluation: Path) -> None:
     ):  # fmt: skip
         assert heading in page.text, heading
     assert all(load.startswith("data:image/") for load in page.loads if load), page.loads
-    assert page.tags.count("img") == 2 * 4, "four figures for each of two systems"
+    assert page.tags.count("img") == 2 * 4 + 1, "four figures for each of two systems, and one for both"
     assert "script" not in page.tags
 
     rows = list(csv.DictReader((evaluation / "report.csv").open()))
@@ -466,7 +466,9 @@ def test_every_section_is_linked_and_every_table_is_a_file(evaluation: Path) -> 
     assert [link[1:] for link in links] == page.anchors
     assert {"confidence", "systems", "groups", "made"} <= set(page.anchors)
     tables = {unquote(link) for link in page.links} - set(links)
-    assert tables == {f"report{name}.csv" for name in ("", ".systems", ".confidence", ".groups")}
+    assert tables == {
+        f"report{name}.csv" for name in ("", ".systems", ".confidence", ".thresholds", ".groups")
+    }
     for name in tables:
         header, *rows = list(csv.reader((evaluation / name).open()))
         assert rows

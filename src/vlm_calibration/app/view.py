@@ -16,9 +16,11 @@ from PIL import Image
 
 from vlm_calibration.demo.questions import FORMS, known_question, right_answer, shown_form
 from vlm_calibration.demo.scenes import CLASSES, CORNERS
+from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import BASE, CALIBRATED
 from vlm_calibration.metrics.figures import BLUE, ORANGE
+from vlm_calibration.metrics.risk_control import percent
 
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}
 COLOURS = {BASE: ORANGE, CALIBRATED: BLUE}
@@ -93,13 +95,31 @@ def picture(image: np.ndarray, caption: str) -> str:
 
 
 def answer_panel(system: str, answer: Answer) -> str:
-    """One system's answer: text, stated and expected confidence as bars, and the distribution."""
+    """One system's answer: text, what its thresholds decide, stated and expected confidence as bars, and the distribution."""
     return (
         f'<section class="said {escape(system)}" style="--own: {COLOURS[system]}">'
         f"<h2>{TITLES[system]}</h2>"
         f'<p class="answer">{escape(answer.answer) or "<i>no answer</i>"}</p>'
-        f"{_bar('stated', answer.confidence)}{_bar('expected', answer.expected)}"
+        f"{_decision(answer)}{_bar('stated', answer.confidence)}{_bar('expected', answer.expected)}"
         f"{_distribution(answer)}</section>"
+    )
+
+
+def _decision(answer: Answer) -> str:
+    """Whether the answer may be given or goes to a person, and the guarantee behind it; empty without thresholds."""
+    if answer.rule is None:
+        return ""
+    name = "stated" if answer.rule.estimator == VERBALIZED else answer.rule.estimator
+    if answer.rule.confidence is None:
+        why = f"no {name} confidence"
+    elif answer.rule.threshold is None:
+        why = "no threshold keeps the limits"
+    else:
+        relation = "at least" if answer.decision == "answer" else "below"
+        why = f"{name} {percent(answer.rule.confidence)}, {relation} {percent(answer.rule.threshold)}"
+    return (
+        f'<p class="decision" data-decision="{answer.decision}"><strong>{answer.decision}</strong> ({escape(why)})'
+        f"<small>{escape(answer.rule.guarantee)}</small></p>"
     )
 
 

@@ -187,7 +187,7 @@ def _license(name: str | None) -> dict[str, Any]:
 
 def _write_adapter(export: Export, folder: Path) -> None:
     from vlm_calibration.models.base import adapter_digest
-    from vlm_calibration.reporting.card import is_edited, save_card, update_card
+    from vlm_calibration.reporting.card import renew_card
 
     adapter, base = export.adapter, export.base
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
@@ -199,10 +199,7 @@ def _write_adapter(export: Export, folder: Path) -> None:
     card = _card(export)
     # The same weights, whose configuration may name the base model otherwise.
     card = replace(card, evaluations=[replace(e, adapter=digest) for e in card.evaluations])
-    if not is_edited(adapter):
-        save_card(folder, card)
-    else:
-        update_card(folder, card, export.license)
+    renew_card(folder, card, export.license)
 
 
 def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
@@ -219,19 +216,21 @@ def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
     save_merged(merged.model, folder, base.trust_remote_code)
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
-    save_card(folder, replace(_card(export), merged=True))
-    _write_merged_rule(adapter, folder, base, dtype)
+    card = replace(_card(export), merged=True)
+    if not _write_merged_rule(adapter, folder, base, dtype):
+        card = replace(card, guarantee="")
+    save_card(folder, card)
     print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
 
 
-def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> None:
-    """Keep the adapter's decision rule for the merged model, if that computes what was evaluated up to rounding."""
+def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> bool:
+    """Keep the adapter's decision rule for the merged model, if that computes what was evaluated up to rounding; whether it did."""
     from vlm_calibration.estimators.decision import read_rule, write_rule
     from vlm_calibration.models.loading import weights_digest
 
     rule = read_rule(adapter)
     if rule is None:
-        return
+        return False
     weights = weights_digest(BaseModel(str(folder)))
     if rule.weights != adapter_weights_digest(adapter):
         reason = "they were chosen with other weights"
@@ -244,19 +243,21 @@ def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtyp
     else:
         assert weights is not None, "the merged model has just been written"
         write_rule(replace(rule, base=base.name_or_path, weights=weights), folder)
-        return
+        return True
     print(
         f"left out the thresholds of {adapter}: {reason}; choose them again on an evaluation of the merged model"
     )
+    return False
 
 
 def _card(export: Export) -> Card:
-    """The adapter's card with the base model, location, results and licence of the export."""
+    """The adapter's card with the base model, location, results, guarantee and licence of the export."""
+    from vlm_calibration.estimators.decision import rule_of_adapter
     from vlm_calibration.hub import is_hub_name
     from vlm_calibration.reporting.card import Card, load_card
 
     base = export.base.name_or_path
-    card = load_card(export.adapter) or Card(base)
+    card, rule = load_card(export.adapter) or Card(base), rule_of_adapter(export.adapter)
     return replace(
         card,
         base=base,
@@ -264,5 +265,6 @@ def _card(export: Export) -> Card:
         revision=export.base.revision,
         location=export.location,
         evaluations=export.evaluations,
+        guarantee=rule.guarantee if rule is not None else "",
         license=export.license or export.base_license or card.license,
     )

@@ -25,7 +25,7 @@ def report(
     """Write a page on whether the confidence of evaluated models can be trusted, with its tables beside it.
 
     The comparison lies beside `report.html` as CSV, Markdown, LaTeX and JSON (`report.csv`, ...), each other table of the page as
-    `report.NAME.csv`: systems, confidence, groups, and where there are any probes and official.
+    `report.NAME.csv`: systems, confidence, groups, and where there are any thresholds, probes and official.
 
     What it prints is the result in brief: a table, the weakest group, the page and what to try next.
 
@@ -34,8 +34,8 @@ def report(
             with the first one, the base model of an evaluation
         out: path of the page (default: report.html in the first folder)
         system: the system that the summary and the examples describe (default: the last trained one)
-        calibration: an evaluation of the same systems on other images, to fit recalibration on (default: the answers to the
-            calibration set of the evaluation itself, data.calibration; without either, nothing is recalibrated)
+        calibration: an evaluation of the same systems on other images, to choose thresholds and fit recalibration on (default: the answers to the
+            calibration set of the evaluation itself, data.calibration; without either, there are neither)
         images: show images, loaded from the data that the run's configuration names
         replicates: number of bootstrap draws
         seed: seed of the draws
@@ -51,6 +51,7 @@ def report(
     from vlm_calibration.reporting.report.sheets import sheets_of, write_sheets
     from vlm_calibration.reporting.report.summary import largest_error, subject_of
     from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
+    from vlm_calibration.reporting.report.thresholds import promises_of
     from vlm_calibration.reporting.runs import commands_with
     from vlm_calibration.reporting.tables import print_results
 
@@ -62,10 +63,11 @@ def report(
     comparison = Comparison(replicates, seed)
     compared = compare(systems, comparison)
     page = out if out is not None else Path(runs[0]) / PAGE
-    html = render_page(systems, compared, comparison, system, images, page)
+    promises = promises_of(systems)
+    html = render_page(systems, compared, comparison, promises, system, images, page)
     write_text(page, html)
     write_tables(compared.rows, page)
-    write_sheets(sheets_of(systems, compared.probed), page)
+    write_sheets(sheets_of(systems, compared.probed, promises), page)
     about = next((s for s in systems if s.name == system), subject_of(systems))
     worst = largest_error(groups_of_system(about))
     print_results(

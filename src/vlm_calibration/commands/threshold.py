@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_calibration.errors import CommandError
-from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.estimators.predictions import EstimatedPrediction
     from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
-    from vlm_calibration.reporting.report.data import System
+    from vlm_calibration.reporting.evaluated_model import Evaluated, EvaluatedModel
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
-
-
-class Evaluated(NamedTuple):
-    """The answers that a threshold is chosen on.
-
-    Attributes:
-        system: the model that answered.
-        path: file of the answers.
-        split: "calibration", or "predictions" without a calibration split.
-        answers: the answers.
-        groups: group -> its answers.
-        without_group: how many answers have no group and are left out.
-    """
-
-    system: System
-    path: Path
-    split: Literal["calibration", "predictions"]
-    answers: Sequence[EstimatedPrediction]
-    groups: Mapping[str, list[EstimatedPrediction]]
-    without_group: int
-
-    @property
-    def questions(self) -> str:
-        """Which questions the answers are to, as `guarantee` names them."""
-        return "those of the calibration split" if self.split == "calibration" else "the evaluated ones"
 
 
 def threshold(
@@ -58,6 +31,8 @@ def threshold(
     json: bool = False,
 ) -> None:
     """Choose the confidence from which on a model may answer, with a guarantee, and write it to the adapter as thresholds.json.
+
+    The adapter's model card then states the guarantee.
 
     Exit status 3 and no file if no threshold keeps the limits.
 
@@ -78,26 +53,26 @@ def threshold(
     """
     # These import torch, which the help does not need.
     from vlm_calibration.estimators.decision import write_rule
-    from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
+    from vlm_calibration.metrics.risk_control import Limits
+    from vlm_calibration.reporting.card import state_guarantee
+    from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
+    from vlm_calibration.reporting.report.thresholds import choose, realised
 
     try:
         limits = Limits(max_error, certainty, max_sent_away)
     except ValueError as error:
         raise ArgumentError(None, f"--{str(error).replace('_', '-')}") from error
     evaluated = read_evaluated(Path(run), system, estimator, by)
-    model = _model_of(evaluated.system, estimator, evaluated.answers)
-    control = control_risk(
-        {
-            name: graded_answers([p.confidence_of(estimator) for p in part], [p.correct for p in part])
-            for name, part in evaluated.groups.items()
-        },
-        limits,
-    )
+    model = model_of(evaluated.system, estimator, evaluated.answers)
+    control = choose(evaluated.groups, estimator, limits)
     rule = _rule(control, evaluated, model, estimator, by)
     tested = (
-        realised(rule, evaluated.system.predictions, certainty) if evaluated.split == "calibration" else {}
+        realised(control, estimator, evaluated.system.predictions) if evaluated.split == "calibration" else {}
     )
-    written = str(write_rule(rule, model.folder)) if control.found else None
+    written = None
+    if control.found:
+        written = str(write_rule(rule, model.folder))
+        state_guarantee(model.folder, rule.guarantee)
     if json:
         print(json_format.dumps(_as_json(rule, control, tested, written), indent=2, ensure_ascii=False))
     else:
@@ -106,177 +81,15 @@ def threshold(
         raise CommandError("", NOT_FOUND)
 
 
-# --- The answers ----------------------------------------------------------------------------------------------------
-
-
-def read_evaluated(run: Path, name: str | None, estimator: str, by: str | None) -> Evaluated:
-    """The answers of one system of an evaluation, in groups.
-
-    Raises:
-        DataError: there are none, there is no such system, or they lack the estimator or a category.
-    """
-    from vlm_calibration.estimators.decision import EVERYTHING
-    from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS, estimators_of
-
-    system, folder = _system_of(run, name)
-    split: Literal["calibration", "predictions"] = (
-        "predictions" if system.calibration is None else "calibration"
-    )
-    answers = system.predictions if system.calibration is None else system.calibration
-    path = folder / (PREDICTIONS if system.calibration is None else CALIBRATION)
-    if estimator not in (known := estimators_of(answers)):
-        raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(known)}")
-    groups: dict[str, list[EstimatedPrediction]] = {}
-    for answer in answers:
-        group = EVERYTHING if by is None else category_of(answer)
-        if group is not None:
-            groups.setdefault(group, []).append(answer)
-    if not groups:
-        raise DataError(f"{path}: no answer has a category: leave --by out")
-    left_out = len(answers) - sum(map(len, groups.values()))
-    return Evaluated(system, path, split, answers, dict(sorted(groups.items())), left_out)
-
-
-def _system_of(run: Path, name: str | None) -> tuple[System, Path]:
-    """A system of an evaluation, and its folder; `run` is the evaluation or that folder."""
-    from vlm_calibration.estimators.predictions import PREDICTIONS
-    from vlm_calibration.reporting.report.data import CONFIG, ORACLE, read_systems
-    from vlm_calibration.reporting.report.summary import subject_of
-
-    if (
-        (run / PREDICTIONS).is_file()
-        and not (run / CONFIG).is_file()
-        and (run.resolve().parent / CONFIG).is_file()
-    ):
-        if name not in (None, run.resolve().name):
-            raise DataError(f"--system: {run} is the folder of {run.resolve().name!r}, not of {name!r}")
-        run, name = run.resolve().parent, run.resolve().name
-    systems = {s.name: s for s in read_systems([str(run)]) if s.name != ORACLE}
-    if name is not None and name not in systems:
-        raise DataError(f"--system: no system {name!r} that is a model; there are {', '.join(systems)}")
-    if not systems:
-        raise DataError(f"{run}: holds no answers of a model")
-    system = systems[name] if name is not None else subject_of(list(systems.values()))
-    folder = system.folder / system.name
-    if not (folder / PREDICTIONS).is_file() or _evaluation(system) is None:
-        raise DataError(
-            f"{run}: not an evaluation of `vlm-calibration test`, whose configuration names the adapters"
-        )
-    return system, folder
-
-
-def part_of(answer: EstimatedPrediction) -> str | None:
-    """The named split that an answer belongs to, which an evaluation puts in front of id and category; None if it has no name."""
-    first = (answer.category or "").split("/", 1)[0]
-    return first if first and answer.id.startswith(f"{first}:") else None
-
-
-def category_of(answer: EstimatedPrediction) -> str | None:
-    """The category of the question itself, without the name of its split; None if it has none."""
-    part = part_of(answer)
-    category = (
-        answer.category if part is None else (answer.category or "").removeprefix(part).removeprefix("/")
-    )
-    return category or None
-
-
-# --- The model ------------------------------------------------------------------------------------------------------
-
-
-class Model(NamedTuple):
-    """The model that a rule is for.
-
-    Attributes:
-        base: its base model.
-        weights: digest of the weights, as `DecisionRule` has it.
-        prompt: template of the evaluation's prompt.
-        levels: answer type -> confidences that the estimator averages over; empty if it averages none.
-        folder: where the rule belongs.
-    """
-
-    base: Any
-    weights: str
-    prompt: str
-    levels: Mapping[str, list[float]]
-    folder: Path
-
-
-def _evaluation(system: System) -> Mapping[str, Any] | None:
-    """The settings of the evaluation's module; None if the configuration is not that of an evaluation."""
-    model = (system.config or {}).get("model") or {}
-    is_evaluation = str(model.get("class_path", "")).endswith(".EvaluationModule")
-    return (model.get("init_args") or {}) if is_evaluation else None
-
-
-def _model_of(system: System, estimator: str, answers: Sequence[EstimatedPrediction]) -> Model:
-    """The model behind a system, as the evaluation's configuration names it.
-
-    Raises:
-        DataError: the adapter is gone or was trained again since.
-    """
-    from vlm_calibration.models.base import BaseModel, adapter_weights_digest, base_of_adapters, find_adapter
-    from vlm_calibration.reporting.report.data import BASE
-    from vlm_calibration.text.prompts import ElicitationPrompt
-
-    settings, data = _evaluation(system) or {}, (system.config or {}).get("data") or {}
-    adapters = settings.get("adapters") or {}
-    if system.name not in (BASE, *adapters):
-        raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
-    base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
-    prompt = (data.get("prompt") or {}).get("template") or ElicitationPrompt().template
-    levels = _levels(settings, data, answers) if estimator == "expected" else {}
-    folder = system.folder / system.name
-    if system.name == BASE:
-        from vlm_calibration.models.loading import (
-            weights_digest,  # imports transformers, which no adapter needs
-        )
-
-        return Model(base, weights_digest(base) or "", prompt, levels, folder)
-    adapter = find_adapter(adapters[system.name])
-    _check_unchanged(system, adapter)
-    # A download in the Hub's cache belongs to the cache.
-    is_local = Path(adapters[system.name]).exists()
-    return Model(base, adapter_weights_digest(adapter), prompt, levels, adapter if is_local else folder)
-
-
-def _check_unchanged(system: System, adapter: Path) -> None:
-    """Refuse an adapter that differs from the one that the evaluation recorded."""
-    from vlm_calibration.models.base import adapter_digest, read_object
-    from vlm_calibration.reporting.runs import RECORD
-
-    path = system.folder / RECORD
-    inputs = read_object(path).get("inputs", {}) if path.is_file() else {}
-    recorded = inputs.get(f"model.init_args.adapters.{system.name}")
-    if recorded not in (None, adapter_digest(adapter)):
-        raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
-
-
-def _levels(
-    settings: Mapping[str, Any], data: Mapping[str, Any], answers: Sequence[EstimatedPrediction]
-) -> dict[str, list[float]]:
-    """Answer type -> the confidences over which the evaluation took the expected confidence: those of all its estimators."""
-    from jsonargparse import ArgumentParser
-
-    from vlm_calibration.data.candidates import stated_levels
-    from vlm_calibration.perturbation.levels import ConfidenceLevels
-
-    configured = [
-        (data.get("noise") or {}).get("levels")
-        or {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
-    ]
-    for entry in settings.get("estimators") or ():
-        configured += (entry.get("init_args") or {}).get("levels") or []
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--levels", type=list[ConfidenceLevels])
-    levels = parser.instantiate_classes(parser.parse_object({"levels": configured})).levels
-    return {kind: list(stated_levels(levels, kind)) for kind in sorted({a.answer_type for a in answers})}
-
-
 # --- The rule -------------------------------------------------------------------------------------------------------
 
 
 def _rule(
-    control: RiskControl, evaluated: Evaluated, model: Model, estimator: str, by: Literal["category"] | None
+    control: RiskControl,
+    evaluated: Evaluated,
+    model: EvaluatedModel,
+    estimator: str,
+    by: Literal["category"] | None,
 ) -> DecisionRule:
     from dataclasses import asdict
 
@@ -316,37 +129,6 @@ def _rule(
             "without_group": evaluated.without_group,
         },
     )
-
-
-def realised(
-    rule: DecisionRule, answers: Sequence[EstimatedPrediction], certainty: float
-) -> dict[str, ThresholdScores]:
-    """What a rule does on the answers to the test set: "all", and each named part if there are several.
-
-    An answer in a category that the rule does not know is not given.
-    """
-    from vlm_calibration.metrics.risk_control import ThresholdScores
-
-    parts: dict[str, list[EstimatedPrediction]] = {"all": list(answers)}
-    if len(names := dict.fromkeys(map(part_of, answers))) > 1:
-        parts |= {name or "other": [a for a in answers if part_of(a) == name] for name in names}
-    scores = {}
-    for name, part in parts.items():
-        decided = [(_is_given(rule, a), a.correct) for a in part]
-        scores[name] = ThresholdScores.of(
-            len(part),
-            sum(given for given, _ in decided),
-            sum(given and not correct for given, correct in decided),
-            sum(correct for _, correct in decided),
-            sum(correct and not given for given, correct in decided),
-            certainty,
-        )
-    return scores
-
-
-def _is_given(rule: DecisionRule, answer: EstimatedPrediction) -> bool:
-    applied = rule.applied(answer.confidence_of(rule.estimator), category_of(answer))
-    return applied is not None and applied.decision == "answer"
 
 
 # --- Output ---------------------------------------------------------------------------------------------------------

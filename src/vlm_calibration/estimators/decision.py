@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vlm_calibration.files import write_json
-from vlm_calibration.models.base import THRESHOLDS, Quantization, read_object
+from vlm_calibration.models.base import THRESHOLDS, Quantization, adapter_weights_digest, read_object
 from vlm_calibration.records import DataError
 
 Decision: TypeAlias = Literal["answer", "review"]
@@ -21,6 +21,11 @@ By: TypeAlias = Literal["category"]
 SCHEMA = 1
 EVERYTHING = ""
 """The group of a rule that has one threshold for all questions."""
+
+
+def may_answer(confidence: float | None, threshold: float | None) -> bool:
+    """Whether an answer is given: there are a confidence and a threshold, and the confidence is not below it."""
+    return threshold is not None and confidence is not None and confidence >= threshold
 
 
 class AppliedRule(NamedTuple):
@@ -43,10 +48,7 @@ class AppliedRule(NamedTuple):
     @property
     def decision(self) -> Decision:
         """Whether the answer may be given."""
-        given = (
-            self.threshold is not None and self.confidence is not None and self.confidence >= self.threshold
-        )
-        return "answer" if given else "review"
+        return "answer" if may_answer(self.confidence, self.threshold) else "review"
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,16 @@ def read_rule(folder: Path) -> DecisionRule | None:
         return DecisionRule(**content)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(f"{path}: not a decision rule: {error}: {again}") from error
+
+
+def rule_of_adapter(folder: Path) -> DecisionRule | None:
+    """The rule beside an adapter; None if there is none, or if it was chosen with other weights.
+
+    Raises:
+        DataError: the file is not such a rule.
+    """
+    rule = read_rule(folder)
+    return rule if rule is not None and rule.weights == adapter_weights_digest(folder) else None
 
 
 def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str) -> None:

@@ -6,7 +6,7 @@ another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-va
 threshold that breaks the limit is therefore chosen with a probability of at most 1 - certainty.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from vlm_calibration.metrics.threshold_tests import (
     exact_interval,
     graded_answers,
     highest_controlled,
+    is_controlled,
     lowest_controlled,
-    lowest_of_counts,
     p_value,
     start_bounds,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "ThresholdScores",
     "answers_needed",
     "control_risk",
+    "coverage_curve",
     "graded_answers",
     "guarantee",
     "percent",
@@ -128,6 +129,7 @@ class Choice(NamedTuple):
         p_error: p-value of "the error exceeds its limit" at the threshold.
         p_sent_away: p-value of "the share sent away exceeds its limit" at the threshold; None without such a limit.
         reason: why there is no threshold, and what would help, as a sentence; empty with a threshold.
+        more_answers: how many more answers like these would be enough for a threshold; None if there is one, or no number would be.
     """
 
     threshold: float | None
@@ -135,6 +137,7 @@ class Choice(NamedTuple):
     p_error: float | None = None
     p_sent_away: float | None = None
     reason: str = ""
+    more_answers: int | None = None
 
 
 class RiskControl(NamedTuple):
@@ -201,6 +204,24 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
     return RiskControl(limits, {name: _choose(part, limits, level) for name, part in answers.items()}, level)
 
 
+def coverage_curve(answers: GradedAnswers, max_errors: Sequence[float], certainty: float) -> list[float]:
+    """The share of the answers that the threshold of `control_risk` gives, at each of several limits of the error.
+
+    Each limit is promised by itself, not all at once.
+
+    Args:
+        answers: all answers as one group, without replicates.
+        max_errors: limits, each in (0, 1).
+        certainty: of each promise, in (0, 1).
+
+    Returns:
+        one share for each limit, in [0, 1]; 0 where there is no threshold.
+    """
+    above = counts_above(answers.groups)
+    chosen = [int(lowest_controlled(answers.groups, limit, 1 - certainty)) for limit in max_errors]
+    return [float(above.answers[at] / above.n) if at >= 0 else 0.0 for at in chosen]
+
+
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     groups = answers.groups
     lowest = int(lowest_controlled(groups, limits.max_error, level))
@@ -208,7 +229,8 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     if limits.max_sent_away is not None:
         highest = int(highest_controlled(answers, limits.max_sent_away, level))
     if lowest < 0:
-        return Choice(None, reason=_why_none(groups, limits.max_error, level))
+        reason, more = _why_none(groups, limits.max_error, level)
+        return Choice(None, reason=reason, more_answers=more)
     threshold = float(groups.value[lowest])
     scores = threshold_scores(answers, threshold, limits.certainty)
     if lowest > highest:
@@ -243,18 +265,18 @@ def answers_needed(groups: ConfidenceGroups, max_error: float, level: float) -> 
         totals = total + step * np.arange(512)
         answers = totals[:, None] * above.answers // n
         wrong = np.minimum(-(-totals[:, None] * above.wrong // n), answers)
-        passes = lowest_of_counts(CountsAbove(answers, wrong, totals), max_error, level) >= 0
+        passes = is_controlled(CountsAbove(answers, wrong, totals), max_error, level)
         if passes.any():
             return int(totals[passes.argmax()])
         total = int(totals[-1]) + step
     return None
 
 
-def _why_none(groups: ConfidenceGroups, max_error: float, level: float) -> str:
-    """Why no threshold keeps the limit of the error, and whether more answers would help."""
+def _why_none(groups: ConfidenceGroups, max_error: float, level: float) -> tuple[str, int | None]:
+    """Why no threshold keeps the limit of the error, and how many more answers would be enough, if any number would."""
     above = counts_above(groups)
     if not above.answers.any():
-        return "no answer has a confidence"
+        return "no answer has a confidence", None
     tested = above.answers >= start_bounds(max_error, level)[0]
     if not tested.any():
         most, fewest = int(above.answers.max()), start_bounds(max_error, level)[0]
@@ -265,12 +287,13 @@ def _why_none(groups: ConfidenceGroups, max_error: float, level: float) -> str:
     best = len(rates) - 1 - int(np.flip(rates).argmin())
     lowest = f"the lowest error found is {percent(rates[best])}, from {percent(float(groups.value[best]))} on"
     if rates[best] >= max_error:
-        return f"{few}. No number of answers like these would help: {lowest}"
+        return f"{few}. No number of answers like these would help: {lowest}", None
     needed = answers_needed(groups, max_error, level)
     if needed is None:
-        return f"{few}. More answers like these would not help, since the most confident ones are not right more often: {lowest}"
+        why = f"More answers like these would not help, since the most confident ones are not right more often: {lowest}"
+        return f"{few}. {why}", None
     more = max(needed - int(above.n), 1)
-    return f"{few}. About {needed:,} answers like these would be enough ({more:,} more): {lowest}"
+    return f"{few}. About {needed:,} answers like these would be enough ({more:,} more): {lowest}", more
 
 
 def _conflict(

@@ -145,10 +145,7 @@ def lowest_controlled(groups: ConfidenceGroups, max_error: float, level: float) 
     Returns:
         int64 [...], position in `groups.value`; -1 where no threshold is rejected.
     """
-    return lowest_of_counts(counts_above(groups), max_error, level)
-
-
-def lowest_of_counts(above: CountsAbove, max_error: float, level: float) -> Counts:
+    above = counts_above(groups)
     tested = above.answers >= starting_answers(above.n, max_error, level)[..., None]
     rejected = p_value(above.wrong, above.answers, max_error) <= level
     # From the highest threshold down, as long as all that were tested are rejected.
@@ -157,6 +154,15 @@ def lowest_of_counts(above: CountsAbove, max_error: float, level: float) -> Coun
     holds_answers = np.diff(above.answers, axis=-1, append=0) < 0
     chosen = unbroken & tested & holds_answers
     return np.where(chosen.any(-1), chosen.argmax(-1), -1) if chosen.shape[-1] else np.full(above.n.shape, -1)
+
+
+def is_controlled(above: CountsAbove, max_error: float, level: float) -> npt.NDArray[np.bool_]:
+    """Whether `lowest_controlled` finds a threshold, bool [...]: if the first one tested is rejected."""
+    tested = above.answers >= starting_answers(above.n, max_error, level)[..., None]
+    # Thresholds ascend, and the first one tested is the highest.
+    first = tested.shape[-1] - 1 - np.flip(tested, -1).argmax(-1)[..., None]
+    answers, wrong = (np.take_along_axis(counts, first, -1)[..., 0] for counts in above[:2])
+    return tested.any(-1) & (p_value(wrong, answers, max_error) <= level)
 
 
 def highest_controlled(answers: GradedAnswers, max_sent_away: float, level: float) -> Counts:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from vlm_calibration.files import first_line
-from vlm_calibration.models.base import FACTS
+from vlm_calibration.files import first_line, write_text
+from vlm_calibration.models.base import FACTS, THRESHOLDS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results, results_section
 from vlm_calibration.reporting.markdown import code, fenced, number, table
@@ -25,7 +25,7 @@ from vlm_calibration.reporting.tables import COLUMNS, column
 TEXT = "README.md"
 DIGEST = "readme_sha256"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-"""Lines around the results in `README.md`; what stands between them is replaced in an edited card."""
+"""Lines around the results and the guarantee in `README.md`; what stands between them is replaced in an edited card."""
 EXAMPLE = "Is there a dog in the image?"
 """The question in the examples of cards."""
 
@@ -47,6 +47,7 @@ class Card:
         levels: answer type -> kind of perturbation, strength and the confidence in [0, 1] that was taught for it, on average.
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
         evaluations: results on test data.
+        guarantee: what the thresholds beside the weights promise, as a sentence; empty without thresholds.
         datasets: names on the Hub of the data sets that it was trained on.
         license: metadata of the licence: `license` and, for one that the Hub has no name for, `license_name` and `license_link`.
         template: the prompt, with `{question}` in it.
@@ -68,6 +69,7 @@ class Card:
     levels: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
+    guarantee: str = ""
     datasets: list[str] = field(default_factory=list)
     license: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
@@ -80,30 +82,49 @@ class Card:
 def save_card(folder: Path, card: Card) -> None:
     """Write `README.md` and `calibration.json`."""
     text = card_text(card)
-    (folder / TEXT).write_text(text, encoding="utf-8")
+    write_text(folder / TEXT, text)
     _write_facts(folder, card, _digest(text))
 
 
 def _write_facts(folder: Path, card: Card, digest: str) -> None:
     facts = json.dumps({**asdict(card), DIGEST: digest}, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / FACTS).write_text(facts + "\n", encoding="utf-8")
+    write_text(folder / FACTS, facts + "\n")
+
+
+def renew_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
+    """Write a card, or if someone has edited its `README.md` put results, guarantee and licence into that (`update_card`)."""
+    if is_edited(folder):
+        update_card(folder, card, license)
+    else:
+        save_card(folder, card)
+
+
+def state_guarantee(folder: Path, guarantee: str) -> None:
+    """State in an adapter's card what the thresholds beside it promise; without a card of ours nothing is written.
+
+    Raises:
+        DataError: the card cannot be read or written.
+    """
+    card = load_card(folder)
+    if card is not None:
+        renew_card(folder, replace(card, guarantee=guarantee), {})
 
 
 def update_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
-    """Put a card's results and a licence into a `README.md` that someone has edited; all other text stays.
+    """Put a card's results, guarantee and a licence into a `README.md` that someone has edited; all other text stays.
 
-    Results replace what stands between the lines `BEGIN` and `END`; without these lines they are appended.
+    Results and guarantee replace what stands between the lines `BEGIN` and `END`; without these lines they are appended.
 
     Args:
         folder: has the `README.md`, and the `calibration.json` of `save_card` if there was one.
-        card: its results are those of the adapter in the folder.
+        card: its results and guarantee are those of the adapter in the folder.
         license: metadata of the licence to state instead; empty for what the text states.
 
     Raises:
         DataError: the metadata at the head of the text cannot be read.
     """
     path, facts = folder / TEXT, _read_facts(folder)
-    has_results = bool(card.evaluations or (facts and facts[0].evaluations))
+    has_results = _has_results(card) or (facts is not None and _has_results(facts[0]))
     if not has_results and not license:
         return
     try:
@@ -115,11 +136,15 @@ def update_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
     if has_results:
         metadata = card_metadata(card)
         edited.data["model_name"], edited.data["eval_results"] = metadata.model_name, metadata.eval_results
-        edited.text = _with_results(edited.text, _evaluations(card) if card.evaluations else "")
-    path.write_text(str(edited), encoding="utf-8")
+        edited.text = _with_results(edited.text, _evaluations(card) if _has_results(card) else "")
+    write_text(path, str(edited))
     if facts is not None:
         # The digest stays that of the text before it was edited.
         _write_facts(folder, card, facts[1])
+
+
+def _has_results(card: Card) -> bool:
+    return bool(card.evaluations or card.guarantee)
 
 
 def _with_results(text: str, results: str) -> str:
@@ -187,7 +212,7 @@ def card_text(card: Card) -> str:
         _usage(card),
         _prompt(card) if card.template else "",
         _answer_format(card) if card.template else "",
-        _evaluations(card) if card.evaluations else "",
+        _evaluations(card) if _has_results(card) else "",
         _levels(card) if card.levels else "",
         _results(card) if card.results else "",
         _training(card) if card.training else "",
@@ -360,7 +385,15 @@ def _level_settings(card: Card) -> str:
 
 def _evaluations(card: Card) -> str:
     sections = [results_section(evaluation, card.merged) for evaluation in card.evaluations]
-    return "\n\n".join([BEGIN, "## Results", *sections, END])
+    if sections:
+        sections.insert(0, "## Results")
+    if card.guarantee:
+        sections += [
+            "## When to answer",
+            f"{card.guarantee} Send all other questions to a person. {code(THRESHOLDS)} beside the weights has the thresholds, what they were "
+            "chosen on, and what the guarantee assumes.",
+        ]
+    return "\n\n".join([BEGIN, *sections, END])
 
 
 def _results(card: Card) -> str:

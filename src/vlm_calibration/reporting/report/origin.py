@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of_adapter
+from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import read_json
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, load_card
 from vlm_calibration.reporting.runs import CONFIG, RECORD
+from vlm_calibration.settings import file_digest
 
 BASE, ORACLE = "base", "oracle"
 RECORDED = {"stage": "stage", "steps": "steps", "adapter": "adapter settings"}
@@ -25,7 +28,8 @@ class Origin(NamedTuple):
 
     Attributes:
         label: how it was trained, in a few words; empty if that is not known.
-        facts: heading -> text: base model, adapter, and the training as far as the adapter's card and its run recorded it.
+        facts: heading -> text: base model, adapter, the training as far as the adapter's card and its run recorded it, and the
+            guarantee of the thresholds beside the weights.
     """
 
     label: str = ""
@@ -41,17 +45,20 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Ori
         config: configuration in `folder`, None if there is none.
 
     Raises:
-        DataError: the card of its adapter, or the configuration of its training, cannot be read.
+        DataError: the card of its adapter, its thresholds, or the configuration of its training, cannot be read.
     """
     adapters = adapters_of(config)
     base = _model_settings(config, "base").get("name_or_path")
     if path == folder:
         has_adapter = (folder / ADAPTER / WEIGHTS).is_file()
-        return _trained(folder / ADAPTER, str(folder / ADAPTER) if has_adapter else "", base)
+        name = str(folder / ADAPTER) if has_adapter else ""
+        return _trained(folder / ADAPTER, name, base, rule_of_adapter(folder / ADAPTER))
     if path.name in adapters:
-        return _trained(_adapter_folder(adapters[path.name]), adapters[path.name], base)
+        adapter = _adapter_folder(adapters[path.name])
+        return _trained(adapter, adapters[path.name], base, rule_of_adapter(adapter) or _rule_in(path))
     base = base or _base_of(adapters)
     known = {"base model": str(base)} if base else {}
+    known |= _guarantee(_rule_in(path))
     if path.name == BASE:
         return Origin("the base model, not fine-tuned", known)
     if path.name == ORACLE:
@@ -60,12 +67,31 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Ori
     return Origin()
 
 
-def _trained(folder: Path, name: str, base: str | None) -> Origin:
-    """An adapter and its training; both may be gone, or on the Hub, and then only the names are known."""
+def _trained(folder: Path, name: str, base: str | None, rule: DecisionRule | None) -> Origin:
+    """An adapter and its training, and the rule that decides about its answers; both may be gone, or on the Hub, and then only the names are known."""
     card, config = load_card(folder), read_config(folder.parent / CONFIG)
     base = base or (card.base if card else None) or _model_settings(config, "base").get("name_or_path")
-    facts = {"base model": base, "adapter": name, **_training(card, _model_settings(config, "optimizer"))}
+    facts = {
+        "base model": base,
+        "adapter": name,
+        **_training(card, _model_settings(config, "optimizer")),
+        **_guarantee(rule),
+    }
     return Origin(_training_label(config), {heading: text for heading, text in facts.items() if text})
+
+
+def _rule_in(path: Path) -> DecisionRule | None:
+    """The rule in a system's folder, where no adapter lies on this machine; None if it was chosen on other answers than those."""
+    rule = read_rule(path)
+    if rule is None:
+        return None
+    answers = path / (CALIBRATION if rule.answers.get("split") == "calibration" else PREDICTIONS)
+    return rule if answers.is_file() and rule.answers.get("digest") == file_digest(answers) else None
+
+
+def _guarantee(rule: DecisionRule | None) -> dict[str, str]:
+    """What the thresholds of a model promise."""
+    return {"guarantee": rule.guarantee} if rule is not None else {}
 
 
 def _training(card: Card | None, optimizer: Mapping[str, Any]) -> dict[str, str]:

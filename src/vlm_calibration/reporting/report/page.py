@@ -17,11 +17,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.benchmarks.official import blocks_of
+from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.reporting.report.agreement import TOLERANCE, Group, groups_of_system
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.examples import examples_of, thumbnails
-from vlm_calibration.reporting.report.figures import FigurePanel, panels_of
+from vlm_calibration.reporting.report.figures import FigurePanel, panels_of, thresholds_picture
 from vlm_calibration.reporting.report.listening import probe_cells, probe_headings, probe_sentences, probes_in
 from vlm_calibration.reporting.report.sheets import sheet_path
 from vlm_calibration.reporting.report.summary import (
@@ -33,6 +34,16 @@ from vlm_calibration.reporting.report.summary import (
     weakest_group,
 )
 from vlm_calibration.reporting.report.table import HEADINGS, RAW, Compared, Comparison, Row
+from vlm_calibration.reporting.report.thresholds import (
+    CERTAINTY,
+    MAX_ERRORS,
+    SystemPromises,
+    ThresholdCell,
+    broken_sentence,
+    coverage_cell,
+    error_cell,
+    uncalibrated_sentence,
+)
 from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_of
 
 TEMPLATE = "page.html.j2"
@@ -84,6 +95,7 @@ def render_page(
     systems: Sequence[System],
     compared: Compared,
     comparison: Comparison,
+    promises: Sequence[SystemPromises],
     subject: str | None,
     images: bool,
     page: Path,
@@ -93,6 +105,7 @@ def render_page(
     Args:
         systems: all systems are compared with the first one.
         compared: the comparison of all systems, made with the settings `comparison`.
+        promises: what thresholds of the systems promise and do.
         subject: name of the system that the summary and the examples describe; None: the last trained one.
         images: whether to show images.
         page: file of the page; the tables that it links to lie beside it.
@@ -127,6 +140,12 @@ def render_page(
         cards=[_card(s, stated[s.name], groups[s.name]) for s in systems],
         headings=HEADINGS,
         stated=[(name, [cell_of(row, metric) for metric in HEADINGS]) for name, row in stated.items()],
+        promised=[(row.name, [coverage_cell(promise) for promise in row.promises]) for row in promises],
+        max_errors=[percent(limit) for limit in MAX_ERRORS],
+        certainty=percent(CERTAINTY),
+        tested=_tested(promises, about),
+        uncalibrated=uncalibrated_sentence(systems),
+        bought=thresholds_picture(promises) if promises else None,
         panels=panels,
         probe_heads=probe_headings(probes),
         probed=[(s, probe_cells(effects, probes)) for s, effects in compared.probed.items()],
@@ -155,6 +174,7 @@ def _contents(panels: Sequence[FigurePanel], empty: Set[str]) -> dict[str, str]:
         "confidence": "What it says, and how often that is right",
         "systems": "The systems",
         "comparison": "Side by side",
+        "thresholds": "What to send to a person",
         **{panel.anchor: panel.heading for panel in panels},
         "probes": "What confidence listens to",
         "groups": "By category",
@@ -166,6 +186,19 @@ def _contents(panels: Sequence[FigurePanel], empty: Set[str]) -> dict[str, str]:
         "made": "How this was made",
     }
     return {anchor: heading for anchor, heading in sections.items() if anchor not in empty}
+
+
+def _tested(
+    promises: Sequence[SystemPromises], about: System
+) -> list[tuple[str, str, list[tuple[str, list[ThresholdCell]]]]]:
+    """Each confidence with what contradicts its promises, and the cells of each part of the test; that of `about` first."""
+    ordered = sorted(promises, key=lambda row: row.system != about.name)
+    tested = []
+    for row in ordered:
+        parts = dict.fromkeys(part for promise in row.promises for part in promise.tested)
+        cells = [(part, [error_cell(promise, part) for promise in row.promises]) for part in parts]
+        tested.append((row.name, broken_sentence(row), cells))
+    return tested
 
 
 def _card(system: System, row: Row, groups: Sequence[Group]) -> SystemCard:

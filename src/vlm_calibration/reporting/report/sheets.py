@@ -17,6 +17,7 @@ from vlm_calibration.reporting.report.agreement import GROUPED, Match, bands_of,
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.listening import ProbeEffect
 from vlm_calibration.reporting.report.summary import weakest_group
+from vlm_calibration.reporting.report.thresholds import SystemPromises
 from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, official_of
 
 HEADLINE = (
@@ -48,7 +49,11 @@ class Sheet(NamedTuple):
     rows: Sequence[Sequence[Value]]
 
 
-def sheets_of(systems: Sequence[System], probed: Mapping[str, Mapping[str, ProbeEffect]]) -> dict[str, Sheet]:
+def sheets_of(
+    systems: Sequence[System],
+    probed: Mapping[str, Mapping[str, ProbeEffect]],
+    promises: Sequence[SystemPromises],
+) -> dict[str, Sheet]:
     """The tables of the page other than the comparison: name -> table, which may have no rows."""
     return {
         "systems": _systems(systems),
@@ -68,6 +73,7 @@ def sheets_of(systems: Sequence[System], probed: Mapping[str, Mapping[str, Probe
                 for group in groups_of_system(s)
             ],
         ),
+        "thresholds": _thresholds(promises),
         "probes": _probes(probed),
         "official": _official(systems),
     }
@@ -111,6 +117,31 @@ def _systems(systems: Sequence[System]) -> Sheet:
 def _match(match: Match) -> Iterator[Value]:
     yield from (value / 100 for value in match[:4])
     yield ("yes" if match.agrees else "no") if match.answers else None
+
+
+def _thresholds(rows: Sequence[SystemPromises]) -> Sheet:
+    """A row for the calibration answers of each limit, whether it has a threshold or not, and one for each part of the test answers."""
+    shares = [f"{name}{end}" for name in ("coverage", "error") for end in ("", "_low", "_high")]
+    header = (
+        *("system", "estimator", "max_error", "certainty", "threshold", "answers", "n", "given", "wrong"),
+        *shares,
+        *("above_limit", "more_answers", "reason"),
+    )
+    lines: list[Sequence[Value]] = []
+    for row in rows:
+        for limits, choice, tested in row.promises:
+            promise = (row.system, row.estimator, limits.max_error, limits.certainty, choice.threshold)
+            if choice.scores is None:
+                none = [None] * (2 + len(shares) + 1)
+                lines.append((*promise, "calibration", row.n, *none, choice.more_answers, choice.reason))
+                continue
+            parts = {"calibration": choice.scores, **{f"test: {name}": s for name, s in tested.items()}}
+            for part, s in parts.items():
+                above = "yes" if s.error.low > limits.max_error else "no"
+                lines.append(
+                    (*promise, part, s.n, s.answers, s.wrong, *s.coverage, *s.error, above, None, None)
+                )
+    return Sheet(header, lines)
 
 
 def _probes(probed: Mapping[str, Mapping[str, ProbeEffect]]) -> Sheet:

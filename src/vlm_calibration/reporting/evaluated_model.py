@@ -1,0 +1,185 @@
+"""One system of an evaluation: the answers that thresholds are chosen on, and the model that gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from vlm_calibration.data.candidates import stated_levels
+from vlm_calibration.estimators.decision import By
+from vlm_calibration.estimators.predictions import (
+    CALIBRATION,
+    PREDICTIONS,
+    EstimatedPrediction,
+    estimators_of,
+)
+from vlm_calibration.models.base import (
+    BaseModel,
+    adapter_digest,
+    adapter_weights_digest,
+    base_of_adapters,
+    find_adapter,
+    read_object,
+)
+from vlm_calibration.perturbation.levels import ConfidenceLevels
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import BASE, CONFIG, ORACLE, System, read_systems
+from vlm_calibration.reporting.report.summary import subject_of
+from vlm_calibration.reporting.report.thresholds import grouped
+from vlm_calibration.reporting.runs import RECORD
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+
+class Evaluated(NamedTuple):
+    """The answers that a threshold is chosen on.
+
+    Attributes:
+        system: the model that answered.
+        path: file of the answers.
+        split: "calibration", or "predictions" without a calibration split.
+        answers: the answers.
+        groups: group -> its answers.
+        without_group: how many answers have no group and are left out.
+    """
+
+    system: System
+    path: Path
+    split: Literal["calibration", "predictions"]
+    answers: Sequence[EstimatedPrediction]
+    groups: Mapping[str, list[EstimatedPrediction]]
+    without_group: int
+
+    @property
+    def questions(self) -> str:
+        """Which questions the answers are to, as `guarantee` names them."""
+        return "those of the calibration split" if self.split == "calibration" else "the evaluated ones"
+
+
+def read_evaluated(run: Path, name: str | None, estimator: str, by: By | None) -> Evaluated:
+    """The answers of one system of an evaluation, in groups.
+
+    Raises:
+        DataError: there are none, there is no such system, or they lack the estimator or a category.
+    """
+    system, folder = _system_of(run, name)
+    split: Literal["calibration", "predictions"] = (
+        "predictions" if system.calibration is None else "calibration"
+    )
+    answers = system.predictions if system.calibration is None else system.calibration
+    path = folder / (PREDICTIONS if system.calibration is None else CALIBRATION)
+    if estimator not in (known := estimators_of(answers)):
+        raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(known)}")
+    groups = grouped(answers, by)
+    if not groups:
+        raise DataError(f"{path}: no answer has a category: leave --by out")
+    left_out = len(answers) - sum(map(len, groups.values()))
+    return Evaluated(system, path, split, answers, groups, left_out)
+
+
+def _system_of(run: Path, name: str | None) -> tuple[System, Path]:
+    """A system of an evaluation, and its folder; `run` is the evaluation or that folder."""
+    if (
+        (run / PREDICTIONS).is_file()
+        and not (run / CONFIG).is_file()
+        and (run.resolve().parent / CONFIG).is_file()
+    ):
+        if name not in (None, run.resolve().name):
+            raise DataError(f"--system: {run} is the folder of {run.resolve().name!r}, not of {name!r}")
+        run, name = run.resolve().parent, run.resolve().name
+    systems = {s.name: s for s in read_systems([str(run)]) if s.name != ORACLE}
+    if name is not None and name not in systems:
+        raise DataError(f"--system: no system {name!r} that is a model; there are {', '.join(systems)}")
+    if not systems:
+        raise DataError(f"{run}: holds no answers of a model")
+    system = systems[name] if name is not None else subject_of(list(systems.values()))
+    folder = system.folder / system.name
+    if not (folder / PREDICTIONS).is_file() or _evaluation(system) is None:
+        raise DataError(
+            f"{run}: not an evaluation of `vlm-calibration test`, whose configuration names the adapters"
+        )
+    return system, folder
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
+
+
+class EvaluatedModel(NamedTuple):
+    """The model that a rule is for.
+
+    Attributes:
+        base: its base model.
+        weights: digest of the weights, as `DecisionRule` has it.
+        prompt: template of the evaluation's prompt.
+        levels: answer type -> confidences that the estimator averages over; empty if it averages none.
+        folder: where the rule belongs.
+    """
+
+    base: BaseModel
+    weights: str
+    prompt: str
+    levels: Mapping[str, list[float]]
+    folder: Path
+
+
+def _evaluation(system: System) -> Mapping[str, Any] | None:
+    """The settings of the evaluation's module; None if the configuration is not that of an evaluation."""
+    model = (system.config or {}).get("model") or {}
+    is_evaluation = str(model.get("class_path", "")).endswith(".EvaluationModule")
+    return (model.get("init_args") or {}) if is_evaluation else None
+
+
+def model_of(system: System, estimator: str, answers: Sequence[EstimatedPrediction]) -> EvaluatedModel:
+    """The model behind a system, as the evaluation's configuration names it.
+
+    Raises:
+        DataError: the adapter is gone or was trained again since.
+    """
+    settings, data = _evaluation(system) or {}, (system.config or {}).get("data") or {}
+    adapters = settings.get("adapters") or {}
+    if system.name not in (BASE, *adapters):
+        raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
+    base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
+    prompt = (data.get("prompt") or {}).get("template") or ElicitationPrompt().template
+    levels = _levels(settings, data, answers) if estimator == "expected" else {}
+    folder = system.folder / system.name
+    if system.name == BASE:
+        from vlm_calibration.models.loading import (
+            weights_digest,  # imports transformers, which no adapter needs
+        )
+
+        return EvaluatedModel(base, weights_digest(base) or "", prompt, levels, folder)
+    adapter = find_adapter(adapters[system.name])
+    _check_unchanged(system, adapter)
+    # A download in the Hub's cache belongs to the cache.
+    is_local = Path(adapters[system.name]).exists()
+    return EvaluatedModel(
+        base, adapter_weights_digest(adapter), prompt, levels, adapter if is_local else folder
+    )
+
+
+def _check_unchanged(system: System, adapter: Path) -> None:
+    """Refuse an adapter that differs from the one that the evaluation recorded."""
+    path = system.folder / RECORD
+    inputs = read_object(path).get("inputs", {}) if path.is_file() else {}
+    recorded = inputs.get(f"model.init_args.adapters.{system.name}")
+    if recorded not in (None, adapter_digest(adapter)):
+        raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
+
+
+def _levels(
+    settings: Mapping[str, Any], data: Mapping[str, Any], answers: Sequence[EstimatedPrediction]
+) -> dict[str, list[float]]:
+    """Answer type -> the confidences over which the evaluation took the expected confidence: those of all its estimators."""
+    configured = [
+        (data.get("noise") or {}).get("levels")
+        or {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
+    ]
+    for entry in settings.get("estimators") or ():
+        configured += (entry.get("init_args") or {}).get("levels") or []
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--levels", type=list[ConfidenceLevels])
+    levels = parser.instantiate_classes(parser.parse_object({"levels": configured})).levels
+    return {kind: list(stated_levels(levels, kind)) for kind in sorted({a.answer_type for a in answers})}

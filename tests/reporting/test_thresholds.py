@@ -1,0 +1,206 @@
+"""The report's section on thresholds: what they give, where the promise breaks, and what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import binomtest
+
+from vlm_calibration.commands.report import report
+from vlm_calibration.estimators.decision import DecisionRule, write_rule
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.files import write_rows
+from vlm_calibration.metrics.risk_control import percent
+from vlm_calibration.models.base import adapter_weights_digest
+from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.thresholds import (
+    ALL,
+    CURVE,
+    MAX_ERRORS,
+    broken_sentence,
+    coverage_cell,
+    error_cell,
+    parts_of,
+    promises_of,
+    uncalibrated_sentence,
+)
+from vlm_calibration.settings import file_digest
+
+
+def answers(
+    part: str, sure: int, wrong: int, unsure: int = 0, likelihood: float | None = None
+) -> list[EstimatedPrediction]:
+    """`sure` answers at 90%, of which `wrong` are wrong, and `unsure` ones at 40%, of which half are wrong."""
+    rows = [(0.9, i >= wrong) for i in range(sure)] + [(0.4, i % 2 == 0) for i in range(unsure)]
+    return [
+        EstimatedPrediction(
+            f"{part}:{i}", "A dog?", "Yes", "", None, confidence, correct, f"{part}/dog", None, "yes_no",
+            image=f"{part}{i}", estimates={} if likelihood is None else {"likelihood": likelihood},
+        )
+        for i, (confidence, correct) in enumerate(rows)
+    ]  # fmt: skip
+
+
+def system(name: str, likelihood: float | None = None, calibrated: bool = True) -> System:
+    test = [*answers("easy", 200, 2, 20, likelihood), *answers("hard", 100, 30, 0, likelihood)]
+    calibration = answers("held", 300, 4, 100, likelihood) if calibrated else None
+    return System(name, test, {}, Path("eval"), None, calibration)
+
+
+def test_each_limit_gives_the_share_that_its_threshold_gives() -> None:
+    [row] = promises_of([system("tuned")])
+    assert [promise.limits.max_error for promise in row.promises] == list(MAX_ERRORS)
+    one, two, five, ten = row.promises
+    assert (one.choice.threshold, two.choice.threshold, five.choice.threshold) == (None, None, 0.9)
+    assert coverage_cell(five)[:2] == ("75.0%", ["70.5–79.2%", "from 90% on"])
+    assert two.choice.more_answers is not None
+    assert coverage_cell(two)[:2] == (
+        "no threshold gives this",
+        [f"about {two.choice.more_answers:,} more answers would"],
+    )
+    assert coverage_cell(one)[:2] == ("no threshold gives this", ["more like these would not help"])
+    assert one.tested == {}
+    assert error_cell(one, "easy").value == "–"
+    assert [row.curve[CURVE.index(p.limits.max_error)] for p in row.promises] == [0, 0, 0.75, 0.75]
+    assert ten.choice.threshold == 0.9
+
+
+def test_the_parts_where_the_guarantee_breaks_are_named() -> None:
+    [row] = promises_of([system("tuned")])
+    ten = row.promises[-1]
+    assert {name: (s.n, s.answers, s.wrong) for name, s in ten.tested.items()} == {
+        ALL: (320, 300, 32),
+        "easy": (220, 200, 2),
+        "hard": (100, 100, 30),
+    }
+    exact = binomtest(30, 100).proportion_ci(0.95, method="exact")
+    assert tuple(ten.tested["hard"].error) == pytest.approx((0.3, exact.low, exact.high))
+    assert list(ten.broken) == ["hard"]
+    assert error_cell(ten, "hard") == ("30.0%", ["21.2–40.0%", "100 of 100 given"], True)
+    assert not error_cell(ten, "easy").is_broken
+    assert broken_sentence(row) == (
+        "The guarantee does not hold on “hard” (limit 5% and 10%): the whole interval of the error lies above the limit."
+    )
+    sound = replace(system("tuned"), predictions=answers("easy", 200, 2))
+    assert broken_sentence(promises_of([sound])[0]).startswith("On no part")
+    whole = replace(system("tuned"), predictions=answers("hard", 200, 60))
+    assert "on the test answers as a whole (limit 5% and 10%)" in broken_sentence(promises_of([whole])[0])
+
+
+def test_the_likelihood_of_the_base_model_is_compared_and_no_other() -> None:
+    rows = promises_of([system("base", 0.5), system("tuned", 0.5), system("bare", calibrated=False)])
+    assert [row.name for row in rows] == ["base", "base, likelihood", "tuned"]
+    assert rows[0].promises[-1].choice.threshold == 0.9
+    assert rows[1].promises[-1].choice.threshold is None, "all answers are equally likely"
+
+
+def test_parts_are_splits_or_else_categories() -> None:
+    easy, hard = answers("easy", 2, 0), answers("hard", 3, 0)
+    assert {name: len(part) for name, part in parts_of([*easy, *hard]).items()} == {"easy": 2, "hard": 3}
+    assert parts_of(easy) == {}
+    categories = [replace(a, category=("easy/dog/red", "easy/cat", "easy")[i]) for i, a in enumerate(hard)]
+    unnamed = [replace(a, id=str(i)) for i, a in enumerate(categories)]
+    named = [replace(a, id=f"easy:{i}") for i, a in enumerate(categories)]
+    assert list(parts_of(named)) == ["dog", "cat", "other"]
+    assert parts_of(unnamed) == {}
+
+
+def test_systems_without_calibration_answers_are_named() -> None:
+    bare, other = system("bare", calibrated=False), system("other", calibrated=False)
+    assert uncalibrated_sentence([system("tuned")]) == ""
+    assert uncalibrated_sentence([system("tuned"), bare]).startswith("bare has no answers")
+    assert uncalibrated_sentence([system("tuned"), bare, other]).startswith("bare and other have no answers")
+    assert uncalibrated_sentence([bare]).startswith("The system has no answers")
+    assert uncalibrated_sentence([bare, other]).startswith("The systems have no answers")
+
+
+# --- The files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    folder = tmp_path / "eval"
+    for name in ("base", "tuned"):
+        (folder / name).mkdir(parents=True)
+        about = system(name, 0.5)
+        assert about.calibration is not None
+        for file, rows in (("predictions", about.predictions), ("calibration", about.calibration)):
+            write_rows(folder / name / f"{file}.jsonl", [row.to_dict() for row in rows], lines=True)
+    return folder
+
+
+def _section(folder: Path) -> str:
+    """The text of the page's section."""
+    report([str(folder)], replicates=5, images=False)
+    html = (folder / "report.html").read_text()
+    section = html[html.index('id="thresholds"') : html.index('id="reliability"')]
+    return " ".join(re.sub(r"<[^>]*>", " ", section).split())
+
+
+def test_the_page_and_the_table_beside_it(evaluation: Path) -> None:
+    text = _section(evaluation)
+    assert '<a href="#thresholds">What to send to a person</a>' in (evaluation / "report.html").read_text()
+    for words in (
+        "What to send to a person", "at most 1% wrong", "at most 10% wrong", "base, likelihood",
+        "75.0% 70.5–79.2% from 90% on", "The guarantee does not hold on “hard” (limit 5% and 10%)",
+        "Chosen on 400 answers (400 held), none of them easy or hard.", "30.0% ▲ 21.2–40.0% 100 of 100 given",
+    ):  # fmt: skip
+        assert words in text, words
+    rows = list(csv.DictReader((evaluation / "report.thresholds.csv").open()))
+    tuned = [r for r in rows if (r["system"], r["max_error"]) == ("tuned", "0.1")]
+    assert [r["answers"] for r in tuned] == ["calibration", "test: all", "test: easy", "test: hard"]
+    assert [r["above_limit"] for r in tuned] == ["no", "no", "no", "yes"]
+    assert (tuned[3]["given"], tuned[3]["wrong"], tuned[3]["error"]) == ("100", "30", "0.3")
+    [none] = [r for r in rows if (r["system"], r["max_error"]) == ("tuned", "0.02")]
+    assert (none["n"], none["threshold"], none["given"]) == ("400", "", "")
+    assert int(none["more_answers"]) > 0
+    assert f"({int(none['more_answers']):,} more)" in none["reason"]
+
+
+def test_without_calibration_answers_the_section_says_what_to_do(evaluation: Path) -> None:
+    (evaluation / "report.thresholds.csv").write_text("of an earlier report")
+    for name in ("base", "tuned"):
+        (evaluation / name / "calibration.jsonl").unlink()
+    text = _section(evaluation)
+    assert "The systems have no answers to a calibration set" in text
+    assert "--calibration" in text
+    assert "at most" not in text
+    assert not (evaluation / "report.thresholds.csv").exists()
+
+
+def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation: Path) -> None:
+    adapter = evaluation.parent / "tuned/adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    settings = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
+    (evaluation / "config.yaml").write_text(yaml.safe_dump(settings))
+    rule = DecisionRule(
+        base="owner/base", quantization="none", dtype="auto", weights=adapter_weights_digest(adapter), prompt="{question}",
+        estimator="verbalized", levels={}, by=None, groups={"": {"threshold": 0.9}}, limits={}, correction="",
+        guarantee=f"At most {percent(0.05)} of tuned.", assumptions=[], answers={},
+    )  # fmt: skip
+    write_rule(rule, adapter)
+    answered = {"split": "calibration", "digest": file_digest(evaluation / "base/calibration.jsonl")}
+    write_rule(replace(rule, guarantee="At most 2% of base.", answers=answered), evaluation / "base")
+
+    def stated() -> list[str]:
+        report([str(evaluation)], replicates=5, images=False)
+        rows = list(csv.DictReader((evaluation / "report.systems.csv").open()))
+        html = (evaluation / "report.html").read_text()
+        guarantees = [row.get("guarantee", "") for row in rows]
+        assert all(f"<dt>guarantee</dt><dd>{text}</dd>" in html for text in guarantees if text)
+        return guarantees
+
+    assert stated() == ["At most 2% of base.", "At most 5% of tuned."]
+    (adapter / "adapter_model.safetensors").write_text("trained again")
+    assert stated() == ["At most 2% of base.", ""]
+    with (evaluation / "base/calibration.jsonl").open("a") as file:
+        file.write(json.dumps(answers("more", 1, 0, likelihood=0.5)[0].to_dict()) + "\n")
+    assert stated() == ["", ""]
