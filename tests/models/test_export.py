@@ -101,7 +101,7 @@ def test_other_families(
 ) -> None:
     base, adapter, inputs = of_family(family, parts)
     merged = merge_adapter(adapter, BaseModel(base))
-    save_merged(merged.model, tmp_path / "merged")
+    save_merged(merged, tmp_path / "merged")
     read = load_base(BaseModel(str(tmp_path / "merged")))
     assert read.dtype == torch.float32
     logits = _logits(read, inputs)
@@ -129,7 +129,7 @@ def test_transformers_alone_loads_what_was_written(
     demo_model: str, new_adapter: Callable[..., str], prompts: PromptBatch, tmp_path: Path
 ) -> None:
     adapter = new_adapter(1)
-    save_merged(merge_adapter(adapter, BaseModel(demo_model)).model, tmp_path / "merged")
+    save_merged(merge_adapter(adapter, BaseModel(demo_model)), tmp_path / "merged")
     torch.save(prompts.inputs, tmp_path / "inputs.pt")
     files = [str(tmp_path / name) for name in ("merged", "inputs.pt", "logits.pt")]
     subprocess.run([sys.executable, "-c", FRESH, *files], check=True, timeout=300)
@@ -160,8 +160,8 @@ def test_weights_are_rounded_once(
     load_base(BaseModel(model_folder, dtype=stored)).save_pretrained(base)
     adapter = new_adapter(1)
     exact = merge_adapter(adapter, BaseModel(base), "float32").model.state_dict()
-    merged = merge_adapter(adapter, BaseModel(base), dtype).model
-    assert all(torch.equal(w, exact[name].to(expected)) for name, w in merged.state_dict().items())
+    merged = merge_adapter(adapter, BaseModel(base), dtype)
+    assert all(torch.equal(w, exact[name].to(expected)) for name, w in merged.model.state_dict().items())
     save_merged(merged, tmp_path / "merged")
     assert load_base(BaseModel(str(tmp_path / "merged"))).dtype == expected
 

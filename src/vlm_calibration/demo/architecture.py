@@ -7,9 +7,12 @@ percentage is one token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -17,10 +20,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, question_about
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, SCENE_SIZE
@@ -100,6 +105,18 @@ def build_processor() -> LlavaProcessor:
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write the model under the tensor names that released models with a CLIP or SigLIP tower have, and that vLLM reads.
+
+    transformers leaves `vision_model` out of them when it saves a model that it did not load.
+    """
+    model.save_pretrained(folder)
+    path = folder / SAFE_WEIGHTS_NAME
+    tower = re.compile(r"vision_tower\.(?!vision_model\.)")
+    weights = {tower.sub("vision_tower.vision_model.", name, count=1): w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
