@@ -20,15 +20,15 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, question_about
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, SCENE_SIZE
+from vlm_calibration.files import read_json, write_json
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -107,16 +107,24 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model under the tensor names that released models with a CLIP or SigLIP tower have, and that vLLM reads.
+def publish_tower_names(folder: Path) -> None:
+    """Rename the vision tower's tensors in a folder that transformers has written to the names of released models.
 
-    transformers leaves `vision_model` out of them when it saves a model that it did not load.
+    These have `vision_tower.vision_model.`, as vLLM reads it; transformers 5 leaves `vision_model` out when it saves a model with a
+    CLIP or SigLIP tower that it did not load.
     """
-    model.save_pretrained(folder)
-    path = folder / SAFE_WEIGHTS_NAME
-    tower = re.compile(r"vision_tower\.(?!vision_model\.)")
-    weights = {tower.sub("vision_tower.vision_model.", name, count=1): w for name, w in load_file(path).items()}
-    save_file(weights, path, {"format": "pt"})
+
+    def published(name: str) -> str:
+        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+    for path in folder.glob("*.safetensors"):
+        weights = {published(name): weight for name, weight in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        content = read_json(index)
+        content["weight_map"] = {published(name): file for name, file in content["weight_map"].items()}
+        write_json(index, content)
 
 
 def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:

@@ -28,7 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model, build_processor, save_model
+from vlm_calibration.demo.architecture import (
+    IMAGE_TOKENS,
+    PATCH,
+    build_model,
+    build_processor,
+    publish_tower_names,
+)
 from vlm_calibration.demo.questions import (
     EXISTENCE_FORMS,
     NEGATIVES,
@@ -355,8 +361,8 @@ def make_demo_model(
     train_together(model, processor, joint_steps)
     model.eval()
     with replacing(out) as temporary:
-        temporary.mkdir()
-        save_model(model, temporary)
+        model.save_pretrained(temporary)
+        publish_tower_names(temporary)
         processor.save_pretrained(temporary)
     log(f"wrote {out}")
 

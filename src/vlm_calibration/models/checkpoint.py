@@ -153,7 +153,11 @@ def _reading(path: Path) -> Iterator[_Tensors]:
 
 
 def copy_checkpoint(
-    checkpoint: Checkpoint, folder: Path, replaced: Mapping[str, Tensor], dtype: torch.dtype | None, code: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    replaced: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    code: bool,
 ) -> None:
     """Write a copy in which some tensors are replaced; names, shapes, files and configuration stay. Holds one file in memory.
 

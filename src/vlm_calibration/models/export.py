@@ -26,7 +26,13 @@ from vlm_calibration.files import first_line
 from vlm_calibration.hub import loading, shorten_message
 from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
-from vlm_calibration.models.checkpoint import Checkpoint, Stored, copy_checkpoint, find_checkpoint, find_weights
+from vlm_calibration.models.checkpoint import (
+    Checkpoint,
+    Stored,
+    copy_checkpoint,
+    find_checkpoint,
+    find_weights,
+)
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.records import DataError
 
