@@ -202,6 +202,7 @@ def test_from_training_to_a_merged_model(
     card = load_card(tmp_path / "run" / "adapter")
     assert card is not None
     assert (card.location, list(card.results)) == ("run/adapter", ["after"])
+    assert card.parts == ["language", "projector"]
     exported = run("export", "run", "--merge", "--out", "merged")
     assert exported.status == 0, exported.err
     assert exported.out.splitlines()[-1] == "wrote merged"
