@@ -195,6 +195,7 @@ def test_of_what_is_not_known_nothing_is_said() -> None:
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Model-7B, calibrated",
         "## How to ask it",
+        "## How to serve it",
     ]
     assert "None" not in text.replace("else None", "")
     assert EXAMPLE in text

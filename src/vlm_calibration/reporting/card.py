@@ -283,7 +283,7 @@ def _serving(card: Card) -> str:
             "## How to serve it",
             how,
             fenced(commands, "bash"),
-            "Send the image, then the prompt, with temperature 0.",
+            f"Send the image, then the {'prompt below' if card.template else 'question'}, with temperature 0.",
         ]
     )
 
