@@ -393,7 +393,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("vlm_calibration.models.checkpoint.save_file", full)
     status, _, error = call("run", "--out", "merged", "--merge", "--overwrite")
     assert status == 1
     assert "No space left on device" in error

@@ -17,6 +17,8 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 QUESTIONS = 60
+SCALE = 0.18
+"""Of the adapter's random weights: several of the answers differ from the base model's, and all state a confidence."""
 
 
 class Question(NamedTuple):
@@ -57,11 +59,11 @@ def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def write(*parts: Any) -> str:
         folder = tmp_path_factory.mktemp("-".join(parts))
+        torch.manual_seed(0)
         model = attach_lora(load_base(BaseModel(demo_model)), LoraSettings(r=8, alpha=8, parts=list(parts)))
-        generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data = torch.randn(parameter.shape) * SCALE
         model.save_pretrained(folder)
         return str(folder)
 
