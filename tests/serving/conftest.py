@@ -17,8 +17,6 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 QUESTIONS = 60
-SCALE = 0.18
-"""Of the adapter's random weights: several of the answers differ from the base model's, and all state a confidence."""
 
 
 class Question(NamedTuple):
@@ -55,15 +53,20 @@ def questions() -> list[Question]:
 
 @pytest.fixture(scope="session")
 def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Function that writes a random adapter of some parts of the demo, small enough that its answers stay readable."""
+    """Function that writes a random adapter of some parts of the demo.
 
-    def write(*parts: Any) -> str:
+    Scales at which several answers differ from the base model's and all state a confidence: 0.18 for the language model alone, 0.12
+    with the projector.
+    """
+
+    def write(*parts: Any, scale: float) -> str:
         folder = tmp_path_factory.mktemp("-".join(parts))
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # of the other half of the adapter
         model = attach_lora(load_base(BaseModel(demo_model)), LoraSettings(r=8, alpha=8, parts=list(parts)))
+        generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.data = torch.randn(parameter.shape) * SCALE
+                parameter.data = torch.randn(parameter.shape, generator=generator) * scale
         model.save_pretrained(folder)
         return str(folder)
 
@@ -90,5 +93,8 @@ def answered(demo_model: str, questions: Sequence[Question]) -> Callable[..., li
 def merged(demo_adapter: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The demo with an adapter of language model and projector merged into it, as `vlm-calibration export` writes it."""
     folder = str(tmp_path_factory.mktemp("served") / "merged")
-    assert cli.main(["export", demo_adapter("language", "projector"), "--merge", "--out", folder]) == 0
+    assert (
+        cli.main(["export", demo_adapter("language", "projector", scale=0.12), "--merge", "--out", folder])
+        == 0
+    )
     return folder
