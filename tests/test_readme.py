@@ -196,7 +196,7 @@ ELSEWHERE: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "vlm-calibration threshold runs/eval --max-error 0.05",
+            "vlm-calibration threshold runs/eval --max-error 0.1",
             "vlm-calibration threshold runs/eval --max-error 0.05 --certainty 0.95",
         ),
         "needs answers to a calibration set: tests/commands/test_threshold.py",
@@ -217,6 +217,7 @@ ELSEWHERE: dict[str, str] = {
     'make bench ARGS="--only metrics startup"': "takes minutes",
     "make dashboard ENTITY=... PROJECT=...": "needs a login at W&B: tests/reporting/test_dashboard.py",
     "vlm-calibration export runs/sft --push-to-hub NAME": "uploads: tests/commands/test_export.py",
+    "vllm serve exported": "needs tests/serving/setup: tests/serving/test_vllm.py",
     "wandb login": "needs an account at W&B",
     "wandb sync": "uploads: tests/callbacks/test_wandb_log.py",
     "wandb sync runs/NAME/wandb/offline-run-*": "uploads: tests/callbacks/test_wandb_log.py",

@@ -1,6 +1,6 @@
 """Train vision-language models to state honest confidence.
 
-`load_calibrated` loads a trained model to ask it. `Plan` and the steps of a calibration (`fit_levels`, `train_sft`, `train_dpo`,
+`load_calibrated` loads a trained model to ask it; `parse_confidence` reads the confidence from the text of one that is served elsewhere. `Plan` and the steps of a calibration (`fit_levels`, `train_sft`, `train_dpo`,
 `evaluate`, `report`) train one. `__version__` is the version of the installed package. Everything else is in the packages below.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         train_dpo,
         train_sft,
     )
+    from vlm_calibration.text.confidence import parse_confidence
 
 _STEPS = "vlm_calibration.steps"
 _MODULES = {
@@ -29,6 +30,7 @@ _MODULES = {
     "extract_regions": _STEPS,
     "fit_levels": _STEPS,
     "load_calibrated": "vlm_calibration.inference.model",
+    "parse_confidence": "vlm_calibration.text.confidence",
     "report": _STEPS,
     "train_dpo": _STEPS,
     "train_sft": _STEPS,
@@ -40,6 +42,7 @@ __all__ = [
     "extract_regions",
     "fit_levels",
     "load_calibrated",
+    "parse_confidence",
     "report",
     "train_dpo",
     "train_sft",

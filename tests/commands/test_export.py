@@ -206,6 +206,7 @@ def test_from_training_to_a_merged_model(
     card = load_card(tmp_path / "run" / "adapter")
     assert card is not None
     assert (card.location, list(card.results)) == ("run/adapter", ["after"])
+    assert card.parts == ["language", "projector"]
     exported = run("export", "run", "--merge", "--out", "merged")
     assert exported.status == 0, exported.err
     assert exported.out.splitlines()[-1] == "wrote merged"
@@ -396,7 +397,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("vlm_calibration.models.checkpoint.save_file", full)
     status, _, error = call("run", "--out", "merged", "--merge", "--overwrite")
     assert status == 1
     assert "No space left on device" in error

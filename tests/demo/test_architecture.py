@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model
@@ -93,3 +94,10 @@ def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> N
         else:
             assert (word, corner) == (IGNORE if sum(shares) else image_token, IGNORE)
     assert len(set(words.tolist())) >= 3
+
+
+def test_the_shipped_weights_have_published_names() -> None:
+    """vLLM reads no others; transformers reads both."""
+    names = [name for name in load_file(SHIPPED / "model.safetensors") if name.startswith("vision_tower.")]
+    assert names
+    assert all(name.startswith("vision_tower.vision_model.") for name in names)

@@ -352,3 +352,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_served_text_is_read_without_torch() -> None:
+    code = (
+        "import sys; from vlm_calibration import parse_confidence; print(parse_confidence('Yes. Confidence: 80%'), "
+        "sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "0.8 []"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from torch import Tensor
+
+from vlm_calibration.demo.architecture import publish_tower_names
 
 VOCABULARY = 200
 WORDS = (3, 140)
@@ -298,6 +302,43 @@ def build(
             if "image_newline" in name or (parameter.ndim > 1 and parameter.abs().max() == 0):
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
     return model.eval()
+
+
+PUBLISHED = {
+    **dict.fromkeys(
+        ("llava_clip", "llava_siglip", "llava_mistral", "gemma3", "paligemma", "paligemma2"),
+        ("language_model.model.", "multi_modal_projector.", "vision_tower.vision_model."),
+    ),
+    "llava_onevision": (
+        "image_newline",
+        "language_model.model.",
+        "multi_modal_projector.",
+        "vision_tower.vision_model.",
+    ),
+    "internvl": (
+        "language_model.model.",
+        "multi_modal_projector.",
+        "vision_tower.encoder.layer.",
+        "vision_tower.embeddings.",
+    ),
+    **dict.fromkeys(
+        ("idefics3", "smolvlm"),
+        ("model.text_model.", "model.vision_model.", "model.connector.modality_projection."),
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), ("model.layers.", "model.embed_tokens.", "visual.blocks.")),
+    "qwen3_vl": ("model.language_model.", "model.visual."),
+}
+"""Beginnings of tensor names in the released checkpoints of each family."""
+
+
+def save_published(family: str, model: Any, folder: Path, max_shard_size: str = "50GB") -> None:
+    """Write a model under the tensor names of the family's released checkpoints."""
+    names = PUBLISHED[family]
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if "vision_tower.vision_model." in names:
+        publish_tower_names(folder)
+    written = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert all(any(name.startswith(begin) for name in written) for begin in names), written
 
 
 def randomize_adapters(model: Any, seed: int = 3) -> Any:

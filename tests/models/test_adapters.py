@@ -16,6 +16,7 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models.adapters import (
     REFERENCE,
     LoraSettings,
+    adapted_parts,
     attach_lora,
     continue_adapter,
     load_adapters,
@@ -435,3 +436,8 @@ def test_nf4_names_a_layer_that_it_cannot_hold(model_folder: str) -> None:
         DataError, match=r"multiple of 64 inputs, model\.language_model\.layers\.0\.\S+ has \d+"
     ):
         load_base(BaseModel(model_folder, quantization="nf4"))
+
+
+@pytest.mark.parametrize("parts", [["language"], ["language", "projector"], ["projector", "tower"]])
+def test_the_parts_of_an_adapter(load_model: Callable[..., Any], parts: list[Any]) -> None:
+    assert adapted_parts(attach_lora(load_model(), LoraSettings(r=2, parts=parts))) == parts

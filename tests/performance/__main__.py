@@ -20,6 +20,7 @@ BENCHMARKS = {
     "phrases": "Key-object phrases",
     "wandb_overhead": "Logging to W&B",
     "estimators": "Cost of confidence estimators",
+    "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "preference": "Training steps, against TRL's",
     "intervals": "Coverage of 95% intervals",
     "drift": "Drift of the demo's questions (needs an adapter of the demo)",

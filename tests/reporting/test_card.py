@@ -179,11 +179,33 @@ def test_what_training_on_a_quantised_base_means_is_said() -> None:
     assert "merged into the base in full precision" in card_text(replace(card, merged=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({"merged": True}, "vllm serve 'my model'"),
+        (
+            {"parts": ["language"]},
+            "vllm serve org/base --enable-lora --lora-modules calibrated='my model'",
+        ),
+        (
+            {"parts": ["language", "projector"]},
+            "vlm-calibration export 'my model' --merge --out merged\nvllm serve merged",
+        ),
+        ({"parts": []}, "vlm-calibration export 'my model' --merge --out merged\nvllm serve merged"),
+    ],
+)
+def test_how_to_serve_it_depends_on_what_the_adapter_changes(changes: dict[str, Any], command: str) -> None:
+    card = replace(Card("org/base", location="my model"), **changes)
+    assert f"```bash\n{command}\n```" in card_text(card)
+    assert "serve" not in card_text(replace(card, has_chat_template=False))
+
+
 def test_of_what_is_not_known_nothing_is_said() -> None:
     text = card_text(Card("org/Model-7B", location="x"))
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Model-7B, calibrated",
         "## How to ask it",
+        "## How to serve it",
     ]
     assert "None" not in text.replace("else None", "")
     assert EXAMPLE in text

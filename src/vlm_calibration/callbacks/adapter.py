@@ -17,6 +17,7 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import replacing
 from vlm_calibration.hub import base_license, is_hub_name
+from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
@@ -124,6 +125,7 @@ class AdapterWriter(L.Callback):
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
             max_new_tokens=trained.max_new_tokens,
+            parts=list(adapted_parts(trained.model)),
             max_pixels=data.max_pixels,
         )
 

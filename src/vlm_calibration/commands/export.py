@@ -213,7 +213,7 @@ def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
             f"{adapter / TEXT} has been edited since training: the merged model gets a card without these edits"
         )
     merged = merge_adapter(str(adapter), base, dtype)
-    save_merged(merged.model, folder, base.trust_remote_code)
+    save_merged(merged, folder)
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
     card = replace(_card(export), merged=True)

@@ -7,9 +7,12 @@ percentage is one token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -21,9 +24,11 @@ from transformers import (
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_calibration.demo.questions import EXISTENCE_FORMS, POSITION_FORMS, question_about
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, SCENE_SIZE
+from vlm_calibration.files import read_json, write_json
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -100,6 +105,26 @@ def build_processor() -> LlavaProcessor:
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def publish_tower_names(folder: Path) -> None:
+    """Rename the vision tower's tensors in a folder that transformers has written to the names of released models.
+
+    These have `vision_tower.vision_model.`, as vLLM reads it; transformers 5 leaves `vision_model` out when it saves a model with a
+    CLIP or SigLIP tower that it did not load.
+    """
+
+    def published(name: str) -> str:
+        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+    for path in folder.glob("*.safetensors"):
+        weights = {published(name): weight for name, weight in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        content = read_json(index)
+        content["weight_map"] = {published(name): file for name, file in content["weight_map"].items()}
+        write_json(index, content)
 
 
 def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:

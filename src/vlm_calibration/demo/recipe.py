@@ -28,7 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model, build_processor
+from vlm_calibration.demo.architecture import (
+    IMAGE_TOKENS,
+    PATCH,
+    build_model,
+    build_processor,
+    publish_tower_names,
+)
 from vlm_calibration.demo.questions import (
     EXISTENCE_FORMS,
     NEGATIVES,
@@ -356,6 +362,7 @@ def make_demo_model(
     model.eval()
     with replacing(out) as temporary:
         model.save_pretrained(temporary)
+        publish_tower_names(temporary)
         processor.save_pretrained(temporary)
     log(f"wrote {out}")
 

@@ -64,6 +64,12 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: st
     return get_peft_model(model, config, adapter_name=adapter_name)
 
 
+def adapted_parts(model: PeftModel) -> list[ModelPart]:
+    """The parts of the model in which linear layers have an adapter, sorted by name."""
+    parts = layer_parts(model.get_base_model())
+    return sorted({part for name, part in parts.items() if name.endswith(".base_layer")})
+
+
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
     """Load adapters into one model without copying the base; returns the model itself if there are none.
 

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model, and verify the result.
+"""Merge an adapter into its base model, write it as the base's checkpoint is written, and verify the result.
 
 Merging can fail silently: if the names in an adapter do not match the model, peft merges nothing and the result is the base
 model. Therefore each layer is compared before and after, and the written model is read back.
@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -25,6 +26,13 @@ from vlm_calibration.files import first_line
 from vlm_calibration.hub import loading, shorten_message
 from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
+from vlm_calibration.models.checkpoint import (
+    Checkpoint,
+    Stored,
+    copy_checkpoint,
+    find_checkpoint,
+    find_weights,
+)
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.records import DataError
 
@@ -35,10 +43,18 @@ class Merged(NamedTuple):
     Attributes:
         model: the model in eval mode.
         layers: names of the layers that the adapter changed.
+        weights: name of each weight that the adapter changed -> its tensor in the base's checkpoint.
+        checkpoint: the base's files.
+        dtype: of all floating-point weights; None: each has the one that the base's checkpoint has for it.
+        trust_remote_code: whether the model runs code of its checkpoint.
     """
 
     model: PreTrainedModel
     layers: tuple[str, ...]
+    weights: dict[str, Stored]
+    checkpoint: Checkpoint
+    dtype: torch.dtype | None
+    trust_remote_code: bool
 
 
 def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged:
@@ -48,27 +64,35 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
         folder: the adapter, as peft saves it.
         base: its base model; dtype and quantisation are ignored. An adapter trained on a quantised base is merged into the
             base in full precision.
-        dtype: of the merged weights; "auto": the dtype of the base's checkpoint.
+        dtype: of the merged weights; "auto": that of each weight in the base's checkpoint.
 
     Raises:
-        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or merging did not change
-            every layer for which the adapter has an update.
+        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, a changed weight is not stored as
+            one tensor of the base's checkpoint, or merging did not change every layer for which the adapter has an update.
     """
-    target = _target_dtype(base, dtype)
+    _check_stored_unquantised(base)
+    target = None if dtype == "auto" else getattr(torch, dtype)
     model = load_base(replace(base, dtype="float32", quantization="none"))
+    checkpoint = find_checkpoint(base)
     with _report_failure(folder, base):
         wrapped = load_adapters(model, {"default": folder})
         assert isinstance(wrapped, PeftModel)
-        if wrapped.peft_config["default"].peft_type != PeftType.LORA:
-            raise ValueError("it is not a LoRA adapter")
+        _check_mergeable(wrapped)
         saved = adapter_layers(folder)
         layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
         if len(layers) != len(saved):
             raise ValueError(f"its file has {len(saved)} layers, and the model has {len(layers)} of them")
         _check_tied_weights(wrapped, layers)
-        _merge_layers(layers, sum(not has_update for has_update in saved.values()), target)
-        merged = wrapped.merge_and_unload()
-    return Merged(merged.to(target).eval(), tuple(map(unwrapped_name, layers)))
+        weights = find_weights(_changed_weights(wrapped, layers), checkpoint)
+        dtypes = {name: target or stored.dtype for name, stored in weights.items()}
+        _merge_layers(layers, sum(not has_update for has_update in saved.values()), dtypes)
+        merged = wrapped.merge_and_unload().eval()
+        for name, kind in dtypes.items():
+            merged.get_parameter(name).data = merged.get_parameter(name).data.to(kind)
+        merged = merged.to(reduce(torch.promote_types, dtypes.values()))
+    return Merged(
+        merged, tuple(map(unwrapped_name, layers)), weights, checkpoint, target, base.trust_remote_code
+    )
 
 
 def adapter_layers(folder: str) -> dict[str, bool]:
@@ -82,21 +106,27 @@ def adapter_layers(folder: str) -> dict[str, bool]:
     return layers
 
 
-def save_merged(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the model, and check that transformers reads the same weights back.
+def save_merged(merged: Merged, folder: Path) -> None:
+    """Write a copy of the base's checkpoint with the changed weights, and check that transformers reads the merged weights back.
+
+    Names, shapes, files and configuration are the base's own; tensors that the adapter does not change are equal byte for byte.
 
     Raises:
         DataError: the model cannot be written, or different weights are read back.
     """
+    model = merged.model
+    replaced = {stored.name: model.get_parameter(name) for name, stored in merged.weights.items()}
     try:
-        model.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_checkpoint(merged.checkpoint, folder, replaced, merged.dtype, merged.trust_remote_code)
         reloaded, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            folder, dtype=model.dtype, trust_remote_code=merged.trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"cannot write the merged model: {first_line(error)}") from error
     state = reloaded.state_dict()
-    different = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    # A checkpoint may have tensors that transformers leaves out.
+    different = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
     different += [name for name, w in model.state_dict().items() if not _is_equal(w, state.get(name))]
     if different:
         raise DataError(
@@ -112,7 +142,7 @@ def _is_equal(weight: Tensor, reloaded: Tensor | None) -> bool:
     )
 
 
-def _target_dtype(base: BaseModel, dtype: Dtype) -> torch.dtype:
+def _check_stored_unquantised(base: BaseModel) -> None:
     with loading("a model", base.name_or_path):
         config = AutoConfig.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -122,9 +152,23 @@ def _target_dtype(base: BaseModel, dtype: Dtype) -> torch.dtype:
             f"the base model {base.name_or_path!r} is stored quantised, and nothing can be merged into it: use the model in "
             "full precision"
         )
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return config.dtype or config.get_text_config().dtype or torch.float32
+
+
+def _check_mergeable(wrapped: PeftModel) -> None:
+    config = wrapped.peft_config["default"]
+    if config.peft_type != PeftType.LORA:
+        raise ValueError("it is not a LoRA adapter")
+    if config.bias != "none" or config.lora_bias:
+        raise ValueError("it has trained biases, and only weights are merged: train it with `bias: none`")
+
+
+def _changed_weights(wrapped: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
+    """Name in the base model of each weight that merging will change -> the weight as it is before."""
+    changed = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+    for name, module in wrapped.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            changed |= {f"{name}.{n}": p for n, p in module.original_module.named_parameters()}
+    return {unwrapped_name(name): weight for name, weight in changed.items()}
 
 
 def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
@@ -140,22 +184,23 @@ def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 
 
 @torch.no_grad()
-def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtype: torch.dtype) -> None:
+def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtypes: dict[str, torch.dtype]) -> None:
     """Merge each layer and compare its weights before and after.
 
     Args:
         layers: name -> layer.
         n_zero: number of layers whose update is zero, e.g. layers behind the last one that a model uses.
-        dtype: of the merged model.
+        dtypes: name of the weight in the base model -> the dtype in which it is written.
 
     Raises:
-        ValueError: more than `n_zero` layers or all layers are unchanged, or a change is lost in this dtype.
+        ValueError: more than `n_zero` layers or all layers are unchanged, or a change is lost in the dtype.
     """
     unchanged, lost = [], []
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
         layer.merge(safe_merge=True)
         after = layer.get_base_layer().weight
+        dtype = dtypes[f"{unwrapped_name(name)}.weight"]
         if torch.equal(before, after):
             unchanged.append(name)
         elif torch.equal(before.to(dtype), after.to(dtype)):
@@ -167,7 +212,8 @@ def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtype: torch.dtype)
     if len(unchanged) == len(layers):
         raise ValueError("all its updates are zero: it was never trained")
     if lost:
-        raise ValueError(f"the updates of {len(lost)} layers are too small for {dtype}: merge in float32")
+        kind = dtypes[f"{unwrapped_name(lost[0])}.weight"]
+        raise ValueError(f"the updates of {len(lost)} layers are too small for {kind}: merge in float32")
 
 
 @contextmanager

@@ -101,8 +101,8 @@ def weights_digest(base: BaseModel) -> str | None:
     Returns:
         32 hexadecimal digits, or None if files of the model are missing on this machine.
     """
-    folder = _local_folder(base)
-    weights = _weight_files(folder) if folder is not None else None
+    folder = local_folder(base)
+    weights = weight_files(folder) if folder is not None else None
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
     files = [folder / "config.json", *weights]
@@ -128,7 +128,7 @@ def model_identity(name_or_path: str, revision: str | None = None, *, download: 
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        cached = _local_folder(BaseModel(name_or_path, revision=revision))
+        cached = local_folder(BaseModel(name_or_path, revision=revision))
         if cached is not None or not download:
             return cached.name if cached else None
         try:
@@ -144,7 +144,7 @@ def model_identity(name_or_path: str, revision: str | None = None, *, download: 
     return digest([f"{weights_digest(BaseModel(name_or_path))}\n", *files])
 
 
-def _local_folder(base: BaseModel) -> Path | None:
+def local_folder(base: BaseModel) -> Path | None:
     """The model's folder, on disk or in the Hub's cache; None if there is none."""
     if Path(base.name_or_path).is_dir():
         return Path(base.name_or_path)
@@ -155,7 +155,8 @@ def _local_folder(base: BaseModel) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _weight_files(folder: Path) -> list[Path] | None:
+def weight_files(folder: Path) -> list[Path] | None:
+    """The weights files in a model's folder, sorted by name; None if one that its index names is missing, or all are."""
     for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         index = folder / f"{name}.index.json"
         names = {name}

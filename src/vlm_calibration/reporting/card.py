@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Card:
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
         has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
         max_new_tokens: length limit of an answer.
+        parts: the parts of the model that the adapter changes, as in `lora.parts`; empty if they are not known.
         max_pixels: limit of an image's pixels in training, as in `data.max_pixels`; the saved processor has it too.
     """
 
@@ -76,6 +78,7 @@ class Card:
     conversation: str | None = None
     has_chat_template: bool = True
     max_new_tokens: int = 64
+    parts: list[str] = field(default_factory=list)
     max_pixels: int | None = None
 
 
@@ -210,6 +213,7 @@ def card_text(card: Card) -> str:
     sections = [
         _head(card),
         _usage(card),
+        _serving(card) if card.has_chat_template else "",
         _prompt(card) if card.template else "",
         _answer_format(card) if card.template else "",
         _evaluations(card) if _has_results(card) else "",
@@ -279,6 +283,32 @@ def _usage(card: Card) -> str:
             "## How to ask it",
             f"With {needs} alone; `path` is the folder of this {what} or its name on the Hub.",
             fenced(snippet(card), "python"),
+        ]
+    )
+
+
+def _serving(card: Card) -> str:
+    """How a server loads it. vLLM leaves the layers of an adapter outside the language model out, without an error."""
+    path = shlex.quote(card.location)
+    if card.merged:
+        how, commands = "vLLM and `transformers serve` load it as it is:", f"vllm serve {path}"
+    elif card.parts == ["language"]:
+        base = shlex.quote(card.base)
+        how = "vLLM loads the adapter as it is, without DoRA, and of any rank up to `--max-lora-rank`:"
+        commands = f"vllm serve {base} --enable-lora --lora-modules calibrated={path}"
+    else:
+        changed = f"changes the {' and the '.join(card.parts)}" if card.parts else "may change more"
+        how = (
+            f"Merge it first. vLLM serves the adapters of a language model alone: this one {changed}, and vLLM would leave out "
+            "what is not the language model."
+        )
+        commands = f"vlm-calibration export {path} --merge --out merged\nvllm serve merged"
+    return "\n\n".join(
+        [
+            "## How to serve it",
+            how,
+            fenced(commands, "bash"),
+            f"Send the image, then the {'prompt below' if card.template else 'question'}, with temperature 0.",
         ]
     )
 

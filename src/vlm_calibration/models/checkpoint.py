@@ -1,0 +1,214 @@
+"""The weights files of a model, under the names that its publisher gave: find a model's weights in them, and copy them with some replaced.
+
+transformers renames tensors while it loads a checkpoint, and for some families does not save them under their first names. Other
+programs, vLLM among them, know only the published names. Weights are found by their values, which needs no table of names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from vlm_calibration.files import name_some, write_json
+from vlm_calibration.models.base import BaseModel, read_object
+from vlm_calibration.models.loading import local_folder, weight_files
+from vlm_calibration.records import DataError
+
+SAMPLED = 64
+"""Number of values by which candidates for a tensor are looked up before all values are compared."""
+
+
+class Stored(NamedTuple):
+    """Where a checkpoint stores a weight.
+
+    Attributes:
+        name: of the tensor in the checkpoint.
+        dtype: of the tensor in the checkpoint.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+
+class Checkpoint(NamedTuple):
+    """The files of a model on this machine.
+
+    Attributes:
+        folder: has `config.json`; of a model on the Hub its snapshot in the cache.
+        files: all weights files, safetensors or PyTorch's.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+
+
+class _Tensors(NamedTuple):
+    """The tensors of one weights file, which are read on demand."""
+
+    names: Sequence[str]
+    get: Callable[[str], Tensor]
+    metadata: dict[str, str] | None
+
+
+def find_checkpoint(base: BaseModel) -> Checkpoint:
+    """The files of a model that has been loaded.
+
+    Raises:
+        DataError: files of its weights are missing on this machine.
+    """
+    folder = local_folder(base)
+    files = weight_files(folder) if folder is not None else None
+    if folder is None or files is None:
+        raise DataError(
+            f"the weights of the model {base.name_or_path!r} are not among the files of {folder or 'the cache'}: "
+            "expected model.safetensors or pytorch_model.bin, or all files that its index names"
+        )
+    return Checkpoint(folder, tuple(files))
+
+
+def find_weights(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Find weights of a loaded model among the tensors of its checkpoint.
+
+    A weight is the tensor with the same values in the same order, whatever the shapes. Of several such tensors it is the one whose
+    name ends most like the weight's.
+
+    Args:
+        weights: name in the model -> weight, in a dtype that holds the checkpoint's values exactly.
+        checkpoint: what the model was loaded from.
+
+    Returns:
+        Name in the model -> the tensor. No two weights have the same one.
+
+    Raises:
+        ValueError: a weight is no tensor of the checkpoint, or cannot be told from another one.
+    """
+    equal: dict[str, list[Stored]] = {name: [] for name in weights}
+    by_sample = defaultdict(list)
+    for name, weight in weights.items():
+        by_sample[_sample(weight, weight.dtype)].append(name)
+    dtypes = {weight.dtype for weight in weights.values()}
+    for path in checkpoint.files:
+        with _reading(path) as tensors:
+            for stored in tensors.names:
+                tensor = tensors.get(stored)
+                for dtype in dtypes:
+                    for name in by_sample.get(_sample(tensor, dtype), ()):
+                        if torch.equal(tensor.to(dtype).flatten(), weights[name].flatten()):
+                            equal[name].append(Stored(stored, tensor.dtype))
+    found = {name: _most_alike(name, candidates) for name, candidates in equal.items()}
+    times = Counter(stored.name for stored in found.values())
+    if shared := [name for name, stored in found.items() if times[stored.name] > 1]:
+        raise ValueError(
+            f"the weights {name_some(shared, len(shared))} have the same values, and the checkpoint does not tell them apart"
+        )
+    return found
+
+
+def _sample(tensor: Tensor, dtype: torch.dtype) -> tuple[int, bytes]:
+    """The number of values and some of them, spread evenly, by which tensors with equal values are equal."""
+    values = tensor.detach().flatten()
+    spread = values[:: max(1, len(values) // SAMPLED)].to(dtype)
+    return len(values), spread.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _most_alike(name: str, candidates: Iterable[Stored]) -> Stored:
+    """The candidate whose dotted name shares the longest end with the weight's."""
+    ranked = sorted(candidates, key=lambda stored: _common_end(name, stored.name), reverse=True)
+    if not ranked:
+        raise ValueError(
+            f"the weight {name} is not stored as one tensor in the checkpoint, so it cannot be written under its name"
+        )
+    if len(ranked) > 1 and _common_end(name, ranked[0].name) == _common_end(name, ranked[1].name):
+        raise ValueError(
+            f"the weight {name} has the same values as several tensors of the checkpoint: {ranked[0].name} and {ranked[1].name}"
+        )
+    return ranked[0]
+
+
+def _common_end(name: str, other: str) -> int:
+    """Number of parts, separated by dots, in which two names end alike."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[_Tensors]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            yield _Tensors(list(file.keys()), file.get_tensor, file.metadata())
+    else:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Tensors of such a file may share memory, which safetensors refuses.
+        yield _Tensors(list(state), lambda name: state[name].clone(), {"format": "pt"})
+
+
+def copy_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    replaced: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    code: bool,
+) -> None:
+    """Write a copy in which some tensors are replaced; names, shapes, files and configuration stay. Holds one file in memory.
+
+    Args:
+        checkpoint: what is copied; files of PyTorch become safetensors.
+        folder: where to; it exists.
+        replaced: name in the checkpoint -> the tensor to write instead.
+        dtype: of all floating-point tensors; None: each keeps its own.
+        code: copy the modelling code too.
+    """
+    size = 0
+    for path in checkpoint.files:
+        with _reading(path) as tensors:
+            written = {n: _converted(tensors.get(n), replaced.get(n), dtype) for n in tensors.names}
+            save_file(written, folder / _safetensors_name(path.name), tensors.metadata)
+        size += sum(tensor.nbytes for tensor in written.values())
+    if checkpoint.files[0].name not in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        is_safetensors = checkpoint.files[0].suffix == ".safetensors"
+        index = read_object(
+            checkpoint.folder / (SAFE_WEIGHTS_INDEX_NAME if is_safetensors else WEIGHTS_INDEX_NAME)
+        )
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        index["weight_map"] = {name: _safetensors_name(file) for name, file in index["weight_map"].items()}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    generation = checkpoint.folder / "generation_config.json"
+    for path in (generation, *(checkpoint.folder.glob("*.py") if code else ())):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    if dtype is None:
+        shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    else:
+        config = read_object(checkpoint.folder / "config.json")
+        write_json(folder / "config.json", _with_dtype({"dtype": "", **config}, str(dtype).split(".")[1]))
+
+
+def _converted(stored: Tensor, new: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    kind = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
+    return (stored if new is None else new.detach().reshape(stored.shape)).to(kind).contiguous()
+
+
+def _safetensors_name(name: str) -> str:
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with `dtype` wherever it, or a configuration in it, names one."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }

@@ -1,0 +1,118 @@
+"""Start a server of a model as a user does, and ask it over OpenAI's protocol."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+from PIL import Image
+
+VLLM = Path(__file__).parents[2] / ".venv-serving" / "bin" / "vllm"
+"""The command that `tests/serving/setup` installs."""
+STARTING, ANSWERING = 600, 120
+"""Longest time until a server answers at all, and until it answers one request, in seconds."""
+
+
+def vllm_serve(folder: str, *options: str) -> list[str]:
+    """The command that serves a model with vLLM on a CPU; it must be followed by host and port."""
+    return [str(VLLM), "serve", folder, "--max-model-len", "256", "--enforce-eager", *options]
+
+
+def transformers_serve(folder: str) -> list[str]:
+    """The command that serves a model with transformers; it must be followed by host and port."""
+    return [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--device", "cpu"]
+
+
+@contextmanager
+def serving(command: Sequence[str], log: Path) -> Iterator[str]:
+    """Run a server on a free port of 127.0.0.1 until the block ends; yields its address.
+
+    Args:
+        command: a server that takes `--host` and `--port` and answers at `/health`.
+        log: file for what it prints.
+
+    Raises:
+        RuntimeError: it ended, or it does not answer; the message has the end of what it printed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + STARTING
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > until:
+                what = "takes too long to start" if process.poll() is None else f"ended with {process.poll()}"
+                raise RuntimeError(f"{command[0]} {what}:\n{log.read_text()[-5000:]}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        _end(process)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (URLError, OSError):
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server with the processes that it started."""
+    for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 30)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def ask_served(url: str, model: str, image: np.ndarray, prompt: str, max_tokens: int = 64) -> str:
+    """Ask a server about an image, uint8 [H, W, 3], greedily; returns its text without white space around it."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+    }
+    headers = {"Content-Type": "application/json"}
+    with urlopen(
+        Request(f"{url}/v1/chat/completions", json.dumps(asked).encode(), headers), timeout=ANSWERING
+    ) as answer:
+        text: Any = json.load(answer)["choices"][0]["message"]["content"]
+    return str(text).strip()
