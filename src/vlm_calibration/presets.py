@@ -29,7 +29,10 @@ VARIABLES = {
 }
 """Variable that an option sets -> its default and description. There is also `${demo}`, the folder of the embedded demo."""
 ENDPOINT_VARIABLES = {
-    "url": ("URL", "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint"),
+    "url": (
+        "URL",
+        "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint",
+    ),
     "served_model": ("NAME", "name under which the API knows the model, for --config system/endpoint"),
 }
 """Variable of `test` that an option sets -> its placeholder and description. They have no default."""

@@ -96,7 +96,9 @@ class DemoServer:
         if fault == "half":
             return Response(text[: len(text) // 2], media_type="application/json")
         if fault == "truncated":
-            return Response(text[:50], headers={"Content-Length": str(len(text))}, media_type="application/json")
+            return Response(
+                text[:50], headers={"Content-Length": str(len(text))}, media_type="application/json"
+            )
         if fault is None or (fault == "no_logprobs" and not body.get("logprobs")):
             self.answered[key] += 1
         return Response(text, media_type="application/json")
@@ -126,11 +128,18 @@ class DemoServer:
             text += rest[0]["content"]
         pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in images]
         inputs = self.processor(
-            text=[text], images=[pictures] if pictures else None, return_tensors="pt", add_special_tokens=False
+            text=[text],
+            images=[pictures] if pictures else None,
+            return_tensors="pt",
+            add_special_tokens=False,
         )
         temperature = body.get("temperature", 1)
         torch.manual_seed(body.get("seed", 0))
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0}
+            if temperature
+            else {"do_sample": False}
+        )
         output = self.model.generate(
             **inputs,
             **sampling,
@@ -145,7 +154,12 @@ class DemoServer:
         listed = None
         if body.get("logprobs") and self.logprobs:
             shown = inputs["input_ids"][0, -1:].tolist() if rest else []
-            listed = {"content": [self._token(shown + ids[:i], t, p, body) for i, (t, p) in enumerate(zip(ids, log_p, strict=True))]}
+            listed = {
+                "content": [
+                    self._token(shown + ids[:i], t, p, body)
+                    for i, (t, p) in enumerate(zip(ids, log_p, strict=True))
+                ]
+            }
         return {
             "id": "1",
             "object": "chat.completion",
@@ -154,14 +168,23 @@ class DemoServer:
                 {
                     "index": 0,
                     "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)},
+                    "message": {
+                        "role": "assistant",
+                        "content": tokenizer.decode(ids, skip_special_tokens=True),
+                    },
                     "logprobs": listed,
                 }
             ],
-            "usage": {"prompt_tokens": prompt, "completion_tokens": len(ids), "total_tokens": prompt + len(ids)},
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": len(ids),
+                "total_tokens": prompt + len(ids),
+            },
         }
 
-    def _token(self, before: list[int], token: int, log_p: torch.Tensor, body: dict[str, Any]) -> dict[str, Any]:
+    def _token(
+        self, before: list[int], token: int, log_p: torch.Tensor, body: dict[str, Any]
+    ) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         start = len(tokenizer.decode(before))
 

@@ -158,9 +158,7 @@ def test_passes_are_counted_to_the_end_of_each_answer(
 )
 def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, same: bool) -> None:
     query = Query("1", "a.png", "What is it?", "dog", "short")
-    assert (
-        agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is same
-    )
+    assert agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is same
 
 
 def test_samples_are_not_ranked_but_compared_as_answers() -> None:

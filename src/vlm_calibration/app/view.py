@@ -17,11 +17,11 @@ from PIL import Image
 from vlm_calibration.demo.questions import FORMS, known_question, right_answer, shown_form
 from vlm_calibration.demo.scenes import CLASSES, CORNERS
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.model import BASE, CALIBRATED
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT
 from vlm_calibration.metrics.figures import BLUE, ORANGE
 
-TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}
-COLOURS = {BASE: ORANGE, CALIBRATED: BLUE}
+TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
+COLOURS = {BASE: ORANGE, CALIBRATED: BLUE, ENDPOINT: BLUE}
 PREVIEW_SIDE = 768
 """Pixels of the longer side of pictures for the browser."""
 

@@ -29,9 +29,10 @@ from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency, agrees
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.perturbation.levels import ConfidenceLevels
-from vlm_calibration.records import Prediction, Query
+from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 
@@ -57,7 +58,7 @@ class Asked(NamedTuple):
     """
 
     query: Query
-    prediction: Prediction
+    prediction: EstimatedPrediction
     response: Response
     content: Sequence[Mapping[str, Any]]
     image: Mapping[str, Any]

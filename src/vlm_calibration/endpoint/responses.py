@@ -146,13 +146,13 @@ class ResponseLog(AppendLog):
             self._lines = {}
             for line in self.lines():
                 self._lines[str(line.row.get("request"))] = line._replace(row={})
-        line = self._lines.get(key)
-        if line is None:
+        known = self._lines.get(key)
+        if known is None:
             return None
         try:
-            return Response.from_row(self.reread(line))
+            return Response.from_row(self.reread(known))
         except (LookupError, TypeError, ValueError) as error:
-            raise self.damaged(line.where, error) from error
+            raise self.damaged(known.where, error) from error
 
     def add(self, key: str, response: Response) -> None:
         """Append a response, so that it is not lost with this process.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -89,7 +89,10 @@ class EndpointSystem:
     async def _answer(self, batch: PromptBatch, row: int) -> RatedAnswer:
         query = batch.queries[row]
         image = {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}}
-        content = [image, {"type": "text", "text": self.prompt.render(query.question)}]
+        content: list[Mapping[str, Any]] = [
+            image,
+            {"type": "text", "text": self.prompt.render(query.question)},
+        ]
         body = greedy(content, self.max_new_tokens)
         response = await self.client.ask(listing_tokens(body) if self.client.gives_tokens else body)
         prediction = graded_prediction(

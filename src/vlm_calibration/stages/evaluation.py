@@ -147,9 +147,11 @@ class EvaluationModule(L.LightningModule):
             name: EndpointSystem(name, endpoint, list(self.estimators.values()), max_new_tokens)
             for name, endpoint in (endpoints or {}).items()
         }
-        probed = {system: self.probes for system in self.local}
+        probed = dict.fromkeys(self.local, self.probes)
         self.scorers = nn.ModuleList(
-            Scorer(estimators=further, probes=probed.get(system, ())) if system in self.answering else Scorer()
+            Scorer(estimators=further, probes=probed.get(system, ()))
+            if system in self.answering
+            else Scorer()
             for system in self.systems
         )
         self.results = {}
