@@ -15,7 +15,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.endpoint.settings import Endpoint
-from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
+from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.stages.evaluation import EvaluationModule
 
@@ -25,12 +25,12 @@ QUICK = {"backoff": 0.002, "retries": 60, "timeout": 60.0}
 
 
 @pytest.fixture(scope="session")
-def demo(calibrated: CalibratedModel) -> Any:
-    """The demo's base model, and its processor."""
+def demo() -> Any:
+    """The demo's base model, its processor, and what it has completed."""
     from vlm_calibration.data.module import load_processor
     from vlm_calibration.models.loading import load_base
 
-    return load_base(BaseModel(str(DEMO_MODEL), dtype="float32")).eval(), load_processor(str(DEMO_MODEL))
+    return load_base(BaseModel(str(DEMO_MODEL), dtype="float32")).eval(), load_processor(str(DEMO_MODEL)), {}
 
 
 @pytest.fixture
@@ -89,13 +89,13 @@ def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
 
 
 def queries(**settings: Any) -> PerturbedQueryDataModule:
-    """A dozen queries about untouched scenes, and as many about perturbed ones."""
-    source = DemoSource("test", scenes=4)
+    """Six queries about untouched scenes, and as many about perturbed ones."""
+    source = DemoSource("test", scenes=2)
     return PerturbedQueryDataModule(
         settings.pop("processor", str(DEMO_MODEL)),
         test={"clean": EvalSplit(source), "perturbed": EvalSplit(source, "drawn")},
         noise=NoisePolicy(kinds={"noise": 1, "blur": 1}, distractor_probability=0.0),
-        eval_batch_size=8,
+        eval_batch_size=4,
         workers=0,
         **settings,
     )

@@ -32,9 +32,10 @@ class DemoServer:
     Args:
         model: a transformers model.
         processor: its processor.
-        delay: seconds of a timeout.
+        completed: request -> completion, for servers of the same model.
 
     Attributes:
+        delay: seconds of a timeout.
         rate: share of the requests that have each of `faults`; a function of the request and of how often it has come.
         faults: names in `FAULTS`.
         logprobs: whether log-probabilities are given.
@@ -43,10 +44,10 @@ class DemoServer:
         headers: those of every request.
     """
 
-    def __init__(self, model: Any, processor: Any, delay: float = 3.0) -> None:
+    def __init__(self, model: Any, processor: Any, completed: dict[str, dict[str, Any]]) -> None:
         self.model = model
         self.processor = processor
-        self.delay = delay
+        self.delay = 1.0
         self.rate = 0.0
         self.faults: Sequence[str] = FAULTS
         self.logprobs = True
@@ -55,9 +56,8 @@ class DemoServer:
         self.received: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
-        self.busy = self.most_busy = 0
         self.stopped_after: int | None = None
-        self._content: dict[str, dict[str, Any]] = {}
+        self._completed = completed
         self._lock = threading.Lock()
         self.app = Starlette(routes=[Route("/v1/chat/completions", self.chat, methods=["POST"])])
 
@@ -72,23 +72,18 @@ class DemoServer:
             return JSONResponse({"detail": "Unexpected fields in the request"}, 422)
         if self.stopped_after is not None and sum(self.answered.values()) >= self.stopped_after:
             return JSONResponse({"error": {"message": "out of memory"}}, 500)
-        self.busy += 1
-        self.most_busy = max(self.most_busy, self.busy)
-        try:
-            fault = self._fault(key)
-            if fault == "429":
-                return JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.05"})
-            if fault == "500":
-                return JSONResponse({"error": {"message": "internal"}}, 500)
-            if fault == "timeout":
-                await asyncio.sleep(self.delay)
-                return JSONResponse({}, 504)
-            if key not in self._content:
-                self._content[key] = await asyncio.to_thread(self.complete, body)
-            content = json.loads(json.dumps(self._content[key]))
-        finally:
-            self.busy -= 1
-        if fault == "no_logprobs" and body.get("logprobs"):
+        fault = self._fault(key)
+        if fault == "429":
+            return JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.05"})
+        if fault == "500":
+            return JSONResponse({"error": {"message": "internal"}}, 500)
+        if fault == "timeout":
+            await asyncio.sleep(self.delay)
+            return JSONResponse({}, 504)
+        if key not in self._completed:
+            self._completed[key] = await asyncio.to_thread(self.complete, body)
+        content = json.loads(json.dumps(self._completed[key]))
+        if (fault == "no_logprobs" or not self.logprobs) and body.get("logprobs"):
             content["choices"][0]["logprobs"] = None
         elif fault == "wrong_model":
             content["model"] = "another"
@@ -152,7 +147,7 @@ class DemoServer:
         ids = output.sequences[0, prompt:].tolist()
         log_p = [torch.log_softmax(logits[0].double(), -1) for logits in output.logits]
         listed = None
-        if body.get("logprobs") and self.logprobs:
+        if body.get("logprobs"):
             shown = inputs["input_ids"][0, -1:].tolist() if rest else []
             listed = {
                 "content": [

@@ -40,7 +40,7 @@ def test_an_endpoint_beside_its_own_model(evaluate: Evaluate, url: str, tmp_path
     estimators = [ExpectedConfidence([LinearLevels()]), AnswerLikelihood()]
     evaluate("run", url, estimators, with_base=True)
     local, remote = tmp_path / "run/base", tmp_path / "run/endpoint"
-    assert len(lines(local)) == 24
+    assert len(lines(local)) == 12
     approximate = ("expected", "likelihood")
     for mine, served in zip(lines(local), lines(remote), strict=True):
         for name in approximate:
@@ -57,7 +57,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-ESTIMATORS = (ExpectedConfidence([LinearLevels()]), AnswerLikelihood(), PTrue(), SelfConsistency(3))
+ESTIMATORS = (ExpectedConfidence([LinearLevels()]), AnswerLikelihood(), PTrue(), SelfConsistency(2))
 
 
 @pytest.fixture
@@ -78,14 +78,13 @@ def test_all_faults_at_once_change_no_byte(
     assert files(tmp_path / "faults") == plain
     assert sum(api.received.values()) > 2 * len(api.received), "there were faults"
     assert set(api.answered.values()) <= {1}, "an answered request was sent again"
-    assert api.most_busy <= 8
 
 
 def test_a_run_that_fails_loses_nothing_and_asks_nothing_twice(
     evaluate: Evaluate, url: str, api: DemoServer, plain: dict[str, bytes], tmp_path: Path
 ) -> None:
     asked = 0
-    for limit in (1, 7, 30, 75):
+    for limit in (1, 7, 20, 40):
         api.stopped_after = limit
         with pytest.raises(
             DataError, match=r"endpoint \('demo' at http://[\d.:]+/v1\): status 500: out of memory"
@@ -187,7 +186,7 @@ def test_no_model_is_loaded_for_endpoints_alone(
     monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
     evaluate("processor", url)
     monkeypatch.setattr("vlm_calibration.data.module.load_processor", loaded)
-    source = DemoSource("test", scenes=4)
+    source = DemoSource("test", scenes=2)
     clean = queries(processor=None)
     clean.test = {"clean": EvalSplit(source)}
     evaluate("clean", url, base=None, data=clean)
