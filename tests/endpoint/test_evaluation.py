@@ -120,7 +120,7 @@ def test_another_address_of_the_same_model_goes_on(
 def test_other_settings_use_the_responses_again(
     evaluate: Evaluate, url: str, api: DemoServer, tmp_path: Path
 ) -> None:
-    api.stopped_after = 20
+    api.stopped_after = 5
     with pytest.raises(DataError):
         evaluate("run", url, [AnswerLikelihood()], settings={"retries": 0})
     api.stopped_after = None
@@ -132,7 +132,7 @@ def test_other_settings_use_the_responses_again(
 
 
 def test_starting_over_asks_everything_again(evaluate: Evaluate, url: str, api: DemoServer) -> None:
-    api.stopped_after = 10
+    api.stopped_after = 4
     with pytest.raises(DataError):
         evaluate("run", url, settings={"retries": 0})
     api.stopped_after = None
@@ -141,10 +141,10 @@ def test_starting_over_asks_everything_again(evaluate: Evaluate, url: str, api: 
 
 
 def test_max_requests(evaluate: Evaluate, url: str, api: DemoServer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="max_requests: 9 requests were sent"):
-        evaluate("run", url, settings={"max_requests": 9})
-    assert sum(api.received.values()) == 9
-    assert len((tmp_path / "run/.responses.0.jsonl").read_text().splitlines()) == 9
+    with pytest.raises(DataError, match="max_requests: 5 requests were sent"):
+        evaluate("run", url, settings={"max_requests": 5})
+    assert sum(api.received.values()) == 5
+    assert len((tmp_path / "run/.responses.0.jsonl").read_text().splitlines()) == 5
     evaluate("run", url)
     assert set(api.received.values()) == {1}
 

@@ -169,6 +169,9 @@ class PredictionWriter(L.Callback):
                 log.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        # Lightning does not tear the module down after an error.
+        for endpoint in (getattr(module, "endpoints", None) or {}).values():
+            endpoint.close()
         if self._log is not None:
             self._log.close()
             if VALIDATION in self._log.queries:

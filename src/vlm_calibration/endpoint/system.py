@@ -46,17 +46,24 @@ class EndpointSystem:
         endpoint: the endpoint.
         estimators: that rate its answers.
         max_new_tokens: length limit of an answer.
+        grades: whether gold answers are known; otherwise no answer counts as correct.
 
     Raises:
         DataError: see `Client`.
     """
 
     def __init__(
-        self, name: str, endpoint: Endpoint, estimators: Sequence[Estimator], max_new_tokens: int
+        self,
+        name: str,
+        endpoint: Endpoint,
+        estimators: Sequence[Estimator],
+        max_new_tokens: int,
+        grades: bool = True,
     ) -> None:
         self.client = Client(endpoint, name)
         self.estimators = estimators
         self.max_new_tokens = max_new_tokens
+        self.grades = grades
 
     def connect(self, prompt: ElicitationPrompt, levels: Sequence[ConfidenceLevels]) -> None:
         """Reach the server before anything else is done; see `Client.connect`.
@@ -101,6 +108,7 @@ class EndpointSystem:
             batch.perturbations[row],
             batch.noise_steps[row],
             batch.grading,
+            None if self.grades else False,
         )
         asked = Asked(query, prediction, response, content, image, self.max_new_tokens, batch.grading)
         return RatedAnswer(asked, await self.estimates.rate(asked))

@@ -40,7 +40,9 @@ class ServedModel(Asker):
         self.systems = (ENDPOINT,)
         self.noise = NoisePolicy(resolution="native")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._system = EndpointSystem(ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens)
+        self._system = EndpointSystem(
+            ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens, grades=False
+        )
         if responses is not None:
             self._system.client.log = ResponseLog(responses)
         self._system.connect(ElicitationPrompt(), [EVERY_PERCENT])
