@@ -159,7 +159,8 @@ def _ask_one(
 ) -> None:
     check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
     model = load_model(options, check)
-    answer = model.ask(image, question, answer_type, category)
+    with closing(model):
+        answer = model.ask(image, question, answer_type, category)
     if answer.warning is not None:
         print(f"warning: {answer.warning}", file=sys.stderr)
     review = abstain and answer.decision == "review"
@@ -218,7 +219,7 @@ def _ask_many(
     responses = out.with_name(f".{out.name}.responses.jsonl")
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None, responses)
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
-    with closing(AnswerFile(out, settings)) as answers:
+    with closing(model), closing(AnswerFile(out, settings)) as answers:
         before = len(answers.done)
         skipped, warnings = _answer_all(many, questions, model, answers, total)
         counts = {

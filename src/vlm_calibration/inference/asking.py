@@ -60,6 +60,9 @@ class Asker(ABC):
         """What the model does not know in a question, if that is known; None if it knows it."""
         return None
 
+    def close(self) -> None:  # noqa: B027  (a model in this process has nothing to close)
+        """Close connections and files."""
+
     def seen(self, sample: Sample) -> np.ndarray:
         """The sample's image as the model is given it, uint8 [H, W, 3]."""
         return sample.image

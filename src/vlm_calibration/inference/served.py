@@ -48,6 +48,9 @@ class ServedModel(Asker):
         self._system.connect(ElicitationPrompt(), [EVERY_PERCENT])
         self._one_at_a_time = threading.Lock()
 
+    def close(self) -> None:
+        self._system.close()
+
     @property
     def expected_note(self) -> str | None:
         """Why the expected confidence cannot be had, or not always; None if it can."""
