@@ -42,6 +42,7 @@ DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
 OVERLAYS = {
     "eval/*_development.yaml": (EVAL,),
     "experiment/*_dpo.yaml": (DPO,),
+    "system/*.yaml": (EVAL,),
     **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
 }
 

@@ -33,6 +33,7 @@ LAYERS = (
     {"text", "perturbation", "losses", "metrics"},
     {"data", "models", "benchmarks"},
     {"regions", "estimators"},
+    {"endpoint"},
     {"stages"},
     {"demo", "reporting"},
     {"callbacks", "inference"},

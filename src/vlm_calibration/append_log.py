@@ -1,6 +1,6 @@
 """An append-only log of JSON lines, from which an interrupted run resumes.
 
-Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats the settings that
+Evaluations, region extraction, endpoints and `vlm-calibration ask` write their results through it. Every line repeats the settings that
 its content depends on, so results of different settings are never mixed.
 """
 
@@ -127,11 +127,14 @@ class AppendLog:
             warnings.warn(f"{self.path}: cannot be locked: {error.strerror}", stacklevel=2)
         self._file, self._is_trimmed = file, False
 
-    def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
+    def append(self, *rows: Mapping[str, Any], sync: bool = False) -> int:
         """Append rows in one write, each followed by the settings.
 
         Args:
             sync: wait until they are on the disk.
+
+        Returns:
+            The first byte of the first row in the file.
 
         Raises:
             DataError: they cannot be written.
@@ -144,9 +147,11 @@ class AppendLog:
                 with self.path.open("rb") as content:
                     self._file.truncate(sum(len(line) for line in content if line.endswith(b"\n")))
                 self._is_trimmed = True
+            offset = os.fstat(self._file.fileno()).st_size
             append(self._file, "".join(lines).encode())
             if sync:
                 os.fsync(self._file.fileno())
+        return offset
 
     def close(self) -> None:
         """Close this process's file and release its lock."""

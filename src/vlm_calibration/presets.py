@@ -1,6 +1,6 @@
 """Presets: the configuration files that come with the package, named without folder and ending (`sft`, `model/qwen2_5_vl_7b`).
 
-Files of presets and of users may contain `${data_root}`, `${runs}` and `${demo}`; see `VARIABLES`. The folder `configs` of this
+Files of presets and of users may contain `${data_root}`, `${runs}`, `${demo}`, `${url}` and `${served_model}`; see `VARIABLES`. The folder `configs` of this
 package is a link to the folder at the top of the repository; a built package contains the files themselves.
 """
 
@@ -28,22 +28,44 @@ VARIABLES = {
     "runs": ("runs", "folder of the run directories that the presets name, such as DIR/sft"),
 }
 """Variable that an option sets -> its default and description. There is also `${demo}`, the folder of the embedded demo."""
+ENDPOINT_VARIABLES = {
+    "url": (
+        "URL",
+        "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint",
+    ),
+    "served_model": ("NAME", "name under which the API knows the model, for --config system/endpoint"),
+}
+"""Variable of `test` that an option sets -> its placeholder and description. They have no default."""
 OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
 """Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
-_OPTIONS = {f"--{name.replace('_', '-')}": name for name in VARIABLES}
-VARIABLE_OPTIONS = {f"{option} DIR": VARIABLES[name][1] for option, name in _OPTIONS.items()}
+_OPTIONS = {f"--{name.replace('_', '-')}": name for name in (*VARIABLES, *ENDPOINT_VARIABLES)}
+VARIABLE_OPTIONS = {f"{o} DIR": VARIABLES[n][1] for o, n in _OPTIONS.items() if n in VARIABLES}
 """The options that set variables, as `arguments.Forwarded` lists them."""
+ENDPOINT_OPTIONS = {
+    f"{o} {ENDPOINT_VARIABLES[n][0]}": ENDPOINT_VARIABLES[n][1]
+    for o, n in _OPTIONS.items()
+    if n in ENDPOINT_VARIABLES
+}
+"""The further ones of `test`."""
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
-def add_variables(parser: ArgumentParser) -> None:
-    """Add the options that set variables to a parser of configurations."""
+def add_variables(parser: ArgumentParser, *, endpoint: bool = False) -> None:
+    """Add the options that set variables to a parser of configurations.
+
+    Args:
+        endpoint: with those of an endpoint.
+    """
     for option, name in _OPTIONS.items():
-        default, text = VARIABLES[name]
-        parser.add_argument(
-            option, metavar="DIR", type=str, default=default, help=f"{text} (default: {default})"
-        )
+        if name in VARIABLES:
+            default, text = VARIABLES[name]
+            parser.add_argument(
+                option, metavar="DIR", type=str, default=default, help=f"{text} (default: {default})"
+            )
+        elif endpoint:
+            metavar, text = ENDPOINT_VARIABLES[name]
+            parser.add_argument(option, metavar=metavar, type=str | None, default=None, help=text)
 
 
 def preset_names() -> list[str]:
@@ -92,12 +114,13 @@ def resolve_configs(
     """Replace the file in each `--config FILE` by its content, with all variables replaced.
 
     Args:
-        args: arguments of a command. `--data-root` and `--runs` among them set variables; so do keys of these names at the top level
+        args: arguments of a command. `--data-root`, `--runs`, `--url` and `--served-model` among them set variables; so do keys of these names at the top level
             of a file, as in the `config.yaml` of a run.
         prepare: applied to the content of each file, in order.
 
     Raises:
-        ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings.
+        ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings; or a variable of an endpoint is set and
+            no file has it.
     """
     resolved, files, given = list(args), {}, {}
     for index, arg in enumerate(args):
@@ -112,8 +135,13 @@ def resolve_configs(
             given[_OPTIONS[option]] = value
     values = {name: default for name, (default, _) in VARIABLES.items()}
     for _, content in files.values():
-        values |= {name: content[name] for name in VARIABLES if isinstance(content.get(name), str)}
+        values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
     values |= {**given, "demo": _demo_folder()}
+    for name in given.keys() & ENDPOINT_VARIABLES:
+        if not any(f"${{{name}}}" in str(content) for _, content in files.values()):
+            raise ArgumentError(
+                None, f"--{name.replace('_', '-')} has no effect: give --config system/endpoint as well"
+            )
     for position, (prefix, content) in files.items():
         content = prepare(_replace(content, values))
         # The parser takes the content of a file in its place.

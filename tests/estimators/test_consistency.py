@@ -13,7 +13,7 @@ from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, _agrees
+from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, agrees
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
@@ -153,18 +153,16 @@ def test_passes_are_counted_to_the_end_of_each_answer(
 
 
 @pytest.mark.parametrize(
-    ("grading", "agrees"),
+    ("grading", "same"),
     [(Grading(), False), (Grading(short="contains"), True), (Grading(short="token_f1"), True)],
 )
-def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, agrees: bool) -> None:
+def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, same: bool) -> None:
     query = Query("1", "a.png", "What is it?", "dog", "short")
-    assert (
-        _agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is agrees
-    )
+    assert agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is same
 
 
 def test_samples_are_not_ranked_but_compared_as_answers() -> None:
     query = Query("1", "a.png", "What is it?", "a cat", "open")
     answer = graded_prediction(query, "a dog", CLEAN, 0, Grading(open="ranking"), ranked_correct=True)
     assert answer.correct
-    assert [_agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]
+    assert [agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]

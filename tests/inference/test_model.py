@@ -27,13 +27,13 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.inference.asking import answer_type_of
 from vlm_calibration.inference.model import (
     BASE,
     CALIBRATED,
     DEMO_MODEL,
     EVERY_PERCENT,
     CalibratedModel,
-    answer_type_of,
     load_calibrated,
 )
 from vlm_calibration.inference.pixels import pixels_of

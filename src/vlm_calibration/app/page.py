@@ -36,7 +36,8 @@ from vlm_calibration.app.widgets import (
 )
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.questions import FORMS, known_question, question_about
-from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
+from vlm_calibration.inference.asking import BASE, Asker
+from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
@@ -61,7 +62,7 @@ class PageHandlers:
     """
 
     def __init__(
-        self, model: CalibratedModel, finder: KeyObjectFinder | None = None, report: Path | None = None
+        self, model: Asker, finder: KeyObjectFinder | None = None, report: Path | None = None
     ) -> None:
         self.model = model
         self.finder = finder
@@ -156,7 +157,7 @@ class PageHandlers:
         panels = "".join(view.answer_panel(system, answers[0]) for system, answers in by_system.items())
         hint = (
             ""
-            if len(by_system) > 1
+            if tuple(by_system) != (BASE,)
             else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
         )
         return f'<div class="answers" data-kind="{escape(kind)}" data-strength="{percent:.0f}">{panels}</div>{_LEGEND}{hint}'

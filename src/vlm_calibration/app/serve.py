@@ -15,7 +15,7 @@ from vlm_calibration.records import DataError
 if TYPE_CHECKING:
     from vlm_calibration.app.page import PageHandlers
     from vlm_calibration.app.subject import KeyObjectFinder
-    from vlm_calibration.inference.model import CalibratedModel
+    from vlm_calibration.inference.asking import Asker
 
 HOST = "127.0.0.1"
 _TAB_LEAVES_LISTS = """() => document.addEventListener('keydown', (event) => {
@@ -35,7 +35,7 @@ def _gradio_environment() -> Iterator[None]:
         yield
 
 
-def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
+def serve(model: Asker, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
     """Serve the page on the loopback interface until interrupted.
 
     Args:

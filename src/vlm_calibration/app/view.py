@@ -18,12 +18,12 @@ from vlm_calibration.demo.questions import FORMS, known_question, right_answer, 
 from vlm_calibration.demo.scenes import CLASSES, CORNERS
 from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.model import BASE, CALIBRATED
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT
 from vlm_calibration.metrics.figures import BLUE, ORANGE
 from vlm_calibration.metrics.risk_control import percent
 
-TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model"}
-COLOURS = {BASE: ORANGE, CALIBRATED: BLUE}
+TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
+COLOURS = {BASE: ORANGE, CALIBRATED: BLUE, ENDPOINT: BLUE}
 PREVIEW_SIDE = 768
 """Pixels of the longer side of pictures for the browser."""
 

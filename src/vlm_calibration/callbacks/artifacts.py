@@ -117,7 +117,7 @@ class Artifacts(L.Callback):
         data = {role: data_facts(dataset) for role, dataset in datasets.items()}
         stage = STAGES.get(type(module), type(module).__name__)
         # The settings of an evaluation need not name its base model, since its adapters do.
-        base = asdict(cast(Any, module.base)) if hasattr(module, "base") else None
+        base = asdict(cast(Any, module.base)) if getattr(module, "base", None) is not None else None
         logger.log_hyperparams({"stage": stage, "code": code_state(), "base": base, "inputs": data})
         run = logger.experiment
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))

@@ -30,17 +30,16 @@ def fingerprint(
     """
     base = module.base
     decisive: dict[str, Any] = {
-        "model.base": [base, model_identity(base.name_or_path, base.revision, download=True)],
+        "model.base": base and [base, model_identity(base.name_or_path, base.revision, download=True)],
         "model.adapters": {name: adapter_files(Path(folder)) for name, folder in module.adapters.items()},
         "model.with_base": BASE in module.systems,
         "model.oracle_levels": module.oracle,
         "model.max_new_tokens": module.max_new_tokens,
         "model.estimators": module.estimators,
         "model.probes": module.probes,
-        "data.processor": [
-            data.processor_name,
-            model_identity(str(data.processor_name), data.revision, download=True),
-        ],
+        "model.endpoints": {n: e.client.endpoint.deciding for n, e in module.endpoints.items()},
+        "data.processor": data.processor_name
+        and [data.processor_name, model_identity(data.processor_name, data.revision, download=True)],
         "data.test": data.test,
         "the queries of data.test": _queries(data.read_splits("test")),
         "data.calibration": data.calibration,

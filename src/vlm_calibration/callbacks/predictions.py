@@ -13,6 +13,7 @@ from vlm_calibration.callbacks.answer_log import EVALUATED, VALIDATED, AnswerLog
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
+from vlm_calibration.endpoint.responses import RESPONSES, ResponseLog
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, write_json
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
@@ -22,7 +23,8 @@ TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
-METRICS = "metrics.json"
+METRICS, NOTES = "metrics.json", "notes.json"
+"""Files of a system's metrics, and of what it has none of, with the reason."""
 
 
 class PredictionWriter(L.Callback):
@@ -30,13 +32,15 @@ class PredictionWriter(L.Callback):
 
     The files of a system are in the folder of its name; the system "" is the run itself. Each process appends its answers to
     an `AnswerLog`, from which the first process writes them in the order of the data. An evaluation that ends early leaves
-    its log, and the next one in this run directory with the same settings and data resumes from it.
+    its log, and the next one in this run directory with the same settings and data resumes from it. The responses of endpoints are
+    logged one by one, and used again whatever the settings.
     """
 
     def __init__(self) -> None:
         self.start_over = False
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
         self._log: AnswerLog | None = None
+        self._responses: ResponseLog | None = None
         self._state = ResumeState()
         self._complete = False
 
@@ -47,7 +51,8 @@ class PredictionWriter(L.Callback):
 
     def progress(self, folder: Path) -> list[Path]:
         """The answers of an interrupted evaluation."""
-        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
+        files = (path for name in (EVALUATED, RESPONSES) for path in folder.glob(name.format("*")))
+        return [path for path in files if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of a validation that was killed; find out where to resume a test."""
@@ -65,6 +70,17 @@ class PredictionWriter(L.Callback):
             else:
                 self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
             data.leave_out_answered(self._state.answered or {})
+            self._log_responses(trainer, module)
+
+    def _log_responses(self, trainer: L.Trainer, module: EvaluationModule) -> None:
+        """Let endpoints log their responses, before the first request."""
+        if not module.endpoints:
+            return
+        log = self._responses = ResponseLog.of_run(Path(trainer.default_root_dir), trainer.global_rank)
+        if self.start_over:
+            broadcast_from_first(trainer, log.clear)
+        for endpoint in module.endpoints.values():
+            endpoint.client.log = log
 
     def earlier_answers(self, trainer: L.Trainer) -> Iterator[BatchAnswers]:
         """The batches of the test set that an earlier run answered, in the first process; none in others.
@@ -88,7 +104,7 @@ class PredictionWriter(L.Callback):
         if self._state.answered is None:
             self._log.clear()
         if self.start_over:
-            for name in (METRICS, *FILES.values()):
+            for name in (METRICS, NOTES, *FILES.values()):
                 for path in self._log.folder.glob(f"*/{name}"):
                     path.unlink()
         for batch in self.earlier_answers(trainer):
@@ -141,16 +157,21 @@ class PredictionWriter(L.Callback):
                     log.write_predictions(system, split, folder / FILES[split], total)
                 if not trainer.sanity_checking:
                     _write_metrics(folder, metrics)
+                    _write_notes(folder, getattr(module, "notes", {}).get(system, {}))
             if VALIDATION in log.queries:
                 log.clear()
         trainer.strategy.barrier("predictions written")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of an evaluation that is complete."""
-        if self._log is not None and self._complete and trainer.is_global_zero:
-            self._log.clear()
+        if self._complete and trainer.is_global_zero:
+            for log in filter(None, (self._log, self._responses)):
+                log.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        # Lightning does not tear the module down after an error.
+        for endpoint in (getattr(module, "endpoints", None) or {}).values():
+            endpoint.close()
         if self._log is not None:
             self._log.close()
             if VALIDATION in self._log.queries:
@@ -159,6 +180,16 @@ class PredictionWriter(L.Callback):
 
 def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
+
+
+def _write_notes(folder: Path, notes: Mapping[str, str]) -> None:
+    """Write what cannot be had, and say it; without that there is no file."""
+    if not notes:
+        (folder / NOTES).unlink(missing_ok=True)
+        return
+    write_json(folder / NOTES, dict(notes))
+    for name, reason in notes.items():
+        rank_zero_info(f"{folder.name}: no {name}: {reason}")
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

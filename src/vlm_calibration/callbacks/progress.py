@@ -205,12 +205,12 @@ class Progress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._update_evaluation(batch_idx, dataloader_idx)
+        self._update_evaluation(batch_idx, dataloader_idx, lambda: _tokens_used(pl_module))
 
     on_predict_batch_end = on_test_batch_end
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
+        self._close(note=lambda: _tokens_used(pl_module))
 
     on_predict_epoch_end = on_test_epoch_end
 
@@ -233,10 +233,10 @@ class Progress(ProgressBar):
             passing=passing,
         )
 
-    def _update_evaluation(self, batch: int, loader: int) -> None:
+    def _update_evaluation(self, batch: int, loader: int, note: Callable[[], str] | None = None) -> None:
         if self._line is not None:
             assert self._workload is not None
-            self._line.update(self._workload.after(batch, loader))
+            self._line.update(self._workload.after(batch, loader), note)
 
     def _close(self, *, finished: bool = True, note: Callable[[], str] | None = None) -> None:
         line, self._line = self._line, None
@@ -258,6 +258,12 @@ def _stage(module: L.LightningModule) -> str:
 
 def _is_within_training(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _tokens_used(module: L.LightningModule) -> str:
+    """The tokens that endpoints have counted as text, empty without endpoints."""
+    endpoints = getattr(module, "endpoints", None) or {}
+    return f"{sum(e.client.used for e in endpoints.values()):,} tokens" if endpoints else ""
 
 
 def _loss(trainer: L.Trainer) -> str:

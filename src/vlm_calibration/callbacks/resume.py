@@ -27,6 +27,7 @@ from vlm_calibration.callbacks.run_record import (
     read_record,
     results_outside,
 )
+from vlm_calibration.endpoint.settings import DECIDING
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.records import DataError
 
@@ -214,6 +215,12 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
     used, ignored = _used_sources(command, data, model), IGNORED_DATA[command]
     arguments = {k: v for k, v in (model.get("init_args") or {}).items() if k not in IGNORED_MODEL}
+    if arguments.get("endpoints"):
+        # How requests are sent changes no answer, and a server may have moved.
+        arguments["endpoints"] = {
+            name: {key: endpoint.get(key) for key in DECIDING}
+            for name, endpoint in arguments["endpoints"].items()
+        }
     return {
         "seed_everything": settings.get("seed_everything"),
         "ckpt_path": settings.get("ckpt_path"),

@@ -75,6 +75,6 @@ def app(
     finder = key_objects.finder()
     loaded = load_model(model)
     if finder is not None:
-        finder.load(loaded.model.device)
+        finder.load(loaded.device)
     page = report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
     serve(loaded, finder, page, port)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlm_calibration.data.noise import Sample
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.inference.answers import Answer
-    from vlm_calibration.inference.model import CalibratedModel
+    from vlm_calibration.inference.asking import Asker
 
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
@@ -159,7 +159,8 @@ def _ask_one(
 ) -> None:
     check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
     model = load_model(options, check)
-    answer = model.ask(image, question, answer_type, category)
+    with closing(model):
+        answer = model.ask(image, question, answer_type, category)
     if answer.warning is not None:
         print(f"warning: {answer.warning}", file=sys.stderr)
     review = abstain and answer.decision == "review"
@@ -214,9 +215,11 @@ def _ask_many(
     # Check all questions before a model is loaded.
     total = sum(1 for _ in read_questions(questions))
     asked = ((q.where, q.category) for q in read_questions(questions))
-    model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
+    # Responses of an address that no line of `out` has yet, if this run is killed.
+    responses = out.with_name(f".{out.name}.responses.jsonl")
+    model = load_model(options, partial(_check_decides, asked=asked) if abstain else None, responses)
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
-    with closing(AnswerFile(out, settings)) as answers:
+    with closing(model), closing(AnswerFile(out, settings)) as answers:
         before = len(answers.done)
         skipped, warnings = _answer_all(many, questions, model, answers, total)
         counts = {
@@ -226,6 +229,7 @@ def _ask_many(
             "skipped": len(skipped),
             "review": None if model.rule is None else answers.to_review,
         }
+    responses.unlink(missing_ok=True)
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
     if warnings:
@@ -243,7 +247,7 @@ def _ask_many(
 def _answer_all(
     many: ManyQuestions,
     questions: Path,
-    model: CalibratedModel,
+    model: Asker,
     answers: AnswerFile,
     total: int,
 ) -> tuple[list[str], list[str]]:
@@ -279,7 +283,7 @@ def _answer_all(
 
 
 def _sample(
-    model: CalibratedModel, question: Question, folder: Any, skip_bad_images: bool, skipped: list[str]
+    model: Asker, question: Question, folder: Any, skip_bad_images: bool, skipped: list[str]
 ) -> Sample | None:
     """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
     from vlm_calibration.commands.questions import image_of

@@ -117,7 +117,7 @@ class CalibrationCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        add_variables(parser)
+        add_variables(parser, endpoint=subcommand == "test")
         if subcommand in ("validate", "test"):
             # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
             parser.set_defaults({"verbose": False})

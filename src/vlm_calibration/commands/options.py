@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ from vlm_calibration.models.base import BaseModel, Dtype, Quantization, base_of_
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.inference.model import CalibratedModel
+    from vlm_calibration.inference.asking import Asker
 
 DEMO_RUNS = ("runs/dpo", "runs/sft")
 """Where the demo's adapters are after training, in order of preference."""
+SERVED_MAX_NEW_TOKENS = 64
+"""Length limit of an answer through an address."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class ModelOptions:
         base_revision: branch, tag or commit of the base model on the Hub
         trust_remote_code: run code that comes with the base model
         max_new_tokens: length limit of an answer
+        url: address of an OpenAI-compatible API whose model is asked instead, such as http://127.0.0.1:8000/v1; its key comes from the
+            environment variable OPENAI_API_KEY
+        served_model: name under which the API knows the model
     """
 
     adapter: str | None = None
@@ -44,20 +50,28 @@ class ModelOptions:
     base_revision: str | None = None
     trust_remote_code: bool = False
     max_new_tokens: PositiveInt | None = None
+    url: str | None = None
+    served_model: str | None = None
 
 
 def load_model(
-    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
-) -> CalibratedModel:
+    options: ModelOptions,
+    check: Callable[[DecisionRule | None], None] | None = None,
+    responses: Path | None = None,
+) -> Asker:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
     Args:
         options: name the model.
         check: takes its decision rule before the model is loaded, and raises if the rule is not enough.
+        responses: file that keeps the responses of an address; unused for other models.
 
     Raises:
-        DataError: see `load_calibrated`.
+        ArgumentError: an address without a model, or with options of a model that is loaded here.
+        DataError: see `load_calibrated` and `ServedModel`.
     """
+    if options.url is not None or options.served_model is not None:
+        return _served(options, check, responses)
     from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated, rule_of
 
     base, adapter = options.base, options.adapter
@@ -76,6 +90,29 @@ def load_model(
     if check is not None:
         check(rule_of(model, adapter))
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
+
+
+def _served(
+    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None, responses: Path | None
+) -> Asker:
+    """The model behind an address; it has no decision rule."""
+    if options.url is None or options.served_model is None:
+        raise ArgumentError(None, "--url and --served-model belong together")
+    for name in (f.name for f in fields(options)):
+        if name not in ("url", "served_model", "max_new_tokens") and getattr(options, name):
+            raise ArgumentError(
+                None, f"--{name.replace('_', '-')} is for a model that is loaded here, not for --url"
+            )
+    if check is not None:
+        check(None)
+    from vlm_calibration.endpoint.settings import Endpoint
+    from vlm_calibration.inference.served import ServedModel
+
+    endpoint = Endpoint(options.url, options.served_model)
+    served = ServedModel(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS, responses)
+    if served.expected_note is not None:
+        print(f"no expected confidence: {served.expected_note}", file=sys.stderr)
+    return served
 
 
 def _is_trained(run: str) -> bool:

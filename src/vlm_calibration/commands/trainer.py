@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded
-from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, presets_by_folder
+from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
 RUN = {
@@ -75,7 +75,9 @@ VALIDATE = _settings(
 TEST = _settings(
     "test",
     "eval/*",
+    "system/*",
     common={
+        **ENDPOINT_OPTIONS,
         **BASE,
         "--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name",
         "--data.eval_batch_size N": "queries answered together",
@@ -115,7 +117,7 @@ def validate(*settings: Annotated[str, VALIDATE]) -> None:
 
 
 def test(*settings: Annotated[str, TEST]) -> None:
-    """Evaluate a base model and adapters side by side. Writes metrics and predictions of each; continues where it was interrupted.
+    """Evaluate a base model, adapters and models behind an address side by side. Writes metrics and predictions of each; continues where it was interrupted.
 
     Raises:
         ArgumentError: a setting is unknown or wrong.

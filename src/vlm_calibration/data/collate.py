@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from vlm_calibration.data.layout import Side, common_prefix, layout_of
@@ -90,7 +91,7 @@ class PromptBatch(NamedTuple):
     """B prompts to answer, padded on the left.
 
     Attributes:
-        inputs: arguments of `generate` (input_ids int64 [B, L], ...); empty without queries.
+        inputs: arguments of `generate` (input_ids int64 [B, L], ...); empty without queries, or if no model here answers.
         queries: the B queries.
         perturbations: for each query what happened to its image.
         noise_steps: for each query the diffusion step of its noise; None for other kinds of perturbation.
@@ -100,6 +101,7 @@ class PromptBatch(NamedTuple):
         copies: the prompts with each perturbed copy of their images that an estimator or a probe asks for.
         epochs: for each query the epoch that it is drawn in.
         skipped: ids of the samples that were too long.
+        images: for each query its image, uint8 [H, W, 3]; empty unless an endpoint answers.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -112,6 +114,7 @@ class PromptBatch(NamedTuple):
     copies: Mapping[ImageCopy, CopiedPrompts] = {}
     epochs: tuple[int, ...] = ()
     skipped: tuple[str, ...] = ()
+    images: tuple[np.ndarray, ...] = ()
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The batch with its inputs on a device. Copies, which are many, are moved when each is used."""
@@ -325,6 +328,7 @@ class PromptCollator:
         grading: rule that will grade the answers.
         max_length: limit of a prompt in tokens; None: no limit.
         on_too_long: as in `SFTCollator`.
+        keep_images: whether batches have the images as well.
     """
 
     def __init__(
@@ -333,11 +337,13 @@ class PromptCollator:
         grading: Grading = EXACT,
         max_length: int | None = None,
         on_too_long: TooLong = "raise",
+        keep_images: bool = False,
     ) -> None:
         self.chat = chat
         self.grading = grading
         self.max_length = max_length
         self.on_too_long = on_too_long
+        self.keep_images = keep_images
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
         if not samples:
@@ -362,6 +368,7 @@ class PromptCollator:
             tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),
             self._copied(samples, texts),
             tuple(s.epoch for s in samples),
+            images=tuple(s.image for s in samples) if self.keep_images else (),
         )
 
     def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> dict[ImageCopy, CopiedPrompts]:
@@ -386,3 +393,26 @@ class PromptCollator:
         """The tokens before the end of the turn."""
         end = self.chat.turn_length(ids, 1)
         return ids[: end - 1] if ids[end - 1] in self.chat.special_ids else ids[:end]
+
+
+class ImageCollator:
+    """Collates samples into a `PromptBatch` for endpoints alone: images, and no inputs of a model.
+
+    Args:
+        grading: rule that will grade the answers.
+    """
+
+    def __init__(self, grading: Grading = EXACT) -> None:
+        self.grading = grading
+
+    def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
+        return PromptBatch(
+            {},
+            tuple(s.query for s in samples),
+            tuple(s.perturbation for s in samples),
+            tuple(s.noise_step for s in samples),
+            tuple(s.confidence for s in samples),
+            self.grading,
+            epochs=tuple(s.epoch for s in samples),
+            images=tuple(s.image for s in samples),
+        )

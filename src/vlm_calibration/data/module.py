@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
-from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
+from vlm_calibration.data.collate import ChatFormat, ImageCollator, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import NoisePolicy
@@ -196,16 +196,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         needed = [*required, *(name for name in optional if name in splits)]
         if stage == "test":
             self._tested, self._answered = tuple(needed), {}
-        if self.noise.resolution == "model":
-            check_resolution(self.processor)
+        noise = self._checked_noise(needed)
+        uses_processor = self._uses_processor
         for name in needed:
             if name not in self._sets:
                 self._sets[name] = PerturbedQueries(
                     self.read_splits(name),
                     # Levels that depend on the query are known for training queries alone.
-                    self.noise if name == "train" else replace(self.noise, levels=self.noise.levels.averaged),
-                    self.processor.image_processor,
-                    self.chat.check,
+                    noise if name == "train" else replace(noise, levels=noise.levels.averaged),
+                    self.processor.image_processor if uses_processor else None,
+                    self.chat.check if uses_processor else _accept,
                     f"data.{_SOURCES.get(name, name)}",
                     named=name in TESTED,
                     augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
@@ -224,6 +224,34 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def _module(self) -> L.LightningModule | None:
         return getattr(self.trainer, "lightning_module", None)
+
+    @property
+    def _has_endpoints(self) -> bool:
+        """Whether models behind an address answer, which are sent the images themselves. Only an `EvaluationModule` has them."""
+        return bool(getattr(self._module, "endpoints", None))
+
+    @property
+    def _uses_processor(self) -> bool:
+        """Whether there is a processor here: with endpoints alone and no base model there is none."""
+        return self.processor_name is not None or not self._has_endpoints
+
+    def _checked_noise(self, needed: Sequence[str]) -> NoisePolicy:
+        """The noise policy, whose resolution is known.
+
+        Raises:
+            DataError: images are perturbed at the model's resolution, which cannot be found out.
+        """
+        if self.noise.resolution == "model" and self._uses_processor:
+            check_resolution(self.processor)
+        if self.noise.resolution == "native" or self._uses_processor:
+            return self.noise
+        if any(split.noise != "none" for name in needed for split in self.splits[name].values()):
+            raise DataError(
+                "data.noise.resolution: model: the size at which an endpoint sees an image is not known: name its model with "
+                "model.init_args.base.name_or_path, of which only the processor is loaded, or set data.noise.resolution: native"
+            )
+        # Untouched images keep their size, whatever the resolution.
+        return replace(self.noise, resolution="native")
 
     def _needed(self, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The data sets that a stage needs, and those that it uses if they are set."""
@@ -330,7 +358,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
         A calibration set has a second loader of its own.
         """
-        collate = PromptCollator(self.chat, self.grading)
+        collate: Callable[..., Any] = ImageCollator(self.grading)
+        if self._uses_processor:
+            collate = PromptCollator(self.chat, self.grading, keep_images=self._has_endpoints)
         loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in self._tested]
         return loaders if len(loaders) > 1 else loaders[0]
 
@@ -480,6 +510,10 @@ def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[
             f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
             "fitted on one and scored on the other, so give data.calibration queries about other images"
         )
+
+
+def _accept(query: Query, answers: Sequence[str]) -> None:
+    """Without a processor there is no image token that a text could contain."""
 
 
 def _identity(batch: Any) -> Any:

@@ -78,7 +78,7 @@ class SelfConsistency(Estimator):
         for sample in range(self.samples):
             texts, sample_passes = self._sample(answered, sample)
             for row, (prediction, text) in enumerate(zip(answered.predictions, texts, strict=True)):
-                agreeing[row] += _agrees(prediction, text, answered.batch.grading)
+                agreeing[row] += agrees(prediction, text, answered.batch.grading)
                 passes[row] += sample_passes[row]
         counts = zip(agreeing, answered.predictions, strict=True)
         return Estimate([n / self.samples if p.predicted else None for n, p in counts], passes)
@@ -100,7 +100,7 @@ class SelfConsistency(Estimator):
         return torch.from_numpy(query_rng(self.seed, sample, query_id, self.name).random(count))
 
 
-def _agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
+def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
     if not prediction.predicted:
         return False
     # Texts have no likelihoods to rank: they agree if they are the same answer.

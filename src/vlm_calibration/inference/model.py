@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
+from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, ResponsePass
@@ -30,7 +28,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_over
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.pixels import ImageLike, pixels_of
+from vlm_calibration.inference.asking import BASE, CALIBRATED, EVERY_PERCENT, Asker
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import (
     FACTS,
@@ -44,8 +42,8 @@ from vlm_calibration.models.base import (
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import CLEAN, ConfidenceLevels, LinearLevels, Perturbation
-from vlm_calibration.records import AnswerType, DataError, LoadedImage, Prediction, Query
+from vlm_calibration.perturbation.levels import ConfidenceLevels
+from vlm_calibration.records import DataError, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, strip_confidence
@@ -54,8 +52,6 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 logger = logging.getLogger(__name__)
 
-BASE, CALIBRATED = "base", "calibrated"
-EVERY_PERCENT = LinearLevels(n_levels=101)
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
@@ -221,7 +217,7 @@ def _model_files(model: BaseModel) -> Path:
     return folder
 
 
-class CalibratedModel:
+class CalibratedModel(Asker):
     """A base model, with or without an adapter, that answers questions about images; see `load_calibrated`.
 
     It is thread-safe: one batch is answered at a time.
@@ -257,96 +253,9 @@ class CalibratedModel:
         self.rule = rule
         self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
         self.noise = NoisePolicy(resolution=_resolution(chat.processor))
+        self.image_processor = chat.processor.image_processor
+        self.device = model.device
         self._one_at_a_time = threading.Lock()
-
-    def ask(
-        self,
-        image: ImageLike,
-        question: str,
-        answer_type: AnswerType | None = None,
-        category: str | None = None,
-        *,
-        as_base: bool = False,
-    ) -> Answer:
-        """Ask one question.
-
-        Args:
-            image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
-            question: the question about the image.
-            answer_type: "yes_no", "short" or "open"; None: recognised from the question.
-            category: of the question, for thresholds by category; without it they decide nothing.
-            as_base: answer without the adapter.
-
-        Raises:
-            DataError: the image or the question cannot be used.
-        """
-        return next(self.ask_many([(image, question, answer_type, category)], as_base=as_base))
-
-    def ask_many(
-        self,
-        questions: Iterable[
-            tuple[ImageLike, str]
-            | tuple[ImageLike, str, AnswerType | None]
-            | tuple[ImageLike, str, AnswerType | None, str | None]
-        ],
-        batch_size: int = 8,
-        *,
-        as_base: bool = False,
-    ) -> Iterator[Answer]:
-        """Ask many questions; yields their answers in the same order.
-
-        Args:
-            questions: image, question and optionally answer type and category, as for `ask`; consumed one batch at a time.
-            batch_size: questions answered together; the answers do not depend on it.
-            as_base: answer without the adapter.
-
-        Raises:
-            DataError: an image or a question cannot be used.
-            ValueError: `batch_size` below 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        system = BASE if as_base else self.systems[-1]
-        pending = iter(enumerate(questions, start=1))
-        while batch := list(islice(pending, batch_size)):
-            samples = [self.sample(*question, name=f"question {number}") for number, question in batch]
-            yield from self.answers(samples, [system])[system]
-
-    def sample(
-        self,
-        image: ImageLike,
-        question: str,
-        answer_type: AnswerType | None = None,
-        category: str | None = None,
-        *,
-        name: str = "question",
-        mask: Any = None,
-        perturbation: Perturbation = CLEAN,
-    ) -> Sample:
-        """Prepare a question about an image for the model.
-
-        Args:
-            image: as for `ask`.
-            question: as for `ask`.
-            answer_type: as for `ask`.
-            category: as for `ask`.
-            name: name of the question in messages, and seed of the perturbation.
-            mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
-            perturbation: what happens to the region.
-
-        Raises:
-            DataError: the image or the question cannot be used.
-        """
-        if not question.strip():
-            raise DataError(f"{name}: the question is empty")
-        # The gold answer is unknown; nothing is graded.
-        kind = answer_type or answer_type_of(question)
-        query = Query(name, "", question, "-", kind, category=category)
-        loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
-        noise = self.noise if mask is not None else replace(self.noise, absent="clean")
-        return perturb_query(
-            query, loaded, noise, self.chat.processor.image_processor, epoch=0, perturbation=perturbation
-        )
 
     def unknown_part(self, question: str) -> str | None:
         """What the demo model does not know in a question; None if it knows it, and for any other model."""
@@ -445,19 +354,3 @@ def _resolution(processor: Any) -> Any:
     except DataError:
         return "native"
     return "model"
-
-
-_BEGINS_YES_NO = re.compile(
-    r"\W*(?:is|are|was|were|am|do|does|did|can|could|has|have|had|will|would|should|must|may|might)(?:n't)?\b",
-    re.IGNORECASE,
-)
-
-
-def answer_type_of(question: str) -> AnswerType:
-    """The kind of answer that an English question asks for: yes/no if it begins with a verb and has no "or".
-
-    >>> answer_type_of("Is there a dog?"), answer_type_of("Is it a dog or a cat?"), answer_type_of("What is it?")
-    ('yes_no', 'short', 'short')
-    """
-    begins = _BEGINS_YES_NO.match(question) is not None
-    return "yes_no" if begins and not re.search(r"\bor\b", question, re.IGNORECASE) else "short"

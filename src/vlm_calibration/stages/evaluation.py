@@ -1,4 +1,4 @@
-"""Evaluates the base model and any number of adapters on the same noised images.
+"""Evaluates the base model, any number of adapters, and models behind an address, on the same noised images.
 
 Further estimators may rate the answers beside the stated confidence, and probes may read that again with a changed image or answer, in
 the same pass over the images.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypedDict, cast
 
@@ -18,6 +19,8 @@ from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
+from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.system import EndpointSystem, RatedAnswer
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -53,22 +56,28 @@ SCORED = TESTED[0]
 """The data set that scores include."""
 
 
-def _check_settings(adapters: Mapping[str, str], with_base: bool, oracle_levels: str | None) -> None:
+def _check_settings(
+    adapters: Mapping[str, str],
+    endpoints: Mapping[str, Endpoint],
+    with_base: bool,
+    oracle_levels: str | None,
+) -> None:
     """Check the settings before any file is read.
 
     Raises:
-        DataError: an adapter's name cannot be used, there is no system to evaluate, or the oracle has no answers to use.
+        DataError: a system's name cannot be used, there is no system to evaluate, or the oracle has no answers to use.
     """
-    for name in adapters:
-        if name in (BASE, ORACLE):
-            raise DataError(f"model.adapters: the name {name!r} is taken, choose another")
-        # The name becomes a folder, and a key in peft's modules.
-        if not re.fullmatch(r"[\w-]+", name):
-            raise DataError(f"model.adapters: the name {name!r} must be of letters, digits, '_' and '-'")
+    for setting, names in (("adapters", adapters), ("endpoints", endpoints)):
+        for name in names:
+            if name in (BASE, ORACLE) or (setting == "endpoints" and name in adapters):
+                raise DataError(f"model.{setting}: the name {name!r} is taken, choose another")
+            # The name becomes a folder, and a key in peft's modules.
+            if not re.fullmatch(r"[\w-]+", name):
+                raise DataError(f"model.{setting}: the name {name!r} must be of letters, digits, '_' and '-'")
     if oracle_levels is not None and not with_base:
         raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
-    if not adapters and not with_base:
-        raise DataError("nothing to evaluate: give model.adapters or set model.with_base")
+    if not adapters and not endpoints and not with_base:
+        raise DataError("nothing to evaluate: give model.adapters or model.endpoints, or set model.with_base")
 
 
 def _check_strengths(oracle: AnchoredLevels, data: PerturbedQueryDataModule) -> None:
@@ -84,14 +93,17 @@ def _check_strengths(oracle: AnchoredLevels, data: PerturbedQueryDataModule) -> 
 
 
 class EvaluationModule(L.LightningModule):
-    """Evaluates *systems*: the base model, adapters on it, and the level oracle.
+    """Evaluates *systems*: the base model, adapters on it, models behind an address, and the level oracle.
 
-    All systems answer the same batches of images, and share one copy of the base model.
+    All systems answer the same batches of images. The base model and its adapters share one copy of the weights; without them no
+    model is loaded.
 
     Args:
-        base: the base model; None: the base model that the adapters name, with the dtype and quantisation of their training.
+        base: the base model; None: the base model that the adapters name, with the dtype and quantisation of their training. Endpoints
+            alone need none, except for the size at which images are perturbed.
         adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
+        endpoints: name -> a model behind an OpenAI-compatible address.
         oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with
             the base model's measured accuracy at the true kind and strength of perturbation as their confidence. The oracle
             uses these, which models are not given, but no other loss of evidence.
@@ -116,12 +128,14 @@ class EvaluationModule(L.LightningModule):
         max_new_tokens: int = 64,
         estimators: list[Estimator] | None = None,
         probes: list[Probe] | None = None,
+        endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(adapters or {}, with_base, oracle_levels)
+        _check_settings(adapters or {}, endpoints or {}, with_base, oracle_levels)
         self.adapters = {name: str(find_adapter(adapter)) for name, adapter in (adapters or {}).items()}
-        self.base = base or base_of_adapters(self.adapters)
-        self.answering: list[str] = [*([BASE] if with_base else []), *self.adapters]
+        self.local: list[str] = [*([BASE] if with_base else []), *self.adapters]
+        self.base = base or (base_of_adapters(self.adapters) if self.local else None)
+        self.answering: list[str] = [*self.local, *(endpoints or {})]
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
         self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
@@ -129,24 +143,45 @@ class EvaluationModule(L.LightningModule):
         rates = bool(estimators or self.probes)
         self.estimators = named([VerbalizedConfidence(), *(estimators or ())]) if rates else {}
         further = [name for name in self.estimators if name != VERBALIZED]
+        self.endpoints = {
+            name: EndpointSystem(name, endpoint, list(self.estimators.values()), max_new_tokens)
+            for name, endpoint in (endpoints or {}).items()
+        }
+        probed = dict.fromkeys(self.local, self.probes)
         self.scorers = nn.ModuleList(
-            Scorer(estimators=further, probes=self.probes) if system in self.answering else Scorer()
+            Scorer(estimators=further, probes=probed.get(system, ()))
+            if system in self.answering
+            else Scorer()
             for system in self.systems
         )
         self.results = {}
 
     def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_data(data)
+        for endpoint in self.endpoints.values():
+            endpoint.connect(data.prompt, self.levels)
+
+    def teardown(self, stage: str) -> None:
+        for endpoint in self.endpoints.values():
+            endpoint.close()
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
-        check_levels(self.oracle, self.base, data)
+        if self.endpoints and data.grading.ranks("open"):
+            raise DataError(
+                "data.grading.open: ranking compares the likelihoods of given answers, which an endpoint does not give: choose "
+                "another rule"
+            )
         if self.oracle is not None:
+            assert self.base is not None
+            check_levels(self.oracle, self.base, data)
             _check_strengths(self.oracle, data)
         check_image_size(self.adapters, data)
 
     def configure_model(self) -> None:
-        if not hasattr(self, "model"):
+        if self.local and not hasattr(self, "model"):
+            assert self.base is not None
             # Frozen parts can be shared between systems.
             self.model = (
                 load_adapters(load_base(self.base, device_of(self)), self.adapters)
@@ -165,6 +200,8 @@ class EvaluationModule(L.LightningModule):
     @property
     def copies(self) -> dict[str, list[ImageCopy]]:
         """Data set -> the perturbed copies of each of its images that estimators and probes need, which the data module makes."""
+        if not self.local:
+            return {}
         of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
         # No score includes the calibration set, so it is not probed.
         return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
@@ -185,7 +222,7 @@ class EvaluationModule(L.LightningModule):
                     stated_levels(self.levels, kind)
             except ValueError as error:
                 raise DataError(f"model.estimators: {error}") from error
-        if self.estimators:
+        if self.estimators and self.local:
             self.answer_tokenizer = AnswerTokenizer(data.chat, self.levels)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
@@ -197,12 +234,14 @@ class EvaluationModule(L.LightningModule):
         is_scored = TESTED[dataloader_idx] == SCORED
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
-            with shared_vision(self.model):
-                for system in self.answering:
+            with shared_vision(self.model) if self.local else nullcontext():
+                for system in self.local:
                     with using_adapter(self.model, None if system == BASE else system):
                         answers[system], passes[system] = self._answer(
                             batch, self.probes if is_scored else ()
                         )
+            for system, endpoint in self.endpoints.items():
+                answers[system], passes[system] = _rated(endpoint.answer(batch), list(self.estimators))
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         output = BatchAnswers(answers=answers, passes=passes)
@@ -249,6 +288,12 @@ class EvaluationModule(L.LightningModule):
         ]
         return probed, {**passes, PROBES: readings.passes}
 
+    @property
+    def notes(self) -> dict[str, dict[str, str]]:
+        """System -> what of its results cannot be had, with the reason."""
+        no_probes = {PROBES: "an endpoint does not score a given answer"} if self.probes else {}
+        return {system: {**endpoint.notes, **no_probes} for system, endpoint in self.endpoints.items()}
+
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None
         assert prediction.perturbation is not None
@@ -262,6 +307,18 @@ class EvaluationModule(L.LightningModule):
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)
+
+
+def _rated(
+    answers: Sequence[RatedAnswer], estimators: Sequence[str]
+) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
+    """An endpoint's answers with the confidences of further estimators, and estimator -> the generated tokens of each answer."""
+    further = [name for name in estimators if name != VERBALIZED]
+    predictions = [
+        replace(a.prediction, estimates={name: _rounded(a.ratings[name].confidence) for name in further})
+        for a in answers
+    ]
+    return predictions, {name: [a.ratings[name].generated for a in answers] for name in estimators}
 
 
 def _rounded(confidence: float | None) -> float | None:

@@ -1,0 +1,101 @@
+"""The server over the demo's model, and evaluations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.inference.model import DEMO_MODEL
+from vlm_calibration.models.base import BaseModel
+from vlm_calibration.stages.evaluation import EvaluationModule
+
+from .demo_server import MODEL, DemoServer, serving
+
+QUICK = {"backoff": 0.002, "retries": 60, "timeout": 60.0}
+
+
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    """The demo's base model, its processor, and what it has completed."""
+    from vlm_calibration.data.module import load_processor
+    from vlm_calibration.models.loading import load_base
+
+    return load_base(BaseModel(str(DEMO_MODEL), dtype="float32")).eval(), load_processor(str(DEMO_MODEL)), {}
+
+
+@pytest.fixture
+def api(demo: Any) -> DemoServer:
+    return DemoServer(*demo)
+
+
+@pytest.fixture
+def url(api: DemoServer) -> Iterator[str]:
+    with serving(api) as address:
+        yield address
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
+    """Evaluates an address, and the base model on request, on scenes of two parts into a folder."""
+
+    def run(
+        folder: str,
+        url: str,
+        estimators: Any = (),
+        *,
+        settings: Any = None,
+        start_over: bool = False,
+        data: Any = None,
+        **module: Any,
+    ) -> EvaluationModule:
+        endpoint = Endpoint(url, **{"model": MODEL, **QUICK, **(settings or {})})
+        evaluated = EvaluationModule(
+            **{
+                "base": BaseModel(str(DEMO_MODEL), dtype="float32"),
+                "with_base": False,
+                "max_new_tokens": 16,
+                "estimators": list(estimators),
+                "endpoints": {"endpoint": endpoint},
+                **module,
+            }
+        )
+        writer = PredictionWriter()
+        writer.start_over = start_over
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            default_root_dir=tmp_path / folder,
+            callbacks=[writer],
+        )
+        trainer.test(evaluated, datamodule=data or queries(), verbose=False)
+        return evaluated
+
+    return run
+
+
+def queries(**settings: Any) -> PerturbedQueryDataModule:
+    """Six queries about untouched scenes, and as many about perturbed ones."""
+    source = DemoSource("test", scenes=2)
+    return PerturbedQueryDataModule(
+        settings.pop("processor", str(DEMO_MODEL)),
+        test={"clean": EvalSplit(source), "perturbed": EvalSplit(source, "drawn")},
+        noise=NoisePolicy(kinds={"noise": 1, "blur": 1}, distractor_probability=0.0),
+        eval_batch_size=4,
+        workers=0,
+        **settings,
+    )

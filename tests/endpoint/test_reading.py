@@ -1,0 +1,175 @@
+"""Probabilities from listed tokens, for tokenizers with whole numbers, with digits, and with spaces of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from vlm_calibration.endpoint.estimates import Asked, EndpointEstimates
+from vlm_calibration.endpoint.reading import answer_likelihood, complete_statement, p_of_first
+from vlm_calibration.endpoint.responses import Response, Token
+from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
+from vlm_calibration.records import Query
+from vlm_calibration.text.grading import EXACT
+
+QUERY = Query("1", "a.png", "Is there a dog?", "Yes", "yes_no")
+Piece = tuple[str, float] | tuple[str, float, Mapping[str, float]]
+
+
+def response(*pieces: Piece) -> Response:
+    """A response of tokens: text, probability, and the other tokens that are listed."""
+    tokens = []
+    for text, p, *others in pieces:
+        listed = others[0] if others else {}
+        top = tuple((t.encode(), math.log(q)) for t, q in [(text, p), *listed.items()])
+        tokens.append(Token(text.encode(), math.log(p), top))
+    return Response("".join(p[0] for p in pieces), tuple(tokens), len(tokens), 0)
+
+
+class Server:
+    """Stands in for `Client`: continues a given beginning of an answer by a table."""
+
+    gives_tokens = True
+
+    def __init__(self, table: Mapping[str, Mapping[str, float]], continues: bool = True) -> None:
+        self.table = table
+        self.continues = continues
+        self.asked: list[str] = []
+
+    async def ask(self, body: Mapping[str, Any]) -> Response:
+        beginning = body["messages"][-1]["content"]
+        assert body["continue_final_message"]
+        self.asked.append(beginning)
+        first, *others = self.table[beginning].items()
+        return response((*first, dict(others)))
+
+
+def distribution(
+    answer: Response, levels: Sequence[float], server: Server | None = None
+) -> dict[float, float]:
+    client: Any = server or Server({})
+    estimates = EndpointEstimates(client, [ExpectedConfidence()], [LinearLevels()])
+    prediction = graded_prediction(QUERY, complete_statement(answer.text), CLEAN, 0)
+    asked = Asked(QUERY, prediction, answer, [], {}, 8, EXACT)
+    return asyncio.run(estimates.distribution(asked, levels))[0]
+
+
+TENTHS = tuple(n / 10 for n in range(11))
+
+
+def test_whole_numbers_need_no_request() -> None:
+    others = {" 90": 0.2, " 10": 0.1, " 55": 0.1, " many": 0.05}
+    answer = response(
+        ("Yes", 0.9), (".", 1.0), (" Confidence", 1.0), (":", 1.0), (" 80", 0.5, others), ("%", 1.0)
+    )
+    server = Server({}, continues=False)
+    found = distribution(answer, TENTHS, server)
+    assert server.asked == []
+    assert list(found) == sorted(TENTHS, reverse=True)
+    assert {c: p for c, p in found.items() if p} == pytest.approx({0.9: 0.25, 0.8: 0.625, 0.1: 0.125})
+
+
+@pytest.mark.parametrize("space", [True, False], ids=["a space of its own", "a space before the digit"])
+def test_digits_are_followed(space: bool) -> None:
+    before: list[Piece] = [("Yes.", 0.9), (" Confidence:", 1.0), *([(" ", 1.0)] if space else [])]
+    gap = "" if space else " "
+    first = {f"{gap}9": 0.3, f"{gap}1": 0.15, f"{gap}2": 0.001}
+    answer = response(*before, (f"{gap}8", 0.5, first), ("0", 0.8, {"5": 0.2}), ("%", 1.0))
+    server = Server(
+        {
+            "Yes. Confidence: 9": {"0": 0.5, "5": 0.5},
+            "Yes. Confidence: 1": {"0": 1.0},
+            "Yes. Confidence: 10": {"0": 0.9, "%": 0.1},
+        }
+    )
+    found = distribution(answer, TENTHS, server)
+    assert sorted(server.asked) == sorted(server.table), (
+        "the generated digit and the unlikely one are not asked for"
+    )
+    mass = {1.0: 0.15 * 0.9, 0.9: 0.3 * 0.5, 0.8: 0.5 * 0.8, 0.1: 0.15 * 0.1}
+    assert {c: p for c, p in found.items() if p} == pytest.approx(
+        {c: p / sum(mass.values()) for c, p in mass.items()}
+    )
+    percents = tuple(n / 100 for n in range(101))
+    found = distribution(answer, percents, server)
+    assert found[0.85] == pytest.approx(found[0.8] / 4)
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_digits_without_continuation_have_no_value() -> None:
+    answer = response(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
+    assert distribution(answer, TENTHS, Server({}, continues=False)) == {}
+    sure = response(("Yes. Confidence: ", 1.0), ("8", 0.999), ("0", 1.0), ("%", 1.0))
+    assert distribution(sure, TENTHS, Server({}, continues=False))[0.8] == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["Yes.", "Yes. Confidence: high", "Yes. Confidence: 0.8", "Yes. Confidence: 80-90%"]
+)
+def test_without_a_percentage_there_is_no_value(text: str) -> None:
+    assert distribution(response((text, 1.0)), TENTHS) == {}
+
+
+def test_no_tokens() -> None:
+    answer = Response("Yes. Confidence: 80%", None, 3, 9)
+    assert distribution(answer, TENTHS) == {}
+    assert p_of_first(answer, ("Yes", "No")) is None
+    assert answer_likelihood(answer, "Yes") is None
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "expected"),
+    [
+        ("Yes", {"No": 0.2}, 0.75),
+        ("No", {"Yes": 0.2}, 0.25),
+        (" yes", {"Yes": 0.1, "YES.": 0.1, "no": 0.2}, 0.8),
+        ("Yes", {}, 1.0),
+        ("Y", {"N": 0.2, "Maybe": 0.1}, 0.75),
+        ("Yes", {"Nothing": 0.2, "Yesterday": 0.1}, 1.0),
+        ("There", {"Yes": 0.2}, None),
+    ],
+)
+def test_the_first_of_two_words(first: str, others: dict[str, float], expected: float | None) -> None:
+    found = p_of_first(response((first, 0.6, others), (".", 1.0)), ("Yes", "No"))
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_space_before_the_word_is_skipped() -> None:
+    assert p_of_first(response((" ", 1.0), ("T", 0.6, {"F": 0.2})), ("True", "False")) == pytest.approx(0.75)
+
+
+def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens() -> None:
+    answer = response(("A", 0.5), (" dog", 0.8), (".", 0.25), (" Confidence", 0.1), (": 80%", 1.0))
+    assert answer_likelihood(answer, "A dog") == pytest.approx((0.5 * 0.8 * 0.25) ** (1 / 3))
+    without = response(("A", 0.5), (" dog", 0.8), (" Confidence: 80%", 1.0))
+    assert answer_likelihood(without, "A dog") == pytest.approx(math.sqrt(0.4))
+    umlaut = response(("B", 0.5), ("\u00e4r", 0.5), (".", 1.0), (" Confidence: 80%", 0.1))
+    assert answer_likelihood(umlaut, "B\u00e4r") == pytest.approx(0.25 ** (1 / 3))
+    assert answer_likelihood(answer, "A cat") is None
+    assert answer_likelihood(answer, "") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("Yes. Confidence: 80%. Because I see it. Confidence: 10%.", "Yes. Confidence: 80%"),
+        ("Yes. Confidence: 80%", "Yes. Confidence: 80%"),
+        (" Yes. Confidence: 80% to 90%", "Yes. Confidence: 80% to 90%"),
+        ("100% of them. Confidence: 70%\n", "100% of them. Confidence: 70%"),
+        ("Yes", "Yes"),
+    ],
+)
+def test_texts_end_where_local_generation_stops(text: str, cut: str) -> None:
+    assert complete_statement(text) == cut
+
+
+def test_bytes_that_are_no_text_survive() -> None:
+    part = Response("x", (Token(b"\xc3", -1.0, ((b"\xc3", -1.0), (b"a", -2.0))),), 1, 2)
+    assert Response.from_row(json.loads(json.dumps(part.to_row()))) == part
