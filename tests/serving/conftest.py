@@ -55,7 +55,7 @@ def questions() -> list[Question]:
 def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Function that writes a random adapter of some parts of the demo.
 
-    Scales at which several answers differ from the base model's and all state a confidence: 0.18 for the language model alone, 0.12
+    Scales at which several answers differ from the base model's and all state a confidence: 0.16 for the language model alone, 0.12
     with the projector.
     """
 

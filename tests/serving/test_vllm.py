@@ -33,7 +33,7 @@ def test_vllm_serves_an_adapter_of_the_language_model_as_it_is(
     answered: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    adapter = demo_adapter("language", scale=0.18)
+    adapter = demo_adapter("language", scale=0.16)
     expected = answered(adapter=adapter)
     lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{NAME}={adapter}")
     with serving(vllm_serve(demo_model, *lora), tmp_path / "log") as url:
