@@ -28,8 +28,9 @@ STARTING, ANSWERING = 600, 120
 
 
 def vllm_serve(folder: str, *options: str) -> list[str]:
-    """The command that serves a model with vLLM on a CPU; it must be followed by host and port."""
-    return [str(VLLM), "serve", folder, "--max-model-len", "256", "--enforce-eager", *options]
+    """The command that serves a model with vLLM on a CPU, in float32, which vLLM would halve; it must be followed by host and port."""
+    limits = ("--max-model-len", "256", "--enforce-eager", "--dtype", "float32")
+    return [str(VLLM), "serve", folder, *limits, *options]
 
 
 def transformers_serve(folder: str) -> list[str]:
