@@ -94,7 +94,8 @@ def print_results(
         console.print(Text(words))
     for name, path in files.items():
         # A line that is wrapped is no path any more.
-        link = Text(str(path), f"link {path.resolve().as_uri()}")
+        # A notebook is read on other machines as well, where the link leads nowhere.
+        link = Text(str(path), "" if console.is_jupyter else f"link {path.resolve().as_uri()}")
         console.print(Text.assemble(f"{name}: ", link), soft_wrap=True)
     if commands:
         console.print("what to try next:")
