@@ -59,6 +59,7 @@ EXTRAS = {
     "demo": "demo/pictures.py",
     "dashboard": "reporting/dashboard.py",
     "datasets": "data/sources/hugging_face",
+    "endpoint": "endpoint/client.py",
     "regions": "regions/tagger.py",
 }
 """Extra -> prefix of the modules that may import its packages."""
