@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "src/vlm_calibration/demo/model"
-SECTION = "## Your own model and data"
+COMMANDS = ("README.md", "## Your own data", "bash")
+STEPS = ("configs/README.md", "## All stages", "python")
+"""Page, section and language of what a stranger types, and of the same from Python."""
 IMAGES = 300
 SIZES = ((192, 192), (320, 240), (240, 320), (500, 375), (96, 128))
 ORIENTATION = 0x0112
@@ -177,11 +178,10 @@ def _save(folder: Path, index: int, image: Image.Image) -> str:
     return name
 
 
-def blocks(language: str) -> Iterator[str]:
-    """The blocks of a language in the README's section about one's own data."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = page.split(f"\n{SECTION}\n")[1].split("\n## ")[0]
-    yield from re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+def block(page: str, section: str, language: str) -> str:
+    """The first block of a language in a section of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n{section}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def walked(stranger: Stranger) -> str:
     settings["data"] |= {"batch_size": 4, "workers": 0, "max_length": 256}
     path.write_text(yaml.safe_dump(settings))
     shutil.copytree(DEMO_MODEL, stranger.folder / "my_model")
-    return stranger.run(_with_my_model(next(blocks("bash"))))
+    return stranger.run(_with_my_model(block(*COMMANDS)))
 
 
 def _with_my_model(text: str) -> str:
@@ -232,7 +232,7 @@ def test_no_image_is_in_two_splits(stranger: Stranger, walked: str) -> None:
 
 
 def test_the_python_steps_give_the_same_figures(stranger: Stranger, walked: str) -> None:
-    script = _with_my_model(next(blocks("python"))).replace("runs/mine", "runs/python")
+    script = _with_my_model(block(*STEPS)).replace("runs/mine", "runs/python")
     stranger.run(script, "python")
     assert stranger.metrics("runs/python") == stranger.metrics("runs/mine")
 

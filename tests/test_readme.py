@@ -140,7 +140,8 @@ RUNS: dict[str, Run] = {
     ),
     "vlm-calibration score pope": Run(prints=('"official/accuracy": 0.75', '"ece": ')),
     "vlm-calibration score amber": Run(
-        writes=("for_amber.json",), prints=("│ answers │ all       │     75.0", "│ answers │    0.750 │")
+        writes=("for_amber.json",),
+        prints=("│ answers │ all       │     75.0", "│ answers │      0.750 │    0.750 │"),
     ),
 }
 
