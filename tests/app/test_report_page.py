@@ -75,7 +75,7 @@ def page(browser: Browser, written: str) -> Iterator[Page]:
     context.close()
 
 
-@pytest.mark.parametrize(("width", "height", "screens"), [(400, 800, 10), (640, 450, 30), (1280, 900, 20)])
+@pytest.mark.parametrize(("width", "height", "screens"), [(400, 800, 12), (640, 450, 32), (1280, 900, 20)])
 def test_nothing_is_wider_than_the_screen(page: Page, width: int, height: int, screens: int) -> None:
     """On a phone, at 200% zoom and on a desktop; wide tables scroll in their boxes, which are no higher than the screen."""
     page.set_viewport_size({"width": width, "height": height})
