@@ -197,7 +197,7 @@ ELSEWHERE: dict[str, str] = {
         ),
         "needs answers to a calibration set: tests/commands/test_threshold.py",
     ),
-    "vlm-calibration monitor --reference runs/eval --new answers.jsonl": "tests/commands/test_monitor.py",
+    "vlm-calibration monitor --reference runs/eval --system dpo --new answers.jsonl": "tests/commands/test_monitor.py",
     "vlm-calibration monitor --reference runs/eval --system dpo --new answers.jsonl --by answer_type": (
         "tests/commands/test_monitor.py"
     ),
