@@ -177,7 +177,7 @@ ELSEWHERE: dict[str, str] = {
     "make slurm-dpo": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-all": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-all MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data RUN=mine GPUS=8 PARTITION=gpu": "needs SLURM: tests/slurm/test_jobs.py",
-    "pip install .": "downloads: tests/test_packaging.py installs the package",
+    "pip install '.[demo]'": "downloads: tests/test_packaging.py installs the package",
     "conda env create -f environment.yml": "needs conda: tests/test_packaging.py compares the requirements",
     "make setup": "downloads: .ci/run begins with it",
     "source .venv/bin/activate": "is a shell's own",
