@@ -53,6 +53,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "score jsonl": ("answers", "--labels"),
     "runs": ("folder", "--json"),
     "monitor": ("--reference", "--certainty", "--by"),
+    "threshold": ("--max-error", "--certainty", "--by"),
     "report": ("--calibration", "--replicates", "--no-images"),
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),

@@ -46,7 +46,7 @@ class ManyQuestions:
         out: file to write the answers to, one a line; if it holds some already, the others are added
         root: folder of the images (default: that of the questions)
         batch_size: questions asked together (default: 8)
-        on_bad_image: stop at an image that cannot be read, or leave it out and name it (default: raise)
+        on_bad_image: an image that cannot be read (default: raise)
     """
 
     questions: Path | None = None
