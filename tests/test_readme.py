@@ -168,6 +168,7 @@ ELSEWHERE: dict[str, str] = {
     "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "python -m tests.performance.demo_seeds --test": "takes an hour: tests/test_configs.py has its calls",
     "python -m tests.performance.drift": "takes minutes",
+    "python -m tests.performance.serving": "takes minutes, and needs vLLM",
     "make test": "runs this test",
     "make test-fast": "runs tests: tests/test_packaging.py has the call",
     "make lint type": "is run by .ci/run",
