@@ -266,15 +266,7 @@ class CalibratedModel(Asker):
         return resize_to_model(self.chat.processor.image_processor, sample.image)
 
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
-        """Answer one batch of samples with each of some systems.
-
-        Args:
-            samples: what `sample` returns.
-            systems: names in `self.systems`.
-
-        Returns:
-            System -> its answers, in the order of the samples.
-        """
+        """Answer one batch of samples with each of some systems, as `Asker.answers` says; systems share the vision tower's pass."""
         batch = PromptCollator(self.chat)(samples).to(self.model.device)
         answers: dict[str, list[Answer]] = {}
         sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
