@@ -190,11 +190,14 @@ slurm-dpo: $(SETUP)  ## submit stage 2 to SLURM, from the adapter of stage 1
 slurm-all: $(SETUP)  ## submit all stages, or STAGES=, to SLURM, each after the one before
 	configs/slurm/submit.sh $(STAGES)
 
+# Two to four test processes; each runs whole files, so that a file's fixtures are set up once.
+PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: $(DEV)  ## the whole test suite
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(DEV)  ## every module in under three minutes: tests that are not marked slow, slurm or browser
-	$(PYTHON) -m pytest -m "not slow and not slurm and not browser" $(ARGS)
+	$(PYTEST) -m "not slow and not slurm and not browser" $(ARGS)
 
 lint: $(DEV)  ## ruff
 	$(PYTHON) -m ruff check .

@@ -23,6 +23,11 @@ def restore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def inherited_environment() -> dict[str, str]:
+    """The environment for a child process. Without `WANDB_SERVICE`, the name of the W&B service of the tests' own process."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 @dataclass(frozen=True)
 class Ended:
     """A finished run: its exit status, stdout and stderr."""
@@ -54,7 +59,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            env={**inherited_environment(), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
             preexec_fn=restore_sigint,
         )
         self.started = 0
@@ -116,7 +121,7 @@ def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
     ran = subprocess.run(
         [sys.executable, "-m", "vlm_calibration.cli", *command],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**inherited_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=LIMIT,

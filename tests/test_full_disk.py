@@ -34,7 +34,7 @@ from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 
-from .command_line import LIMIT, Ended, Server, callback
+from .command_line import LIMIT, Ended, Server, callback, inherited_environment
 from .level_tables import noise_counts
 
 Run = Callable[..., Ended]
@@ -303,14 +303,11 @@ logger.finalize("failed")
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
-    """W&B waits for the log when the process ends, and then prints its location.
-
-    `WANDB_SERVICE` is removed: it names the service of the tests' own process.
-    """
+    """W&B waits for the log when the process ends, and then prints its location."""
     ran = subprocess.run(
         [sys.executable, "-c", FAILED.replace("FULL", str(full))],
         cwd=tmp_path,
-        env={**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, "WANDB_MODE": "offline"},
+        env={**inherited_environment(), "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -132,8 +132,9 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _make(folder: Path, *arguments: str, **environment: str) -> str:
-    """Output of make, which must succeed."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS")}
+    """Output of make, which must succeed. Without MAKELEVEL, or under `make test` it would print the folders it enters."""
+    ours = ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS", "MAKELEVEL")
+    clean = {k: v for k, v in os.environ.items() if k not in ours}
     ran = subprocess.run(
         ["make", *arguments],
         cwd=folder,
@@ -275,10 +276,11 @@ def test_tests_need_more_than_training(checkout: Path) -> None:
     assert not [c for c in _calls(checkout) if "dev" in c]
     _make(checkout, "test")
     assert [c for c in _calls(checkout) if "[demo,dev]" in c]
+    in_processes = "-m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder"
     _make(checkout, "test", "ARGS=-x tests/data")
-    assert _calls(checkout) == ["-m pytest -x tests/data"]
+    assert _calls(checkout) == [f"{in_processes} -x tests/data"]
     _make(checkout, "test-fast", "ARGS=-x")
-    assert _calls(checkout) == ["-m pytest -m not slow and not slurm and not browser -x"]
+    assert _calls(checkout) == [f"{in_processes} -m not slow and not slurm and not browser -x"]
 
 
 def test_own_configuration_and_own_interpreter(checkout: Path) -> None:

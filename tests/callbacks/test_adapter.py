@@ -232,7 +232,7 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
 
 
 class Saver(torch.nn.Module):
-    """Saves two files; may fail between them."""
+    """Saves two files; may fail between them. A model without linear layers."""
 
     def __init__(self, content: str, error: BaseException | None = None) -> None:
         super().__init__()
@@ -243,6 +243,15 @@ class Saver(torch.nn.Module):
         }
         self.peft_config["default"].lora_dropout = 0.5
         self.config = SimpleNamespace(_commit_hash="0123abcd")
+
+    def get_base_model(self) -> Saver:
+        return self
+
+    def get_decoder(self) -> Saver:
+        return self
+
+    def get_output_embeddings(self) -> None:
+        return None
 
     def save_pretrained(
         self, folder: Path, selected_adapters: list[str], state_dict: dict[str, torch.Tensor] | None

@@ -19,7 +19,7 @@ from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoi
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.reporting.wandb_login import logged_in
 
-from ..command_line import LIMIT
+from ..command_line import LIMIT, inherited_environment
 from ..graphql_server import GraphQLServer
 from ..wandb_log import read_run
 
@@ -160,9 +160,7 @@ print("offline:", logger.experiment.offline)
 def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
     server = GraphQLServer()
     server.close()
-    # Another test's W&B service would be found by this name.
-    clean = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
-    environment = {**clean, **server.environment, "HOME": str(tmp_path)}
+    environment = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
