@@ -424,6 +424,17 @@ def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.Mo
     assert len(drawn) == 1, "nothing was perturbed"
 
 
+def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level oracle's are not whole percents."""
+    drawn = []
+    monkeypatch.setattr(figures, "reliability_diagram", lambda table, ax: drawn.append(table))
+    oracle = system("oracle", [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in answers(0)])
+    figures.panels_of([oracle])
+    [row] = [r for r in compare([oracle], Comparison(replicates=20)).rows if r.estimator == "verbalized"]
+    [table] = drawn
+    assert float(expected_calibration_error(table)) == pytest.approx(row.metrics["ece"].value, abs=5e-5)
+
+
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
