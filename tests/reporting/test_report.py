@@ -35,7 +35,8 @@ from vlm_calibration.metrics.functional import (
 )
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card, save_card
+from vlm_calibration.reporting.card import Card
+from vlm_calibration.reporting.card_files import save_card
 from vlm_calibration.reporting.report import figures
 from vlm_calibration.reporting.report.agreement import Match, bands_of, groups_of_system, match_of
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
@@ -433,7 +434,9 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
     figures.panels_of([oracle])
     [row] = [r for r in compare([oracle], Comparison(replicates=20)).rows if r.estimator == "verbalized"]
     [table] = drawn
-    assert float(binned.expected_calibration_error(table.groups())) == pytest.approx(row.metrics["ece"].value, abs=5e-5)
+    assert float(binned.expected_calibration_error(table.groups())) == pytest.approx(
+        row.metrics["ece"].value, abs=5e-5
+    )
 
 
 # --- The files ----------------------------------------------------------------------------------------------------
