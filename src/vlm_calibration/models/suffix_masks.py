@@ -2,7 +2,7 @@
 
 Eager attention and sdpa take a dense mask, of a number for each pair of tokens. FlexAttention (arXiv 2412.05496) takes a function of two
 tokens and a table of the blocks of tokens in which any attend: its kernels skip other blocks, and evaluate the function in those
-that are partly masked. The dense mask of 4,200 tokens takes 34 MiB in bfloat16, their table 17 KiB.
+that are partly masked. The dense mask of 4,200 tokens takes 34 MiB in bfloat16, their tables 18 KiB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCKWISE = (FLEX, FAKE_FLEX)
 """Values of `attn_implementation` with such masks."""
 
 BLOCK, MOST_BLOCKS = 128, 128
-"""Tokens of a block, and blocks of a row: in longer rows blocks are larger, so that the table does not grow further."""
+"""Tokens of a block, and blocks of a row at most: in longer rows blocks are larger, so that tables take at most 16 bytes a token."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(row, head, query, key) -> whether the query attends to the key: index tensors that broadcast, and bool of their common shape."""
@@ -43,7 +43,7 @@ def isolate_suffixes(
     blockwise = module.config._attn_implementation in BLOCKWISE
     dtype = kwargs["inputs_embeds"].dtype
 
-    def restrict(mask: Tensor | BlockMask | None) -> Tensor | BlockMask:
+    def restrict(mask: Any) -> Tensor | BlockMask:
         if blockwise:
             return _block_mask(segment, mask if isinstance(mask, BlockMask) else None)
         return _additive_mask(segment, mask, dtype)
@@ -97,7 +97,8 @@ def _block_mask(segment: Tensor, mask: BlockMask | None = None) -> BlockMask:
         # The diagonal keeps softmax defined for padding.
         return (same_path & inner(row, head, query, key)) | (query == key)
 
-    return _with_table(attends, *segment.shape, segment.device)
+    batch, length = segment.shape
+    return _with_table(attends, batch, length, segment.device)
 
 
 def _with_table(attends: MaskFunction, batch: int, length: int, device: torch.device) -> BlockMask:
