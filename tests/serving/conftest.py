@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,8 +180,14 @@ def evaluate_served(evaluate: Callable[..., Path]) -> Callable[..., tuple[Path, 
 
 
 def _without_estimates(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The answers and metrics of a system, without those of further estimators."""
+    """The answers and metrics of a system, without those of further estimators.
+
+    Texts are without an unfinished character at their end, of which servers send nothing.
+    """
     answers = [
         {k: v for k, v in line.items() if k not in ("expected", "likelihood")} for line in lines(folder)
     ]
+    for line in answers:
+        for name in ("text", "predicted"):
+            line[name] = re.sub(r"[\ufffd\s]+\Z", "", line[name] or "")
     return answers, {k: v for k, v in metrics(folder).items() if "@" not in k}
