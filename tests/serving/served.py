@@ -63,7 +63,7 @@ def serving(command: Sequence[str], log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     settings = {
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # on busy cores several threads wait for each other, and tiny models answer twenty times slower
+        "OMP_NUM_THREADS": "1",  # on busy cores the threads of a tiny model mostly wait for each other
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_NO_USAGE_STATS": "1",
     }
