@@ -26,7 +26,12 @@ torch.set_num_threads(1)
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
-MARKS = {"server": pytest.mark.slow, "cluster": pytest.mark.slurm, "browser": pytest.mark.browser}
+MARKS = {
+    "server": pytest.mark.slow,
+    "cluster": pytest.mark.slurm,
+    "browser": pytest.mark.browser,
+    "cuda": pytest.mark.gpu,
+}
 """Fixture -> marker of every test that uses it. Other slow tests are marked where they are defined."""
 
 
@@ -47,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """A CUDA GPU; skips the test without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, and torch finds none")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")
