@@ -1,8 +1,8 @@
 """Real sizes on one GPU, with random weights: training steps beside TRL's and Liger's, memory beside its estimate, answers a second.
 
 `make bench-gpu` runs it in about ten minutes and writes `runs/bench/gpu.md`. Neither speed nor memory needs trained weights, so models are built from
-their published configurations (`gpu_models.py`), and nothing is downloaded. Without a GPU it ends with status 1; `--device cpu --models tiny`
-runs every part on tiny models of the same families, as a test does.
+their published configurations (`gpu_models.py`), and nothing is downloaded; the largest takes 17 GB of the temporary folder and of main memory.
+Without a GPU it ends with status 1; `--device cpu --models tiny` runs every part on tiny models of the same families, as a test does.
 
 Bars: losses of the first steps agree with TRL's, else the status is 1; `estimate-memory` is within 10% of what was allocated.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from tests.performance.gpu_models import REAL, SETS, TINY
-from tests.performance.gpu_steps import ANSWERED, NEW_TOKENS, OURS, PARTS, STEP_SECONDS, Cell
+from tests.performance.gpu_steps import ANSWERED, FAILED, NEW_TOKENS, OURS, PARTS, STEP_SECONDS, Cell
 from tests.performance.machine import processor, setting
 from tests.performance.preference import BATCH
 
@@ -57,10 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed: list[str] = []
     for name in args.models:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        of_model, status = measure(name, args, deadline - time.monotonic())
+        left = deadline - time.monotonic()
+        if left <= 0:
+            cells.append(Cell(name, "", "all", OURS, reason="no time was left"))
+            continue
+        of_model, status = measure(name, args, left)
         cells += of_model
         if status:
             failed.append(f"{name}: ended with status {status} after {len(of_model)} cells")
+        failed += [
+            f"{c.model}, {c.weights}, {c.task}, {c.side}: {c.reason}"
+            for c in of_model
+            if c.reason.startswith(FAILED)
+        ]
     text, agree = page(cells, failed, args)
     write_text(args.out, text)
     print(text)

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ STEPS = {"cuda": (2, 5), "cpu": (1, 2)}
 STEP_SECONDS = 8.0
 """A side's measured steps end after so many seconds, but not before the first."""
 ANSWERED, NEW_TOKENS = 8, 16
+FAILED = "failed:"
+"""Beginning of the reason of a side that ended with an error, which stderr has."""
 OURS, TRL, LIGER = "ours", "TRL", "Liger"
 TASKS = {
     "sft": Task("SFT", 0, {}),
@@ -107,15 +110,19 @@ class Bench:
 
     def __init__(self, name: str, folder: Path, weights: str, device: str, deadline: float) -> None:
         self.name, self.folder, self.weights, self.deadline = name, folder, weights, deadline
-        self.device = torch.device(device)
+        # With its number, by which accelerate compares the device of a quantised model.
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.tiny = name in TINY
         self.base = BaseModel(
             str(folder), dtype="bfloat16", quantization="nf4" if weights == "nf4" else "none"
         )
+        self.held = 0
+        self._collect()
         self.model = load_for_training(self.base, self.device)
         if self.base.quantization == "none":
             self.model.to(self.device)
-        self.held = self._allocated()
+        self._collect()
+        self.held, self.leaked = self._allocated(), 0
         self.warm_up, self.steps = STEPS[device]
         self.samples = alike_samples(
             max(ANSWERED, BATCH * (self.warm_up + self.steps)), {**REAL, **TINY}[name].side
@@ -127,8 +134,12 @@ class Bench:
         """Measure everything, a cell at a time."""
         for task in TASKS.values():
             for side in (OURS, TRL, LIGER) if task.rejected else (OURS, TRL):
-                yield self._measured(task.title, side, lambda cell, t=task: self._train(cell, t))
+                yield self.trained(task, side)
         yield self._measured("answers", OURS, self._answer)
+
+    def trained(self, task: Task, side: str) -> Cell:
+        """Measure the training steps of one side."""
+        return self._measured(task.title, side, lambda cell: self._train(cell, task))
 
     def _measured(self, task: str, side: str, measure: Callable[[Cell], None]) -> Cell:
         cell = Cell(self.name, self.weights, task, side)
@@ -144,6 +155,10 @@ class Bench:
         except torch.cuda.OutOfMemoryError as error:
             first = str(error).splitlines()[0]
             cell = Cell(self.name, self.weights, task, side, reason=f"out of memory: {first}")
+        except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, LookupError) as error:
+            # One side that fails must not cost the others, which a GPU may not measure again; the page and the status say it.
+            traceback.print_exc()
+            cell = Cell(self.name, self.weights, task, side, reason=f"{FAILED} {type(error).__name__}")
         return cell
 
     def _train(self, cell: Cell, task: Task) -> None:
