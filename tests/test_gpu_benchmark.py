@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.models.processors import FAMILIES, cached_family
@@ -183,7 +184,7 @@ def test_one_gpu_takes_the_time_of_its_queries(work: Callable[..., scale.Workloa
 def test_gpus_wait_for_the_slowest_and_for_gradients(work: Callable[..., scale.Workload]) -> None:
     alike = work(pixels=(784_000, 784_000))
     efficiency = scale.simulate(alike, 1000, gpus=8, batch=2, steps=3).efficiency
-    step = alike.seconds([1000, 1000])
+    step = alike.seconds(np.array([1000, 1000]))
     assert efficiency == pytest.approx(step / (step + 2 * 7 / 8 * 1.6e8 / 50e9))
     few, many = (scale.simulate(work(), 10**6, gpus=n, batch=2, steps=50) for n in (8, 64))
     assert few.hours / 8 < many.hours < few.hours
@@ -195,5 +196,12 @@ def test_own_answers_add_time_and_larger_batches_share_their_reading(
 ) -> None:
     gold, own = work(), work(own=True)
     assert sum(own.flops(1000).values()) > 1.2 * sum(gold.flops(1000).values())
-    assert own.seconds([1000] * 8) < 8 * own.seconds([1000])
-    assert gold.seconds([1000] * 8) == pytest.approx(8 * gold.seconds([1000]))
+    assert own.seconds(np.full(8, 1000)) < 8 * own.seconds(np.array([1000]))
+    assert gold.seconds(np.full(8, 1000)) == pytest.approx(8 * gold.seconds(np.array([1000])))
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_computed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main([])
+    page = (root / "configs" / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in page

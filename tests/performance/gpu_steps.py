@@ -48,7 +48,7 @@ from vlm_calibration.models.vision import frozen_vision
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-STEPS = {"cuda": (2, 5), "cpu": (1, 2)}
+STEPS = {"cuda": (2, 5), "cpu": (1, 1)}
 """Steps to warm up and measured steps of a side."""
 STEP_SECONDS = 8.0
 """A side's measured steps end after so many seconds, but not before the first."""

@@ -64,16 +64,16 @@ class Decoder(NamedTuple):
     attention: int
     head: int
 
-    def forward(self, tokens: int, keys: int | None = None) -> float:
+    def forward(self, tokens: Any, keys: Any = None) -> Any:
         """FLOPs of so many tokens, each of which attends to so many keys (None: as many as tokens): 2 (N + A) n + 4 L d n k."""
         keys = tokens if keys is None else keys
         return 2 * (self.weights + self.adapters) * tokens + 4 * self.attention * tokens * keys
 
-    def backward(self, tokens: int) -> float:
+    def backward(self, tokens: Any) -> Any:
         """Gradients of activations through all weights, of adapters' weights, and attention as by flash attention: 2 (N + 2 A) n + 10 L d n n."""
         return 2 * (self.weights + 2 * self.adapters) * tokens + 10 * self.attention * tokens**2
 
-    def training(self, tokens: int, checkpointing: bool) -> float:
+    def training(self, tokens: Any, checkpointing: bool) -> Any:
         return (1 + checkpointing) * self.forward(tokens) + self.backward(tokens)
 
 
@@ -163,8 +163,8 @@ class Workload:
     own: bool
     assume: Assumptions
 
-    def flops(self, image: int) -> dict[str, float]:
-        """Part of a step -> FLOPs for a query with so many image tokens."""
+    def flops(self, image: Any) -> dict[str, Any]:
+        """Part of a step -> FLOPs for a query with so many image tokens, a number or an array."""
         a, decoder = self.assume, self.decoder
         candidates, length = a.candidates
         prompt = image + a.text
@@ -179,10 +179,10 @@ class Workload:
             parts["own answer: scores"] = decoder.forward(labels, prompt + labels) + 2 * decoder.head * labels
         return parts
 
-    def seconds(self, images: Sequence[int]) -> float:
-        """Seconds of one GPU for a batch of queries with so many image tokens each."""
+    def seconds(self, images: np.ndarray) -> np.ndarray:
+        """Seconds of one GPU for a batch of queries: image tokens [..., B] to seconds [...]."""
         a = self.assume
-        flops = sum(sum(self.flops(image).values()) for image in images)
+        flops = sum(self.flops(images).values()).sum(-1)
         read = a.response * self.weight_bytes / (a.bandwidth * a.read) if self.own else 0.0
         return flops / (a.peak * a.utilisation) + read
 
@@ -252,8 +252,7 @@ def simulate(
     a = work.assume
     rng = np.random.default_rng(seed)
     pixels = rng.integers(*a.pixels, size=(steps, gpus, batch), endpoint=True)
-    tokens = np.maximum(1, np.round(pixels / work.pixels_per_token)).astype(int)
-    busy = np.array([[work.seconds(of_gpu.tolist()) for of_gpu in step] for step in tokens])
+    busy = work.seconds(np.round(pixels / work.pixels_per_token))  # [steps, GPUs]
     exchange = 2 * (gpus - 1) / gpus * work.gradient_bytes / a.link
     step = busy.max(1).mean() + exchange
     hours = math.ceil(queries / (gpus * batch)) * step / 3600
