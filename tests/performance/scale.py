@@ -212,8 +212,8 @@ def fitting_batch(folder: str, own: bool, assume: Assumptions, largest: int = 16
     image = round(assume.pixels[1] / image_tokens(empty_vlm(base).config).pixels)
     prompt = image + assume.text
     candidates, length = assume.candidates
-    fits, batch = 0, 1
-    while batch <= largest:
+    batch = largest
+    while batch:
         responses = candidates if own else 1
         step = TrainingStep(batch, prompt + assume.response, image, responses, checkpointing=True)
         total = estimate_memory(base, LoraSettings(), step, reference=own).total
@@ -224,10 +224,10 @@ def fitting_batch(folder: str, own: bool, assume: Assumptions, largest: int = 16
             )
             answers = estimate_answering(base, answering, lora=LoraSettings(), adapters=2, training=True)
             total = max(total, answers.total)
-        if total > usable_bytes(assume.memory):
+        if total <= usable_bytes(assume.memory):
             break
-        fits, batch = batch, 2 * batch
-    return fits
+        batch //= 2
+    return batch
 
 
 # --- Many GPUs ------------------------------------------------------------------------------------------------------
