@@ -277,7 +277,9 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
         )
         prompt = chat.render(query.question)
         texts = [render_response(sample.answer, candidates[i].confidence) for i in picks]
-        chosen, *rejected = (t.removeprefix(prompt) for t in chat.conversations(query.question, texts))
+        # Our labels end with the turn; TRL would also learn the line break that some templates write behind it.
+        full = chat.conversations(query.question, texts)
+        chosen, *rejected = (text.removeprefix(prompt).rstrip() for text in full)
         if task.rejected:
             rows += [as_row(sample.image, prompt=prompt, chosen=chosen, rejected=text) for text in rejected]
         else:
