@@ -29,7 +29,7 @@ from tests.performance.preference import BATCH
 from vlm_calibration.files import write_text
 
 LOSS_TOLERANCE = 0.02
-"""Relative difference to TRL's loss in each of the first `COMPARED` steps, in bfloat16, of which a sum of log-likelihoods has two to three digits."""
+"""Relative difference to TRL's loss in each of the first `COMPARED` steps, in bfloat16. Tiny models differ by at most 0.3%."""
 COMPARED = 3
 MEMORY_TOLERANCE = 0.1
 GIB = 2**30
