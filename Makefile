@@ -48,7 +48,7 @@ ifdef OWN
 endif
 export PYTHON
 
-.PHONY: help setup demo calibrate regions levels train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench clean
+.PHONY: help setup demo calibrate regions levels train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench bench-gpu clean
 
 help:  ## list the targets
 	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -212,6 +212,9 @@ type: $(DEV)  ## mypy
 
 bench: $(DEV)  ## run every benchmark and write runs/bench/benchmarks.md (hours; one of them: ARGS="--only metrics")
 	$(PYTHON) -m tests.performance $(ARGS)
+
+bench-gpu: $(DEV)  ## speed and memory of real sizes on one GPU, with random weights; writes runs/bench/gpu.md (ten minutes)
+	$(PYTHON) -m tests.performance.gpu $(ARGS)
 
 clean:  ## remove caches and the demo's runs; keep the environment
 	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/demo runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,9 +56,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def cuda() -> torch.device:
-    """The GPU; skips a test without one."""
+    """A CUDA GPU; skips the test without one."""
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+        pytest.skip("needs a CUDA GPU, and torch finds none")
     return torch.device("cuda")
 
 

@@ -1,9 +1,10 @@
 """Real processors of the supported families with tokenizers trained in the test, and tiny models for them.
 
 Templates and special tokens are those of the published checkpoints for a question about one image; image sizes are a few
-pixels. They cover cases that the demo's processor lacks: images of different sizes and numbers of tokens in one batch, pixel
-values without a batch dimension, tiles, a template that writes the begin-of-sequence token, one that leaves a turn open, one
-whose generation prompt differs from its answers, and no template.
+pixels, unless settings of the images are given (`tests/performance/gpu_models.py`). They cover cases that the demo's processor
+lacks: images of different sizes and numbers of tokens in one batch, pixel values without a batch dimension, tiles, a template
+that writes the begin-of-sequence token, one that leaves a turn open, one whose generation prompt differs from its answers, and
+no template.
 """
 
 from __future__ import annotations
@@ -173,14 +174,24 @@ def _spec(tokenizer: Any, image: str, **named: str) -> Spec:
     )
 
 
-def _qwen(name: str, processor: Any, images: Any, videos: Any, system: bool = True) -> Family:
+def _qwen(
+    name: str,
+    processor: Any,
+    images: Any,
+    videos: Any,
+    system: bool = True,
+    patch: int = 4,
+    pixels: tuple[int, int] = (16 * 16, 48 * 48),
+) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
     qwen_processor = processor(
-        image_processor=images(patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}),
+        image_processor=images(
+            patch_size=patch, size={"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+        ),
         tokenizer=tokenizer,
-        video_processor=videos(patch_size=4),
+        video_processor=videos(patch_size=patch),
         chat_template=QWEN_TEMPLATE.replace("and system", "" if system else "and false"),
     )
     spec = _spec(
@@ -197,13 +208,14 @@ def _qwen2_vl() -> Family:
     return _qwen("qwen2_vl", tf.Qwen2VLProcessor, tf.Qwen2VLImageProcessor, tf.Qwen2VLVideoProcessor)
 
 
-def _qwen2_5_vl() -> Family:
-    return _qwen("qwen2_5_vl", tf.Qwen2_5_VLProcessor, tf.Qwen2VLImageProcessor, tf.Qwen2VLVideoProcessor)
+def _qwen2_5_vl(**images: Any) -> Family:
+    processor, videos = tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor
+    return _qwen("qwen2_5_vl", processor, tf.Qwen2VLImageProcessor, videos, **images)
 
 
-def _qwen3_vl() -> Family:
-    videos = tf.Qwen3VLVideoProcessor
-    return _qwen("qwen3_vl", tf.Qwen3VLProcessor, tf.Qwen2VLImageProcessor, videos, system=False)
+def _qwen3_vl(**images: Any) -> Family:
+    processor, videos = tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor
+    return _qwen("qwen3_vl", processor, tf.Qwen2VLImageProcessor, videos, system=False, **images)
 
 
 def _idefics(name: str, make: Callable[[Any], Any]) -> Family:
@@ -230,14 +242,14 @@ def _idefics3() -> Family:
     )
 
 
-def _smolvlm() -> Family:
+def _smolvlm(sizes: dict[str, Any] = IDEFICS_SIZES, tokens: int = 4) -> Family:
     return _idefics(
         "smolvlm",
         lambda tokenizer: tf.SmolVLMProcessor(
-            image_processor=tf.SmolVLMImageProcessor(**IDEFICS_SIZES),
+            image_processor=tf.SmolVLMImageProcessor(**sizes),
             tokenizer=tokenizer,
-            video_processor=tf.SmolVLMVideoProcessor(**IDEFICS_SIZES),
-            image_seq_len=4,
+            video_processor=tf.SmolVLMVideoProcessor(**sizes),
+            image_seq_len=tokens,
             chat_template=SMOLVLM_TEMPLATE,
         ),
     )
@@ -337,7 +349,7 @@ def _paligemma2() -> Family:
     return Family("paligemma2", processor, _spec(tokenizer, "<image>"), "<image>", "<eos>", varies=False)
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {
+FAMILIES: dict[str, Callable[..., Family]] = {
     "smolvlm": _smolvlm,
     "idefics3": _idefics3,
     "qwen2_vl": _qwen2_vl,

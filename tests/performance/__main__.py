@@ -23,6 +23,7 @@ BENCHMARKS = {
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
+    "scale": "Time and cost of a million queries, computed",
     "intervals": "Coverage of 95% intervals",
     "drift": "Drift of the demo's questions (needs an adapter of the demo)",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",

@@ -26,17 +26,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from peft import load_peft_weights, set_peft_model_state_dict
 from tests.performance.machine import peak_bytes, processor, reset_peak, setting
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     LlamaConfig,
@@ -54,7 +57,7 @@ from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_tokeni
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.perturbation.levels import NOISE, LinearLevels, Perturbation
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
@@ -149,6 +152,11 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     model.save_pretrained(folder)
+    write_adapter(model, folder)
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """Write a random LoRA adapter of a model, without zero weights, to `adapter/` in a folder."""
     adapted = attach_lora(model, LORA)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -157,14 +165,14 @@ def write_model(folder: Path) -> None:
     adapted.save_pretrained(folder / "adapter")
 
 
-def make_samples(n: int) -> list[Sample]:
-    """Queries about images of noise, with prompts of different lengths."""
+def make_samples(n: int, side: int = SIDE) -> list[Sample]:
+    """Queries about square images of noise of so many pixels a side, with prompts of different lengths."""
     rng = np.random.default_rng(0)
     samples = []
     for i in range(n):
         question = " ".join(rng.choice(CLASSES, size=rng.integers(5, 25)))
         query = Query(f"q{i}", "noise", question, ("Yes", "No")[i % 2], "yes_no")
-        image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
         drawn = Perturbation(NOISE, float(rng.choice(LEVELS.strengths())))
         samples.append(Sample(query, image, LEVELS.confidence(drawn), drawn, round(1000 * drawn.strength)))
     return samples
@@ -175,11 +183,27 @@ def policy_of(task: Task) -> PairPolicy:
 
 
 class OurStep:
-    """Training steps of this package's stages, with the collators of its data module."""
+    """Training steps of this package's stages, with the collators of its data module.
 
-    def __init__(self, task: Task, folder: Path, checkpointing: bool) -> None:
+    Args:
+        task: what is trained.
+        folder: model, processor and, in `adapter/`, the LoRA adapter to start from.
+        checkpointing: recompute activations in the backward pass.
+        model: the model of the folder as `load_for_training` returns it.
+        autocast: dtype of the arithmetic in mixed precision; None: that of the weights.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        checkpointing: bool,
+        model: Any,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.autocast, self.device = autocast, model.device
         chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
-        base = BaseModel(str(folder), dtype="float32")
+        base = BaseModel(str(folder))
         # Without warm-up, and with a cosine that ends at its start, the rate is constant, as TRL's is here.
         optimizer = OptimizerSettings(lr=LR, warmup_fraction=0.0, final_fraction=1.0)
         adapter = str(folder / "adapter")
@@ -197,11 +221,12 @@ class OurStep:
                 scoring="shared",
                 gradient_checkpointing=checkpointing,
             )
-            self.module.configure_model()
         else:
             self.collate = SFTCollator(chat, max_length=4096)
             self.module = SFTModule(base, LORA, optimizer, gradient_checkpointing=checkpointing)
+        with mock.patch(f"{self.module.__module__}.load_for_training", return_value=model):
             self.module.configure_model()
+        if not task.rejected:
             set_peft_model_state_dict(self.model, load_peft_weights(adapter))
         # All that is asked of its Trainer by a step, and by the optimizer's schedule.
         self.module.trainer = SimpleNamespace(estimated_stepping_batches=1000)
@@ -216,14 +241,24 @@ class OurStep:
     def __call__(self, samples: Sequence[Sample]) -> tuple[float, float]:
         """Run one training step; returns its loss, and the seconds of it that collating took."""
         start = time.perf_counter()
-        batch = self.collate(samples)
+        batch = self.collate(samples).to(self.device)
         collated = time.perf_counter() - start
-        loss = self.module.training_step(batch, 0)
+        loss = self.loss(batch)
         loss.backward()
+        self.update()
+        return float(loss.detach()), collated
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a collated batch."""
+        kind = self.device.type
+        with torch.autocast(kind, dtype=self.autocast) if self.autocast else nullcontext():
+            return self.module.training_step(batch, 0)
+
+    def update(self) -> None:
+        """Clip the gradients and apply them."""
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach()), collated
 
 
 def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -242,7 +277,9 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
         )
         prompt = chat.render(query.question)
         texts = [render_response(sample.answer, candidates[i].confidence) for i in picks]
-        chosen, *rejected = (t.removeprefix(prompt) for t in chat.conversations(query.question, texts))
+        # Our labels end with the turn; TRL would also learn the line break that some templates write behind it.
+        full = chat.conversations(query.question, texts)
+        chosen, *rejected = (text.removeprefix(prompt).rstrip() for text in full)
         if task.rejected:
             rows += [as_row(sample.image, prompt=prompt, chosen=chosen, rejected=text) for text in rejected]
         else:
@@ -253,8 +290,9 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
 def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: bool) -> tuple[Step, Any]:
     """The training steps of one side on the batches of this benchmark, and its model."""
     samples = make_samples(BATCH * n_batches)
+    base = BaseModel(str(folder), dtype="float32")
     if arm == OURS:
-        ours = OurStep(task, folder, checkpointing)
+        ours = OurStep(task, folder, checkpointing, load_for_training(base))
         return (lambda i: ours(samples[BATCH * i : BATCH * (i + 1)])), ours.model
     from tests.performance.trl_peer import TRLStep
 
@@ -269,6 +307,7 @@ def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: 
         restricted=arm == RESTRICTED,
         checkpointing=checkpointing,
         scratch=folder / "trl",
+        model=load_for_training(base),
     )
     return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs.model
 

@@ -20,8 +20,6 @@ from PIL import Image
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from vlm_calibration.models.loading import BaseModel, load_base
-
 Row = dict[str, Any]
 """An example for TRL: images, prompt, and either chosen and rejected or completion, all texts rendered."""
 
@@ -42,6 +40,8 @@ class TRLStep:
             them, as on a CPU, TRL applies the head at all positions.
         checkpointing: recompute activations in the backward pass.
         scratch: folder that the trainer may write to.
+        model: the model of the folder as `load_for_training` returns it.
+        bf16: mixed precision, by accelerate.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class TRLStep:
         restricted: bool,
         checkpointing: bool,
         scratch: Path,
+        model: Any,
+        bf16: bool = False,
     ) -> None:
         self.restricted = restricted
         adapter = str(folder / "adapter")
@@ -67,15 +69,15 @@ class TRLStep:
             "max_steps": 1000,
             "max_length": None,
             "gradient_checkpointing": checkpointing,
-            "use_cpu": True,
-            "bf16": False,
+            "use_cpu": model.device.type == "cpu",
+            "bf16": bf16,
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
         }
         arguments = {
-            "model": load_base(BaseModel(str(folder), dtype="float32")),
-            "train_dataset": _dataset(rows),
+            "model": model,
+            "train_dataset": _dataset(rows[:1]),  # which tells the kind of its rows; steps get their own
             "processing_class": AutoProcessor.from_pretrained(folder),
             "peft_config": lora,
         }
@@ -89,6 +91,7 @@ class TRLStep:
         if checkpointing:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.current_gradient_accumulation_steps = 1
+        self.prepared = trainer.accelerator.prepare_model(trainer.model)
         self.trainer = trainer
         self.optimizer = trainer.create_optimizer()
         self.trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -103,7 +106,7 @@ class TRLStep:
         batch = self.trainer.data_collator([dict(row) for row in rows])
         collated = time.perf_counter() - start
         with mock.patch.object(trl.trainer.utils, "_use_triton", self._use_triton()):
-            loss = self.trainer.training_step(self.trainer.model, batch)
+            loss = self.trainer.training_step(self.prepared, batch)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

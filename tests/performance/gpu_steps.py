@@ -1,0 +1,438 @@
+"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, shares of time, memory against its estimate, answers.
+
+`python -m tests.performance.gpu_steps MODEL` runs in a process of its own and prints one JSON object a line, a `Cell`. The model is loaded once; every
+side adds its adapter to it and takes it away again.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1", TOKENIZERS_PARALLELISM="false")
+
+import argparse
+import gc
+import importlib.util
+import json
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tests.models.steps import allocated
+from tests.performance.gpu_models import REAL, TINY, write_random
+from tests.performance.preference import BATCH, BETA, LORA, LR, OurStep, Task, make_samples, rows_of
+from transformers import AutoProcessor
+
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
+from vlm_calibration.models.answer_memory import AnsweringStep
+from vlm_calibration.models.base import BaseModel
+from vlm_calibration.models.forward import output_head, unwrap_peft
+from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import load_for_training
+from vlm_calibration.models.memory import estimate_answering, estimate_memory
+from vlm_calibration.models.shared_prefix import Prompts, pack, score_responses
+from vlm_calibration.models.vision import frozen_vision
+from vlm_calibration.text.confidence import end_of_confidence
+from vlm_calibration.text.prompts import ElicitationPrompt
+
+STEPS = {"cuda": (2, 5), "cpu": (1, 1)}
+"""Steps to warm up and measured steps of a side."""
+STEP_SECONDS = 8.0
+"""A side's measured steps end after so many seconds, but not before the first."""
+ANSWERED, NEW_TOKENS = 8, 16
+FAILED = "failed:"
+"""Beginning of the reason of a side that ended with an error, which stderr has."""
+OURS, TRL, LIGER = "ours", "TRL", "Liger"
+TASKS = {
+    "sft": Task("SFT", 0, {}),
+    **{f"dpo{n}": Task(f"DPO, {n} rejected", n, {}) for n in (1, 4, 10)},
+}
+PARTS = ("data", "vision", "prefix", "suffixes", "head", "rest")
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Cell:
+    """What was measured of one side at one task.
+
+    Attributes:
+        model: name of the model.
+        weights: "bf16" or "nf4".
+        task: title of the task; "answers" for the evaluation.
+        side: who computes.
+        reason: why nothing was measured; the other fields are then empty.
+        seconds: of each measured step, or batch of answers, without collating.
+        collating: of each measured step.
+        losses: of all steps, warm-up first.
+        peak: bytes allocated at the peak.
+        estimated: bytes by `estimate-memory`; 0 for other sides.
+        rows: longest row of a step in tokens.
+        parts: part of `PARTS` -> share of the time of a step.
+    """
+
+    model: str
+    weights: str
+    task: str
+    side: str
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    collating: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak: int = 0
+    estimated: int = 0
+    rows: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Bench:
+    """Measurements of one model.
+
+    Args:
+        name: key of `REAL` or `TINY`.
+        folder: model, processor and adapter, as `write_random` writes them.
+        weights: "bf16" or "nf4".
+        device: "cuda" or "cpu".
+        deadline: no cell begins after this time of `time.monotonic`.
+    """
+
+    def __init__(self, name: str, folder: Path, weights: str, device: str, deadline: float) -> None:
+        self.name, self.folder, self.weights, self.deadline = name, folder, weights, deadline
+        # With its number, by which accelerate compares the device of a quantised model.
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        self.tiny = name in TINY
+        self.base = BaseModel(
+            str(folder), dtype="bfloat16", quantization="nf4" if weights == "nf4" else "none"
+        )
+        self.held = 0
+        self._collect()
+        self.model = load_for_training(self.base, self.device)
+        if self.base.quantization == "none":
+            self.model.to(self.device)
+        self._collect()
+        self.held, self.leaked = self._allocated(), 0
+        self.warm_up, self.steps = STEPS[device]
+        self.samples = alike_samples(
+            max(ANSWERED, BATCH * (self.warm_up + self.steps)), {**REAL, **TINY}[name].side
+        )
+
+    # --- Cells ----------------------------------------------------------------------------------------------------
+
+    def cells(self) -> Iterator[Cell]:
+        """Measure everything, a cell at a time."""
+        for task in TASKS.values():
+            for side in (OURS, TRL, LIGER) if task.rejected else (OURS, TRL):
+                yield self.trained(task, side)
+        yield self._measured("answers", OURS, self._answer)
+
+    def trained(self, task: Task, side: str) -> Cell:
+        """Measure the training steps of one side."""
+        return self._measured(task.title, side, lambda cell: self._train(cell, task))
+
+    def _measured(self, task: str, side: str, measure: Callable[[Cell], None]) -> Cell:
+        cell = Cell(self.name, self.weights, task, side)
+        package = {OURS: None, LIGER: "liger_kernel"}.get(side, "trl")
+        if package is not None and importlib.util.find_spec(package) is None:
+            cell.reason = f"{package} is not installed"
+        elif time.monotonic() > self.deadline:
+            cell.reason = "no time was left"
+        if cell.reason:
+            return cell
+        try:
+            measure(cell)
+        except torch.cuda.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            cell = Cell(self.name, self.weights, task, side, reason=f"out of memory: {first}")
+        except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, LookupError) as error:
+            # One side that fails must not cost the others, which a GPU may not measure again; the page and the status say it.
+            traceback.print_exc()
+            cell = Cell(self.name, self.weights, task, side, reason=f"{FAILED} {type(error).__name__}")
+        return cell
+
+    def _train(self, cell: Cell, task: Task) -> None:
+        with self._borrowed() as model:
+            step, side = self._side(cell.side, task, model)
+            for i in range(self.warm_up + self.steps):
+                if i == self.warm_up and self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                start = self._now()
+                loss, collating = step(i)
+                taken = self._now() - start - collating
+                cell.losses.append(loss)
+                if i >= self.warm_up:
+                    cell.seconds.append(taken)
+                    cell.collating.append(collating)
+                if cell.seconds and sum(cell.seconds) + sum(cell.collating) > STEP_SECONDS:
+                    break
+            cell.peak = self._peak(lambda: step(0), side)
+            if cell.side == OURS:
+                self._estimate(cell, side, task)
+                cell.parts = Shares(self, side).measure(self.samples[:BATCH])
+
+    def _side(self, side: str, task: Task, model: Any) -> tuple[Callable[[int], tuple[float, float]], Any]:
+        """Steps of a side by their number, and what runs them."""
+        if side == OURS:
+            ours = OurStep(task, self.folder, not self.tiny, model, BF16)
+            return (lambda i: ours(self.samples[BATCH * i : BATCH * (i + 1)])), ours
+        if side == LIGER:
+            from tests.performance.liger_peer import LigerStep as Peer
+        else:
+            from tests.performance.trl_peer import TRLStep as Peer
+        rows = rows_of(task, self.folder, self.samples)
+        size = BATCH * max(1, task.rejected)
+        theirs = Peer(
+            self.folder,
+            rows,
+            batch=size,
+            lr=LR,
+            beta=BETA,
+            restricted=True,
+            checkpointing=not self.tiny,
+            scratch=self.folder / "trl",
+            model=model,
+            bf16=True,
+        )
+        return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs
+
+    def _answer(self, cell: Cell) -> None:
+        chat = ChatFormat(AutoProcessor.from_pretrained(self.folder), ElicitationPrompt())
+        batch = PromptCollator(chat)(self.samples[:ANSWERED]).to(self.device)
+        cell.rows = batch.inputs["input_ids"].shape[1]
+        self.model.eval()
+        self._collect()
+
+        def run() -> None:
+            with torch.autocast(self.device.type, dtype=BF16):
+                generate_texts(
+                    self.model, batch.inputs, chat.processor.tokenizer, NEW_TOKENS, end_of_confidence
+                )
+
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            start = self._now()
+            run()
+            cell.seconds.append(self._now() - start)
+        cell.peak = self._peak(run, None)
+        step = AnsweringStep(
+            ANSWERED, cell.rows, NEW_TOKENS, self._image_tokens(batch.inputs["input_ids"]), autocast=BF16
+        )
+        cell.estimated = estimate_answering(self.base, step, training=True).total
+
+    # --- Memory ---------------------------------------------------------------------------------------------------
+
+    def _estimate(self, cell: Cell, ours: OurStep, task: Task) -> None:
+        """What `estimate-memory` says of the longest batch that was measured."""
+        batch = ours.collate(self.samples[:BATCH]).to(self.device)
+        ids = batch.inputs["input_ids"]
+        cell.rows = ids.shape[1]
+        if task.rejected:
+            _, comparison = ours.module.compare(batch)
+            responses = [[c.tokens for c in row] for row in comparison.compared]
+            cell.rows = pack(Prompts(batch.inputs, batch.lengths), responses).segment.shape[1]
+        step = TrainingStep(
+            BATCH,
+            cell.rows - task.rejected * RESPONSE_TOKENS,  # of the row, with responses as short as these are
+            self._image_tokens(ids),
+            responses=1 + task.rejected,
+            checkpointing=not self.tiny,
+            autocast=BF16,
+        )
+        cell.estimated = estimate_memory(self.base, LORA, step).total
+
+    def _image_tokens(self, ids: torch.Tensor) -> int:
+        config = self.model.config
+        image = getattr(config, "image_token_id", None) or config.image_token_index
+        return int((ids == image).sum(1).max())
+
+    def _peak(self, run: Callable[[], Any], side: Any) -> int:
+        """Bytes at the peak: on a GPU of the steps since the last reset, on a CPU of one more."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() - self.leaked
+        model = self.model if side is None else side.model
+        states = [] if side is None else side.optimizer.state.values()
+        held = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+        held += sum(scales_bytes(p) for p in model.parameters())
+        held += sum(v.nbytes for s in states for v in s.values() if isinstance(v, torch.Tensor))
+        return held + allocated(run)
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Any]:
+        """The model for one side, which may wrap layers and replace methods of it; then as it was."""
+        forward = self.model.__dict__.get("forward")
+        self._collect()
+        try:
+            yield self.model
+        finally:
+            for name, layer in list(self.model.named_modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
+            self.model.__dict__.pop("peft_config", None)
+            self.model.__dict__.pop("forward", None)
+            if forward is not None:
+                self.model.forward = forward
+
+    def _collect(self) -> None:
+        """Free what earlier cells left, and note what cannot be freed."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.leaked = self._allocated() - self.held
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def alike_samples(n: int, side: int) -> list[Sample]:
+    """Samples whose responses have equally many tokens.
+
+    The SFT losses of both sides are then the same: TRL's is a mean over tokens, ours over queries.
+    """
+    drawn = (sample for sample in make_samples(4 * n + 16, side) if 0.1 <= sample.confidence < 0.995)
+    return list(islice(drawn, n))
+
+
+def scales_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of the scales of a weight in nf4, which are no parameters; 0 for other weights."""
+    state = getattr(parameter, "quant_state", None)
+    return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
+
+
+class Shares:
+    """The time of a training step by parts: data, vision, prefix, suffixes, head, and the rest (loss, clipping, optimizer).
+
+    One more step runs with clocks around the modules, which wait for the GPU. The language model's time, forward and backward, of policy and reference, is
+    split by that of a pass over the prompts alone. Images and responses of SFT, which shares nothing, belong to its prefix.
+
+    Args:
+        bench: the measured model.
+        ours: the side whose step is measured.
+    """
+
+    def __init__(self, bench: Bench, ours: OurStep) -> None:
+        self.bench, self.ours, self.now = bench, ours, bench._now
+        self.spent = dict.fromkeys(("vision", "language", "head"), 0.0)
+
+    def measure(self, samples: Sequence[Any]) -> dict[str, float]:
+        """Part of `PARTS` -> share of the time of a step with these samples, collating included."""
+        start = self.now()
+        batch = self.ours.collate(samples).to(self.ours.device)
+        data = self.now() - start
+        with self._clocks():
+            self._reset()
+            start = self.now()
+            self._backward(self.ours.loss(batch))
+            self.ours.update()
+            total = data + self.now() - start
+            spent = dict(self.spent)
+            prefix = spent["language"]
+            if hasattr(batch, "candidates"):
+                self._reset()
+                self._score_prompts(batch)
+                prefix = min(prefix, self.spent["language"])
+        seconds = {
+            "data": data,
+            "vision": spent["vision"],
+            "prefix": prefix,
+            "suffixes": spent["language"] - prefix,
+            "head": spent["head"],
+        }
+        seconds["rest"] = total - sum(seconds.values())
+        return {part: value / total for part, value in seconds.items()}
+
+    def _score_prompts(self, batch: Any) -> None:
+        """The passes of policy and reference over prompts with the first token of one response, which takes no row of its own."""
+        tokens = [[row[0].tokens[:1]] for row in batch.candidates]
+        prompts, module = Prompts(batch.inputs, batch.lengths), self.ours.module
+        with torch.autocast(self.ours.device.type, dtype=self.ours.autocast):
+            with torch.no_grad(), module.as_reference():
+                score_responses(self.ours.model, prompts, tokens)
+            loss = score_responses(self.ours.model, prompts, tokens).total.sum()
+        self._backward(loss)
+        self.ours.optimizer.zero_grad(set_to_none=True)
+
+    def _reset(self) -> None:
+        self.spent.update(dict.fromkeys(self.spent, 0.0))
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """The backward pass: first through loss and output head, then through the language model."""
+        start = self.reached = self.now()
+        loss.backward()
+        self.spent["head"] += self.reached - start
+        self.spent["language"] += self.now() - self.reached
+
+    @contextmanager
+    def _clocks(self) -> Iterator[None]:
+        """Add the time of every forward pass to its part, and note when the backward pass reaches the language model."""
+        base = unwrap_peft(self.ours.model)
+        modules = [("language", base.get_decoder()), ("head", output_head(base))]
+        modules += [("vision", module) for module in frozen_vision(self.ours.model)]
+        started: dict[int, float] = {}
+
+        def enter(module: Any, args: Any) -> None:
+            started[id(module)] = self.now()
+
+        def leave(part: str, module: Any, args: Any, output: Any) -> None:
+            self.spent[part] += self.now() - started[id(module)]
+            hidden = getattr(output, "last_hidden_state", None)
+            if part == "language" and hidden is not None and hidden.requires_grad:
+                hidden.register_hook(self._reach)
+
+        handles = []
+        for part, module in modules:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(partial(leave, part)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _reach(self, gradient: torch.Tensor) -> None:
+        self.reached = self.now()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the cells of one model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=[*REAL, *TINY])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--weights", nargs="+", choices=("bf16", "nf4"), default=["bf16", "nf4"])
+    parser.add_argument("--seconds", type=float, default=600.0, help="no cell begins later")
+    args = parser.parse_args(arguments)
+    deadline = time.monotonic() + args.seconds
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_random(args.model, folder, args.device)
+        for weights in args.weights:
+            bench = Bench(args.model, folder, weights, args.device, deadline)
+            for cell in bench.cells():
+                print(json.dumps(asdict(cell)), flush=True)
+            del bench
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
