@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError
 
 from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlays
 from vlm_calibration.errors import one_line
+from vlm_calibration.files import write_rows
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import resolve_configs
 
@@ -287,6 +288,28 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
     assert set(systems[1]) == {"sft", "dpo"}
     assert set(ABLATIONS) < set(systems[0])
     assert [str(DEVELOPMENT.relative_to(CONFIGS.parent)) in a for a in answered] == [True, False]
+
+
+def test_the_benchmark_compares_each_kind_with_training_that_leaves_it_out(tmp_path: Path) -> None:
+    def lines(kind: str, confidence: float) -> list[dict[str, Any]]:
+        answer = {"question": "A dog?", "answer": "Yes", "text": "", "predicted": "yes", "noise_step": None}
+        answer |= {"answer_type": "yes_no", "category": "perturbed", "perturbation": kind, "strength": 0.5}
+        stated = [(confidence, True), (confidence, True), (0.0, False), (None, False)]
+        return [
+            {**answer, "id": f"{kind}-{i}", "confidence": stated, "correct": correct}
+            for i, (stated, correct) in enumerate(stated)
+        ]
+
+    for at, system in enumerate(("sft", "noise-alone", *demo_seeds.LEFT_OUT)):
+        rows = [line for kind in ("", *demo_seeds.KINDS) for line in lines(kind, 0.9 - at / 10)]
+        write_rows(tmp_path / system / "predictions.jsonl", rows, lines=True)
+    table = demo_seeds.left_out([tmp_path, tmp_path])
+    # ECE 2/3 of 0.1 to 0.5, Brier score 2/3 of its square; the unparsed answer does not count.
+    assert table.splitlines()[2:] == [
+        f"| {kind} | {trained} | {2 / 3 * gap:.3f} ± 0.000 | {2 / 3 * gap**2:.3f} ± 0.000 | 1.000 ± 0.000 |"
+        for kind, left_out in (("noise", 0.3), ("blur", 0.4), ("occlusion", 0.5))
+        for trained, gap in (("all kinds", 0.1), ("noise alone", 0.2), (f"all but {kind}", left_out))
+    ]
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:

@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
 from vlm_calibration.metrics import functional
-from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import read_systems
 
@@ -237,11 +238,10 @@ def left_out(folders: list[Path]) -> str:
             values = []
             for folder in folders:
                 predictions = read_predictions(folder / system / "predictions.jsonl")
-                answers = [p for p in predictions if p.perturbation == kind]
-                table = ConfidenceTable.from_predictions(
-                    [p.confidence for p in answers], [p.correct for p in answers]
-                )
-                values.append([float(function(table)) for function in functions])
+                stated = [(p.confidence, p.correct) for p in predictions if p.perturbation == kind]
+                read = [(confidence, correct) for confidence, correct in stated if confidence is not None]
+                confidences, correct = (torch.tensor(column) for column in zip(*read, strict=True))
+                values.append([float(function(confidences, correct)) for function in functions])
             cells = [spread(list(column)) for column in zip(*values, strict=True)]
             lines.append(f"| {kind} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
