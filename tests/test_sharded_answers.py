@@ -10,22 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from .command_line import Ended, run_plainly
+from .command_line import SHARDED, Ended, run_plainly
 
 pytestmark = pytest.mark.slow
 
 ESTIMATORS = "vlm_calibration.estimators."
-SHARDED = {
-    "devices": 2,
-    "strategy": {
-        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "init_args": {
-            "data_parallel_size": 2,
-            "tensor_parallel_size": 1,
-            "save_distributed_checkpoint": False,
-        },
-    },
-}
 
 
 def _close(value: Any, other: Any) -> bool:
@@ -64,7 +53,10 @@ def _evaluation(root: Path, adapter: str, folder: Path, **trainer: Any) -> list[
                 "estimators": [
                     {"class_path": f"{ESTIMATORS}verbal.ExpectedConfidence"},
                     {"class_path": f"{ESTIMATORS}consistency.SelfConsistency", "init_args": {"samples": 1}},
-                    {"class_path": f"{ESTIMATORS}stability.Stability", "init_args": {"strengths": {"blur": [0.1]}}},
+                    {
+                        "class_path": f"{ESTIMATORS}stability.Stability",
+                        "init_args": {"strengths": {"blur": [0.1]}},
+                    },
                 ],
                 "probes": ["object", "answer"],
                 "max_new_tokens": 12,
@@ -91,7 +83,9 @@ def test_an_evaluation_with_estimators_and_probes(
     adapter = str(adapter_run)
     ended = run(*_evaluation(root, adapter, tmp_path / "one"))
     assert ended.status == 0, ended.err
-    ended = run_plainly(_evaluation(root, adapter, tmp_path / "two", **SHARDED), root, tmp_path)
+    ended = run_plainly(
+        _evaluation(root, adapter, tmp_path / "two", devices=2, strategy=SHARDED), root, tmp_path
+    )
     assert ended.status == 0, ended.err
     lengths = set()
     for system in ("base", "one"):
