@@ -26,7 +26,12 @@ torch.set_num_threads(1)
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
-MARKS = {"server": pytest.mark.slow, "cluster": pytest.mark.slurm, "browser": pytest.mark.browser}
+MARKS = {
+    "server": pytest.mark.slow,
+    "cluster": pytest.mark.slurm,
+    "browser": pytest.mark.browser,
+    "cuda": pytest.mark.gpu,
+}
 """Fixture -> marker of every test that uses it. Other slow tests are marked where they are defined."""
 
 
@@ -47,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU; skips a test without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +227,8 @@ def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vlm_calibration.inference.model import DEMO_MODEL
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
     from vlm_calibration.models.loading import BaseModel, load_base
-    from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
+    from vlm_calibration.reporting.card import EXAMPLE, Card
+    from vlm_calibration.reporting.card_files import save_card
 
     folder = tmp_path_factory.mktemp("run")
     model = attach_lora(load_base(BaseModel(str(DEMO_MODEL))), LoraSettings(r=4, alpha=4, dropout=0.0))

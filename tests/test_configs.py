@@ -278,8 +278,8 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
     monkeypatch.setattr(demo_seeds, "start", start)
     monkeypatch.setattr(demo_seeds, "finish", lambda process: None)
     with pytest.raises(SystemExit):
-        demo_seeds.main(["--test", "--without", "rlcr"])
-    assert "--without rlcr" in capsys.readouterr().err
+        demo_seeds.main(["--test", "--systems", "rlcr"])
+    assert "--systems rlcr" in capsys.readouterr().err
     for arguments in ([], ["--test"]):
         with pytest.raises(Stopped):
             demo_seeds.main(arguments)

@@ -32,7 +32,8 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
+from vlm_calibration.reporting.card import EXAMPLE, card_text
+from vlm_calibration.reporting.card_files import load_card
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings

@@ -30,7 +30,8 @@ from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_r
 from vlm_calibration.inference.model import load_calibrated
 from vlm_calibration.models.base import BaseModel, adapter_digest, adapter_weights_digest
 from vlm_calibration.models.loading import weights_digest
-from vlm_calibration.reporting.card import Card, load_card, save_card
+from vlm_calibration.reporting.card import Card
+from vlm_calibration.reporting.card_files import load_card, save_card
 
 from ..command_line import Ended
 from ..wandb_log import OfflineRun

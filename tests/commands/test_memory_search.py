@@ -210,6 +210,12 @@ def test_the_command_writes_an_overlay_with_which_all_stages_fit(
     for config in stages.values():
         for phase in stage_phases(config, plan_of(stages)):
             assert phase.estimate.total <= usable_bytes(1.2 * 2**30)
+    assert main([*call, "--gpu", "1.2GB", "--out", str(out)]) == 1
+    assert f"{out} exists" in capsys.readouterr().err
+    out.write_text("mine: 1\n")
+    assert main([*call, "--gpu", "1.2GB", "--out", str(out), "--overwrite"]) == 0
+    assert "max_pixels" in out.read_text()
+    capsys.readouterr()
     assert main([*call, "--gpu", "0.751GB,1.2GB"]) == 1
     assert "0.751GB: nothing fits" in capsys.readouterr().err
     assert main([*call, "--gpu", "24GB,80GB", "--out", str(out)]) == 2

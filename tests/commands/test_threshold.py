@@ -16,7 +16,8 @@ from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
-from vlm_calibration.reporting.card import Card, save_card
+from vlm_calibration.reporting.card import Card
+from vlm_calibration.reporting.card_files import save_card
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.thresholds import category_of, part_of, promises_of
 from vlm_calibration.settings import digest, file_digest

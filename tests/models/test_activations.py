@@ -142,6 +142,20 @@ def test_the_worst_kind_of_attention(model_folder: str) -> None:
     assert eager.activations - sdpa.activations > 2 * 4 * 4 * 500**2 * 4
 
 
+@pytest.mark.slow
+def test_flex_attention_takes_no_dense_mask(model_folder: str) -> None:
+    sdpa, flex = (
+        estimate_memory(
+            BaseModel(model_folder, attn_implementation=name), PLAIN, TrainingStep(2, 1900, responses=8)
+        )
+        for name in ("sdpa", "flex_attention")
+    )
+    row = 1900 + 7 * 16
+    dense = 2 * row**2 * 4
+    assert sdpa.logits == flex.logits
+    assert sdpa.activations - flex.activations > 0.98 * dense
+
+
 def test_parts_of_adapters(load_model: Callable[..., Any]) -> None:
     model = attach_lora(load_model(), LoraSettings(parts=["language", "projector"]))
     parts = adapter_parts(model)

@@ -98,7 +98,7 @@ def test_a_window_as_long_as_the_row_is_long_enough(family: str) -> None:
         assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "paged|sdpa"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "paged|sdpa"])
 def test_attention_without_a_mask_of_its_own_is_refused(attention: str) -> None:
     model = build("qwen2_5_vl", "sdpa")
     assert why_not_shared(model, 10_000) is None

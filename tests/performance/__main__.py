@@ -21,6 +21,7 @@ BENCHMARKS = {
     "wandb_overhead": "Logging to W&B",
     "estimators": "Cost of confidence estimators",
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
+    "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
     "intervals": "Coverage of 95% intervals",
     "drift": "Drift of the demo's questions (needs an adapter of the demo)",

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -167,7 +168,7 @@ def train(fits: dict[Path, list[str]], resume: bool) -> None:
         )
 
 
-def run_seed(seed: int, root: Path, systems: list[str], *, resume: bool, test: bool) -> Metrics:
+def run_seed(seed: int, root: Path, systems: Sequence[str], *, resume: bool, test: bool) -> Metrics:
     """Train the systems with this seed and evaluate them on development or test scenes; returns their metrics."""
     own = ["--seed_everything", str(seed), "--data.noise.seed", str(seed)]
     folders = {name: root / f"{name}-{seed}" for name in systems if name not in UNTRAINED}
@@ -324,6 +325,7 @@ def against_likelihood(seeds: list[dict[Confidence, Measured]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     all_systems = list({**SYSTEMS, **ABLATED})
+    needed = ("base", "sft")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/demo"))
@@ -331,21 +333,22 @@ def main(arguments: list[str] | None = None) -> None:
         "--resume", action="store_true", help="reuse adapters in --out; they must have the same settings"
     )
     parser.add_argument(
-        "--without",
+        "--systems",
         nargs="+",
-        default=[],
-        choices=sorted({*all_systems} - {"sft", "sft-paper", "dpo", *UNTRAINED}),
+        choices=sorted({*all_systems} - {*needed}),
+        help="compare these alone with base and sft; default: all",
     )
     parser.add_argument(
         "--test", action="store_true", help="answer the test scenes, with the systems of the README alone"
     )
     args = parser.parse_args(arguments)
-    if args.test and args.without:
+    if args.test and args.systems:
         parser.error(
-            f"--test takes no --without {' '.join(args.without)}: settings are chosen on development scenes; the test scenes are "
+            f"--test takes no --systems {' '.join(args.systems)}: settings are chosen on development scenes; the test scenes are "
             f"for {', '.join(REPORTED)}"
         )
-    systems = [name for name in (REPORTED if args.test else all_systems) if name not in args.without]
+    compared = [name for name in all_systems if args.systems is None or name in {*needed, *args.systems}]
+    systems = REPORTED if args.test else compared
     runs = [run_seed(seed, args.out, systems, resume=args.resume, test=args.test) for seed in args.seeds]
     print(markdown(runs, SYSTEMS))
     if not args.test:

@@ -2,7 +2,7 @@
 
 In process a model is asked as `vlm-calibration test` asks it for stated confidences: batches of eight, greedy decoding that ends
 behind the confidence. A server gets the same questions one at a time, or sixteen at once; "-": it answers with an error. Answers have at most 16 tokens, and those of
-the random model always do.
+the random model always do. Everything runs on one thread: on busy cores more of them only wait for each other.
 
 Target: none; it tells whether a model that is to answer many questions is better served.
 """
@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from urllib.error import HTTPError
 
+import torch
+
 from vlm_calibration import load_calibrated
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.demo.source import DemoSource
@@ -27,9 +29,8 @@ from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import cached_family
 from ..serving.conftest import Question
-from ..serving.served import VLLM, ask_served, serving, transformers_serve, vllm_serve
+from ..serving.served import VLLM, ask_served, save_qwen, serving, transformers_serve, vllm_serve
 
 SCENES, BATCH, TOKENS = 96, 8, 16
 CONCURRENT = (1, 16)
@@ -78,6 +79,7 @@ def rate(answer: Callable[..., None], asked: Sequence[object], concurrent: int) 
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     asked = questions()
     servers = {"`transformers serve`": transformers_serve, "vLLM": vllm_serve}
     if not VLLM.exists():
@@ -90,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         models: dict[str, Callable[[], str]] = {
             "demo": lambda: str(DEMO_MODEL),
-            "random Qwen2.5-VL": partial(cached_family("qwen2_5_vl").save, Path(temporary) / "qwen"),
+            "random Qwen2.5-VL": partial(save_qwen, Path(temporary) / "qwen"),
         }
         for name, save in models.items():
             folder = save()

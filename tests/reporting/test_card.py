@@ -12,17 +12,8 @@ import pytest
 import yaml
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import (
-    BEGIN,
-    END,
-    EXAMPLE,
-    Card,
-    card_text,
-    load_card,
-    save_card,
-    snippet,
-    state_guarantee,
-)
+from vlm_calibration.reporting.card import BEGIN, END, EXAMPLE, Card, card_text, snippet
+from vlm_calibration.reporting.card_files import load_card, save_card, state_guarantee
 from vlm_calibration.reporting.tables import COLUMNS, column
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 

@@ -13,16 +13,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData, model_index_to_eval_results
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import (
-    BEGIN,
-    END,
-    Card,
-    card_text,
-    is_edited,
-    load_card,
-    save_card,
-    update_card,
-)
+from vlm_calibration.reporting.card import BEGIN, END, Card, card_text
+from vlm_calibration.reporting.card_files import is_edited, load_card, save_card, update_card
 from vlm_calibration.reporting.evaluation import Evaluation, read_evaluation
 from vlm_calibration.reporting.tables import COLUMNS
 

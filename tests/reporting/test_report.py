@@ -25,6 +25,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS
 from vlm_calibration.files import write_rows
+from vlm_calibration.metrics import binned
 from vlm_calibration.metrics.bootstrap import Interval, percentile_interval
 from vlm_calibration.metrics.functional import (
     area_under_risk_coverage,
@@ -34,7 +35,8 @@ from vlm_calibration.metrics.functional import (
 )
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card, save_card
+from vlm_calibration.reporting.card import Card
+from vlm_calibration.reporting.card_files import save_card
 from vlm_calibration.reporting.report import figures
 from vlm_calibration.reporting.report.agreement import Match, bands_of, groups_of_system, match_of
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
@@ -422,6 +424,19 @@ def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.Mo
     }
     figures.panels_of([system("base", [p for p in rows if p.category == "clean"])])
     assert len(drawn) == 1, "nothing was perturbed"
+
+
+def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A level oracle's are not whole percents."""
+    drawn = []
+    monkeypatch.setattr(figures, "reliability_diagram", lambda table, ax: drawn.append(table))
+    oracle = system("oracle", [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in answers(0)])
+    figures.panels_of([oracle])
+    [row] = [r for r in compare([oracle], Comparison(replicates=20)).rows if r.estimator == "verbalized"]
+    [table] = drawn
+    assert float(binned.expected_calibration_error(table.groups())) == pytest.approx(
+        row.metrics["ece"].value, abs=5e-5
+    )
 
 
 # --- The files ----------------------------------------------------------------------------------------------------

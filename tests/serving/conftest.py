@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vlm_calibration import cli, load_calibrated
 from vlm_calibration.demo.source import DemoSource
@@ -16,7 +18,12 @@ from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+from ..command_line import Server, callback
+from ..endpoint.test_evaluation import lines, metrics
+
 QUESTIONS = 60
+SCENES, TOKENS = 16, 16
+"""Of an evaluation: its scenes, of three queries each, and the length limit of an answer."""
 
 
 class Question(NamedTuple):
@@ -98,3 +105,89 @@ def merged(demo_adapter: Callable[..., str], tmp_path_factory: pytest.TempPathFa
         == 0
     )
     return folder
+
+
+@pytest.fixture
+def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
+    """Function that runs `vlm-calibration test` on 48 queries; returns the run directory.
+
+    Its arguments say which model, as those of the command line do.
+    """
+    estimators = "vlm_calibration.estimators"
+    levels = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
+    config = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": "${runs}",
+            "callbacks": [callback("predictions.PredictionWriter")],
+        },
+        "model": {
+            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
+            "init_args": {
+                "max_new_tokens": TOKENS,
+                "estimators": [
+                    {
+                        "class_path": f"{estimators}.verbal.ExpectedConfidence",
+                        "init_args": {"levels": [levels]},
+                    },
+                    {"class_path": f"{estimators}.likelihood.AnswerLikelihood"},
+                ],
+            },
+        },
+        "data": {
+            "workers": 0,
+            "test": {
+                "clean": {
+                    "source": {
+                        "class_path": "vlm_calibration.demo.source.DemoSource",
+                        "init_args": {"split": "test", "scenes": SCENES},
+                    }
+                }
+            },
+        },
+    }
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+
+    def run(name: str, *which: str) -> Path:
+        ended = server.wait(server.start(["test", "--config", "eval.yaml", *which, "--runs", name], tmp_path))
+        assert ended.status == 0, ended.err
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def evaluate_served(evaluate: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
+    """Function that evaluates a model in process and behind the address of its server.
+
+    It checks that the files agree on all that is not read from token probabilities, and returns the folders of both systems.
+    """
+
+    def compared(folder: str, url: str, name: str) -> tuple[Path, Path]:
+        local = evaluate("local", "--model.init_args.base.name_or_path", folder) / "base"
+        address = ("--config", "system/endpoint", "--url", f"{url}/v1", "--served-model", name)
+        served = evaluate("served", *address) / "endpoint"
+        texts, exact = zip(*(_without_estimates(folder) for folder in (local, served)), strict=True)
+        assert len(texts[0]) == 3 * SCENES
+        assert texts[1] == texts[0]
+        assert exact[1] == exact[0]
+        return local, served
+
+    return compared
+
+
+def _without_estimates(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The answers and metrics of a system, without those of further estimators.
+
+    Texts are without an unfinished character at their end, of which servers send nothing.
+    """
+    answers = [
+        {k: v for k, v in line.items() if k not in ("expected", "likelihood")} for line in lines(folder)
+    ]
+    for line in answers:
+        for name in ("text", "predicted"):
+            line[name] = re.sub(r"[\ufffd\s]+\Z", "", line[name] or "")
+    return answers, {k: v for k, v in metrics(folder).items() if "@" not in k}

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -20,6 +21,8 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
+
+from ..models.processors import cached_family
 
 VLLM = Path(__file__).parents[2] / ".venv-serving" / "bin" / "vllm"
 """The command that `tests/serving/setup` installs."""
@@ -38,6 +41,12 @@ def transformers_serve(folder: str) -> list[str]:
     return [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--device", "cpu"]
 
 
+def save_qwen(folder: Path) -> str:
+    """Write a tiny Qwen2.5-VL with random weights whose heads have 32 dimensions, the fewest of vLLM's attention on a CPU."""
+    family = cached_family("qwen2_5_vl")
+    return replace(family, spec=replace(family.spec, width=128)).save(folder)
+
+
 @contextmanager
 def serving(command: Sequence[str], log: Path) -> Iterator[str]:
     """Run a server on a free port of 127.0.0.1 until the block ends; yields its address.
@@ -54,6 +63,7 @@ def serving(command: Sequence[str], log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     settings = {
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # on busy cores the threads of a tiny model mostly wait for each other
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_NO_USAGE_STATS": "1",
     }

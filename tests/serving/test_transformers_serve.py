@@ -1,20 +1,22 @@
-"""`transformers serve` answers as the library does."""
+"""`transformers serve` answers an evaluation as the model itself does."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from .conftest import Question
-from .served import ask_served, serving, transformers_serve
+from ..endpoint.test_evaluation import lines, metrics
+from .served import serving, transformers_serve
 
 
-@pytest.mark.slow
 def test_transformers_serves_the_merged_demo(
-    merged: str, questions: list[Question], answered: Callable[..., list[str]], tmp_path: Path
+    merged: str, evaluate_served: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    expected = answered(base=merged)
     with serving(transformers_serve(merged), tmp_path / "log") as url:
-        assert [ask_served(url, merged, q.image, q.prompt) for q in questions] == expected
+        _, served = evaluate_served(merged, url, merged)
+    assert json.loads((served / "notes.json").read_text()) == dict.fromkeys(
+        ("expected", "likelihood"), "the server gives no log-probabilities (logprobs)"
+    )
+    assert {(line["expected"], line["likelihood"]) for line in lines(served)} == {(None, None)}
+    assert metrics(served)["ece@expected"] is None

@@ -39,6 +39,7 @@ def estimate(
     tokens: PositiveInt | None = None,
     gpu: str | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Estimate the GPU memory that stages take with the same settings, or find settings that fit; needs neither a GPU nor the weights.
 
@@ -47,6 +48,7 @@ def estimate(
         gpu: memory of a GPU, as 24GB; several as 24GB,80GB. Finds batch sizes, gradient checkpointing, quantisation and
             data.max_pixels with which all stages fit. A card sold as 24 GB has about 24 GiB, so GB and GiB mean the same here
         out: write the settings that fit to this YAML file, an overlay for all stages; with one GPU
+        overwrite: replace the file if it exists
 
     Raises:
         ArgumentError: a setting is unknown or wrong.
@@ -56,6 +58,8 @@ def estimate(
     sizes = parse_gpus(gpu) if gpu is not None else {}
     if out is not None and len(sizes) != 1:
         raise ArgumentError(None, f"--out {out}: needs --gpu with one size, found {len(sizes)}")
+    if out is not None and out.exists() and not overwrite:
+        raise DataError(f"--out {out} exists: give another file, or --overwrite")
     from vlm_calibration.commands.memory_plan import parse_stages, plan_of
 
     stages = parse_stages(settings)

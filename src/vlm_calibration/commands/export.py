@@ -158,7 +158,7 @@ def _output_folder(out: Path | None) -> Iterator[Path]:
 def _read_evaluations(adapter: Path, folders: Sequence[str]) -> list[Evaluation]:
     """The results of an adapter that its card has already, and those of further evaluations, which replace results on the same data."""
     from vlm_calibration.models.base import adapter_digest
-    from vlm_calibration.reporting.card import load_card
+    from vlm_calibration.reporting.card_files import load_card
     from vlm_calibration.reporting.evaluation import read_evaluation
 
     digest, card = adapter_digest(adapter), load_card(adapter)
@@ -187,7 +187,7 @@ def _license(name: str | None) -> dict[str, Any]:
 
 def _write_adapter(export: Export, folder: Path) -> None:
     from vlm_calibration.models.base import adapter_digest
-    from vlm_calibration.reporting.card import renew_card
+    from vlm_calibration.reporting.card_files import renew_card
 
     adapter, base = export.adapter, export.base
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
@@ -205,7 +205,7 @@ def _write_adapter(export: Export, folder: Path) -> None:
 def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
     from vlm_calibration.data.module import load_processor
     from vlm_calibration.models.export import merge_adapter, save_merged
-    from vlm_calibration.reporting.card import TEXT, is_edited, save_card
+    from vlm_calibration.reporting.card_files import TEXT, is_edited, save_card
 
     adapter, base = export.adapter, export.base
     if is_edited(adapter):
@@ -254,7 +254,8 @@ def _card(export: Export) -> Card:
     """The adapter's card with the base model, location, results, guarantee and licence of the export."""
     from vlm_calibration.estimators.decision import rule_of_adapter
     from vlm_calibration.hub import is_hub_name
-    from vlm_calibration.reporting.card import Card, load_card
+    from vlm_calibration.reporting.card import Card
+    from vlm_calibration.reporting.card_files import load_card
 
     base = export.base.name_or_path
     card, rule = load_card(export.adapter) or Card(base), rule_of_adapter(export.adapter)

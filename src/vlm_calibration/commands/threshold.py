@@ -54,7 +54,7 @@ def threshold(
     # These import torch, which the help does not need.
     from vlm_calibration.estimators.decision import write_rule
     from vlm_calibration.metrics.risk_control import Limits
-    from vlm_calibration.reporting.card import state_guarantee
+    from vlm_calibration.reporting.card_files import state_guarantee
     from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
     from vlm_calibration.reporting.report.thresholds import choose, realised
 

@@ -17,6 +17,8 @@ C = TypeVar("C", bound=Hashable)
 
 CHUNK = 1 << 18
 """Predictions counted at a time, which bounds the memory of an update."""
+PROBABILITY_STEPS = 10_000
+"""Grid steps from 0 to 1 for confidences that are not whole percents, as those of estimators."""
 
 
 def check_grid_steps(grid_steps: int) -> None:
@@ -141,7 +143,7 @@ class ConfidenceTable:
             confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
                 between two grid levels goes to the nearer one, see `to_level`.
             correct: bool [N].
-            grid_steps: grid steps from 0 to 1; 100 for stated percentages, 10_000 for probabilities.
+            grid_steps: grid steps from 0 to 1; 100 for stated percentages, `PROBABILITY_STEPS` for others.
 
         Raises:
             ValueError: on a confidence outside [0, 1], or inputs of different lengths.

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.fake_tensors import FakeModules, LiveBytes, autocast, over_layers
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.shared_prefix import isolate_suffixes
+from vlm_calibration.models.suffix_masks import isolate_suffixes
 
 RESPONSE_TOKENS = 16
 """Tokens of an answer with its confidence up to the end of the turn: "a red bicycle. Confidence: 80%" with a margin."""

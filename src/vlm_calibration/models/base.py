@@ -35,7 +35,8 @@ class BaseModel:
         dtype: of the weights, and of the arithmetic on quantised weights; "auto": the checkpoint's dtype.
         quantization: of the language model's linear layers, with bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339) or
             "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
-        attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' default.
+        attn_implementation: attention kernel, e.g. "sdpa", "eager" or "flash_attention_2"; None: transformers' default. With
+            "flex_attention" the language model uses FlexAttention, on GPUs, and candidates that share a row take no dense mask.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run modelling code of the checkpoint.
     """

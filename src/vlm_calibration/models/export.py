@@ -62,7 +62,7 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
 
     Args:
         folder: the adapter, as peft saves it.
-        base: its base model; dtype and quantisation are ignored. An adapter trained on a quantised base is merged into the
+        base: its base model; dtype, quantisation and attention kernel are ignored. An adapter trained on a quantised base is merged into the
             base in full precision.
         dtype: of the merged weights; "auto": that of each weight in the base's checkpoint.
 
@@ -72,7 +72,7 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
     """
     _check_stored_unquantised(base)
     target = None if dtype == "auto" else getattr(torch, dtype)
-    model = load_base(replace(base, dtype="float32", quantization="none"))
+    model = load_base(replace(base, dtype="float32", quantization="none", attn_implementation=None))
     checkpoint = find_checkpoint(base)
     with _report_failure(folder, base):
         wrapped = load_adapters(model, {"default": folder})

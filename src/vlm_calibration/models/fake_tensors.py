@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from vlm_calibration.models.suffix_masks import FAKE_FLEX
 
 
 class LiveBytes(TorchDispatchMode):
@@ -66,6 +69,38 @@ class _Dropout(nn.Dropout):
         if not self.training:
             return x
         return torch.native_dropout(x, self.p, True)[0]
+
+
+class _FlexAttention(torch.autograd.Function):
+    """FlexAttention, which does not run on fake tensors: saves its inputs, its result, and a number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result, torch.empty_like(query[..., 0], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, log_sum = ctx.saved_tensors
+        torch.empty_like(log_sum)  # of gradient and result, their product for each query
+        return tuple(map(torch.empty_like, (query, key, value)))
+
+
+def _flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """Attention of heads [B, H, L, E] with keys and values of fewer heads, as transformers calls FlexAttention."""
+    heads = query.shape[1]
+    if heads & (heads - 1):  # no power of two: transformers repeats keys and values
+        key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    result = _FlexAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype))
+    return result.transpose(1, 2).contiguous(), None
+
+
+# Without a mask function of that name, transformers makes no mask.
+AttentionInterface.register(FAKE_FLEX, _flex_attention)
 
 
 class FakeModules:

@@ -26,6 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from vlm_calibration import hub
 from vlm_calibration.models.base import THRESHOLDS, BaseModel
 from vlm_calibration.models.parts import layer_parts
+from vlm_calibration.models.suffix_masks import FLEX
+from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
 
 
@@ -34,14 +36,17 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
 
     Args:
         base: the model and how to load it.
-        device: of a quantised model, which must not be moved later. Other models are loaded onto the CPU.
+        device: that the model runs on. A quantised model is loaded there and must not be moved later, others onto the CPU.
 
     Raises:
         DataError: the model does not exist, or cannot be loaded with these settings.
     """
+    flex = base.attn_implementation == FLEX
+    if flex:
+        _check_flex(base, torch.device(device))
     settings: dict[str, Any] = {
         "dtype": base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
-        "attn_implementation": base.attn_implementation,
+        "attn_implementation": None if flex else base.attn_implementation,
     }
     with hub.loading("a model", base.name_or_path):
         if base.quantization != "none":
@@ -52,9 +57,41 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
             trust_remote_code=base.trust_remote_code,
             **settings,
         )
+    if flex:
+        use_in_language_model(model, FLEX)
     if base.quantization == "nf4":
         _prevent_repacking(model)
     return model
+
+
+def use_in_language_model(model: Any, attention: str) -> None:
+    """Set the attention kernel of the language model; the tower keeps its own.
+
+    transformers' own switch refuses FlexAttention for a family of which any part does not support it.
+    """
+    model.get_decoder().config._attn_implementation = attention
+
+
+def _check_flex(base: BaseModel, device: torch.device) -> None:
+    """Check that a model can use FlexAttention, before its weights are loaded.
+
+    Raises:
+        DataError: it cannot, or the device cannot.
+    """
+    setting = f"attn_implementation: {FLEX}"
+    if device.type in ("cpu", "mps"):
+        raise DataError(
+            f"{setting} needs a GPU, but the model runs on {device.type!r}, where FlexAttention has no backward pass: leave "
+            "it out"
+        )
+    model = empty_vlm(base)
+    decoder = model.get_decoder()
+    if not decoder._supports_attention_backend:
+        raise DataError(f"{setting}: {type(decoder).__name__} computes its own attention: leave it out")
+    if dropout := getattr(decoder.config, "attention_dropout", 0.0):
+        raise DataError(
+            f"{setting} has no dropout, but {base.name_or_path} trains with attention_dropout {dropout}: leave it out"
+        )
 
 
 def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:

@@ -23,10 +23,11 @@ from vlm_calibration.models.answer_memory import AnsweringStep, answering_peaks
 from vlm_calibration.models.base import BaseModel, Quantization
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.image_tokens import patches_per_token
-from vlm_calibration.models.loading import empty_vlm, quantised_layers
+from vlm_calibration.models.loading import empty_vlm, quantised_layers, use_in_language_model
 from vlm_calibration.models.parts import ModelPart
 from vlm_calibration.models.sharding import transformer_blocks
 from vlm_calibration.models.shared_prefix import ATTENTION, why_not_shared
+from vlm_calibration.models.suffix_masks import FAKE_FLEX, FLEX
 from vlm_calibration.models.vision_memory import adapted_vision, adapter_parts, pixel_bytes, tower_bytes
 
 
@@ -250,6 +251,8 @@ def _build(
         layer.saves_input = base.quantization == "int8"
     if base.attn_implementation == "eager":
         model.set_attn_implementation("eager")
+    elif base.attn_implementation == FLEX:
+        use_in_language_model(model, FAKE_FLEX)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is not None:

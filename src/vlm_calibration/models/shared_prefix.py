@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.forward import logits_at, unwrap_peft
+from vlm_calibration.models.suffix_masks import BLOCKWISE, FLEX, isolate_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ Scoring = Literal["auto", "shared", "plain"]
 Responses = Sequence[Sequence[Sequence[int]]]
 """For each query its candidates, each a sequence of token ids behind the query's prompt."""
 
-ATTENTION = ("eager", "sdpa")
+ATTENTION = ("eager", "sdpa", *BLOCKWISE)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -106,7 +107,7 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     config = unwrap_peft(model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ATTENTION:
-        return f"attention {attention!r} takes no custom mask (use `attn_implementation: sdpa`)"
+        return f"attention {attention!r} takes no custom mask (use `attn_implementation: sdpa` or `{FLEX}`)"
     kinds = getattr(config, "layer_types", None)
     if unsupported := sorted(set(kinds or ()) - set(LAYER_TYPES)):
         return f"{type(unwrap_peft(model)).__name__} has {unsupported[0]} layers, which process a row sequentially"
@@ -264,40 +265,6 @@ def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
     types = inputs["token_type_ids"]
     response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]
     return {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
-
-
-def isolate_suffixes(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, segment: Tensor, shift: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix."""
-    embeddings = kwargs["inputs_embeds"]
-    length, dtype = segment.shape[1], embeddings.dtype
-    query, key = segment[:, :, None], segment[:, None, :]
-    same_path = ((key == 0) | (key == query)) & (key >= 0)
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    diagonal = torch.eye(length, dtype=torch.bool, device=segment.device)
-
-    def restrict(mask: Tensor | None) -> Tensor:
-        if mask is None or mask.ndim == 2:  # the model would make it causal
-            allowed = (same_path & causal)[:, None]
-        else:
-            allowed = (mask if mask.dtype == torch.bool else mask == 0) & same_path[:, None]
-        # The diagonal keeps softmax defined for padding. Additive, because eager attention adds its mask.
-        blocked = ~(allowed | diagonal)
-        return torch.zeros(blocked.shape, dtype=dtype, device=segment.device).masked_fill(
-            blocked, torch.finfo(dtype).min
-        )
-
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(length, device=segment.device)[None]
-    return args, {
-        **kwargs,
-        "attention_mask": {k: restrict(m) for k, m in mask.items()}
-        if isinstance(mask, dict)
-        else restrict(mask),
-        "position_ids": positions - shift,
-    }
 
 
 def scores_at(log_likelihood: Tensor, predictions: Tensor) -> ResponseScores:

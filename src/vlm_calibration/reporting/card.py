@@ -1,24 +1,17 @@
 """The model card of an adapter or of a merged model: what was trained, and how to use it without this package.
 
-`card_text` is a pure function of a `Card`. The card's fields are saved beside it as `calibration.json`, from which an export
-writes its own card, and which programs can read.
+`card_text` is a pure function of a `Card`; `card_files.py` reads and writes both.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
-from vlm_calibration.files import first_line, write_text
-from vlm_calibration.models.base import FACTS, THRESHOLDS
-from vlm_calibration.records import DataError
+from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results, results_section
 from vlm_calibration.reporting.markdown import code, fenced, number, table
 from vlm_calibration.reporting.tables import COLUMNS, column
@@ -82,130 +75,9 @@ class Card:
     max_pixels: int | None = None
 
 
-def save_card(folder: Path, card: Card) -> None:
-    """Write `README.md` and `calibration.json`."""
-    text = card_text(card)
-    write_text(folder / TEXT, text)
-    _write_facts(folder, card, _digest(text))
-
-
-def _write_facts(folder: Path, card: Card, digest: str) -> None:
-    facts = json.dumps({**asdict(card), DIGEST: digest}, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / FACTS, facts + "\n")
-
-
-def renew_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
-    """Write a card, or if someone has edited its `README.md` put results, guarantee and licence into that (`update_card`)."""
-    if is_edited(folder):
-        update_card(folder, card, license)
-    else:
-        save_card(folder, card)
-
-
-def state_guarantee(folder: Path, guarantee: str) -> None:
-    """State in an adapter's card what the thresholds beside it promise; without a card of ours nothing is written.
-
-    Raises:
-        DataError: the card cannot be read or written.
-    """
-    card = load_card(folder)
-    if card is not None:
-        renew_card(folder, replace(card, guarantee=guarantee), {})
-
-
-def update_card(folder: Path, card: Card, license: dict[str, Any]) -> None:
-    """Put a card's results, guarantee and a licence into a `README.md` that someone has edited; all other text stays.
-
-    Results and guarantee replace what stands between the lines `BEGIN` and `END`; without these lines they are appended.
-
-    Args:
-        folder: has the `README.md`, and the `calibration.json` of `save_card` if there was one.
-        card: its results and guarantee are those of the adapter in the folder.
-        license: metadata of the licence to state instead; empty for what the text states.
-
-    Raises:
-        DataError: the metadata at the head of the text cannot be read.
-    """
-    path, facts = folder / TEXT, _read_facts(folder)
-    has_results = _has_results(card) or (facts is not None and _has_results(facts[0]))
-    if not has_results and not license:
-        return
-    try:
-        edited = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: the metadata cannot be read: {first_line(error)}") from error
-    for name, value in license.items():
-        edited.data[name] = value
-    if has_results:
-        metadata = card_metadata(card)
-        edited.data["model_name"], edited.data["eval_results"] = metadata.model_name, metadata.eval_results
-        edited.text = _with_results(edited.text, _evaluations(card) if _has_results(card) else "")
-    write_text(path, str(edited))
-    if facts is not None:
-        # The digest stays that of the text before it was edited.
-        _write_facts(folder, card, facts[1])
-
-
-def _has_results(card: Card) -> bool:
+def has_results(card: Card) -> bool:
+    """Whether there is anything for `results_of_tests`."""
     return bool(card.evaluations or card.guarantee)
-
-
-def _with_results(text: str, results: str) -> str:
-    """The text with `results` in place of those that it has, or at its end."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        return f"{before}{results}{after}"
-    return f"{text.rstrip()}\n\n{results}\n" if results else text
-
-
-def load_card(folder: Path) -> Card | None:
-    """Read the card that `save_card` wrote; None if there is none.
-
-    Raises:
-        DataError: the file is not what `save_card` writes.
-    """
-    return None if (facts := _read_facts(folder)) is None else facts[0]
-
-
-def is_edited(folder: Path) -> bool:
-    """Whether `README.md` differs from what `save_card` wrote; raises as `load_card` does."""
-    text = folder / TEXT
-    if not text.is_file():
-        return False
-    facts = _read_facts(folder)
-    return facts is None or _digest(text.read_text(encoding="utf-8")) != facts[1]
-
-
-def _read_facts(folder: Path) -> tuple[Card, str] | None:
-    """The card in `calibration.json`, and the digest of its text."""
-    path = folder / FACTS
-    if not path.is_file():
-        return None
-    try:
-        facts = dict(json.loads(path.read_text(encoding="utf-8")))
-        digest = facts.pop(DIGEST, "")
-        levels, steps = facts.pop("levels", {}), facts.pop("steps", None)
-        read = {
-            answer_type: [_read_level(row, steps) for row in rows] for answer_type, rows in levels.items()
-        }
-        evaluations = [Evaluation(**evaluation) for evaluation in facts.pop("evaluations", [])]
-        return Card(levels=read, evaluations=evaluations, **facts), digest
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the facts of a model card: {error}") from error
-
-
-def _read_level(row: list[Any], steps: int | None) -> tuple[str, float, float]:
-    """One of `Card.levels`; cards of older adapters have pairs of a noise step, of `steps` in all, and a confidence."""
-    if steps is not None:
-        step, confidence = row
-        return ("noise" if step else "", step / steps, confidence)
-    kind, strength, confidence = row
-    return kind, strength, confidence
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def card_text(card: Card) -> str:
@@ -216,7 +88,7 @@ def card_text(card: Card) -> str:
         _serving(card) if card.has_chat_template else "",
         _prompt(card) if card.template else "",
         _answer_format(card) if card.template else "",
-        _evaluations(card) if _has_results(card) else "",
+        results_of_tests(card) if has_results(card) else "",
         _levels(card) if card.levels else "",
         _results(card) if card.results else "",
         _training(card) if card.training else "",
@@ -413,7 +285,8 @@ def _level_settings(card: Card) -> str:
     return ", ".join(card.training[name] for name in ("levels", "schedule") if name in card.training)
 
 
-def _evaluations(card: Card) -> str:
+def results_of_tests(card: Card) -> str:
+    """The sections of the card's evaluations and guarantee, between the lines `BEGIN` and `END`."""
     sections = [results_section(evaluation, card.merged) for evaluation in card.evaluations]
     if sections:
         sections.insert(0, "## Results")

@@ -20,13 +20,11 @@ from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPredicti
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.probe_metrics import ProbeMetrics
-from vlm_calibration.metrics.table import as_confidence_tensor
+from vlm_calibration.metrics.table import PROBABILITY_STEPS, as_confidence_tensor
 from vlm_calibration.records import Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
-GRID_STEPS = 10_000
-"""Grid steps from 0 to 1 for estimators, whose probabilities are not whole percents."""
 PROBES = "probes"
 """Name under which the forward passes of all probes are counted."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
@@ -95,7 +93,7 @@ class Scorer(nn.Module):
         for _ in self.confidences[1:]:
             self.calibration.append(
                 CalibrationMetrics(
-                    categories=self.groups, grid_steps=GRID_STEPS, metrics=REPORTED_FOR_ESTIMATORS
+                    categories=self.groups, grid_steps=PROBABILITY_STEPS, metrics=REPORTED_FOR_ESTIMATORS
                 )
             )
         self.passes = PassCount(len(self.counted))

@@ -20,7 +20,7 @@ from vlm_calibration.metrics.figures import (
     response_curve,
     risk_coverage_figure,
 )
-from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.table import PROBABILITY_STEPS, ConfidenceTable
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.thresholds import CURVE, SystemPromises
 
@@ -164,8 +164,9 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def _table(predictions: Sequence[EstimatedPrediction]) -> ConfidenceTable:
+    """Counts on the fine grid: a level oracle's confidences are not whole percents, and figures must agree with the table."""
     return ConfidenceTable.from_predictions(
-        [p.confidence for p in predictions], [p.correct for p in predictions]
+        [p.confidence for p in predictions], [p.correct for p in predictions], grid_steps=PROBABILITY_STEPS
     )
 
 

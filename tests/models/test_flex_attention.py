@@ -1,0 +1,231 @@
+"""FlexAttention: its masks against the dense ones, log-likelihoods in every family, the size of masks, and what is refused.
+
+FlexAttention runs without compilation here, which evaluates the mask for all pairs of tokens. So the tables of blocks, which only
+compiled kernels read, are compared on their own. It has no backward pass on the CPU: gradients are compared on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+
+from vlm_calibration.models import loading, suffix_masks
+from vlm_calibration.models.fake_tensors import LiveBytes
+from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.loading import BaseModel, load_base, load_for_training, use_in_language_model
+from vlm_calibration.models.shared_prefix import Prompts, score_responses, why_not_shared
+from vlm_calibration.models.suffix_masks import BLOCK, FLEX, isolate_suffixes
+from vlm_calibration.records import DataError
+
+from .families import FAMILIES, Spec, build
+from .prefix_cases import Case, assert_equal, gradients_of, new_case, unpadded
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return new_case(request.param)
+
+
+def masks_of(case: Case, attention: str) -> list[Any]:
+    """The mask that each layer of the language model gets in a packed row."""
+    decoder = unwrap_peft(case.model).get_decoder()
+    masks: list[Any] = []
+
+    def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers
+    ]
+    before = decoder.config._attn_implementation
+    use_in_language_model(unwrap_peft(case.model), attention)
+    try:
+        with torch.no_grad():
+            assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
+    finally:
+        use_in_language_model(unwrap_peft(case.model), before)
+        for handle in handles:
+            handle.remove()
+    return masks
+
+
+def expanded(mask: BlockMask) -> Tensor:
+    """The mask that compiled kernels compute, bool [B, 1, L, L]: all of a full block, the mask function within a partial one."""
+    batch, _, n_queries, _ = mask.kv_indices.shape
+    size, (length, _) = mask.BLOCK_SIZE[0], mask.seq_lengths
+    exact = create_mask(mask.mask_mod, batch, 1, length, length, "cpu")
+    result = torch.zeros_like(exact)
+    for b in range(batch):
+        for q in range(n_queries):
+            rows = slice(q * size, (q + 1) * size)
+            for k in mask.kv_indices[b, 0, q, : mask.kv_num_blocks[b, 0, q]].tolist():
+                columns = slice(k * size, (k + 1) * size)
+                result[b, 0, rows, columns] = exact[b, 0, rows, columns]
+            assert mask.full_kv_indices is not None
+            assert mask.full_kv_num_blocks is not None
+            for k in mask.full_kv_indices[b, 0, q, : mask.full_kv_num_blocks[b, 0, q]].tolist():
+                result[b, 0, rows, k * size : (k + 1) * size] = True
+    return result
+
+
+def test_likelihoods_are_those_of_each_response_alone(case: Case, uncompiled: None) -> None:
+    base = unwrap_peft(case.model)
+    before = base.get_decoder().config._attn_implementation
+    tower = base.config.vision_config._attn_implementation
+    use_in_language_model(base, FLEX)
+    assert why_not_shared(case.model, 100) is None
+    assert base.config.vision_config._attn_implementation == tower != FLEX
+    with torch.no_grad():
+        for scoring in ("shared", "plain"):
+            assert_equal(score_responses(case.model, case.batch, case.responses, scoring), case)  # type: ignore[arg-type]
+    use_in_language_model(base, before)
+
+
+def test_block_masks_are_the_dense_masks(
+    case: Case, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suffix_masks, "BLOCK", 4)  # so that rows have several blocks
+    blocks, dense = masks_of(case, FLEX), masks_of(case, "eager")
+    assert len(blocks) == len(dense) == 2, "layers"
+    for mask, expected in zip(blocks, dense, strict=True):
+        assert isinstance(mask, BlockMask)
+        assert mask.BLOCK_SIZE == (4, 4)
+        assert mask.kv_indices.shape[-1] > 4
+        assert torch.equal(expanded(mask), expected == 0)
+        skipped = mask.kv_num_blocks + mask.full_kv_num_blocks < mask.kv_indices.shape[-1]
+        assert skipped.any(), "blocks that no query attends to"
+
+
+def packed_segments(length: int, suffixes: int = 10, tokens: int = 12) -> Tensor:
+    """int64 [2, L]: a row with this number of suffixes, and one that is half as long and padded."""
+    rows = torch.full((2, length), -1)
+    for row, end in enumerate((length, length // 2)):
+        prefix = end - suffixes * tokens
+        rows[row, :prefix] = 0
+        rows[row, prefix:end] = 1 + torch.arange(suffixes).repeat_interleave(tokens)
+    return rows
+
+
+def mask_of(segment: Tensor) -> BlockMask:
+    """The mask that the language model of a causal family gets."""
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=FLEX))
+    embedded = torch.zeros(*segment.shape, 1)
+    hook = isolate_suffixes(
+        module, (), {"inputs_embeds": embedded}, segment=segment, shift=torch.zeros_like(segment)
+    )
+    return hook[1]["attention_mask"]
+
+
+def tensors_of(mask: BlockMask) -> list[Tensor]:
+    """The tables, and what the mask function reads."""
+    function: Any = mask.mask_mod
+    read = [cell.cell_contents for cell in function.__closure__]
+    tables = [getattr(mask, name) for name in BlockMask._TENSOR_ATTRS]
+    return [t for t in (*tables, *read) if isinstance(t, Tensor)]
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_tables_are_those_of_torch() -> None:
+    mask = mask_of(packed_segments(1000))
+    expected = create_block_mask(mask.mask_mod, 2, 1, 1000, 1000, "cpu")
+    assert mask.BLOCK_SIZE == expected.BLOCK_SIZE == (BLOCK, BLOCK)
+    for name in BlockMask._TENSOR_ATTRS:
+        table, of_torch = getattr(mask, name), getattr(expected, name)
+        assert (table is None and of_torch is None) or torch.equal(table, of_torch), name
+    assert int(mask.full_kv_num_blocks.sum()) > 20  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("length", [1 << 10, 1 << 12, 1 << 14, pytest.param(1 << 16, marks=pytest.mark.slow)])
+def test_the_memory_of_a_mask_is_linear_in_the_row(length: int) -> None:
+    """Tables of (L / 128)^2 entries are quadratic up to 16,384 tokens, and of constant size beyond; see `BLOCK`."""
+    segment = packed_segments(length)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes([segment]) as live:
+        mask = mask_of(segment)
+    size = bytes_of(tensors_of(mask))
+    tokens, n = 2 * length, -(-length // mask.BLOCK_SIZE[0])
+    assert size == 4 * tokens + 2 * 4 * 4 * (n**2 + n), "one number a token, and the tables"
+    assert size <= 21 * tokens
+    assert size * 20 < 2 * length * tokens, "a dense mask in bfloat16"
+    assert live.peak < 3000 * tokens, "while it is made, a value for each token and each query of one block"
+
+
+def test_one_mask_of_a_long_row() -> None:
+    """The size that the documentation of `suffix_masks` names."""
+    segment = packed_segments(4200)[:1]
+    mask = mask_of(segment)
+    tables = [getattr(mask, name) for name in BlockMask._TENSOR_ATTRS if getattr(mask, name) is not None]
+    assert bytes_of(tables) == pytest.approx(18e3, rel=0.05)
+
+
+def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseModel(model_folder, attn_implementation=FLEX)
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
+    for load in (load_base, load_for_training):
+        with pytest.raises(DataError, match="attn_implementation: flex_attention needs a GPU"):
+            load(base, "cpu")
+
+
+def test_a_model_that_cannot_use_it_is_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseModel(model_folder, attn_implementation=FLEX)
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
+    empty = loading.empty_vlm(base)
+    monkeypatch.setattr(loading, "empty_vlm", lambda base: empty)
+    empty.get_decoder().config.attention_dropout = 0.1
+    with pytest.raises(DataError, match=r"trains with attention_dropout 0\.1: leave it out"):
+        load_base(base, "cuda")
+    monkeypatch.setattr(type(empty.get_decoder()), "_supports_attention_backend", False)
+    with pytest.raises(DataError, match="LlamaModel computes its own attention: leave it out"):
+        load_base(base, "cuda")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_language_model_uses_it_and_the_tower_keeps_its_own(family: str, tmp_path: Path) -> None:
+    """transformers itself refuses Qwen's models."""
+    build(family).save_pretrained(tmp_path)
+    model = load_base(
+        BaseModel(str(tmp_path), attn_implementation=FLEX), "cuda"
+    )  # moved there by the Trainer
+    decoder = model.get_decoder()
+    assert {layer.self_attn.config._attn_implementation for layer in decoder.layers} == {FLEX}
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_dense_masks(family: str, checkpointing: bool, cuda: torch.device) -> None:
+    case = new_case(family, spec=Spec(width=64))  # heads of 16, the smallest of the kernels
+    base = unwrap_peft(case.model.to(cuda))
+    lengths = case.batch.lengths.to(cuda)
+    batch = Prompts({name: v.to(cuda) for name, v in case.batch.inputs.items()}, lengths)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        case.model.train()
+    results = []
+    for attention in (base.get_decoder().config._attn_implementation, FLEX):
+        use_in_language_model(base, attention)
+        scores = score_responses(case.model, batch, case.responses, "shared")
+        moved = scores._replace(log_likelihood=scores.log_likelihood.cpu())
+        results.append((moved.log_likelihood, gradients_of(case.model, unpadded(moved, case.responses))))
+    (dense, dense_gradients), (flex, gradients) = results
+    assert torch.allclose(flex, dense, atol=1e-4, rtol=0)
+    largest = max(float(g.abs().max()) for g in dense_gradients.values())
+    for name, expected in dense_gradients.items():
+        assert torch.allclose(gradients[name], expected, atol=1e-4 * largest, rtol=0), name
