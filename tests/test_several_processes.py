@@ -71,10 +71,12 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
         "parts": "null",
         "max_new_tokens": "8",
         "pairs.target": "fitted",
+        "lora.dropout": "0.0",
     }
     answering = [word for key, value in settings.items() for word in (f"--model.init_args.{key}", value)]
-    answering += ["--data.candidates.answers", "own", "--data.validation.init_args.scenes", "8"]
-    answering += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"]
+    # Of 21 queries one process answers one more.
+    answering += ["--data.candidates.answers", "own", "--data.validation.init_args.scenes", "7"]
+    answering += ["--trainer.max_steps", "2"]
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
     ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
@@ -83,7 +85,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     assert ended.status == 0, ended.err
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
     assert len(two) == 2
-    assert one["scores"]["n"] == 24
+    assert one["scores"]["n"] == 21
     assert 0 < one["scores"]["accuracy"] < 1
     assert set(one["maps"]) == {"yes_no", "short"}
     for fitted in two:
@@ -96,6 +98,9 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     losses = _losses(tmp_path / "one")
     assert len(losses) == 2
     assert _losses(tmp_path / "two") == pytest.approx(losses, abs=1e-3)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0]["n"] == 21
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 
 
 def test_accumulated_batches_are_one_large_batch(

@@ -45,7 +45,7 @@ from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction, Query
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, check_shardable, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -217,6 +217,7 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
+        check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
             adapted = attach_lora(model, self.lora)

@@ -34,7 +34,13 @@ from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import answer_batch, device_of, shard_as_asked, tokenizer_of
+from vlm_calibration.stages.answering import (
+    answer_batch,
+    check_shardable,
+    device_of,
+    shard_as_asked,
+    tokenizer_of,
+)
 from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.scoring import PROBES, Results, Scorer
 
@@ -183,6 +189,7 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.local and not hasattr(self, "model"):
             assert self.base is not None
+            check_shardable(self, self.base)
             # Frozen parts can be shared between systems.
             model = load_adapters(load_base(self.base, device_of(self)), self.adapters)
             self.model = shard_as_asked(self, model.requires_grad_(False)).eval()

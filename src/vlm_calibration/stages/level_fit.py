@@ -29,6 +29,7 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLev
 from vlm_calibration.records import ANSWER_TYPES, DataError, Query
 from vlm_calibration.stages.answering import (
     answer_batch,
+    check_shardable,
     device_of,
     rank_answers,
     shard_as_asked,
@@ -117,6 +118,7 @@ class LevelFitModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
+            check_shardable(self, self.base)
             self.model = shard_as_asked(self, load_base(self.base, device_of(self))).eval()
 
     @property

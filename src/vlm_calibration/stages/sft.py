@@ -25,7 +25,7 @@ from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, check_shardable, device_of, tokenizer_of
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
@@ -96,6 +96,7 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
+        check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         self.model = prepare_for_training(self, attach_lora(model, self.lora), self.gradient_checkpointing)
 
