@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.sharding import shard, wait_for_others
+from vlm_calibration.records import DataError
 
 from .families import Prompt, Spec, build, new_prompts, randomize_adapters
 
@@ -43,7 +44,10 @@ def _answer(model: Any, prompt: Prompt, tokens: int) -> list[int]:
 
 
 def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
-    """Train a step and answer with each model, whole and sharded; the processes answer different numbers of tokens."""
+    """Train a step and answer with each model, whole and sharded; the processes answer different numbers of tokens.
+
+    Then one of them runs a pass with gradients more than the other.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -58,6 +62,7 @@ def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
         losses = [_loss(whole, prompt) for prompt in prompts]
         torch.stack(losses).mean().backward()
         loss = _loss(sharded, prompts[rank])
+        wait_for_others(sharded)
         loss.backward()
         torch.testing.assert_close(loss, losses[rank], atol=TOLERANCE, rtol=TOLERANCE)
         trained = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)]
@@ -73,6 +78,10 @@ def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
             answers = [_answer(sharded.eval(), prompt, 4 + 3 * rank) for prompt in answered]
             wait_for_others(sharded)
             assert answers == [_answer(whole.eval(), prompt, 4 + 3 * rank) for prompt in answered]
+        for prompt in answered:
+            _loss(sharded, prompt)
+        with pytest.raises(DataError, match="ran 1 in one and 2 in another"):
+            wait_for_others(sharded)
     dist.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.records import DataError
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
@@ -36,7 +37,11 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
 
 def wait_for_others(model: Any) -> None:
-    """Help the other processes with their passes until none has any left; does nothing if the model is not sharded."""
+    """Help the other processes with their passes until none has any left; does nothing if the model is not sharded.
+
+    Raises:
+        DataError: processes ran different numbers of passes with gradients since the last call.
+    """
     turns: _Turns | None = getattr(unwrap_peft(model), "turns", None)
     if turns is not None:
         turns.wait()
@@ -57,6 +62,8 @@ class _Turns:
     def __init__(self, units: list[Any], mesh: DeviceMesh) -> None:
         self.units = units
         self.generates = False
+        self.trained = 0
+        """Passes with gradients since the last `wait`."""
         # Numbers are compared on the CPU, so that a GPU never waits for them.
         ranks = dist.get_process_group_ranks(mesh.get_group())
         self.group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
@@ -67,9 +74,19 @@ class _Turns:
 
     def wait(self) -> None:
         self._help_below(len(self.units))
+        fewest, most = self._lowest(self.trained), -self._lowest(-self.trained)
+        self.trained = 0
+        if fewest != most:
+            # A backward pass gathers and reduces in the order of its own passes, and would wait for ever.
+            raise DataError(
+                f"sharded weights need equally many passes in each process, but a training step ran {fewest} in one and {most} in "
+                "another: use an `attn_implementation` with which candidates share a row, such as sdpa, or trainer/ddp"
+            )
 
     def _before_forward(self, number: int, *_: Any) -> None:
-        if not (self.generates and number == len(self.units) - 1):
+        is_whole = number == len(self.units) - 1
+        self.trained += is_whole and torch.is_grad_enabled()
+        if not (self.generates and is_whole):
             self._help_below(number)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +116,7 @@ class _Turns:
             self.units[number].reshard()
 
     def _lowest(self, own: int) -> int:
+        """The lowest of the processes' numbers."""
         number = torch.tensor(own)
         dist.all_reduce(number, dist.ReduceOp.MIN, self.group)
         return int(number)
