@@ -76,7 +76,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     answering = [word for key, value in settings.items() for word in (f"--model.init_args.{key}", value)]
     # Of 21 queries one process answers one more.
     answering += ["--data.candidates.answers", "own", "--data.validation.init_args.scenes", "7"]
-    answering += ["--trainer.max_steps", "2"]
+    answering += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
     ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
