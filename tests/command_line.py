@@ -16,6 +16,11 @@ from typing import Any
 ERROR = "vlm-calibration: error: "
 LIMIT = 240
 """Timeout of a run in seconds, far more than any run needs."""
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+"""The strategy of `configs/trainer/fsdp2.yaml` for two processes."""
 
 
 def restore_sigint() -> None:

@@ -20,8 +20,6 @@ WARNINGS = (
 LOGGED = {
     # At every import on some CPUs, also if no weight has 4 bits.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # At the import by accelerate, also if no strategy is DeepSpeed's.
-    "DeepSpeed": "Setting accelerator to CPU",
 }
 """Name of a logger -> the beginning of the message."""
 LIGHTNING = ("lightning.pytorch", "lightning.fabric")

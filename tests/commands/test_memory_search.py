@@ -108,7 +108,7 @@ def test_images_of_one_size_only_shorten_the_text(parse: Parse, tiny: Folder) ->
     assert [s.quantization for s in found] == ["none", "nf4"] * 2
 
 
-def test_sharded_weights_are_not_quantised(parse: Parse, tiny: Folder) -> None:
+def test_no_quantisation_is_proposed_for_sharded_weights(parse: Parse, tiny: Folder) -> None:
     config = parse("sft.yaml", "trainer/fsdp2.yaml", model__init_args__base__name_or_path=tiny("llava_clip"))
     assert {s.quantization for s in shared_settings([config], Plan())} == {"none"}
 

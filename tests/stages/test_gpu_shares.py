@@ -58,27 +58,9 @@ def test_fsdp_divides_all_states_and_gathers_some_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "weights", "gradients", "optimizer"),
-    [
-        (("DeepSpeedStrategy", {"stage": 1}), 8000, 800, 400),
-        (("DeepSpeedStrategy", {"stage": 2}), 8000, 200, 400),
-        ("deepspeed_stage_3", 2000, 200, 400),
-    ],
-)
-def test_deepspeed_divides_by_stage(strategy: Any, weights: int, gradients: int, optimizer: int) -> None:
-    estimate = on_each_gpu(WHOLE, _trainer(strategy, devices=2, num_nodes=2))
-    assert (estimate.weights["bfloat16"], estimate.gradients, estimate.optimizer) == (
-        weights,
-        gradients,
-        optimizer,
-    )
-
-
-@pytest.mark.parametrize(
     ("strategy", "devices", "says"),
     [
         (("ModelParallelStrategy", {"data_parallel_size": "auto"}), "auto", "trainer.devices"),
-        (("DeepSpeedStrategy", {"stage": 2}), "auto", "trainer.devices"),
         (("ModelParallelStrategy", {"tensor_parallel_size": 2}), 2, "tensor parallelism"),
         ("xla", 1, "xla"),
     ],

@@ -25,7 +25,7 @@ class Throughput(L.Callback):
       Padding is not counted, image tokens are; a prompt that several responses share counts once. The time includes
       waiting for data but not validation.
     - `train/data_wait`: the share of the time spent waiting for data, in [0, 1].
-    - `train/grad_norm`: L2 norm of the gradients of that step before clipping; not with DeepSpeed, which does not expose it.
+    - `train/grad_norm`: L2 norm of the gradients of that step before clipping.
     - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
 

@@ -171,6 +171,7 @@ def estimate_answering(
         pixels=pixel_bytes(unwrap_peft(model).config, step.images) * (1 + bool(step.copied)),
         cache=cache,
         phase=phase,
+        largest_gathered=_gathered(model),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every module that questions a model needs: its device, its tokenizer, and its graded answers to a batch."""
+"""What every module that questions a model needs: its device, its shards, its tokenizer, and its graded answers to a batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.estimators.answer_scoring import right_padded
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.sharding import shard
 from vlm_calibration.models.shared_prefix import score_responses
-from vlm_calibration.records import Prediction
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 
 
@@ -22,6 +24,26 @@ def device_of(module: L.LightningModule) -> torch.device:
     # A quantised model is loaded onto its device before Lightning moves anything there.
     attached = module._trainer is not None
     return module.trainer.strategy.root_device if attached else module.device
+
+
+def check_shardable(module: L.LightningModule, base: BaseModel) -> None:
+    """Check that the trainer's strategy can shard a model, before its weights are loaded.
+
+    Raises:
+        DataError: it cannot: the scales of int8 weights are lost with the class of their parameters.
+    """
+    if module.device_mesh is not None and base.quantization == "int8":
+        raise DataError(
+            "model.init_args.base.quantization: int8 weights cannot be sharded, which the trainer's strategy "
+            f"{type(module.trainer.strategy).__name__} does: use `nf4` or `none`, or another strategy"
+        )
+
+
+def shard_as_asked(module: L.LightningModule, model: Any) -> Any:
+    """The model, sharded over the processes in place if the trainer's strategy asks for it."""
+    if module.device_mesh is not None:
+        shard(model, module.device_mesh["data_parallel"])
+    return model
 
 
 def tokenizer_of(module: L.LightningModule) -> Any:

@@ -41,10 +41,11 @@ from vlm_calibration.models.adapters import (
 )
 from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.loading import BaseModel, load_for_training
+from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction, Query
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, check_shardable, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -77,6 +78,7 @@ from vlm_calibration.stages.teachers import (
 from vlm_calibration.stages.training import (
     check_trained_weights,
     keep_trained_weights,
+    lend_batch,
     log_results,
     prepare_for_training,
     seed_batch,
@@ -215,6 +217,7 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
+        check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
             adapted = attach_lora(model, self.lora)
@@ -266,6 +269,7 @@ class DPOModule(L.LightningModule):
                 )
                 if features is not None
             ]
+        wait_for_others(self.model)
         rows = gather(rows)  # before any error is raised, so that no process waits for another
         if not rows:
             raise DataError(
@@ -282,14 +286,16 @@ class DPOModule(L.LightningModule):
 
     def training_step(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
+        is_own = bool(batch.inputs)
+        batch = lend_batch(self, batch)
         if not batch.inputs:
             return zero_loss(self)
         with shared_vision(self.model):
             prompts, comparison = self.compare(batch)
             policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
         comparison, policy = comparison.rated(policy)
-        if not comparison.picks:
-            return zero_loss(self)
+        if not (comparison.picks and is_own):
+            return policy.log_likelihood.sum() * 0.0
         compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
         scores = candidate_scores(
             policy, reference, compared, comparison.targets, which_correct(compared, is_correct)
@@ -310,6 +316,9 @@ class DPOModule(L.LightningModule):
                 self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        wait_for_others(self.model)  # whose own answers may be longer
 
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
@@ -445,6 +454,7 @@ class DPOModule(L.LightningModule):
                 cast(MeanMetric, self.pair_means[name]).update(value, count)
 
     def on_validation_epoch_end(self) -> None:
+        wait_for_others(self.model)
         self.results = {"": self.scorer.compute()}
         log_results(self, self.results)
         with warnings.catch_warnings():

@@ -30,10 +30,17 @@ from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
+from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.stages.answering import (
+    answer_batch,
+    check_shardable,
+    device_of,
+    shard_as_asked,
+    tokenizer_of,
+)
 from vlm_calibration.stages.provenance import check_image_size, check_levels
 from vlm_calibration.stages.scoring import PROBES, Results, Scorer
 
@@ -182,12 +189,10 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.local and not hasattr(self, "model"):
             assert self.base is not None
+            check_shardable(self, self.base)
             # Frozen parts can be shared between systems.
-            self.model = (
-                load_adapters(load_base(self.base, device_of(self)), self.adapters)
-                .requires_grad_(False)
-                .eval()
-            )
+            model = load_adapters(load_base(self.base, device_of(self)), self.adapters)
+            self.model = shard_as_asked(self, model.requires_grad_(False)).eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         raise DataError(
@@ -303,6 +308,8 @@ class EvaluationModule(L.LightningModule):
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
+        if self.local:
+            wait_for_others(self.model)
         self.results = {system: scorer.compute() for system, scorer in self._scored()}
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}

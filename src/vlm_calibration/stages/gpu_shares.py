@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ class Sharing(NamedTuple):
     """
 
     copies_gradients: bool = False
-    shares: tuple[int, int, int] = (1, 1, 1)
+    shares: int = 1
     note: str = ""
 
 
@@ -37,15 +36,11 @@ def sharing_of(trainer: Any) -> Sharing:
         n = size if isinstance(size, int) else processes
         if settings.get("tensor_parallel_size") not in (1, None):
             return Sharing(note="tensor parallelism is not included")
-        return Sharing(shares=(n, n, n)) if n else _unknown("weights, gradients and optimizer states")
-    if name.lower().startswith("deepspeed"):
-        digit = re.search(r"stage_(\d)", name)
-        stage = int(digit[1]) if digit else int(settings.get("stage", 2))
-        if processes is None:
-            return _unknown("optimizer states")
-        n, none = processes, 1
-        shares = (n if stage >= 3 else none, n if stage >= 2 else none, n if stage >= 1 else none)
-        return Sharing(shares=shares, note="DeepSpeed's communication buffers are not included")
+        if n is None:
+            return Sharing(
+                note="the shares of weights, gradients and optimizer states are not included: set trainer.devices to the number of GPUs"
+            )
+        return Sharing(shares=n)
     if name.lower().startswith("ddp") or (name == "auto" and processes != 1):
         return Sharing(copies_gradients=not settings.get("gradient_as_bucket_view"))
     if name in ("auto", "single_device", "SingleDeviceStrategy"):
@@ -57,18 +52,17 @@ def on_each_gpu(estimate: MemoryEstimate, trainer: Any) -> MemoryEstimate:
     """The estimate for one of a run's GPUs.
 
     Args:
-        estimate: of training on a single GPU.
+        estimate: of training or answers on a single GPU.
         trainer: settings of the Trainer.
     """
     sharing = sharing_of(trainer)
-    weights, gradients, optimizer = sharing.shares
     return replace(
         estimate,
-        weights={dtype: size // weights for dtype, size in estimate.weights.items()},
-        gradients=estimate.gradients // gradients,
-        optimizer=estimate.optimizer // optimizer,
+        weights={dtype: size // sharing.shares for dtype, size in estimate.weights.items()},
+        gradients=estimate.gradients // sharing.shares,
+        optimizer=estimate.optimizer // sharing.shares,
         buckets=estimate.gradients if sharing.copies_gradients else 0,
-        gathered=estimate.largest_gathered if weights > 1 else 0,
+        gathered=estimate.largest_gathered if sharing.shares > 1 else 0,
     )
 
 
@@ -83,7 +77,3 @@ def _processes(trainer: Any) -> int | None:
     if isinstance(devices, list):
         return len(devices) * nodes
     return devices * nodes if isinstance(devices, int) and devices > 0 else None
-
-
-def _unknown(what: str) -> Sharing:
-    return Sharing(note=f"the shares of {what} are not included: set trainer.devices to the number of GPUs")

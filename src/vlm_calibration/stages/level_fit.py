@@ -22,11 +22,19 @@ from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, Query
-from vlm_calibration.stages.answering import answer_batch, device_of, rank_answers, tokenizer_of
+from vlm_calibration.stages.answering import (
+    answer_batch,
+    check_shardable,
+    device_of,
+    rank_answers,
+    shard_as_asked,
+    tokenizer_of,
+)
 from vlm_calibration.stages.provenance import provenance_of
 
 MAX_BINS = 8
@@ -110,7 +118,8 @@ class LevelFitModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            self.model = load_base(self.base, device_of(self)).eval()
+            check_shardable(self, self.base)
+            self.model = shard_as_asked(self, load_base(self.base, device_of(self))).eval()
 
     @property
     def _data(self) -> PerturbedQueryDataModule:
@@ -160,6 +169,7 @@ class LevelFitModule(L.LightningModule):
         return [answer.correct for answer in answers], AnswerLikelihood().estimate(answered).confidence
 
     def on_test_epoch_end(self) -> None:
+        wait_for_others(self.model)
         counts = count_levels(self.answers[LEVELS].compute(), self.perturbations)
         provenance = provenance_of(self.base, self._data, counts)
         self.levels = AnchoredLevels.fit(counts, provenance=provenance)

@@ -276,7 +276,7 @@ def answer_phase(config: Any, plan: Plan) -> Phase:
             copied=_copied_responses(settings, names),
         )
     estimate = estimate_answering(base, step, lora=plan.lora, adapters=adapters)
-    return Phase("answers", _answer_work(step), estimate)
+    return Phase("answers", _answer_work(step), on_each_gpu(estimate, config.trainer))
 
 
 def _answering_step(base: BaseModel, config: Any, plan: Plan) -> AnsweringStep:

@@ -172,7 +172,7 @@ def _image_sizes(base: BaseModel, data: Any) -> Iterator[tuple[int | None, int]]
 
 
 def _can_quantise(base: BaseModel, configs: Sequence[Any]) -> bool:
-    """Whether nf4 is possible: not with sharded weights, nor in layers of a width that is no multiple of 64."""
+    """Whether nf4 is tried: not with sharded weights, which each GPU loads whole first, nor in layers whose width is no multiple of 64."""
     strategies = [str(config.trainer.get("strategy")) for config in configs]
     if any("ModelParallel" in s or "fsdp" in s.lower() for s in strategies):
         return False

@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.answering import shard_as_asked
 from vlm_calibration.stages.scoring import Results
 
 PROGRESS_BAR = ("accuracy", "ece")
@@ -31,9 +33,7 @@ def prepare_for_training(module: L.LightningModule, model: Any, gradient_checkpo
         # transformers makes inputs require gradients, which only reentrant checkpointing needs: the frozen tower would be
         # recomputed in the backward pass.
         base.disable_input_require_grads()
-    if module.device_mesh is not None:
-        shard(model, module.device_mesh["data_parallel"])
-    return model.train()
+    return shard_as_asked(module, model).train()
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -73,7 +73,26 @@ def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
 
 def zero_loss(module: nn.Module) -> Tensor:
     """The loss of a batch without samples: 0, with a gradient for every trained parameter to keep processes in step."""
-    return sum(p.sum() * 0.0 for p in trained_parameters(module))  # type: ignore[return-value]
+    parameters = trained_parameters(module)
+    shares = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return sum(p.sum() * 0.0 for p in shares)  # type: ignore[return-value]
+
+
+def lend_batch(module: L.LightningModule, batch: Any) -> Any:
+    """The batch to run: that of another process if this one has no samples and the weights are sharded, else `batch`.
+
+    A pass gathers sharded weights from all processes, and a backward pass reduces their gradients. So a process without samples runs
+    the batch of the first process that has any, with a loss of 0. Every process must call this.
+    """
+    if module.device_mesh is None or module.trainer.strategy.reduce_boolean_decision(bool(batch.inputs)):
+        return batch
+    filled: list[bool] = [False] * module.trainer.world_size
+    dist.all_gather_object(filled, bool(batch.inputs))
+    if not any(filled):
+        return batch
+    lender = filled.index(True)
+    lent = module.trainer.strategy.broadcast(batch.to("cpu"), lender)
+    return batch if batch.inputs else lent.to(module.device)
 
 
 def log_results(module: L.LightningModule, results: Results) -> None:
