@@ -82,12 +82,14 @@ def test_accumulated_batches_are_one_large_batch(run: Run, stage: str) -> None:
     losses, accumulated = run(stage, batch_size=3, accumulated=2)
     assert len(losses) == 2
     assert losses[0] != pytest.approx(losses[1], rel=1e-3), "two different halves"
-    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5)
+    # Lightning has divided them by the number of batches.
+    assert sum(losses) == pytest.approx(loss, rel=1e-5)
     assert float((large - accumulated).norm()) < 1e-6 * max(1.0, float(large.norm()))
     assert float(large.norm()) > 0.01
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage 1", "own answers"])
 def test_compiled_layers_train_the_same(run: Run, stage: str) -> None:
     (loss,), eager = run(stage)
     torch._dynamo.utils.counters.clear()
