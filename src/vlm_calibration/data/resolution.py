@@ -62,7 +62,7 @@ def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
     pixels: Any = image.transpose(2, 0, 1)
     if image_processor.backend != "pil":
         # Left channels-last, which torchvision resizes several times faster than a copy by channels, to the same pixels.
-        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
     for height, width in resize_steps(image_processor, *image.shape[:2]):
         if pixels.shape[1:] != (height, width):
             size = SizeDict(height=height, width=width)
