@@ -14,6 +14,8 @@ from tests.performance.machine import processor, setting
 # Name -> title of its section. Benchmarks that need the whole machine come first, the longest one last.
 BENCHMARKS = {
     "perturbation": "Region noise",
+    "data_path": "A query on its way to the model",
+    "vision_share": "Share of the vision tower in a step",
     "metrics": "Calibration metrics",
     "startup": "Start-up time of help pages",
     "streaming": "A million records in the data module",

@@ -24,7 +24,8 @@ from vlm_calibration.perturbation.levels import (
     LinearLevels,
     Perturbation,
 )
-from vlm_calibration.perturbation.regions import choose_region, region_mask
+from vlm_calibration.perturbation.masks import BoolMask
+from vlm_calibration.perturbation.regions import RegionChoice, choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
@@ -208,33 +209,48 @@ def perturb_query(
     drawn = policy.draw(epoch, query.id, rng)
     distractor_probability = policy.distractor_probability if perturbation is None else 0.0
     perturbation = drawn if perturbation is None else perturbation
-    image, evidence, distractors, _ = loaded
-    size = image.shape[:2]
+    image, lost = loaded.image, perturbation
+    # An untouched image keeps the size of the file, so that the processor resizes it as in use. No region is chosen for it.
+    if perturbation.strength > 0:
+        choice = _choose_region(loaded, policy, image_processor, distractor_probability, rng)
+        if choice.mask is not None:
+            if policy.resolution == "model":
+                image = resize_to_model(image_processor, image)
+            transform = region_perturbation(perturbation.kind, policy.schedule)
+            image = transform(
+                image=image, mask=choice.mask, strength=perturbation.strength, seed=int(rng.integers(2**63))
+            )["image"]
+        if choice.mask is None or choice.kind == "distractor":
+            lost = CLEAN
+    confidence = policy.levels.confidence(lost, query.answer_type, query.id)
+    wrong_answer = _wrong_answer(query, confidence, policy, epoch, wrong) if wrong else None
+    return Sample(query, image, confidence, lost, policy.noise_step(lost), epoch, wrong_answer, tuple(wrong))
+
+
+def _choose_region(
+    loaded: LoadedImage,
+    policy: NoisePolicy,
+    image_processor: Any,
+    distractor_probability: float,
+    rng: np.random.Generator,
+) -> RegionChoice:
+    """The region to perturb, at the size at which the image is perturbed."""
+    size = loaded.image.shape[:2]
     if policy.resolution == "model":
         size = model_resolution(image_processor, *size)
-        evidence = tuple(resize_mask(m, size) for m in evidence)
-        distractors = tuple(resize_mask(m, size) for m in distractors)
+
+    def grown(masks: Sequence[BoolMask]) -> list[BoolMask]:
+        return [region_mask(resize_mask(m, size), shape=policy.shape, dilate=policy.dilate) for m in masks]
+
     # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
-    choice = choose_region(
-        [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in evidence],
-        [region_mask(m, shape=policy.shape, dilate=policy.dilate) for m in distractors],
+    return choose_region(
+        grown(loaded.evidence),
+        grown(loaded.distractors),
         absent=policy.absent,
         distractor_probability=distractor_probability,
         rng=rng,
         image_shape=size,
     )
-    # An untouched image keeps the size of the file, so that the processor resizes it as in use.
-    if choice.mask is not None and perturbation.strength > 0:
-        if policy.resolution == "model":
-            image = resize_to_model(image_processor, image)
-        transform = region_perturbation(perturbation.kind, policy.schedule)
-        image = transform(
-            image=image, mask=choice.mask, strength=perturbation.strength, seed=int(rng.integers(2**63))
-        )["image"]
-    lost = CLEAN if choice.mask is None or choice.kind == "distractor" else perturbation
-    confidence = policy.levels.confidence(lost, query.answer_type, query.id)
-    wrong_answer = _wrong_answer(query, confidence, policy, epoch, wrong) if wrong else None
-    return Sample(query, image, confidence, lost, policy.noise_step(lost), epoch, wrong_answer, tuple(wrong))
 
 
 def _wrong_answer(

@@ -8,11 +8,12 @@ import os
 import struct
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlm_calibration.perturbation.masks import BoolMask, check_mask
+from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 from vlm_calibration.perturbation.noise import ImageArray, check_image
 
 DEFAULT_MAX_PIXELS = 80_000_000
@@ -145,26 +146,38 @@ def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
     height, width = _check_size(size)
     if mask.shape == (height, width):
         return mask.copy()
+    resized = np.zeros((height, width), dtype=np.bool_)
     if not mask.any():
-        return np.zeros((height, width), dtype=np.bool_)
-    coverage = _box_means(_box_means(mask, height).T, width).T
+        return resized
+    box = bounding_box(mask)
+    rows, row_borders = _new_pixels(box.top, box.bottom, mask.shape[0], height)
+    columns, column_borders = _new_pixels(box.left, box.right, mask.shape[1], width)
+    sums: NDArray[Any] = cv2.integral(np.ascontiguousarray(mask[box.slices]).view(np.uint8))
+    for axis, borders in ((0, row_borders), (1, column_borders)):
+        sums = np.diff(_between(sums, borders, axis), axis=axis)
+    coverage = sums * (height * width / mask.size)
     # The factor allows for rounding errors where the coverage is exactly half, or tied.
-    return coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
+    resized[rows, columns] = coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
+    return resized
 
 
-def _box_means(values: NDArray[Any], n: int) -> NDArray[np.float64]:
-    """Means over `n` equal intervals of the first axis, exact where an interval ends within a row.
+def _new_pixels(begin: int, end: int, length: int, n: int) -> tuple[slice, NDArray[np.float64]]:
+    """Which of `n` new pixels along an axis of `length` old ones touch the old pixels `begin` to `end`, and the borders of these.
 
-    Pillow's box filter assigns a whole row to the interval that contains its centre, and drops it if that is on a border.
+    Returns:
+        The new pixels, and their borders in old pixels after `begin`, float64 [number of new pixels + 1].
     """
-    # float32 counts the rows of a mask exactly, with half the memory.
-    dtype = np.float32 if values.dtype == np.bool_ else np.float64
-    sums = np.cumsum(values, axis=0, dtype=dtype)
-    edges = np.arange(1, n + 1) * (len(values) / n)
-    row = np.minimum(edges.astype(np.int64), len(values) - 1)
-    before_row = np.where((row > 0)[:, None], sums[row - 1], 0.0)
-    until = before_row + (edges - row)[:, None] * values[row]
-    return np.diff(until, axis=0, prepend=0.0) * (n / len(values))
+    new = slice(begin * n // length, -(-end * n // length))
+    borders = np.arange(new.start, new.stop + 1) * (length / n) - begin
+    return new, np.clip(borders, 0, end - begin)
+
+
+def _between(sums: NDArray[Any], borders: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Cumulative sums at borders that lie within pixels: exact, because a pixel's value is the same everywhere within it."""
+    whole = np.minimum(borders.astype(np.int64), sums.shape[axis] - 2)
+    part = (borders - whole).reshape((-1, 1) if axis == 0 else (1, -1))
+    before, after = sums.take(whole, axis), sums.take(whole + 1, axis)
+    return before + part * (after - before)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -177,7 +190,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
