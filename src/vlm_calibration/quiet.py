@@ -15,6 +15,8 @@ WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Lightning's; only --overwrite, --resume and --ckpt_path let a training into the directory of an earlier one.
     "Checkpoint directory .* exists and is not empty",
+    # Lightning's, in several processes; what is logged at the end of an epoch is already that of all of them.
+    r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
 )
 """Regular expressions of the beginnings of warnings."""
 LOGGED = {
