@@ -42,10 +42,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one runs all tests of a file; one runs all tests that use SLURM, since there is one cluster."""
+    """With several test processes, one runs all tests of a file; all tests of SLURM, and all of the web page, run in one, with one server."""
     for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        shared = next((name for name in ("slurm", "browser") if item.get_closest_marker(name)), None)
+        item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
