@@ -167,7 +167,18 @@ ELSEWHERE: dict[str, str] = {
     "make train-sft": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "make train-dpo": "takes minutes: tests/test_packaging.py and tests/test_cli.py",
     "python -m tests.performance.demo_seeds --test": "takes an hour: tests/test_configs.py has its calls",
-    "python -m tests.performance.drift": "takes minutes",
+    "python -m tests.performance.demo_seeds --systems noise-alone without-noise without-blur without-occlusion": (
+        "takes an hour: tests/test_configs.py has its table"
+    ),
+    **dict.fromkeys(
+        (
+            "python -m tests.performance.drift",
+            "python -m tests.performance.data_path",
+            "python -m tests.performance.vision_share",
+            "python -m tests.performance.long_rows --rounds 3",
+        ),
+        "takes minutes",
+    ),
     "python -m tests.performance.serving": "takes minutes, and needs vLLM",
     "make test": "runs this test",
     "make test-fast": "runs tests: tests/test_packaging.py has the call",
