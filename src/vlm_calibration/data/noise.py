@@ -210,9 +210,13 @@ def perturb_query(
     distractor_probability = policy.distractor_probability if perturbation is None else 0.0
     perturbation = drawn if perturbation is None else perturbation
     image, lost = loaded.image, perturbation
+    size = image.shape[:2]
+    if policy.resolution == "model":
+        # For an untouched image too, so that one that the processor refuses is named in every epoch.
+        size = model_resolution(image_processor, *size)
     # An untouched image keeps the size of the file, so that the processor resizes it as in use. No region is chosen for it.
     if perturbation.strength > 0:
-        choice = _choose_region(loaded, policy, image_processor, distractor_probability, rng)
+        choice = _choose_region(loaded, size, policy, distractor_probability, rng)
         if choice.mask is not None:
             if policy.resolution == "model":
                 image = resize_to_model(image_processor, image)
@@ -229,15 +233,12 @@ def perturb_query(
 
 def _choose_region(
     loaded: LoadedImage,
+    size: tuple[int, int],
     policy: NoisePolicy,
-    image_processor: Any,
     distractor_probability: float,
     rng: np.random.Generator,
 ) -> RegionChoice:
-    """The region to perturb, at the size at which the image is perturbed."""
-    size = loaded.image.shape[:2]
-    if policy.resolution == "model":
-        size = model_resolution(image_processor, *size)
+    """The region to perturb, at the size (height, width) at which the image is perturbed."""
 
     def grown(masks: Sequence[BoolMask]) -> list[BoolMask]:
         return [region_mask(resize_mask(m, size), shape=policy.shape, dilate=policy.dilate) for m in masks]
