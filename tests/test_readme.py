@@ -174,6 +174,8 @@ ELSEWHERE: dict[str, str] = {
         (
             "python -m tests.performance.drift",
             "python -m tests.performance.data_path",
+            "python -m tests.performance.preference --rounds 3 --no-memory",
+            'make bench ARGS="--only preference"',
             "python -m tests.performance.vision_share",
             "python -m tests.performance.long_rows --rounds 3",
         ),
