@@ -196,7 +196,7 @@ PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-l
 test: $(DEV)  ## the whole test suite
 	$(PYTEST) $(ARGS)
 
-test-fast: $(DEV)  ## every module in under three minutes: tests that are not marked slow, slurm or browser
+test-fast: $(DEV)  ## every module in a few minutes: tests that are not marked slow, slurm or browser
 	$(PYTEST) -m "not slow and not slurm and not browser" $(ARGS)
 
 lint: $(DEV)  ## ruff
