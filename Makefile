@@ -3,12 +3,15 @@
 #   PYTHON=...  use this interpreter as it is, without a virtual environment
 #   ARGS=...    further arguments of the command, e.g. ARGS="--trainer.max_steps 100"
 #
-# Your own model and data, instead of the embedded demo, in the targets calibrate, regions, levels, train-sft, train-dpo, evaluate, report and
-# slurm-*: see configs/stages.sh for all variables.
-#   MODEL=...   a file in configs/model, e.g. MODEL=qwen2_5_vl_7b, or your own
-#   DATA=...    a file in configs/data, e.g. DATA=jsonl; DATA_ROOT=...: the folder of the data
-#   PRESET=...  a file in configs/experiment (default: anchored); TRAINER=...: a file in configs/trainer, e.g. TRAINER=ddp
-#   RUN=...     name of the calibration, whose run directories are in runs/RUN (default: the name of the model)
+# What calibrate, regions, levels, train-sft, train-dpo, evaluate, report and slurm-* run on, instead of the embedded demo:
+#   MODEL=...   base model: a preset of configs/model, e.g. qwen2_5_vl_7b, or a file; of several, later ones override earlier ones
+#   DATA=...    where queries come from: the same with configs/data, e.g. jsonl; DATA_ROOT=...: the folder of the data
+#   PRESET=...  the same with configs/experiment (default: anchored, or the demo's own settings)
+#   TRAINER=... the same with configs/trainer, e.g. ddp
+#   RUN=...     name of the calibration: its run directories are in runs/RUN (default: the name of the model, or runs itself); with a
+#               slash, the folder itself
+#   CONFIG=...  configuration of a single stage, instead of the stage's own
+# A target refuses a variable that it does not use.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -40,15 +43,31 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-# 1 if the variables name a model, data or a configuration of the user's.
-OWN := $(strip $(MODEL)$(DATA)$(CONFIG))
-# The shell script below turns these variables into the settings of each stage.
-ifdef OWN
-  export RUN ?= $(basename $(notdir $(firstword $(MODEL))))
-endif
-export PYTHON
+# Target -> the variables that it uses.
+STAGE := MODEL DATA DATA_ROOT PRESET TRAINER RUN ARGS
+JOB := NODES GPUS GPU_TYPE TASKS CPUS TIME LEAD PARTITION ACCOUNT QOS MEM OPTIONS PARTS WAIT OFFLINE
+$(foreach target,calibrate report,$(eval USED_$(target) := $(STAGE)))
+$(foreach target,regions levels train-sft train-dpo evaluate,$(eval USED_$(target) := $(STAGE) CONFIG))
+$(foreach target,slurm-sft slurm-dpo,$(eval USED_$(target) := $(STAGE) CONFIG $(JOB)))
+$(foreach target,demo demo-paper demo-model demo-figure app test test-fast test-all bench bench-gpu,$(eval USED_$(target) := ARGS))
+USED_slurm-all := $(STAGE) STAGES $(JOB)
+USED_dashboard := ENTITY PROJECT ARGS
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+$(foreach target,$(MAKECMDGOALS),$(foreach name,$(filter-out PYTHON BOOTSTRAP $(USED_$(target)),$(GIVEN)),\
+  $(error make $(target) does not use $(name)=; it uses $(or $(USED_$(target)),no variable))))
 
-.PHONY: help setup demo calibrate regions levels train-sft train-dpo evaluate report demo-sft demo-dpo demo-model demo-levels demo-figure app dashboard slurm-sft slurm-dpo slurm-all test test-fast lint format type bench bench-gpu clean
+# The arguments of `calibrate` for these variables.
+OWN := $(strip $(MODEL)$(DATA)$(CONFIG))
+RUN ?= $(basename $(notdir $(firstword $(MODEL))))
+RUNS := $(if $(findstring /,$(RUN)),$(RUN),$(if $(RUN),runs/$(RUN),runs))
+# The demo's own runs are replaced, unless ARGS= resumes them.
+REPLACED := $(if $(OWN)$(RUN)$(findstring --resume,$(ARGS))$(findstring --ckpt_path,$(ARGS)),,--overwrite)
+CALIBRATION = $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") \
+  $(if $(PRESET),--preset "$(PRESET)") $(if $(TRAINER),--trainer "$(TRAINER)") $(if $(CONFIG),--config "$(CONFIG)") \
+  --runs "$(RUNS)" $(REPLACED)
+
+.PHONY: help setup demo demo-paper calibrate regions levels train-sft train-dpo evaluate report demo-model demo-levels demo-figure app \
+  dashboard slurm-sft slurm-dpo slurm-all test test-fast test-all lint format type bench bench-gpu clean
 
 help:  ## list the targets
 	grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -75,90 +94,46 @@ $(VENV)/.setup-app: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,app]'
 	touch $@
 
-demo:  ## the whole method on the embedded demo: both stages, our preset and the paper's, evaluation and report
-	$(MAKE) --no-print-directory demo-sft
-	$(MAKE) --no-print-directory demo-dpo
-	$(MAKE) --no-print-directory evaluate ARGS=
-	$(MAKE) --no-print-directory report ARGS="--out runs/demo/report.html" RUNS=runs/eval
+# The evaluation measures more than the validations would.
+DEMO := --sft.trainer.limit_val_batches 0 --dpo.trainer.limit_val_batches 0 --dpo.trainer.num_sanity_val_steps 0
 
-regions: $(SETUP)  ## find the regions of the queries that have none
-	configs/stages.sh regions
+demo: $(SETUP)  ## the whole method on the embedded demo: both stages, evaluation and report
+	$(CLI) calibrate sft dpo evaluate report --overwrite $(DEMO) --report.out runs/demo/report.html $(ARGS)
 
-levels: $(SETUP)  ## measure the base model's accuracy by kind and strength of perturbation
-	configs/stages.sh levels
-
-# Demo targets overwrite earlier runs in runs/sft, runs/dpo, runs/sft-paper and runs/dpo-paper, unless ARGS= resumes the run or
-# moves ours to another directory.
-REPLACE_PAPER = $(if $(findstring --ckpt_path,$(ARGS)),,--overwrite)
-REPLACE = $(if $(findstring --trainer.default_root_dir,$(ARGS)),,$(REPLACE_PAPER))
-
-# $(call side_by_side,OURS,PAPER,NAME): run two fits in parallel, one core each. The second runs in runs/NAME and prints to
-# runs/NAME.log.
-define side_by_side
-	mkdir -p runs; export OMP_NUM_THREADS=1; \
-	$(CLI) fit $(2) $(REPLACE_PAPER) $(ARGS) --trainer.default_root_dir runs/$(3) > runs/$(3).log 2>&1 & paper=$$!; \
-	trap "kill $$paper 2> /dev/null || true" EXIT; \
-	$(CLI) fit $(1) $(REPLACE) $(ARGS); \
-	if kill -0 $$paper 2> /dev/null; then echo "waiting for the paper's preset, see runs/$(3).log"; fi; \
-	wait $$paper || { cat runs/$(3).log; exit 1; }
-endef
-
-PAPER := --config configs/experiment/paper.yaml
 # The paper's stage 2 has no reference model and no drift term, and at our learning rate its answers become unreadable. 3e-5 has the best
 # Brier score on the validation scenes among 3e-4, 1e-4 and 3e-5.
-PAPER_DPO := $(PAPER) --config configs/experiment/paper_dpo.yaml --model.init_args.optimizer.lr 3.0e-5
+demo-paper: $(SETUP)  ## the demo with the paper's preset, the oracle and further estimators beside it
+	$(CLI) calibrate sft dpo $(DEMO) $(ARGS)
+	$(CLI) calibrate sft dpo $(DEMO) --preset paper --runs runs/paper --dpo.model.init_args.optimizer.lr 3.0e-5 $(ARGS)
+	$(CLI) calibrate evaluate report --overwrite --runs runs/paper --evaluate.config eval/demo_estimators --evaluate.model.init_args.adapters \
+	  '{"sft-paper": "runs/paper/sft/adapter", "dpo-paper": "runs/paper/dpo/adapter", "sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"}'
 
-demo-sft: $(SETUP)  ## stage 1 on the demo, our preset and the paper's, without evaluation
-	$(call side_by_side,--config configs/sft.yaml,--config configs/sft.yaml $(PAPER),sft-paper)
-
-demo-dpo: $(SETUP)  ## stage 2 on the demo, our preset and the paper's, without evaluation
-	$(call side_by_side,--config configs/dpo.yaml,--config configs/dpo.yaml $(PAPER_DPO) \
-	  --model.init_args.adapter runs/sft-paper/adapter,dpo-paper)
-
-ifdef OWN
+ifneq ($(filter-out ARGS,$(filter $(STAGE),$(GIVEN))),)
 calibrate: $(SETUP)  ## all stages on MODEL= and DATA=, from regions to report; finished ones are not repeated (without them: the demo)
-	configs/stages.sh
-
-train-sft: $(SETUP)  ## stage 1 on the demo, or on MODEL= and DATA=
-	configs/stages.sh sft
-
-train-dpo: $(SETUP)  ## stage 2 on the demo, or on MODEL= and DATA=, from the adapter of stage 1
-	configs/stages.sh dpo
-
-evaluate: $(SETUP)  ## compare the base model and the adapters of both stages on the test split of DATA=, or of the demo
-	configs/stages.sh evaluate
-
-report: $(SETUP)  ## write report.html about the evaluation
-	configs/stages.sh report
+	$(CLI) calibrate $(CALIBRATION) $(ARGS)
 else
 calibrate: demo
-
-train-sft: $(SETUP)
-	$(CLI) fit --config configs/sft.yaml $(REPLACE) $(ARGS)
-	$(MAKE) --no-print-directory evaluate EVALUATED="sft" ARGS="$(STATED)"
-
-train-dpo: $(SETUP)
-	$(CLI) fit --config configs/dpo.yaml $(REPLACE) $(ARGS)
-	$(MAKE) --no-print-directory evaluate EVALUATED="sft dpo" ARGS="$(STATED)"
-
-# Evaluate the stated confidence only: no other estimators, no probes, no recalibration.
-STATED := --model.init_args.estimators=[] --model.init_args.probes=[] --data.calibration=null
-
-# Names of the runs to evaluate: by default those demo runs that have an adapter.
-EVALUATED ?= $(foreach run,sft-paper dpo-paper sft dpo,$(if $(wildcard runs/$(run)/adapter),$(run)))
-ADAPTERS = $(foreach run,$(EVALUATED),"$(run)": "runs/$(run)/adapter"$(comma))
-comma := ,
-# An adapter names its base model; without adapters, evaluate the demo's.
-BASE_ONLY = $(if $(strip $(EVALUATED)),,--model.init_args.base.name_or_path src/vlm_calibration/demo/model)
-
-evaluate: $(SETUP)
-	$(CLI) test --config configs/eval/demo.yaml --model.init_args.adapters '{$(ADAPTERS)}' $(BASE_ONLY) $(ARGS)
-
-RUNS ?= runs/eval
-
-report: $(SETUP)
-	$(CLI) report $(RUNS) $(ARGS)
 endif
+
+regions: $(SETUP)  ## find the regions of the queries that have none
+	$(CLI) calibrate regions $(CALIBRATION) $(ARGS)
+
+levels: $(SETUP)  ## measure the base model's accuracy by kind and strength of perturbation
+	$(CLI) calibrate levels $(CALIBRATION) $(ARGS)
+
+train-sft: $(SETUP)  ## stage 1 on the demo, or on MODEL= and DATA=
+	$(CLI) calibrate sft $(CALIBRATION) $(ARGS)
+	$(if $(OWN),,$(CLI) calibrate evaluate report $(CALIBRATION) --model.init_args.adapters '{"sft": "$(RUNS)/sft/adapter"}')
+
+train-dpo: $(SETUP)  ## stage 2 on the demo, or on MODEL= and DATA=, from the adapter of stage 1
+	$(CLI) calibrate dpo $(CALIBRATION) $(ARGS)
+	$(if $(OWN),,$(CLI) calibrate evaluate report $(CALIBRATION))
+
+evaluate: $(SETUP)  ## compare the base model and the adapters of both stages on the test split of DATA=, or of the demo
+	$(CLI) calibrate evaluate $(CALIBRATION) $(ARGS)
+
+report: $(SETUP)  ## write report.html about the evaluation
+	$(CLI) calibrate report $(CALIBRATION) $(ARGS)
 
 ENTITY ?=
 PROJECT ?= vlm-calibration
@@ -180,24 +155,29 @@ demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (abo
 demo-figure: $(SETUP)  ## draw the README's figure from the evaluation in runs/eval
 	$(PYTHON) -m tests.figures.before_after $(ARGS)
 
-# The headers of configs/stages.sh, configs/slurm/submit.sh and configs/slurm/job.sh list the variables of these targets.
+# The headers of configs/slurm/submit.sh and configs/slurm/job.sbatch list the variables of these targets.
+$(foreach name,$(JOB),$(if $($(name)),$(eval export $(name))))
+
 slurm-sft: $(SETUP)  ## submit stage 1 to SLURM, e.g. NODES=2 GPUS=8 TIME=04:00:00 PARTITION=gpu
-	configs/slurm/submit.sh sft
+	PYTHON="$(PYTHON)" configs/slurm/submit.sh sft $(CALIBRATION) $(ARGS)
 
 slurm-dpo: $(SETUP)  ## submit stage 2 to SLURM, from the adapter of stage 1
-	configs/slurm/submit.sh dpo
+	PYTHON="$(PYTHON)" configs/slurm/submit.sh dpo $(CALIBRATION) $(ARGS)
 
 slurm-all: $(SETUP)  ## submit all stages, or STAGES=, to SLURM, each after the one before
-	configs/slurm/submit.sh $(STAGES)
+	PYTHON="$(PYTHON)" configs/slurm/submit.sh $(STAGES) $(CALIBRATION) $(ARGS)
 
 # Two to four test processes; each runs whole files, so that a file's fixtures are set up once.
 PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-test: $(DEV)  ## the whole test suite
-	$(PYTEST) $(ARGS)
+test: $(DEV)  ## the test suite; test-all adds what is marked `nightly`
+	$(PYTEST) -m "not nightly" $(ARGS)
 
-test-fast: $(DEV)  ## every module in a few minutes: tests that are not marked slow, slurm or browser
-	$(PYTEST) -m "not slow and not slurm and not browser" $(ARGS)
+test-fast: $(DEV)  ## every module in a few minutes: tests that are neither slow nor nightly
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
+
+test-all: $(DEV)  ## every test; the nightly ones start clusters, browsers, notebooks, servers and environments
+	$(PYTEST) $(ARGS)
 
 lint: $(DEV)  ## ruff
 	$(PYTHON) -m ruff check .
@@ -217,4 +197,4 @@ bench-gpu: $(DEV)  ## speed and memory of real sizes on one GPU, with random wei
 	$(PYTHON) -m tests.performance.gpu $(ARGS)
 
 clean:  ## remove caches and the demo's runs; keep the environment
-	rm -rf runs/sft runs/dpo runs/sft-paper* runs/dpo-paper* runs/eval runs/demo runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/sft runs/dpo runs/paper runs/eval runs/demo runs/levels runs/bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

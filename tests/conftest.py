@@ -28,23 +28,24 @@ settings.load_profile("no_deadline")
 
 MARKS = {
     "server": pytest.mark.slow,
-    "cluster": pytest.mark.slurm,
-    "browser": pytest.mark.browser,
+    "cluster": pytest.mark.nightly,
+    "browser": pytest.mark.nightly,
     "cuda": pytest.mark.gpu,
 }
-"""Fixture -> marker of every test that uses it. Other slow tests are marked where they are defined."""
+"""Fixture -> marker of every test that uses it and is not marked `slow` itself. Other slow tests are marked where they are defined."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     for fixture, mark in MARKS.items():
-        if fixture in getattr(item, "fixturenames", ()):
+        if fixture in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
             item.add_marker(mark)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes, one runs all tests of a file; all tests of SLURM, and all of the web page, run in one, with one server."""
     for item in items:
-        shared = next((name for name in ("slurm", "browser") if item.get_closest_marker(name)), None)
+        used = getattr(item, "fixturenames", ())
+        shared = next((name for name in ("cluster", "browser") if name in used), None)
         item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
 
 
@@ -52,6 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_test_touches_the_runs_of_the_checkout(root: Path) -> Iterator[None]:
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*")}
+
+    before = files()
+    yield
+    assert files() == before
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.perturbation.masks import bounding_box
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "src/vlm_calibration/demo/model"

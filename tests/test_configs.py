@@ -41,7 +41,7 @@ EVAL = CONFIGS / "eval/demo.yaml"
 DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
 # The first matching pattern counts.
 OVERLAYS = {
-    "eval/*_development.yaml": (EVAL,),
+    "eval/demo_*.yaml": (EVAL,),
     "experiment/*_dpo.yaml": (DPO,),
     "system/*.yaml": (EVAL,),
     **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("data", "model", "experiment", "trainer", "logger")},
@@ -120,9 +120,10 @@ def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[st
 
 
 def test_the_processor_is_that_of_the_module_s_base_model(
-    model_folder: str, new_adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    model_folder: str, new_adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An evaluation takes it from the adapters."""
+    monkeypatch.chdir(tmp_path)
     named = ("--model.init_args.base.name_or_path", model_folder, "--model.init_args.base.revision", "v2")
     adapters = ("--model.init_args.adapters", json.dumps({"one": new_adapter(1)}))
     for command, config, settings, revision in (

@@ -1,19 +1,13 @@
-"""The package as others get it: sdist and wheel, the wheel in an environment of its own, and the container files.
-
-Images are not built, since that needs a registry: what a container file copies is built into a wheel instead.
-"""
+"""The package as others get it: sdist and wheel, and the wheel in an environment of its own."""
 
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -22,10 +16,6 @@ import pytest
 
 import vlm_calibration
 
-pytestmark = pytest.mark.slow
-
-DOCKERFILE = "configs/docker/Dockerfile"
-DEFINITION = "configs/slurm/vlm_calibration.def"
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 CONTENTS = (
     "vlm_calibration/configs/sft.yaml",
@@ -86,6 +76,7 @@ def _files(wheel: Path) -> dict[str, int]:
         return {i.filename: i.CRC for i in archive.infolist() if not i.filename.endswith("/RECORD")}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) -> None:
     files = _files(wheel)
     assert [name for name in CONTENTS if name not in files] == []
@@ -98,6 +89,7 @@ def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) ->
     assert not [name for name in files if name.startswith(("tests", "notebooks"))]
 
 
+@pytest.mark.nightly
 def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -105,11 +97,13 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Pat
     assert _files(_build(folder, "build_wheel", tmp_path / "dist")) == _files(wheel)
 
 
+@pytest.mark.nightly
 def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
     checked = _run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     assert checked.count("PASSED") == 2
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
@@ -118,6 +112,7 @@ def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
     assert "## Limits" in metadata.get_payload()
 
 
+@pytest.mark.slow
 def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     _run(sys.executable, "-m", "venv", "--without-pip", environment)
@@ -137,69 +132,3 @@ def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
 
 
 # --- Container files ----------------------------------------------------------------------------------------------
-
-
-def _dockerfile(root: Path) -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile and their arguments."""
-    text = (root / DOCKERFILE).read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
-
-
-def _definition(root: Path) -> dict[str, list[str]]:
-    """The sections of the Apptainer definition and their lines; the header is under ""."""
-    sections: dict[str, list[str]] = {"": []}
-    name = ""
-    for line in (root / DEFINITION).read_text(encoding="utf-8").splitlines():
-        if line.startswith("%"):
-            name = line[1:].strip()
-        elif line.strip() and not line.startswith("#"):
-            sections.setdefault(name, []).append(line.strip())
-    return sections
-
-
-def _copied(root: Path, file: str) -> dict[str, str]:
-    """What a container file copies: path in the repository -> path in the image."""
-    if file == DEFINITION:
-        return dict(shlex.split(line) for line in _definition(root)["files"])
-    copied = {}
-    for name, argument in _dockerfile(root):
-        if name == "COPY":
-            *sources, target = shlex.split(argument)
-            copied |= {s: target + s if target.endswith("/") else target for s in sources}
-    return copied
-
-
-@pytest.mark.parametrize("file", [DOCKERFILE, DEFINITION])
-def test_a_container_file_installs_what_it_copies(
-    root: Path, source: Path, tmp_path: Path, file: str
-) -> None:
-    for name, target in _copied(root, file).items():
-        path = source / name
-        if path.is_dir():
-            shutil.copytree(path, tmp_path / target.lstrip("/"), symlinks=True)
-        else:
-            (tmp_path / target.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, tmp_path / target.lstrip("/"))
-    [(folder, extras)] = re.findall(
-        r"pip install [^']*'(/\w+)\[([\w,]+)\]'", (root / file).read_text(encoding="utf-8")
-    )
-    wheel = _build(tmp_path / folder.lstrip("/"), "build_wheel", tmp_path / "dist")
-    assert [name for name in CONTENTS if name not in _files(wheel)] == []
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(extras.split(",")) <= set(project["optional-dependencies"])
-
-
-def test_the_images_run_the_command_as_a_user_with_models_outside(root: Path) -> None:
-    instructions = dict(_dockerfile(root))
-    assert next(iter(instructions)) == "FROM"
-    assert int(instructions["USER"]) > 0
-    assert f"--uid {instructions['USER']} " in instructions["RUN"]
-    assert f"HF_HOME={instructions['VOLUME']} " in instructions["ENV"]
-    assert instructions["ENTRYPOINT"] == '["vlm-calibration"]'
-    sections = _definition(root)
-    assert sections["runscript"] == ['exec vlm-calibration "$@"']
-    [home] = [line.partition("=")[2] for line in sections["environment"] if "HF_HOME" in line]
-    assert f"mkdir {home}" in sections["post"]
-    base = [line.split()[1] for line in sections[""] if line.startswith("From:")]
-    assert base == [instructions["FROM"]]

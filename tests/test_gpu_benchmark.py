@@ -40,7 +40,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 # --- The dry run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_runs_on_the_cpu(root: Path, tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
     command = [sys.executable, "-m", "tests.performance.gpu", "--device", "cpu", "--models", NAME]

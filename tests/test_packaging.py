@@ -131,25 +131,26 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
         assert re.search(rf"^  {name} +{re.escape(text)}$", usage, re.MULTILINE), name
 
 
-def _make(folder: Path, *arguments: str, **environment: str) -> str:
-    """Output of make, which must succeed. Without MAKELEVEL, or under `make test` it would print the folders it enters."""
+def _ran_make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without MAKELEVEL: under `make test` it would print the folders that it enters."""
     ours = ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS", "MAKELEVEL")
     clean = {k: v for k, v in os.environ.items() if k not in ours}
-    ran = subprocess.run(
-        ["make", *arguments],
-        cwd=folder,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**clean, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def _make(folder: Path, *arguments: str, **environment: str) -> str:
+    """Output of make, which must succeed."""
+    ran = _ran_make(folder, *arguments, **environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
 def test_help_lists_every_target(root: Path) -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
-    [phony] = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    [phony] = re.findall(r"^\.PHONY: (.*)$", makefile.replace("\\\n", " "), re.MULTILINE)
     listing = _make(root, "help")
     for target in phony.split():
         assert re.search(rf"^  {target} +\S", listing, re.MULTILINE), target
@@ -161,12 +162,8 @@ def test_help_lists_every_target(root: Path) -> None:
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
     """A folder with the files that make reads, and an interpreter that only logs its arguments."""
-    for name in ("Makefile", "pyproject.toml", "configs/stages.sh"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("Makefile", "pyproject.toml"):
         shutil.copy(root / name, tmp_path / name)
-    weights = tmp_path / "src/vlm_calibration/demo/model/model.safetensors"
-    weights.parent.mkdir(parents=True)
-    weights.touch()
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(FAKE_PYTHON)
@@ -197,59 +194,100 @@ def test_set_up_installs_what_each_stage_needs(project: dict, checkout: Path, ta
         assert [need for need in chosen if need.startswith("HanTa") or "regions" in need]
 
 
+@pytest.mark.parametrize("target", ["demo", "calibrate", "train-sft", "test"])
+def test_a_bare_checkout_is_set_up_first(checkout: Path, target: str) -> None:
+    """With an interpreter that makes a virtual environment as `python3 -m venv` does, and nothing else."""
+    python = (checkout / ".venv/bin/python").read_text()
+    shutil.rmtree(checkout / ".venv")
+    builder = checkout / "builder"
+    builder.write_text(
+        f"#!/bin/bash\nmkdir -p $3/bin\ncat > $3/bin/python << 'END'\n{python}\nEND\nchmod +x $3/bin/python\n"
+    )
+    builder.chmod(0o755)
+    _make(checkout, target, "BOOTSTRAP=./builder")
+    calls = _calls(checkout)
+    assert "pip install" in calls[0]
+    assert "pip install" not in calls[-1]
+
+
 def test_set_up_happens_once(checkout: Path) -> None:
     _make(checkout, "train-sft")
     first = _calls(checkout)
     assert [c for c in first if "pip install" in c]
     _make(checkout, "train-sft")
     second = _calls(checkout)
-    assert second
-    assert all(
-        " fit --config configs/sft.yaml" in c or " test --config configs/eval/demo.yaml" in c for c in second
-    )
+    assert [c.split()[2:4] for c in second] == [["calibrate", "sft"], ["calibrate", "evaluate"]]
     assert second == _cli_calls(first)
-    _make(checkout, "evaluate")
-    assert len(_calls(checkout)) == 1
 
 
 def test_the_demo_prints_no_commands_and_ends_with_its_report(checkout: Path) -> None:
-    printed = _make(checkout, "demo")
-    assert "python" not in printed
-    assert "make" not in printed
-    assert _calls(checkout)[-1] == "-m vlm_calibration.cli report runs/eval --out runs/demo/report.html"
+    assert "python" not in _make(checkout, "demo").replace(".venv", "")
+    [call] = _cli_calls(_calls(checkout))
+    assert call.startswith("-m vlm_calibration.cli calibrate sft dpo evaluate report --overwrite")
+    assert "--report.out runs/demo/report.html" in call
 
 
 def test_a_stage_s_settings_do_not_reach_its_evaluation(checkout: Path) -> None:
     _make(checkout, "train-dpo", "ARGS=--data.batch_size 3")
     fit, evaluation = _cli_calls(_calls(checkout))
-    assert fit.endswith("fit --config configs/dpo.yaml --overwrite --data.batch_size 3")
-    assert " test --config configs/eval/demo.yaml" in evaluation
+    assert fit.endswith("calibrate dpo --runs runs --overwrite --data.batch_size 3")
+    assert " calibrate evaluate " in evaluation
     assert "batch_size" not in evaluation
 
 
-@pytest.mark.parametrize("target", ["train-sft", "train-dpo", "demo-sft", "demo-dpo"])
+@pytest.mark.parametrize("target", ["train-sft", "train-dpo", "evaluate", "report"])
 def test_the_demo_s_targets_replace_their_own_runs_and_no_others(checkout: Path, target: str) -> None:
-    def fits(*settings: str) -> list[str]:
+    def replaces(*settings: str) -> bool:
         _make(checkout, target, *settings)
-        return [c for c in _cli_calls(_calls(checkout)) if " fit " in c]
+        return all(" --overwrite" in c for c in _cli_calls(_calls(checkout)))
 
-    assert fits()
-    assert all(" --overwrite" in c for c in fits())
-    assert not any(" --overwrite" in c for c in fits("ARGS=--ckpt_path last"))
-    for call in fits("ARGS=--trainer.default_root_dir mine"):
-        # ARGS= moves only our run; the paper's run still overwrites runs/*-paper.
-        folder = call.split("--trainer.default_root_dir ")[-1].split()[0]
-        assert (" --overwrite" in call) == (folder != "mine"), call
+    assert replaces()
+    assert replaces("PRESET=paper")
+    assert not replaces("ARGS=--ckpt_path last")
+    assert not replaces("ARGS=--resume")
+    assert not replaces("RUN=second")
+    assert not replaces("MODEL=qlora")
 
 
-def test_evaluate_takes_the_trained_adapters_or_those_named(checkout: Path) -> None:
-    (checkout / "runs/dpo/adapter").mkdir(parents=True)
-    _make(checkout, "evaluate")
-    call = _calls(checkout)[-1]
-    assert '"dpo": "runs/dpo/adapter"' in call
-    assert "sft" not in call
-    _make(checkout, "evaluate", "EVALUATED=mine")
-    assert '"mine": "runs/mine/adapter"' in _calls(checkout)[-1]
+@pytest.mark.parametrize(
+    "target", ["calibrate", "regions", "levels", "train-sft", "train-dpo", "evaluate", "report"]
+)
+def test_every_variable_reaches_the_stage(checkout: Path, target: str) -> None:
+    values = {"MODEL": "a b", "DATA": "c", "DATA_ROOT": "d e", "PRESET": "f", "TRAINER": "g"}
+    _make(
+        checkout, target, *(f"{name}={value}" for name, value in values.items()), "RUN=second", "ARGS=--x 1"
+    )
+    [call] = _cli_calls(_calls(checkout))
+    assert call.split("calibrate")[1].split("--model")[1] == (
+        " a b --data c --data-root d e --preset f --trainer g --runs runs/second --x 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [([], "runs"), (["MODEL=a.yaml b"], "runs/a"), (["RUN=mine"], "runs/mine"), (["RUN=a/mine"], "a/mine")],
+)
+def test_run_directories(checkout: Path, variables: list[str], folder: str) -> None:
+    _make(checkout, "levels", *variables)
+    [call] = _cli_calls(_calls(checkout))
+    assert call.split("--runs ")[1].split()[0] == folder
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        ("demo", "MODEL=a"),
+        ("train-sft", "MODLE=a"),
+        ("report", "CONFIG=a"),
+        ("lint", "ARGS=a"),
+        ("evaluate", "GPUS=2"),
+    ],
+)
+def test_a_variable_that_a_target_does_not_use_is_refused(checkout: Path, target: str, variable: str) -> None:
+    ran = _ran_make(checkout, target, variable)
+    assert ran.returncode != 0
+    assert f"make {target} does not use {variable.partition('=')[0]}=" in ran.stderr
+    assert not _calls(checkout)
 
 
 def test_new_requirements_are_noticed(checkout: Path) -> None:
@@ -278,9 +316,11 @@ def test_tests_need_more_than_training(checkout: Path) -> None:
     assert [c for c in _calls(checkout) if "[demo,dev]" in c]
     in_processes = "-m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder"
     _make(checkout, "test", "ARGS=-x tests/data")
-    assert _calls(checkout) == [f"{in_processes} -x tests/data"]
+    assert _calls(checkout) == [f"{in_processes} -m not nightly -x tests/data"]
     _make(checkout, "test-fast", "ARGS=-x")
-    assert _calls(checkout) == [f"{in_processes} -m not slow and not slurm and not browser -x"]
+    assert _calls(checkout) == [f"{in_processes} -m not slow and not nightly -x"]
+    _make(checkout, "test-all")
+    assert _calls(checkout) == [in_processes]
 
 
 def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
@@ -288,5 +328,7 @@ def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
     shutil.rmtree(checkout / ".venv")
     _make(checkout, "train-sft", "PYTHON=./mine", "CONFIG=mine.yaml", "ARGS=--trainer.max_steps 3")
     [call] = _calls(checkout)
-    assert call.startswith("-m vlm_calibration.cli fit --config mine.yaml --runs runs --trainer.max_steps 3")
+    assert call == (
+        "-m vlm_calibration.cli calibrate sft --config mine.yaml --runs runs --trainer.max_steps 3"
+    )
     assert not (checkout / ".venv").exists()

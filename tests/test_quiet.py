@@ -35,7 +35,7 @@ FIT = (
     "--trainer.callbacks.init_args.tolerance=-1.0",
 )
 EVALUATE = (
-    *("test", "--config", "eval/demo", "--model.init_args.estimators=[]", "--model.init_args.probes=[]"),
+    *("test", "--config", "eval/demo"),
     *("--data.calibration=null", "--data.workers=0"),
     f"--data.test={{clean: {{source: {{class_path: {DEMO}, init_args: {{split: test, scenes: 12}}}}}}}}",
 )
@@ -89,7 +89,7 @@ def test_an_evaluation_ends_with_its_table(evaluated: Ended) -> None:
     assert lines[0].rstrip() == "All 36 answers"
     heads = [cell.strip() for cell in lines[2].strip("┃").split("┃")]
     assert heads[:5] == ["system", "mean conf.", "accuracy", "ECE", "AUROC"]
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["base", "sft", "oracle"]
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["base", "sft"]
     assert lines[-1] == "answers: runs/eval"
 
 

@@ -1,221 +1,230 @@
-"""configs/stages.sh: what `make` and the SLURM jobs run for their variables, with `echo` for Python."""
+"""`Plan` and `vlm-calibration calibrate`: the command of each stage, which `make`, the SLURM jobs and Python share."""
 
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
-import subprocess
+import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_calibration.steps import Plan
+import vlm_calibration
+from vlm_calibration import Plan
+from vlm_calibration.cli import main
+from vlm_calibration.records import DataError
+from vlm_calibration.steps import BASE, STAGES, train_sft
 
-from .slurm.cluster import clean_environment
 from .test_configs import parse as parse
 
-OWN = {"MODEL": "qwen2_5_vl_7b", "DATA": "jsonl"}
+OWN = ["--model", "qwen2_5_vl_7b", "--data", "jsonl"]
+Commands = Callable[..., dict[str, list[str]]]
 
 
-def _run(root: Path, folder: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    # The working directory does not matter: the script finds the repository.
-    return subprocess.run(
-        ["bash", str(root / "configs/stages.sh"), *stages],
-        cwd=folder,
-        env={**clean_environment(), "PYTHON": "echo", "RUN": str(folder), **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def _commands(root: Path, folder: Path, *stages: str, **variables: str) -> list[list[str]]:
-    """The command lines of `vlm-calibration` that the variables stand for."""
-    ran = _run(root, folder, *stages, **variables)
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
-    commands = [shlex.split(line)[2:] for line in lines[::2]]
-    # What is announced is what is run.
-    assert lines[1::2] == [" ".join(["-m vlm_calibration.cli", *command]) for command in commands]
-    return commands
+@pytest.fixture
+def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
+    """Function that returns the stages that `calibrate` would run with these arguments -> what follows `vlm-calibration`."""
+
+    def run(*arguments: str) -> dict[str, list[str]]:
+        assert main(["calibrate", *arguments, "--dry-run"]) == 0, capsys.readouterr().err
+        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert all(shlex.split(command)[0] == "vlm-calibration" for _, _, command in lines)
+        return {stage: shlex.split(command)[1:] for stage, _, command in lines}
+
+    return run
 
 
-def _values(command: list[str], key: str) -> list[str]:
-    return [value for name, value in itertools.pairwise(command) if name == f"--{key}"]
+def values(command: list[str], key: str) -> list[str]:
+    pairs = [value for name, value in itertools.pairwise(command) if name == f"--{key}"]
+    return pairs + [word.partition("=")[2] for word in command if word.startswith(f"--{key}=")]
 
 
-def _configs(command: list[str]) -> list[str]:
-    return [name.removeprefix("configs/").removesuffix(".yaml") for name in _values(command, "config")]
+def test_without_settings_it_is_the_demo(commands: Commands) -> None:
+    planned = commands()
+    assert list(planned) == ["sft", "dpo", "evaluate", "report"]
+    common = ["--data-root", "data", "--runs", "runs"]
+    for stage in ("sft", "dpo"):
+        run = ["--trainer.default_root_dir", f"runs/{stage}"]
+        assert planned[stage] == ["fit", "--config", stage, *common, *run, "--resume"]
+    assert planned["evaluate"][:3] == ["test", "--config", "eval/demo"]
+    assert values(planned["evaluate"], "model.init_args.adapters") == ["{}"]
+    assert values(planned["evaluate"], BASE)[0].endswith("demo/model")
+    assert planned["report"] == ["report", "runs/eval"]
 
 
-def test_without_variables_all_is_the_demo(root: Path, tmp_path: Path) -> None:
-    sft, dpo, evaluate, report = _commands(root, tmp_path)
-    common = ["--runs", str(tmp_path)]
-    for stage, command in (("sft", sft), ("dpo", dpo)):
-        run = ["--trainer.default_root_dir", f"{tmp_path}/{stage}"]
-        assert command == ["fit", "--config", f"configs/{stage}.yaml", *common, *run, "--resume"]
-    assert evaluate[:5] == ["test", "--config", "configs/eval/demo.yaml", *common]
-    assert _values(evaluate, "model.init_args.adapters") == ["{}"]
-    assert _values(evaluate, "model.init_args.base.name_or_path") == ["src/vlm_calibration/demo/model"]
-    assert report == ["report", f"{tmp_path}/eval"]
-
-
-def test_every_stage_of_your_own_calibration_has_the_same_settings(root: Path, tmp_path: Path) -> None:
-    commands = _commands(root, tmp_path, **OWN, DATA_ROOT=str(tmp_path), TRAINER="ddp", ARGS="--data.seed 3")
-    assert [" ".join(command[: command.index("--config")]) for command in commands[:-1]] == [
-        "predict",
-        "levels fit",
-        *("fit", "fit", "test"),
-    ]
-    assert [_configs(command)[0] for command in commands[:-1]] == [
-        *("regions", "levels", "sft", "dpo"),
-        "eval/jsonl",
-    ]
-    for command in commands[:-1]:
-        overlays = [name for name in _configs(command)[1:] if not name.endswith("_dpo")]
-        assert overlays == ["model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored", "trainer/ddp"]
-        assert _values(command, "data-root") == [str(tmp_path)]
-        assert _values(command, "runs") == [str(tmp_path)]
-        assert _values(command, "data.seed") == ["3"]
-        assert command[-1] == "--resume"
-    runs = [_values(command, "trainer.default_root_dir")[-1] for command in commands[:-1]]
-    assert runs == [f"{tmp_path}/{name}" for name in ("regions", "levels", "sft", "dpo", "eval")]
-    assert [_configs(command).count("experiment/anchored_dpo") for command in commands] == [0, 0, 0, 1, 0, 0]
-    assert commands[-1] == ["report", f"{tmp_path}/eval"]
+def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Commands, folder: Path) -> None:
+    (folder / "my data").mkdir()
+    arguments = ["--data-root", "my data", "--trainer", "ddp", "--runs", "mine", "--data.seed", "3"]
+    planned = commands(*OWN, *arguments)
+    assert list(planned) == list(STAGES)
+    assert planned.pop("report") == ["report", "mine/eval"]
+    for stage, command in planned.items():
+        assert tuple(command[: command.index("--config")]) == STAGES[stage]
+        own, *overlays = values(command, "config")
+        assert own == ("eval/jsonl" if stage == "evaluate" else stage)
+        of_stage_2 = ["experiment/anchored_dpo"] if stage == "dpo" else []
+        assert overlays == [
+            *("model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored", *of_stage_2),
+            "trainer/ddp",
+        ]
+        assert values(command, "data-root") == ["my data"]
+        assert values(command, "runs") == ["mine"]
+        assert values(command, "data.seed") == ["3"]
+        run = "eval" if stage == "evaluate" else stage
+        assert command[-3:] == ["--trainer.default_root_dir", f"mine/{run}", "--resume"]
 
 
 @pytest.mark.parametrize(
-    ("variables", "stages"),
+    ("arguments", "stages"),
     [
-        ({}, "sft dpo evaluate report"),
-        ({"PRESET": "paper"}, "sft dpo evaluate report"),
-        ({"MODEL": "smolvlm2_256m"}, "levels sft dpo evaluate report"),
+        ([], "sft dpo evaluate report"),
+        (["--preset", "paper"], "sft dpo evaluate report"),
+        (["--preset", "anchored"], "levels sft dpo evaluate report"),
+        (["--model", "smolvlm2_256m"], "levels sft dpo evaluate report"),
         (OWN, "regions levels sft dpo evaluate report"),
+        ([*OWN, "--preset", "paper"], "regions sft dpo evaluate report"),
+        (["dpo", "sft"], "sft dpo"),
     ],
 )
 def test_a_calibration_consists_of_the_stages_that_it_needs(
-    root: Path, tmp_path: Path, variables: dict[str, str], stages: str
+    commands: Commands, arguments: list[str], stages: str
 ) -> None:
-    assert _commands(root, tmp_path, **variables) == _commands(root, tmp_path, *stages.split(), **variables)
+    assert list(commands(*arguments)) == stages.split()
 
 
-def test_files_of_your_own_and_several_files(root: Path, tmp_path: Path) -> None:
+def test_files_of_your_own_and_several_files(commands: Commands, folder: Path) -> None:
     for name in ("my model", "preset", "preset_dpo"):
-        (tmp_path / f"{name}.yaml").touch()
-    variables = {"MODEL": f"'{tmp_path}/my model.yaml' qlora", "PRESET": f"paper {tmp_path}/preset.yaml"}
-    (command,) = _commands(root, tmp_path, "dpo", **variables)
-    assert _configs(command) == [
-        *("dpo", f"{tmp_path}/my model", "model/qlora"),
-        *("experiment/paper", "experiment/paper_dpo", f"{tmp_path}/preset", f"{tmp_path}/preset_dpo"),
+        (folder / f"{name}.yaml").touch()
+    command = commands("dpo", "--model", "'my model.yaml' qlora", "--preset", "paper preset.yaml")["dpo"]
+    assert values(command, "config") == [
+        *("dpo", "my model.yaml", "model/qlora"),
+        *("experiment/paper", "experiment/paper_dpo", "preset.yaml", "preset_dpo.yaml"),
     ]
 
 
-@pytest.mark.parametrize(("run", "folder"), [("", "runs"), ("mine", "runs/mine"), ("a/mine/", "a/mine")])
-def test_run_directories(root: Path, tmp_path: Path, run: str, folder: str) -> None:
-    (command,) = _commands(root, tmp_path, "sft", RUN=run)
-    assert _values(command, "runs") == [folder]
+def test_arguments_of_one_stage_reach_no_other_and_settings_no_report(commands: Commands) -> None:
+    planned = commands(
+        *("sft", "dpo", "report", "--seed_everything", "3", "--overwrite"),
+        *("--sft.data.train.init_args", '{"scenes": 4}', "--sft.ckpt_path=x", "--report.replicates", "9"),
+    )
+    assert planned["sft"][7:11] == ["--seed_everything", "3", "--data.train.init_args", '{"scenes": 4}']
+    assert planned["sft"][11:] == ["--ckpt_path=x", "--trainer.default_root_dir", "runs/sft", "--overwrite"]
+    assert planned["dpo"][7:9] == ["--seed_everything", "3"]
+    assert planned["report"] == ["report", "runs/eval", "--replicates", "9"]
+    assert commands("sft", "--ckpt_path", "last")["sft"][-1] == "runs/sft", "instead of --resume"
 
 
-def test_settings_of_one_stage_reach_no_other(root: Path, tmp_path: Path) -> None:
-    variables = {
-        "ARGS": "--seed_everything 3",
-        "SFT_ARGS": "--data.train.init_args '{\"scenes\": 4}' --overwrite",
-        "REPORT_ARGS": "--calibration other",
-    }
-    sft, dpo, report = _commands(root, tmp_path, "sft", "dpo", "report", **variables)
-    own = ["--seed_everything", "3", "--data.train.init_args", '{"scenes": 4}', "--overwrite"]
-    assert sft[5:] == [*own, "--trainer.default_root_dir", f"{tmp_path}/sft"]
-    assert dpo[5:-3] == ["--seed_everything", "3"]
-    assert report[2:] == ["--calibration", "other"]
-
-
-def test_a_configuration_of_your_own_replaces_that_of_a_stage(root: Path, tmp_path: Path) -> None:
-    (command,) = _commands(root, tmp_path, "sft", CONFIG="mine.yaml")
+def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands) -> None:
+    command = commands("sft", "--config", "mine.yaml")["sft"]
     assert command[:3] == ["fit", "--config", "mine.yaml"]
-    assert _values(command, "trainer.default_root_dir") == [f"{tmp_path}/sft"]
+    assert values(command, "trainer.default_root_dir") == ["runs/sft"]
 
 
-def test_extracted_regions_are_used_by_all_stages_after_the_extraction(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "regions").mkdir()
-    commands = _commands(root, tmp_path, **OWN)
-    regions = [_values(command, "data.regions") for command in commands]
-    assert regions == [[], *[[f"{tmp_path}/regions"]] * 4, []]
+def test_extracted_regions_are_used_by_all_stages_after_the_extraction(
+    commands: Commands, folder: Path
+) -> None:
+    (folder / "runs/regions").mkdir(parents=True)
+    used = {stage: values(command, "data.regions") for stage, command in commands(*OWN).items()}
+    assert used.pop("regions") == used.pop("report") == []
+    assert set(map(tuple, used.values())) == {("runs/regions",)}
 
 
-def test_evaluation_takes_the_adapters_that_are_there_or_those_named(root: Path, tmp_path: Path) -> None:
-    def adapters(**variables: str) -> list[str]:
-        (command,) = _commands(root, tmp_path, "evaluate", **variables)
-        return _values(command, "model.init_args.adapters")
+def test_evaluation_takes_the_adapters_that_are_there(commands: Commands, folder: Path) -> None:
+    def adapters() -> list[str]:
+        return values(commands("evaluate")["evaluate"], "model.init_args.adapters")
 
-    (tmp_path / "sft/adapter").mkdir(parents=True)
-    assert adapters() == [f'{{"sft": "{tmp_path}/sft/adapter"}}']
-    (tmp_path / "dpo/adapter").mkdir(parents=True)
-    assert adapters() == [f'{{"sft": "{tmp_path}/sft/adapter", "dpo": "{tmp_path}/dpo/adapter"}}']
-    assert adapters(EVALUATED="mine dpo") == [
-        f'{{"mine": "{tmp_path}/mine/adapter", "dpo": "{tmp_path}/dpo/adapter"}}'
-    ]
+    (folder / "runs/sft/adapter").mkdir(parents=True)
+    assert adapters() == ['{"sft": "runs/sft/adapter"}']
+    (folder / "runs/dpo/adapter").mkdir(parents=True)
+    assert adapters() == ['{"sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"}']
 
 
-def test_parts_of_an_extraction(root: Path, tmp_path: Path) -> None:
-    (command,) = _commands(root, tmp_path, "regions", **OWN, PARTS="3", PART="2")
-    assert (_values(command, "data.parts"), _values(command, "data.part")) == (["3"], ["2"])
-    (command,) = _commands(root, tmp_path, "regions", **OWN)
-    assert _values(command, "data.parts") == []
+@pytest.mark.parametrize(
+    "arguments", [OWN, ["--model", "qwen2_5_vl_7b qlora", "--data", "coco", "--preset", "paper"]]
+)
+def test_the_parser_takes_every_stage(
+    commands: Commands, parse: Callable[[list[str]], Any], arguments: list[str]
+) -> None:
+    for stage, command in commands(*arguments).items():
+        if stage != "report":
+            subcommand = "test" if stage == "levels" else command[0]
+            parsed = parse([subcommand, *command[command.index("--config") :]])
+            run = "eval" if stage == "evaluate" else stage
+            assert parsed.trainer.default_root_dir == f"runs/{run}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["stf"], "stf"),
+        (["--model", "nowhere"], "model/nowhere"),
+        (["--model", "qwen2_5_vl_7b nowhere"], "model/nowhere"),
+        (["--preset", "nowhere.yaml"], "nowhere.yaml"),
+        (["--data", "jsonl"], "without a model"),
+        (["--data-root", "."], "data root . without data"),
+        ([*OWN, "--data-root", "nowhere"], "data root nowhere"),
+        (["--model", "it's"], "--model"),
+        (["sft", "--trainer.default_root_dir", "x"], "runs/sft"),
+        (["sft", "dpo", "--config", "mine.yaml"], "--config"),
+    ],
+)
+def test_invalid_settings_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str
+) -> None:
+    assert main(["calibrate", *arguments]) in (1, 2)
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"vlm-calibration: error: .*{re.escape(culprit)}.*\n", printed.err)
+    assert printed.out == ""
+
+
+def test_settings_from_python_are_those_of_json_and_a_stage_s_own_come_later() -> None:
+    plan = Plan(settings={"data.workers": 0, "trainer.logger": False, "a": "text"}, overwrite=True)
+    command = plan.command("sft", "--data.workers=2")
+    shared = ["--data.workers=0", "--trainer.logger=false", "--a=text"]
+    assert command[-7:] == [*shared, "--data.workers=2", *command[-3:-1], "--overwrite"]
+
+
+def test_the_demo_s_model_is_not_used_on_other_data_unasked() -> None:
+    for stage in ("levels", "sft", "dpo"):
+        with pytest.raises(DataError, match="without a model"):
+            Plan(data="jsonl").command(stage)
+    assert f"--{BASE}=mine" in Plan(data="jsonl", settings={BASE: "mine"}).command("sft")
+
+
+def test_a_stage_that_fails_leaves_the_process_s_arguments_alone(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook"])
+    with pytest.raises(DataError, match=r"data/train\.jsonl"):
+        train_sft(Plan(data="jsonl", preset="paper", settings={"trainer.logger": False, BASE: model_folder}))
+    assert sys.argv == ["notebook"]
+
+
+def test_a_plan_names_presets_that_do_not_exist() -> None:
+    with pytest.raises(ArgumentError, match="model/nowhere"):
+        Plan(model="nowhere")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {},
-        {**OWN, "TRAINER": "ddp"},
-        {"MODEL": "qwen2_5_vl_7b qlora", "DATA": "coco", "PRESET": "paper", "TRAINER": "ddp adamw_8bit"},
-    ],
-)
-def test_the_settings_are_those_of_the_same_plan_in_python(
-    root: Path, tmp_path: Path, parse: Callable[[list[str]], Any], variables: dict[str, str]
+def test_a_failed_stage_ends_the_calibration_with_its_status(
+    capfd: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    for name in ("regions", "sft/adapter", "dpo/adapter"):
-        (tmp_path / name).mkdir(parents=True)
-    named = {name.lower(): value.split() for name, value in variables.items() if name != "PRESET"}
-    plan = Plan(**named, preset=variables.get("PRESET"), runs=tmp_path)  # type: ignore[arg-type]
-    *commands, _ = _commands(root, tmp_path, **variables)
-    assert len(commands) >= 3
-    for command in commands:
-        stage = _configs(command)[0]
-        subcommand = command[0].replace("levels", "test")
-        adapters = {name: f"{tmp_path}/{name}/adapter" for name in ("sft", "dpo")}
-        settings = {"model.init_args.adapters": adapters} if stage.startswith("eval/") else {}
-        run = f"{tmp_path}/{stage if '/' not in stage else 'eval'}"
-        ours = parse([subcommand, *command[command.index("--config") :]])
-        theirs = parse([subcommand, *plan.arguments(stage, {"trainer.default_root_dir": run, **settings})])
-        del ours["config"], theirs["config"]
-        assert ours == theirs
+    assert main(["calibrate", "sft", "report", "--data.batch_size", "none"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out.count("+ vlm-calibration") == 1
+    assert "data.batch_size" in printed.err
 
 
-@pytest.mark.parametrize(
-    ("stages", "variables", "culprit"),
-    [
-        ("stf", {}, "stf"),
-        ("sft", {"MODEL": "nowhere"}, "MODEL=nowhere"),
-        ("sft", {"MODEL": "qwen2_5_vl_7b nowhere"}, "MODEL=nowhere"),
-        ("sft", {"PRESET": "nowhere.yaml"}, "PRESET=nowhere.yaml"),
-        ("sft", {"DATA": "jsonl"}, "MODEL="),
-        ("sft", {"DATA_ROOT": "."}, "DATA_ROOT=. without DATA="),
-        ("sft", {**OWN, "DATA_ROOT": "nowhere"}, "DATA_ROOT=nowhere"),
-        ("sft", {"ARGS": "--trainer.max_steps '3"}, "--trainer.max_steps '3"),
-        ("sft", {"SFT_ARGS": "--trainer.default_root_dir x"}, "RUN="),
-        ("sft dpo", {"CONFIG": "mine.yaml"}, "CONFIG="),
-        ("regions", {"PARTS": "2", "PART": "2"}, "part 2 of PARTS=2"),
-    ],
-)
-def test_invalid_variables_are_named(
-    root: Path, tmp_path: Path, stages: str, variables: dict[str, str], culprit: str
-) -> None:
-    ran = _run(root, tmp_path, *stages.split(), **variables)
-    assert ran.returncode == 1
-    assert culprit in ran.stderr
-    assert ran.stdout == ""
+def test_the_package_offers_the_stages() -> None:
+    assert set(vlm_calibration.__all__) <= set(dir(vlm_calibration))
+    assert all(getattr(vlm_calibration, name).__doc__ for name in vlm_calibration.__all__)

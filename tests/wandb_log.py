@@ -159,6 +159,7 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
     """Run two epochs of SFT, one of DPO, and an evaluation of both adapters on the demo: stage -> its run."""
     adapters = {name: str(folder / name / "adapter") for name in ("sft", "dpo")}
     test = demo("test", 2)
+    further = yaml.safe_load((root / "configs/eval/demo_estimators.yaml").read_text(encoding="utf-8"))
     stages: dict[str, tuple[str, str, dict[str, Any]]] = {
         "sft": (
             "fit",
@@ -180,7 +181,7 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
             "test",
             "eval/demo.yaml",
             {
-                "model": {"init_args": {"adapters": adapters}},
+                "model": {"init_args": {**further["model"]["init_args"], "adapters": adapters}},
                 "data": {
                     "test": {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}},
                     "calibration": {"clean": {"source": demo("calibration", 1)}},

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Submit stages to SLURM, each starting after the one before has succeeded:
-#   MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data configs/slurm/submit.sh [regions] [levels] [sft] [dpo] [evaluate] [report]
-# Without stages, those that a calibration with these variables needs. Reads the variables of configs/stages.sh, of job.sh, and these:
+# Submit stages of a calibration to SLURM, each starting after the one before has succeeded. The arguments are those of
+# `vlm-calibration calibrate`; without stages, those that the calibration needs:
+#   GPUS=8 configs/slurm/submit.sh sft dpo --model qwen2_5_vl_7b --data jsonl --data-root my_data --runs runs/mine
+# Reads the variables of job.sbatch, and these:
 #
 #   NODES      nodes per job; default: 1
 #   GPUS       GPUs per node, with one process each; default: 1. 0: train on the CPU
@@ -14,14 +15,11 @@
 #   OPTIONS    further options of sbatch, e.g. OPTIONS="--exclusive --mail-type=FAIL"
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-source configs/stages.sh
+fail() { echo "submit.sh: $*" >&2; exit 1; }
 
-command -v sbatch > /dev/null || fail "sbatch not found; 'bash configs/slurm/sft.sbatch' runs a stage on this machine"
-(( $# > 0 )) || set -- "${default_stages[@]}"
-[[ ! ${CONFIG:-} || $# == 1 ]] || fail "CONFIG= is for one stage, not for $*"
-# Check the variables of all stages before the first is submitted.
-for stage in "$@"; do stage_arguments "$stage"; done
-
+python=${PYTHON:-.venv/bin/python}
+[[ ${PYTHON:-} || -x $python ]] || python=python
+command -v sbatch > /dev/null || fail "sbatch not found; 'bash configs/slurm/job.sbatch sft' runs a stage on this machine"
 gpus=${GPUS:-1}
 tasks=$gpus gres=gpu:${GPU_TYPE:+$GPU_TYPE:}$gpus
 if [[ $gpus == 0 ]]; then
@@ -35,21 +33,25 @@ options=(
 )
 read -ra extra_options <<< "${OPTIONS:-}"
 
+# Checks the arguments of all stages before the first is submitted.
+plan=$("$python" -m vlm_calibration.cli calibrate "$@" --dry-run)
+while (( $# )) && [[ $1 != --* ]]; do shift; done
+
 previous=""
-for stage in "$@"; do
-    stage_arguments "$stage"
-    name=%j array_suffix='' stage_options=(--nodes="${NODES:-1}" --ntasks-per-node="$tasks" --gres="$gres")
-    [[ $stage != report ]] || stage_options=(--nodes=1 --ntasks-per-node=1 --gres=none)
+while IFS=$'\t' read -r stage run _; do
+    name=%j array_suffix='' stage_options=(--job-name="$stage" --nodes="${NODES:-1}" --ntasks-per-node="$tasks" --gres="$gres")
+    [[ $stage != report ]] || stage_options=(--job-name="$stage" --nodes=1 --ntasks-per-node=1 --gres=none)
     if [[ $stage == regions ]]; then
         name=%A_%a array_suffix='_*'
         stage_options+=(--array="0-$((${PARTS:-1} - 1))")
     fi
+    # LEAD is enough for the longest step or validation and for writing a checkpoint.
     [[ $stage != @(regions|sft|dpo) ]] || stage_options+=(--signal="B:USR1@${LEAD:-120}")
     # Without kill-on-invalid-dep a job behind a failed one would stay in the queue forever.
     [[ -z $previous ]] || stage_options+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
     mkdir -p "$run/logs"
-    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$run/logs/$name.log" "${extra_options[@]}" "configs/slurm/$stage.sbatch")
+    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$run/logs/$name.log" "${extra_options[@]}" configs/slurm/job.sbatch "$stage" "$@")
     # With several clusters, sbatch prints JOB;CLUSTER.
     previous=${previous%%;*}
     echo "$stage: job $previous, $run/logs/$previous$array_suffix.log"
-done
+done <<< "$plan"

@@ -45,12 +45,14 @@ class Forwarded(NamedTuple):
     Attributes:
         options: the common ones, which `--help` lists: "--name METAVAR", or "--name" of a flag -> description.
         epilog: returns what stands below them.
-        all_settings: returns the page of all settings, which `--help-all` prints.
+        all_settings: returns the page of all settings, which `--help-all` prints; None: there is no such page.
+        usage: what follows the command in the usage line.
     """
 
     options: Mapping[str, str]
     epilog: Callable[[], str]
-    all_settings: Callable[[], str]
+    all_settings: Callable[[], str] | None = None
+    usage: str = "[--config NAME ...] [--KEY VALUE ...]"
 
 
 HELP_ALL = "--help-all"
@@ -70,7 +72,7 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
     if isinstance(command, Subcommands) and args and args[0] in command.functions:
         return run_command(f"{prog} {args[0]}", command.functions[args[0]], args[1:])
     forwarded = _forwarded(command)
-    if forwarded and HELP_ALL in args:
+    if forwarded and forwarded.all_settings and HELP_ALL in args:
         return print(forwarded.all_settings())
     parser = command_parser(prog, command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
@@ -93,7 +95,7 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description=command.description if isinstance(command, Subcommands) else _description(command),
-        usage="%(prog)s [--config NAME ...] [--KEY VALUE ...]" if forwarded else None,
+        usage=forwarded and f"%(prog)s {forwarded.usage}",
         epilog=forwarded and forwarded.epilog(),
         formatter_class=_LineFormatter,
         exit_on_error=False,
@@ -106,7 +108,8 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
             subcommands.add_subcommand(name, own, help=own.description)
     else:
         if forwarded:
-            parser.add_argument(HELP_ALL, action="store_true", help="show all settings and exit")
+            if forwarded.all_settings:
+                parser.add_argument(HELP_ALL, action="store_true", help="show all settings and exit")
             for option, text in forwarded.options.items():
                 name, *metavars = option.split()
                 value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
@@ -194,7 +197,7 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
             settings["default"] = default
         group.add_argument(parameter.name, **settings)
         return
-    if not required and default not in (None, []):
+    if not required and default not in (None, [], ""):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         settings["help"] = f"{text} (default: {shown})"
     if isinstance(hint, type):

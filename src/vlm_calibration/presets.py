@@ -136,7 +136,7 @@ def resolve_configs(
     values = {name: default for name, (default, _) in VARIABLES.items()}
     for _, content in files.values():
         values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
-    values |= {**given, "demo": _demo_folder()}
+    values |= {**given, "demo": demo_folder()}
     for name in given.keys() & ENDPOINT_VARIABLES:
         if not any(f"${{{name}}}" in str(content) for _, content in files.values()):
             raise ArgumentError(
@@ -188,7 +188,7 @@ def read_config(name: str) -> dict[str, Any]:
     return content or {}
 
 
-def _demo_folder() -> str:
+def demo_folder() -> str:
     """The folder of the embedded demo: relative inside the current folder, else absolute."""
     folder = Path(__file__).with_name("demo")
     here = Path.cwd()

@@ -1,4 +1,6 @@
-"""The steps of a calibration from Python: what `vlm-calibration` does on the command line, with the same configuration.
+"""A calibration: its stages, and the command line of each from a model, data, presets and a folder.
+
+`vlm-calibration calibrate`, `make` and the SLURM jobs compose their commands with `Plan`, and so does Python:
 
     plan = Plan(model="qwen2_5_vl_7b", data="jsonl", data_root="my_data", runs="runs/mine")
     fit_levels(plan)
@@ -7,7 +9,7 @@
     metrics = evaluate(plan)
     report(plan)
 
-Each step runs in this process. A step that has finished with the same settings is not repeated; one that was interrupted resumes.
+A stage that has finished with the same settings is not repeated; one that was interrupted resumes.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jsonargparse.typing import PositiveInt
-
 from vlm_calibration.files import read_json
-from vlm_calibration.presets import preset_names
+from vlm_calibration.presets import demo_folder, find_preset, preset_names, read_config
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -33,63 +33,131 @@ if TYPE_CHECKING:
 Settings: TypeAlias = Mapping[str, Any]
 """Settings by their dotted names, e.g. {"data.workers": 0, "trainer.max_steps": 100}; values are those of JSON."""
 
+STAGES: dict[str, tuple[str, ...]] = {
+    "regions": ("predict",),
+    "levels": ("levels", "fit"),
+    "sft": ("fit",),
+    "dpo": ("fit",),
+    "evaluate": ("test",),
+    "report": ("report",),
+}
+"""Stage of a calibration -> the subcommand that runs it; in order."""
+TRAINED = ("sft", "dpo")
+"""The stages that train an adapter."""
 BASE = "model.init_args.base.name_or_path"
 """The setting of the base model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, data and settings that the steps share. Without a model and data: the embedded demo.
+    """A model, data and settings that the stages share. Without a model and data: the embedded demo.
 
     Attributes:
         model: base model: the name of a preset in `model/`, or a configuration file; several in order, later ones overriding.
         data: where queries come from: the same in `data/`.
-        preset: the same in `experiment/`; None: "anchored", or the demo's own settings. Stage 2 adds NAME_dpo if there is one.
+        preset: the same in `experiment/`; without one "anchored", or the demo's own settings. In stage 2 NAME_dpo follows NAME if there
+            is one.
         trainer: devices and strategy: the same in `trainer/`.
-        data_root: folder of the data, which the data preset writes `${data_root}`.
-        runs: folder of the run directories levels, sft, dpo and eval.
-        settings: further settings of every step.
+        data_root: folder of the data, which the data preset writes `${data_root}`; None: "data".
+        runs: folder of the run directories regions, levels, sft, dpo and eval.
+        settings: further settings of every stage but `report`.
         overwrite: replace results in `runs` instead of resuming.
+
+    Raises:
+        DataError: there is a folder of data, but no data, or it does not exist.
+        ArgumentError: there is no such preset or file.
     """
 
     model: str | Sequence[str] = ()
     data: str | Sequence[str] = ()
-    preset: str | None = None
+    preset: str | Sequence[str] = ()
     trainer: str | Sequence[str] = ()
-    data_root: str | Path = "data"
+    data_root: str | Path | None = None
     runs: str | Path = "runs"
     settings: Settings = field(default_factory=dict)
     overwrite: bool = False
 
-    def arguments(self, stage: str, settings: Settings) -> list[str]:
-        """The arguments of the command line for one step.
+    def __post_init__(self) -> None:
+        if self.data_root is not None and not self.data:
+            raise DataError(f"data root {self.data_root} without data: name the kind of data, e.g. jsonl")
+        if self.data_root is not None and not Path(self.data_root).is_dir():
+            raise DataError(f"data root {self.data_root}: there is no such folder")
+        self._overlays("dpo")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the calibration consists of, in order."""
+        left_out = [] if self.data else ["regions"]
+        levels = [_noise_levels(name) for name in self._overlays("sft")]
+        if "${runs}" not in next((text for text in reversed(levels) if text), ""):
+            left_out.append("levels")
+        return [stage for stage in STAGES if stage not in left_out]
+
+    def folder(self, stage: str) -> Path:
+        """The run directory of a stage; that of `report` is the evaluation's."""
+        return Path(self.runs) / ("eval" if stage in ("evaluate", "report") else stage)
+
+    def command(self, stage: str, *arguments: str, config: str | None = None) -> list[str]:
+        """What follows `vlm-calibration` on the command line of a stage.
 
         Args:
-            stage: the preset that is the step's whole configuration, e.g. "sft".
-            settings: those of this step alone.
+            stage: one of `STAGES`.
+            arguments: further ones of this stage alone.
+            config: a full configuration instead of the stage's own.
 
         Raises:
-            DataError: data without a model, on which the demo's would be used unasked.
+            DataError: there is no such stage; data without a model, on which the demo's would be used unasked; or the arguments name
+                another run directory.
         """
-        settings = {**self.settings, **settings}
-        if self.data and not self.model and stage in ("levels", "sft", "dpo") and BASE not in settings:
+        if stage not in STAGES:
+            raise DataError(f"no stage {stage!r}: expected one of {', '.join(STAGES)}")
+        if stage == "report":
+            return ["report", str(self.folder(stage)), *arguments]
+        further = [*_options(self.settings), *arguments]
+        names = {argument.partition("=")[0] for argument in further}
+        if "--trainer.default_root_dir" in names:
             raise DataError(
-                f"Plan: data {self.data!r} without a model, so the demo's would be used: give one, e.g. model='qwen2_5_vl_7b', or the "
-                f"setting {BASE}"
+                f"--trainer.default_root_dir: the run directory of {stage} is {self.folder(stage)}"
             )
-        configs = [stage, *_presets("model", self.model), *_presets("data", self.data)]
-        preset = self.preset or ("anchored" if self.model or self.data else ())
-        configs += _presets("experiment", preset)
-        if stage == "dpo" and preset and f"experiment/{preset}_dpo" in preset_names():
-            configs.append(f"experiment/{preset}_dpo")
-        configs += _presets("trainer", self.trainer)
-        arguments = [part for config in configs for part in ("--config", config)]
-        arguments += ["--data-root", str(self.data_root), "--runs", str(self.runs)]
-        regions = Path(self.runs) / "regions"
-        if regions.is_dir() and stage != "regions":
-            arguments += ["--data.regions", str(regions)]
-        arguments += [f"--{name}={_spelled(value)}" for name, value in settings.items()]
-        return [*arguments, "--overwrite" if self.overwrite else "--resume"]
+        if self.data and stage in ("levels", *TRAINED) and not (self.model or config or f"--{BASE}" in names):
+            raise DataError(
+                f"{stage}: data {self.data!r} without a model, so the demo's would be used: name one, e.g. qwen2_5_vl_7b, or "
+                f"set {BASE}"
+            )
+        own = f"eval/{'jsonl' if self.data else 'demo'}" if stage == "evaluate" else stage
+        command = [*STAGES[stage]]
+        for name in (config or own, *self._overlays(stage)):
+            command += ["--config", name]
+        command += ["--data-root", str(self.data_root or "data"), "--runs", str(self.runs)]
+        if stage != "regions" and self.folder("regions").is_dir():
+            command += ["--data.regions", str(self.folder("regions"))]
+        if stage == "evaluate":
+            command += _options(self._evaluated())
+        # The run directory comes last, since a configuration may name another.
+        command += [*further, "--trainer.default_root_dir", str(self.folder(stage))]
+        if self.overwrite:
+            return [*command, "--overwrite"]
+        return command if "--ckpt_path" in names else [*command, "--resume"]
+
+    def _evaluated(self) -> Settings:
+        """The settings that name the adapters to evaluate; without any, and without a model and data, the demo's model."""
+        folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
+        adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
+        needs_base = not (adapters or self.model or self.data)
+        return {"model.init_args.adapters": adapters} | (
+            {BASE: f"{demo_folder()}/model"} if needs_base else {}
+        )
+
+    def _overlays(self, stage: str) -> list[str]:
+        """The configurations that follow the stage's own, in order: presets and files."""
+        overlays = [*_presets("model", self.model), *_presets("data", self.data)]
+        for name in _presets("experiment", self.preset or (["anchored"] if self.model or self.data else [])):
+            stem = name.removesuffix(".yaml")
+            of_stage_2 = f"{stem}_dpo" if name in preset_names() else f"{stem}_dpo.yaml"
+            overlays.append(name)
+            if stage == "dpo" and (of_stage_2 in preset_names() or Path(of_stage_2).is_file()):
+                overlays.append(of_stage_2)
+        return [*overlays, *_presets("trainer", self.trainer)]
 
 
 def extract_regions(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
@@ -107,7 +175,7 @@ def extract_regions(plan: Plan, settings: Settings = MappingProxyType({})) -> Pa
         ArgumentError: there is no such preset or setting.
         CommandError: the step was stopped.
     """
-    return _run(["predict"], plan, "regions", settings)
+    return _run(plan, "regions", settings)
 
 
 def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> AnchoredLevels:
@@ -122,7 +190,7 @@ def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> Anchore
     """
     from vlm_calibration.perturbation.levels import AnchoredLevels
 
-    _run(["test"], plan, "levels", settings)
+    _run(plan, "levels", settings)
     return AnchoredLevels(Path(plan.runs) / "levels.json")
 
 
@@ -136,7 +204,7 @@ def train_sft(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
     Returns:
         The run directory, `runs/sft`, with the adapter in it.
     """
-    return _run(["fit"], plan, "sft", settings)
+    return _run(plan, "sft", settings)
 
 
 def train_dpo(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
@@ -149,7 +217,7 @@ def train_dpo(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
     Returns:
         The run directory, `runs/dpo`, with the adapter in it.
     """
-    return _run(["fit"], plan, "dpo", settings)
+    return _run(plan, "dpo", settings)
 
 
 def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str, dict[str, float | None]]:
@@ -162,10 +230,7 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
     Returns:
         System ("base", "sft", "dpo") -> its metrics by name, as in its `metrics.json`.
     """
-    trained = [name for name in ("sft", "dpo") if (Path(plan.runs) / name / "adapter").is_dir()]
-    adapters = {name: str(Path(plan.runs) / name / "adapter") for name in trained}
-    settings = {"model.init_args.adapters": adapters, **settings}
-    folder = _run(["test"], plan, "eval/jsonl" if plan.data else "eval/demo", settings)
+    folder = _run(plan, "evaluate", settings)
     return {path.parent.name: read_json(path) for path in sorted(folder.glob("*/metrics.json"))}
 
 
@@ -184,28 +249,32 @@ def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int
     Raises:
         DataError: there are no predictions, or a file cannot be used.
     """
+    from jsonargparse.typing import PositiveInt
+
     from vlm_calibration.commands.report import PAGE
     from vlm_calibration.commands.report import report as write_report
 
-    folder = Path(plan.runs) / "eval"
+    folder = plan.folder("report")
     write_report([str(folder)], images=images, replicates=PositiveInt(replicates), seed=seed)
     return folder / PAGE
 
 
-def _run(command: list[str], plan: Plan, stage: str, settings: Settings) -> Path:
-    """Run a subcommand of LightningCLI; return its run directory."""
+def _run(plan: Plan, stage: str, settings: Settings) -> Path:
+    """Run a stage in this process; return its run directory."""
     from vlm_calibration.commands.lightning_cli import lightning_command
 
+    command = plan.command(stage, *_options(settings))
     with _as_one_command():
-        cli = lightning_command([*command, *plan.arguments(stage, settings)])
-    return Path(cli.trainer.default_root_dir)
+        # `levels fit` is LightningCLI's `test`.
+        lightning_command(["test", *command[2:]] if stage == "levels" else command)
+    return plan.folder(stage)
 
 
 @contextmanager
 def _as_one_command() -> Iterator[None]:
-    """Run a step as if it were the only one of this process: with a W&B run of its own, unless the caller has begun one.
+    """Run a stage as if it were the only one of this process: with a W&B run of its own, unless the caller has begun one.
 
-    Lightning starts the other processes of a DDP run with the arguments in `sys.argv`, so these are the step's for as long as it runs.
+    Lightning starts the other processes of a DDP run with the arguments in `sys.argv`, so these are the stage's for as long as it runs.
     """
     import wandb
 
@@ -220,10 +289,31 @@ def _as_one_command() -> Iterator[None]:
 
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:
-    """The presets of a folder, or files, that these names stand for."""
-    names = [names] if isinstance(names, str) else names
-    return [name if Path(name).is_file() else f"{folder}/{name}" for name in names]
+    """The presets of a folder, or files, that these names stand for.
+
+    Raises:
+        ArgumentError: there is no such preset or file.
+    """
+    found = []
+    for name in [names] if isinstance(names, str) else names:
+        if not Path(name).is_file():
+            find_preset(f"{folder}/{name}")
+            name = f"{folder}/{name}"
+        found.append(name)
+    return found
 
 
-def _spelled(value: Any) -> str:
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+def _noise_levels(config: str) -> str:
+    """`data.noise.levels` of a configuration as text; empty if it sets none."""
+    content: Any = read_config(config)
+    for key in ("data", "noise", "levels"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return json.dumps(content) if content else ""
+
+
+def _options(settings: Settings) -> list[str]:
+    """Settings as arguments of the command line."""
+    return [
+        f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        for name, value in settings.items()
+    ]

@@ -90,6 +90,7 @@ def test_another_image_comes_while_answers_are_on_their_way(visit: Visit, photog
     expect(visit.page.get_by_text("Error", exact=True)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_noise_on_the_key_object(visit: Visit) -> None:
     visit.choose_scene(SCENE)
     mask = demo_subject(SCENE).objects[KEY]

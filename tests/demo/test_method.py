@@ -22,6 +22,7 @@ from vlm_calibration.perturbation.level_table import read_table
 from ..command_line import Server
 from ..wandb_log import demo, short
 
+pytestmark = pytest.mark.nightly
 UNSEEN = {"first": 50_000}
 MODEL = "src/vlm_calibration/demo/model"
 
@@ -120,15 +121,7 @@ def _evaluate(
             "logger": False,
             "callbacks": [{"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"}],
         },
-        model={
-            "init_args": {
-                "base": {"name_or_path": MODEL},
-                "adapters": adapters,
-                "oracle_levels": None,
-                "estimators": [],
-                "probes": [],
-            }
-        },
+        model={"init_args": {"base": {"name_or_path": MODEL}, "adapters": adapters}},
         data={"test": parts, "calibration": None, "noise": {"kinds": {"noise": 1}}},
     )
     return {

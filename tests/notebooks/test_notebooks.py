@@ -177,7 +177,7 @@ def test_the_text_names_the_settings_of_the_presets(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [".", "notebooks"])
+@pytest.mark.parametrize("start", [".", pytest.param("notebooks", marks=pytest.mark.nightly)])
 def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None:
     notebook, runs = execute(PERTURBATION, root / start)
     pictures = _pictures(notebook)
@@ -192,7 +192,7 @@ def test_semantic_perturbation(execute: Execute, root: Path, start: str) -> None
     assert [p.shape for p in pictures] == [p.shape for p in _pictures(stored)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_method(execute: Execute, root: Path) -> None:
     notebook, runs = execute(TRAIN, root)
     assert len(_pictures(notebook)) == 3
@@ -211,7 +211,7 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
     assert all(confidence is not None and 0.9 <= confidence <= 1 for confidence in stated)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_own_data(execute: Execute, root: Path) -> None:
     notebook, runs = execute(OWN, root / "notebooks")
     assert len(_pictures(notebook)) == 2

@@ -190,7 +190,8 @@ def run_seed(seed: int, root: Path, systems: Sequence[str], *, resume: bool, tes
     adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
     finish(
         start(
-            *("test", "--config", "configs/eval/demo.yaml", *([] if test else DEVELOPMENT)),
+            *("test", "--config", "configs/eval/demo.yaml", "--config", "configs/eval/demo_estimators.yaml"),
+            *([] if test else DEVELOPMENT),
             *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters),
             *NO_PROBES,

@@ -55,10 +55,7 @@ def answer(adapter: Path, out: Path) -> Path:
     scenes.write_text(json.dumps({"data": {"test": parts, "calibration": None}}), encoding="utf-8")
     settings = {
         "adapters": json.dumps({"adapter": str(adapter)}),
-        "estimators": "[]",
-        "probes": "[]",
         "with_base": "false",
-        "oracle_levels": "null",
     }
     arguments = [a for name, value in settings.items() for a in (f"--model.init_args.{name}", value)]
     config = ["--config", "configs/eval/demo.yaml", "--config", str(scenes)]

@@ -599,7 +599,7 @@ def test_images_come_back_with_their_perturbation(
             [
                 *("test", "--config", "configs/eval/demo.yaml", "--trainer.default_root_dir", str(out)),
                 *("--model.init_args.base.name_or_path", "src/vlm_calibration/demo/model"),
-                *("--model.init_args.adapters", "{}", "--model.init_args.estimators", "[]"),
+                *("--model.init_args.adapters", "{}"),
                 *("--trainer.logger", "false", "--data.workers", "0", *scenes),
             ],
             root,

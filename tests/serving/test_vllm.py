@@ -13,7 +13,7 @@ from .served import VLLM, ask_served, save_qwen, serving, vllm_serve
 
 pytestmark = [
     pytest.mark.serving,
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: run tests/serving/setup"),
 ]
 NAME = "calibrated"

@@ -18,12 +18,6 @@ LIMIT = 400
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-STAGE_VARIABLES = (
-    *("ARGS", "CONFIG", "DATA", "EVALUATED", "MODEL", "PART", "PRESET", "RUN", "STAGES", "TRAINER"),
-    *(f"{stage}_ARGS" for stage in ("REGIONS", "LEVELS", "SFT", "DPO", "EVALUATE", "REPORT")),
-)
-"""Beginnings of the variables of configs/stages.sh."""
-
 CONF = """
 ClusterName=tests
 # Lightning derives the port of a job's processes from its number.
@@ -71,8 +65,8 @@ def wait_for(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> 
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without variables that jobs would read: of stages, make, another SLURM and W&B."""
-    others = ("MAKE", "MFLAGS", "SLURM", "SBATCH", "WANDB", *STAGE_VARIABLES)
+    """This process's environment without variables that jobs would read: of make, another SLURM and W&B."""
+    others = ("MAKE", "MFLAGS", "SLURM", "SBATCH", "WANDB")
     return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,10 +23,10 @@ def cluster() -> Iterator[Cluster]:
     cluster.stop()
 
 
-def variables(command: list[str], stage: str = "sft") -> dict[str, str]:
-    """The variable with which a stage's job takes these arguments of the command line, after the stage's own configuration."""
+def arguments(command: list[str], stage: str = "sft") -> list[str]:
+    """The arguments of `calibrate` for these of a stage's own command line, after its own configuration."""
     assert command[1] == "--config"
-    return {f"{stage.upper()}_ARGS": shlex.join(command[3:])}
+    return [f"--{stage}.{word[2:]}" if word.startswith("--") else word for word in command[3:]]
 
 
 class Jobs:
@@ -36,12 +35,14 @@ class Jobs:
     def __init__(self, cluster: Cluster, root: Path, folder: Path) -> None:
         self.cluster = cluster
         self.root = root
+        self.runs = ["--runs", str(folder)]
         self.environment = {
             **cluster.environment,
             "PYTHON": sys.executable,
             # Use this repository's source, even if another one is installed.
             "PYTHONPATH": f"{root}/tests/slurm:{root}/src",
-            "RUN": str(folder),
+            "CALLED": str(folder),
+            "REAL_PYTHON": sys.executable,
             "GPUS": "0",
             "CPUS": "1",
             # The nodes' names do not resolve to addresses.
@@ -61,6 +62,15 @@ class Jobs:
             check=False,
         )
 
+    def make(self, target: str, **variables: str) -> Ran:
+        """Run make with variables on its command line."""
+        return self.run(
+            "make",
+            target,
+            f"PYTHON={sys.executable}",
+            *(f"{name}={value}" for name, value in variables.items()),
+        )
+
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
         """Start a command in a new process group, as under a terminal."""
         return subprocess.Popen(
@@ -73,9 +83,10 @@ class Jobs:
             start_new_session=True,
         )
 
-    def submit(self, *stages: str, **variables: str) -> list[str]:
-        """Submit stages; return the numbers of their jobs."""
-        return self.numbers(self.run("configs/slurm/submit.sh", *stages, **variables))
+    def submit(self, *arguments: str, **variables: str) -> list[str]:
+        """Submit stages, with run directories in `folder` unless told otherwise; return the numbers of their jobs."""
+        runs = [] if "--runs" in arguments else self.runs
+        return self.numbers(self.run("configs/slurm/submit.sh", *arguments, *runs, **variables))
 
     def numbers(self, ran: Ran) -> list[str]:
         """The job numbers in the output of a submission."""

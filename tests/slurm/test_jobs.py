@@ -17,7 +17,7 @@ import yaml
 from ..regions.conftest import scene_files as scene_files
 from ..regions.conftest import tiny as tiny
 from .cluster import wait_for
-from .conftest import Jobs, logs, variables
+from .conftest import Jobs, arguments, logs
 
 pytestmark = pytest.mark.usefixtures("late")
 
@@ -30,14 +30,13 @@ Start = Callable[..., list[str]]
 
 def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp_path: Path) -> None:
     """Three runs of two processes: requeued at the time limit on two nodes, killed and resubmitted on one, and without SLURM."""
-    settings = variables([*start("run", workers=1, logger=LOGGER), "--data.batch_size", "1"])
-    pause = f"--trainer.callbacks+ {shlex.quote(json.dumps(PAUSE))}"
-    pausing = {**settings, "SFT_ARGS": f"{settings['SFT_ARGS']} {pause}"}
-    folders = {name: str(tmp_path / name) for name in ("whole", "limited", "killed")}
-    runs = {name: Path(folder) / "sft" for name, folder in folders.items()}
+    settings = ["sft", *arguments([*start("run", workers=1, logger=LOGGER), "--data.batch_size", "1"])]
+    pausing = [*settings, "--sft.trainer.callbacks+", json.dumps(PAUSE)]
+    folders = {name: ["--runs", str(tmp_path / name)] for name in ("whole", "limited", "killed")}
+    runs = {name: tmp_path / name / "sft" for name in folders}
 
-    (limited,) = jobs.submit("sft", **pausing, RUN=folders["limited"], NODES="2", TIME="10", LEAD="90")
-    (killed,) = jobs.submit("sft", **pausing, RUN=folders["killed"], TASKS="2")
+    (limited,) = jobs.submit(*pausing, *folders["limited"], NODES="2", TIME="10", LEAD="90")
+    (killed,) = jobs.submit(*pausing, *folders["killed"], TASKS="2")
     jobs.paused(limited, runs["limited"])
     # A limit one to two minutes from now, within the signal's lead of 90 seconds; it is raised again after the requeue.
     elapsed = time.time() - jobs.cluster.started(limited)
@@ -48,8 +47,8 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     jobs.cluster("scancel", "--signal=KILL", killed)
     assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
     assert not (runs["killed"] / "adapter").exists()
-    (resumed,) = jobs.submit("sft", **pausing, RUN=folders["killed"], TASKS="2")
-    whole = jobs.run("bash", "configs/slurm/sft.sbatch", **settings, RUN=folders["whole"], TASKS="2")
+    (resumed,) = jobs.submit(*pausing, *folders["killed"], TASKS="2")
+    whole = jobs.run("bash", "configs/slurm/job.sbatch", *settings, *folders["whole"], TASKS="2")
     assert whole.returncode == 0, whole.stderr
 
     assert jobs.done(resumed, runs["killed"])["NumNodes"] == "1"
@@ -92,11 +91,11 @@ def test_all_stages_one_after_the_other(
         "DATA": "jsonl",
         "DATA_ROOT": str(tmp_path / "data"),
         "TRAINER": _overlay(tmp_path / "trainer.yaml", TRAINER),
-        "REGIONS_ARGS": shlex.join(_settings_of_extraction(tiny)),
+        "ARGS": shlex.join(_settings_of_extraction(tiny)),
         "RUN": str(tmp_path / "runs"),
     }
     runs = tmp_path / "runs"
-    ran = jobs.run("make", "slurm-all", **settings, PARTS="2", TIME="10")
+    ran = jobs.make("slurm-all", **settings, PARTS="2", TIME="10")
     first, levels, sft, dpo, evaluation, report = jobs.numbers(ran)
     assert jobs.cluster.job(levels)["Dependency"].startswith(f"afterok:{first}")
 
@@ -126,7 +125,7 @@ def test_all_stages_one_after_the_other(
     results = ("levels.json", "sft/adapter/*", "sft/predictions.jsonl")
     times = {path: path.stat().st_mtime_ns for pattern in results for path in runs.glob(pattern)}
     assert len(times) > 3
-    ran = jobs.run("make", "slurm-all", **settings, STAGES="levels sft", TIME="10")
+    ran = jobs.make("slurm-all", **settings, STAGES="levels sft", TIME="10")
     jobs.done(jobs.numbers(ran)[-1], runs / "sft")
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
@@ -174,11 +173,11 @@ def _overlay(path: Path, settings: dict[str, Any]) -> str:
 
 def _settings_of_extraction(tiny: Callable[[str], str]) -> list[str]:
     return [
-        *("--model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
-        *("--model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
-        *("--model.init_args.detector.init_args.threshold", "0"),
-        *("--model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
-        *("--data.shard_size", "4"),
+        *("--regions.model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
+        *("--regions.model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
+        *("--regions.model.init_args.detector.init_args.threshold", "0"),
+        *("--regions.model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
+        *("--regions.data.shard_size", "4"),
     ]
 
 
@@ -187,8 +186,8 @@ def _answered(folder: Path) -> list[str]:
 
 
 def test_a_failing_stage_stops_the_chain(jobs: Jobs, start: Start, tmp_path: Path) -> None:
-    settings = variables([*start("sft"), "--data.train.init_args.split", "nowhere"])
-    sft, dpo, evaluation = jobs.submit("sft", "dpo", "evaluate", **settings)
+    settings = arguments([*start("sft"), "--data.train.init_args.split", "nowhere"])
+    sft, dpo, evaluation = jobs.submit("sft", "dpo", "evaluate", *settings)
     assert jobs.cluster.ended(sft)["JobState"] == "FAILED"
     assert jobs.cluster.ended(dpo)["JobState"] == "CANCELLED"
     assert jobs.cluster.ended(evaluation)["JobState"] == "CANCELLED"

@@ -54,6 +54,7 @@ def test_invalid_submissions_are_named(
     assert culprit in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
     """Each process sees all GPUs of its node, as Lightning expects."""
     (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, NODES="2", GPUS="2", WAITS="0")

@@ -117,7 +117,8 @@ class SaveRunConfig(SaveConfigCallback):
         """Write `config.yaml` and remove overwritten files; for the first process."""
         folder, config = Path(trainer.default_root_dir), self.config.clone()
         overwrite = config.pop("overwrite", False)
-        config.pop("resume", None)
+        for option in ("resume", "no_table"):
+            config.pop(option, None)
         if is_own_checkpoint(folder, config.get("ckpt_path")):
             # The saved configuration repeats the run from its beginning.
             config.ckpt_path = None

@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vlm_calibration.commands.levels:SUBCOMMANDS",
         "`levels fit`: measure the level table of anchored levels",
     ),
+    "calibrate": (
+        "vlm_calibration.commands.calibrate:calibrate",
+        "all stages, or some, of a calibration: regions, levels, sft, dpo, evaluate, report",
+    ),
     "score": ("vlm_calibration.commands.score:SUBCOMMANDS", "a file of answers: POPE, AMBER or predictions"),
     "runs": (
         "vlm_calibration.commands.runs:runs",

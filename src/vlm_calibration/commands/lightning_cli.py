@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
+from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.resume import find_prior
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -121,6 +122,10 @@ class CalibrationCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
             parser.set_defaults({"verbose": False})
+        if subcommand == "test":
+            parser.add_argument(
+                "--no_table", action="store_true", help="Do not print the results, which `report` prints."
+            )
         if subcommand in RESUMABLE:
             parser.add_argument(
                 "--overwrite",
@@ -194,6 +199,8 @@ class CalibrationCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveRunConfig):
                 callback.hold(trainer)
+        if self.config[self.subcommand].get("no_table"):
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ResultsTable)]  # type: ignore[attr-defined]
         return trainer
 
 

@@ -1,0 +1,148 @@
+"""`vlm-calibration calibrate`: run the stages of a calibration, which `make` and the SLURM jobs call."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from vlm_calibration.arguments import Forwarded
+from vlm_calibration.cli import main
+from vlm_calibration.errors import CommandError
+from vlm_calibration.presets import presets_by_folder
+from vlm_calibration.records import DataError
+from vlm_calibration.steps import STAGES, Plan
+
+SETTINGS = Forwarded(
+    {
+        "--KEY VALUE": "setting of every stage but report, e.g. --trainer.max_steps 100",
+        "--STAGE.KEY VALUE": "argument of one stage, e.g. --sft.trainer.max_steps 100 or --report.replicates 200",
+    },
+    lambda: f"stages: {', '.join(STAGES)}\n{presets_by_folder('sft', 'dpo')}",
+    usage="[STAGE ...] [--model NAME] [--data NAME] [--KEY VALUE ...]",
+)
+
+
+def calibrate(
+    *arguments: Annotated[str, SETTINGS],
+    model: str = "",
+    data: str = "",
+    data_root: Path | None = None,
+    preset: str = "",
+    trainer: str = "",
+    runs: Path = Path("runs"),
+    config: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Run stages of a calibration, one after the other: `calibrate [STAGE ...]`; without any, all that these settings need.
+
+    A stage that has finished with the same settings is not repeated, and one that was interrupted resumes. Without a model and data it
+    is the embedded demo.
+
+    Args:
+        arguments: names of stages, then settings
+        model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
+        data: where queries come from: the same with data/
+        data_root: folder of the data
+        preset: the same with experiment/ (default: anchored, or the demo's own settings)
+        trainer: the same with trainer/
+        runs: folder of the run directories
+        config: configuration of a single stage, instead of the stage's own
+        overwrite: replace earlier results instead of resuming
+        dry_run: print stage, run directory and command of each stage, separated by tabs, and run nothing
+
+    Raises:
+        ArgumentError: there is no such preset or file.
+        DataError: settings contradict each other.
+        CommandError: a stage failed; the later ones are not run.
+    """
+    overlays = {"model": model, "data": data, "preset": preset, "trainer": trainer}
+    plan = Plan(
+        **{name: _words(name, text) for name, text in overlays.items()},  # type: ignore[arg-type]
+        data_root=data_root,
+        runs=runs,
+        overwrite=overwrite,
+    )
+    named, shared, of_stage = split_arguments(arguments)
+    stages = named or plan.stages
+    if config and len(stages) != 1:
+        raise DataError(f"--config is for one stage, not for {', '.join(stages)}")
+
+    def command(stage: str) -> list[str]:
+        further = [*(shared if stage != "report" else []), *of_stage.get(stage, [])]
+        if stage == "evaluate" and "report" in stages:
+            further.append("--no_table")
+        return plan.command(stage, *further, config=config)
+
+    # Check all stages before the first one runs.
+    commands = {stage: command(stage) for stage in stages}
+    if dry_run:
+        for stage, words in commands.items():
+            print(stage, plan.folder(stage), shlex.join(["vlm-calibration", *words]), sep="\t")
+        return
+    for stage in stages:
+        # Composed again: what earlier stages wrote, such as an adapter, is there only now.
+        words = command(stage)
+        print("+", shlex.join(["vlm-calibration", *words]), flush=True)
+        # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
+        if status := main(words) if len(stages) == 1 else _run_apart(words):
+            raise CommandError("", status)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Split arguments into names of stages, settings of all stages, and stage -> its own arguments.
+
+    Raises:
+        DataError: an argument before the first setting is no stage.
+    """
+    first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
+    stages = arguments[:first]
+    shared: list[str] = []
+    of_stage: dict[str, list[str]] = {}
+    target = shared
+    for argument in arguments[first:]:
+        if argument.startswith("--"):
+            stage, dot, key = argument[2:].partition(".")
+            target = of_stage.setdefault(stage, []) if dot and stage in STAGES else shared
+            argument = f"--{key}" if target is not shared else argument
+        target.append(argument)
+    for stage in stages:
+        if stage not in STAGES:
+            raise DataError(
+                f"no stage {stage!r}: expected {', '.join(STAGES)}, in any number, and then settings"
+            )
+    return [stage for stage in STAGES if stage in stages], shared, of_stage
+
+
+def _words(option: str, text: str) -> list[str]:
+    """Split the value of an option with the quoting rules of a shell."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise DataError(f"--{option}: cannot split {text!r} into words: {error}") from error
+
+
+def _run_apart(words: list[str]) -> int:
+    """Run a command in a fork of this process, whose imports it need not repeat; return its exit status."""
+    import vlm_calibration.commands.lightning_cli  # noqa: F401  (shared by all stages)
+
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(words)))
+    child.start()
+
+    def forward(number: int, frame: object) -> None:
+        # A terminal interrupts both processes.
+        if number != signal.SIGINT:
+            os.kill(int(child.pid or 0), number)
+
+    handlers = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    child.join()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    status = int(child.exitcode or 0)
+    return 128 - status if status < 0 else status
