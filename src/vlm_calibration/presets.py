@@ -116,7 +116,7 @@ def resolve_configs(
     Args:
         args: arguments of a command. `--data-root`, `--runs`, `--url` and `--served-model` among them set variables; so do keys of these names at the top level
             of a file, as in the `config.yaml` of a run.
-        prepare: applied to the content of each file, in order.
+        prepare: applied to the content of each file, in order, before its variables are replaced.
 
     Raises:
         ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings; or a variable of an endpoint is set and
@@ -136,14 +136,14 @@ def resolve_configs(
     values = {name: default for name, (default, _) in VARIABLES.items()}
     for _, content in files.values():
         values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
-    values |= {**given, "demo": _demo_folder()}
+    values |= {**given, "demo": demo_folder()}
     for name in given.keys() & ENDPOINT_VARIABLES:
         if not any(f"${{{name}}}" in str(content) for _, content in files.values()):
             raise ArgumentError(
                 None, f"--{name.replace('_', '-')} has no effect: give --config system/endpoint as well"
             )
     for position, (prefix, content) in files.items():
-        content = prepare(_replace(content, values))
+        content = _replace(prepare(content), values)
         # The parser takes the content of a file in its place.
         text = yaml.dump(
             content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"), sort_keys=False
@@ -188,7 +188,7 @@ def read_config(name: str) -> dict[str, Any]:
     return content or {}
 
 
-def _demo_folder() -> str:
+def demo_folder() -> str:
     """The folder of the embedded demo: relative inside the current folder, else absolute."""
     folder = Path(__file__).with_name("demo")
     here = Path.cwd()

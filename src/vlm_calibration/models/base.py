@@ -136,8 +136,8 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
     for name, base in bases.items():
         if _differ(bases[first], base):
             raise DataError(
-                f"the adapters {first!r} and {name!r} have different base models: {_describe(bases[first])} and "
-                f"{_describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
+                f"the adapters {first!r} and {name!r} have different base models: {describe(bases[first])} and "
+                f"{describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
             )
     return bases[first]
 
@@ -155,7 +155,8 @@ def _differ(base: BaseModel, other: BaseModel) -> bool:
     )
 
 
-def _describe(base: BaseModel) -> str:
+def describe(base: BaseModel) -> str:
+    """Name, revision, dtype and quantisation of a base model."""
     revision = f"@{base.revision}" if base.revision else ""
     kind = "" if base.quantization == "none" else f", {base.quantization}"
     return f"{base.name_or_path}{revision} ({base.dtype}{kind})"
