@@ -148,7 +148,9 @@ RUNS: dict[str, Run] = {
 WALK = [
     "vlm-calibration data split my_data/queries.jsonl --on-bad-record skip",
     "vlm-calibration data inspect --config data/jsonl --data-root my_data",
-    'settings="--config model/qwen2_5_vl_7b --config data/jsonl --config experiment/anchored --data-root my_data --runs runs/mine --resume"',
+    'settings="--config model/qwen2_5_vl_7b --config data/jsonl --config experiment/anchored --data-root my_data --runs runs/mine"',
+    'settings="$settings --data.regions runs/mine/regions --resume"',
+    "vlm-calibration predict --config regions $settings",
     "vlm-calibration levels fit --config levels $settings",
     "vlm-calibration fit --config sft $settings",
     "vlm-calibration fit --config dpo $settings --config experiment/anchored_dpo",

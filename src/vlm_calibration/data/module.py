@@ -209,6 +209,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     f"data.{_SOURCES.get(name, name)}",
                     named=name in TESTED,
                     augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
+                    taught=name in ("train", LEVELS),
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):
