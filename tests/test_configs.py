@@ -167,6 +167,22 @@ def test_the_demos_model_learns_other_data_only_if_it_is_named(
             InstantiatingCLI()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("data.batch_size", "0", "a whole number of at least 1"),
+        ("data.workers", "-1", "a whole number of at least 0"),
+    ],
+)
+def test_a_number_outside_its_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "fit", "--config", "sft", f"--{setting}={value}"])
+    with pytest.raises(ArgumentError) as caught:
+        InstantiatingCLI()
+    assert str(caught.value) == f"{setting}: expected {expected}, found {value!r}"
+
+
 def test_adapters_of_the_demos_model_answer_other_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter_run: Path
 ) -> None:

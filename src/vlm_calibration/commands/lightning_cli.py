@@ -335,9 +335,9 @@ def _lightning_errors() -> Iterator[None]:
     except SystemExit as stop:
         # Lightning exits like this after a KeyboardInterrupt.
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise CommandError("interrupted", 130) from stop
+            raise CommandError(f"interrupted{_resumes()}", 130) from stop
         if isinstance(stop, SIGTERMException):
-            raise CommandError("terminated", 143) from stop
+            raise CommandError(f"terminated{_resumes()}", 143) from stop
         raise
     except RuntimeError as error:
         # Communication with a process that has ended fails.
@@ -346,8 +346,14 @@ def _lightning_errors() -> Iterator[None]:
         # A signal to the process group may end a data worker first.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        terminated = "Terminated" in str(error)
-        raise CommandError(*("terminated", 143) if terminated else (one_line(error), 1)) from error
+        if "Terminated" in str(error):
+            raise CommandError(f"terminated{_resumes()}", 143) from error
+        raise CommandError(one_line(error), 1) from error
+
+
+def _resumes() -> str:
+    """The end of the message of a run that was stopped: how to resume it."""
+    return "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
 
 
 def _is_first_process() -> bool:
