@@ -203,7 +203,7 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration fit --config sft --config model/qwen2_5_vl_7b --config data/jsonl --data-root my_data --runs runs/mine": "as below",
     "vlm-calibration data split my_data/all.jsonl": "tests/data/test_split.py",
     "vlm-calibration data fetch pope": "downloads: tests/benchmarks/test_fetch.py",
-    "vlm-calibration levels fit --config levels --config data/jsonl --data-root DIR --data.noise.kinds '{noise: 2, blur: 1, occlusion: 1}'": (
+    "vlm-calibration levels fit --config levels --config model/qwen2_5_vl_7b --config data/jsonl --data-root DIR --data.noise.kinds '{noise: 2, blur: 1, occlusion: 1}'": (
         "tests/stages/test_level_fit.py"
     ),
     "vlm-calibration test --config eval/demo --config eval/demo_development --model.init_args.adapters '{sft: runs/sft/adapter}'": (
