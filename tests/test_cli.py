@@ -429,7 +429,7 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("signalled", "everyone", "status", "says"),
     [
-        (signal.SIGINT, True, 130, "interrupted"),
+        (signal.SIGINT, True, 130, "interrupted; the same command with --resume resumes it"),
         (signal.SIGTERM, False, 143, "stopped by SIGTERM; `--ckpt_path last` resumes from {last}"),
         (signal.SIGTERM, True, 143, "stopped by SIGTERM; `--ckpt_path last` resumes from {last}"),
     ],

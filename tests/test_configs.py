@@ -22,7 +22,8 @@ from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlay
 from vlm_calibration.errors import one_line
 from vlm_calibration.files import write_rows
 from vlm_calibration.losses.preference import SimPO
-from vlm_calibration.presets import resolve_configs
+from vlm_calibration.presets import demo_folder, resolve_configs
+from vlm_calibration.records import DataError
 
 from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
@@ -133,6 +134,64 @@ def test_the_processor_is_that_of_the_module_s_base_model(
         monkeypatch.setattr(sys, "argv", ["vlm-calibration", command, "--config", str(config), *settings])
         data = InstantiatingCLI().datamodule
         assert (data.processor_name, data.revision) == (model_folder, revision)
+
+
+OWN = ("--config", "data/jsonl")
+DEMO_NAMED = ("--model.init_args.base.name_or_path", f"{demo_folder()}/model")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "culprit"),
+    [
+        (("fit", "--config", "sft"), OWN, "data.train"),
+        (("test", "--config", "levels"), OWN, "data.train"),
+        (("fit", "--config", "sft"), ("--data.validation", "JsonlSource", "--data.validation.path", "x"), "data.validation"),
+        (("fit", "--config", "sft"), (*OWN, *DEMO_NAMED), None),
+        (("fit", "--config", "sft"), (), None),
+    ],
+    ids=["stage 1", "levels", "one source", "the demo's model by name", "the demo's data"],
+)  # fmt: skip
+def test_the_demos_model_learns_other_data_only_if_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    settings: tuple[str, ...],
+    culprit: str | None,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", *command, "--runs", str(tmp_path), *settings])
+    if culprit is None:
+        InstantiatingCLI()
+        assert capsys.readouterr().out.startswith(f"base model: {demo_folder()}/model")
+    else:
+        with pytest.raises(DataError, match=rf"^{culprit} is not the demo's.*--config model/"):
+            InstantiatingCLI()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("data.batch_size", "0", "a whole number of at least 1"),
+        ("data.workers", "-1", "a whole number of at least 0"),
+    ],
+)
+def test_a_number_outside_its_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "fit", "--config", "sft", f"--{setting}={value}"])
+    with pytest.raises(ArgumentError) as caught:
+        InstantiatingCLI()
+    assert str(caught.value) == f"{setting}: expected {expected}, found {value!r}"
+
+
+def test_adapters_of_the_demos_model_answer_other_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter_run: Path
+) -> None:
+    adapters = json.dumps({"sft": str(adapter_run)})
+    settings = ("--model.init_args.adapters", adapters, "--runs", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["", "test", "--config", "eval/jsonl", *settings])
+    InstantiatingCLI()
+    assert capsys.readouterr().out.startswith("base model: ")
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

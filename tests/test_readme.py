@@ -148,7 +148,9 @@ RUNS: dict[str, Run] = {
 WALK = [
     "vlm-calibration data split my_data/queries.jsonl --on-bad-record skip",
     "vlm-calibration data inspect --config data/jsonl --data-root my_data",
-    'settings="--config model/qwen2_5_vl_7b --config data/jsonl --config experiment/anchored --data-root my_data --runs runs/mine --resume"',
+    'settings="--config model/qwen2_5_vl_7b --config data/jsonl --config experiment/anchored --data-root my_data --runs runs/mine"',
+    'settings="$settings --data.regions runs/mine/regions --resume"',
+    "vlm-calibration predict --config regions $settings",
     "vlm-calibration levels fit --config levels $settings",
     "vlm-calibration fit --config sft $settings",
     "vlm-calibration fit --config dpo $settings --config experiment/anchored_dpo",
@@ -210,7 +212,7 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration fit --config sft --config model/qwen2_5_vl_7b --config data/jsonl --data-root my_data --runs runs/mine": "as below",
     "vlm-calibration data split my_data/all.jsonl": "tests/data/test_split.py",
     "vlm-calibration data fetch pope": "downloads: tests/benchmarks/test_fetch.py",
-    "vlm-calibration levels fit --config levels --config data/jsonl --data-root DIR --data.noise.kinds '{noise: 2, blur: 1, occlusion: 1}'": (
+    "vlm-calibration levels fit --config levels --config model/qwen2_5_vl_7b --config data/jsonl --data-root DIR --data.noise.kinds '{noise: 2, blur: 1, occlusion: 1}'": (
         "tests/stages/test_level_fit.py"
     ),
     "vlm-calibration test --config eval/demo --config eval/demo_development --model.init_args.adapters '{sft: runs/sft/adapter}'": (

@@ -172,6 +172,7 @@ _TYPES = {
     "bool": "true or false",
     "str": "a text",
     "PositiveInt": "a whole number of at least 1",
+    "NonNegativeInt": "a whole number of at least 0",
     "ClosedUnitInterval": "a number in [0, 1]",
     "OpenUnitInterval": "a number in (0, 1)",
 }

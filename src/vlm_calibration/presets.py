@@ -116,7 +116,7 @@ def resolve_configs(
     Args:
         args: arguments of a command. `--data-root`, `--runs`, `--url` and `--served-model` among them set variables; so do keys of these names at the top level
             of a file, as in the `config.yaml` of a run.
-        prepare: applied to the content of each file, in order.
+        prepare: applied to the content of each file, in order, before its variables are replaced.
 
     Raises:
         ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings; or a variable of an endpoint is set and
@@ -143,7 +143,7 @@ def resolve_configs(
                 None, f"--{name.replace('_', '-')} has no effect: give --config system/endpoint as well"
             )
     for position, (prefix, content) in files.items():
-        content = prepare(_replace(content, values))
+        content = _replace(prepare(content), values)
         # The parser takes the content of a file in its place.
         text = yaml.dump(
             content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"), sort_keys=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from vlm_calibration.callbacks.checkpoint import reading
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.callbacks.resume import (
     Run,
@@ -288,3 +291,22 @@ def test_an_explicit_default_and_a_missing_setting_are_no_difference(
     settings["data"]["gone"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     assert "gone" in deciding_settings("fit", saved_settings(tmp_path / "config.yaml", parser))["data"]
+
+
+@pytest.mark.parametrize("size", [0, 2, 10, 2000, -1])
+@pytest.mark.parametrize("others", [(), ("epoch=0.ckpt", "epoch=1.ckpt")])
+def test_a_truncated_checkpoint_names_what_to_resume_from(
+    tmp_path: Path, size: int, others: tuple[str, ...]
+) -> None:
+    last = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(1000)}}, last)
+    for age, name in enumerate(others):
+        shutil.copy(last, tmp_path / name)
+        os.utime(tmp_path / name, (age, age))
+    last.write_bytes(last.read_bytes()[:size])
+    with pytest.raises(DataError) as caught, reading(last):
+        torch.load(last, weights_only=True)
+    message = str(caught.value)
+    assert message.startswith(f"--ckpt_path {last}: not a complete checkpoint (")
+    assert "--overwrite" in message
+    assert (f"--ckpt_path {tmp_path / 'epoch=1.ckpt'}" in message) == bool(others)

@@ -129,14 +129,18 @@ def _decide(folder: Path, **changed: Any) -> DecisionRule:
     return rule
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "merged_as"), [("auto", "auto"), ("float32", "auto"), ("auto", "float32")]
+)
 def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str
+    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, evaluated: str, merged_as: str
 ) -> None:
-    rule = _decide(trained / "adapter")
+    """The base's checkpoint is in float32, which "auto" therefore is."""
+    rule = _decide(trained / "adapter", dtype=evaluated)
     assert call("run", "--out", "copy")[0] == 0
     assert read_rule(tmp_path / "copy") == rule
     assert call("copy", "--out", "again")[0] == 0
-    assert call("run", "--merge", "--out", "merged")[0] == 0
+    assert call("run", "--merge", "--out", "merged", "--dtype", merged_as)[0] == 0
     for name in ("copy", "again", "merged"):
         assert f"{rule.guarantee} Send all other" in (tmp_path / name / "README.md").read_text()
     merged = read_rule(tmp_path / "merged")
@@ -148,7 +152,8 @@ def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
 @pytest.mark.parametrize(
     ("changed", "dtype", "says"),
     [
-        ({}, "bfloat16", "they were chosen with dtype 'auto', and here it is 'bfloat16'"),
+        ({}, "bfloat16", "they were chosen with dtype 'float32', and here it is 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "auto", "they were chosen with dtype 'bfloat16', and here it is 'float32'"),
         ({"quantization": "nf4"}, "auto", "they were chosen with the base model in nf4"),
         ({"weights": "0"}, "auto", "they were chosen with other weights"),
     ],

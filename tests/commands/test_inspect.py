@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlm_calibration.cli import main
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
@@ -72,7 +73,7 @@ def test_counts_of_a_file(jsonl: Path) -> None:
     assert inspection.shares == [0.5, 0.5]
     assert [m.split(": ", 1)[0] for m in inspection.bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
     assert len(inspection.unloadable) == 1
-    assert "cut.jpg" in inspection.unloadable[0]
+    assert "cut.jpg" in inspection.unloadable[str(jsonl.with_name("cut.jpg"))]
     assert inspection.opened == 6
     few = inspect_source(JsonlSource(str(jsonl)), sample=2)
     assert (few.queries, few.opened) == (6, 2)
@@ -80,7 +81,7 @@ def test_counts_of_a_file(jsonl: Path) -> None:
 
 def test_a_source_without_bad_records() -> None:
     inspection = inspect_source(DemoSource("test", scenes=4), sample=3)
-    assert (inspection.queries, inspection.opened, inspection.bad, inspection.unloadable) == (12, 3, [], [])
+    assert (inspection.queries, inspection.opened, inspection.bad, inspection.unloadable) == (12, 3, [], {})
     assert inspection.answers["yes_no"] == {"yes": 4, "no": 4}
     assert inspection.with_evidence == 8
     assert len(inspection.absent) == 4
@@ -140,6 +141,23 @@ def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path
         assert text in ended.out, text
     assert f"\n{jsonl}:7: record '7': no such image: " in ended.out
     assert "1 of 6 opened" in ended.out
+
+
+@pytest.mark.parametrize("samples", [1, 200], ids=["not opened", "opened"])
+def test_a_broken_image_is_named_once(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], samples: int
+) -> None:
+    """Whatever number of queries and sources it is in, and whether it is opened for the counts or for the comparison alone."""
+    rows = [
+        json.dumps({**json.loads(line), "id": f"{copy}-{number}"})
+        for copy in range(3)
+        for number, line in enumerate(jsonl.read_text().splitlines()[:6])
+    ]
+    for name in ("train", "validation", "calibration", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    arguments = ("--config", "data/jsonl", "--data-root", str(tmp_path), "--samples", str(samples))
+    main(["data", "inspect", *arguments])
+    assert capsys.readouterr().out.count(str(tmp_path / "cut.jpg")) == 1
 
 
 @pytest.mark.parametrize("overlay", ["jsonl", "parquet", "rlaif_v", "coco"])

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import time
 import zipfile
@@ -217,6 +218,45 @@ def test_results_of_an_earlier_run_do_not_finish_the_last(tmp_path: Path) -> Non
     assert _one(tmp_path).state == "interrupted"
     write_json(folder / "run.json", {"command": "test", "finished": True})
     assert _one(tmp_path).state == "finished"
+
+
+def _finish(folder: Path, stage: str) -> Path:
+    """Finish a run of this stage in `folder / stage`."""
+    run = folder / stage
+    if stage == "levels":
+        _run(run, stage, out=str(run / "levels.json"))
+        _level_table({"yes_no": ((3, 4), 2)}).save(run / "levels.json")
+    elif stage == "evaluation":
+        _run(run, stage, adapters={"mine": str(folder / "dpo")})
+        for system in ("base", "mine"):
+            write_json(run / system / "metrics.json", METRICS)
+    else:
+        _run(run, stage)
+        write_json(run / "summary.json", {"queries": 4, "outcomes": {"found": 3, "known": 1}})
+        if stage != "regions":
+            _adapter(run)
+    return run
+
+
+def test_only_what_is_not_done_is_offered(tmp_path: Path) -> None:
+    """After each stage, that it is followed by the next one; begun stages have commands of their own."""
+    stages = ("regions", "levels", "sft", "dpo", "evaluation")
+    for stage in stages:
+        last = _finish(tmp_path, stage)
+        offered = [run.folder for run in find_runs(tmp_path) if run.command]
+        assert offered == [last]
+    (last / "report.html").touch()
+    assert [run.command for run in find_runs(tmp_path) if run.command] == []
+    (tmp_path / "dpo/adapter/adapter_config.json").unlink()
+    assert [run.folder for run in find_runs(tmp_path) if run.command] == [tmp_path / "dpo"], "interrupted"
+    shutil.rmtree(tmp_path / "dpo")
+    assert [run.folder for run in find_runs(tmp_path) if run.command] == [tmp_path / "sft"]
+
+
+def test_an_adapter_that_was_not_evaluated_is_to_be(tmp_path: Path) -> None:
+    _finish(tmp_path, "dpo")
+    _finish(tmp_path / "other", "evaluation")
+    assert read_run(tmp_path / "dpo").command in {run.command for run in find_runs(tmp_path)}
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------------

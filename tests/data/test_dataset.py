@@ -232,6 +232,47 @@ def test_a_missing_region_may_stop_the_run(mixed: Path) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("located", "unlocated", "says"),
+    [
+        ((), ("Yes",), "1 of 1 queries"),
+        (("Yes", "red"), ("Yes", "Yes", "red"), "3 of 5 queries"),
+        (("Yes", "Yes", "no."), ("Yes", "Yes", "red"), None),
+        (("No.", "no", "no"), ("Yes",), "1 of 4 queries.* the answer 'No'"),
+        (("Yes", "No", "red", "red"), ("blue",), "1 of 5 queries.* the answer 'red'"),
+        (("Yes", "No", "red", "blue"), ("blue",), None),
+        (("Yes", "Yes"), ("Yes",), None),
+    ],
+    ids=["none located", "most lost", "half lost", "No alone", "one colour", "two colours", "had no other"],
+)
+@pytest.mark.parametrize("noise", ["drawn", "every_level"])
+def test_what_is_taught_is_not_decided_by_what_lacks_a_region(
+    write_jsonl: Write,
+    record: Record,
+    located: Sequence[str],
+    unlocated: Sequence[str],
+    says: str | None,
+    noise: Any,
+) -> None:
+    def written(answer: str, **changes: Any) -> dict[str, Any]:
+        kind = "yes_no" if answer.strip(".").lower() in ("yes", "no") else "short"
+        name = f"{answer} {len(records)}"
+        return record(name, answer=answer, answer_type=kind, **changes)
+
+    records: list[dict[str, Any]] = []
+    for answer in located:
+        records.append(written(answer, objects=["dog"], regions=DOG))
+    for answer in unlocated:
+        records.append(written(answer))
+    splits = {"": EvalSplit(JsonlSource(str(write_jsonl(*records))), noise)}
+    if says is None:
+        with pytest.warns(UserWarning, match="need a region"):
+            assert len(PerturbedQueries(splits, POLICY, None, where="data.levels", taught=True))
+    else:
+        with pytest.raises(DataError, match=f"^data.levels: {says}.*predict --config regions"):
+            PerturbedQueries(splits, POLICY, None, where="data.levels", taught=True)
+
+
 def test_clean_images_need_no_regions(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.INFO):
         warnings.simplefilter("error")

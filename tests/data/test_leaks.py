@@ -127,7 +127,7 @@ def test_regions_of_other_sources_and_drawn_images(write: Callable[..., JsonlSou
     report = _leaks(train=train, test=images)
     assert [(leak.kind, leak.images) for leak in report.leaks] == [("same file", 2)]
     demo = _leaks(train=DemoSource("train", scenes=40), test=DemoSource("test", scenes=40))
-    assert demo == LeakReport({"train": 40, "test": 40}, (), ())
+    assert demo == LeakReport({"train": 40, "test": 40}, (), {})
 
 
 def test_an_image_that_cannot_be_read_is_named(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_an_image_that_cannot_be_read_is_named(write: Callable[..., JsonlSource]
         source.queries()
     (tmp_path / "2.png").write_bytes(b"")
     report = _leaks(train=train, test=test)
-    assert len(report.unreadable) == 1
-    assert "not an image" in report.unreadable[0]
+    assert list(report.unreadable) == [str(tmp_path / "2.png")]
+    assert "not an image" in report.unreadable[str(tmp_path / "2.png")]
     assert [leak.kind for leak in report.leaks] == ["same file"]
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.models import checkpoint
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.base import base_of_adapter
 from vlm_calibration.models.export import adapter_layers, merge_adapter, save_merged
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
@@ -222,9 +223,11 @@ def test_weights_of_which_some_fit(
     model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
     adapter = _rewritten(new_adapter(1), tmp_path, name=lambda n: n.replace("layers.3.", "layers.9."))
-    assert _refused(adapter, model_folder).startswith(
+    message = _refused(adapter, model_folder)
+    assert message.startswith(
         "its file lacks the weights of 7 configured layers, the first is model.language_model.layers.3"
     )
+    assert "one of the two has changed" in message, "it names this base model, so another is no advice"
 
 
 def test_a_target_that_matches_less_than_the_file_holds(
@@ -234,8 +237,19 @@ def test_a_target_that_matches_less_than_the_file_holds(
         new_adapter(1), tmp_path, target_modules=["q_proj"], exclude_modules=".*vision_tower.*"
     )
     assert _refused(adapter, model_folder).startswith(
-        "its file has 28 layers, and the model has 4 of them; its base model is "
+        "its file has 28 layers, and the model has 4 of them, not model.language_model.layers.0."
     )
+
+
+def test_a_truncated_file_is_named_before_a_model_is_loaded(
+    new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    file = Path(_rewritten(new_adapter(1), tmp_path)) / WEIGHTS
+    whole = file.read_bytes()
+    for size in (0, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=rf"^{file}: damaged or truncated .* train it again$"):
+            base_of_adapter(file.parent)
 
 
 def test_targets_that_match_nothing(

@@ -67,8 +67,13 @@ def test_a_run_needs_an_end(total: float) -> None:
         {"warmup_fraction": -0.1},
         {"final_fraction": 1.5},
         {"final_fraction": math.nan},
+        {"lr": -1e-4},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"weight_decay": -0.1},
     ],
 )
-def test_shares_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="warmup_fraction must be in"):
+def test_numbers_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
+    [name] = settings
+    with pytest.raises(DataError, match=rf"{name} .*found .*{settings[name]}"):
         OptimizerSettings(**settings)

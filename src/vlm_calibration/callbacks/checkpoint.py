@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,16 +71,23 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {match[1]}" if match else "an object other than tensors, numbers, texts and lists"
+        if match or (isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
+            what = (
+                f"the object {match[1]}"
+                if match
+                else "an object other than tensors, numbers, texts and lists"
+            )
+            raise DataError(
+                f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
+                "that this program wrote"
+            ) from error
+        others = sorted(set(Path(path).parent.glob("*.ckpt")) - {Path(path)}, key=lambda p: p.stat().st_mtime)
+        other = f"--ckpt_path {others[-1]}" if others else "--ckpt_path with another one"
         raise DataError(
-            f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
-            "that this program wrote"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise DataError(
-            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}); give another one"
+            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give {other}, or --overwrite to start again "
+            "(and leave out --resume)"
         ) from error
 
 

@@ -75,16 +75,19 @@ def inspect(
     console = Console()
     missing: dict[str, MissingFileError] = {}
     problems = 0
+    named: set[str] = set()
     for name, source in sources.items():
         try:
             inspection = inspect_source(source, samples)
         except MissingFileError as error:
             missing[name] = error
             continue
-        print_inspection(name, inspection, console)
-        problems += len(inspection.bad) + len(inspection.unloadable)
+        problems += len(inspection.bad) + len(inspection.unloadable.keys() - named)
+        print_inspection(name, inspection, console, named)
     if leaks:
-        problems += print_leaks({name: s for name, s in sources.items() if name not in missing}, console)
+        problems += print_leaks(
+            {name: s for name, s in sources.items() if name not in missing}, console, named
+        )
     if missing:
         for name, absent in missing.items():
             console.print(f"{name}: {absent}", soft_wrap=True, markup=False, highlight=False)

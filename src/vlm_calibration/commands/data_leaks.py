@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING
 
 from vlm_calibration.data.leaks import SplitImages, find_leaks
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from vlm_calibration.data.sources.base import QuerySource
 
 
-def print_leaks(sources: Mapping[str, QuerySource], console: Console) -> int:
+def print_leaks(sources: Mapping[str, QuerySource], console: Console, named: Container[str]) -> int:
     """Print the images that splits share, if there are at least two splits.
 
+    Args:
+        named: `image_id` of the broken images that have been named.
+
     Returns:
-        The number of problems: shared images, and images that cannot be read.
+        The number of problems: shared images, and other images that cannot be read.
     """
     from rich.table import Table
 
@@ -37,8 +40,9 @@ def print_leaks(sources: Mapping[str, QuerySource], console: Console) -> int:
         console.print(table)
     else:
         console.print(f"no image is in two of {', '.join(report.images)} ({len(images)} images compared)")
-    for message in report.unreadable[:MAX_NAMED]:
-        console.print(f"not compared: {message}", soft_wrap=True, markup=False, highlight=False)
-    if len(report.unreadable) > MAX_NAMED:
-        console.print(f"{len(report.unreadable)} images could not be compared")
-    return sum(leak.images for leak in report.leaks) + len(report.unreadable)
+    unreadable = {image: reason for image, reason in report.unreadable.items() if image not in named}
+    for image, reason in list(unreadable.items())[:MAX_NAMED]:
+        console.print(f"not compared: {image}: {reason}", soft_wrap=True, markup=False, highlight=False)
+    if len(unreadable) > MAX_NAMED:
+        console.print(f"{len(unreadable)} images could not be compared")
+    return sum(leak.images for leak in report.leaks) + len(unreadable)

@@ -226,11 +226,13 @@ def _write_merged(export: Export, dtype: Dtype, folder: Path) -> None:
 def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> bool:
     """Keep the adapter's decision rule for the merged model, if that computes what was evaluated up to rounding; whether it did."""
     from vlm_calibration.estimators.decision import read_rule, write_rule
-    from vlm_calibration.models.loading import weights_digest
+    from vlm_calibration.models.loading import model_config, weights_digest
 
     rule = read_rule(adapter)
     if rule is None:
         return False
+    stored = str(model_config(base).dtype).removeprefix("torch.")
+    evaluated, written = (stored if kind == "auto" else kind for kind in (rule.dtype, dtype))
     weights = weights_digest(BaseModel(str(folder)))
     if rule.weights != adapter_weights_digest(adapter):
         reason = "they were chosen with other weights"
@@ -238,8 +240,8 @@ def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtyp
         reason = (
             f"they were chosen with the base model in {rule.quantization}, and here it is in full precision"
         )
-    elif dtype != rule.dtype:
-        reason = f"they were chosen with dtype {rule.dtype!r}, and here it is {dtype!r}"
+    elif written != evaluated:
+        reason = f"they were chosen with dtype {evaluated!r}, and here it is {written!r}"
     else:
         assert weights is not None, "the merged model has just been written"
         write_rule(replace(rule, base=base.name_or_path, weights=weights), folder)

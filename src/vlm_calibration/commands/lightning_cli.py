@@ -32,9 +32,11 @@ from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.resume import find_prior
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
+from vlm_calibration.models.base import describe
 from vlm_calibration.perturbation.levels import AnchoredLevels
-from vlm_calibration.presets import add_variables, resolve_configs
+from vlm_calibration.presets import add_variables, demo_folder, resolve_configs
 from vlm_calibration.quiet import quiet_lightning
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo import DPOModule
@@ -87,12 +89,19 @@ class CalibrationCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        prepare = SharedOverlays() if sys.argv[1] != "fit" else lambda content: content
+        shared = SharedOverlays() if sys.argv[1] != "fit" else lambda content: content
+        written = list(sys.argv[1:])
+
+        def prepare(content: dict[str, Any]) -> dict[str, Any]:
+            written.append(str(content))
+            return shared(content)
+
         try:
             self.config = parser.parse_args(resolve_configs(sys.argv[1:], prepare))
         except ArgumentError as error:
             subcommand = self._subcommand_parsers.get(sys.argv[1], parser)
             raise ArgumentError(None, explained(str(error), subcommand)) from error
+        self._written = "\n".join(written)
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI is the first to read the checkpoint, for settings in it.
@@ -161,11 +170,32 @@ class CalibrationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             raise _data_error(error) from error
+        self._check_base()
+        base = getattr(self.model, "base", None)
+        if base is not None and _is_first_process():
+            print(f"base model: {describe(base)}", flush=True)
         if config.get("resume"):
             self._resume()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter | RegionWriter):
                 callback.start_over = bool(config.get("overwrite"))
+
+    def _check_base(self) -> None:
+        """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's.
+
+        Raises:
+            DataError: the configuration names no base model for the user's own data.
+        """
+        model = f"{demo_folder()}/model"
+        base = (self.config[self.subcommand].model.get("init_args") or {}).get("base")
+        if base is None or base.name_or_path != model or model in self._written:
+            return
+        for name, split in self.datamodule.settings.items():
+            if not isinstance(split.source, DemoSource):
+                raise DataError(
+                    f"data.{name} is not the demo's, and the base model is the demo's by default, which knows its scenes alone: give "
+                    "your model, e.g. --config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
+                )
 
     def _check_run_directory(self, checkpoint: str | None, overwrite: bool) -> None:
         fit = self.config.fit
@@ -177,7 +207,7 @@ class CalibrationCLI(LightningCLI):
         folder, prior = Path(self.trainer.default_root_dir), find_prior(self)
         self.is_done = prior.state == "finished"
         if self.is_done:
-            if getattr(rank_zero_only, "rank", 0) == 0:
+            if _is_first_process():
                 print(f"{folder}: finished with these settings: nothing to do")
         elif self.subcommand == "fit":
             last = folder / FOLDER / LAST
@@ -187,7 +217,7 @@ class CalibrationCLI(LightningCLI):
             self._check_run_directory(checkpoint, overwrite)
             for config in (self.config.fit, self.config_init.fit):
                 config.ckpt_path, config.overwrite = checkpoint, overwrite
-            if checkpoint and getattr(rank_zero_only, "rank", 0) == 0:
+            if checkpoint and _is_first_process():
                 print(f"{folder}: interrupted: resuming from {checkpoint}")
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -308,14 +338,13 @@ def _lightning_errors() -> Iterator[None]:
     except MisconfigurationException as error:
         raise CommandError(one_line(error) if _first_to_fail() else "", 2) from error
     except Stopped as stop:
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        raise CommandError(stop.message if first else "", stop.code) from stop
+        raise CommandError(stop.message if _is_first_process() else "", stop.code) from stop
     except SystemExit as stop:
         # Lightning exits like this after a KeyboardInterrupt.
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise CommandError("interrupted", 130) from stop
+            raise CommandError(f"interrupted{_resumes()}", 130) from stop
         if isinstance(stop, SIGTERMException):
-            raise CommandError("terminated", 143) from stop
+            raise CommandError(f"terminated{_resumes()}", 143) from stop
         raise
     except RuntimeError as error:
         # Communication with a process that has ended fails.
@@ -324,8 +353,18 @@ def _lightning_errors() -> Iterator[None]:
         # A signal to the process group may end a data worker first.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        terminated = "Terminated" in str(error)
-        raise CommandError(*("terminated", 143) if terminated else (one_line(error), 1)) from error
+        if "Terminated" in str(error):
+            raise CommandError(f"terminated{_resumes()}", 143) from error
+        raise CommandError(one_line(error), 1) from error
+
+
+def _resumes() -> str:
+    """The end of the message of a run that was stopped: how to resume it."""
+    return "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
+
+
+def _is_first_process() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _first_to_fail() -> bool:

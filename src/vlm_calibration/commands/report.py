@@ -8,8 +8,7 @@ from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.files import write_text
 from vlm_calibration.records import DataError
-
-PAGE = "report.html"
+from vlm_calibration.reporting.runs import PAGE
 
 
 def report(

@@ -30,7 +30,7 @@ from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import ANSWER_TYPES, DataError, Query
 from vlm_calibration.text.labels import answer_is_no
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Check = Callable[[Query, Sequence[str]], None]
 """Raises a DataError for a query that cannot be put to the model, or for one of the wrong answers to it."""
+FIND_REGIONS = "find regions with `vlm-calibration predict --config regions ...` on the same data, and give --data.regions FOLDER"
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ class PerturbedQueries(Dataset[Sample]):
         where: the setting that holds the splits, for messages.
         named: whether the name of a split is a part of its setting: "data.test.clean".
         augmentation: what is done to images before they are perturbed.
+        taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
 
     Raises:
-        DataError: a record is invalid and is not to be left out, or no query is left.
+        DataError: a record is invalid and is not to be left out, no query is left, or the others do not stand for all.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class PerturbedQueries(Dataset[Sample]):
         where: str = "data",
         named: bool = True,
         augmentation: Augmentation | None = None,
+        taught: bool = False,
     ) -> None:
         self.splits = dict(splits)
         self.policy = policy
@@ -150,6 +153,7 @@ class PerturbedQueries(Dataset[Sample]):
         self._named = named
         self._check = check
         self._augmentation = augmentation
+        self._taught = taught
         self._copies: Sequence[ImageCopy] = ()
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
@@ -269,7 +273,7 @@ class PerturbedQueries(Dataset[Sample]):
             raise DataError(f"{where}: {error}") from error
         queries = split.source.queries()
         perturbed = None if split.noise == "none" else policy
-        selected = select(split.source, queries, perturbed, self._check, where)
+        selected = select(split.source, queries, perturbed, self._check, where, self._taught)
         perturbations: dict[str, Sequence[Perturbation | None]] = {
             "every_level": policy.perturbations,
             "drawn": [None],
@@ -298,7 +302,12 @@ def with_split_name(query: Query, split: str) -> Query:
 
 
 def select(
-    source: QuerySource, queries: Sequence[Query], policy: NoisePolicy | None, check: Check, where: str
+    source: QuerySource,
+    queries: Sequence[Query],
+    policy: NoisePolicy | None,
+    check: Check,
+    where: str,
+    taught: bool = False,
 ) -> np.ndarray:
     """Select the queries of a source that are asked, and report how many are left out, with the first ids.
 
@@ -308,12 +317,13 @@ def select(
         policy: how they are perturbed; None: not at all, so they need no region.
         check: refuses queries that cannot be put to the model.
         where: the setting that names the source, for messages.
+        taught: as for `PerturbedQueries`.
 
     Returns:
         Indices of the selected queries, int64, ascending.
 
     Raises:
-        DataError: a record is invalid or needs a region that it does not have, and is not to be left out.
+        DataError: a record is invalid or needs a region that it does not have, and is not to be left out; see `_check_taught`.
     """
     bad = BadRecords(source.on_bad_record)
     indices: dict[str, list[int]] = {"present": [], "absent": [], "unlocated": []}
@@ -327,6 +337,8 @@ def select(
             continue
         indices["present" if policy is None else source.presence(query)].append(index)
     bad.report(len(queries) - len(bad.messages))
+    if taught and indices["unlocated"]:
+        _check_taught(queries, indices["unlocated"], indices["present"] + indices["absent"], where)
     if policy is not None:
         _report_regions(policy, queries, indices["absent"], indices["unlocated"], where)
     absent = [] if policy is None or policy.absent == "skip" else indices["absent"]
@@ -339,6 +351,29 @@ def _check_levels(policy: NoisePolicy, query: Query) -> None:
         policy.levels.confidence(CLEAN, query.answer_type, query.id)
     except ValueError as error:
         raise DataError(f"record {query.id!r}: {error}") from error
+
+
+def _check_taught(queries: Sequence[Query], unlocated: list[int], located: list[int], where: str) -> None:
+    """Make sure that queries with regions stand for all.
+
+    Raises:
+        DataError: most queries have no region, or one answer is left of an answer type that had several.
+    """
+
+    def answers(indices: list[int]) -> dict[str, set[str]]:
+        """Answer type -> its answers."""
+        found: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
+        for query in map(queries.__getitem__, indices):
+            answer = "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
+            found[query.answer_type].add(answer)
+        return found
+
+    lost, left = answers(unlocated), answers(located)
+    only = [repr(*left[kind]) for kind in ANSWER_TYPES if len(left[kind]) == 1 and lost[kind] - left[kind]]
+    if only or len(unlocated) > len(located):
+        counts = f"{len(unlocated)} of {len(unlocated) + len(located)} queries have no region of what they ask about"
+        alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
+        raise DataError(f"{where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data")
 
 
 def _report_regions(
@@ -373,7 +408,6 @@ def _report_regions(
     )
     if policy.no_region == "raise":
         raise DataError(
-            f"{where}: {missing}: find regions with `vlm-calibration predict`, or leave such queries out with "
-            "`data.noise.no_region: skip`"
+            f"{where}: {missing}: {FIND_REGIONS}, or leave such queries out with `data.noise.no_region: skip`"
         )
     rank_zero_warn(f"{where}: left out: {missing}" + (f"; {about_absent}" if about_absent else ""))

@@ -53,12 +53,12 @@ class LeakReport(NamedTuple):
     Attributes:
         images: role -> number of images.
         leaks: those that were found.
-        unreadable: a message for each image that could not be compared.
+        unreadable: `image_id` of each image that could not be compared -> why.
     """
 
     images: dict[str, int]
     leaks: tuple[Leak, ...]
-    unreadable: tuple[str, ...]
+    unreadable: dict[str, str]
 
 
 class SplitImages:
@@ -99,6 +99,11 @@ class SplitImages:
         """Name of an image in the source that it was first found in."""
         return self._owners[index][1].image
 
+    def id(self, index: int) -> str:
+        """The `image_id` of an image."""
+        source, query = self._owners[index]
+        return source.image_id(query)
+
     def hashes(self) -> list[ImageHash | str]:
         """The hash of each image, or why there is none."""
         contents = [partial(source.image_content, query) for source, query in self._owners]
@@ -129,7 +134,8 @@ def find_leaks(images: SplitImages) -> LeakReport:
     for first, second in combinations(range(len(images.roles)), 2):
         leaks += _shared(images, first, second, labels)
     counts = {role: int(used.sum()) for role, used in zip(images.roles, images.uses, strict=True)}
-    return LeakReport(counts, tuple(leaks), tuple(h for h in hashes if isinstance(h, str)))
+    unreadable = {images.id(i): reason for i, reason in enumerate(hashes) if isinstance(reason, str)}
+    return LeakReport(counts, tuple(leaks), unreadable)
 
 
 def _shared(

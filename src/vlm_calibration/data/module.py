@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import cv2
 import lightning as L
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
@@ -91,14 +92,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         candidates: CandidateSettings | None = None,
         prompt: ElicitationPrompt = ElicitationPrompt(),  # noqa: B008  (frozen)
         grading: Grading = EXACT,
-        batch_size: int = 8,
-        eval_batch_size: int = 32,
-        shard_size: int = 512,
+        batch_size: PositiveInt = PositiveInt(8),
+        eval_batch_size: PositiveInt = PositiveInt(32),
+        shard_size: PositiveInt = PositiveInt(512),
         parts: int = 1,
         part: int = 0,
-        workers: int = 4,
-        max_length: int = 4096,
-        max_pixels: int | None = None,
+        workers: NonNegativeInt = NonNegativeInt(4),
+        max_length: PositiveInt = PositiveInt(4096),
+        max_pixels: PositiveInt | None = None,
         on_too_long: Literal["raise", "skip"] = "raise",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -209,6 +210,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     f"data.{_SOURCES.get(name, name)}",
                     named=name in TESTED,
                     augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
+                    taught=name in ("train", LEVELS),
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
             if name != "train" and self.grading.ranks("open"):

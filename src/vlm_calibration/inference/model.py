@@ -33,6 +33,7 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import (
     FACTS,
     THRESHOLDS,
+    WEIGHTS,
     BaseModel,
     adapter_weights_digest,
     base_of_adapter,
@@ -171,7 +172,7 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
     if base.quantization != "none":
         parts.append(f"in {base.quantization}")
     if adapter is not None:
-        weights = adapter / "adapter_model.safetensors"
+        weights = adapter / WEIGHTS
         content = file_digest(weights) if weights.is_file() else digest([])
         parts.append(f"with {adapter} ({content[:8]})")
     return " ".join(part for part in parts if part)

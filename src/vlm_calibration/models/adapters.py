@@ -11,12 +11,12 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_calibration.hub import shorten_message
-from vlm_calibration.models.base import CONFIG, find_adapter, read_object
+from vlm_calibration.models.base import CONFIG, WEIGHTS, find_adapter, read_object
 from vlm_calibration.models.parts import ModelPart, layer_parts
 from vlm_calibration.records import DataError
 
@@ -99,11 +99,13 @@ def _report_misfit(folder: Path, base: str) -> Iterator[None]:
             # peft only warns of weights that are missing in the adapter.
             warnings.filterwarnings("error", message="(?s).*Found missing adapter keys")
             yield
-    except (OSError, ValueError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
         trained = read_object(folder / CONFIG).get("base_model_name_or_path")
+        advice = f"its base model is {trained}: use that one, or an adapter of {base}"
+        if trained == base:
+            advice = "its base model has this name, so one of the two has changed: use the former base model, or train again"
         raise DataError(
-            f"the adapter at {folder} does not fit the base model {base}: {_shorten(error)}; its base model is {trained}: "
-            f"use that one, or an adapter of {base}"
+            f"the adapter at {folder} does not fit the base model {base}: {_shorten(error)}; {advice}"
         ) from error
 
 
@@ -125,14 +127,17 @@ def _shorten(error: BaseException) -> str:
 
 def _check_all_loaded(model: PeftModel, name: str, folder: Path) -> None:
     """Check that the model has every LoRA layer of the adapter's file: peft ignores layers that it cannot place."""
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
         return
     with safe_open(file, framework="pt") as weights:
-        saved = sum(".lora_A." in key for key in weights.keys())  # noqa: SIM118
-    loaded = sum(name in getattr(layer, "lora_A", ()) for layer in _tuner_layers(model))
-    if loaded < saved:
-        raise ValueError(f"its file has {saved} layers, and the model has {loaded} of them")
+        saved = {unwrapped_name(key) for key in weights.keys() if ".lora_A." in key}  # noqa: SIM118
+    layers = (item for item in model.named_modules() if isinstance(item[1], BaseTunerLayer))
+    loaded = {unwrapped_name(path) for path, layer in layers if name in getattr(layer, "lora_A", ())}
+    if len(loaded) < len(saved):
+        raise ValueError(
+            f"its file has {len(saved)} layers, and the model has {len(loaded)} of them, not {min(saved - loaded)}"
+        )
 
 
 @contextmanager

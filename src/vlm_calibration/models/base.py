@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from safetensors import SafetensorError, safe_open
+
 from vlm_calibration.files import read_json
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
@@ -22,6 +24,7 @@ ADAPTER = "adapter"
 """The adapter's folder within a run directory."""
 CONFIG, FACTS = "adapter_config.json", "calibration.json"
 """peft's configuration of an adapter, and the data of its model card."""
+WEIGHTS = "adapter_model.safetensors"
 THRESHOLDS = "thresholds.json"
 """The decision rule beside an adapter's or a merged model's weights."""
 
@@ -56,10 +59,11 @@ def find_adapter(run: str | Path) -> Path:
         run: a run directory, the folder of an adapter, or a name on the Hub, `owner/name` or `owner/name@revision`.
 
     Raises:
-        DataError: there is no adapter.
+        DataError: there is no adapter, or the file of its weights is truncated.
     """
     for folder in (Path(run), Path(run) / ADAPTER):
         if (folder / CONFIG).is_file():
+            _check_complete(folder / WEIGHTS)
             return folder
     missing = f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
     name, _, revision = str(run).partition("@")
@@ -73,7 +77,20 @@ def find_adapter(run: str | Path) -> Path:
         raise DataError(f"{missing}, or give its name on the Hub: {error}") from error
     if not (folder / CONFIG).is_file():
         raise DataError(f"no adapter at {run}: the repository on the Hub has no {CONFIG}")
+    _check_complete(folder / WEIGHTS)
     return folder
+
+
+def _check_complete(weights: Path) -> None:
+    """Refuse a truncated file of weights; older adapters have another file."""
+    try:
+        if weights.is_file():
+            with safe_open(weights, framework="np"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{weights}: damaged or truncated ({error}): copy the adapter again, or train it again"
+        ) from error
 
 
 def adapter_files(folder: Path) -> dict[str, str]:
@@ -136,8 +153,8 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
     for name, base in bases.items():
         if _differ(bases[first], base):
             raise DataError(
-                f"the adapters {first!r} and {name!r} have different base models: {_describe(bases[first])} and "
-                f"{_describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
+                f"the adapters {first!r} and {name!r} have different base models: {describe(bases[first])} and "
+                f"{describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
             )
     return bases[first]
 
@@ -155,7 +172,8 @@ def _differ(base: BaseModel, other: BaseModel) -> bool:
     )
 
 
-def _describe(base: BaseModel) -> str:
+def describe(base: BaseModel) -> str:
+    """Name, revision, dtype and quantisation of a base model."""
     revision = f"@{base.revision}" if base.revision else ""
     kind = "" if base.quantization == "none" else f", {base.quantization}"
     return f"{base.name_or_path}{revision} ({base.dtype}{kind})"

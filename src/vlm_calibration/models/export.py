@@ -20,10 +20,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_calibration.files import first_line
-from vlm_calibration.hub import loading, shorten_message
+from vlm_calibration.hub import shorten_message
 from vlm_calibration.models.adapters import load_adapters, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Dtype
 from vlm_calibration.models.checkpoint import (
@@ -33,7 +33,7 @@ from vlm_calibration.models.checkpoint import (
     find_checkpoint,
     find_weights,
 )
-from vlm_calibration.models.loading import load_base
+from vlm_calibration.models.loading import load_base, model_config
 from vlm_calibration.records import DataError
 
 
@@ -143,11 +143,7 @@ def _is_equal(weight: Tensor, reloaded: Tensor | None) -> bool:
 
 
 def _check_stored_unquantised(base: BaseModel) -> None:
-    with loading("a model", base.name_or_path):
-        config = AutoConfig.from_pretrained(
-            base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(model_config(base), "quantization_config", None) is not None:
         raise DataError(
             f"the base model {base.name_or_path!r} is stored quantised, and nothing can be merged into it: use the model in "
             "full precision"

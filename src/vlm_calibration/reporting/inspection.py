@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
+from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
@@ -36,7 +37,7 @@ class Inspection:
         shares: the share of each opened image that its evidence covers, in [0, 1].
         clipped: ids of queries whose region leaves the opened image.
         bad: one message for each record that cannot be used.
-        unloadable: one message for each image that cannot be loaded.
+        unloadable: what cannot be loaded -> the message about it: `image_id` of a broken image, or id of a query with wrong regions.
     """
 
     queries: int = 0
@@ -50,7 +51,7 @@ class Inspection:
     shares: list[float] = field(default_factory=list)
     clipped: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
-    unloadable: list[str] = field(default_factory=list)
+    unloadable: dict[str, str] = field(default_factory=dict)
 
 
 def inspect_source(source: QuerySource, sample: int) -> Inspection:
@@ -102,7 +103,8 @@ def _open_image(inspection: Inspection, source: QuerySource, query: Query) -> No
     try:
         loaded = source.load(query)
     except DataError as error:
-        inspection.unloadable.append(str(error))
+        culprit = source.image_id(query) if isinstance(error.__cause__, ImageError) else query.id
+        inspection.unloadable.setdefault(culprit, str(error))
         return
     if loaded.clipped:
         inspection.clipped.append(query.id)
@@ -156,7 +158,7 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         )
     yield "bad records", str(len(inspection.bad))
     if inspection.unloadable:
-        yield "cannot be loaded", f"{len(inspection.unloadable)} of {inspection.opened} opened"
+        yield "images or regions that cannot be loaded", str(len(inspection.unloadable))
 
 
 def _rest(counter: Counter[str], name: str) -> str:
@@ -167,13 +169,19 @@ def _shorten(answer: str) -> str:
     return answer if len(answer) <= 30 else f"{answer[:27]}..."
 
 
-def print_inspection(name: str, inspection: Inspection, console: Console) -> None:
-    """Print an inspection as a table, and the first messages about bad records and images below it."""
+def print_inspection(name: str, inspection: Inspection, console: Console, named: set[str]) -> None:
+    """Print an inspection as a table, and the first messages about bad records and images below it.
+
+    Args:
+        named: culprits of `unloadable` that have been named, which are not named again; those named here are added.
+    """
     table = Table(title=name, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for heading, text in _table_rows(inspection):
         table.add_row(heading, text.replace("[", "\\["))
     console.print(table)
-    for message in (*inspection.bad[:MAX_NAMED], *inspection.unloadable[:MAX_NAMED]):
+    new = [culprit for culprit in inspection.unloadable if culprit not in named][:MAX_NAMED]
+    named.update(new)
+    for message in (*inspection.bad[:MAX_NAMED], *(inspection.unloadable[culprit] for culprit in new)):
         console.print(message, soft_wrap=True, markup=False, highlight=False)

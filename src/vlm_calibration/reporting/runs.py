@@ -25,6 +25,7 @@ from vlm_calibration.reporting.training_state import read_training_state
 State = Literal["finished", "running", "interrupted", "empty", "damaged"]
 
 CONFIG, METRICS, SUMMARY, QUERIES = "config.yaml", "metrics.json", "summary.json", "queries.parquet"
+PAGE = "report.html"
 LAST, WEIGHTS = "checkpoints/last.ckpt", "adapter/adapter_config.json"
 ANSWERS, SHARDS, SHARD_SETTINGS = ".answered.*.jsonl", "shards/[0-9]*.jsonl", "shards/settings.*.jsonl"
 RECORD = "run.json"
@@ -37,6 +38,8 @@ HEADLINE = ("n", "accuracy", "ece", "brier", "auroc")
 """Metrics of the stated confidence that a list shows."""
 MAX_COUNTED = 1 << 28
 """Bytes of answers or shards that are counted at most."""
+FOLLOWED = {"regions": ("levels", "sft", "dpo"), "levels": ("sft", "dpo"), "sft": ("dpo",)}
+"""Stage -> stages beside it that follow."""
 COMMANDS = {"evaluation": "test", "levels": "levels fit", "regions": "predict"}
 """Stage -> its command; all others are trainings."""
 
@@ -53,7 +56,8 @@ class Run:
         model: name or folder of the base model; empty if it is not known.
         when: time of the last change.
         figures: system, "" for the run itself -> figure -> value, None if it is undefined.
-        command: what to run next; empty for nothing.
+        adapters: of an evaluation: name -> path of each adapter.
+        command: what to run next; empty for nothing, as after a finished run that another one goes on from.
     """
 
     folder: Path
@@ -63,6 +67,7 @@ class Run:
     model: str = ""
     when: datetime = datetime.min
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
     command: str = ""
 
 
@@ -74,7 +79,25 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: give the folder that holds the run directories")
-    return [read_run(path) for path in _run_directories(folder)]
+    runs = [read_run(path) for path in _run_directories(folder)]
+    for run in runs:
+        if run.state == "finished" and _has_follower(run, runs):
+            run.command = ""
+    return runs
+
+
+def _has_follower(run: Run, runs: list[Run]) -> bool:
+    """Whether what comes after a finished run has been done, or begun, which then has a command of its own."""
+    if run.stage == "evaluation":
+        page = run.folder / PAGE
+        return page.is_file() and page.stat().st_mtime >= run.when.timestamp()
+    begun = [other for other in runs if other.state in ("finished", "running", "interrupted")]
+    if run.stage in FOLLOWED:
+        beside = (other for other in begun if other.folder.parent == run.folder.parent)
+        return any(other.stage in FOLLOWED[run.stage] for other in beside)
+    adapter = (run.folder / Path(WEIGHTS).parent).resolve()
+    evaluated = {Path(path).resolve() for other in begun for path in other.adapters.values()}
+    return not evaluated.isdisjoint((run.folder.resolve(), adapter))
 
 
 def _run_directories(folder: Path) -> Iterator[Path]:
@@ -181,6 +204,8 @@ def _read_evaluation(run: Run, config: Mapping[str, Any]) -> None:
         *(settings.get("adapters") or {}),
         *(["oracle"] if settings.get("oracle_levels") else []),
     ]
+    start = _start_folder(run, config)
+    run.adapters = {name: str(start / path) for name, path in (settings.get("adapters") or {}).items()}
     missing = [s for s in systems if not (run.folder / s / METRICS).is_file()]
     if logs := sorted(run.folder.glob(ANSWERS)):
         answers = _count(logs, b'{"id": ')

@@ -39,6 +39,11 @@ class OptimizerSettings:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise DataError(
+                "optimizer.lr must be a finite number above 0 and weight_decay one of at least 0, found "
+                f"{self.lr} and {self.weight_decay}"
+            )
         if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
             raise DataError(
                 "optimizer.warmup_fraction must be in [0, 1) and final_fraction in [0, 1], found "
