@@ -22,7 +22,7 @@ from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlay
 from vlm_calibration.errors import one_line
 from vlm_calibration.files import write_rows
 from vlm_calibration.losses.preference import SimPO
-from vlm_calibration.presets import resolve_configs
+from vlm_calibration.presets import DEMO, resolve_configs
 
 from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
@@ -162,11 +162,11 @@ def test_all_kinds_are_there() -> None:
 ANCHORED = {
     "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
     "init_args": {
-        "path": "src/vlm_calibration/demo/levels.json",
+        "path": str(DEMO / "levels.json"),
         "table": None,
         "grid": 1,
         "groups": 5,
-        "likelihoods": "src/vlm_calibration/demo/likelihoods.parquet",
+        "likelihoods": str(DEMO / "likelihoods.parquet"),
     },
 }
 LINEAR = {
