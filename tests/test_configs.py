@@ -22,7 +22,7 @@ from vlm_calibration.commands.lightning_cli import CalibrationCLI, SharedOverlay
 from vlm_calibration.errors import one_line
 from vlm_calibration.files import write_rows
 from vlm_calibration.losses.preference import SimPO
-from vlm_calibration.presets import demo_folder, resolve_configs
+from vlm_calibration.presets import DEMO, resolve_configs
 from vlm_calibration.records import DataError
 
 from .performance import demo_seeds
@@ -137,7 +137,7 @@ def test_the_processor_is_that_of_the_module_s_base_model(
 
 
 OWN = ("--config", "data/jsonl")
-DEMO_NAMED = ("--model.init_args.base.name_or_path", f"{demo_folder()}/model")
+DEMO_NAMED = ("--model.init_args.base.name_or_path", f"{DEMO}/model")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_the_demos_model_learns_other_data_only_if_it_is_named(
     monkeypatch.setattr(sys, "argv", ["", *command, "--runs", str(tmp_path), *settings])
     if culprit is None:
         InstantiatingCLI()
-        assert capsys.readouterr().out.startswith(f"base model: {demo_folder()}/model")
+        assert capsys.readouterr().out.startswith(f"base model: {DEMO}/model")
     else:
         with pytest.raises(DataError, match=rf"^{culprit} is not the demo's.*--config model/"):
             InstantiatingCLI()
@@ -222,11 +222,11 @@ def test_all_kinds_are_there() -> None:
 ANCHORED = {
     "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
     "init_args": {
-        "path": "src/vlm_calibration/demo/levels.json",
+        "path": str(DEMO / "levels.json"),
         "table": None,
         "grid": 1,
         "groups": 5,
-        "likelihoods": "src/vlm_calibration/demo/likelihoods.parquet",
+        "likelihoods": str(DEMO / "likelihoods.parquet"),
     },
 }
 LINEAR = {

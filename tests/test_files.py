@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from vlm_calibration.files import (
     MAX_NAMED,
@@ -47,6 +51,22 @@ def test_it_appears_whole(tmp_path: Path, folder: bool, existing: bool) -> None:
         assert path.exists() == existing
     assert _content(path) == ({"a": "new", "b": "new", "c": "new"} if folder else "new")
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077], ids=oct)
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("name", [".", "weights", "deep/weights"])
+def test_who_may_read_weights_is_up_to_the_umask(tmp_path: Path, name: str, umask: int, sync: bool) -> None:
+    """safetensors gives its files the mode 0600."""
+    path = tmp_path / "thing"
+    before = os.umask(umask)
+    try:
+        with replacing(path, sync=sync) as temporary:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file({"weight": np.zeros(2)}, temporary / name)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((path / name).stat().st_mode) == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])

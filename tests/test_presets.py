@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -88,13 +87,11 @@ def test_the_configuration_of_a_run_sets_them_too(overlay: Path) -> None:
     assert contents(*files, "--data-root", "mine")[1]["data"]["a"] == "mine/x.jsonl"
 
 
-def test_the_demo_is_named_relative_to_the_current_folder(
+def test_the_demo_has_one_name_in_every_working_folder(
     overlay: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(root)
-    assert contents("--config", str(overlay))[0]["data"]["b"][1] == os.path.join(
-        "src", "vlm_calibration", "demo"
-    )
+    assert contents("--config", str(overlay))[0]["data"]["b"][1] == str(root / "src/vlm_calibration/demo")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def _why_unwritable(error: BaseException | None) -> str | None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path, and rename it to `path` when the block ends without an error.
+    """Yield a temporary path, and rename it to `path` when the block ends without an error; permissions follow the umask.
 
     Args:
         path: a file or folder; it may exist.
@@ -90,8 +90,11 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         with writing(path, "; the previous content is unchanged" if path.exists() else ""):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            if sync:
-                _sync(temporary)
+            for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
+                if file.is_file():
+                    _apply_umask(file)
+                    if sync:
+                        _sync(file)
             if temporary.is_dir() and path.exists():
                 # Deleting a folder takes time, so it gets another name first.
                 path.replace(old)
@@ -103,10 +106,18 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             remove(leftover)
 
 
+def _apply_umask(path: Path) -> None:
+    """Give a file all permissions that the umask leaves to a new one; safetensors writes files that only their owner can read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = path.stat().st_mode
+    if (permitted := mode | 0o666 & ~umask) != mode:
+        path.chmod(permitted)
+
+
 def _sync(path: Path) -> None:
-    for part in [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file()):
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def append(file: RawIOBase, content: bytes) -> None:

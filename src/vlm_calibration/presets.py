@@ -6,7 +6,6 @@ package is a link to the folder at the top of the repository; a built package co
 
 from __future__ import annotations
 
-import os
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +22,13 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).with_name("configs")
 """Folder of the presets."""
+DEMO = Path(__file__).with_name("demo")
+"""Folder of the embedded demo, `${demo}` in a file: absolute, since the configuration of a run is read from other working folders."""
 VARIABLES = {
     "data_root": ("data", "folder of the data that the presets name, such as DIR/train.jsonl"),
     "runs": ("runs", "folder of the run directories that the presets name, such as DIR/sft"),
 }
-"""Variable that an option sets -> its default and description. There is also `${demo}`, the folder of the embedded demo."""
+"""Variable that an option sets -> its default and description."""
 ENDPOINT_VARIABLES = {
     "url": (
         "URL",
@@ -136,7 +137,7 @@ def resolve_configs(
     values = {name: default for name, (default, _) in VARIABLES.items()}
     for _, content in files.values():
         values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
-    values |= {**given, "demo": demo_folder()}
+    values |= {**given, "demo": str(DEMO)}
     for name in given.keys() & ENDPOINT_VARIABLES:
         if not any(f"${{{name}}}" in str(content) for _, content in files.values()):
             raise ArgumentError(
@@ -186,13 +187,6 @@ def read_config(name: str) -> dict[str, Any]:
     if content is not None and not isinstance(content, dict):
         raise ArgumentError(None, f"{path}: expected settings (key: value), found {str(content)[:40]!r}")
     return content or {}
-
-
-def demo_folder() -> str:
-    """The folder of the embedded demo: relative inside the current folder, else absolute."""
-    folder = Path(__file__).with_name("demo")
-    here = Path.cwd()
-    return os.path.relpath(folder) if folder.is_relative_to(here) else str(folder)
 
 
 def _replace(content: Any, values: Mapping[str, str]) -> Any:

@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlm_calibration.files import read_json
-from vlm_calibration.presets import demo_folder, find_preset, preset_names, read_config
+from vlm_calibration.presets import DEMO, find_preset, preset_names, read_config
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class Plan:
         folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
         adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
         needs_base = not (adapters or self.model or self.data)
-        return {"model.init_args.adapters": adapters} | (
-            {BASE: f"{demo_folder()}/model"} if needs_base else {}
-        )
+        return {"model.init_args.adapters": adapters} | ({BASE: f"{DEMO}/model"} if needs_base else {})
 
     def _overlays(self, stage: str) -> list[str]:
         """The configurations that follow the stage's own, in order: presets and files."""

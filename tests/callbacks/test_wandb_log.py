@@ -186,7 +186,7 @@ def test_the_configuration_says_what_ran_on_what(offline_runs: Runs, root: Path)
         assert run.config["stage"] == stage
         assert run.config["code"]["version"] == version("vlm-calibration")
         assert len(run.config["code"].get("commit") or commit) == len(commit)
-        assert run.config["base"]["name_or_path"] == "src/vlm_calibration/demo/model"
+        assert run.config["base"]["name_or_path"] == str(root / "src/vlm_calibration/demo/model")
     inputs = {name: run.config["inputs"] for name, run in offline_runs.items()}
     assert list(inputs["sft"]) == ["train", "validation"]
     assert inputs["sft"]["train"]["queries"] == 12

@@ -199,7 +199,7 @@ def test_the_command_writes_an_overlay_with_which_all_stages_fit(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
     folder = ["--model.init_args.base.name_or_path", tiny("qwen2_5_vl")]
-    call = ["estimate-memory", "--config", "model/qwen2_5_vl_7b", *folder]
+    call = ["estimate-memory", "--config", "model/qwen2_5_vl_7b", "--data.max_pixels=null", *folder]
     out = tmp_path / "fits.yaml"
     assert main([*call, "--gpu", "1.2GB", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -274,17 +274,6 @@ def test_a_run_names_its_base_and_its_prompt(adapter_run: Path, tmp_path: Path) 
     )
 
 
-def test_the_demo_s_model_is_found_from_anywhere(
-    adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(adapter_run, tmp_path / "run")
-    path = tmp_path / "run" / "adapter" / "adapter_config.json"
-    named = json.loads(path.read_text()) | {"base_model_name_or_path": "src/vlm_calibration/demo/model"}
-    path.write_text(json.dumps(named))
-    monkeypatch.chdir(tmp_path)
-    assert load_calibrated(adapter="run", device="cpu").name.startswith(str(DEMO_MODEL))
-
-
 def test_another_chat_template_is_warned_of(
     adapter_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -255,7 +255,7 @@ def _smolvlm(sizes: dict[str, Any] = IDEFICS_SIZES, tokens: int = 4) -> Family:
     )
 
 
-def _internvl() -> Family:
+def _internvl(side: int = 16, tiles: int = 6, tokens: int = 4) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     own = {
         "start_image_token": "<img>",
@@ -265,25 +265,25 @@ def _internvl() -> Family:
     }
     named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     tokenizer = _tokenizer(special, named, own=own)
-    size = {"height": 16, "width": 16}
+    size = {"height": side, "width": side}
     processor = tf.InternVLProcessor(
-        image_processor=tf.GotOcr2ImageProcessor(size=size, max_patches=6),
+        image_processor=tf.GotOcr2ImageProcessor(size=size, max_patches=tiles),
         tokenizer=tokenizer,
         video_processor=tf.InternVLVideoProcessor(size=size),
-        image_seq_length=4,
+        image_seq_length=tokens,
         chat_template=INTERNVL_TEMPLATE,
     )
     return Family("internvl", processor, _spec(tokenizer, "<IMG_CONTEXT>"), "<IMG_CONTEXT>", "<|im_end|>")
 
 
-def _llava() -> Family:
+def _llava(side: int = 16, patch: int = 4) -> Family:
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = _tokenizer(["<s>", "</s>", "<image>", "<pad>"], named, words="llama", adds_begin=True)
-    size = {"height": 16, "width": 16}
+    size = {"height": side, "width": side}
     processor = tf.LlavaProcessor(
-        image_processor=tf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        image_processor=tf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size),
         tokenizer=tokenizer,
-        patch_size=4,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
@@ -291,15 +291,15 @@ def _llava() -> Family:
     return Family("llava_clip", processor, _spec(tokenizer, "<image>"), "<image>", "</s>", varies=False)
 
 
-def _llava_onevision() -> Family:
+def _llava_onevision(side: int = 16, grids: Sequence[Sequence[int]] = PINPOINTS, tokens: int = 16) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
     tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
-    size = {"height": 16, "width": 16}
+    size = {"height": side, "width": side}
     processor = tf.LlavaOnevisionProcessor(
-        image_processor=tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        image_processor=tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids),
         tokenizer=tokenizer,
         video_processor=tf.LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=16,
+        num_image_tokens=tokens,
         vision_feature_select_strategy="full",
         chat_template=ONEVISION_TEMPLATE,
     )
@@ -307,7 +307,7 @@ def _llava_onevision() -> Family:
     return Family("llava_onevision", processor, spec, "<image>", "<|im_end|>")
 
 
-def _gemma3() -> Family:
+def _gemma3(side: int = 16, tokens: int = 4) -> Family:
     special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
     own = {
         "boi_token": "<start_of_image>",
@@ -317,9 +317,9 @@ def _gemma3() -> Family:
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     tokenizer = _tokenizer([*special, *own.values()], named, words="gemma", adds_begin=True, own=own)
     processor = tf.Gemma3Processor(
-        image_processor=tf.Gemma3ImageProcessor(size={"height": 16, "width": 16}),
+        image_processor=tf.Gemma3ImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        image_seq_length=4,
+        image_seq_length=tokens,
         chat_template=GEMMA_TEMPLATE,
     )
     spec = _spec(
@@ -334,7 +334,7 @@ def _gemma3() -> Family:
     )
 
 
-def _paligemma2() -> Family:
+def _paligemma2(side: int = 16, tokens: int = 16) -> Family:
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     tokenizer = _tokenizer(
         ["<pad>", "<eos>", "<bos>", "<image>"],
@@ -343,8 +343,8 @@ def _paligemma2() -> Family:
         adds_begin=True,
         own={"image_token": "<image>"},
     )
-    image_processor = tf.SiglipImageProcessor(size={"height": 16, "width": 16})
-    image_processor.image_seq_length = 16
+    image_processor = tf.SiglipImageProcessor(size={"height": side, "width": side})
+    image_processor.image_seq_length = tokens
     processor = tf.PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
     return Family("paligemma2", processor, _spec(tokenizer, "<image>"), "<image>", "<eos>", varies=False)
 
@@ -361,6 +361,44 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "gemma3": _gemma3,
     "paligemma2": _paligemma2,
 }
+
+
+QWEN2_5: dict[str, Any] = {"patch": 14, "pixels": (3136, 12845056)}
+QWEN3: dict[str, Any] = {"patch": 16, "pixels": (65536, 16777216)}
+INTERNVL3: dict[str, Any] = {"side": 448, "tiles": 12, "tokens": 256}
+SMOLVLM2: dict[str, Any] = {
+    "sizes": {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},
+    "tokens": 81,
+}
+SMOLVLM2_SMALL: dict[str, Any] = {
+    "sizes": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+    "tokens": 64,
+}
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "smolvlm2_256m": ("smolvlm", SMOLVLM2_SMALL),
+    "smolvlm2_500m": ("smolvlm", SMOLVLM2_SMALL),
+    "smolvlm2_2_2b": ("smolvlm", SMOLVLM2),
+    "qwen2_5_vl_3b": ("qwen2_5_vl", QWEN2_5),
+    "qwen2_5_vl_7b": ("qwen2_5_vl", QWEN2_5),
+    "qwen3_vl_4b": ("qwen3_vl", QWEN3),
+    "qwen3_vl_8b": ("qwen3_vl", QWEN3),
+    "internvl3_2b": ("internvl", INTERNVL3),
+    "internvl3_8b": ("internvl", INTERNVL3),
+    "llava_1_5_7b": ("llava_clip", {"side": 336, "patch": 14}),
+    "llava_onevision_7b": (
+        "llava_onevision",
+        {"side": 384, "grids": [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)], "tokens": 729},
+    ),
+    "gemma3_4b": ("gemma3", {"side": 896, "tokens": 256}),
+    "paligemma2_3b": ("paligemma2", {"side": 448, "tokens": 1024}),
+}
+"""File name in `configs/model` -> family, and the settings of its images in the published processor."""
+
+
+def published_family(name: str) -> Family:
+    """The family of a preset in `configs/model`, with the published image sizes and a small tokenizer."""
+    family, settings = PUBLISHED[name]
+    return FAMILIES[family](**settings)
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.data.module import load_processor
 from vlm_calibration.models.adapters import (
     REFERENCE,
     LoraSettings,
@@ -22,6 +23,7 @@ from vlm_calibration.models.adapters import (
     load_adapters,
     using_adapter,
 )
+from vlm_calibration.models.base import ADAPTER, DEMO_MODEL, base_of_adapters
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.records import DataError
@@ -441,3 +443,40 @@ def test_nf4_names_a_layer_that_it_cannot_hold(model_folder: str) -> None:
 @pytest.mark.parametrize("parts", [["language"], ["language", "projector"], ["projector", "tower"]])
 def test_the_parts_of_an_adapter(load_model: Callable[..., Any], parts: list[Any]) -> None:
     assert adapted_parts(attach_lora(load_model(), LoraSettings(r=2, parts=parts))) == parts
+
+
+def test_an_adapter_names_a_folder_for_every_working_folder(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(model_folder).parent)
+    model = load_base(BaseModel(Path(model_folder).name))
+    attach_lora(model, LoraSettings(r=2)).save_pretrained(tmp_path / ADAPTER)
+    monkeypatch.chdir(tmp_path)
+    base = base_of_adapters({"sft": str(tmp_path)})
+    assert base.name_or_path == model_folder
+    load_processor(base.name_or_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "located"),
+    [
+        ("src/vlm_calibration/demo/model", str(DEMO_MODEL)),
+        ("/gone/site-packages/vlm_calibration/demo/model", str(DEMO_MODEL)),
+        ("owner/model", "owner/model"),
+        ("no/such/demo/model", "no/such/demo/model"),
+    ],
+)
+def test_the_demo_s_model_of_another_checkout_or_installation_is_this_one_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, located: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert BaseModel(name).name_or_path == located
+
+
+def test_the_demo_s_model_of_another_checkout_that_exists_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "src/vlm_calibration/demo/model"
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert BaseModel(name).name_or_path == str(tmp_path / name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tests.models.processors import FAMILIES, Family
+from tests.models.processors import FAMILIES, SMOLVLM2, Family
 from tests.models.published import MODELS
 from tests.performance.preference import write_adapter
 
@@ -38,10 +38,6 @@ class BenchModel:
 
 QWEN2_5: dict[str, Any] = {"patch": 14, "pixels": (56 * 56, 1280 * 28 * 28)}
 QWEN3: dict[str, Any] = {"patch": 16, "pixels": (64 * 64, 1280 * 32 * 32)}
-SMOLVLM2: dict[str, Any] = {
-    "sizes": {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},
-    "tokens": 81,
-}
 REAL = {
     "qwen2_5_vl_3b": BenchModel("qwen2_5_vl", 1024, QWEN2_5),
     "qwen2_5_vl_7b": BenchModel("qwen2_5_vl", 1024, QWEN2_5),

@@ -37,7 +37,7 @@ from vlm_calibration.app.widgets import (
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.questions import FORMS, known_question, question_about
 from vlm_calibration.inference.asking import BASE, Asker
-from vlm_calibration.inference.model import DEMO_MODEL
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError

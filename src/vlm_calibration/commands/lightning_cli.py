@@ -36,7 +36,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
 from vlm_calibration.models.base import describe
 from vlm_calibration.perturbation.levels import AnchoredLevels
-from vlm_calibration.presets import add_variables, demo_folder, resolve_configs
+from vlm_calibration.presets import DEMO, add_variables, resolve_configs
 from vlm_calibration.quiet import quiet_lightning
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo import DPOModule
@@ -186,7 +186,7 @@ class CalibrationCLI(LightningCLI):
         Raises:
             DataError: the configuration names no base model for the user's own data.
         """
-        model = f"{demo_folder()}/model"
+        model = f"{DEMO}/model"
         base = (self.config[self.subcommand].model.get("init_args") or {}).get("base")
         if base is None or base.name_or_path != model or model in self._written:
             return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
 
-from vlm_calibration.models.base import BaseModel, Dtype, Quantization, base_of_adapter
+from vlm_calibration.models.base import DEMO_MODEL, BaseModel, Dtype, Quantization, base_of_adapter
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
@@ -72,7 +72,7 @@ def load_model(
     """
     if options.url is not None or options.served_model is not None:
         return _served(options, check, responses)
-    from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated, rule_of
+    from vlm_calibration.inference.model import load_calibrated, rule_of
 
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:

@@ -314,7 +314,7 @@ def split_too_long(
         first = too_long[0]
         raise DataError(
             f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {max_length}: "
-            "raise data.max_length, or skip such records with `data.on_too_long: skip`"
+            "raise data.max_length, shrink large images by data.max_pixels, or skip such records with `data.on_too_long: skip`"
         )
     fitting = [s for s, n in zip(samples, lengths, strict=True) if n <= max_length]
     return fitting, tuple(samples[i].query.id for i in too_long)

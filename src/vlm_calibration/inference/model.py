@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +30,7 @@ from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.asking import BASE, CALIBRATED, EVERY_PERCENT, Asker
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import (
+    DEMO_MODEL,
     FACTS,
     THRESHOLDS,
     WEIGHTS,
@@ -53,8 +53,6 @@ from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 logger = logging.getLogger(__name__)
-
-DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 def load_calibrated(
@@ -92,7 +90,6 @@ def load_calibrated(
     if base is None and folder is None:
         raise DataError("nothing to ask: give a base model, an adapter, or both")
     model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
-    model = replace(model, name_or_path=_locate_demo_model(model.name_or_path))
     files = folder or _model_files(model)
     card = load_card(files) or Card(model.name_or_path)
     elicitation = _prompt(prompt or card.template)
@@ -194,12 +191,6 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
             'can use: take "cpu", or leave it out'
         )
     return usable
-
-
-def _locate_demo_model(name: str) -> str:
-    """The installed demo model if a run names it relative to the repository; any other name unchanged."""
-    is_demo = Path(name).parts[-3:] == DEMO_MODEL.parts[-3:]
-    return str(DEMO_MODEL) if is_demo and not Path(name).exists() else name
 
 
 def _is_demo_model(name: str) -> bool:

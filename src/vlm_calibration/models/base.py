@@ -6,6 +6,7 @@ This module imports neither torch nor transformers, so that command help stays f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError, safe_open
 
 from vlm_calibration.files import read_json
+from vlm_calibration.presets import DEMO
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
 
@@ -27,6 +29,8 @@ CONFIG, FACTS = "adapter_config.json", "calibration.json"
 WEIGHTS = "adapter_model.safetensors"
 THRESHOLDS = "thresholds.json"
 """The decision rule beside an adapter's or a merged model's weights."""
+DEMO_MODEL = DEMO / "model"
+"""The embedded demo's model."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class BaseModel:
     """A base model and how to load it.
 
     Args:
-        name_or_path: name on the Hub, or a folder that `from_pretrained` reads.
+        name_or_path: name on the Hub, or a folder that `from_pretrained` reads, which becomes absolute: whatever is written about the
+            model, an adapter's configuration above all, is read from other working folders. The demo's model in a folder that does
+            not exist, of another checkout or installation, is the one of this package.
         dtype: of the weights, and of the arithmetic on quantised weights; "auto": the checkpoint's dtype.
         quantization: of the language model's linear layers, with bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339) or
             "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
@@ -50,6 +56,13 @@ class BaseModel:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        folder = Path(self.name_or_path)
+        if folder.is_dir():
+            object.__setattr__(self, "name_or_path", str(folder.absolute()))
+        elif folder.parts[-3:] == DEMO_MODEL.parts[-3:]:
+            object.__setattr__(self, "name_or_path", str(DEMO_MODEL))
 
 
 def find_adapter(run: str | Path) -> Path:
@@ -160,12 +173,8 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
 
 
 def _differ(base: BaseModel, other: BaseModel) -> bool:
-    locations = [
-        str(folder.resolve()) if (folder := Path(b.name_or_path)).is_dir() else b.name_or_path
-        for b in (base, other)
-    ]
     return (
-        locations[0] != locations[1]
+        os.path.realpath(base.name_or_path) != os.path.realpath(other.name_or_path)
         or base.revision != other.revision
         or base.quantization != other.quantization
         or (base.dtype != other.dtype and "auto" not in (base.dtype, other.dtype))
