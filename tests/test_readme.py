@@ -169,6 +169,7 @@ ELSEWHERE: dict[str, str] = {
     "make test-all": "runs this test",
     **dict.fromkeys(
         (
+            "vlm-calibration calibrate",
             "vlm-calibration calibrate --model qwen2_5_vl_7b --data jsonl --data-root my_data --runs runs/mine",
             "vlm-calibration calibrate sft dpo --model qwen2_5_vl_7b --data jsonl --data-root my_data --runs runs/mine --dry-run",
         ),

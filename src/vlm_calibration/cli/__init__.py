@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "`levels fit`: measure the level table of anchored levels",
     ),
     "calibrate": (
-        "vlm_calibration.commands.calibrate:calibrate",
+        "vlm_calibration.cli.calibrate:calibrate",
         "all stages, or some, of a calibration: regions, levels, sft, dpo, evaluate, report",
     ),
     "score": ("vlm_calibration.commands.score:SUBCOMMANDS", "a file of answers: POPE, AMBER or predictions"),

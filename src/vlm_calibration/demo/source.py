@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from vlm_calibration.demo.scenes import CLASSES, Layout, render_scene, scene_lay
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
+
+
+# The three questions about a scene often follow each other. Nothing changes what is drawn.
+_drawn = lru_cache(maxsize=4)(render_scene)
 
 
 def scene_index(query: Query) -> int:
@@ -75,7 +80,7 @@ class DemoSource(QuerySource):
 
     def load(self, query: Query) -> LoadedImage:
         index = scene_index(query)
-        scene = render_scene(scene_seed(self.split, index), self._kind(index), self.hand)
+        scene = _drawn(scene_seed(self.split, index), self._kind(index), self.hand)
         image = scene.image
         if self.shifted:
             rng = self._shift_rng(index)
