@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from vlm_calibration.cli import COMMANDS, main
 
@@ -52,6 +53,14 @@ def test_conda_and_pip_ask_for_the_same(root: Path, project: dict) -> None:
     expected = sorted(project["dependencies"] + extras["demo"] + extras["regions"])
     assert sorted(entry for entry in pip if entry != "--editable .") == expected
     assert f"python{project['requires-python']}" in environment["dependencies"]
+
+
+@pytest.mark.parametrize("name", ["transformers", "jsonargparse"])
+def test_the_next_major_version_is_refused(project: dict, name: str) -> None:
+    [line] = [need for need in project["dependencies"] if _distribution(need) == name]
+    major = int(version(name).split(".")[0])
+    assert Requirement(line).specifier.contains(version(name))
+    assert not Requirement(line).specifier.contains(f"{major + 1}.0")
 
 
 EXTRAS = {

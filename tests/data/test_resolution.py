@@ -147,8 +147,8 @@ def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, widt
     if name in TILED:
         assert _holds(_tiles(processor, image), image)
     elif name == "SMOLVLM_WHOLE":
-        # The image is enlarged to the longest edge, then shrunk to one tile.
-        assert resized.std() > 0.8 * (image / 127.5 - 1).std()
+        # The image is enlarged to the longest edge, then shrunk to one tile; before torchvision 0.27 not with Lanczos, but bicubic.
+        assert resized.std() > 0.65 * (image / 127.5 - 1).std()
     else:
         untouched = dict(processor(images=[image], do_resize=False, return_tensors="pt"))["pixel_values"]
         assert torch.equal(resized, untouched)
