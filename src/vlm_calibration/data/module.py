@@ -211,6 +211,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
+            if name == LEVELS:
+                self._sets[name].check_answer_types()
             if name != "train" and self.grading.ranks("open"):
                 _check_ranking(self._sets[name].splits)
         if stage == "test":
