@@ -106,9 +106,9 @@ def test_clean_absent_objects_count_as_untouched(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
-    trainer().test(module, datamodule=data(levels=TWO, noise=policy), verbose=False)
+    trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
     (counts,) = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"].bins
-    assert {row.strength: row.n for row in counts["noise"]} == {0: 2 + 2, 0.5: 2, 1: 2}
+    assert {row.strength: row.n for row in counts["noise"]} == {0: 4 + 4, 0.5: 4, 1: 4}
 
 
 class Damaged(DemoSource):
