@@ -424,7 +424,7 @@ def test_training_on_what_was_extracted(
     settings.append("--data.validation.init_args.begin=0.5")
     ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *settings)
     assert ended.status == 0, ended.err
-    assert "data.train: left out: " in ended.err, "some queries have no region"
+    assert "data.train: images stay untouched: " in ended.err, "some queries have no region"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     source = ParquetSource(file, root=images, end=0.95)
     noised = [q for q in source.queries() if source.has_evidence(q)]

@@ -62,6 +62,8 @@ class Query:
         regions: where objects are in the image.
         category: group for breaking down results; "a/b" counts in a, in b and in a/b (see `category_groups`).
         synonyms: further correct answers.
+        absent: objects that the answer says are not in the image, repeated from `objects` or not. Without any, the form of the
+            question and its answer decide (see `text.labels.absent_objects`).
     """
 
     id: str
@@ -73,6 +75,7 @@ class Query:
     regions: tuple[Region, ...] = ()
     category: str | None = None
     synonyms: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def query_from_dict(data: Any) -> Query:
         regions=tuple(_region(r, i) for i, r in enumerate(regions)),
         category=category,
         synonyms=_texts(data, "synonyms"),
+        absent=_texts(data, "absent"),
     )
 
 

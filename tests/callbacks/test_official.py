@@ -190,9 +190,9 @@ def test_popev2_and_a_part_with_noise(
     ended = run(*evaluation("pope.yaml", {"v2": part, "noised": {**part, "noise": "drawn"}}))
     assert ended.status == 0, ended.err
     metrics = _metrics(tmp_path / "eval/base")
-    # Without a region, a question that is answered yes cannot be noised; clean, it is asked.
-    assert (metrics["n"], metrics["n/v2"], metrics["n/noised"]) == (3, 2, 1)
-    assert "data.test.noised: left out: 1 of 2 queries need a region" in ended.err
+    # Without a region, a question that is answered yes cannot be noised; it is asked untouched.
+    assert (metrics["n"], metrics["n/v2"], metrics["n/noised"]) == (4, 2, 2)
+    assert "data.test.noised: images stay untouched: 1 of 2 queries (1 yes) need a region" in ended.err
     labels, answers = (
         _lines(tmp_path / f"eval/base/official/v2.{what}.jsonl") for what in ("labels", "answers")
     )

@@ -44,7 +44,7 @@ def jsonl(tmp_path: Path) -> Path:
     rows: list[Any] = [
         row(1, "wide.png", "Yes", "yes_no", **dog),
         row(2, "wide.png", "yes.", "yes_no", **{**dog, "regions": [{**region, "box": [-9, 0, 30, 40]}]}),
-        row(3, "small.jpg", "No", "yes_no", objects=["cat"]),
+        row(3, "small.jpg", "No", "yes_no", objects=["cat"], question="Is there a cat?"),
         row(4, "small.jpg", "red", "short", category="c"),
         row(5, "small.jpg", "A cat [that] sleeps", "open"),
         row(6, "cut.jpg", "blue", "short"),
@@ -132,7 +132,7 @@ def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path
         "median 50.0%",
         "about an absent object",
         "1: '3'",
-        "without a region, and cannot be noised",
+        "without a region, and stay untouched",
         "3: '4', '5', '6'",
         "with a region that leaves the image",
         "1 of 6 opened: '2'",

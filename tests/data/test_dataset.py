@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,16 +177,27 @@ ASKED = ["shown", "absent", "absent, with another region", "no, about a dog that
 UNLOCATED = ["yes without regions", "yes with another region", "short", "a short no", "open"]
 
 
-def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: Record) -> None:
-    """Such a query gets no noise elsewhere, with the confidence of that noise."""
-    path = write_jsonl(*(record(f"yes {i}") for i in range(200)), record("shown", regions=DOG))
+@pytest.mark.parametrize(("question", "answer"), [("A dog?", "Yes"), ("Is the car red?", "No")])
+@pytest.mark.parametrize("noise", ["drawn", "every_level"])
+def test_a_missing_region_is_never_an_absent_object(
+    write_jsonl: Write, record: Record, question: str, answer: str, noise: str
+) -> None:
+    """Such a query gets no noise elsewhere, with the confidence of that noise: it is asked once an epoch, untouched."""
+    unlocated = [record(f"q {i}", question=question, answer=answer) for i in range(200)]
+    path = write_jsonl(*unlocated, record("shown", regions=DOG))
     with pytest.warns(UserWarning, match="need a region") as warned:
-        dataset = _jsonl(path)
-    assert [q.id for q in dataset.queries] == ["shown"]
+        dataset = _jsonl(path, replace(POLICY, levels=OnlyAt()), noise)
+    own = [i for i, query in enumerate(dataset.queries) if not query.id.startswith("shown")]
+    assert len(own) == 200
+    assert len(dataset) == 201 + (noise == "every_level") * (len(dataset.policy.perturbations) - 1)
+    for index in own[::40]:
+        sample = dataset[0, index]
+        assert (sample.perturbation, sample.confidence) == (CLEAN, 1.0)
+        assert (sample.image == (255, 0, 0)).all()
     [message] = [str(w.message) for w in warned]
     assert message == (
-        "data.train: left out: 200 of 201 queries need a region of what they ask about and have none: "
-        "'yes 0', 'yes 1', 'yes 2', 'yes 3', 'yes 4' and 195 more"
+        f"data.train: images stay untouched: 200 of 201 queries (200 {answer.lower()}) need a region of what they ask about and have "
+        "none: 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more"
     )
 
 
@@ -193,13 +205,43 @@ def test_a_missing_region_is_never_an_absent_object(write_jsonl: Write, record: 
 def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) -> None:
     with pytest.warns(UserWarning, match="need a region") as warned:
         dataset = _jsonl(mixed, noise=noise)
-    assert list(dict.fromkeys(q.id.split("@")[0] for q in dataset.queries)) == ASKED
+    asked = Counter(q.id.split("@")[0] for q in dataset.queries)
+    levels = len(POLICY.perturbations) if noise == "every_level" else 1
+    assert asked == {**dict.fromkeys(ASKED, levels), **dict.fromkeys(UNLOCATED, 1)}
     [message] = [str(w.message) for w in warned]
     assert message == (
-        f"data.train: left out: 5 of 9 queries need a region of what they ask about and have none: "
-        f"{', '.join(map(repr, UNLOCATED))}; 2 ask about an object that is absent (`absent: distractor`): "
-        "'absent', 'absent, with another region'"
+        "data.train: images stay untouched: 5 of 9 queries (2 yes, 2 short, 1 open) need a region of what they ask about and have none: "
+        "'yes without regions', 'yes with another region' (cup), 'short', 'a short no', 'open'; "
+        "2 ask about an object that is absent (`absent: distractor`): 'absent', 'absent, with another region'"
     )
+
+
+def test_what_has_no_region_is_lost_on_neither_side(write_jsonl: Write, record: Record) -> None:
+    """Of ten yes and ten no about an attribute, half located each, all stay, and as many of each are perturbed."""
+    rows = [
+        record(f"{answer} {i}", question="Is the car red?", answer=answer, regions=DOG if i % 2 else [])
+        for answer in ("Yes", "No")
+        for i in range(10)
+    ]
+    with pytest.warns(UserWarning, match=re.escape("10 of 20 queries (5 yes, 5 no)")):
+        dataset = _jsonl(write_jsonl(*rows), replace(POLICY, levels=OnlyAt()))
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    counts = Counter((s.query.answer, s.perturbation.strength > 0) for s in samples)
+    assert counts == dict.fromkeys(((a, s) for a in ("Yes", "No") for s in (True, False)), 5)
+
+
+def test_all_key_objects_must_have_a_region(write_jsonl: Write, record: Record) -> None:
+    both = [*DOG, {"label": "cups", "box": [1, 1, 5, 5]}]
+    rows = {
+        "both": {"objects": ["dog", "a cup"], "regions": both},
+        "one": {"objects": ["dog", "a cup"], "regions": DOG},
+        "one, the other is absent": {"objects": ["dog", "a cup"], "regions": DOG, "absent": ["a cup"]},
+    }
+    path = write_jsonl(*(record(name, question="Is it near?", **row) for name, row in rows.items()))
+    with pytest.warns(UserWarning, match=re.escape("1 of 3 queries (1 yes) need") + r".*: 'one' \(a cup\)$"):
+        dataset = _jsonl(path, replace(POLICY, levels=OnlyAt()))
+    perturbed = {s.query.id for s in (dataset[0, i] for i in range(3)) if s.perturbation.strength}
+    assert perturbed == {"both", "one, the other is absent"}
 
 
 def test_a_no_about_an_object_that_is_there_is_noised_there(mixed: Path) -> None:
@@ -218,7 +260,7 @@ def test_a_no_about_an_object_that_is_there_is_noised_there(mixed: Path) -> None
 def test_absent_objects_may_be_left_out_too(mixed: Path) -> None:
     policy = NoisePolicy(resolution="native", absent="skip")
     with pytest.warns(UserWarning, match=re.escape("2 ask about an object that is absent (`absent: skip`)")):
-        assert [q.id for q in _jsonl(mixed, policy).queries] == [ASKED[0], ASKED[3]]
+        assert [q.id for q in _jsonl(mixed, policy).queries] == [ASKED[0], ASKED[3], *UNLOCATED]
 
 
 def test_a_missing_region_may_stop_the_run(mixed: Path) -> None:
@@ -226,9 +268,9 @@ def test_a_missing_region_may_stop_the_run(mixed: Path) -> None:
         _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise"))
     message = str(caught.value)
     assert message.startswith(
-        "data.train: 5 of 9 queries need a region of what they ask about and have none: 'yes without regions', "
+        "data.train: 5 of 9 queries (2 yes, 2 short, 1 open) need a region of what they ask about and have none: 'yes without regions', "
     )
-    assert "`data.noise.no_region: skip`" in message
+    assert "`data.noise.no_region: clean`" in message
     assert "\n" not in message
 
 
@@ -292,9 +334,9 @@ def test_a_benchmark_loses_no_question_where_it_is_not_noised(tmp_path: Path) ->
     source = PopeSource(str(tmp_path / "q.json"), str(tmp_path))
     clean = PerturbedQueries({"": EvalSplit(source)}, POLICY, None)
     assert len(clean) == 2
-    with pytest.warns(UserWarning, match="1 of 2 queries need a region"):
+    with pytest.warns(UserWarning, match=re.escape("1 of 2 queries (1 yes) need a region")):
         noised = PerturbedQueries({"": EvalSplit(source, "drawn")}, POLICY, None)
-    assert [q.answer for q in noised.queries] == ["No"]
+    assert [q.answer for q in noised.queries] == ["Yes", "No"]
 
 
 def test_the_demo_loses_no_question(caplog: pytest.LogCaptureFixture) -> None:
@@ -385,21 +427,30 @@ def test_a_record_that_cannot_be_loaded_stops_the_run_where_it_is_to(damaged: Pa
         _jsonl(damaged).__getitems__([(0, 0), (0, 1)])
 
 
-@pytest.mark.parametrize("rule", ["skip", "raise"])
-def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any) -> None:
-    """`has_evidence` is true, but the mask has no pixel, as some in COCO. On clean images it does not matter."""
+@pytest.mark.parametrize("noise", ["drawn", "every_level"])
+@pytest.mark.parametrize("rule", ["clean", "raise"])
+@pytest.mark.parametrize("answer", ["Yes", "No"])
+def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, answer: str) -> None:
+    """A region has the object's label, but no pixel, as some in COCO. On clean images it does not matter."""
 
     class Empty(Square):
-        def load(self, query: Query) -> LoadedImage:
-            return super().load(query)._replace(evidence=())
+        def queries(self) -> Sequence[Query]:
+            dog, cat = super().queries()
+            return [replace(dog, answer=answer), cat]
 
-    policy = NoisePolicy(resolution="native", no_region=rule)
-    dataset = _dataset(policy, some=EvalSplit(Empty(), "drawn"))
+        def load(self, query: Query) -> LoadedImage:
+            loaded = super().load(query)
+            return loaded._replace(evidence=()) if query.objects == ("dog",) else loaded
+
+    policy = NoisePolicy(resolution="native", no_region=rule, levels=OnlyAt())
+    dataset = _dataset(policy, some=EvalSplit(Empty(), noise))
+    keys = [(0, i) for i in range(len(dataset))]
     if rule == "raise":
-        with pytest.raises(NoEvidenceError, match="record 'some:dog': no pixel of its image shows"):
-            dataset.__getitems__([(0, 0)])
+        with pytest.raises(NoEvidenceError, match="record 'some:dog.*no pixel of its image shows"):
+            dataset.__getitems__(keys)
     else:
-        drawn = dataset.__getitems__([(0, 0), (0, 1)])
-        assert [s.query.id for s in drawn.samples] == ["some:cat"]
-        assert list(drawn.left_out) == [0]
+        drawn = dataset.__getitems__(keys)
+        [dog] = [s for s in drawn.samples if s.query.objects == ("dog",)]
+        assert (dog.perturbation, dog.confidence, drawn.empty) == (CLEAN, 1.0, [0])
+        assert list(drawn.left_out) == [i for i, q in enumerate(dataset.queries) if "dog@" in q.id and i]
     assert len(_dataset(policy, some=EvalSplit(Empty())).__getitems__([(0, 0)]).samples) == 1

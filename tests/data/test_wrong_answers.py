@@ -231,3 +231,50 @@ def test_the_dataset_asks_the_source() -> None:
         assert all(s.epoch == 3 for s in samples)
         assert {s.wrong_answer is None for s in samples} == {True, False}
         assert all(s.wrong_answer is None or s.wrong_answer in s.wrong for s in samples)
+
+
+FORMS = {
+    "What colour is the {}?": ("red", "Blue", "blue", "green"),
+    "How many {}s are there?": ("1", "two", "3", "1"),
+    "Who painted this?": ("nobody", "Nobody.", "nobody", "nobody"),
+}
+"""Form of a question about an object -> the gold answers to it about four objects."""
+
+
+class Short(QuerySource):
+    """Short questions of these forms, each object with its region and no other."""
+
+    def queries(self) -> Sequence[Query]:
+        return [
+            Query(f"{form}|{name}", "x", form.format(name), gold, "short", (name,), _regions(name))
+            for form, golds in FORMS.items()
+            for name, gold in zip(("dog", "red car", "cup", "tree"), golds, strict=True)
+        ]
+
+    def load(self, query: Query) -> LoadedImage:
+        return SCENE
+
+
+def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same_form() -> None:
+    policy = NoisePolicy(
+        levels=OnlyAt(), wrong_answer_rate=1.0, resolution="native", distractor_probability=0
+    )
+    with pytest.warns(UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`"):
+        dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
+    given: dict[str, set[str]] = {}
+    for epoch in range(40):
+        for index, query in enumerate(dataset.queries):
+            sample = dataset[epoch, index]
+            assert sample.confidence == 0
+            assert (sample.wrong_answer is None) == query.question.startswith("Who")
+            if sample.wrong_answer is not None:
+                assert not grade(sample.answer, query.answer, "short").correct
+                given.setdefault(query.id.partition("|")[0], set()).add(sample.answer)
+    assert given == {form: set(golds) for form, golds in FORMS.items() if "{}" in form}
+
+
+def test_without_wrong_answers_to_give_none_are_reported(recwarn: pytest.WarningsRecorder) -> None:
+    policy = NoisePolicy(levels=OnlyAt(), resolution="native")
+    dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
+    assert {dataset[0, i].wrong for i in range(12)} == {()}
+    assert not recwarn.list

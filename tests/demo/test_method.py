@@ -7,7 +7,7 @@ improves the calibration of its stated confidence, and a short stage 2 improves 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ import pytest
 import yaml
 from scipy.stats import fisher_exact
 
+from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.demo.hard import HARD_KINDS
 from vlm_calibration.demo.shifts import SHIFTS
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.level_table import read_table
+from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
+from vlm_calibration.records import Region
 
 from ..command_line import Server
 from ..wandb_log import demo, short
@@ -111,7 +115,7 @@ def systems(call: Caller) -> dict[str, Evaluated]:
 
 
 def _evaluate(
-    call: Caller, name: str, adapters: dict[str, str], parts: dict[str, Any]
+    call: Caller, name: str, adapters: dict[str, str], parts: dict[str, Any], **noise: Any
 ) -> dict[str, Evaluated]:
     evaluated = call(
         name,
@@ -122,7 +126,7 @@ def _evaluate(
             "callbacks": [{"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"}],
         },
         model={"init_args": {"base": {"name_or_path": MODEL}, "adapters": adapters}},
-        data={"test": parts, "calibration": None, "noise": {"kinds": {"noise": 1}}},
+        data={"test": parts, "calibration": None, "noise": {"kinds": {"noise": 1}, **noise}},
     )
     return {
         name: Evaluated(
@@ -196,3 +200,55 @@ def test_stage_2_makes_it_more_honest_still(systems: dict[str, Evaluated]) -> No
     assert dpo["auroc/perturbed"] > 0.58
     assert dpo["accuracy"] > sft["accuracy"] - 0.03
     assert dpo["parse_failure_rate"] == 0
+
+
+def _with_own_masks_alone(path: Path, split: str, scenes: int, **settings: Any) -> dict[str, Any]:
+    """The configuration of a demo source whose queries have masks of their own objects, as extraction finds them, and of no others."""
+    source, rows = DemoSource(split, scenes, **settings), []
+    for query in source.queries():
+        regions = []
+        for mask in source.load(query).evidence:
+            top, bottom, left, right = bounding_box(mask)
+            regions.append(Region(query.objects[0], (left, top, right, bottom), mask_to_rle(mask)))
+        rows.append(asdict(replace(query, regions=tuple(regions))))
+    write_rows(path, [rows])
+    images = demo(split, scenes, **settings)
+    return {
+        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
+        "init_args": {"path": str(path), "images": images},
+    }
+
+
+@pytest.mark.nightly
+def test_the_shape_of_the_noise_does_not_teach_the_answer(call: Caller) -> None:
+    """Of an object that is pure noise, nothing is left to answer by: whether it was there is answered at chance."""
+    linear = "vlm_calibration.perturbation.levels.LinearLevels"
+    noise = {"kinds": {"noise": 1}, "clean_fraction": 0, "wrong_answer_rate": 0, "distractor_probability": 0}
+    run = call(
+        "shapes",
+        "fit",
+        "sft.yaml",
+        trainer={"logger": False},
+        model={"init_args": {"answer_weight": "constant", "confidence_weight": 1.0}},
+        data={
+            "train": _with_own_masks_alone(call.folder / "train.parquet", "train", 1800),
+            "batch_size": 12,
+            "noise": {**noise, "levels": {"class_path": linear, "init_args": {"n_levels": 11}}},
+        },
+    )
+    hidden = _with_own_masks_alone(call.folder / "hidden.parquet", "calibration", 300, **UNSEEN)
+    evaluated = _evaluate(
+        call,
+        "hidden",
+        {"shapes": str(run / "adapter")},
+        {"hidden": {"source": hidden, "noise": "drawn"}},
+        distractor_probability=0,
+        levels={"class_path": linear, "init_args": {"n_levels": 2}},
+    )
+    answers = [
+        p["correct"]
+        for p in evaluated["shapes"].predictions
+        if p["answer_type"] == "yes_no" and p["strength"] == 1
+    ]
+    assert len(answers) > 250
+    assert sum(answers) < 0.6 * len(answers)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.contact_sheet import ContactSheet
-from vlm_calibration.callbacks.regions import RegionWriter, _begin
+from vlm_calibration.callbacks.regions import RegionWriter, _begin, row_of, write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawQuery
@@ -230,6 +230,28 @@ def test_objects_of_the_record_come_before_the_describer_s() -> None:
         assert _extract(scripted, replace(PLAIN, objects=(name,))).outcome == "absent"
 
 
+def test_what_is_known_in_part_is_extracted() -> None:
+    boxes = [Detection("cat", (0.0, 0.0, 4.0, 4.0), 0.5)]
+    scripted = Scripted(Description(("cat",)), boxes, [_mask(0, 4, 0, 4)])
+    result = _extract(scripted, replace(PLAIN, objects=("dog", "cat"), regions=(DOG,)))
+    assert result.outcome == "found"
+    assert [r.label for r in result.query.regions] == ["cat", "dog"]
+
+
+def test_what_the_describer_says_is_absent_is_so_whatever_the_question(tmp_path: Path) -> None:
+    asked = replace(PLAIN, question="Would one find a dog here?", answer="No", answer_type="yes_no")
+    for described, objects, absent, presence in (
+        (Description((), ("dog",)), ("dog",), ("dog",), "absent"),
+        (Description(("dog",)), ("dog",), (), "unlocated"),
+    ):
+        result = _extract(Scripted(described), asked)
+        assert (result.query.objects, result.query.absent) == (objects, absent)
+        write_rows(tmp_path / "q.parquet", [[row_of(result)]])
+        source = ParquetSource(str(tmp_path / "q.parquet"), images=DemoSource(scenes=1))
+        [query] = source.queries()
+        assert (query, source.presence(query)) == (result.query, presence)
+
+
 def test_an_image_that_cannot_be_read_is_noted() -> None:
     scripted = Scripted(Description(("dog",)))
     pipeline = Pipeline(scripted, scripted, scripted, ALL)
@@ -274,8 +296,8 @@ def test_what_is_extracted_can_be_trained_on(truth: Truth, model_folder: str, tm
 class Unlocated(DemoSource):
     """The demo's scenes as images without annotations."""
 
-    def has_evidence(self, query: Query) -> bool:
-        return False
+    def labels(self, query: Query) -> Sequence[str]:
+        return ()
 
 
 def _predict(data: PerturbedQueryDataModule, folder: Path, detector: Detector, segmenter: Segmenter) -> None:

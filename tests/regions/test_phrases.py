@@ -21,6 +21,7 @@ from vlm_calibration.regions.describer import Description
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.prompted import PromptedDescriber
 from vlm_calibration.regions.tagger import noun_phrases, tag
+from vlm_calibration.text.labels import denies_existence
 
 RULES = RuleDescriber()
 
@@ -102,6 +103,16 @@ def test_precision_and_recall_stay(part: str, floor: float) -> None:
     objects = measure(part)["objects, whole phrase"]
     assert objects.precision >= floor
     assert objects.recall >= floor
+
+
+def test_the_form_alone_tells_absent_objects_from_others_as_well_as_the_describer() -> None:
+    """A yes/no question whose answer names nothing has an absent object if its form denies existence."""
+    pairs = [p for p in read_pairs() if p.answer.lower().strip(".") in ("yes", "no")]
+    denied = [denies_existence(Query("q", "x", p.question, p.answer, "yes_no")) for p in pairs]
+    assert [
+        p.question for p, is_denied in zip(pairs, denied, strict=True) if is_denied != bool(p.absent)
+    ] == []
+    assert sum(denied) >= 9
 
 
 def test_forms_are_many_and_asked_about_many_objects() -> None:

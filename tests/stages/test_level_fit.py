@@ -101,18 +101,18 @@ def test_clean_absent_objects_count_as_untouched(
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    # With `absent: clean` a "no" question stays clean at every level, so it counts at strength 0.
+    # With `absent: clean` a "no" question stays clean, so it is asked once and counts at strength 0.
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
-    trainer().test(module, datamodule=data(levels=TWO, noise=policy), verbose=False)
+    trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
     (counts,) = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"].bins
-    assert {row.strength: row.n for row in counts["noise"]} == {0: 2 + 2 * 3, 0.5: 2, 1: 2}
+    assert {row.strength: row.n for row in counts["noise"]} == {0: 4 + 4, 0.5: 4, 1: 4}
 
 
 class Damaged(DemoSource):
-    """A source without the images of the first scene, and without regions for corner questions."""
+    """A source without the images of the first scene, and without regions in the second."""
 
     on_bad_record = "skip"
 
@@ -121,26 +121,26 @@ class Damaged(DemoSource):
             raise DataError(f"record {query.id!r}: damaged")
         return super().load(query)
 
-    def has_evidence(self, query: Query) -> bool:
-        return query.answer_type == "yes_no" and super().has_evidence(query)
+    def labels(self, query: Query) -> Sequence[str]:
+        return () if query.image.endswith("000001") else super().labels(query)
 
 
 @pytest.mark.filterwarnings("ignore:data.levels")
-def test_queries_without_a_region_or_a_readable_image_are_not_measured(
+def test_queries_without_a_region_count_once_and_those_without_a_readable_image_never(
     model_folder: str,
     data: Data,
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    """Three of four scenes are left, with a yes and a no at every level each; whole batches of the first scene are empty."""
+    """Of four scenes three are left, the yes and the corner of one untouched alone; whole batches of the first scene are empty."""
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     trainer().test(module, datamodule=data(levels=Damaged("calibration", scenes=4)), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
-    assert list(counts) == ["yes_no"]
-    assert [row.n for row in counts["yes_no"].pooled["noise"]] == [6] * 11
+    assert [row.n for row in counts["yes_no"].pooled["noise"]] == [6] + [5] * 10
+    assert [row.n for row in counts["short"].pooled["noise"]] == [3] + [2] * 10
 
 
 class Absent(DemoSource):
@@ -157,7 +157,7 @@ def test_a_level_without_queries_is_an_error(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     queries = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
-    with pytest.raises(DataError, match=r"yes_no query with noise of strength 0\.1: data\.levels"):
+    with pytest.raises(DataError, match=r"^data\.levels: no query can be perturbed"):
         trainer().test(module, datamodule=queries, verbose=False)
     assert not (tmp_path / "l.json").exists()
 

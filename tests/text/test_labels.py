@@ -1,4 +1,4 @@
-"""Which regions are evidence for a query, and whether its answer states that the object is absent."""
+"""Which regions are evidence for a query, which objects its answer says are absent, and the forms of questions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import pytest
 
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.records import Query, RecordError
-from vlm_calibration.text.labels import answer_is_no, check_answer, is_evidence
+from vlm_calibration.text.labels import (
+    absent_objects,
+    answer_is_no,
+    check_answer,
+    denies_existence,
+    is_evidence,
+    question_form,
+    unlocated_objects,
+)
 from vlm_calibration.text.matching import same_phrase
 
 
@@ -85,3 +93,64 @@ def test_an_answer_that_nothing_can_be_graded_by_is_refused(answer: str, kind: s
     assert str(caught.value) == says
     for good, its_kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
         check_answer(_query(good, its_kind))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "objects", "absent"),
+    [
+        ("Is there a dog on the sofa?", "No", ("sofa", "dog"), ("dog",)),
+        ("Is there a dog on the sofa?", "Yes", ("sofa", "dog"), ()),
+        ("Do you see any dogs?", "no.", ("a dog",), ("a dog",)),
+        ("Are there no dogs?", "Yes", ("dog",), ("dog",)),
+        ("Are there no dogs?", "No", ("dog",), ()),
+        ("Is the dog on the sofa?", "No", ("dog", "sofa"), ()),
+        ("Is the car red?", "No", ("car",), ()),
+        ("Are there two dogs?", "No", ("dogs",), ()),
+        ("Is there direct contact between the dog and the cat?", "No", ("dog", "cat"), ()),
+        ("Is there a poodle?", "No", ("dog",), ("dog",)),
+        ("Is there a dog?", "No", (), ()),
+    ],
+)
+def test_an_object_is_absent_if_the_existence_that_is_asked_for_is_denied(
+    question: str, answer: str, objects: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
+    query = Query("q", "x", question, answer, "yes_no", objects)
+    assert absent_objects(query) == absent
+    assert unlocated_objects(query, [*objects, "tree"]) == []
+    assert unlocated_objects(query, ["tree"]) == [name for name in objects if name not in absent]
+
+
+def test_what_the_query_says_of_absence_comes_before_the_form_of_its_question() -> None:
+    query = Query("q", "x", "Is there a dog near a cat?", "No", "yes_no", ("dog", "cat"), absent=("a cat",))
+    assert absent_objects(query) == ("a cat",)
+    assert unlocated_objects(query, []) == ["dog"]
+    assert is_evidence(Query("q", "x", "So?", "No", "yes_no", absent=("dog",)), "dog")
+    assert not is_evidence(Query("q", "x", "So?", "No", "yes_no", absent=("dog",)), "cat")
+
+
+@pytest.mark.parametrize("question", ["Is there a dog?", "Is it red?"])
+@pytest.mark.parametrize("kind", ["short", "open"])
+def test_only_yes_no_answers_deny_existence(question: str, kind: str) -> None:
+    assert not denies_existence(Query("q", "x", question, "No", kind))  # type: ignore[arg-type]
+
+
+def _form(question: str, *objects: str) -> str:
+    return question_form(Query("q", "x", question, "1", "short", objects))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("What colour is the car?", "car"), ("what color is a bus?", "bus"), False),
+        (("What colour is the car?", "car"), ("What colour is a red bus?", "bus", "red bus"), True),
+        (("How many dogs are there?", "dog"), ("How many traffic lights are in it?", "traffic lights"), True),
+        (("How many dogs are there?", "dog"), ("How much is the dog?", "dog"), False),
+        (("What is the man holding?", "man"), ("What is the woman holding?", "woman"), True),
+        (("What is the man holding?", "man"), ("What is the man wearing?", "man"), False),
+        (("Where is it?",), ("Where is it?",), True),
+    ],
+)
+def test_questions_that_differ_in_their_objects_are_of_one_form(
+    one: tuple[str, ...], other: tuple[str, ...], same: bool
+) -> None:
+    assert (_form(*one) == _form(*other)) == same

@@ -1,15 +1,18 @@
 """The dataset that loads and perturbs queries on access.
 
 It first selects the queries that can be asked, without opening an image, so that an invalid record stops the run before
-training. A perturbation needs a region of the key object. If there is none, the object counts as absent only if the answer says so; any
-other query could only be perturbed somewhere else, so it is left out or stops the run.
+training. A perturbation needs a region of each key object. One without a region counts as absent only if the answer denies that it exists or
+the data say so; any other query could only be perturbed somewhere else, so its image stays untouched or it stops the run. If such queries were
+left out, those about large and easy objects would stand for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,13 +28,14 @@ from vlm_calibration.data.noise import (
     perturb_query,
     query_rng,
 )
-from vlm_calibration.data.sources.base import BadRecords, LazyQueries, QuerySource
-from vlm_calibration.files import MAX_NAMED, name_some
+from vlm_calibration.data.sources.base import BadRecords, LazyQueries, Presence, QuerySource
+from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
 from vlm_calibration.progress import track
-from vlm_calibration.records import ANSWER_TYPES, DataError, Query
-from vlm_calibration.text.labels import answer_is_no
+from vlm_calibration.records import ANSWER_TYPES, DataError, LoadedImage, Query
+from vlm_calibration.text.grading import grade
+from vlm_calibration.text.labels import answer_is_no, asked_existence, question_form
 
 if TYPE_CHECKING:
     from vlm_calibration.data.augment import Augmentation  # imports albumentations, which is slow
@@ -81,39 +85,76 @@ class SampleBatch(NamedTuple):
         samples: samples of the records that can be loaded.
         left_out: index in the dataset -> message, for each other record.
         clipped: indices of samples with a region that is partly outside the image.
+        empty: indices of samples whose image stays untouched, because no pixel of it shows the key object.
     """
 
     samples: list[Sample]
     left_out: dict[int, str]
     clipped: list[int]
+    empty: list[int]
 
 
 class NoEvidenceError(DataError):
-    """No pixel of the image shows the key object, although the answer does not say that it is absent."""
+    """No pixel of the image shows the key object, although nothing says that it is absent."""
+
+
+class Selection(NamedTuple):
+    """The N queries of a source that are asked.
+
+    Attributes:
+        indices: of the queries, int64 [N], ascending.
+        presence: of the key objects of each.
+        shown: indices of queries about present objects, whose regions give absent ones their shapes, int64.
+        answers: form of question -> the gold answers to it, for short answers of which the source has no wrong one.
+    """
+
+    indices: np.ndarray
+    presence: Sequence[Presence]
+    shown: np.ndarray
+    answers: Mapping[str, Sequence[str]]
+
+
+class _Item(NamedTuple):
+    """A query with its split's name, and what happens to its image; None: drawn when the sample is loaded."""
+
+    part: _SplitQueries
+    query: Query
+    presence: Presence
+    perturbation: Perturbation | None
 
 
 @dataclass(frozen=True)
 class _SplitQueries:
-    """The selected queries of one split, each under every one of `perturbations`; None: drawn when the sample is loaded."""
+    """The selected queries of one split, untouched or drawn, then those that can be perturbed under every other of `perturbations`."""
 
     name: str
     split: EvalSplit
     policy: NoisePolicy
     queries: Sequence[Query]
-    selected: np.ndarray
+    selection: Selection
     perturbations: Sequence[Perturbation | None]
 
-    def __len__(self) -> int:
-        return len(self.selected) * len(self.perturbations)
+    @cached_property
+    def perturbed(self) -> np.ndarray:
+        """Positions in the selection of the queries that can be perturbed, int64."""
+        kinds = ("present", "absent") if self.policy.absent == "distractor" else ("present",)
+        return np.flatnonzero([presence in kinds for presence in self.selection.presence])
 
-    def item(self, index: int) -> tuple[Query, Perturbation | None]:
-        """The query at an index, with the split's name, and its perturbation."""
-        level, position = divmod(index, len(self.selected))
-        query = with_split_name(self.queries[int(self.selected[position])], self.name)
-        perturbation = self.perturbations[level]
+    def __len__(self) -> int:
+        return len(self.selection.indices) + len(self.perturbed) * (len(self.perturbations) - 1)
+
+    def item(self, index: int) -> _Item:
+        level, position = 0, index
+        if index >= len(self.selection.indices):
+            level, position = divmod(index - len(self.selection.indices), len(self.perturbed))
+            level, position = level + 1, int(self.perturbed[position])
+        query = with_split_name(self.queries[int(self.selection.indices[position])], self.name)
+        presence, perturbation = self.selection.presence[position], self.perturbations[level]
         if self.split.noise == "every_level" and perturbation is not None:
             query = replace(query, id=level_id(query.id, perturbation))
-        return query, perturbation
+        if presence == "unlocated":
+            perturbation = CLEAN
+        return _Item(self, query, presence, perturbation)
 
 
 class PerturbedQueries(Dataset[Sample]):
@@ -132,7 +173,8 @@ class PerturbedQueries(Dataset[Sample]):
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
 
     Raises:
-        DataError: a record is invalid and is not to be left out, no query is left, or the others do not stand for all.
+        DataError: a record is invalid and is not to be left out, no query is left, none can be perturbed, or those that can do not
+            stand for all.
     """
 
     def __init__(
@@ -158,14 +200,33 @@ class PerturbedQueries(Dataset[Sample]):
         self._parts = [self._select(name, split) for name, split in splits.items()]
         self._ends = list(accumulate(len(part) for part in self._parts))
         if not len(self):
-            raise DataError(
-                f"{where}: no query is left: to be perturbed, a query needs a region of what it asks about, or an answer that "
-                "says that it is absent"
-            )
+            raise DataError(f"{where}: no query is left")
         for part in self._parts:
             if part.split.noise != "none":
+                if not len(part.perturbed):
+                    raise self._nothing_perturbed(part, "query")
                 for kind in part.policy.used_kinds:
                     region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
+
+    def check_answer_types(self) -> None:
+        """Make sure that queries of each answer type can be perturbed, so that its levels can be measured.
+
+        Raises:
+            DataError: those of an answer type cannot.
+        """
+        for part in self._parts:
+            asked, perturbed = (
+                {part.queries[int(index)].answer_type for index in indices}
+                for indices in (part.selection.indices, part.selection.indices[part.perturbed])
+            )
+            for answer_type in sorted(asked - perturbed):
+                raise self._nothing_perturbed(part, f"{answer_type} query")
+
+    def _nothing_perturbed(self, part: _SplitQueries, what: str) -> DataError:
+        return DataError(
+            f"{self._setting(part.name)}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
+            "that it exists: find regions with `vlm-calibration predict --config regions`"
+        )
 
     def make_copies(self, copies: Sequence[ImageCopy]) -> None:
         """Give each sample these perturbed copies of its image from now on.
@@ -188,7 +249,7 @@ class PerturbedQueries(Dataset[Sample]):
         has_region: Callable[[Query], bool] = source.has_evidence
         if region == "distractor":
             what, has_region = "an object that it does not ask about", source.has_distractor
-        if not any(has_region(part.queries[int(index)]) for index in part.selected):
+        if not any(has_region(part.queries[int(index)]) for index in part.selection.indices):
             raise DataError(
                 f"{self._setting(part.name)}: no query has a region of {what}, which model.probes or an estimator is to perturb: "
                 f"take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
@@ -208,16 +269,15 @@ class PerturbedQueries(Dataset[Sample]):
 
     @property
     def queries(self) -> Sequence[Query]:
-        return LazyQueries(len(self), lambda index: self._item(index)[1])
+        return LazyQueries(len(self), lambda index: self._item(index).query)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _item(self, index: int) -> tuple[_SplitQueries, Query, Perturbation | None]:
+    def _item(self, index: int) -> _Item:
         number = next(i for i, end in enumerate(self._ends) if index < end)
         part = self._parts[number]
-        query, perturbation = part.item(index - (self._ends[number] - len(part)))
-        return part, query, perturbation
+        return part.item(index - (self._ends[number] - len(part)))
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample at (epoch, index).
@@ -229,12 +289,12 @@ class PerturbedQueries(Dataset[Sample]):
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> SampleBatch:
         """The samples of a batch, without records that cannot be loaded and are to be left out."""
-        batch = SampleBatch([], {}, [])
+        batch = SampleBatch([], {}, [], [])
         for epoch, index in keys:
             try:
-                sample, clipped = self._load(epoch, index)
+                sample, clipped, is_empty = self._load(epoch, index)
             except DataError as error:
-                source = self._item(index)[0].split.source
+                source = self._item(index).part.split.source
                 policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
                 if policy == "raise":
                     raise
@@ -242,28 +302,62 @@ class PerturbedQueries(Dataset[Sample]):
             else:
                 batch.samples.append(sample)
                 batch.clipped.extend([index] if clipped else [])
+                batch.empty.extend([index] if is_empty else [])
         return batch
 
-    def _load(self, epoch: int, index: int) -> tuple[Sample, bool]:
-        """A sample, and whether one of its regions is partly outside the image."""
-        part, query, perturbation = self._item(index)
-        split, policy = part.split, part.policy
-        loaded = split.source.load(query)
-        if split.noise != "none" and not loaded.evidence and not answer_is_no(query):
-            raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
-        if self._augmentation is not None:
-            seed = query_rng(policy.seed, epoch, query.id, "augment").integers(2**32)
-            loaded = self._augmentation(loaded, int(seed))
+    def _load(self, epoch: int, index: int) -> tuple[Sample, bool, bool]:
+        """A sample, whether one of its regions is partly outside the image, and whether those of its key objects have no pixel."""
+        part, query, presence, perturbation = self._item(index)
+        policy = part.policy
+        loaded = self._augmented(part, query, epoch)
+        is_empty = part.split.noise != "none" and presence == "present" and not loaded.evidence
+        if is_empty:
+            if policy.no_region == "raise" or perturbation not in (None, CLEAN):
+                raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
+            perturbation = CLEAN
+        silhouettes = partial(self._silhouettes, part, query.id, epoch)
         try:
-            wrong = split.source.wrong_answers(query)
+            wrong = _wrong_answers(part, query, epoch)
             self._check(query, wrong)
-            sample = perturb_query(query, loaded, policy, self.image_processor, epoch, perturbation, wrong)
+            sample = perturb_query(
+                query,
+                loaded,
+                policy,
+                self.image_processor,
+                epoch,
+                perturbation,
+                wrong,
+                None if part.split.source.annotates_all else silhouettes,
+            )
             if self._copies:
                 copies = perturbed_copies(sample, loaded, self._copies, policy, self.image_processor)
                 sample = sample._replace(copies=copies)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
-        return sample, loaded.clipped
+        return sample, loaded.clipped, is_empty
+
+    def _augmented(self, part: _SplitQueries, query: Query, epoch: int) -> LoadedImage:
+        """The image of a query with its regions, as it is before it is perturbed."""
+        loaded = part.split.source.load(query)
+        if self._augmentation is None:
+            return loaded
+        seed = query_rng(part.policy.seed, epoch, query.id, "augment").integers(2**32)
+        return self._augmentation(loaded, int(seed))
+
+    def _silhouettes(self, part: _SplitQueries, query_id: str, epoch: int) -> Sequence[np.ndarray]:
+        """The masks of the key objects of a random query about present objects, for one about an absent object; empty if there is none."""
+        rng = query_rng(part.policy.seed, epoch, query_id, "silhouettes")
+        for index in rng.permutation(part.selection.shown):
+            try:
+                loaded = self._augmented(part, part.queries[int(index)], epoch)
+            except DataError:
+                # It is reported where it is asked itself.
+                if part.split.source.on_bad_record == "raise":
+                    raise
+                continue
+            if loaded.evidence:
+                return loaded.evidence
+        return ()
 
     def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
         where = self._setting(name)
@@ -273,13 +367,28 @@ class PerturbedQueries(Dataset[Sample]):
             raise DataError(f"{where}: {error}") from error
         queries = split.source.queries()
         perturbed = None if split.noise == "none" else policy
-        selected = select(split.source, queries, perturbed, self._check, where, self._taught)
+        selection = select(split.source, queries, perturbed, self._check, where, self._taught)
         perturbations: dict[str, Sequence[Perturbation | None]] = {
             "every_level": policy.perturbations,
             "drawn": [None],
             "none": [CLEAN],
         }
-        return _SplitQueries(name, split, policy, queries, selected, perturbations[split.noise])
+        return _SplitQueries(name, split, policy, queries, selection, perturbations[split.noise])
+
+
+def _wrong_answers(part: _SplitQueries, query: Query, epoch: int) -> Sequence[str]:
+    """The source's wrong answers to a query; if it has none to a short one, the gold answer to another question of its form."""
+    wrong = part.split.source.wrong_answers(query)
+    if wrong or query.answer_type != "short":
+        return wrong
+    answers = part.selection.answers.get(question_form(query), ())
+    order = query_rng(part.policy.seed, epoch, query.id, "form").permutation(len(answers))
+    return _first_wrong((answers[i] for i in order), query.answer, query.synonyms)
+
+
+def _first_wrong(answers: Iterable[str], gold: str, synonyms: Sequence[str]) -> tuple[str, ...]:
+    """The first of some short answers that is wrong where `gold` and `synonyms` are correct; empty if none is."""
+    return tuple(islice((a for a in answers if not grade(a, gold, "short", synonyms).correct), 1))
 
 
 def level_id(query_id: str, perturbation: Perturbation) -> str:
@@ -308,8 +417,8 @@ def select(
     check: Check,
     where: str,
     taught: bool = False,
-) -> np.ndarray:
-    """Select the queries of a source that are asked, and report how many are left out, with the first ids.
+) -> Selection:
+    """Select the queries of a source that are asked, and report which are left out, stay untouched or have no wrong answer.
 
     Args:
         source: the source.
@@ -319,14 +428,15 @@ def select(
         where: the setting that names the source, for messages.
         taught: as for `PerturbedQueries`.
 
-    Returns:
-        Indices of the selected queries, int64, ascending.
-
     Raises:
-        DataError: a record is invalid or needs a region that it does not have, and is not to be left out; see `_check_taught`.
+        DataError: a record is invalid, and is not to be left out, or needs a region that it does not have, and is not to stay
+            untouched; see `_check_taught`.
     """
     bad = BadRecords(source.on_bad_record)
-    indices: dict[str, list[int]] = {"present": [], "absent": [], "unlocated": []}
+    asked: dict[int, Presence] = {}
+    shown: dict[bool, list[int]] = {True: [], False: []}
+    answers: dict[str, dict[str, None]] = {}
+    wrongless: list[tuple[str, str, tuple[str, ...]]] = []
     for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
         try:
             check(query, ())
@@ -335,14 +445,44 @@ def select(
         except DataError as error:
             bad.add(f"{where}: {error}", error)
             continue
-        indices["present" if policy is None else source.presence(query)].append(index)
+        asked[index] = "present" if policy is None else source.presence(query)
+        if policy is None:
+            continue
+        if asked[index] == "present":
+            shown[asked_existence(query.question) is not None].append(index)
+        if policy.wrong_answer_rate:
+            form = question_form(query) if query.answer_type == "short" else ""
+            if form:
+                answers.setdefault(form, {})[query.answer] = None
+            if not source.wrong_answers(query):
+                wrongless.append((form, query.answer, query.synonyms))
     bad.report(len(queries) - len(bad.messages))
-    if taught and indices["unlocated"]:
-        _check_taught(queries, indices["unlocated"], indices["present"] + indices["absent"], where)
+    if taught:
+        _check_taught(queries, asked, where)
+    # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
+    shapes = [] if source.annotates_all else shown[True] or shown[False]
     if policy is not None:
-        _report_regions(policy, queries, indices["absent"], indices["unlocated"], where)
-    absent = [] if policy is None or policy.absent == "skip" else indices["absent"]
-    return np.array(sorted(indices["present"] + absent), dtype=np.int64)
+        _report_regions(policy, source, queries, asked, where)
+        absent = sum(presence == "absent" for presence in asked.values())
+        if absent and policy.absent == "distractor" and not (shapes or source.annotates_all):
+            rank_zero_warn(
+                f"{where}: no query has a region whose shape those of {absent} absent objects could have: they are random boxes"
+            )
+        if count := sum(
+            not _first_wrong(answers.get(form, ()), gold, synonyms) for form, gold, synonyms in wrongless
+        ):
+            rank_zero_warn(
+                f"{where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
+                "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
+            )
+        if policy.absent == "skip":
+            asked = {index: presence for index, presence in asked.items() if presence != "absent"}
+    return Selection(
+        np.array(list(asked), dtype=np.int64),
+        list(asked.values()),
+        np.array(shapes, dtype=np.int64),
+        {form: list(golds) for form, golds in answers.items()},
+    )
 
 
 def _check_levels(policy: NoisePolicy, query: Query) -> None:
@@ -353,61 +493,78 @@ def _check_levels(policy: NoisePolicy, query: Query) -> None:
         raise DataError(f"record {query.id!r}: {error}") from error
 
 
-def _check_taught(queries: Sequence[Query], unlocated: list[int], located: list[int], where: str) -> None:
-    """Make sure that queries with regions stand for all.
+def _check_taught(queries: Sequence[Query], asked: Mapping[int, Presence], where: str) -> None:
+    """Make sure that queries whose images can be perturbed stand for all.
+
+    Args:
+        asked: index of each query that is asked -> presence of its key objects.
 
     Raises:
-        DataError: most queries have no region, or one answer is left of an answer type that had several.
+        DataError: most queries are unlocated, or all others of an answer type have one answer, which then goes with perturbed images.
     """
-
-    def answers(indices: list[int]) -> dict[str, set[str]]:
-        """Answer type -> its answers."""
-        found: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
-        for query in map(queries.__getitem__, indices):
-            answer = "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
-            found[query.answer_type].add(answer)
-        return found
-
-    lost, left = answers(unlocated), answers(located)
-    only = [repr(*left[kind]) for kind in ANSWER_TYPES if len(left[kind]) == 1 and lost[kind] - left[kind]]
-    if only or len(unlocated) > len(located):
-        counts = f"{len(unlocated)} of {len(unlocated) + len(located)} queries have no region of what they ask about"
+    unlocated: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
+    located: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
+    for index, presence in asked.items():
+        query = queries[index]
+        answer = "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
+        (unlocated if presence == "unlocated" else located)[query.answer_type].add(answer)
+    n_unlocated = sum(presence == "unlocated" for presence in asked.values())
+    only = [
+        repr(*located[kind])
+        for kind in ANSWER_TYPES
+        if len(located[kind]) == 1 and unlocated[kind] - located[kind]
+    ]
+    if only or 2 * n_unlocated > len(asked):
+        counts = f"{n_unlocated} of {len(asked)} queries have no region of what they ask about"
         alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
         raise DataError(f"{where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data")
 
 
 def _report_regions(
-    policy: NoisePolicy, queries: Sequence[Query], absent: list[int], unlocated: list[int], where: str
+    policy: NoisePolicy,
+    source: QuerySource,
+    queries: Sequence[Query],
+    asked: Mapping[int, Presence],
+    where: str,
 ) -> None:
-    """Report the queries without a region of the key object.
+    """Report the queries without a region of the key object, with the first ids.
 
     Args:
-        absent: indices of the queries about an absent object.
-        unlocated: indices of the queries that need a region and have none.
+        asked: index of each query that is asked -> presence of its key objects.
 
     Raises:
-        DataError: there are such queries as `unlocated`, and they are not to be left out.
+        DataError: queries are unlocated, and are not to stay untouched.
     """
 
-    def ids(indices: list[int]) -> str:
-        return name_some((queries[i].id for i in indices[:MAX_NAMED]), len(indices))
+    def named(presence: Presence) -> tuple[int, str]:
+        """The number of these queries, and the first of them with the objects that have no region."""
+        indices = [index for index, its_presence in asked.items() if its_presence == presence]
+        names = []
+        for query in map(queries.__getitem__, indices[:MAX_NAMED]):
+            objects = ", ".join(source.unlocated(query))
+            names.append(f"{query.id!r} ({objects})" if objects else repr(query.id))
+        more = len(indices) - len(names)
+        return len(indices), ", ".join(names) + (f" and {more} more" if more else "")
 
-    about_absent = ""
-    if absent:
-        about_absent = (
-            f"{len(absent)} ask about an object that is absent (`absent: {policy.absent}`): {ids(absent)}"
-        )
-    if not unlocated:
-        if about_absent:
-            counts = f"{len(absent)} of {len(queries)} queries"
+    (n_absent, absent), (n_unlocated, unlocated) = named("absent"), named("unlocated")
+    if not n_unlocated:
+        if n_absent:
+            counts = f"{n_absent} of {len(queries)} queries"
             rank_zero_info(f"{where}: absent object in {counts} (`absent: {policy.absent}`)")
         return
+    kinds = Counter(_answer_kind(queries[i]) for i, presence in asked.items() if presence == "unlocated")
     missing = (
-        f"{len(unlocated)} of {len(queries)} queries need a region of what they ask about and have none: "
-        f"{ids(unlocated)}"
+        f"{n_unlocated} of {len(queries)} queries ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}) need a region of "
+        f"what they ask about and have none: {unlocated}"
     )
     if policy.no_region == "raise":
         raise DataError(
-            f"{where}: {missing}: {FIND_REGIONS}, or leave such queries out with `data.noise.no_region: skip`"
+            f"{where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with `data.noise.no_region: clean`"
         )
-    rank_zero_warn(f"{where}: left out: {missing}" + (f"; {about_absent}" if about_absent else ""))
+    about_absent = f"; {n_absent} ask about an object that is absent (`absent: {policy.absent}`): {absent}"
+    rank_zero_warn(f"{where}: images stay untouched: {missing}" + (about_absent if n_absent else ""))
+
+
+def _answer_kind(query: Query) -> str:
+    """Yes or no, or else the type of the answer, by which queries are counted."""
+    return ("no" if answer_is_no(query) else "yes") if query.answer_type == "yes_no" else query.answer_type

@@ -114,12 +114,13 @@ class LoadingLog:
         dataset: the dataset.
         left_out: int32 [N], 1 for a record that could not be loaded.
         clipped: int32 [N], 1 for a record with a region that is partly outside its image.
+        empty: int32 [N], 1 for a record without a pixel of its key object, whose image stayed untouched.
     """
 
     def __init__(self, dataset: PerturbedQueries) -> None:
         self.dataset = dataset
         self.left_out = torch.zeros(len(dataset), dtype=torch.int32)
-        self.clipped = torch.zeros_like(self.left_out)
+        self.clipped, self.empty = torch.zeros_like(self.left_out), torch.zeros_like(self.left_out)
 
     def add(self, batch: SampleBatch) -> None:
         """Record the problems of a batch, and warn at once about the first few records that are left out."""
@@ -128,6 +129,7 @@ class LoadingLog:
                 warnings.warn(f"{self.dataset.where}: left out: {message}", stacklevel=2)
             self.left_out[index] = 1
         self.clipped[batch.clipped] = 1
+        self.empty[batch.empty] = 1
 
     def report(self, trainer: L.Trainer) -> None:
         """Report the problems of all processes and reset the log. Every process must call this.
@@ -136,10 +138,11 @@ class LoadingLog:
             DataError: no record could be loaded.
         """
         strategy = trainer.strategy
-        own = torch.stack([self.left_out, self.clipped]).to(strategy.root_device)
-        left_out, clipped = torch.as_tensor(strategy.reduce(own, reduce_op="sum")).cpu() > 0
-        self.left_out.zero_()
-        self.clipped.zero_()
+        logs = (self.left_out, self.clipped, self.empty)
+        reduced = strategy.reduce(torch.stack(logs).to(strategy.root_device), reduce_op="sum")
+        left_out, clipped, empty = torch.as_tensor(reduced).cpu() > 0
+        for log in logs:
+            log.zero_()
         where, total = self.dataset.where, len(self.dataset)
         if bool(left_out.all()):
             raise DataError(
@@ -148,6 +151,7 @@ class LoadingLog:
         for mask, problem in (
             (left_out, "could not be loaded and were left out"),
             (clipped, "have a region that leaves the image, of which only the part inside was used"),
+            (empty, "have a region without a pixel, so their images stayed untouched"),
         ):
             if count := int(mask.sum()):
                 first = mask.nonzero().flatten()[:MAX_NAMED].tolist()

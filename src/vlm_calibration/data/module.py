@@ -213,6 +213,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                     taught=name in ("train", LEVELS),
                 )
                 self._logs[name] = LoadingLog(self._sets[name])
+            if name == LEVELS:
+                self._sets[name].check_answer_types()
             if name != "train" and self.grading.ranks("open"):
                 _check_ranking(self._sets[name].splits)
         if stage == "test":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -93,11 +93,11 @@ class NoisePolicy:
         schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the
             levels; with the linear schedule it is complete by the fourth level.
         clean_fraction: share of samples in [0, 1] that stay untouched, in addition to strength 0 of each kind.
-        absent: what to perturb if the question is about an absent object: another object or else a random region
-            ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the answer says so
-            (no, to a yes/no question), not if a region is missing.
-        no_region: what to do with other queries without a region of the key object: leave them out and report the number
-            ("skip"), or stop the run ("raise"). Queries on clean images need no region.
+        absent: what to perturb if the question is about an absent object: another object, or a region with the shape of another
+            query's key object ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the answer denies that it
+            exists, or the query says so (`absent`), not if a region is missing.
+        no_region: what to do with other queries that lack a region of a key object: ask them with untouched images and report
+            the number ("clean"), or stop the run ("raise"). Queries on clean images need no region.
         distractor_probability: share of samples in [0, 1] whose perturbation goes to a region that the question is not about;
             their confidence is that of an untouched image.
         resolution: perturb at the size at which the model sees the image ("model"), or at the size of the file ("native", the
@@ -107,7 +107,8 @@ class NoisePolicy:
         wrong_answer_rate: in [0, 1]; a training response that states confidence c gives a wrong answer with probability
             `wrong_answer_rate * (1 - c)`. With 1, it is correct with probability c, like the model's own responses; with 0 the
             confidence always follows the gold answer, and the model learns to be sure of any answer. The tokens of wrong
-            answers are not trained. Queries for which the source has no wrong answer keep the gold answer.
+            answers are not trained. A short answer for which the source has no wrong one is replaced by the gold answer to a
+            question of the same form; queries without any keep the gold answer and are counted.
         seed: seed of all random choices.
     """
 
@@ -116,7 +117,7 @@ class NoisePolicy:
     schedule: Schedule = field(default_factory=CosineSchedule)
     clean_fraction: float = 0.0
     absent: Literal["distractor", "clean", "skip"] = "distractor"
-    no_region: Literal["skip", "raise"] = "skip"
+    no_region: Literal["clean", "raise"] = "clean"
     distractor_probability: float = 0.1
     resolution: Literal["model", "native"] = "model"
     shape: Literal["mask", "box"] = "mask"
@@ -190,6 +191,7 @@ def perturb_query(
     epoch: int,
     perturbation: Perturbation | None = None,
     wrong: Sequence[str] = (),
+    silhouettes: Callable[[], Sequence[BoolMask]] | None = None,
 ) -> Sample:
     """Perturb one query.
 
@@ -201,6 +203,8 @@ def perturb_query(
         epoch: with the policy's seed and the query's id, decides all random choices.
         perturbation: of the evidence, never of a distractor; None: drawn by the policy.
         wrong: plausible wrong answers.
+        silhouettes: masks of the key objects of another query of the data, of any size, by which the region of an absent object
+            has the shape and size of a present one's; empty for a random box. None: the image's other objects have such shapes.
 
     Raises:
         DataError: the input size of `image_processor` is unknown.
@@ -216,7 +220,7 @@ def perturb_query(
         size = model_resolution(image_processor, *size)
     # An untouched image keeps the size of the file, so that the processor resizes it as in use. No region is chosen for it.
     if perturbation.strength > 0:
-        choice = _choose_region(loaded, size, policy, distractor_probability, rng)
+        choice = _choose_region(loaded, size, policy, distractor_probability, rng, silhouettes)
         if choice.mask is not None:
             if policy.resolution == "model":
                 image = resize_to_model(image_processor, image)
@@ -237,6 +241,7 @@ def _choose_region(
     policy: NoisePolicy,
     distractor_probability: float,
     rng: np.random.Generator,
+    silhouettes: Callable[[], Sequence[BoolMask]] | None,
 ) -> RegionChoice:
     """The region to perturb, at the size (height, width) at which the image is perturbed."""
 
@@ -244,13 +249,18 @@ def _choose_region(
         return [region_mask(resize_mask(m, size), shape=policy.shape, dilate=policy.dilate) for m in masks]
 
     # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
+    distractors = grown(loaded.distractors)
+    if silhouettes is not None:
+        other = [] if loaded.evidence or policy.absent != "distractor" else grown(silhouettes())
+        distractors = [np.logical_or.reduce(other)] if other else []
     return choose_region(
         grown(loaded.evidence),
-        grown(loaded.distractors),
+        distractors,
         absent=policy.absent,
         distractor_probability=distractor_probability,
         rng=rng,
         image_shape=size,
+        silhouette=silhouettes is not None,
     )
 
 

@@ -83,7 +83,7 @@ def contents_of(source: QuerySource) -> Contents:
 
 
 def unlocated(source: QuerySource) -> list[str]:
-    """The ids of the queries that need a region and have none; the answers of the others say that the object is absent."""
+    """The ids of the queries that need a region and have none."""
     return [query.id for query in source.queries() if source.presence(query) == "unlocated"]
 
 
@@ -179,8 +179,8 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
         held = f"it holds {name_some((path.name for path in notes), len(notes))}" if notes else "no file"
         raise DataError(
             f"{folder}: no regions for data.{setting}, where {len(missing)} of {contents.queries} queries need one: "
-            f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and leave "
-            "such queries out with `data.noise.no_region: skip`"
+            f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "
+            "such queries with untouched images (`data.noise.no_region: clean`)"
         )
     rank_zero_info(
         f"data.{setting}: every query has the regions that it needs, so none are read from {folder}"

@@ -40,6 +40,8 @@ class DemoSource(QuerySource):
         hand: "colour", or "line" for line drawings with a pale wash, which need resvg-py.
     """
 
+    annotates_all = True
+
     def __init__(
         self,
         split: str = "train",
@@ -96,11 +98,8 @@ class DemoSource(QuerySource):
         in_scene = [name for name in self._layout(query).names if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
-    def has_evidence(self, query: Query) -> bool:
-        return query.answer != "No"
-
-    def has_distractor(self, query: Query) -> bool:
-        return any(not is_evidence(query, name) for name in self._layout(query).labels)
+    def labels(self, query: Query) -> Sequence[str]:
+        return self._layout(query).labels
 
     def _layout(self, query: Query) -> Layout:
         index = scene_index(query)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.ndimage import maximum_filter1d
 
+from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.masks import BoolMask, MaskBox, bounding_box, check_mask
 
 AbsentPolicy = Literal["distractor", "clean", "skip"]
@@ -87,12 +88,14 @@ def choose_region(
     distractor_probability: float,
     rng: np.random.Generator,
     image_shape: tuple[int, ...],
+    silhouette: bool = False,
 ) -> RegionChoice:
     """Choose the region to noise for one query.
 
     With key objects, the region is their union ("target"), or with `distractor_probability` a region that the question is not
     about ("distractor"): a random distractor mask that does not touch the target, or if there is none a box of the target's
-    size at a random position off the target (smaller if it does not fit). If the target covers the whole image, it is noised.
+    size, or its silhouette, at a random position off the target (smaller if it does not fit). If the target covers the whole
+    image, it is noised.
 
     Without key objects, `absent` decides: "distractor" noises a random distractor or, if there is none, a random box of
     plausible size ("absent"); "clean" noises nothing ("none"). Queries under "skip" must be removed before.
@@ -104,6 +107,7 @@ def choose_region(
         distractor_probability: in [0, 1].
         rng: the only source of randomness.
         image_shape: [H, W, ...].
+        silhouette: off the target, noise the target's silhouette instead of its box, so that the shape does not tell them apart.
 
     Raises:
         TypeError, ValueError: a mask that is empty, not bool or of another size, a probability outside [0, 1], an unknown
@@ -120,7 +124,7 @@ def choose_region(
     if targets:
         target = np.logical_or.reduce(targets)
         if rng.random() < distractor_probability:
-            off_target = _region_off(target, distractors, rng)
+            off_target = _region_off(target, distractors, silhouette, rng)
             if off_target is not None:
                 return RegionChoice(off_target, "distractor")
         return RegionChoice(target, "target")
@@ -136,9 +140,9 @@ def choose_region(
 
 
 def _region_off(
-    target: BoolMask, distractors: Sequence[BoolMask], rng: np.random.Generator
+    target: BoolMask, distractors: Sequence[BoolMask], silhouette: bool, rng: np.random.Generator
 ) -> BoolMask | None:
-    """A distractor, or else a random box, that does not touch the target; None if the target fills the image."""
+    """A distractor, or else the target's box or silhouette at a random place, off the target; None if the target fills the image."""
     disjoint = [mask for mask in distractors if not np.any(mask & target)]
     if disjoint:
         return disjoint[int(rng.integers(len(disjoint)))]
@@ -146,11 +150,14 @@ def _region_off(
         return None
     box = bounding_box(target)
     height, width = box.height, box.width
+    shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
     while True:
         corners = _free_corners(target, height, width)
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
-            return _box_mask(target.shape, MaskBox(top, top + height, left, left + width))
+            region = np.zeros_like(target)
+            region[top : top + height, left : left + width] = resize_mask(shape, (height, width))
+            return region
         # At least one pixel is free, so a box of one pixel always fits.
         height, width = max(1, int(height * 0.8)), max(1, int(width * 0.8))
 

@@ -18,7 +18,7 @@ from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Detection, Detector
 from vlm_calibration.regions.segmenter import Segmenter
-from vlm_calibration.text.labels import is_evidence
+from vlm_calibration.text.labels import is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]
@@ -123,22 +123,21 @@ class Pipeline:
         """The result for a query whose image is unreadable or whose regions are known; None for all others."""
         if raw.image is None:
             return Extracted(replace(raw.query, regions=()), "unreadable", note=raw.problem)
-        query = raw.query
-        if self.keep_known and any(is_evidence(query, r.label) for r in query.regions):
+        query, labels = raw.query, [r.label for r in raw.query.regions]
+        has_all = not unlocated_objects(query, labels)
+        if self.keep_known and has_all and any(is_evidence(query, label) for label in labels):
             return Extracted(query, "known")
         return None
 
     def _describe(self, batch: Sequence[RawQuery]) -> list[Description]:
-        """The phrases of each query. A query's own `objects` replace the describer's; absent ones are separated."""
+        """The phrases of each query. A query's own `objects` and `absent` replace the describer's."""
         described = self.describer.describe([r.query for r in batch], [_pixels(r) for r in batch])
         merged = []
         for raw, description in zip(batch, described, strict=True):
-            if raw.query.objects:
-                absent = tuple(
-                    o for o in raw.query.objects if any(same_phrase(o, a) for a in description.absent)
-                )
-                present = tuple(o for o in raw.query.objects if o not in absent)
-                description = Description(present, absent)
+            query, absent = raw.query, raw.query.absent or description.absent
+            if own := (*query.objects, *(o for o in query.absent if o not in query.objects)):
+                missing = tuple(o for o in own if any(same_phrase(o, a) for a in absent))
+                description = Description(tuple(o for o in own if o not in missing), missing)
             merged.append(description)
         return merged
 
@@ -173,7 +172,8 @@ class Pipeline:
     def _result(
         self, query: Query, description: Description, boxes: Sequence[Detection], masks: np.ndarray
     ) -> Extracted:
-        named = replace(query, objects=(*description.objects, *description.absent))
+        objects = (*description.objects, *description.absent)
+        named = replace(query, objects=objects, absent=description.absent)
         known = query.regions if self.keep_known else ()
         if not description.objects:
             outcome: Outcome = "absent" if description.absent else "no phrase"

@@ -27,15 +27,8 @@ from vlm_calibration.regions.words import (
     PICTURE,
     VAGUE,
 )
+from vlm_calibration.text.labels import asked_existence
 
-_EXISTENCE = re.compile(
-    r"(?:is|are|was|were)(?:n['’]t)? there\b|(?:is|are) (?:an?|any|some|the)\b.*\b(?:visible|present|shown|depicted)\b|any\b"
-    r"|(?:can|could|do|did) (?:you|we|i) (?:see|spot|find|notice|observe|detect|identify)\b"
-    r"|(?:does|do|did) (?:the|this|that) (?:image|picture|photo|photograph|scene)s? (?:show|contain|have|include|feature|depict)\b"
-)
-_COUNTED = re.compile(
-    r"(?:only|exactly|more|fewer|less|at least|at most|\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b"
-)
 _READS_TEXT = re.compile(
     r"\b(?:say|says|read|reads|written|spell|spells|spelled)\b|\b(?:brand|name|word|letter|number|text|logo|title)s?\b"
 )
@@ -169,8 +162,7 @@ def _existence_subject(
     question: str, words: Sequence[Word], phrases: Sequence[NounPhrase]
 ) -> NounPhrase | None:
     """The object whose presence the question asks for; None for a question about a number or about "direct contact"."""
-    match = _EXISTENCE.match(question.lower())
-    if match is None or not phrases or _COUNTED.match(question.lower()[match.end() :].strip()):
+    if asked_existence(question) is None or not phrases:
         return None
     first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
     return None if first.head in NO_OBJECT and not _are_joined_by_of(words, first, phrases[0]) else phrases[0]

@@ -138,7 +138,7 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         )
     if inspection.unlocated:
         yield (
-            "without a region, and cannot be noised",
+            "without a region, and stay untouched",
             f"{len(inspection.unlocated)}: {name_some(inspection.unlocated, len(inspection.unlocated))}",
         )
     if inspection.sizes:

@@ -1,16 +1,78 @@
-"""Facts about an image that follow from a query's words: which regions are evidence, and whether the object is absent."""
+"""Facts about an image that follow from a query's words: which regions are evidence, and which objects are absent."""
+
+import re
+from collections.abc import Collection
 
 from vlm_calibration.records import Query, RecordError
 from vlm_calibration.text.grading import grade, parse_answer
-from vlm_calibration.text.matching import same_phrase
+from vlm_calibration.text.matching import match_key, same_phrase
+
+_EXISTENCE = re.compile(
+    r"(?:is|are|was|were)(?:n['’]t)? there\b|(?:is|are) (?:an?|any|some|the)\b.*\b(?:visible|present|shown|depicted)\b|any\b"
+    r"|(?:can|could|do|did) (?:you|we|i) (?:see|spot|find|notice|observe|detect|identify)\b"
+    r"|(?=an? (?:[\w-]+ )?[\w-]+ *\?*$)|(?:does|do|did) (?:the|this|that) (?:image|picture|photo|photograph|scene)s? (?:show|contain|have|include|feature|depict)\b"
+)
+_NOT_EXISTENCE = re.compile(
+    r"(?:only|exactly|more|fewer|less|at least|at most|\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+    r"|(?:an?|any|some) (?:\w+ )?(?:contact|interaction|difference)\b|(?:direct|physical) (?:contact|interaction)\b"
+)
+"""After one of these forms: a number, or nothing that can be seen."""
+
+FORM_WORDS = 4
+"""Questions that begin with as many equal words, key objects apart, are of one form."""
+
+
+def asked_existence(question: str) -> str | None:
+    """What follows the form of a question whether something is in the image, in lower case; None for another question.
+
+    >>> asked_existence("Is there a dog in the image?"), asked_existence("Is the dog brown?")
+    ('a dog in the image?', None)
+    """
+    question = question.strip().lower()
+    match = _EXISTENCE.match(question)
+    rest = question[match.end() :].strip() if match else ""
+    return None if match is None or _NOT_EXISTENCE.match(rest) else rest
+
+
+def denies_existence(query: Query) -> bool:
+    """Whether the answer to a yes/no question says that what it asks for is not in the image: no, or yes to "Is there no dog?"."""
+    rest = asked_existence(query.question) if query.answer_type == "yes_no" else None
+    return rest is not None and answer_is_no(query) != rest.startswith("no ")
+
+
+def absent_objects(query: Query) -> tuple[str, ...]:
+    """The key objects that are not in the image: `absent`, or else what a question asks for whose answer denies its existence.
+
+    Of several objects, a question asks for the one that it names first: the dog in "Is there a dog on the sofa?".
+    """
+    if query.absent or not query.objects or not denies_existence(query):
+        return query.absent
+    question = f" {match_key(query.question)} "
+    # What is not named has the position -1, which goes behind all others.
+    return (min(query.objects, key=lambda o: question.find(f" {match_key(o)} ") % (len(question) + 1)),)
+
+
+def unlocated_objects(query: Query, labels: Collection[str]) -> list[str]:
+    """The key objects that are not absent and that none of the regions, given by their labels, contains."""
+    there = (*labels, *absent_objects(query))
+    return [name for name in query.objects if not any(same_phrase(name, label) for label in there)]
+
+
+def question_form(query: Query) -> str:
+    """The first words of a question without articles, its key objects replaced: "what colour is _", "how many _ are"."""
+    words = f" {match_key(query.question)} "
+    for name in sorted(query.objects, key=len, reverse=True):
+        words = words.replace(f" {match_key(name)} ", " _ ")
+    return " ".join(words.split()[:FORM_WORDS])
 
 
 def is_evidence(query: Query, label: str) -> bool:
-    """Whether a region with this label is evidence: the label is one of the query's `objects`, or the query has none.
+    """Whether a region with this label is evidence: the label is one of the query's `objects` or `absent`, or it has none.
 
     Case, articles and number are ignored: "a Dog" and "dogs" match the object "dog".
     """
-    return not query.objects or any(same_phrase(label, name) for name in query.objects)
+    names = (*query.objects, *query.absent)
+    return not names or any(same_phrase(label, name) for name in names)
 
 
 def answer_is_no(query: Query) -> bool:

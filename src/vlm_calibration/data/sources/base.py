@@ -15,12 +15,12 @@ from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.settings import digest
 from vlm_calibration.text.grading import grade
-from vlm_calibration.text.labels import answer_is_no, is_evidence
+from vlm_calibration.text.labels import denies_existence, is_evidence, unlocated_objects
 
 OnBadRecord = Literal["raise", "skip"]
 Presence = Literal["present", "absent", "unlocated"]
-"""Presence of a query's key object. present: a region contains it; absent: no region, and the answer says that it is absent;
-unlocated: no region, although the answer does not say that it is absent."""
+"""Presence of a query's key objects. present: each has a region, but for those that are absent; absent: the only one is not in the
+image, and no region shows it; unlocated: one has no region, although nothing says that it is absent."""
 
 
 def opposite(query: Query) -> tuple[str, ...]:
@@ -123,9 +123,12 @@ class QuerySource(ABC):
     Attributes:
         on_bad_record: "raise" stops the run at an invalid record or at an image that cannot be loaded; "skip" leaves such
             records out.
+        annotates_all: whether all objects of an image have regions of one kind, whatever the question and its answer. Otherwise the
+            region of an absent object gets the shape of a present one's: a shape that only one answer has would tell which it is.
     """
 
     on_bad_record: OnBadRecord = "raise"
+    annotates_all = False
 
     @property
     def hub_dataset(self) -> str | None:
@@ -180,19 +183,29 @@ class QuerySource(ABC):
             if label.strip() and not grade(label, query.answer, "short", query.synonyms).correct
         ]
 
+    def labels(self, query: Query) -> Sequence[str]:
+        """The labels of the image's regions; does not open the image."""
+        return [r.label for r in query.regions]
+
     def has_evidence(self, query: Query) -> bool:
-        """Whether a region contains the key object; does not open the image."""
-        return any(is_evidence(query, r.label) for r in query.regions)
+        """Whether a region contains a key object; does not open the image."""
+        return any(is_evidence(query, label) for label in self.labels(query))
 
     def has_distractor(self, query: Query) -> bool:
         """Whether a region contains an object that the question is not about; does not open the image."""
-        return any(not is_evidence(query, r.label) for r in query.regions)
+        return any(not is_evidence(query, label) for label in self.labels(query))
+
+    def unlocated(self, query: Query) -> Sequence[str]:
+        """The key objects without a region of which nothing says that they are absent; does not open the image."""
+        return unlocated_objects(query, self.labels(query))
 
     def presence(self, query: Query) -> Presence:
-        """Presence of the key object. It is absent if the answer says so; a missing region alone means `unlocated`."""
+        """Presence of the key objects. A missing region alone never means that one is absent."""
+        if self.unlocated(query):
+            return "unlocated"
         if self.has_evidence(query):
             return "present"
-        return "absent" if answer_is_no(query) else "unlocated"
+        return "absent" if query.absent or denies_existence(query) else "unlocated"
 
 
 def queries_digest(source: QuerySource) -> str:

@@ -17,7 +17,7 @@ from vlm_calibration.records import ANSWER_TYPES
 from vlm_calibration.text.grading import parse_answer
 
 TEXTS = ("id", "image", "question", "answer")
-LISTS = ("objects", "synonyms")
+LISTS = ("objects", "synonyms", "absent")
 
 
 def suspects(table: pa.Table) -> np.ndarray:

@@ -119,6 +119,8 @@ class CocoSource(QuerySource):
         seed: seed of all random choices.
     """
 
+    annotates_all = True
+
     def __init__(
         self,
         annotations: str,
@@ -241,11 +243,8 @@ class CocoSource(QuerySource):
             tuple(m for name, m in masks if not is_evidence(query, name) and m.any()),
         )
 
-    def has_evidence(self, query: Query) -> bool:
-        return any(is_evidence(query, name) for name in self._by_file[query.image].objects)
-
-    def has_distractor(self, query: Query) -> bool:
-        return any(not is_evidence(query, name) for name in self._by_file[query.image].objects)
+    def labels(self, query: Query) -> Sequence[str]:
+        return self._by_file[query.image].objects
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":

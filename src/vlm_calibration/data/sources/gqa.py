@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vlm_calibration.data.sources.base import OnBadRecord, Presence
+from vlm_calibration.data.sources.base import OnBadRecord
 from vlm_calibration.data.sources.published import COLUMNS, PublishedSource
 from vlm_calibration.data.sources.scene_graphs import SceneGraphs, check_scene_graphs
 from vlm_calibration.json_stream import json_members
@@ -46,6 +46,7 @@ class GqaSource(PublishedSource):
         **COLUMNS,
         "keys": pa.list_(pa.int64()),
         "names": pa.list_(pa.string()),
+        "absent": pa.list_(pa.string()),
     }
 
     def __init__(
@@ -89,10 +90,11 @@ class GqaSource(PublishedSource):
             rank_zero_warn(f"{path}: {self._graphs.empty} objects have an empty box and are left out")
 
     def _make(self, row: Mapping[str, Any]) -> Query:
-        keys, names = set(row["keys"]), dict.fromkeys(row["names"])
+        keys, names = set(row["keys"]), dict.fromkeys((*row["names"], *row["absent"]))
         query = super()._make(row)
         objects = [] if self._graphs is None else list(self._graphs.objects(Path(query.image).stem))
-        names.update(dict.fromkeys(o.name for o in objects if o.id in keys))
+        located = [o for o in objects if o.id in keys]
+        names.update(dict.fromkeys(o.name for o in located))
         # Another chair is neither evidence about this chair nor a part of the image that the question is not about.
         taken = {match_key(name) for name in names}
         regions = tuple(
@@ -104,16 +106,16 @@ class GqaSource(PublishedSource):
             question=query.question,
             answer=query.answer,
             answer_type=query.answer_type,
-            objects=tuple(names),
+            # The scene graph's own names, which are those of regions, once it has every key object: "animal" is a cat and a cow.
+            objects=tuple(
+                dict.fromkeys(o.name for o in located) if keys and len(located) == len(keys) else names
+            ),
             # A question about the scene as a whole names no object, so no region shows what it is about.
             regions=regions if names else (),
             category=query.category,
             synonyms=query.synonyms,
+            absent=tuple(row["absent"]),
         )
-
-    def presence(self, query: Query) -> Presence:
-        # "Is it sunny? - No" is about the whole image, not about an absent object.
-        return super().presence(query) if query.objects else "unlocated"
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         semantic = (query.category or "").rpartition("/")[2]
@@ -134,7 +136,7 @@ def _row(key: str | None, value: Any) -> dict[str, Any]:
     types = value.get("types")
     kinds = [types.get(kind) for kind in ("structural", "semantic")] if isinstance(types, Mapping) else []
     is_yes_no = infer_answer_type(answer) == "yes_no"
-    keys, names = _key_objects(value, answer)
+    keys, names, absent = _key_objects(value, answer)
     return {
         "id": key,
         "image": f"{image}.jpg",
@@ -145,17 +147,19 @@ def _row(key: str | None, value: Any) -> dict[str, Any]:
         "synonyms": [full] if isinstance(full, str) and full and not is_yes_no else [],
         "keys": keys,
         "names": names,
+        "absent": absent,
     }
 
 
-def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[list[int], list[str]]:
-    """The ids of the objects that a question is about, and the names of the objects that it and its answer name.
+def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[list[int], list[str], list[str]]:
+    """The ids of the objects that a question is about, the names that it and its answer give them, and the names of absent objects.
 
     Absent objects have a name and no id.
     """
     ids: dict[int, None] = {}
     found: dict[int, None] = {}
     names: dict[str, None] = {}
+    absent: dict[str, None] = {}
     annotations = value.get("annotations")
     for part, spans in annotations.items() if isinstance(annotations, Mapping) else ():
         for objects in spans.values() if isinstance(spans, Mapping) else ():
@@ -167,7 +171,8 @@ def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[list[int], list
         argument = operation.get("argument") if isinstance(operation, Mapping) else None
         match = _ARGUMENT.fullmatch(argument) if isinstance(argument, str) else None
         if match is not None:
-            found.update(dict.fromkeys(map(int, re.findall(r"\d+", match["ids"]))))
+            numbers = list(map(int, re.findall(r"\d+", match["ids"])))
+            found.update(dict.fromkeys(numbers))
             if (name := match["name"].strip()) not in _ANONYMOUS:
-                names[name] = None
-    return list(ids or found), list(names)
+                (names if numbers else absent)[name] = None
+    return list(ids or found), list(names), list(absent)

@@ -44,6 +44,7 @@ OPTIONAL = {
     "regions": pa.list_(REGION),
     "category": _TEXT,
     "synonyms": pa.list_(_TEXT),
+    "absent": pa.list_(_TEXT),
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
