@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -97,7 +98,7 @@ class DPOModule(L.LightningModule):
     Args:
         base: the model below the adapter.
         adapter: folder of the adapter to continue, as stage 1 writes it; None: a new one on the base model.
-        lora: settings of the new adapter if `adapter` is None; a given adapter keeps its own.
+        lora: settings of the new adapter if `adapter` is None; a given adapter keeps its own. Neither has dropout.
         loss: a preference loss (DPO, SimPO, IPO, Ordinal or Listwise), or a loss of the distribution over confidences
             (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
@@ -222,7 +223,7 @@ class DPOModule(L.LightningModule):
         check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
-            adapted = attach_lora(model, self.lora)
+            adapted = attach_lora(model, replace(self.lora, dropout=0.0))
         else:
             adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
         self.model = prepare_for_training(self, adapted, self.gradient_checkpointing)
