@@ -419,6 +419,16 @@ def test_the_parts_of_a_shipped_data_set_share_no_image(name: str) -> None:
         assert file != next_file or end <= begin
 
 
+def test_no_part_of_coco_asks_about_an_image_of_pope() -> None:
+    coco, pope = (
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["data"]
+        for name in ("data/coco", "eval/pope")
+    )
+    asked = {part["source"]["init_args"]["path"] for part in pope["test"].values()}
+    parts = [coco["train"], coco["validation"], coco["levels"], coco["test"]["own"]["source"]]
+    assert [set(part["init_args"]["exclude"]) for part in parts] == [asked] * 4
+
+
 def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:
     """LightningCLI keeps settings of the same name when the class changes, and DPO's beta is far too small for SimPO."""
     presets = [CONFIGS / "experiment" / f"{name}.yaml" for name in ("paper", "paper_dpo")]

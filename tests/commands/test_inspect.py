@@ -168,7 +168,7 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
         "jsonl": "data/train.jsonl",
         "parquet": "data/train.parquet",
         "rlaif_v": "data/rlaif_v",
-        "coco": "data/coco",
+        "coco": "data/pope/coco_pope_random.json",
     }
     assert says[overlay] in ended.error()
 

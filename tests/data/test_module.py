@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig
 
-from vlm_calibration.data.candidates import ValidationBatch
+from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
@@ -238,6 +238,18 @@ def test_fewer_queries_than_processes(model_folder: str) -> None:
     module.setup("fit")
     with pytest.raises(DataError, match="12 training queries are too few for 13 processes"):
         module.train_dataloader()
+
+
+@pytest.mark.parametrize("answers", [None, "gold", "own"])
+def test_a_process_without_a_validation_query_gets_one_empty_batch(model_folder: str, answers: Any) -> None:
+    candidates = None if answers is None else CandidateSettings(answers=answers)
+    sizes = []
+    for rank in range(5):
+        module = _module(model_folder, validation=DemoSource("calibration", scenes=1), candidates=candidates)
+        _as_process(module, rank, 5)
+        module.setup("fit")
+        sizes.append([len(batch.prompts.queries) for batch in module.val_dataloader()])
+    assert sizes == [[1], [1], [1], [0], [0]]
 
 
 def test_a_processor_of_unknown_resolution_is_refused_before_anything_is_read(

@@ -231,18 +231,17 @@ def test_only_the_policy_is_trained(policy: PeftModel, prompts: PromptBatch) -> 
     assert torch.equal(after[2], before[2])
 
 
-def test_the_reference_is_not_drawn_at_random(
-    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_an_adapter_that_is_continued_and_its_reference_have_no_dropout(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch, settings: Any
 ) -> None:
-    model = continue_adapter(load_model(), new_adapter(1, dropout=0.5)).eval()
-    with using_adapter(model, REFERENCE):
-        expected = _logits(model, prompts)
+    model = continue_adapter(load_model(), new_adapter(1, dropout=0.5, **settings)).eval()
+    expected = _logits(model, prompts)
     model.train()
-    assert not torch.allclose(_logits(model, prompts), _logits(model, prompts), atol=0.1), (
-        "the policy has dropout"
-    )
-    with using_adapter(model, REFERENCE):
-        assert torch.equal(_logits(model, prompts), expected)
+    for name in ("default", REFERENCE):
+        with using_adapter(model, name):
+            assert torch.equal(_logits(model, prompts), expected)
+        assert model.peft_config[name].lora_dropout == 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,19 @@ def test_weights_are_rounded_once(
     assert all(torch.equal(w, exact[name].to(expected)) for name, w in merged.model.state_dict().items())
     save_merged(merged, tmp_path / "merged")
     assert load_base(BaseModel(str(tmp_path / "merged"))).dtype == expected
+
+
+def test_the_merged_model_is_told_to_generate_greedily_and_where_to_end(
+    model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "base")
+    tokens = {"eos_token_id": [1, 7], "pad_token_id": 2}
+    settings = {**tokens, "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.1, "max_length": 9}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    save_merged(merge_adapter(new_adapter(1), BaseModel(str(tmp_path / "base"))), tmp_path / "merged")
+    written = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    written.pop("transformers_version", None)
+    assert written == {**tokens, "do_sample": False, "num_beams": 1}
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_in_full_precision(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -60,15 +64,48 @@ def test_generation_stops_at_the_length_limit(
     assert len(steps) == 3
 
 
-def test_sampling_settings_of_the_checkpoint_do_not_matter(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+SETTINGS = """
+"do_sample": true, "temperature": 5.0, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.5, "top_h": 0.5,
+"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "num_beams": 3, "length_penalty": -4.0, "early_stopping": true,
+"num_return_sequences": 2, "repetition_penalty": 1.9, "encoder_repetition_penalty": 1.5, "token_healing": true,
+"no_repeat_ngram_size": 1, "bad_words_ids": [[40], [41, 42]], "suppress_tokens": [43], "guidance_scale": 1.5,
+"begin_suppress_tokens": [44], "forced_bos_token_id": 45, "forced_eos_token_id": 46, "renormalize_logits": true,
+"sequence_bias": [[[47], 100.0]], "exponential_decay_length_penalty": [1, 9.0], "remove_invalid_values": true,
+"min_length": 99, "min_new_tokens": 6, "max_length": 100, "max_new_tokens": 2, "max_time": 1e-9,
+"stop_strings": ["a"], "use_cache": false, "cache_implementation": "static", "output_scores": true,
+"watermarking_config": {"bias": 9.0}, "prompt_lookup_num_tokens": 3
+"""
+
+
+def test_no_generation_setting_of_a_checkpoint_changes_an_answer(
+    model_folder: str, processor: Any, prompts: PromptBatch, tmp_path: Path
 ) -> None:
-    greedy = generate_texts(load_model(), prompts.inputs, processor.tokenizer, 8)
-    model = load_model()
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, top_k=50, num_beams=3, num_return_sequences=1
-    )
-    assert generate_texts(model, prompts.inputs, processor.tokenizer, 8) == greedy
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    tokens = {k: v for k, v in json.loads(path.read_text()).items() if k.endswith("_token_id")}
+    path.write_text(json.dumps({**json.loads(f"{{{SETTINGS}}}"), **tokens}))
+    model = load_base(BaseModel(str(tmp_path / "model"), dtype="float32"))
+    left = model.generation_config.to_diff_dict()
+    assert {k: v for k, v in left.items() if k != "transformers_version"} == {
+        **tokens,
+        "do_sample": False,
+        "num_beams": 1,
+    }
+    answers = generate_texts(model, prompts.inputs, processor.tokenizer, 8)
+    assert answers == _likeliest(model, prompts, processor.tokenizer, 8)
+
+
+def _likeliest(model: Any, prompts: PromptBatch, tokenizer: Any, n: int) -> list[str]:
+    """The answers of `n` tokens, each the one that scores highest after the tokens before it."""
+    inputs = prompts.inputs.copy()
+    begin = inputs["input_ids"].shape[1]
+    for _ in range(n):
+        token = model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+    return [
+        t.strip() for t in tokenizer.batch_decode(inputs["input_ids"][:, begin:], skip_special_tokens=True)
+    ]
 
 
 def test_right_padding_is_refused(load_model: Callable[..., Any], processor: Any, batch: SFTBatch) -> None:

@@ -141,6 +141,7 @@ def test_the_program_is_in_the_card_and_compiles(merged: bool) -> None:
     assert ("'org/Model-7B', revision='0123456789abcdef'" in program) is not merged
     assert "runs/sft/adapter" in program
     assert "max_new_tokens=16" in program
+    assert '"repetition_penalty": 1.0' in program
     assert "trust_remote_code" not in program
     assert snippet(replace(card, trust_remote_code=True)).count("trust_remote_code=True") == 2
 
@@ -188,6 +189,7 @@ def test_what_training_on_a_quantised_base_means_is_said() -> None:
 def test_how_to_serve_it_depends_on_what_the_adapter_changes(changes: dict[str, Any], command: str) -> None:
     card = replace(Card("org/base", location="my model"), **changes)
     assert f"```bash\n{command}\n```" in card_text(card)
+    assert "`repetition_penalty: 1`" in card_text(card)
     assert "serve" not in card_text(replace(card, has_chat_template=False))
 
 

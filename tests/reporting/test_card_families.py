@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ PROMPT = ElicitationPrompt()
 def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = cached_family(family).processor
     folder = cached_family(family).save(tmp_path / "model")
+    settings = tmp_path / "model/generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": 1.9}))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     has_template = getattr(processor, "chat_template", None) is not None

@@ -111,12 +111,12 @@ def test_a_run_changes_the_policy_alone_and_writes_its_files(
 def test_without_a_first_stage_a_new_adapter_is_trained_on_the_base_model(
     make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
-    lora = LoraSettings(r=2, alpha=4, dropout=0.0, parts=["projector"])
+    lora = LoraSettings(r=2, alpha=4, dropout=0.5, parts=["projector"])
     module, seen = make_module(None, lora=lora, reference="base", pairs=PairPolicy(target="level")), Steps()
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
     run.fit(module, datamodule=candidates())
     assert seen.validated[0]["val/kl"] == pytest.approx(0, abs=1e-5)
-    assert set(module.model.peft_config) == {"default"}
+    assert {name: c.lora_dropout for name, c in module.model.peft_config.items()} == {"default": 0}
     trained = adapter_weights(module, "default")
     assert trained
     assert all("multi_modal_projector" in name and p.any() for name, p in trained.items())

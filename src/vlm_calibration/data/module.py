@@ -467,7 +467,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
         if training:
             self._resume(sampler)
-        if name in self._tested and len(sampler) == 0:
+        if len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return QueryLoader(log, collate, batch_sampler=[[]])
         if self.workers:

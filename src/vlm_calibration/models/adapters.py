@@ -28,7 +28,7 @@ class LoraSettings:
     Args:
         r: rank.
         alpha: scale; the update is multiplied by alpha / r.
-        dropout: on the adapter's input, in [0, 1).
+        dropout: on the adapter's input, in [0, 1). Stage 2 trains without: it compares the adapter with a reference.
         parts: parts of the model with an adapter: the language model, the vision tower, the projector between them.
         use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
         use_dora: learn magnitude and direction separately (arXiv 2402.09353).
@@ -181,7 +181,7 @@ REFERENCE = "reference"
 def continue_adapter(
     model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
-    """Load a saved adapter for further training, with a frozen copy of it as the adapter `REFERENCE`.
+    """Load a saved adapter for further training without dropout, with a frozen copy of it as the adapter `REFERENCE`.
 
     Args:
         folder: the saved adapter, as for `find_adapter`.
@@ -197,8 +197,11 @@ def continue_adapter(
     assert isinstance(wrapped, PeftModel)
     if reference:
         wrapped.load_adapter(folder, adapter_name=REFERENCE)
-        for layer in _tuner_layers(wrapped):
-            layer.lora_dropout[REFERENCE] = nn.Identity()  # the reference is deterministic
+    # A difference between the two is one of their weights.
+    for layer in _tuner_layers(wrapped):
+        layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
+    for config in wrapped.peft_config.values():
+        config.lora_dropout = 0.0
     wrapped.set_adapter("default")
     trained = {name for name, part in layers.items() if parts is None or part in parts}
     for name, parameter in wrapped.named_parameters():

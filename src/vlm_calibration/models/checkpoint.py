@@ -161,6 +161,8 @@ def copy_checkpoint(
 ) -> None:
     """Write a copy in which some tensors are replaced; names, shapes, files and configuration stay. Holds one file in memory.
 
+    `generation_config.json` is left out.
+
     Args:
         checkpoint: what is copied; files of PyTorch become safetensors.
         folder: where to; it exists.
@@ -182,10 +184,8 @@ def copy_checkpoint(
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         index["weight_map"] = {name: _safetensors_name(file) for name, file in index["weight_map"].items()}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
-    generation = checkpoint.folder / "generation_config.json"
-    for path in (generation, *(checkpoint.folder.glob("*.py") if code else ())):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    for path in checkpoint.folder.glob("*.py") if code else ():
+        shutil.copyfile(path, folder / path.name)
     if dtype is None:
         shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     else:

@@ -109,7 +109,8 @@ def adapter_layers(folder: str) -> dict[str, bool]:
 def save_merged(merged: Merged, folder: Path) -> None:
     """Write a copy of the base's checkpoint with the changed weights, and check that transformers reads the merged weights back.
 
-    Names, shapes, files and configuration are the base's own; tensors that the adapter does not change are equal byte for byte.
+    Names, shapes, files and configuration are the base's own, except for `generation_config.json`, which asks for greedy decoding and
+    no more. Tensors that the adapter does not change are equal byte for byte.
 
     Raises:
         DataError: the model cannot be written, or different weights are read back.
@@ -119,6 +120,7 @@ def save_merged(merged: Merged, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_checkpoint(merged.checkpoint, folder, replaced, merged.dtype, merged.trust_remote_code)
+        model.generation_config.save_pretrained(folder)
         reloaded, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=model.dtype, trust_remote_code=merged.trust_remote_code, output_loading_info=True
         )

@@ -8,7 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+
+def greedy_config(config: GenerationConfig) -> GenerationConfig:
+    """Greedy decoding with the special tokens of a checkpoint's configuration and none of its other settings.
+
+    Settings such as `repetition_penalty` change what is generated, but not the scores of the same tokens.
+    """
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        num_beams=1,
+    )
 
 
 class CompleteAnswerCriteria(StoppingCriteria):
@@ -64,7 +78,7 @@ def generate_texts(
     """Generate an answer to each prompt greedily.
 
     Args:
-        model: a transformers or peft model.
+        model: a transformers or peft model from `load_base`, whose configuration is `greedy_config`.
         inputs: left-padded prompts, input_ids int64 [B, L].
         tokenizer: the model's tokenizer.
         max_new_tokens: length limit of an answer.
@@ -84,8 +98,6 @@ def generate_texts(
     criteria = [CompleteAnswerCriteria(tokenizer, prompts, end_of)] if end_of is not None else []
     output = model.generate(
         **inputs,
-        do_sample=False,
-        num_beams=1,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList(criteria),

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
 from vlm_calibration.models.base import THRESHOLDS, BaseModel
+from vlm_calibration.models.generation import greedy_config
 from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.models.suffix_masks import FLEX
 from vlm_calibration.records import DataError
@@ -32,7 +33,7 @@ from vlm_calibration.settings import digest, file_digest
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model in eval mode.
+    """Load the model in eval mode. It generates greedily, whatever its `generation_config.json` says.
 
     Args:
         base: the model and how to load it.
@@ -57,6 +58,8 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
             trust_remote_code=base.trust_remote_code,
             **settings,
         )
+    # `generate` takes every setting that it is not given from here.
+    model.generation_config = greedy_config(model.generation_config)
     if flex:
         use_in_language_model(model, FLEX)
     if base.quantization == "nf4":

@@ -180,7 +180,8 @@ def _serving(card: Card) -> str:
             "## How to serve it",
             how,
             fenced(commands, "bash"),
-            f"Send the image, then the {'prompt below' if card.template else 'question'}, with temperature 0.",
+            f"Send the image, then the {'prompt below' if card.template else 'question'}, with `temperature: 0` and "
+            "`repetition_penalty: 1`.",
         ]
     )
 
@@ -205,7 +206,8 @@ def snippet(card: Card) -> str:
         f"prompt = {prompt}",
         *_input_lines(card),
         "inputs = inputs.to(model.device, model.dtype)",
-        f"output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens={card.max_new_tokens})",
+        'greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}',
+        f"output = model.generate(**inputs, **greedy, max_new_tokens={card.max_new_tokens})",
         'reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
         "",
         'answer, *stated = reply.rsplit("Confidence:", 1)',

@@ -112,10 +112,10 @@ class CocoSource(QuerySource):
         per_image: maximum number per image of questions about present objects, about absent objects, of counting and of
             spatial questions, each.
         images: number of images, drawn at random; None: all annotated images.
-        first: position in the random order at which the images begin. Sources of one file and seed whose positions do not
-            overlap, e.g. 0 to 299 and 300 to 999, have no image in common.
+        first: position in the random order at which the images begin. Sources of one file, `exclude` and seed whose positions
+            do not overlap, e.g. 0 to 299 and 300 to 999, have no image in common.
         exclude: text files, such as POPE's question files; an image is excluded if its twelve-digit number occurs in one.
-            POPE's images of val2014 are part of train2017.
+            POPE's images of val2014 are part of train2017 and val2017.
         seed: seed of all random choices.
     """
 

@@ -110,7 +110,10 @@ def _numbers(path: Path) -> set[str]:
     try:
         numbers = set(_NUMBER.findall(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read which images to leave out: {error}") from error
+        raise DataError(
+            f"{path}: cannot read which images to leave out: {error.strerror if isinstance(error, OSError) else error}; "
+            "`vlm-calibration data fetch pope` gets POPE's files, and `exclude: null` leaves nothing out"
+        ) from error
     if not numbers:
         raise DataError(f"{path}: names no image by a number of twelve digits")
     return numbers
