@@ -161,6 +161,15 @@ def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, same: b
     assert agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is same
 
 
+@pytest.mark.parametrize(("asked", "answer"), [("dog", "no"), ("cat", "yes"), ("bird", None)])
+def test_an_answer_and_its_samples_are_graded_by_the_question(asked: str, answer: str | None) -> None:
+    query = Query("1", "a.png", f"Is there a {asked}?", "No", "yes_no")
+    prediction = graded_prediction(query, "There is a cat, but no dog", CLEAN, 0)
+    assert (prediction.predicted, prediction.correct) == (answer, answer == "no")
+    samples = ("There is a cat without a dog", "There are zero cats and a dog")
+    assert [agrees(prediction, text, Grading()) for text in samples] == [answer is not None, False]
+
+
 def test_samples_are_not_ranked_but_compared_as_answers() -> None:
     query = Query("1", "a.png", "What is it?", "a cat", "open")
     answer = graded_prediction(query, "a dog", CLEAN, 0, Grading(open="ranking"), ranked_correct=True)

@@ -1,4 +1,6 @@
 import time
+from itertools import permutations
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -58,7 +60,7 @@ YES_NO = {
     "I cannot see a dog": "no",
     "It is not red": "no",
     "There is a dog": "yes",
-    "I see a dog, not a cat": "yes",
+    "I see a dog, not a cat": None,  # without a question
     "The image shows a dog": "yes",
     "Certainly, there is a dog.": "yes",
     "It is white": None,
@@ -197,6 +199,164 @@ def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
 )
 def test_a_negated_verb_is_no(opening, verb, noun, place):
     assert parse_answer(f"{opening}there {verb} a {noun}{place}.", "yes_no") == "no"
+
+
+# What is said of one object: the form of a clause, with the object's name in place of X.
+PLACES = ("", " in the image", " on the sofa")
+AFFIRMED = (
+    "there is a X",
+    "there are two Xs",
+    "I see a small X",
+    "the image shows the X",
+    "a X is visible",
+    "I can see Xs",
+)
+DENIED = (
+    *(
+        "there is no X",
+        "there are no Xs",
+        "there are zero Xs",
+        "I see zero Xs",
+        "I see 0 Xs",
+        "there isn't a X",
+    ),
+    *("I don't see any Xs", "I do not see a X", "the image does not show a X", "the scene lacks a X"),
+    *("there is not a single X", "there is unlikely to be a X", "it is unlikely that there is a X"),
+    *("a X is not visible", "no X can be seen", "there is no sign of a X", "the image is devoid of Xs"),
+)
+UNDECIDED = (
+    "there may be a X",
+    "it is unclear whether there is a X",
+    "there could be a X",
+    "there is hardly a X",
+)
+# Two objects in one clause: of Y what the clause affirms, of X what it denies.
+DENIED_BESIDE = (
+    *(
+        "there is a Y without a X",
+        "there is a Y, not a X",
+        "there is an empty Y, no X",
+        "I see a Y with no X",
+    ),
+    *("the image shows a Y and no X", "there is a Y instead of a X", "there is a Y rather than a X"),
+    *("not a X, there is a Y", "I see two Ys and zero Xs"),
+)
+BOTH_AFFIRMED = ("there is a X and a Y", "I see a X, a Y", "the image shows a X with a Y")
+BOTH_DENIED = (
+    "there is no X or Y",
+    "there are no Xs or Ys",
+    "neither a X nor a Y is visible",
+    "I see no X and no Y",
+)
+JOINED = (", but ", ". ", "; ", ", and ", ", while ", " and ", ", although ")
+NOUNS = (
+    "dog",
+    "cat",
+    "red bicycle",
+    "dining table",
+    "person",
+    "doghouse",
+    "teddy bear",
+    "bear",
+    "hot dog",
+    "elephant",
+)
+QUESTIONS = (
+    "Is there a X in the image?",
+    "Do you see any X in this photo?",
+    "Does the image contain a X?",
+    "Is a X visible?",
+)
+
+
+class Said(NamedTuple):
+    """A generated reply, and what it says of some objects; of any other it says nothing."""
+
+    reply: str
+    says: dict[str, str | None]
+
+
+def _written(form: str, x: str, y: str = "") -> str:
+    return form.replace("X", x).replace("Y", y).replace("persons", "people")
+
+
+@st.composite
+def replies(draw: st.DrawFn) -> Said:
+    """One or two clauses about one or two objects, in either order."""
+    x, y = draw(st.permutations(NOUNS))[:2]
+    beside = {(form, "no", "yes") for form in DENIED_BESIDE} | {
+        (form, "yes", "yes") for form in BOTH_AFFIRMED
+    }
+    beside |= {(form, "no", "no") for form in BOTH_DENIED}
+    alone = [(f, "yes") for f in AFFIRMED] + [(f, "no") for f in DENIED]
+    if draw(st.booleans()):
+        form, of_x, of_y = draw(st.sampled_from(sorted(beside)))
+        reply, says = _written(form, x, y), {x: of_x, y: of_y}
+    elif draw(st.integers(0, 9)) == 0:
+        reply, says = _written(draw(st.sampled_from(UNDECIDED)), x), {}
+    else:
+        (first, of_x), (second, of_y) = draw(st.sampled_from(alone)), draw(st.sampled_from(alone))
+        reply, says = _written(first, x), {x: of_x}
+        if draw(st.booleans()):
+            reply += draw(st.sampled_from(PLACES)) + draw(st.sampled_from(JOINED)) + _written(second, y)
+            says[y] = of_y
+    opening = draw(st.sampled_from(["", "", "Well, ", "I think ", "In the image, "]))
+    text = opening + reply + draw(st.sampled_from(PLACES)) + "."
+    return Said(text[0].upper() + text[1:], says)
+
+
+@given(replies(), st.sampled_from(NOUNS), st.sampled_from(QUESTIONS))
+def test_a_reply_is_never_graded_as_what_it_does_not_say_of_the_object_asked_about(said, noun, question):
+    for asked in {*said.says, noun}:
+        answer = parse_answer(said.reply, "yes_no", question.replace("X", asked))
+        assert answer in (said.says.get(asked), None), asked
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(("x", "y"), list(permutations(NOUNS[:3], 2)))
+def test_a_plain_statement_about_the_object_asked_about_is_graded(x, y, question):
+    forms = [(f, "yes") for f in AFFIRMED] + [(f, "no") for f in (*DENIED, *DENIED_BESIDE, *BOTH_DENIED)]
+    for form, answer in [*forms, *((f, "yes") for f in BOTH_AFFIRMED)]:
+        for reply in (_written(form, x, y), f"There is a {y}. {_written(form, x, y)}"):
+            assert parse_answer(reply, "yes_no", question.replace("X", x)) == answer, reply
+
+
+@pytest.mark.parametrize(
+    ("question", "reply"),
+    [
+        ("Is there a dog?", "There is a cat, and it is visible"),
+        ("Is there a dog?", "There is a dog bowl"),
+        ("Is there a dog?", "There is no other dog"),
+        ("Is there a dog?", "There isn't a picture without a dog"),
+        ("Is there a dog?", "There is a cat or a dog"),
+        ("Is there no dog?", "There is no dog"),
+        ("Is there a dog on the left?", "There is one on the right"),
+        ("Is there a dog on the sofa?", "There is a dog under the sofa"),
+        ("Is the cat behind the dog?", "The dog is not behind the cat"),
+        ("Are there two dogs?", "There are three dogs"),
+        ("Is the car red?", "The car is not blue"),
+        ("Is the umbrella open?", "The umbrella is not closed"),
+    ],
+)
+def test_a_statement_about_something_else_is_no_answer(question, reply):
+    assert parse_answer(reply, "yes_no", question) is None
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "answer"),
+    [
+        ("Is the car red?", "The car is not red", "no"),
+        ("Is the man wearing a hat?", "He isn't wearing a hat; he wears a cap", "no"),
+        ("Is there a dog on the sofa?", "There is a cat on the sofa, but no dog", "no"),
+        ("Is there a dog?", "There is a dog that is not brown. It has no collar", "yes"),
+        ("Is there a dog?", "A dog? I don't see one", "no"),
+        ("Is there a person?", "There is nobody", "no"),
+    ],
+)
+def test_a_statement_about_what_is_asked_is_an_answer(question, reply, answer):
+    assert parse_answer(reply, "yes_no", question) == answer
+    graded = grade(reply, "no", "yes_no", question=question)
+    assert graded == Grade(answer, answer == "no")
 
 
 RIGHT = [

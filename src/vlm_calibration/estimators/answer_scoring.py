@@ -27,9 +27,9 @@ from vlm_calibration.text.grading import parse_answer
 YES_NO = ("Yes", "No")
 
 
-def opposite(answer: str) -> str | None:
+def opposite(answer: str, question: str) -> str | None:
     """The other word for an answer to a yes/no question; None for an answer that is neither yes nor no."""
-    return {"yes": "No", "no": "Yes"}.get(parse_answer(answer, "yes_no") or "")
+    return {"yes": "No", "no": "Yes"}.get(parse_answer(answer, "yes_no", question) or "")
 
 
 class ResponsePass(NamedTuple):
@@ -242,7 +242,7 @@ class AnswerTokenizer:
         return self._cache[key]
 
     def _tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
-        others = [opposite(answer)] if self.opposite and query.answer_type == "yes_no" else []
+        others = [opposite(answer, query.question)] if self.opposite and query.answer_type == "yes_no" else []
         stated_cut, candidates = self._responses.tokenize(query, [answer, *filter(None, others)])
         words_cut, words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
         cut = max(stated_cut, words_cut)

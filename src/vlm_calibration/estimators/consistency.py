@@ -105,4 +105,5 @@ def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
         return False
     # Texts have no likelihoods to rank: they agree if they are the same answer.
     rule = EXACT if grading.ranks(prediction.answer_type) else grading
-    return grade(text, prediction.predicted, prediction.answer_type, grading=rule).correct
+    predicted, kind, question = prediction.predicted, prediction.answer_type, prediction.question
+    return grade(text, predicted, kind, grading=rule, question=question).correct

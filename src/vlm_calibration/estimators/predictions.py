@@ -67,9 +67,9 @@ def graded_prediction(
         ranked_correct: for queries graded by ranking, whether the gold answer is the likeliest.
     """
     if ranked_correct is None:
-        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading)
+        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading, query.question)
     else:
-        outcome = Grade(parse_answer(text, query.answer_type), ranked_correct)
+        outcome = Grade(parse_answer(text, query.answer_type, query.question), ranked_correct)
     return EstimatedPrediction(
         id=query.id,
         question=query.question,

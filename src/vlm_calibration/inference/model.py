@@ -323,7 +323,7 @@ def _prediction(query: Query, text: str) -> Prediction:
         question=query.question,
         answer=query.answer,
         text=text,
-        predicted=parse_answer(text, query.answer_type),
+        predicted=parse_answer(text, query.answer_type, query.question),
         confidence=parse_confidence(text),
         correct=False,
         category=query.category,

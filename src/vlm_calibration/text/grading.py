@@ -10,11 +10,12 @@ Yes/no replies, in this order:
    yes. If the opposite word also stands alone ("Yes and no", "Yes. No.", "No, yes"), there is no answer.
 3. Uncertainty is no answer: "I don't know", "It cannot be determined", "Maybe".
 4. A yes or no that stands alone in a later clause decides ("A dog? Yes.").
-5. A negation in the first clause means no: "There is no dog", "I don't see one", "It is not red", "Indeed not", "It is
-   nowhere to be seen", "The image lacks one".
-6. "There is", "There appears to be", "I see", "The image shows", "... is visible", "I think so" and similar phrases mean
-   yes. Any other statement is no answer: "It is white" may mean either, depending on the question, and "There may be a
-   dog" means neither.
+5. Otherwise the clauses about what the question asks decide, by whole words: "There is a cat, but no dog" is no to "Is
+   there a dog?" and yes to "Is there a cat?". Such a clause affirms ("There is", "I see", "The image shows", "... is
+   visible") or denies ("no", "zero", "not", "n't", "without", "unlikely", "instead of", "lacks"). A clause that names
+   nothing is about the question as well ("I don't see one"), unless the clause before it is about something else.
+6. There is no answer if such clauses disagree, if one denies twice, or if there is none: "There is a cat" leaves open
+   whether there is a dog, "It is white" may mean either, and "There may be a dog" means neither.
 
 Short and open answers are matched strictly unless `Grading` selects another rule. The reply, or its first sentence
 without a lead-in ("It is", "The object at the top left is") and without a closing phrase of place ("in the image", "at
@@ -26,6 +27,7 @@ either), and "a dog or a cat" matches neither.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from vlm_calibration.records import ANSWER_TYPES, AnswerType
@@ -88,12 +90,13 @@ class Grading:
 EXACT = Grading()
 
 
-def parse_answer(text: str, answer_type: AnswerType) -> str | None:
+def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
     """Parse the normalised answer from a reply, or None; see the rules above. Never raises on a string.
 
     Args:
         text: the reply, with or without a stated confidence.
         answer_type: "yes_no", "short" or "open".
+        question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
     Returns:
         "yes", "no" or None for yes/no; else the lower-case answer without articles, punctuation and lead-in and with
@@ -105,12 +108,17 @@ def parse_answer(text: str, answer_type: AnswerType) -> str | None:
     _check_type(answer_type)
     answer = strip_confidence(text)
     if answer_type == "yes_no":
-        return _yes_or_no(answer)
+        return _yes_or_no(answer, question)
     return normalise(first_answer(answer)) or normalise(answer) or None
 
 
 def grade(
-    text: str, answer: str, answer_type: AnswerType, synonyms: Sequence[str] = (), grading: Grading = EXACT
+    text: str,
+    answer: str,
+    answer_type: AnswerType,
+    synonyms: Sequence[str] = (),
+    grading: Grading = EXACT,
+    question: str = "",
 ) -> Grade:
     """Grade a reply against the gold answer.
 
@@ -120,12 +128,13 @@ def grade(
         answer_type: "yes_no", "short" or "open".
         synonyms: other correct answers (not used for yes/no).
         grading: the rules.
+        question: what a yes/no reply answers, as in `parse_answer`.
 
     Raises:
         ValueError: unknown answer type, an empty gold answer, a gold answer to a yes/no question that is neither, or a
             rule that cannot be applied to a text ("ranking").
     """
-    predicted = parse_answer(text, answer_type)
+    predicted = parse_answer(text, answer_type, question)
     if answer_type == "yes_no":
         gold = _yes_or_no(answer)
         if gold is None:
@@ -160,7 +169,7 @@ def _check_type(answer_type: str) -> None:
 
 _IDIOMS = re.compile(
     r"\b(?:there(?: is|'s) )?no (?:doubt|question)\b(?: about (?:it|that)\b)?(?: that\b)?"
-    r"|\bwithout (?:a |any )?(?:doubt|question)\b|\bnot only\b|\bno problem\b"
+    r"|\bwithout (?:a |any )?(?:doubt|question)\b|\bnot only\b|\bno problem\b| at all\b"
 )
 _YES_NO_LEAD_IN = re.compile(
     r"(?:(?:the |my |final |short |correct ){0,3}answer(?: to (?:the|this|your) question)?(?: is| would be)?\b"
@@ -176,22 +185,26 @@ _YES_NO_LEAD_IN = re.compile(
 _YES = re.compile(
     r"(?:yes|yeah|yep|yup|affirmative|true|correct|indeed|absolutely|definitely|certainly|of course|sure)(?!\w)"
 )
+# In front of a noun, "no" is a determiner: "No cat, but a dog".
 _NO = re.compile(
-    r"(?:no|nope|nah|negative|false|incorrect|not|none|nobody|nothing|nowhere|neither|never)(?!\w)"
+    r"(?:nope|nah|negative|false|incorrect)(?!\w)"
+    r"|no(?= ?(?:\Z|[^\w\s]|(?:and|or|but|because|since|as|there|it|i|you|we|he|she|they|the|this|that|in|on|not|no)\b))"
 )
 # A yes or no at the start of a clause, followed by no word other than "and" or "or".
 _LONE = re.compile(
     r"(?:\A|[,;:/.!?—–-]|\b(?:and|or|but|also)\b) ?(yes|yeah|yep|no|nope|nah)(?= ?(?:\Z|[,;:/.!?—–-]|(?:and|or)\b))"
 )
 _CANNOT_TELL = re.compile(
-    r"\b(?:maybe|perhaps|possibly|unclear|unsure|unknown|unable|uncertain|it depends|no idea"
+    r"\b(?:maybe|perhaps|possibly|unclear|unsure|unknown|unable|uncertain|it depends|no idea|hardly|barely|scarcely"
+    r"|except|besides|other than|(?:apart|aside) from|(?:none|nothing|nobody|no one) but"
     r"|(?:not|hard|difficult|impossible)(?: possible| easy)? (?:sure|certain|clear|to (?:tell|say|see|know|determine))"
     r"|(?:don't|do not|can't|cannot|can not|couldn't|could not)(?: really)? "
     r"(?:know|tell|say|determine|answer|be (?:sure|certain|determined|seen clearly)|judge|confirm|see clearly))\b"
 )
 _PICTURE = r"(?:the|this) (?:image|picture|photo|photograph|scene)"
 _NEGATION = re.compile(
-    r"\b(?:no|not|none|never|neither|nor|nothing|nobody|nowhere|cannot|lacks?|devoid)\b|n't\b"
+    r"\b(?:no|not|none|never|neither|nor|nothing|nowhere|cannot|zero|0(?![.\d])|without|unlikely|lack(?:s|ing)?|devoid|absence"
+    r"|fail(?:s|ed)? to|(?:free|instead|in place) of|rather than)\b|n't\b"
     rf"|\b(?:absent|missing)\b(?= (?:from|in) {_PICTURE}|\Z)"
 )
 _SURELY = (
@@ -207,19 +220,50 @@ _AFFIRMATION = re.compile(
     r"|(?:it )?(?:does )?looks? like it\Z"
     rf"|.*\b(?:is|are){_SURELY} (?:visible|present|seen)\b|.*\b(?:can|could){_SURELY} be{_SURELY} seen\b"
 )
+# A relative clause is a clause of its own: "a dog that is not brown".
+_CLAUSE_END = re.compile(
+    r"(?<=\?)|[,;:.!](?!\d)|[—–]| - |\b(?:but|and|yet|while|whereas|however|though|although|because|since)\b|\b(?=nor\b)"
+    r"|\b(?:that|which|who)(?= (?:is|are|do|does|has|have|can|looks?|appears?)(?:n't)?\b)"
+)
+# "a dog" in "There is a cat, a dog and a bird".
+_LISTED = re.compile(
+    r"(?:also )?(?:an?|another|some|several|many|one|two|three|four|\d+)\b"
+    r"(?!.*\b(?:is|are|was|were|would|could|may|might|must|should)\b)|\w+\Z"
+)
+_IN_PICTURE = re.compile(
+    r"\b(?:in|on|within|at|from|of) (?:(?:the|this|that) )?(?:image|picture|photo|photograph|scene|view|frame|it)\b"
+)
+_COMPOUND = re.compile(r"\b(hot(?= dog)|teddy|toy|stuffed) ")
 
 
-def _yes_or_no(answer: str) -> Literal["yes", "no"] | None:
+def _stems(words: str) -> frozenset[str]:
+    return frozenset(match_key(word) for word in words.split())
+
+
+_FUNCTION = _stems(
+    "is are was were be been being am do does did has have had can ca could will wo would shall should may might must there here "
+    "it its this that these those they them he she i id im you we us me my your our their his her any some such and or of to for "
+    "by with as than if so like far see spot find found notice observe detect identify look seem appear think believe suppose show "
+    "contain include depict feature display exist image picture photo photograph scene view frame visible present shown seen depicted "
+    "pictured sign evidence trace sure true case also really actually clearly visibly currently even either ever likely probably "
+    "certainly definitely indeed what which who where how"
+)
+"""Words that say nothing about what a question or a reply names."""
+_PLACES = _stems(
+    "one ones single anything anywhere in on at near from within left right top bottom middle center background foreground side corner "
+    "part front behind under above below beside next inside outside nearby together over around between against up down"
+)
+"""Words that say nothing about what a reply names if the question has none of them."""
+
+
+def _yes_or_no(answer: str, question: str = "") -> Literal["yes", "no"] | None:
     """Apply rules 1 to 6 of the module in order."""
-    text = _IDIOMS.sub("", re.sub(r"[\s*_`\"#>“”]+", " ", fold(answer))).strip(" ,;:.!—–-")
-    for _ in range(4):
-        lead_in = _YES_NO_LEAD_IN.match(text)
-        text = text[lead_in.end() :] if lead_in else text
+    text = _without_lead_ins(_plain(answer))
     yes, no = _YES.match(text), _NO.match(text)
     cannot_tell = _CANNOT_TELL.search(text)
     leading = yes or no
     if cannot_tell and (not leading or cannot_tell.start() == 0):
-        return None  # "not sure" starts with a negation but is uncertainty
+        return None  # "no idea" starts with a negation but is uncertainty
     if leading:
         lone = {_polarity(word) for word in _LONE.findall(text[leading.end() :])}
         verdict: Literal["yes", "no"] = "yes" if yes else "no"
@@ -227,13 +271,87 @@ def _yes_or_no(answer: str) -> Literal["yes", "no"] | None:
     lone = {_polarity(word) for word in _LONE.findall(text)}
     if lone:
         return lone.pop() if len(lone) == 1 else None
-    clause = re.split(r"[,;.!]", text, maxsplit=1)[0]
-    if "?" in clause:
-        return None
-    if _NEGATION.search(clause):
-        return "no"
-    return "yes" if _AFFIRMATION.match(clause) else None
+    verdicts = _verdicts(text, _plain(question))
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"[\s*_`\"#>“”]+", " ", fold(text))
+    return re.sub(r"\b(?:nobody|no one)\b", "no person", _IDIOMS.sub("", text)).strip(" ,;:.!—–-")
+
+
+def _without_lead_ins(text: str) -> str:
+    for _ in range(4):
+        lead_in = _YES_NO_LEAD_IN.match(text)
+        text = text[lead_in.end() :] if lead_in else text
+    return text
 
 
 def _polarity(word: str) -> Literal["yes", "no"]:
     return "yes" if word.startswith("y") else "no"
+
+
+def _verdicts(text: str, question: str) -> set[Literal["yes", "no"] | None]:
+    """What each clause about the question says; None for one that denies twice. Empty for a negative question."""
+    verdicts: set[Literal["yes", "no"] | None] = set()
+    if _NEGATION.search(question):
+        return verdicts
+    asked = [word for word in _words(_IN_PICTURE.sub("", question)) if word not in _FUNCTION]
+    # Words that add nothing to what is asked.
+    same = _FUNCTION.union(asked, _PLACES if _PLACES.isdisjoint(asked) else ())
+    affirming, on_topic = False, True
+    for clause in map(_without_lead_ins, map(str.strip, _CLAUSE_END.split(text))):
+        if not clause or clause.endswith("?"):
+            continue
+        denial = _NEGATION.search(clause)
+        before, denied = (clause[: denial.start()], clause[denial.end() :]) if denial else (clause, "")
+        subject, named = _words(before), set(_words(clause)) - (same - set(asked))
+        affirms = bool(_AFFIRMATION.match(before))
+        if denial:
+            # "There is a chair without a dog" affirms and denies, "There is no dog" denies.
+            affirms = affirms and bool(named.intersection(subject))
+        else:
+            affirms = affirms or (affirming and bool(_LISTED.match(clause)))
+        affirming = affirms and not denial
+        if not named and not on_topic:
+            continue  # "it" is something else
+        on_topic = not asked or not named or not named.isdisjoint(asked)
+        if affirms and "or" not in before.split() and (not named or _names(subject, asked)):
+            verdicts.add("yes")
+        if denial:
+            subject = [] if affirms else subject
+            parts = (_words(part) for part in re.split(r"\bor\b", denied))
+            if any(_denies(subject, part, asked, same) for part in parts):
+                verdicts.add(None if _NEGATION.search(denied) else "no")
+    return verdicts
+
+
+def _words(text: str) -> list[str]:
+    return match_key(_COMPOUND.sub(r"\1", text)).split()
+
+
+def _denies(subject: list[str], denied: list[str], asked: Sequence[str], same: frozenset[str]) -> bool:
+    """Whether a clause with these words in front of its negation and behind it denies what is asked, or a part of it."""
+    words = [*subject, *denied]
+    if same.issuperset(words):
+        return _in_order([word for word in words if word in asked], asked)  # "It is not red"
+    if not asked:
+        return True
+    if asked[-1] not in denied or not _names(words, asked):
+        return False
+    return same.issuperset(denied[: denied.index(asked[-1])])  # "There is no brown dog" leaves others.
+
+
+def _names(words: Sequence[str], asked: Sequence[str]) -> bool:
+    """Whether the words name what is asked, in its order, and not as a part of another noun: "dog bowl"."""
+    return _in_order(asked, words) and all(
+        any(following in known for known in (_FUNCTION, _PLACES, asked)) or following.endswith(("ing", "ed"))
+        for word, following in pairwise(words)
+        if word in asked
+    )
+
+
+def _in_order(words: Sequence[str], text: Sequence[str]) -> bool:
+    """Whether the words occur in the text in this order."""
+    rest = iter(text)
+    return all(word in rest for word in words)
