@@ -94,22 +94,29 @@ class NoEvidenceError(DataError):
 
 @dataclass(frozen=True)
 class _SplitQueries:
-    """The selected queries of one split, each under every one of `perturbations`; None: drawn when the sample is loaded."""
+    """The selected queries of one split, each under every one of `perturbations`; None: drawn when the sample is loaded.
+
+    Those that are not `perturbed`, because no perturbation touches their image, are asked once.
+    """
 
     name: str
     split: EvalSplit
     policy: NoisePolicy
     queries: Sequence[Query]
     selected: np.ndarray
+    perturbed: np.ndarray
     perturbations: Sequence[Perturbation | None]
 
     def __len__(self) -> int:
-        return len(self.selected) * len(self.perturbations)
+        return len(self.selected) + len(self.perturbed) * (len(self.perturbations) - 1)
 
     def item(self, index: int) -> tuple[Query, Perturbation | None]:
         """The query at an index, with the split's name, and its perturbation."""
-        level, position = divmod(index, len(self.selected))
-        query = with_split_name(self.queries[int(self.selected[position])], self.name)
+        level, position, asked = 0, index, self.selected
+        if index >= len(asked):
+            level, position = divmod(index - len(asked), len(self.perturbed))
+            level, asked = level + 1, self.perturbed
+        query = with_split_name(self.queries[int(asked[position])], self.name)
         perturbation = self.perturbations[level]
         if self.split.noise == "every_level" and perturbation is not None:
             query = replace(query, id=level_id(query.id, perturbation))
@@ -279,7 +286,12 @@ class PerturbedQueries(Dataset[Sample]):
             "drawn": [None],
             "none": [CLEAN],
         }
-        return _SplitQueries(name, split, policy, queries, selected, perturbations[split.noise])
+        changed = selected
+        if split.noise == "every_level" and policy.absent == "clean":
+            changed = np.array(
+                [i for i in selected if split.source.has_evidence(queries[int(i)])], dtype=np.int64
+            )
+        return _SplitQueries(name, split, policy, queries, selected, changed, perturbations[split.noise])
 
 
 def level_id(query_id: str, perturbation: Perturbation) -> str:
@@ -331,7 +343,7 @@ def select(
         try:
             check(query, ())
             if policy is not None:
-                _check_levels(policy, query)
+                _check_levels(policy, source, query)
         except DataError as error:
             bad.add(f"{where}: {error}", error)
             continue
@@ -345,10 +357,11 @@ def select(
     return np.array(sorted(indices["present"] + absent), dtype=np.int64)
 
 
-def _check_levels(policy: NoisePolicy, query: Query) -> None:
-    """Make sure that there are levels for a query."""
+def _check_levels(policy: NoisePolicy, source: QuerySource, query: Query) -> None:
+    """Make sure that there are levels for a query, of its own question and image."""
     try:
         policy.levels.confidence(CLEAN, query.answer_type, query.id)
+        policy.levels.check_content(query.id, lambda: source.content_digest(query))
     except ValueError as error:
         raise DataError(f"record {query.id!r}: {error}") from error
 

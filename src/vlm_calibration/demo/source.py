@@ -87,6 +87,10 @@ class DemoSource(QuerySource):
             tuple(o.mask for o in scene.objects if not is_evidence(query, o.name)),
         )
 
+    def image_digest(self, query: Query) -> str:
+        """What the scene is drawn from; its pixels differ between versions of the libraries that draw it."""
+        return f"{query.image} {self.hand} {self.shifted}"
+
     def wrong_answers(self, query: Query) -> Sequence[str]:
         in_scene = [name for name in self._layout(query).names if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
