@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.answer_likelihoods import Measured
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.stages.provenance import provenance_of
@@ -29,6 +30,11 @@ def measured(model: str, counts: Mapping[str, AnswerTypeCounts] = FALLING, **dat
     """Levels with the provenance of the model in folder `model` and of data with these settings."""
     provenance = provenance_of(BaseModel(model), PerturbedQueryDataModule(model, **data), counts)
     return AnchoredLevels.fit(counts, provenance=provenance)
+
+
+def measured_likelihoods(likelihoods: Mapping[str, float]) -> dict[str, Measured]:
+    """Likelihoods by query id, measured on some content."""
+    return {query_id: Measured(value, 0) for query_id, value in likelihoods.items()}
 
 
 @dataclass(frozen=True)

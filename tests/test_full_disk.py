@@ -24,7 +24,6 @@ from PIL import Image
 
 from vlm_calibration.benchmarks.download import FetchReport, RemoteFile, fetch_files
 from vlm_calibration.callbacks import logger as logging
-from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.data_split import split
@@ -33,6 +32,7 @@ from vlm_calibration.commands.report import report
 from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.stages.answer_log import AnswerLog
 
 from .command_line import LIMIT, Ended, Server, callback, inherited_environment
 from .level_tables import noise_counts

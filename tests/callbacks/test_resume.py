@@ -35,6 +35,8 @@ from vlm_calibration.models.loading import model_identity
 from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
 from vlm_calibration.records import DataError, Query, Region
 
+from ..level_tables import measured_likelihoods
+
 COMMANDS = ("fit", "test", "predict", "levels fit")
 
 
@@ -247,7 +249,7 @@ def test_likelihoods_that_were_measured_again_are_another_input(tmp_path: Path) 
     digests = []
     for value in (0.5, 0.5, 0.6):
         provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
-        write_likelihoods(path, {"q": value}, provenance)
+        write_likelihoods(path, measured_likelihoods({"q": value}), provenance)
         inputs = run_inputs(settings, PerturbedQueryDataModule(), with_regions=True)
         digests.append(inputs["data.noise.levels.init_args.likelihoods"])
     assert digests[0] == digests[1] != digests[2]

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from vlm_calibration.append_log import AppendLog
-from vlm_calibration.callbacks.answer_log import AnswerLog
 from vlm_calibration.callbacks.regions import BEGUN, SHARDS
 from vlm_calibration.cli import main
 from vlm_calibration.commands.lightning_cli import parsed
@@ -30,6 +29,7 @@ from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCoun
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import Run, find_runs, read_run
 from vlm_calibration.reporting.training_state import read_training_state
+from vlm_calibration.stages.answer_log import AnswerLog
 
 from ..command_line import Ended, Server, callback
 

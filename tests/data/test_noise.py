@@ -29,7 +29,7 @@ from vlm_calibration.perturbation.schedules import CosineSchedule
 from vlm_calibration.perturbation.transform import RegionNoise
 from vlm_calibration.records import DataError, LoadedImage, Query
 
-from ..level_tables import OnlyAt, noise_counts
+from ..level_tables import OnlyAt, measured_likelihoods, noise_counts
 
 DOG = np.zeros((96, 96), dtype=bool)
 DOG[10:40, 10:50] = True
@@ -298,7 +298,7 @@ def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
         {"noise": [(0, 100, 100), (1, 100, 30)], "blur": [(0, 100, 100), (1, 100, 50)]},
     )
     table = LevelTable({"yes_no": AnswerTypeCounts(bins, (0.5,))}, provenance)
-    write_likelihoods(tmp_path / "l.parquet", {"hard": 0.1, "easy": 0.9}, provenance)
+    write_likelihoods(tmp_path / "l.parquet", measured_likelihoods({"hard": 0.1, "easy": 0.9}), provenance)
     levels = AnchoredLevels(table=table, grid=1, likelihoods=tmp_path / "l.parquet")
     kinds = {"noise": 1.0, "blur": 1.0}
     for query, stated in (("hard", (0.6, 0.2, 0.4)), ("easy", (1.0, 0.3, 0.5))):

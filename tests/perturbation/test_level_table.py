@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from vlm_calibration import demo
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable, trend_p_value
+from vlm_calibration.perturbation.level_table import (
+    FORMAT,
+    AnswerTypeCounts,
+    LevelCount,
+    LevelTable,
+    trend_p_value,
+)
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 
 from .conftest import COUNTS, PROVENANCE, instance_table, noise_counts
@@ -52,6 +58,7 @@ def test_a_saved_table_loads_equal(levels, tmp_path):
                 {"strength": 1.0, "n": [300], "n_correct": [90]},
             ]
         },
+        "never_perturbed": {"n": [0], "n_correct": [0]},
     }
     assert [entry.name for entry in path.parent.iterdir()] == ["levels.json"]
 
@@ -71,8 +78,13 @@ def falling_tables(draw):
     def rows(kind):
         return [(0, n, n), *((s, n, middle) for s in sorted(inner[kind])), (1, n, 0)]
 
+    others = [
+        (0, m, draw(st.integers(0, m))) for m in draw(st.lists(st.integers(0, 9), min_size=4, max_size=4))
+    ]
     counts = AnswerTypeCounts(
-        tuple({kind: rows(kind) for kind in kinds} for _ in range(len(edges) + 1)), edges
+        tuple({kind: rows(kind) for kind in kinds} for _ in range(len(edges) + 1)),
+        edges,
+        tuple(others[: len(edges) + 1]),
     )
     types = draw(st.sampled_from([["yes_no"], ["short", "open"], ["yes_no", "short", "open"]]))
     return LevelTable(dict.fromkeys(types, counts), {"prompt": draw(st.text(max_size=20))})
@@ -110,17 +122,18 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkey
 
 
 def content(answer_types, **more):
-    return json.dumps(
-        {"format": "vlm_calibration.levels/2", "provenance": {}, "answer_types": answer_types, **more}
-    )
+    return json.dumps({"format": FORMAT, "provenance": {}, "answer_types": answer_types, **more})
 
 
 ROW = {"strength": 0, "n": [10], "n_correct": [9]}
+NONE = {"n": [0], "n_correct": [0]}
 
 
-def one(*rows, edges=(), kind="noise"):
+def one(*rows, edges=(), kind="noise", others=NONE):
     """The content of a table of open answers with these rows."""
-    return content({"open": {"likelihood_edges": list(edges), "kinds": {kind: list(rows)}}})
+    return content(
+        {"open": {"likelihood_edges": list(edges), "kinds": {kind: list(rows)}, "never_perturbed": others}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,18 +142,25 @@ def one(*rows, edges=(), kind="noise"):
         ("not json", "Expecting value"),
         ("[]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
-        ('{"format": "vlm_calibration.levels/1"}', "'vlm_calibration.levels/1': measure it again"),
-        ('{"format": "vlm_calibration.levels/2"}', "missing key 'answer_types'"),
-        ('{"format": "vlm_calibration.levels/2", "answer_types": {}}', "missing key 'provenance'"),
+        ('{"format": "vlm_calibration.levels/2"}', "'vlm_calibration.levels/2': measure it again"),
+        (f'{{"format": "{FORMAT}"}}', "missing key 'answer_types'"),
+        (f'{{"format": "{FORMAT}", "answer_types": {{}}}}', "missing key 'provenance'"),
         (content([]), "items"),
         (content({}), "at least one answer type"),
         (content({"open": {"kinds": {"noise": [ROW]}}}), "missing key 'likelihood_edges'"),
         (content({"open": {"likelihood_edges": []}}), "missing key 'kinds'"),
-        (content({"open": {"likelihood_edges": [], "kinds": {}}}), "no counts"),
+        (content({"open": {"likelihood_edges": [], "kinds": {}}}), "missing key 'never_perturbed'"),
+        (content({"open": {"likelihood_edges": [], "kinds": {}, "never_perturbed": NONE}}), "no counts"),
         (
-            content({"open": {"likelihood_edges": [], "kinds": {"noise": [ROW]}}}, provenance={"grading": 1}),
+            one(ROW).replace('"provenance": {}', '"provenance": {"grading": 1}'),
             "'grading' must be an object",
         ),
+        (one(ROW, others={"n": [3, 4], "n_correct": [1, 2]}), "must have 1 bins"),
+        (
+            one(ROW, others={"n": [3], "n_correct": [4]}),
+            "impossible counts of queries that are never perturbed",
+        ),
+        (one(ROW, others={"n": [3.5], "n_correct": [1]}), "whole number, found 3.5"),
         (one({"n": [10], "n_correct": [9]}), "missing key 'strength'"),
         (one({"strength": 0, "n": [10]}), "missing key 'n_correct'"),
         (one({**ROW, "n": []}), "must have 1 bins"),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts
+from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable
 from vlm_calibration.perturbation.levels import (
     CLEAN,
     AnchoredLevels,
@@ -19,7 +20,8 @@ from vlm_calibration.perturbation.levels import (
 )
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 
-from .conftest import COUNTS, noise_counts
+from ..level_tables import measured_likelihoods
+from .conftest import COUNTS, PROVENANCE, noise_counts
 
 
 def noise(strength):
@@ -230,3 +232,34 @@ def test_levels_can_be_named_in_a_configuration(levels, tmp_path):
     assert build("schedule", "CosineSchedule", offset=0.01) == CosineSchedule(offset=0.01)
     with pytest.raises(ArgumentError, match="foo"):
         build("levels", "LinearLevels", foo=6)
+
+
+def test_an_untouched_image_has_the_accuracy_of_all_queries_and_a_perturbed_one_that_of_the_perturbed():
+    """40 queries that are perturbed, correct on 26 untouched images, and as many that never are, all correct."""
+    rows = [(0, 40, 26), (0.5, 40, 20), (1, 40, 12)]
+    alone, both = (
+        AnchoredLevels.fit({"short": AnswerTypeCounts(({"noise": rows},), (), others)}, grid=1)
+        for others in ((), [(0, 40, 40)])
+    )
+    assert alone.accuracy(CLEAN, "short") == pytest.approx(26 / 40)
+    assert both.accuracy(CLEAN, "short") == pytest.approx(66 / 80)
+    assert both.strengths("noise") == alone.strengths("noise")
+    for strength in (0.01, 0.3, 0.5, 1):
+        assert both.accuracy(noise(strength), "short") == alone.accuracy(noise(strength), "short")
+    assert both.confidences("short") == (0.83, *alone.confidences("short")[1:])
+
+
+def test_queries_that_are_never_perturbed_do_not_make_a_perturbation_lower_the_accuracy():
+    """A model that always says no: each no is correct, and no yes, whatever happened to its image."""
+    counts = AnswerTypeCounts(({"noise": [(0, 100, 2), (1, 100, 2)]},), (), [(0, 100, 100)])
+    with pytest.raises(ValueError, match="noise does not significantly lower"):
+        AnchoredLevels.fit({"yes_no": counts}).table.check_usable()
+
+
+def test_accuracies_on_untouched_images_rise_with_the_likelihood_whoever_is_perturbed(tmp_path):
+    bins = ({"noise": [(0, 50, 20), (1, 50, 10)]}, {"noise": [(0, 50, 45), (1, 50, 12)]})
+    table = LevelTable({"short": AnswerTypeCounts(bins, (0.5,), [(0, 50, 50), (0, 50, 0)])}, PROVENANCE)
+    write_likelihoods(tmp_path / "l.parquet", measured_likelihoods({"low": 0.1, "high": 0.9}), PROVENANCE)
+    levels = AnchoredLevels(table=table, likelihoods=tmp_path / "l.parquet")
+    stated = [levels.accuracy(CLEAN, "short", query) for query in ("low", "high", None)]
+    assert stated == pytest.approx([115 / 200] * 3)

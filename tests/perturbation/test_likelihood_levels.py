@@ -12,10 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods, write_likelihoods
+from vlm_calibration.perturbation.answer_likelihoods import (
+    FORMAT,
+    Measured,
+    read_likelihoods,
+    write_likelihoods,
+)
 from vlm_calibration.perturbation.level_accuracy import fit_pooled
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 
+from ..level_tables import measured_likelihoods
 from .conftest import KINDS, PROVENANCE, instance_table
 
 LIKELIHOODS = {"hard": 0.3, "edge": 0.625, "middle": 0.75, "easy": 0.99, "none": 0.0, "sure": 1.0}
@@ -23,7 +29,7 @@ LIKELIHOODS = {"hard": 0.3, "edge": 0.625, "middle": 0.75, "easy": 0.99, "none":
 
 @pytest.fixture
 def file(tmp_path):
-    write_likelihoods(tmp_path / "likelihoods.parquet", LIKELIHOODS, PROVENANCE)
+    write_likelihoods(tmp_path / "likelihoods.parquet", measured_likelihoods(LIKELIHOODS), PROVENANCE)
     return tmp_path / "likelihoods.parquet"
 
 
@@ -76,6 +82,15 @@ def test_a_query_without_a_likelihood_is_refused_and_the_file_named(by_query, fi
         with pytest.raises(ValueError, match=r"`vlm-calibration levels fit`") as error:
             method(CLEAN, "yes_no", "unknown")
         assert str(file) in str(error.value)
+
+
+def test_a_likelihood_of_another_question_or_image_is_refused_and_the_file_named(by_query, file):
+    levels = by_query()
+    levels.check_content("hard", lambda: 0)
+    levels.averaged.check_content("unknown", lambda: 1)
+    with pytest.raises(ValueError, match="another question or image.*levels fit --overwrite`") as error:
+        levels.check_content("hard", lambda: 1)
+    assert str(file) in str(error.value)
 
 
 def test_without_a_query_the_levels_are_the_average(by_query):
@@ -131,20 +146,22 @@ def test_the_average_is_the_fit_of_all_queries(by_query):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.none() | st.floats(0, 1, width=32))
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])),
+        st.builds(Measured, st.floats(0, 1, width=32), st.integers(0, 2**64 - 1)),
+    )
 )
 def test_likelihoods_are_read_as_they_were_written(tmp_path, likelihoods):
     path = tmp_path / "likelihoods.parquet"
     write_likelihoods(path, likelihoods, PROVENANCE)
-    read = read_likelihoods(path, PROVENANCE, "levels.json")
-    assert read == {key: value or 0.0 for key, value in likelihoods.items()}
+    assert read_likelihoods(path, PROVENANCE, "levels.json") == likelihoods
 
 
 def test_a_likelihood_is_in_the_bin_that_it_was_counted_in(tmp_path):
     """Both sides compare the single-precision number with the edge."""
     edge = float(np.float32(0.1))
-    write_likelihoods(tmp_path / "l.parquet", {"q": 0.1}, PROVENANCE)
-    assert read_likelihoods(tmp_path / "l.parquet", PROVENANCE, "")["q"] == edge
+    write_likelihoods(tmp_path / "l.parquet", measured_likelihoods({"q": 0.1}), PROVENANCE)
+    assert read_likelihoods(tmp_path / "l.parquet", PROVENANCE, "")["q"].likelihood == edge
 
 
 @pytest.mark.parametrize("key", ["weights", "prompt", "max_pixels"])
@@ -168,24 +185,34 @@ def test_a_missing_file_of_likelihoods_is_named(tmp_path):
         AnchoredLevels(table=instance_table(), likelihoods=tmp_path / "none.parquet")
 
 
-FORMAT = {"format": "vlm_calibration.likelihoods/1", "provenance": json.dumps(PROVENANCE)}
+METADATA = {"format": FORMAT, "provenance": json.dumps(PROVENANCE)}
 
 
 @pytest.mark.parametrize(
     ("columns", "metadata", "message"),
     [
-        ({"id": ["a"], "likelihood": [0.5]}, {}, "expected the format"),
+        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {}, "expected the format"),
         ({"id": ["a"], "likelihood": [0.5]}, {"format": "other"}, "b'other'"),
-        ({"id": ["a"], "likelihood": [0.5]}, {"format": FORMAT["format"]}, "provenance"),
-        ({"id": ["a"], "likelihood": [0.5]}, {**FORMAT, "provenance": "no json"}, "Expecting value"),
-        ({"id": ["a"], "likelihood": [0.5]}, {**FORMAT, "provenance": "[1]"}, "is not a file of likelihoods"),
-        ({"likelihood": [0.5]}, FORMAT, "id"),
-        ({"id": ["a"]}, FORMAT, "likelihood"),
-        ({"id": ["a"], "likelihood": ["high"]}, FORMAT, "high"),
-        ({"id": ["a", "b"], "likelihood": [0.5, 1.5]}, FORMAT, "found 0.5 to 1.5"),
-        ({"id": ["a"], "likelihood": [-0.5]}, FORMAT, "found -0.5"),
-        ({"id": ["a"], "likelihood": [float("nan")]}, FORMAT, "found nan"),
-        ({"id": ["a"], "likelihood": pa.array([None], pa.float32())}, FORMAT, "found nan"),
+        ({"id": ["a"], "likelihood": [0.5]}, {"format": "vlm_calibration.likelihoods/1"}, "measure it again"),
+        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {"format": FORMAT}, "provenance"),
+        (
+            {"id": ["a"], "likelihood": [0.5], "content": [1]},
+            {**METADATA, "provenance": "no json"},
+            "Expecting value",
+        ),
+        (
+            {"id": ["a"], "likelihood": [0.5], "content": [1]},
+            {**METADATA, "provenance": "[1]"},
+            "is not a file of likelihoods",
+        ),
+        ({"likelihood": [0.5], "content": [1]}, METADATA, "id"),
+        ({"id": ["a"], "content": [1]}, METADATA, "likelihood"),
+        ({"id": ["a"], "likelihood": [0.5]}, METADATA, "content"),
+        ({"id": ["a"], "likelihood": ["high"], "content": [1]}, METADATA, "high"),
+        ({"id": ["a", "b"], "likelihood": [0.5, 1.5], "content": [1, 2]}, METADATA, "found 0.5 to 1.5"),
+        ({"id": ["a"], "likelihood": [-0.5], "content": [1]}, METADATA, "found -0.5"),
+        ({"id": ["a"], "likelihood": [float("nan")], "content": [1]}, METADATA, "found nan"),
+        ({"id": ["a"], "likelihood": pa.array([None], pa.float32()), "content": [1]}, METADATA, "found nan"),
     ],
 )
 def test_a_file_that_has_no_likelihoods_is_named(tmp_path, columns, metadata, message):
@@ -214,6 +241,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(file, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_likelihoods(file, {"q": 0.5}, PROVENANCE)
+        write_likelihoods(file, measured_likelihoods({"q": 0.5}), PROVENANCE)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
@@ -36,10 +35,12 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     The tiny model itself is hardly ever correct, which gives no table.
     """
     answers: list[Prediction] = []
-    rng = np.random.default_rng(0)
 
     def answer(*arguments: Any) -> list[Prediction]:
-        graded = [replace(p, correct=bool(rng.random() >= p.strength)) for p in answer_batch(*arguments)]
+        graded = [
+            replace(p, correct=bool(query_rng(0, 0, p.id).random() >= p.strength))
+            for p in answer_batch(*arguments)
+        ]
         answers.extend(graded)
         return graded
 
@@ -94,21 +95,24 @@ def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data)
     )
 
 
-def test_clean_absent_objects_count_as_untouched(
+def test_queries_that_no_perturbation_touches_are_asked_and_counted_once(
     model_folder: str,
     data: Data,
     trainer: Callable[..., L.Trainer],
     tmp_path: Path,
     answers: list[Prediction],
 ) -> None:
-    # With `absent: clean` a "no" question stays clean, so it is asked once and counts at strength 0.
+    """With `absent: clean`; the rows of strengths are about the other queries alone."""
     module = LevelFitModule(
         BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
     )
     policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
     trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
-    (counts,) = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"].bins
-    assert {row.strength: row.n for row in counts["noise"]} == {0: 4 + 4, 0.5: 4, 1: 4}
+    asked = Counter((p.answer, p.strength) for p in answers if p.answer_type == "yes_no")
+    assert asked == {("Yes", 0): 4, ("Yes", 0.5): 4, ("Yes", 1): 4, ("No", 0): 4}
+    counts = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]
+    assert [row.n for row in counts.pooled["noise"]] == [4, 4, 4]
+    assert [row.n for row in counts.merged.never_perturbed] == [4]
 
 
 class Damaged(DemoSource):
@@ -187,15 +191,88 @@ def test_one_data_module_serves_levels_and_evaluation(
     assert list(queries.tested_queries) == ["test", "calibration"]
 
 
-def test_a_table_that_teaches_nothing_is_not_written(
+# --- Interruptions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fit_levels(
     model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> Callable[..., dict[str, bytes]]:
+    """Measures with a new module and returns what it wrote."""
+
+    def fit(name: str = "run", start_over: bool = False, max_new_tokens: int = 3) -> dict[str, bytes]:
+        out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
+        base = BaseModel(model_folder, dtype="float32")
+        module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens)
+        module.start_over = start_over
+        policy = NoisePolicy(levels=LinearLevels(n_levels=3))
+        run = trainer(default_root_dir=tmp_path / name)
+        run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    return fit
+
+
+TOTAL = 12 * 3 + 9
+"""The queries of `FOUR` at three levels, and those of `data.train`."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batches: int) -> None:
+    """Begin to measure, and fail after this many batches."""
+    answer, calls = level_fit.answer_batch, iter(range(batches))
+
+    def fail(*arguments: Any) -> list[Prediction]:
+        if next(calls, None) is None:
+            raise RuntimeError("interrupted")
+        return answer(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(level_fit, "answer_batch", fail)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            fit()
+
+
+@pytest.mark.parametrize("batches", [4, 10])
+def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
+    fit_levels: Callable[..., dict[str, bytes]],
+    answers: list[Prediction],
+    monkeypatch: pytest.MonkeyPatch,
+    batches: int,
 ) -> None:
-    """The tiny model is never correct."""
-    out = tmp_path / "levels.json"
-    module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=3)
-    policy = NoisePolicy(levels=LinearLevels(n_levels=2))
+    whole = fit_levels("whole")
+    answers.clear()
+    interrupt(monkeypatch, fit_levels, batches)
+    assert 0 < len(answers) < TOTAL
+    assert fit_levels() == whole
+    assert len(answers) == len({p.id for p in answers}) == TOTAL
+    assert whole.keys() == {"levels.json", "likelihoods.parquet"}, "answers are removed in the end"
+
+
+@pytest.mark.parametrize("changes", [{"start_over": True}, {"max_new_tokens": 4}])
+def test_a_measurement_of_other_settings_or_with_overwrite_starts_over(
+    fit_levels: Callable[..., dict[str, bytes]],
+    answers: list[Prediction],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    interrupt(monkeypatch, fit_levels, 4)
+    answers.clear()
+    fit_levels(**changes)
+    assert len(answers) == TOTAL
+
+
+def test_a_table_that_teaches_nothing_is_not_written_and_keeps_its_answers(
+    fit_levels: Callable[..., dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model is never correct; measured again, it is asked nothing."""
     with pytest.raises(DataError) as caught:
-        trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
+        fit_levels()
+    out = tmp_path / "run/levels.json"
     assert str(caught.value).startswith(f"{out} is not written: yes_no answers teach no confidence")
-    assert "0/8 at 0, 0/8 at 1" in str(caught.value)
-    assert not out.exists()
+    assert "0/8 at 0, 0/8 at 0.5, 0/8 at 1" in str(caught.value)
+    assert str(tmp_path / "run/.answered.*.jsonl") in str(caught.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".answered.0.jsonl"]
+    monkeypatch.setattr(level_fit, "answer_batch", None)
+    with pytest.raises(DataError) as again:
+        fit_levels()
+    assert str(again.value) == str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,24 +15,31 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.run_record import outputs_of
 from vlm_calibration.data.collate import PromptCollator
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods, write_likelihoods
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts
+from vlm_calibration.perturbation.answer_likelihoods import Measured, read_likelihoods, write_likelihoods
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, read_table
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages import level_fit
 from vlm_calibration.stages.answering import answer_batch
-from vlm_calibration.stages.level_fit import LevelFitModule, count_levels, number_of
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.level_fit import LevelFitModule, count_levels
 from vlm_calibration.stages.sft import SFTModule
 
 from ..command_line import Ended, run_plainly
@@ -127,15 +135,23 @@ def test_each_answer_type_has_bins_of_its_own() -> None:
     assert counts["yes_no"].edges[0] == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_level_that_one_bin_lacks_leaves_fewer_bins() -> None:
+def test_queries_that_are_never_perturbed_are_counted_apart_and_a_level_that_one_bin_lacks_leaves_fewer_bins() -> (
+    None
+):
     """As with `absent: clean`, where sure answers of "no" have no perturbed image."""
     answers = answers_of(np.linspace(0, 1, 200).tolist())
     perturbed_sure = (answers["query"] >= 110) & (answers["level"] > 0)
     kept = {name: values[~perturbed_sure] for name, values in answers.items()}
     counts = count_levels(kept, LEVELS)["short"]
     assert 1 <= len(counts.bins) < 4
-    assert sum(sizes(counts)) == 200
-    assert [n for n, _ in rows_of(counts)["blur"]] == [200, 110]
+    assert [n for n, _ in rows_of(counts)["blur"]] == [110, 110]
+    untouched = kept["level"] == 0
+    assert (counts.merged.untouched[0].n, counts.merged.untouched[0].n_correct) == (
+        200,
+        kept["correct"][untouched].sum(),
+    )
+    alone = untouched & (kept["query"] >= 110)
+    assert counts.merged.never_perturbed == (LevelCount(0, 90, kept["correct"][alone].sum()),)
 
 
 def test_a_level_without_an_answer_is_named() -> None:
@@ -143,12 +159,6 @@ def test_a_level_without_an_answer_is_named() -> None:
     kept = {name: values[answers["level"] != 3] for name, values in answers.items()}
     with pytest.raises(DataError, match="no short query with blur of strength 1"):
         count_levels(kept, LEVELS)
-
-
-def test_numbers_of_queries_are_distinct() -> None:
-    names = [f"{part}{i}" for i in range(20_000) for part in ("", "a@", "train:")]
-    assert len({number_of(name) for name in names}) == len(names)
-    assert all(-(2**63) <= number_of(name) < 2**63 for name in names)
 
 
 # --- A measurement with the tiny model --------------------------------------------------------------------------------------
@@ -207,7 +217,8 @@ def test_the_file_has_the_likelihood_of_every_training_query(
     levels = AnchoredLevels(tmp_path / "levels.json", likelihoods=tmp_path / "deep/likelihoods.parquet")
     read = read_likelihoods(tmp_path / "deep/likelihoods.parquet", levels.table.provenance, "")
     assert list(read) == [q.id for q in train.queries()]
-    assert len(set(read.values())) > 3
+    assert [m.content for m in read.values()] == [train.content_digest(q) for q in train.queries()]
+    assert len({m.likelihood for m in read.values()}) > 3
     # One by one, with the estimator that an evaluation uses.
     chat = queries.chat
     queries.setup("fit")
@@ -228,7 +239,7 @@ def test_the_file_has_the_likelihood_of_every_training_query(
         )
         with torch.no_grad():
             (expected,) = AnswerLikelihood().estimate(answered).confidence
-        assert read[query.id] == pytest.approx(expected or 0.0, abs=1e-4)
+        assert read[query.id].likelihood == pytest.approx(expected or 0.0, abs=1e-4)
 
 
 def test_training_states_the_confidence_of_each_query(
@@ -264,15 +275,110 @@ def test_a_training_query_without_a_likelihood_stops_the_run_before_a_model_is_l
     counts = {t: noise_counts((0, 100, 90), (1, 100, 50)) for t in ("yes_no", "short")}
     provenance = {"weights": None, "prompt": "", "max_pixels": None}
     table = AnchoredLevels.fit(counts, provenance=provenance).table
-    first, second, *others = DemoSource("train", scenes=3).queries()
+    source = DemoSource("train", scenes=3)
+    first, second, *others = source.queries()
     path = tmp_path / "likelihoods.parquet"
-    write_likelihoods(path, {q.id: 0.5 for q in (first, *others)}, provenance)
+    measured = {q.id: Measured(0.5, source.content_digest(q)) for q in (first, *others)}
+    write_likelihoods(path, measured, provenance)
     queries = data(noise=NoisePolicy(levels=AnchoredLevels(table=table, likelihoods=path)))
     with pytest.raises(DataError) as caught:
         trainer(max_steps=1).fit(SFTModule(BaseModel("no/such-model")), datamodule=queries)
     for part in (repr(second.id), str(path), "data.train", "`vlm-calibration levels fit`"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?") -> JsonlSource:
+    """Three queries of one's own, of which the second has this image and question."""
+    folder.mkdir()
+    rows = []
+    for number in range(3):
+        edited = number == 1
+        Image.new("RGB", (8, 8), colour if edited else "red").save(folder / f"{number}.png")
+        rows.append(
+            {
+                "id": f"q{number}",
+                "image": f"{number}.png",
+                "question": question if edited else "Is there a dog?",
+                "answer": "No",
+                "answer_type": "yes_no",
+            }
+        )
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return JsonlSource(str(folder / "train.jsonl"))
+
+
+def write_measured(path: Path, source: QuerySource) -> None:
+    measured = {q.id: Measured(0.5, source.content_digest(q)) for q in source.queries()}
+    write_likelihoods(path, measured, {"weights": None, "prompt": "", "max_pixels": None})
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "culprit"),
+    [
+        (lambda _, **changes: DemoSource("train", scenes=3, **changes), {"hand": "line"}, "train-000000-yes"),
+        (
+            lambda _, **changes: DemoSource("train", scenes=3, **changes),
+            {"shifted": True},
+            "train-000000-yes",
+        ),
+        (own_data, {"colour": "blue"}, "q1"),
+        (own_data, {"question": "Is there a cat?"}, "q1"),
+    ],
+)
+def test_likelihoods_of_other_images_or_questions_stop_the_run_before_a_model_is_loaded(
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    make: Callable[..., QuerySource],
+    changes: dict[str, Any],
+    culprit: str,
+) -> None:
+    """Under the same ids; the same data in another folder is the same."""
+    counts = {t: noise_counts((0, 100, 90), (1, 100, 50)) for t in ("yes_no", "short")}
+    provenance = {"weights": None, "prompt": "", "max_pixels": None}
+    path = tmp_path / "likelihoods.parquet"
+    write_measured(path, make(tmp_path / "measured"))
+    levels = AnchoredLevels(table=AnchoredLevels.fit(counts, provenance=provenance).table, likelihoods=path)
+    for name, change in (("same", {}), ("changed", changes)):
+        queries = data(train=make(tmp_path / name, **change), noise=NoisePolicy(levels=levels))
+        with pytest.raises(DataError) as caught:
+            trainer(max_steps=1).fit(SFTModule(BaseModel("no/such-model")), datamodule=queries)
+        is_refused = "another question or image" in str(caught.value)
+        assert is_refused == bool(change), str(caught.value)
+    for part in ("data.train", repr(culprit), str(path), "`vlm-calibration levels fit --overwrite`"):
+        assert part in str(caught.value)
+
+
+class Spread(DemoSource):
+    """48 of the demo's training queries, of scenes spread over all."""
+
+    def queries(self) -> Sequence[Query]:
+        return [
+            query
+            for first in range(0, 7200, 450)
+            for query in DemoSource("train", scenes=1, first=first, hard=0.3).queries()
+        ]
+
+
+@pytest.mark.slow
+def test_the_shipped_likelihoods_are_those_of_the_shipped_model(
+    demo_folder: str, data: Data, trainer: Callable[..., L.Trainer], root: Path, tmp_path: Path
+) -> None:
+    demo, source = root / "src/vlm_calibration/demo", Spread("train", scenes=7200, hard=0.3)
+    shipped = read_likelihoods(demo / "likelihoods.parquet", read_table(demo / "levels.json").provenance, "")
+    queries = PerturbedQueryDataModule(demo_folder, test={"": EvalSplit(source)}, workers=0)
+    module = EvaluationModule(
+        BaseModel(demo_folder, dtype="float32"), estimators=[AnswerLikelihood()], max_new_tokens=16
+    )
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    measured = {
+        p.id: p.estimates["likelihood"] or 0.0
+        for p in read_predictions(tmp_path / "run/base/predictions.jsonl")
+    }
+    assert len(measured) == 48
+    assert {q: shipped[q].likelihood for q in measured} == pytest.approx(measured, abs=1e-4)
+    assert all(shipped[q.id].content == source.content_digest(q) for q in source.queries())
 
 
 def test_clean_absent_objects_have_likelihoods_too(
@@ -285,8 +391,8 @@ def test_clean_absent_objects_have_likelihoods_too(
     policy = replace(POLICY, absent="clean")
     fit_levels(model_folder, data(levels=HELD_OUT, noise=policy), trainer, tmp_path)
     counts = AnchoredLevels(tmp_path / "levels.json").table.counts["yes_no"]
-    assert rows_of(counts)["noise"][0][0] == 4 + 4 * 5, "a no counts as untouched at every level"
-    assert [n for n, _ in rows_of(counts)["blur"][1:]] == [4, 4]
+    assert [n for n, _ in rows_of(counts)["blur"]] == [4, 4, 4]
+    assert counts.merged.never_perturbed[0].n == 4
     provenance = AnchoredLevels(tmp_path / "levels.json").table.provenance
     read = read_likelihoods(tmp_path / "deep/likelihoods.parquet", provenance, "")
     assert len(read) == 9
@@ -400,4 +506,6 @@ def test_two_processes_measure_as_one(run: Callable[..., Ended], root: Path, tmp
     ]
     assert list(read[0]) == list(read[1])
     assert len(read[0]) == 21
-    assert list(read[0].values()) == pytest.approx(list(read[1].values()), abs=1e-5)
+    values, contents = zip(*([[m[i] for m in r.values()] for i in (0, 1)] for r in read), strict=True)
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert contents[0] == contents[1]

@@ -9,14 +9,14 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from vlm_calibration.callbacks.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState
 from vlm_calibration.callbacks.distributed import broadcast_from_first
-from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.endpoint.responses import RESPONSES, ResponseLog
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, write_json
+from vlm_calibration.stages.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
+from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.stages.scoring import HasResults
 
 TEST, HELD_OUT = TESTED
@@ -62,9 +62,11 @@ class PredictionWriter(L.Callback):
         self._log, self._complete = None, False
         if stage == "test":
             module, data = cast(EvaluationModule, pl_module), _data(trainer)
-            settings = broadcast_from_first(trainer, lambda: fingerprint(trainer, module, data))
+            settings = broadcast_from_first(
+                trainer, lambda: fingerprint(trainer, module.base, module.deciding, data, TESTED)
+            )
             log = self._log = AnswerLog(folder, rank, data.tested_queries, settings)
-            complete = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
+            complete = asks_all(trainer)
             if self.start_over:
                 self._state = ResumeState()
             else:

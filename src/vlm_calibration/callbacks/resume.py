@@ -96,7 +96,7 @@ def find_prior(cli: LightningCLI) -> Prior:
         return Prior("none")
     if record.command != command:
         raise DataError(f"{folder} holds a run of `{record.command}`: {ANOTHER_FOLDER}")
-    outputs, has_progress = outputs_of(trainer, module, cli.datamodule), bool(progress_of(trainer))
+    outputs, has_progress = outputs_of(trainer, module, cli.datamodule), bool(progress_of(trainer, module))
     if not has_progress and not any(path.exists() for path in outputs):
         return Prior("none", begun=True)
     is_finished = (

@@ -36,7 +36,7 @@ PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "sc
 
 @runtime_checkable
 class ResultWriter(Protocol):
-    """A callback that writes the results of a run."""
+    """A callback or module that writes the results of a run."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The files and folders that a finished run has in its directory `folder`."""
@@ -184,20 +184,17 @@ def _content(name: list[str], value: str, revision: str | None) -> str | None:
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
     """The files and folders that this run has when it is finished."""
     folder = Path(trainer.default_root_dir)
-    table = []
-    if isinstance(module, LevelFitModule):
-        table = [Path(path) for path in (module.out, module.likelihoods) if path is not None]
-    return [*table, *(p for writer in _writers(trainer) for p in writer.outputs(folder, module, data))]
+    return [p for writer in _writers(trainer, module) for p in writer.outputs(folder, module, data)]
 
 
-def progress_of(trainer: L.Trainer) -> list[Path]:
+def progress_of(trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
     """The existing files from which this run resumes if it was interrupted."""
     folder = Path(trainer.default_root_dir)
-    return [path for writer in _writers(trainer) for path in writer.progress(folder)]
+    return [path for writer in _writers(trainer, module) for path in writer.progress(folder)]
 
 
-def _writers(trainer: L.Trainer) -> list[ResultWriter]:
-    return [c for c in trainer.callbacks if isinstance(c, ResultWriter)]  # type: ignore[attr-defined]
+def _writers(trainer: L.Trainer, module: L.LightningModule) -> list[ResultWriter]:
+    return [w for w in (module, *trainer.callbacks) if isinstance(w, ResultWriter)]  # type: ignore[attr-defined]
 
 
 def results_outside(folder: Path, outputs: list[Path]) -> dict[str, str]:

@@ -176,9 +176,9 @@ class CalibrationCLI(LightningCLI):
             print(f"base model: {describe(base)}", flush=True)
         if config.get("resume"):
             self._resume()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PredictionWriter | RegionWriter):
-                callback.start_over = bool(config.get("overwrite"))
+        for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
+                writer.start_over = bool(config.get("overwrite"))
 
     def _check_base(self) -> None:
         """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's.

@@ -441,7 +441,7 @@ def select(
         try:
             check(query, ())
             if policy is not None:
-                _check_levels(policy, query)
+                _check_levels(policy, source, query)
         except DataError as error:
             bad.add(f"{where}: {error}", error)
             continue
@@ -485,10 +485,11 @@ def select(
     )
 
 
-def _check_levels(policy: NoisePolicy, query: Query) -> None:
-    """Make sure that there are levels for a query."""
+def _check_levels(policy: NoisePolicy, source: QuerySource, query: Query) -> None:
+    """Make sure that there are levels for a query, of its own question and image."""
     try:
         policy.levels.confidence(CLEAN, query.answer_type, query.id)
+        policy.levels.check_content(query.id, lambda: source.content_digest(query))
     except ValueError as error:
         raise DataError(f"record {query.id!r}: {error}") from error
 

@@ -17,7 +17,6 @@ from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
 
-
 # The three questions about a scene often follow each other. Nothing changes what is drawn.
 _drawn = lru_cache(maxsize=4)(render_scene)
 
@@ -93,6 +92,10 @@ class DemoSource(QuerySource):
             tuple(o.mask for o in scene.objects if is_evidence(query, o.name)),
             tuple(o.mask for o in scene.objects if not is_evidence(query, o.name)),
         )
+
+    def image_digest(self, query: Query) -> str:
+        """What the scene is drawn from; its pixels differ between versions of the libraries that draw it."""
+        return f"{query.image} {self.hand} {self.shifted}"
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         in_scene = [name for name in self._layout(query).names if name != query.answer]

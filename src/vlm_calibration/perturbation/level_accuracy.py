@@ -68,6 +68,22 @@ def fit_pooled(counts: AnswerTypeCounts) -> dict[str, np.ndarray]:
     return fit_kinds(*_columns(counts.pooled))
 
 
+def fit_untouched(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> np.ndarray:
+    """The accuracy on untouched images in each bin, float64: the fit, and for queries that are never perturbed the measured one.
+
+    Args:
+        fits: of each bin.
+        counts: the counts behind them.
+    """
+    fitted = np.array([next(iter(fit.values()))[0] for fit in fits])
+    others = np.array([row.n for row in counts.never_perturbed])
+    if not others.any():
+        return fitted
+    n = np.array([row.n for row in counts.untouched], dtype=np.float64)
+    correct = fitted * (n - others) + [row.n_correct for row in counts.never_perturbed]
+    return np.asarray(isotonic_regression(correct / n, weights=n).x)
+
+
 def _columns(counts: KindCounts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Measured accuracies and numbers of answers, by kind."""
     accuracy = {kind: np.array([row.n_correct / row.n for row in rows]) for kind, rows in counts.items()}

@@ -16,7 +16,7 @@ from scipy.stats import binomtest, norm
 
 from vlm_calibration.files import parse_json, write_text
 
-FORMAT = "vlm_calibration.levels/2"
+FORMAT = "vlm_calibration.levels/3"
 
 SIGNIFICANCE = 0.05
 FREE_GUESS = 0.05
@@ -46,9 +46,13 @@ KindCounts = Mapping[str, tuple[LevelCount, ...]]
 class AnswerTypeCounts:
     """The counts of one answer type, in bins of the base model's likelihood of its own answer to the untouched image.
 
+    A query is counted once at each strength, so the counts of `bins` are about the same queries at every strength.
+
     Args:
         bins: the counts of each bin, in rising order of the likelihood; all have the same kinds and strengths.
         edges: likelihoods in [0, 1] between the bins; a likelihood equal to an edge belongs to the bin above it.
+        never_perturbed: for each bin (0, n, n_correct) of further queries, asked untouched alone, as are those about absent objects
+            under `absent: clean`; empty: there are none.
 
     Raises:
         ValueError: no counts, impossible counts, kinds that differ between bins, strengths that are repeated, outside [0, 1],
@@ -57,11 +61,15 @@ class AnswerTypeCounts:
 
     bins: tuple[KindCounts, ...]
     edges: tuple[float, ...] = ()
+    never_perturbed: tuple[LevelCount, ...] = ()
 
     def __post_init__(self) -> None:
         ordered = tuple({kind: _ordered(rows) for kind, rows in counts.items()} for counts in self.bins)
         object.__setattr__(self, "bins", ordered)
         object.__setattr__(self, "edges", tuple(map(float, self.edges)))
+        others = tuple(LevelCount(0.0, _whole(n), _whole(correct)) for _, n, correct in self.never_perturbed)
+        others = others or (LevelCount(0.0, 0, 0),) * len(ordered)
+        object.__setattr__(self, "never_perturbed", others)
         if not ordered or not ordered[0]:
             raise ValueError("no counts")
         edges = [0.0, *self.edges, 1.0]
@@ -69,6 +77,8 @@ class AnswerTypeCounts:
             raise ValueError(
                 f"{len(ordered)} bins need as many edges less one, rising in [0, 1], found {list(self.edges)}"
             )
+        if len(others) != len(ordered) or not all(0 <= row.n_correct <= row.n for row in others):
+            raise ValueError(f"impossible counts of queries that are never perturbed: {others}")
         if len(set(self.edges)) < len(self.edges):
             raise ValueError(f"edges are repeated: {list(self.edges)}")
         for counts in ordered:
@@ -94,6 +104,20 @@ class AnswerTypeCounts:
             )
             for kind in self.bins[0]
         }
+
+    @property
+    def merged(self) -> "AnswerTypeCounts":
+        """The counts of all bins as one."""
+        others = [sum(column) for column in zip(*self.never_perturbed, strict=True)]
+        return AnswerTypeCounts((self.pooled,), (), (LevelCount(*others),))
+
+    @property
+    def untouched(self) -> tuple[LevelCount, ...]:
+        """For each bin the counts of all its queries on untouched images."""
+        rows = zip(
+            (next(iter(counts.values()))[0] for counts in self.bins), self.never_perturbed, strict=True
+        )
+        return tuple(LevelCount(0.0, a.n + b.n, a.n_correct + b.n_correct) for a, b in rows)
 
 
 def _ordered(rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
@@ -167,8 +191,9 @@ class LevelTable:
         for answer_type, counts in self.counts.items():
             by_ranking = self.provenance.get("grading", {}).get(answer_type) == "ranking"
             guess = 0.5 if answer_type == "yes_no" or by_ranking else FREE_GUESS
+            (clean,) = counts.merged.untouched
             for kind, rows in counts.pooled.items():
-                reason = _why_unusable(kind, rows, guess)
+                reason = _why_unusable(kind, clean, rows, guess)
                 if reason is None:
                     continue
                 shown = ", ".join(f"{row.n_correct}/{row.n} at {row.strength:g}" for row in rows)
@@ -198,6 +223,10 @@ class LevelTable:
                     ]
                     for kind in self.kinds
                 },
+                "never_perturbed": {
+                    "n": [r.n for r in counts.never_perturbed],
+                    "n_correct": [r.n_correct for r in counts.never_perturbed],
+                },
             }
             for answer_type, counts in self.counts.items()
         }
@@ -205,9 +234,8 @@ class LevelTable:
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _why_unusable(kind: str, rows: Sequence[LevelCount], guess: float) -> str | None:
+def _why_unusable(kind: str, clean: LevelCount, rows: Sequence[LevelCount], guess: float) -> str | None:
     """Which test the counts fail; None if they pass."""
-    clean = rows[0]
     if guess**clean.n > SIGNIFICANCE:
         needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
         return f"{clean.n} clean queries are too few, at least {needed} are needed"
@@ -267,9 +295,10 @@ def read_table(path: Path) -> LevelTable:
 
 
 def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
-    edges, kinds = content["likelihood_edges"], content["kinds"]
+    edges, kinds, others = content["likelihood_edges"], content["kinds"], content["never_perturbed"]
     n_bins = len(edges) + 1
-    if any(len(row[key]) != n_bins for rows in kinds.values() for row in rows for key in ("n", "n_correct")):
+    every = [others, *(row for rows in kinds.values() for row in rows)]
+    if any(len(row[key]) != n_bins for row in every for key in ("n", "n_correct")):
         raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
     bins = tuple(
         {
@@ -278,4 +307,8 @@ def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
         }
         for i in range(n_bins)
     )
-    return AnswerTypeCounts(bins, tuple(edges))
+    return AnswerTypeCounts(
+        bins,
+        tuple(edges),
+        tuple(LevelCount(0.0, others["n"][i], others["n_correct"][i]) for i in range(n_bins)),
+    )

@@ -10,7 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from vlm_calibration.perturbation.level_accuracy import (
     Accuracies,
     fit_bins,
     fit_pooled,
+    fit_untouched,
     group_means,
     spread_strengths,
 )
@@ -88,6 +89,17 @@ class ConfidenceLevels(ABC):
     def confidences(self, answer_type: str) -> tuple[float, ...]:
         """All confidences at `strengths`, over all kinds and queries, in falling order."""
 
+    def check_content(self, query_id: str, content: Callable[[], int]) -> None:  # noqa: B027  (optional)
+        """Check that levels that depend on the query were measured on its question and image.
+
+        Args:
+            query_id: the query.
+            content: gives the digest of its question and image, `QuerySource.content_digest`.
+
+        Raises:
+            ValueError: they were measured on another one.
+        """
+
     @property
     def averaged(self) -> "ConfidenceLevels":
         """The same levels without their dependence on the query."""
@@ -144,6 +156,9 @@ class AnchoredLevels(ConfidenceLevels):
 
     A clean image is not a certain one. With `likelihoods` the accuracy is that of queries whose own answer the base model holds
     similarly likely on the untouched image, so a hard untouched image gets a low confidence.
+
+    Accuracies fall with the strength from that of the same queries untouched. Where other queries are asked untouched alone
+    (`absent: clean`), an untouched image has the accuracy of both together.
 
     Args:
         path: a JSON file written by `save`; alternative to `table`.
@@ -234,20 +249,26 @@ class AnchoredLevels(ConfidenceLevels):
             ValueError: a kind, an answer type or a query that was not measured, or a strength above the measured ones.
         """
         fit = self._fit(answer_type)
-        if perturbation.strength == 0:
-            kind = self.table.kinds[0]
-        else:
-            kind = perturbation.kind
-            self._check_kind(kind)
-        accuracies = fit.pooled
+        curves = fit.pooled
         if query_id is not None and self._likelihoods is not None:
             if query_id not in self._likelihoods:
                 raise ValueError(
                     f"no likelihood of this query in {self.likelihoods}: write it again with `vlm-calibration levels fit`"
                 )
-            accuracies = fit.bins[bisect_right(fit.edges, self._likelihoods[query_id])]
+            curves = fit.bins[bisect_right(fit.edges, self._likelihoods[query_id].likelihood)]
+        if perturbation.strength == 0:
+            return curves.untouched
+        kind = perturbation.kind
+        self._check_kind(kind)
         _check_strength(perturbation.strength, fit.strengths[kind][-1])
-        return float(np.interp(perturbation.strength, fit.strengths[kind], accuracies[kind]))
+        return float(np.interp(perturbation.strength, fit.strengths[kind], curves.perturbed[kind]))
+
+    def check_content(self, query_id: str, content: Callable[[], int]) -> None:
+        if self._likelihoods is not None and self._likelihoods[query_id].content != content():
+            raise ValueError(
+                f"{self.likelihoods} has the likelihood of another question or image under this id: measure it again with "
+                "`vlm-calibration levels fit --overwrite`"
+            )
 
     def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
         """`accuracy`, or with `groups` the mean of its group, rounded to the grid.
@@ -285,7 +306,7 @@ class AnchoredLevels(ConfidenceLevels):
 
     def _spread(self, kind: str) -> tuple[float, ...]:
         fits = list(self._fits.values())
-        return spread_strengths(fits[0].strengths[kind], [fit.pooled[kind] for fit in fits])
+        return spread_strengths(fits[0].strengths[kind], [fit.pooled.perturbed[kind] for fit in fits])
 
     def _values(self, fit: "_Fit", balanced: bool = False) -> list[float]:
         """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
@@ -298,10 +319,9 @@ class AnchoredLevels(ConfidenceLevels):
         """
         values = []
         for kind, strengths in self._strengths.items():
-            for accuracies in [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]:
-                curve = [
-                    round(float(v), 9) for v in np.interp(strengths, fit.strengths[kind], accuracies[kind])
-                ]
+            for curves in [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]:
+                perturbed = np.interp(strengths[1:], fit.strengths[kind], curves.perturbed[kind])
+                curve = [round(float(v), 9) for v in (curves.untouched, *perturbed)]
                 values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
         return values
 
@@ -326,13 +346,25 @@ class AnchoredLevels(ConfidenceLevels):
         )
 
 
+class _Curves(NamedTuple):
+    """Fitted accuracies.
+
+    Attributes:
+        untouched: on untouched images, of all queries.
+        perturbed: by kind and strength, of the queries that are perturbed.
+    """
+
+    untouched: float
+    perturbed: Accuracies
+
+
 class _Fit:
     """The fitted accuracies of one answer type.
 
     Attributes:
         strengths: kind -> its measured strengths.
-        pooled: accuracies over all queries.
-        bins: accuracies in each bin of the likelihood.
+        pooled: over all queries.
+        bins: in each bin of the likelihood.
         edges: likelihoods between the bins.
     """
 
@@ -340,9 +372,13 @@ class _Fit:
         self.strengths: Mapping[str, Sequence[float]] = {
             kind: [row.strength for row in rows] for kind, rows in counts.bins[0].items()
         }
-        self.pooled: Accuracies = fit_pooled(counts)
-        self.bins: Sequence[Accuracies] = fit_bins(counts)
+        (self.pooled,) = _curves([fit_pooled(counts)], counts.merged)
+        self.bins = _curves(fit_bins(counts), counts)
         self.edges = counts.edges
+
+
+def _curves(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> list[_Curves]:
+    return list(map(_Curves, fit_untouched(fits, counts).tolist(), fits))
 
 
 def _check_strength(strength: float, last: float) -> None:

@@ -239,7 +239,7 @@ def _read_levels(run: Run, config: Mapping[str, Any]) -> None:
             )
         for number, kind in enumerate(counts["kinds"].values()):
             # The untouched images are the same for all kinds.
-            rows["accuracy clean"] += kind[:1] if number == 0 else []
+            rows["accuracy clean"] += [kind[0], counts["never_perturbed"]] if number == 0 else []
             rows["accuracy at full strength"] += kind[-1:]
     for name, chosen in rows.items():
         correct, n = (sum(sum(row[key]) for row in chosen) for key in ("n_correct", "n"))
@@ -331,7 +331,7 @@ def _next_command(run: Run, config: Mapping[str, Any]) -> str:
         return ""
     folder = shlex.quote(str(run.folder))
     if run.state == "interrupted":
-        # `levels fit` starts again; the others resume from what they find in their directory.
+        # Each resumes from what it finds in its directory; a training is told the checkpoint.
         resume = " --ckpt_path last" if (run.folder / LAST).is_file() else ""
         return (
             f"vlm-calibration {COMMANDS.get(run.stage, 'fit')} --config {shlex.quote(f'{run.folder}/{CONFIG}')}"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import lightning as L
@@ -28,7 +29,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPredicti
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
 from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
+from vlm_calibration.models.base import BaseModel, adapter_files, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.vision import shared_vision
@@ -216,6 +217,19 @@ class EvaluationModule(L.LightningModule):
         """The levels whose confidences estimators range over: those of the data's noise, and the estimators' own."""
         levels = [level for e in self.estimators.values() for level in e.levels]
         return [self.trainer.datamodule.noise.levels, *levels]  # type: ignore[attr-defined]
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings beside the base model that decide the answers, with the content of adapters."""
+        return {
+            "model.adapters": {name: adapter_files(Path(folder)) for name, folder in self.adapters.items()},
+            "model.with_base": BASE in self.systems,
+            "model.oracle_levels": self.oracle,
+            "model.max_new_tokens": self.max_new_tokens,
+            "model.estimators": self.estimators,
+            "model.probes": self.probes,
+            "model.endpoints": {n: e.client.endpoint.deciding for n, e in self.endpoints.items()},
+        }
 
     def on_test_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

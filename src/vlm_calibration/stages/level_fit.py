@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.data.dataset import query_id_of_level
+from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
 from vlm_calibration.data.module import INSTANCES, LEVELS, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.sharding import wait_for_others
-from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
+from vlm_calibration.perturbation.answer_likelihoods import Measured, write_likelihoods
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
-from vlm_calibration.records import ANSWER_TYPES, DataError, Query
+from vlm_calibration.progress import track
+from vlm_calibration.records import ANSWER_TYPES, DataError
+from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.answering import (
     answer_batch,
     check_shardable,
@@ -35,60 +36,24 @@ from vlm_calibration.stages.answering import (
     shard_as_asked,
     tokenizer_of,
 )
+from vlm_calibration.stages.evaluation import BASE, BatchAnswers
+from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.stages.provenance import provenance_of
 
+LIKELIHOOD = AnswerLikelihood.name
+COLUMNS = ("query", "answer_type", "level", "correct", "likelihood")
 MAX_BINS = 8
 MIN_QUERIES_PER_BIN = 50
 """Bins of the likelihood: at most `MAX_BINS`, each with at least this many queries; our choice. Ten more queries in each would
 move an accuracy by a percent or two, less than the differences between bins."""
 
 
-class LevelAnswers(Metric):
-    """Collects N answers of all processes: what was asked, whether it was answered correctly, and the answer's likelihood."""
-
-    full_state_update = False
-    query: list[Tensor]
-    answer_type: list[Tensor]
-    level: list[Tensor]
-    correct: list[Tensor]
-    likelihood: list[Tensor]
-    columns = ("query", "answer_type", "level", "correct", "likelihood")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.columns:
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(
-        self, query: Tensor, answer_type: Tensor, level: Tensor, correct: Tensor, likelihood: Tensor
-    ) -> None:
-        """Add N answers.
-
-        Args:
-            query: int64 [N], `number_of` the query.
-            answer_type: int64 [N], index into `ANSWER_TYPES`.
-            level: int64 [N], index of the perturbation.
-            correct: bool [N].
-            likelihood: float32 [N], in [0, 1]; NaN where it was not measured.
-        """
-        for name, values in zip(self.columns, (query, answer_type, level, correct, likelihood), strict=True):
-            getattr(self, name).append(values)
-
-    def compute(self) -> dict[str, np.ndarray]:
-        """Column -> its values, of all processes."""
-        return {name: dim_zero_cat(getattr(self, name)).cpu().numpy() for name in self.columns}
-
-
-def number_of(query_id: str) -> int:
-    """A number in the range of int64 that stands for a query in tensors."""
-    return int.from_bytes(hashlib.blake2b(query_id.encode(), digest_size=8).digest(), signed=True)
-
-
 class LevelFitModule(L.LightningModule):
     """Answers the queries of `data.levels` at every level of each kind of perturbation with the base model and writes a level table.
 
     Queries that `data.grading` ranks need no generation, unless likelihoods are written: an answer is correct if it is likelier
-    than the wrong ones.
+    than the wrong ones. Each process appends its answers to an `AnswerLog` in the run directory, from which an interrupted run resumes,
+    and which stays if the table is refused.
 
     Args:
         base: the base model.
@@ -100,8 +65,11 @@ class LevelFitModule(L.LightningModule):
     """
 
     model: Any
+    answers: AnswerLog
     asks = LEVELS
     """The data set that the data module provides for `test`."""
+    start_over = False
+    """Whether all queries are asked again, whatever an earlier run answered."""
 
     def __init__(
         self,
@@ -116,6 +84,39 @@ class LevelFitModule(L.LightningModule):
         self.likelihoods = likelihoods
         self.max_new_tokens = max_new_tokens
 
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The files that a finished run has written."""
+        return [Path(path) for path in (self.out, self.likelihoods) if path is not None]
+
+    def progress(self, folder: Path) -> list[Path]:
+        """The answers of an interrupted run."""
+        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Close the answers after an error, of which Lightning tells callbacks alone."""
+
+        def close(*_: Any) -> None:
+            if hasattr(self, "answers"):
+                self.answers.close()
+
+        return [LambdaCallback(on_exception=close)]
+
+    def setup(self, stage: str) -> None:
+        """Find out where to resume."""
+        data, asked = self._data, [LEVELS, *(["train"] if self.likelihoods is not None else [])]
+        contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
+        self._contents = contents.get("train", {})
+        deciding = {
+            "model.max_new_tokens": self.max_new_tokens,
+            "model.likelihoods": self.likelihoods is not None,
+            **{f"the images of data.{name}": content for name, content in contents.items()},
+        }
+        settings = fingerprint(self.trainer, self.base, deciding, data, asked)
+        folder = Path(self.trainer.default_root_dir)
+        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, settings)
+        self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
+        data.leave_out_answered(self._state.answered or {})
+
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             check_shardable(self, self.base)
@@ -126,66 +127,138 @@ class LevelFitModule(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def on_test_start(self) -> None:
-        self.perturbations = self._data.noise.perturbations
         # The likelihood of an answer does not depend on the confidences that are scored after it.
         self.tokenizer = AnswerTokenizer(self._data.chat, [LinearLevels(2)])
-        self.answers = {name: LevelAnswers().to(self.device) for name in (LEVELS, INSTANCES)}
-        empty = torch.empty(0, dtype=torch.int64, device=self.device)
-        for answers in self.answers.values():
-            # A process without queries takes part in the exchange as well.
-            answers.update(empty, empty, empty, empty.bool(), empty.float())
+        if self._state.message:
+            rank_zero_info(self._state.message)
+        if self._state.answered is None:
+            self.answers.clear()
+            # No process answers before all have removed the files.
+            self.trainer.strategy.barrier("cleared")
 
     def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if not batch.queries:
-            return
-        untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
-        likelihood: Sequence[float | None] = [None] * len(batch.queries)
-        if any(untouched) and self.likelihoods is not None:
-            correct, likelihood = self._answer_with_likelihood(batch)
-        elif all(batch.grading.ranks(query.answer_type) for query in batch.queries):
-            correct = [bool(is_correct) for is_correct in rank_answers(self.model, batch)]
-        else:
-            answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
-            correct = [answer.correct for answer in answers]
+        answers = self._answer(batch) if batch.queries else []
         name = (LEVELS, INSTANCES)[dataloader_idx]
-        own_id = query_id_of_level if name == LEVELS else str
-        columns = (
-            [number_of(own_id(q.id)) for q in batch.queries],
-            [ANSWER_TYPES.index(q.answer_type) for q in batch.queries],
-            [self.perturbations.index(p) for p in batch.perturbations],
-            correct,
-            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
-            [float(p or 0) if clean else torch.nan for p, clean in zip(likelihood, untouched, strict=True)],
-        )
-        self.answers[name].update(*(torch.tensor(column, device=self.device) for column in columns))
+        self.answers.add(name, BatchAnswers(answers={BASE: answers}, passes={}))
 
-    def _answer_with_likelihood(self, batch: PromptBatch) -> tuple[list[bool], list[float | None]]:
-        """Whether the model's own answers are correct, and how likely it holds them."""
-        recorder = GenerationRecorder(self.model, keep_cache=True)
-        answers = answer_batch(recorder, batch, tokenizer_of(self), self.max_new_tokens)
-        answered = AnsweredBatch(
-            self.model, batch, answers, recorder.passes, self.tokenizer, self.max_new_tokens, recorder.cache
+    def _answer(self, batch: PromptBatch) -> list[EstimatedPrediction]:
+        """The model's own answers, those to untouched images with their likelihood if it is written."""
+        untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
+        if any(untouched) and self.likelihoods is not None:
+            recorder = GenerationRecorder(self.model, keep_cache=True)
+            answers = answer_batch(recorder, batch, tokenizer_of(self), self.max_new_tokens)
+            answered = AnsweredBatch(
+                self.model,
+                batch,
+                answers,
+                recorder.passes,
+                self.tokenizer,
+                self.max_new_tokens,
+                recorder.cache,
+            )
+            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
+            likelihoods = [
+                float(np.float32(p or 0)) for p in AnswerLikelihood().estimate(answered).confidence
+            ]
+            rows = zip(cast(list[EstimatedPrediction], answers), likelihoods, untouched, strict=True)
+            return [replace(a, estimates={LIKELIHOOD: p}) if clean else a for a, p, clean in rows]
+        if all(batch.grading.ranks(query.answer_type) for query in batch.queries):
+            facts = zip(
+                batch.queries,
+                batch.perturbations,
+                batch.noise_steps,
+                rank_answers(self.model, batch),
+                strict=True,
+            )
+            return [
+                graded_prediction(q, "", p, step, batch.grading, correct) for q, p, step, correct in facts
+            ]
+        return cast(
+            list[EstimatedPrediction],
+            answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens),
         )
-        return [answer.correct for answer in answers], AnswerLikelihood().estimate(answered).confidence
 
     def on_test_epoch_end(self) -> None:
         wait_for_others(self.model)
-        counts = count_levels(self.answers[LEVELS].compute(), self.perturbations)
+        self.answers.close()
+        self.trainer.strategy.barrier("answers")
+        perturbations = self._data.noise.perturbations
+        counts = count_levels(columns_of(self._logged(LEVELS), perturbations), perturbations)
         provenance = provenance_of(self.base, self._data, counts)
-        self.levels = AnchoredLevels.fit(counts, provenance=provenance)
         try:
+            self.levels = AnchoredLevels.fit(counts, provenance=provenance)
             self.levels.table.check_usable()
         except ValueError as error:
-            raise DataError(f"{self.out} is not written: {error}") from error
-        instances = self.answers[INSTANCES].compute()
+            kept = self.answers.folder / self.answers.pattern
+            raise DataError(f"{self.out} is not written: {error}; {kept} has the answers") from error
         if not self.trainer.is_global_zero:
             return
         self.levels.save(self.out)
         if self.likelihoods is not None:
-            by_number = dict(zip(instances["query"].tolist(), instances["likelihood"].tolist(), strict=True))
-            queries: Sequence[Query] = self._data.tested_queries[INSTANCES]
-            measured = {q.id: by_number[n] for q in queries if (n := number_of(q.id)) in by_number}
+            likelihoods = {answer.id: answer.estimates[LIKELIHOOD] for answer in self._logged(INSTANCES)}
+            measured = {
+                query.id: Measured(cast(float, likelihoods[query.id]), self._contents[query.id])
+                for query in self._data.tested_queries[INSTANCES]
+                if query.id in likelihoods and query.id in self._contents
+            }
             write_likelihoods(Path(self.likelihoods), measured, provenance)
+
+    def _logged(self, name: str) -> Iterator[EstimatedPrediction]:
+        """The answers of all processes to a data set, also those of an interrupted run."""
+        return (answer for batch in self.answers.batches(name) for answer in batch["answers"][BASE])
+
+    def teardown(self, stage: str) -> None:
+        """Remove the answers once the record says that the run is finished."""
+        if self.trainer.is_global_zero:
+            self.answers.clear()
+
+
+def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
+    """Query id -> digest of its question and image; without queries that are left out since their image cannot be read.
+
+    Args:
+        splits: of a data set, with different ids.
+        where: the setting that holds it, for the line of progress.
+
+    Raises:
+        DataError: an image cannot be read, and its query is not to be left out.
+    """
+    contents = {}
+    for source in (split.source for split in splits.values()):
+        queries = source.queries()
+        for query in track(queries, f"reading the images of {where}", len(queries), "queries"):
+            try:
+                contents[query.id] = source.content_digest(query)
+            except DataError:
+                if source.on_bad_record == "raise":
+                    raise
+    return contents
+
+
+def columns_of(
+    answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
+) -> dict[str, np.ndarray]:
+    """The answers to queries at every level as columns, in which each query is once at each level.
+
+    Args:
+        answers: with ids of `level_id`.
+        perturbations: all levels.
+
+    Returns:
+        `COLUMNS` of N answers: the number of the query; index into `ANSWER_TYPES`; index into `perturbations`; whether it is correct,
+        bool; its likelihood in [0, 1], NaN where it was not measured.
+    """
+    numbers: dict[str, int] = {}
+    level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
+    rows = {}
+    for answer in answers:
+        query = numbers.setdefault(query_id_of_level(answer.id), len(numbers))
+        level = level_of[Perturbation(cast(str, answer.perturbation), cast(float, answer.strength))]
+        likelihood = answer.estimates.get(LIKELIHOOD, np.nan)
+        answer_type = ANSWER_TYPES.index(answer.answer_type)
+        rows[query, level] = (query, answer_type, level, answer.correct, likelihood)
+    columns = list(zip(*rows.values(), strict=True)) or [()] * len(COLUMNS)
+    return dict(zip(COLUMNS, map(np.array, columns), strict=True))
 
 
 def count_levels(
@@ -194,7 +267,7 @@ def count_levels(
     """Count the correct answers by answer type, kind, strength and bin of the likelihood.
 
     Args:
-        answers: columns of `LevelAnswers`.
+        answers: as `columns_of` gives them.
         perturbations: what `level` is an index of.
 
     Raises:
@@ -221,23 +294,27 @@ def _count(
     # Without an untouched image (its record could not be loaded then), a query has no bin.
     known = np.array([query in likelihood_of for query in answers["query"].tolist()])
     likelihood = np.array([likelihood_of[query] for query in answers["query"][known].tolist()])
-    level, correct = answers["level"][known], answers["correct"][known]
+    query, level, correct = (answers[name][known] for name in ("query", "level", "correct"))
+    # The last column counts the queries that are asked untouched alone.
+    level = np.where(np.isin(query, query[level > 0]), level, len(perturbations))
     values = np.array(list(likelihood_of.values()))
     for n_bins in range(max(1, min(MAX_BINS, len(values) // MIN_QUERIES_PER_BIN)), 0, -1):
         quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins) if n_bins > 1 else np.empty(0)
         # Equal quantiles, where many answers are equally likely, are one edge.
         edges = np.unique(quantiles[quantiles > values.min(initial=1.0)])
         bins = np.searchsorted(edges, likelihood, side="right")
-        shape = (len(edges) + 1, len(perturbations))
+        shape = (len(edges) + 1, len(perturbations) + 1)
         n, n_correct = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         np.add.at(n, (bins, level), 1)
         np.add.at(n_correct, (bins, level), correct)
-        if n.all():
+        if n[:, :-1].all():
+            counts = np.stack([n, n_correct], -1).tolist()
             return AnswerTypeCounts(
-                tuple(_kind_counts(perturbations, *rows) for rows in zip(n, n_correct, strict=True)),
+                tuple(_kind_counts(perturbations, rows) for *rows, _ in counts),
                 tuple(edges.tolist()),
+                tuple(LevelCount(0.0, *others) for *_, others in counts),
             )
-    kind, strength = perturbations[int(np.argmin(n[0]))]
+    kind, strength = perturbations[1 + int(np.argmin(n[0, 1:-1]))]
     raise DataError(
         f"no {answer_type} query with {kind} of strength {strength:g}: data.levels has only queries about absent objects, whose "
         "images `data.noise.absent: clean` leaves untouched"
@@ -245,12 +322,12 @@ def _count(
 
 
 def _kind_counts(
-    perturbations: Sequence[Perturbation], n: np.ndarray, n_correct: np.ndarray
+    perturbations: Sequence[Perturbation], counts: Sequence[tuple[int, int]]
 ) -> dict[str, tuple[LevelCount, ...]]:
     """Kind -> its counts, that of untouched images first."""
     rows = [
-        (kind, LevelCount(strength, int(total), int(right)))
-        for (kind, strength), total, right in zip(perturbations, n, n_correct, strict=True)
+        (kind, LevelCount(strength, *count))
+        for (kind, strength), count in zip(perturbations, counts, strict=True)
     ]
     (_, untouched), *perturbed = rows
     kinds = dict.fromkeys(kind for kind, _ in perturbed)

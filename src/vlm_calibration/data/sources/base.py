@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.settings import digest
+from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import denies_existence, is_evidence, unlocated_objects
 
@@ -168,6 +168,28 @@ class QuerySource(ABC):
         """
         file = self.image_file(query)
         return self.load(query).image if file is None else file
+
+    def image_digest(self, query: Query) -> str:
+        """A text that differs between images, and not between copies of one image, which is not decoded.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        content = self.image_content(query)
+        if isinstance(content, Path):
+            try:
+                return file_digest(content)
+            except OSError as error:
+                raise DataError(f"record {query.id!r}: {content}: {error.strerror}") from error
+        return digest([content if isinstance(content, bytes) else content.tobytes()])
+
+    def content_digest(self, query: Query) -> int:
+        """The digest of what a model is asked, in [0, 2^64): question, answer type and image; reads the image's file.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        return int(digest([query.question, "\0", query.answer_type, "\0", self.image_digest(query)])[:16], 16)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         """Plausible wrong answers to a query, possibly none.

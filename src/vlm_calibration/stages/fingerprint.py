@@ -1,10 +1,9 @@
-"""Digests of everything that decides the answers of an evaluation, so that a run resumes only its own answers."""
+"""Digests of everything that decides the answers of an evaluation or of `levels fit`, so that a run resumes only its own answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,38 +11,38 @@ import lightning as L
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import queries_digest
-from vlm_calibration.models.base import adapter_files
-from vlm_calibration.models.loading import model_identity
+from vlm_calibration.models.loading import BaseModel, model_identity
 from vlm_calibration.settings import settings_digest
-from vlm_calibration.stages.evaluation import BASE, EvaluationModule
 
 SOFTWARE = ("vlm-calibration", "torch", "transformers", "peft")
 
 
 def fingerprint(
-    trainer: L.Trainer, module: EvaluationModule, data: PerturbedQueryDataModule
+    trainer: L.Trainer,
+    base: BaseModel | None,
+    deciding: Mapping[str, Any],
+    data: PerturbedQueryDataModule,
+    asked: Sequence[str],
 ) -> dict[str, str]:
     """Setting -> digest of its value, of the content of files and queries as well.
 
     Content counts as it does in `run_record.run_inputs`, e.g. images by name. The number of processes and the batch size are left
     out, since they change only the last digits of floats.
+
+    Args:
+        trainer: of the run.
+        base: the base model; None: no model here answers.
+        deciding: what else decides the answers, by name.
+        data: of the run.
+        asked: the data sets that are asked, some of which may not be set.
     """
-    base = module.base
     decisive: dict[str, Any] = {
         "model.base": base and [base, model_identity(base.name_or_path, base.revision, download=True)],
-        "model.adapters": {name: adapter_files(Path(folder)) for name, folder in module.adapters.items()},
-        "model.with_base": BASE in module.systems,
-        "model.oracle_levels": module.oracle,
-        "model.max_new_tokens": module.max_new_tokens,
-        "model.estimators": module.estimators,
-        "model.probes": module.probes,
-        "model.endpoints": {n: e.client.endpoint.deciding for n, e in module.endpoints.items()},
+        **deciding,
         "data.processor": data.processor_name
         and [data.processor_name, model_identity(data.processor_name, data.revision, download=True)],
-        "data.test": data.test,
-        "the queries of data.test": _queries(data.read_splits("test")),
-        "data.calibration": data.calibration,
-        "the queries of data.calibration": _queries(data.read_splits("calibration")),
+        **{f"data.{name}": data.splits.get(name) for name in asked},
+        **{f"the queries of data.{name}": _queries(data.read_splits(name)) for name in asked},
         "data.noise": data.noise,
         "data.prompt": data.prompt,
         "data.max_pixels": data.max_pixels,

@@ -1,6 +1,6 @@
-"""The answers of an evaluation or a validation, on disk until all are given and written in the order of the data.
+"""The answers of an evaluation, a validation or `levels fit`, on disk until all are given.
 
-While answers are given, memory does not grow with their number. An interrupted evaluation resumes from them.
+While answers are given, memory does not grow with their number. An interrupted evaluation or `levels fit` resumes from them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
+
 from vlm_calibration.append_log import AppendLog, SettingsChangedError
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.files import replacing
@@ -18,11 +20,11 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.evaluation import BatchAnswers
 
 EVALUATED, VALIDATED = ".answered.{}.jsonl", ".predictions.{}.jsonl"
-"""Files of an evaluation and of a validation, by the process that answers."""
+"""Files of an evaluation or `levels fit`, and of a validation, by the process that answers."""
 
 
 class ResumeState(NamedTuple):
-    """What an interrupted evaluation leaves to the next run.
+    """What an interrupted run leaves to the next one.
 
     Attributes:
         answered: split -> indices of the queries that were answered; None: the next run starts over.
@@ -33,6 +35,11 @@ class ResumeState(NamedTuple):
     message: str = ""
 
 
+def asks_all(trainer: L.Trainer) -> bool:
+    """Whether a `test` asks all queries: `trainer.limit_test_batches` is not set."""
+    return isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
+
+
 class AnswerLog(AppendLog):
     """The answers to the queries of one or several splits, a line a batch.
 
@@ -40,7 +47,7 @@ class AnswerLog(AppendLog):
         folder: the run directory.
         rank: of this process, which appends to its own file.
         queries: split -> its queries, in the order of the data.
-        settings: what decides the answers, as digests by name; an evaluation resumes only where they are the same.
+        settings: what decides the answers, as digests by name; a run resumes only where they are the same.
         name: of the files, with a placeholder for the rank.
     """
 
@@ -53,7 +60,7 @@ class AnswerLog(AppendLog):
         name: str = EVALUATED,
     ) -> None:
         pattern = name.format("*")
-        remedy = f"remove {pattern} in this folder, and the evaluation starts over"
+        remedy = f"remove {pattern} in this folder, and the run starts over"
         super().__init__(folder / name.format(rank), settings or {}, remedy, pattern)
         self.folder = folder
         self.queries = queries
@@ -67,7 +74,7 @@ class AnswerLog(AppendLog):
         }
 
     def find(self, *, complete: bool = True) -> ResumeState:
-        """Find the answers of an interrupted evaluation.
+        """Find the answers of an interrupted run.
 
         Args:
             complete: whether this run asks all queries; a limited one does not resume.
@@ -75,7 +82,7 @@ class AnswerLog(AppendLog):
         Raises:
             DataError: a file is damaged, or holds answers to other queries.
         """
-        over = f"{self.folder}: starting over instead of resuming the interrupted evaluation"
+        over = f"{self.folder}: starting over instead of resuming the interrupted run"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
             for where, row in self._rows():

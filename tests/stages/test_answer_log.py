@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_calibration.callbacks.answer_log import AnswerLog, ResumeState
-from vlm_calibration.callbacks.fingerprint import fingerprint
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.consistency import SelfConsistency
@@ -24,7 +22,9 @@ from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.perturbation.schedules import LinearSchedule
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
+from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 SETTINGS = {"model.base": "a", "data.noise": "b"}
@@ -135,7 +135,7 @@ def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: b
     log = _log(tmp_path, settings=settings)
     answered, message = log.find(complete=complete)
     assert answered is None
-    assert message == f"{tmp_path}: starting over instead of resuming the interrupted evaluation: {reason}"
+    assert message == f"{tmp_path}: starting over instead of resuming the interrupted run: {reason}"
     log.clear()
     assert not list(tmp_path.iterdir())
 
@@ -197,7 +197,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
         queries = PerturbedQueryDataModule(model_folder, **{**data, **changes.pop("data", {})})
         assert not changes
         queries.setup("test")
-        return fingerprint(trainer, module, queries)
+        return fingerprint(trainer, module.base, module.deciding, queries, TESTED)
 
     return digests
 
