@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,7 +109,12 @@ def held_out(seed: int, honest: bool = True) -> list[EstimatedPrediction]:
 def evaluation(tmp_path: Path) -> Path:
     """The folder of an evaluation of a base model and an adapter, with a calibration set."""
     folder = tmp_path / "eval"
-    config = {"model": {"init_args": {"adapters": {"tuned": "runs/tuned/adapter"}}}}
+    config = {
+        "model": {
+            "class_path": "EvaluationModule",
+            "init_args": {"adapters": {"tuned": "runs/tuned/adapter"}},
+        }
+    }
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name, honest in (("tuned", True), ("base", False)):
@@ -259,12 +265,6 @@ def test_every_interval_of_the_table_holds_its_value(tmp_path: Path) -> None:
                 cells += 1
                 assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"]), name
     assert cells > 300
-
-
-def test_systems_with_other_questions_are_not_paired() -> None:
-    rows = compare([system("a", answers(0)), system("b", answers(1, n=30))], Comparison(replicates=5)).rows
-    assert all(row.p["ece"] is None for row in rows if row.system == "b")
-    assert any(row.p["ece"] is not None for row in rows if row.system == "a")
 
 
 def test_names_are_plain_text_in_markdown_and_latex() -> None:
@@ -640,14 +640,31 @@ def test_images_come_back_with_their_perturbation(
     assert html.count('alt="the image of the question') == len(shown)
 
 
+def test_systems_of_an_earlier_evaluation_are_not_read(evaluation: Path) -> None:
+    """The configuration names the systems; what else lies in the folder answered other questions."""
+    shutil.copytree(evaluation / "tuned", evaluation / "zzz")
+    write_rows(evaluation / "zzz/predictions.jsonl", [p.to_dict() for p in answers(0, n=30)], lines=True)
+    assert [s.name for s in read_systems([str(evaluation)])] == ["base", "tuned"]
+    (evaluation / "config.yaml").unlink()
+    with pytest.raises(DataError, match="'base'.*'zzz'"):
+        read_systems([str(evaluation)])
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "fewer").mkdir()
+    write_rows(tmp_path / "fewer/predictions.jsonl", [p.to_dict() for p in answers(0, n=57)], lines=True)
+    other = [replace(p, question="Is there a cat?") if p.id == "q3" else p for p in answers(0)]
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other/predictions.jsonl", [p.to_dict() for p in other], lines=True)
     for settings, says in (
         ({"runs": [str(empty)]}, "no predictions.jsonl"),
+        ({"runs": [str(evaluation), str(tmp_path / "fewer")]}, "'base'.*'fewer'.* q57, q58, q59:"),
+        ({"runs": [str(tmp_path / "other"), str(evaluation)]}, "'other'.*'base'.* q3:"),
         ({"runs": [str(evaluation)], "system": "nobody"}, "there are base, tuned"),
         ({"runs": [str(evaluation)], "calibration": str(evaluation)}, "image"),
     ):

@@ -49,7 +49,7 @@ class Row(NamedTuple):
         n: number of answers.
         metrics: name -> value with its 95% interval, NaN if undefined.
         difference: name -> value minus that of the first system's stated confidence.
-        p: name -> p-value of the difference, None if the systems answered different questions.
+        p: name -> p-value of the difference, None in the row that all others are compared with.
         passes: forward passes for each query, None if they were not counted.
     """
 
@@ -86,7 +86,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     """Measure every confidence of every system, and compare it with the stated confidence of the first system."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
-    base: tuple[System, Measured] | None = None
+    base: Measured | None = None
     planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
     bootstraps: dict[str, ImageBootstrap] = {}
     probed: dict[str, Mapping[str, ProbeEffect]] = {}
@@ -101,9 +101,8 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
             if effects := probe_effects(system.predictions, bootstraps[system.name]):
                 probed[system.name] = effects
         measured = bootstraps[system.name].measure(_confidences(system, estimator, recalibration))
-        base = base or (system, measured)
-        paired = system.by_id.keys() == base[0].by_id.keys()
-        is_base = measured is base[1]
+        base = base or measured
+        is_base = measured is base
         rows.append(
             Row(
                 system.name,
@@ -111,11 +110,8 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
                 recalibration,
                 len(system.predictions),
                 measured.intervals,
-                {name: measured.values[name] - base[1].values[name] for name in MEASURED},
-                {
-                    name: p_value(measured, base[1], name) if paired and not is_base else None
-                    for name in MEASURED
-                },
+                {name: measured.values[name] - base.values[name] for name in MEASURED},
+                {name: None if is_base else p_value(measured, base, name) for name in MEASURED},
                 system.passes(estimator) if recalibration == RAW else None,
             )
         )
