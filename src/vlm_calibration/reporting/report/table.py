@@ -19,6 +19,7 @@ from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.progress import track
+from vlm_calibration.reporting.report.agreement import Band, Group, bands_of, groups_of_system
 from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System
 from vlm_calibration.reporting.report.listening import ProbeEffect, probe_effects
@@ -75,11 +76,15 @@ class Compared(NamedTuple):
         rows: rows of every system, its stated confidence first.
         notes: why rows are missing.
         probed: system -> the effect of each probe on its stated confidence, for systems that were probed.
+        bands: system -> its bands of stated confidence, the highest first.
+        groups: system -> its groups of answers.
     """
 
     rows: list[Row]
     notes: list[str]
     probed: Mapping[str, Mapping[str, ProbeEffect]]
+    bands: Mapping[str, Sequence[Band]]
+    groups: Mapping[str, Sequence[Group]]
 
 
 def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
@@ -90,16 +95,19 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
     bootstraps: dict[str, ImageBootstrap] = {}
     probed: dict[str, Mapping[str, ProbeEffect]] = {}
+    bands: dict[str, Sequence[Band]] = {}
+    groups: dict[str, Sequence[Group]] = {}
     for system, estimator, recalibration in track(
         planned, "bootstrap intervals", len(planned), "confidences"
     ):
         if system.name not in bootstraps:
             # One at a time, since the draws of many images take memory.
-            bootstraps = {
-                system.name: ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
-            }
-            if effects := probe_effects(system.predictions, bootstraps[system.name]):
+            bootstrap = ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
+            bootstraps = {system.name: bootstrap}
+            if effects := probe_effects(system.predictions, bootstrap):
                 probed[system.name] = effects
+            bands[system.name] = bands_of(system.predictions, bootstrap)
+            groups[system.name] = groups_of_system(system, bootstrap)
         measured = bootstraps[system.name].measure(_confidences(system, estimator, recalibration))
         base = base or measured
         is_base = measured is base
@@ -115,7 +123,7 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
                 system.passes(estimator) if recalibration == RAW else None,
             )
         )
-    return Compared(rows, list(notes), probed)
+    return Compared(rows, list(notes), probed, bands, groups)
 
 
 def _planned(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str]]:
