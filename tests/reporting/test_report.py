@@ -780,7 +780,7 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
         ),
         (
             [replace(p, confidence=None) for p in held_out(5)],
-            "verbalized is not recalibrated: none could be parsed",
+            "verbalized is not recalibrated: no yes_no answer of the calibration set has it",
         ),
     ],
 )

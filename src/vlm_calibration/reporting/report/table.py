@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm_calibration.estimators.predictions import VERBALIZED, estimators_of
-from vlm_calibration.estimators.recalibration import METHODS, recalibrated
+from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.summary import ALL_METRICS
@@ -155,9 +155,8 @@ def _why_not_recalibrated(system: System, estimator: str) -> str | None:
         )
     if estimator not in estimators_of(system.calibration):
         return "the calibration set lacks it"
-    if all(p.confidence_of(estimator) is None for p in system.calibration):
-        return "none could be parsed in the calibration set"
-    return None
+    missing = unrated_types(system.predictions, estimator, system.calibration)
+    return f"no {' and no '.join(missing)} answer of the calibration set has it" if missing else None
 
 
 # --- As files ---------------------------------------------------------------------------------------------------
