@@ -5,11 +5,16 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from vlm_calibration.callbacks.run_directory import check_evaluation_directory
+from vlm_calibration.callbacks.run_record import RunRecord
+from vlm_calibration.records import DataError
 
 from .command_line import Ended, callback, run_plainly
 
@@ -165,6 +170,31 @@ def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
     ended = run(*fit("dpo"), "--model.init_args.adapter", str(adapter), "--overwrite")
     assert all(text in ended.error() for text in ("model.adapter", str(finished), str(adapter)))
     assert (adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("holds", "overwrite", "refused"),
+    [
+        ("test, finished", False, "--resume .* --overwrite .* --runs"),
+        ("test, finished", True, None),
+        ("test, interrupted", False, None),
+        ("levels fit, finished", False, "`levels fit`"),
+        ("adapter", True, "`fit` or `predict`"),
+        ("checkpoints", True, "`fit` or `predict`"),
+        ("summary.json", True, "`fit` or `predict`"),
+        ("nothing", False, None),
+    ],
+)
+def test_what_an_evaluation_may_replace(
+    tmp_path: Path, holds: str, overwrite: bool, refused: str | None
+) -> None:
+    command, comma, state = holds.partition(", ")
+    if comma:
+        RunRecord(command, state == "finished", None, "32-true", {}, {}).write(tmp_path)
+    elif holds != "nothing":
+        (tmp_path / holds).mkdir()
+    with pytest.raises(DataError, match=f"{tmp_path}.*{refused}") if refused else nullcontext():
+        check_evaluation_directory(tmp_path, overwrite)
 
 
 def test_an_evaluation_is_not_trained_over(run: Run, fit: Fit, tmp_path: Path) -> None:

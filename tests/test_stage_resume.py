@@ -179,8 +179,8 @@ def test_an_evaluation_resumes_and_is_then_done(
         "`test`"
         in run("fit", "--config", str(tmp_path / "eval.yaml"), "--data.train", DEMO, "--resume").error()
     )
-    assert run(*evaluation()).status == 0, "without the flag it is evaluated again"
-    _assert_done(run(*evaluation(), "--resume"), folder)
+    _assert_refused(run(*evaluation()), folder, "--resume")
+    assert _files(folder) == before
 
 
 def test_an_overwritten_evaluation_asks_all_queries_again(
@@ -189,9 +189,11 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
     killed = run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")))
     assert killed.status == -9
     (tmp_path / "asked0").unlink()
-    (tmp_path / "eval/old").mkdir()
-    (tmp_path / "eval/old/metrics.json").write_text("{}")
+    for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.groups.csv"):
+        (tmp_path / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "eval" / name).write_text("{}")
     assert run(*evaluation(), "--overwrite").status == 0
+    assert not list((tmp_path / "eval").glob("report.*")) + list((tmp_path / "eval").glob("old/*"))
     assert len((tmp_path / "asked0").read_text().splitlines()) == 9
     assert {p.parent.name for p in (tmp_path / "eval").glob("*/metrics.json")} == {"base", "sft"}
 

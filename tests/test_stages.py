@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import vlm_calibration
-from vlm_calibration import Plan
+from vlm_calibration import Plan, steps
 from vlm_calibration.cli import main
 from vlm_calibration.records import DataError
 from vlm_calibration.steps import BASE, STAGES, train_sft
@@ -223,6 +224,19 @@ def test_a_failed_stage_ends_the_calibration_with_its_status(
     printed = capfd.readouterr()
     assert printed.out.count("+ vlm-calibration") == 1
     assert "data.batch_size" in printed.err
+
+
+def test_the_metrics_are_those_of_the_evaluated_systems(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the configuration, without those of an earlier evaluation in the folder."""
+    model = {"class_path": "EvaluationModule", "init_args": {"adapters": {"sft": "a", "dpo": "b"}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}, sort_keys=False))
+    for name in ("base", "dpo", "old", "sft"):
+        (folder / name).mkdir()
+        (folder / name / "metrics.json").write_text(f'{{"n": {len(name)}}}')
+    monkeypatch.setattr(steps, "_run", lambda *_: folder)
+    assert list(steps.evaluate(Plan()).items()) == [("base", {"n": 4}), ("sft", {"n": 3}), ("dpo", {"n": 3})]
 
 
 def test_the_package_offers_the_stages() -> None:

@@ -226,10 +226,13 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
         settings: of this step alone, as in `Plan.settings`.
 
     Returns:
-        System ("base", "sft", "dpo") -> its metrics by name, as in its `metrics.json`.
+        System ("base", "sft", "dpo"), in this order -> its metrics by name, as in its `metrics.json`.
     """
+    from vlm_calibration.reporting import runs
+
     folder = _run(plan, "evaluate", settings)
-    return {path.parent.name: read_json(path) for path in sorted(folder.glob("*/metrics.json"))}
+    systems = runs.systems_of(runs.read_config(folder / runs.CONFIG) or {})
+    return {system: read_json(folder / system / runs.METRICS) for system in systems}
 
 
 def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int = 0) -> Path:

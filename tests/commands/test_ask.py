@@ -151,7 +151,6 @@ def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str
             weights=adapter_weights_digest(folder),
             prompt=DEFAULT_TEMPLATE,
             estimator="verbalized",
-            levels={},
             by=by,
             groups={name: {"threshold": value} for name, value in groups.items()},
             limits={"max_error": 0.05, "max_sent_away": None, "certainty": 0.95},

@@ -115,7 +115,6 @@ def _decide(folder: Path, **changed: Any) -> DecisionRule:
         weights=adapter_weights_digest(folder),
         prompt="{question}?",
         estimator="verbalized",
-        levels={},
         by=None,
         groups={"": {"threshold": 0.8}},
         limits={},

@@ -127,11 +127,14 @@ def test_a_run_that_is_held_is_running(tmp_path: Path) -> None:
 
 def test_a_finished_evaluation_has_a_row_a_system(tmp_path: Path) -> None:
     adapters = {"sft": "runs/sft", "dpo": "runs/dpo"}
-    folder = _run(tmp_path / "eval", "evaluation", adapters=adapters, oracle_levels="levels.json")
-    for system in ("oracle", "dpo", "sft", "base"):
+    endpoints = {"served": {"url": "http://127.0.0.1/v1"}}
+    folder = _run(
+        tmp_path / "eval", "evaluation", adapters=adapters, endpoints=endpoints, oracle_levels="levels.json"
+    )
+    for system in ("oracle", "dpo", "sft", "base", "served"):
         write_json(folder / system / "metrics.json", METRICS)
     run = _one(tmp_path)
-    assert (run.state, list(run.figures)) == ("finished", ["base", "sft", "dpo", "oracle"])
+    assert (run.state, list(run.figures)) == ("finished", ["base", "sft", "dpo", "served", "oracle"])
     assert run.command == f"vlm-calibration report {folder}"
 
 

@@ -64,18 +64,8 @@ def evaluation(tmp_path: Path) -> Path:
         _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 500, 2, "hard", error=0.9)
     folder = tmp_path / "runs" / "eval"
     _write(folder / "dpo" / "calibration.jsonl", 2000, 3)
-    levels = [
-        {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 5}}
-    ]
-    settings["estimators"] = [
-        {
-            "class_path": "vlm_calibration.estimators.verbal.ExpectedConfidence",
-            "init_args": {"levels": levels},
-        }
-    ]
     model = {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": settings}
-    noise = {"levels": {**levels[0], "init_args": {"n_levels": 3}}}
-    data = {"prompt": {"template": DEFAULT_TEMPLATE}, "noise": noise}
+    data = {"prompt": {"template": DEFAULT_TEMPLATE}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
     recorded = digest([json.dumps(adapter_files(tmp_path / "runs/dpo/adapter"))])
     (folder / "run.json").write_text(json.dumps({"inputs": {"model.init_args.adapters.dpo": recorded}}))
@@ -193,8 +183,6 @@ def test_a_second_call_replaces_the_rule(call: Call, tmp_path: Path) -> None:
     rule = read_rule(tmp_path / "runs/dpo/adapter")
     assert rule is not None
     assert (rule.estimator, rule.limits["max_error"]) == ("expected", 0.1)
-    # Those of the estimator and of the data's noise.
-    assert rule.levels == {"yes_no": [1.0, 0.75, 0.5, 0.25, 0.0]}
 
 
 def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Path) -> None:
@@ -275,7 +263,7 @@ def test_the_name_of_the_split_is_not_part_of_the_category(
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"schema": 2}, "schema 2, expected 1"),
+        ({"schema": 1}, "schema 1, expected 2"),
         ({"groups": {"": {"threshold": 2}}}, "must be in [0, 1] or null, found 2"),
         ({"groups": {}}, "'groups'"),
         ({"by": "colour"}, "'by'"),

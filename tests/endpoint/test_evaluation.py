@@ -17,7 +17,6 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import Grading
 
@@ -37,7 +36,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 
 def test_an_endpoint_beside_its_own_model(evaluate: Evaluate, url: str, tmp_path: Path) -> None:
-    estimators = [ExpectedConfidence([LinearLevels()]), AnswerLikelihood()]
+    estimators = [ExpectedConfidence(), AnswerLikelihood()]
     evaluate("run", url, estimators, with_base=True)
     local, remote = tmp_path / "run/base", tmp_path / "run/endpoint"
     assert len(lines(local)) == 12
@@ -57,7 +56,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-ESTIMATORS = (ExpectedConfidence([LinearLevels()]), AnswerLikelihood(), PTrue(), SelfConsistency(2))
+ESTIMATORS = (ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from vlm_calibration.endpoint.reading import answer_likelihood, complete_stateme
 from vlm_calibration.endpoint.responses import Response, Token
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
 from vlm_calibration.text.grading import EXACT
 
@@ -51,17 +51,12 @@ class Server:
         return response((*first, dict(others)))
 
 
-def distribution(
-    answer: Response, levels: Sequence[float], server: Server | None = None
-) -> dict[float, float]:
+def distribution(answer: Response, server: Server | None = None) -> dict[float, float]:
     client: Any = server or Server({})
-    estimates = EndpointEstimates(client, [ExpectedConfidence()], [LinearLevels()])
+    estimates = EndpointEstimates(client, [ExpectedConfidence()])
     prediction = graded_prediction(QUERY, complete_statement(answer.text), CLEAN, 0)
     asked = Asked(QUERY, prediction, answer, [], {}, 8, EXACT)
-    return asyncio.run(estimates.distribution(asked, levels))[0]
-
-
-TENTHS = tuple(n / 10 for n in range(11))
+    return asyncio.run(estimates.distribution(asked))[0]
 
 
 def test_whole_numbers_need_no_request() -> None:
@@ -70,10 +65,11 @@ def test_whole_numbers_need_no_request() -> None:
         ("Yes", 0.9), (".", 1.0), (" Confidence", 1.0), (":", 1.0), (" 80", 0.5, others), ("%", 1.0)
     )
     server = Server({}, continues=False)
-    found = distribution(answer, TENTHS, server)
+    found = distribution(answer, server)
     assert server.asked == []
-    assert list(found) == sorted(TENTHS, reverse=True)
-    assert {c: p for c, p in found.items() if p} == pytest.approx({0.9: 0.25, 0.8: 0.625, 0.1: 0.125})
+    assert list(found) == [n / 100 for n in range(100, -1, -1)]
+    mass = {0.9: 0.2, 0.8: 0.5, 0.55: 0.1, 0.1: 0.1}
+    assert {c: p for c, p in found.items() if p} == pytest.approx({c: p / 0.9 for c, p in mass.items()})
 
 
 @pytest.mark.parametrize("space", [True, False], ids=["a space of its own", "a space before the digit"])
@@ -89,37 +85,40 @@ def test_digits_are_followed(space: bool) -> None:
             "Yes. Confidence: 10": {"0": 0.9, "%": 0.1},
         }
     )
-    found = distribution(answer, TENTHS, server)
+    found = distribution(answer, server)
     assert sorted(server.asked) == sorted(server.table), (
         "the generated digit and the unlikely one are not asked for"
     )
-    mass = {1.0: 0.15 * 0.9, 0.9: 0.3 * 0.5, 0.8: 0.5 * 0.8, 0.1: 0.15 * 0.1}
+    mass = {
+        1.0: 0.15 * 0.9,
+        0.95: 0.3 * 0.5,
+        0.9: 0.3 * 0.5,
+        0.85: 0.5 * 0.2,
+        0.8: 0.5 * 0.8,
+        0.1: 0.15 * 0.1,
+    }
     assert {c: p for c, p in found.items() if p} == pytest.approx(
         {c: p / sum(mass.values()) for c, p in mass.items()}
     )
-    percents = tuple(n / 100 for n in range(101))
-    found = distribution(answer, percents, server)
-    assert found[0.85] == pytest.approx(found[0.8] / 4)
-    assert sum(found.values()) == pytest.approx(1)
 
 
 def test_digits_without_continuation_have_no_value() -> None:
     answer = response(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
-    assert distribution(answer, TENTHS, Server({}, continues=False)) == {}
+    assert distribution(answer, Server({}, continues=False)) == {}
     sure = response(("Yes. Confidence: ", 1.0), ("8", 0.999), ("0", 1.0), ("%", 1.0))
-    assert distribution(sure, TENTHS, Server({}, continues=False))[0.8] == 1
+    assert distribution(sure, Server({}, continues=False))[0.8] == 1
 
 
 @pytest.mark.parametrize(
     "text", ["Yes.", "Yes. Confidence: high", "Yes. Confidence: 0.8", "Yes. Confidence: 80-90%"]
 )
 def test_without_a_percentage_there_is_no_value(text: str) -> None:
-    assert distribution(response((text, 1.0)), TENTHS) == {}
+    assert distribution(response((text, 1.0))) == {}
 
 
 def test_no_tokens() -> None:
     answer = Response("Yes. Confidence: 80%", None, 3, 9)
-    assert distribution(answer, TENTHS) == {}
+    assert distribution(answer) == {}
     assert p_of_first(answer, ("Yes", "No")) is None
     assert answer_likelihood(answer, "Yes") is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from netcal.scaling import LogisticCalibration, TemperatureScaling
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.recalibration import (
-    EPSILON,
+    HALF_PERCENT,
     METHODS,
+    SMALLEST,
     Histogram,
     Isotonic,
     Platt,
@@ -132,15 +134,64 @@ def test_any_answers_give_probabilities(
         assert (np.diff(mapped) >= -1e-12).all()
 
 
-def test_logits_are_finite_and_strictly_increasing() -> None:
-    inside = np.array([EPSILON, 0.2, 0.5, 1 - EPSILON])
-    assert logit(inside) == pytest.approx(np.log(inside / (1 - inside)))
-    end = np.log((1 - EPSILON) / EPSILON) + 1 / (1 - EPSILON)
-    assert logit(np.array([0.0, 1.0])) == pytest.approx([-end, end]), "on the tangent"
-    assert (np.diff(logit(np.linspace(0, 1, 100_001))) > 0).all()
+@pytest.mark.parametrize("epsilon", [HALF_PERCENT, SMALLEST])
+def test_logits_are_finite_and_strictly_increasing(epsilon: float) -> None:
+    inside = np.array([epsilon, 0.2, 0.5, 1 - epsilon])
+    assert logit(inside, epsilon) == pytest.approx(np.log(inside / (1 - inside)))
+    end = np.log((1 - epsilon) / epsilon) + 1 / (1 - epsilon)
+    assert logit(np.array([0.0, 1.0]), epsilon) == pytest.approx([-end, end]), "on the tangent"
+    assert (np.diff(logit(np.linspace(0, 1, 100_001), epsilon)) > 0).all()
+
+
+def test_likelihoods_near_one_are_told_apart() -> None:
+    """The fit is that of the log-odds, though all likelihoods are above 99.5%."""
+    log_odds = np.linspace(6, 13, 4000)
+    truth = 1 / (1 + np.exp(-(log_odds - 9)))
+    likelihood = 1 / (1 + np.exp(-log_odds))
+    rows = predictions(
+        likelihood.tolist(),
+        (np.random.default_rng(0).random(4000) < truth).tolist(),
+        [f"{i}" for i in range(4000)],
+    )
+    mapped = recalibrated("platt", rows[::2], "other", rows[1::2])
+    assert mapped == pytest.approx(truth[::2].tolist(), abs=0.05)
 
 
 # --- Splits -------------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_type_has_the_map_of_its_own_answers() -> None:
+    """Yes/no answers are right as often as they say, short ones half as often; together they would be neither."""
+    rng = np.random.default_rng(0)
+    confidence = rng.random(8000)
+    kinds = ["yes_no", "short"] * 4000
+    correct = rng.random(8000) < confidence * np.where(np.arange(8000) % 2, 0.5, 1.0)
+    rows = [
+        replace(p, answer_type=kind)
+        for p, kind in zip(
+            predictions(confidence.tolist(), correct.tolist(), [f"{i // 2}" for i in range(8000)]),
+            kinds,
+            strict=True,
+        )
+    ]
+    test, calibration = rows[:4000], rows[4000:]
+    mapped = np.array(recalibrated("isotonic", test, "other", calibration))
+    for start, share in ((0, 1.0), (1, 0.5)):
+        error = mapped[start::2] - share * confidence[start:4000:2]
+        assert np.abs(error).mean() < 0.05
+    alone = recalibrated(
+        "isotonic", test[::2], "other", [p for p in calibration if p.answer_type == "yes_no"]
+    )
+    assert mapped[::2].tolist() == alone
+    with pytest.raises(DataError, match="isotonic: no short answer"):
+        recalibrated("isotonic", test, "other", [p for p in calibration if p.answer_type == "yes_no"])
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_one_outcome_is_not_certain(right: bool) -> None:
+    """The rule of succession, as in stage 2's teacher: after eight right answers the ninth is right at 9/10."""
+    mapped = Platt().fit(np.linspace(0.1, 0.9, 8), np.full(8, right))(np.array([0.2, 0.8]))
+    assert mapped == pytest.approx([0.9, 0.9] if right else [0.1, 0.1])
 
 
 def test_one_map_of_the_calibration_set_is_applied_to_all_answers() -> None:
@@ -174,7 +225,7 @@ def test_splits_that_would_leak_are_refused(
 
 def test_nothing_to_fit_on_is_an_error() -> None:
     calibration = predictions([None, None], [True, False], ["a", "b"])
-    with pytest.raises(DataError, match="platt: no answer"):
+    with pytest.raises(DataError, match="platt: no yes_no answer"):
         recalibrated("platt", predictions([0.5], [True], ["c"]), VERBALIZED, calibration)
 
 

@@ -13,8 +13,6 @@ from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, write
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
 from vlm_calibration.models.base import adapter_weights_digest
-from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import DataError
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 
@@ -65,9 +63,6 @@ def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
 ) -> None:
     source = DemoSource("test", scenes=2)
     asked = [(source.load(query).image, query.question) for query in source.queries()]
-    few = LinearLevels(n_levels=4)
-    evaluated = load_calibrated(adapter=adapter_run, device="cpu", max_new_tokens=16, levels=few)
-    levels = {kind: list(few.confidences(kind)) for kind in ("yes_no", "short")}
     folder = tmp_path / "adapter"
     shutil.copytree(adapter_run / "adapter", folder)
     rule = DecisionRule(
@@ -77,7 +72,6 @@ def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
         weights=adapter_weights_digest(folder),
         prompt=DEFAULT_TEMPLATE,
         estimator="expected",
-        levels=levels,
         by=None,
         groups={"": {"threshold": 0.5}},
         limits={},
@@ -88,13 +82,8 @@ def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
     )
     write_rule(rule, folder)
     deciding = load_calibrated(adapter=folder, device="cpu", max_new_tokens=16)
-    differ = 0
-    for answer, reference in zip(deciding.ask_many(asked), evaluated.ask_many(asked), strict=True):
+    for answer in deciding.ask_many(asked):
         assert answer.rule is not None
-        assert answer.rule.confidence == pytest.approx(reference.expected, abs=2e-5)
-        assert answer.decision == ("answer" if (reference.expected or 0) >= 0.5 else "review")
-        differ += abs((answer.expected or 0) - (reference.expected or 0)) > 1e-3
-    assert differ, "the mean over every percent is another confidence"
+        assert answer.rule.confidence == round(answer.expected or 0, 6)
+        assert answer.decision == ("answer" if (answer.expected or 0) >= 0.5 else "review")
     assert deciding.ask(*asked[0], as_base=True).decision is None
-    with pytest.raises(DataError, match="leave `levels` out"):
-        load_calibrated(adapter=folder, device="cpu", levels=few)

@@ -32,14 +32,12 @@ from vlm_calibration.inference.model import (
     BASE,
     CALIBRATED,
     DEMO_MODEL,
-    EVERY_PERCENT,
     CalibratedModel,
     load_calibrated,
 )
 from vlm_calibration.inference.pixels import pixels_of
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.text.confidence import strip_confidence
@@ -92,7 +90,7 @@ def asked() -> list[tuple[np.ndarray, str]]:
     return [(SOURCE.load(query).image, query.question) for query in SOURCE.queries()]
 
 
-def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | None, float | None]]:
+def _evaluated(adapter: Path | None) -> list[tuple[str, float | None, float | None]]:
     """Text, stated and expected confidence, computed with the parts of an evaluation."""
     model = load_base(BaseModel(str(DEMO_MODEL)))
     if adapter is not None:
@@ -102,7 +100,7 @@ def _evaluated(adapter: Path | None, levels: Any) -> list[tuple[str, float | Non
     batch = PromptCollator(data.chat)([samples[0, i] for i in range(len(samples))])
     with torch.no_grad(), using_adapter(model, None if adapter is None else "one"):
         predictions = answer_batch(model.eval(), batch, data.processor.tokenizer, 16)
-        tokenizer = AnswerTokenizer(data.chat, [levels])
+        tokenizer = AnswerTokenizer(data.chat)
         answered = AnsweredBatch(model, batch, predictions, [0] * len(predictions), tokenizer, 16)
         expected = ExpectedConfidence().estimate(answered).confidence
     return [(p.text, p.confidence, e) for p, e in zip(predictions, expected, strict=True)]
@@ -114,7 +112,7 @@ def test_answers_are_those_of_an_evaluation(
     calibrated: CalibratedModel, adapter_run: Path, asked: list[Any], batch_size: int
 ) -> None:
     for as_base in (False, True):
-        reference = _evaluated(None if as_base else adapter_run / "adapter", EVERY_PERCENT)
+        reference = _evaluated(None if as_base else adapter_run / "adapter")
         answers = list(calibrated.ask_many(asked, batch_size, as_base=as_base))
         assert [(a.text, a.confidence) for a in answers] == [(t, c) for t, c, _ in reference]
         assert [a.answer for a in answers] == [strip_confidence(t) for t, _, _ in reference]
@@ -141,15 +139,6 @@ def test_the_distribution_says_what_is_stated_and_expected(
         assert answer.expected == pytest.approx(mean)
         # A percentage is one token here and always followed by the same tokens, so greedy decoding states the likeliest.
         assert answer.confidence == max(answer.distribution, key=answer.distribution.__getitem__)
-
-
-@pytest.mark.slow
-def test_levels_may_be_given(adapter_run: Path, asked: list[Any]) -> None:
-    levels = LinearLevels(n_levels=3)
-    model = load_calibrated(adapter=adapter_run, levels=levels, max_new_tokens=16, device="cpu")
-    assert list(model.ask(*asked[0]).distribution) == [1.0, 0.5, 0.0]
-    reference = _evaluated(adapter_run / "adapter", levels)
-    assert model.ask(*asked[0]).expected == pytest.approx(reference[0][2], abs=2e-4)
 
 
 def test_many_questions_are_answered_as_they_come(calibrated: CalibratedModel, asked: list[Any]) -> None:
@@ -297,7 +286,7 @@ def test_images_are_shrunk_as_in_the_training(adapter_run: Path, tmp_path: Path)
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:
     model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)
     assert model.systems == (BASE,)
-    assert model.ask(*asked[0]).text == _evaluated(None, EVERY_PERCENT)[0][0]
+    assert model.ask(*asked[0]).text == _evaluated(None)[0][0]
     assert model.ask(*asked[0], as_base=True) == model.ask(*asked[0])
 
 

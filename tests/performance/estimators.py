@@ -1,9 +1,9 @@
 """Cost of further confidence estimators in an evaluation, relative to the verbalized confidence alone.
 
 `python -m tests.performance.estimators` prints a Markdown table. A batch of questions is answered greedily, followed by the forward
-passes of one set of estimators; sets alternate, and ratios compare times of the same round. Target: the expected confidence over
-eleven levels costs at most 15%. The target is for prompts of typical length, measured on a LLaVA with 256 image tokens and a
-language model of 39M parameters. The embedded demo's prompts are a third as long, with the same number of levels.
+passes of one set of estimators; sets alternate, and ratios compare times of the same round. Target: the expected confidence
+costs at most 15%. The target is for prompts of typical length, measured on a LLaVA with 256 image tokens and a
+language model of 39M parameters. The embedded demo's prompts are a third as long.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -113,7 +113,7 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
     ]
     response = chat.processor.tokenizer(render_response("Yes", 0.8), add_special_tokens=False)["input_ids"]
     model = load_base(BaseModel(str(folder), dtype="float32")).eval()
-    tokenizer = AnswerTokenizer(chat, [LinearLevels()])
+    tokenizer = AnswerTokenizer(chat)
     return Bench(name, model, chat, PromptCollator(chat)(samples), tokenizer, len(response))
 
 

@@ -114,7 +114,6 @@ def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
     Its arguments say which model, as those of the command line do.
     """
     estimators = "vlm_calibration.estimators"
-    levels = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
     config = {
         "seed_everything": 0,
         "trainer": {
@@ -129,10 +128,7 @@ def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
             "init_args": {
                 "max_new_tokens": TOKENS,
                 "estimators": [
-                    {
-                        "class_path": f"{estimators}.verbal.ExpectedConfidence",
-                        "init_args": {"levels": [levels]},
-                    },
+                    {"class_path": f"{estimators}.verbal.ExpectedConfidence"},
                     {"class_path": f"{estimators}.likelihood.AnswerLikelihood"},
                 ],
             },

@@ -212,7 +212,7 @@ def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> 
         ({"model": {"with_base": False, "oracle_levels": None}}, "model.with_base, model.oracle_levels"),
         ({"model": {"max_new_tokens": 5}}, "model.max_new_tokens"),
         ({"model": {"estimators": [SelfConsistency(4)]}}, "model.estimators"),
-        ({"model": {"estimators": [ExpectedConfidence([LinearLevels(3)])]}}, "model.estimators"),
+        ({"model": {"estimators": [ExpectedConfidence()]}}, "model.estimators"),
         ({"model": {"estimators": None}}, "model.estimators"),
         ({"model": {"adapters": {}}}, "model.adapters"),
         ({"data": {"test": {"": EvalSplit(DemoSource("test", 2))}}}, "data.test"),

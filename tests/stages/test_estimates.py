@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import yaml
 
-from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
@@ -27,9 +26,10 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConf
 from vlm_calibration.metrics import functional
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts
-from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
+from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
+from vlm_calibration.stages import evaluation
+from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, run_plainly
@@ -57,7 +57,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
     queries = data(eval_batch_size=5)
     queries.setup("test")
     model = load_adapters(load_model(), {"one": new_adapter(1)})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels()])
+    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = [json.loads(x) for x in (folder / system / "predictions.jsonl").read_text().splitlines()]
@@ -114,13 +114,31 @@ def test_stability_rates_the_answers_of_every_system(
         assert [r["stability"] for r in rated] != [r["likelihood"] for r in rated]
 
 
-def test_levels_are_those_of_the_data_and_of_the_estimators(model_folder: str) -> None:
-    own, base, drawn = [LinearLevels(3), LinearLevels(5)], BaseModel(model_folder), LinearLevels(11)
-    module = EvaluationModule(base, estimators=[AnswerLikelihood(), ExpectedConfidence(own)])
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(noise=SimpleNamespace(levels=drawn)))  # type: ignore[assignment]
-    assert module.levels == [drawn, *own]
-    assert [*EvaluationModule(base, estimators=[PTrue()]).estimators] == ["verbalized", "p_true"]
-    assert EvaluationModule(base).estimators == {}
+@pytest.mark.parametrize(
+    ("chosen", "fractional", "refused"),
+    [
+        ({"estimators": [ExpectedConfidence()]}, 10, True),
+        ({"probes": ["image"]}, 10, True),
+        ({"probes": ["image"]}, 7, False),
+        ({"estimators": [AnswerLikelihood()]}, 15, False),
+    ],
+)
+def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
+    run_evaluation: Callable[..., EvaluationModule],
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: dict[str, Any],
+    fractional: int,
+    refused: bool,
+) -> None:
+    """`fractional` of the 15 answers state fractions of a percent, all others whole percents."""
+    stated = iter([0.875] * fractional + [0.29] * (15 - fractional))
+
+    def answers(*arguments: Any) -> list[Any]:
+        return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
+
+    monkeypatch.setattr(evaluation, "answer_batch", answers)
+    with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
+        run_evaluation({}, **chosen)
 
 
 @pytest.mark.parametrize(
@@ -133,18 +151,6 @@ def test_levels_are_those_of_the_data_and_of_the_estimators(model_folder: str) -
 def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], message: str) -> None:
     with pytest.raises(DataError, match=message):
         EvaluationModule(BaseModel("nowhere"), estimators=chosen)
-
-
-def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
-) -> None:
-    table = AnchoredLevels.fit({"yes_no": AnswerTypeCounts.of_kinds({"noise": [(0, 10, 9), (1, 10, 5)]})})
-    module = EvaluationModule(
-        BaseModel(model_folder, dtype="float32"), estimators=[ExpectedConfidence([table])]
-    )
-    with pytest.raises(DataError, match="model.estimators: .* has no levels for answer type 'short'"):
-        trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
-    assert not list((tmp_path / "run").rglob("*.jsonl"))
 
 
 def test_two_processes_estimate_as_one(

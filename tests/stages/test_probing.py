@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
@@ -20,6 +22,7 @@ from vlm_calibration.estimators.probes import PROBES, read_probes
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
@@ -53,7 +56,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     run_evaluation({"one": new_adapter(1)}, queries=queries, estimators=estimators, probes=[*PROBES[::-1]])
     folder = tmp_path / "run"
     model = load_adapters(load_model(), {"one": new_adapter(1)})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels()])
+    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
     for system in ("base", "one"):
         predictions = read_predictions(folder / system / "predictions.jsonl")
         assert [tuple(p.probes) for p in predictions] == [KEYS] * 15
@@ -99,9 +102,21 @@ def test_probes_change_nothing_else(
     assert files[True] == files[False]
 
 
-def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
-    from vlm_calibration.models.loading import BaseModel
+def test_the_original_confidence_is_the_stated_one(
+    demo_folder: str, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """A percentage is one token here, so the likeliest one is stated, whichever it is."""
+    module = EvaluationModule(BaseModel(demo_folder), max_new_tokens=16, probes=["image"])
+    queries = PerturbedQueryDataModule(
+        demo_folder, test={"": EvalSplit(DemoSource("test", scenes=8))}, workers=0
+    )
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    predictions = read_predictions(tmp_path / "run" / "base" / "predictions.jsonl")
+    assert [p.probes["original"] for p in predictions] == [p.confidence for p in predictions]
+    assert any(round(100 * (p.confidence or 0)) % 10 for p in predictions)
 
+
+def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
     stable = Stability()
     module = EvaluationModule(BaseModel(model_folder), estimators=[stable], probes=["image", "answer"])
     assert [len(copies) for copies in module.copies.values()] == [5, 4]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import PredictionWriter, system_folder
+from vlm_calibration.callbacks.predictions import OFFICIAL, PredictionWriter, system_folder
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import read_predictions
@@ -20,9 +20,6 @@ from vlm_calibration.files import json_number, name_some, write_json, write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults
-
-FOLDER = "official"
-"""Subfolder of a system's folder for the benchmarks' answer files."""
 
 
 class OfficialScores(L.Callback):
@@ -81,7 +78,7 @@ def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, flo
         replies = [replies_by_id[i] for i in ids]
         counts[name] = source.count([text for text, _ in replies])
         for end, rows in source.answer_files(replies).items():
-            file = folder / FOLDER / (f"{name}.{end}" if name else end)
+            file = folder / OFFICIAL / (f"{name}.{end}" if name else end)
             write_rows(file, rows, lines=end.endswith(".jsonl"))
     scores = official_scores(counts) if counts else {}
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

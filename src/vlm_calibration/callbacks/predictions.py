@@ -13,7 +13,8 @@ from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.endpoint.responses import RESPONSES, ResponseLog
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
-from vlm_calibration.files import clear_leftovers, json_number, write_json
+from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
+from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.stages.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.fingerprint import fingerprint
@@ -23,8 +24,8 @@ TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
-METRICS, NOTES = "metrics.json", "notes.json"
-"""Files of a system's metrics, and of what it has none of, with the reason."""
+METRICS, NOTES, OFFICIAL = "metrics.json", "notes.json", "official"
+"""Files of a system's metrics, of what it has none of, with the reason, and the folder of the answer files for benchmarks' scripts."""
 
 
 class PredictionWriter(L.Callback):
@@ -106,9 +107,10 @@ class PredictionWriter(L.Callback):
         if self._state.answered is None:
             self._log.clear()
         if self.start_over:
-            for name in (METRICS, NOTES, *FILES.values()):
-                for path in self._log.folder.glob(f"*/{name}"):
-                    path.unlink()
+            of_systems = (METRICS, NOTES, OFFICIAL, THRESHOLDS, *FILES.values())
+            for pattern in ("report.*", *(f"*/{name}" for name in of_systems)):
+                for path in self._log.folder.glob(pattern):
+                    remove(path)
         for batch in self.earlier_answers(trainer):
             module.count(batch)
 

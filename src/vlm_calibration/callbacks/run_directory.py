@@ -22,12 +22,13 @@ from vlm_calibration.callbacks.checkpoint import FOLDER, LAST
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
 from vlm_calibration.callbacks.regions import SUMMARY
-from vlm_calibration.callbacks.resume import RUN_CONFIG, deciding_settings, resolved_settings
+from vlm_calibration.callbacks.resume import ANOTHER_FOLDER, RUN_CONFIG, deciding_settings, resolved_settings
 from vlm_calibration.callbacks.run_record import (
     RunRecord,
     command_of,
     new_record,
     outputs_of,
+    read_record,
     results_outside,
 )
 from vlm_calibration.files import hold, release, remove, replacing
@@ -190,6 +191,22 @@ def check_run_directory(
         kind, checkpoint = run
         resume = f"--ckpt_path {checkpoint} resumes it, " if checkpoint else ""
         raise DataError(f"{folder} holds {kind}: {resume}--overwrite replaces it, {another}")
+
+
+def check_evaluation_directory(folder: Path, overwrite: bool) -> None:
+    """Refuse to evaluate in a directory that holds a training or an extraction, or a finished run that is not overwritten.
+
+    Raises:
+        DataError: it does.
+    """
+    if any((folder / name).exists() for name in (ADAPTER, FOLDER, SUMMARY)):
+        raise DataError(f"{folder} holds a run of `fit` or `predict`: {ANOTHER_FOLDER}")
+    record = None if overwrite else read_record(folder)
+    if record is not None and record.finished:
+        raise DataError(
+            f"{folder} holds a finished run of `{record.command}`: --resume does nothing if it is the one that is asked for, "
+            f"--overwrite replaces it, {ANOTHER_FOLDER}"
+        )
 
 
 def _find_run(folder: Path) -> tuple[str, str | None] | None:

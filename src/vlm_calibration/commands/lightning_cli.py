@@ -30,7 +30,12 @@ from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.resume import find_prior
-from vlm_calibration.callbacks.run_directory import SaveRunConfig, check_run_directory
+from vlm_calibration.callbacks.run_directory import (
+    SaveRunConfig,
+    check_evaluation_directory,
+    check_run_directory,
+)
+from vlm_calibration.callbacks.run_record import command_of
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
@@ -176,6 +181,8 @@ class CalibrationCLI(LightningCLI):
             print(f"base model: {describe(base)}", flush=True)
         if config.get("resume"):
             self._resume()
+        elif command_of(str(self.subcommand), self.model) == "test":
+            check_evaluation_directory(Path(self.trainer.default_root_dir), config.overwrite)
         for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
                 writer.start_over = bool(config.get("overwrite"))

@@ -44,7 +44,6 @@ def report(
             there is no such system.
     """
     # These import torch and matplotlib, which the help does not need.
-    from vlm_calibration.reporting.report.agreement import groups_of_system
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
     from vlm_calibration.reporting.report.sheets import sheets_of, write_sheets
@@ -66,9 +65,9 @@ def report(
     html = render_page(systems, compared, comparison, promises, system, images, page)
     write_text(page, html)
     write_tables(compared.rows, page)
-    write_sheets(sheets_of(systems, compared.probed, promises), page)
+    write_sheets(sheets_of(systems, compared, promises), page)
     about = next((s for s in systems if s.name == system), subject_of(systems))
-    worst = largest_error(groups_of_system(about))
+    worst = largest_error(compared.groups[about.name])
     print_results(
         {s.name: s.values for s in systems},
         words=f"{about.name}: its {worst}" if worst else "",

@@ -63,7 +63,7 @@ def threshold(
     except ValueError as error:
         raise ArgumentError(None, f"--{str(error).replace('_', '-')}") from error
     evaluated = read_evaluated(Path(run), system, estimator, by)
-    model = model_of(evaluated.system, estimator, evaluated.answers)
+    model = model_of(evaluated.system)
     control = choose(evaluated.groups, estimator, limits)
     rule = _rule(control, evaluated, model, estimator, by)
     tested = (
@@ -114,7 +114,6 @@ def _rule(
         weights=model.weights,
         prompt=model.prompt,
         estimator=estimator,
-        levels=model.levels,
         by=by,
         groups=groups,
         limits=asdict(control.limits),

@@ -11,10 +11,10 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.endpoint.client import Client, continued, greedy, listing_tokens
 from vlm_calibration.endpoint.reading import (
+    PERCENTS,
     StatedPercent,
     answer_likelihood,
     complete_statement,
@@ -31,7 +31,6 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
-from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
@@ -89,18 +88,14 @@ class EndpointEstimates:
     Args:
         client: of the endpoint, connected.
         estimators: what to estimate.
-        levels: scales of the confidences that can be stated.
 
     Attributes:
         notes: name of an estimator that cannot be had -> why.
     """
 
-    def __init__(
-        self, client: Client, estimators: Sequence[Estimator], levels: Sequence[ConfidenceLevels]
-    ) -> None:
+    def __init__(self, client: Client, estimators: Sequence[Estimator]) -> None:
         self.client = client
         self.estimators = estimators
-        self.levels = levels
         self.notes = self._unavailable()
 
     def _unavailable(self) -> dict[str, str]:
@@ -130,15 +125,14 @@ class EndpointEstimates:
         return Rating(asked.prediction.confidence, asked.response.generated)
 
     async def _expected(self, estimator: Estimator, asked: Asked) -> Rating:
-        levels = stated_levels(self.levels, asked.query.answer_type)
-        distribution, generated = await self.distribution(asked, levels)
+        distribution, generated = await self.distribution(asked)
         if not distribution:
             return Rating(None, generated)
         mean = sum(level * p for level, p in distribution.items())
         return Rating(min(max(mean, min(distribution)), max(distribution)), generated)
 
-    async def distribution(self, asked: Asked, levels: Sequence[float]) -> tuple[dict[float, float], int]:
-        r"""How probable the model states each of some confidences after its own answer.
+    async def distribution(self, asked: Asked) -> tuple[dict[float, float], int]:
+        r"""How probable the model states each whole percent after its own answer.
 
         .. math:: p(c_k) \propto \sum_{\text{pieces of } c_k} p(\text{piece} \mid v, q, a)
 
@@ -146,27 +140,25 @@ class EndpointEstimates:
         beginning that is likelier than 1% is continued by another request, unless it was generated, and then the response itself
         has the continuation. A server that does not continue answers is enough for tokenizers with whole numbers. Our exact scoring instead computes the likelihood of each whole response, "Confidence: 80%" and the
         end of the turn, written as in training; what follows the number, the wording before it, unlisted tokens and unlikely
-        beginnings make the difference. In both the probabilities of `levels` are normalised to 1.
+        beginnings make the difference. In both the probabilities are normalised to 1.
 
         Args:
             asked: the answer.
-            levels: confidences in [0, 1].
 
         Returns:
-            Level -> probability, in falling order; empty if the answer states no labelled percentage, or the server does not
+            Confidence -> probability, in falling order; empty if the answer states no labelled percentage, or the server does not
             continue answers and that is needed. And the number of tokens that further requests generated.
         """
         stated = StatedPercent.find(asked.response)
         if stated is None:
             return {}, 0
-        by_percent = {round(100 * level): level for level in levels}
-        walk = _Walk(self, asked, stated, sorted(by_percent))
+        walk = _Walk(self, asked, stated)
         mass = await walk.mass()
         if mass is None:
             return {}, walk.generated
         total = sum(mass.values())
-        found = {by_percent[n]: mass.get(n, 0.0) / total for n in by_percent} if total > 0 else {}
-        return dict(sorted(found.items(), reverse=True)), walk.generated
+        found = {n / 100: mass.get(n, 0.0) / total for n in reversed(PERCENTS)} if total > 0 else {}
+        return found, walk.generated
 
     # --- Likelihood, P(True) and self-consistency -------------------------------------------------------------------
 
@@ -210,13 +202,10 @@ class _Walk:
         generated: number of tokens that further requests generated.
     """
 
-    def __init__(
-        self, estimates: EndpointEstimates, asked: Asked, stated: StatedPercent, percents: Sequence[int]
-    ) -> None:
+    def __init__(self, estimates: EndpointEstimates, asked: Asked, stated: StatedPercent) -> None:
         self.estimates = estimates
         self.asked = asked
         self.stated = stated
-        self.percents = percents
         self.generated = 0
 
     async def mass(self) -> dict[int, float] | None:
@@ -228,9 +217,9 @@ class _Walk:
             for before, pieces, log_p in beginnings:
                 for piece, own in pieces.items():
                     text = before + piece
-                    if (whole := is_whole(text, self.percents, self.stated.is_one_token)) is not None:
+                    if (whole := is_whole(text, self.stated.is_one_token)) is not None:
                         mass[whole] = mass.get(whole, 0.0) + math.exp(log_p + own)
-                    elif piece and possible(text, self.percents) and math.exp(log_p + own) >= FOLLOWED:
+                    elif piece and possible(text) and math.exp(log_p + own) >= FOLLOWED:
                         unfinished.append((text, log_p + own))
             if not unfinished:
                 break

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from vlm_calibration.endpoint.responses import Response, Token, joined
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, render_answer
 
+PERCENTS = range(101)
 _PERCENT = re.compile(r"(\d{1,3})\s{0,3}\\?%\Z")
 
 
@@ -146,20 +147,19 @@ def continuations(response: Response) -> dict[str, float]:
     return _continuations(response.tokens[0].alternatives) if response.tokens else {}
 
 
-def possible(piece: str, percents: Sequence[int]) -> list[int]:
+def possible(piece: str) -> list[int]:
     """The percentages that begin with a piece of text such as "8", "80" or "80%"."""
-    return [n for n in percents if f"{n}%".startswith(piece) or piece.startswith(f"{n}%")]
+    return [n for n in PERCENTS if f"{n}%".startswith(piece) or piece.startswith(f"{n}%")]
 
 
-def is_whole(piece: str, percents: Sequence[int], is_one_token: bool) -> int | None:
+def is_whole(piece: str, is_one_token: bool) -> int | None:
     """The percentage that a piece of text is: its number, if no digit can follow, or its number with the percent sign; else None.
 
     Args:
         piece: the text.
-        percents: the percentages to find.
         is_one_token: whether a token has all digits of a number, so that no digit can follow any.
     """
-    for n in percents:
+    for n in PERCENTS:
         if piece.startswith(f"{n}%") or (piece == str(n) and (is_one_token or n == 0 or n > 10)):
             return n
     return None

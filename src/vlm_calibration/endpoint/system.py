@@ -17,7 +17,6 @@ from vlm_calibration.endpoint.reading import complete_statement
 from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
-from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -65,12 +64,11 @@ class EndpointSystem:
         self.max_new_tokens = max_new_tokens
         self.grades = grades
 
-    def connect(self, prompt: ElicitationPrompt, levels: Sequence[ConfidenceLevels]) -> None:
+    def connect(self, prompt: ElicitationPrompt) -> None:
         """Reach the server before anything else is done; see `Client.connect`.
 
         Args:
             prompt: how a question is put.
-            levels: scales of the confidences that can be stated.
 
         Raises:
             DataError: the server cannot be reached, or refuses to answer.
@@ -78,7 +76,7 @@ class EndpointSystem:
         self.prompt = prompt
         self._reads_tokens = any(isinstance(e, READ_TOKENS) for e in self.estimators)
         self.client.connect(with_tokens=self._reads_tokens)
-        self.estimates = EndpointEstimates(self.client, self.estimators, levels)
+        self.estimates = EndpointEstimates(self.client, self.estimators)
 
     @property
     def notes(self) -> Mapping[str, str]:

@@ -19,12 +19,14 @@ from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
-from vlm_calibration.perturbation.levels import ConfidenceLevels
+from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import parse_answer
 
 YES_NO = ("Yes", "No")
+EVERY_PERCENT = LinearLevels(n_levels=101)
+"""The confidences that evaluations and `load_calibrated` score after an answer: every whole percent, whatever a model was taught."""
 
 
 def opposite(answer: str, question: str) -> str | None:
@@ -223,7 +225,7 @@ class AnswerTokenizer:
     def __init__(
         self,
         chat: ChatFormat,
-        levels: Sequence[ConfidenceLevels],
+        levels: Sequence[ConfidenceLevels] = (EVERY_PERCENT,),
         grid: int | None = None,
         opposite: bool = False,
     ) -> None:

@@ -25,7 +25,6 @@ from vlm_calibration.estimators.answer_scoring import (
 )
 from vlm_calibration.estimators.cached import PromptCache
 from vlm_calibration.models.shared_prefix import Prompts
-from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import strip_confidence
 
@@ -134,12 +133,10 @@ class Estimator(ABC):
 
     Attributes:
         name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
-        levels: scales of the confidences that can be stated, beside the scale of the data's noise.
         copies: the perturbed copies of each image that it needs.
     """
 
     name: ClassVar[str]
-    levels: Sequence[ConfidenceLevels] = ()
     copies: Sequence[ImageCopy] = ()
 
     @abstractmethod

@@ -18,7 +18,7 @@ from vlm_calibration.records import DataError
 
 Decision: TypeAlias = Literal["answer", "review"]
 By: TypeAlias = Literal["category"]
-SCHEMA = 1
+SCHEMA = 2
 EVERYTHING = ""
 """The group of a rule that has one threshold for all questions."""
 
@@ -62,7 +62,6 @@ class DecisionRule:
         weights: digest of the adapter's weights, or of the whole model if nothing is to be added to it.
         prompt: template of the prompt.
         estimator: estimator of the confidence that is compared.
-        levels: answer type -> confidences that the estimator averages over; empty if it averages none.
         by: what the groups are; None: one group of all questions.
         groups: group -> "threshold" (None: none was found), and what it does on the answers that it was chosen on.
         limits: "max_error", "max_sent_away" (None: no limit) and "certainty".
@@ -78,7 +77,6 @@ class DecisionRule:
     weights: str
     prompt: str
     estimator: str
-    levels: Mapping[str, list[float]]
     by: By | None
     groups: Mapping[str, Mapping[str, Any]]
     limits: Mapping[str, float | None]
@@ -108,9 +106,6 @@ class DecisionRule:
                 raise ValueError(
                     f"the threshold of group {name!r} must be in [0, 1] or null, found {value!r}"
                 )
-        for kind, levels in self.levels.items():
-            if not levels or not all(map(_is_share, levels)):
-                raise ValueError(f"the levels of {kind!r} must be numbers in [0, 1]")
 
     def applied(self, confidence: float | None, category: str | None) -> AppliedRule | None:
         """The rule for one answer; None if the rule goes by category and knows no threshold for this one.

@@ -1,16 +1,16 @@
 """Post-hoc recalibration, the baseline that training for calibration must beat.
 
-A map from confidence to accuracy is fitted on the answers of a calibration set and applied to those of a test set. The sets
-share no image, because the correctness of answers about one image is correlated. One map applies to all answers: with maps
-fitted on folds of the test set, the ranking would not be the model's alone. The maps are those of scikit-learn. All but histogram
-binning are monotone, so they fix calibration, not ranking: AUROC and AURC need a better model.
+Maps from confidence to accuracy are fitted on the answers of a calibration set and applied to those of a test set. The sets
+share no image, because the correctness of answers about one image is correlated. Each answer type has a map of its own, as stage 2's
+teacher has: the likelihood of yes against no and that of a text's tokens are not comparable. The maps are those of scikit-learn. All
+but histogram binning are monotone, so within an answer type they fix calibration, not ranking.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,11 +19,12 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.records import DataError
 
-EPSILON = 0.005
-"""Distance from 0 and 1 within which the logit is replaced by its tangent: half of the step between stated percentages."""
+HALF_PERCENT, SMALLEST = 0.005, 1e-6
+"""Distance from 0 and 1 within which log-odds are not taken as they are: half of the step between stated percentages, and that for all
+other confidences."""
 MIN_SLOPE = 1e-6
 """Slope of a logistic map, at least: confidences keep their order."""
 UNREGULARISED = 1e6
@@ -33,13 +34,17 @@ UNREGULARISED = 1e6
 class Recalibration(ABC):
     """A map from confidence to accuracy.
 
+    Args:
+        epsilon: as in `logit`, for the maps that take logits.
+
     Attributes:
         name: its name in tables.
     """
 
     name: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, epsilon: float = SMALLEST) -> None:
+        self.epsilon = epsilon
         self.map = self._map()
 
     @abstractmethod
@@ -64,14 +69,15 @@ class _Logistic(Recalibration):
 
     def _map(self) -> object:
         logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=self.intercept, max_iter=1000)
-        return make_pipeline(FunctionTransformer(logit), logistic)
+        return make_pipeline(FunctionTransformer(logit, kw_args={"epsilon": self.epsilon}), logistic)
 
     def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        self.constant = float(correct[0]) if len(set(correct.tolist())) == 1 else None
+        # One outcome has no finite fit: the rule of succession.
+        self.constant = (correct.sum() + 1) / (len(correct) + 2) if len(set(correct.tolist())) == 1 else None
         return self if self.constant is not None else super().fit(confidence, correct)
 
     def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        if self.constant is not None:  # all answers are correct, or all are wrong
+        if self.constant is not None:
             return np.full(len(confidence), self.constant)
         return self.map.predict_proba(confidence[:, None])[:, 1]  # type: ignore[attr-defined]
 
@@ -144,12 +150,10 @@ class Histogram(Recalibration):
 
 METHODS: dict[str, type[Recalibration]] = {m.name: m for m in (Platt, Temperature, Isotonic, Histogram)}
 
-Confidences = Sequence[float | None]
 
-
-def logit(confidence: np.ndarray) -> np.ndarray:
-    """log(c / (1 - c)), and its tangent within `EPSILON` of 0 or 1: finite and strictly increasing everywhere."""
-    inside = np.clip(confidence, EPSILON, 1 - EPSILON)
+def logit(confidence: np.ndarray, epsilon: float = SMALLEST) -> np.ndarray:
+    """log(c / (1 - c)), and its tangent within `epsilon` of 0 or 1: finite and strictly increasing everywhere."""
+    inside = np.clip(confidence, epsilon, 1 - epsilon)
     return np.log(inside) - np.log1p(-inside) + (confidence - inside) / (inside * (1 - inside))
 
 
@@ -159,23 +163,53 @@ def recalibrated(
     estimator: str,
     calibration: Sequence[EstimatedPrediction],
 ) -> list[float | None]:
-    """Recalibrate the confidences of an estimator with a map fitted on answers about other images.
+    """Recalibrate the confidences of an estimator with maps fitted on answers about other images, one for each answer type.
 
     Args:
         method: one of `METHODS`.
         predictions: answers to recalibrate.
         estimator: name of the estimator.
-        calibration: answers to fit the map on.
+        calibration: answers to fit the maps on.
 
     Returns:
         For each prediction its recalibrated confidence, None without a confidence.
 
     Raises:
-        DataError: an image is in both sets or unknown, or no calibration answer has a confidence.
+        DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
     """
     check_disjoint_images(calibration, predictions)
-    fit = _fit(method, calibration, [p.confidence_of(estimator) for p in calibration])
-    return _apply(fit, [p.confidence_of(estimator) for p in predictions])
+    if missing := unrated_types(predictions, estimator, calibration):
+        raise DataError(
+            f"{method}: no {missing[0]} answer of the calibration split has a confidence to fit on"
+        )
+    epsilon = HALF_PERCENT if estimator == VERBALIZED else SMALLEST
+    values: list[float | None] = [None] * len(predictions)
+    for kind in rated_types(predictions, estimator):
+        fitted_on = [p for p in calibration if _is_rated(p, estimator, kind)]
+        confidence = np.array([p.confidence_of(estimator) for p in fitted_on], dtype=np.float64)
+        fit = METHODS[method](epsilon).fit(confidence, np.array([p.correct for p in fitted_on]))
+        rows = [row for row, p in enumerate(predictions) if _is_rated(p, estimator, kind)]
+        mapped = fit(np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64))
+        for row, value in zip(rows, mapped.tolist(), strict=True):
+            values[row] = value
+    return values
+
+
+def rated_types(predictions: Sequence[EstimatedPrediction], estimator: str) -> list[str]:
+    """The types of the answers that an estimator rates, sorted."""
+    return sorted({p.answer_type for p in predictions if p.confidence_of(estimator) is not None})
+
+
+def unrated_types(
+    predictions: Sequence[EstimatedPrediction], estimator: str, calibration: Sequence[EstimatedPrediction]
+) -> list[str]:
+    """The types of answers that an estimator rates, but none of a calibration set, so that no map can be fitted."""
+    known = rated_types(calibration, estimator)
+    return [kind for kind in rated_types(predictions, estimator) if kind not in known]
+
+
+def _is_rated(prediction: EstimatedPrediction, estimator: str, kind: str) -> bool:
+    return prediction.answer_type == kind and prediction.confidence_of(estimator) is not None
 
 
 def check_disjoint_images(
@@ -206,23 +240,3 @@ def images_of(predictions: Sequence[EstimatedPrediction]) -> list[str]:
                 f"prediction {prediction.id!r} has no 'image', so answers cannot be split by image: evaluate again"
             )
     return [p.image for p in predictions if p.image is not None]
-
-
-def _fit(
-    method: str, predictions: Sequence[EstimatedPrediction], confidence: Confidences
-) -> Callable[[np.ndarray], np.ndarray]:
-    rows = [(c, p.correct) for c, p in zip(confidence, predictions, strict=True) if c is not None]
-    if not rows:
-        raise DataError(f"{method}: no answer of the calibration split has a confidence to fit on")
-    stated, correct = (np.array(column) for column in zip(*rows, strict=True))
-    return METHODS[method]().fit(stated.astype(np.float64), correct)
-
-
-def _apply(fit: Callable[[np.ndarray], np.ndarray], confidence: Confidences) -> list[float | None]:
-    indices = [i for i, c in enumerate(confidence) if c is not None]
-    recalibrated: list[float | None] = [None] * len(confidence)
-    if indices:
-        values = fit(np.array([confidence[i] for i in indices], dtype=np.float64))
-        for i, value in zip(indices, values.tolist(), strict=True):
-            recalibrated[i] = value
-    return recalibrated

@@ -16,11 +16,10 @@ from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.estimators.decision import DecisionRule
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
-from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
+from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query
 
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
-EVERY_PERCENT = LinearLevels(n_levels=101)
 
 
 class Asker(ABC):

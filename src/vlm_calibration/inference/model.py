@@ -19,15 +19,15 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.resolution import check_resolution, resize_to_model
 from vlm_calibration.demo.questions import unknown_part
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, ResponsePass
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_over
+from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import BASE, CALIBRATED, EVERY_PERCENT, Asker
+from vlm_calibration.inference.asking import BASE, CALIBRATED, Asker
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import (
     DEMO_MODEL,
@@ -43,7 +43,6 @@ from vlm_calibration.models.base import (
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError, Prediction, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card
 from vlm_calibration.reporting.card_files import load_card
@@ -60,7 +59,6 @@ def load_calibrated(
     adapter: str | Path | None = None,
     *,
     device: str | torch.device | None = None,
-    levels: ConfidenceLevels | None = None,
     prompt: str | None = None,
     max_new_tokens: int | None = None,
 ) -> CalibratedModel:
@@ -76,8 +74,6 @@ def load_calibrated(
         adapter: a run directory, the folder of an adapter, or its name on the Hub, `owner/name` or `owner/name@revision`;
             None: the base model alone, which may have an adapter merged in.
         device: device of the model; None: a GPU if there is one.
-        levels: the confidences that `Answer.distribution` ranges over; None: every whole percent, so that the distribution
-            also covers confidences that the model was not taught to state.
         prompt: the prompt, with `{question}` in it.
         max_new_tokens: length limit of an answer.
 
@@ -95,7 +91,7 @@ def load_calibrated(
     elicitation = _prompt(prompt or card.template)
     rule = read_rule(files)
     if rule is not None:
-        _check_rule(rule, files, folder, model, elicitation, levels)
+        _check_rule(rule, files, folder, model, elicitation)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
         loaded = loaded.to(device)
@@ -111,7 +107,6 @@ def load_calibrated(
     return CalibratedModel(
         loaded.requires_grad_(False).eval(),
         data.chat,
-        levels or EVERY_PERCENT,
         max_new_tokens or card.max_new_tokens,
         name=_name(model, folder),
         is_demo=_is_demo_model(model.name_or_path),
@@ -138,12 +133,11 @@ def _check_rule(
     adapter: Path | None,
     model: BaseModel,
     prompt: ElicitationPrompt,
-    levels: ConfidenceLevels | None,
 ) -> None:
     """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise.
 
     Raises:
-        DataError: see `check_rule`; or the rule averages over confidences that are not among `levels`.
+        DataError: see `check_rule`; or the model has no such estimator.
     """
     path = files / THRESHOLDS
     weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
@@ -151,10 +145,6 @@ def _check_rule(
     if rule.estimator not in (VERBALIZED, ExpectedConfidence.name):
         raise DataError(
             f"{path}: the estimator {rule.estimator!r} is not one of {VERBALIZED}, {ExpectedConfidence.name}"
-        )
-    if rule.estimator == ExpectedConfidence.name and levels is not None:
-        raise DataError(
-            f"{path}: its thresholds compare the expected confidence, which needs every percent: leave `levels` out"
         )
     if rule.quantization != model.quantization:
         logger.warning(
@@ -218,7 +208,6 @@ class CalibratedModel(Asker):
     Attributes:
         model: the transformers or peft model.
         chat: formats questions for the model.
-        levels: the confidences that `Answer.distribution` ranges over.
         max_new_tokens: length limit of an answer.
         name: name for messages.
         is_demo: whether the base model is the demo's, of which it is known what it knows.
@@ -230,7 +219,6 @@ class CalibratedModel(Asker):
         self,
         model: Any,
         chat: ChatFormat,
-        levels: ConfidenceLevels,
         max_new_tokens: int,
         name: str = "model",
         is_demo: bool = False,
@@ -238,8 +226,7 @@ class CalibratedModel(Asker):
     ) -> None:
         self.model = model
         self.chat = chat
-        self.levels = levels
-        self._answer_tokenizer = AnswerTokenizer(chat, [levels])
+        self._answer_tokenizer = AnswerTokenizer(chat)
         self.max_new_tokens = max_new_tokens
         self.name = name
         self.is_demo = is_demo
@@ -297,22 +284,19 @@ class CalibratedModel(Asker):
                     distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
                     answer_type=prediction.answer_type,
                     warning=self.unknown_part(prediction.question),
-                    rule=_applied(rule, prediction, scored),
+                    rule=_applied(rule, prediction, mean),
                 )
             )
         return answers
 
 
-def _applied(
-    rule: DecisionRule | None, prediction: Prediction, scored: ResponsePass | None
-) -> AppliedRule | None:
+def _applied(rule: DecisionRule | None, prediction: Prediction, expected: float | None) -> AppliedRule | None:
     """The rule for an answer, with the confidence as an evaluation measures it."""
     if rule is None:
         return None
     confidence = prediction.confidence
     if rule.estimator == ExpectedConfidence.name:
-        levels = rule.levels.get(prediction.answer_type)
-        confidence = None if scored is None or levels is None else expected_over(levels, scored)
+        confidence = None if expected is None else rounded(expected)
     return rule.applied(confidence, prediction.category)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import ImageCollator
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.endpoint.responses import ResponseLog
@@ -16,7 +15,7 @@ from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem, RatedAnswer
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import ENDPOINT, EVERY_PERCENT, Asker
+from vlm_calibration.inference.asking import ENDPOINT, Asker
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -45,7 +44,7 @@ class ServedModel(Asker):
         )
         if responses is not None:
             self._system.client.log = ResponseLog(responses)
-        self._system.connect(ElicitationPrompt(), [EVERY_PERCENT])
+        self._system.connect(ElicitationPrompt())
         self._one_at_a_time = threading.Lock()
 
     def close(self) -> None:
@@ -65,8 +64,7 @@ class ServedModel(Asker):
 
     async def _distribution(self, answer: RatedAnswer) -> dict[float, float]:
         """The responses that it is read from are those of the expected confidence; nothing is asked again."""
-        levels = stated_levels([EVERY_PERCENT], answer.prediction.answer_type)
-        distribution, _ = await self._system.estimates.distribution(answer.asked, levels)
+        distribution, _ = await self._system.estimates.distribution(answer.asked)
         return distribution
 
 

@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jsonargparse import ArgumentParser
-
-from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.estimators.decision import By
 from vlm_calibration.estimators.predictions import (
     CALIBRATION,
@@ -24,7 +21,6 @@ from vlm_calibration.models.base import (
     find_adapter,
     read_object,
 )
-from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report.data import BASE, CONFIG, ORACLE, System, read_systems
 from vlm_calibration.reporting.report.summary import subject_of
@@ -113,14 +109,12 @@ class EvaluatedModel(NamedTuple):
         base: its base model.
         weights: digest of the weights, as `DecisionRule` has it.
         prompt: template of the evaluation's prompt.
-        levels: answer type -> confidences that the estimator averages over; empty if it averages none.
         folder: where the rule belongs.
     """
 
     base: BaseModel
     weights: str
     prompt: str
-    levels: Mapping[str, list[float]]
     folder: Path
 
 
@@ -131,7 +125,7 @@ def _evaluation(system: System) -> Mapping[str, Any] | None:
     return (model.get("init_args") or {}) if is_evaluation else None
 
 
-def model_of(system: System, estimator: str, answers: Sequence[EstimatedPrediction]) -> EvaluatedModel:
+def model_of(system: System) -> EvaluatedModel:
     """The model behind a system, as the evaluation's configuration names it.
 
     Raises:
@@ -143,21 +137,18 @@ def model_of(system: System, estimator: str, answers: Sequence[EstimatedPredicti
         raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
     base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
     prompt = (data.get("prompt") or {}).get("template") or ElicitationPrompt().template
-    levels = _levels(settings, data, answers) if estimator == "expected" else {}
     folder = system.folder / system.name
     if system.name == BASE:
         from vlm_calibration.models.loading import (
             weights_digest,  # imports transformers, which no adapter needs
         )
 
-        return EvaluatedModel(base, weights_digest(base) or "", prompt, levels, folder)
+        return EvaluatedModel(base, weights_digest(base) or "", prompt, folder)
     adapter = find_adapter(adapters[system.name])
     _check_unchanged(system, adapter)
     # A download in the Hub's cache belongs to the cache.
     is_local = Path(adapters[system.name]).exists()
-    return EvaluatedModel(
-        base, adapter_weights_digest(adapter), prompt, levels, adapter if is_local else folder
-    )
+    return EvaluatedModel(base, adapter_weights_digest(adapter), prompt, adapter if is_local else folder)
 
 
 def _check_unchanged(system: System, adapter: Path) -> None:
@@ -167,19 +158,3 @@ def _check_unchanged(system: System, adapter: Path) -> None:
     recorded = inputs.get(f"model.init_args.adapters.{system.name}")
     if recorded not in (None, adapter_digest(adapter)):
         raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
-
-
-def _levels(
-    settings: Mapping[str, Any], data: Mapping[str, Any], answers: Sequence[EstimatedPrediction]
-) -> dict[str, list[float]]:
-    """Answer type -> the confidences over which the evaluation took the expected confidence: those of all its estimators."""
-    configured = [
-        (data.get("noise") or {}).get("levels")
-        or {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
-    ]
-    for entry in settings.get("estimators") or ():
-        configured += (entry.get("init_args") or {}).get("levels") or []
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--levels", type=list[ConfidenceLevels])
-    levels = parser.instantiate_classes(parser.parse_object({"levels": configured})).levels
-    return {kind: list(stated_levels(levels, kind)) for kind in sorted({a.answer_type for a in answers})}

@@ -170,6 +170,19 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
+def systems_of(config: Mapping[str, Any]) -> list[str]:
+    """The systems that the configuration of an evaluation names, in the order of its tables; empty for another run."""
+    if stage_name(str(_get(config, "model", "class_path") or "")) != "evaluation":
+        return []
+    settings = _get(config, "model", "init_args") or {}
+    return [
+        *(["base"] if settings.get("with_base", True) else []),
+        *(settings.get("adapters") or {}),
+        *(settings.get("endpoints") or {}),
+        *(["oracle"] if settings.get("oracle_levels") else []),
+    ]
+
+
 # --- State and figures ----------------------------------------------------------------------------------------------
 
 
@@ -198,14 +211,9 @@ def _read_training(run: Run, config: Mapping[str, Any]) -> None:
 
 
 def _read_evaluation(run: Run, config: Mapping[str, Any]) -> None:
-    settings = _get(config, "model", "init_args") or {}
-    systems = [
-        *(["base"] if settings.get("with_base", True) else []),
-        *(settings.get("adapters") or {}),
-        *(["oracle"] if settings.get("oracle_levels") else []),
-    ]
+    systems, adapters = systems_of(config), _get(config, "model", "init_args", "adapters") or {}
     start = _start_folder(run, config)
-    run.adapters = {name: str(start / path) for name, path in (settings.get("adapters") or {}).items()}
+    run.adapters = {name: str(start / path) for name, path in adapters.items()}
     missing = [s for s in systems if not (run.folder / s / METRICS).is_file()]
     if logs := sorted(run.folder.glob(ANSWERS)):
         answers = _count(logs, b'{"id": ')

@@ -7,6 +7,7 @@ the same pass over the images.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,6 @@ from typing import Any, TypedDict, cast
 import lightning as L
 from torch import nn
 
-from vlm_calibration.data.candidates import stated_levels
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
@@ -27,13 +27,13 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
-from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
+from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, adapter_files, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, Perturbation
+from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import (
     answer_batch,
@@ -60,6 +60,8 @@ class BatchAnswers(TypedDict):
 
 BASE = "base"
 ORACLE = "oracle"
+MOST_UNSCORED = 10
+"""Number of answers from which on a system is refused that mostly states confidences which are not scored."""
 SCORED = TESTED[0]
 """The data set that scores include."""
 
@@ -163,12 +165,14 @@ class EvaluationModule(L.LightningModule):
             for system in self.systems
         )
         self.results = {}
+        # System -> how many of its stated confidences are among the scored ones (True), and how many are not.
+        self._stated: dict[str, Counter[bool]] = {system: Counter() for system in self.answering}
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         for endpoint in self.endpoints.values():
-            endpoint.connect(data.prompt, self.levels)
+            endpoint.connect(data.prompt)
 
     def teardown(self, stage: str) -> None:
         for endpoint in self.endpoints.values():
@@ -213,12 +217,6 @@ class EvaluationModule(L.LightningModule):
         return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
 
     @property
-    def levels(self) -> list[ConfidenceLevels]:
-        """The levels whose confidences estimators range over: those of the data's noise, and the estimators' own."""
-        levels = [level for e in self.estimators.values() for level in e.levels]
-        return [self.trainer.datamodule.noise.levels, *levels]  # type: ignore[attr-defined]
-
-    @property
     def deciding(self) -> dict[str, Any]:
         """The settings beside the base model that decide the answers, with the content of adapters."""
         return {
@@ -236,13 +234,8 @@ class EvaluationModule(L.LightningModule):
         for kind in {query.answer_type for queries in data.tested_queries.values() for query in queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
-            try:
-                if self.estimators:
-                    stated_levels(self.levels, kind)
-            except ValueError as error:
-                raise DataError(f"model.estimators: {error}") from error
         if self.estimators and self.local:
-            self.answer_tokenizer = AnswerTokenizer(data.chat, self.levels)
+            self.answer_tokenizer = AnswerTokenizer(data.chat)
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)
@@ -263,10 +256,29 @@ class EvaluationModule(L.LightningModule):
                 answers[system], passes[system] = _rated(endpoint.answer(batch), list(self.estimators))
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
+        if self.probes or ExpectedConfidence.name in self.estimators:
+            self._check_scored(answers)
         output = BatchAnswers(answers=answers, passes=passes)
         if batch.queries and is_scored:
             self.count(output)
         return output
+
+    def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
+        """Refuse a system that mostly states other confidences than whole percents, which alone are scored after its answers.
+
+        Raises:
+            DataError: it does; its expected and probed confidences would not be about what it states.
+        """
+        for system, counts in self._stated.items():
+            stated = [p.confidence for p in answers[system] if p.confidence is not None]
+            unscored = [c for c in stated if round(100 * c, 6) % 1]
+            counts.update({True: len(stated) - len(unscored), False: len(unscored)})
+            if unscored and counts[False] >= MOST_UNSCORED and counts[False] > counts[True]:
+                raise DataError(
+                    f"model.estimators: {counts[False]} of the first {counts.total()} confidences that {system!r} states are not whole "
+                    f"percents, such as {100 * unscored[0]:g}%, but only those are scored: ask for them in data.prompt, or leave out "
+                    "ExpectedConfidence and model.probes"
+                )
 
     def count(self, batch: BatchAnswers) -> None:
         """Count a batch in the results, whether this run or an earlier one answered it."""

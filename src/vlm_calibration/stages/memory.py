@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlm_calibration.estimators.answer_scoring import EVERY_PERCENT
 from vlm_calibration.estimators.probes import COPIES
 from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
 from vlm_calibration.models.adapters import LoraSettings
@@ -295,10 +296,8 @@ def _answering_step(base: BaseModel, config: Any, plan: Plan) -> AnsweringStep:
 
 
 def _scored_tokens(settings: Any) -> int:
-    """Tokens of an answer and of all confidences after it, which estimators score."""
-    scales = [e.init_args.get("levels") or [None] for e in settings.estimators or () if "init_args" in e]
-    widest = max((len(levels) for levels in scales), default=1)
-    return settings.max_new_tokens + widest * LEVELS * LEVEL_TOKENS
+    """Tokens of an answer and of every percent after it, which estimators score."""
+    return settings.max_new_tokens + EVERY_PERCENT.n_levels * LEVEL_TOKENS
 
 
 def _copied_responses(settings: Any, estimators: Collection[str]) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates
 from vlm_calibration.data.noise import query_rng
+from vlm_calibration.estimators.verbal import expected_confidence
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 
@@ -133,9 +134,10 @@ class LevelDistribution(NamedTuple):
 
     def expected(self, row: int) -> float:
         """The mean confidence of one query over its levels, in [0, 1]."""
-        log_p = self.log_p(row)
-        levels = log_p.new_tensor([self.candidates[row][k].confidence for k in self._indices(row)])
-        return float((log_p.exp() * levels).sum())
+        indices = self._indices(row)
+        return expected_confidence(
+            [self.candidates[row][k].confidence for k in indices], self.total[row, indices].cpu()
+        )
 
     def mode(self, row: int) -> int:
         """Index of the most likely candidate of one query, the one that greedy decoding states."""

@@ -23,6 +23,7 @@ from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.recalibration import SMALLEST
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.records import DataError
@@ -36,8 +37,6 @@ _ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 }
 FOLDS = 5
 """Folds of the cross-validation that scores a fitted teacher."""
-SMALLEST = 1e-6
-"""Distance from 0 and 1 to which confidences are clipped before their log-odds are taken."""
 
 
 @dataclass(frozen=True)

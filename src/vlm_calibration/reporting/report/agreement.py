@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,13 +11,15 @@ import torch
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.figures import wilson_interval
+from vlm_calibration.records import category_groups
+from vlm_calibration.reporting.report.bootstrap import ImageBootstrap
 from vlm_calibration.reporting.report.data import System, summarize_predictions
 from vlm_calibration.reporting.tables import groups_of
 
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
 TOLERANCE = 5
-"""Points of percent by which stated confidence and accuracy may differ, however many answers show it."""
+"""Points of percent by which stated confidence and accuracy may differ."""
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
 """Metrics of each group."""
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
@@ -30,8 +32,9 @@ class Match(NamedTuple):
     Attributes:
         says: mean stated confidence; NaN without answers, as the next three.
         right: share of correct answers.
-        low: lower end of its 95% Wilson interval.
-        high: upper end of its 95% Wilson interval.
+        low: lower end of its 95% interval: over images, for the given `says`, and at least the Wilson interval of independent answers,
+            which stays wide where all answers are correct.
+        high: upper end of this interval.
         answers: number of answers.
     """
 
@@ -42,9 +45,15 @@ class Match(NamedTuple):
     answers: int
 
     @property
-    def agrees(self) -> bool:
-        """Whether both differ by at most `TOLERANCE`, or the stated confidence is in the interval of the accuracy."""
-        return abs(self.says - self.right) <= TOLERANCE + 1e-9 or self.low <= self.says <= self.high
+    def agrees(self) -> bool | None:
+        """Whether both differ by at most `TOLERANCE`; None where the interval leaves it open."""
+        least, most = self.says - TOLERANCE - 1e-9, self.says + TOLERANCE + 1e-9
+        return told(least <= self.low and self.high <= most, self.high < least or self.low > most)
+
+    @property
+    def agreement(self) -> str:
+        """`agrees` as a word."""
+        return {True: "yes", False: "no", None: "unclear"}[self.agrees]
 
     @property
     def numbers(self) -> str:
@@ -86,34 +95,50 @@ class Group(NamedTuple):
     match: Match
 
 
-def match_of(says: float, correct: float, answers: int) -> Match:
-    """Put a mean stated confidence beside an accuracy.
+def told(holds: bool, fails: bool) -> bool | None:
+    """Whether something holds; None if neither it nor its opposite is certain."""
+    return True if holds else False if fails else None
+
+
+def match_of(
+    predictions: Sequence[EstimatedPrediction],
+    bootstrap: ImageBootstrap,
+    belongs: Callable[[EstimatedPrediction], bool],
+) -> Match:
+    """Put the mean stated confidence of some answers beside their accuracy.
 
     Args:
-        says: mean stated confidence in [0, 1].
-        correct: number of correct answers.
-        answers: number of answers.
+        predictions: all answers of a system.
+        bootstrap: draws of the images behind them.
+        belongs: chooses the answers, among those that state a confidence.
     """
-    if not answers:
+    gaps = [
+        p.confidence - p.correct if p.confidence is not None and belongs(p) else None for p in predictions
+    ]
+    correct = [p.correct for p, gap in zip(predictions, gaps, strict=True) if gap is not None]
+    if not correct:
         return Match(math.nan, math.nan, math.nan, math.nan, 0)
-    low, high = wilson_interval(torch.tensor(float(correct)).double(), torch.tensor(float(answers)).double())
-    return Match(100 * says, 100 * correct / answers, 100 * float(low), 100 * float(high), answers)
+    n, right, gap = len(correct), sum(correct) / len(correct), bootstrap.mean(gaps)
+    says = right + gap.value
+    low, high = map(float, wilson_interval(torch.tensor(float(sum(correct))), torch.tensor(float(n))))
+    low, high = max(0.0, min(low, says - gap.high)), min(1.0, max(high, says - gap.low))
+    return Match(100 * says, 100 * right, 100 * low, 100 * high, n)
 
 
-def bands_of(predictions: Sequence[EstimatedPrediction]) -> list[Band]:
+def bands_of(predictions: Sequence[EstimatedPrediction], bootstrap: ImageBootstrap) -> list[Band]:
     """The bands that contain answers, the highest first."""
-    rows = [(100 * p.confidence, p.correct) for p in predictions if p.confidence is not None]
     bands = []
     for low, high in pairwise(EDGES):
-        members = [(c, r) for c, r in rows if low <= round(c, 6) < high or c == high == 100]
-        if members:
-            n = len(members)
-            says = sum(c for c, _ in members) / n / 100
-            bands.append(Band(low, high, match_of(says, sum(r for _, r in members), n)))
-    return bands[::-1]
+
+        def belongs(prediction: EstimatedPrediction, low: int = low, high: int = high) -> bool:
+            percent = round(100 * (prediction.confidence or 0.0), 6)
+            return low <= percent < high or percent == high == 100
+
+        bands.append(Band(low, high, match_of(predictions, bootstrap, belongs)))
+    return [band for band in bands[::-1] if band.match.answers]
 
 
-def groups_of_system(system: System) -> list[Group]:
+def groups_of_system(system: System, bootstrap: ImageBootstrap) -> list[Group]:
     """The groups of a system's answers: categories, coarse ones first, and answer types if there are several.
 
     A combination that has as many answers as one of its parts is omitted.
@@ -125,24 +150,15 @@ def groups_of_system(system: System) -> list[Group]:
         for n in names
         if values[f"n/{n}"] not in [values[f"n/{part}"] for part in n.split("/") if part != n]
     ]
-    return [
-        *_type_groups(system.predictions),
-        *(_group(name, {m: values[f"{m}/{name}"] for m in ("n", *GROUPED)}) for name in distinct),
-    ]
-
-
-def _type_groups(predictions: Sequence[EstimatedPrediction]) -> list[Group]:
-    """A group for each answer type, none if all answers are of one type."""
+    predictions = system.predictions
+    groups = []
     types = [t for t in TYPES if any(p.answer_type == t for p in predictions)]
-    if len(types) < 2:
-        return []
-    return [
-        _group(TYPES[t], summarize_predictions([p for p in predictions if p.answer_type == t])) for t in types
-    ]
-
-
-def _group(name: str, values: Mapping[str, float]) -> Group:
-    n, says = int(values["n"]), values["mean_confidence"]
-    parsed = round(n * (1 - values["parse_failure_rate"]))
-    correct = round(parsed * (says - values["overconfidence"])) if parsed else 0
-    return Group(name, n, {metric: values[metric] for metric in GROUPED}, match_of(says, correct, parsed))
+    for kind in types if len(types) > 1 else ():
+        own = summarize_predictions([p for p in predictions if p.answer_type == kind])
+        match = match_of(predictions, bootstrap, lambda p, kind=kind: p.answer_type == kind)  # type: ignore[misc]
+        groups.append(Group(TYPES[kind], int(own["n"]), {m: own[m] for m in GROUPED}, match))
+    for name in distinct:
+        match = match_of(predictions, bootstrap, lambda p, name=name: name in category_groups(p.category))  # type: ignore[misc]
+        metrics = {m: values[f"{m}/{name}"] for m in GROUPED}
+        groups.append(Group(name, int(values[f"n/{name}"]), metrics, match))
+    return groups

@@ -21,7 +21,7 @@ from vlm_calibration.estimators.predictions import (
     probes_of,
     read_predictions,
 )
-from vlm_calibration.files import read_json
+from vlm_calibration.files import name_some, read_json
 from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
@@ -39,6 +39,7 @@ from vlm_calibration.reporting.report.origin import (
     read_config,
     read_versions,
 )
+from vlm_calibration.reporting.runs import systems_of
 
 METRICS = "metrics.json"
 
@@ -99,11 +100,14 @@ def read_systems(folders: Sequence[str]) -> list[System]:
     """Read the systems of evaluations and runs; names that occur twice get their folder in front.
 
     Raises:
-        DataError: a folder holds no predictions, or a file in it cannot be used.
+        DataError: a folder holds no predictions, a file in it cannot be used, or two systems answered different questions.
     """
     by_folder = [_read_folder(Path(folder)) for folder in dict.fromkeys(folders)]
     if not by_folder:
         raise DataError("give at least one folder of a run or an evaluation")
+    first, *others = (s for systems in by_folder for s in systems)
+    for other in others:
+        _check_same_questions(first, other)
     count = Counter(s.name for systems in by_folder for s in systems)
     return [
         replace(s, name=f"{s.folder}/{s.name}") if count[s.name] > 1 else s
@@ -112,18 +116,29 @@ def read_systems(folders: Sequence[str]) -> list[System]:
     ]
 
 
+def _check_same_questions(first: System, other: System) -> None:
+    asked, also = ({p.id: (p.question, p.answer) for p in s.predictions} for s in (first, other))
+    if asked != also:
+        differing = [i for i in {**asked, **also} if asked.get(i) != also.get(i)]
+        raise DataError(
+            f"{first.name!r} in {first.folder} and {other.name!r} in {other.folder} did not answer the same questions: "
+            f"{name_some(differing, len(differing))}: evaluate them together, or report on each alone"
+        )
+
+
 def _read_folder(folder: Path) -> list[System]:
-    """Read the systems of an evaluation, the base model first; or a run, under the folder's name."""
-    config = read_config(folder / CONFIG)
-    adapters, versions = adapters_of(config), read_versions(folder)
-    order = {name: i for i, name in enumerate([BASE, *adapters])}
-    paths = [folder / name for name in order] + sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))
-    paths = [p for p in dict.fromkeys([folder, *paths]) if (p / PREDICTIONS).is_file()]
+    """Read the systems that the configuration of an evaluation names; without one those in `folder`, the base model first."""
+    config, versions = read_config(folder / CONFIG), read_versions(folder)
+    if named := systems_of(config or {}):
+        paths = [folder / name for name in named]
+    else:
+        paths = [folder, *sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))]
+        paths.sort(key=lambda p: (p.name == ORACLE, p.name != BASE))
+    paths = [p for p in paths if (p / PREDICTIONS).is_file()]
     if not paths:
         raise DataError(
             f"no {PREDICTIONS} in {folder} or a folder in it: evaluate first, or name another folder"
         )
-    paths.sort(key=lambda p: (p.name == ORACLE, order.get(p.name, len(order))))
     return [
         System(
             path.resolve().name,

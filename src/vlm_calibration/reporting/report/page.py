@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from vlm_calibration.benchmarks.official import blocks_of
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.reporting.report.agreement import TOLERANCE, Group, groups_of_system
+from vlm_calibration.reporting.report.agreement import TOLERANCE, Group
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.examples import examples_of, thumbnails
 from vlm_calibration.reporting.report.figures import FigurePanel, panels_of, thresholds_picture
@@ -121,10 +121,10 @@ def render_page(
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     probes = probes_in(compared.probed)
     stated = {row.system: row for row in compared.rows if row.is_stated}
-    groups = {s.name: groups_of_system(s) for s in ordered}
+    groups = {s.name: compared.groups[s.name] for s in ordered}
     rated = [(row, [cell_of(row, name) for name in RATED]) for row in compared.rows]
     panels, official = panels_of(systems), _official(systems)
-    summary = summarize_system(about, compared.rows)
+    summary = summarize_system(about, compared)
     present = {
         "confidence": summary.bands,
         "probes": probes,

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from vlm_calibration.benchmarks.official import blocks_of
 from vlm_calibration.files import remove, write_text
-from vlm_calibration.reporting.report.agreement import GROUPED, Match, bands_of, groups_of_system
+from vlm_calibration.reporting.report.agreement import GROUPED, Group, Match
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.listening import ProbeEffect
 from vlm_calibration.reporting.report.summary import weakest_group
+from vlm_calibration.reporting.report.table import Compared
 from vlm_calibration.reporting.report.thresholds import SystemPromises
 from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, official_of
 
@@ -50,31 +51,29 @@ class Sheet(NamedTuple):
 
 
 def sheets_of(
-    systems: Sequence[System],
-    probed: Mapping[str, Mapping[str, ProbeEffect]],
-    promises: Sequence[SystemPromises],
+    systems: Sequence[System], compared: Compared, promises: Sequence[SystemPromises]
 ) -> dict[str, Sheet]:
     """The tables of the page other than the comparison: name -> table, which may have no rows."""
     return {
-        "systems": _systems(systems),
+        "systems": _systems(systems, compared.groups),
         "confidence": Sheet(
             ("system", "from_percent", "to_percent", "answers", *MATCH),
             [
-                (s.name, band.low, band.high, band.match.answers, *_match(band.match))
-                for s in systems
-                for band in bands_of(s.predictions)
+                (name, band.low, band.high, band.match.answers, *_match(band.match))
+                for name, bands in compared.bands.items()
+                for band in bands
             ],
         ),
         "groups": Sheet(
             ("system", "group", "n", *MATCH, *GROUPED),
             [
-                (s.name, group.name, group.n, *_match(group.match), *(group.metrics[m] for m in GROUPED))
-                for s in systems
-                for group in groups_of_system(s)
+                (name, group.name, group.n, *_match(group.match), *(group.metrics[m] for m in GROUPED))
+                for name, groups in compared.groups.items()
+                for group in groups
             ],
         ),
         "thresholds": _thresholds(promises),
-        "probes": _probes(probed),
+        "probes": _probes(compared.probed),
         "official": _official(systems),
     }
 
@@ -101,12 +100,11 @@ def sheet_path(page: Path, name: str) -> Path:
     return page.with_suffix(f".{name}.csv")
 
 
-def _systems(systems: Sequence[System]) -> Sheet:
+def _systems(systems: Sequence[System], groups: Mapping[str, Sequence[Group]]) -> Sheet:
     facts = list(dict.fromkeys(heading for s in systems for heading in s.origin.facts))
-    weakest = {s.name: weakest_group(groups_of_system(s)) for s in systems}
     rows = []
     for s in systems:
-        group = weakest[s.name]
+        group = weakest_group(groups[s.name])
         worst = (group.name, *_match(group.match)) if group else [None] * (1 + len(MATCH))
         known = [s.origin.facts.get(heading) for heading in facts]
         rows.append((s.name, s.origin.label, *known, *(s.values[name] for name in HEADLINE), *worst))
@@ -116,7 +114,7 @@ def _systems(systems: Sequence[System]) -> Sheet:
 
 def _match(match: Match) -> Iterator[Value]:
     yield from (value / 100 for value in match[:4])
-    yield ("yes" if match.agrees else "no") if match.answers else None
+    yield match.agreement if match.answers else None
 
 
 def _thresholds(rows: Sequence[SystemPromises]) -> Sheet:

@@ -9,15 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vlm_calibration.reporting.report.agreement import Band, Group, Match, bands_of, groups_of_system
+from vlm_calibration.reporting.report.agreement import TOLERANCE, Band, Group, Match, told
 from vlm_calibration.reporting.report.data import ORACLE, System
-from vlm_calibration.reporting.report.table import Row
+from vlm_calibration.reporting.report.table import Compared, Row
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
 TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
 """Largest ECE and smallest AUROC of a confidence that can be trusted, and of one that can be trusted in part."""
 MIN_CHECKED = 100
-"""Answers of the smallest group or band on which the verdict depends."""
+"""Answers of the smallest group or band that can be checked."""
 MIN_ANSWERS = 30
 """Smallest group of answers that the summary may name."""
 MAX_PLACES = 3
@@ -25,7 +25,7 @@ MAX_PLACES = 3
 
 
 class Checks(NamedTuple):
-    """The groups and bands of at least `MIN_CHECKED` answers.
+    """The groups and bands that the verdict depends on, see `checks_of`.
 
     Attributes:
         bands: name of a band -> what it states and how often that is correct.
@@ -34,10 +34,6 @@ class Checks(NamedTuple):
 
     bands: Mapping[str, Match]
     groups: Mapping[str, Match]
-
-    @property
-    def all_agree(self) -> bool:
-        return all(match.agrees for match in (*self.bands.values(), *self.groups.values()))
 
 
 class Summary(NamedTuple):
@@ -65,11 +61,11 @@ def subject_of(systems: Sequence[System]) -> System:
     return ([s for s in systems if s.name != ORACLE] or list(systems))[-1]
 
 
-def summarize_system(system: System, rows: Sequence[Row]) -> Summary:
+def summarize_system(system: System, compared: Compared) -> Summary:
     """Summarise one system and compare it with the first one."""
-    stated = {row.system: row for row in rows if row.is_stated}
+    stated = {row.system: row for row in compared.rows if row.is_stated}
     row, base = stated[system.name], next(iter(stated.values()))
-    bands, groups = bands_of(system.predictions), groups_of_system(system)
+    bands, groups = compared.bands[system.name], compared.groups[system.name]
     checks = checks_of(bands, groups)
     verdict = verdict_of(row, checks)
     sentences = [_overall(row)]
@@ -78,7 +74,7 @@ def summarize_system(system: System, rows: Sequence[Row]) -> Summary:
     if worst := largest_error(groups):
         sentences.append(f"Its {worst}")
     sentence = verdict_sentence(verdict, row, checks)
-    return Summary(system.name, verdict, sentence, _headline(bands), sentences, bands)
+    return Summary(system.name, verdict, sentence, _headline(bands), sentences, list(bands))
 
 
 def largest_error(groups: Sequence[Group]) -> str:
@@ -98,84 +94,108 @@ def weakest_group(groups: Sequence[Group]) -> Group | None:
 
 
 def checks_of(bands: Sequence[Band], groups: Sequence[Group]) -> Checks:
-    """The bands and groups that are large enough to be checked."""
+    """The bands and groups of at least `MIN_CHECKED` answers, without those that have too few to tell.
+
+    An interval wider than `TOLERANCE` would leave it open for most calibrated models.
+    """
+
+    def is_checked(match: Match) -> bool:
+        is_narrow = match.high - match.low <= TOLERANCE
+        return match.answers >= MIN_CHECKED and (is_narrow or match.agrees is not None)
+
     return Checks(
-        *(
-            {part.name: part.match for part in parts if part.match.answers >= MIN_CHECKED}
-            for parts in (bands, groups)
-        )
+        *({part.name: part.match for part in parts if is_checked(part.match)} for parts in (bands, groups))
     )
 
 
 def verdict_of(row: Row, checks: Checks) -> Verdict:
     """Judge a stated confidence.
 
-    A group of answers (category, part of a category, answer type) or a band of stated confidence (`EDGES`) is checked if it has
-    at least `MIN_CHECKED` answers whose confidence was parsed. It agrees if its mean stated confidence and its accuracy differ
-    by at most `TOLERANCE` points, or the 95% Wilson interval of the accuracy contains the stated confidence (`Match.agrees`).
-    The interval takes answers as independent.
+    What counts are 95% intervals, so that chance decides nothing: a limit is kept if the whole interval is within it, and broken if all
+    of the interval is beyond it. Checked are groups of answers (category, part of a category, answer type) and bands of stated
+    confidence (`EDGES`), see `checks_of`; their limit is a difference of `TOLERANCE` points between stated confidence and accuracy.
 
-    - "unknown": no band is large enough to be checked
-    - "yes": every checked group and band agrees, the ECE is at most 5% and the AUROC at least 0.70 (`TRUSTED`)
-    - "no": no answer states a confidence, no checked band agrees, the ECE is above 10% or the AUROC below 0.60 (`ROUGH`)
-    - "partly": all else
+    - "no": no answer states a confidence, every checked band breaks its limit, the ECE breaks 10% or the AUROC 0.60 (`ROUGH`)
+    - "partly": else, a checked group or band breaks its limit, the ECE breaks 5% or the AUROC 0.70 (`TRUSTED`)
+    - "yes": a band is checked, and all these limits are kept
+    - "unknown": all else
 
     The AUROC is undefined if all answers are correct, and then there is nothing to rank.
     """
-    if row.metrics["parse_failure_rate"].value == 1:
+    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
+    bands = [match.agrees for match in checks.bands.values()]
+    if row.metrics["parse_failure_rate"].value == 1 or ece.low > ROUGH[0] or auroc.high < ROUGH[1]:
         return "no"
-    if not checks.bands:
-        return "unknown"
-    if checks.all_agree and _within(row, TRUSTED):
-        return "yes"
-    some_agree = any(match.agrees for match in checks.bands.values())
-    return "partly" if some_agree and _within(row, ROUGH) else "no"
+    if bands and not any(agrees is not False for agrees in bands):
+        return "no"
+    kept = [*_keeps(row), *bands, *(match.agrees for match in checks.groups.values())]
+    if False in kept:
+        return "partly"
+    return "yes" if bands and None not in kept else "unknown"
 
 
-def _within(row: Row, limits: tuple[float, float]) -> bool:
-    ece, auroc = row.metrics["ece"].value, row.metrics["auroc"].value
-    return ece <= limits[0] and (math.isnan(auroc) or auroc >= limits[1])
+def _keeps(row: Row) -> tuple[bool | None, bool | None]:
+    """Whether ECE and AUROC keep the limits of `TRUSTED`; None where their intervals leave it open."""
+    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
+    return (
+        told(ece.high <= TRUSTED[0], ece.low > TRUSTED[0]),
+        told(math.isnan(auroc.value) or auroc.low >= TRUSTED[1], auroc.high < TRUSTED[1]),
+    )
 
 
 def verdict_sentence(verdict: Verdict, row: Row, checks: Checks) -> str:
     """The verdict as one sentence: where stated confidence and accuracy agree, and with numbers where they do not."""
-    ece, auroc = row.metrics["ece"].value, row.metrics["auroc"].value
+    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
+    keeps_ece, keeps_auroc = _keeps(row)
     if row.metrics["parse_failure_rate"].value == 1:
         return f"No: none of its {row.n:,} answers states a confidence that could be parsed."
+    if verdict == "unknown" and not checks.bands:
+        return f"It cannot be told: none of its ranges of confidence has enough of the {row.n:,} answers for a check."
     if verdict == "unknown":
-        return f"It cannot be told: none of its ranges of confidence has the {MIN_CHECKED} answers that a check needs."
+        between = f"it may be off by {100 * ece.low:.1f} to {100 * ece.high:.1f} points on average (ECE)"
+        ranks = f"its AUROC may be {auroc.low:.2f} to {auroc.high:.2f}"
+        places = _places(checks, None)
+        unclear = [
+            *([between] if keeps_ece is None else []),
+            *([ranks] if keeps_auroc is None else []),
+            *([f"it may be off by more than {TOLERANCE} points {places}"] if places else []),
+        ]
+        return f"It cannot be told from {row.n:,} answers: {'; '.join(unclear)}."
     if verdict == "yes":
         return (
-            "Yes: its stated confidence can be trusted, in every group and every range of confidence with at least "
-            f"{MIN_CHECKED} answers ({len(checks.groups)} groups, {len(checks.bands)} ranges)."
+            "Yes: its stated confidence can be trusted, in every group and every range of confidence with enough answers to tell "
+            f"({len(checks.groups)} groups, {len(checks.bands)} ranges)."
         )
     holds, fails = _places(checks, True), _places(checks, False)
-    ranking = (
-        ""
-        if math.isnan(auroc) or auroc >= TRUSTED[1]
-        else (f"it hardly tells right answers from wrong ones (AUROC {auroc:.2f})")
-    )
+    hardly = f"it hardly tells right answers from wrong ones (AUROC {auroc.value:.2f})"
+    ranking = hardly if keeps_auroc is False else ""
     limit = TRUSTED[0] if verdict == "partly" else ROUGH[0]
-    apart = f"it is off by {100 * ece:.1f} points on average (ECE)" if ece > limit else ""
+    apart = f"it is off by {100 * ece.value:.1f} points on average (ECE)" if ece.low > limit else ""
     if verdict == "partly":
         but = "; ".join(part for part in (fails and f"not {fails}", apart, ranking) if part)
-        return f"Partly: its stated confidence can be trusted {holds}, but {but}."
+        return f"Partly: its stated confidence can be trusted {holds or 'in part'}, but {but}."
     why = "; ".join(part for part in (apart, fails and f"it does not hold {fails}", ranking) if part)
-    return f"No: its stated confidence cannot be trusted: {why}; it holds {f'only {holds}' if holds else 'nowhere'}."
+    where = f"only {holds}" if holds else "nowhere for certain"
+    return f"No: its stated confidence cannot be trusted: {why}; it holds {where}."
 
 
-def _places(checks: Checks, agrees: bool) -> str:
-    """The checked groups and bands that agree, or those that do not with their numbers, in words; empty if there are none."""
+def _places(checks: Checks, agrees: bool | None) -> str:
+    """The checked groups and bands that agree, those that do not, or unclear ones (None), in words; empty if there are none.
+
+    Those that do not agree come with their numbers.
+    """
     parts = []
     for start, joint, unit, matches in (
         ("on", "and", "groups", checks.groups),
         ("where it says", "or", "ranges", checks.bands),
     ):
-        chosen = [(name, match) for name, match in matches.items() if match.agrees == agrees]
-        if not agrees:
+        chosen = [(name, match) for name, match in matches.items() if match.agrees is agrees]
+        if agrees is False:
             # Coarse groups first, since they explain their parts; among these the farthest apart.
             chosen.sort(key=lambda item: (item[0].count("/"), -abs(item[1].says - item[1].right)))
-        names = [name if agrees else f"{name} ({match.numbers})" for name, match in chosen[:MAX_PLACES]]
+        names = [
+            f"{name} ({match.numbers})" if agrees is False else name for name, match in chosen[:MAX_PLACES]
+        ]
         if more := len(chosen) - len(names):
             names.append(f"{more} more {unit if more > 1 else unit[:-1]}")
         if names:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm_calibration.estimators.predictions import VERBALIZED, estimators_of
-from vlm_calibration.estimators.recalibration import METHODS, recalibrated
+from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.progress import track
+from vlm_calibration.reporting.report.agreement import Band, Group, bands_of, groups_of_system
 from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System
 from vlm_calibration.reporting.report.listening import ProbeEffect, probe_effects
@@ -49,7 +50,7 @@ class Row(NamedTuple):
         n: number of answers.
         metrics: name -> value with its 95% interval, NaN if undefined.
         difference: name -> value minus that of the first system's stated confidence.
-        p: name -> p-value of the difference, None if the systems answered different questions.
+        p: name -> p-value of the difference, None in the row that all others are compared with.
         passes: forward passes for each query, None if they were not counted.
     """
 
@@ -75,35 +76,41 @@ class Compared(NamedTuple):
         rows: rows of every system, its stated confidence first.
         notes: why rows are missing.
         probed: system -> the effect of each probe on its stated confidence, for systems that were probed.
+        bands: system -> its bands of stated confidence, the highest first.
+        groups: system -> its groups of answers.
     """
 
     rows: list[Row]
     notes: list[str]
     probed: Mapping[str, Mapping[str, ProbeEffect]]
+    bands: Mapping[str, Sequence[Band]]
+    groups: Mapping[str, Sequence[Group]]
 
 
 def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
     """Measure every confidence of every system, and compare it with the stated confidence of the first system."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
-    base: tuple[System, Measured] | None = None
+    base: Measured | None = None
     planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
     bootstraps: dict[str, ImageBootstrap] = {}
     probed: dict[str, Mapping[str, ProbeEffect]] = {}
+    bands: dict[str, Sequence[Band]] = {}
+    groups: dict[str, Sequence[Group]] = {}
     for system, estimator, recalibration in track(
         planned, "bootstrap intervals", len(planned), "confidences"
     ):
         if system.name not in bootstraps:
             # One at a time, since the draws of many images take memory.
-            bootstraps = {
-                system.name: ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
-            }
-            if effects := probe_effects(system.predictions, bootstraps[system.name]):
+            bootstrap = ImageBootstrap(system.predictions, comparison.replicates, comparison.seed)
+            bootstraps = {system.name: bootstrap}
+            if effects := probe_effects(system.predictions, bootstrap):
                 probed[system.name] = effects
+            bands[system.name] = bands_of(system.predictions, bootstrap)
+            groups[system.name] = groups_of_system(system, bootstrap)
         measured = bootstraps[system.name].measure(_confidences(system, estimator, recalibration))
-        base = base or (system, measured)
-        paired = system.by_id.keys() == base[0].by_id.keys()
-        is_base = measured is base[1]
+        base = base or measured
+        is_base = measured is base
         rows.append(
             Row(
                 system.name,
@@ -111,15 +118,12 @@ def compare(systems: Sequence[System], comparison: Comparison) -> Compared:
                 recalibration,
                 len(system.predictions),
                 measured.intervals,
-                {name: measured.values[name] - base[1].values[name] for name in MEASURED},
-                {
-                    name: p_value(measured, base[1], name) if paired and not is_base else None
-                    for name in MEASURED
-                },
+                {name: measured.values[name] - base.values[name] for name in MEASURED},
+                {name: None if is_base else p_value(measured, base, name) for name in MEASURED},
                 system.passes(estimator) if recalibration == RAW else None,
             )
         )
-    return Compared(rows, list(notes), probed)
+    return Compared(rows, list(notes), probed, bands, groups)
 
 
 def _planned(system: System, notes: dict[str, None]) -> Iterator[tuple[str, str]]:
@@ -151,9 +155,8 @@ def _why_not_recalibrated(system: System, estimator: str) -> str | None:
         )
     if estimator not in estimators_of(system.calibration):
         return "the calibration set lacks it"
-    if all(p.confidence_of(estimator) is None for p in system.calibration):
-        return "none could be parsed in the calibration set"
-    return None
+    missing = unrated_types(system.predictions, estimator, system.calibration)
+    return f"no {' and no '.join(missing)} answer of the calibration set has it" if missing else None
 
 
 # --- As files ---------------------------------------------------------------------------------------------------
