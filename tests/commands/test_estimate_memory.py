@@ -14,14 +14,13 @@ import yaml
 from vlm_calibration.cli import main
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.memory import memory_line
-from vlm_calibration.stages.memory import STATE_BYTES, training_memory, training_step
+from vlm_calibration.stages.memory import STATE_BYTES, Plan, training_memory, training_step, usual_choices
 from vlm_calibration.stages.optimization import OptimizerSettings
 
 from ..models.published import MODELS
 from .conftest import CONFIGS
 
 FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
-ADVICE = re.compile(r"^# .* --gpu 24GB.*:\n#   (--.*)$", re.MULTILINE)
 BEHIND = re.compile(r"behind (\w+)\.yaml:$", re.MULTILINE)
 
 
@@ -51,18 +50,26 @@ def test_files_quote_the_estimate(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "llava_1_5_7b"])
-def test_files_quote_what_fits(
-    published: Callable[[str], str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
+def test_a_choice_takes_what_the_same_settings_take(
+    parse: Callable[..., Any], published: Callable[[str], str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
-    folder = ["--model.init_args.base.name_or_path", published(name)]
-    assert main(["estimate-memory", "--config", f"model/{name}", *folder, "--gpu", "24GB"]) == 0
-    [advice] = ADVICE.findall((CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert f"Settings for all stages: {advice}\n" in capsys.readouterr().out
+    folder = {"model__init_args__base__name_or_path": published("qwen2_5_vl_3b")}
+    config = parse("sft.yaml", "model/qwen2_5_vl_3b.yaml", **folder)
+    choices = usual_choices(config, Plan())
+    assert [choice.split()[0] for choice in choices] == [
+        *("--model.init_args.base.quantization", "--data.batch_size", "--data.max_pixels"),
+        "--model.init_args.base.quantization",
+    ]
+    for choice, size in choices.items():
+        words = choice.replace("--", "").replace(".", "__").split()
+        changed = parse(
+            "sft.yaml",
+            "model/qwen2_5_vl_3b.yaml",
+            **folder,
+            **dict(zip(words[::2], words[1::2], strict=True)),
+        )
+        assert training_memory(changed, training_step(changed)).total == size
+    assert size == min(choices.values())
 
 
 def test_qlora_quotes_the_estimate(parse: Callable[..., Any], published: Callable[[str], str]) -> None:
@@ -105,6 +112,7 @@ def test_the_command(
     assert "16 rows of 2048 tokens, with checkpointing" in out
     assert "64 prompts of 1344 tokens, up to 64 new ones" in out
     assert "data.max_length" in out
+    assert "--data.batch_size 8 --trainer.accumulate_grad_batches" in " ".join(out.split())
     assert main([*arguments, *folder, "--tokens", "700"]) == 0
     out = capsys.readouterr().out
     assert "16 x 700 tokens: " in out.splitlines()[-1]

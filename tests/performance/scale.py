@@ -30,7 +30,6 @@ from vlm_calibration.models.loading import empty_vlm
 from vlm_calibration.models.memory import estimate_answering, estimate_memory
 from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.models.vision_memory import TOWERS
-from vlm_calibration.stages.memory_search import usable_bytes
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -224,7 +223,8 @@ def fitting_batch(folder: str, own: bool, assume: Assumptions, largest: int = 16
             )
             answers = estimate_answering(base, answering, lora=LoraSettings(), adapters=2, training=True)
             total = max(total, answers.total)
-        if total <= usable_bytes(assume.memory):
+        # The CUDA context takes 0.75 GiB, and the allocator loses 5% of the rest.
+        if total <= 0.95 * (assume.memory - 0.75 * 2**30):
             break
         batch //= 2
     return batch

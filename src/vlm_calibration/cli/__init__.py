@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "estimate-memory": (
         "vlm_calibration.commands.estimate_memory:estimate",
-        "GPU memory of every stage, or settings that fit [--gpu 24GB]",
+        "GPU memory of every stage, and of training with the usual changes",
     ),
     "completion": (
         "vlm_calibration.cli.completion:completion",

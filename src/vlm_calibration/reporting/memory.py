@@ -1,4 +1,4 @@
-"""Estimates of GPU memory as tables and lines: what stages take, and what fits."""
+"""Estimates of GPU memory as tables and lines: what stages take, also with other settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from vlm_calibration.models.activations import TrainingStep
     from vlm_calibration.models.memory import MemoryEstimate
     from vlm_calibration.stages.memory import Phase
-    from vlm_calibration.stages.memory_search import PlanFit
 
 GIB = 2**30
 PARTS = (
@@ -51,7 +50,7 @@ def memory_table(phases: Mapping[str, Sequence[Phase]], model: str) -> Table:
         caption_justify="left",
         caption=(
             "The tensors at each phase's peak, without the CUDA context and what the\n"
-            "allocator loses: --gpu leaves a margin for them."
+            "allocator loses: leave 0.75 GiB and 5% of the rest free for them."
         ),
     )
     table.add_column("", no_wrap=True)
@@ -88,24 +87,13 @@ def memory_line(estimate: MemoryEstimate, step: TrainingStep) -> str:
     )
 
 
-def fit_table(fit: PlanFit, gpu: str) -> Table:
-    """Compare what fits in each stage."""
-    title = gpu
-    if fit.shared is not None:
-        pixels = fit.shared.max_pixels or "the processor's"
-        title = (
-            f"{gpu}: quantization {fit.shared.quantization}, data.max_pixels {pixels}, "
-            f"data.max_length {fit.shared.max_length}"
-        )
-    table = Table(title=title, title_justify="left", title_style="bold")
-    columns = ("batch_size", "accumulate", "checkpoint", "eval_batch", "GiB", "fits")
-    table.add_column("stage", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, stage in fit.stages.items():
-        settings = (stage.batch_size, stage.accumulate, stage.checkpointing, stage.eval_batch_size)
-        cells = ["-" if value is None else str(value).lower() for value in settings]
-        table.add_row(name, *cells, in_gib(stage.bytes), "yes" if stage.fits else "no")
+def choices_table(choices: Mapping[str, int], title: str) -> Table:
+    """Compare what a training step takes with changed settings, in GiB."""
+    table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column(title, overflow="fold")
+    table.add_column("GiB", justify="right", no_wrap=True)
+    for settings, size in choices.items():
+        table.add_row(settings, in_gib(size))
     return table
 
 

@@ -20,7 +20,7 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.answer_memory import AnsweringStep
 from vlm_calibration.models.base import BaseModel, base_of_adapters
 from vlm_calibration.models.image_tokens import image_tokens
-from vlm_calibration.models.loading import model_config
+from vlm_calibration.models.loading import check_blocks, empty_vlm, model_config, quantised_layers
 from vlm_calibration.models.memory import MemoryEstimate, estimate_answering, estimate_memory
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
@@ -191,6 +191,53 @@ def training_phase(config: Any, plan: Plan) -> Phase:
     shared = f" for {step.responses} responses each" if step.responses > 1 else ""
     work = f"{step.batch} rows of {step.row} tokens{shared}, {checkpointing} checkpointing"
     return Phase("training", work, on_each_gpu(training_memory(config, step), config.trainer))
+
+
+def usual_choices(config: Any, plan: Plan) -> dict[str, int]:
+    """Bytes of a training step with the changes that are tried first where memory is short: each alone, then all together.
+
+    Args:
+        config: of `fit`.
+        plan: what is known beside it.
+
+    Returns:
+        The changed settings as arguments of the command line -> bytes on one GPU.
+    """
+    settings, data, base = config.model.init_args, config.data, base_model(config, plan)
+    changes: list[dict[str, Any]] = []
+    if not settings.gradient_checkpointing:
+        changes.append({"model.init_args.gradient_checkpointing": True})
+    if base.quantization == "none" and _can_quantise(base):
+        changes.append({"model.init_args.base.quantization": "nf4"})
+    if data.batch_size > 1:
+        accumulated = 2 * (config.trainer.get("accumulate_grad_batches") or 1)
+        changes.append(
+            {"data.batch_size": data.batch_size // 2, "trainer.accumulate_grad_batches": accumulated}
+        )
+    image = image_tokens(model_config(base))
+    half = (image.at_most(data.get("max_pixels")) or data.max_length - TEXT_TOKENS) // 2
+    if half >= image.tokens and (limit := image.limit(half)) is not None:
+        changes.append({"data.max_pixels": limit})
+    if len(changes) > 1:
+        changes.append({key: value for change in changes for key, value in change.items()})
+    sizes = {}
+    for change in changes:
+        changed = config.clone()
+        for key, value in change.items():
+            changed[key] = value
+        arguments = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+        sizes[arguments] = training_phase(changed, plan).estimate.total
+    return sizes
+
+
+def _can_quantise(base: BaseModel) -> bool:
+    """Whether all layers that nf4 quantises have a width that is a multiple of its blocks."""
+    model = empty_vlm(base)
+    try:
+        check_blocks(model, set(quantised_layers(model)))
+    except ValueError:
+        return False
+    return True
 
 
 def validation_phases(config: Any, plan: Plan, training: MemoryEstimate) -> list[Phase]:
