@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_calibration.hub import shorten_message
-from vlm_calibration.models.base import CONFIG, WEIGHTS, find_adapter, read_object
+from vlm_calibration.models.base import CONFIG, WEIGHTS, BaseModel, find_adapter, read_object
 from vlm_calibration.models.parts import ModelPart, layer_parts
 from vlm_calibration.records import DataError
 
@@ -102,7 +102,7 @@ def _report_misfit(folder: Path, base: str) -> Iterator[None]:
     except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
         trained = read_object(folder / CONFIG).get("base_model_name_or_path")
         advice = f"its base model is {trained}: use that one, or an adapter of {base}"
-        if trained == base:
+        if trained and BaseModel(trained).name_or_path == base:
             advice = "its base model has this name, so one of the two has changed: use the former base model, or train again"
         raise DataError(
             f"the adapter at {folder} does not fit the base model {base}: {_shorten(error)}; {advice}"
