@@ -55,7 +55,8 @@ def write(path: Path, rows: Rows) -> Path:
 def evaluation(tmp_path: Path) -> Path:
     """Two systems; "sft" has a calibration set, which states other confidences than its answers to the test set."""
     folder = tmp_path / "eval"
-    write(folder / "base" / "predictions.jsonl", answers(300, 1))
+    rows = [{**row, "id": f"2-{i}"} for i, row in enumerate(answers(300, 1))]
+    write(folder / "base" / "predictions.jsonl", rows)
     write(folder / "sft" / "predictions.jsonl", answers(300, 2, LOW))
     write(folder / "sft" / "calibration.jsonl", answers(300, 3))
     return folder

@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         suggestion = did_you_mean(name, COMMANDS)
         return _fail(f"unknown command {name!r}{suggestion}: expected one of {', '.join(COMMANDS)}", 2)
     quiet_libraries()
+    # Threads that wait for each other sleep: spinning ones starve data workers and whatever else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     target, _ = COMMANDS[name]
     try:
         run_command(f"{PROG} {name}", load(target), rest)
