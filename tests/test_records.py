@@ -20,7 +20,7 @@ from vlm_calibration.records import (
 )
 
 MINIMAL = {"id": "a", "image": "a.png", "question": "Dog?", "answer": "Yes", "answer_type": "yes_no"}
-REGION = {"label": "dog", "box": [0, 0, 2, 2]}
+REGION = {"label": "dog", "box": [0, 0, 3, 3]}
 
 
 def test_minimal_and_full_record() -> None:
@@ -31,7 +31,7 @@ def test_minimal_and_full_record() -> None:
     full = query_from_dict(
         {**MINIMAL, "objects": ["dog"], "regions": [region], "category": "x/y", "synonyms": ["yep"]}
     )
-    assert full.regions[0].box == (0.0, 0.0, 2.0, 2.0)
+    assert full.regions[0].box == (0.0, 0.0, 3.0, 3.0)
     assert full.regions[0].score == 0.5
     assert (full.objects, full.category, full.synonyms) == (("dog",), "x/y", ("yep",))
 

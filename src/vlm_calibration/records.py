@@ -17,8 +17,12 @@ import numpy as np
 
 AnswerType = Literal["yes_no", "short", "open"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
+MIN_BOX = 9
+"""Smallest area of a region's box, in pixels: a perturbation of less is not seen."""
 ORIGINAL = "original"
 """Key of the confidence that all probed confidences are compared with."""
+SMALL_BOX = f"covers fewer than {MIN_BOX} pixels"
+"""Part of the message about a smaller box."""
 
 
 class RecordError(ValueError):
@@ -35,7 +39,7 @@ class Region:
 
     Attributes:
         label: name of the object in the region, e.g. "dog".
-        box: (x0, y0, x1, y1) in pixels of the original image, x1 and y1 exclusive.
+        box: (x0, y0, x1, y1) in pixels of the original image, x1 and y1 exclusive; without a mask of at least `MIN_BOX` pixels.
         mask: COCO run-length encoding, {"size": [height, width], "counts": ...}; None: the whole box.
         score: the detector's confidence in [0, 1]; None for an annotated or rendered region.
     """
@@ -234,6 +238,11 @@ def _region(data: Any, index: int) -> Region:
     if mask is not None and not (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask)):
         raise RecordError(
             f"{where}: 'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}"
+        )
+    if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
+        raise RecordError(
+            f"{where}: 'box' {SMALL_BOX}, found {short_repr(box)}: boxes are in pixels of the image; is it normalised to [0, 1], or in "
+            "percent?"
         )
     score = data.get("score")
     if score is not None and not (_is_number(score) and 0 <= score <= 1):

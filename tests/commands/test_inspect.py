@@ -16,7 +16,7 @@ from vlm_calibration.cli import main
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.inspection import inspect_source
+from vlm_calibration.reporting.inspection import _table_rows, inspect_source
 
 from ..command_line import Ended
 
@@ -77,6 +77,18 @@ def test_counts_of_a_file(jsonl: Path) -> None:
     assert inspection.opened == 6
     few = inspect_source(JsonlSource(str(jsonl)), sample=2)
     assert (few.queries, few.opened) == (6, 2)
+
+
+@pytest.mark.parametrize(("scale", "says"), [(1, []), (1 / 60, ["2 of the bad records"])])
+def test_boxes_that_are_normalised_are_counted(jsonl: Path, scale: float, says: list[str]) -> None:
+    lines = []
+    for line in map(json.loads, jsonl.read_text().splitlines()[:6]):
+        for region in line.get("regions", ()):
+            region["box"] = [scale * side for side in region["box"]]
+        lines.append(json.dumps(line))
+    jsonl.write_text("\n".join(lines))
+    rows = _table_rows(inspect_source(JsonlSource(str(jsonl)), sample=1))
+    assert [text for heading, text in rows if "box" in heading] == says
 
 
 def test_a_source_without_bad_records() -> None:

@@ -105,10 +105,10 @@ SCENE_GRAPHS = {
         "height": 10,
         "objects": {
             "101": _node("table", 0, 4, 10, 6),
-            "102": _node("plate", 2, 4, 3, 2),
+            "102": _node("plate", 2, 4, 3, 3),
             "103": _node("chair", 12, 0, 4, 4),
             "104": _node("chair", 16, 0, 4, 4),
-            "105": _node("speck", 3, 3, 0, 1),
+            "105": _node("speck", 3, 3, 2, 4),
         },
     },
     "11": {

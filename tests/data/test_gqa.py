@@ -18,7 +18,7 @@ from .published import GQA_QUESTIONS, SCENE_GRAPHS, write_gqa
 @pytest.fixture
 def source(tmp_path: Path) -> GqaSource:
     source = GqaSource(*write_gqa(tmp_path))
-    with pytest.warns(UserWarning, match="1 objects have an empty box"):
+    with pytest.warns(UserWarning, match="the box of 1 objects covers fewer than 9 pixels"):
         source.queries()
     return source
 

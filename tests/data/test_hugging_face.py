@@ -215,7 +215,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a bad region": (
         {
             "regions": [
-                [{"label": "a", "box": [0, 0, 1, 1]}],
+                [{"label": "a", "box": [0, 0, 4, 4]}],
                 [{"label": "a", "box": [0, 0, 1]}],
             ]
         },

@@ -78,11 +78,19 @@ def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, r
             {"answer": "?!", "answer_type": "open"},
             "record 'two': the gold answer of a open question is empty",
         ),
+        (
+            {"answer": "Yes. Confidence: 90%"},
+            "record 'two': the answer 'Yes. Confidence: 90%' states a confidence",
+        ),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"question": None}, "'question' must be a non-empty string, found None"),
         (
             {"regions": [{"label": "dog", "box": [1, 2, 3]}]},
             "'regions'[0]: 'box' must be four finite numbers",
+        ),
+        (
+            {"regions": [{"label": "dog", "box": [0.25, 0.2, 0.75, 0.9]}]},
+            "'regions'[0]: 'box' covers fewer than 9 pixels, found [0.25, 0.2, 0.75, 0.9]",
         ),
     ],
 )
@@ -296,7 +304,7 @@ _EDGE = st.floats(0, 500, allow_nan=False)
 @st.composite
 def _regions(draw: st.DrawFn) -> Region:
     x, y = draw(_EDGE), draw(_EDGE)
-    box = (x, y, x + draw(st.floats(0.5, 100)), y + draw(st.floats(0.5, 100)))
+    box = (x, y, x + draw(st.floats(3.5, 100)), y + draw(st.floats(3.5, 100)))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     mask = draw(st.none() | st.just(mask_to_rle(rng.random((9, 7)) < 0.4)))
     return Region(draw(_TEXT), box, mask, draw(st.none() | st.floats(0, 1)))

@@ -110,6 +110,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "record 'bad': the gold answer of a yes/no question must be",
     ),
     "no word": ({"answer": "?!", "answer_type": "open"}, "the gold answer of a open question is empty"),
+    "a stated confidence": ({"answer": "Yes. Confidence: 90%"}, "record 'bad': the answer 'Yes. Conf"),
+    "a confidence in words": (
+        {"answer": "A dog, I am 90% SURE", "answer_type": "open"},
+        "states a confidence",
+    ),
+    "coordinates": ({"answer": "[0.1, 0.2, 0.3, 0.4]", "answer_type": "short"}, "is a box of coordinates"),
     "an empty category": ({"category": ""}, "'category' must be a non-empty string"),
     "an empty object": ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
     "a missing object": ({"objects": [None]}, "'objects' must be a list of non-empty strings"),
@@ -120,6 +126,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no box": ({"regions": [{**REGION, "box": None}]}, "'box' must be four finite"),
     "a box that is not finite": ({"regions": [{**REGION, "box": [0, 0, float("nan"), 1]}]}, "four finite"),
     "an empty box": ({"regions": [REGION, {**REGION, "box": [2, 0, 2, 1]}]}, "'box' must have x1 > x0"),
+    "a normalised box": (
+        {"regions": [{"label": "dog", "box": [0.25, 0.2, 0.75, 0.9]}]},
+        "fewer than 9 pixels",
+    ),
     "a score above 1": ({"regions": [{**REGION, "score": 1.5}]}, "'score' must be a number in [0, 1]"),
     "a missing image": ({"image": "none.png"}, "record 'bad': no such image: "),
     "an image outside": ({"image": "../a.png"}, "leaves the data root"),

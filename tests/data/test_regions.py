@@ -58,7 +58,7 @@ def noised(source: QuerySource) -> EvalSplit:
 
 def extract(folder: Path, *extractions: Extraction) -> None:
     """Write the files of an extraction that finds a dog at the same place in every image but the last."""
-    found = Region("dog", (1.0, 1.0, 3.0, 3.0))
+    found = Region("dog", (1.0, 1.0, 4.0, 4.0))
     for extraction in extractions:
         rows = [asdict(replace(q, regions=(found,))) for q in extraction.source.queries()]
         write_rows(folder / extraction.file, [rows[:-1]], extraction.note)
@@ -127,7 +127,7 @@ def test_a_source_reads_its_own_file_whatever_the_file_is_called(tmp_path: Path)
     assert [q.id for q in queries] == ["l0", "l1", "l2", "l3", "l4"], "the last image could not be read"
     loaded = source.load(queries[3])
     assert loaded.image[0, 0, 0] == 3, "the image is the original source's"
-    assert loaded.evidence[0].sum() == 4
+    assert loaded.evidence[0].sum() == 9
     assert source.wrong_answers(queries[0]) == original.wrong_answers(queries[0])
 
 

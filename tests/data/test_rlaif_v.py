@@ -133,3 +133,11 @@ def test_a_share_needs_the_names_of_images(write: Callable[..., str]) -> None:
         RlaifVSource(path, end=0.9).queries()
     with pytest.warns(UserWarning, match="row 9: no 'image_path'"):
         assert RlaifVSource(path, end=0.9, on_bad_record="skip").queries()
+
+
+def test_a_preferred_response_that_states_a_confidence_is_refused(write: Callable[..., str]) -> None:
+    path = write({}, {"chosen": "A dog. Confidence: 90%"}, {"chosen": "It looks confident."})
+    with pytest.raises(DataError, match="row 1: record 'rlaif-v-1': .*states a confidence"):
+        RlaifVSource(path).queries()
+    with pytest.warns(UserWarning, match="left out 1 of 3 records"):
+        assert len(RlaifVSource(path, on_bad_record="skip").queries()) == 2

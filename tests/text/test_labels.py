@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.records import Query, RecordError
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.labels import (
     absent_objects,
     answer_is_no,
@@ -154,3 +157,37 @@ def test_questions_that_differ_in_their_objects_are_of_one_form(
     one: tuple[str, ...], other: tuple[str, ...], same: bool
 ) -> None:
     assert (_form(*one) == _form(*other)) == same
+
+
+@given(st.sampled_from(["Yes", "A dog", "It is a long answer to a question."]), st.integers(0, 100))
+def test_our_own_statements_are_refused(answer: str, percent: int) -> None:
+    with pytest.raises(RecordError):
+        check_answer(_query(render_response(answer, percent / 100), "open"))
+
+
+@pytest.mark.parametrize("answer", ["[0.35, 0.2, 0.51, 1]", "(1,2,3,4)"])
+def test_boxes_are_refused(answer: str) -> None:
+    with pytest.raises(RecordError):
+        check_answer(_query(answer, "open"))
+
+
+@pytest.mark.parametrize("answer", ["I am 90% sure it is a dog", "Yes, with 80% confidence", "信心: 80%"])
+def test_stated_confidences_are_refused(answer: str) -> None:
+    with pytest.raises(RecordError):
+        check_answer(_query(answer, "open"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "50%",
+        "Yes, 50%",
+        "The man looks confident.",
+        "I am not sure.",
+        "A sure-footed goat",
+        "0.5",
+        "1, 2, 3, 4",
+    ],
+)
+def test_other_answers_are_not(answer: str) -> None:
+    check_answer(_query(answer, "open"))

@@ -14,7 +14,7 @@ from rich.table import Table
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.images import ImageError
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import SMALL_BOX, DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
 MAX_VALUES = 8
@@ -157,6 +157,8 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
             f"{len(inspection.clipped)} of {inspection.opened} opened: {name_some(inspection.clipped, len(inspection.clipped))}",
         )
     yield "bad records", str(len(inspection.bad))
+    if small := sum(SMALL_BOX in message for message in inspection.bad):
+        yield f"with a box that {SMALL_BOX}", f"{small} of the bad records"
     if inspection.unloadable:
         yield "images or regions that cannot be loaded", str(len(inspection.unloadable))
 

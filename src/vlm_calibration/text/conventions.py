@@ -1,4 +1,4 @@
-"""Conventions of published question-answer data: format requests in questions, and answers whose type or confidence no field names."""
+"""Conventions of published question-answer data: format requests in questions, and answers whose type no field names."""
 
 import re
 from collections import Counter
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from vlm_calibration.records import AnswerType, RecordError
-from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.matching import match_key
 
@@ -27,9 +26,6 @@ _FORMAT_REQUEST = (
 _AT_END = re.compile(rf"(?:(?<=\s)|(?<=[.?!])){_FORMAT_REQUEST}\s*\Z", re.IGNORECASE)
 _AT_BEGIN = re.compile(rf"\A\s*{_FORMAT_REQUEST}(?:(?<=\.)\s+|\s*\n\s*)(?=\S)", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(?:yes|no)\s*(?:[.,;:!—–-]|\Z)", re.IGNORECASE)
-_BOX = re.compile(r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*")
-_CONFIDENCE = ("confiden", "certain", "sure", "probabilit", "likelihood", "置信", "信心", "可信", "確信")
-"""One of these is part of every statement of confidence that is no bare number."""
 
 
 def strip_format_request(question: str) -> str:
@@ -50,23 +46,6 @@ def infer_answer_type(answer: str) -> AnswerType:
     if _YES_NO.match(answer) and parse_answer(answer, "yes_no") is not None:
         return "yes_no"
     return "short" if len(answer.split()) <= MAX_SHORT_WORDS else "open"
-
-
-def check_trainable(answer: str) -> None:
-    """Make sure that a gold answer is a text that can be graded, and states no confidence, which training would teach beside its own.
-
-    A bare percentage ("50%") is an answer.
-
-    Raises:
-        RecordError: the answer states a confidence, or is a box of coordinates, as in the grounding parts of LLaVA-1.5's mix.
-    """
-    folded = answer.casefold()
-    if any(word in folded for word in _CONFIDENCE) and strip_confidence(answer) != answer.strip():
-        raise RecordError(
-            f"the answer states a confidence: {answer.strip()[-60:]!r}; remove it from the answer"
-        )
-    if _BOX.fullmatch(answer):
-        raise RecordError(f"the answer is a box of coordinates, which cannot be graded: {answer.strip()!r}")
 
 
 def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -1,9 +1,10 @@
-"""Facts about an image that follow from a query's words: which regions are evidence, and which objects are absent."""
+"""Facts that follow from a query's words: which regions are evidence, which objects are absent, and whether it can be taught."""
 
 import re
 from collections.abc import Collection
 
 from vlm_calibration.records import Query, RecordError
+from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import grade, parse_answer
 from vlm_calibration.text.matching import match_key, same_phrase
 
@@ -20,6 +21,10 @@ _NOT_EXISTENCE = re.compile(
 
 FORM_WORDS = 4
 """Questions that begin with as many equal words, key objects apart, are of one form."""
+STATES_CONFIDENCE = "confiden|certain|sure|probabilit|likelihood|置信|信心|可信|確信"
+"""A pattern, whatever the case, of every statement of confidence that is no bare number."""
+COORDINATES = r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*"
+"""A pattern of a box of coordinates, as in the grounding parts of LLaVA-1.5's mix."""
 
 
 def asked_existence(question: str) -> str | None:
@@ -81,11 +86,21 @@ def answer_is_no(query: Query) -> bool:
 
 
 def check_answer(query: Query) -> None:
-    """Check that replies can be graded against the gold answer.
+    """Check that replies can be graded against the gold answer, and that it states no confidence, which training would teach.
+
+    A bare percentage ("50%") is an answer. Every source calls this for its records.
 
     Raises:
-        RecordError: the answer to a yes/no question is neither yes nor no, or the answer is only punctuation.
+        RecordError: the answer to a yes/no question is neither yes nor no, or the answer is only punctuation, states a confidence,
+            or is a box of coordinates.
     """
+    answer, problem = query.answer.strip(), ""
+    if re.search(STATES_CONFIDENCE, answer, re.IGNORECASE) and strip_confidence(answer) != answer:
+        problem = "states a confidence; remove it"
+    elif re.fullmatch(COORDINATES, answer):
+        problem = "is a box of coordinates, which cannot be graded"
+    if problem:
+        raise RecordError(f"record {query.id!r}: the answer {answer[-60:]!r} {problem}")
     if query.answer_type != "yes_no" and any(map(str.isalnum, query.answer)):
         return
     try:

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlm_calibration.records import ANSWER_TYPES
+from vlm_calibration.records import ANSWER_TYPES, MIN_BOX
 from vlm_calibration.text.grading import parse_answer
+from vlm_calibration.text.labels import COORDINATES, STATES_CONFIDENCE
 
 TEXTS = ("id", "image", "question", "answer")
 LISTS = ("objects", "synonyms", "absent")
@@ -62,6 +63,7 @@ def _check_regions(column: Any) -> Iterator[np.ndarray]:
     x0, y0, x1, y1 = numbers.reshape(-1, 4).T
     with np.errstate(invalid="ignore"):
         valid = np.isfinite(numbers).reshape(-1, 4).all(axis=1) & (x1 > x0) & (y1 > y0)
+        valid &= (x1 - x0) * (y1 - y0) >= MIN_BOX
     yield owners[_where(has_four)][~valid]
     if "score" in fields and not pa.types.is_null(fields["score"].type):
         score = fields["score"]
@@ -76,12 +78,21 @@ def _invalid_text(texts: Any) -> Any:
 
 
 def _ungradable(answers: Any, kinds: Any) -> Any:
-    """Mask of the yes/no answers that are neither, and of other answers without a letter or digit."""
+    """Mask of the answers that may state a confidence or be a box, of yes/no answers that are neither, and of others without a word."""
     yes_no = pc.fill_null(pc.equal(kinds, "yes_no"), False)
     answers_given = [a for a in pc.unique(answers.filter(yes_no)).to_pylist() if a is not None]
     neither = [a for a in answers_given if parse_answer(a, "yes_no") is None]
     wordless = pc.invert(pc.match_substring_regex(answers, r"[\pL\pN]"))
-    return pc.if_else(yes_no, pc.is_in(answers, pa.array(neither, pa.string())), pc.fill_null(wordless, True))
+    ungradable = pc.if_else(
+        yes_no, pc.is_in(answers, pa.array(neither, pa.string())), pc.fill_null(wordless, True)
+    )
+    return pc.or_(ungradable, may_state_confidence(answers))
+
+
+def may_state_confidence(answers: Any) -> Any:
+    """Mask of the answers of which `check_answer` reads more than whether they have a word."""
+    pattern = f"{STATES_CONFIDENCE}|^{COORDINATES}$"
+    return pc.fill_null(pc.match_substring_regex(answers, pattern, ignore_case=True), False)
 
 
 def _repeated(ids: Any) -> np.ndarray:

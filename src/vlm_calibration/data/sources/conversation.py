@@ -36,7 +36,6 @@ from vlm_calibration.records import (
 )
 from vlm_calibration.text.conventions import (
     AnswerTypeChoice,
-    check_trainable,
     infer_answer_type,
     strip_format_request,
 )
@@ -145,7 +144,6 @@ class ConversationSource(QuerySource):
 
     def _make(self, record: _Record, name: str, turn: Turn) -> Query:
         """The query of a turn; RecordError for one that cannot be asked or graded."""
-        check_trainable(turn.answer)
         kind = infer_answer_type(turn.answer) if self.answer_type == "infer" else self.answer_type
         query = query_from_dict(
             {

@@ -19,7 +19,7 @@ from vlm_calibration.data.sources.base import OnBadRecord
 from vlm_calibration.data.sources.published import COLUMNS, PublishedSource
 from vlm_calibration.data.sources.scene_graphs import SceneGraphs, check_scene_graphs
 from vlm_calibration.json_stream import json_members
-from vlm_calibration.records import DataError, Query, RecordError, Region, short_repr
+from vlm_calibration.records import SMALL_BOX, DataError, Query, RecordError, Region, short_repr
 from vlm_calibration.text.conventions import infer_answer_type
 from vlm_calibration.text.matching import match_key
 
@@ -86,8 +86,8 @@ class GqaSource(PublishedSource):
         images = {Path(name).stem for name in table.column("image").unique().to_pylist()}
         self._graphs = SceneGraphs(path, images)
         check_scene_graphs(path, self._graphs, len(images))
-        if self._graphs.empty:
-            rank_zero_warn(f"{path}: {self._graphs.empty} objects have an empty box and are left out")
+        if self._graphs.small:
+            rank_zero_warn(f"{path}: the box of {self._graphs.small} objects {SMALL_BOX}: they are left out")
 
     def _make(self, row: Mapping[str, Any]) -> Query:
         keys, names = set(row["keys"]), dict.fromkeys((*row["names"], *row["absent"]))

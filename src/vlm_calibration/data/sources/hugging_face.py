@@ -37,7 +37,6 @@ from vlm_calibration.records import (
 )
 from vlm_calibration.text.conventions import (
     AnswerTypeChoice,
-    check_trainable,
     combine_answers,
     infer_answer_type,
     strip_format_request,
@@ -180,10 +179,8 @@ class HuggingFaceSource(QuerySource):
             synonyms = [*synonyms, *others]
         answer = _as_text(answer)
         question, kind = fields["question"], fields.get("answer_type")
-        if isinstance(answer, str):
-            check_trainable(answer)
-            if kind is None:
-                kind = infer_answer_type(answer) if self.answer_type == "infer" else self.answer_type
+        if isinstance(answer, str) and kind is None:
+            kind = infer_answer_type(answer) if self.answer_type == "infer" else self.answer_type
         query = query_from_dict(
             {
                 "id": id_text(fields["id"]) if "id" in fields else f"row-{row}",

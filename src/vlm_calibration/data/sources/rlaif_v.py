@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlm_calibration.data.sources.base import BadRecords, OnBadRecord
+from vlm_calibration.data.sources.checks import may_state_confidence
 from vlm_calibration.data.sources.tables import (
     EmbeddedImages,
     TableSource,
@@ -96,7 +97,7 @@ class RlaifVSource(TableSource):
         ]
 
     def _valid_rows(self, share: np.ndarray) -> np.ndarray:
-        """Indices of the rows about this source's images whose question and preferred response have at least one word.
+        """Indices of the rows about this source's images with a question, and a preferred response that can be taught.
 
         Args:
             share: as `_image_shares` returns.
@@ -111,6 +112,7 @@ class RlaifVSource(TableSource):
         for name in ("question", "chosen"):
             has_word = pc.match_substring_regex(self._table.column(name), r"[\pL\pN]")
             valid &= pc.fill_null(has_word, False).to_numpy().astype(bool)
+        valid &= ~may_state_confidence(self._table.column("chosen")).to_numpy().astype(bool)
         for row in map(int, np.flatnonzero(part & ~valid)):
             try:
                 check_answer(self._read(row))

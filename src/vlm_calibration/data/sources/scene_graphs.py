@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_calibration.json_stream import json_members
-from vlm_calibration.records import DataError, RecordError, short_repr
+from vlm_calibration.records import MIN_BOX, DataError, RecordError, short_repr
 
 
 class SceneObject(NamedTuple):
@@ -36,7 +36,7 @@ class SceneGraphs:
         images: ids of the images to keep.
 
     Attributes:
-        empty: number of objects that were left out since their box is empty.
+        small: number of objects that were left out since their box is empty or smaller than `MIN_BOX`.
 
     Raises:
         DataError: the file cannot be read, or has another format.
@@ -46,7 +46,7 @@ class SceneGraphs:
         self._spans: dict[str, tuple[int, int]] = {}
         self._ids, self._names, self._boxes = array("q"), array("i"), array("i")
         self._vocabulary: dict[str, int] = {}
-        self.empty = 0
+        self.small = 0
         for item in json_members(path):
             if item.key is not None and item.key in images:
                 begin = len(self._ids)
@@ -75,8 +75,8 @@ class SceneGraphs:
                 raise RecordError(
                     f"object {key!r} must have a name and whole numbers x, y, w, h, found {short_repr(value)}"
                 ) from error
-            if w <= 0 or h <= 0:
-                self.empty += 1
+            if min(w, h) <= 0 or w * h < MIN_BOX:
+                self.small += 1
                 continue
             self._ids.append(number)
             self._names.append(self._vocabulary.setdefault(str(name), len(self._vocabulary)))
