@@ -175,7 +175,7 @@ def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
 @pytest.mark.parametrize(
     ("holds", "overwrite", "refused"),
     [
-        ("test, finished", False, "--resume .* --overwrite .* --runs"),
+        ("test, finished", False, "--resume .* --overwrite .* --trainer.default_root_dir"),
         ("test, finished", True, None),
         ("test, interrupted", False, None),
         ("levels fit, finished", False, "`levels fit`"),

@@ -309,7 +309,8 @@ def test_a_broken_file(
 ) -> None:
     adapter = _rewritten(new_adapter(1), tmp_path)
     (Path(adapter) / WEIGHTS).write_bytes(content)
-    assert _refused(adapter, model_folder)
+    with pytest.raises(DataError, match=f"{adapter}/{WEIGHTS}: damaged or truncated"):
+        merge_adapter(adapter, BaseModel(model_folder), "auto")
 
 
 def test_other_adapters_than_lora(model_folder: str, load_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     (evaluation / "config.yaml").write_text(yaml.safe_dump(settings))
     rule = DecisionRule(
         base="owner/base", quantization="none", dtype="auto", weights=adapter_weights_digest(adapter), prompt="{question}",
-        estimator="verbalized", levels={}, by=None, groups={"": {"threshold": 0.9}}, limits={}, correction="",
+        estimator="verbalized", by=None, groups={"": {"threshold": 0.9}}, limits={}, correction="",
         guarantee=f"At most {percent(0.05)} of tuned.", assumptions=[], answers={},
     )  # fmt: skip
     write_rule(rule, adapter)

@@ -143,8 +143,9 @@ def test_queries_without_a_region_count_once_and_those_without_a_readable_image_
     )
     trainer().test(module, datamodule=data(levels=Damaged("calibration", scenes=4)), verbose=False)
     counts = AnchoredLevels(tmp_path / "l.json").table.counts
-    assert [row.n for row in counts["yes_no"].pooled["noise"]] == [6] + [5] * 10
-    assert [row.n for row in counts["short"].pooled["noise"]] == [3] + [2] * 10
+    assert [row.n for row in counts["yes_no"].pooled["noise"]] == [5] * 11
+    assert [row.n for row in counts["short"].pooled["noise"]] == [2] * 11
+    assert [[row.n for row in c.merged.never_perturbed] for c in counts.values()] == [[1], [1]]
 
 
 class Absent(DemoSource):
