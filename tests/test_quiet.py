@@ -69,7 +69,8 @@ def evaluated(root: Path, folder: Path, trained: Ended) -> Ended:
 
 @pytest.mark.slow
 def test_a_training_ends_with_its_validations_and_the_adapter(trained: Ended, folder: Path) -> None:
-    lines = quiet(trained)
+    base, *lines = quiet(trained)
+    assert re.fullmatch(r"base model: \S+/demo/model \(float32\)", base)
     assert lines[0].rstrip() == "All 6 answers"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["before", "after"]
     assert lines[-1] == "adapter: runs/sft/adapter"
@@ -85,7 +86,8 @@ def test_warnings_of_this_package_and_its_messages_are_printed(trained: Ended) -
 
 @pytest.mark.slow
 def test_an_evaluation_ends_with_its_table(evaluated: Ended) -> None:
-    lines = quiet(evaluated)
+    base, *lines = quiet(evaluated)
+    assert base.startswith("base model: ")
     assert lines[0].rstrip() == "All 36 answers"
     heads = [cell.strip() for cell in lines[2].strip("┃").split("┃")]
     assert heads[:5] == ["system", "mean conf.", "accuracy", "ECE", "AUROC"]

@@ -320,6 +320,7 @@ WRITTEN = {
         "predictions.jsonl",
     ),
     *("official/", "wandb/", "contact_sheet.png", "monitor.json", "monitor.png", "thresholds.json"),
+    *("config.json", "generation_config.json"),
 }
 """What commands write, below a run directory or a folder that one names."""
 
