@@ -457,7 +457,7 @@ def select(
             if not source.wrong_answers(query):
                 wrongless.append((form, query.answer, query.synonyms))
     bad.report(len(queries) - len(bad.messages))
-    if taught:
+    if taught and "unlocated" in asked.values():
         _check_taught(queries, asked, where)
     # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
     shapes = [] if source.annotates_all else shown[True] or shown[False]
