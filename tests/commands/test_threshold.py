@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from vlm_calibration import cli
 from vlm_calibration.estimators.decision import read_rule
@@ -58,7 +59,7 @@ def evaluation(tmp_path: Path) -> Path:
         adapter = tmp_path / "runs" / name / "adapter"
         adapter.mkdir(parents=True)
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-        (adapter / "adapter_model.safetensors").write_text(name)
+        save_file({name: np.zeros(1)}, adapter / "adapter_model.safetensors")
         settings["adapters"][name] = f"runs/{name}/adapter"
         _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 1500, 1, "easy")
         _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 500, 2, "hard", error=0.9)
@@ -195,21 +196,23 @@ def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Pa
 
 
 def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) -> None:
-    (evaluation / "dpo" / "predictions.jsonl").unlink()
-    _write(evaluation / "dpo" / "predictions.jsonl", 1000, 5, "shifted", confidence=1.0, correct=False)
+    for name in ("sft", "dpo"):
+        (evaluation / name / "predictions.jsonl").unlink()
+        _write(evaluation / name / "predictions.jsonl", 1000, 5, "shifted", confidence=1.0, correct=False)
     assert "these questions are not like those" in call("runs/eval").out
 
 
 def test_the_base_model_s_rule_stays_in_the_evaluation(
     call: Call, evaluation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _write(evaluation / "base" / "predictions.jsonl", 2000, 6)
+    for n, split in ((1500, "easy"), (500, "hard")):
+        _write(evaluation / "base" / "predictions.jsonl", n, 6, split)
     assert call("runs/eval", "--system", "base", "--max-error", "0.1").status == 0
     assert read_rule(evaluation / "base") is not None
 
 
 def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "runs/dpo/adapter/adapter_model.safetensors").write_text("other")
+    save_file({"other": np.zeros(1)}, tmp_path / "runs/dpo/adapter/adapter_model.safetensors")
     ended = call("runs/eval")
     assert ended.status == 1
     assert "runs/dpo/adapter: not the adapter that runs/eval evaluated" in ended.error()
