@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +101,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> st
 
 
 @pytest.fixture(scope="session")
+def ending_model(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
+    """A copy of `model_folder` in which any token ends an answer. Its own answers never end, and stage 2 does not rate such."""
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(model_folder, folder)
+    path = folder / "generation_config.json"
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]["vocab_size"]
+    settings = {**json.loads(path.read_text(encoding="utf-8")), "eos_token_id": list(range(vocabulary))}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def load_model(model_folder: str) -> Callable[..., Any]:
     """Function that loads a fresh copy of `model_folder`, for tests that change the model."""
     from vlm_calibration.models.loading import BaseModel, load_base
@@ -155,7 +169,7 @@ def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str]]:
+def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Callable[..., list[str]]:
     """Function that returns the arguments of a short training: a file of `configs/` and an overlay."""
 
     def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
@@ -174,7 +188,12 @@ def fit(root: Path, model_folder: str, tmp_path: Path) -> Callable[..., list[str
                 "max_epochs": None,
                 **sections.get("trainer", {}),
             },
-            "model": {"init_args": {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}},
+            "model": {
+                "init_args": {
+                    "base": {"name_or_path": ending_model if stage == "dpo" else model_folder},
+                    "max_new_tokens": 3,
+                }
+            },
             "data": {
                 "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
                 "batch_size": 2,

@@ -100,6 +100,7 @@ def test_a_run_killed_when_training_has_ended_ends_as_if_it_had_not_been(
         *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
         *("--model.init_args.adapter", "null", "--model.init_args.parts", "null"),
         *("--model.init_args.reference", "base", "--model.init_args.optimizer.lr", "0.1"),
+        *("--model.init_args.max_new_tokens", "8"),
     ]
     once = run(*start("run", stage="dpo"), *settings)
     assert once.status == 0, once.err

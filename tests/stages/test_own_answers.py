@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.p_true import TEMPLATE
 from vlm_calibration.losses.candidates import CandidateLoss
@@ -25,7 +26,13 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import dpo
 from vlm_calibration.stages.preference_targets import PairPolicy
-from vlm_calibration.stages.teachers import FittedTeacher, LogisticMap, TeacherSettings
+from vlm_calibration.stages.teachers import (
+    Feature,
+    FittedTeacher,
+    LogisticMap,
+    TeacherSettings,
+    estimators_of,
+)
 from vlm_calibration.stages.training import trained_parameters
 
 from .own import OwnStep, loss_by_hand, nearest
@@ -292,6 +299,33 @@ def _gradients(step: OwnStep, batch: Any) -> dict[str, torch.Tensor]:
     step.module.zero_grad(set_to_none=True)
     step.step(batch).backward()
     return {n: p.grad.clone() for n, p in step.module.named_parameters() if p.grad is not None}
+
+
+def test_an_answer_that_the_limit_cuts_off_is_no_answer(make_step: MakeStep) -> None:
+    step = make_step(n=5, pairs=PairPolicy(target="level"))
+    whole, rest, answer = step.batch, step.collate(step.samples[::2]), dpo.own_answers
+    [dog] = step.queries.processor.tokenizer("dog", add_special_tokens=False)["input_ids"]
+
+    def endless(model: Any, *arguments: Any) -> AnsweredBatch:
+        """The answers, of which the second and the fourth go on for ever."""
+
+        def go_on(module: Any, inputs: Any, logits: torch.Tensor) -> None:
+            logits[1::2] = 100.0 * nn.functional.one_hot(torch.tensor(dog), logits.shape[-1])
+
+        with model.get_output_embeddings().register_forward_hook(go_on):
+            return answer(model, *arguments)
+
+    step.monkeypatch.setattr(dpo, "own_answers", endless)
+    with torch.no_grad(), step.module.as_reference():
+        answered = step.module._answer(whole)
+        for estimator in estimators_of(get_args(Feature)):
+            is_rated = [confidence is not None for confidence in estimator.estimate(answered).confidence]
+            assert is_rated == [True, False, True, False, True], estimator.name
+    loss = float(step.step(whole))
+    assert step.logged["train/cut_off"] == 2
+    step.monkeypatch.setattr(dpo, "own_answers", answer)
+    assert loss == pytest.approx(float(step.step(rest)), abs=1e-4)
+    assert step.logged["train/cut_off"] == 2, "answers with an end are not counted"
 
 
 def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_step: MakeStep) -> None:

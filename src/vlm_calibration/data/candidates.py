@@ -90,6 +90,7 @@ class CandidateBatch(NamedTuple):
         epochs: for each query the epoch that it is drawn in.
         queries: the B queries.
         skipped: ids of the samples that were too long.
+        n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -100,6 +101,7 @@ class CandidateBatch(NamedTuple):
     epochs: tuple[int, ...]
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
+    n_cut_off: int = 0
 
     def to(self, device: torch.device | str) -> CandidateBatch:
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))

@@ -53,6 +53,7 @@ class AnsweredBatch:
         tokenizer: tokenizes answers with the confidences that can be stated.
         max_new_tokens: length limit of an answer.
         cache: keys and values of the prompts from generation, or None.
+        n_cut_off: number of answers that count as none because the limit cut them off.
     """
 
     model: Any
@@ -62,6 +63,7 @@ class AnsweredBatch:
     tokenizer: AnswerTokenizer
     max_new_tokens: int
     cache: PromptCache | None = None
+    n_cut_off: int = 0
 
     @property
     def chat(self) -> ChatFormat:

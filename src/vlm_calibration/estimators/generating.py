@@ -25,6 +25,7 @@ class GenerationRecorder:
 
     Attributes:
         passes: after `generate`, the forward passes for each row: the number of its new tokens, its end included.
+        complete: after `generate`, for each row whether its answer ends before the limit of new tokens cuts it off.
         cache: the kept keys and values, or None.
     """
 
@@ -33,6 +34,7 @@ class GenerationRecorder:
         self.sampler = sampler
         self.keep_cache = keep_cache
         self.passes: list[int] = []
+        self.complete: list[bool] = []
         self.cache: PromptCache | None = None
 
     def generate(self, **settings: Any) -> Tensor:
@@ -45,18 +47,19 @@ class GenerationRecorder:
         if self.keep_cache:
             self.cache = prompt_cache(output, settings, positions[0])
         answers = output.sequences[:, settings["input_ids"].shape[1] :]
-        self.passes = self._lengths(answers)
+        self.passes, self.complete = self._lengths(answers)
         for criterion in settings.get("stopping_criteria", ()):
             if isinstance(criterion, CompleteAnswerCriteria):
                 lengths = criterion.lengths.tolist()
                 self.passes = [length or n for length, n in zip(lengths, self.passes, strict=True)]
+                self.complete = [length > 0 or c for length, c in zip(lengths, self.complete, strict=True)]
         return output.sequences
 
-    def _lengths(self, answers: Tensor) -> list[int]:
+    def _lengths(self, answers: Tensor) -> tuple[list[int], list[bool]]:
         ends = self.model.generation_config.eos_token_id
         ends = torch.as_tensor([] if ends is None else ends, device=answers.device).reshape(-1)
         ended = torch.isin(answers, ends).cumsum(1) > 0
-        return ((~ended).sum(1) + ended.any(1)).tolist()
+        return ((~ended).sum(1) + ended.any(1)).tolist(), ended.any(1).tolist()
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def _training_sections() -> list[Section]:
                 curve("Tokens", "train/tokens_per_second", unit="a second", low=0),
                 curve("Waiting for data", "train/data_wait", unit="share of the time", low=0, high=1),
                 curve("Peak memory", "memory/peak_gib", unit="GiB", low=0),
-                curve("Samples left out", "train/skipped", unit="samples", low=0),
+                curve("Samples left out", "train/skipped", "train/cut_off", unit="samples", low=0),
             ),
         ),
     ]

@@ -85,6 +85,7 @@ from vlm_calibration.stages.training import (
     seed_batch,
     trained_parameters,
     warn_of_skipped,
+    warn_of_total,
     zero_loss,
 )
 
@@ -117,7 +118,8 @@ class DPOModule(L.LightningModule):
         scoring: "auto" shares the prefix between candidates if that is exact for the model, "shared" requires it, "plain" does
             not share.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
-        max_new_tokens: length limit of the answers that are generated, in validation and as own answers.
+        max_new_tokens: length limit of the answers that are generated, in validation and as own answers. An own answer that it
+            cuts off is not rated.
     """
 
     model: Any
@@ -183,7 +185,7 @@ class DPOModule(L.LightningModule):
         self.scorer = Scorer()
         # A metric per name, because the processes need not have values for the same names.
         self.pair_means = nn.ModuleDict({name: MeanMetric() for name in PAIR_STATISTICS})
-        self.skipped = 0
+        self.skipped = self.cut_off = 0
         self.fitted: FittedTeacher | None = None
         self.estimators: list[Estimator] = []
         if pairs.target == "fitted":
@@ -275,8 +277,8 @@ class DPOModule(L.LightningModule):
         if not rows:
             raise DataError(
                 "`target: fitted`: the reference gives no answer to a validation query that "
-                f"{' and '.join(self.teacher.features)} rate, so there is nothing to fit: use `target: expected`, or train stage "
-                "1 longer"
+                f"{' and '.join(self.teacher.features)} rate, so there is nothing to fit: use `target: expected`, train stage 1 "
+                f"longer, or raise model.max_new_tokens, found {self.max_new_tokens}, if it cuts answers off"
             )
         fitted = FittedTeacher.fit(self.teacher, rows)
         rank_zero_info(f"teacher: {fitted!r}")
@@ -295,6 +297,7 @@ class DPOModule(L.LightningModule):
             prompts, comparison = self.compare(batch)
             policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
         comparison, policy = comparison.rated(policy)
+        self.cut_off += prompts.n_cut_off if is_own else 0
         if not (comparison.picks and is_own):
             return policy.log_likelihood.sum() * 0.0
         compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
@@ -316,6 +319,7 @@ class DPOModule(L.LightningModule):
             if not bool(value.isnan()):
                 self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
+        self.log("train/cut_off", float(self.cut_off), batch_size=size)
         return loss
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -470,6 +474,11 @@ class DPOModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         warn_of_skipped(self, self.skipped)
+        warn_of_total(
+            self,
+            self.cut_off,
+            f"own answers hit model.max_new_tokens, {self.max_new_tokens}, and were not rated",
+        )
 
     def configure_optimizers(self) -> Any:
         return adamw_with_schedule(

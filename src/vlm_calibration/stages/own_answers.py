@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,11 +39,19 @@ def own_answers(
 ) -> AnsweredBatch:
     """The greedy, graded answers of the active adapter to B prompts, with the cache of their prompts.
 
+    An answer that is cut off at `max_new_tokens` is empty: with an end that the model did not give it, it would be another answer.
     Call it in eval mode and under `torch.no_grad`.
     """
     recorder = GenerationRecorder(model, keep_cache=True)
     answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
-    return AnsweredBatch(model, batch, answers, recorder.passes, tokenizer, max_new_tokens, recorder.cache)
+    rated = [
+        answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)
+        for answer, complete in zip(answers, recorder.complete, strict=True)
+    ]
+    return AnsweredBatch(
+        *(model, batch, rated, recorder.passes, tokenizer, max_new_tokens, recorder.cache),
+        n_cut_off=recorder.complete.count(False),
+    )
 
 
 def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
@@ -58,4 +67,5 @@ def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
         batch.epochs,
         batch.queries,
         batch.skipped,
+        answered.n_cut_off,
     )

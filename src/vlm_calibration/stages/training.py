@@ -103,8 +103,11 @@ def log_results(module: L.LightningModule, results: Results) -> None:
 
 def warn_of_skipped(module: L.LightningModule, skipped: int) -> None:
     """Warn with the number of samples that all processes skipped."""
-    total = module.trainer.strategy.reduce(
-        torch.tensor(float(skipped), device=module.device), reduce_op="sum"
-    )
+    warn_of_total(module, skipped, "samples were longer than data.max_length and were skipped")
+
+
+def warn_of_total(module: L.LightningModule, count: int, what: str) -> None:
+    """Warn with the sum of a count over all processes, unless it is 0."""
+    total = module.trainer.strategy.reduce(torch.tensor(float(count), device=module.device), reduce_op="sum")
     if total > 0:
-        rank_zero_warn(f"skipped {int(total)} samples that were longer than data.max_length")
+        rank_zero_warn(f"{int(total)} {what}")
