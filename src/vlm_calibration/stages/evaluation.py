@@ -180,13 +180,13 @@ class EvaluationModule(L.LightningModule):
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
-        if self.endpoints and data.grading.ranks("open"):
-            raise DataError(
-                "data.grading.open: ranking compares the likelihoods of given answers, which an endpoint does not give: choose "
-                "another rule"
-            )
         if self.oracle is not None:
             assert self.base is not None
+            if self.oracle.table.ranked:
+                raise DataError(
+                    f"model.oracle_levels: {self.oracle.source} ranks given answers and does not say how often an answer is correct: "
+                    "measure levels without data.grading.rank_levels"
+                )
             check_levels(self.oracle, self.base, data)
             _check_strengths(self.oracle, data)
         check_image_size(self.adapters, data)

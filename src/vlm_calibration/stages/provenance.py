@@ -51,7 +51,7 @@ def provenance_of(
         "seed": noise.seed,
         "prompt": data.prompt.template,
         "max_pixels": data.max_pixels,
-        "grading": {kind: data.grading.rule(kind) for kind in answer_types},
+        "grading": {kind: data.grading.level_rule(kind) for kind in answer_types},
     }
 
 
@@ -79,6 +79,11 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
         raise DataError(
             f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use the conditions of the measurement, "
             "or measure again with `vlm-calibration levels fit`"
+        )
+    if levels.table.ranked:
+        rank_zero_warn(
+            f"{levels.source}: for open answers it is taught how often the base model holds the gold answer likelier than every wrong "
+            f"one, and not how often its answer is correct by data.grading ({data.grading.rule('open')}), which validation and `test` count"
         )
     if table["quantization"] != use["quantization"]:
         rank_zero_warn(
