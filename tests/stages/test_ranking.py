@@ -141,7 +141,6 @@ def test_one_setting_grades_validation_and_evaluation(
         dogs = batch._replace(
             queries=tuple(replace(q, answer="dog", answer_type=kind) for q in batch.queries)
         )
-        assert batch.ranked == ()
         assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [correct] * 3
 
 
@@ -169,7 +168,10 @@ def test_a_query_without_a_wrong_answer_to_rank_is_refused_before_any_is_answere
     with pytest.raises(DataError, match=r"record '.*000001-corner': `data\.grading\.rank_levels` compares"):
         set_up(2, RANKING)
     source = OpenSource("test", scenes=2)
-    data(validation=source, test={"": EvalSplit(source)}, grading=RANKING).setup("test")
+    queries = data(test={"": EvalSplit(source)}, grading=RANKING)
+    queries.setup("test")
+    [batch] = queries.test_dataloader()
+    assert batch.ranked == (), "an evaluation ranks nothing"
 
 
 def _label(name: str) -> str:
