@@ -147,10 +147,12 @@ def test_estimators_and_adapters_of_an_evaluation(parse: Parse, tiny: Folder) ->
     assert swapped == scored
     assert "perturbed copies" in blanked.work
     assert blanked.estimate.total > scored.estimate.total
-    ranked = parse(
-        "eval/jsonl.yaml", **_base(tiny("qwen2_5_vl")), **NO_ADAPTERS, data__grading__open="ranking"
-    )
-    assert "ranked answers" in stage_phases(ranked)[0].work
+
+
+def test_ranked_answers_are_those_of_levels(parse: Parse, tiny: Folder) -> None:
+    given = {**_base(tiny("qwen2_5_vl")), "data__grading__rank_levels": "true"}
+    assert "ranked answers" in stage_phases(parse("levels.yaml", **given))[0].work
+    assert "ranked answers" not in stage_phases(parse("eval/jsonl.yaml", **given, **NO_ADAPTERS))[0].work
 
 
 def test_a_base_model_that_only_the_plan_knows(parse: Parse, tiny: Folder) -> None:

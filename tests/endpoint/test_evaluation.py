@@ -18,7 +18,6 @@ from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.records import DataError
-from vlm_calibration.text.grading import Grading
 
 from .conftest import queries
 from .demo_server import DemoServer, serving
@@ -211,8 +210,3 @@ def test_a_wrong_model_is_one_line(evaluate: Evaluate, url: str, settings: dict[
     with pytest.raises(DataError) as caught:
         evaluate("run", url, settings={"retries": 0, **settings})
     assert str(caught.value).endswith(says)
-
-
-def test_ranked_answers_are_refused(evaluate: Evaluate, url: str) -> None:
-    with pytest.raises(DataError, match=r"data\.grading\.open: ranking"):
-        evaluate("run", url, data=queries(grading=Grading(open="ranking")))

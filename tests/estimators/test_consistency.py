@@ -168,10 +168,3 @@ def test_an_answer_and_its_samples_are_graded_by_the_question(asked: str, answer
     assert (prediction.predicted, prediction.correct) == (answer, answer == "no")
     samples = ("There is a cat without a dog", "There are zero cats and a dog")
     assert [agrees(prediction, text, Grading()) for text in samples] == [answer is not None, False]
-
-
-def test_samples_are_not_ranked_but_compared_as_answers() -> None:
-    query = Query("1", "a.png", "What is it?", "a cat", "open")
-    answer = graded_prediction(query, "a dog", CLEAN, 0, Grading(open="ranking"), ranked_correct=True)
-    assert answer.correct
-    assert [agrees(answer, text, Grading(open="ranking")) for text in ("The dog.", "a cat")] == [True, False]

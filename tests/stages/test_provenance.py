@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,23 +17,29 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.files import write_json
 from vlm_calibration.models import loading
 from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.card import Card
+from vlm_calibration.reporting.card_files import save_card
+from vlm_calibration.reporting.report.origin import origin_of
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.provenance import check_image_size, check_levels
+from vlm_calibration.stages.provenance import check_levels, differences_from_training
+from vlm_calibration.stages.scoring import Scorer
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..command_line import Ended
-from ..level_tables import measured
+from ..level_tables import FALLING, measured
 
 Data = Callable[..., PerturbedQueryDataModule]
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
@@ -90,7 +97,7 @@ def test_a_setting_that_differs_is_named_with_both_sides(
     "used_with",
     [
         {"noise": NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, wrong_answer_rate=1.0)},
-        {"grading": Grading(open="ranking"), "batch_size": 1, "max_length": 9},
+        {"grading": Grading(open="contains"), "batch_size": 1, "max_length": 9},
     ],
 )
 def test_settings_without_effect_on_the_measurement_may_differ(
@@ -108,23 +115,60 @@ def test_a_table_without_a_limit_of_pixels_was_measured_without_one(model_folder
         check_levels(earlier, BaseModel(model_folder), data(max_pixels=5000))
 
 
+TEMPLATE = ElicitationPrompt().template
+
+
 @pytest.mark.parametrize(
-    ("trained", "used", "warns"), [(5000, None, True), (5000, 5000, False), (None, 5000, True)]
+    ("trained", "used", "differs"),
+    [
+        ({"max_pixels": 5000}, {}, "data.max_pixels is None and was 5000"),
+        ({"max_pixels": None}, {"max_pixels": 5000}, "data.max_pixels is 5000 and was None"),
+        (
+            {"template": "{question} Sure?"},
+            {},
+            f"data.prompt.template is {TEMPLATE!r} and was '{{question}} Sure?'",
+        ),
+        (
+            {"template": "{question} Sure?", "max_pixels": 1},
+            {"prompt": ElicitationPrompt("{question}"), "max_pixels": 2},
+            "data.prompt.template is '{question}' and was '{question} Sure?' and data.max_pixels is 2 and was 1",
+        ),
+        ({"template": TEMPLATE, "max_pixels": 5000}, {"max_pixels": 5000}, None),
+        ({"template": None}, {}, None),
+    ],
 )
-def test_an_adapter_at_another_image_size_is_warned_of(
-    tmp_path: Path, data: Data, trained: int | None, used: int | None, warns: bool
+def test_an_adapter_that_is_not_used_as_it_was_trained_is_named(
+    tmp_path: Path, data: Data, trained: dict[str, Any], used: dict[str, Any], differs: str | None
 ) -> None:
-    (tmp_path / "calibration.json").write_text(json.dumps({"max_pixels": trained}))
+    (tmp_path / "calibration.json").write_text(json.dumps(trained))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_image_size({"sft": str(tmp_path), "uncarded": "no/such"}, data(max_pixels=used))
-    assert [str(w.message) for w in caught] == (
-        [
-            f"data.max_pixels is {used}, and the adapter 'sft' was trained with {trained}: it now sees images at another size"
-        ]
-        if warns
-        else []
-    )
+        found = differences_from_training({"sft": str(tmp_path), "uncarded": "no/such"}, data(**used))
+    assert found == ({} if differs is None else {"sft": differs})
+    says = [f"'sft' is used otherwise than in its training: {text}" for text in found.values()]
+    assert [str(w.message) for w in caught] == says
+
+
+def test_table_and_report_say_that_an_adapter_is_asked_with_another_prompt(
+    tmp_path: Path, data: Data, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, template in (("same", TEMPLATE), ("other", "{question} Sure?")):
+        save_card(tmp_path / name, Card(model_folder, template=template))
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": model_folder})
+        )
+    module = EvaluationModule(adapters={name: str(tmp_path / name) for name in ("same", "other")})
+    with pytest.warns(UserWarning, match="'other' is used otherwise than in its training"):
+        module.check_data(data())
+    module.results = dict.fromkeys(module.systems, Scorer().compute())
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
+    ResultsTable().on_test_end(trainer, module)
+    says = f"data.prompt.template is {TEMPLATE!r} and was '{{question}} Sure?'"
+    assert f"other, not as trained: {says}" in " ".join(capsys.readouterr().out.split())
+    assert module.notes == {"other": {"not as trained": says}}
+    write_json(tmp_path / "eval/other/notes.json", module.notes["other"])
+    config = {"model": {"init_args": {"adapters": {"other": str(tmp_path / "other")}}}}
+    assert origin_of(tmp_path / "eval/other", tmp_path / "eval", config).facts["not as trained"] == says
 
 
 def test_linear_levels_are_not_compared(data: Data) -> None:
@@ -268,6 +312,23 @@ def test_the_command_line_says_so_in_one_line_and_writes_nothing(
     )
     assert ended.status == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
+    model_folder: str, data: Data, tmp_path: Path
+) -> None:
+    ranking, base = Grading(open="contains", rank_levels=True), BaseModel(model_folder)
+    levels = measured(model_folder, {"open": FALLING["short"]}, grading=ranking)
+    with pytest.warns(UserWarning, match=r"not how often its answer is correct by data.grading \(contains\)"):
+        check_levels(levels, base, data(grading=ranking))
+    with pytest.raises(DataError, match=r"data.grading \(open\) was 'ranking' and is 'contains'"):
+        check_levels(levels, base, data(grading=Grading(open="contains")))
+    levels.save(str(tmp_path / "levels.json"))
+    module = EvaluationModule(base, oracle_levels=str(tmp_path / "levels.json"))
+    with pytest.raises(
+        DataError, match="levels.json ranks given answers and does not say how often an answer is"
+    ):
+        module.check_data(data(grading=ranking))
 
 
 def test_the_oracle_of_an_evaluation_is_checked(

@@ -1,4 +1,4 @@
-"""Grading is one setting for all stages; open answers with a rejected alternative can be ranked by likelihood."""
+"""Ranking measures the levels of open answers with a rejected alternative; what is generated is graded by one rule in all stages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from PIL import Image
 
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import LEVELS, PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.sources.rlaif_v import RlaifVSource
@@ -29,15 +30,15 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.stages.answering import answer_batch, rank_answers
-from vlm_calibration.stages.level_fit import LevelFitModule
+from vlm_calibration.stages.answering import answer_batch
+from vlm_calibration.stages.level_fit import LevelFitModule, rank_answers
 from vlm_calibration.text.confidence import render_answer
-from vlm_calibration.text.grading import Grading
+from vlm_calibration.text.grading import Grading, grade
 
 from ..command_line import Ended
 
 Data = Callable[..., PerturbedQueryDataModule]
-RANKING = Grading(open="ranking")
+RANKING = Grading(rank_levels=True)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXTS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "image_path")
 SCENES = 30
@@ -88,16 +89,14 @@ def test_the_likelier_answer_per_token_wins(
             samples[1],
             _open(samples[0], "A dog, I think", name),
         ]
-        batch = PromptCollator(chat, RANKING)(chosen)
+        batch = PromptCollator(chat, RANKING, ranks=True)(chosen)
         assert rank_answers(model, batch) == [likelier, None, not likelier]
-        answers = answer_batch(model, batch, chat.processor.tokenizer, 3)
-        assert [answers[i].correct for i in (0, 2)] == [likelier, not likelier]
 
 
 def test_every_wrong_answer_must_be_less_likely(
     load_model: Callable[..., Any], data: Data, samples: list[Sample]
 ) -> None:
-    model, collate = load_model().eval(), PromptCollator(data().chat, RANKING)
+    model, collate = load_model().eval(), PromptCollator(data().chat, RANKING, ranks=True)
     names = ("cat", "dog", "Two red cats.")
     for gold in names:
         others = [name for name in names if name != gold]
@@ -105,25 +104,29 @@ def test_every_wrong_answer_must_be_less_likely(
         assert rank_answers(model, collate([_open(samples[0], gold, *others)])) == [all(alone)]
 
 
-def test_other_rules_rank_nothing(load_model: Callable[..., Any], data: Data, samples: list[Sample]) -> None:
-    for chosen, grading in ((samples, Grading()), (samples[1:2], RANKING)):
-        batch = PromptCollator(data().chat, grading)(chosen)
+def test_other_queries_and_stages_rank_nothing(
+    load_model: Callable[..., Any], data: Data, samples: list[Sample]
+) -> None:
+    for chosen, ranks in ((samples, False), (samples[1:2], True)):
+        batch = PromptCollator(data().chat, RANKING, ranks=ranks)(chosen)
         assert batch.ranked == ()
         assert rank_answers(load_model(), batch) == [None] * len(chosen)
 
 
 @pytest.mark.parametrize(
-    ("grading", "correct"),
+    ("grading", "kind", "correct"),
     [
-        (Grading(), False),
-        (Grading(short="contains"), True),
-        (Grading(short="token_f1"), False),
-        (Grading(short="token_f1", min_f1=0.3), True),
-        (Grading(open="contains"), False),
+        (Grading(), "short", False),
+        (Grading(short="contains"), "short", True),
+        (Grading(short="token_f1"), "short", False),
+        (Grading(short="token_f1", min_f1=0.3), "short", True),
+        (Grading(open="contains"), "short", False),
+        (Grading(open="contains"), "open", True),
+        (RANKING, "open", False),
     ],
 )
 def test_one_setting_grades_validation_and_evaluation(
-    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, correct: bool
+    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, kind: Any, correct: bool
 ) -> None:
     def generate(model: Any, inputs: Any, *_: Any) -> list[str]:
         return ["A big brown dog lies there. Confidence: 80%"] * len(inputs["input_ids"])
@@ -136,7 +139,7 @@ def test_one_setting_grades_validation_and_evaluation(
     [validated], [tested] = queries.val_dataloader(), queries.test_dataloader()
     for batch in (validated.prompts, tested):
         dogs = batch._replace(
-            queries=tuple(replace(q, answer="dog", answer_type="short") for q in batch.queries)
+            queries=tuple(replace(q, answer="dog", answer_type=kind) for q in batch.queries)
         )
         assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [correct] * 3
 
@@ -155,15 +158,20 @@ class OpenSource(DemoSource):
 
 
 def test_a_query_without_a_wrong_answer_to_rank_is_refused_before_any_is_answered(data: Data) -> None:
-    parts = {"one": EvalSplit(OpenSource("test", scenes=1)), "two": EvalSplit(OpenSource("test", scenes=2))}
-    data(test={"one": parts["one"]}, grading=RANKING).setup("test")
-    data(test=parts).setup("test")
-    with pytest.raises(
-        DataError, match=r"record 'test-000001-corner': `data\.grading\.open: ranking` compares"
-    ):
-        data(test=parts, grading=RANKING).setup("test")
-    with pytest.raises(DataError, match="record 'calibration-000001-corner'"):
-        data(validation=OpenSource("calibration", scenes=2), grading=RANKING).setup("fit")
+    def set_up(scenes: int, grading: Grading) -> None:
+        queries = data(levels=OpenSource("test", scenes=scenes), grading=grading)
+        queries.trainer = SimpleNamespace(lightning_module=SimpleNamespace(asks=LEVELS))  # type: ignore[assignment]
+        queries.setup("test")
+
+    set_up(1, RANKING)
+    set_up(2, Grading())
+    with pytest.raises(DataError, match=r"record '.*000001-corner': `data\.grading\.rank_levels` compares"):
+        set_up(2, RANKING)
+    source = OpenSource("test", scenes=2)
+    queries = data(test={"": EvalSplit(source)}, grading=RANKING)
+    queries.setup("test")
+    [batch] = queries.test_dataloader()
+    assert batch.ranked == (), "an evaluation ranks nothing"
 
 
 def _label(name: str) -> str:
@@ -272,6 +280,12 @@ def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: 
     return [argument for file in files for argument in ("--config", file)]
 
 
+def _is_graded(answered: dict[str, Any]) -> bool:
+    """Whether an answer counts as correct by the rule of the preset."""
+    grading = Grading(open="token_f1")
+    return grade(answered["text"], answered["answer"], "open", grading=grading).correct is answered["correct"]
+
+
 def _callbacks(*names: str) -> list[dict[str, str]]:
     return [{"class_path": f"vlm_calibration.callbacks.{name}"} for name in names]
 
@@ -284,7 +298,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     measuring = ("levels", "data/rlaif_v")
 
     # By exact match no answer is correct, and no table is written.
-    exact = {"levels": held_out, "grading": {"open": "exact"}}
+    exact = {"levels": held_out, "grading": {"open": "exact", "rank_levels": False}}
     command = _configured(
         root, tmp_path, "exact", *measuring, model={"out": levels, "likelihoods": None}, data=exact
     )
@@ -327,6 +341,8 @@ def test_rlaif_v_from_levels_to_evaluation(
     taught = {(kind, strength): confidence for kind, strength, confidence in card["levels"]["open"]}
     assert taught["", 0] >= 0.9
     assert 0.2 <= taught["noise", 1] <= 0.7
+    assert card["training"]["levels"].endswith("open answers by ranking")
+    assert "not how often its answer is correct by data.grading (token_f1 >= 0.5)" in ended.err
 
     stage_2 = {"adapter": str(tmp_path / "sft/adapter")}
     command = _configured(
@@ -342,23 +358,20 @@ def test_rlaif_v_from_levels_to_evaluation(
             json.loads(line) for line in (tmp_path / stage / "predictions.jsonl").open(encoding="utf-8")
         ]
         assert len(answered) == 6
-        assert any(answer["correct"] for answer in answered), "ranked in validation as well"
+        assert all(map(_is_graded, answered)), "what is generated is graded in validation"
 
-    evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}, "oracle_levels": levels}
+    evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}}
     parts = {"test": (0.0, 0.8), "calibration": (0.8, 1.0)}
     graded = {name: {"own": {"source": _source(rlaif_v, *part)}} for name, part in parts.items()}
     settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated, "data": graded}
     command = _configured(root, tmp_path, "eval", "eval/jsonl", "data/rlaif_v", **settings)
     ended = run("test", *command)
     assert ended.status == 0, ended.err
-    for system in ("base", "dpo", "oracle"):
-        metrics = json.loads((tmp_path / "eval" / system / "metrics.json").read_text())
-        assert metrics["n"] == 24
-        calibrated = (tmp_path / "eval" / system / "calibration.jsonl").read_text().splitlines()
-        assert sum(json.loads(line)["correct"] for line in calibrated) >= 4, "ranked as well"
-        assert metrics["accuracy"] >= 0.85, "ranked on clean images"
-    ended = run("test", *command, "--data.grading.open", "exact")
-    assert "data.grading (open) was 'ranking' and is 'exact'" in ended.error()
+    for system in ("base", "dpo"):
+        for name, count in (("predictions", 24), ("calibration", 6)):
+            lines = (tmp_path / "eval" / system / f"{name}.jsonl").read_text().splitlines()
+            assert len(lines) == count
+            assert all(_is_graded(json.loads(line)) for line in lines)
 
 
 def test_ranking_measures_levels_without_generation(

@@ -509,9 +509,13 @@ def test_a_rule_is_for_its_type_of_answer_alone():
     assert not grade("a brown dog", "dog", "open", grading=Grading(short="contains")).correct
 
 
-def test_no_text_decides_a_ranking():
-    with pytest.raises(ValueError, match="open answers are graded by ranking"):
-        grade("a dog", "dog", "open", grading=Grading(open="ranking"))
+@pytest.mark.parametrize("answer_type", ["short", "open"])
+def test_a_ranking_measures_levels_and_grades_no_answer(answer_type):
+    with pytest.raises(ValueError, match=rf"grading\.{answer_type} must be one of .*'ranking'.*rank_levels"):
+        Grading(**{answer_type: "ranking"})
+    ranking = Grading(open="contains", rank_levels=True)
+    assert [ranking.level_rule(kind) for kind in ("yes_no", "short", "open")] == ["exact", "exact", "ranking"]
+    assert not grade("a cat", "dog", "open", grading=ranking).correct
 
 
 @pytest.mark.parametrize("min_f1", [0.0, -1, 1.5, float("nan")])

@@ -20,7 +20,7 @@ from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
-from vlm_calibration.perturbation.levels import AnchoredLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card
 from vlm_calibration.reporting.card_files import save_card
 from vlm_calibration.reporting.tables import COLUMNS
@@ -173,7 +173,8 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
         "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
         "base": constructed(module.base),
         "optimizer": constructed(module.optimizer_settings),
-        "levels": constructed(data.noise.levels),
+        "levels": constructed(data.noise.levels)
+        + (", open answers by ranking" if _are_ranked(data.noise.levels) else ""),
         "schedule": constructed(data.noise.schedule),
         "noise": constructed(data.noise),
     }
@@ -201,6 +202,11 @@ def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:
         answer_type: [(*p, levels.confidence(p, answer_type)) for p in noise.perturbations]
         for answer_type in answer_types
     }
+
+
+def _are_ranked(levels: ConfidenceLevels) -> bool:
+    """Whether levels of open answers do not say how often an answer is correct."""
+    return isinstance(levels, AnchoredLevels) and levels.table.ranked
 
 
 def _overall(values: Mapping[str, float]) -> dict[str, float | None]:

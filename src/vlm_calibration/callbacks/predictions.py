@@ -25,7 +25,7 @@ VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
 METRICS, NOTES, OFFICIAL = "metrics.json", "notes.json", "official"
-"""Files of a system's metrics, of what it has none of, with the reason, and the folder of the answer files for benchmarks' scripts."""
+"""Files of a system's metrics, of the evaluation's notes on it, and the folder of the answer files for benchmarks' scripts."""
 
 
 class PredictionWriter(L.Callback):
@@ -187,13 +187,11 @@ def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
 
 def _write_notes(folder: Path, notes: Mapping[str, str]) -> None:
-    """Write what cannot be had, and say it; without that there is no file."""
+    """Write the notes on a system; without any there is no file."""
     if not notes:
         (folder / NOTES).unlink(missing_ok=True)
         return
     write_json(folder / NOTES, dict(notes))
-    for name, reason in notes.items():
-        rank_zero_info(f"{folder.name}: no {name}: {reason}")
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

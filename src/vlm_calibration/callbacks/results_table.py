@@ -17,14 +17,18 @@ from vlm_calibration.stages.scoring import HasResults
 class ResultsTable(L.Callback):
     """Prints a table of the main metrics when a run ends.
 
-    Its rows are the systems of an evaluation, or of a training the validations that `AdapterWriter` puts into the card. Below it is
-    the folder of what was written. Place it after `AdapterWriter`.
+    Its rows are the systems of an evaluation, or of a training the validations that `AdapterWriter` puts into the card. Below it are
+    the notes on systems and the folder of what was written. Place it after `AdapterWriter`.
     """
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             results = cast(HasResults, module).results
-            print_results(results, files={"answers": Path(trainer.default_root_dir)})
+            notes = getattr(module, "notes", {})
+            words = "\n".join(
+                f"{s}, {name}: {note}" for s, by_name in notes.items() for name, note in by_name.items()
+            )
+            print_results(results, words=words, files={"answers": Path(trainer.default_root_dir)})
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:

@@ -68,7 +68,7 @@ class RankedAnswers(NamedTuple):
 
     Attributes:
         cut: how many tokens at the end of the prompt the answers replace (mostly 0).
-        tokens: token ids of the gold answer, then of each wrong one; the gold answer alone if ranking does not grade the query.
+        tokens: token ids of the gold answer, then of each wrong one; the gold answer alone if the query is not an open one.
     """
 
     cut: int
@@ -97,7 +97,7 @@ class PromptBatch(NamedTuple):
         noise_steps: for each query the diffusion step of its noise; None for other kinds of perturbation.
         levels: for each query the confidence in [0, 1] of its perturbation.
         grading: rule that grades the answers.
-        ranked: for each query the answers to rank; empty if ranking grades none of them.
+        ranked: for each query the answers to rank; empty without any.
         copies: the prompts with each perturbed copy of their images that an estimator or a probe asks for.
         epochs: for each query the epoch that it is drawn in.
         skipped: ids of the samples that were too long.
@@ -329,6 +329,7 @@ class PromptCollator:
         max_length: limit of a prompt in tokens; None: no limit.
         on_too_long: as in `SFTCollator`.
         keep_images: whether batches have the images as well.
+        ranks: whether batches have the answers to rank of open queries.
     """
 
     def __init__(
@@ -338,9 +339,11 @@ class PromptCollator:
         max_length: int | None = None,
         on_too_long: TooLong = "raise",
         keep_images: bool = False,
+        ranks: bool = False,
     ) -> None:
         self.chat = chat
         self.grading = grading
+        self.ranks = ranks
         self.max_length = max_length
         self.on_too_long = on_too_long
         self.keep_images = keep_images
@@ -350,7 +353,7 @@ class PromptCollator:
             return PromptBatch({}, (), (), (), (), self.grading)
         for sample in samples:
             self.chat.check(sample.query)
-        ranking = any(self.grading.ranks(s.query.answer_type) for s in samples)
+        ranking = self.ranks and any(s.query.answer_type == "open" for s in samples)
         texts = [self.chat.render(s.query.question) for s in samples]
         inputs = self.chat.inputs_of(samples, texts, "left")
         if self.max_length is not None:
@@ -383,7 +386,7 @@ class PromptCollator:
 
     def _tokenize_ranked(self, sample: Sample) -> RankedAnswers:
         query = sample.query
-        wrong = sample.wrong if self.grading.ranks(query.answer_type) else ()
+        wrong = sample.wrong if query.answer_type == "open" else ()
         self.chat.check(query, wrong)
         texts = self.chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
         cut, tokens = self.chat.after_prompt(self.chat.render(query.question), texts)

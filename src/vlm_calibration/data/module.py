@@ -215,7 +215,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 self._logs[name] = LoadingLog(self._sets[name])
             if name == LEVELS:
                 self._sets[name].check_answer_types()
-            if name != "train" and self.grading.ranks("open"):
+            if name == LEVELS and self.grading.rank_levels:
                 _check_ranking(self._sets[name].splits)
         if stage == "test":
             # Modules other than `EvaluationModule` ask for none.
@@ -362,10 +362,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
         A calibration set has a second loader of its own.
         """
-        collate: Callable[..., Any] = ImageCollator(self.grading)
-        if self._uses_processor:
-            collate = PromptCollator(self.chat, self.grading, keep_images=self._has_endpoints)
-        loaders = [self._loader(name, self.eval_batch_size, collate, training=False) for name in self._tested]
+
+        def collator(name: str) -> Callable[..., Any]:
+            if not self._uses_processor:
+                return ImageCollator(self.grading)
+            ranks = name == LEVELS and self.grading.rank_levels
+            return PromptCollator(self.chat, self.grading, keep_images=self._has_endpoints, ranks=ranks)
+
+        loaders = [
+            self._loader(name, self.eval_batch_size, collator(name), training=False) for name in self._tested
+        ]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def leave_out(self, shards: Collection[int]) -> None:
@@ -498,8 +504,8 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
         for query in split.source.queries():
             if query.answer_type == "open" and not split.source.wrong_answers(query):
                 raise DataError(
-                    f"record {query.id!r}: `data.grading.open: ranking` compares with a wrong answer, and its source has "
-                    "none: leave the record out, or choose another rule"
+                    f"record {query.id!r}: `data.grading.rank_levels` compares with a wrong answer, and its source has none: "
+                    "leave the record out, or grade the generated answer"
                 )
 
 

@@ -105,8 +105,7 @@ class EndpointSystem:
             complete_statement(response.text),
             batch.perturbations[row],
             batch.noise_steps[row],
-            batch.grading,
-            None if self.grades else False,
+            batch.grading if self.grades else None,
         )
         asked = Asked(query, prediction, response, content, image, self.max_new_tokens, batch.grading)
         return RatedAnswer(asked, await self.estimates.rate(asked))

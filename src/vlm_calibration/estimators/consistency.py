@@ -12,7 +12,7 @@ from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.grading import EXACT, Grading, grade
+from vlm_calibration.text.grading import Grading, grade
 
 
 class InverseTransformSampler(LogitsProcessor):
@@ -103,7 +103,5 @@ class SelfConsistency(Estimator):
 def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
     if not prediction.predicted:
         return False
-    # Texts have no likelihoods to rank: they agree if they are the same answer.
-    rule = EXACT if grading.ranks(prediction.answer_type) else grading
     predicted, kind, question = prediction.predicted, prediction.answer_type, prediction.question
-    return grade(text, predicted, kind, grading=rule, question=question).correct
+    return grade(text, predicted, kind, grading=grading, question=question).correct

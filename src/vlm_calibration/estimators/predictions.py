@@ -53,8 +53,7 @@ def graded_prediction(
     text: str,
     perturbation: Perturbation | None,
     noise_step: int | None,
-    grading: Grading = EXACT,
-    ranked_correct: bool | None = None,
+    grading: Grading | None = EXACT,
 ) -> EstimatedPrediction:
     """Parse and grade a generated text.
 
@@ -63,13 +62,12 @@ def graded_prediction(
         text: the generated text.
         perturbation: what happened to the query's image; None if that is not known.
         noise_step: diffusion step of its noise; None for other kinds.
-        grading: the rule that grades the answer.
-        ranked_correct: for queries graded by ranking, whether the gold answer is the likeliest.
+        grading: the rule that grades the answer; None: it is not graded, and not correct.
     """
-    if ranked_correct is None:
-        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading, query.question)
+    if grading is None:
+        outcome = Grade(parse_answer(text, query.answer_type, query.question), False)
     else:
-        outcome = Grade(parse_answer(text, query.answer_type, query.question), ranked_correct)
+        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading, query.question)
     return EstimatedPrediction(
         id=query.id,
         question=query.question,

@@ -23,7 +23,7 @@ from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.predictions import VERBALIZED, graded_prediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
@@ -43,12 +43,11 @@ from vlm_calibration.models.base import (
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.models.vision import shared_vision
-from vlm_calibration.records import DataError, Prediction, Query
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.card import EXAMPLE, Card
 from vlm_calibration.reporting.card_files import load_card
 from vlm_calibration.settings import digest, file_digest
-from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, strip_confidence
-from vlm_calibration.text.grading import parse_answer
+from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 logger = logging.getLogger(__name__)
@@ -261,7 +260,9 @@ class CalibratedModel(Asker):
         texts = generate_texts(
             generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
         )
-        predictions = [_prediction(query, text) for query, text in zip(batch.queries, texts, strict=True)]
+        predictions = [
+            graded_prediction(q, text, None, None, None) for q, text in zip(batch.queries, texts, strict=True)
+        ]
         answered = AnsweredBatch(
             self.model,
             batch,
@@ -298,22 +299,6 @@ def _applied(rule: DecisionRule | None, prediction: Prediction, expected: float 
     if rule.estimator == ExpectedConfidence.name:
         confidence = None if expected is None else rounded(expected)
     return rule.applied(confidence, prediction.category)
-
-
-def _prediction(query: Query, text: str) -> Prediction:
-    """The answer in the form that estimators take; its correctness is unknown and set to False."""
-    return Prediction(
-        id=query.id,
-        question=query.question,
-        answer=query.answer,
-        text=text,
-        predicted=parse_answer(text, query.answer_type, query.question),
-        confidence=parse_confidence(text),
-        correct=False,
-        category=query.category,
-        noise_step=None,
-        answer_type=query.answer_type,
-    )
 
 
 def _resolution(processor: Any) -> Any:

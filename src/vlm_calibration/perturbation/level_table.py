@@ -21,7 +21,7 @@ FORMAT = "vlm_calibration.levels/3"
 SIGNIFICANCE = 0.05
 FREE_GUESS = 0.05
 """Assumed accuracy of a blind guess for answers other than yes/no; our choice."""
-GRADING_ADVICE = ", or grade by another rule (data.grading: contains or token_f1; ranking for open answers with a rejected one)"
+GRADING_ADVICE = ", or grade by another rule (data.grading: contains or token_f1), or rank open answers with a rejected one (data.grading.rank_levels)"
 
 
 class LevelCount(NamedTuple):
@@ -177,6 +177,11 @@ class LevelTable:
         """The measured kinds of perturbation."""
         return tuple(next(iter(self.counts.values())).bins[0])
 
+    @property
+    def ranked(self) -> bool:
+        """Whether the counts of open answers rank given answers, and grade no generated ones."""
+        return "ranking" in self.provenance.get("grading", {}).values()
+
     def check_usable(self) -> None:
         """Refuse counts from which no useful confidence can be learned.
 
@@ -189,7 +194,7 @@ class LevelTable:
             ValueError: a test fails; names the answer type, the kind, its counts and what to do.
         """
         for answer_type, counts in self.counts.items():
-            by_ranking = self.provenance.get("grading", {}).get(answer_type) == "ranking"
+            by_ranking = self.ranked and answer_type == "open"
             guess = 0.5 if answer_type == "yes_no" or by_ranking else FREE_GUESS
             (clean,) = counts.merged.untouched
             for kind, rows in counts.pooled.items():

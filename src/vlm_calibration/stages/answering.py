@@ -8,13 +8,10 @@ import lightning as L
 import torch
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.estimators.answer_scoring import right_padded
-from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.sharding import shard
-from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 
@@ -61,29 +58,8 @@ def answer_batch(model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens:
     if not batch.queries:
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
-    ranked = rank_answers(model.model if isinstance(model, GenerationRecorder) else model, batch)
-    rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, ranked, strict=True)
+    rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, strict=True)
     return [
-        graded_prediction(query, text, perturbation, step, batch.grading, is_correct)
-        for query, text, perturbation, step, is_correct in rows
+        graded_prediction(query, text, perturbation, step, batch.grading)
+        for query, text, perturbation, step in rows
     ]
-
-
-@torch.no_grad()
-def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
-    """Whether the gold answer is likelier, per token, than every wrong one; None for queries that ranking does not grade.
-
-    One forward pass scores all answers; nothing is generated.
-    """
-    if not batch.ranked:
-        return [None] * len(batch.queries)
-    prompts = right_padded(batch.inputs)
-    cut = torch.tensor([ranked.cut for ranked in batch.ranked], device=prompts.lengths.device)
-    scores = score_responses(
-        model, prompts._replace(lengths=prompts.lengths - cut), [ranked.tokens for ranked in batch.ranked]
-    )
-    mean = scores.total / scores.lengths.clamp(min=1)
-    mean = mean.masked_fill(scores.lengths == 0, -torch.inf)
-    is_correct = (mean[:, :1] > mean[:, 1:]).all(1).tolist()
-    graded = [batch.grading.ranks(query.answer_type) for query in batch.queries]
-    return [value if by_ranking else None for value, by_ranking in zip(is_correct, graded, strict=True)]

@@ -66,7 +66,7 @@ from vlm_calibration.stages.preference_targets import (
     kl_divergence,
     picked,
 )
-from vlm_calibration.stages.provenance import check_image_size, check_levels
+from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.teachers import (
     FittedTeacher,
@@ -215,7 +215,7 @@ class DPOModule(L.LightningModule):
             )
         check_levels(data.noise.levels, self.base, data)
         if self.adapter is not None:
-            check_image_size({self.adapter: str(find_adapter(self.adapter))}, data)
+            differences_from_training({self.adapter: str(find_adapter(self.adapter))}, data)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):

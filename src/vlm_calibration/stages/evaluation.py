@@ -42,7 +42,7 @@ from vlm_calibration.stages.answering import (
     shard_as_asked,
     tokenizer_of,
 )
-from vlm_calibration.stages.provenance import check_image_size, check_levels
+from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import PROBES, Results, Scorer
 
 
@@ -165,6 +165,7 @@ class EvaluationModule(L.LightningModule):
             for system in self.systems
         )
         self.results = {}
+        self.differences: Mapping[str, str] = {}
         # System -> how many of its stated confidences are among the scored ones (True), and how many are not.
         self._stated: dict[str, Counter[bool]] = {system: Counter() for system in self.answering}
 
@@ -180,16 +181,17 @@ class EvaluationModule(L.LightningModule):
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
-        if self.endpoints and data.grading.ranks("open"):
-            raise DataError(
-                "data.grading.open: ranking compares the likelihoods of given answers, which an endpoint does not give: choose "
-                "another rule"
-            )
         if self.oracle is not None:
             assert self.base is not None
+            if self.oracle.table.ranked:
+                raise DataError(
+                    f"model.oracle_levels: {self.oracle.source} ranks given answers and does not say how often an answer is correct: "
+                    "measure levels without data.grading.rank_levels"
+                )
             check_levels(self.oracle, self.base, data)
             _check_strengths(self.oracle, data)
-        check_image_size(self.adapters, data)
+        base = {BASE: self.base.name_or_path} if self.base is not None and BASE in self.local else {}
+        self.differences = differences_from_training({**base, **self.adapters}, data)
 
     def configure_model(self) -> None:
         if self.local and not hasattr(self, "model"):
@@ -321,9 +323,10 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def notes(self) -> dict[str, dict[str, str]]:
-        """System -> what of its results cannot be had, with the reason."""
+        """System -> what of its results cannot be had, with the reason, and how this run differs from its training."""
         no_probes = {PROBES: "an endpoint does not score a given answer"} if self.probes else {}
-        return {system: {**endpoint.notes, **no_probes} for system, endpoint in self.endpoints.items()}
+        notes = {system: {**endpoint.notes, **no_probes} for system, endpoint in self.endpoints.items()}
+        return notes | {system: {"not as trained": text} for system, text in self.differences.items()}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
         assert self.oracle is not None

@@ -9,19 +9,21 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
 from vlm_calibration.data.module import INSTANCES, LEVELS, PerturbedQueryDataModule
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.sharding import wait_for_others
+from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.perturbation.answer_likelihoods import Measured, write_likelihoods
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
@@ -32,7 +34,6 @@ from vlm_calibration.stages.answering import (
     answer_batch,
     check_shardable,
     device_of,
-    rank_answers,
     shard_as_asked,
     tokenizer_of,
 )
@@ -51,9 +52,9 @@ move an accuracy by a percent or two, less than the differences between bins."""
 class LevelFitModule(L.LightningModule):
     """Answers the queries of `data.levels` at every level of each kind of perturbation with the base model and writes a level table.
 
-    Queries that `data.grading` ranks need no generation, unless likelihoods are written: an answer is correct if it is likelier
-    than the wrong ones. Each process appends its answers to an `AnswerLog` in the run directory, from which an interrupted run resumes,
-    and which stays if the table is refused.
+    With `data.grading.rank_levels`, open queries need no generation, unless likelihoods are written: see `rank_answers`. Each process
+    appends its answers to an `AnswerLog` in the run directory, from which an interrupted run resumes, and which stays if the table is
+    refused.
 
     Args:
         base: the base model.
@@ -142,7 +143,11 @@ class LevelFitModule(L.LightningModule):
         self.answers.add(name, BatchAnswers(answers={BASE: answers}, passes={}))
 
     def _answer(self, batch: PromptBatch) -> list[EstimatedPrediction]:
-        """The model's own answers, those to untouched images with their likelihood if it is written."""
+        """The model's own answers, those to untouched images with their likelihood if it is written.
+
+        A ranked answer is correct if the gold answer is the likeliest; it is not generated without need.
+        """
+        ranked = rank_answers(self.model, batch)
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
         if any(untouched) and self.likelihoods is not None:
             recorder = GenerationRecorder(self.model, keep_cache=True)
@@ -161,22 +166,14 @@ class LevelFitModule(L.LightningModule):
                 float(np.float32(p or 0)) for p in AnswerLikelihood().estimate(answered).confidence
             ]
             rows = zip(cast(list[EstimatedPrediction], answers), likelihoods, untouched, strict=True)
-            return [replace(a, estimates={LIKELIHOOD: p}) if clean else a for a, p, clean in rows]
-        if all(batch.grading.ranks(query.answer_type) for query in batch.queries):
-            facts = zip(
-                batch.queries,
-                batch.perturbations,
-                batch.noise_steps,
-                rank_answers(self.model, batch),
-                strict=True,
-            )
-            return [
-                graded_prediction(q, "", p, step, batch.grading, correct) for q, p, step, correct in facts
-            ]
-        return cast(
-            list[EstimatedPrediction],
-            answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens),
-        )
+            own = [replace(a, estimates={LIKELIHOOD: p}) if clean else a for a, p, clean in rows]
+        elif None in ranked:
+            answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
+            own = cast(list[EstimatedPrediction], answers)
+        else:
+            facts = zip(batch.queries, batch.perturbations, batch.noise_steps, strict=True)
+            own = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
+        return [a if rank is None else replace(a, correct=rank) for a, rank in zip(own, ranked, strict=True)]
 
     def on_test_epoch_end(self) -> None:
         wait_for_others(self.model)
@@ -259,6 +256,27 @@ def columns_of(
         rows[query, level] = (query, answer_type, level, answer.correct, likelihood)
     columns = list(zip(*rows.values(), strict=True)) or [()] * len(COLUMNS)
     return dict(zip(COLUMNS, map(np.array, columns), strict=True))
+
+
+@torch.no_grad()
+def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
+    """Whether the gold answer is likelier, per token, than every wrong one; None for queries that are not ranked.
+
+    One forward pass scores all answers; nothing is generated.
+    """
+    if not batch.ranked:
+        return [None] * len(batch.queries)
+    prompts = right_padded(batch.inputs)
+    cut = torch.tensor([ranked.cut for ranked in batch.ranked], device=prompts.lengths.device)
+    scores = score_responses(
+        model, prompts._replace(lengths=prompts.lengths - cut), [ranked.tokens for ranked in batch.ranked]
+    )
+    mean = scores.total / scores.lengths.clamp(min=1)
+    mean = mean.masked_fill(scores.lengths == 0, -torch.inf)
+    likeliest = (mean[:, :1] > mean[:, 1:]).all(1).tolist()
+    return [
+        rank if q.answer_type == "open" else None for rank, q in zip(likeliest, batch.queries, strict=True)
+    ]
 
 
 def count_levels(

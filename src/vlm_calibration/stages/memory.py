@@ -330,7 +330,7 @@ def answer_phase(config: Any, plan: Plan) -> Phase:
 def _answering_step(base: BaseModel, config: Any, plan: Plan) -> AnsweringStep:
     autocast, cast = _precision(config)
     row = longest_row(base, config.data, plan.tokens, training=False)
-    ranks = (config.data.get("grading") or {}).get("open") == "ranking"
+    ranks = stage_of(config) != "evaluation" and (config.data.get("grading") or {}).get("rank_levels")
     return AnsweringStep(
         batch=config.data.eval_batch_size,
         tokens=row.tokens,

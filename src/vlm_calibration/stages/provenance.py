@@ -51,7 +51,7 @@ def provenance_of(
         "seed": noise.seed,
         "prompt": data.prompt.template,
         "max_pixels": data.max_pixels,
-        "grading": {kind: data.grading.rule(kind) for kind in answer_types},
+        "grading": {kind: data.grading.level_rule(kind) for kind in answer_types},
     }
 
 
@@ -80,6 +80,11 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
             f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use the conditions of the measurement, "
             "or measure again with `vlm-calibration levels fit`"
         )
+    if levels.table.ranked:
+        rank_zero_warn(
+            f"{levels.source}: for open answers it is taught how often the base model holds the gold answer likelier than every wrong "
+            f"one, and not how often its answer is correct by data.grading ({data.grading.rule('open')}), which validation and `test` count"
+        )
     if table["quantization"] != use["quantization"]:
         rank_zero_warn(
             f"{levels.source} was measured with model.base.quantization {table['quantization']}, and this run uses "
@@ -87,21 +92,28 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
         )
 
 
-def check_image_size(adapters: Mapping[str, str], data: PerturbedQueryDataModule) -> None:
-    """Warn of adapters that were trained with another `data.max_pixels`, and so on images of another size.
+def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryDataModule) -> dict[str, str]:
+    """Warn of adapters that this run asks with another prompt than their training did, or shows images of another size.
 
     Args:
-        adapters: name -> folder of an adapter; one without a model card is not compared.
+        adapters: name -> folder of an adapter or of a merged model; one without a model card is not compared.
         data: the data of this run.
+
+    Returns:
+        Name of each such adapter -> what differs.
     """
+    differences = {}
     for name, folder in adapters.items():
         card = read_object(Path(folder) / FACTS) if (Path(folder) / FACTS).is_file() else {}
-        trained = card.get("max_pixels", data.max_pixels)
-        if trained != data.max_pixels:
-            rank_zero_warn(
-                f"data.max_pixels is {data.max_pixels}, and the adapter {name!r} was trained with {trained}: it now sees images at "
-                "another size"
-            )
+        conditions = (
+            ("data.prompt.template", data.prompt.template, card.get("template") or data.prompt.template),
+            ("data.max_pixels", data.max_pixels, card.get("max_pixels", data.max_pixels)),
+        )
+        changed = [f"{key} is {now!r} and was {was!r}" for key, now, was in conditions if now != was]
+        if changed:
+            differences[name] = " and ".join(changed)
+            rank_zero_warn(f"{name!r} is used otherwise than in its training: {differences[name]}")
+    return differences
 
 
 def _find_differences(table: Mapping[str, Any], use: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from vlm_calibration.records import ANSWER_TYPES, AnswerType
 from vlm_calibration.text.confidence import strip_confidence
@@ -57,34 +57,43 @@ class Grading:
     "exact": the strict match of this module. "contains": the reply contains the gold answer or a synonym as whole words
     after the same normalisation; the rest of the reply is ignored ("It is not a dog" contains "dog"). "token_f1": the F1
     of words shared with the gold answer or a synonym, as in SQuAD (Rajpurkar et al., arXiv 1606.05250), is at least
-    `min_f1`. "ranking": the model assigns the gold answer a higher log-likelihood per token than every wrong answer of
-    the source, whatever it generates; chance level is one half against one wrong answer.
+    `min_f1`.
 
     Args:
         short: rule for short answers.
         open: rule for open answers.
         min_f1: minimum F1 of a correct answer under "token_f1", in (0, 1].
+        rank_levels: `levels fit` does not grade open answers but ranks given ones: how often the model assigns the gold answer a
+            higher log-likelihood per token than every wrong answer of the source, whatever it would generate; one half by chance
+            against one wrong answer. Validation, evaluation and stage 2 grade what is generated all the same.
 
     Raises:
-        ValueError: `min_f1` is not in (0, 1].
+        ValueError: an unknown rule, or `min_f1` is not in (0, 1].
     """
 
     short: TextGrader = "exact"
-    open: TextGrader | Literal["ranking"] = "exact"
+    open: TextGrader = "exact"
     min_f1: float = 0.5
+    rank_levels: bool = False
 
     def __post_init__(self) -> None:
+        for name, rule in (("short", self.short), ("open", self.open)):
+            if rule not in get_args(TextGrader):
+                raise ValueError(
+                    f"grading.{name} must be one of {', '.join(get_args(TextGrader))}, found {rule!r}; a ranking grades no generated "
+                    "answer, but measures levels: grading.rank_levels"
+                )
         if not 0 < self.min_f1 <= 1:
             raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
 
     def rule(self, answer_type: str) -> str:
-        """The rule for an answer type, as written in a level table: "exact", "ranking", "token_f1 >= 0.5"."""
+        """The rule for an answer type: "exact", "contains", "token_f1 >= 0.5"."""
         name = {"short": self.short, "open": self.open}.get(answer_type, "exact")
         return f"{name} >= {self.min_f1:g}" if name == "token_f1" else name
 
-    def ranks(self, answer_type: str) -> bool:
-        """Whether answers of this type are graded by log-likelihood instead of by the generated text."""
-        return self.rule(answer_type) == "ranking"
+    def level_rule(self, answer_type: str) -> str:
+        """By what `levels fit` measures an answer type, as written in a level table: its rule, or "ranking"."""
+        return "ranking" if self.rank_levels and answer_type == "open" else self.rule(answer_type)
 
 
 EXACT = Grading()
@@ -131,8 +140,7 @@ def grade(
         question: what a yes/no reply answers, as in `parse_answer`.
 
     Raises:
-        ValueError: unknown answer type, an empty gold answer, a gold answer to a yes/no question that is neither, or a
-            rule that cannot be applied to a text ("ranking").
+        ValueError: unknown answer type, an empty gold answer, or a gold answer to a yes/no question that is neither.
     """
     predicted = parse_answer(text, answer_type, question)
     if answer_type == "yes_no":
@@ -142,10 +150,6 @@ def grade(
         return Grade(predicted, predicted == gold)
     if not match_key(answer):
         raise ValueError(f"the gold answer of a {answer_type} question is empty: {answer!r}")
-    if grading.ranks(answer_type):
-        raise ValueError(
-            f"{answer_type} answers are graded by ranking, which needs log-likelihoods instead of a text"
-        )
     if grading.rule(answer_type) == "contains":
         reply = f" {match_key(strip_confidence(text))} "
         keys = map(match_key, (answer, *synonyms))

@@ -11,7 +11,7 @@ import yaml
 from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of_adapter
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import read_json
-from vlm_calibration.models.base import ADAPTER
+from vlm_calibration.models.base import ADAPTER, read_object
 from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card
@@ -20,6 +20,7 @@ from vlm_calibration.reporting.runs import CONFIG, RECORD
 from vlm_calibration.settings import file_digest
 
 BASE, ORACLE = "base", "oracle"
+NOTES = "notes.json"
 RECORDED = {"stage": "stage", "steps": "steps", "adapter": "adapter settings"}
 """Facts of an adapter's card that are shown -> their headings."""
 
@@ -29,8 +30,8 @@ class Origin(NamedTuple):
 
     Attributes:
         label: how it was trained, in a few words; empty if that is not known.
-        facts: heading -> text: base model, adapter, the training as far as the adapter's card and its run recorded it, and the
-            guarantee of the thresholds beside the weights.
+        facts: heading -> text: base model, adapter, the training as far as the adapter's card and its run recorded it, the
+            guarantee of the thresholds beside the weights, and the notes of the evaluation.
     """
 
     label: str = ""
@@ -46,8 +47,13 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Ori
         config: configuration in `folder`, None if there is none.
 
     Raises:
-        DataError: the card of its adapter, its thresholds, or the configuration of its training, cannot be read.
+        DataError: the card of its adapter, its thresholds, the notes on it, or the configuration of its training, cannot be read.
     """
+    origin, notes = _origin(path, folder, config), path / NOTES
+    return origin._replace(facts={**origin.facts, **read_object(notes)}) if notes.is_file() else origin
+
+
+def _origin(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Origin:
     adapters = adapters_of(config)
     base = _model_settings(config, "base").get("name_or_path")
     if path == folder:
