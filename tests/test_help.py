@@ -38,6 +38,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "predict": ("--help-all", "--data.parts", "regions"),
     "levels": ("fit",),
     "levels fit": ("--config", "--help-all", "--model.init_args.out", "AnchoredLevels"),
+    "calibrate": ("--model", "--data-root", "--dry-run", "--STAGE.KEY"),
     "config": ("list", "show", "copy"),
     "config list": ("pattern",),
     "config show": ("name",),

@@ -144,7 +144,7 @@ def test_killed_again_and_again(
     assert _files(tmp_path / "cut") == whole
 
     log.write_text("")
-    ended = run(*test("cut"))
+    ended = run(*test("cut"), "--overwrite")
     assert ended.status == 0, ended.err
     assert _messages(ended) == []
     assert log.read_text().splitlines() == ids, "answered queries are asked again"
