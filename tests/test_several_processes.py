@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,31 +39,54 @@ def _files(folder: Path) -> set[str]:
     return {name for name in files if not name.startswith("losses")}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path, strategy: Any
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
-    """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout."""
+    """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout.
+
+    FSDP2 does not validate.
+    """
     watch, no_dropout = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
     ended = run(*start("one", watch), *no_dropout)
     assert ended.status == 0, ended.err
-    ended = run_plainly([*start("two", watch, strategy=strategy), *TWO, *no_dropout], root, tmp_path)
+    ended = run_plainly([*start("ddp", watch, strategy="ddp"), *TWO, *no_dropout], root, tmp_path)
     assert ended.status == 0, ended.err
     assert "sync_dist" not in ended.err, "Lightning's advice for metrics that are not reduced"
-    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path), "name": "log", "version": ""},
+    }
+    sharded = start(
+        "fsdp2",
+        watch,
+        callback("throughput.Throughput"),
+        strategy=SHARDED,
+        limit_val_batches=0,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    ended = run_plainly([*sharded, *TWO, *no_dropout], root, tmp_path)
+    assert ended.status == 0, ended.err
+    assert (ended.out + ended.err).count("FSDP2 does not validate") == 1
+    one = _losses(tmp_path / "one")
     assert len(one) == 14
-    assert two == pytest.approx(one, abs=1e-4)
     assert one != pytest.approx([one[0]] * 14, abs=1e-2)
-    for name, weight in _weights(tmp_path / "one").items():
-        torch.testing.assert_close(_weights(tmp_path / "two")[name], weight, atol=1e-4, rtol=1e-3)
-    assert _files(tmp_path / "one") == _files(tmp_path / "two")
-    for name in ("metrics.json", "predictions.jsonl"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for name in ("ddp", "fsdp2"):
+        assert _losses(tmp_path / name) == pytest.approx(one, abs=1e-4)
+        for key, weight in _weights(tmp_path / "one").items():
+            torch.testing.assert_close(_weights(tmp_path / name)[key], weight, atol=1e-4, rtol=1e-3)
+    validated = {"metrics.json", "predictions.jsonl"}
+    assert _files(tmp_path / "one") == _files(tmp_path / "ddp") == _files(tmp_path / "fsdp2") | validated
+    for name in validated:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ddp" / name).read_bytes()
+    with (tmp_path / "log/metrics.csv").open(encoding="utf-8") as file:
+        norms = [float(row["train/grad_norm"]) for row in csv.DictReader(file) if row["train/grad_norm"]]
+    assert len(norms) == 14
+    assert min(norms) > 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "fsdp2"])
 def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path, strategy: Any
+    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers, and trains on its own."""
     settings = {
@@ -81,7 +105,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
     ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
-    command = [*start("two", *watch, stage="dpo", strategy=strategy), *answering, *TWO]
+    command = [*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *TWO]
     ended = run_plainly(command, root, tmp_path)
     assert ended.status == 0, ended.err
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
@@ -102,18 +126,6 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert metrics[0]["n"] == 21
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
-
-
-def test_accumulated_batches_are_one_large_batch(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
-    no_dropout = ["--model.init_args.lora.dropout", "0.0", "--trainer.limit_train_batches"]
-    ended = run(*start("large"), *no_dropout, "3", "--data.batch_size", "4")
-    assert ended.status == 0, ended.err
-    ended = run(*start("small", accumulate_grad_batches=2), *no_dropout, "6", "--data.batch_size", "2")
-    assert ended.status == 0, ended.err
-    for name, weight in _weights(tmp_path / "large").items():
-        torch.testing.assert_close(_weights(tmp_path / "small")[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:

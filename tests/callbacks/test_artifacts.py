@@ -51,10 +51,7 @@ class Writer(AdapterWriter):
 
     content = 0
 
-    def weights(self, module: L.LightningModule) -> None:
-        self.content += 1
-
-    def write(self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: Any) -> None:
+    def write(self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: Any = None) -> None:
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text(str(self.content))
 
@@ -91,6 +88,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
 
 def _validate(callback: Artifacts, trained: Any, score: float, metric: str = "brier") -> None:
     module: Any = SimpleNamespace(results={"": {metric: score}})
+    trained.writer.content += 1
     callback.on_validation_end(trained.trainer, module)
 
 
@@ -150,16 +148,14 @@ def test_when_there_is_nothing_to_log(trained: Any, change: dict[str, Any]) -> N
     vars(trained.trainer).update(change)
     _validate(Artifacts(), trained, 0.2)
     assert trained.run.logged == []
-    assert trained.writer.content == 0, "nothing is gathered either"
 
 
-def test_other_processes_help_to_gather_and_log_nothing(trained: Any) -> None:
+def test_other_processes_log_nothing(trained: Any) -> None:
     trained.trainer.is_global_zero = False
     callback = Artifacts()
     _validate(callback, trained, 0.2)
     callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
     assert trained.run.logged == []
-    assert trained.writer.content == 1
     assert callback.best == 0.2, "all processes save the same state"
 
 

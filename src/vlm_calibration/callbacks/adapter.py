@@ -66,19 +66,26 @@ class AdapterWriter(L.Callback):
             self.results = dict(cast(HasResults, module).results[""])
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = self.weights(module)
+        weights = full_state_dict(cast(Any, module).model)
         if trainer.is_global_zero and not trainer.interrupted:
             self.write(trainer, module, Path(trainer.default_root_dir) / ADAPTER, weights)
         trainer.strategy.barrier("adapter")
 
-    def weights(self, module: L.LightningModule) -> dict[str, Tensor] | None:
-        """The gathered weights of a sharded model, for `write`; None for others. Every process must call this."""
-        return full_state_dict(cast(Any, module).model)
-
     def write(
-        self, trainer: L.Trainer, module: L.LightningModule, folder: Path, weights: dict[str, Tensor] | None
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        folder: Path,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the current adapter, processor and card, and replace `folder` at once when all are written."""
+        """Write the current adapter, processor and card, and replace `folder` at once when all are written.
+
+        Args:
+            trainer: of the run.
+            module: the stage.
+            folder: where to.
+            weights: the gathered weights of a sharded model.
+        """
         model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
         card = self.card(trainer, module)
         config = model.peft_config["default"]

@@ -74,7 +74,6 @@ class Artifacts(L.Callback):
         logging = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
         if not (logging and writers) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        weights = writers[0].weights(module)
         score = float(cast(Any, module).results[""][self.monitor])
         improved = self._improves(score)
         self.best = score if improved else self.best
@@ -82,7 +81,7 @@ class Artifacts(L.Callback):
         if logger is not None:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name) / ADAPTER
-                writers[0].write(trainer, module, folder, weights)
+                writers[0].write(trainer, module, folder)
                 aliases = [LATEST, *([BEST] if improved else [])]
                 self._log(trainer, logger, folder, aliases, {self.monitor: _number(score)})
 

@@ -1,4 +1,4 @@
-"""What every module that questions a model needs: its device, its shards, its tokenizer, and its graded answers to a batch."""
+"""What every module that questions a model needs: its device, its tokenizer, and its graded answers to a batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 
@@ -23,24 +21,17 @@ def device_of(module: L.LightningModule) -> torch.device:
     return module.trainer.strategy.root_device if attached else module.device
 
 
-def check_shardable(module: L.LightningModule, base: BaseModel) -> None:
-    """Check that the trainer's strategy can shard a model, before its weights are loaded.
+def refuse_sharding(module: L.LightningModule) -> None:
+    """Refuse to answer with sharded weights, before they are loaded.
 
     Raises:
-        DataError: it cannot: the scales of int8 weights are lost with the class of their parameters.
+        DataError: the trainer's strategy shards the weights.
     """
-    if module.device_mesh is not None and base.quantization == "int8":
-        raise DataError(
-            "model.init_args.base.quantization: int8 weights cannot be sharded, which the trainer's strategy "
-            f"{type(module.trainer.strategy).__name__} does: use `nf4` or `none`, or another strategy"
-        )
-
-
-def shard_as_asked(module: L.LightningModule, model: Any) -> Any:
-    """The model, sharded over the processes in place if the trainer's strategy asks for it."""
     if module.device_mesh is not None:
-        shard(model, module.device_mesh["data_parallel"])
-    return model
+        raise DataError(
+            "trainer.strategy: FSDP2 (ModelParallelStrategy) trains, but does not generate answers: use one device, trainer/ddp, or a "
+            "model behind an address (model.endpoints of `test`)"
+        )
 
 
 def tokenizer_of(module: L.LightningModule) -> Any:

@@ -42,11 +42,10 @@ from vlm_calibration.models.adapters import (
 )
 from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.loading import BaseModel, load_for_training
-from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction, Query
-from vlm_calibration.stages.answering import answer_batch, check_shardable, device_of, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -77,9 +76,10 @@ from vlm_calibration.stages.teachers import (
     gather,
 )
 from vlm_calibration.stages.training import (
+    check_strategy,
     check_trained_weights,
+    has_samples,
     keep_trained_weights,
-    lend_batch,
     log_results,
     prepare_for_training,
     seed_batch,
@@ -196,6 +196,12 @@ class DPOModule(L.LightningModule):
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
+        check_strategy(self, stage, self.base.quantization)
+        if self.device_mesh is not None and not (self._gold and self.scoring == "shared"):
+            raise DataError(
+                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
+                "model.scoring to shared, or use trainer/ddp"
+            )
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
@@ -220,7 +226,6 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
             adapted = attach_lora(model, replace(self.lora, dropout=0.0))
@@ -272,7 +277,6 @@ class DPOModule(L.LightningModule):
                 )
                 if features is not None
             ]
-        wait_for_others(self.model)
         rows = gather(rows)  # before any error is raised, so that no process waits for another
         if not rows:
             raise DataError(
@@ -289,16 +293,14 @@ class DPOModule(L.LightningModule):
 
     def training_step(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
-        is_own = bool(batch.inputs)
-        batch = lend_batch(self, batch)
-        if not batch.inputs:
+        if not has_samples(self, batch):
             return zero_loss(self)
         with shared_vision(self.model):
             prompts, comparison = self.compare(batch)
             policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
         comparison, policy = comparison.rated(policy)
-        self.cut_off += prompts.n_cut_off if is_own else 0
-        if not (comparison.picks and is_own):
+        self.cut_off += prompts.n_cut_off
+        if not comparison.picks:
             return policy.log_likelihood.sum() * 0.0
         compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
         scores = candidate_scores(
@@ -321,9 +323,6 @@ class DPOModule(L.LightningModule):
         self.log("train/skipped", float(self.skipped), batch_size=size)
         self.log("train/cut_off", float(self.cut_off), batch_size=size)
         return loss
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        wait_for_others(self.model)  # whose own answers may be longer
 
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
@@ -459,7 +458,6 @@ class DPOModule(L.LightningModule):
                 cast(MeanMetric, self.pair_means[name]).update(value, count)
 
     def on_validation_epoch_end(self) -> None:
-        wait_for_others(self.model)
         self.results = {"": self.scorer.compute()}
         log_results(self, self.results)
         with warnings.catch_warnings():

@@ -31,17 +31,10 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConf
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, adapter_files, base_of_adapters, find_adapter
 from vlm_calibration.models.loading import load_base
-from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import (
-    answer_batch,
-    check_shardable,
-    device_of,
-    shard_as_asked,
-    tokenizer_of,
-)
+from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import PROBES, Results, Scorer
 
@@ -170,6 +163,7 @@ class EvaluationModule(L.LightningModule):
         self._stated: dict[str, Counter[bool]] = {system: Counter() for system in self.answering}
 
     def setup(self, stage: str) -> None:
+        refuse_sharding(self)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         for endpoint in self.endpoints.values():
@@ -196,10 +190,9 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.local and not hasattr(self, "model"):
             assert self.base is not None
-            check_shardable(self, self.base)
             # Frozen parts can be shared between systems.
             model = load_adapters(load_base(self.base, device_of(self)), self.adapters)
-            self.model = shard_as_asked(self, model.requires_grad_(False)).eval()
+            self.model = model.requires_grad_(False).eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         raise DataError(
@@ -337,8 +330,6 @@ class EvaluationModule(L.LightningModule):
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
-        if self.local:
-            wait_for_others(self.model)
         self.results = {system: scorer.compute() for system, scorer in self._scored()}
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}

@@ -22,7 +22,6 @@ from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.perturbation.answer_likelihoods import Measured, write_likelihoods
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount
@@ -30,13 +29,7 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLev
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
-from vlm_calibration.stages.answering import (
-    answer_batch,
-    check_shardable,
-    device_of,
-    shard_as_asked,
-    tokenizer_of,
-)
+from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.stages.provenance import provenance_of
@@ -104,6 +97,7 @@ class LevelFitModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Find out where to resume."""
+        refuse_sharding(self)
         data, asked = self._data, [LEVELS, *(["train"] if self.likelihoods is not None else [])]
         contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
         self._contents = contents.get("train", {})
@@ -120,8 +114,7 @@ class LevelFitModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            check_shardable(self, self.base)
-            self.model = shard_as_asked(self, load_base(self.base, device_of(self))).eval()
+            self.model = load_base(self.base, device_of(self)).eval()
 
     @property
     def _data(self) -> PerturbedQueryDataModule:
@@ -176,7 +169,6 @@ class LevelFitModule(L.LightningModule):
         return [a if rank is None else replace(a, correct=rank) for a, rank in zip(own, ranked, strict=True)]
 
     def on_test_epoch_end(self) -> None:
-        wait_for_others(self.model)
         self.answers.close()
         self.trainer.strategy.barrier("answers")
         perturbations = self._data.noise.perturbations

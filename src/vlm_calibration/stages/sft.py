@@ -23,16 +23,16 @@ from vlm_calibration.losses.sequence import (
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
-from vlm_calibration.models.sharding import wait_for_others
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch, check_shardable, device_of, tokenizer_of
+from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
+    check_strategy,
     check_trained_weights,
+    has_samples,
     keep_trained_weights,
-    lend_batch,
     log_results,
     prepare_for_training,
     seed_batch,
@@ -87,6 +87,7 @@ class SFTModule(L.LightningModule):
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
+        check_strategy(self, stage, self.base.quantization)
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
@@ -96,7 +97,6 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        check_shardable(self, self.base)
         model = load_for_training(self.base, device_of(self))
         self.model = prepare_for_training(self, attach_lora(model, self.lora), self.gradient_checkpointing)
 
@@ -111,15 +111,11 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
-        is_own = bool(batch.inputs)
-        batch = lend_batch(self, batch)
-        if not batch.inputs:
+        if not has_samples(self, batch):
             return zero_loss(self)
         labelled = labelled_logits(
             self.model, batch.inputs, batch.labels
         )  # logits [N, V] at the N label tokens
-        if not is_own:
-            return labelled.logits.sum() * 0.0
         log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
         confidence_mask = batch.label_confidence_mask  # [N]
         is_correct = batch.is_correct[labelled.rows]  # [N]
@@ -150,7 +146,6 @@ class SFTModule(L.LightningModule):
         return {"": predictions}
 
     def on_validation_epoch_end(self) -> None:
-        wait_for_others(self.model)
         self.results = {"": self.scorer.compute()}
         log_results(self, self.results)
 

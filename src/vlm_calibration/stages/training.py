@@ -8,18 +8,47 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.answering import shard_as_asked
+from vlm_calibration.stages.answering import refuse_sharding
 from vlm_calibration.stages.scoring import Results
 
 PROGRESS_BAR = ("accuracy", "ece")
 """Validation metrics in the progress bar."""
+
+
+def check_strategy(module: L.LightningModule, stage: str, quantization: str) -> None:
+    """Check, before the model is loaded, that the trainer's strategy can do what is asked; say that FSDP2 does not validate.
+
+    Args:
+        module: the stage.
+        stage: what Lightning's `setup` is given: "fit" or "validate".
+        quantization: of the base model.
+
+    Raises:
+        DataError: the strategy shards the weights, and answers are to be generated, or the weights are int8.
+    """
+    if module.device_mesh is None:
+        return
+    if stage != "fit":
+        refuse_sharding(module)
+    if module.trainer.limit_val_batches != 0:
+        raise DataError(
+            "trainer.limit_val_batches: FSDP2 (ModelParallelStrategy) does not validate: set it to 0, as trainer/fsdp2 does"
+        )
+    if quantization == "int8":
+        # Their scales are lost with the class of their parameters.
+        raise DataError(
+            "model.init_args.base.quantization: FSDP2 (ModelParallelStrategy) cannot shard int8 weights: use `nf4` or `none`, or "
+            "another strategy"
+        )
+    rank_zero_info(
+        "FSDP2 does not validate: evaluate the adapter with `vlm-calibration test` on one device, under DDP, or behind an address"
+    )
 
 
 def prepare_for_training(module: L.LightningModule, model: Any, gradient_checkpointing: bool) -> Any:
@@ -33,7 +62,9 @@ def prepare_for_training(module: L.LightningModule, model: Any, gradient_checkpo
         # transformers makes inputs require gradients, which only reentrant checkpointing needs: the frozen tower would be
         # recomputed in the backward pass.
         base.disable_input_require_grads()
-    return shard_as_asked(module, model).train()
+    if module.device_mesh is not None:
+        shard(model, module.device_mesh["data_parallel"])
+    return model.train()
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -73,26 +104,22 @@ def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
 
 def zero_loss(module: nn.Module) -> Tensor:
     """The loss of a batch without samples: 0, with a gradient for every trained parameter to keep processes in step."""
-    parameters = trained_parameters(module)
-    shares = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    return sum(p.sum() * 0.0 for p in shares)  # type: ignore[return-value]
+    return sum(p.sum() * 0.0 for p in trained_parameters(module))  # type: ignore[return-value]
 
 
-def lend_batch(module: L.LightningModule, batch: Any) -> Any:
-    """The batch to run: that of another process if this one has no samples and the weights are sharded, else `batch`.
+def has_samples(module: L.LightningModule, batch: Any) -> bool:
+    """Whether this process has samples in a batch. Every process must call this.
 
-    A pass gathers sharded weights from all processes, and a backward pass reduces their gradients. So a process without samples runs
-    the batch of the first process that has any, with a loss of 0. Every process must call this.
+    Raises:
+        DataError: the weights are sharded, and a process has no samples: a pass gathers the weights from all processes.
     """
-    if module.device_mesh is None or module.trainer.strategy.reduce_boolean_decision(bool(batch.inputs)):
-        return batch
-    filled: list[bool] = [False] * module.trainer.world_size
-    dist.all_gather_object(filled, bool(batch.inputs))
-    if not any(filled):
-        return batch
-    lender = filled.index(True)
-    lent = module.trainer.strategy.broadcast(batch.to("cpu"), lender)
-    return batch if batch.inputs else lent.to(module.device)
+    filled = bool(batch.inputs)
+    if module.device_mesh is not None and not module.trainer.strategy.reduce_boolean_decision(filled):
+        raise DataError(
+            "FSDP2 needs a sample of each process in every batch, but all those of a process were left out: raise data.batch_size or "
+            "data.max_length, remove the records, or use trainer/ddp"
+        )
+    return filled
 
 
 def log_results(module: L.LightningModule, results: Results) -> None:
