@@ -37,7 +37,8 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -63,12 +64,8 @@ def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.n
     return evidence, [] if row == 1 else [mask_of(image, DISTRACTOR)]
 
 
-@pytest.fixture(params=["demo", *FAMILIES])
-def asked(
-    request: pytest.FixtureRequest, processor: Any, load_model: Any
-) -> tuple[Any, ChatFormat, list[Sample]]:
-    if request.param == "demo":
-        return load_model(), ChatFormat(processor, ElicitationPrompt()), samples_of(scenes(5), ROWS)
+@pytest.fixture(params=FOUR)
+def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
     family, rng = cached_family(request.param), np.random.default_rng(0)
     torch.manual_seed(0)
     sizes = [*SIZES, SIZES[0]][:5]

@@ -1,4 +1,4 @@
-"""Estimates from one shared pass equal those from one forward per response, in every model family."""
+"""Estimates from one shared pass equal those from one forward per response."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import noise_counts
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -65,17 +66,12 @@ def scenes(n: int) -> list[np.ndarray]:
     return [np.asarray(render_scene(i).image) for i in range(n)]
 
 
-@pytest.fixture(scope="module", params=["demo", *FAMILIES])
-def asked(
-    request: pytest.FixtureRequest, model_folder: str, processor: Any
-) -> tuple[Any, ChatFormat, list[Sample]]:
-    prompt = ElicitationPrompt()
-    if request.param == "demo":
-        return request.getfixturevalue("load_model")(), ChatFormat(processor, prompt), samples_of(scenes(4))
+@pytest.fixture(scope="module", params=FOUR)
+def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
     family, rng = cached_family(request.param), np.random.default_rng(0)
     torch.manual_seed(0)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-    return family.model().eval(), ChatFormat(family.processor, prompt), samples_of(images)
+    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without a cache", "from the cache"])

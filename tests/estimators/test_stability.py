@@ -26,7 +26,8 @@ from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -46,12 +47,8 @@ def with_copies(samples: Sequence[Sample], estimator: Stability, chat: ChatForma
     return [s._replace(copies=copies) for s, copies in zip(samples, copied, strict=True)]
 
 
-@pytest.fixture(params=["demo", *FAMILIES])
-def asked(
-    request: pytest.FixtureRequest, processor: Any, load_model: Any
-) -> tuple[Any, ChatFormat, list[Sample]]:
-    if request.param == "demo":
-        return load_model(), ChatFormat(processor, ElicitationPrompt()), samples_of(scenes(4))
+@pytest.fixture(params=FOUR)
+def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
     family, rng = cached_family(request.param), np.random.default_rng(0)
     torch.manual_seed(0)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]

@@ -1,4 +1,4 @@
-"""FlexAttention: its masks against the dense ones, log-likelihoods in every family, the size of masks, and what is refused.
+"""FlexAttention: its masks against the dense ones, log-likelihoods, the size of masks, and what is refused.
 
 FlexAttention runs without compilation here, which evaluates the mask for all pairs of tokens. So the tables of blocks, which only
 compiled kernels read, are compared on their own. It has no backward pass on the CPU: gradients are compared on a GPU.
@@ -25,7 +25,7 @@ from vlm_calibration.models.shared_prefix import Prompts, score_responses, why_n
 from vlm_calibration.models.suffix_masks import BLOCK, FLEX, isolate_suffixes
 from vlm_calibration.records import DataError
 
-from .families import FAMILIES, Spec, build
+from .families import FOUR, Spec, build
 from .prefix_cases import Case, assert_equal, gradients_of, new_case, unpadded
 
 
@@ -35,7 +35,7 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FOUR)
 def case(request: pytest.FixtureRequest) -> Case:
     return new_case(request.param)
 
@@ -209,7 +209,7 @@ def test_the_language_model_uses_it_and_the_tower_keeps_its_own(family: str, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOUR)
 def test_gradients_are_those_of_dense_masks(family: str, checkpointing: bool, cuda: torch.device) -> None:
     case = new_case(family, spec=Spec(width=64))  # heads of 16, the smallest of the kernels
     base = unwrap_peft(case.model.to(cuda))

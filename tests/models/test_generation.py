@@ -11,25 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator, SFTBatch
-from vlm_calibration.data.noise import Sample
+from vlm_calibration.data.collate import PromptBatch, SFTBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence
-from vlm_calibration.text.prompts import ElicitationPrompt
-
-
-def test_a_batch_is_answered_like_each_prompt_alone(
-    load_model: Callable[..., Any], processor: Any, questions: list[Sample], prompts: PromptBatch
-) -> None:
-    model, collate = load_model(), PromptCollator(ChatFormat(processor, ElicitationPrompt()))
-    lengths = prompts.inputs["attention_mask"].sum(dim=1).tolist()
-    assert len(set(lengths)) == 3
-    together = generate_texts(model, prompts.inputs, processor.tokenizer, 8)
-    alone = [generate_texts(model, collate([q]).inputs, processor.tokenizer, 8)[0] for q in questions]
-    assert together == alone
-    assert len(set(together)) > 1, "the answers depend on the prompt"
 
 
 def _script(model: Any, tokens: list[int]) -> list[int]:

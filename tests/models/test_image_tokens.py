@@ -67,9 +67,7 @@ def test_families_without_a_limit() -> None:
         assert image_tokens(MODELS[name].config()).limit(500) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_clip", "gemma3"]
-)
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_5_vl", "internvl", "llava_clip"])
 def test_a_real_processor_makes_as_many_tokens(name: str) -> None:
     """Of a photograph at the limit, with the pixel values that are counted."""
     family = FAMILIES[name]()  # not the cached one, whose processor other tests share

@@ -1,4 +1,4 @@
-"""A step of stage 2 on own answers in every model family, against each query and each response alone."""
+"""A step of stage 2 on own answers, against each query and each response alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_answer
 
 from ..stages.own import OwnStep, loss_by_hand
-from .processors import FAMILIES, cached_family
+from .families import FOUR
+from .processors import cached_family
 from .runs import LORA, data_of, fit, write_records
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ class Trained(NamedTuple):
     records: str
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FOUR)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param)
     records = write_records(folder)

@@ -1,15 +1,14 @@
-"""Every family trained in both stages with the shipped presets: nf4, bfloat16 and gradient checkpointing together."""
+"""Both stages trained with the shipped presets: nf4, bfloat16 and gradient checkpointing together."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 import yaml
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
@@ -25,35 +24,13 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
-from . import families
-from .processors import FAMILIES, Family, cached_family
+from .families import FOUR
+from .processors import cached_family
 from .runs import LORA, Watch, data_of, fit, write_records
 
 pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def _llava_siglip() -> Family:
-    """LLaVA with a SigLIP tower, which has no class token."""
-    clip = cached_family("llava_clip")
-    processor = tf.LlavaProcessor(
-        image_processor=tf.SiglipImageProcessor(size={"height": 16, "width": 16}),
-        tokenizer=clip.processor.tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=clip.processor.chat_template,
-    )
-    return replace(clip, name="llava_siglip", processor=processor)
-
-
-ALIKE = {
-    "llava_siglip": _llava_siglip,
-    "llava_mistral": lambda: replace(cached_family("llava_clip"), name="llava_mistral"),
-    "paligemma": lambda: replace(cached_family("paligemma2"), name="paligemma"),
-}
-"""Families that use the processor of another family."""
 
 
 def shipped() -> tuple[dict[str, Any], str, bool]:
@@ -88,12 +65,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_records(tmp_path_factory.mktemp("records"))
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES)
+@pytest.fixture(scope="module", params=FOUR)
 def trained(
     request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     settings, precision, checkpointing = shipped()
-    family = cached_family(request.param) if request.param in FAMILIES else ALIKE[request.param]()
+    family = cached_family(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     base = BaseModel(family.save(folder / "base"), **settings)
     torch.manual_seed(0)

@@ -37,9 +37,7 @@ def _own_attention() -> Case:
 WINDOW = r"a row of \d+ tokens is longer than the attention window of 8"
 REFUSED = {
     "gemma3": (lambda: new_case("gemma3", "eager", window=8), WINDOW),
-    "gemma3-sdpa": (lambda: new_case("gemma3", "sdpa", window=8), WINDOW),
     "mistral": (lambda: new_case("llava_mistral", "sdpa", window=8), WINDOW),
-    "paligemma2": (lambda: new_case("paligemma2", "eager", window=8), WINDOW),
     "layers": (_linear_attention, "LlavaForConditionalGeneration has linear_attention layers"),
     "attention": (_own_attention, "attention 'our_kernel' takes no custom mask"),
 }
@@ -86,7 +84,7 @@ def test_each_reason_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: py
     assert len(messages) == 3
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava_mistral", "paligemma2"])
+@pytest.mark.parametrize("family", ["gemma3", "llava_mistral"])
 def test_a_window_as_long_as_the_row_is_long_enough(family: str) -> None:
     prompts = new_prompts(family)
     lengths = torch.tensor([len(p.ids) for p in prompts])

@@ -20,7 +20,6 @@ from vlm_calibration.data.candidates import (
     CandidateSettings,
 )
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.losses.preference import DPO, Listwise, Ordinal, SimPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
@@ -120,43 +119,6 @@ def test_without_a_first_stage_a_new_adapter_is_trained_on_the_base_model(
     trained = adapter_weights(module, "default")
     assert trained
     assert all("multi_modal_projector" in name and p.any() for name, p in trained.items())
-
-
-@pytest.mark.slow
-def test_training_goes_on_from_a_checkpoint(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-) -> None:
-    policy = PairPolicy(target="expected", rejected="uniform", n_rejected=2)
-    uninterrupted, seen = make_module(pairs=policy), Steps()
-    saver = RunCheckpoint(filename="{epoch}", save_top_k=-1)
-    run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
-    run.fit(uninterrupted, datamodule=candidates())
-    first = tmp_path / "run" / "checkpoints" / "epoch=0.ckpt"
-    resumed, rest = make_module(pairs=policy), Steps()
-    run = trainer(rest, max_epochs=2, limit_val_batches=0)
-    run.fit(resumed, datamodule=candidates(), ckpt_path=str(first))
-    assert len(seen.losses) == 6
-    assert rest.losses == seen.losses[3:]
-    there, here = (adapter_weights(m, "default") for m in (uninterrupted, resumed))
-    assert all(torch.equal(there[name], here[name]) for name in there)
-
-
-def test_accumulated_batches_are_one_large_batch(
-    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
-) -> None:
-    gradients = []
-    for size, batches in ((6, 1), (3, 2)):
-        seen = Steps()
-        queries = candidates(train=DemoSource("train", scenes=2), batch_size=size)
-        run = trainer(seen, max_epochs=1, limit_val_batches=0, accumulate_grad_batches=batches)
-        policy = PairPolicy(target="expected", rejected="uniform", n_rejected=2)
-        run.fit(make_module(nll_weight=0.3, pairs=policy), datamodule=queries)
-        gradients += seen.gradients
-    large, accumulated = gradients
-    assert float((large - accumulated).norm()) < 1e-4 * float(large.norm())
 
 
 @pytest.mark.slow

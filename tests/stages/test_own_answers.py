@@ -267,10 +267,15 @@ def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep, loss: Can
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [SoftLabel(), RLCR(), DPO(), SimPO()], ids=lambda loss: type(loss).__name__)
 @pytest.mark.parametrize(
-    ("target", "text"),
-    [("expected", EMPTY), ("correct", EMPTY), ("likelihood", UNCLEAR), ("fitted", UNCLEAR)],
+    ("loss", "target", "text"),
+    [
+        (SoftLabel(), "expected", EMPTY),
+        (RLCR(), "correct", EMPTY),
+        (DPO(), "likelihood", UNCLEAR),
+        (SimPO(), "fitted", UNCLEAR),
+    ],
+    ids=["SoftLabel", "RLCR", "DPO", "SimPO"],
 )
 def test_a_query_without_an_answer_to_rate_does_not_count(
     make_step: MakeStep, loss: CandidateLoss, target: Any, text: str

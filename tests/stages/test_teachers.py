@@ -367,36 +367,6 @@ def test_the_teacher_is_that_of_all_processes(
     assert module.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
 
 
-def test_a_process_without_validation_queries_fits_the_teacher_of_the_others(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: Callable[..., L.Trainer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dpo, "gather", lambda rows: rows + OTHERS)
-    module, queries = make_module(pairs=FITTED), candidates(OWN)
-
-    def nothing() -> list[Any]:  # Lightning asks for the code of a loader's function, which `list` has not
-        return []
-
-    monkeypatch.setattr(queries, "val_dataloader", nothing)
-    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=queries)
-    assert module.fitted is not None
-    assert module.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
-
-
-def test_rows_are_gathered_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert teachers.gather([1, 2]) == [1, 2], "a single process"
-    monkeypatch.setattr(teachers.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(teachers.dist, "get_world_size", lambda: 3)
-
-    def all_gather_object(gathered: list[Any], rows: list[Any]) -> None:
-        gathered[:] = [rows, [], ["other"]]
-
-    monkeypatch.setattr(teachers.dist, "all_gather_object", all_gather_object)
-    assert teachers.gather(["own"]) == ["own", "other"]
-
-
 def test_a_teacher_needs_answers_to_be_fitted_on(
     make_module: MakeModule,
     candidates: Data,
