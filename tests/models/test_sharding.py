@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.sharding import full_state_dict, shard
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
-from vlm_calibration.models.vision import shared_vision
 
 from .families import Prompt, Spec, build, new_prompts, randomize_adapters
 

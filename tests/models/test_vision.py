@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
-from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.vision import frozen_vision, shared_vision
+from vlm_calibration.models.forward import frozen_vision, shared_vision, unwrap_peft
 
 from .families import FOUR, build, collated, new_prompts, randomize_adapters
 

@@ -39,12 +39,11 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
 from vlm_calibration.models.answer_memory import AnsweringStep
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.models.forward import output_head, unwrap_peft
+from vlm_calibration.models.forward import frozen_vision, output_head, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_for_training
 from vlm_calibration.models.memory import estimate_answering, estimate_memory
 from vlm_calibration.models.shared_prefix import Prompts, pack, score_responses
-from vlm_calibration.models.vision import frozen_vision
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 

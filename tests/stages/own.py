@@ -19,8 +19,8 @@ from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, SoftLabel, TokenizedBrier
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import using_adapter
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import Query
 from vlm_calibration.stages import own_answers
 from vlm_calibration.stages.dpo import DPOModule

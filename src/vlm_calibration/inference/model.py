@@ -40,9 +40,9 @@ from vlm_calibration.models.base import (
     find_adapter,
     processor_source,
 )
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
-from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.card import EXAMPLE, Card
 from vlm_calibration.reporting.card_files import load_card

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -170,7 +171,8 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     index: list[list[list[int]]] = []
     lengths = prompts.lengths.tolist()
     for row, (length, candidates) in enumerate(zip(lengths, responses, strict=True)):
-        shared = _shared_length(candidates)
+        alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
+        shared = len(list(alike))
         common = list(candidates[0][:shared])
         first = number(row, range(length - 1, length - 1 + shared), common)
         behind, segment, shift, of_row = common, [0] * shared, [0] * shared, []
@@ -229,16 +231,6 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
         pad_sequence([c[i].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
     )
     return ResponseScores(log_likelihood, tokens)
-
-
-def _shared_length(candidates: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all candidates share."""
-    shared = 0
-    for tokens in zip(*candidates, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared += 1
-    return shared
 
 
 def _append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:

@@ -41,9 +41,9 @@ from vlm_calibration.models.adapters import (
     using_adapter,
 )
 from vlm_calibration.models.base import find_adapter
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
-from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.records import DataError, Prediction, Query
 from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import (

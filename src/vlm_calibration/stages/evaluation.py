@@ -30,8 +30,8 @@ from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, re
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel, adapter_files, base_of_adapters, find_adapter
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import load_base
-from vlm_calibration.models.vision import shared_vision
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
