@@ -84,9 +84,9 @@ def test_scores_are_those_of_the_script(rows: list[tuple[str, str, str]]) -> Non
 
 
 @pytest.mark.slow
-def test_thousands_of_answer_files(tmp_path: Path) -> None:
+def test_hundreds_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
-    for size in (*(rng.randint(1, 12) for _ in range(7_499)), 14_216):
+    for size in (*(rng.randint(1, 12) for _ in range(500)), 14_216):
         skill = rng.random()
         rows = []
         for _ in range(size):

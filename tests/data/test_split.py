@@ -124,7 +124,7 @@ def test_a_mark_at_the_begin_and_a_line_without_end(file: Path, lines: list[byte
     st.integers(0, 1000),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_shares_are_close_whatever_the_groups(
     sizes: list[int], weights: list[float], seed: int, shuffle: random.Random
 ) -> None:
