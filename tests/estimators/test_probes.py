@@ -37,7 +37,8 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -63,7 +64,7 @@ def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.n
     return evidence, [] if row == 1 else [mask_of(image, DISTRACTOR)]
 
 
-@pytest.fixture(params=["demo", *FAMILIES])
+@pytest.fixture(params=["demo", *FOUR])
 def asked(
     request: pytest.FixtureRequest, processor: Any, load_model: Any
 ) -> tuple[Any, ChatFormat, list[Sample]]:

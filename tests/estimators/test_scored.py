@@ -31,7 +31,8 @@ from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import noise_counts
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -65,7 +66,7 @@ def scenes(n: int) -> list[np.ndarray]:
     return [np.asarray(render_scene(i).image) for i in range(n)]
 
 
-@pytest.fixture(scope="module", params=["demo", *FAMILIES])
+@pytest.fixture(scope="module", params=["demo", *FOUR])
 def asked(
     request: pytest.FixtureRequest, model_folder: str, processor: Any
 ) -> tuple[Any, ChatFormat, list[Sample]]:

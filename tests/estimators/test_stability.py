@@ -26,7 +26,8 @@ from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 from ..models.runs import SIZES
 from .conftest import Answering
 from .naive import Alone
@@ -46,7 +47,7 @@ def with_copies(samples: Sequence[Sample], estimator: Stability, chat: ChatForma
     return [s._replace(copies=copies) for s, copies in zip(samples, copied, strict=True)]
 
 
-@pytest.fixture(params=["demo", *FAMILIES])
+@pytest.fixture(params=["demo", *FOUR])
 def asked(
     request: pytest.FixtureRequest, processor: Any, load_model: Any
 ) -> tuple[Any, ChatFormat, list[Sample]]:

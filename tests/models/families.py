@@ -273,6 +273,9 @@ FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
     "paligemma2": _paligemma2,
 }
 
+FOUR = ("llava_clip", "qwen2_5_vl", "llava_onevision", "gemma3")
+"""Families that differ: images of one size, a grid of patches, tiles, and attention within a window."""
+
 
 def build(
     family: str,
