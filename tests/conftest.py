@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 # An example may be slow on a busy machine.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
+settings.register_profile("tests", deadline=None, max_examples=30)
+settings.load_profile("tests")
 
 MARKS = {
     "server": pytest.mark.slow,
@@ -44,10 +44,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one runs all tests of a file; all tests of SLURM, and all of the web page, run in one, with one server."""
+    """With several test processes, one runs all tests of a file.
+
+    Tests of SLURM, of the web page, and of the runs of all stages each have one process for all files, so that these start once.
+    """
     for item in items:
         used = getattr(item, "fixturenames", ())
-        shared = next((name for name in ("cluster", "browser") if name in used), None)
+        shared = next((name for name in ("cluster", "browser", "offline_runs") if name in used), None)
         item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
 
 
