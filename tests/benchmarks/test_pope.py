@@ -80,7 +80,7 @@ def _theirs(labels: list[str], texts: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(LABELS, TEXTS), min_size=1, max_size=30))
 def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None:
     labels, texts = map(list, zip(*answered, strict=True))
@@ -94,7 +94,7 @@ def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None
 def test_hundreds_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
     scored = 0
-    for _ in range(500):
+    for _ in range(200):
         truth = [rng.choice(("yes", "no")) for _ in range(rng.randint(1, 12))]
         skill = rng.random()
         texts = [RIGHT[label] if rng.random() < skill else rng.choice(ODD) for label in truth]
@@ -112,7 +112,7 @@ def test_hundreds_of_answer_files(tmp_path: Path) -> None:
             continue
         assert ours == theirs
         scored += 1
-    assert 230 < scored < 500, "most have scores, some divide by zero"
+    assert 90 < scored < 200, "most have scores, some divide by zero"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=12)
 )
