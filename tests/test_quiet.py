@@ -23,7 +23,16 @@ from .command_line import LIMIT, Ended, run_plainly
 NOISE = (
     *("Tip:", "GPU available", "TPU available", "Seed set to", "FLOPs", "Trainable params", "weights_only"),
     *("deprecated", "to estimate number of stepping batches", "`Trainer.fit` stopped", "Failed to load CPU"),
-    *("Loading weights", "wandb: ", "wandb sync", "Test metric", "Validate metric", "\x1b", "Traceback"),
+    *(
+        "Loading weights",
+        "srun",
+        "wandb: ",
+        "wandb sync",
+        "Test metric",
+        "Validate metric",
+        "\x1b",
+        "Traceback",
+    ),
 )
 """What no command prints."""
 DEMO = "vlm_calibration.demo.source.DemoSource"

@@ -6,6 +6,7 @@ Warnings and errors appear, except for those that are named one by one.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 WARNINGS = (
@@ -33,6 +34,9 @@ def quiet_libraries() -> None:
     """Hide the named messages from now on; needs no import of the libraries."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
+    if "SLURM_JOB_ID" not in os.environ:
+        # Lightning's, wherever SLURM is installed; only the processes of a job need srun.
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     for name in LOGGED:
         logging.getLogger(name).addFilter(_not_listed)
 

@@ -105,29 +105,12 @@ class Exact:
     def ece(self, n_bins: int = 10, binning: str = "uniform") -> Fraction:
         return sum(Fraction(n, self.n) * abs(acc - conf) for n, acc, conf in self.bins(n_bins, binning))
 
-    def ece_l2(self, n_bins: int = 10, binning: str = "uniform") -> float:
-        return (
-            float(sum(Fraction(n, self.n) * (acc - conf) ** 2 for n, acc, conf in self.bins(n_bins, binning)))
-            ** 0.5
-        )
-
     def mce(self, n_bins: int = 10, binning: str = "uniform") -> Fraction:
         return max(abs(acc - conf) for _, acc, conf in self.bins(n_bins, binning))
 
     def ace(self, n_bins: int = 10, binning: str = "quantile") -> Fraction:
         gaps = [abs(acc - conf) for _, acc, conf in self.bins(n_bins, binning)]
         return sum(gaps) / len(gaps)
-
-    def debiased(self, n_bins: int = 15, binning: str = "levels") -> float:
-        bins = self.bins(n_bins, binning)
-        if all(n == 1 for n, _, _ in bins):
-            return float("nan")
-        squared = sum(
-            Fraction(n, self.n) * ((acc - conf) ** 2 - acc * (1 - acc) / (n - 1))
-            for n, acc, conf in bins
-            if n > 1
-        )
-        return max(float(squared), 0.0) ** 0.5
 
     def mean(self) -> Fraction:
         return sum(self.c) / self.n
@@ -145,9 +128,6 @@ class Exact:
         resolution = sum(n * (acc - base) ** 2 for n, acc, _ in bins) / self.n
         return reliability, resolution, base * (1 - base)
 
-    def sharpness(self) -> Fraction:
-        return sum((c - self.mean()) ** 2 for c in self.c) / self.n
-
     def auroc(self) -> Fraction | None:
         correct = [c for c, y in zip(self.c, self.y, strict=True) if y]
         wrong = [c for c, y in zip(self.c, self.y, strict=True) if not y]
@@ -155,22 +135,6 @@ class Exact:
             return None
         won = sum(Fraction(int(a > b) * 2 + int(a == b), 2) for a in correct for b in wrong)
         return won / (len(correct) * len(wrong))
-
-    def average_precision(self, positive: int = 1) -> Fraction | None:
-        positives = sum(y == positive for y in self.y)
-        if not positives:
-            return None
-        area, before = Fraction(0), 0
-        for threshold in sorted(set(self.c), reverse=positive == 1):
-            chosen = [
-                y
-                for c, y in zip(self.c, self.y, strict=True)
-                if (c >= threshold if positive == 1 else c <= threshold)
-            ]
-            hits = sum(y == positive for y in chosen)
-            area += Fraction(hits - before, positives) * Fraction(hits, len(chosen))
-            before = hits
-        return area
 
     def expected_errors(self) -> list[Fraction]:
         """Expected errors among the k most confident, k = 0 .. N, over random orders within ties."""
@@ -184,32 +148,6 @@ class Exact:
     def aurc(self) -> Fraction:
         errors = self.expected_errors()
         return sum(errors[k] / k for k in range(1, self.n + 1)) / self.n
-
-    def excess_aurc(self) -> Fraction:
-        correct = sum(self.y)
-        best = sum(Fraction(max(k - correct, 0), k) for k in range(1, self.n + 1)) / self.n
-        return self.aurc() - best
-
-    def augrc(self) -> Fraction:
-        errors = self.expected_errors()  # trapezoids of width 1/N from the origin
-        return sum((errors[k - 1] + errors[k]) / 2 for k in range(1, self.n + 1)) / self.n**2
-
-    def accuracy_at_coverage(self, coverage: Fraction = Fraction(4, 5)) -> Fraction:
-        errors = self.expected_errors()
-        answered = coverage * self.n
-        n_whole = answered.numerator // answered.denominator
-        wrong = errors[n_whole]
-        if answered > n_whole:
-            wrong += (answered - n_whole) * (errors[n_whole + 1] - errors[n_whole])
-        return 1 - wrong / answered
-
-    def coverage_at_risk(self, risk: Fraction = Fraction(1, 20)) -> Fraction:
-        best = Fraction(0)
-        for threshold in set(self.c):
-            answered = [y for c, y in zip(self.c, self.y, strict=True) if c >= threshold]
-            if Fraction(len(answered) - sum(answered), len(answered)) <= risk:
-                best = max(best, Fraction(len(answered), self.n))
-        return best
 
 
 @pytest.fixture(scope="session")

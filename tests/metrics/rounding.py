@@ -13,7 +13,6 @@ from vlm_calibration.metrics.groups import ConfidenceGroups
 from vlm_calibration.metrics.smooth import MIN_BANDWIDTH, smooth_calibration_error
 from vlm_calibration.metrics.table import ConfidenceTable
 
-ACCURACY_COVERAGE = 0.8
 SMOOTH_ECE_NUMERICS = 1e-4
 """Allowance for the numerical error of two smooth ECE values that are compared."""
 
@@ -24,13 +23,13 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     With `d = 1 / (2 * grid_steps)`:
 
     - `n, parse_failure_rate, brier_uncertainty, parsed_accuracy`: 0.
-    - `mean_confidence, overconfidence`: `d`. `sharpness`: `d`, as the standard deviation is at most 1/2.
+    - `mean_confidence, overconfidence`: `d`.
     - `brier`: `2 d`, as `|c'^2 - c^2| <= 2 d`.
     - `log_loss`: a wrong (correct) answer at level `c` costs at most `d / (1 - c - d)` (`d / (c - d)`) more or
       less; infinite once an answer is within `d` of certainty that could be wrong.
-    - `auroc`, `augrc`: rounding only makes ties, each worth half a pair: half the share of (correct, wrong) pairs
-      that share a level, for AUGRC times `acc * (1 - acc)`.
-    - `aurc`, `excess_aurc`: within a level of `n` answers, `e` of them wrong, the errors counted so far differ by
+    - `auroc`: rounding only makes ties, each worth half a pair: half the share of (correct, wrong) pairs
+      that share a level.
+    - `aurc`: within a level of `n` answers, `e` of them wrong, the errors counted so far differ by
       at most `e (n - e) / n` from their expectation over the order.
     - `ece` (uniform bins): `d + 2 m`, where `m` is the share of
       answers on levels whose rounding cell contains a bin edge, which may change bins.
@@ -38,12 +37,8 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     - `ace` (quantile bins): `d` if no level's answers could belong to two bins, else 1.
     - `smooth_ece`: `d (1 + sqrt(2 / pi) / s)` with `s` the value on the table (or `MIN_BANDWIDTH` if smaller):
       two Gaussians of deviation `s` whose centres are `d` apart differ by `sqrt(2 / pi) d / s`.
-    - `average_precision`: the precision at any correct answer of a level lies between all wrong answers of the
-      level coming first and all of them coming last.
-    - `accuracy_at_coverage` (0.8): as for `aurc`, in the level where the answers end.
-    - No bound below the range: `brier_reliability`, `brier_resolution` and `debiased_l2_ece`,
-      which depend on the levels themselves (reliability minus resolution moves by at most `2 d`), and
-      `coverage_at_risk`, which jumps.
+    - No bound below the range: `brier_reliability` and `brier_resolution`, which depend on the levels themselves
+      (reliability minus resolution moves by at most `2 d`).
 
     Args:
         table: the rounded confidences, at least one.
@@ -57,14 +52,9 @@ def rounding_bounds(table: ConfidenceTable, *, n_bins: int = 10) -> dict[str, fl
     groups = table.groups()
     half = 1 / (2 * table.grid_steps)
     bounds = dict.fromkeys(("n", "parse_failure_rate", "brier_uncertainty", "parsed_accuracy"), 0.0)
-    bounds |= dict.fromkeys(("mean_confidence", "overconfidence", "sharpness"), half)
+    bounds |= dict.fromkeys(("mean_confidence", "overconfidence"), half)
     bounds |= {"brier": 2 * half, "log_loss": _log_loss_bound(groups, half)}
-    for name in (
-        "brier_reliability",
-        "brier_resolution",
-        "debiased_l2_ece",
-        "coverage_at_risk",
-    ):
+    for name in ("brier_reliability", "brier_resolution"):
         bounds[name] = METRICS[name].upper - METRICS[name].lower
     bounds |= _binned_bounds(groups, table.grid_steps, half, n_bins)
     bounds |= _ranking_bounds(groups)
@@ -108,26 +98,11 @@ def _ranking_bounds(groups: ConfidenceGroups) -> dict[str, float]:
     correct, wrong = groups.correct.flip(-1), groups.wrong.flip(-1)
     answers, total = correct + wrong, float(groups.total)
     before = answers.cumsum(-1) - answers
-    correct_before = correct.cumsum(-1) - correct
     pairs = float(correct.sum() * wrong.sum())
     tied = float((correct * wrong).sum())
     spread = wrong * correct / answers.clamp_min(1)
     aurc = float((spread * (torch.digamma(before + answers + 1) - torch.digamma(before + 1))).sum()) / total
-    precision = (correct_before + correct) / (before + answers).clamp_min(1)
-    best = (correct_before + correct) / (before + correct).clamp_min(1)
-    worst = (correct_before + 1) / (before + 1 + wrong)
-    slack = correct * torch.maximum(best - precision, precision - worst)
-    n_correct = float(correct.sum())
-    answered = ACCURACY_COVERAGE * total
-    cut = spread[(before < answered) & (answered < before + answers)]
-    return {
-        "auroc": tied / pairs / 2 if pairs else math.nan,
-        "augrc": tied / total**2 / 2,
-        "aurc": aurc,
-        "excess_aurc": aurc,
-        "average_precision": float(slack.sum()) / n_correct if n_correct else math.nan,
-        "accuracy_at_coverage": float(cut.sum()) / answered,
-    }
+    return {"auroc": tied / pairs / 2 if pairs else math.nan, "aurc": aurc}
 
 
 def _smooth_bound(groups: ConfidenceGroups, half: float) -> float:

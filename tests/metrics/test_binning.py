@@ -88,7 +88,7 @@ def test_quantile_bins_have_equal_mass_without_ties():
 def test_bin_sums_lose_nothing(cases):
     for percent, correct in cases(70, "percents", seed=42):
         levels = group_values(torch.tensor(percent / 100), torch.tensor(correct))
-        for binning in ("uniform", "quantile", "levels"):
+        for binning in ("uniform", "quantile"):
             sums = bin_sums(levels, 10, binning)
             assert float(sums.answers.sum()) == len(percent)
             assert float(sums.correct.sum()) == correct.sum()

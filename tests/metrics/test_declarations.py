@@ -29,7 +29,7 @@ def mean_doubt(groups: ConfidenceGroups) -> Tensor:
     return (groups.answers * (1 - groups.value)).sum(-1) / groups.total
 
 
-mean_doubt = metric("doubt", mean_doubt, "doubt", higher_is_better=False, reported=True)
+mean_doubt = metric("doubt", mean_doubt, "doubt", higher_is_better=False)
 
 """
 USES = """

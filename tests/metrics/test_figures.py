@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 
 from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, TaskMetrics, figures
-from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
 from vlm_calibration.metrics.functional import METRICS
 
 DRAWN = [figures.reliability_diagram, figures.confidence_histogram, figures.risk_coverage_figure]
@@ -227,46 +226,19 @@ metrics.update(torch.tensor([0.9, 0.1]), torch.tensor([True, False]))
 metrics.compute()
 assert not [m for m in set(sys.modules) - by_torchmetrics if m.startswith(('matplotlib', 'lightning', 'transformers'))]
 figures.reliability_diagram(metrics.tables()[''])
-metrics['aurc'].plot()
-metrics['ece'].plot([torch.tensor(0.1), torch.tensor(0.2)])
 import matplotlib.pyplot as plt
 assert not plt.get_fignums()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CALIBRATION_CLASSES)
-def test_plot_draws_what_the_metric_measures(name):
-    metric = CALIBRATION_CLASSES[name]()
-    metric.update(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([True, False, False]))
-    figure, ax = metric.plot()
-    assert isinstance(figure, Figure)
-    assert "(%)" in ax.get_xlabel()
-    figure, ax = metric.plot([metric.compute(), metric.compute()])
-    assert isinstance(figure, Figure)
-    assert ax.get_xlabel() == "Step"
-
-
-def test_plot_with_axes_and_values():
-    metric = ExpectedCalibrationError(n_bins=5)
-    metric.update(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, False, False]))
-    ax = figures.new_axes()
-    assert metric.plot(ax=ax) == (ax.figure, ax)
-    assert metric.plot(metric.compute(), ax=figures.new_axes())[1].get_ylabel() == "ExpectedCalibrationError"
-
-
-def test_collections_plot():
+def test_metrics_plot_their_values():
     metrics = CalibrationMetrics(prefix="val/")
     metrics.update(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, False, False]))
-    drawn = metrics.plot()
-    assert len(drawn) == len(metrics) == 15
-    figure = Figure()
-    axes = list(figure.subplots(3, 5).ravel())
-    assert [ax for _, ax in metrics.plot(ax=axes)] == axes
-    assert len(metrics.plot(metrics.compute())) == 15
-    together, _ = metrics.plot([metrics.compute(), metrics.compute()], together=True)
-    assert together is not None
+    assert len(metrics.plot()) == len(metrics) == 15
+    ax = figures.new_axes()
+    assert metrics["val/ece"].plot(metrics["val/ece"].compute(), ax=ax)[1] is ax
+    assert ax.get_ylabel() == "ExpectedCalibrationError"
     tasks = TaskMetrics()
     tasks.update(["yes", "no"], ["yes", "yes"], torch.tensor([True, False]))
     assert len(tasks.plot()) == 5

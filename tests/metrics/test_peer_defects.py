@@ -3,7 +3,6 @@
 Most cases are confidences of exactly 0%, 10%, ... or 100%, which models state.
 """
 
-import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -149,20 +148,3 @@ def test_relplot_smooth_ece_agrees_once_its_boundary_is_repaired(cases, monkeypa
         value = float(functional.smooth_calibration_error(torch.tensor(percent / 100), torch.tensor(correct)))
         tolerance = 1.5e-3 if value < 0.15 else 0.02  # its kernel is cut at +-0.5
         assert value == pytest.approx(relplot.smECE(percent / 100, correct.astype(float)), abs=tolerance)
-
-
-def test_undefined_is_nan_and_not_zero():
-    """scikit-learn's average precision of no positive is 0, and Kumar et al.'s error of single answers too."""
-    from calibration.utils import get_binning_ce
-    from sklearn.metrics import average_precision_score
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert average_precision_score([0, 0], [0.2, 0.8]) == 0
-        assert torch.isnan(
-            functional.average_precision(torch.tensor([0.2, 0.8]), torch.tensor([False, False]))
-        )
-        assert get_binning_ce(np.array([0.2, 0.8]), np.array([0, 0])) == 0
-        assert torch.isnan(
-            functional.debiased_calibration_error(torch.tensor([0.2, 0.8]), torch.tensor([False, False]))
-        )

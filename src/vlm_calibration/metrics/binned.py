@@ -1,7 +1,6 @@
-"""Binned calibration errors: expected, maximum, adaptive and debiased calibration error."""
+"""Binned calibration errors: expected, maximum and adaptive calibration error."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from vlm_calibration.metrics.groups import (
     bin_index,
     bin_sums,
 )
-
-Norm = Literal["l1", "l2", "max"]
 
 
 def _mean_gap(sums: BinSums) -> Tensor:
@@ -31,26 +28,23 @@ def _max_gap(gap: Tensor, total: Tensor) -> Tensor:
 
 
 def expected_calibration_error(
-    groups: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform", norm: Norm = "l1"
+    groups: ConfidenceGroups, *, n_bins: int = 10, binning: Binning = "uniform"
 ) -> Tensor:
     r"""Expected calibration error (ECE), Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
 
-    With the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each bin:
-    `l1` is :math:`\sum_b w_b |acc_b - conf_b|`, `l2` is :math:`\sqrt{\sum_b w_b (acc_b - conf_b)^2}` and
-    `max` is :math:`\max_b |acc_b - conf_b|` over the bins that hold an answer.
+    :math:`\sum_b w_b |acc_b - conf_b|`, with the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each bin.
 
     Args:
         groups: the answers.
-        n_bins: number of bins; `levels` binning does not use it.
+        n_bins: number of bins.
         binning: `uniform`: equal width, an edge belongs to the bin above it and 1 to the last bin;
-            `quantile`: equal mass; `levels`: one bin for each distinct confidence.
-        norm: `l1`, `l2` or `max`.
+            `quantile`: equal mass.
 
     Returns:
         float64 scalar in [0, 1]; NaN without answers.
 
     Raises:
-        ValueError: on another binning or norm, or a non-positive `n_bins`.
+        ValueError: on another binning or a non-positive `n_bins`.
 
     Example:
         Bins [0.3, 0.4) and [0.9, 1]: 2/3 * |0.5 - 0.9| + 1/3 * |0 - 0.3|.
@@ -60,14 +54,7 @@ def expected_calibration_error(
         >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
         tensor(0.3667, dtype=torch.float64)
     """
-    sums = bin_sums(groups, n_bins, binning)
-    if norm == "l1":
-        return sums.gap.abs().sum(-1) / groups.total
-    if norm == "l2":
-        return (sums.gap * _mean_gap(sums)).sum(-1).div(groups.total).clamp_min(0).sqrt()
-    if norm == "max":
-        return _max_gap(_mean_gap(sums), groups.total)
-    raise ValueError(f"norm must be l1, l2 or max; got {norm!r}")
+    return bin_sums(groups, n_bins, binning).gap.abs().sum(-1) / groups.total
 
 
 def maximum_calibration_error(
@@ -117,39 +104,6 @@ def adaptive_calibration_error(
     """
     sums = bin_sums(groups, n_bins, binning)
     return _mean_gap(sums).abs().sum(-1) / (sums.answers > 0).sum(-1).double()
-
-
-def debiased_calibration_error(
-    groups: ConfidenceGroups, *, n_bins: int = 15, binning: Binning = "levels"
-) -> Tensor:
-    r"""Debiased l2 calibration error, Kumar, Liang & Ma (arXiv 1909.10155).
-
-    The sampling variance of each bin's accuracy inflates the squared l2 error, and is subtracted:
-    :math:`\sum_b w_b [(acc_b - conf_b)^2 - acc_b (1 - acc_b) / (n_b - 1)]`. The value is the root, or 0 where the sum is
-    negative. A bin with a single answer counts as 0, as in the authors' code. Where no bin holds two answers the value is
-    NaN; the authors' code returns 0.
-
-    Args:
-        groups: the answers.
-        n_bins: see `expected_calibration_error`.
-        binning: see `expected_calibration_error`; for continuous confidences choose `uniform` or `quantile`.
-
-    Returns:
-        float64 scalar in [0, 1]; NaN if no bin holds two answers.
-
-    Example:
-        >>> import torch
-        >>> from vlm_calibration.metrics.functional import debiased_calibration_error
-        >>> confidence = torch.tensor([0.9, 0.9, 0.9, 0.9])
-        >>> debiased_calibration_error(confidence, torch.tensor([True, False, False, False]))
-        tensor(0.6000, dtype=torch.float64)
-    """
-    sums = bin_sums(groups, n_bins, binning)
-    accuracy = sums.correct / sums.answers.clamp_min(1)
-    variance = accuracy * (1 - accuracy) / (sums.answers - 1).clamp_min(1)
-    error = torch.where(sums.answers > 1, _mean_gap(sums).square() - variance, 0.0)
-    squared = (sums.answers * error).sum(-1) / groups.total
-    return torch.where((sums.answers > 1).any(-1), squared.clamp_min(0).sqrt(), torch.nan)
 
 
 def _membership(binning: Binning) -> Callable[[ConfidenceGroups], Tensor]:

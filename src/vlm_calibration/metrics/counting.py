@@ -99,16 +99,9 @@ class CountingMetric(Metric):
         values = evaluate_all({self.spec.name: self}, self.tables())
         return values[self.spec.name] if self.categories is None else values
 
-    def _plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot values as torchmetrics does, on a figure that is not registered with pyplot."""
-        if ax is not None:
-            super()._plot(val, ax)
-            return ax.figure, ax
-        from vlm_calibration.metrics.figures import new_axes
-
-        ax = new_axes()
-        super()._plot(val, ax)
-        return ax.figure, ax
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one or several values, by default the current one, as torchmetrics does; returns the figure and its axes."""
+        return self._plot(val, ax)
 
 
 def class_of(spec: MetricSpec, base: type[M], module: str) -> type[M]:
@@ -186,26 +179,6 @@ class CalibrationMetric(CountingMetric):
         """The metric on one table, a float64 scalar, NaN where undefined, without a warning."""
         return self.spec(table, **({"n_bins": self.n_bins} if self.spec.is_binned else {}))
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the metric.
-
-        Args:
-            val: results of `compute` or `forward` (one or several) to plot as values, as torchmetrics does;
-                without it, draw the figure that shows what the metric measures, from the table of this process.
-            ax: matplotlib axes to draw into, or None for a new figure.
-
-        Returns:
-            the figure and its axes.
-        """
-        if val is not None:
-            return self._plot(val, ax)
-        from vlm_calibration.metrics import figures
-
-        draw = getattr(figures, self.spec.figure)
-        options = {"n_bins": self.n_bins} if self.spec.figure == "reliability_diagram" else {}
-        figure = draw(self.tables()[""], ax=ax, **options)
-        return figure, ax if ax is not None else figure.axes[0]
-
 
 class SharedStateCollection(MetricCollection):
     """A collection whose members share one state: one count for each update, one sum for each sync."""
@@ -258,15 +231,3 @@ class SharedStateCollection(MetricCollection):
     def set_dtype(self, dst_type: str | torch.dtype) -> "SharedStateCollection":
         """Do nothing: counts are integers whatever the dtype."""
         return self
-
-    def plot(self, val: Any = None, ax: Any = None, together: bool = False) -> Any:
-        """Draw every member's figure, of this process alone, or the given values as `MetricCollection.plot` does.
-
-        Returns:
-            one `(figure, axes)` for each member, in order; a single one if `together`.
-        """
-        if val is not None or together:
-            return super().plot(val, ax, together)
-        members = list(self.values(copy_state=False))
-        axes = [None] * len(members) if ax is None else list(ax)
-        return [member.plot(ax=axis) for member, axis in zip(members, axes, strict=True)]

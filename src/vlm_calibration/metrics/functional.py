@@ -1,7 +1,7 @@
 """Every metric, declared once: here as a pure function of `(confidence, correct)`, and in `METRICS` by its flat name.
 
-A declaration gives the formula (a function of `ConfidenceGroups`, in the module that it comes from), heading, bounds, direction
-and figure. The torchmetrics classes, the documentation, the columns of tables and the tests follow from it.
+A declaration gives the formula (a function of `ConfidenceGroups`, in the module that it comes from), heading, bounds and
+direction. The torchmetrics classes, the documentation, the columns of tables and the tests follow from it.
 
 Common to all functions: `confidence` is float [N] in [0, 1] without NaN, `correct` is bool [N]; a ValueError names the
 first value that is neither. Values are grouped by one sort and not rounded. The result is a float64 scalar on the device of
@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics import binned, ranking, scores, selective, smooth
+from vlm_calibration.metrics import binned, ranking, scores, smooth
 from vlm_calibration.metrics.groups import ConfidenceGroups, MetricSpec, group_values, warn_undefined
 
 P = ParamSpec("P")
@@ -92,42 +92,34 @@ def metric(
     return _of_values(formula, undefined)
 
 
-answer_count = metric("n", scores.answer_count, "n", "", upper=float("inf"), reported=True)
+answer_count = metric("n", scores.answer_count, "n", "", upper=float("inf"))
 expected_calibration_error = metric(
     "ece",
     binned.expected_calibration_error,
     "ECE",
     higher_is_better=False,
-    figure="reliability_diagram",
     gaps=binned.ECE_GAPS,
-    reported=True,
 )
 adaptive_calibration_error = metric(
     "ace",
     binned.adaptive_calibration_error,
     "ACE",
     higher_is_better=False,
-    figure="reliability_diagram",
     gaps=binned.ACE_GAPS,
-    reported=True,
 )
 maximum_calibration_error = metric(
     "mce",
     binned.maximum_calibration_error,
     "MCE",
     higher_is_better=False,
-    figure="reliability_diagram",
     gaps=binned.MCE_GAPS,
-    reported=True,
 )
-brier_score = metric("brier", scores.brier_score, "Brier", higher_is_better=False, reported=True)
+brier_score = metric("brier", scores.brier_score, "Brier", higher_is_better=False)
 brier_reliability = metric(
     "brier_reliability",
     scores.brier_reliability,
     "reliability",
     higher_is_better=False,
-    figure="reliability_diagram",
-    reported=True,
 )
 brier_resolution = metric(
     "brier_resolution",
@@ -135,16 +127,12 @@ brier_resolution = metric(
     "resolution",
     higher_is_better=True,
     upper=0.25,
-    figure="reliability_diagram",
-    reported=True,
 )
 brier_uncertainty = metric(
     "brier_uncertainty",
     scores.brier_uncertainty,
     "uncertainty",
     upper=0.25,
-    figure="reliability_diagram",
-    reported=True,
 )
 log_loss = metric(
     "log_loss",
@@ -153,7 +141,6 @@ log_loss = metric(
     higher_is_better=False,
     upper=float("inf"),
     class_name="ConfidenceLogLoss",
-    reported=True,
 )
 auroc = metric(
     "auroc",
@@ -162,34 +149,27 @@ auroc = metric(
     "all answers are correct or all are wrong",
     higher_is_better=True,
     class_name="ConfidenceAUROC",
-    reported=True,
 )
 area_under_risk_coverage = metric(
     "aurc",
-    selective.area_under_risk_coverage,
+    ranking.area_under_risk_coverage,
     "AURC",
     higher_is_better=False,
-    figure="risk_coverage_figure",
-    reported=True,
 )
 smooth_calibration_error = metric(
     "smooth_ece",
     smooth.smooth_calibration_error,
     "smooth ECE",
     higher_is_better=False,
-    figure="reliability_diagram",
     gaps=smooth.SMOOTH_GAPS,
-    reported=True,
 )
-mean_confidence = metric("mean_confidence", scores.mean_confidence, "mean conf.", reported=True)
+mean_confidence = metric("mean_confidence", scores.mean_confidence, "mean conf.")
 overconfidence = metric(
     "overconfidence",
     scores.overconfidence,
     "overconf.",
     lower=-1.0,
     format="+.3f",
-    figure="reliability_diagram",
-    reported=True,
 )
 parse_failure_rate = metric(
     "parse_failure_rate",
@@ -198,64 +178,17 @@ parse_failure_rate = metric(
     "there is no answer",
     higher_is_better=False,
     format=".1%",
-    reported=True,
-)
-debiased_calibration_error = metric(
-    "debiased_l2_ece",
-    binned.debiased_calibration_error,
-    "debiased l2 ECE",
-    "no bin holds two answers",
-    higher_is_better=False,
-    figure="reliability_diagram",
-)
-average_precision = metric(
-    "average_precision",
-    ranking.average_precision,
-    "AP",
-    "there is no answer of the positive class",
-    higher_is_better=True,
-    class_name="ConfidenceAveragePrecision",
-)
-excess_area_under_risk_coverage = metric(
-    "excess_aurc",
-    selective.excess_area_under_risk_coverage,
-    "excess AURC",
-    higher_is_better=False,
-    figure="risk_coverage_figure",
-)
-area_under_generalized_risk_coverage = metric(
-    "augrc",
-    selective.area_under_generalized_risk_coverage,
-    "AUGRC",
-    higher_is_better=False,
-    upper=0.5,
-    figure="risk_coverage_figure",
-)
-accuracy_at_coverage = metric(
-    "accuracy_at_coverage",
-    selective.accuracy_at_coverage,
-    "acc. at 80%",
-    higher_is_better=True,
-    figure="risk_coverage_figure",
-)
-coverage_at_risk = metric(
-    "coverage_at_risk",
-    selective.coverage_at_risk,
-    "cov. at 5% risk",
-    higher_is_better=True,
-    figure="risk_coverage_figure",
 )
 parsed_accuracy = metric(
     "parsed_accuracy",
     scores.parsed_accuracy,
     "accuracy (parsed)",
     higher_is_better=True,
-    figure="reliability_diagram",
+    reported=False,
 )
-sharpness = metric("sharpness", scores.sharpness, "sharpness", upper=0.25)
 
 brier_decomposition = _of_values(scores.brier_decomposition, "there is no answer with a readable confidence")
-risk_coverage_curve = _of_values(selective.risk_coverage_curve)
+risk_coverage_curve = _of_values(ranking.risk_coverage_curve)
 
 REPORTED = tuple(name for name, spec in METRICS.items() if spec.reported)
 """The names that `metrics.json` holds: `n` to `parse_failure_rate`."""

@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Binning = Literal["uniform", "quantile", "levels"]
-BINNINGS: tuple[Binning, ...] = ("uniform", "quantile", "levels")
+Binning = Literal["uniform", "quantile"]
 
 
 class UndefinedMetricWarning(UserWarning):
@@ -119,7 +118,6 @@ class MetricSpec:
         higher_is_better: None where neither direction is better by itself.
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
-        figure: the function of `metrics.figures` that shows what the metric measures.
         gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
         class_name: name of the torchmetrics class; by default that of the function in CamelCase.
         format: format of the value in tables.
@@ -133,11 +131,10 @@ class MetricSpec:
     higher_is_better: bool | None = None
     lower: float = 0.0
     upper: float = 1.0
-    figure: str = "confidence_histogram"
     gaps: GapNorm | None = None
     class_name: str = ""
     format: str = ".3f"
-    reported: bool = False
+    reported: bool = True
 
     def __post_init__(self) -> None:
         """Derive the class name."""
@@ -295,16 +292,14 @@ def bin_sums(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> BinSums
 
     Args:
         groups: the answers.
-        n_bins: number of bins; not used by `levels` binning.
-        binning: `uniform` (equal width), `quantile` (equal mass) or `levels` (one bin for each distinct confidence).
+        n_bins: number of bins.
+        binning: `uniform` (equal width) or `quantile` (equal mass).
 
     Raises:
         ValueError: on another binning or a non-positive `n_bins`.
     """
-    answers, correct = groups.answers, groups.correct
-    sums = BinSums(answers, correct, answers * groups.value)
-    if binning == "levels":
-        return sums
+    answers = groups.answers
+    sums = BinSums(answers, groups.correct, answers * groups.value)
     index = bin_index(groups, n_bins, binning).expand_as(answers)
     empty = answers.new_zeros((*answers.shape[:-1], n_bins))
     return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))
@@ -322,7 +317,7 @@ def bin_index(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> Tensor
         return uniform_bin_of_value(groups.cell, n_bins)
     if binning == "quantile":
         return quantile_bin(groups.counts.sum(-1), n_bins)
-    raise ValueError(f"binning must be one of {', '.join(BINNINGS)}; got {binning!r}")
+    raise ValueError(f"binning must be uniform or quantile; got {binning!r}")
 
 
 def warn_undefined(name: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Proper scores and first moments: Brier score and its decomposition, log loss, means, sharpness."""
+"""Proper scores and first moments: Brier score and its decomposition, log loss, means."""
 
 from typing import NamedTuple
 
@@ -112,28 +112,6 @@ def overconfidence(groups: ConfidenceGroups) -> Tensor:
         tensor(0.3667, dtype=torch.float64)
     """
     return (groups.answers * groups.value - groups.correct).sum(-1) / groups.total
-
-
-def sharpness(groups: ConfidenceGroups) -> Tensor:
-    r"""Variance of the confidences, :math:`\frac{1}{N} \sum_i (c_i - \bar c)^2`; 0 if all are equal.
-
-    Sharpness is a property of the forecasts alone (Gneiting, Balabdaoui & Raftery, 2007): of two calibrated
-    models the sharper one is the more useful.
-
-    Args:
-        groups: the answers.
-
-    Returns:
-        float64 scalar in [0, 1/4]; NaN without answers.
-
-    Example:
-        >>> import torch
-        >>> from vlm_calibration.metrics.functional import sharpness
-        >>> sharpness(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
-        tensor(0.0800, dtype=torch.float64)
-    """
-    mean = mean_confidence(groups).unsqueeze(-1)
-    return (groups.answers * (groups.value - mean).square()).sum(-1) / groups.total
 
 
 def brier_score(groups: ConfidenceGroups) -> Tensor:

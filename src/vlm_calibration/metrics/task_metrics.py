@@ -59,10 +59,6 @@ class TaskMetric(CountingMetric):
         """The metric on one table, a float64 scalar, NaN where undefined, without a warning."""
         return torch.tensor(self.spec.function(table, self.positive), dtype=torch.float64)
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values, by default the current one; returns the figure and its axes."""
-        return self._plot(self.compute() if val is None else val, ax)
-
 
 TASK_CLASSES: dict[str, type[TaskMetric]] = {
     name: class_of(spec, TaskMetric, __name__) for name, spec in TASK_METRICS.items()
