@@ -163,6 +163,23 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
     return ended
 
 
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Function that calls `main` in this process, in `tmp_path`: for mistakes, and for commands that train and evaluate nothing."""
+    from vlm_calibration.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def ended(*arguments: str) -> Ended:
+        capsys.readouterr()
+        status = main(arguments)
+        return Ended(status, *capsys.readouterr())
+
+    return ended
+
+
 @pytest.fixture(scope="session")
 def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Short runs of both stages and of an evaluation, with the files of `configs/`: stage -> its `OfflineRun`."""

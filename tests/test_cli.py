@@ -24,7 +24,6 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
-from vlm_calibration.cli import main
 from vlm_calibration.models.loading import BaseModel, load_base
 
 from .command_line import LIMIT, Ended, Server
@@ -154,18 +153,12 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
     ],
 )
 def test_a_mistake_in_the_call(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    arguments: list[str],
-    says: str,
+    call: Callable[..., Ended], tmp_path: Path, arguments: list[str], says: str
 ) -> None:
     (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 3\n")
-    monkeypatch.chdir(tmp_path)
-    status = main(arguments)
-    printed = capsys.readouterr()
-    assert status == 2
-    assert says in Ended(status, printed.out, printed.err).error()
+    ended = call(*arguments)
+    assert ended.status == 2
+    assert says in ended.error()
 
 
 @pytest.mark.parametrize(

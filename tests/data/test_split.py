@@ -290,10 +290,10 @@ def test_too_few_images_and_other_files_are_refused(file: Path, lines: list[byte
         split(file)
 
 
-def test_the_command_prints_a_table(run: Callable[..., Ended], file: Path) -> None:
-    ended = run("data", "split", str(file), "--shares", "0.4", "0.2", "0.2", "0.2", "--seed", "3")
+def test_the_command_prints_a_table(call: Callable[..., Ended], file: Path) -> None:
+    ended = call("data", "split", str(file), "--shares", "0.4", "0.2", "0.2", "0.2", "--seed", "3")
     assert (ended.status, ended.errors) == (0, []), ended.err
     sizes = {name: len(part) for name, part in _read(file.parent).items()}
     assert f"{sizes['test']} ({sizes['test'] / sum(sizes.values()):.1%})" in ended.out
     assert "largest group" in ended.out
-    assert run("data", "split", str(file)).status == 1
+    assert call("data", "split", str(file)).status == 1
