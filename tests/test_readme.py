@@ -245,15 +245,13 @@ def test_what_runs_them_exists() -> None:
 
 EXCERPTS = ("vlm-calibration COMMAND --help", "vlm-calibration ask --abstain")
 """What a sentence names of a command; it does not run as it stands."""
-CALLS = [c for c in COMMANDS if c.startswith("vlm-calibration ") and c not in EXCERPTS and ".help" not in c]
+CALLS = [c for c in COMMANDS if c.startswith("vlm-calibration ") and c not in EXCERPTS and "help" not in c]
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_the_command_line_takes_a_command(
-    call: str, parse: Callable[[list[str]], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("written", CALLS)
+def test_the_command_line_takes_it(written: str, parse: Callable[[list[str]], Any]) -> None:
     """Options of a command that runs elsewhere, and its configuration."""
-    name, *words = [word for word in shlex.split(call)[1:] if word != "$settings"]
+    name, *words = [word for word in shlex.split(written)[1:] if word != "$settings"]
     command = load(SUBCOMMANDS[name][0])
     if isinstance(command, Subcommands):
         subcommand, *words = words
@@ -264,10 +262,6 @@ def test_the_command_line_takes_a_command(
     def take(*settings: str, **_: Any) -> None:
         taken.append(settings)
 
-    if "--help" in words:
-        with pytest.raises(SystemExit, match="0"):
-            run_command(name, take, words)
-        return
     run_command(name, take, words)
     if taken and name in ("fit", "test", "predict", "levels"):
         parse(["test" if name == "levels" else name, *taken[0]])

@@ -143,7 +143,7 @@ def _content(folder: Path) -> dict[Any, Any]:
 def test_from_queries_to_regions(
     run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path, queries: Path
 ) -> None:
-    ended = run(*predict("run", detector="owlv2", segmenter="sam2"))
+    ended = run(*predict("run", segmenter="sam2"))
     assert ended.status == 0, ended.err
     folder = tmp_path / "run"
     rows = pq.read_table(folder / "queries.parquet").to_pylist()
