@@ -148,7 +148,7 @@ RUN_BY: dict[str, str] = {
     "make bench-gpu": "needs a GPU: tests/test_gpu_benchmark.py",
     'make bench-gpu ARGS="--device cpu --models tiny"': "takes minutes: tests/test_gpu_benchmark.py",
     'make bench ARGS="--only scale"': "takes a minute: tests/test_gpu_benchmark.py has its parts",
-    "make app": "serves until it is stopped: test_the_page_answers",
+    "make app": "serves until it is stopped: tests/test_packaging.py has the call",
     "make slurm-sft": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-dpo": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-all": "needs SLURM: tests/slurm/test_jobs.py",
