@@ -97,7 +97,7 @@ def test_unparsed_answers_are_counted_and_in_no_level():
 
 
 def test_addition_is_that_of_the_answers(cases):
-    for percent, correct in cases(200, "percents", seed=51):
+    for percent, correct in cases(60, "percents", seed=51):
         confidence, y = torch.tensor(percent / 100), torch.tensor(correct)
         confidence[confidence == 0.5] = torch.nan
         cut = len(percent) // 3
