@@ -40,7 +40,8 @@ def start(request: dict) -> None:
     os.close(null)
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
-    sys.argv = ["vlm-calibration", *request["args"]]
+    # Lightning starts the other processes of a run with these.
+    sys.argv = [str(Path(cli.__file__).with_name("__main__.py")), *request["args"]]
 
 
 def serve() -> bool:

@@ -19,7 +19,7 @@ from vlm_calibration.benchmarks.amber import CATEGORIES
 from vlm_calibration.cli import main
 
 from ..benchmarks import official_rules
-from ..command_line import Ended, run_plainly
+from ..command_line import Ended
 
 SPLITS = ("random", "popular", "adversarial")
 SOURCES = "vlm_calibration.data.sources.benchmark"
@@ -118,15 +118,15 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 
 def test_pope_in_two_processes(
+    run: Callable[..., Ended],
     evaluation: Callable[..., list[str]],
     files: Path,
     new_adapter: Callable[..., str],
-    root: Path,
     tmp_path: Path,
 ) -> None:
     several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = [*evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)}), *several]
-    ended = run_plainly(command, root, tmp_path)
+    ended = run(*command)
     assert ended.status == 0, ended.err
     assert ended.out.count("Official scores") == 1, "one process reports"
     written = ["metrics.json", "predictions.jsonl"]

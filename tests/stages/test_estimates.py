@@ -34,7 +34,7 @@ from vlm_calibration.stages import evaluation
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-from ..command_line import Ended, run_plainly
+from ..command_line import Ended
 
 Data = Callable[..., PerturbedQueryDataModule]
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
@@ -187,7 +187,7 @@ def test_two_processes_evaluate_as_one(
     alone = run(*command, "--trainer.default_root_dir", str(folders[0]))
     assert alone.status == 0, alone.err
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    together = run_plainly([*command, *two, "--trainer.default_root_dir", str(folders[1])], root, tmp_path)
+    together = run(*command, *two, "--trainer.default_root_dir", str(folders[1]))
     assert together.status == 0, together.err
     assert [ended.out.count("All 9 answers") for ended in (alone, together)] == [1, 1], "one process reports"
     written = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in folders]

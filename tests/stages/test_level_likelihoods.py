@@ -42,7 +42,7 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule, count_levels
 from vlm_calibration.stages.sft import SFTModule
 
-from ..command_line import Ended, run_plainly
+from ..command_line import Ended
 from ..level_tables import noise_counts
 
 Data = Callable[..., PerturbedQueryDataModule]
@@ -387,65 +387,64 @@ def test_likelihoods_need_training_queries(data: Data, trainer: Callable[..., L.
         trainer().test(module, datamodule=data(levels=HELD_OUT, train=None), verbose=False)
 
 
-# --- Two processes ------------------------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_two_processes_measure_as_one(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
-    """The demo's model, which answers; the table is the same file, and the likelihoods agree to float precision."""
-
-    def command(name: str, devices: int) -> list[str]:
-        overlay = {
-            "trainer": {
-                "accelerator": "cpu",
-                "callbacks": None,
-                "devices": devices,
-                "strategy": "ddp" if devices > 1 else "auto",
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / name),
-            },
-            "model": {
-                "init_args": {
-                    "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model")},
-                    "out": str(tmp_path / name / "levels.json"),
-                    "likelihoods": str(tmp_path / name / "likelihoods.parquet"),
-                    "max_new_tokens": 8,
-                }
-            },
-            "data": {
-                "levels": {"init_args": {"scenes": 20, "hard": 0.0}},
-                "train": {"init_args": {"scenes": 3}},
-                "noise": {
-                    "kinds": {"noise": 1},
-                    "levels": {
-                        "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
-                        "init_args": {"n_levels": 2},
-                    },
-                },
-                "eval_batch_size": 16 // devices,
-                "workers": 0,
-            },
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        configs = (str(root / "configs/levels.yaml"), str(tmp_path / f"{name}.yaml"))
-        return ["levels", "fit", *(word for path in configs for word in ("--config", path))]
-
-    ended = run(*command("one", 1))
-    assert ended.status == 0, ended.err
-    written = [f"wrote {tmp_path / 'one' / name}" for name in ("levels.json", "likelihoods.parquet")]
-    assert ended.out.splitlines()[-2:] == written
-    ended = run_plainly(command("two", 2), root, tmp_path)
-    assert ended.status == 0, ended.err
-    one, two = (AnchoredLevels(tmp_path / name / "levels.json") for name in ("one", "two"))
-    assert {t: c.bins for t, c in one.table.counts.items()} == {
-        t: c.bins for t, c in two.table.counts.items()
+def _command(root: Path, folder: Path, devices: int) -> list[str]:
+    """Arguments that measure the demo's model, which answers."""
+    linear = "vlm_calibration.perturbation.levels.LinearLevels"
+    overlay = {
+        "trainer": {
+            "accelerator": "cpu",
+            "callbacks": None,
+            "devices": devices,
+            "strategy": "ddp" if devices > 1 else "auto",
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+        },
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model")},
+                "out": str(folder / "levels.json"),
+                "likelihoods": str(folder / "likelihoods.parquet"),
+                "max_new_tokens": 8,
+            }
+        },
+        "data": {
+            "levels": {"init_args": {"scenes": 20, "hard": 0.0}},
+            "train": {"init_args": {"scenes": 3}},
+            "noise": {"kinds": {"noise": 1}, "levels": {"class_path": linear, "init_args": {"n_levels": 2}}},
+            "eval_batch_size": 16 // devices,
+            "workers": 0,
+        },
     }
-    for answer_type, counts in one.table.counts.items():
-        assert two.table.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
-    counts = {t: {row.n for rows in c.pooled.values() for row in rows} for t, c in one.table.counts.items()}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    return ["levels", "fit", "--config", str(root / "configs/levels.yaml"), "--config", str(path)]
+
+
+def test_levels_fit_writes_both_files(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
+    ended = run(*_command(root, tmp_path / "one", 1))
+    assert ended.status == 0, ended.err
+    files = [tmp_path / "one" / name for name in ("levels.json", "likelihoods.parquet")]
+    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
+    table = AnchoredLevels(files[0], likelihoods=files[1]).table
+    counts = {t: {row.n for rows in c.pooled.values() for row in rows} for t, c in table.counts.items()}
     assert counts == {"yes_no": {40}, "short": {20}}
+
+
+@pytest.mark.nightly
+def test_two_processes_measure_as_one(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
+    """The table is the same, and the likelihoods agree to float precision."""
+    for name, devices in (("one", 1), ("two", 2)):
+        ended = run(*_command(root, tmp_path / name, devices))
+        assert ended.status == 0, ended.err
+    one, two = (AnchoredLevels(tmp_path / name / "levels.json").table for name in ("one", "two"))
+    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    for answer_type, counts in one.counts.items():
+        assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
     read = [
-        read_likelihoods(tmp_path / name / "likelihoods.parquet", one.table.provenance, "")
+        read_likelihoods(tmp_path / name / "likelihoods.parquet", one.provenance, "")
         for name in ("one", "two")
     ]
     assert list(read[0]) == list(read[1])
