@@ -176,6 +176,7 @@ def test_an_error_in_one_of_two_processes_is_one_line(
     assert ended.status == 1
 
 
+@pytest.mark.nightly
 def test_an_error_in_both_of_two_processes_is_one_line(
     start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
 ) -> None:

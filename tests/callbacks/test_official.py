@@ -117,16 +117,17 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_pope_in_two_processes(
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_pope(
     run: Callable[..., Ended],
     evaluation: Callable[..., list[str]],
     files: Path,
     new_adapter: Callable[..., str],
     tmp_path: Path,
+    processes: int,
 ) -> None:
-    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [*evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)}), *several]
-    ended = run(*command)
+    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"] if processes == 2 else []
+    ended = run(*evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)}), *several)
     assert ended.status == 0, ended.err
     assert ended.out.count("Official scores") == 1, "one process reports"
     written = ["metrics.json", "predictions.jsonl"]
