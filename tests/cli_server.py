@@ -40,8 +40,7 @@ def start(request: dict) -> None:
     os.close(null)
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
-    # Lightning starts the other processes of a run with these.
-    sys.argv = [str(Path(cli.__file__).with_name("__main__.py")), *request["args"]]
+    sys.argv = ["vlm-calibration", *request["args"]]
 
 
 def serve() -> bool:

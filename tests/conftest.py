@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,28 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
     def ended(*arguments: str) -> Ended:
         return server.wait(server.start(list(arguments), tmp_path))
+
+    return ended
+
+
+@pytest.fixture
+def run_two(server: Server, tmp_path: Path) -> Callable[..., Ended]:
+    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them.
+
+    Returns the exit status of the first one and what both printed. Where one process fails, `run_plainly` starts them as Lightning
+    does, which ends the other.
+    """
+
+    def ended(*arguments: str) -> Ended:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+        settings = [*arguments, "--trainer.devices", "2"]
+        pids = [server.start(settings, tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
+        first, _ = server.wait(pids[1]), server.wait(pids[0])
+        # What `wait` reads is what was started last.
+        out, err = ((server.folder / f"{server.started - 1}.{name}").read_text() for name in ("out", "err"))
+        return Ended(first.status, first.out + out, first.err + err)
 
     return ended
 

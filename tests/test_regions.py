@@ -25,7 +25,6 @@ from .regions.conftest import tiny as tiny
 pytestmark = pytest.mark.slow
 
 SCENES = 5
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +176,9 @@ def test_from_queries_to_regions(
 
 def test_all_sources_are_extracted_in_one_run_and_trained_on(
     run: Callable[..., Ended],
+    run_two: Callable[..., Ended],
     of_all: Callable[..., list[str]],
     fit: Callable[..., list[str]],
-    root: Path,
     queries: Path,
     tmp_path: Path,
 ) -> None:
@@ -206,7 +205,7 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     done = log.read_text()
     with log.open("a") as file:
         file.write('{"shard": 4, "rows": [')
-    ended = run_plainly([*of_all("cut"), *TWO], root, tmp_path)
+    ended = run_two(*of_all("cut"), "--trainer.strategy", "ddp")
     assert ended.status == 0, ended.err
     assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
     assert _content(tmp_path / "cut") == one

@@ -120,14 +120,15 @@ def _metrics(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_pope(
     run: Callable[..., Ended],
+    run_two: Callable[..., Ended],
     evaluation: Callable[..., list[str]],
     files: Path,
     new_adapter: Callable[..., str],
     tmp_path: Path,
     processes: int,
 ) -> None:
-    several = ["--trainer.devices", "2", "--trainer.strategy", "ddp"] if processes == 2 else []
-    ended = run(*evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)}), *several)
+    command = evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)})
+    ended = run(*command) if processes == 1 else run_two(*command, "--trainer.strategy", "ddp")
     assert ended.status == 0, ended.err
     assert ended.out.count("Official scores") == 1, "one process reports"
     written = ["metrics.json", "predictions.jsonl"]

@@ -142,6 +142,7 @@ def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], mes
 
 def test_two_processes_evaluate_as_one(
     run: Callable[..., Ended],
+    run_two: Callable[..., Ended],
     root: Path,
     model_folder: str,
     new_adapter: Callable[..., str],
@@ -186,8 +187,8 @@ def test_two_processes_evaluate_as_one(
     folders = [tmp_path / name for name in ("one", "two")]
     alone = run(*command, "--trainer.default_root_dir", str(folders[0]))
     assert alone.status == 0, alone.err
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    together = run(*command, *two, "--trainer.default_root_dir", str(folders[1]))
+    ddp = ("--trainer.strategy", "ddp", "--trainer.default_root_dir", str(folders[1]))
+    together = run_two(*command, *ddp)
     assert together.status == 0, together.err
     assert [ended.out.count("All 9 answers") for ended in (alone, together)] == [1, 1], "one process reports"
     written = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in folders]

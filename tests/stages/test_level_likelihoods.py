@@ -434,10 +434,12 @@ def test_levels_fit_writes_both_files(run: Callable[..., Ended], root: Path, tmp
 
 
 @pytest.mark.nightly
-def test_two_processes_measure_as_one(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
+def test_two_processes_measure_as_one(
+    run: Callable[..., Ended], run_two: Callable[..., Ended], root: Path, tmp_path: Path
+) -> None:
     """The table is the same, and the likelihoods agree to float precision."""
-    for name, devices in (("one", 1), ("two", 2)):
-        ended = run(*_command(root, tmp_path / name, devices))
+    for name, devices, start in (("one", 1, run), ("two", 2, run_two)):
+        ended = start(*_command(root, tmp_path / name, devices))
         assert ended.status == 0, ended.err
     one, two = (AnchoredLevels(tmp_path / name / "levels.json").table for name in ("one", "two"))
     assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
