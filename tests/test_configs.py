@@ -45,9 +45,9 @@ OVERLAYS = {
     "eval/demo_*.yaml": (EVAL,),
     "experiment/*_dpo.yaml": (DPO,),
     "system/*.yaml": (EVAL,),
-    **{f"{folder}/*.yaml": (SFT, DPO) for folder in ("model", "experiment")},
-    # Data module and trainer are the same in both stages.
-    **{f"{folder}/*.yaml": (SFT,) for folder in ("data", "trainer", "logger")},
+    "experiment/*.yaml": (SFT, DPO),
+    # Both stages have the same settings of these; `test_stages.py` parses a model's and a data set's with every stage.
+    **{f"{folder}/*.yaml": (SFT,) for folder in ("data", "model", "trainer", "logger")},
 }
 
 
