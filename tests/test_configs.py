@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -289,15 +290,17 @@ def _settings(tree: Any, path: str = "") -> dict[str, Any]:
     return {name: value for key, child in below for name, value in _settings(child, key).items()}
 
 
+@cache
+def _settings_of(parse: Callable[[list[str]], Any], base: Path, *arguments: str) -> dict[str, Any]:
+    return _settings(parse(["fit", "--config", str(base), *arguments]).as_dict())
+
+
 def _differences(
     parse: Callable[[list[str]], Any], base: Path, *overlays: Path, arguments: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """Settings that the overlays and arguments change: name -> (value in `base`, value with them)."""
     files = [argument for path in overlays for argument in ("--config", str(path))]
-    alone, overlaid = (
-        _settings(parse(["fit", "--config", str(base), *more]).as_dict())
-        for more in ((), (*files, *arguments))
-    )
+    alone, overlaid = (_settings_of(parse, base, *more) for more in ((), (*files, *arguments)))
     names = sorted({*alone, *overlaid} - {"config"})
     return {name: (alone[name], overlaid[name]) for name in names if alone[name] != overlaid[name]}
 
