@@ -14,9 +14,7 @@ import pytest
 import torch
 import yaml
 
-from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
@@ -103,29 +101,28 @@ def test_every_estimator_has_its_key_and_its_metrics(
 @pytest.mark.parametrize(
     ("chosen", "fractional", "refused"),
     [
-        ({"estimators": [ExpectedConfidence()]}, 2, True),
-        ({"probes": ["image"]}, 2, True),
-        ({"probes": ["image"]}, 1, False),
-        ({"estimators": [AnswerLikelihood()]}, 3, False),
+        ({"estimators": [ExpectedConfidence()]}, 10, True),
+        ({"probes": ["image"]}, 10, True),
+        ({"probes": ["image"]}, 7, False),
+        ({"estimators": [AnswerLikelihood()]}, 15, False),
     ],
 )
 def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
     run_evaluation: Callable[..., EvaluationModule],
-    data: Data,
     monkeypatch: pytest.MonkeyPatch,
     chosen: dict[str, Any],
     fractional: int,
     refused: bool,
 ) -> None:
-    """`fractional` of three answers state fractions of a percent, all others whole percents."""
-    stated = iter([0.875] * fractional + [0.29] * (3 - fractional))
+    """`fractional` of the 15 answers state fractions of a percent, all others whole percents."""
+    stated = iter([0.875] * fractional + [0.29] * (15 - fractional))
 
     def answers(*arguments: Any) -> list[Any]:
         return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
 
     monkeypatch.setattr(evaluation, "answer_batch", answers)
     with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
-        run_evaluation({}, queries=data(test={"": EvalSplit(DemoSource("test", scenes=1))}), **chosen)
+        run_evaluation({}, **chosen)
 
 
 @pytest.mark.parametrize(
