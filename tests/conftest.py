@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 # An example may be slow on a busy machine.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
+settings.register_profile("tests", deadline=None, max_examples=30)
+settings.load_profile("tests")
 
 MARKS = {
     "server": pytest.mark.slow,
@@ -44,10 +45,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one runs all tests of a file; all tests of SLURM, and all of the web page, run in one, with one server."""
+    """With several test processes, one runs all tests of a file.
+
+    Tests of SLURM, of the web page, and of the runs of all stages each have one process for all files, so that these start once.
+    """
     for item in items:
         used = getattr(item, "fixturenames", ())
-        shared = next((name for name in ("cluster", "browser") if name in used), None)
+        shared = next((name for name in ("cluster", "browser", "offline_runs") if name in used), None)
         item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
 
 
@@ -156,6 +160,45 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
     def ended(*arguments: str) -> Ended:
         return server.wait(server.start(list(arguments), tmp_path))
+
+    return ended
+
+
+@pytest.fixture
+def run_two(server: Server, tmp_path: Path) -> Callable[..., Ended]:
+    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them.
+
+    Returns the exit status of the first one and what both printed. Where one process fails, `run_plainly` starts them as Lightning
+    does, which ends the other.
+    """
+
+    def ended(*arguments: str) -> Ended:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+        settings = [*arguments, "--trainer.devices", "2"]
+        pids = [server.start(settings, tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
+        first, _ = server.wait(pids[1]), server.wait(pids[0])
+        # What `wait` reads is what was started last.
+        out, err = ((server.folder / f"{server.started - 1}.{name}").read_text() for name in ("out", "err"))
+        return Ended(first.status, first.out + out, first.err + err)
+
+    return ended
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Function that calls `main` in this process, in `tmp_path`: for mistakes, and for commands that train and evaluate nothing."""
+    from vlm_calibration.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def ended(*arguments: str) -> Ended:
+        capsys.readouterr()
+        status = main(arguments)
+        return Ended(status, *capsys.readouterr())
 
     return ended
 

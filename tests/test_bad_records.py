@@ -82,11 +82,10 @@ def _check_reported(ended: Ended) -> None:
             assert says in lines[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_they_are_left_out_and_counted(
-    run: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path, workers: int
+    run: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
 ) -> None:
-    ended = run(*start("run", workers=workers), *_on(records("q"), "train", "validation"))
+    ended = run(*start("run", workers=2), *_on(records("q"), "train", "validation"))
     assert (ended.status, ended.errors) == (0, []), ended.err
     _check_reported(ended)
     assert _ids(tmp_path / "run") == [str(i) for i in range(14) if str(i) not in DAMAGED]
@@ -103,26 +102,16 @@ def test_where_no_record_can_be_loaded_the_run_fails(
     assert ended.err.count("data.train: left out: ") == 5
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
-    run: Callable[..., Ended],
-    start: Start,
-    records: Callable[..., Any],
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-    stage: str,
+    run: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
 ) -> None:
     more = _on(records("q"), "train", "validation")
-    if stage == "dpo":
-        # A random model's answers are neither yes nor no, so no teacher can be fitted.
-        more += ["--model.init_args.adapter", new_adapter(1), "--model.init_args.pairs.target", "expected"]
-    assert run(*start("whole", stage=stage), *more).status == 0
-    # Batches with some or all records left out come before and after these positions.
-    for n, (epoch, batch) in enumerate([(0, 3), (1, 2)]):
-        kill = callback("disasters.KillAt", epoch=epoch, batch=batch, when="between")
-        ended = run(*start("cut", kill, stage=stage), *more, *(["--ckpt_path", "last"] if n else []))
-        assert ended.status == -signal.SIGKILL, ended.err
-    ended = run(*start("cut", stage=stage), *more, "--ckpt_path", "last")
+    assert run(*start("whole"), *more).status == 0
+    # Batches with some or all records left out come before and after this position.
+    kill = callback("disasters.KillAt", epoch=1, batch=2, when="between")
+    ended = run(*start("cut", kill), *more)
+    assert ended.status == -signal.SIGKILL, ended.err
+    ended = run(*start("cut"), *more, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     for name in FILES:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
@@ -170,12 +159,11 @@ def _sampler(rank: int, epoch: int) -> EpochSampler:
     return sampler
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_in_one_of_two_processes_is_one_line(
-    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path, culprit: int
+    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
 ) -> None:
     """The process that loads the record reports it; the other process, which fails as a consequence, is silent."""
-    name = str(_sampler(culprit, 0).indices()[2])
+    name = str(_sampler(1, 0).indices()[2])
     good = {str(i): {"image": "0.jpg", "regions": []} for i in range(14)}
     good = {k: {**v, "regions": [{"label": "dog", "box": [1, 1, 30, 30]}]} for k, v in good.items()}
     source = records("q", "raise", **{**good, name: {**good[name], "image": "3.jpg"}})
@@ -187,6 +175,7 @@ def test_an_error_in_one_of_two_processes_is_one_line(
     assert ended.status == 1
 
 
+@pytest.mark.nightly
 def test_an_error_in_both_of_two_processes_is_one_line(
     start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
 ) -> None:
@@ -198,14 +187,12 @@ def test_an_error_in_both_of_two_processes_is_one_line(
     assert ended.status == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 def test_an_evaluation_counts_no_answer_that_there_is_not(
     run: Callable[..., Ended],
     records: Callable[..., Any],
     model_folder: str,
     root: Path,
     tmp_path: Path,
-    processes: int,
 ) -> None:
     """Also for a killed and resumed run; both splits have 14 records, three of which cannot be loaded."""
     source = records("q")
@@ -239,12 +226,7 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
         return ["test", "--config", str(root / "configs/eval/demo.yaml"), "--config", str(path)]
 
-    def ended(*command: str) -> Ended:
-        if processes == 1:
-            return run(*command)
-        return run_plainly([*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"], root, tmp_path)
-
-    complete = ended(*arguments("whole"))
+    complete = run(*arguments("whole"))
     assert complete.status == 0, complete.err
     total = "data.test: 6 of 28 queries could not be loaded and were left out: "
     assert (
@@ -255,8 +237,8 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
     metrics = json.loads((tmp_path / "whole/base/metrics.json").read_text())
     assert (metrics["n"], metrics["n/clean"], metrics["n/noised"]) == (22, 11, 11)
     kill = callback("disasters.KillTest", batch=4, when="asked")
-    assert ended(*arguments("cut", kill)).status == -signal.SIGKILL
-    cut = ended(*arguments("cut"))
+    assert run(*arguments("cut", kill)).status == -signal.SIGKILL
+    cut = run(*arguments("cut"))
     assert cut.status == 0, cut.err
     assert "queries were answered before" in cut.err
     assert cut.err.count(total) == 1

@@ -16,6 +16,7 @@ import pytest
 
 import vlm_calibration
 
+pytestmark = pytest.mark.nightly
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 CONTENTS = (
     "vlm_calibration/configs/sft.yaml",
@@ -76,7 +77,6 @@ def _files(wheel: Path) -> dict[str, int]:
         return {i.filename: i.CRC for i in archive.infolist() if not i.filename.endswith("/RECORD")}
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) -> None:
     files = _files(wheel)
     assert [name for name in CONTENTS if name not in files] == []
@@ -89,7 +89,6 @@ def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) ->
     assert not [name for name in files if name.startswith(("tests", "notebooks"))]
 
 
-@pytest.mark.nightly
 def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -97,13 +96,11 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Pat
     assert _files(_build(folder, "build_wheel", tmp_path / "dist")) == _files(wheel)
 
 
-@pytest.mark.nightly
 def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
     checked = _run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     assert checked.count("PASSED") == 2
 
 
-@pytest.mark.slow
 def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
@@ -112,7 +109,6 @@ def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
     assert "## Limits" in metadata.get_payload()
 
 
-@pytest.mark.slow
 def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     _run(sys.executable, "-m", "venv", "--without-pip", environment)

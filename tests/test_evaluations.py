@@ -1,11 +1,8 @@
-"""Evaluations by the command line: base models, adapters that do not fit them, and several processes."""
+"""Evaluations by the command line: base models, and adapters that do not fit them."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_calibration.demo.architecture import build_model
 
-from .command_line import LIMIT, Ended
-from .level_tables import measured
+from .command_line import Ended
 
 
-def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scenes: int = 2) -> list[str]:
-    """Arguments of an evaluation of the base model, adapters and the oracle, which writes to `folder`/eval."""
-    measured(model_folder).save(folder / "levels.json")
+def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str]) -> list[str]:
+    """Arguments of an evaluation of the base model and adapters, which writes to `folder`/eval."""
     demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
     config = {
         "trainer": {
@@ -35,7 +30,6 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
             "default_root_dir": str(folder / "eval"),
             "callbacks": [
                 {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
-                {"class_path": "vlm_calibration.callbacks.results_table.ResultsTable"},
             ],
         },
         "model": {
@@ -43,19 +37,11 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
             "init_args": {
                 "base": {"name_or_path": model_folder, "dtype": "float32"},
                 "adapters": adapters,
-                "oracle_levels": str(folder / "levels.json"),
                 "max_new_tokens": 5,
             },
         },
         "data": {
-            "test": {
-                "clean": {"source": {**demo, "init_args": {"split": "test", "scenes": scenes}}},
-                "noised": {
-                    "source": {**demo, "init_args": {"split": "test", "scenes": scenes}},
-                    "noise": "drawn",
-                },
-                "shifted": {"source": {**demo, "init_args": {"split": "test", "scenes": 1, "shifted": True}}},
-            },
+            "test": {"clean": {"source": {**demo, "init_args": {"split": "test", "scenes": 1}}}},
             "eval_batch_size": 4,
             "workers": 0,
         },
@@ -63,12 +49,6 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str], scene
     path = folder / "eval.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return ["test", "--config", str(path)]
-
-
-def test_no_adapter(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
-    ended = run(*_evaluation(model_folder, tmp_path, {"sft": "runs/none/adapter"}))
-    assert ended.error().startswith("no adapter at runs/none/adapter")
-    assert ended.status == 1
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +110,13 @@ def test_the_base_model_is_the_one_that_the_adapters_name(
     tmp_path: Path,
 ) -> None:
     adapters = {"one": new_adapter(1)}
-    named = run(*_evaluation(model_folder, tmp_path, adapters, scenes=1))
+    named = run(*_evaluation(model_folder, tmp_path, adapters))
     assert named.status == 0, named.err
     (tmp_path / "eval").rename(tmp_path / "named")
-    ended = run(*_without_base(_evaluation(model_folder, tmp_path, adapters, scenes=1)))
+    ended = run(*_without_base(_evaluation(model_folder, tmp_path, adapters)))
     assert ended.status == 0, ended.err
     for name in ("base/predictions.jsonl", "one/predictions.jsonl", "one/metrics.json"):
         assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
-    again = run("test", "--config", "eval/config.yaml", "--trainer.default_root_dir", "again")
-    assert again.status == 0, again.err
 
 
 def test_no_base_model_is_named(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
@@ -165,51 +143,3 @@ def test_adapters_of_two_base_models(
         f"the adapters 'one' and 'two' have different base models: {model_folder} (auto) and {other_model} (auto); "
     )
     assert not (tmp_path / "eval").exists(), "checked before anything is loaded or written"
-
-
-def test_two_processes_give_the_files_of_one(
-    run: Callable[..., Ended], model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
-) -> None:
-    arguments = _evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": new_adapter(2)})
-    ended = run(*arguments)
-    assert ended.status == 0, ended.err
-    assert "All 15 answers" in ended.out
-    for system in ("base", "one", "two", "oracle"):
-        assert f"│ {system}" in ended.out
-    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
-    several = [
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.default_root_dir",
-        str(tmp_path / "ddp"),
-    ]
-    ran = subprocess.run(
-        [*command, *several],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "world_size=2" in ran.stderr or "2 processes" in ran.stderr, ran.stderr
-    files = {
-        p.relative_to(tmp_path / "eval"): p.read_bytes()
-        for p in (tmp_path / "eval").rglob("*")
-        if p.is_file()
-    }
-    others = {
-        p.relative_to(tmp_path / "ddp"): p.read_bytes() for p in (tmp_path / "ddp").rglob("*") if p.is_file()
-    }
-    written = {
-        Path(s, f) for s in ("base", "one", "two", "oracle") for f in ("metrics.json", "predictions.jsonl")
-    }
-    assert written <= set(files)
-    assert set(files) == set(others)
-    for name in written:
-        assert files[name] == others[name], name
-    assert len(files[Path("base/predictions.jsonl")].splitlines()) == 15
-    assert ran.stdout.count("All 15 answers") == 1, "one process reports"

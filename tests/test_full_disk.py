@@ -106,20 +106,12 @@ def test_a_checkpoint(cramped: Run, start: Start, stopped: Path, tmp_path: Path)
     assert (stopped / "checkpoints/last.ckpt").read_bytes() == before
 
 
-def test_the_adapter(run: Run, cramped: Run, start: Start, stopped: Path) -> None:
+def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
     before = _contents(stopped)
     ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
     _assert_names(ended.error(), stopped / "adapter")
     after = _contents(stopped)
     assert after.pop("config.yaml") != before.pop("config.yaml"), "KillAt is no longer in it"
-    assert after == before
-    assert run(*start("run", max_epochs=1), "--ckpt_path", "last").status == 0
-    before = _contents(stopped)
-    ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
-    _assert_names(ended.error(), stopped / "adapter")
-    after = _contents(stopped)
-    finished = [json.loads(files.pop("run.json"))["finished"] for files in (before, after)]
-    assert finished == [True, False], "the run began once more and did not finish"
     assert after == before
 
 
@@ -133,17 +125,10 @@ def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:
     assert not (tmp_path / "run/predictions.jsonl").exists()
 
 
-@pytest.mark.parametrize("merge", [[], ["--merge"]], ids=["adapter", "merged"])
-def test_an_export(
-    run: Run,
-    cramped: Run,
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-    merge: list[str],
-) -> None:
+def test_an_export(cramped: Run, new_adapter: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("kept")
-    ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", *merge)
+    ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", "--merge")
     _assert_names(ended.error(), "out")
     assert _contents(tmp_path) == {"out/mine": b"kept"}
 
@@ -294,18 +279,16 @@ from types import SimpleNamespace
 from vlm_calibration.callbacks.logger import RunLogger
 logger = RunLogger(save_dir="run")
 logger.log_metrics({"train/loss": 1.5}, step=0)
-if FULL:
-    shutil.disk_usage = lambda _: SimpleNamespace(free=0)
+shutil.disk_usage = lambda _: SimpleNamespace(free=0)
 logger.finalize("failed")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [True, False])
-def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path, full: bool) -> None:
+def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     """W&B waits for the log when the process ends, and then prints its location."""
     ran = subprocess.run(
-        [sys.executable, "-c", FAILED.replace("FULL", str(full))],
+        [sys.executable, "-c", FAILED],
         cwd=tmp_path,
         env={**inherited_environment(), "WANDB_MODE": "offline"},
         capture_output=True,
@@ -313,9 +296,9 @@ def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: P
         timeout=LIMIT,
         check=False,
     )
-    assert ran.returncode == int(full), ran.stderr
+    assert ran.returncode == 1, ran.stderr
     assert "Traceback" not in ran.stderr
-    assert ("wandb sync" in ran.stdout + ran.stderr) is not full
+    assert "wandb sync" not in ran.stdout + ran.stderr
 
 
 def test_copies_for_an_upload(tmp_path: Path) -> None:

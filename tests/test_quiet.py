@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,11 @@ def test_a_report_ends_with_the_weakest_group_the_page_and_what_to_try(
 
 
 @pytest.mark.slow
-def test_a_validation_prints_its_result(root: Path, folder: Path) -> None:
+def test_a_validation_prints_its_result(run: Callable[..., Ended]) -> None:
     settings = ["--trainer.logger=false", "--trainer.default_root_dir=runs/validated"]
     shared = [word for word in FIT[1:] if "callbacks" not in word and "tolerance" not in word]
     shared = [word for word in shared if "before_after" not in word]
-    lines = quiet(run_plainly(["validate", *shared, *settings], root, folder))
+    lines = quiet(run("validate", *shared, *settings))
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["validation"]
 
 

@@ -1,48 +1,35 @@
-"""The claims of the README and of the pages of folders: every command runs here, or is listed with the test that runs it.
+"""The claims of the README and of the pages of folders: the command line takes every command, and a named test runs it.
 
-A command in neither table fails. Commands run in a folder with the files that the README assumes; the demo's model and tiny ones
-replace models of the Hub. Also checks that the pages of folders name existing files.
+A command that no table names fails. Also checks that the pages of folders name existing files.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 import tomllib
-import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_calibration.arguments import Subcommands, run_command
+from vlm_calibration.cli import COMMANDS as SUBCOMMANDS
+from vlm_calibration.cli import load
 from vlm_calibration.data.sources.jsonl import JsonlSource
-from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import Query
 
-from .command_line import LIMIT, run_plainly
-from .models.published import MODELS
 from .performance.__main__ import BENCHMARKS
-from .regions.conftest import tiny as tiny
+from .test_configs import parse as parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DEMO = "src/vlm_calibration/demo/model"
 PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb", "conda", "coverage")
 PAGES = sorted(
     page for name in ("configs", "notebooks", "src", "tests") for page in (ROOT / name).rglob("README.md")
@@ -76,75 +63,6 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(line for line in stripped if line))
 
 
-@dataclass(frozen=True)
-class Run:
-    """How a command is run here.
-
-    Attributes:
-        more: settings after those of the README; `{name}` is the folder of a tiny model.
-        writes: files that it must write.
-        prints: text that it must print.
-    """
-
-    more: str = ""
-    writes: tuple[str, ...] = ()
-    prints: tuple[str, ...] = ()
-
-
-BASE = f"--model.init_args.base.name_or_path {DEMO} --model.init_args.base.dtype float32"
-QUICK = "--trainer.accelerator cpu --trainer.devices 1 --model.init_args.max_new_tokens 8 --data.workers 0"
-SMALL = f"{BASE} {QUICK}"
-TRAINED = (
-    f"{SMALL} --trainer.strategy auto --trainer.precision 32-true --trainer.accumulate_grad_batches 1"
-    " --data.batch_size 4"
-)
-ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md")
-RUN_FILES = ("config.yaml", "checkpoints/last.ckpt", "metrics.json", "predictions.jsonl", *ADAPTER_FILES)
-
-
-def _in(folder: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"{folder}/{name}" for name in names)
-
-
-# Beginning of a command -> how it is run; the longest matching beginning counts.
-RUNS: dict[str, Run] = {
-    "vlm-calibration fit --help": Run(prints=("usage: ", "--config", "--data.batch_size")),
-    "vlm-calibration fit --help-all": Run(prints=("usage: ", "--config", "--data.batch_size")),
-    "vlm-calibration fit --model.help": Run(prints=("answer_weight", "confidence_weight")),
-    "vlm-calibration completion bash": Run(prints=("complete ", "--trainer.max_epochs")),
-    "vlm-calibration estimate-memory --config sft": Run(
-        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", prints=("│ weights", "│ total", "GiB")
-    ),
-    "vlm-calibration export runs/sft --merge": Run(
-        writes=("exported/model.safetensors",), prints=("wrote exported",)
-    ),
-    "vlm-calibration predict --config regions": Run(
-        "--trainer.accelerator cpu --data.workers 0 --model.init_args.keep_known false"
-        " --model.init_args.gates.min_score 0.02"
-        " --model.init_args.gates.min_area 0 --model.init_args.detector.init_args.threshold 0"
-        " --model.init_args.detector.init_args.max_boxes 2"
-        " --model.init_args.detector.init_args.name_or_path {grounding_dino}"
-        " --model.init_args.segmenter.init_args.name_or_path {sam2}",
-        _in("runs/regions", "train.parquet", "validation.parquet", "summary.json", "contact_sheet.png"),
-    ),
-    'vlm-calibration ask photo.jpg "Is there a dog in the image?"': Run(prints=("onfidence", "%")),
-    "vlm-calibration report runs/eval": Run("--replicates 20", ("runs/eval/report.html",)),
-    "vlm-calibration test --config eval/pope --model": Run(
-        f"{QUICK} --trainer.logger false",
-        tuple(
-            f"runs/pope/{system}/{name}"
-            for system in ("base", "sft")
-            for name in ("metrics.json", "predictions.jsonl", "official/random.answers.jsonl")
-        ),
-        ("│ base", "│ sft"),
-    ),
-    "vlm-calibration score pope": Run(prints=('"official/accuracy": 0.75', '"ece": ')),
-    "vlm-calibration score amber": Run(
-        writes=("for_amber.json",),
-        prints=("│ answers │ all       │     75.0", "│ answers │      0.750 │    0.750 │"),
-    ),
-}
-
 WALK = [
     "vlm-calibration data split my_data/queries.jsonl --on-bad-record skip",
     "vlm-calibration data inspect --config data/jsonl --data-root my_data",
@@ -158,10 +76,39 @@ WALK = [
     "vlm-calibration report runs/mine/eval",
 ]
 """From a file of queries to a report."""
-ELSEWHERE: dict[str, str] = {
+RUN_BY: dict[str, str] = {
     **dict.fromkeys(WALK, "one after the other: tests/test_acceptance.py"),
     "make calibrate MODEL=qwen2_5_vl_7b DATA=jsonl DATA_ROOT=my_data RUN=mine": "needs a model: tests/test_stages.py",
     "make regions": "needs data without regions: tests/test_stages.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration fit --help",
+            "vlm-calibration fit --help-all",
+            "vlm-calibration fit --model.help SFTModule",
+            "vlm-calibration completion bash",
+        ),
+        "tests/test_help.py",
+    ),
+    **dict.fromkeys(
+        (
+            "vlm-calibration export runs/sft --merge --out exported",
+            "vlm-calibration report runs/eval",
+            "vlm-calibration test --config eval/pope --model.init_args.adapters '{sft: runs/sft/adapter}'",
+        ),
+        "tests/commands/test_export.py, tests/test_quiet.py and tests/callbacks/test_official.py",
+    ),
+    "vlm-calibration predict --config regions --config data/jsonl": "tests/test_regions.py",
+    'vlm-calibration ask photo.jpg "Is there a dog in the image?" --adapter runs/dpo': "tests/commands/test_ask.py",
+    "vlm-calibration estimate-memory --config sft --config model/qwen2_5_vl_7b --config model/qlora": (
+        "tests/commands/test_estimate_memory.py"
+    ),
+    **dict.fromkeys(
+        (
+            "vlm-calibration score pope answers.jsonl --labels coco_pope_random.json --json",
+            "vlm-calibration score amber answers.json --annotations annotations.json --write-official for_amber.json",
+        ),
+        "tests/commands/test_score.py",
+    ),
     "vlm-calibration config list": "tests/commands/test_config.py",
     "vlm-calibration runs": "tests/commands/test_runs.py",
     "make demo": "is what .ci/run begins with",
@@ -201,7 +148,7 @@ ELSEWHERE: dict[str, str] = {
     "make bench-gpu": "needs a GPU: tests/test_gpu_benchmark.py",
     'make bench-gpu ARGS="--device cpu --models tiny"': "takes minutes: tests/test_gpu_benchmark.py",
     'make bench ARGS="--only scale"': "takes a minute: tests/test_gpu_benchmark.py has its parts",
-    "make app": "serves until it is stopped: test_the_page_answers",
+    "make app": "serves until it is stopped: tests/test_packaging.py has the call",
     "make slurm-sft": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-dpo": "needs SLURM: tests/slurm/test_jobs.py",
     "make slurm-all": "needs SLURM: tests/slurm/test_jobs.py",
@@ -264,12 +211,6 @@ ELSEWHERE: dict[str, str] = {
 }
 
 
-def _run_of(command: str) -> Run | None:
-    """How a command is run here, None if it is not."""
-    matches = [beginning for beginning in RUNS if command.startswith(beginning)]
-    return RUNS[max(matches, key=len)] if matches and command not in ELSEWHERE else None
-
-
 COMMANDS = list(
     dict.fromkeys(
         command
@@ -277,19 +218,15 @@ COMMANDS = list(
         for command in commands(page.read_text(encoding="utf-8"))
     )
 )
-RUN_HERE = [command for command in COMMANDS if _run_of(command) is not None]
 
 
-def test_every_command_is_run_or_named() -> None:
-    unknown = [command for command in COMMANDS if _run_of(command) is None and command not in ELSEWHERE]
-    assert unknown == [], "add them to RUNS, or to ELSEWHERE with a reason"
-    unused = [b for b in RUNS if not any(_run_of(c) is RUNS[b] for c in COMMANDS)]
-    assert unused == [], "the README has no such command"
-    assert [c for c in ELSEWHERE if c not in COMMANDS] == []
+def test_every_command_is_named_with_what_runs_it() -> None:
+    assert [c for c in COMMANDS if c not in RUN_BY] == [], "add them to RUN_BY with the test that runs them"
+    assert [c for c in RUN_BY if c not in COMMANDS] == [], "no page has them"
 
 
-def test_commands_that_are_not_run_here_exist() -> None:
-    for reason in ELSEWHERE.values():
+def test_what_runs_them_exists() -> None:
+    for reason in RUN_BY.values():
         assert all((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", reason)), reason
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for command in COMMANDS:
@@ -304,6 +241,30 @@ def test_commands_that_are_not_run_here_exist() -> None:
             assert all(extra in extras for word in ours for extra in re.findall(r"\[(\w+)\]", word)), command
         elif words[0] in ("vlm-calibration", "wandb"):
             assert find_spec(words[0].replace("-", "_")) is not None
+
+
+EXCERPTS = ("vlm-calibration COMMAND --help", "vlm-calibration ask --abstain")
+"""What a sentence names of a command; it does not run as it stands."""
+CALLS = [c for c in COMMANDS if c.startswith("vlm-calibration ") and c not in EXCERPTS and "help" not in c]
+
+
+@pytest.mark.parametrize("written", CALLS)
+def test_the_command_line_takes_it(written: str, parse: Callable[[list[str]], Any]) -> None:
+    """Options of a command that runs elsewhere, and its configuration."""
+    name, *words = [word for word in shlex.split(written)[1:] if word != "$settings"]
+    command = load(SUBCOMMANDS[name][0])
+    if isinstance(command, Subcommands):
+        subcommand, *words = words
+        command = command.functions[subcommand]
+    taken: list[tuple[str, ...]] = []
+
+    @wraps(command)
+    def take(*settings: str, **_: Any) -> None:
+        taken.append(settings)
+
+    run_command(name, take, words)
+    if taken and name in ("fit", "test", "predict", "levels"):
+        parse(["test" if name == "levels" else name, *taken[0]])
 
 
 def test_no_command_runs_a_module_of_the_tests() -> None:
@@ -351,198 +312,6 @@ def test_the_page_of_a_folder_names_existing_files(page: Path) -> None:
 def test_the_page_of_a_folder_lists_every_file(folder: str) -> None:
     files = {path.name for path in (ROOT / folder).iterdir() if path.is_file()}
     assert files - _paths(ROOT / folder / "README.md") <= {"README.md"}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the README's commands use: data, trained adapters, an evaluation and a benchmark."""
-    folder = tmp_path_factory.mktemp("user")
-    for name in ("src", "configs", "Makefile"):
-        (folder / name).symlink_to(ROOT / name)
-    for adapter in ("sft", "dpo", "qwen"):
-        model = attach_lora(
-            load_base(BaseModel(str(ROOT / DEMO), dtype="float32")), LoraSettings(r=4, alpha=8)
-        )
-        model.peft_config["default"].base_model_name_or_path = DEMO
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                # Not zero, as after training, and small enough not to change the answers.
-                parameter.data.fill_(1e-4)
-        model.save_pretrained(folder / "runs" / adapter / "adapter")
-    shutil.copy(ROOT / "src/vlm_calibration/demo/levels.json", folder / "runs/levels.json")
-    _write_queries(folder)
-    _write_benchmarks(folder)
-    for system, confidence in (("base", 0.95), ("dpo", 0.75)):
-        rows = [
-            {
-                "id": str(i),
-                "question": "Is there a dog?",
-                "answer": "Yes",
-                "text": "...",
-                "predicted": "yes",
-                "confidence": confidence,
-                "correct": i % 4 > 0,
-                "category": None,
-                "noise_step": 0,
-                "answer_type": "yes_no",
-            }
-            for i in range(40)
-        ]
-        _write(folder / "runs/eval" / system / "predictions.jsonl", rows)
-    return folder
-
-
-def _write(path: Path, rows: list[dict[str, Any]], *, lines: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_queries(folder: Path) -> None:
-    """Write scenes of the demo and queries about them: `data/*.jsonl` and `my/queries.jsonl`."""
-    for name, split, scenes in (
-        ("data/train", "train", 3),
-        ("data/validation", "calibration", 2),
-        ("data/calibration", "calibration", 6),
-        ("data/test", "test", 2),
-        ("my/queries", "test", 2),
-    ):
-        source = DemoSource(split, scenes)
-        rows = []
-        for query in source.queries():
-            loaded = source.load(query)
-            image = (folder / name).parent / "images" / f"{query.image}.png"
-            image.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(loaded.image).save(image)
-            rows.append(
-                {
-                    "id": query.id,
-                    "image": f"images/{image.name}",
-                    "question": query.question,
-                    "answer": query.answer,
-                    "answer_type": query.answer_type,
-                    "objects": list(query.objects),
-                    "regions": [{"label": query.objects[0], "box": _box(mask)} for mask in loaded.evidence],
-                }
-            )
-        _write(folder / f"{name}.jsonl", rows)
-    shutil.copy(folder / "my/images/test-000000.png", folder / "photo.jpg")
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    rows, columns = np.nonzero(mask)
-    return [int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
-
-
-ONE, TWO = "COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"
-
-
-def _write_benchmarks(folder: Path) -> None:
-    """Write four questions of POPE and of AMBER, and answers of which three are correct."""
-    source = DemoSource("test", 2)
-    for name, query in zip((ONE, TWO), source.queries()[::3], strict=True):
-        image = folder / f"data/coco/val2014/{name}"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(source.load(query).image).save(image)
-    labels = ["yes", "yes", "no", "no"]
-    questions = [
-        {"question_id": i, "image": ONE, "text": "Is there a dog in the image?", "label": label}
-        for i, label in enumerate(labels, start=1)
-    ]
-    for kind in ("random", "popular", "adversarial"):
-        _write(folder / f"data/pope/coco_pope_{kind}.json", questions)
-        _write(folder / f"data/pope/aokvqa_pope_{kind}.json", [{**row, "image": TWO} for row in questions])
-    _write(folder / "coco_pope_random.json", questions)
-    texts = ["Yes. Confidence: 90%", "No. Confidence: 60%", "No. Confidence: 80%", "No. Confidence: 70%"]
-    _write(
-        folder / "answers.jsonl",
-        [
-            {"question_id": i, "question": "Is there a dog?", "answer": s}
-            for i, s in enumerate(texts, start=1)
-        ],
-    )
-    kind = "discriminative-attribute-state"
-    truths = [{"id": i, "type": kind, "truth": label} for i, label in enumerate(labels, start=1)]
-    _write(folder / "annotations.json", truths, lines=False)
-    answers = [{"id": i, "response": s} for i, s in enumerate(texts, start=1)]
-    _write(folder / "answers.json", answers, lines=False)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], str]) -> dict[str, str]:
-    """Folders of tiny models, by their name in the settings of a `Run`."""
-    qwen = tmp_path_factory.mktemp("qwen")
-    MODELS["qwen2_5_vl_7b"].config().save_pretrained(qwen)
-    return {"qwen2_5_vl_7b": str(qwen), "grounding_dino": tiny("grounding_dino"), "sam2": tiny("sam2")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", RUN_HERE, ids=lambda command: " ".join(command.split()[1:4]))
-def test_a_command_does_what_the_readme_says(
-    prepared: Path, models: dict[str, str], tmp_path: Path, command: str
-) -> None:
-    project = tmp_path / "user"
-    shutil.copytree(prepared, project, symlinks=True)
-    run = _run_of(command)
-    assert run is not None
-    program, *arguments = shlex.split(command)
-    assert program == "vlm-calibration"
-    before = {path: _stamp(project / path) for path in run.writes}
-    # In a cold process: a fork of a warm one has modules loaded that the command might fail to import.
-    ended = run_plainly([*arguments, *shlex.split(run.more.format(**models))], ROOT, project)
-    assert ended.status == 0, ended.err
-    for path in run.writes:
-        assert (project / path).exists(), f"{path} is missing\n{ended.err}"
-        assert _stamp(project / path) != before[path], f"{path} is the old one"
-    for text in run.prints:
-        assert text in ended.out, ended.out
-
-
-def _stamp(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-@pytest.mark.slow
-def test_the_page_answers(prepared: Path, tmp_path: Path) -> None:
-    project = tmp_path / "user"
-    shutil.copytree(prepared, project, symlinks=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            ["make", "app", f"PYTHON={sys.executable}", f"ARGS=--port {port}"],
-            cwd=project,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + LIMIT
-        while f"http://127.0.0.1:{port}" not in log.read_text() and time.monotonic() < end:
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.1)
-        page = _get(f"http://127.0.0.1:{port}", end)
-    finally:
-        # A server that ended early has failed the assertion above.
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(LIMIT)
-    assert "<html" in page
-    assert "gradio" in page
-
-
-def _get(url: str, end: float) -> str:
-    """Fetch a page, and retry until `end` while the server does not answer."""
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=10) as reply:
-                return reply.read().decode("utf-8")
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
 
 
 def test_the_query_of_the_readme_loads(tmp_path: Path) -> None:

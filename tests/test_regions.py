@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +25,6 @@ from .regions.conftest import tiny as tiny
 pytestmark = pytest.mark.slow
 
 SCENES = 5
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 @pytest.fixture(scope="module")
@@ -141,16 +139,10 @@ def _content(folder: Path) -> dict[Any, Any]:
     }
 
 
-@pytest.mark.parametrize(("detector", "segmenter"), [("grounding_dino", "sam2"), ("owlv2", "sam")])
-def test_all_four_models_from_queries_to_regions(
-    run: Callable[..., Ended],
-    predict: Callable[..., list[str]],
-    tmp_path: Path,
-    queries: Path,
-    detector: str,
-    segmenter: str,
+def test_from_queries_to_regions(
+    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path, queries: Path
 ) -> None:
-    ended = run(*predict("run", detector=detector, segmenter=segmenter))
+    ended = run(*predict("run", segmenter="sam2"))
     assert ended.status == 0, ended.err
     folder = tmp_path / "run"
     rows = pq.read_table(folder / "queries.parquet").to_pylist()
@@ -182,48 +174,11 @@ def test_all_four_models_from_queries_to_regions(
         assert all(m.shape == (96, 96) for m in loaded.evidence)
 
 
-def test_two_processes_and_restarts_give_the_content_of_one(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], root: Path, tmp_path: Path
-) -> None:
-    ended = run(*predict("one"))
-    assert ended.status == 0, ended.err
-    one = _content(tmp_path / "one")
-    assert set(one) == {"queries.parquet", "summary.json", "run.json", 0, 1, 2, 3, 4}
-    assert any(r["regions"] for r in one["queries.parquet"])
-
-    ended = run_plainly([*predict("two"), *TWO], root, tmp_path)
-    assert ended.status == 0, ended.err
-    assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
-    assert _content(tmp_path / "two") == one
-
-    kill = {"class_path": "disasters.KillPrediction", "init_args": {"batch": 5}}
-    ended = run(*predict("cut", kill))
-    assert ended.status == -9
-    log = tmp_path / "cut/shards/0.0.jsonl"
-    done = log.read_text()
-    assert sorted(_shards(tmp_path / "cut")) in ([0, 1], [0, 1, 2])
-    assert not (tmp_path / "cut" / "queries.parquet").exists()
-    with log.open("a") as file:
-        file.write('{"shard": 4, "rows": [')
-    ended = run_plainly([*predict("cut"), *TWO], root, tmp_path)
-    assert ended.status == 0, ended.err
-    assert _content(tmp_path / "cut") == one, "what was finished is not done again"
-    assert log.read_text().startswith(done)
-
-    before = {p: p.read_bytes() for p in (tmp_path / "cut" / "shards").iterdir()}
-    assert {p.name for p in before} == {"0.0.jsonl", "0.1.jsonl", "settings.0.0.jsonl"}
-    ended = run(*predict("cut"))
-    assert ended.status == 0, ended.err
-    assert "Regions of 17 queries" in ended.out, "nothing is missing, and the summary comes again"
-    assert {p: p.read_bytes() for p in (tmp_path / "cut" / "shards").iterdir()} == before
-    assert _content(tmp_path / "cut") == one
-
-
 def test_all_sources_are_extracted_in_one_run_and_trained_on(
     run: Callable[..., Ended],
+    run_two: Callable[..., Ended],
     of_all: Callable[..., list[str]],
     fit: Callable[..., list[str]],
-    root: Path,
     queries: Path,
     tmp_path: Path,
 ) -> None:
@@ -246,9 +201,15 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     kill = {"class_path": "disasters.KillPrediction", "init_args": {"batch": 5}}
     assert run(*of_all("cut", kill)).status == -9
     assert not files & {path.name for path in (tmp_path / "cut").iterdir()}
-    ended = run_plainly([*of_all("cut"), *TWO], root, tmp_path)
+    log = tmp_path / "cut/shards/0.0.jsonl"
+    done = log.read_text()
+    with log.open("a") as file:
+        file.write('{"shard": 4, "rows": [')
+    ended = run_two(*of_all("cut"), "--trainer.strategy", "ddp")
     assert ended.status == 0, ended.err
+    assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
     assert _content(tmp_path / "cut") == one
+    assert log.read_text().startswith(done), "what was finished is not done again"
 
     for part, done in (("1", False), ("0", True)):
         ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part)
@@ -290,20 +251,12 @@ def test_other_settings_are_refused_where_shards_were_begun(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
     assert run(*predict("run")).status == 0
-    for more, message in (
-        (["--model.init_args.gates.min_area", "0.2"], "gates.min_area = 0.0, found 0.2"),
-        (["--model.init_args.detector.init_args.threshold", "0.5"], "detector.threshold = 0.0, found 0.5"),
-        (["--data.shard_size", "5"], "data.shard_size = 4, found 5"),
-    ):
-        ended = run(*predict("run"), *more)
-        assert ended.error().startswith(f"{tmp_path}/run/shards/0.0.jsonl:1: written with {message}: ")
-        assert ended.status == 1
+    ended = run(*predict("run"), "--model.init_args.gates.min_area", "0.2")
+    written = f"{tmp_path}/run/shards/0.0.jsonl:1: written with gates.min_area = 0.0, found 0.2: "
+    assert ended.error().startswith(written)
+    assert ended.status == 1
     lines = queries.read_text().splitlines()
     (tmp_path / "run/shards/0.0.jsonl").unlink()
-    ended = run(*predict("run"), "--data.shard_size", "5")
-    assert ended.error().startswith(f"{tmp_path}/run/shards/settings.0.0.jsonl:1: "), (
-        "before a shard is finished"
-    )
     other = queries.with_name("other.jsonl")
     other.write_text("\n".join([lines[0].replace('"question": "', '"question": "So: '), *lines[1:]]))
     ended = run(*predict("run"), "--data.predict.init_args.path", str(other))
@@ -319,9 +272,6 @@ def test_a_limited_run_says_what_is_missing(
     ended = run(*predict("run"), "--trainer.limit_predict_batches", "2")
     assert ended.error().startswith(f"{tmp_path}/run/shards: 4 of 5 shards are missing")
     assert not (tmp_path / "run/queries.parquet").exists()
-    ended = run(*predict("run"))
-    assert ended.status == 0, ended.err
-    assert sorted(_shards(tmp_path / "run")) == [0, 1, 2, 3, 4]
 
 
 def test_a_damaged_image_stops_the_run_if_it_is_to(
@@ -341,8 +291,6 @@ def test_a_damaged_image_stops_the_run_if_it_is_to(
             "cannot load AutoModelForZeroShotObjectDetection from 'no/model'",
         ),
         (["--data.predict", "null", "--data.train", "null"], "data.predict is not set"),
-        (["--model.init_args.gates.max_area", "2"], "gates: needs 0 <= min_score <= 1"),
-        (["--model.init_args.describer.init_args.max_phrases", "0"], "max_phrases must be at least 1"),
         (["--data.parts", "2", "--data.part", "2"], "data: needs 0 <= part < parts, found part 2 of 2"),
     ],
 )
@@ -405,33 +353,6 @@ def test_a_parquet_file_is_no_jsonl_file(
     assert ended.error().endswith("class_path: vlm_calibration.data.sources.parquet.ParquetSource")
 
 
-def test_training_on_what_was_extracted(
-    run: Callable[..., Ended],
-    predict: Callable[..., list[str]],
-    fit: Callable[..., list[str]],
-    root: Path,
-    queries: Path,
-    tmp_path: Path,
-) -> None:
-    """Trains with the shipped overlay; validation uses half of the queries."""
-    assert run(*predict("regions")).status == 0
-    file, images = str(tmp_path / "regions" / "queries.parquet"), str(queries.parent)
-    settings = [
-        f"--data.{part}.init_args.{name}={value}"
-        for part in ("train", "validation")
-        for name, value in (("path", file), ("root", images))
-    ]
-    settings.append("--data.validation.init_args.begin=0.5")
-    ended = run(*fit(), "--config", str(root / "configs/data/parquet.yaml"), *settings)
-    assert ended.status == 0, ended.err
-    assert "data.train: images stay untouched: " in ended.err, "some queries have no region"
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    source = ParquetSource(file, root=images, end=0.95)
-    noised = [q for q in source.queries() if source.has_evidence(q)]
-    assert noised
-    assert all(isinstance(source.load(q).evidence[0], np.ndarray) for q in noised)
-
-
 def test_the_same_extraction_resumes_and_is_then_done(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
@@ -449,7 +370,3 @@ def test_the_same_extraction_resumes_and_is_then_done(
     again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
     assert again.status == 0, again.err
     assert again.out == f"{folder}: finished with these settings: nothing to do\n"
-    assert "one run" in run(*predict("run"), "--overwrite", "--data.parts", "2").error()
-    replaced = run(*predict("run"), "--overwrite", *gates)
-    assert replaced.status == 0, replaced.err
-    assert json.loads((folder / "summary.json").read_text()) != before["summary.json"]

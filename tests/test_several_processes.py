@@ -139,11 +139,10 @@ def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Star
     assert 0 < max(float(w.abs().max()) for w in up) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_low_precision_and_8_bit_states_resumed(
-    run: Callable[..., Ended], start: Start, tmp_path: Path, name: str
+    run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", name]
+    low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", "paged_adamw_8bit"]
     assert run(*start("whole"), *low).status == 0
     ended = run(*start("cut", callback("disasters.KillAt", epoch=1, batch=3)), *low)
     assert ended.status == -9, ended.err

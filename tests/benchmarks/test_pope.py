@@ -80,7 +80,7 @@ def _theirs(labels: list[str], texts: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(LABELS, TEXTS), min_size=1, max_size=30))
 def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None:
     labels, texts = map(list, zip(*answered, strict=True))
@@ -91,11 +91,10 @@ def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None
         assert any(math.isnan(value) for value in ours.values())
 
 
-@pytest.mark.slow
-def test_thousands_of_answer_files(tmp_path: Path) -> None:
+def test_hundreds_of_answer_files(tmp_path: Path) -> None:
     rng = random.Random(0)
     scored = 0
-    for _ in range(7_500):
+    for _ in range(200):
         truth = [rng.choice(("yes", "no")) for _ in range(rng.randint(1, 12))]
         skill = rng.random()
         texts = [RIGHT[label] if rng.random() < skill else rng.choice(ODD) for label in truth]
@@ -113,7 +112,7 @@ def test_thousands_of_answer_files(tmp_path: Path) -> None:
             continue
         assert ours == theirs
         scored += 1
-    assert 3_500 < scored < 7_500, "most have scores, some divide by zero"
+    assert 90 < scored < 200, "most have scores, some divide by zero"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +309,7 @@ def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=12)
 )

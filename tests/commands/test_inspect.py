@@ -132,8 +132,8 @@ def config(jsonl: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_prints_every_source(run: Callable[..., Ended], config: Path, jsonl: Path) -> None:
-    ended = run("data", "inspect", "--config", str(config), "--data.predict.init_args.scenes", "5")
+def test_the_command_prints_every_source(call: Callable[..., Ended], config: Path, jsonl: Path) -> None:
+    ended = call("data", "inspect", "--config", str(config), "--data.predict.init_args.scenes", "5")
     assert (ended.status, ended.errors) == (0, []), ended.err
     for name in ("data.train", "data.levels", "data.test.clean", "data.predict"):
         assert name in ended.out.splitlines()[0] or f"\n{name}" in ended.out
@@ -173,8 +173,8 @@ def test_a_broken_image_is_named_once(
 
 
 @pytest.mark.parametrize("overlay", ["jsonl", "parquet", "rlaif_v", "coco"])
-def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, overlay: str) -> None:
-    ended = run("data", "inspect", "--config", str(root / f"configs/data/{overlay}.yaml"))
+def test_shipped_overlays_are_understood(call: Callable[..., Ended], root: Path, overlay: str) -> None:
+    ended = call("data", "inspect", "--config", str(root / f"configs/data/{overlay}.yaml"))
     assert ended.status == 1
     says = {
         "jsonl": "data/train.jsonl",
@@ -209,11 +209,11 @@ def test_shipped_overlays_are_understood(run: Callable[..., Ended], root: Path, 
     ],
 )
 def test_mistakes_in_the_call(
-    run: Callable[..., Ended], config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
+    call: Callable[..., Ended], config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
 ) -> None:
     (tmp_path / "empty.yaml").write_text("trainer: {max_steps: 3}\n")
     (tmp_path / "broken.yaml").write_text("data: {train\n")
     (tmp_path / "unknown.yaml").write_text("data: {trian: 3}\n")
-    ended = run("data", *arguments)
+    ended = call("data", *arguments)
     assert says in ended.error()
     assert ended.status == status

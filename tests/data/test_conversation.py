@@ -295,7 +295,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(JSON)
 def test_any_record_is_read_or_refused_in_one_line(record: Any) -> None:
     try:

@@ -117,9 +117,9 @@ def test_training_on_gqa_has_regions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", WRITERS)
-def test_inspect_counts_every_part(run: Callable[..., Ended], preset: str, tmp_path: Path) -> None:
+def test_inspect_counts_every_part(call: Callable[..., Ended], preset: str, tmp_path: Path) -> None:
     WRITERS[preset](tmp_path / "data")
-    ended = run("data", "inspect", "--config", f"data/{preset}", "--data-root", str(tmp_path / "data"))
+    ended = call("data", "inspect", "--config", f"data/{preset}", "--data-root", str(tmp_path / "data"))
     assert (ended.status, ended.errors) == (0, []), ended.err
     for name in ("data.train", "data.validation", "data.test.own"):
         assert name in ended.out
@@ -127,8 +127,8 @@ def test_inspect_counts_every_part(run: Callable[..., Ended], preset: str, tmp_p
 
 
 @pytest.mark.parametrize("preset", WRITERS)
-def test_files_that_are_not_there_are_named(run: Callable[..., Ended], preset: str, tmp_path: Path) -> None:
+def test_files_that_are_not_there_are_named(call: Callable[..., Ended], preset: str, tmp_path: Path) -> None:
     root = str(tmp_path / "none")
-    ended = run("data", "inspect", "--config", f"data/{preset}", "--data-root", root)
+    ended = call("data", "inspect", "--config", f"data/{preset}", "--data-root", root)
     assert ended.status == 1
     assert root in ended.error()

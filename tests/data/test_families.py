@@ -1,4 +1,4 @@
-"""The collators with every family of models that the project supports, built offline at toy size.
+"""The collators with families of models that differ, and PaliGemma, which has no chat template; built offline at toy size.
 
 The tests decode the response, and compare the collators with the processor's own conversations. Each batch also goes through
 a tiny model of the family.

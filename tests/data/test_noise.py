@@ -153,7 +153,7 @@ def test_all_evidence_is_noised_together() -> None:
 
 def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
     samples = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, levels=OnlyAt()) for i in range(50)
+        _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, levels=OnlyAt()) for i in range(10)
     ]
     for sample in samples:
         assert np.array_equal(sample.image[DOG], IMAGE[DOG])
@@ -163,14 +163,14 @@ def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
 
 def test_distractors_come_as_often_as_asked() -> None:
     noised = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, levels=OnlyAt()) for i in range(600)
+        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, levels=OnlyAt()) for i in range(300)
     ]
     share = np.mean([s.perturbation == CLEAN for s in noised])
-    assert abs(share - 0.3) < 0.06
+    assert abs(share - 0.3) < 0.09
 
 
 def test_a_given_perturbation_never_goes_to_a_distractor() -> None:
-    for i in range(30):
+    for i in range(10):
         sample = _perturbed(SCENE, query=f"q{i}", strength=1, distractor_probability=1.0)
         assert sample.perturbation == ("noise", 1)
         assert not _changed(sample)[CAT].any()
@@ -194,7 +194,7 @@ def test_absent_objects_clean() -> None:
     assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
 
 
-def _draws(n: int = 4000, **policy: Any) -> Counter[Perturbation]:
+def _draws(n: int = 2000, **policy: Any) -> Counter[Perturbation]:
     noise = NoisePolicy(**policy)
     return Counter(noise.draw(0, f"q{i}", query_rng(noise.seed, 0, f"q{i}")) for i in range(n))
 
@@ -208,16 +208,15 @@ def test_levels_come_alike_often() -> None:
 
 def test_a_share_stays_clean() -> None:
     counts = _draws(clean_fraction=0.25)
-    assert abs(counts[CLEAN] / 4000 - (0.25 + 0.75 / 11)) < 0.03
+    assert abs(counts[CLEAN] / 2000 - (0.25 + 0.75 / 11)) < 0.04
     assert chisquare([n for p, n in counts.items() if p != CLEAN]).pvalue > 1e-3
     assert set(_draws(50, clean_fraction=1.0)) == {CLEAN}
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_kinds_and_their_strengths_come_as_often_as_asked(seed: int) -> None:
+def test_kinds_and_their_strengths_come_as_often_as_asked() -> None:
     kinds = {"noise": 2.0, "blur": 1.0, "jpeg": 0.0, "occlusion": 0.5}
-    n = 7000
-    counts = _draws(n, kinds=kinds, levels=LinearLevels(5), seed=seed)
+    n = 3000
+    counts = _draws(n, kinds=kinds, levels=LinearLevels(5), seed=7)
     drawn = {k: w for k, w in kinds.items() if w}
     expected = {
         Perturbation(k, s): n * w / sum(drawn.values()) / 5
@@ -245,7 +244,7 @@ def test_another_kind_with_the_same_strengths_changes_no_strength() -> None:
 
 
 def test_the_kind_does_not_depend_on_what_stays_clean() -> None:
-    counts = _draws(6000, kinds={"noise": 1.0, "blur": 1.0}, clean_fraction=0.5)
+    counts = _draws(3000, kinds={"noise": 1.0, "blur": 1.0}, clean_fraction=0.5)
     drawn = Counter[str]()
     for perturbation, n in counts.items():
         drawn[perturbation.kind] += n
@@ -253,7 +252,7 @@ def test_the_kind_does_not_depend_on_what_stays_clean() -> None:
 
 
 def test_the_kind_does_not_depend_on_the_strength() -> None:
-    counts = _draws(6000, kinds={"noise": 1.0, "blur": 1.0}, levels=LinearLevels(4))
+    counts = _draws(3000, kinds={"noise": 1.0, "blur": 1.0}, levels=LinearLevels(4))
     table = [[counts[Perturbation(k, i / 3)] for i in (1, 2, 3)] for k in ("noise", "blur")]
     assert chi2_contingency(table).pvalue > 1e-3
 
@@ -376,8 +375,8 @@ def _seen_std(processor: Any, sample: Sample) -> float:
 
 
 def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
-    photo = np.full((1500, 2000, 3), 128, dtype=np.uint8)
-    everything = LoadedImage(photo, (np.ones((1500, 2000), dtype=bool),), ())
+    photo = np.full((1200, 1600, 3), 128, dtype=np.uint8)
+    everything = LoadedImage(photo, (np.ones((1200, 1600), dtype=bool),), ())
     strength = 0.3
     expected = np.sqrt(1 - NoisePolicy().schedule.alpha_bar(300))
     assert 0.3 < expected < 0.6, "strong enough to see, weak enough not to be clipped much"
@@ -422,7 +421,7 @@ def test_the_noise_is_that_of_the_albumentations_transform(monkeypatch: pytest.M
     assert calls[0]["strength"] == 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -> None:
     code = (
         "import sys\n"

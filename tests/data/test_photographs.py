@@ -66,7 +66,7 @@ def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("photograph", PHOTOGRAPHS)
+@pytest.mark.parametrize("photograph", ["large", "small", "tall", "drawn"])
 def test_pixels_are_those_of_the_processor_alone(family: tuple[str, Any], photograph: str) -> None:
     name, image_processor = family
     image = PHOTOGRAPHS[photograph]

@@ -128,7 +128,7 @@ def _first_resize(image_processor: Any, height: int, width: int) -> tuple[int, i
 
 
 @given(st.integers(10, 260), st.integers(10, 260))
-@settings(max_examples=40)
+@settings(max_examples=15)
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"CLIP"}))
 def test_sizes_are_those_of_the_processor(name: str, height: int, width: int) -> None:
     processor = KNOWN[name]
@@ -136,7 +136,7 @@ def test_sizes_are_those_of_the_processor(name: str, height: int, width: int) ->
 
 
 @given(st.integers(10, 260), st.integers(10, 260))
-@settings(max_examples=20)
+@settings(max_examples=8)
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_at_that_size_the_processor_resizes_nothing(name: str, height: int, width: int) -> None:
     processor = KNOWN[name]

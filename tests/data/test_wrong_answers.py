@@ -52,10 +52,10 @@ def _fits(wrong: int, n: int, share: float) -> bool:
 
 @pytest.mark.parametrize("wrong_answer_rate", [1.0, 0.4])
 def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: float) -> None:
-    samples = [_sample(i, wrong_answer_rate, distractor_probability=0.2) for i in range(4000)]
+    samples = [_sample(i, wrong_answer_rate, distractor_probability=0.2) for i in range(1200)]
     for confidence in sorted({s.confidence for s in samples}):
         of_level = [s for s in samples if s.confidence == confidence]
-        assert len(of_level) > 150
+        assert len(of_level) > 50
         wrong = sum(s.wrong_answer is not None for s in of_level)
         assert _fits(wrong, len(of_level), wrong_answer_rate * (1 - confidence)), (
             confidence,
@@ -75,13 +75,13 @@ def test_the_confidence_counts_and_not_the_noise() -> None:
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
         for strength, wrong in ((0, 0.0), (1, share)):
             answers = [
-                _sample(i, strength=strength, levels=levels, kind=kind).wrong_answer for i in range(600)
+                _sample(i, strength=strength, levels=levels, kind=kind).wrong_answer for i in range(150)
             ]
-            assert _fits(sum(m is not None for m in answers), 600, wrong)
+            assert _fits(sum(m is not None for m in answers), 150, wrong)
 
 
 def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
-    for i in range(200):
+    for i in range(20):
         for sample in (_sample(i, 0.0, strength=1), _sample(i, 1.0, strength=1, wrong=())):
             assert sample.wrong_answer is None
             assert sample.answer == "Yes"
@@ -90,7 +90,7 @@ def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
 
 def test_wrong_answers_are_drawn_alike_often() -> None:
     wrong = ("cat", "car", "tree")
-    samples = [_sample(i, strength=1, wrong=wrong) for i in range(1200)]
+    samples = [_sample(i, strength=1, wrong=wrong) for i in range(300)]
     counts = Counter(s.answer for s in samples)
     assert set(counts) == set(wrong)
     assert chisquare(list(counts.values())).pvalue > 1e-3
@@ -128,7 +128,7 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
 def test_mistakes_have_a_stream_of_their_own() -> None:
     # The first draw of the noise generator decides which samples stay clean; for the other samples it is above 0.5.
     levels = OnlyAt(drawn=(0.4, 0.5, 0.6))
-    rows = [_sample(i, clean_fraction=0.5, levels=levels) for i in range(3000)]
+    rows = [_sample(i, clean_fraction=0.5, levels=levels) for i in range(900)]
     wrong = Counter(s.confidence for s in rows if s.wrong_answer is not None)
     total = Counter(s.confidence for s in rows)
     assert set(total) == {1.0, 0.6, 0.5, 0.4}
@@ -262,7 +262,7 @@ def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same
     with pytest.warns(UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`"):
         dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
     given: dict[str, set[str]] = {}
-    for epoch in range(40):
+    for epoch in range(12):
         for index, query in enumerate(dataset.queries):
             sample = dataset[epoch, index]
             assert sample.confidence == 0

@@ -105,7 +105,7 @@ def test_it_equals_resampling_the_answers(table):
     ),
     st.integers(0, 3),
 )
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_an_interval_holds_its_estimate(answers, seed):
     percent, correct = (torch.tensor(column) for column in zip(*answers, strict=True))
     table = ConfidenceTable.from_predictions(percent / 100, correct)
@@ -135,26 +135,13 @@ def test_an_interval_holds_its_estimate(answers, seed):
         ("calibrated, 4 an image", "ece"),
     ],
 )
-@pytest.mark.parametrize("answers", [200, 2000])
+@pytest.mark.parametrize("answers", [200, pytest.param(2000, marks=pytest.mark.nightly)])
 def test_intervals_cover(population, metric, answers):
     """At least 135 of 150 intervals contain the truth; at a coverage of 95% fewer do with a probability of 1/200."""
     counted = coverage(POPULATIONS[population], answers, [metric], samples=150, replicates=200)[metric]
     assert counted.samples == 150
     assert counted.samples - counted.below - counted.above >= 135
     assert counted.width / counted.samples < 0.2, "a wide interval is no use"
-
-
-def test_reflected_replicates_would_not_cover_the_error_of_a_calibrated_model():
-    """For comparison: bounds reflected at the value do not correct for the noise that inflates the ECE."""
-    rng, contained = np.random.default_rng(0), 0
-    for seed in range(100):
-        level = rng.integers(0, 11, 200)
-        table = ConfidenceTable.from_predictions(
-            torch.tensor(level / 10), torch.tensor(rng.random(200) < level / 10)
-        )
-        drawn = bootstrap_replicates(resample(table, 200, seed), METRICS["ece"])
-        contained += 2 * float(METRICS["ece"](table)) - float(drawn.quantile(0.975)) <= 0
-    assert contained < 75
 
 
 def test_bins_whose_answers_are_all_right_still_leave_a_doubt():

@@ -59,7 +59,7 @@ def check(percent, correct, exact, name):
 @pytest.mark.parametrize("name", CHECKS)
 def test_random_cases(cases, exact, name):
     for kind in ("tens", "percents", "few"):
-        for percent, correct in cases(70, kind, seed=len(name), largest=35):
+        for percent, correct in cases(25, kind, seed=len(name), largest=35):
             check(percent, correct, exact, name)
 
 
@@ -70,7 +70,7 @@ def test_edge_cases(edge_case, exact, name):
 
 def test_brier_decomposition_adds_up(cases, exact):
     for kind in ("tens", "percents", "few"):
-        for percent, correct in cases(70, kind, seed=3, largest=40):
+        for percent, correct in cases(25, kind, seed=3, largest=40):
             truth = exact(percent, correct).decomposition()
             table = ConfidenceTable.from_predictions(torch.tensor(percent / 100), torch.tensor(correct))
             parts = brier_decomposition(table.groups())

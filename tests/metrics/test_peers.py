@@ -36,7 +36,7 @@ def both(name, percent, correct, **options):
 @pytest.mark.parametrize("kind", ["tens", "percents", "few"])
 def test_sklearn(cases, kind):
     compared = 0
-    for percent, correct in cases(70, kind, seed=11, largest=300):
+    for percent, correct in cases(25, kind, seed=11, largest=300):
         c, y = percent / 100, correct.astype(int)
         assert both("brier_score", percent, correct) == pytest.approx(
             sklearn_metrics.brier_score_loss(y, c, pos_label=1), abs=1e-12
@@ -49,12 +49,12 @@ def test_sklearn(cases, kind):
             assert both("auroc", percent, correct) == pytest.approx(
                 sklearn_metrics.roc_auc_score(y, c), abs=1e-12
             )
-    assert compared > 50
+    assert compared > 15
 
 
 @pytest.mark.slow
 def test_sklearn_on_continuous_values(cases):
-    for confidence, correct in cases(200, "continuous", seed=12, largest=300):
+    for confidence, correct in cases(60, "continuous", seed=12, largest=300):
         y, values = correct.astype(int), raw(confidence, correct)
         assert float(functional.brier_score(*values)) == pytest.approx(
             sklearn_metrics.brier_score_loss(y, confidence, pos_label=1), abs=1e-12
@@ -72,7 +72,7 @@ def test_sklearn_on_continuous_values(cases):
 def test_netcal(cases, n_bins):
     """Continuous values: netcal's float edges are only wrong for values on an edge."""
     by_quantile = 0
-    for confidence, correct in cases(220, "continuous", seed=13, largest=200):
+    for confidence, correct in cases(60, "continuous", seed=13, largest=200):
         # Else a quantile equals one of the values, which rounding puts into either bin.
         while len(correct) > 2 and gcd(len(correct) - 1, n_bins) > 1:
             confidence, correct = confidence[:-1], correct[:-1]
@@ -103,12 +103,12 @@ def test_netcal(cases, n_bins):
         for ours, peer, comparable in pairs:
             if comparable:
                 assert float(ours) == pytest.approx(peer.measure(confidence, y), abs=1e-9)
-    assert by_quantile >= 200
+    assert by_quantile >= 50
 
 
 def test_netcal_on_tables(cases):
     """Percents moved off the edges (5%, 15%, ..., 95%), so that tables can be compared too."""
-    for percent, correct in cases(200, "tens", seed=14, largest=300):
+    for percent, correct in cases(60, "tens", seed=14, largest=300):
         percent = np.clip(percent + 5, 5, 95)
         c, y = percent / 100, correct.astype(int)
         assert both("expected_calibration_error", percent, correct) == pytest.approx(
@@ -123,7 +123,7 @@ def test_netcal_on_tables(cases):
 
 def test_torchmetrics(cases):
     """On values below 1 and off the edges, where torchmetrics is correct."""
-    for percent, correct in cases(200, "tens", seed=15, largest=300):
+    for percent, correct in cases(60, "tens", seed=15, largest=300):
         percent = np.clip(percent + 5, 5, 95)
         c, y = raw(percent / 100, correct.astype(int))
         for norm, name in (("l1", "expected_calibration_error"), ("max", "maximum_calibration_error")):
@@ -142,20 +142,20 @@ def test_relplot(cases):
     """
     rng = np.random.default_rng(17)
     narrow, wide = [], []
-    for i, (confidence, correct) in enumerate(cases(240, "continuous", seed=17, largest=400)):
+    for i, (confidence, correct) in enumerate(cases(120, "continuous", seed=17, largest=400)):
         confidence = 0.06 + 0.88 * confidence
         confidence = np.round(confidence, 1 + i % 2) if i % 3 else confidence
         correct = correct if i % 2 else rng.random(len(confidence)) < confidence
         ours = float(functional.smooth_calibration_error(*raw(confidence, correct)))
         (narrow if ours < 0.15 else wide).append(abs(ours - relplot.smECE(confidence, correct.astype(float))))
-    assert len(narrow) > 100
+    assert len(narrow) > 40
     assert max(narrow) < 1.5e-3
     assert np.median(narrow) < 3e-4
     assert max(wide) < 0.02
 
 
 def test_auroc_is_the_mann_whitney_statistic(cases):
-    for confidence, correct in cases(200, "continuous", seed=19, largest=200):
+    for confidence, correct in cases(60, "continuous", seed=19, largest=200):
         n_correct, n_wrong = int(correct.sum()), int((~correct).sum())
         if not n_correct or not n_wrong:
             continue

@@ -30,7 +30,7 @@ from vlm_calibration.metrics.threshold_tests import (
     starting_answers,
 )
 
-DRAWS = 2000
+DRAWS = 600
 
 
 def _random_answers(seed: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:

@@ -217,7 +217,7 @@ FILES = [
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),
     st.integers(0, 3000),
 )
-@settings(max_examples=400)
+@settings(max_examples=150)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_bytes_give_an_image_or_an_image_error(data, changes, length):
     damaged = bytearray(data)

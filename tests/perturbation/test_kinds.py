@@ -384,7 +384,7 @@ def test_perturb_takes_every_kind(kind, image, mask):
     np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_perturb_imports_albumentations_only_for_kinds_that_need_it():
     code = (
         "import sys, numpy as np\n"

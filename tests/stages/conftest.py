@@ -49,7 +49,7 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
     """Nine training queries, three for validation, and a test split of three parts of which one is noised."""
 

@@ -89,7 +89,7 @@ def test_accumulated_batches_are_one_large_batch(run: Run, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage 1", "own answers"])
+@pytest.mark.parametrize("stage", ["stage 1", pytest.param("own answers", marks=pytest.mark.nightly)])
 def test_compiled_layers_train_the_same(run: Run, stage: str) -> None:
     (loss,), eager = run(stage)
     torch._dynamo.utils.counters.clear()

@@ -32,47 +32,36 @@ from vlm_calibration.stages import evaluation
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-from ..command_line import Ended, run_plainly
+from ..command_line import Ended
 
 Data = Callable[..., PerturbedQueryDataModule]
-NAMES = ("expected", "likelihood", "p_true", "self_consistency")
+NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
 
 
 def estimators() -> list[Estimator]:
     return [ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2)]
 
 
-@pytest.fixture
-def folder(
-    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
-) -> Path:
-    run_evaluation({"one": new_adapter(1)}, estimators=estimators())
-    return tmp_path / "run"
-
-
 @pytest.mark.slow
 def test_every_estimator_has_its_key_and_its_metrics(
-    folder: Path, data: Data, load_model: Callable[..., Any], new_adapter: Callable[..., str]
+    run_evaluation: Callable[..., EvaluationModule],
+    data: Data,
+    load_model: Callable[..., Any],
+    new_adapter: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
+    adapter, folder = new_adapter(1), tmp_path / "run"
+    run_evaluation({"one": adapter}, estimators=[*estimators(), Stability()])
     queries = data(eval_batch_size=5)
     queries.setup("test")
-    model = load_adapters(load_model(), {"one": new_adapter(1)})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = [json.loads(x) for x in (folder / system / "predictions.jsonl").read_text().splitlines()]
-        assert [tuple(line)[-5:] for line in lines] == [("image", *NAMES)] * 15
+        assert [tuple(line)[-6:] for line in lines] == [("image", *NAMES)] * 15
         predictions = [prediction_from_dict(line) for line in lines]
         estimates[system] = [p.estimates for p in predictions]
-
-        # Other batches, other padding, no cache: the same estimates.
-        with torch.no_grad(), using_adapter(model, None if system == "base" else system):
-            for start, batch in zip((0, 5, 10), queries.test_dataloader(), strict=True):
-                part = predictions[start : start + 5]
-                answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
-                for estimator in estimators():
-                    again = estimator.estimate(answered).confidence
-                    assert again == pytest.approx([p.estimates[estimator.name] for p in part], abs=1e-5)
+        assert all((p["stability"] is None) == (p["likelihood"] is None) for p in estimates[system])
+        assert [p["stability"] for p in estimates[system]] != [p["likelihood"] for p in estimates[system]]
 
         metrics = json.loads((folder / system / "metrics.json").read_text())
         for name in NAMES:
@@ -89,29 +78,24 @@ def test_every_estimator_has_its_key_and_its_metrics(
         assert metrics["mean_confidence@expected/shifted"] == pytest.approx(
             math.fsum(shifted) / len(shifted), abs=1e-4
         )
-        assert [metrics[f"forward_passes@{n}"] for n in NAMES[:3]] == [1, 1, 1]
+        assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
     assert estimates["base"] != estimates["one"]
 
+    # Another batch, other padding, no cache: the same estimates.
+    model = load_adapters(load_model(), {"one": adapter})
+    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
+    with torch.no_grad(), using_adapter(model, "one"):
+        part, batch = predictions[:5], next(iter(queries.test_dataloader()))
+        answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
+        for estimator in estimators():
+            again = estimator.estimate(answered).confidence
+            assert again == pytest.approx([p.estimates[estimator.name] for p in part], abs=1e-5)
+
     oracle = (folder / "oracle" / "predictions.jsonl").read_text().splitlines()
     assert not set(NAMES) & set(json.loads(oracle[0])), "the oracle is not a model"
     assert not [key for key in json.loads((folder / "oracle" / "metrics.json").read_text()) if "@" in key]
-
-
-@pytest.mark.slow
-def test_stability_rates_the_answers_of_every_system(
-    run_evaluation: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
-) -> None:
-    run_evaluation({"one": new_adapter(1)}, estimators=[AnswerLikelihood(), Stability()])
-    for system in ("base", "one"):
-        metrics = json.loads((tmp_path / "run" / system / "metrics.json").read_text())
-        assert metrics["forward_passes@stability"] == 4
-        assert "brier@stability" in metrics
-        lines = (tmp_path / "run" / system / "predictions.jsonl").read_text().splitlines()
-        rated = [json.loads(line) for line in lines]
-        assert all((r["stability"] is None) == (r["likelihood"] is None) for r in rated)
-        assert [r["stability"] for r in rated] != [r["likelihood"] for r in rated]
 
 
 @pytest.mark.parametrize(
@@ -153,10 +137,16 @@ def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], mes
         EvaluationModule(BaseModel("nowhere"), estimators=chosen)
 
 
-def test_two_processes_estimate_as_one(
-    run: Callable[..., Ended], root: Path, model_folder: str, tmp_path: Path
+def test_two_processes_evaluate_as_one(
+    run: Callable[..., Ended],
+    run_two: Callable[..., Ended],
+    root: Path,
+    model_folder: str,
+    new_adapter: Callable[..., str],
+    levels_file: str,
+    tmp_path: Path,
 ) -> None:
-    """From the command line: the same files, up to the rounding that depends on the batch size."""
+    """From the command line: the same files, each written once; estimates up to the rounding that depends on the batch size."""
     source = {
         "class_path": "vlm_calibration.demo.source.DemoSource",
         "init_args": {"split": "test", "scenes": 3},
@@ -165,59 +155,51 @@ def test_two_processes_estimate_as_one(
     kinds = (
         "verbal.ExpectedConfidence",
         "likelihood.AnswerLikelihood",
-        "p_true.PTrue",
         "consistency.SelfConsistency",
         "stability.Stability",
     )
-    names = (*NAMES, "stability")
+    names = ("expected", "likelihood", "self_consistency", "stability")
     overlay = {
         "trainer": {"accelerator": "cpu", "logger": False},
         "model": {
             "init_args": {
                 "base": {"name_or_path": model_folder},
-                "adapters": None,
-                "oracle_levels": None,
+                "adapters": {"one": new_adapter(1)},
+                "oracle_levels": levels_file,
                 "max_new_tokens": 3,
                 "estimators": [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds],
             }
         },
         "data": {
             "test": {"": {"source": source, "noise": "drawn"}},
+            "noise": {"kinds": {"noise": 1}},
             "calibration": {"held_out": {"source": calibration}},
             "eval_batch_size": 4,
             "workers": 0,
         },
     }
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    command = [
-        "test",
-        "--config",
-        str(root / "configs/eval/demo.yaml"),
-        "--config",
-        str(tmp_path / "overlay.yaml"),
-    ]
-    ended = run(*command, "--trainer.default_root_dir", str(tmp_path / "one"))
-    assert ended.status == 0, ended.err
-    two = [
-        "--trainer.default_root_dir",
-        str(tmp_path / "two"),
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-    ]
-    ended = run_plainly([*command, *two], root, tmp_path)
-    assert ended.status == 0, ended.err
+    configs = (str(root / "configs/eval/demo.yaml"), str(tmp_path / "overlay.yaml"))
+    command = ["test", *(word for path in configs for word in ("--config", path))]
+    folders = [tmp_path / name for name in ("one", "two")]
+    alone = run(*command, "--trainer.default_root_dir", str(folders[0]))
+    assert alone.status == 0, alone.err
+    ddp = ("--trainer.strategy", "ddp", "--trainer.default_root_dir", str(folders[1]))
+    together = run_two(*command, *ddp)
+    assert together.status == 0, together.err
+    assert [ended.out.count("All 9 answers") for ended in (alone, together)] == [1, 1], "one process reports"
+    written = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in folders]
+    assert written[0] == written[1]
 
-    for file, n in (("predictions.jsonl", 9), ("calibration.jsonl", 3)):
-        one_process, two_processes = (
-            read_predictions(tmp_path / name / "base" / file) for name in ("one", "two")
-        )
-        assert len(one_process) == n
-        for a, b in zip(one_process, two_processes, strict=True):
-            assert {**a.to_dict(), **dict.fromkeys(names)} == {**b.to_dict(), **dict.fromkeys(names)}
-            assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
-    metrics = [json.loads((tmp_path / name / "base/metrics.json").read_text()) for name in ("one", "two")]
-    assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
-    assert all(f"ece@{name}" in metrics[0] for name in names)
-    assert metrics[0]["forward_passes@stability"] == 4
+    for system in ("base", "one", "oracle"):
+        for file, n in (("predictions.jsonl", 9), ("calibration.jsonl", 3)):
+            if system == "oracle" and file == "calibration.jsonl":
+                continue
+            one_process, two_processes = (read_predictions(folder / system / file) for folder in folders)
+            assert len(one_process) == n
+            for a, b in zip(one_process, two_processes, strict=True):
+                assert {**a.to_dict(), **dict.fromkeys(names)} == {**b.to_dict(), **dict.fromkeys(names)}
+                assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
+        metrics = [json.loads((folder / system / "metrics.json").read_text()) for folder in folders]
+        assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
+        assert all((f"ece@{name}" in metrics[0]) == (system != "oracle") for name in names)

@@ -33,25 +33,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture
-def evaluated(
+@pytest.mark.slow
+def test_systems_side_by_side(
     run_evaluation: Callable[..., EvaluationModule],
     new_adapter: Callable[..., str],
     data: Data,
-    tmp_path: Path,
-) -> tuple[EvaluationModule, PerturbedQueryDataModule, Path]:
-    queries = data()
-    module = run_evaluation({"one": new_adapter(1), "two": new_adapter(2)}, queries=queries)
-    return module, queries, tmp_path / "run"
-
-
-@pytest.mark.slow
-def test_systems_side_by_side(
-    evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
+    trainer: Callable[..., L.Trainer],
     load_model: Callable[..., Any],
     levels_file: str,
+    tmp_path: Path,
 ) -> None:
-    module, queries, folder = evaluated
+    queries, folder = data(), tmp_path / "run"
+    module = run_evaluation({"one": new_adapter(1), "two": new_adapter(2)}, queries=queries)
     lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
 
     # Every query once and in order, whoever answers.
@@ -94,13 +87,7 @@ def test_systems_side_by_side(
     assert {"clean", "noised", "shifted", "existence", "clean/position"} <= set(module.scorers[0].groups)
     assert {p.name for p in folder.iterdir()} == set(SYSTEMS)
 
-
-@pytest.mark.slow
-def test_a_second_run_is_the_same(
-    evaluated: tuple[EvaluationModule, PerturbedQueryDataModule, Path],
-    trainer: Callable[..., L.Trainer],
-) -> None:
-    module, queries, folder = evaluated
+    # A second run is the same.
     before = {p: p.read_bytes() for p in folder.rglob("*.json*")}
     assert len(before) == 2 * len(SYSTEMS)
     trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)

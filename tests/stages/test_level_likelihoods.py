@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -35,14 +35,14 @@ from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.answer_likelihoods import Measured, read_likelihoods, write_likelihoods
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, read_table
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
-from vlm_calibration.records import ANSWER_TYPES, DataError, LoadedImage, Prediction, Query
+from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query
 from vlm_calibration.stages import level_fit
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule, count_levels
 from vlm_calibration.stages.sft import SFTModule
 
-from ..command_line import Ended, run_plainly
+from ..command_line import Ended
 from ..level_tables import noise_counts
 
 Data = Callable[..., PerturbedQueryDataModule]
@@ -171,70 +171,76 @@ class AtSigns(DemoSource):
         return [replace(q, id=f"q@{i}") for i, q in enumerate(super().queries())]
 
 
-@pytest.fixture
-def graded(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
-    """Grades the tiny model's answers at random, less often correct the stronger the perturbation."""
-    rng, answers = np.random.default_rng(0), []
+POLICY = NoisePolicy(levels=LinearLevels(3), kinds=KINDS, distractor_probability=0.0)
+TRAIN = AtSigns("train", scenes=3)
+
+
+class Measurement(NamedTuple):
+    """A measurement of the tiny model's levels, its answers graded at random: less often correct the stronger the perturbation.
+
+    Attributes:
+        levels, likelihoods: the files that it wrote.
+        module: what measured.
+        graded: the answers.
+    """
+
+    levels: Path
+    likelihoods: Path
+    module: LevelFitModule
+    graded: list[Prediction]
+
+
+@pytest.fixture(scope="module")
+def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    rng, graded = np.random.default_rng(0), []
 
     def answer(*arguments: Any) -> list[Any]:
         result = [
             replace(p, correct=bool(rng.random() >= (p.strength or 0))) for p in answer_batch(*arguments)
         ]
-        answers.extend(result)
+        graded.extend(result)
         return result
 
-    monkeypatch.setattr(level_fit, "answer_batch", answer)
-    return answers
-
-
-def fit_levels(
-    model: str, queries: PerturbedQueryDataModule, trainer: Callable[..., L.Trainer], folder: Path
-) -> LevelFitModule:
+    folder = tmp_path_factory.mktemp("measured")
     out, likelihoods = folder / "levels.json", folder / "deep" / "likelihoods.parquet"
-    module = LevelFitModule(BaseModel(model, dtype="float32"), str(out), str(likelihoods), max_new_tokens=5)
-    run = trainer()
-    run.test(module, datamodule=queries, verbose=False)
+    module = LevelFitModule(
+        BaseModel(model_folder, dtype="float32"), str(out), str(likelihoods), max_new_tokens=5
+    )
+    queries = data(levels=HELD_OUT, train=TRAIN, noise=POLICY)
+    run = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder / "run",
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(level_fit, "answer_batch", answer)
+        run.test(module, datamodule=queries, verbose=False)
     assert outputs_of(run, module, queries)[:2] == [out, likelihoods]
-    return module
-
-
-POLICY = NoisePolicy(levels=LinearLevels(3), kinds=KINDS, distractor_probability=0.0)
-
-
-def test_the_file_has_the_likelihood_of_every_training_query(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    graded: list[Prediction],
-) -> None:
-    train = AtSigns("train", scenes=5)
-    queries = data(levels=HELD_OUT, train=train, noise=POLICY)
-    module = fit_levels(model_folder, queries, trainer, tmp_path)
     assert list(queries.tested_queries) == ["levels", "instances"]
-    assert len(graded) == 12 * 5 + 15
+    return Measurement(out, likelihoods, module, graded)
 
-    levels = AnchoredLevels(tmp_path / "levels.json", likelihoods=tmp_path / "deep/likelihoods.parquet")
-    read = read_likelihoods(tmp_path / "deep/likelihoods.parquet", levels.table.provenance, "")
-    assert list(read) == [q.id for q in train.queries()]
-    assert [m.content for m in read.values()] == [train.content_digest(q) for q in train.queries()]
+
+def test_the_file_has_the_likelihood_of_every_training_query(measurement: Measurement, data: Data) -> None:
+    assert len(measurement.graded) == 12 * 5 + 9
+    levels = AnchoredLevels(measurement.levels, likelihoods=measurement.likelihoods)
+    read = read_likelihoods(measurement.likelihoods, levels.table.provenance, "")
+    assert list(read) == [q.id for q in TRAIN.queries()]
+    assert [m.content for m in read.values()] == [TRAIN.content_digest(q) for q in TRAIN.queries()]
     assert len({m.likelihood for m in read.values()}) > 3
     # One by one, with the estimator that an evaluation uses.
-    chat = queries.chat
+    queries, model = data(train=TRAIN, noise=POLICY), measurement.module.model
     queries.setup("fit")
-    for index, query in enumerate(train.queries()):
-        sample = (
-            queries.train_dataloader()
-            .dataset[0, index]
-            ._replace(  # type: ignore[index]
-                image=train.load(query).image, perturbation=CLEAN, noise_step=0
-            )
-        )
-        batch = PromptCollator(chat)([sample])
-        recorder = GenerationRecorder(module.model, keep_cache=True)
+    samples = queries.train_dataloader().dataset
+    for index, query in enumerate(TRAIN.queries()):
+        untouched = TRAIN.load(query).image
+        sample = samples[0, index]._replace(image=untouched, perturbation=CLEAN, noise_step=0)  # type: ignore[index]
+        batch = PromptCollator(queries.chat)([sample])
+        recorder = GenerationRecorder(model, keep_cache=True)
         answers = answer_batch(recorder, batch, queries.processor.tokenizer, 5)
         answered = AnsweredBatch(
-            *(module.model, batch, answers, recorder.passes, AnswerTokenizer(chat, [LinearLevels()])),
+            *(model, batch, answers, recorder.passes, AnswerTokenizer(queries.chat, [LinearLevels()])),
             *(5, recorder.cache),
         )
         with torch.no_grad():
@@ -243,17 +249,11 @@ def test_the_file_has_the_likelihood_of_every_training_query(
 
 
 def test_training_states_the_confidence_of_each_query(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    graded: list[Prediction],
+    measurement: Measurement, model_folder: str, data: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     """Validation and held-out queries, whose likelihood is not known, get the average."""
-    fit_levels(model_folder, data(levels=HELD_OUT, noise=POLICY), trainer, tmp_path)
-    path, likelihoods = tmp_path / "levels.json", tmp_path / "deep/likelihoods.parquet"
-    levels = AnchoredLevels(path, likelihoods=likelihoods)
-    queries = data(noise=replace(POLICY, levels=levels))
+    levels = AnchoredLevels(measurement.levels, likelihoods=measurement.likelihoods)
+    queries = data(train=TRAIN, noise=replace(POLICY, levels=levels))
     run = trainer(max_steps=1)
     run.fit(SFTModule(BaseModel(model_folder, dtype="float32"), max_new_tokens=3), datamodule=queries)
     for dataset, scale in (
@@ -351,12 +351,12 @@ def test_likelihoods_of_other_images_or_questions_stop_the_run_before_a_model_is
 
 
 class Spread(DemoSource):
-    """48 of the demo's training queries, of scenes spread over all."""
+    """24 of the demo's training queries, of scenes spread over all."""
 
     def queries(self) -> Sequence[Query]:
         return [
             query
-            for first in range(0, 7200, 450)
+            for first in range(0, 7200, 900)
             for query in DemoSource("train", scenes=1, first=first, hard=0.3).queries()
         ]
 
@@ -376,52 +376,9 @@ def test_the_shipped_likelihoods_are_those_of_the_shipped_model(
         p.id: p.estimates["likelihood"] or 0.0
         for p in read_predictions(tmp_path / "run/base/predictions.jsonl")
     }
-    assert len(measured) == 48
+    assert len(measured) == 24
     assert {q: shipped[q].likelihood for q in measured} == pytest.approx(measured, abs=1e-4)
     assert all(shipped[q.id].content == source.content_digest(q) for q in source.queries())
-
-
-def test_clean_absent_objects_have_likelihoods_too(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    graded: list[Prediction],
-) -> None:
-    policy = replace(POLICY, absent="clean")
-    fit_levels(model_folder, data(levels=HELD_OUT, noise=policy), trainer, tmp_path)
-    counts = AnchoredLevels(tmp_path / "levels.json").table.counts["yes_no"]
-    assert [n for n, _ in rows_of(counts)["blur"]] == [4, 4, 4]
-    assert counts.merged.never_perturbed[0].n == 4
-    provenance = AnchoredLevels(tmp_path / "levels.json").table.provenance
-    read = read_likelihoods(tmp_path / "deep/likelihoods.parquet", provenance, "")
-    assert len(read) == 9
-
-
-class Damaged(DemoSource):
-    """Training queries of which the first scene cannot be loaded."""
-
-    on_bad_record = "skip"
-
-    def load(self, query: Query) -> LoadedImage:
-        if query.image.endswith("000000"):
-            raise DataError(f"record {query.id!r}: damaged")
-        return super().load(query)
-
-
-@pytest.mark.filterwarnings("ignore:data.train")
-def test_a_training_query_that_cannot_be_loaded_has_no_likelihood(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    graded: list[Prediction],
-) -> None:
-    train = Damaged("train", scenes=3)
-    fit_levels(model_folder, data(levels=HELD_OUT, train=train, noise=POLICY), trainer, tmp_path)
-    provenance = AnchoredLevels(tmp_path / "levels.json").table.provenance
-    read = read_likelihoods(tmp_path / "deep/likelihoods.parquet", provenance, "")
-    assert list(read) == [q.id for q in train.queries() if not q.image.endswith("000000")]
 
 
 def test_likelihoods_need_training_queries(data: Data, trainer: Callable[..., L.Trainer]) -> None:
@@ -430,82 +387,70 @@ def test_likelihoods_need_training_queries(data: Data, trainer: Callable[..., L.
         trainer().test(module, datamodule=data(levels=HELD_OUT, train=None), verbose=False)
 
 
-def test_kinds_that_the_table_lacks_stop_the_run_before_a_model_is_loaded(
-    run: Callable[..., Ended], fit: Callable[..., list[str]], tmp_path: Path
+# --- The command ----------------------------------------------------------------------------------------------------------
+
+
+def _command(root: Path, folder: Path, devices: int) -> list[str]:
+    """Arguments that measure the demo's model, which answers."""
+    linear = "vlm_calibration.perturbation.levels.LinearLevels"
+    overlay = {
+        "trainer": {
+            "accelerator": "cpu",
+            "callbacks": None,
+            "devices": devices,
+            "strategy": "ddp" if devices > 1 else "auto",
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+        },
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model")},
+                "out": str(folder / "levels.json"),
+                "likelihoods": str(folder / "likelihoods.parquet"),
+                "max_new_tokens": 8,
+            }
+        },
+        "data": {
+            "levels": {"init_args": {"scenes": 20, "hard": 0.0}},
+            "train": {"init_args": {"scenes": 3}},
+            "noise": {"kinds": {"noise": 1}, "levels": {"class_path": linear, "init_args": {"n_levels": 2}}},
+            "eval_batch_size": 16 // devices,
+            "workers": 0,
+        },
+    }
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    return ["levels", "fit", "--config", str(root / "configs/levels.yaml"), "--config", str(path)]
+
+
+def test_levels_fit_writes_both_files(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
+    ended = run(*_command(root, tmp_path / "one", 1))
+    assert ended.status == 0, ended.err
+    files = [tmp_path / "one" / name for name in ("levels.json", "likelihoods.parquet")]
+    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
+    table = AnchoredLevels(files[0], likelihoods=files[1]).table
+    counts = {t: {row.n for rows in c.pooled.values() for row in rows} for t, c in table.counts.items()}
+    assert counts == {"yes_no": {40}, "short": {20}}
+
+
+@pytest.mark.nightly
+def test_two_processes_measure_as_one(
+    run: Callable[..., Ended], run_two: Callable[..., Ended], root: Path, tmp_path: Path
 ) -> None:
-    counts = {t: noise_counts((0, 100, 90), (1, 100, 50)) for t in ("yes_no", "short")}
-    AnchoredLevels.fit(counts).save(tmp_path / "levels.json")
-    levels = {
-        "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
-        "init_args": {"path": str(tmp_path / "levels.json"), "likelihoods": None},
-    }
-    for kinds, culprit in (({"noise": 1, "blur": 1}, "levels for 'blur'"), ({"rain": 1}, "kind 'rain'")):
-        ended = run(*fit(data={"noise": {"levels": levels, "kinds": kinds}}))
-        assert culprit in ended.error()
-        assert "noise.kinds" in ended.error()
-    assert not (tmp_path / "run").exists()
-
-
-# --- Two processes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_measure_as_one(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
-    """The demo's model, which answers; the table is the same file, and the likelihoods agree to float precision."""
-
-    def command(name: str, devices: int) -> list[str]:
-        overlay = {
-            "trainer": {
-                "accelerator": "cpu",
-                "callbacks": None,
-                "devices": devices,
-                "strategy": "ddp" if devices > 1 else "auto",
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / name),
-            },
-            "model": {
-                "init_args": {
-                    "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model")},
-                    "out": str(tmp_path / name / "levels.json"),
-                    "likelihoods": str(tmp_path / name / "likelihoods.parquet"),
-                    "max_new_tokens": 8,
-                }
-            },
-            "data": {
-                "levels": {"init_args": {"scenes": 50, "hard": 0.0}},
-                "train": {"init_args": {"scenes": 7}},
-                "noise": {
-                    "kinds": {"noise": 1, "fade": 1},
-                    "levels": {
-                        "class_path": "vlm_calibration.perturbation.levels.LinearLevels",
-                        "init_args": {"n_levels": 2},
-                    },
-                },
-                "eval_batch_size": 15 // devices,
-                "workers": 0,
-            },
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        configs = (str(root / "configs/levels.yaml"), str(tmp_path / f"{name}.yaml"))
-        return ["levels", "fit", *(word for path in configs for word in ("--config", path))]
-
-    ended = run(*command("one", 1))
-    assert ended.status == 0, ended.err
-    ended = run_plainly(command("two", 2), root, tmp_path)
-    assert ended.status == 0, ended.err
-    one, two = (AnchoredLevels(tmp_path / name / "levels.json") for name in ("one", "two"))
-    assert {t: c.bins for t, c in one.table.counts.items()} == {
-        t: c.bins for t, c in two.table.counts.items()
-    }
-    for answer_type, counts in one.table.counts.items():
-        assert two.table.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
-    assert len(one.table.counts["yes_no"].bins) == 2, "100 queries"
+    """The table is the same, and the likelihoods agree to float precision."""
+    for name, devices, start in (("one", 1, run), ("two", 2, run_two)):
+        ended = start(*_command(root, tmp_path / name, devices))
+        assert ended.status == 0, ended.err
+    one, two = (AnchoredLevels(tmp_path / name / "levels.json").table for name in ("one", "two"))
+    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    for answer_type, counts in one.counts.items():
+        assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
     read = [
-        read_likelihoods(tmp_path / name / "likelihoods.parquet", one.table.provenance, "")
+        read_likelihoods(tmp_path / name / "likelihoods.parquet", one.provenance, "")
         for name in ("one", "two")
     ]
     assert list(read[0]) == list(read[1])
-    assert len(read[0]) == 21
+    assert len(read[0]) == 9
     values, contents = zip(*([[m[i] for m in r.values()] for i in (0, 1)] for r in read), strict=True)
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     assert contents[0] == contents[1]

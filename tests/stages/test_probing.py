@@ -43,16 +43,14 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alone", [True, False])
 def test_every_answer_of_a_model_has_its_probed_confidences(
     run_evaluation: Callable[..., EvaluationModule],
     new_adapter: Callable[..., str],
     load_model: Callable[..., Any],
     queries: PerturbedQueryDataModule,
     tmp_path: Path,
-    alone: bool,
 ) -> None:
-    estimators = [] if alone else [ExpectedConfidence(), Stability()]
+    estimators = [ExpectedConfidence(), Stability()]
     run_evaluation({"one": new_adapter(1)}, queries=queries, estimators=estimators, probes=[*PROBES[::-1]])
     folder = tmp_path / "run"
     model = load_adapters(load_model(), {"one": new_adapter(1)})
@@ -90,7 +88,8 @@ def test_probes_change_nothing_else(
     """The same answers, confidences and metrics; without probes no key of them."""
     files = {}
     for probes in ([], ["image", "object"]):
-        run_evaluation({}, queries=data(), estimators=[ExpectedConfidence()], probes=probes)
+        queries = data(test={"": EvalSplit(DemoSource("test", scenes=2), "drawn")})
+        run_evaluation({}, queries=queries, estimators=[ExpectedConfidence()], probes=probes)
         base = tmp_path / "run/base"
         lines = [json.loads(line) for line in (base / "predictions.jsonl").read_text().splitlines()]
         metrics = json.loads((base / "metrics.json").read_text())

@@ -290,6 +290,7 @@ def _callbacks(*names: str) -> list[dict[str, str]]:
     return [{"class_path": f"vlm_calibration.callbacks.{name}"} for name in names]
 
 
+@pytest.mark.nightly
 def test_rlaif_v_from_levels_to_evaluation(
     run: Callable[..., Ended], root: Path, rlaif_v: Path, tmp_path: Path
 ) -> None:

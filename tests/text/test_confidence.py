@@ -217,7 +217,7 @@ def test_nothing_is_made_up(text):
 
 
 @given(st.text())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_any_text_gives_none_or_a_confidence(text):
     for candidate in (text, f"Confidence: {text}", f"{text}% sure", f"Yes. {text}%"):
         confidence = parse_confidence(candidate)
@@ -286,7 +286,7 @@ FRAGMENTS = st.lists(
 
 @pytest.mark.slow
 @given(st.one_of(st.text(), FRAGMENTS), st.floats(0, 1))
-@settings(max_examples=1500)
+@settings(max_examples=400)
 @example("Confidence", 0.8)
 @example("Confidence: 50%", 0.8)
 @example("I am 30% sure", 0.8)
@@ -392,14 +392,14 @@ Confidence (|confidence on a scale of |certainty: (|８|％|置信度|±|1±|1e1
 
 @pytest.mark.parametrize("piece", [*ADVERSARIAL, " ", "\n", "\t", "\u200b", "confidence " + "x " * 39])
 def test_time_is_linear_on_adversarial_text(piece):
-    body = (piece * (50_000 // len(piece) + 1))[:50_000]
+    body = (piece * (10_000 // len(piece) + 1))[:10_000]
     text = f"{body} Confidence: {body} 80%"
     start = time.process_time()
     parse_confidence(text)
     strip_confidence(text)
     parse_confidence(f"Confidence: 80%{body}{body}")
-    # Linear time takes up to 1 s, quadratic time takes minutes.
-    assert time.process_time() - start < 10
+    # Linear time takes up to 0.2 s, quadratic time takes many seconds.
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -583,10 +583,10 @@ def test_a_rendered_gold_answer_is_right(gold, confidence, grading):
     ],
 )
 def test_grading_time_is_linear_on_adversarial_text(piece):
-    body = (piece * (100_000 // len(piece) + 1))[:100_000]
+    body = (piece * (20_000 // len(piece) + 1))[:20_000]
     start = time.process_time()
     for text in (f"It is {body}", f"Yes. {body} dog"):
         parse_answer(text, "short")
         parse_answer(text, "yes_no")
-    # Linear time takes up to 1 s, quadratic time takes minutes.
-    assert time.process_time() - start < 10
+    # Linear time takes up to 0.2 s, quadratic time takes many seconds.
+    assert time.process_time() - start < 2
