@@ -113,7 +113,7 @@ RUNS: dict[str, Run] = {
     "vlm-calibration fit --model.help": Run(prints=("answer_weight", "confidence_weight")),
     "vlm-calibration completion bash": Run(prints=("complete ", "--trainer.max_epochs")),
     "vlm-calibration estimate-memory --config sft": Run(
-        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", prints=("│ weights", "│ total", "GiB")
+        "--model.init_args.base.name_or_path {qwen2_5_vl_7b}", prints=("weights", "optimizer", "total", "GiB")
     ),
     "vlm-calibration export runs/sft --merge": Run(
         writes=("exported/model.safetensors",), prints=("wrote exported",)
@@ -231,7 +231,13 @@ ELSEWHERE: dict[str, str] = {
         "tests/commands/test_monitor.py"
     ),
     "vlm-calibration data inspect --config data/gqa --data-root DIR": "tests/data/test_gqa.py",
-    "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b --config trainer/ddp": "tests/commands/test_estimate_memory.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b",
+            "vlm-calibration estimate-memory --measure --config dpo --config model/qwen2_5_vl_7b",
+        ),
+        "tests/commands/test_estimate_memory.py",
+    ),
     **dict.fromkeys(
         (
             "vlm-calibration test --config eval/pope --config system/endpoint --url http://127.0.0.1:8000/v1 --served-model NAME",
