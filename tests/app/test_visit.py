@@ -67,6 +67,7 @@ def _answers(port: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_visit(
     browser: Browser, port: int, calibrated: CalibratedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

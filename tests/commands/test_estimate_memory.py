@@ -29,6 +29,7 @@ BEHIND = "qwen2_5_vl_7b"
 @pytest.fixture(autouse=True)
 def program_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
+    monkeypatch.setenv("COLUMNS", "240")
 
 
 def _rows(out: str) -> dict[str, list[str]]:
@@ -68,7 +69,7 @@ def test_overlays_alone_are_of_all_stages(
     for stage in ("sft", "dpo", "levels", "eval/jsonl"):
         assert f"{stage} on one GPU, GiB" in out
     rows = _rows(out)
-    assert rows["--model.init_args.base.quantization nf4"][0] == "5.20"
+    assert rows["--model.init_args.base.quantization nf4"][0] == "9.87"
     # 28 layers with 4 heads of 128 in bfloat16, 8 rows of 1,000 tokens and 64 new ones.
     assert rows["answers"][1] == f"{2 * 28 * 4 * 128 * 2 * 8 * 1064 / 2**30:.2f}"
 

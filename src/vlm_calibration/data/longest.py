@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,17 +19,19 @@ WORDS = 32
 """Words of which the tokens are counted."""
 
 
+@dataclass(frozen=True)
 class LongestQueries(QuerySource):
     """Copies of one yes/no question about an image of noise.
 
-    Args:
+    Attributes:
         n: number of queries.
         side: of the image, in pixels.
         words: of the question.
     """
 
-    def __init__(self, n: int, side: int, words: int) -> None:
-        self.n, self.side, self.words = n, side, words
+    n: int
+    side: int
+    words: int
 
     def queries(self) -> Sequence[Query]:
         question = " ".join(["dog"] * self.words)
@@ -43,34 +46,29 @@ class LongestQueries(QuerySource):
         mask[: self.side // 2, : self.side // 2] = True
         return LoadedImage(image, (mask,), ())
 
-    def image_digest(self, query: Query) -> str:
-        return query.image
+    def tokens(self, data: PerturbedQueryDataModule) -> int:
+        """Tokens of a row with its response, by the processor and the prompt of some data."""
+        query = self.queries()[0]
+        text = data.chat.render(query.question, render_response("Yes", 1.0))
+        return int(data.chat.inputs([text], [self.load(query).image], "right")["input_ids"].shape[1])
 
 
-def longest_queries(data: PerturbedQueryDataModule, n: int, tokens: int) -> LongestQueries:
-    """Queries that with their response take `tokens` tokens: the largest image that fits, and text.
+def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueries:
+    """The largest image that fits into a row of `tokens` tokens, and text that fills the rest.
 
     Args:
         data: whose processor, prompt and `max_pixels` apply.
-        n: number of queries.
         tokens: of a row.
 
     Raises:
         DataError: even the smallest image takes more.
     """
-
-    def length(words: int) -> int:
-        source = LongestQueries(1, side, words)
-        [query] = source.queries()
-        text = data.chat.render(query.question, render_response("Yes", 1.0))
-        return int(data.chat.inputs([text], [source.load(query).image], "right")["input_ids"].shape[1])
-
     side = math.isqrt(data.max_pixels or SIDE**2)
-    while (shortest := length(1)) > tokens:
+    while (shortest := LongestQueries(1, side, 1).tokens(data)) > tokens:
         side = side * 7 // 8
         if side < SMALLEST:
             raise DataError(
                 f"a row of {tokens} tokens is too short: an image and a question take {shortest}; raise --tokens or data.max_length"
             )
-    of_a_word = (length(1 + WORDS) - shortest) / WORDS
-    return LongestQueries(n, side, 1 + math.floor((tokens - shortest) / of_a_word))
+    of_a_word = (LongestQueries(1, side, 1 + WORDS).tokens(data) - shortest) / WORDS
+    return LongestQueries(1, side, 1 + math.floor((tokens - shortest) / of_a_word))
