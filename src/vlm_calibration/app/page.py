@@ -5,7 +5,7 @@ A visitor's data are kept in `gr.State` only, which is separate for every visit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,14 @@ class PageHandlers:
         self.report = report
 
     def begin(self, subject: Subject) -> list[Any]:
-        """New values of subject, picture to paint on, question, key object, strength and right answer."""
+        """New values of subject, picture to paint on, question, key object and strength."""
         options = choices(subject, self.finder)
         default = options[0] if subject.objects else WHOLE
         chosen = asked_about(subject, subject.question) or default
         picture = for_editor(subject.image)
         editor = {"background": picture, "layers": [], "composite": picture}
         question = subject.question or gr.skip()
-        solution = view.solution(subject.question, subject.corners)
-        return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0, solution]
+        return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0]
 
     def begin_scene(self, event: gr.SelectData) -> list[Any]:
         """As `begin` for a scene of the demo."""
@@ -85,9 +84,9 @@ class PageHandlers:
         finally:
             Path(path).unlink(missing_ok=True)
 
-    def name_object(self, subject: Subject, question: str) -> list[Any]:
-        """The key object that a question is about, if that is known, and its right answer."""
-        return [asked_about(subject, question) or gr.skip(), view.solution(question, subject.corners)]
+    def name_object(self, subject: Subject, question: str) -> Any:
+        """The key object that a question is about, if that is known."""
+        return asked_about(subject, question) or gr.skip()
 
     def _samples(
         self,
@@ -115,26 +114,26 @@ class PageHandlers:
         question: str,
         kind: str,
         percent: float,
-    ) -> tuple[Any, list[list[str]], Any, str]:
-        """The image as the models see it, the rows of their answers, what they might have stated, and a message."""
+    ) -> tuple[np.ndarray | None, list[list[str]], str]:
+        """The image as the models see it, the rows of their answers, and a message."""
         try:
             # The perturbation does not depend on the question.
             [sample] = self._samples(subject, choice, editor, question or "?", kind, [percent / 100])
             seen = _enlarged(self.model.seen(sample))
         except DataError as error:
-            return None, [], None, view.plain(str(error))
+            return None, [], view.plain(str(error))
         try:
             if unknown := self.model.unknown_part(question):
                 raise DataError(unknown)
             samples = self._samples(subject, choice, editor, question, kind, [percent / 100])
             by_system = self.model.answers(samples, self.model.systems)
         except DataError as error:
-            return seen, [], None, view.plain(str(error))
+            return seen, [], view.plain(str(error))
         answers = {system: answers[0] for system, answers in by_system.items()}
         notes = [view.plain(a.rule.guarantee) for a in answers.values() if a.rule is not None]
         if len(answers) == 1 and self.model.is_demo:
             notes.append("This is the base model alone: `make train-sft` trains an adapter.")
-        return seen, view.answer_rows(answers), _frame(view.statement_points(answers)), "\n\n".join(notes)
+        return seen, view.answer_rows(answers), "\n\n".join(notes)
 
     def curve(
         self, subject: Subject, choice: str, editor: Mapping[str, Any] | None, question: str, kind: str
@@ -148,7 +147,7 @@ class PageHandlers:
             curves = self.model.answers(samples, self.model.systems)
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
-        return _frame(view.curve_points(curves, strengths))
+        return pd.DataFrame(view.curve_points(curves, strengths))
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
@@ -170,12 +169,6 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
     """A small image, uint8 [H, W, 3], with each pixel repeated, since the browser would show it at its own size."""
     factor = max(1, EDITOR_SIDE // max(image.shape[:2]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _frame(points: Iterable[Mapping[str, Any]]) -> pd.DataFrame | None:
-    """The points of a plot; None without any."""
-    frame = pd.DataFrame(list(points))
-    return None if frame.empty else frame
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
@@ -235,9 +228,6 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 0, 100, 0, step=5, label="Strength on the key object (%)", elem_id="strength"
             )
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
-            if handlers.model.is_demo:
-                with gr.Accordion("What the demo model knows", open=False):
-                    gr.Markdown(view.known_to_demo())
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
             seen = gr.Image(label="What the models see", interactive=False, format="png", elem_id="seen")
@@ -250,14 +240,6 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 wrap=True,
                 elem_id="answers",
             )
-            statements = gr.BarPlot(
-                x="confidence",
-                y="probability",
-                color="model",
-                label="Probability of each statement (%)",
-                height=180,
-                elem_id="statements",
-            )
             curve = gr.LinePlot(
                 x="strength",
                 y="confidence",
@@ -267,12 +249,10 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 height=280,
                 elem_id="curve",
             )
-            with gr.Accordion("The right answer", open=False):
-                solution = gr.Markdown(elem_id="solution")
 
     inputs = [subject, choice, picture, question, kind]
-    outputs = [seen, answers, statements, message]
-    begun = [subject, picture, question, choice, strength, solution]
+    outputs = [seen, answers, message]
+    begun = [subject, picture, question, choice, strength]
 
     def update(event: Any) -> None:
         """Redraw image, answers and curve after an event."""
@@ -285,5 +265,5 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     update(upload.upload(handlers.begin_upload, upload, begun, **QUIET))
     update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: None, None, None, **QUIET))
     picture.input(lambda: DRAWN, None, choice, **LATEST)
-    question.input(handlers.name_object, [subject, question], [choice, solution], **LATEST)
+    question.input(handlers.name_object, [subject, question], choice, **LATEST)
     strength.input(handlers.answer, [*inputs, strength], outputs, **LATEST, **ANSWERS)
