@@ -84,6 +84,8 @@ def test_what_is_painted_is_perturbed(handlers: PageHandlers) -> None:
     ).any(axis=2)
     assert not changed[~mask].any()
     assert painted({**editor, "layers": [0 * layer]}, SUBJECT.image.shape) is None
+    assert handlers.choose_painted(SUBJECT, editor) == DRAWN
+    assert handlers.choose_painted(SUBJECT, {**editor, "layers": [0 * layer]}) == gr.skip()
     nothing = handlers.answer(SUBJECT, DRAWN, None, SUBJECT.question, "noise", 50)
     assert nothing == (None, [], "Paint over the key object to perturb it.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,7 +53,9 @@ def port(adapter_run: Path, tmp_path: Path) -> Iterator[int]:
             time.sleep(0.2)
         yield port
         server.send_signal(signal.SIGINT)
-        assert (server.wait(LIMIT), (tmp_path / "stderr").read_text()) == (0, "")
+        assert server.wait(LIMIT) == 0
+        lines = (tmp_path / "stderr").read_text().splitlines()
+        assert [line for line in lines if not line.startswith("loading a model")] == []
         assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == []
     finally:
         server.kill()
@@ -73,8 +76,8 @@ def test_a_visit(
 ) -> None:
     """A scene, a strength, a painted region and the report; nothing comes from elsewhere, and no script complains."""
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
-    page.set_default_timeout(1000 * LIMIT)
-    expect.set_options(timeout=1000 * LIMIT)
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
     hosts: set[str] = set()
     complaints: list[str] = []
     page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
@@ -91,8 +94,8 @@ def test_a_visit(
         }
         expect(page.get_by_label("Question", exact=True)).to_have_value(question)
         for row in answer_rows(answers):
-            for cell in row[:4]:
-                expect(page.locator("#answers tbody").first).to_contain_text(cell)
+            shown = page.get_by_role("row").filter(has_text=row[0])
+            expect(shown).to_have_text(re.compile(r"\s*".join(map(re.escape, row[:4]))))
 
     shows(0)
     page.locator("#scenes button").nth(2).click()

@@ -88,6 +88,10 @@ class PageHandlers:
         """The key object that a question is about, if that is known."""
         return asked_about(subject, question) or gr.skip()
 
+    def choose_painted(self, subject: Subject, editor: Mapping[str, Any] | None) -> Any:
+        """What is painted becomes the key object. Gradio also reports a new image, on which nothing is."""
+        return gr.skip() if painted(editor, subject.image.shape) is None else DRAWN
+
     def _samples(
         self,
         subject: Subject,
@@ -200,6 +204,7 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 columns=SCENES // 2,
                 height=220,
                 allow_preview=False,
+                buttons=[],
                 interactive=False,
                 elem_id="scenes",
             )
@@ -230,7 +235,9 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
-            seen = gr.Image(label="What the models see", interactive=False, format="png", elem_id="seen")
+            seen = gr.Image(
+                label="What the models see", interactive=False, format="png", buttons=[], elem_id="seen"
+            )
             message = gr.Markdown(elem_id="message")
             answers = gr.Dataframe(
                 headers=list(view.COLUMNS),
@@ -260,10 +267,10 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             handlers.curve, inputs, curve, **PRIVATE, **CURVE
         )
 
-    update(page.load(lambda: handlers.begin(scenes[0]), None, begun, **QUIET))
+    update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
     update(gallery.select(handlers.begin_scene, None, begun, **QUIET))
     update(upload.upload(handlers.begin_upload, upload, begun, **QUIET))
     update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: None, None, None, **QUIET))
-    picture.input(lambda: DRAWN, None, choice, **LATEST)
+    picture.input(handlers.choose_painted, [subject, picture], choice, **LATEST)
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
     strength.input(handlers.answer, [*inputs, strength], outputs, **LATEST, **ANSWERS)
