@@ -47,7 +47,14 @@ def test_every_file_is_of_a_published_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MODELS, "qlora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smolvlm2_256m",
+        "qlora",
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in MODELS if n != "smolvlm2_256m"),
+    ],
+)
 def test_files_quote_the_command(
     published: Callable[[str], str], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -69,23 +76,24 @@ def test_overlays_alone_are_of_all_stages(
     for stage in ("sft", "dpo", "levels", "eval/jsonl"):
         assert f"{stage} on one GPU, GiB" in out
     rows = _rows(out)
-    assert rows["--model.init_args.base.quantization nf4"][0] == "9.87"
+    assert rows["--model.init_args.base.quantization nf4"][0] == "10.0", "of stage 2, which has a reference"
     # 28 layers with 4 heads of 128 in bfloat16, 8 rows of 1,000 tokens and 64 new ones.
     assert rows["answers"][1] == f"{2 * 28 * 4 * 128 * 2 * 8 * 1064 / 2**30:.2f}"
 
 
 @pytest.mark.slow
-def test_measured_steps_of_both_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's model: twice the batch takes twice the activations, checkpointing fewer; stage 2 has more responses a row."""
-    peaks = {}
-    for stage in ("sft", "dpo"):
-        settings = ["--config", stage, "--tokens", "200", "--data.batch_size", "8"]
-        assert main(["estimate-memory", "--measure", *settings]) == 0
-        rows = _rows(capsys.readouterr().out)
-        peaks[stage] = float(rows["as configured"][-2])
-        halved = float(next(cells for label, cells in rows.items() if "batch_size 4" in label)[-2])
-        assert halved == pytest.approx(peaks[stage] / 2, rel=0.3)
-    assert peaks["dpo"] > peaks["sft"]
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.nightly)])
+def test_measured_steps(capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    """The demo's model: half the batch takes half of the activations, checkpointing fewer."""
+    settings = ["--config", stage, "--tokens", "200", "--data.batch_size", "8"]
+    assert main(["estimate-memory", "--measure", *settings]) == 0
+    rows = _rows(capsys.readouterr().out)
+    configured, checkpointed, halved = (
+        float(next(cells for label, cells in rows.items() if name in label)[-2])
+        for name in ("as configured", "gradient_checkpointing", "batch_size 4")
+    )
+    assert halved == pytest.approx(configured / 2, rel=0.3)
+    assert checkpointed < configured
 
 
 class _Stack(L.LightningModule):
@@ -104,7 +112,11 @@ class _Stack(L.LightningModule):
 
 def test_the_peak_is_that_of_the_allocator() -> None:
     measured, module = PeakMemory(), _Stack()
-    loader = torch.utils.data.DataLoader(torch.randn(3 * 512, 256), batch_size=512)
+    loader: Any = torch.utils.data.DataLoader(
+        range(3 * 512),  # type: ignore[arg-type]
+        batch_size=512,
+        collate_fn=lambda rows: torch.ones(len(rows), 256),
+    )
     quiet: Any = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )

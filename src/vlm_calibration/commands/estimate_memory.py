@@ -31,6 +31,7 @@ SETTINGS = Forwarded(
 STAGES = ("sft", "dpo", "levels", "eval/jsonl")
 """The stages where none is named."""
 TRAINING, ANSWERING = ("SFTModule", "DPOModule"), ("LevelFitModule", "EvaluationModule")
+COLUMNS = ("weights", "gradients", "optimizer", "cache", "activations", "total")
 NOTE = """\
 The tensors at the peak, without the CUDA context and what the allocator loses: leave 0.75 GiB and 5% of the rest free for them.
 Activations of training, which are most of it, are not known without --measure."""
@@ -57,7 +58,7 @@ def estimate(
     from rich.console import Console
 
     from vlm_calibration.commands.lightning_cli import parse
-    from vlm_calibration.commands.memory_rows import CONFIGURED, answer_memory, training_model, training_rows
+    from vlm_calibration.commands.memory_rows import CONFIGURED, answer_memory, training_rows
 
     console = Console()
     for stage in named or STAGES:
@@ -71,9 +72,9 @@ def estimate(
             continue
         rows = dict(training_rows(cli, tokens, measure))
         console.print(_table(stage, rows))
-        model, memory = training_model(cli.config.fit), rows[CONFIGURED]
-        parts = [f"{n} {_gib(getattr(memory, n))}" for n in memory._fields if getattr(memory, n)]
-        line = f"# {_count(model.parameters)} parameters, {_count(model.trained)} trained: {' + '.join(parts)} = {_gib(memory.total)} GiB"
+        memory = rows[CONFIGURED]
+        parts = " + ".join(f"{n} {_gib(getattr(memory, n))}" for n in COLUMNS[:-1] if getattr(memory, n))
+        line = f"# {_count(memory.parameters)} parameters, {_count(memory.trained)} trained: {parts} = {_gib(memory.total)} GiB"
         console.print(line, soft_wrap=True, highlight=False)
     console.print(NOTE, highlight=False)
 
@@ -85,8 +86,7 @@ def _table(stage: str, rows: dict[str, Memory]) -> Table:
     title = f"{stage} on one GPU, GiB"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("", overflow="fold")
-    fields = next(iter(rows.values()))._fields
-    names = [name for name in (*fields, "total") if any(getattr(row, name) for row in rows.values())]
+    names = [name for name in COLUMNS if any(getattr(row, name) for row in rows.values())]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for label, row in rows.items():

@@ -17,13 +17,7 @@ from vlm_calibration.data.longest import LongestQueries, longest_queries
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, base_of_adapters
 from vlm_calibration.models.loading import model_config
-from vlm_calibration.models.memory import (
-    STATE_BYTES,
-    ModelMemory,
-    cache_bytes,
-    can_quantise,
-    model_memory,
-)
+from vlm_calibration.models.memory import STATE_BYTES, cache_bytes, can_quantise, model_memory
 from vlm_calibration.quiet import quiet_lightning
 
 CONFIGURED = "as configured"
@@ -44,6 +38,8 @@ class Memory(NamedTuple):
         optimizer: its states.
         cache: keys and values of a batch of answers at their longest.
         activations: measured, with all else that a step allocates; None: not measured.
+        parameters: number of parameters, adapters included.
+        trained: number of trained ones.
     """
 
     weights: int
@@ -51,6 +47,8 @@ class Memory(NamedTuple):
     optimizer: int = 0
     cache: int = 0
     activations: int | None = None
+    parameters: int = 0
+    trained: int = 0
 
     @property
     def total(self) -> int:
@@ -72,26 +70,22 @@ def answer_memory(config: Any, tokens: int | None) -> Memory:
     return Memory(model.weights, cache=_cache(config, tokens))
 
 
-def training_model(config: Any) -> ModelMemory:
-    """The model of a training stage. An adapter that it continues is assumed to be as `model.lora` describes it."""
+def training_memory(config: Any) -> Memory:
+    """The states of training, of which FSDP2 gives each GPU its share. A continued adapter is assumed to be as `model.lora` says."""
     settings = config.model.init_args
-    return model_memory(
+    model = model_memory(
         _base(config),
         LoraSettings(**settings.lora.as_dict()),
         adapters=1 + (settings.get("reference") == "adapter"),
         trained=settings.get("parts"),
         cast=CASTS.get(str(config.trainer.precision)),
     )
-
-
-def training_memory(config: Any) -> Memory:
-    """The states of training, of which FSDP2 gives each GPU its share."""
-    model = training_model(config)
-    optimizer = STATE_BYTES[config.model.init_args.optimizer.name] * model.trained
+    optimizer = STATE_BYTES[settings.optimizer.name] * model.trained
     strategy = config.trainer.strategy
     size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
     shares = size if isinstance(size, int) else 1
-    return Memory(model.weights // shares, model.gradients // shares, optimizer // shares)
+    held = (size // shares for size in (model.weights, model.gradients, optimizer))
+    return Memory(*held, parameters=model.parameters, trained=model.trained)
 
 
 def _base(config: Any) -> BaseModel:
@@ -129,16 +123,15 @@ def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator
     """
     config = cli.config.fit
     longest = longest_queries(_stage(cli, config).data, tokens or config.data.max_length) if measure else None
+    held = training_memory(config)
     for change in ({}, *_choices(config, measured=measure)):
         changed = _changed(config, change)
-        memory = training_memory(changed)
+        memory = training_memory(changed) if "model.init_args.base.quantization" in change else held
         if longest is not None:
             memory = _measured(cli, changed, memory, longest, tokens or config.data.max_length)
-        yield (
-            " ".join(f"--{key} {str(value).lower()}" for key, value in change.items()) or CONFIGURED,
-            memory,
-        )
-    yield "validation", training_memory(config)._replace(cache=_cache(config, tokens))
+        label = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+        yield label or CONFIGURED, memory
+    yield "validation", held._replace(cache=_cache(config, tokens))
 
 
 def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
