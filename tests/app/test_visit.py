@@ -70,7 +70,6 @@ def _answers(port: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_a_visit(
     browser: Browser, port: int, calibrated: CalibratedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
