@@ -25,7 +25,6 @@ CONTENTS = (
     "vlm_calibration/demo/model/chat_template.jinja",
     "vlm_calibration/demo/likelihoods.parquet",
     "vlm_calibration/reporting/report/page.html.j2",
-    "vlm_calibration/app/page.css",
     "vlm_calibration/py.typed",
 )
 

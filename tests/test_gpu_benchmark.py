@@ -22,7 +22,6 @@ from tests.performance.preference import BATCH, LORA, OurStep
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.models.image_tokens import image_tokens
 from vlm_calibration.models.loading import load_for_training
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -71,8 +70,6 @@ def test_batches_of_real_sizes_fit_the_published_models(name: str) -> None:
     ids = batch.inputs["input_ids"]
     assert ids.max() < config.get_text_config().vocab_size
     assert 1000 < int((ids[0] == config.image_token_id).sum()) < 1400
-    limit = image_tokens(config).at_most(entry.side**2)
-    assert limit is None or int((ids == config.image_token_id).sum(1).max()) <= max(limit, 17 * 81)
     assert len(set((batch.labels != IGNORE).sum(1).tolist())) == 1
 
 
@@ -94,11 +91,10 @@ def _page(*cells: Cell, failed: tuple[str, ...] = ()) -> tuple[str, bool]:
 
 
 def test_a_page_compares_sides() -> None:
-    text, agree = _page(_cell(OURS, estimated=2**31, parts=dict.fromkeys(PARTS, 1 / 6)), _cell(TRL))
+    text, agree = _page(_cell(OURS, parts=dict.fromkeys(PARTS, 1 / 6)), _cell(TRL))
     assert agree
     assert "2.00x" in text
     assert "DISAGREE" not in text
-    assert "missed" not in text
 
 
 def test_losses_that_differ_cannot_be_missed() -> None:
@@ -108,13 +104,10 @@ def test_losses_that_differ_cannot_be_missed() -> None:
     assert _page(_cell(OURS), _cell(TRL, losses=[0.7, 0.6, 0.5, 9.0]))[1], "later steps are not compared"
 
 
-def test_a_page_says_what_was_not_measured_and_what_is_estimated_badly() -> None:
-    text, agree = _page(
-        _cell(OURS, estimated=2**32), _cell(TRL, reason="out of memory: CUDA"), failed=("m: ended",)
-    )
+def test_a_page_says_what_was_not_measured() -> None:
+    text, agree = _page(_cell(OURS), _cell(TRL, reason="out of memory: CUDA"), failed=("m: ended",))
     assert agree
     assert "not measured: out of memory: CUDA" in text
-    assert "2.00: missed" in text
     assert "**FAILED: m: ended**" in text
 
 

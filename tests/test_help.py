@@ -47,7 +47,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "data inspect": ("--config", "--help-all", "--samples", "--no-leaks", "--strict"),
     "data split": ("--shares", "--no-near-identical"),
     "data fetch": ("pope", "amber", "--check"),
-    "estimate-memory": ("--config", "--help-all", "--tokens", "memory"),
+    "estimate-memory": ("--config", "--help-all", "--tokens", "--measure", "memory"),
     "score": ("pope", "amber", "jsonl"),
     "score pope": ("answers", "--labels", "--write-official"),
     "score amber": ("--annotations", "--only"),

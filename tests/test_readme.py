@@ -178,7 +178,13 @@ RUN_BY: dict[str, str] = {
         "tests/commands/test_monitor.py"
     ),
     "vlm-calibration data inspect --config data/gqa --data-root DIR": "tests/data/test_gqa.py",
-    "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b --config trainer/ddp": "tests/commands/test_estimate_memory.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b",
+            "vlm-calibration estimate-memory --measure --config dpo --config model/qwen2_5_vl_7b",
+        ),
+        "tests/commands/test_estimate_memory.py",
+    ),
     **dict.fromkeys(
         (
             "vlm-calibration test --config eval/pope --config system/endpoint --url http://127.0.0.1:8000/v1 --served-model NAME",

@@ -30,8 +30,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from vlm_calibration.files import first_line
-from vlm_calibration.progress import working
-from vlm_calibration.progress.terminal import is_terminal
+from vlm_calibration.progress import is_terminal, working
 from vlm_calibration.records import DataError
 
 CONNECT_SECONDS = 5

@@ -22,7 +22,7 @@ import yaml
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.regions import BEGUN, SHARDS
 from vlm_calibration.cli import main
-from vlm_calibration.commands.lightning_cli import parsed
+from vlm_calibration.commands.lightning_cli import parse
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import hold, release, write_json
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
@@ -377,6 +377,6 @@ def test_a_killed_training_goes_on_by_the_command_of_the_list_and_its_progress_t
     assert "\x1b" not in ended.err
     done = _one(tmp_path)
     assert done.state == "finished"
-    following = parsed("fit", shlex.split(done.command)[2:])
+    following = parse("fit", shlex.split(done.command)[2:]).config.fit
     assert following.model.init_args.adapter == str(tmp_path / "run")
     assert following.trainer.default_root_dir == str(tmp_path / "dpo")

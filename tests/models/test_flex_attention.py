@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from vlm_calibration.callbacks.peak_memory import LiveBytes
 from vlm_calibration.models import loading, suffix_masks
-from vlm_calibration.models.fake_tensors import LiveBytes
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel, load_base, load_for_training, use_in_language_model
 from vlm_calibration.models.shared_prefix import Prompts, score_responses, why_not_shared

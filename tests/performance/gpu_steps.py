@@ -1,4 +1,4 @@
-"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, shares of time, memory against its estimate, answers.
+"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, shares of time, memory, answers.
 
 `python -m tests.performance.gpu_steps MODEL` runs in a process of its own and prints one JSON object a line, a `Cell`. The model is loaded once; every
 side adds its adapter to it and takes it away again.
@@ -31,19 +31,16 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tests.models.steps import allocated
 from tests.performance.gpu_models import REAL, TINY, write_random
-from tests.performance.preference import BATCH, BETA, LORA, LR, OurStep, Task, make_samples, rows_of
+from tests.performance.preference import BATCH, BETA, LR, OurStep, Task, make_samples, rows_of
 from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.models.activations import RESPONSE_TOKENS, TrainingStep
-from vlm_calibration.models.answer_memory import AnsweringStep
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import frozen_vision, output_head, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_for_training
-from vlm_calibration.models.memory import estimate_answering, estimate_memory
-from vlm_calibration.models.shared_prefix import Prompts, pack, score_responses
+from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -77,8 +74,7 @@ class Cell:
         collating: of each measured step.
         losses: of all steps, warm-up first.
         peak: bytes allocated at the peak.
-        estimated: bytes by `estimate-memory`; 0 for other sides.
-        rows: longest row of a step in tokens.
+        rows: longest prompt of the answers in tokens.
         parts: part of `PARTS` -> share of the time of a step.
     """
 
@@ -91,7 +87,6 @@ class Cell:
     collating: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak: int = 0
-    estimated: int = 0
     rows: int = 0
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -177,7 +172,6 @@ class Bench:
                     break
             cell.peak = self._peak(lambda: step(0), side)
             if cell.side == OURS:
-                self._estimate(cell, side, task)
                 cell.parts = Shares(self, side).measure(self.samples[:BATCH])
 
     def _side(self, side: str, task: Task, model: Any) -> tuple[Callable[[int], tuple[float, float]], Any]:
@@ -226,36 +220,8 @@ class Bench:
             run()
             cell.seconds.append(self._now() - start)
         cell.peak = self._peak(run, None)
-        step = AnsweringStep(
-            ANSWERED, cell.rows, NEW_TOKENS, self._image_tokens(batch.inputs["input_ids"]), autocast=BF16
-        )
-        cell.estimated = estimate_answering(self.base, step, training=True).total
 
     # --- Memory ---------------------------------------------------------------------------------------------------
-
-    def _estimate(self, cell: Cell, ours: OurStep, task: Task) -> None:
-        """What `estimate-memory` says of the longest batch that was measured."""
-        batch = ours.collate(self.samples[:BATCH]).to(self.device)
-        ids = batch.inputs["input_ids"]
-        cell.rows = ids.shape[1]
-        if task.rejected:
-            _, comparison = ours.module.compare(batch)
-            responses = [[c.tokens for c in row] for row in comparison.compared]
-            cell.rows = pack(Prompts(batch.inputs, batch.lengths), responses).segment.shape[1]
-        step = TrainingStep(
-            BATCH,
-            cell.rows - task.rejected * RESPONSE_TOKENS,  # of the row, with responses as short as these are
-            self._image_tokens(ids),
-            responses=1 + task.rejected,
-            checkpointing=not self.tiny,
-            autocast=BF16,
-        )
-        cell.estimated = estimate_memory(self.base, LORA, step).total
-
-    def _image_tokens(self, ids: torch.Tensor) -> int:
-        config = self.model.config
-        image = getattr(config, "image_token_id", None) or config.image_token_index
-        return int((ids == image).sum(1).max())
 
     def _peak(self, run: Callable[[], Any], side: Any) -> int:
         """Bytes at the peak: on a GPU of the steps since the last reset, on a CPU of one more."""

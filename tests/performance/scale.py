@@ -18,18 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tests.models.published import MODELS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vlm_calibration.models.activations import TrainingStep
 from vlm_calibration.models.adapters import LoraSettings
-from vlm_calibration.models.answer_memory import AnsweringStep
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.models.fake_tensors import FakeModules
-from vlm_calibration.models.image_tokens import image_tokens, patches_per_token
 from vlm_calibration.models.loading import empty_vlm
-from vlm_calibration.models.memory import estimate_answering, estimate_memory
 from vlm_calibration.models.parts import layer_parts
-from vlm_calibration.models.vision_memory import TOWERS
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -97,12 +93,14 @@ def flop_counter() -> FlopCounterMode:
 
 def tower_flops(model: Any, grid: tuple[int, int]) -> int:
     """FLOPs of the vision tower of a Qwen model for one image of so many rows and columns of patches, counted on fake tensors."""
-    tower = next(m for name, m in model.named_modules() if name.rpartition(".")[-1] in TOWERS)
-    fakes = FakeModules([tower])
-    values = image_tokens(model.config).patch_values
-    pixels = fakes.tensor(grid[0] * grid[1], values, dtype=next(tower.parameters()).dtype)
+    tower, vision = model.model.visual, model.config.vision_config
+    values = 3 * vision.patch_size**2 * vision.temporal_patch_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        states = (*tower.named_parameters(), *tower.named_buffers())
+        fakes = {name: torch.empty(state.shape, dtype=state.dtype) for name, state in states}
+        pixels = torch.empty(grid[0] * grid[1], values, dtype=next(tower.parameters()).dtype)
     with torch.no_grad(), flop_counter() as counter:
-        tower(pixels, grid_thw=torch.tensor([[1, *grid]]))
+        functional_call(tower, fakes, (pixels,), {"grid_thw": torch.tensor([[1, *grid]])})
     return counter.get_total_flops()
 
 
@@ -119,8 +117,8 @@ class Assumptions:
         bandwidth: bytes/s of a GPU's memory.
         read: share of it that the generation of answers reaches.
         link: bytes/s with which a GPU exchanges gradients.
-        memory: bytes of a GPU.
         price: of an hour of one GPU.
+        batch: queries of a step on one GPU.
         text: tokens of prompt and chat template beside the image.
         response: tokens of an answer with its confidence.
         candidates: confidences that are compared after an own answer, and tokens of each further one.
@@ -132,8 +130,8 @@ class Assumptions:
     bandwidth: float = 3.35e12
     read: float = 0.5
     link: float = 50e9
-    memory: float = 80 * 2**30
     price: float = 2.5
+    batch: int = 16
     text: int = 100
     response: int = 16
     candidates: tuple[int, int] = (11, 3)
@@ -191,43 +189,17 @@ def workload(folder: str, own: bool, assume: Assumptions, lora: LoraSettings = L
     base = BaseModel(folder, dtype="bfloat16")
     decoder = decoder_of(empty_vlm(base), lora)
     model = empty_vlm(base).to(BF16)
-    image = image_tokens(model.config)
-    side = 64
-    vision = tower_flops(model, (side, side)) / (side**2 / patches_per_token(model.config))
+    side, config = 64, model.config.vision_config
+    vision = tower_flops(model, (side, side)) / (side // config.spatial_merge_size) ** 2
     return Workload(
         decoder,
         vision,
-        image.pixels,
+        (config.patch_size * config.spatial_merge_size) ** 2,
         2.0 * (decoder.weights + decoder.head),
         4.0 * decoder.adapters,
         own,
         assume,
     )
-
-
-def fitting_batch(folder: str, own: bool, assume: Assumptions, largest: int = 16) -> int:
-    """The largest batch, a power of 2, that fits by `estimate-memory` with the largest image and gradient checkpointing; 0: none."""
-    base = BaseModel(folder, dtype="bfloat16")
-    image = round(assume.pixels[1] / image_tokens(empty_vlm(base).config).pixels)
-    prompt = image + assume.text
-    candidates, length = assume.candidates
-    batch = largest
-    while batch:
-        responses = candidates if own else 1
-        step = TrainingStep(batch, prompt + assume.response, image, responses, checkpointing=True)
-        total = estimate_memory(base, LoraSettings(), step, reference=own).total
-        if own:
-            scored = assume.response + candidates * length
-            answering = AnsweringStep(
-                batch, prompt, assume.response, image, scored_tokens=scored, autocast=BF16
-            )
-            answers = estimate_answering(base, answering, lora=LoraSettings(), adapters=2, training=True)
-            total = max(total, answers.total)
-        # The CUDA context takes 0.75 GiB, and the allocator loses 5% of the rest.
-        if total <= 0.95 * (assume.memory - 0.75 * 2**30):
-            break
-        batch //= 2
-    return batch
 
 
 # --- Many GPUs ------------------------------------------------------------------------------------------------------
@@ -296,15 +268,12 @@ def rows(folder: str, args: argparse.Namespace, assume: Assumptions) -> list[str
     mean = round(sum(assume.pixels) / 2)
     for stage, own in (("1", False), ("2", True)):
         work = workload(folder, own, assume)
-        batch = fitting_batch(folder, own, assume)
-        if not batch:
-            raise SystemExit(f"stage {stage}: not even one query fits on a GPU")
         flops = sum(work.flops(round(mean / work.pixels_per_token)).values())
         for gpus in args.gpus:
-            forecast = simulate(work, args.queries, gpus, batch)
+            forecast = simulate(work, args.queries, gpus, assume.batch)
             totals[gpus] += forecast.hours
             rate = args.queries / forecast.hours / 3600
-            cells = [stage, f"{flops / 1e15:.3f}", str(batch), str(gpus), f"{rate:.1f}"]
+            cells = [stage, f"{flops / 1e15:.3f}", str(assume.batch), str(gpus), f"{rate:.1f}"]
             lines.append(_line([*cells, *_cost(forecast.hours, gpus, assume), f"{forecast.efficiency:.0%}"]))
     for gpus, hours in totals.items():
         lines.append(_line(["both", "", "", str(gpus), "", *_cost(hours, gpus, assume), ""]))

@@ -5,16 +5,19 @@ A visitor's data are kept in `gr.State` only, which is separate for every visit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+import pandas as pd
 
 from vlm_calibration.app import view
 from vlm_calibration.app.subject import (
     DRAWN,
+    EDITOR_SIDE,
     MAX_UPLOAD,
     WHOLE,
     KeyObjectFinder,
@@ -22,34 +25,24 @@ from vlm_calibration.app.subject import (
     asked_about,
     choices,
     demo_subject,
+    for_editor,
     key_object,
+    painted,
     uploaded_subject,
 )
-from vlm_calibration.app.widgets import (
-    SIDE,
-    kind_choice,
-    marker,
-    object_choice,
-    question_choice,
-    scene_strip,
-    upload_errors,
-)
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.questions import FORMS, known_question, question_about
-from vlm_calibration.inference.asking import BASE, Asker
+from vlm_calibration.inference.asking import Asker
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
-LATEST = {**QUIET, "trigger_mode": "always_last"}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
+LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 # Events that redraw the same part wait in one queue, so that the last event has the last word.
-PICTURE, ANSWERS, CURVE = (
-    {"concurrency_id": name, "concurrency_limit": 1} for name in ("picture", "answers", "curve")
-)
-_LEGEND = '<p class="legend">Stated: the confidence in the answer. Expected: the mean of all confidences that might have been stated.</p>'
+ANSWERS, CURVE = ({"concurrency_id": name, "concurrency_limit": 1} for name in ("answers", "curve"))
 
 
 class PageHandlers:
@@ -69,234 +62,215 @@ class PageHandlers:
         self.report = report
 
     def begin(self, subject: Subject) -> list[Any]:
-        """New values of subject, picture to paint on, question, key object, strength and the closed solution."""
+        """New values of subject, picture to paint on, question, key object and strength."""
         options = choices(subject, self.finder)
         default = options[0] if subject.objects else WHOLE
         chosen = asked_about(subject, subject.question) or default
-        picture = gr.HTML(value="", image=view.data_url(subject.image, SIDE))
+        picture = for_editor(subject.image)
+        editor = {"background": picture, "layers": [], "composite": picture}
         question = subject.question or gr.skip()
-        solution = gr.Accordion(open=False, visible=bool(subject.corners))
-        return [subject, picture, question, gr.Dropdown(choices=options, value=chosen), 0, solution]
+        return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0]
 
-    def begin_scene(self, event: gr.EventData) -> list[Any]:
-        """As `begin` for a scene of the demo; also clears the error message."""
-        return [*self.begin(demo_subject(int(event.index) % SCENES)), ""]
+    def begin_scene(self, event: gr.SelectData) -> list[Any]:
+        """As `begin` for a scene of the demo."""
+        return self.begin(demo_subject(int(event.index) % SCENES))
 
     def begin_upload(self, path: str) -> list[Any]:
-        """As `begin` for an uploaded image, which is then deleted; or show an error message."""
+        """As `begin` for an uploaded image, which is then deleted; or an error message."""
         try:
-            return [*self.begin(uploaded_subject(path)), ""]
+            return self.begin(uploaded_subject(path))
         except DataError as error:
-            return [*[gr.skip()] * 6, view.notice(str(error), "problem")]
+            raise gr.Error(escape(str(error)), print_exception=False) from error
         finally:
             Path(path).unlink(missing_ok=True)
 
     def name_object(self, subject: Subject, question: str) -> Any:
-        """Select the key object that a question is about, if that is known."""
+        """The key object that a question is about, if that is known."""
         return asked_about(subject, question) or gr.skip()
 
-    def compose(self, subject: Subject, question: str, form: str | None, word: str | None) -> list[Any]:
-        """Question and key object of a chosen form and word; what does not fit the other gets the first that does.
-
-        Gradio also reports a choice when the focus leaves a dropdown; then nothing has changed, and a typed question stays.
-        """
-        if (form, word) == (None, None) or known_question(question) == (form, word):
-            return [gr.skip(), gr.skip()]
-        form = form or next(form for form, words in FORMS.items() if word in words)
-        composed = question_about(form, word if word in FORMS[form] else FORMS[form][0])
-        return [composed, self.name_object(subject, composed)]
-
-    def recognise(self, question: str) -> list[Any]:
-        """Select form and word of a question; neither if the demo model does not know the question."""
-        known = known_question(question)
-        if known is None:
-            return [None, None]
-        return [known.form, gr.Dropdown(choices=list(FORMS[known.form]), value=known.word)]
-
-    def solve(self, subject: Subject, question: str) -> str:
-        """Show the right answer."""
-        return view.solution(question, subject.corners)
+    def choose_painted(self, subject: Subject, editor: Mapping[str, Any] | None) -> Any:
+        """What is painted becomes the key object. Gradio also reports a new image, on which nothing is."""
+        return gr.skip() if painted(editor, subject.image.shape) is None else DRAWN
 
     def _samples(
         self,
         subject: Subject,
         choice: str,
-        marks: str,
+        editor: Mapping[str, Any] | None,
         question: str,
         kind: str,
         strengths: Sequence[float],
     ) -> list[Sample]:
-        untouched = not any(strengths)
-        mask = None if untouched else key_object(subject, choice, marks, question, self.finder)
+        mask = None
+        if any(strengths):
+            drawn = painted(editor, subject.image.shape)
+            mask = key_object(subject, choice, drawn, question, self.finder)
         return [
             self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(kind, strength))
             for strength in strengths
         ]
 
-    def see(self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float) -> str:
-        """Show the image as the models see it."""
+    def answer(
+        self,
+        subject: Subject,
+        choice: str,
+        editor: Mapping[str, Any] | None,
+        question: str,
+        kind: str,
+        percent: float,
+    ) -> tuple[np.ndarray | None, list[list[str]], str]:
+        """The image as the models see it, the rows of their answers, and a message."""
         try:
             # The perturbation does not depend on the question.
-            [sample] = self._samples(subject, choice, marks, question or "?", kind, [percent / 100])
+            [sample] = self._samples(subject, choice, editor, question or "?", kind, [percent / 100])
+            seen = _enlarged(self.model.seen(sample))
         except DataError as error:
-            return view.notice(str(error))
-        what = f"{percent:.0f}% {view.kind_in_words(kind)} on {choice}" if percent else "the image untouched"
-        return view.picture(self.model.seen(sample), f"What the models see: {what}")
-
-    def answer(
-        self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
-    ) -> str:
-        """Show each system's answer, or what the demo model does not know in the question."""
-        if unknown := self.model.unknown_part(question):
-            return view.notice(view.sentence(unknown), "problem")
+            return None, [], view.plain(str(error))
         try:
-            samples = self._samples(subject, choice, marks, question, kind, [percent / 100])
+            if unknown := self.model.unknown_part(question):
+                raise DataError(unknown)
+            samples = self._samples(subject, choice, editor, question, kind, [percent / 100])
             by_system = self.model.answers(samples, self.model.systems)
         except DataError as error:
-            return view.notice(str(error), "problem")
-        panels = "".join(view.answer_panel(system, answers[0]) for system, answers in by_system.items())
-        hint = (
-            ""
-            if tuple(by_system) != (BASE,)
-            else view.notice("This is the base model alone: `make train-sft` trains an adapter.")
-        )
-        return f'<div class="answers" data-kind="{escape(kind)}" data-strength="{percent:.0f}">{panels}</div>{_LEGEND}{hint}'
+            return seen, [], view.plain(str(error))
+        answers = {system: answers[0] for system, answers in by_system.items()}
+        notes = [view.plain(a.rule.guarantee) for a in answers.values() if a.rule is not None]
+        if len(answers) == 1 and self.model.is_demo:
+            notes.append("This is the base model alone: `make train-sft` trains an adapter.")
+        return seen, view.answer_rows(answers), "\n\n".join(notes)
 
     def curve(
-        self, subject: Subject, choice: str, marks: str, question: str, kind: str, percent: float
-    ) -> tuple[Any, str]:
-        """Each system's answers at all strengths of a kind, as data for `mark` and as a figure."""
+        self, subject: Subject, choice: str, editor: Mapping[str, Any] | None, question: str, kind: str
+    ) -> Any:
+        """Each system's confidence at all strengths of a kind; None without answers."""
         if self.model.unknown_part(question):
-            return None, view.notice("There is no answer to draw.")
+            return None
         strengths = LinearLevels().strengths()
         try:
-            samples = self._samples(subject, choice, marks, question, kind, strengths)
+            samples = self._samples(subject, choice, editor, question, kind, strengths)
             curves = self.model.answers(samples, self.model.systems)
-        except DataError as error:
-            return None, view.notice(str(error))
-        return (curves, strengths, kind), view.response_curve(curves, strengths, kind, percent / 100)
-
-    def mark(self, curve: Any, percent: float) -> Any:
-        """Redraw the curve with another strength marked."""
-        if curve is None:
-            return gr.skip()
-        curves, strengths, kind = curve
-        return view.response_curve(curves, strengths, kind, percent / 100)
+        except DataError:
+            return None  # `answer` says why, or the image is untouched and nothing is painted yet
+        return pd.DataFrame(view.curve_points(curves, strengths))
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
         if self.report is None or not self.report.is_file():
             where = "" if self.report is None else f" There is none at {self.report}."
-            return view.notice(
-                f"No report yet: `make demo` ends with one, and `vlm-calibration report` writes one for any run.{where}"
+            return escape(
+                f"No report yet: make demo ends with one, and vlm-calibration report writes one for any run.{where}"
             )
         # A link to "#made" alone would lead to the address of this page. Texts in the report cannot hold a plain quotation mark.
         text = self.report.read_text(encoding="utf-8").replace('href="#', 'href="about:srcdoc#')
         content = escape(text, quote=True)
-        return f'<iframe class="report" title="Report" sandbox="allow-scripts" srcdoc="{content}"></iframe>'
+        return (
+            '<iframe title="Report" sandbox="allow-scripts" style="width: 100%; height: 85vh; border: 0" '
+            f'srcdoc="{content}"></iframe>'
+        )
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    """A small image, uint8 [H, W, 3], with each pixel repeated, since the browser would show it at its own size."""
+    factor = max(1, EDITOR_SIDE // max(image.shape[:2]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
     """Build the page; `serve` launches it."""
+    name = handlers.model.name.replace(str(DEMO_MODEL), "the demo's model").replace(f"{Path.cwd()}/", "")
     with gr.Blocks(
         title="vlm-calibration", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as page:
-        gr.HTML(
-            "<h1>How sure is it?</h1><p>Perturb the object that a question is about, and see which model's confidence "
-            f"falls.</p><p>Model: <code>{escape(_short_name(handlers.model.name))}</code></p>"
+        gr.Markdown(
+            "# How sure is it?\nPerturb the object that a question is about, and see which model's confidence falls. "
+            f"Model: {view.plain(name)}"
         )
-        with gr.Tab("Ask", elem_id="ask-tab"):
+        with gr.Tab("Ask"):
             _ask_tab(page, handlers)
-        with gr.Tab("Report", elem_id="report-tab") as tab:
+        with gr.Tab("Report") as tab:
             report = gr.HTML()
         tab.select(handlers.show_report, None, report, **QUIET)
     return page
 
 
-def _short_name(name: str) -> str:
-    """A model's name with paths relative to the current folder."""
-    return name.replace(str(DEMO_MODEL), "the demo's model").replace(f"{Path.cwd()}/", "")
-
-
 def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
-    first = demo_subject(0)
-    subject = gr.State(first, time_to_live=3600)
-    curves = gr.State(None, time_to_live=3600)
+    scenes = [demo_subject(i) for i in range(SCENES)]
+    subject = gr.State(scenes[0], time_to_live=3600)
     with gr.Row():
         with gr.Column(min_width=320):
-            scenes = scene_strip([demo_subject(i) for i in range(SCENES)])
+            gallery = gr.Gallery(
+                [(for_editor(s.image), ", ".join(s.objects)) for s in scenes],
+                label="Scenes of the demo",
+                columns=SCENES // 2,
+                height=220,
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
+                elem_id="scenes",
+            )
             upload = gr.UploadButton(
                 f"or upload an image (up to {MAX_UPLOAD >> 20} MB)",
                 file_types=["image"],
                 size="sm",
                 elem_id="upload",
             )
-            problem = upload_errors(MAX_UPLOAD)
-            with gr.Row(elem_id="pictures"):
-                picture = marker()
-                seen = gr.HTML(elem_id="seen")
-            with gr.Row(elem_id="perturbation"):
-                kind = kind_choice(KIND_NAMES)
-                strength = gr.Slider(
-                    0,
-                    100,
-                    0,
-                    step=5,
-                    label="Strength on the key object (%)",
-                    elem_id="strength",
-                    min_width=220,
-                    scale=3,
-                )
-            choice = object_choice()
-            if handlers.model.is_demo:
-                with gr.Accordion("What the demo model knows", open=False, elem_id="known"):
-                    gr.HTML(view.known_to_demo())
-                with gr.Row():
-                    form, word = question_choice()
+            picture = gr.ImageEditor(
+                label="Image: paint over the key object",
+                sources=(),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed"),
+                format="png",
+                buttons=[],
+                elem_id="picture",
+            )
+            with gr.Row():
+                kinds = [(view.kind_in_words(kind), kind) for kind in KIND_NAMES]
+                kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation", elem_id="kind")
+                # An event just before a new image arrives still names an object of the old one; `key_object` checks the value.
+                choice = gr.Dropdown(label="Key object", allow_custom_value=True, elem_id="object")
+            strength = gr.Slider(
+                0, 100, 0, step=5, label="Strength on the key object (%)", elem_id="strength"
+            )
             question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
-            answers = gr.HTML(elem_id="answers")
-            with gr.Accordion("The right answer", open=False, elem_id="solution") as solution:
-                solved = gr.HTML()
-            gr.HTML("<h2>Confidence at every strength</h2>")
-            curve = gr.HTML(elem_id="curve")
+            seen = gr.Image(
+                label="What the models see", interactive=False, format="png", buttons=[], elem_id="seen"
+            )
+            message = gr.Markdown(elem_id="message")
+            answers = gr.Dataframe(
+                headers=list(view.COLUMNS),
+                datatype="str",
+                label="Answers",
+                interactive=False,
+                wrap=True,
+                elem_id="answers",
+            )
+            curve = gr.LinePlot(
+                x="strength",
+                y="confidence",
+                color="line",
+                label="Confidence at every strength (%)",
+                y_lim=[0, 100],
+                height=280,
+                elem_id="curve",
+            )
 
-    inputs = [subject, choice, picture, question, kind, strength]
-    begun = [subject, picture, question, choice, strength, solution]
+    inputs = [subject, choice, picture, question, kind]
+    outputs = [seen, answers, message]
+    begun = [subject, picture, question, choice, strength]
 
     def update(event: Any) -> None:
-        """Update image, answers and curve after an event."""
-        event.then(handlers.see, inputs, seen, **QUIET, **PICTURE).then(
-            handlers.answer, inputs, answers, api_visibility="private", **ANSWERS
-        ).then(handlers.curve, inputs, [curves, curve], api_visibility="private", **CURVE).then(
-            # The strength may have changed since.
-            handlers.mark,
-            [curves, strength],
-            curve,
-            **QUIET,
-            **CURVE,
+        """Redraw image, answers and curve after an event."""
+        event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS).then(
+            handlers.curve, inputs, curve, **PRIVATE, **CURVE
         )
 
     update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
-    update(scenes.select(handlers.begin_scene, None, [*begun, problem], **QUIET))
-    update(upload.upload(handlers.begin_upload, upload, [*begun, problem], **QUIET))
-    update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: "", None, problem, **QUIET))
-    update(picture.input(lambda: DRAWN, None, choice, **LATEST))
-    if handlers.model.is_demo:
-        question.change(handlers.recognise, question, [form, word], **LATEST)
-        composed = gr.on(
-            [form.input, word.input],
-            handlers.compose,
-            [subject, question, form, word],
-            [question, choice],
-            **LATEST,
-        )
-        update(composed.then(lambda: "", None, problem, **QUIET))
-    # In the browser, since the server's reply could close what the visitor has opened since.
-    question.change(None, None, solution, js="() => ({ __type__: 'update', open: false })", **QUIET)
-    solution.expand(handlers.solve, [subject, question], solved, **QUIET)
+    update(gallery.select(handlers.begin_scene, None, begun, **QUIET))
+    update(upload.upload(handlers.begin_upload, upload, begun, **QUIET))
+    update(gr.on([ask.click, question.submit, choice.input, kind.input], lambda: None, None, None, **QUIET))
+    picture.input(handlers.choose_painted, [subject, picture], choice, **LATEST)
     question.input(handlers.name_object, [subject, question], choice, **LATEST)
-    strength.input(handlers.see, inputs, seen, **LATEST, **PICTURE)
-    strength.input(handlers.answer, inputs, answers, **LATEST, **ANSWERS)
-    strength.input(handlers.mark, [curves, strength], curve, **LATEST, **CURVE)
+    strength.input(handlers.answer, [*inputs, strength], outputs, **LATEST, **ANSWERS)

@@ -1,11 +1,9 @@
-"""Serves the page to this machine only: Gradio's settings, the loopback address, the upload limit."""
+"""Serves the page to this machine only: Gradio's settings, the loopback address, allowed host names, the upload limit."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +16,10 @@ if TYPE_CHECKING:
     from vlm_calibration.inference.asking import Asker
 
 HOST = "127.0.0.1"
-_TAB_LEAVES_LISTS = """() => document.addEventListener('keydown', (event) => {
-  if (event.key !== 'Tab' || !event.target.matches('[role=combobox]')) return;
-  event.stopPropagation();
-  document.querySelectorAll('[role=listbox]').forEach((list) => { list.tabIndex = -1; });
-}, true)"""
-"""Tab goes from a dropdown to the next control and closes its list. Gradio would open the list again after the focus has left, and
-Chromium would focus a list that scrolls, which disappears and takes the focus with it."""
-
-
-@contextmanager
-def _gradio_environment() -> Iterator[None]:
-    """Disable Gradio telemetry; delete temporary files on exit. Gradio reads these settings when it is imported."""
-    with tempfile.TemporaryDirectory(prefix="vlm-calibration-") as folder:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
-        yield
+POLICY = (
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
+)
+"""Browsers load nothing from elsewhere. Gradio's pages use inline scripts and styles."""
 
 
 def serve(model: Asker, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
@@ -47,7 +34,9 @@ def serve(model: Asker, finder: KeyObjectFinder | None, report: Path, port: int)
     Raises:
         DataError: the port is in use.
     """
-    with _gradio_environment():
+    # Disable Gradio telemetry; delete temporary files on exit. Gradio reads these settings when it is imported.
+    with tempfile.TemporaryDirectory(prefix="vlm-calibration-") as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
         from vlm_calibration.app.page import PageHandlers
 
         try:
@@ -62,20 +51,10 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
     """Build the page, and the arguments of its `launch`."""
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from vlm_calibration.app.page import build_page
-    from vlm_calibration.app.upload_limit import Guard
 
-    theme = gr.themes.Base(
-        primary_hue="blue",
-        # System fonts: others would be downloaded.
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    ).set(
-        # White text has a contrast of 3.7 on Gradio's own shade, and of 5.2 on this one.
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-    )
     settings = {
         "server_name": HOST,
         "server_port": port,
@@ -87,11 +66,34 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
         "enable_monitoring": False,
         "footer_links": [],
         "max_file_size": MAX_UPLOAD,
-        "theme": theme,
-        "js": _TAB_LEAVES_LISTS,
-        "css": Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        # System fonts: others would be downloaded.
+        "theme": gr.themes.Base(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
+        ),
         "app_kwargs": {
-            "middleware": [Middleware(Guard, hosts=(HOST, "localhost"), max_body=MAX_UPLOAD + (1 << 20))]
+            "middleware": [
+                # Against DNS rebinding.
+                Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
+                Middleware(SecurityPolicy),
+            ]
         },
     }
     return build_page(handlers), settings
+
+
+class SecurityPolicy:
+    """ASGI middleware that adds `POLICY` to responses without a policy of their own."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", []))
+                if b"content-security-policy" not in {name.lower() for name, _ in headers}:
+                    headers.append((b"content-security-policy", POLICY))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)

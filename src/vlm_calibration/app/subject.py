@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ import torch
 from vlm_calibration.demo.questions import right_answer, scene_queries, scene_seed
 from vlm_calibration.demo.scenes import CORNERS, render_scene
 from vlm_calibration.inference.pixels import pixels_of
-from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
+from vlm_calibration.perturbation.images import resize_image, resize_mask
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
@@ -28,9 +27,8 @@ MAX_PIXELS = 50_000_000
 """Most pixels of an uploaded image; photographs have 12 to 48 million."""
 MAX_SIDE = 2048
 """Uploaded images are shrunk to this longer side; no model here has a higher resolution."""
-MAX_MARKS = 2_000_000
-"""Most characters of a painted mask as a data URL."""
-_MARKS = "data:image/png;base64,"
+EDITOR_SIDE = 480
+"""Pixels of the longer side of the picture to paint on."""
 
 
 @dataclass
@@ -85,25 +83,21 @@ def asked_about(subject: Subject, question: str) -> str | None:
     return answer if answer in subject.objects else named_in(question, list(subject.objects))
 
 
-def painted(marks: str, shape: Sequence[int]) -> np.ndarray | None:
-    """Decode a painted mask, bool [H, W]; None if nothing is painted.
+def for_editor(image: np.ndarray) -> np.ndarray:
+    """The image at a size to paint on: the longer side is `EDITOR_SIDE` pixels."""
+    height, width = (max(1, round(n * EDITOR_SIDE / max(image.shape[:2]))) for n in image.shape[:2])
+    return resize_image(image, (height, width))
+
+
+def painted(editor: Mapping[str, Any] | None, shape: Sequence[int]) -> np.ndarray | None:
+    """The painted mask, bool [H, W]; None if nothing is painted.
 
     Args:
-        marks: a PNG as a data URL, black where painted and transparent elsewhere; empty if nothing is painted.
+        editor: value of `gr.ImageEditor`, whose `layers` are uint8 [H', W', 4], transparent where nothing is painted.
         shape: shape of the image.
-
-    Raises:
-        DataError: `marks` is not such a PNG.
     """
-    if not marks:
-        return None
-    if not marks.startswith(_MARKS) or len(marks) > MAX_MARKS:
-        raise DataError("the painted mask is not a PNG, or is too large")
-    try:
-        paint = load_image(base64.b64decode(marks[len(_MARKS) :], validate=True), max_pixels=4_000_000)
-    except (ValueError, binascii.Error) as error:
-        raise DataError("the painted mask cannot be read") from error
-    mask = paint[..., 0] < 128
+    layers = [layer[..., 3] > 0 for layer in (editor or {}).get("layers") or ()]
+    mask = np.logical_or.reduce(layers) if layers else np.zeros(1, bool)
     return resize_mask(mask, (shape[0], shape[1])) if mask.any() else None
 
 
@@ -152,9 +146,16 @@ def choices(subject: Subject, finder: KeyObjectFinder | None) -> list[str]:
 
 
 def key_object(
-    subject: Subject, choice: str, marks: str, question: str, finder: KeyObjectFinder | None
+    subject: Subject, choice: str, drawn: np.ndarray | None, question: str, finder: KeyObjectFinder | None
 ) -> np.ndarray:
     """The mask of the key object, bool [H, W].
+
+    Args:
+        subject: the image.
+        choice: one of `choices`.
+        drawn: the painted mask, bool [H, W]; None if nothing is painted.
+        question: the question, for a detector.
+        finder: the detector; None: there is none.
 
     Raises:
         DataError: the key object is unknown; the message tells what to do.
@@ -170,7 +171,6 @@ def key_object(
                 "The detector finds no object of this question: paint over it, or choose the whole image."
             )
         return mask
-    mask = painted(marks, subject.image.shape)
-    if mask is None:
+    if drawn is None:
         raise DataError("Paint over the key object to perturb it.")
-    return mask
+    return drawn

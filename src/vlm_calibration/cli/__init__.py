@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "estimate-memory": (
         "vlm_calibration.commands.estimate_memory:estimate",
-        "GPU memory of every stage, and of training with the usual changes",
+        "GPU memory that stages take, by arithmetic and measured",
     ),
     "completion": (
         "vlm_calibration.cli.completion:completion",

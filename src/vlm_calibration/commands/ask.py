@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.errors import CommandError
-from vlm_calibration.progress import ProgressLine
+from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _answer_all(
     warnings: list[str] = []
     pending = answers.pending(read_questions(questions))
     done = min(total, len(answers.done))
-    with ProgressLine("ask", total, "questions", done=done) as line:
+    with working("ask", total, "questions", done=done) as update:
         while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
             loaded = [(q, _sample(model, q, folder, many.on_bad_image == "skip", skipped)) for q in batch]
             samples = [(question, sample) for question, sample in loaded if sample is not None]
@@ -278,7 +278,7 @@ def _answer_all(
                 ]
                 answers.add([(q, a.to_dict()) for (q, _), a in zip(samples, batch_answers, strict=True)])
             done += len(batch)
-            line.update(done)
+            update(done)
     return skipped, warnings
 
 

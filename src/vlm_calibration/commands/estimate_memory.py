@@ -1,96 +1,105 @@
-"""`vlm-calibration estimate-memory`: the GPU memory that every stage takes, and that of training with the usual changes."""
+"""`vlm-calibration estimate-memory`: the GPU memory of stages by arithmetic, and with `--measure` that of real training steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import ArgumentError
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
 
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
 
 from vlm_calibration.arguments import Forwarded
 from vlm_calibration.commands.trainer import page_of
-from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
+from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, read_config
+from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
-    from vlm_calibration.stages.memory import Plan
+    from rich.table import Table
+
+    from vlm_calibration.commands.memory_rows import Memory
 
 SETTINGS = Forwarded(
     {
-        CONFIG: "a stage (levels, sft, dpo, eval/jsonl, regions, ...) or an overlay such as model/qwen2_5_vl_7b; without a stage: all "
-        "but regions (may be repeated)",
+        CONFIG: "a stage (sft, dpo, levels, eval/jsonl, ...) or an overlay such as model/qwen2_5_vl_7b; without a stage: these four "
+        "(may be repeated)",
         **VARIABLE_OPTIONS,
     },
     lambda: "Every setting of the stages may follow; --help-all lists those of training.",
     partial(page_of, "fit"),
 )
+STAGES = ("sft", "dpo", "levels", "eval/jsonl")
+"""The stages where none is named."""
+TRAINING, ANSWERING = ("SFTModule", "DPOModule"), ("LevelFitModule", "EvaluationModule")
+COLUMNS = ("weights", "gradients", "optimizer", "cache", "activations", "total")
+NOTE = """\
+The tensors at the peak, without the CUDA context and what the allocator loses: leave 0.75 GiB and 5% of the rest free for them.
+Activations of training, which are most of it, are not known without --measure."""
 
 
-def estimate(*settings: Annotated[str, SETTINGS], tokens: PositiveInt | None = None) -> None:
-    """Estimate the GPU memory that stages take with the same settings, and training with the usual changes; needs neither a GPU nor the weights.
+def estimate(
+    *settings: Annotated[str, SETTINGS], tokens: PositiveInt | None = None, measure: bool = False
+) -> None:
+    """Compute the GPU memory of weights, gradients, optimizer states, and keys and values of stages; needs neither a GPU nor the weights.
 
     Args:
-        tokens: length of a prompt with its image and a response (default: data.max_length, or what data.max_pixels leads to)
+        tokens: length of a prompt with its image and a response (default: data.max_length)
+        measure: load the model and run training steps on the longest rows, on the GPU or else the CPU, also with the usual changes
 
     Raises:
-        ArgumentError: a setting is unknown or wrong.
+        ArgumentError: a setting is unknown or wrong, or there are several stages.
         DataError: a setting or a model cannot be used.
     """
-    from vlm_calibration.commands.memory_plan import parse_stages, plan_of
+    configs = [value for option, value in pairwise(settings) if option in ("--config", "-c")]
+    configs += [s.partition("=")[2] for s in settings if s.startswith(("--config=", "-c="))]
+    named = [name for name in configs if "class_path" in (read_config(name).get("model") or {})]
+    if len(named) > 1:
+        raise ArgumentError(None, f"--config: give one stage at a time, found {' and '.join(named)}")
+    from rich.console import Console
 
-    stages = parse_stages(settings)
-    _print_memory(stages, plan_of(stages, tokens))
-
-
-def _print_memory(stages: Mapping[str, Any], plan: Plan) -> None:
-    from vlm_calibration.reporting.memory import choices_table, memory_line, memory_table
-    from vlm_calibration.stages.memory import base_model, stage_of, stage_phases, training_step, usual_choices
+    from vlm_calibration.commands.lightning_cli import parse
+    from vlm_calibration.commands.memory_rows import CONFIGURED, answer_memory, training_rows
 
     console = Console()
-    phases = {name: stage_phases(config, plan) for name, config in stages.items()}
-    models = [base_model(c, plan).name_or_path for c in stages.values() if stage_of(c) != "regions"]
-    console.print(memory_table(phases, models[0] if models else "regions"))
-    for name, of_stage in phases.items():
-        for phase in of_stage:
-            line = f"{name} {phase.name}: {phase.work}; peak: {phase.estimate.phase}"
-            console.print(line, soft_wrap=True, highlight=False)
-    for name in stages:
-        if phases[name][0].name == "training":
-            console.print(choices_table(usual_choices(stages[name], plan), f"{name} training, with"))
-    for note in _notes(stages, plan):
-        console.print(note, highlight=False)
-    training = [name for name in stages if phases[name][0].name == "training"]
-    if len(training) == 1:
-        step = training_step(stages[training[0]], plan.tokens)
-        console.print(
-            f"# {memory_line(phases[training[0]][0].estimate, step)}", soft_wrap=True, highlight=False
-        )
+    for stage in named or STAGES:
+        module = read_config(stage)["model"]["class_path"].rpartition(".")[2]
+        if module not in TRAINING + ANSWERING:
+            raise DataError(f"{stage}: no estimate for {module}, expected {', '.join(TRAINING + ANSWERING)}")
+        arguments = settings if named else ["--config", stage, *settings]
+        cli = parse("fit" if module in TRAINING else "test", arguments)
+        if module in ANSWERING:
+            console.print(_table(stage, {"answers": answer_memory(cli.config.test, tokens)}))
+            continue
+        rows = dict(training_rows(cli, tokens, measure))
+        console.print(_table(stage, rows))
+        memory = rows[CONFIGURED]
+        parts = " + ".join(f"{n} {_gib(getattr(memory, n))}" for n in COLUMNS[:-1] if getattr(memory, n))
+        line = f"# {_count(memory.parameters)} parameters, {_count(memory.trained)} trained: {parts} = {_gib(memory.total)} GiB"
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(NOTE, highlight=False)
 
 
-def _notes(stages: Mapping[str, Any], plan: Plan) -> list[str]:
-    """Where the number of tokens comes from, and what is not covered."""
-    from vlm_calibration.models.image_tokens import image_tokens
-    from vlm_calibration.models.loading import model_config
-    from vlm_calibration.stages.gpu_shares import sharing_of
-    from vlm_calibration.stages.memory import TEXT_TOKENS, base_model, stage_of
+def _table(stage: str, rows: dict[str, Memory]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
 
-    models = [c for c in stages.values() if stage_of(c) != "regions"]
-    notes = []
-    if models:
-        data = models[0].data
-        image = image_tokens(model_config(base_model(models[0], plan)))
-        if plan.tokens:
-            notes.append("Tokens of a prompt with its image and a response: as given by --tokens.")
-        elif image.at_most(data.get("max_pixels")) is not None:
-            notes.append(
-                f"Tokens of a prompt with its image and a response: the largest image and {TEXT_TOKENS} of text, at most "
-                "data.max_length (or --tokens N); in training without data.max_pixels data.max_length."
-            )
-        else:
-            notes.append(
-                "Tokens of a prompt with its image and a response: data.max_length, the longest allowed (or --tokens N). Only "
-                "training refuses longer ones: set data.max_pixels so that answers keep to it as well."
-            )
-    shares = {sharing_of(c.trainer).note for c in models if stage_of(c) in ("sft", "dpo")}
-    return [*notes, *(f"Several GPUs: {note}." for note in sorted(shares) if note)]
+    title = f"{stage} on one GPU, GiB"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    names = [name for name in COLUMNS if any(getattr(row, name) for row in rows.values())]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, row in rows.items():
+        table.add_row(label, *(_gib(getattr(row, name)) for name in names))
+    return table
+
+
+def _gib(size: int | None) -> str:
+    value = (size or 0) / 2**30
+    if not value:
+        return "-"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"

@@ -331,7 +331,7 @@ def _may_exist(checkpoint: str) -> bool:
 
 
 @contextmanager
-def _lightning_errors() -> Iterator[None]:
+def lightning_errors() -> Iterator[None]:
     """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`, which `main` reports.
 
     Of several processes the first to fail reports its error; the others end silently.
@@ -393,7 +393,7 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
     # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv[1:] = args
     quiet_lightning()
-    with _lightning_errors(), _wandb_run():
+    with lightning_errors(), _wandb_run():
         return CalibrationCLI()
 
 
@@ -421,7 +421,7 @@ class ParsedCLI(CalibrationCLI):
         pass
 
 
-def parsed(subcommand: str, args: Sequence[str]) -> Any:
+def parse(subcommand: str, args: Sequence[str]) -> ParsedCLI:
     """Parse the configuration of a subcommand with these settings; nothing is instantiated.
 
     Args:
@@ -429,5 +429,5 @@ def parsed(subcommand: str, args: Sequence[str]) -> Any:
         args: what follows it on the command line.
     """
     sys.argv[1:] = [subcommand, *args]
-    with _lightning_errors():
-        return ParsedCLI().config[subcommand]
+    with lightning_errors():
+        return ParsedCLI()

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.forward import logits_at, unwrap_peft
-from vlm_calibration.models.suffix_masks import BLOCKWISE, FLEX, isolate_suffixes
+from vlm_calibration.models.suffix_masks import FLEX, isolate_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Scoring = Literal["auto", "shared", "plain"]
 Responses = Sequence[Sequence[Sequence[int]]]
 """For each query its candidates, each a sequence of token ids behind the query's prompt."""
 
-ATTENTION = ("eager", "sdpa", *BLOCKWISE)
+ATTENTION = ("eager", "sdpa", FLEX)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 

@@ -16,10 +16,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function
 
 FLEX = "flex_attention"
-FAKE_FLEX = "fake_flex_attention"
-"""Its replacement on fake tensors (`fake_tensors`), with the same masks."""
-BLOCKWISE = (FLEX, FAKE_FLEX)
-"""Values of `attn_implementation` with such masks."""
 
 BLOCK, MOST_BLOCKS = 128, 128
 """Tokens of a block, and blocks of a row at most: in longer rows blocks are larger, so that tables take at most 16 bytes a token."""
@@ -40,7 +36,7 @@ def isolate_suffixes(
         segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
         shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
     """
-    blockwise = module.config._attn_implementation in BLOCKWISE
+    blockwise = module.config._attn_implementation == FLEX
     dtype = kwargs["inputs_embeds"].dtype
 
     def restrict(mask: Any) -> Tensor | BlockMask:

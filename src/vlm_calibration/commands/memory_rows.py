@@ -1,0 +1,216 @@
+"""The memory of a stage by its settings: a row by arithmetic for each choice of settings, and the activations of real training steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+
+from vlm_calibration.callbacks.peak_memory import PeakMemory
+from vlm_calibration.commands.lightning_cli import ParsedCLI, lightning_errors
+from vlm_calibration.data.longest import LongestQueries, longest_queries
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.base import BaseModel, base_of_adapters
+from vlm_calibration.models.loading import model_config
+from vlm_calibration.models.memory import STATE_BYTES, cache_bytes, can_quantise, model_memory
+from vlm_calibration.quiet import quiet_lightning
+
+CONFIGURED = "as configured"
+CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+"""trainer.precision -> the dtype that the Trainer converts all weights to."""
+STEPS = 2
+"""Steps that are measured: in the second, the optimizer has its states."""
+ROOM = 64
+"""Tokens above the measured row's that its other responses may take."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: of the model with its adapters.
+        gradients: of the trained adapter.
+        optimizer: its states.
+        cache: keys and values of a batch of answers at their longest.
+        activations: measured, with all else that a step allocates; None: not measured.
+        parameters: number of parameters, adapters included.
+        trained: number of trained ones.
+    """
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    activations: int | None = None
+    parameters: int = 0
+    trained: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.cache + (self.activations or 0)
+
+
+# --- By arithmetic --------------------------------------------------------------------------------------------------
+
+
+def answer_memory(config: Any, tokens: int | None) -> Memory:
+    """The answers of `levels fit` or of an evaluation, whose systems share one copy of the base model.
+
+    Args:
+        config: the stage's settings, as the parser returns them.
+        tokens: of a prompt; None: `data.max_length`.
+    """
+    adapters = len(config.model.init_args.get("adapters") or {})
+    model = model_memory(_base(config), LoraSettings(), adapters=adapters, training=False)
+    return Memory(model.weights, cache=_cache(config, tokens))
+
+
+def training_memory(config: Any) -> Memory:
+    """The states of training, of which FSDP2 gives each GPU its share. A continued adapter is assumed to be as `model.lora` says."""
+    settings = config.model.init_args
+    model = model_memory(
+        _base(config),
+        LoraSettings(**settings.lora.as_dict()),
+        adapters=1 + (settings.get("reference") == "adapter"),
+        trained=settings.get("parts"),
+        cast=CASTS.get(str(config.trainer.precision)),
+    )
+    optimizer = STATE_BYTES[settings.optimizer.name] * model.trained
+    strategy = config.trainer.strategy
+    size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
+    shares = size if isinstance(size, int) else 1
+    held = (size // shares for size in (model.weights, model.gradients, optimizer))
+    return Memory(*held, parameters=model.parameters, trained=model.trained)
+
+
+def _base(config: Any) -> BaseModel:
+    settings = config.model.init_args
+    if settings.get("base") is not None:
+        return BaseModel(**settings.base.as_dict())
+    return base_of_adapters({name: str(run) for name, run in (settings.get("adapters") or {}).items()})
+
+
+def _cache(config: Any, tokens: int | None) -> int:
+    base = _base(config)
+    architecture = model_config(base)
+    dtype = str(architecture.dtype) if base.dtype == "auto" else base.dtype
+    half = "16" in f"{config.trainer.precision} {dtype}"
+    length = (tokens or config.data.max_length) + config.model.init_args.max_new_tokens
+    return cache_bytes(architecture, config.data.eval_batch_size * length, 2 if half else 4)
+
+
+# --- Training with the usual choices --------------------------------------------------------------------------------
+
+
+def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator[tuple[str, Memory]]:
+    """The memory of training as configured and with each usual choice, then of validation.
+
+    Args:
+        cli: with the parsed settings of `fit`.
+        tokens: of a row; None: `data.max_length`.
+        measure: whether to run training steps.
+
+    Yields:
+        The changed settings as arguments of the command line, and what they take.
+
+    Raises:
+        DataError: a model does not exist, or does not fit the settings.
+    """
+    config = cli.config.fit
+    longest = longest_queries(_stage(cli, config).data, tokens or config.data.max_length) if measure else None
+    held = training_memory(config)
+    for change in ({}, *_choices(config, measured=measure)):
+        changed = _changed(config, change)
+        memory = training_memory(changed) if "model.init_args.base.quantization" in change else held
+        if longest is not None:
+            memory = _measured(cli, changed, memory, longest, tokens or config.data.max_length)
+        label = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+        yield label or CONFIGURED, memory
+    yield "validation", held._replace(cache=_cache(config, tokens))
+
+
+def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
+    """The changes that are tried first where memory is short, each alone, then together; `measured`: also those of activations alone."""
+    settings, data, base = config.model.init_args, config.data, _base(config)
+    changes: list[dict[str, Any]] = []
+    if measured and not settings.gradient_checkpointing:
+        changes.append({"model.init_args.gradient_checkpointing": True})
+    if base.quantization == "none" and can_quantise(base):
+        changes.append({"model.init_args.base.quantization": "nf4"})
+    if measured and data.batch_size > 1:
+        accumulated = 2 * (config.trainer.accumulate_grad_batches or 1)
+        changes.append(
+            {"data.batch_size": data.batch_size // 2, "trainer.accumulate_grad_batches": accumulated}
+        )
+    if measured and data.max_pixels:
+        changes.append({"data.max_pixels": data.max_pixels // 2})
+    if len(changes) > 1:
+        changes.append({key: value for change in changes for key, value in change.items()})
+    return changes
+
+
+def _changed(config: Any, change: Mapping[str, Any]) -> Any:
+    config = config.clone()
+    for key, value in change.items():
+        config[key] = value
+    return config
+
+
+def _stage(cli: ParsedCLI, config: Any) -> Any:
+    """The module and the data of a training stage, as `model` and `data`, without what other stages write.
+
+    There are no queries yet, levels are evenly spaced, and stage 2 begins with a new adapter.
+    """
+    whole = cli.config.clone()
+    whole.fit = _changed(config, dict.fromkeys(("data.train", "data.validation", "data.regions")))
+    whole.fit.data.noise.levels = Namespace(
+        class_path="vlm_calibration.perturbation.levels.LinearLevels", init_args=Namespace(n_levels=11)
+    )
+    whole.fit.trainer.callbacks, whole.fit.trainer.logger = None, False
+    settings = whole.fit.model.init_args
+    if "reference" in settings:
+        settings.lora.parts = settings.parts or settings.lora.parts
+        settings.adapter = settings.parts = None
+        settings.reference = "base" if settings.reference == "adapter" else settings.reference
+        settings.pairs.target = "expected" if settings.pairs.target == "fitted" else settings.pairs.target
+    return cli.parser.instantiate_classes(whole).fit
+
+
+def _measured(cli: ParsedCLI, config: Any, memory: Memory, longest: LongestQueries, tokens: int) -> Memory:
+    """The memory with the activations of training steps; without, if the device has too little."""
+    quiet_lightning()
+    trainer, stage, peak = config.trainer, _stage(cli, config), PeakMemory()
+    accumulated = min(2, trainer.accumulate_grad_batches or 1)
+    data = stage.data
+    data.workers, data.max_length = 0, tokens + ROOM
+    side = min(longest.side, math.isqrt(data.max_pixels or longest.side**2))
+    data.train = replace(longest, n=STEPS * accumulated * data.batch_size, side=side)
+    try:
+        with lightning_errors():
+            L.Trainer(
+                accelerator=trainer.accelerator,
+                devices=1,
+                precision=trainer.precision,
+                max_steps=STEPS,
+                accumulate_grad_batches=accumulated,
+                gradient_clip_val=trainer.gradient_clip_val,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[peak],
+            ).fit(stage.model, data)
+    except torch.OutOfMemoryError:
+        return memory
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return memory._replace(activations=max(0, peak.peak - memory.gradients - memory.optimizer))

@@ -1,0 +1,181 @@
+"""Progress of long work on stderr: a bar of Rich on a terminal, and once in a while a plain line in a log file.
+
+A log line has no control characters, so that a SLURM log can be read and searched. `callbacks.progress.Progress` shows the stages,
+`track` and `working` all other work that may take more than a few seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+FIRST = 5.0
+"""Seconds until the first line in a log file. Work of `track` and `working` that takes less leaves none."""
+EVERY = 30.0
+"""Default of the seconds between two lines in a log file."""
+BETWEEN = 0.1
+"""Minimum seconds between two updates of `track`, whose items may take microseconds."""
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+"""Variables that launchers set to the number of a process."""
+STAGES = {
+    "SFTModule": "sft",
+    "DPOModule": "dpo",
+    "LevelFitModule": "levels",
+    "EvaluationModule": "evaluation",
+    "RegionExtractor": "regions",
+}
+
+
+def stage_name(module_class: str) -> str:
+    """The name of a stage as users know it, by the name or path of its LightningModule."""
+    name = module_class.rpartition(".")[2]
+    return STAGES.get(name, name)
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal on which a line can be drawn again."""
+    return (
+        sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
+
+
+class LogLines:
+    """Plain lines about one piece of work: the first after `FIRST` seconds, the others at most every `every` seconds.
+
+    Args:
+        name: of the work.
+        total: how much there is; None: unknown.
+        unit: of `total`, in the plural.
+        done: how much an earlier run has done; the time left is at the speed of this run.
+        every: seconds between two lines.
+
+    Attributes:
+        printed: whether there was a line.
+    """
+
+    def __init__(
+        self, name: str, total: float | None = None, unit: str = "", *, done: float = 0, every: float = EVERY
+    ) -> None:
+        self.name, self.total, self.unit, self.every = name, total, unit, every
+        self.printed = False
+        self._done = self._before = done
+        self._begun = time.monotonic()
+        self._due = self._begun + min(FIRST, every)
+
+    def update(self, done: float, note: Callable[[], str] = str) -> None:
+        """Report progress; `note` returns what else to show, and is called only for a line."""
+        self._done = done
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + self.every
+            self.show(note())
+
+    def show(self, note: str = "") -> None:
+        """Print how much is done, and how long the rest takes."""
+        elapsed, work = time.monotonic() - self._begun, self._done - self._before
+        when = f"{duration(elapsed)} so far"
+        if self.total is not None and work > 0:
+            when = f"{duration(max(0.0, self.total - self._done) * elapsed / work)} left"
+        self._print(self._counts(), when, note)
+
+    def close(self, note: str = "", *, finished: bool = True) -> None:
+        """Print the last line."""
+        elapsed = duration(time.monotonic() - self._begun)
+        state, when = ("", f"took {elapsed}") if finished else ("stopped", f"after {elapsed}")
+        self._print(state, self._counts(), when, note)
+
+    def _counts(self) -> str:
+        if not self.total:
+            return f"{self._done:.0f} {self.unit}" if self.unit else ""
+        percent = int(100 * self._done / self.total)
+        return f"{int(self._done)} of {int(self.total)} {self.unit} ({percent}%)"
+
+    def _print(self, *parts: str) -> None:
+        self.printed = True
+        print(f"{self.name}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(
+    name: str, total: float | None = None, unit: str = "", *, done: float = 0
+) -> Iterator[Callable[[float], None]]:
+    """Context of work that is shown if it takes more than a few seconds; leaves nothing on a terminal.
+
+    Args:
+        name: of the work.
+        total: how much there is; None: it cannot be foreseen, and the time that it has taken is shown.
+        unit: of `total`, in the plural.
+        done: how much an earlier run has done.
+
+    Returns:
+        A function that is told how much is done.
+    """
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    if multiprocessing.parent_process() is not None or any(
+        os.environ.get(rank, "0") not in ("0", "") for rank in RANKS
+    ):
+        yield lambda done: None
+    elif is_terminal():
+        import rich
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        rich.reconfigure(stderr=True)
+        columns = [MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()] if total else []
+        label = TextColumn("{task.description}", markup=False)
+        with Progress(label, BarColumn(), *columns, console=rich.get_console(), transient=True) as bar:
+            task = bar.add_task(name, total=total, completed=done)  # type: ignore[arg-type]
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        lines = LogLines(name, total, unit, done=done)
+        timer = threading.Timer(FIRST, lines.show)
+        timer.daemon = True
+        if total is None:
+            timer.start()
+        finished = False
+        try:
+            yield lines.update
+            finished = True
+        finally:
+            timer.cancel()
+            if lines.printed:
+                lines.close(finished=finished)
+
+
+def track(
+    items: Iterable[T], name: str, total: float, unit: str, size: Callable[[T], float] | None = None
+) -> Iterator[T]:
+    """Iterate over items and show how much of them is done, if it takes more than a few seconds.
+
+    Args:
+        items: what to iterate over.
+        name: of the work.
+        total: number of items, or the sum of their sizes.
+        unit: of `total`, in the plural.
+        size: size of an item; None: 1.
+    """
+    done, due = 0.0, 0.0
+    with working(name, total, unit) as update:
+        for item in items:
+            yield item
+            done += 1 if size is None else size(item)
+            if (now := time.monotonic()) >= due:
+                update(done)
+                due = now + BETWEEN
+        update(done)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss, h:mm:ss, or days and h:mm."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour}:{minute:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

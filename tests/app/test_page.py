@@ -1,0 +1,210 @@
+"""What the page computes, without a browser: answers, perturbed pictures, curves, messages, and uploads that it refuses."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_calibration.app import serve, view
+from vlm_calibration.app.page import PageHandlers, build_page
+from vlm_calibration.app.subject import (
+    DRAWN,
+    EDITOR_SIDE,
+    MAX_PIXELS,
+    MAX_UPLOAD,
+    WHOLE,
+    demo_subject,
+    painted,
+    uploaded_subject,
+)
+from vlm_calibration.estimators.decision import AppliedRule
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
+from vlm_calibration.perturbation import KIND_NAMES
+from vlm_calibration.records import DataError
+
+SUBJECT = demo_subject(2)
+KEY = next(iter(SUBJECT.objects))
+
+
+@pytest.fixture
+def handlers(calibrated: CalibratedModel, tmp_path: Path) -> PageHandlers:
+    return PageHandlers(calibrated, None, tmp_path / "report.html")
+
+
+def _small(seen: np.ndarray) -> np.ndarray:
+    """A picture of the page at the size of the subject's image."""
+    factor = seen.shape[0] // SUBJECT.image.shape[0]
+    return seen[::factor, ::factor]
+
+
+def test_answers_are_those_of_the_models(handlers: PageHandlers, calibrated: CalibratedModel) -> None:
+    seen, rows, message = handlers.answer(SUBJECT, KEY, None, SUBJECT.question, "noise", 0)
+    np.testing.assert_array_equal(_small(seen), SUBJECT.image)
+    image, question = SUBJECT.image, SUBJECT.question
+    asked = {
+        BASE: calibrated.ask(image, question, as_base=True),
+        CALIBRATED: calibrated.ask(image, question),
+    }
+    assert rows == view.answer_rows(asked)
+    assert message == ""
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_the_key_object_alone_is_perturbed(handlers: PageHandlers, kind: str) -> None:
+    seen = handlers.answer(SUBJECT, KEY, None, SUBJECT.question, kind, 100)[0]
+    changed = (_small(seen) != SUBJECT.image).any(axis=2)
+    assert changed.any()
+    assert not changed[~SUBJECT.objects[KEY]].any()
+
+
+def test_what_is_painted_is_perturbed(handlers: PageHandlers) -> None:
+    layer = np.zeros((EDITOR_SIDE, EDITOR_SIDE, 4), np.uint8)
+    layer[: EDITOR_SIDE // 2, : EDITOR_SIDE // 2, 3] = 255
+    editor: dict[str, Any] = {"background": None, "layers": [layer], "composite": None}
+    mask = painted(editor, SUBJECT.image.shape)
+    assert mask is not None
+    half = SUBJECT.image.shape[0] // 2
+    assert mask[:half, :half].all()
+    assert mask.sum() == half**2
+    changed = (
+        _small(handlers.answer(SUBJECT, DRAWN, editor, SUBJECT.question, "occlusion", 100)[0])
+        != SUBJECT.image
+    ).any(axis=2)
+    assert not changed[~mask].any()
+    assert painted({**editor, "layers": [0 * layer]}, SUBJECT.image.shape) is None
+    assert handlers.choose_painted(SUBJECT, editor) == DRAWN
+    assert handlers.choose_painted(SUBJECT, {**editor, "layers": [0 * layer]}) == gr.skip()
+    nothing = handlers.answer(SUBJECT, DRAWN, None, SUBJECT.question, "noise", 50)
+    assert nothing == (None, [], "Paint over the key object to perturb it.")
+
+
+def test_the_curve_has_every_strength(handlers: PageHandlers, calibrated: CalibratedModel) -> None:
+    curve = handlers.curve(SUBJECT, KEY, None, SUBJECT.question, "noise")
+    assert sorted(set(curve.strength)) == pytest.approx(range(0, 101, 10))
+    answer = calibrated.ask(SUBJECT.image, SUBJECT.question)
+    [first] = curve[(curve.strength == 0) & (curve.line == "Calibrated model, expected")].confidence
+    assert first == pytest.approx(100 * (answer.expected or 0))
+    assert handlers.curve(SUBJECT, DRAWN, None, SUBJECT.question, "noise") is None
+
+
+def test_a_new_subject_begins_untouched_with_the_object_of_its_question(handlers: PageHandlers) -> None:
+    subject, editor, question, choice, strength = handlers.begin(SUBJECT)
+    assert (subject, question, strength) == (SUBJECT, SUBJECT.question, 0)
+    assert max(editor["background"].shape) == EDITOR_SIDE
+    assert choice.value in SUBJECT.objects
+    assert [value for value, _ in choice.choices] == [*SUBJECT.objects, DRAWN, WHOLE]
+    assert handlers.name_object(SUBJECT, f"Is there a {KEY}?") == KEY
+    assert handlers.name_object(SUBJECT, "Is it raining?") == gr.skip()
+
+
+def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path, handlers: PageHandlers) -> None:
+    zebra = "Is there a zebra in the image?"
+    _, rows, message = handlers.answer(SUBJECT, KEY, None, zebra, "noise", 0)
+    assert rows == []
+    assert "does not know the word 'zebra'" in message
+    assert handlers.curve(SUBJECT, KEY, None, zebra, "noise") is None
+    (tmp_path / "own").symlink_to(DEMO_MODEL)
+    own = PageHandlers(load_calibrated(str(tmp_path / "own"), device="cpu"))
+    if not own.model.is_demo:
+        assert own.answer(SUBJECT, KEY, None, zebra, "noise", 0)[1]
+
+
+def _bomb() -> bytes:
+    """A PNG of a few bytes that claims to have 60000 x 60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+
+
+def _png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (_bomb, "the image: a decompression bomb by its size, more than the"),
+        (partial(_png, 8000, MAX_PIXELS // 8000 + 1), "the image: 8000 x 6251 pixels, more than the"),
+        (lambda: b"Not a picture, whatever its name says.", "the image: not an image in a format"),
+        (lambda: _png(300, 300)[:90], "the image: damaged or truncated"),
+    ],
+    ids=["bomb", "too many pixels", "text", "torn"],
+)
+def test_files_that_are_no_images_are_refused(
+    handlers: PageHandlers, tmp_path: Path, content: Callable[[], bytes], says: str
+) -> None:
+    path = tmp_path / "sent.png"
+    path.write_bytes(content())
+    with pytest.raises(gr.Error) as refused:
+        handlers.begin_upload(str(path))
+    assert says in str(refused.value)
+    assert str(tmp_path) not in str(refused.value)
+    assert not path.exists(), "it is deleted"
+
+
+def test_a_large_photograph_is_shrunk(tmp_path: Path) -> None:
+    (tmp_path / "sent.png").write_bytes(_png(4000, 3000))
+    assert uploaded_subject(tmp_path / "sent.png").image.shape == (1536, 2048, 3)
+    with pytest.raises(DataError):
+        uploaded_subject(tmp_path / "none.png")
+
+
+def test_the_report_is_isolated(handlers: PageHandlers) -> None:
+    assert "No report yet" in handlers.show_report()
+    assert handlers.report is not None
+    handlers.report.write_text('<a href="#made">made</a><script>"</script>', encoding="utf-8")
+    frame = handlers.show_report()
+    assert 'sandbox="allow-scripts"' in frame
+    assert "<script" not in frame
+    assert "about:srcdoc#made" in frame
+
+
+def test_texts_of_visitors_are_shown_as_they_are() -> None:
+    assert view.plain("<b>no</b> [link](x) *") == r"&lt;b&gt;no&lt;/b&gt; \[link\]\(x\) \*."
+
+
+@pytest.mark.parametrize(
+    ("threshold", "confidence", "says"),
+    [
+        (0.925, 0.95, "answer: stated 95%, at least 92.5%"),
+        (0.925, 0.9, "review: stated 90%, below 92.5%"),
+        (0.925, None, "review: no stated confidence"),
+        (None, 1.0, "review: no threshold keeps the limits"),
+    ],
+)
+def test_an_answer_says_whether_it_may_be_given_and_why(
+    threshold: float | None, confidence: float | None, says: str
+) -> None:
+    rule = AppliedRule(threshold, "verbalized", confidence, "", "At most 5% ...")
+    answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule=rule)
+    [[model, text, stated, expected, decision]] = view.answer_rows({CALIBRATED: answer})
+    assert (model, text, expected, decision) == ("Calibrated model", "Yes", "none", says)
+    assert stated == ("none" if confidence is None else f"{confidence:.0%}")
+    assert view.answer_rows({CALIBRATED: replace(answer, rule=None)})[0][-1] == ""
+
+
+def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> None:
+    page, settings = serve.build(handlers, 7999)
+    assert (settings["server_name"], settings["server_port"], settings["share"]) == ("127.0.0.1", 7999, False)
+    assert settings["max_file_size"] == MAX_UPLOAD
+    hosts, _ = settings["app_kwargs"]["middleware"]
+    assert set(hosts.kwargs["allowed_hosts"]) == {"127.0.0.1", "localhost"}
+    assert page.blocks
+    assert build_page(handlers).blocks
