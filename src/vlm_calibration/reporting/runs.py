@@ -56,7 +56,7 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: give the folder that holds the run directories")
-    return [_read_run(path.parent) for path in sorted(folder.rglob(RECORD))]
+    return [_read_run(path) for path in sorted(record.parent for record in folder.rglob(RECORD))]
 
 
 def _read_run(folder: Path) -> Run:
