@@ -49,7 +49,11 @@ def test_a_finished_run_has_figures_of_each_system(
         write_json(folder / system / "metrics.json", METRICS)
     write_json(_run(tmp_path / "eval/other", finished=True) / "metrics.json", METRICS)
     first, second = find_runs(tmp_path)
-    assert (first.state, first.command, first.figures) == ("finished", "", {"base": HEADLINE, "sft": HEADLINE})
+    assert (first.state, first.command, first.figures) == (
+        "finished",
+        "",
+        {"base": HEADLINE, "sft": HEADLINE},
+    )
     assert second.figures == {"": HEADLINE}
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out

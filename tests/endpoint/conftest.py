@@ -22,7 +22,6 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from .demo_server import MODEL, DemoServer, serving
 
 
-
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):

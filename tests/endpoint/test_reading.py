@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from vlm_calibration.endpoint.client import Token
-from vlm_calibration.endpoint.reading import answer_likelihood, complete_statement, p_yes, percent_distribution
+from vlm_calibration.endpoint.reading import (
+    answer_likelihood,
+    complete_statement,
+    p_yes,
+    percent_distribution,
+)
 
 Piece = tuple[str, float] | tuple[str, float, Mapping[str, float]]
 
@@ -155,6 +160,10 @@ def test_texts_end_where_local_generation_stops(text: str, cut: str) -> None:
 
 def test_half_a_character_before_the_percentage_moves_nothing() -> None:
     half = Token(b"\xc3", -1.0, {b"\xc3": -1.0})
-    answer = (*tokens(("Yes. ", 1.0)), half, *tokens((" Confidence: ", 1.0), ("80", 0.5, {"90": 0.5}), ("%", 1.0)))
+    answer = (
+        *tokens(("Yes. ", 1.0)),
+        half,
+        *tokens((" Confidence: ", 1.0), ("80", 0.5, {"90": 0.5}), ("%", 1.0)),
+    )
     found = {c: p for c, p in distribution(answer).items() if p}
     assert found == pytest.approx({0.9: 0.5, 0.8: 0.5})

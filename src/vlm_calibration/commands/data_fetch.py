@@ -24,7 +24,9 @@ from vlm_calibration.records import DataError
 KINDS = ("random", "popular", "adversarial")
 HUB = "lmms-lab/POPE"
 POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/08d957b917e5a378a2f99d35b6293c536a66298b/output"
-AMBER = "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
+AMBER = (
+    "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
+)
 COCO = "http://images.cocodataset.org/val2014"
 """Without TLS: the server's certificate is for another name."""
 AMBER_ARCHIVE = "https://drive.google.com/file/d/1MaCHgtupcZUjf007anNl4_MV0o4DjXvl/view"

@@ -174,7 +174,11 @@ def _reference_answers(
             f"it has {', '.join(estimators)}"
         )
     return [
-        _monitored(answer.confidence_of(estimator), {"category": answer.category, "answer_type": answer.answer_type}, by)
+        _monitored(
+            answer.confidence_of(estimator),
+            {"category": answer.category, "answer_type": answer.answer_type},
+            by,
+        )
         for answer in answers
     ]
 

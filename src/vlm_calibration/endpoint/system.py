@@ -136,7 +136,9 @@ class EndpointSystem:
         known = {name: None if value is None else rounded(value) for name, value in estimates.items()}
         return ServedAnswer(replace(prediction, estimates=known), generated, distribution)
 
-    def _continue(self, messages: Sequence[Mapping[str, Any]], beginning: str) -> Mapping[bytes, float] | None:
+    def _continue(
+        self, messages: Sequence[Mapping[str, Any]], beginning: str
+    ) -> Mapping[bytes, float] | None:
         """The listed tokens after the beginning of an answer, as vLLM and SGLang give them; None: the server cannot."""
         if self.notes.get(EXPECTED) == NO_CONTINUATION:
             return None

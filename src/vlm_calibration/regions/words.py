@@ -1,7 +1,4 @@
-"""English word lists for the describer: nouns that name no object, containers, groups, adjectives without appearance.
-
-They are separate from the rules (`phrases.py`), so that another language or domain needs no change of code.
-"""
+"""English word lists for the describer: nouns that name no object, containers, groups, adjectives without appearance."""
 
 from __future__ import annotations
 
@@ -46,14 +43,16 @@ LOOKS = COLOURS | _words(
 )
 """Colours, shapes and materials: nouns that describe appearance, as in "Is the cup plastic?"."""
 
-DEGREES = _words("light dark bright pale deep brand")
-"""Modifiers of the following adjective: "light blue", "brand new"."""
-
-TAGS = {"doing": "VDG", "no": "AT0", "remote": "NN1", "drier": "NN1"}
+TAGS = {
+    "doing": "VDG",
+    "no": "AT0",
+    "remote": "NN1",
+    "drier": "NN1",
+    "bear": "NN1",
+    "bears": "NN2",
+    "present": "AJ0",
+}
 """C5 tags of words that the tagger usually gets wrong in questions; a drier is a hair drier."""
-
-LIGHTS = _words("traffic street stop brake tail head ceiling flash night warning christmas")
-"""First words of compounds with "light"."""
 
 NO_OBJECT = (
     ATTRIBUTES
@@ -72,9 +71,6 @@ NO_OBJECT = (
     - _words("couple couples group groups")
 )
 """Nouns that name nothing a detector can find."""
-
-BALLS = _words("baseball basketball football volleyball")
-"""Games if they stand alone or are played, otherwise balls."""
 
 GROUPS = _with_plurals(
     "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
