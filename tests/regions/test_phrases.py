@@ -82,7 +82,7 @@ def test_rules(question: str, answer: str, objects: tuple[str, ...], absent: tup
         ("What is this? (A) a cat (B) a dog", "B"),
         ("Which animal is it? Options: cat, dog", "dog"),
         ("Ist da ein roter Hund im Bild?", "Ja"),
-        ("Is the wine cooler?", "Yes"),
+        ("Is the stop sign?", "Yes"),
     ],
 )
 def test_what_the_rules_do_not_know_goes_to_another_describer(question: str, answer: str) -> None:

@@ -31,6 +31,8 @@ _OPENS = ("AT", "DPS", "DT", "CRD", "AJ", "PRP", "PRF", "CJ", "POS", "PU")
 _SPECIFIERS = ("AT", "CRD", "DPS", "DT", "PRF", "XX")
 # Log-probability at or below which the tagger guesses a word from its ending, and how much less likely than another tag is possible.
 UNKNOWN, MARGIN = -25.0, 0.95
+# Log-probability of the words that hardly any English sentence lacks, such as "is", "the", "in".
+FREQUENT = -8.0
 
 
 class Word(NamedTuple):
@@ -82,7 +84,7 @@ def _tagger() -> Any:
 
 @lru_cache(maxsize=4096)
 def tag(text: str) -> Tagged:
-    """Split a text into words and tag them. It is not known if most words are outside the tagger's lexicon, as in another language.
+    """Split a text into words and tag them. It is not known if it seems to be in another language.
 
     Raises:
         DataError: the tagger is not installed.
@@ -98,9 +100,10 @@ def tag(text: str) -> Tagged:
         Word(w.lower(), TAGS.get(w.lower(), "NN1" if kind == "UNC" else kind))
         for w, _, kind in _tagger().tag_sent(found)
     ]
-    # A name alone, such as an answer, may be outside the lexicon.
-    foreign = len(words) > 3 and 2 * sum(w.text.isalpha() and not _scores(w.text) for w in words) > len(words)
-    known = _repair_question(words) and not foreign
+    is_english = any(
+        w.text.isalpha() and max(_scores(w.text).values(), default=UNKNOWN) > FREQUENT for w in words
+    )
+    known = _repair_question(words) and (is_english or len(words) <= 3 or words[-1].text != "?")
     return Tagged(tuple(words), known)
 
 

@@ -43,15 +43,9 @@ LOOKS = COLOURS | _words(
 )
 """Colours, shapes and materials: nouns that describe appearance, as in "Is the cup plastic?"."""
 
-TAGS = {
-    "doing": "VDG",
-    "no": "AT0",
-    "remote": "NN1",
-    "drier": "NN1",
-    "bear": "NN1",
-    "bears": "NN2",
-    "present": "AJ0",
-}
+TAGS = {"doing": "VDG", "no": "AT0", "present": "AJ0", "bears": "NN2"} | dict.fromkeys(
+    ("remote", "drier", "bear"), "NN1"
+)
 """C5 tags of words that the tagger usually gets wrong in questions; a drier is a hair drier."""
 
 NO_OBJECT = (
