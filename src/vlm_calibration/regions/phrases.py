@@ -8,7 +8,7 @@ name nothing visible: parts of the picture ("left side"), attributes ("colour"),
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,7 @@ from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.tagger import NounPhrase, Word, check_tagger, noun_phrases, tag
 from vlm_calibration.regions.words import (
     ATTRIBUTES,
-    CONTAINERS,
     GENERIC,
-    GROUPS,
     NO_OBJECT,
     PICTURE,
     VAGUE,
@@ -31,8 +29,10 @@ from vlm_calibration.text.labels import asked_existence
 if TYPE_CHECKING:
     import torch
 
-_READS_TEXT = re.compile(
-    r"\b(?:say|says|read|reads|written|spell|spells|spelled)\b|\b(?:brand|name|word|letter|number|text|logo|title)s?\b"
+_ASKS_VALUE = re.compile(
+    r"\Ahow (?:many|much)\b|\bmade\W*\Z|\bdoing\b|\A(?:what|which)\b.*\b(?:says?|reads?|written|spell|spells|spelled)\b"
+    r"|\A(?:what|which)\b.*\b(?:brand|name|word|letter|number|text|logo|title)s?\b",
+    re.IGNORECASE,
 )
 _MATERIAL = re.compile(r"\bmade (?:of|from|out of)\b[^?.;]*", re.IGNORECASE)
 _YES_NO = re.compile(r"\s*(yes|no|true|false)\b[\s.,;:!]*", re.IGNORECASE)
@@ -82,52 +82,38 @@ class RuleDescriber(Describer):
             words, known = tag(question)  # "Is the stop sign in this image?"
         verdict = _YES_NO.match(answer)
         statement = answer[verdict.end() :] if verdict else answer
-        in_question = list(_object_phrases(words))
+        in_question = [p for p in noun_phrases(words) if p.head not in NO_OBJECT]
         absent: list[str] = []
         subject = _existence_subject(question, words, in_question)
         # "Is there no dog?" reverses the answer.
         if subject and verdict:
             reverses = subject.first > 0 and words[subject.first - 1].text == "no"
             if (verdict[1].lower() in ("no", "false")) != reverses:
-                absent.append(_phrase_text(subject, words))
+                absent.append(_text(subject))
                 in_question = [p for p in in_question if p.first != subject.first]
-        names = bool(verdict) or _answer_names_objects(question, words, statement)
+        names = bool(verdict) or _names_objects(question, words, statement)
         answer_words, answer_known = tag(statement) if names else ((), True)
         if not (known and answer_known) or _CHOICE.search(question):
             return None
-        in_answer = list(_object_phrases(answer_words))
+        in_answer = [p for p in noun_phrases(answer_words) if p.head not in NO_OBJECT]
         negated = [p for p in in_answer if _is_negated(answer_words, p)]
-        absent += [_phrase_text(p, answer_words) for p in negated]
+        absent += [_text(p) for p in negated]
         in_answer = [p for p in in_answer if p not in negated]
         if in_answer:
             in_question = _drop_answered(words, in_question, bool(verdict))
-        objects = [_phrase_text(p, words) for p in in_question]
-        return self.build_description([*objects, *(_phrase_text(p, answer_words) for p in in_answer)], absent)
+        objects = [_text(p) for p in in_question]
+        return self.build_description([*objects, *(_text(p) for p in in_answer)], absent)
 
 
-def _object_phrases(words: Sequence[Word]) -> Iterator[NounPhrase]:
-    """The noun phrases that name visible objects; "herd of elephants" yields "elephants"."""
-    phrases = noun_phrases(words)
-    for i, phrase in enumerate(phrases):
-        contained = i and phrases[i - 1].head in CONTAINERS and _of(words, phrases[i - 1], phrase)
-        grouped = i + 1 < len(phrases) and phrase.head in GROUPS and _of(words, phrase, phrases[i + 1])
-        if not (contained or grouped or phrase.head in NO_OBJECT):
-            yield phrase
+def _text(phrase: NounPhrase) -> str:
+    """The phrase as a detector prompt."""
+    return " ".join([*(text for text in phrase.texts[:-1] if text not in VAGUE), phrase.head])
 
 
 def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
     """Whether the text reads "first of second", with at most an article between."""
     between = [w.text for w in words[first.last : second.first]]
     return between[:1] == ["of"] and len(between) <= 2
-
-
-def _phrase_text(phrase: NounPhrase, words: Sequence[Word]) -> str:
-    """The phrase as a detector prompt, a container with its content: "cup of coffee"."""
-    text = " ".join([*(t for t in phrase.texts[:-1] if t not in VAGUE), phrase.head])
-    content = next((p for p in noun_phrases(words) if p.first > phrase.first), None)
-    if phrase.head in CONTAINERS and content is not None and _of(words, phrase, content):
-        return f"{text} of {_phrase_text(content, words[content.first : content.last])}"
-    return text
 
 
 def _existence_subject(
@@ -140,23 +126,13 @@ def _existence_subject(
     return None if first.head in NO_OBJECT and not _of(words, first, phrases[0]) else phrases[0]
 
 
-def _answer_names_objects(question: str, words: Sequence[Word], answer: str) -> bool:
-    """Whether nouns of the answer are objects in the image rather than text, a material, an attribute or an activity."""
-    texts = [w.text for w in words]
-    if not texts:
-        return True
-    if texts[-1] in ("made", "?") and "made" in texts[-2:]:
-        return False
-    if "doing" in texts and " " not in answer and answer.rstrip(".").endswith("ing"):
-        return False
-    if texts[0] == "how":
-        # "How many" and "how old" ask for a number or a degree.
-        return not (len(words) > 1 and (texts[1] in ("many", "much") or words[1].tag.startswith("AJ")))
-    if texts[0] in ("what", "which") and _READS_TEXT.search(question.lower()):
-        return False
+def _names_objects(question: str, words: Sequence[Word], answer: str) -> bool:
+    """Whether nouns of an answer are objects in the image rather than text, a number, a material, an attribute or an activity."""
     kind = _asked_kind(words)
-    # Whoever says more about an attribute than its value names objects as well.
-    return kind is None or kind.head not in ATTRIBUTES or len(answer.split()) > 4
+    is_degree = len(words) > 1 and words[0].text == "how" and words[1].tag.startswith(("AJ", "DT"))
+    asks_value = is_degree or _ASKS_VALUE.search(question) or (kind is not None and kind.head in ATTRIBUTES)
+    # A longer answer is more than a value.
+    return not asks_value or len(answer.split()) > 4
 
 
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:

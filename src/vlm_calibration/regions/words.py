@@ -55,7 +55,7 @@ NO_OBJECT = (
     | PICTURE
     | _with_plurals(
         """morning noon afternoon evening night midnight dawn dusk sunset sunrise today winter spring summer autumn fall
-        minute second moment week way lot amount percent group pair couple half total maximum minimum
+        minute second moment week way lot amount percent group pair couple half herd flock pack bunch dozen series collection total maximum minimum
         safety fun order fact case kind sense impression idea thought interest addition relation comparison contrast
         love joy happiness sadness anger fear peace silence beauty comfort work use help care attention focus
         variety balance bit contact interaction difference speech conversation discussion breakfast lunch dinner meal
@@ -65,16 +65,6 @@ NO_OBJECT = (
     - _words("couple couples group groups")
 )
 """Nouns that name nothing a detector can find."""
-
-GROUPS = _with_plurals(
-    "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
-)
-"""In "a herd of elephants" the elephants are the objects."""
-
-CONTAINERS = _with_plurals(
-    """cup mug bowl plate bottle can jar basket bucket bag box pot pan tray carton vase glass slice pile stack loaf"""
-) | _words("glasses boxes loaves")
-""""A cup of coffee" is one object."""
 
 VAGUE = _words(
     """main only same different other another many few several various certain such more most less own whole entire visible
