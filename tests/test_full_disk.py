@@ -22,10 +22,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vlm_calibration.benchmarks.download import FetchReport, RemoteFile, fetch_files
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
+from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report
@@ -170,7 +170,7 @@ def _downloaded(folder: Path) -> None:
     served = folder.with_name(f"{folder.name}-served")
     served.write_bytes(os.urandom(LARGEST))
     _limit_what_follows()
-    fetch_files([RemoteFile("pope.json", served.as_uri())], folder, {}, FetchReport())
+    _download({folder / "pope.json": str(served)})
 
 
 def _divided(folder: Path) -> None:

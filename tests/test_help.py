@@ -46,7 +46,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "data": ("inspect", "split", "fetch"),
     "data inspect": ("--config", "--help-all", "--samples", "--no-leaks", "--strict"),
     "data split": ("--shares", "--no-near-identical"),
-    "data fetch": ("pope", "amber", "--check"),
+    "data fetch": ("pope", "amber", "--data-root"),
     "estimate-memory": ("--config", "--help-all", "--tokens", "--measure", "memory"),
     "score": ("pope", "amber", "jsonl"),
     "score pope": ("answers", "--labels", "--write-official"),

@@ -286,7 +286,7 @@ WRITTEN = {
         "metrics.json",
         "predictions.jsonl",
     ),
-    *("official/", "wandb/", "contact_sheet.png", "monitor.json", "monitor.png", "thresholds.json"),
+    *("official/", "wandb/", "contact_sheet.png", "thresholds.json"),
     *("config.json", "generation_config.json"),
 }
 """What commands write, below a run directory or a folder that one names."""

@@ -84,6 +84,7 @@ def test_objects_become_json_with_all_they_contain() -> None:
     assert settings["describer"] == {
         "class_path": "vlm_calibration.regions.phrases.RuleDescriber",
         "max_phrases": 3,
+        "fallback": None,
     }
     assert settings["detector"]["threshold"] == 0.5
     assert settings["gates"]["min_score"] == 0.35

@@ -1,6 +1,6 @@
 """An append-only log of JSON lines, from which an interrupted run resumes.
 
-Evaluations, region extraction, endpoints and `vlm-calibration ask` write their results through it. Every line repeats the settings that
+Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats the settings that
 its content depends on, so results of different settings are never mixed.
 """
 

@@ -1,4 +1,4 @@
-"""`vlm-calibration monitor`: what it compares and writes, its exit statuses and its errors. Most tests call `main`; two start a process."""
+"""`vlm-calibration monitor`: what it compares and prints, its exit statuses and its errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vlm_calibration.cli import main
 from vlm_calibration.commands.questions import AnswerFile, Question
-from vlm_calibration.metrics.drift import detect_drift, two_sample_p_value
-
-from ..command_line import run_plainly
-from ..wandb_log import read_run
+from vlm_calibration.metrics.drift import detect_drift
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, None)
 LOW = (0.3, 0.5, 0.5, 0.7)
@@ -94,17 +90,11 @@ def test_answers_of_the_same_kind(evaluation: Path, monitored: Callable[..., Any
         "new_mean_confidence": pytest.approx(np.nanmean(stream)),
         "reference_unparsed": int(np.isnan(reference).sum()),
         "new_unparsed": int(np.isnan(stream).sum()),
-        "p_value": two_sample_p_value(reference, stream),
         "log10_wealth": pytest.approx(drift.log_wealth[-1] / math.log(10)),
         "log10_highest_wealth": pytest.approx(drift.log_wealth.max() / math.log(10)),
         "log10_alarm_line": pytest.approx(math.log10(20)),
         "drift_since": None,
     }
-    written = tmp_path / "new-monitor"
-    assert sorted(p.name for p in written.iterdir()) == ["monitor.json", "monitor.png"]
-    assert json.loads((written / "monitor.json").read_text()) == result
-    with Image.open(written / "monitor.png") as image:
-        assert image.size == (800, 900)
 
 
 def test_a_drift_of_one_category_ends_with_status_3(
@@ -114,16 +104,7 @@ def test_a_drift_of_one_category_ends_with_status_3(
     rows = [row for pair in zip(answers(300, 5, category="easy"), hard, strict=True) for row in pair]
     rows += answers(10, 7, category="foreign")
     path = write(tmp_path / "new.jsonl", rows)
-    command = (
-        "--reference",
-        evaluation / "sft",
-        "--new",
-        path,
-        "--by",
-        "category",
-        "--out",
-        tmp_path / "out",
-    )
+    command = ("--reference", evaluation / "sft", "--new", path, "--by", "category")
     status, result = monitored(*command)
     assert (status, result["drift"]) == (3, True)
     assert list(result["groups"]) == ["easy", "existence", "hard"]
@@ -136,7 +117,6 @@ def test_a_drift_of_one_category_ends_with_status_3(
     # The answers about hard scenes are every second line.
     assert result["groups"]["hard"]["drift_since"] == 2 * alarm
     assert result["groups"]["hard"]["log10_alarm_line"] == pytest.approx(math.log10(80))
-    assert (tmp_path / "out" / "monitor.json").is_file()
     # A stricter certainty needs more answers.
     _, stricter = monitored(*command, "--certainty", "0.9999")
     assert stricter["groups"]["hard"]["drift_since"] > 2 * alarm
@@ -170,38 +150,25 @@ def test_the_answers_of_ask_by_type(evaluation: Path, monitored: Callable[..., A
     assert result["groups"]["yes_no"]["new_n"] == 60
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("levels", "status", "verdict"), [(LEVELS, 0, "no drift"), (LOW, 3, "drift since answer")]
 )
-def test_a_process_prints_a_table(
-    evaluation: Path, root: Path, tmp_path: Path, levels: Sequence[float | None], status: int, verdict: str
+def test_it_prints_a_line_for_each_group(
+    evaluation: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    levels: Sequence[float | None],
+    status: int,
+    verdict: str,
 ) -> None:
-    write(tmp_path / "new.jsonl", answers(200, 4, levels))
-    command = ["monitor", "--reference", "eval", "--system", "sft", "--new", "new.jsonl", "--by", "category"]
-    ended = run_plainly(command, root, tmp_path)
-    assert (ended.status, ended.err) == (status, "")
-    rows = {line.split()[0]: line for line in ended.out.splitlines() if line.strip()}
+    path = write(tmp_path / "new.jsonl", answers(200, 4, levels))
+    command = ["monitor", "--reference", str(evaluation / "sft"), "--new", str(path), "--by", "category"]
+    assert main(command) == status
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = dict(line.split(": ", 1) for line in out.splitlines())
     assert {"overall", "easy", "hard", "existence"} <= set(rows)
-    assert rows["overall"].rstrip().split("  ")[-1].strip().startswith(verdict)
-    assert "wrote new-monitor/monitor.json and monitor.png" in ended.out
-    assert max(map(len, ended.out.splitlines())) <= 80
-
-
-@pytest.mark.slow
-def test_it_logs_to_w_and_b(evaluation: Path, root: Path, tmp_path: Path) -> None:
-    """Offline without a login, and without a prompt."""
-    write(tmp_path / "new.jsonl", answers(80, 4, LOW))
-    command = ["monitor", "--reference", "eval/sft", "--new", "new.jsonl", "--by", "category", "--json"]
-    ended = run_plainly([*command, "--wandb", "watched"], root, tmp_path)
-    assert ended.status == 3, ended.err
-    result = json.loads(ended.out)
-    run = read_run(tmp_path / "new-monitor")
-    assert {"answer", "log10_wealth", "log10_wealth/easy", "monitor"} <= run.keys
-    assert (run.project, run.name) == ("watched", "new-monitor")
-    last = [row for row in run.history if "log10_wealth" in row][-1]
-    assert last["answer"] == 80
-    assert last["log10_wealth"] == pytest.approx(result["overall"]["log10_wealth"])
+    assert verdict in rows["overall"]
 
 
 CONFIDENT = {"confidence": 0.5, "category": "easy"}
@@ -238,7 +205,6 @@ def test_what_cannot_be_used_is_named(
     assert main(["monitor", "--reference", str(evaluation), "--new", str(path), *system, *options]) == 1
     [error] = capsys.readouterr().err.splitlines()
     assert [text for text in named if text not in error] == []
-    assert not (tmp_path / "new-monitor").exists()
 
 
 def test_several_systems_need_a_name(

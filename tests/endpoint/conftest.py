@@ -21,7 +21,11 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 
 from .demo_server import MODEL, DemoServer, serving
 
-QUICK = {"backoff": 0.002, "retries": 60, "timeout": 60.0}
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
+        monkeypatch.setattr(f"openai._base_client.{name}", 0.02)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +62,7 @@ def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
         data: Any = None,
         **module: Any,
     ) -> EvaluationModule:
-        endpoint = Endpoint(url, **{"model": MODEL, **QUICK, **(settings or {})})
+        endpoint = Endpoint(url, **{"model": MODEL, **(settings or {})})
         evaluated = EvaluationModule(
             **{
                 "base": BaseModel(str(DEMO_MODEL), dtype="float32"),

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over a tiny model, which can fail in every way that a server does."""
+"""An OpenAI-compatible server over a tiny model, which can fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 MODEL = "demo"
-FAULTS = ("429", "500", "timeout", "truncated", "half", "no_logprobs", "wrong_model")
 
 
 class DemoServer:
@@ -35,28 +34,24 @@ class DemoServer:
         completed: request -> completion, for servers of the same model.
 
     Attributes:
-        delay: seconds of a timeout.
-        rate: share of the requests that have each of `faults`; a function of the request and of how often it has come.
-        faults: names in `FAULTS`.
+        faults: whether most requests fail the first time.
         logprobs: whether log-probabilities are given.
         continues: whether a given answer is continued; else it is refused.
-        answered: request -> number of responses without a fault.
+        stopped_after: number of answers after which there are none; None: no end.
+        answered: request -> number of its answers.
         headers: those of every request.
     """
 
     def __init__(self, model: Any, processor: Any, completed: dict[str, dict[str, Any]]) -> None:
         self.model = model
         self.processor = processor
-        self.delay = 1.0
-        self.rate = 0.0
-        self.faults: Sequence[str] = FAULTS
+        self.faults = False
         self.logprobs = True
         self.continues = True
+        self.stopped_after: int | None = None
         self.answered: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
-        self.seen: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
-        self.stopped_after: int | None = None
         self._completed = completed
         self._lock = threading.Lock()
         self.app = Starlette(routes=[Route("/v1/chat/completions", self.chat, methods=["POST"])])
@@ -72,38 +67,22 @@ class DemoServer:
             return JSONResponse({"detail": "Unexpected fields in the request"}, 422)
         if self.stopped_after is not None and sum(self.answered.values()) >= self.stopped_after:
             return JSONResponse({"error": {"message": "out of memory"}}, 500)
-        fault = self._fault(key)
-        if fault == "429":
-            return JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.05"})
-        if fault == "500":
-            return JSONResponse({"error": {"message": "internal"}}, 500)
-        if fault == "timeout":
-            await asyncio.sleep(self.delay)
-            return JSONResponse({}, 504)
+        fault = int(key, 16) % 4 if self.faults and self.received[key] == 1 else 0
+        if fault in (1, 2):
+            status = (429, 500)[fault - 1]
+            return JSONResponse({"error": {"message": "later"}}, status, headers={"Retry-After": "0.01"})
         if key not in self._completed:
             self._completed[key] = await asyncio.to_thread(self.complete, body)
         content = json.loads(json.dumps(self._completed[key]))
-        if (fault == "no_logprobs" or not self.logprobs) and body.get("logprobs"):
+        if not self.logprobs:
             content["choices"][0]["logprobs"] = None
-        elif fault == "wrong_model":
-            content["model"] = "another"
         text = json.dumps(content).encode()
-        if fault == "half":
-            return Response(text[: len(text) // 2], media_type="application/json")
-        if fault == "truncated":
+        if fault == 3:
             return Response(
                 text[:50], headers={"Content-Length": str(len(text))}, media_type="application/json"
             )
-        if fault is None or (fault == "no_logprobs" and not body.get("logprobs")):
-            self.answered[key] += 1
+        self.answered[key] += 1
         return Response(text, media_type="application/json")
-
-    def _fault(self, key: str) -> str | None:
-        self.seen[key] += 1
-        drawn = hashlib.sha256(f"{key} {self.seen[key]}".encode()).digest()
-        number = int.from_bytes(drawn[:4], "big") / 2**32
-        index = int(number / self.rate) if self.rate else len(self.faults)
-        return self.faults[index] if index < len(self.faults) else None
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         with self._lock, torch.no_grad():
@@ -128,16 +107,9 @@ class DemoServer:
             return_tensors="pt",
             add_special_tokens=False,
         )
-        temperature = body.get("temperature", 1)
-        torch.manual_seed(body.get("seed", 0))
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0}
-            if temperature
-            else {"do_sample": False}
-        )
         output = self.model.generate(
             **inputs,
-            **sampling,
+            do_sample=False,
             max_new_tokens=body["max_tokens"],
             pad_token_id=tokenizer.pad_token_id,
             return_dict_in_generate=True,
@@ -193,8 +165,8 @@ class DemoServer:
 
 
 @contextmanager
-def serving(server: DemoServer, port: int = 0) -> Iterator[str]:
-    """Run the server in a thread; yields the address of its API."""
+def serving(server: Any, port: int = 0) -> Iterator[str]:
+    """Run the `app` of a server in a thread; yields the address of its API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]

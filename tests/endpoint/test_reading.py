@@ -2,69 +2,54 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pytest
 
-from vlm_calibration.endpoint.estimates import Asked, EndpointEstimates
-from vlm_calibration.endpoint.reading import answer_likelihood, complete_statement, p_of_first
-from vlm_calibration.endpoint.responses import Response, Token
-from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.perturbation.levels import CLEAN
-from vlm_calibration.records import Query
-from vlm_calibration.text.grading import EXACT
+from vlm_calibration.endpoint.client import Token
+from vlm_calibration.endpoint.reading import (
+    answer_likelihood,
+    complete_statement,
+    p_yes,
+    percent_distribution,
+)
 
-QUERY = Query("1", "a.png", "Is there a dog?", "Yes", "yes_no")
 Piece = tuple[str, float] | tuple[str, float, Mapping[str, float]]
 
 
-def response(*pieces: Piece) -> Response:
-    """A response of tokens: text, probability, and the other tokens that are listed."""
-    tokens = []
+def tokens(*pieces: Piece) -> tuple[Token, ...]:
+    """Tokens: text, probability, and the other tokens that are listed."""
+    found = []
     for text, p, *others in pieces:
-        listed = others[0] if others else {}
-        top = tuple((t.encode(), math.log(q)) for t, q in [(text, p), *listed.items()])
-        tokens.append(Token(text.encode(), math.log(p), top))
-    return Response("".join(p[0] for p in pieces), tuple(tokens), len(tokens), 0)
+        listed = {text: p, **(others[0] if others else {})}
+        found.append(Token(text.encode(), math.log(p), {t.encode(): math.log(q) for t, q in listed.items()}))
+    return tuple(found)
 
 
 class Server:
-    """Stands in for `Client`: continues a given beginning of an answer by a table."""
+    """Continues the beginning of an answer by a table; None where it has no entry."""
 
-    gives_tokens = True
-
-    def __init__(self, table: Mapping[str, Mapping[str, float]], continues: bool = True) -> None:
+    def __init__(self, table: Mapping[str, Mapping[str, float]]) -> None:
         self.table = table
-        self.continues = continues
         self.asked: list[str] = []
 
-    async def ask(self, body: Mapping[str, Any]) -> Response:
-        beginning = body["messages"][-1]["content"]
-        assert body["continue_final_message"]
+    def ask_after(self, beginning: str) -> Mapping[bytes, float] | None:
         self.asked.append(beginning)
-        first, *others = self.table[beginning].items()
-        return response((*first, dict(others)))
+        following = self.table.get(beginning)
+        return None if following is None else {t.encode(): math.log(p) for t, p in following.items()}
 
 
-def distribution(answer: Response, server: Server | None = None) -> dict[float, float]:
-    client: Any = server or Server({})
-    estimates = EndpointEstimates(client, [ExpectedConfidence()])
-    prediction = graded_prediction(QUERY, complete_statement(answer.text), CLEAN, 0)
-    asked = Asked(QUERY, prediction, answer, [], {}, 8, EXACT)
-    return asyncio.run(estimates.distribution(asked))[0]
+def distribution(answer: Sequence[Token], server: Server | None = None) -> dict[float, float]:
+    return percent_distribution(answer, (server or Server({})).ask_after)
 
 
 def test_whole_numbers_need_no_request() -> None:
     others = {" 90": 0.2, " 10": 0.1, " 55": 0.1, " many": 0.05}
-    answer = response(
+    answer = tokens(
         ("Yes", 0.9), (".", 1.0), (" Confidence", 1.0), (":", 1.0), (" 80", 0.5, others), ("%", 1.0)
     )
-    server = Server({}, continues=False)
+    server = Server({})
     found = distribution(answer, server)
     assert server.asked == []
     assert list(found) == [n / 100 for n in range(100, -1, -1)]
@@ -77,7 +62,7 @@ def test_digits_are_followed(space: bool) -> None:
     before: list[Piece] = [("Yes.", 0.9), (" Confidence:", 1.0), *([(" ", 1.0)] if space else [])]
     gap = "" if space else " "
     first = {f"{gap}9": 0.3, f"{gap}1": 0.15, f"{gap}2": 0.001}
-    answer = response(*before, (f"{gap}8", 0.5, first), ("0", 0.8, {"5": 0.2}), ("%", 1.0))
+    answer = tokens(*before, (f"{gap}8", 0.5, first), ("0", 0.8, {"5": 0.2}), ("%", 1.0))
     server = Server(
         {
             "Yes. Confidence: 9": {"0": 0.5, "5": 0.5},
@@ -103,24 +88,28 @@ def test_digits_are_followed(space: bool) -> None:
 
 
 def test_digits_without_continuation_have_no_value() -> None:
-    answer = response(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
-    assert distribution(answer, Server({}, continues=False)) == {}
-    sure = response(("Yes. Confidence: ", 1.0), ("8", 0.999), ("0", 1.0), ("%", 1.0))
-    assert distribution(sure, Server({}, continues=False))[0.8] == 1
+    answer = tokens(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
+    assert distribution(answer) == {}
+    sure = tokens(("Yes. Confidence: ", 1.0), ("8", 0.999), ("0", 1.0), ("%", 1.0))
+    assert distribution(sure)[0.8] == 1
 
 
 @pytest.mark.parametrize(
     "text", ["Yes.", "Yes. Confidence: high", "Yes. Confidence: 0.8", "Yes. Confidence: 80-90%"]
 )
 def test_without_a_percentage_there_is_no_value(text: str) -> None:
-    assert distribution(response((text, 1.0))) == {}
+    assert distribution(tokens((text, 1.0))) == {}
 
 
 def test_no_tokens() -> None:
-    answer = Response("Yes. Confidence: 80%", None, 3, 9)
-    assert distribution(answer) == {}
-    assert p_of_first(answer, ("Yes", "No")) is None
-    assert answer_likelihood(answer, "Yes") is None
+    assert distribution(()) == {}
+    assert p_yes(()) is None
+    assert answer_likelihood((), "Yes") is None
+
+
+def test_a_server_that_begins_a_new_answer_gives_no_value() -> None:
+    answer = tokens(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
+    assert distribution(answer, Server({"Yes. Confidence: 9": {"Yes": 0.8, "9": 0.1}})) == {}
 
 
 @pytest.mark.parametrize(
@@ -136,20 +125,20 @@ def test_no_tokens() -> None:
     ],
 )
 def test_the_first_of_two_words(first: str, others: dict[str, float], expected: float | None) -> None:
-    found = p_of_first(response((first, 0.6, others), (".", 1.0)), ("Yes", "No"))
+    found = p_yes(tokens((first, 0.6, others), (".", 1.0)))
     assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_space_before_the_word_is_skipped() -> None:
-    assert p_of_first(response((" ", 1.0), ("T", 0.6, {"F": 0.2})), ("True", "False")) == pytest.approx(0.75)
+    assert p_yes(tokens((" ", 1.0), ("Y", 0.6, {"N": 0.2}))) == pytest.approx(0.75)
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens() -> None:
-    answer = response(("A", 0.5), (" dog", 0.8), (".", 0.25), (" Confidence", 0.1), (": 80%", 1.0))
+    answer = tokens(("A", 0.5), (" dog", 0.8), (".", 0.25), (" Confidence", 0.1), (": 80%", 1.0))
     assert answer_likelihood(answer, "A dog") == pytest.approx((0.5 * 0.8 * 0.25) ** (1 / 3))
-    without = response(("A", 0.5), (" dog", 0.8), (" Confidence: 80%", 1.0))
+    without = tokens(("A", 0.5), (" dog", 0.8), (" Confidence: 80%", 1.0))
     assert answer_likelihood(without, "A dog") == pytest.approx(math.sqrt(0.4))
-    umlaut = response(("B", 0.5), ("\u00e4r", 0.5), (".", 1.0), (" Confidence: 80%", 0.1))
+    umlaut = tokens(("B", 0.5), ("\u00e4r", 0.5), (".", 1.0), (" Confidence: 80%", 0.1))
     assert answer_likelihood(umlaut, "B\u00e4r") == pytest.approx(0.25 ** (1 / 3))
     assert answer_likelihood(answer, "A cat") is None
     assert answer_likelihood(answer, "") is None
@@ -169,6 +158,12 @@ def test_texts_end_where_local_generation_stops(text: str, cut: str) -> None:
     assert complete_statement(text) == cut
 
 
-def test_bytes_that_are_no_text_survive() -> None:
-    part = Response("x", (Token(b"\xc3", -1.0, ((b"\xc3", -1.0), (b"a", -2.0))),), 1, 2)
-    assert Response.from_row(json.loads(json.dumps(part.to_row()))) == part
+def test_half_a_character_before_the_percentage_moves_nothing() -> None:
+    half = Token(b"\xc3", -1.0, {b"\xc3": -1.0})
+    answer = (
+        *tokens(("Yes. ", 1.0)),
+        half,
+        *tokens((" Confidence: ", 1.0), ("80", 0.5, {"90": 0.5}), ("%", 1.0)),
+    )
+    found = {c: p for c, p in distribution(answer).items() if p}
+    assert found == pytest.approx({0.9: 0.5, 0.8: 0.5})

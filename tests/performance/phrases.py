@@ -22,6 +22,7 @@ from .phrase_forms import FORMS, Form, fill
 
 PAIRS = Path(__file__).with_name("phrases.jsonl")
 PARTS = ("development", "held out")
+UNKNOWN = Description(())
 
 
 class Pair(NamedTuple):
@@ -92,7 +93,7 @@ def measure(part: str) -> dict[str, Agreement]:
     """Agreement of objects and of absent objects; phrases must match exactly, or in their head nouns."""
     pairs = [p for p in read_pairs() if p.part == part]
     describer = RuleDescriber()
-    described = [describer.describe_pair(p.question, p.answer) for p in pairs]
+    described = [describer.describe_pair(p.question, p.answer) or UNKNOWN for p in pairs]
     objects, expected = [d.objects for d in described], [p.objects for p in pairs]
     heads = [[[head(p) for p in row] for row in rows] for rows in (objects, expected)]
     return {
@@ -107,23 +108,32 @@ def form_pairs(form: Form, part: str) -> list[Pair]:
     return [Pair(part, *asked) for asked in fill(form, part)]
 
 
+def unknown(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that the rules leave to another describer."""
+    describer = RuleDescriber()
+    return [pair for pair in pairs if describer.describe_pair(pair.question, pair.answer) is None]
+
+
 def misses(pairs: Iterable[Pair]) -> list[tuple[Pair, Description]]:
-    """The pairs with an error, and their descriptions."""
+    """The pairs with an error, and their descriptions; those that the rules do not know are no errors."""
     describer = RuleDescriber()
     described = [(pair, describer.describe_pair(pair.question, pair.answer)) for pair in pairs]
     return [
         (pair, description)
         for pair, description in described
-        if set(description.objects) != set(pair.objects) or set(description.absent) != set(pair.absent)
+        if description is not None
+        and (set(description.objects) != set(pair.objects) or set(description.absent) != set(pair.absent))
     ]
 
 
 def print_forms(part: str) -> None:
-    print(f"\n| form, {part} | for example | without error |\n|---|---|---|")
+    print(f"\n| form, {part} | for example | without error | not known |\n|---|---|---|---|")
     for form in FORMS[part]:
         pairs = form_pairs(form, part)
-        exact = len(pairs) - len(misses(pairs))
-        print(f"| {form.name} | {pairs[0].question} | {exact / len(pairs):.3f} ({exact}/{len(pairs)}) |")
+        exact, other = len(pairs) - len(misses(pairs)), len(unknown(pairs))
+        print(
+            f"| {form.name} | {pairs[0].question} | {exact / len(pairs):.3f} ({exact}/{len(pairs)}) | {other} |"
+        )
 
 
 def print_misses(part: str) -> None:

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
-from vlm_calibration.endpoint.responses import RESPONSES, ResponseLog
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
@@ -33,15 +32,13 @@ class PredictionWriter(L.Callback):
 
     The files of a system are in the folder of its name; the system "" is the run itself. Each process appends its answers to
     an `AnswerLog`, from which the first process writes them in the order of the data. An evaluation that ends early leaves
-    its log, and the next one in this run directory with the same settings and data resumes from it. The responses of endpoints are
-    logged one by one, and used again whatever the settings.
+    its log, and the next one in this run directory with the same settings and data resumes from it.
     """
 
     def __init__(self) -> None:
         self.start_over = False
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
         self._log: AnswerLog | None = None
-        self._responses: ResponseLog | None = None
         self._state = ResumeState()
         self._complete = False
 
@@ -52,8 +49,7 @@ class PredictionWriter(L.Callback):
 
     def progress(self, folder: Path) -> list[Path]:
         """The answers of an interrupted evaluation."""
-        files = (path for name in (EVALUATED, RESPONSES) for path in folder.glob(name.format("*")))
-        return [path for path in files if path.stat().st_size]
+        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of a validation that was killed; find out where to resume a test."""
@@ -73,17 +69,6 @@ class PredictionWriter(L.Callback):
             else:
                 self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
             data.leave_out_answered(self._state.answered or {})
-            self._log_responses(trainer, module)
-
-    def _log_responses(self, trainer: L.Trainer, module: EvaluationModule) -> None:
-        """Let endpoints log their responses, before the first request."""
-        if not module.endpoints:
-            return
-        log = self._responses = ResponseLog.of_run(Path(trainer.default_root_dir), trainer.global_rank)
-        if self.start_over:
-            broadcast_from_first(trainer, log.clear)
-        for endpoint in module.endpoints.values():
-            endpoint.client.log = log
 
     def earlier_answers(self, trainer: L.Trainer) -> Iterator[BatchAnswers]:
         """The batches of the test set that an earlier run answered, in the first process; none in others.
@@ -168,14 +153,10 @@ class PredictionWriter(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of an evaluation that is complete."""
-        if self._complete and trainer.is_global_zero:
-            for log in filter(None, (self._log, self._responses)):
-                log.clear()
+        if self._complete and trainer.is_global_zero and self._log is not None:
+            self._log.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        # Lightning does not tear the module down after an error.
-        for endpoint in (getattr(module, "endpoints", None) or {}).values():
-            endpoint.close()
         if self._log is not None:
             self._log.close()
             if VALIDATION in self._log.queries:

@@ -215,9 +215,7 @@ def _ask_many(
     # Check all questions before a model is loaded.
     total = sum(1 for _ in read_questions(questions))
     asked = ((q.where, q.category) for q in read_questions(questions))
-    # Responses of an address that no line of `out` has yet, if this run is killed.
-    responses = out.with_name(f".{out.name}.responses.jsonl")
-    model = load_model(options, partial(_check_decides, asked=asked) if abstain else None, responses)
+    model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
     with closing(model), closing(AnswerFile(out, settings)) as answers:
         before = len(answers.done)
@@ -229,7 +227,6 @@ def _ask_many(
             "skipped": len(skipped),
             "review": None if model.rule is None else answers.to_review,
         }
-    responses.unlink(missing_ok=True)
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
     if warnings:

@@ -1,57 +1,130 @@
-"""`vlm-calibration data fetch`: download POPE or AMBER into a data root and verify the files, or say what to place where."""
+"""`vlm-calibration data fetch`: POPE or AMBER into a data root, where the presets read them.
+
+    pope/coco_pope_{random,popular,adversarial}.json      POPE on COCO, from its data set on the Hub
+    pope/aokvqa_pope_{random,popular,adversarial}.json    POPE on A-OKVQA: other images, for recalibration of both benchmarks
+    coco/val2014/                                         the images of both
+    amber/query/, amber/annotations.json                  AMBER
+    amber/image/                                          its images, from Google Drive, where programs cannot download them reliably
+
+Files that are there are used as they are, such as official ones that were placed by hand.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
-
-from jsonargparse.typing import PositiveInt
+from typing import Any, Literal
 
 from vlm_calibration.errors import CommandError
-from vlm_calibration.files import MAX_NAMED
+from vlm_calibration.files import first_line, name_some, replacing, write_rows
+from vlm_calibration.records import DataError
+
+KINDS = ("random", "popular", "adversarial")
+HUB = "lmms-lab/POPE"
+POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/08d957b917e5a378a2f99d35b6293c536a66298b/output"
+AMBER = (
+    "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
+)
+COCO = "http://images.cocodataset.org/val2014"
+"""Without TLS: the server's certificate is for another name."""
+AMBER_ARCHIVE = "https://drive.google.com/file/d/1MaCHgtupcZUjf007anNl4_MV0o4DjXvl/view"
+COCO_IMAGES, AMBER_IMAGES = "coco/val2014", "amber/image"
+AMBER_FILES = ("annotations.json", "query/query_all.json", "query/query_discriminative.json")
 
 
-def fetch(
-    benchmark: Literal["pope", "amber"],
-    *,
-    data_root: Path = Path("data"),
-    check: bool = False,
-    workers: PositiveInt = PositiveInt(8),
-) -> None:
-    """Download the files and images of POPE or AMBER to the places that the presets eval/pope and eval/amber read, and verify them.
+def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")) -> None:
+    """Download the questions and images of POPE or AMBER to the places that the presets eval/pope and eval/amber read.
 
-    POPE's questions about A-OKVQA and their images come along, as the calibration split of both. Files that are there are verified
-    and not downloaded again, so an interrupted download resumes. AMBER's images have to be placed by hand; without a network all
-    files have, and the command says where.
+    POPE comes from its data set on the Hub (lmms-lab/POPE); its questions about A-OKVQA and their images come along, as the
+    calibration split of both. Files that are there stay, so official files may be placed by hand and an interrupted download resumes.
+    AMBER's images have to be placed by hand; the command says where.
 
     Args:
         benchmark: pope or amber
         data_root: folder to write to
-        check: verify the files that are there and download nothing
-        workers: number of downloads at a time
 
     Raises:
-        DataError: a file cannot be written.
-        CommandError: a file is missing or not the right one.
+        DataError: a file cannot be downloaded or written; names the places for files of one's own.
+        CommandError: images of AMBER are missing.
     """
-    from vlm_calibration.benchmarks.published import digest_list, fetch_benchmark, how_to_place
+    if find_spec("datasets") is None:
+        raise DataError("data fetch needs the package datasets: pip install 'vlm-calibration[datasets]'")
+    addresses = {
+        data_root / f"pope/aokvqa_pope_{kind}.json": f"{POPE}/seem/aokvqa/aokvqa_pope_seem_{kind}.json"
+        for kind in KINDS
+    }
+    of_hub = {kind: data_root / f"pope/coco_pope_{kind}.json" for kind in KINDS}
+    about_coco = [*addresses, *(of_hub.values() if benchmark == "pope" else ())]
+    if benchmark == "amber":
+        addresses |= {data_root / f"amber/{name}": f"{AMBER}/{name}" for name in AMBER_FILES}
+    images = data_root / COCO_IMAGES
+    try:
+        if benchmark == "pope" and not all(path.is_file() for path in of_hub.values()):
+            _pope_of_hub(of_hub, images)
+        _download(addresses)
+        names = sorted({name for path in about_coco for name in _images(path)})
+        _download({images / name: f"{COCO}/{name}" for name in names})
+    except (OSError, RuntimeError) as error:
+        places = [str(path) for path in dict.fromkeys([*about_coco, *addresses])]
+        raise DataError(
+            f"{benchmark} cannot be downloaded ({first_line(error)}): run it again with a network, or place the official files: "
+            f"{', '.join(places)}, and images of val2014 in {images}"
+        ) from error
+    print(f"{benchmark}: {len(names)} images of COCO and their questions are in {data_root}")
+    if benchmark == "amber":
+        folder = data_root / AMBER_IMAGES
+        needed = sorted(_images(data_root / "amber/query/query_all.json"))
+        if missing := [name for name in needed if not (folder / name).is_file()]:
+            raise CommandError(
+                f"{len(missing)} of {len(needed)} images are not in {folder} ({name_some(missing, len(missing))}): unpack "
+                f"{AMBER_ARCHIVE} there",
+                1,
+            )
 
-    report = fetch_benchmark(benchmark, data_root, download=not check, workers=workers)
-    listed = f"; digests: {digest_list(benchmark, data_root)}" if report.digests else ""
-    print(f"{len(report.digests)} files verified, {report.downloaded} of them downloaded now{listed}")
-    for problems, what in ((report.missing, "missing"), (report.wrong, "wrong, delete them and fetch again")):
-        if problems:
-            print(f"{len(problems)} files {what}:")
-        for path, reason in list(problems.items())[:MAX_NAMED]:
-            print(f"  {data_root / path}: {reason}")
-        if len(problems) > MAX_NAMED:
-            print(f"  and {len(problems) - MAX_NAMED} more")
-    if lines := how_to_place(benchmark, data_root, report):
-        print(
-            f"To place them by hand, then verify them with `vlm-calibration data fetch {benchmark} --check`:"
-        )
-        for line in lines:
-            print(f"  {line}")
-    if report.missing or report.wrong:
-        count = len(report.missing) + len(report.wrong)
-        raise CommandError(f"{benchmark}: {count} files in {data_root} are missing or wrong", 1)
+
+def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
+    """Write POPE's questions and images from the Hub where they are missing; the files of questions come last.
+
+    Args:
+        paths: kind of question -> its file.
+        images: folder of the images.
+    """
+    from datasets import Image, load_dataset
+
+    rows = load_dataset(HUB, split="test").cast_column("image", Image(decode=False))
+    questions: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for row in rows:
+        name = f"{row['image_source']}.jpg"
+        image = images / name
+        if not image.is_file():
+            with replacing(image, sync=False) as temporary:
+                temporary.write_bytes(row["image"]["bytes"])
+        asked = {
+            "question_id": int(row["question_id"]),
+            "image": name,
+            "text": row["question"],
+            "label": row["answer"],
+        }
+        questions[row["category"]].append(asked)
+    for kind, path in paths.items():
+        if not path.is_file():
+            write_rows(path, questions[kind], lines=True)
+
+
+def _download(files: Mapping[Path, str]) -> None:
+    """Download the files that are missing: path -> address."""
+    from datasets import DownloadManager
+
+    missing = {path: address for path, address in files.items() if not path.is_file()}
+    for path, cached in zip(missing, DownloadManager().download(list(missing.values())), strict=True):
+        with replacing(path, sync=False) as temporary:
+            temporary.write_bytes(Path(cached).read_bytes())
+
+
+def _images(path: Path) -> set[str]:
+    """The names of images in a file of questions."""
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+    return {Path(row["image"]).name for row in rows}

@@ -57,21 +57,19 @@ class ModelOptions:
 def load_model(
     options: ModelOptions,
     check: Callable[[DecisionRule | None], None] | None = None,
-    responses: Path | None = None,
 ) -> Asker:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
     Args:
         options: name the model.
         check: takes its decision rule before the model is loaded, and raises if the rule is not enough.
-        responses: file that keeps the responses of an address; unused for other models.
 
     Raises:
         ArgumentError: an address without a model, or with options of a model that is loaded here.
         DataError: see `load_calibrated` and `ServedModel`.
     """
     if options.url is not None or options.served_model is not None:
-        return _served(options, check, responses)
+        return _served(options, check)
     from vlm_calibration.inference.model import load_calibrated, rule_of
 
     base, adapter = options.base, options.adapter
@@ -92,9 +90,7 @@ def load_model(
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
 
 
-def _served(
-    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None, responses: Path | None
-) -> Asker:
+def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] | None) -> Asker:
     """The model behind an address; it has no decision rule."""
     if options.url is None or options.served_model is None:
         raise ArgumentError(None, "--url and --served-model belong together")
@@ -109,10 +105,7 @@ def _served(
     from vlm_calibration.inference.served import ServedModel
 
     endpoint = Endpoint(options.url, options.served_model)
-    served = ServedModel(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS, responses)
-    if served.expected_note is not None:
-        print(f"no expected confidence: {served.expected_note}", file=sys.stderr)
-    return served
+    return ServedModel(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS)
 
 
 def _is_trained(run: str) -> bool:

@@ -1,4 +1,4 @@
-"""From the listed tokens of a response to probabilities: of one of two words, of the answer's tokens, of the stated percentage.
+"""From the listed tokens of a response to probabilities: of yes and no, of the answer's tokens, of the stated percentage.
 
 A server lists the likeliest tokens at each position (mostly 20), not the likelihood of a text that we choose. So these probabilities
 are approximations of what `estimators.answer_scoring` computes: what is not listed counts as impossible.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
-from vlm_calibration.endpoint.responses import Response, Token, joined
+from vlm_calibration.endpoint.client import Token
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, render_answer
 
 PERCENTS = range(101)
-_PERCENT = re.compile(r"(\d{1,3})\s{0,3}\\?%\Z")
+FOLLOWED = 0.01
+"""Probability from which on the beginning of a percentage is followed by another request."""
+CONTINUED = 0.5
+"""Least probability of what can follow in a percentage; with less the server has begun a new answer."""
 
 
 def complete_statement(text: str) -> str:
@@ -25,141 +29,142 @@ def complete_statement(text: str) -> str:
             end = end_of_confidence(text[:seen])
             if end is not None:
                 return text[:end].strip()
-    end = end_of_confidence(text)
-    return text[:end].strip()
+    return text[: end_of_confidence(text)].strip()
 
 
-def p_of_first(response: Response, words: Sequence[str]) -> float | None:
-    r"""The probability of the first of two words at the first token of a response, against the other one.
+def p_yes(tokens: Sequence[Token]) -> float | None:
+    r"""The probability of yes against no at the first token of a response: :math:`P(yes) / (P(yes) + P(no))`.
 
-    :math:`P(w_1) / (P(w_1) + P(w_2))`. A listed token counts for the word that it is, or that it begins; case and surrounding space
-    do not matter. Local scoring compares the likelihoods of both words as written.
+    A listed token counts for the word that it is, or that it begins; case and surrounding space do not matter. Local scoring compares
+    the likelihoods of both words as written.
 
     Returns:
         In [0, 1]; None if the response does not begin with one of the words, or has no tokens.
     """
-    if not response.tokens:
-        return None
     # Some tokenizers have white space as a token of its own.
-    first = next((t for t in response.tokens if t.text.strip()), None)
-    if first is None or _word(first.text, words) is None:
+    first = next((t for t in tokens if t.text.strip()), None)
+    if first is None or _verdict(first.text) is None:
         return None
-    mass = [0.0, 0.0]
+    mass: dict[str | None, float] = defaultdict(float)
     for text, log_p in first.alternatives.items():
-        word = _word(text, words)
-        if word is not None:
-            mass[word] += math.exp(log_p)
-    return min(1.0, mass[0] / sum(mass)) if sum(mass) > 0 else None
+        mass[_verdict(text)] += math.exp(log_p)
+    return mass["yes"] / (mass["yes"] + mass["no"])
 
 
-def _word(token: bytes, words: Sequence[str]) -> int | None:
-    """The index of the word that a token is, begins, or begins with; None for none or both."""
+def _verdict(token: bytes) -> str | None:
+    """The word, yes or no, that a token is, begins, or begins with."""
     text = token.decode("utf-8", "replace").strip().casefold().lstrip("*\"'`")
-    if not text:
-        return None
-    found = [
-        index
-        for index, word in enumerate(w.casefold() for w in words)
-        if word.startswith(text) or re.match(rf"{re.escape(word)}(?!\w)", text)
-    ]
-    return found[0] if len(found) == 1 else None
+    words = [w for w in ("yes", "no") if text and (w.startswith(text) or re.match(rf"{w}(?!\w)", text))]
+    return words[0] if words else None
 
 
-def answer_likelihood(response: Response, answer: str) -> float | None:
+def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
     r"""The likelihood of an answer, normalised by its length: :math:`\exp(\frac{1}{T} \sum_t \log p(a_t))` over its T generated tokens.
 
     Local scoring takes the tokens of the answer as training would write it; here they are those that were generated.
 
     Args:
-        response: the response.
+        tokens: of the response.
         answer: its text without the stated confidence.
 
     Returns:
         In [0, 1]; None if the response does not begin with the answer, or has no tokens.
     """
-    if not response.tokens:
-        return None
-    content = joined(response.tokens).decode("utf-8", "replace")
+    content = _text(tokens)
     start = len(content) - len(content.lstrip())
     if not answer or not content[start:].startswith(answer):
         return None
     sentence = render_answer(answer)
     end = start + len(sentence if content[start:].startswith(sentence) else answer)
     log_p, position = [], 0
-    for token in response.tokens:
-        if position >= len(content[:end].encode()):
+    for token in tokens:
+        if position >= len(_bytes(content[:end])):
             break
         log_p.append(token.log_p)
         position += len(token.text)
     return min(1.0, math.exp(sum(log_p) / len(log_p)))
 
 
-class StatedPercent:
-    """The stated percentage in a response, and the tokens that it is made of.
+def percent_distribution(
+    tokens: Sequence[Token], ask_after: Callable[[str], Mapping[bytes, float] | None]
+) -> dict[float, float]:
+    r"""How probable the model states each whole percent after its own answer.
 
-    Attributes:
-        before: the response up to the percentage.
-        pieces: listed continuations of `before` -> log-probability, at the first token of the percentage. The token may begin with
-            the end of `before`, such as a space; continuations are without it.
-        tokens: the tokens of the percentage, from its first one.
-        generated: the first continuation that was generated.
-        is_one_token: whether it has all digits of a number of several: the tokenizer does not split numbers.
-    """
+    .. math:: p(c_k) \propto \sum_{\text{pieces of } c_k} p(\text{piece} \mid v, q, a)
 
-    def __init__(self, before: str, number: str, tokens: Sequence[Token], overlap: bytes) -> None:
-        self.before = before
-        self.tokens = tokens
-        self.pieces = _continuations(tokens[0].alternatives, overlap)
-        self.generated = tokens[0].text[len(overlap) :].decode("utf-8", "replace")
-        self.is_one_token = len(number) > 1 and self.generated.startswith(number)
-
-    @classmethod
-    def find(cls, response: Response) -> StatedPercent | None:
-        """The percentage that a response states and that its text is cut at; None if it states none, or has no tokens."""
-        if not response.tokens:
-            return None
-        content = joined(response.tokens).decode("utf-8", "replace")
-        statement = complete_statement(content)
-        statement = content[: content.find(statement) + len(statement)]
-        number = _PERCENT.search(statement)
-        if number is None or parse_confidence(statement) is None:
-            return None
-        start, position = len(content[: number.start()].encode()), 0
-        for index, token in enumerate(response.tokens):
-            if position + len(token.text) > start:
-                overlap = token.text[: max(0, start - position)]
-                return cls(content[: number.start()], number[1], response.tokens[index:], overlap)
-            position += len(token.text)
-        return None
-
-
-def _continuations(alternatives: Mapping[bytes, float], overlap: bytes = b"") -> dict[str, float]:
-    """The listed tokens that begin with `overlap`, without it -> log-probability."""
-    pieces: dict[str, float] = {}
-    for text, log_p in alternatives.items():
-        if text.startswith(overlap):
-            pieces[text[len(overlap) :].decode("utf-8", "replace")] = log_p
-    return pieces
-
-
-def continuations(response: Response) -> dict[str, float]:
-    """The listed first tokens of a response -> log-probability; empty without tokens."""
-    return _continuations(response.tokens[0].alternatives) if response.tokens else {}
-
-
-def possible(piece: str) -> list[int]:
-    """The percentages that begin with a piece of text such as "8", "80" or "80%"."""
-    return [n for n in PERCENTS if f"{n}%".startswith(piece) or piece.startswith(f"{n}%")]
-
-
-def is_whole(piece: str, is_one_token: bool) -> int | None:
-    """The percentage that a piece of text is: its number, if no digit can follow, or its number with the percent sign; else None.
+    The tokens that the server lists at the stated percentage are its pieces: whole numbers ("80"), or beginnings ("8"). A
+    beginning that is likelier than 1% is continued by another request, unless it was generated, and then the response itself
+    has the continuation. Our exact scoring instead computes the likelihood of each whole response, written as in training; what
+    follows the number, the wording before it, unlisted tokens and unlikely beginnings make the difference. In both the
+    probabilities are normalised to 1.
 
     Args:
-        piece: the text.
-        is_one_token: whether a token has all digits of a number, so that no digit can follow any.
+        tokens: of the response.
+        ask_after: takes the beginning of the response and gives the listed next tokens -> log-probability; None if the server cannot.
+
+    Returns:
+        Confidence -> probability, in falling order; empty if the response states no labelled percentage, has no tokens, or a
+        beginning that is not continued.
     """
-    for n in PERCENTS:
-        if piece.startswith(f"{n}%") or (piece == str(n) and (is_one_token or n == 0 or n > 10)):
-            return n
-    return None
+    content = _text(tokens)
+    statement = complete_statement(content)
+    statement = content[: content.find(statement) + len(statement)]
+    number = re.search(r"(\d{1,3})\s{0,3}\\?%\Z", statement)
+    if number is None or parse_confidence(statement) is None:
+        return {}
+    before = content[: number.start()]
+    first, position = 0, 0
+    while position + len(tokens[first].text) <= len(_bytes(before)):
+        position += len(tokens[first].text)
+        first += 1
+    # The first token of the number may begin with the end of the text before it, such as a space.
+    overlap = tokens[first].text[: len(_bytes(before)) - position]
+    generated = tokens[first].text[len(overlap) :].decode("utf-8", "replace")
+    # Whether the tokenizer does not split numbers, so that no digit can follow one.
+    is_one_token = len(number[1]) > 1 and generated.startswith(number[1])
+    listed = {
+        "": {t[len(overlap) :]: p for t, p in tokens[first].alternatives.items() if t.startswith(overlap)}
+    }
+    for token in tokens[first + 1 :]:
+        listed[generated] = dict(token.alternatives)
+        generated += token.text.decode("utf-8", "replace")
+
+    mass: dict[int, float] = defaultdict(float)
+    unfinished = [("", 1.0)]
+    while unfinished:
+        piece, p = unfinished.pop(0)
+        following = listed.get(piece) or ask_after(_bytes(before + piece).decode("utf-8", "replace"))
+        if following is None:
+            return {}
+        likely = 0.0
+        for token_text, log_p in following.items():
+            text = piece + token_text.decode("utf-8", "replace")
+            percent = _percent(text, is_one_token)
+            begins = text != piece and any(f"{n}%".startswith(text) for n in PERCENTS)
+            likely += math.exp(log_p) * (percent is not None or begins)
+            if percent is not None:
+                mass[percent] += p * math.exp(log_p)
+            elif begins and p * math.exp(log_p) >= FOLLOWED:
+                unfinished.append((text, p * math.exp(log_p)))
+        if piece not in listed and likely < CONTINUED:
+            return {}
+    total = sum(mass.values())
+    return {n / 100: mass.get(n, 0.0) / total for n in reversed(PERCENTS)} if total > 0 else {}
+
+
+def _percent(text: str, is_one_token: bool) -> int | None:
+    """The percentage that a text is: a number with the percent sign, or one that no digit can follow; else None."""
+    match = re.match(r"(100|[1-9]?\d)(%|\Z)", text)
+    if match is None:
+        return None
+    n = int(match[1])
+    return n if match[2] or is_one_token or n == 0 or n > 10 else None
+
+
+def _text(tokens: Sequence[Token]) -> str:
+    """The text of some tokens; `_bytes` gives their bytes back, also those of unfinished characters."""
+    return b"".join(token.text for token in tokens).decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

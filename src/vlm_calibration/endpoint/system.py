@@ -5,40 +5,56 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.endpoint.client import Client, greedy, listing_tokens
-from vlm_calibration.endpoint.estimates import READ_TOKENS, Asked, EndpointEstimates, Rating
-from vlm_calibration.endpoint.reading import complete_statement
+from vlm_calibration.endpoint.client import TOP, Client, RefusedError
+from vlm_calibration.endpoint.reading import (
+    answer_likelihood,
+    complete_statement,
+    p_yes,
+    percent_distribution,
+)
 from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.estimators.base import Estimator
-from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
+from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+EXPECTED, LIKELIHOOD = ExpectedConfidence.name, AnswerLikelihood.name
+NOT_SCORED = "an endpoint does not score a given answer, which this estimator needs"
+NO_TOKENS = "the server gives no log-probabilities (logprobs)"
+NO_CONTINUATION = "the server does not continue a given answer (continue_final_message): no value where a percentage is several tokens"
+LISTED = {"logprobs": True, "top_logprobs": TOP}
 
-class RatedAnswer(NamedTuple):
+
+class ServedAnswer(NamedTuple):
     """The answer to one query.
 
     Attributes:
-        asked: the graded answer, with its response.
-        ratings: estimator -> its rating.
+        prediction: the graded answer with its estimates.
+        generated: estimator -> number of tokens that were generated for it, the counterpart of forward passes.
+        distribution: confidence -> probability that the model states it, highest confidence first; empty where it cannot be had.
     """
 
-    asked: Asked
-    ratings: Mapping[str, Rating]
-
-    @property
-    def prediction(self) -> EstimatedPrediction:
-        """The graded answer, without ratings."""
-        return self.asked.prediction
+    prediction: EstimatedPrediction
+    generated: Mapping[str, int]
+    distribution: Mapping[float, float]
 
 
 class EndpointSystem:
     """Answers questions through an endpoint. Prompt, image, limit of length and grading are those of local models.
+
+    The stated confidence is read from the text; the expected confidence and the likelihood of the answer from the tokens that the
+    server lists. Other estimators, and all probes, need the scores of texts that we choose, which no server gives.
 
     Args:
         name: of the system.
@@ -46,6 +62,10 @@ class EndpointSystem:
         estimators: that rate its answers.
         max_new_tokens: length limit of an answer.
         grades: whether gold answers are known; otherwise no answer counts as correct.
+
+    Attributes:
+        prompt: how a question is put.
+        notes: name of an estimator that lacks values -> why.
 
     Raises:
         DataError: see `Client`.
@@ -60,46 +80,33 @@ class EndpointSystem:
         grades: bool = True,
     ) -> None:
         self.client = Client(endpoint, name)
-        self.estimators = estimators
+        self.estimators = [estimator.name for estimator in estimators]
         self.max_new_tokens = max_new_tokens
         self.grades = grades
+        self.prompt = ElicitationPrompt()
+        given = (VerbalizedConfidence, ExpectedConfidence, AnswerLikelihood)
+        self.notes = {e.name: NOT_SCORED for e in estimators if type(e) not in given}
 
-    def connect(self, prompt: ElicitationPrompt) -> None:
-        """Reach the server before anything else is done; see `Client.connect`.
-
-        Args:
-            prompt: how a question is put.
-
-        Raises:
-            DataError: the server cannot be reached, or refuses to answer.
-        """
-        self.prompt = prompt
-        self._reads_tokens = any(isinstance(e, READ_TOKENS) for e in self.estimators)
-        self.client.connect(with_tokens=self._reads_tokens)
-        self.estimates = EndpointEstimates(self.client, self.estimators)
-
-    @property
-    def notes(self) -> Mapping[str, str]:
-        """Name of an estimator that cannot be had -> why."""
-        return self.estimates.notes
-
-    def answer(self, batch: PromptBatch) -> list[RatedAnswer]:
-        """Answer a batch that has its images, all queries at the same time.
+    def answer(self, batch: PromptBatch) -> list[ServedAnswer]:
+        """Answer a batch that has its images, several queries at the same time. After a failure no query is begun.
 
         Raises:
             DataError: a request failed for good.
         """
-        return self.client.run([self._answer(batch, row) for row in range(len(batch.queries))])
+        with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
+            return list(threads.map(partial(self._answer, batch), range(len(batch.queries))))
 
-    async def _answer(self, batch: PromptBatch, row: int) -> RatedAnswer:
+    def _answer(self, batch: PromptBatch, row: int) -> ServedAnswer:
         query = batch.queries[row]
-        image = {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}}
-        content: list[Mapping[str, Any]] = [
-            image,
+        content = [
+            {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}},
             {"type": "text", "text": self.prompt.render(query.question)},
         ]
-        body = greedy(content, self.max_new_tokens)
-        response = await self.client.ask(listing_tokens(body) if self.client.gives_tokens else body)
+        messages = [{"role": "user", "content": content}]
+        reads_tokens = EXPECTED in self.estimators or LIKELIHOOD in self.estimators
+        response = self.client.ask(messages, self.max_new_tokens, **(LISTED if reads_tokens else {}))
+        if reads_tokens and not response.tokens:
+            self.notes |= {name: NO_TOKENS for name in (EXPECTED, LIKELIHOOD) if name in self.estimators}
         prediction = graded_prediction(
             query,
             complete_statement(response.text),
@@ -107,8 +114,42 @@ class EndpointSystem:
             batch.noise_steps[row],
             batch.grading if self.grades else None,
         )
-        asked = Asked(query, prediction, response, content, image, self.max_new_tokens, batch.grading)
-        return RatedAnswer(asked, await self.estimates.rate(asked))
+        generated = dict.fromkeys(self.estimators, 0) | {VERBALIZED: response.generated}
+        estimates: dict[str, float | None] = dict.fromkeys(n for n in self.estimators if n != VERBALIZED)
+        distribution: dict[float, float] = {}
+        if LIKELIHOOD in self.estimators:
+            estimates[LIKELIHOOD] = answer_likelihood(response.tokens, strip_confidence(prediction.text))
+            if query.answer_type == "yes_no":
+                p = p_yes(response.tokens) if prediction.predicted in ("yes", "no") else None
+                estimates[LIKELIHOOD] = 1 - p if p is not None and prediction.predicted == "no" else p
+        if EXPECTED in self.estimators:
+
+            def after(beginning: str) -> Mapping[bytes, float] | None:
+                listed = self._continue(messages, beginning)
+                generated[EXPECTED] += listed is not None
+                return listed
+
+            distribution = percent_distribution(response.tokens, after)
+            if distribution:
+                mean = sum(level * p for level, p in distribution.items())
+                estimates[EXPECTED] = min(max(mean, 0.0), 1.0)
+        known = {name: None if value is None else rounded(value) for name, value in estimates.items()}
+        return ServedAnswer(replace(prediction, estimates=known), generated, distribution)
+
+    def _continue(
+        self, messages: Sequence[Mapping[str, Any]], beginning: str
+    ) -> Mapping[bytes, float] | None:
+        """The listed tokens after the beginning of an answer, as vLLM and SGLang give them; None: the server cannot."""
+        if self.notes.get(EXPECTED) == NO_CONTINUATION:
+            return None
+        messages = [*messages, {"role": "assistant", "content": beginning.lstrip()}]
+        continuing = {"continue_final_message": True, "add_generation_prompt": False}
+        try:
+            response = self.client.ask(messages, 1, **LISTED, **continuing)
+        except RefusedError:
+            self.notes[EXPECTED] = NO_CONTINUATION
+            return None
+        return response.tokens[0].alternatives if response.tokens else {}
 
     def close(self) -> None:
         """Close the connections."""
@@ -116,7 +157,7 @@ class EndpointSystem:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An image, uint8 [H, W, 3], as a PNG in a data URI; the same image always gives the same text."""
+    """Encode an image, uint8 [H, W, 3], as a PNG in a data URI; the same image always gives the same text."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from vlm_calibration.records import DataError, Query
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Description(NamedTuple):

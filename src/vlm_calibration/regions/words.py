@@ -1,7 +1,4 @@
-"""English word lists for the describer: nouns that name no object, containers, groups, adjectives without appearance.
-
-They are separate from the rules (`phrases.py`), so that another language or domain needs no change of code.
-"""
+"""English word lists for the describer: nouns that name no object, containers, groups, adjectives without appearance."""
 
 from __future__ import annotations
 
@@ -46,14 +43,10 @@ LOOKS = COLOURS | _words(
 )
 """Colours, shapes and materials: nouns that describe appearance, as in "Is the cup plastic?"."""
 
-DEGREES = _words("light dark bright pale deep brand")
-"""Modifiers of the following adjective: "light blue", "brand new"."""
-
-TAGS = {"doing": "VDG", "no": "AT0", "remote": "NN1", "drier": "NN1"}
+TAGS = {"doing": "VDG", "no": "AT0", "present": "AJ0", "bears": "NN2"} | dict.fromkeys(
+    ("remote", "drier", "bear"), "NN1"
+)
 """C5 tags of words that the tagger usually gets wrong in questions; a drier is a hair drier."""
-
-LIGHTS = _words("traffic street stop brake tail head ceiling flash night warning christmas")
-"""First words of compounds with "light"."""
 
 NO_OBJECT = (
     ATTRIBUTES
@@ -62,7 +55,7 @@ NO_OBJECT = (
     | PICTURE
     | _with_plurals(
         """morning noon afternoon evening night midnight dawn dusk sunset sunrise today winter spring summer autumn fall
-        minute second moment week way lot amount percent group pair couple half total maximum minimum
+        minute second moment week way lot amount percent group pair couple half herd flock pack bunch dozen series collection total maximum minimum
         safety fun order fact case kind sense impression idea thought interest addition relation comparison contrast
         love joy happiness sadness anger fear peace silence beauty comfort work use help care attention focus
         variety balance bit contact interaction difference speech conversation discussion breakfast lunch dinner meal
@@ -72,19 +65,6 @@ NO_OBJECT = (
     - _words("couple couples group groups")
 )
 """Nouns that name nothing a detector can find."""
-
-BALLS = _words("baseball basketball football volleyball")
-"""Games if they stand alone or are played, otherwise balls."""
-
-GROUPS = _with_plurals(
-    "group herd flock pack bunch pair couple lot number set row line variety series collection piece kind type sort team dozen"
-)
-"""In "a herd of elephants" the elephants are the objects."""
-
-CONTAINERS = _with_plurals(
-    """cup mug bowl plate bottle can jar basket bucket bag box pot pan tray carton vase glass slice pile stack loaf"""
-) | _words("glasses boxes loaves")
-""""A cup of coffee" is one object."""
 
 VAGUE = _words(
     """main only same different other another many few several various certain such more most less own whole entire visible

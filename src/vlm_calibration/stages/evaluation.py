@@ -21,7 +21,7 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.endpoint.settings import Endpoint
-from vlm_calibration.endpoint.system import EndpointSystem, RatedAnswer
+from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -167,7 +167,7 @@ class EvaluationModule(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         for endpoint in self.endpoints.values():
-            endpoint.connect(data.prompt)
+            endpoint.prompt = data.prompt
 
     def teardown(self, stage: str) -> None:
         for endpoint in self.endpoints.values():
@@ -248,7 +248,11 @@ class EvaluationModule(L.LightningModule):
                             batch, self.probes if is_scored else ()
                         )
             for system, endpoint in self.endpoints.items():
-                answers[system], passes[system] = _rated(endpoint.answer(batch), list(self.estimators))
+                served = endpoint.answer(batch)
+                answers[system] = [answer.prediction for answer in served]
+                passes[system] = {
+                    name: [answer.generated[name] for answer in served] for name in self.estimators
+                }
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         if self.probes or ExpectedConfidence.name in self.estimators:
@@ -334,18 +338,6 @@ class EvaluationModule(L.LightningModule):
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)
-
-
-def _rated(
-    answers: Sequence[RatedAnswer], estimators: Sequence[str]
-) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
-    """An endpoint's answers with the confidences of further estimators, and estimator -> the generated tokens of each answer."""
-    further = [name for name in estimators if name != VERBALIZED]
-    predictions = [
-        replace(a.prediction, estimates={name: _rounded(a.ratings[name].confidence) for name in further})
-        for a in answers
-    ]
-    return predictions, {name: [a.ratings[name].generated for a in answers] for name in estimators}
 
 
 def _rounded(confidence: float | None) -> float | None:
