@@ -36,8 +36,7 @@ from vlm_calibration.metrics.functional import (
 )
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card
-from vlm_calibration.reporting.card_files import save_card
+from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import figures
 from vlm_calibration.reporting.report.agreement import (
     Group,
