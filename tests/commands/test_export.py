@@ -21,18 +21,15 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_calibration import cli, hub
-from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
 from vlm_calibration.inference.model import load_calibrated
 from vlm_calibration.models.base import BaseModel, adapter_digest, adapter_weights_digest
 from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
-from ..command_line import Ended
 from ..wandb_log import OfflineRun
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -190,42 +187,20 @@ def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_card_of_a_merged_model_runs(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
-    assert call("run", "--merge", "--out", "merged")[0] == 0
-    Image.fromarray(render_scene(0).image).save(tmp_path / "image.png")
-    program = (tmp_path / "merged/README.md").read_text().split("```python\n", 1)[1].split("```", 1)[0]
-    last = "import sys; assert not [m for m in sys.modules if m.startswith(('vlm_calibration', 'peft'))]"
-    ran = subprocess.run(
-        [sys.executable, "-c", f"{program}\n{last}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith(" None\n"), "random weights state no confidence"
-
-
 def test_from_training_to_a_merged_model(
-    run: Callable[..., Ended], fit: Callable[..., list[str]], tmp_path: Path, model_folder: str
+    call: Callable[..., Any], offline_runs: dict[str, OfflineRun], root: Path, tmp_path: Path
 ) -> None:
-    trained = run(*fit(trainer={"val_check_interval": 2}))
-    assert trained.status == 0, trained.err
-    card = load_card(tmp_path / "run" / "adapter")
+    trained = offline_runs["sft"].directory
+    card = load_card(trained / "adapter")
     assert card is not None
-    assert (card.location, list(card.results)) == ("run/adapter", ["after"])
-    assert card.parts == ["language", "projector"]
-    exported = run("export", "run", "--merge", "--out", "merged")
-    assert exported.status == 0, exported.err
-    assert exported.out.splitlines()[-1] == "wrote merged"
-    base, merged = (load_file(Path(f) / "model.safetensors") for f in (model_folder, tmp_path / "merged"))
+    assert (list(card.results), card.parts) == (["after"], ["language", "projector"])
+    status, out, _ = call(str(trained), "--merge", "--out", "merged")
+    assert (status, out.splitlines()[-1]) == (0, "wrote merged")
+    folders = (root / "src/vlm_calibration/demo/model", tmp_path / "merged")
+    base, merged = (load_file(folder / "model.safetensors") for folder in folders)
     assert base.keys() == merged.keys()
     changed = [name for name in base if not torch.equal(base[name], merged[name])]
     assert len(changed) == 30, "language model and projector"
-    again = run("export", "run", "--merge", "--out", "merged")
-    assert again.error().startswith("--out merged is not empty")
-    assert again.status == 1
-    assert run("export", "run").status == 2
 
 
 def test_a_card_that_someone_edited_is_kept(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
