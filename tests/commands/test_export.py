@@ -411,15 +411,6 @@ def test_a_mistake_in_the_call(
     assert not (tmp_path / "x").exists()
 
 
-def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["export", "--help"])
-    assert ended.value.code == 0
-    out = capsys.readouterr().out
-    assert "a run directory, the folder of an adapter" in out
-    assert "--merge" in out
-
-
 # --- The Hub ----------------------------------------------------------------------------------------------------
 
 

@@ -202,33 +202,38 @@ def write_tables(compared: Compared, page: Path) -> list[Path]:
     return paths
 
 
-def records_of(compared: Compared) -> list[dict[str, str | float | None]]:
+Record = dict[str, str | float | None]
+
+
+def records_of(compared: Compared) -> list[Record]:
     """The rows of `write_tables`, by column; shares in [0, 1]."""
-    records: list[dict[str, str | float | None]] = []
+    records: list[Record] = []
     for row in compared.rows:
-        record: dict[str, str | float | None] = {
-            **dict(
-                zip(
-                    COLUMNS,
-                    (row.system, row.estimator, row.recalibration, "", row.n, row.passes),
-                    strict=False,
-                )
-            )
+        record: Record = {
+            "system": row.system,
+            "estimator": row.estimator,
+            "recalibration": row.recalibration,
+            "group": "",
+            "n": row.n,
+            "forward_passes": row.passes,
         }
-        for name, interval in row.metrics.items():
-            cells = (*interval, row.p[name])
-            record |= {
-                f"{name}{end}": _defined(v) for end, v in zip(("", "_low", "_high", "_p"), cells, strict=True)
-            }
+        for name, (value, low, high) in row.metrics.items():
+            cells = {"": value, "_low": low, "_high": high, "_p": row.p[name]}
+            record |= {f"{name}{end}": _defined(cell) for end, cell in cells.items()}
         records.append(record)
     for system, groups in compared.groups.items():
-        parts = [(g.name, g.n, g.match, g.metrics) for g in groups]
-        parts += [(b.name, b.match.answers, b.match, {}) for b in compared.bands[system]]
+        parts = [(group.name, group.n, group.match, group.metrics) for group in groups]
+        parts += [(band.name, band.match.answers, band.match, {}) for band in compared.bands[system]]
         for name, n, match, metrics in parts:
-            record = dict(zip(COLUMNS, (system, VERBALIZED, RAW, name, n), strict=False))
+            record = {"system": system, "estimator": VERBALIZED, "recalibration": RAW, "group": name, "n": n}
             record |= {metric: _defined(value) for metric, value in metrics.items()}
-            shares = zip(COLUMNS[-5:], match[:4], strict=False)
-            record |= {column: _defined(percent / 100) for column, percent in shares}
+            shares = {
+                "says": match.says,
+                "is_right": match.right,
+                "is_right_low": match.low,
+                "is_right_high": match.high,
+            }
+            record |= {column: _defined(percent / 100) for column, percent in shares.items()}
             records.append({**record, "agrees": match.agreement if match.answers else None})
     return records
 
