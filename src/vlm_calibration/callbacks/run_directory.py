@@ -146,11 +146,8 @@ class SaveRunConfig(SaveConfigCallback):
         settings = deciding_settings(command, resolved_settings(self.parser, config))
         data = trainer.datamodule  # type: ignore[attr-defined]
         record = new_record(command, trainer, settings, data)
-        folder = Path(trainer.default_root_dir)
-        # A training that resumes is as far as its checkpoint.
-        earlier = read_record(folder) if trainer.global_step else None
-        begun = record if earlier is None else replace(record, step=earlier.step, steps=earlier.steps)
-        begun.write(folder)
+        # A training that resumes has the checkpoint that it resumes from.
+        replace(record, step=trainer.global_step or None).write(Path(trainer.default_root_dir))
         return record
 
 
