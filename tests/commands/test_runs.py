@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from vlm_calibration.append_log import AppendLog
@@ -25,6 +28,7 @@ from vlm_calibration.files import hold, release, write_json
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import Run, find_runs, read_run
+from vlm_calibration.reporting.training_state import read_training_state
 from vlm_calibration.stages.answer_log import AnswerLog
 
 from ..command_line import Ended, Server, callback
@@ -61,11 +65,15 @@ def _run(folder: Path, stage: str, data: dict[str, Any] | None = None, **setting
     return folder
 
 
-def _checkpoint(folder: Path, step: int = 7) -> None:
-    """A checkpoint, and the record of a training of twelve steps."""
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints/last.ckpt").touch()
-    write_json(folder / "run.json", {"command": "fit", "finished": False, "step": step, "steps": 12})
+def _checkpoint(folder: Path, step: int = 7) -> Path:
+    """A checkpoint as Lightning writes it, of an epoch of 22 queries in batches of 4."""
+    path = folder / "checkpoints/last.ckpt"
+    path.parent.mkdir()
+    position = {"epoch": 0, "batch": 3, "queries": 22, "batch_size": 4}
+    torch.save(
+        {"global_step": step, "state_dict": {"w": torch.ones(3)}, "PerturbedQueryDataModule": position}, path
+    )
+    return path
 
 
 def _adapter(folder: Path) -> None:
@@ -82,8 +90,7 @@ def _one(folder: Path) -> Run:
 
 def test_a_finished_training(tmp_path: Path) -> None:
     folder = _run(tmp_path / "sft", "sft")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints/last.ckpt").touch()
+    _checkpoint(folder)
     _adapter(folder)
     write_json(folder / "metrics.json", METRICS)
     run = _one(tmp_path)
@@ -93,10 +100,11 @@ def test_a_finished_training(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_has_a_step_a_total_and_a_command(tmp_path: Path) -> None:
+    """22 queries in batches of 4 are 5 batches, and with two a step 3 steps; two epochs."""
     folder = _run(tmp_path / "a b" / "dpo", "dpo")
     _checkpoint(folder, step=4)
     run = _one(tmp_path)
-    assert (run.state, run.detail) == ("interrupted", "at step 4 of 12")
+    assert (run.state, run.detail) == ("interrupted", "at step 4 of 6")
     assert run.command == f"vlm-calibration fit --config '{folder}/config.yaml' --ckpt_path last"
 
 
@@ -112,7 +120,7 @@ def test_a_run_that_is_held_is_running(tmp_path: Path) -> None:
     _checkpoint(folder)
     lock = hold(folder / "config.yaml")
     run = _one(tmp_path)
-    assert (run.state, run.detail, run.command) == ("running", "at step 7 of 12", "")
+    assert (run.state, run.detail, run.command) == ("running", "at step 7 of 6", "")
     release(lock)
     assert _one(tmp_path).state == "interrupted"
 
@@ -266,7 +274,7 @@ def test_an_adapter_that_was_not_evaluated_is_to_be(tmp_path: Path) -> None:
         ("config.yaml", None, "config.yaml"),
         ("metrics.json", b"{", "metrics.json:1"),
         ("metrics.json", b"[1]", "metrics.json"),
-        ("run.json", b"{", "run.json:1"),
+        ("checkpoints/last.ckpt", b"PK", "checkpoint"),
     ],
 )
 def test_a_damaged_folder_is_named_and_the_others_are_listed(
@@ -282,7 +290,35 @@ def test_a_damaged_folder_is_named_and_the_others_are_listed(
     [line] = [line for line in out.splitlines() if line.startswith(str(damaged))]
     assert "damaged" in line
     assert culprit in line
-    assert f"{good}:  sft  interrupted (at step 7 of 12)" in out
+    assert f"{good}:  sft  interrupted (at step 7 of 6)" in out
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("last/data.pkl", pickle.dumps({"global_step": 3, "evil": Evil()}))
+    assert read_training_state(path, {}).step == 3
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "total"),
+    [
+        ({"max_epochs": 3}, 15),
+        ({"max_epochs": 3, "max_steps": 4}, 4),
+        ({"max_epochs": -1, "max_steps": 9}, 9),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 6),
+        ({"max_epochs": 3, "accumulate_grad_batches": 3}, 6),
+        ({}, None),
+    ],
+)
+def test_the_total_of_a_training(tmp_path: Path, trainer: dict[str, Any], total: int | None) -> None:
+    assert read_training_state(_checkpoint(tmp_path), trainer).total == total
 
 
 def test_a_folder_with_a_log_alone_is_empty_and_other_folders_are_no_runs(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 import signal
@@ -11,7 +10,6 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +19,6 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from vlm_calibration.callbacks.run_record import read_record
 from vlm_calibration.files import clear_leftovers, first_line, replacing
 from vlm_calibration.records import DataError
 
@@ -156,12 +153,12 @@ class RunCheckpoint(ModelCheckpoint):
             return
         self._stop_on_signal(trainer)
         if self.interval and trainer.global_step % self.interval == 0:
-            self._save(trainer)
+            trainer.save_checkpoint(self.last)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         self._stop_on_signal(trainer)
-        self._save(trainer)
+        trainer.save_checkpoint(self.last)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # A process that ends on a signal ignores further ones, which the launcher of the other processes sends.
@@ -169,15 +166,6 @@ class RunCheckpoint(ModelCheckpoint):
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             self._handlers = {}
-
-    def _save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`, and into the record of the run how far the training came."""
-        trainer.save_checkpoint(self.last)
-        folder = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and (record := read_record(folder)) is not None:
-            total = trainer.estimated_stepping_batches
-            steps = int(total) if math.isfinite(total) else None
-            replace(record, step=trainer.global_step, steps=steps).write(folder)
 
     def _listen(self) -> None:
         if not self._handlers and threading.current_thread() is threading.main_thread():
@@ -191,6 +179,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Stop all processes at the same step if any of them received a signal."""
         any_process: Callable[..., bool] = trainer.strategy.reduce_boolean_decision
         if any_process(self._signal is not None, all=False):
-            self._save(trainer)
+            trainer.save_checkpoint(self.last)
             self._signal = self._signal or signal.SIGTERM
             raise Stopped(self._signal, self.last)

@@ -146,8 +146,7 @@ class SaveRunConfig(SaveConfigCallback):
         settings = deciding_settings(command, resolved_settings(self.parser, config))
         data = trainer.datamodule  # type: ignore[attr-defined]
         record = new_record(command, trainer, settings, data)
-        # A training that resumes has the checkpoint that it resumes from.
-        replace(record, step=trainer.global_step or None).write(Path(trainer.default_root_dir))
+        record.write(Path(trainer.default_root_dir))
         return record
 
 

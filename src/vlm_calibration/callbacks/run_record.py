@@ -57,8 +57,6 @@ class RunRecord:
         inputs: setting -> digest of the content that it names.
         results: path of each result outside the run directory -> digest of its content when the run ended.
         versions: "Python" and packages -> version that the run began with; empty in records of versions that did not record it.
-        step: optimiser steps done at the last checkpoint of an unfinished training; None without one.
-        steps: optimiser steps of the whole training; None if that is not known.
     """
 
     command: str
@@ -68,8 +66,6 @@ class RunRecord:
     inputs: dict[str, str]
     results: dict[str, str]
     versions: dict[str, str] = field(default_factory=dict)
-    step: int | None = None
-    steps: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write the record into a run directory, atomically.

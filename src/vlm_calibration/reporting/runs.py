@@ -20,6 +20,7 @@ import yaml
 from vlm_calibration.files import is_held, read_json
 from vlm_calibration.progress import stage_name
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.training_state import read_training_state
 
 State = Literal["finished", "running", "interrupted", "empty", "damaged"]
 
@@ -202,10 +203,9 @@ def _read_training(run: Run, config: Mapping[str, Any]) -> None:
     if (run.folder / WEIGHTS).is_file():
         run.state = "finished"
     elif (run.folder / LAST).is_file():
-        record = read_json(run.folder / RECORD) if (run.folder / RECORD).is_file() else {}
-        step, total = record.get("step"), record.get("steps")
+        step, total = read_training_state(run.folder / LAST, config.get("trainer") or {})
         run.state = "interrupted"
-        run.detail = f"at step {step}" + (f" of {total}" if total else "") if step else ""
+        run.detail = f"at step {step}" + (f" of {total}" if total is not None else "")
     else:
         run.state, run.detail = "interrupted", "before its first checkpoint"
 
