@@ -446,10 +446,9 @@ def test_examples_say_what_happened_to_the_image() -> None:
     base = [replace(p, category="noised", id=p.id) for p in answers(0)]
     old = [replace(p, perturbation=None, strength=None) for p in base]
     shown = examples_of(system("base", base), [])
-    by_id = {p.id: p for p in base}
     words = {"": "untouched", "noise": "noise, strength 0.5", "motion_blur": "motion blur, strength 0.5"}
     for example in (*shown.overconfident, *shown.underconfident):
-        assert example.perturbation == words[by_id[example.id].perturbation or ""]
+        assert example.perturbation == words[example.answer.perturbation or ""]
     assert {e.perturbation for e in examples_of(system("base", old), []).overconfident} == {""}, "not known"
 
 
