@@ -138,7 +138,7 @@ def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
     assert asked == ElicitationPrompt(template).render(question)
     fence = "````" if "```" in template else "```"
     assert f"\n{fence}text\n{template}\n{fence}\n" in card_text(card)
-    assert f"\n```text\n{FULL.conversation}\n```\n" in card_text(card)
+    assert f"\n{fence}text\n{FULL.conversation}\n{fence}\n" in card_text(card)
 
 
 def test_what_training_on_a_quantised_base_means_is_said() -> None:
