@@ -36,7 +36,7 @@ ALWAYS = {
     "skipped",
 }
 PAIRS = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
-TRAINED = {"sft": ALWAYS | {"nll_answer", "nll_confidence"}, "dpo": ALWAYS | PAIRS}
+TRAINED = {"sft": ALWAYS | {"nll_answer", "nll_confidence"}, "dpo": ALWAYS | PAIRS | {"cut_off"}}
 VALIDATED: dict[str, set[str]] = {"sft": set(), "dpo": PAIRS | {"kl"}}
 TASK = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
 FIGURES = {"reliability", "response_curve", "risk_coverage"}

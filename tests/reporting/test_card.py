@@ -43,7 +43,9 @@ def _metadata(card: Card) -> dict[str, Any]:
 
 
 def _program(card: Card) -> str:
-    return re.split("```+python\n|\n```", card_text(card), maxsplit=2)[1]
+    match = re.search(r"^(`{3,})python\n(.*?)\n\1$", card_text(card), re.DOTALL | re.MULTILINE)
+    assert match is not None
+    return match[2]
 
 
 def _table(text: str, heading: str) -> list[list[str]]:
