@@ -300,8 +300,7 @@ def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vlm_calibration.inference.model import DEMO_MODEL
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
     from vlm_calibration.models.loading import BaseModel, load_base
-    from vlm_calibration.reporting.card import EXAMPLE, Card
-    from vlm_calibration.reporting.card_files import save_card
+    from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 
     folder = tmp_path_factory.mktemp("run")
     model = attach_lora(load_base(BaseModel(str(DEMO_MODEL))), LoraSettings(r=4, alpha=4, dropout=0.0))

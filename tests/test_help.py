@@ -59,7 +59,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "app": ("--port", "--detector"),
     "ask": ("--questions", "--adapter"),
     "export": ("--merge", "--push-to-hub"),
-    "dashboard": ("--entity", "--systems", "--print", "--json"),
+    "dashboard": ("--entity", "--systems", "--print"),
     "completion": ("bash", "zsh"),
 }
 """Command -> texts on its page."""

@@ -189,7 +189,7 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
     killed = run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")))
     assert killed.status == -9
     (tmp_path / "asked0").unlink()
-    for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.groups.csv"):
+    for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
         (tmp_path / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "eval" / name).write_text("{}")
     assert run(*evaluation(), "--overwrite").status == 0

@@ -25,7 +25,12 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
@@ -75,17 +80,17 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 def _shown(what: str, name: str) -> AbstractContextManager[None]:
     """Show how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead."""
-    is_download = is_hub_name(name) and not constants.HF_HUB_OFFLINE and not _is_cached(name)
+    is_download = (
+        is_hub_name(name)
+        and not constants.HF_HUB_OFFLINE
+        and not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    )
     bars = is_download and is_terminal()
     # transformers' switch, which is that of `huggingface_hub` too; it is imported where it is used.
     if (switch := sys.modules.get("transformers.utils.logging")) is not None:
         (switch.enable_progress_bar if bars else switch.disable_progress_bar)()
     doing = "downloading and loading" if is_download else "loading"
     return nullcontext() if bars else working(f"{doing} {what} from {name}")
-
-
-def _is_cached(name: str) -> bool:
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def download(what: str, name: str, revision: str | None = None) -> Path:
@@ -109,16 +114,17 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
     Raises:
         DataError: the card cannot be read, or not be downloaded.
     """
-    path: object = Path(name) / CARD
+    path = Path(name) / CARD
     if is_hub_name(name):
-        path = try_to_load_from_cache(name, CARD, revision=revision)
-        if not isinstance(path, str) and download:
-            with loading("the model card", name):
-                try:
-                    path = hf_hub_download(name, CARD, revision=revision)
-                except RemoteEntryNotFoundError:
-                    return {}
-    if not isinstance(path, str | Path) or not Path(path).is_file():
+        with loading("the model card", name) if download else nullcontext():
+            try:
+                path = Path(hf_hub_download(name, CARD, revision=revision, local_files_only=not download))
+            except RemoteEntryNotFoundError:
+                return {}
+            except LocalEntryNotFoundError:
+                if download:
+                    raise
+    if not path.is_file():
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
@@ -149,23 +155,16 @@ def check_upload(name: str, base: str) -> None:
         raise DataError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
 
 
-def upload(folder: Path, name: str, private: bool = False, revision: str | None = None) -> None:
-    """Upload all files of a folder to a model repository; repository and branch are created if necessary.
+def upload(folder: Path, name: str, private: bool = False) -> None:
+    """Upload all files of a folder to a model repository, which is created if necessary.
 
     Raises:
         DataError: the Hub cannot be reached, or refuses.
     """
-    api = HfApi()
     try:
+        api = HfApi()
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Upload the model and its card",
-        )
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload the model and its card")
     except (OSError, ValueError, HTTPError) as error:
         # The Hub lists its objections to the card on separate lines.
         raise DataError(f"cannot push to {name}: {' '.join(str(error).split())}") from error

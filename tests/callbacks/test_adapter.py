@@ -32,8 +32,7 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.reporting.card import EXAMPLE, card_text
-from vlm_calibration.reporting.card_files import load_card
+from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
@@ -305,7 +304,7 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert yaml.safe_load(front)["base_model_revision"] == "0123abcd", "the commit, not the branch asked for"
     assert "rsLoRA DoRA LoRA, r=1, alpha=2, dropout=0.5" in text
     assert "quantised (nf4)" in text
-    assert "|  | any answer | 100% | 90% |" in text, "linear levels are the same for any answer"
+    assert "| perturbation | strength | any answer |\n| --- | --- | --- |\n|  | 0 | 100% |" in text
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.figures import (
     UNPERTURBED,
-    add_tables,
+    CalibrationFigures,
     media_of,
-    response_table,
+    sample_table,
     tables_by_perturbation,
 )
-from vlm_calibration.records import Prediction
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.predictions import graded_prediction
+from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.text.grading import Grading
 
 ANSWER = Prediction(
     id="q",
@@ -56,18 +62,12 @@ ANSWERS = (
 
 
 def test_answers_are_counted_by_kind_and_strength() -> None:
-    tables = _tables(*ANSWERS)
     counted = {("blur", 0.5): 2, ("noise", 0.5): 1, ("", 0.0): 1, UNPERTURBED: 2}
-    assert {key: table.n for key, table in tables.items()} == counted
-    total = _tables(("p9", "blur", 1.0, 0.1, False))
-    add_tables(total, tables)
-    add_tables(total, _tables(ANSWERS[0]))
-    assert {key: table.n for key, table in total.items()} == {**counted, ("blur", 0.5): 3, ("blur", 1.0): 1}
+    assert {key: table.n for key, table in _tables(*ANSWERS).items()} == counted
 
 
 def test_the_table_has_a_row_for_each_kind_and_strength_with_confidences() -> None:
-    tables = {key: table for key, table in _tables(*ANSWERS).items() if key != UNPERTURBED}
-    table = response_table(tables)
+    table = media_of(_tables(*ANSWERS))["response_table"]
     assert table.columns == ["kind", "strength", "answers", "accuracy", "mean_confidence"]
     rows = [("untouched", 0.0, 1, 1.0, 0.9), ("blur", 0.5, 2, 0.5, 0.4)]
     assert [row[0] for row in table.data] == [row[0] for row in rows]
@@ -77,5 +77,34 @@ def test_the_table_has_a_row_for_each_kind_and_strength_with_confidences() -> No
 
 def test_without_perturbed_splits_there_is_no_response_curve() -> None:
     names = {"reliability", "risk_coverage", "confidence_table"}
-    assert set(media_of(_tables(*ANSWERS[4:]))) == names
+    media = media_of(_tables(*ANSWERS[4:]))
+    assert set(media) == names
+    assert (media["reliability"]._width, media["reliability"]._height) == (800, 600)
     assert set(media_of(_tables(*ANSWERS))) == names | {"response_curve", "response_table"}
+
+
+def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:
+    splits = {"noised": EvalSplit(DemoSource("test", 3), "drawn")}
+    dataset = PerturbedQueries(splits, NoisePolicy(), processor.image_processor)
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    answers = {
+        system: [graded_prediction(s.query, text, s.perturbation, s.noise_step, Grading()) for s in samples]
+        for system, text in (("base", "Yes. Confidence: 90%"), ("sft", "No. Confidence: 20%"))
+    }
+    logged = sample_table(dataset, answers, 2, taught=True)
+    first, last = (dict(zip(logged.columns, row, strict=True)) for row in logged.data)
+    assert (first["id"], last["id"]) == (samples[0].query.id, samples[-1].query.id)
+    assert (first["perturbation"], first["strength"]) == samples[0].perturbation
+    assert first["earned_confidence"] == samples[0].confidence
+    assert (first["base_confidence"], first["sft_confidence"]) == (0.9, 0.2)
+    assert first["base_correct"] != first["sft_correct"]
+    untaught = sample_table(dataset, {"": answers["base"][1:]}, 16, taught=False)
+    assert "earned_confidence" not in untaught.columns
+    assert [row[0] for row in untaught.data] == [s.query.id for s in samples[1:]]
+
+
+def test_figures_need_written_predictions() -> None:
+    callback = CalibrationFigures()
+    trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
+    with pytest.raises(DataError, match="CalibrationFigures needs a PredictionWriter before it"):
+        callback.setup(trainer, L.LightningModule(), "fit")

@@ -1,4 +1,4 @@
-"""Tables of a few answers with their images, and the comparison that an evaluation prints."""
+"""The comparison that an evaluation prints, and the official scores."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 
-from vlm_calibration.callbacks.media import LARGEST_SIDE, drawing, photo
 from vlm_calibration.callbacks.official import OfficialScores, benchmark_splits
 from vlm_calibration.callbacks.results_table import ResultsTable
-from vlm_calibration.callbacks.samples import SampleTable, spread
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.metrics.figures import reliability_diagram
-from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.scoring import Scorer
@@ -29,39 +24,6 @@ from vlm_calibration.text.grading import Grading
 def dataset(processor: Any) -> PerturbedQueries:
     splits = {"noised": EvalSplit(DemoSource("test", 3), "drawn")}
     return PerturbedQueries(splits, NoisePolicy(), processor.image_processor)
-
-
-@pytest.mark.parametrize(
-    ("length", "size", "processes", "indices"),
-    [(11, 4, 1, [0, 3, 7, 10]), (10, 3, 2, [0, 4, 8]), (2, 5, 1, [0, 1]), (0, 3, 1, [])],
-)
-def test_samples_are_evenly_spaced(length: int, size: int, processes: int, indices: list[int]) -> None:
-    assert spread(length, size, processes) == indices
-
-
-def test_a_table_has_a_row_for_each_query_and_the_answers_of_each_system(dataset: PerturbedQueries) -> None:
-    table = SampleTable(dataset, size=2, taught=True)
-    samples = [dataset[0, i] for i in range(len(dataset))]
-    for system, text in (("base", "Yes. Confidence: 90%"), ("sft", "No. Confidence: 20%")):
-        table.update(
-            system,
-            [graded_prediction(s.query, text, s.perturbation, s.noise_step, Grading()) for s in samples],
-        )
-    logged = table.draw()
-    first, last = (dict(zip(logged.columns, row, strict=True)) for row in logged.data)
-    assert (first["id"], last["id"]) == (samples[0].query.id, samples[-1].query.id)
-    assert (first["perturbation"], first["strength"]) == samples[0].perturbation
-    assert first["earned_confidence"] == samples[0].confidence
-    assert (first["base_confidence"], first["sft_confidence"]) == (0.9, 0.2)
-    assert first["base_correct"] != first["sft_correct"]
-
-
-def test_photographs_are_shrunk_and_figures_are_not(dataset: PerturbedQueries) -> None:
-    image = photo(np.zeros((300, 1024, 3), np.uint8))
-    assert (image._width, image._height) == (LARGEST_SIDE, 150)
-    figure = reliability_diagram(ConfidenceTable.empty())
-    width, height = figure.get_size_inches() * figure.dpi
-    assert (drawing(figure)._width, drawing(figure)._height) == (int(width), int(height))
 
 
 def test_the_first_process_prints_the_comparison(

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ ALWAYS = {
     "skipped",
 }
 PAIRS = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
-TRAINED = {"sft": ALWAYS | {"nll_answer", "nll_confidence"}, "dpo": ALWAYS | PAIRS}
+TRAINED = {"sft": ALWAYS | {"nll_answer", "nll_confidence"}, "dpo": ALWAYS | PAIRS | {"cut_off"}}
 VALIDATED: dict[str, set[str]] = {"sft": set(), "dpo": PAIRS | {"kl"}}
 TASK = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
 FIGURES = {"reliability", "response_curve", "risk_coverage"}
@@ -177,23 +176,13 @@ def test_an_evaluation_compares_its_systems(offline_runs: Runs) -> None:
 
 
 def test_the_configuration_says_what_ran_on_what(offline_runs: Runs, root: Path) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
     for name, stage in (("sft", "sft"), ("dpo", "dpo"), ("eval", "evaluation")):
         run = offline_runs[name]
         assert (run.name, run.project, run.tags) == (name, "vlm-calibration", [stage])
         assert run.config["stage"] == stage
-        assert run.config["code"]["version"] == version("vlm-calibration")
-        assert len(run.config["code"].get("commit") or commit) == len(commit)
         assert run.config["base"]["name_or_path"] == str(root / "src/vlm_calibration/demo/model")
-    inputs = {name: run.config["inputs"] for name, run in offline_runs.items()}
-    assert list(inputs["sft"]) == ["train", "validation"]
-    assert inputs["sft"]["train"]["queries"] == 12
-    assert "DemoSource(split='train', scenes=4" in inputs["sft"]["train"]["sources"][0]
-    assert inputs["sft"]["validation"] == inputs["dpo"]["validation"]
-    assert inputs["sft"]["train"]["data_digest"] != inputs["dpo"]["train"]["data_digest"]
-    assert list(inputs["eval"]) == ["test"]
+        record = json.loads((run.directory / "run.json").read_text(encoding="utf-8"))
+        assert (run.config["versions"], run.config["inputs"]) == (record["versions"], record["inputs"])
 
 
 def test_the_adapter_is_an_artifact_after_every_validation(offline_runs: Runs) -> None:
@@ -286,5 +275,5 @@ def test_two_processes_log_once_and_for_both(
     assert sum(row["right"] + row["wrong"] for row in run.table("val/confidence_table")) == len(stated)
     assert sum(row["answers"] for row in run.table("val/response_table")) == len(stated)
     rows = run.table("val/samples")
-    assert [row["id"] for row in rows] == list(said)[::2], "those of the first process"
+    assert [row["id"] for row in rows] == list(said)
     assert all(row["text"] == said[row["id"]]["text"] for row in rows)

@@ -17,8 +17,7 @@ from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
-from vlm_calibration.reporting.card import Card
-from vlm_calibration.reporting.card_files import save_card
+from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.thresholds import category_of, part_of, promises_of
 from vlm_calibration.settings import digest, file_digest
@@ -144,8 +143,8 @@ def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) 
     assert list(promise.tested) == ["all", "easy", "hard"]
 
 
-def test_one_system_s_folder_and_json(call: Call, evaluation: Path, tmp_path: Path) -> None:
-    ended = call("runs/eval/dpo", "--max-error", "0.1", "--max-sent-away", "0.6", "--json")
+def test_one_system_and_json(call: Call, evaluation: Path, tmp_path: Path) -> None:
+    ended = call("runs/eval", "--system", "dpo", "--max-error", "0.1", "--max-sent-away", "0.6", "--json")
     result = json.loads(ended.out)
     assert (ended.status, result["found"]) == (0, True)
     assert result["limits"] == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
@@ -223,7 +222,7 @@ def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path
     [
         (["nowhere"], 1, "nowhere"),
         (["runs/eval", "--system", "oracle"], 1, "no system 'oracle'"),
-        (["runs/eval/dpo", "--system", "sft"], 1, "is the folder of 'dpo', not of 'sft'"),
+        (["runs/eval/dpo"], 1, "not an evaluation of `vlm-calibration test`"),
         (["runs/eval", "--max-error", "0"], 2, "--max-error must be between 0 and 1"),
         (["runs/eval", "--certainty", "95"], 2, "--certainty must be between 0 and 1"),
         (["runs/eval", "--estimator", "likelihood"], 2, "likelihood"),

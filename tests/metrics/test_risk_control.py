@@ -17,7 +17,6 @@ from vlm_calibration.metrics.risk_control import (
     Limits,
     answers_needed,
     control_risk,
-    coverage_curve,
     graded_answers,
     guarantee,
     threshold_scores,
@@ -212,19 +211,6 @@ def test_the_number_of_further_answers_is_that_of_the_reason() -> None:
     found = graded_answers([0.9] * 100, [True] * 100)
     for answers in (hopeless, found):
         assert control_risk({"": answers}, Limits(0.05)).choices[""].more_answers is None
-
-
-def test_the_curve_gives_what_each_limit_chooses() -> None:
-    rng = np.random.default_rng(3)
-    confidence = [None if i % 50 == 0 else float(c) for i, c in enumerate(rng.beta(3, 1, 1500).round(2))]
-    answers = graded_answers(
-        confidence, rng.random(1500) < np.array([c or 0.5 for c in confidence]) * 0.7 + 0.3
-    )
-    limits = [0.001, 0.03, 0.05, 0.1, 0.2]
-    choices = [control_risk({"": answers}, Limits(limit)).choices[""] for limit in limits]
-    curve = coverage_curve(answers, limits, 0.95)
-    assert curve == [0.0 if c.scores is None else pytest.approx(c.scores.coverage.value) for c in choices]
-    assert curve[0] == 0 < curve[2] < curve[-1]
 
 
 def test_where_no_number_of_answers_helps_the_lowest_error_is_named() -> None:

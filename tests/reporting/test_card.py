@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import pytest
 import yaml
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import BEGIN, END, EXAMPLE, Card, card_text, snippet
-from vlm_calibration.reporting.card_files import load_card, save_card, state_guarantee
+from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, state_guarantee
 from vlm_calibration.reporting.tables import COLUMNS, column
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
@@ -42,9 +42,10 @@ def _metadata(card: Card) -> dict[str, Any]:
     return yaml.safe_load(front)
 
 
-def _blocks(text: str, fence: str = "```") -> list[str]:
-    """The contents of fenced blocks."""
-    return [block.split("\n", 1)[1].rstrip("\n") for block in text.split(fence)[1::2]]
+def _program(card: Card) -> str:
+    match = re.search(r"^(`{3,})python\n(.*?)\n\1$", card_text(card), re.DOTALL | re.MULTILINE)
+    assert match is not None
+    return match[2]
 
 
 def _table(text: str, heading: str) -> list[list[str]]:
@@ -85,12 +86,11 @@ def test_a_strange_name_stays_one_value() -> None:
 def test_levels_and_results_are_tables() -> None:
     text = card_text(FULL)
     assert _table(text, "## What it was taught") == [
-        ["perturbation", "", "", "", ""],
-        ["noise", "strength", "0", "0.5", "1"],
-        ["", "yes_no", "95%", "70%", "50%"],
-        ["", "short", "90%", "45%", "0%"],
+        ["perturbation", "strength", "yes_no", "short"],
+        ["", "0", "95%", "90%"],
+        ["noise", "0.5", "70%", "45%"],
+        ["noise", "1", "50%", "0%"],
     ]
-    assert "`LinearLevels(), CosineSchedule(steps=1000)`" in text
     rows = _table(text, "## Validation")
     assert rows[0] == ["", *(column(name)[0] for name in COLUMNS)]
     assert [row[:4] for row in rows[1:]] == [
@@ -98,40 +98,19 @@ def test_levels_and_results_are_tables() -> None:
         ["after training", "0.250", "0.250", "0.250"],
     ]
     assert rows[2][1 + list(COLUMNS).index("auroc")] == "-", "undefined"
-    assert "On 40 validation queries" in text
-
-
-def test_each_kind_has_its_own_strengths_and_shares_the_untouched_images() -> None:
-    levels = [("", 0.0, 1.0), ("noise", 0.25, 0.5), ("noise", 1.0, 0.0), ("motion_blur", 0.875, 0.25)]
-    table = _table(card_text(replace(FULL, levels={"any answer": levels})), "## What it was taught")
-    assert table == [
-        ["perturbation", "", "", "", ""],
-        ["noise", "strength", "0", "0.25", "1"],
-        ["", "any answer", "100%", "50%", "0%"],
-        ["motion blur", "strength", "0", "0.875", ""],
-        ["", "any answer", "100%", "25%", ""],
-    ]
-
-
-def test_three_kinds_of_eleven_strengths_are_a_compact_table() -> None:
-    levels = [("", 0.0, 1.0)]
-    levels += [(k, s / 10, 1 - s / 10) for k in ("noise", "blur", "occlusion") for s in range(1, 11)]
-    card = replace(FULL, levels=dict.fromkeys(("yes_no", "short"), levels))
-    table = _table(card_text(card), "## What it was taught")
-    assert (len(table), {len(row) for row in table}) == (1 + 3 * 3, {13})
+    assert "On the 40 validation queries" in text
 
 
 def test_levels_of_another_answer_type_leave_gaps() -> None:
-    card = replace(FULL, levels={"a": [("", 0.0, 1.0)], "b": [("blur", 0.5, 0.5)]})
-    rows = _table(card_text(card), "## What it was taught")[2:]
-    assert rows == [["", "a", "100%", "-"], ["", "b", "-", "50%"]]
+    card = replace(FULL, levels={"a": [("", 0.0, 1.0)], "b": [("motion_blur", 0.5, 0.5)]})
+    rows = _table(card_text(card), "## What it was taught")[1:]
+    assert rows == [["", "0", "100%", "-"], ["motion blur", "0.5", "-", "50%"]]
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_the_program_is_in_the_card_and_compiles(merged: bool) -> None:
+def test_the_program_compiles(merged: bool) -> None:
     card = replace(FULL, merged=merged)
-    program = snippet(card)
-    assert _blocks(card_text(card))[0] == program
+    program = _program(card)
     imports = {
         node.module
         for node in ast.walk(ast.parse(program))
@@ -143,7 +122,7 @@ def test_the_program_is_in_the_card_and_compiles(merged: bool) -> None:
     assert "max_new_tokens=16" in program
     assert '"repetition_penalty": 1.0' in program
     assert "trust_remote_code" not in program
-    assert snippet(replace(card, trust_remote_code=True)).count("trust_remote_code=True") == 2
+    assert _program(replace(card, trust_remote_code=True)).count("trust_remote_code=True") == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +131,7 @@ def test_the_program_is_in_the_card_and_compiles(merged: bool) -> None:
 )
 def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
     card = replace(FULL, template=template)
-    tree = ast.parse(snippet(card))
+    tree = ast.parse(_program(card))
     prompt = next(
         n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "prompt"
     )
@@ -161,7 +140,7 @@ def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
     assert asked == ElicitationPrompt(template).render(question)
     fence = "````" if "```" in template else "```"
     assert f"\n{fence}text\n{template}\n{fence}\n" in card_text(card)
-    assert f"\n```text\n{FULL.conversation}\n```\n" in card_text(card)
+    assert f"\n{fence}text\n{FULL.conversation}\n{fence}\n" in card_text(card)
 
 
 def test_what_training_on_a_quantised_base_means_is_said() -> None:
@@ -214,14 +193,6 @@ def test_a_card_comes_back_from_its_facts(tmp_path: Path) -> None:
     assert facts["levels"]["short"][1] == ["noise", 0.5, 0.45]
 
 
-def test_the_card_of_an_older_adapter_has_noise_steps(tmp_path: Path) -> None:
-    old = {"base": "org/Model-7B", "steps": 1000, "levels": {"short": [[0, 0.9], [500, 0.45]]}}
-    (tmp_path / "calibration.json").write_text(json.dumps(old))
-    assert load_card(tmp_path) == Card(
-        "org/Model-7B", levels={"short": [("", 0.0, 0.9), ("noise", 0.5, 0.45)]}
-    )
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -231,7 +202,7 @@ def test_the_card_of_an_older_adapter_has_noise_steps(tmp_path: Path) -> None:
 )
 def test_facts_that_are_none_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "calibration.json").write_text(content)
-    with pytest.raises(DataError, match=r"calibration.json: not the facts of a model card") as caught:
+    with pytest.raises(DataError, match=r"calibration.json") as caught:
         load_card(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -251,20 +222,16 @@ def test_thresholds_beside_the_adapter_are_in_its_card(tmp_path: Path) -> None:
     assert PROMISE not in (tmp_path / "README.md").read_text()
 
 
-def test_an_edited_card_gets_the_guarantee_and_keeps_its_text(tmp_path: Path) -> None:
-    save_card(tmp_path, FULL)
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_edited_readme_is_left_alone_and_the_guarantee_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ours: bool
+) -> None:
+    if ours:
+        save_card(tmp_path, FULL)
     path = tmp_path / "README.md"
-    path.write_text(path.read_text() + "\nMine.\n")
+    path.write_text("Mine.\n")
     for promise in (PROMISE, "Another."):
         state_guarantee(tmp_path, promise)
-    text = path.read_text()
-    assert (text.count(BEGIN), text.count(END)) == (1, 1)
-    assert "Mine." in text
-    assert "Another. Send all other" in text
-    assert PROMISE not in text
-
-
-def test_a_foreign_readme_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("Mine.\n")
-    state_guarantee(tmp_path, PROMISE)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("README.md", "Mine.\n")]
+        assert (f"{promise} Send all other" in capsys.readouterr().err) == ours
+    assert path.read_text() == "Mine.\n"
+    assert load_card(tmp_path) == (replace(FULL, guarantee="Another.") if ours else None)

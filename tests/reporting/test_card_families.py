@@ -16,7 +16,7 @@ from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
-from vlm_calibration.reporting.card import EXAMPLE, Card, snippet
+from vlm_calibration.reporting.card import EXAMPLE, Card, card_text
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..models.processors import FAMILIES, cached_family
@@ -46,7 +46,7 @@ def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pyt
     )
     scope: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    exec(snippet(card), scope)
+    exec(card_text(card).split("```python\n")[1].split("```")[0], scope)
     sample = Sample(Query("q", "x", EXAMPLE, "Yes", "yes_no"), pixels, 1.0, CLEAN, 0)
     batch = PromptCollator(ChatFormat(processor, PROMPT))([sample])
     for name, tensor in batch.inputs.items():

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.dashboard import SYSTEMS, dashboard
+from vlm_calibration.commands.dashboard import SYSTEMS
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.dashboard import Section, sections
+from vlm_calibration.reporting.dashboard import Section, report, sections, workspace
 
 from ..command_line import Ended, Server
 from ..graphql_server import ENTITY, GraphQLServer
@@ -135,21 +135,20 @@ def test_what_was_asked_for_is_there(offline_runs: dict[str, OfflineRun]) -> Non
     assert {f"test/{system}/ece" for system in ("base", "sft", "dpo")} <= shown
 
 
-def test_other_systems_are_compared_where_they_are_named(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["dashboard", "--print", "--json", "--systems", "base", "mine-1", "mine_2"]) == 0
-    specification = json.loads(capsys.readouterr().out)
-    for view in specification.values():
-        keys = {key for panel in _panels(view["spec"]) for key in _keys(panel)}
+def _specification(view: Any) -> Any:
+    return json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
+
+
+def test_other_systems_are_compared_where_they_are_named() -> None:
+    content = sections(["base", "mine-1", "mine_2"])
+    for view in (workspace("team", "mine", content), report("team", "mine", content)):
+        keys = {key for panel in _panels(_specification(view)["spec"]) for key in _keys(panel)}
         assert {f"test/{s}/ece" for s in ("base", "mine-1", "mine_2")} <= keys
         assert not [key for key in keys if key.startswith("test/sft/")]
 
 
-def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str]) -> None:
-    dashboard(print=True, json=True)
-    specification = json.loads(capsys.readouterr().out)
-    for block in specification["report"]["spec"]["blocks"]:
+def test_panels_of_the_report_do_not_overlap() -> None:
+    for block in _specification(report("team", "mine", sections(SYSTEMS)))["spec"]["blocks"]:
         taken: set[tuple[int, int]] = set()
         for panel in _panels(block):
             at = panel["layout"]
@@ -159,18 +158,6 @@ def test_panels_of_the_report_do_not_overlap(capsys: pytest.CaptureFixture[str])
             assert not cells & taken, panel
             assert at["x"] + at["w"] <= 24
             taken |= cells
-
-
-def test_printing_needs_neither_a_login_nor_a_network(
-    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
-) -> None:
-    ended, saved = build("--project", "mine", "--print", "--json", WANDB_API_KEY="")
-    assert ended.status == 0, ended.err
-    assert wandb_server.requests == saved == []
-    printed = json.loads(ended.out)
-    assert list(printed) == ["workspace", "report"]
-    assert printed["workspace"]["entity"] == ENTITY
-    assert printed["report"]["project"]["name"] == "mine"
 
 
 def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,14 +170,6 @@ def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixtur
         for line, panel in zip(panels, section.panels, strict=True):
             unit = f" ({panel.unit})" if panel.unit else ""
             assert line == f"  - {panel.title}: {panel.kind} of {', '.join(panel.keys)}{unit}"
-
-
-def test_the_addresses_as_json(
-    build: Callable[..., tuple[Ended, list[dict[str, Any]]]],
-) -> None:
-    ended, saved = build("--project", "mine", "--json")
-    assert set(json.loads(ended.out)) == {"report", "workspace"}
-    assert len(saved) == 2
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from dataclasses import replace
@@ -21,7 +20,6 @@ from vlm_calibration.models.base import adapter_weights_digest
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.thresholds import (
     ALL,
-    CURVE,
     MAX_ERRORS,
     broken_sentence,
     coverage_cell,
@@ -67,7 +65,6 @@ def test_each_limit_gives_the_share_that_its_threshold_gives() -> None:
     assert coverage_cell(one)[:2] == ("no threshold gives this", ["more like these would not help"])
     assert one.tested == {}
     assert error_cell(one, "easy").value == "–"
-    assert [row.curve[CURVE.index(p.limits.max_error)] for p in row.promises] == [0, 0, 0.75, 0.75]
     assert ten.choice.threshold == 0.9
 
 
@@ -143,7 +140,7 @@ def _section(folder: Path) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", section).split())
 
 
-def test_the_page_and_the_table_beside_it(evaluation: Path) -> None:
+def test_the_page(evaluation: Path) -> None:
     text = _section(evaluation)
     assert '<a href="#thresholds">What to send to a person</a>' in (evaluation / "report.html").read_text()
     for words in (
@@ -152,26 +149,15 @@ def test_the_page_and_the_table_beside_it(evaluation: Path) -> None:
         "Chosen on 400 answers (400 held), none of them easy or hard.", "30.0% ▲ 21.2–40.0% 100 of 100 given",
     ):  # fmt: skip
         assert words in text, words
-    rows = list(csv.DictReader((evaluation / "report.thresholds.csv").open()))
-    tuned = [r for r in rows if (r["system"], r["max_error"]) == ("tuned", "0.1")]
-    assert [r["answers"] for r in tuned] == ["calibration", "test: all", "test: easy", "test: hard"]
-    assert [r["above_limit"] for r in tuned] == ["no", "no", "no", "yes"]
-    assert (tuned[3]["given"], tuned[3]["wrong"], tuned[3]["error"]) == ("100", "30", "0.3")
-    [none] = [r for r in rows if (r["system"], r["max_error"]) == ("tuned", "0.02")]
-    assert (none["n"], none["threshold"], none["given"]) == ("400", "", "")
-    assert int(none["more_answers"]) > 0
-    assert f"({int(none['more_answers']):,} more)" in none["reason"]
 
 
 def test_without_calibration_answers_the_section_says_what_to_do(evaluation: Path) -> None:
-    (evaluation / "report.thresholds.csv").write_text("of an earlier report")
     for name in ("base", "tuned"):
         (evaluation / name / "calibration.jsonl").unlink()
     text = _section(evaluation)
     assert "The systems have no answers to a calibration set" in text
     assert "--calibration" in text
     assert "at most" not in text
-    assert not (evaluation / "report.thresholds.csv").exists()
 
 
 def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation: Path) -> None:
@@ -192,15 +178,11 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
 
     def stated() -> list[str]:
         report([str(evaluation)], replicates=5, images=False)
-        rows = list(csv.DictReader((evaluation / "report.systems.csv").open()))
-        html = (evaluation / "report.html").read_text()
-        guarantees = [row.get("guarantee", "") for row in rows]
-        assert all(f"<dt>guarantee</dt><dd>{text}</dd>" in html for text in guarantees if text)
-        return guarantees
+        return re.findall("<dt>guarantee</dt><dd>(.*)</dd>", (evaluation / "report.html").read_text())
 
     assert stated() == ["At most 2% of base.", "At most 5% of tuned."]
     (adapter / "adapter_model.safetensors").write_text("trained again")
-    assert stated() == ["At most 2% of base.", ""]
+    assert stated() == ["At most 2% of base."]
     with (evaluation / "base/calibration.jsonl").open("a") as file:
         file.write(json.dumps(answers("more", 1, 0, likelihood=0.5)[0].to_dict()) + "\n")
-    assert stated() == ["", ""]
+    assert stated() == []

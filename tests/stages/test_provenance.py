@@ -27,8 +27,7 @@ from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card
-from vlm_calibration.reporting.card_files import save_card
+from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.origin import origin_of
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule

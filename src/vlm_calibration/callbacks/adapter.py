@@ -21,8 +21,7 @@ from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
-from vlm_calibration.reporting.card import EXAMPLE, Card
-from vlm_calibration.reporting.card_files import save_card
+from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import init_args
 from vlm_calibration.stages.dpo import DPOModule

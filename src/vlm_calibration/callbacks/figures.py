@@ -1,19 +1,20 @@
-"""Figures and tables of a validation or an evaluation in W&B: reliability, response to perturbation, risk and coverage."""
+"""Figures and tables of a validation or an evaluation in W&B, drawn from the predictions that `PredictionWriter` has written."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
+import numpy as np
+from PIL import Image
 
-from vlm_calibration.callbacks.distributed import all_gather
 from vlm_calibration.callbacks.logger import staged, wandb_logger
-from vlm_calibration.callbacks.media import data_table, drawing
 from vlm_calibration.callbacks.predictions import PredictionWriter
-from vlm_calibration.callbacks.samples import SampleTable
 from vlm_calibration.data.dataset import PerturbedQueries
+from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
 from vlm_calibration.metrics.figures import (
     ResponseTables,
     reliability_diagram,
@@ -22,32 +23,15 @@ from vlm_calibration.metrics.figures import (
 )
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
-from vlm_calibration.records import Prediction
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.scoring import HasResults
 
-Answers = Mapping[str, Sequence[Prediction]]
-
 UNPERTURBED = ("unperturbed", 0.0)
 """Key of the answers in splits that are not perturbed, which are not those of a response curve."""
-
-
-def tables_by_perturbation(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> ResponseTables:
-    """Count predictions by kind and strength of perturbation; those to splits that are not perturbed under `UNPERTURBED`."""
-    return tables_by_category(
-        [p.confidence for p in predictions],
-        [p.correct for p in predictions],
-        [
-            (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
-            for p in predictions
-        ],
-    )
-
-
-def add_tables(total: ResponseTables, tables: ResponseTables) -> None:
-    """Add tables to `total`, in place."""
-    for key, table in tables.items():
-        total[key] = total[key] + table if key in total else table
+LARGEST_SIDE = 512
+"""Longest side of a logged photo, in pixels."""
+ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
 class CalibrationFigures(L.Callback):
@@ -63,7 +47,8 @@ class CalibrationFigures(L.Callback):
     - `samples`: answers to the same queries each time, with the image that the model was given.
     - `comparison`, in an evaluation: metrics, a row a system.
 
-    Names begin with `val/`, or with `test/` and the system's name. Without a W&B logger nothing is drawn.
+    Names begin with `val/`, or with `test/` and the system's name. Without a W&B logger nothing is drawn. Place it after
+    `PredictionWriter`.
 
     Args:
         samples: number of queries in `samples`.
@@ -71,118 +56,102 @@ class CalibrationFigures(L.Callback):
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = samples
-        self._tables: dict[str, ResponseTables] = {}
-        self._samples: SampleTable | None = None
 
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.val_dataloaders.dataset, taught=True)  # type: ignore[union-attr]
-
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._begin(trainer, trainer.datamodule.test_set, taught=False)  # type: ignore[attr-defined]
-        for writer in trainer.callbacks if self._samples else ():  # type: ignore[attr-defined]
-            if isinstance(writer, PredictionWriter):
-                for batch in writer.earlier_answers(trainer):
-                    self._update(batch["answers"])
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        self._update(outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if dataloader_idx == 0:  # the second loader has the calibration set
-            self._update(outputs["answers"])
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(c, PredictionWriter) for c in callbacks[: callbacks.index(self)]):
+            raise DataError("trainer.callbacks: CalibrationFigures needs a PredictionWriter before it")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._finish(trainer, "val")
+        if not trainer.sanity_checking:
+            self._log(trainer, module, trainer.datamodule.validation_set, "val")  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        results = cast(HasResults, module).results
-        self._finish(trainer, "test", {"test/comparison": comparison_table(results)})
+        self._log(trainer, module, trainer.datamodule.test_set, "test")  # type: ignore[attr-defined]
 
-    def _begin(self, trainer: L.Trainer, dataset: PerturbedQueries, *, taught: bool) -> None:
-        # All processes have the same loggers, so all of them return here or none.
-        self._samples = None
-        if trainer.sanity_checking or not any(isinstance(log, WandbLogger) for log in trainer.loggers):
-            return
-        self._tables = {}
-        self._samples = SampleTable(dataset, self.samples, trainer.world_size, taught)
-
-    def _update(self, answers: Answers) -> None:
-        if self._samples is None:
-            return
-        for system, predictions in answers.items():
-            tables = tables_by_perturbation(predictions, self._samples.dataset)
-            add_tables(self._tables.setdefault(system, {}), tables)
-            self._samples.update(system, predictions)
-
-    def _finish(self, trainer: L.Trainer, stage: str, more: Mapping[str, Any] | None = None) -> None:
-        if self._samples is None:
-            return
-        totals: dict[str, ResponseTables] = {}
-        for of_process in all_gather(trainer, self._tables):
-            for system, tables in of_process.items():
-                add_tables(totals.setdefault(system, {}), tables)
+    def _log(
+        self, trainer: L.Trainer, module: L.LightningModule, dataset: PerturbedQueries, stage: str
+    ) -> None:
         logger = wandb_logger(trainer)
         if logger is None:
             return
+        results, folder = cast(HasResults, module).results, Path(trainer.default_root_dir)
+        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in results}
         with staged(logger):
-            media = dict(more or {})
-            for system, tables in totals.items():
+            media = {"test/comparison": comparison_table(results)} if stage == "test" else {}
+            for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
-                media.update((f"{prefix}/{name}", value) for name, value in media_of(tables).items())
-            if self._samples.answers:
-                media[f"{stage}/samples"] = self._samples.draw()
+                tables = tables_by_perturbation(predictions, dataset)
+                media |= {f"{prefix}/{name}": value for name, value in media_of(tables).items()}
+            media[f"{stage}/samples"] = sample_table(dataset, answers, self.samples, taught=stage == "val")
             # Lightning counts the steps of metrics from 0.
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
+
+
+def tables_by_perturbation(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> ResponseTables:
+    """Count predictions by kind and strength of perturbation; those to splits that are not perturbed under `UNPERTURBED`."""
+    return tables_by_category(
+        [p.confidence for p in predictions],
+        [p.correct for p in predictions],
+        [
+            (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
+            for p in predictions
+        ],
+    )
 
 
 def media_of(tables: ResponseTables) -> dict[str, Any]:
     """The figures and tables of one system, by name."""
     total = sum(tables.values(), start=ConfidenceTable.empty())
-    perturbed = {key: table for key, table in tables.items() if key != UNPERTURBED}
+    counts = [
+        [level / total.grid_steps, correct, wrong]
+        for level, (wrong, correct) in enumerate(total.counts.tolist())
+        if correct or wrong
+    ]
     media: dict[str, Any] = {
-        "reliability": drawing(reliability_diagram(total)),
-        "risk_coverage": drawing(risk_coverage_figure(total)),
-        "confidence_table": confidence_table(total),
+        "reliability": _drawing(reliability_diagram(total)),
+        "risk_coverage": _drawing(risk_coverage_figure(total)),
+        "confidence_table": _table(["confidence", "right", "wrong"], counts),
     }
-    if perturbed:
-        media["response_curve"] = drawing(response_curve(perturbed))
-        media["response_table"] = response_table(perturbed)
+    if perturbed := {key: table for key, table in tables.items() if key != UNPERTURBED}:
+        shares = ("parsed_accuracy", "mean_confidence")
+        rows = [
+            [kind or "untouched", strength, table.parsed, *(float(METRICS[name](table)) for name in shares)]
+            for (kind, strength), table in sorted(perturbed.items())
+            if table.parsed
+        ]
+        media["response_curve"] = _drawing(response_curve(perturbed))
+        media["response_table"] = _table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
     return media
 
 
-def confidence_table(table: ConfidenceTable) -> Any:
-    """Correct and wrong answers at each stated confidence in [0, 1]."""
-    rows = [
-        [level / table.grid_steps, correct, wrong]
-        for level, (wrong, correct) in enumerate(table.counts.tolist())
-        if correct or wrong
-    ]
-    return data_table(["confidence", "right", "wrong"], rows)
+def sample_table(
+    dataset: PerturbedQueries, answers: Mapping[str, Sequence[Prediction]], size: int, *, taught: bool
+) -> Any:
+    """A `wandb.Table` of at most `size` queries, evenly spaced, with the image as the model saw it and the answer of each system.
 
+    The image is perturbed again, which gives the same pixels. With `taught` it has the confidence that training assigns to it.
+    """
+    import wandb
 
-def response_table(tables: ResponseTables) -> Any:
-    """Number of answers with a readable confidence at each strength of each kind, their accuracy and mean confidence."""
-    rows = [
-        [
-            kind or "untouched",
-            strength,
-            table.parsed,
-            *(float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence")),
-        ]
-        for (kind, strength), table in sorted(tables.items())
-        if table.parsed
-    ]
-    return data_table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
+    by_id = {system: {p.id: p for p in predictions} for system, predictions in answers.items()}
+    rows = []
+    for place in np.linspace(0, len(dataset) - 1, num=min(size, len(dataset))):
+        # Validation and evaluation use the noise of epoch 0, whatever the epoch of training.
+        sample = dataset[0, round(place)]
+        query, given = sample.query, [of_system.get(sample.query.id) for of_system in by_id.values()]
+        if not any(given):
+            continue
+        photo = Image.fromarray(np.ascontiguousarray(sample.image))
+        photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        image = wandb.Image(photo, file_type="jpg")
+        cells = [query.id, image, query.question, query.answer, *sample.perturbation]
+        cells += [sample.confidence] if taught else []
+        rows.append([*cells, *(getattr(p, name, None) for p in given for name in ANSWER_COLUMNS)])
+    columns = ["id", "image", "question", "answer", "perturbation", "strength"]
+    columns += ["earned_confidence"] if taught else []
+    columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
+    return _table(columns, rows)
 
 
 def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:
@@ -192,4 +161,19 @@ def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:
         [system, *(None if values[name] != values[name] else values[name] for name in names)]
         for system, values in results.items()
     ]
-    return data_table(["system", *names], rows)
+    return _table(["system", *names], rows)
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=columns, data=rows)
+
+
+def _drawing(figure: Any) -> Any:
+    import wandb
+
+    # W&B draws a figure with pyplot, which would keep it in memory.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return wandb.Image(Image.open(buffer))

@@ -24,8 +24,6 @@ from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end of a run, so that a run without network ends too."""
-SHOW_INFO = "WANDB_SHOW_INFO"
-"""Environment variable of whether W&B prints more than warnings and errors."""
 ROOM = 1 << 20
 """Free bytes below which nothing is logged: W&B loses data on a full disk without an error."""
 STAGING = "WANDB_DATA_DIR"
@@ -52,7 +50,7 @@ class RunLogger(WandbLogger):
         project: by default WANDB_PROJECT, or `vlm-calibration`.
         entity, group, job_type, tags: as in `wandb.init`.
         name: of the run; by default WANDB_NAME, or the name of `save_dir`.
-        settings: further arguments of `wandb.init`.
+        settings: of `wandb.Settings`.
 
     Attributes:
         waiting: log nothing and start no run yet; the command line ends this when a stage begins.
@@ -67,24 +65,26 @@ class RunLogger(WandbLogger):
         group: str | None = None,
         job_type: str | None = None,
         tags: list[str] | None = None,
-        **settings: Any,
+        settings: dict[str, Any] | None = None,
     ) -> None:
+        import wandb
+
         mode = os.environ.get("WANDB_MODE")
         # "dryrun" is an older name, which Lightning still sets.
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
-        directory = save_dir or "runs"
+        self._folder = Path(save_dir or "runs")
         self.waiting = False
         self._warned = False
         super().__init__(
-            save_dir=directory,
+            save_dir=str(self._folder),
             project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=entity,
-            name=name or os.environ.get("WANDB_NAME") or Path(directory).resolve().name,
+            name=name or os.environ.get("WANDB_NAME") or self._folder.resolve().name,
             offline=offline,
             group=group,
             job_type=job_type,
             tags=tags,
-            **{**settings, "settings": _settings(settings.get("settings"))},
+            settings=wandb.Settings(**{**TIMEOUTS, **(settings or {})}),
         )
         # Lightning passes it even if it is not set, and W&B then warns.
         if self._wandb_init.get("anonymous") is None:
@@ -100,25 +100,25 @@ class RunLogger(WandbLogger):
 
         if self.waiting:
             return _DummyExperiment()
-        if self._experiment is None:
-            with writing(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                if self._is_full():
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # A setting of the session, which begins before W&B reads those of the run.
-            os.environ.setdefault(SHOW_INFO, "false")
-        if self._experiment is None and not self._offline:
-            try:
-                run = super().experiment
-                if run.url:
-                    print(f"W&B: {run.url}", file=sys.stderr)
-                return run
-            except CommError as error:
-                rank_zero_warn(
-                    f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"
-                )
-                self._go_offline()
-        return super().experiment
+        if self._experiment is not None:
+            return super().experiment
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._is_full():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # A setting of the session, which begins before W&B reads those of the run.
+        os.environ.setdefault("WANDB_SHOW_INFO", "false")
+        try:
+            run = super().experiment
+        except CommError as error:
+            rank_zero_warn(
+                f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"
+            )
+            self._go_offline()
+            run = super().experiment
+        if run.url and not self._offline:
+            print(f"W&B: {run.url}", file=sys.stderr)
+        return run
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -138,10 +138,6 @@ class RunLogger(WandbLogger):
             logging.raiseExceptions = False
             atexit.register(_leave)
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self.save_dir or ".")
-
     def _is_full(self) -> bool:
         return self._folder.is_dir() and shutil.disk_usage(self._folder).free < ROOM
 
@@ -156,15 +152,6 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def _settings(settings: Any) -> Any:
-    """The user's mapping or `wandb.Settings`, with `TIMEOUTS` as defaults of a mapping."""
-    if settings is not None and not isinstance(settings, Mapping):
-        return settings
-    import wandb
-
-    return wandb.Settings(**{**TIMEOUTS, **(settings or {})})
 
 
 def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:
@@ -182,13 +169,11 @@ def staged(logger: WandbLogger) -> Iterator[None]:
     Raises:
         DataError: the copies cannot be written.
     """
-    if STAGING in os.environ:
-        with writing(Path(os.environ[STAGING])):
-            yield
-        return
-    os.environ[STAGING] = str(Path(logger.save_dir or ".").resolve() / "wandb")
+    given = os.environ.get(STAGING)
+    os.environ[STAGING] = given or str(Path(logger.save_dir or ".").resolve() / "wandb")
     try:
         with writing(Path(os.environ[STAGING])):
             yield
     finally:
-        del os.environ[STAGING]
+        if given is None:
+            del os.environ[STAGING]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,14 +70,6 @@ class PredictionWriter(L.Callback):
                 self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
             data.leave_out_answered(self._state.answered or {})
 
-    def earlier_answers(self, trainer: L.Trainer) -> Iterator[BatchAnswers]:
-        """The batches of the test set that an earlier run answered, in the first process; none in others.
-
-        Call it before this run answers a batch.
-        """
-        resumed = self._log is not None and self._state.answered is not None and trainer.is_global_zero
-        return cast(AnswerLog, self._log).batches(TEST) if resumed else iter(())
-
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin or resume, now that the model is loaded."""
         # The other processes wait, since this may remove their files.
@@ -96,7 +88,7 @@ class PredictionWriter(L.Callback):
             for pattern in ("report.*", *(f"*/{name}" for name in of_systems)):
                 for path in self._log.folder.glob(pattern):
                     remove(path)
-        for batch in self.earlier_answers(trainer):
+        for batch in self._log.batches(TEST) if self._state.answered is not None else ():
             module.count(batch)
 
     def on_validation_batch_end(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from json import dumps
 
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.wandb_login import PROJECT
@@ -19,7 +18,6 @@ def dashboard(
     project: str = PROJECT,
     systems: Sequence[str] = SYSTEMS,
     print: bool = False,
-    json: bool = False,
 ) -> None:
     """Build the W&B workspace and report of a project, or print an outline of them.
 
@@ -28,7 +26,6 @@ def dashboard(
         project: project that runs are logged to
         systems: names of the systems in the evaluation
         print: print the sections, and what each panel shows, and build nothing
-        json: print one JSON object: the addresses, or with --print what would be sent to W&B
 
     Raises:
         ArgumentError: no entity is given, and something is to be built.
@@ -39,7 +36,7 @@ def dashboard(
             None, "missing: the team or user that owns the project; give --entity NAME, or --print"
         )
     try:
-        from vlm_calibration.reporting.dashboard import build, outline, sections, specification
+        from vlm_calibration.reporting.dashboard import build, outline, sections
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("wandb_workspaces"):
             raise
@@ -47,9 +44,9 @@ def dashboard(
             "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
         ) from error
     content = sections(systems)
-    if print:
-        text = specification(entity or "", project, content) if json else outline(content)
-    else:
-        urls = build(entity or "", project, content)
-        text = dumps(urls) if json else "\n".join(f"{name}: {url}" for name, url in urls.items())
-    sys.stdout.write(f"{text}\n")
+    lines = (
+        [outline(content)]
+        if print
+        else [f"{name}: {url}" for name, url in build(entity or "", project, content).items()]
+    )
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -21,10 +21,10 @@ def report(
     replicates: PositiveInt = PositiveInt(1000),
     seed: int = 0,
 ) -> None:
-    """Write a page on whether the confidence of evaluated models can be trusted, with its tables beside it.
+    """Write a page on whether the confidence of evaluated models can be trusted, with its numbers beside it.
 
-    The comparison lies beside `report.html` as CSV, Markdown, LaTeX and JSON (`report.csv`, ...), each other table of the page as
-    `report.NAME.csv`: systems, confidence, groups, and where there are any thresholds, probes and official.
+    `report.csv` and `report.json` beside `report.html` hold every confidence of every system, raw and recalibrated, with intervals, and
+    the stated one for each group and range of confidence.
 
     What it prints is the result in brief: a table, the weakest group, the page and what to try next.
 
@@ -46,7 +46,6 @@ def report(
     # These import torch and matplotlib, which the help does not need.
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
-    from vlm_calibration.reporting.report.sheets import sheets_of, write_sheets
     from vlm_calibration.reporting.report.summary import largest_error, subject_of
     from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
     from vlm_calibration.reporting.report.thresholds import promises_of
@@ -64,8 +63,7 @@ def report(
     promises = promises_of(systems)
     html = render_page(systems, compared, comparison, promises, system, images, page)
     write_text(page, html)
-    write_tables(compared.rows, page)
-    write_sheets(sheets_of(systems, compared, promises), page)
+    write_tables(compared, page)
     about = next((s for s in systems if s.name == system), subject_of(systems))
     worst = largest_error(compared.groups[about.name])
     print_results(

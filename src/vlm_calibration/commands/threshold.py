@@ -37,7 +37,7 @@ def threshold(
     Exit status 3 and no file if no threshold keeps the limits.
 
     Args:
-        run: folder of an evaluation, or of one system in it
+        run: folder of an evaluation
         max_error: largest share of wrong answers among the answers given, in (0, 1)
         certainty: how sure the promise is, in (0, 1)
         max_sent_away: largest share of the correct answers that are not given, in (0, 1); no limit without it
@@ -54,7 +54,7 @@ def threshold(
     # These import torch, which the help does not need.
     from vlm_calibration.estimators.decision import write_rule
     from vlm_calibration.metrics.risk_control import Limits
-    from vlm_calibration.reporting.card_files import state_guarantee
+    from vlm_calibration.reporting.card import state_guarantee
     from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
     from vlm_calibration.reporting.report.thresholds import choose, realised
 

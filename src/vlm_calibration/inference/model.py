@@ -44,8 +44,7 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.reporting.card import EXAMPLE, Card
-from vlm_calibration.reporting.card_files import load_card
+from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt

@@ -6,7 +6,7 @@ another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-va
 threshold that breaks the limit is therefore chosen with a probability of at most 1 - certainty.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +36,6 @@ __all__ = [
     "ThresholdScores",
     "answers_needed",
     "control_risk",
-    "coverage_curve",
     "graded_answers",
     "guarantee",
     "percent",
@@ -202,24 +201,6 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
         raise ValueError("there is no group of answers")
     level = (1 - limits.certainty) / len(answers) / (1 if limits.max_sent_away is None else 2)
     return RiskControl(limits, {name: _choose(part, limits, level) for name, part in answers.items()}, level)
-
-
-def coverage_curve(answers: GradedAnswers, max_errors: Sequence[float], certainty: float) -> list[float]:
-    """The share of the answers that the threshold of `control_risk` gives, at each of several limits of the error.
-
-    Each limit is promised by itself, not all at once.
-
-    Args:
-        answers: all answers as one group, without replicates.
-        max_errors: limits, each in (0, 1).
-        certainty: of each promise, in (0, 1).
-
-    Returns:
-        one share for each limit, in [0, 1]; 0 where there is no threshold.
-    """
-    above = counts_above(answers.groups)
-    chosen = [int(lowest_controlled(answers.groups, limit, 1 - certainty)) for limit in max_errors]
-    return [float(above.answers[at] / above.n) if at >= 0 else 0.0 for at in chosen]
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:

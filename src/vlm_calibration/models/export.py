@@ -7,8 +7,6 @@ model. Therefore each layer is compared before and after, and the written model 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -70,40 +68,90 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
         DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, a changed weight is not stored as
             one tensor of the base's checkpoint, or merging did not change every layer for which the adapter has an update.
     """
-    _check_stored_unquantised(base)
+    if getattr(model_config(base), "quantization_config", None) is not None:
+        raise DataError(
+            f"the base model {base.name_or_path!r} is stored quantised, and nothing can be merged into it: use the model in "
+            "full precision"
+        )
     target = None if dtype == "auto" else getattr(torch, dtype)
     model = load_base(replace(base, dtype="float32", quantization="none", attn_implementation=None))
     checkpoint = find_checkpoint(base)
-    with _report_failure(folder, base):
-        wrapped = load_adapters(model, {"default": folder})
-        assert isinstance(wrapped, PeftModel)
-        _check_mergeable(wrapped)
-        saved = adapter_layers(folder)
-        layers = {name: m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        if len(layers) != len(saved):
-            raise ValueError(f"its file has {len(saved)} layers, and the model has {len(layers)} of them")
+    wrapped = load_adapters(model, {"default": folder})
+    assert isinstance(wrapped, PeftModel)
+    try:
+        config = wrapped.peft_config["default"]
+        if config.peft_type != PeftType.LORA:
+            raise ValueError("it is not a LoRA adapter")
+        if config.bias != "none" or config.lora_bias:
+            raise ValueError("it has trained biases, and only weights are merged: train it with `bias: none`")
+        layers = {unwrapped_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
         _check_tied_weights(wrapped, layers)
         weights = find_weights(_changed_weights(wrapped, layers), checkpoint)
         dtypes = {name: target or stored.dtype for name, stored in weights.items()}
-        _merge_layers(layers, sum(not has_update for has_update in saved.values()), dtypes)
-        merged = wrapped.merge_and_unload().eval()
-        for name, kind in dtypes.items():
-            merged.get_parameter(name).data = merged.get_parameter(name).data.to(kind)
-        merged = merged.to(reduce(torch.promote_types, dtypes.values()))
-    return Merged(
-        merged, tuple(map(unwrapped_name, layers)), weights, checkpoint, target, base.trust_remote_code
-    )
+        _merge_layers(layers, dtypes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            merged = wrapped.merge_and_unload().eval()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"the adapter at {folder} cannot be merged into {base.name_or_path}: {shorten_message(error)}"
+        ) from error
+    for name, kind in dtypes.items():
+        merged.get_parameter(name).data = merged.get_parameter(name).data.to(kind)
+    merged = merged.to(reduce(torch.promote_types, dtypes.values()))
+    return Merged(merged, tuple(layers), weights, checkpoint, target, base.trust_remote_code)
 
 
-def adapter_layers(folder: str) -> dict[str, bool]:
-    """Name of each layer in a LoRA adapter's file -> whether its update differs from zero."""
-    layers: dict[str, bool] = {}
-    for name, weight in load_peft_weights(folder, device="cpu").items():
-        layer, is_lora, which = name.partition(".lora_")
-        if is_lora:
-            has_update = which.startswith(("B", "embedding_B")) and bool(weight.any())
-            layers[layer] = layers.get(layer, False) or has_update
-    return layers
+def _changed_weights(wrapped: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
+    """Name in the base model of each weight that merging will change -> the weight as it is before."""
+    changed = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+    for name, module in wrapped.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            parameters = module.original_module.named_parameters()
+            changed |= {unwrapped_name(f"{name}.{n}"): parameter for n, parameter in parameters}
+    return changed
+
+
+def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
+    """Refuse layers with tied weights: an adapter changes one of the two modules, merging changes both."""
+    by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+    adapted = {id(module) for layer in layers.values() for module in (layer, layer.get_base_layer())}
+    for name, module in model.named_modules():
+        tied = by_weight.get(id(getattr(module, "weight", None)))
+        if tied is not None and id(module) not in adapted:
+            raise ValueError(f"it adapts {tied}, which shares its weights with {unwrapped_name(name)}")
+
+
+@torch.no_grad()
+def _merge_layers(layers: dict[str, LoraLayer], dtypes: dict[str, torch.dtype]) -> None:
+    """Merge each layer and compare its weights before and after.
+
+    Args:
+        layers: name in the base model -> layer.
+        dtypes: name of the weight in the base model -> the dtype in which it is written.
+
+    Raises:
+        ValueError: a layer with an update or all layers are unchanged, or a change is lost in the dtype.
+    """
+    unchanged, stuck, lost = [], [], []
+    for name, layer in layers.items():
+        before, dtype = layer.get_base_layer().weight.detach().clone(), dtypes[f"{name}.weight"]
+        # A layer behind the last one that a model uses has no update.
+        updates = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]
+        layer.merge(safe_merge=True)
+        after = layer.get_base_layer().weight
+        if torch.equal(before, after):
+            unchanged.append(name)
+            stuck += [name] if any(bool(update.any()) for update in updates) else []
+        elif torch.equal(before.to(dtype), after.to(dtype)):
+            lost.append(name)
+    if stuck:
+        raise ValueError(f"{len(stuck)} of {len(layers)} layers are unchanged, the first is {stuck[0]}")
+    if len(unchanged) == len(layers):
+        raise ValueError("all its updates are zero: it was never trained")
+    if lost:
+        kind = dtypes[f"{lost[0]}.weight"]
+        raise ValueError(f"the updates of {len(lost)} layers are too small for {kind}: merge in float32")
 
 
 def save_merged(merged: Merged, folder: Path) -> None:
@@ -129,101 +177,11 @@ def save_merged(merged: Merged, folder: Path) -> None:
     state = reloaded.state_dict()
     # A checkpoint may have tensors that transformers leaves out.
     different = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
-    different += [name for name, w in model.state_dict().items() if not _is_equal(w, state.get(name))]
+    for name, weight in model.state_dict().items():
+        read = state.get(name)
+        if read is None or read.shape != weight.shape or not torch.equal(weight, read.to(weight.dtype)):
+            different.append(name)
     if different:
         raise DataError(
             f"the merged model was not read back as written: {len(different)} weights differ, the first is {different[0]}"
         )
-
-
-def _is_equal(weight: Tensor, reloaded: Tensor | None) -> bool:
-    return (
-        reloaded is not None
-        and weight.shape == reloaded.shape
-        and torch.equal(weight, reloaded.to(weight.dtype))
-    )
-
-
-def _check_stored_unquantised(base: BaseModel) -> None:
-    if getattr(model_config(base), "quantization_config", None) is not None:
-        raise DataError(
-            f"the base model {base.name_or_path!r} is stored quantised, and nothing can be merged into it: use the model in "
-            "full precision"
-        )
-
-
-def _check_mergeable(wrapped: PeftModel) -> None:
-    config = wrapped.peft_config["default"]
-    if config.peft_type != PeftType.LORA:
-        raise ValueError("it is not a LoRA adapter")
-    if config.bias != "none" or config.lora_bias:
-        raise ValueError("it has trained biases, and only weights are merged: train it with `bias: none`")
-
-
-def _changed_weights(wrapped: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
-    """Name in the base model of each weight that merging will change -> the weight as it is before."""
-    changed = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
-    for name, module in wrapped.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            changed |= {f"{name}.{n}": p for n, p in module.original_module.named_parameters()}
-    return {unwrapped_name(name): weight for name, weight in changed.items()}
-
-
-def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
-    """Refuse layers with tied weights: an adapter changes one of the two modules, merging changes both."""
-    by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
-    adapted = {id(layer.get_base_layer()) for layer in layers.values()}
-    for module_name, module in model.named_modules():
-        name = by_weight.get(id(getattr(module, "weight", None)))
-        if name is not None and id(module) not in adapted and module not in layers.values():
-            raise ValueError(
-                f"it adapts {unwrapped_name(name)}, which shares its weights with {unwrapped_name(module_name)}"
-            )
-
-
-@torch.no_grad()
-def _merge_layers(layers: dict[str, LoraLayer], n_zero: int, dtypes: dict[str, torch.dtype]) -> None:
-    """Merge each layer and compare its weights before and after.
-
-    Args:
-        layers: name -> layer.
-        n_zero: number of layers whose update is zero, e.g. layers behind the last one that a model uses.
-        dtypes: name of the weight in the base model -> the dtype in which it is written.
-
-    Raises:
-        ValueError: more than `n_zero` layers or all layers are unchanged, or a change is lost in the dtype.
-    """
-    unchanged, lost = [], []
-    for name, layer in layers.items():
-        before = layer.get_base_layer().weight.detach().clone()
-        layer.merge(safe_merge=True)
-        after = layer.get_base_layer().weight
-        dtype = dtypes[f"{unwrapped_name(name)}.weight"]
-        if torch.equal(before, after):
-            unchanged.append(name)
-        elif torch.equal(before.to(dtype), after.to(dtype)):
-            lost.append(name)
-    if len(unchanged) > n_zero:
-        raise ValueError(
-            f"{len(unchanged)} of {len(layers)} layers are unchanged, the first is {unwrapped_name(unchanged[0])}"
-        )
-    if len(unchanged) == len(layers):
-        raise ValueError("all its updates are zero: it was never trained")
-    if lost:
-        kind = dtypes[f"{unwrapped_name(lost[0])}.weight"]
-        raise ValueError(f"the updates of {len(lost)} layers are too small for {kind}: merge in float32")
-
-
-@contextmanager
-def _report_failure(folder: str, base: BaseModel) -> Iterator[None]:
-    """Raise errors of the block as a DataError that names the adapter and its base model."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        try:
-            yield
-        except DataError:
-            raise
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise DataError(
-                f"the adapter at {folder} cannot be merged into {base.name_or_path}: {shorten_message(error)}"
-            ) from error

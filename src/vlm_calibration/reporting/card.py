@@ -1,27 +1,33 @@
-"""The model card of an adapter or of a merged model: what was trained, and how to use it without this package.
+"""The model card of an adapter or of a merged model: `README.md` from a template, and its facts in `calibration.json`.
 
-`card_text` is a pure function of a `Card`; `card_files.py` reads and writes both.
+An export writes its own card from the facts, and programs can read them. A `README.md` that a person has edited is left alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vlm_calibration.models.base import THRESHOLDS
-from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results, results_section
-from vlm_calibration.reporting.markdown import code, fenced, number, table
+from vlm_calibration.files import write_json, write_text
+from vlm_calibration.models.base import FACTS, read_object
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results
 from vlm_calibration.reporting.tables import COLUMNS, column
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-"""Lines around the results and the guarantee in `README.md`; what stands between them is replaced in an edited card."""
 EXAMPLE = "Is there a dog in the image?"
 """The question in the examples of cards."""
+TAGS = ("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848")
 
 
 @dataclass(frozen=True)
@@ -75,33 +81,13 @@ class Card:
     max_pixels: int | None = None
 
 
-def has_results(card: Card) -> bool:
-    """Whether there is anything for `results_of_tests`."""
-    return bool(card.evaluations or card.guarantee)
-
-
 def card_text(card: Card) -> str:
-    """Render the card as Markdown, with the Hub's metadata in front."""
-    sections = [
-        _head(card),
-        _usage(card),
-        _serving(card) if card.has_chat_template else "",
-        _prompt(card) if card.template else "",
-        _answer_format(card) if card.template else "",
-        results_of_tests(card) if has_results(card) else "",
-        _levels(card) if card.levels else "",
-        _results(card) if card.results else "",
-        _training(card) if card.training else "",
-    ]
-    return f"---\n{card_metadata(card).to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
-
-
-def card_metadata(card: Card) -> ModelCardData:
-    """The metadata that the Hub reads. What is not known is left out, and so is a base model that is a folder."""
-    relation = "finetune" if card.merged else "adapter"
+    """Render the card as Markdown, with the Hub's metadata in front. What is not known is left out."""
+    title = f"{card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated"
     # The weights of a merged model are not the ones that were evaluated.
     results = [] if card.merged else [result for e in card.evaluations for result in eval_results(e)]
-    return ModelCardData(
+    relation = "finetune" if card.merged else "adapter"
+    metadata = ModelCardData(
         **card.license,
         base_model=card.base if card.base_on_hub else None,
         base_model_relation=relation if card.base_on_hub else None,
@@ -109,214 +95,126 @@ def card_metadata(card: Card) -> ModelCardData:
         library_name="transformers" if card.merged else "peft",
         pipeline_tag=TASK,
         datasets=card.datasets or None,
-        tags=[
-            *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848"),
-            *([] if card.merged else ["lora"]),
-        ],
-        model_name=_title(card) if results else None,
+        tags=[*TAGS, *([] if card.merged else ["lora"])],
+        model_name=title if results else None,
         eval_results=results or None,
     )
-
-
-def _title(card: Card) -> str:
-    return f"{card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated"
-
-
-def _head(card: Card) -> str:
-    what = "with a LoRA adapter merged into it," if card.merged else "with a LoRA adapter,"
-    revision = f" (revision {code(card.revision)})" if card.revision else ""
-    lines = [
-        f"# {_title(card)}",
-        "",
-        f"{code(card.base)}{revision} {what} fine-tuned so that the confidence it states is the probability that its "
-        "answer about an image is right (semantic perturbation, "
-        "[arXiv 2504.14848](https://arxiv.org/abs/2504.14848)).",
-    ]
-    if not card.base_on_hub:
-        lines += [
-            "",
-            "The base model is a folder, not a repository on the Hub, so the metadata of this card name no base model.",
-        ]
-    if card.quantization != "none":
-        note = f"The base model was quantised ({card.quantization}) in training"
-        what = "merged into" if card.merged else "loaded below on"
-        lines += [
-            "",
-            f"{note}; here the adapter is {what} the base in full precision, whose answers may differ slightly.",
-        ]
-    return "\n".join(lines)
-
-
-def _usage(card: Card) -> str:
-    needs = "transformers" if card.merged else "transformers and peft"
-    what = "model" if card.merged else "adapter"
-    return "\n\n".join(
-        [
-            "## How to ask it",
-            f"With {needs} alone; `path` is the folder of this {what} or its name on the Hub.",
-            fenced(snippet(card), "python"),
-        ]
+    levels: dict[tuple[str, float], dict[str, float]] = {}
+    for answer_type, taught in card.levels.items():
+        for kind, strength, confidence in taught:
+            levels.setdefault((kind, strength), {})[answer_type] = confidence
+    # A prompt may contain the fence of a block.
+    ticks = re.findall("`+", f"{card.template} {card.conversation} ``")
+    return _render(
+        "card.md.j2",
+        card,
+        metadata=metadata.to_yaml(),
+        title=title,
+        levels=levels,
+        n=next((values.get("n") for values in card.results.values()), None),
+        fence="`" * (max(map(len, ticks)) + 1),
+        example=EXAMPLE,
     )
 
 
-def _serving(card: Card) -> str:
-    """How a server loads it. vLLM leaves the layers of an adapter outside the language model out, without an error."""
-    path = shlex.quote(card.location)
-    if card.merged:
-        how, commands = "vLLM and `transformers serve` load it as it is:", f"vllm serve {path}"
-    elif card.parts == ["language"]:
-        base = shlex.quote(card.base)
-        how = "vLLM loads the adapter as it is, without DoRA, and of any rank up to `--max-lora-rank`:"
-        commands = f"vllm serve {base} --enable-lora --lora-modules calibrated={path}"
-    else:
-        changed = f"changes the {' and the '.join(card.parts)}" if card.parts else "may change more"
-        how = (
-            f"Merge it first. vLLM serves the adapters of a language model alone: this one {changed}, and vLLM would leave out "
-            "what is not the language model."
-        )
-        commands = f"vlm-calibration export {path} --merge --out merged\nvllm serve merged"
-    return "\n\n".join(
-        [
-            "## How to serve it",
-            how,
-            fenced(commands, "bash"),
-            f"Send the image, then the {'prompt below' if card.template else 'question'}, with `temperature: 0` and "
-            "`repetition_penalty: 1`.",
-        ]
+def results_text(card: Card) -> str:
+    """The part of the card with the results on test data and the guarantee; empty if it has neither."""
+    return _render("card_results.md.j2", card)
+
+
+def _render(template: str, card: Card, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    rule = "| --- " * (1 + len(COLUMNS)) + "|"
+    head = f"{_line('', [column(name)[0] for name in COLUMNS])}\n{rule}"
+    helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": _row}
+    return environment.get_template(template).render(card=card, **helpers, **values)
 
 
-def snippet(card: Card) -> str:
-    """A program that loads the model, asks it about `image.png`, and prints the answer and its stated confidence."""
-    remote = ["trust_remote_code=True"] if card.trust_remote_code else []
-    base = [repr(card.base), *([f"revision={card.revision!r}"] if card.revision else [])]
-    arguments = ", ".join([*(["path"] if card.merged else base), *remote, 'dtype="auto"'])
-    prompt = f"{card.template!r}.format(question=question)" if card.template else "question"
-    lines = [
-        *([] if card.merged else ["from peft import PeftModel"]),
-        "from PIL import Image",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        f"path = {card.location!r}",
-        f"model = AutoModelForImageTextToText.from_pretrained({arguments})",
-        *([] if card.merged else ["model = PeftModel.from_pretrained(model, path).eval()"]),
-        f"processor = AutoProcessor.from_pretrained({', '.join(['path', *remote])})",
-        "",
-        f'image, question = Image.open("image.png").convert("RGB"), {EXAMPLE!r}',
-        f"prompt = {prompt}",
-        *_input_lines(card),
-        "inputs = inputs.to(model.device, model.dtype)",
-        'greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}',
-        f"output = model.generate(**inputs, **greedy, max_new_tokens={card.max_new_tokens})",
-        'reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
-        "",
-        'answer, *stated = reply.rsplit("Confidence:", 1)',
-        'confidence = float(stated[0].split("%")[0]) / 100 if stated else None',
-        "print(answer.strip(), confidence)",
-    ]
-    return "\n".join(lines)
+def _row(label: str, metrics: Mapping[str, float | None]) -> str:
+    """A row of a table of metrics; a dash where one is undefined."""
+    values = [(metrics.get(name), column(name)[1]) for name in COLUMNS]
+    return _line(label, ["-" if value is None else format(value, form) for value, form in values])
 
 
-def _input_lines(card: Card) -> list[str]:
-    """The lines that build `inputs` from `image` and `prompt`."""
-    if not card.has_chat_template:
-        return ['inputs = processor(text=processor.image_token + prompt, images=image, return_tensors="pt")']
-    return [
-        'content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]',
-        'chat = [{"role": "user", "content": content}]',
-        'form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}',
-        "inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **form)",
-    ]
+def _line(label: str, cells: list[str]) -> str:
+    return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
 
 
-def _prompt(card: Card) -> str:
-    parts = [
-        "## The prompt",
-        "Use exactly this prompt, with the question in place of `{question}`; the model was trained with no other.",
-        fenced(card.template or ""),
-    ]
-    if card.conversation:
-        parts += [f"The model reads {EXAMPLE!r} as", fenced(card.conversation)]
-    return "\n\n".join(parts)
+# --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def _answer_format(card: Card) -> str:
-    return "\n\n".join(
-        [
-            "## How to read the answer",
-            "The model replies as in `Yes. Confidence: 80%`. The confidence is the number behind `Confidence:`, in percent; "
-            "the text before it is the answer. A reply without that word states no confidence: treat it as missing, and do "
-            "not replace it by a number.",
-        ]
-    )
+def save_card(folder: Path, card: Card) -> None:
+    """Write `README.md` and `calibration.json`, in place of any others."""
+    text = card_text(card)
+    write_text(folder / TEXT, text)
+    write_json(folder / FACTS, {**asdict(card), DIGEST: _digest(text)})
 
 
-def _levels(card: Card) -> str:
-    by_kind: dict[str, dict[float, dict[str, float]]] = {}
-    for answer_type, levels in card.levels.items():
-        for kind, strength, confidence in levels:
-            by_kind.setdefault(kind, {}).setdefault(strength, {})[answer_type] = confidence
-    untouched = by_kind.pop("", {})
-    width = max((len(strengths) for strengths in by_kind.values()), default=0) + len(untouched)
-    rows = []
-    for kind, strengths in by_kind.items():
-        columns = {**untouched, **strengths}
-        empty = [""] * (width - len(columns))
-        rows.append([kind.replace("_", " "), "strength", *(f"{s:g}" for s in columns), *empty])
-        rows += [
-            ["", answer_type, *(_percent(c.get(answer_type)) for c in columns.values()), *empty]
-            for answer_type in card.levels
-        ]
-    return "\n\n".join(
-        [
-            "## What it was taught",
-            *([code(settings)] if (settings := _level_settings(card)) else []),
-            "The confidence that the model should state when the key object is perturbed, on average over images: for each kind of "
-            "perturbation its strengths and, by type of answer, the confidence at each. Strength 0 is the untouched image; at "
-            "strength 1 nothing of the object is left.",
-            table(["perturbation", "", *[""] * width], rows),
-        ]
-    )
+def renew_card(folder: Path, card: Card) -> None:
+    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results and guarantee on stderr.
+
+    Raises:
+        DataError: the card in the folder cannot be read.
+    """
+    if not is_edited(folder):
+        save_card(folder, card)
+        return
+    if (folder / FACTS).is_file():
+        # The digest stays that of the text before it was edited.
+        write_json(folder / FACTS, {**asdict(card), DIGEST: read_object(folder / FACTS).get(DIGEST)})
+    if block := results_text(card):
+        print(f"{TEXT} was edited and stays as it is. It may lack:\n{block}", file=sys.stderr)
 
 
-def _percent(confidence: float | None) -> str:
-    return "-" if confidence is None else format(confidence, ".0%")
+def state_guarantee(folder: Path, guarantee: str) -> None:
+    """State in an adapter's card what the thresholds beside it promise; without a card of ours nothing is written.
+
+    Raises:
+        DataError: the card cannot be read or written.
+    """
+    if (card := load_card(folder)) is not None:
+        renew_card(folder, replace(card, guarantee=guarantee))
 
 
-def _level_settings(card: Card) -> str:
-    return ", ".join(card.training[name] for name in ("levels", "schedule") if name in card.training)
+def load_card(folder: Path) -> Card | None:
+    """Read the card that `save_card` wrote; None if there is none.
+
+    Raises:
+        DataError: the file is not what `save_card` writes.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    facts = read_object(path)
+    facts.pop(DIGEST, None)
+    try:
+        levels = {
+            answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
+            for answer_type, rows in facts.pop("levels", {}).items()
+        }
+        evaluations = [Evaluation(**evaluation) for evaluation in facts.pop("evaluations", [])]
+        return Card(levels=levels, evaluations=evaluations, **facts)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not the facts of a model card: {error}") from error
 
 
-def results_of_tests(card: Card) -> str:
-    """The sections of the card's evaluations and guarantee, between the lines `BEGIN` and `END`."""
-    sections = [results_section(evaluation, card.merged) for evaluation in card.evaluations]
-    if sections:
-        sections.insert(0, "## Results")
-    if card.guarantee:
-        sections += [
-            "## When to answer",
-            f"{card.guarantee} Send all other questions to a person. {code(THRESHOLDS)} beside the weights has the thresholds, what they were "
-            "chosen on, and what the guarantee assumes.",
-        ]
-    return "\n\n".join([BEGIN, *sections, END])
+def is_edited(folder: Path) -> bool:
+    """Whether `README.md` differs from what `save_card` wrote.
+
+    Raises:
+        DataError: the facts cannot be read.
+    """
+    text, facts = folder / TEXT, folder / FACTS
+    if not text.is_file():
+        return False
+    return not facts.is_file() or read_object(facts).get(DIGEST) != _digest(text.read_text(encoding="utf-8"))
 
 
-def _results(card: Card) -> str:
-    n = next(iter(card.results.values())).get("n")
-    rows = [
-        [f"{name} training", *(number(values.get(metric), column(metric)[1]) for metric in COLUMNS)]
-        for name, values in card.results.items()
-    ]
-    return "\n\n".join(
-        [
-            "## Validation",
-            f"On {'the' if n is None else f'{n:g}'} validation queries, perturbed as in training. Calibration (ECE to "
-            "overconfidence) is over the answers whose confidence could be parsed, accuracy over all.",
-            table(["", *(column(name)[0] for name in COLUMNS)], rows),
-        ]
-    )
-
-
-def _training(card: Card) -> str:
-    lines = [f"{name}: {value}" for name, value in card.training.items()]
-    return "\n\n".join(["## Training", fenced("\n".join(lines))])
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from vlm_calibration.estimators.decision import By
 from vlm_calibration.estimators.predictions import (
@@ -22,10 +22,10 @@ from vlm_calibration.models.base import (
     read_object,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report.data import BASE, CONFIG, ORACLE, System, read_systems
+from vlm_calibration.reporting.report.data import BASE, ORACLE, System, read_systems
 from vlm_calibration.reporting.report.summary import subject_of
 from vlm_calibration.reporting.report.thresholds import grouped
-from vlm_calibration.reporting.runs import RECORD
+from vlm_calibration.reporting.runs import RECORD, systems_of
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -76,23 +76,15 @@ def read_evaluated(run: Path, name: str | None, estimator: str, by: By | None) -
 
 
 def _system_of(run: Path, name: str | None) -> tuple[System, Path]:
-    """A system of an evaluation, and its folder; `run` is the evaluation or that folder."""
-    if (
-        (run / PREDICTIONS).is_file()
-        and not (run / CONFIG).is_file()
-        and (run.resolve().parent / CONFIG).is_file()
-    ):
-        if name not in (None, run.resolve().name):
-            raise DataError(f"--system: {run} is the folder of {run.resolve().name!r}, not of {name!r}")
-        run, name = run.resolve().parent, run.resolve().name
+    """A system of an evaluation, and its folder."""
     systems = {s.name: s for s in read_systems([str(run)]) if s.name != ORACLE}
-    if name is not None and name not in systems:
-        raise DataError(f"--system: no system {name!r} that is a model; there are {', '.join(systems)}")
     if not systems:
         raise DataError(f"{run}: holds no answers of a model")
+    if name is not None and name not in systems:
+        raise DataError(f"--system: no system {name!r} that is a model; there are {', '.join(systems)}")
     system = systems[name] if name is not None else subject_of(list(systems.values()))
     folder = system.folder / system.name
-    if not (folder / PREDICTIONS).is_file() or _evaluation(system) is None:
+    if not (folder / PREDICTIONS).is_file() or system.name not in systems_of(system.config or {}):
         raise DataError(
             f"{run}: not an evaluation of `vlm-calibration test`, whose configuration names the adapters"
         )
@@ -118,43 +110,31 @@ class EvaluatedModel(NamedTuple):
     folder: Path
 
 
-def _evaluation(system: System) -> Mapping[str, Any] | None:
-    """The settings of the evaluation's module; None if the configuration is not that of an evaluation."""
-    model = (system.config or {}).get("model") or {}
-    is_evaluation = str(model.get("class_path", "")).endswith(".EvaluationModule")
-    return (model.get("init_args") or {}) if is_evaluation else None
-
-
 def model_of(system: System) -> EvaluatedModel:
     """The model behind a system, as the evaluation's configuration names it.
 
     Raises:
         DataError: the adapter is gone or was trained again since.
     """
-    settings, data = _evaluation(system) or {}, (system.config or {}).get("data") or {}
+    config = system.config or {}
+    settings = config["model"].get("init_args") or {}
     adapters = settings.get("adapters") or {}
     if system.name not in (BASE, *adapters):
         raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
     base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
-    prompt = (data.get("prompt") or {}).get("template") or ElicitationPrompt().template
-    folder = system.folder / system.name
+    template = ((config.get("data") or {}).get("prompt") or {}).get("template")
+    prompt, folder = template or ElicitationPrompt().template, system.folder / system.name
     if system.name == BASE:
         from vlm_calibration.models.loading import (
             weights_digest,  # imports transformers, which no adapter needs
         )
 
         return EvaluatedModel(base, weights_digest(base) or "", prompt, folder)
-    adapter = find_adapter(adapters[system.name])
-    _check_unchanged(system, adapter)
-    # A download in the Hub's cache belongs to the cache.
-    is_local = Path(adapters[system.name]).exists()
-    return EvaluatedModel(base, adapter_weights_digest(adapter), prompt, adapter if is_local else folder)
-
-
-def _check_unchanged(system: System, adapter: Path) -> None:
-    """Refuse an adapter that differs from the one that the evaluation recorded."""
-    path = system.folder / RECORD
-    inputs = read_object(path).get("inputs", {}) if path.is_file() else {}
+    adapter, record = find_adapter(adapters[system.name]), system.folder / RECORD
+    inputs = read_object(record).get("inputs", {}) if record.is_file() else {}
     recorded = inputs.get(f"model.init_args.adapters.{system.name}")
     if recorded not in (None, adapter_digest(adapter)):
         raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
+    # A download in the Hub's cache belongs to the cache.
+    is_local = Path(adapters[system.name]).exists()
+    return EvaluatedModel(base, adapter_weights_digest(adapter), prompt, adapter if is_local else folder)

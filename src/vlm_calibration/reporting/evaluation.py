@@ -1,4 +1,4 @@
-"""The results of an adapter in an evaluation, for its model card: read from the run directory of `test`, as Markdown and as metadata.
+"""The results of an adapter in an evaluation, for its model card: read from the run directory of `test`.
 
 `run.json` of the evaluation says which adapters and queries it read, by digest. So results are taken only for the very adapter that was
 evaluated, and all rows of a table are answers to the same queries.
@@ -13,18 +13,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from vlm_calibration.files import read_json
 from vlm_calibration.hub import is_hub_name
+from vlm_calibration.models.base import read_object
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.markdown import code, number, table
-from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config
-from vlm_calibration.reporting.tables import COLUMNS, column
+from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
+from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import digest
 
-BASE = "base"
 ADAPTERS = "model.init_args.adapters."
-TEST = "data.test"
-"""Prefixes of the inputs in `run.json` that are adapters, and queries of the test set."""
+"""Prefix of the inputs in `run.json` that are adapters."""
 TASK = "image-text-to-text"
 """The task of such a model on the Hub."""
 HUB_METRICS = {
@@ -61,11 +58,6 @@ class Evaluation:
     results: dict[str, dict[str, float | None]]
 
     @property
-    def key(self) -> tuple[str | None, ...]:
-        """What tells the data of two evaluations apart in metadata of the Hub."""
-        return self.dataset, self.config, self.split, self.revision
-
-    @property
     def n(self) -> int:
         """The number of queries."""
         return int(self.results[self.system]["n"] or 0)
@@ -81,29 +73,36 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
     Raises:
         DataError: the folder holds no finished evaluation of a whole test set, or not of this adapter.
     """
-    inputs, config = _read_inputs(folder), read_config(folder / CONFIG)
-    if config is None or ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
-        raise DataError(
-            f"{folder}: not an evaluation of the whole test set: run `vlm-calibration test` without limits"
-        )
+    if not (folder / RECORD).is_file():
+        raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
+    record, config = read_object(folder / RECORD), read_config(folder / CONFIG)
+    if config is None or record.get("command") != "test" or not record.get("finished"):
+        raise DataError(f"{folder}: not a finished `vlm-calibration test`: evaluate first")
+    if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
+        raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
+    inputs = record["inputs"]
     adapters = {
-        name.removeprefix(ADAPTERS): value for name, value in inputs.items() if name.startswith(ADAPTERS)
+        key.removeprefix(ADAPTERS): value for key, value in inputs.items() if key.startswith(ADAPTERS)
     }
     system = next((name for name, value in adapters.items() if value == adapter), None)
     if system is None:
-        names = ", ".join(adapters) or "none"
         raise DataError(
-            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {names}): evaluate it again"
+            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
+            "evaluate it again"
         )
-    with_base = config["model"]["init_args"].get("with_base", True)
-    results = {
-        name: _read_metrics(folder / name / METRICS)
-        for name in ([BASE] if with_base else []) + list(adapters)
-    }
-    if len({values["n"] for values in results.values()}) > 1:
-        raise DataError(f"{folder}: the systems answered different numbers of queries: evaluate again")
-    queries = [f"{name} {value}\n" for name, value in sorted(inputs.items()) if name.startswith(TEST)]
+    evaluated = systems_of(config)
+    results: dict[str, dict[str, float | None]] = {}
+    for name in ("base", *adapters):
+        if name in evaluated:
+            metrics = read_object(folder / name / METRICS)
+            results[name] = {key: metrics.get(key) for key in ("n", *COLUMNS)}
+    counts = {values["n"] for values in results.values()}
+    if len(counts) > 1 or None in counts:
+        raise DataError(f"{folder}: the systems did not answer the same queries: evaluate again")
     splits = config["data"]["test"]
+    queries = digest(
+        f"{key} {value}\n" for key, value in sorted(inputs.items()) if key.startswith("data.test")
+    )
     return Evaluation(
         adapter=adapter,
         system=system,
@@ -112,65 +111,21 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
             for name, split in splits.items()
         ],
         results=results,
-        **_describe([split["source"] for split in splits.values()], digest(queries)),
+        **_describe([split["source"] for split in splits.values()], queries),
     )
-
-
-def _read_inputs(folder: Path) -> dict[str, str]:
-    """Setting -> digest of its content, of a finished evaluation."""
-    path = folder / RECORD
-    if not path.is_file():
-        raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("command") != "test" or not record.get("finished"):
-        raise DataError(f"{path}: not the record of a finished `vlm-calibration test`: evaluate first")
-    return dict(record["inputs"])
-
-
-def _read_metrics(path: Path) -> dict[str, float | None]:
-    metrics = read_json(path)
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("n"), int):
-        raise DataError(f"{path}: not the metrics of an evaluation: evaluate again")
-    return {name: metrics.get(name) for name in ("n", *COLUMNS)}
 
 
 def _describe(sources: Sequence[Mapping[str, Any]], queries: str) -> dict[str, Any]:
     """The fields of `Evaluation` that tell which data these sources are; `queries` is their digest."""
-    names = [str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources]
+    kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}
     settings = [source.get("init_args") or {} for source in sources]
-    splits = sorted({str(s.get("split") or "test") for s in settings})
-    described = {"dataset": "+".join(sorted({name.lower() for name in names})), "split": "+".join(splits)}
-    first = settings[0]
-    same = all(s.get("path") == first.get("path") and s.get("name") == first.get("name") for s in settings)
-    if same and set(names) == {"HuggingFace"} and is_hub_name(first["path"]):
-        return described | {
-            "dataset": first["path"],
-            "config": first.get("name"),
-            "revision": first.get("revision"),
-        }
-    return described | {"config": None, "revision": queries}
-
-
-# --- In a card ------------------------------------------------------------------------------------------------------
-
-
-def results_section(evaluation: Evaluation, merged: bool) -> str:
-    """The results as Markdown: a row each for the base model and the adapters, this one in bold."""
-    rows = []
-    for system, values in evaluation.results.items():
-        mark = "**" if system == evaluation.system else ""
-        label = "base model" if system == BASE else system
-        cells = [number(values.get(name), column(name)[1]) for name in COLUMNS]
-        rows.append([f"{mark}{cell}{mark}" for cell in (f"{label}{' (this one)' if mark else ''}", *cells)])
-    revision = f" (revision {code(evaluation.revision)})" if evaluation.revision else ""
-    lines = [
-        f"The same {evaluation.n} queries of {code(evaluation.dataset)}, split {code(evaluation.split)}{revision}, for all rows; "
-        f"parts: {', '.join(evaluation.parts)}. Calibration (ECE to overconfidence) is over the answers whose confidence could be "
-        "parsed, accuracy over all.",
-        *(["Measured with the adapter beside the base model, before it was merged."] if merged else []),
-        table(["", *(column(name)[0] for name in COLUMNS)], rows),
-    ]
-    return "\n\n".join(lines)
+    split = "+".join(sorted({str(s.get("split") or "test") for s in settings}))
+    data_sets = {(s.get("path"), s.get("name"), s.get("revision")) for s in settings}
+    if kinds == {"HuggingFace"} and len(data_sets) == 1 and is_hub_name(settings[0]["path"]):
+        [(path, config, revision)] = data_sets
+        return {"dataset": path, "config": config, "split": split, "revision": revision}
+    dataset = "+".join(sorted(kind.lower() for kind in kinds))
+    return {"dataset": dataset, "config": None, "split": split, "revision": queries}
 
 
 def eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:

@@ -21,8 +21,6 @@ from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.figures import data_uri
 
 MAX_EXAMPLES = 8
-MAX_CHARACTERS = 240
-"""Characters of an answer that are shown."""
 THUMBNAIL_SIDE = 320
 """Pixels of a thumbnail's longer side."""
 PIXEL_ART_SIDE = 128
@@ -33,48 +31,39 @@ class Example(NamedTuple):
     """An answer as the page shows it.
 
     Attributes:
-        id: of the prediction.
-        question: of the prediction.
-        gold: the gold answer.
-        text: the model's output, cut short if it is long.
-        category: of the prediction, may be empty.
-        stated: the stated confidence in percent.
+        answer: the prediction.
         perturbation: what happened to the image, in words; empty if that is not known.
         others: name of another system -> its output.
     """
 
-    id: str
-    question: str
-    gold: str
-    text: str
-    category: str
-    stated: str
+    answer: EstimatedPrediction
     perturbation: str
     others: dict[str, str]
 
 
 class Examples(NamedTuple):
-    """The examples of a report.
+    """The examples of a report, at most one an image.
 
     Attributes:
-        predictions: the predictions behind all examples.
         overconfident: the most confident wrong answers.
         underconfident: the least confident correct answers.
     """
 
-    predictions: list[EstimatedPrediction]
     overconfident: list[Example]
     underconfident: list[Example]
 
+    @property
+    def predictions(self) -> list[EstimatedPrediction]:
+        """The predictions behind all examples."""
+        return [example.answer for example in (*self.overconfident, *self.underconfident)]
+
 
 def examples_of(system: System, others: Sequence[System]) -> Examples:
-    """Choose the most confident wrong answers and the least confident correct ones, at most one an image."""
+    """Choose the most confident wrong answers and the least confident correct ones."""
     confident = [p for p in system.predictions if p.confidence is not None]
     wrong = _first([p for p in confident if not p.correct], lambda p: -(p.confidence or 0.0))
     correct = _first([p for p in confident if p.correct], lambda p: p.confidence or 0.0)
-    return Examples(
-        [*wrong, *correct], [_example(p, others) for p in wrong], [_example(p, others) for p in correct]
-    )
+    return Examples(*([_example(p, others) for p in chosen] for chosen in (wrong, correct)))
 
 
 def _first(
@@ -88,26 +77,10 @@ def _first(
 
 
 def _example(prediction: EstimatedPrediction, others: Sequence[System]) -> Example:
-    return Example(
-        prediction.id,
-        prediction.question,
-        prediction.answer,
-        _shorten(prediction.text),
-        prediction.category or "",
-        f"{100 * (prediction.confidence or 0.0):.0f}%",
-        _in_words(prediction),
-        {s.name: _shorten(s.by_id[prediction.id].text) for s in others if prediction.id in s.by_id},
-    )
-
-
-def _in_words(prediction: EstimatedPrediction) -> str:
-    if prediction.perturbation is None or prediction.strength is None:
-        return ""
-    return str(Perturbation(prediction.perturbation, prediction.strength))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+    kind, strength = prediction.perturbation, prediction.strength
+    words = "" if kind is None or strength is None else str(Perturbation(kind, strength))
+    texts = {s.name: s.by_id[prediction.id].text for s in others if prediction.id in s.by_id}
+    return Example(prediction, words, texts)
 
 
 # --- Images ---------------------------------------------------------------------------------------------------------

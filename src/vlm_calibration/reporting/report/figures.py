@@ -8,33 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.figures import (
-    BLUE,
-    FEW,
-    GREEN,
-    GREY,
-    ORANGE,
-    ResponseTables,
-    confidence_histogram,
-    reliability_diagram,
-    response_curve,
-    risk_coverage_figure,
-)
+from vlm_calibration.metrics.figures import FEW, ResponseTables, reliability_diagram, response_curve
 from vlm_calibration.metrics.table import PROBABILITY_STEPS, ConfidenceTable
 from vlm_calibration.reporting.report.data import System
-from vlm_calibration.reporting.report.thresholds import CURVE, SystemPromises
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = (5.2, 4.4)
 """Width and height of a figure in inches: small, so that its text stays readable on a phone."""
-
-
-PALETTE = (ORANGE, BLUE, GREEN, "#CC79A7", GREY, "#E69F00", "#56B4E9")
-"""Colours of lines (Okabe & Ito, 2008)."""
-DASHES = ("-", "--", "-.", ":")
-"""Their styles: no two of the first 28 lines have both in common."""
 
 
 class DrawnFigure(NamedTuple):
@@ -77,23 +59,6 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
             f"below it. Bins with fewer than {FEW} answers are drawn faint, and no line leads to them.",
             [_draw(s, "reliability diagram", reliability_diagram, _table(s.predictions)) for s in systems],
         ),
-        FigurePanel(
-            "histogram",
-            "Which confidences are stated, and how often",
-            "Correct answers are drawn upwards, wrong ones downwards. If both have the same shape, confidence carries no "
-            "information.",
-            [
-                _draw(s, "histogram of confidences", confidence_histogram, _table(s.predictions))
-                for s in systems
-            ],
-        ),
-        FigurePanel(
-            "coverage",
-            "Answering only when sure",
-            "The share of wrong answers if only the most confident answers are given. The lower, and the closer to the best "
-            "possible ranking, the better.",
-            [_draw(s, "risk-coverage curve", risk_coverage_figure, _table(s.predictions)) for s in systems],
-        ),
     ]
     responses = [(s, _tables_by_perturbation(s.predictions)) for s in systems]
     curves = [
@@ -108,35 +73,6 @@ def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
         )
         panels.append(FigurePanel("response", "Response to lost evidence", how, curves))
     return panels
-
-
-def thresholds_picture(rows: Sequence[SystemPromises]) -> DrawnFigure:
-    """The share of the answers that each system gives, against the limit of the error; a line a system, which differ in their dashes too."""
-
-    def draw(ax: Axes) -> None:
-        limits = [100 * limit for limit in CURVE]
-        for number, row in enumerate(rows):
-            colour = PALETTE[number % len(PALETTE)]
-            style = DASHES[number % len(DASHES)]
-            ax.plot(
-                limits,
-                [100 * share for share in row.curve],
-                style,
-                color=colour,
-                linewidth=1.8,
-                label=row.name,
-            )
-        ax.set(
-            xlabel="Limit of the error (%)", ylabel="Answers given (%)", xlim=(0, limits[-1]), ylim=(-3, 103)
-        )
-        ax.grid(alpha=0.25)
-        ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
-
-    return DrawnFigure(
-        picture_of(draw),
-        "Answers given at each limit",
-        "answers given against the limit of the error: " + ", ".join(row.name for row in rows),
-    )
 
 
 def _draw(system: System, kind: str, draw: Callable[..., Any], data: Any) -> DrawnFigure:

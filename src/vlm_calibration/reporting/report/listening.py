@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,8 +18,6 @@ WITHOUT = {
     SWAPPED: "with the opposite answer",
 }
 """What a probe does, in words."""
-SUM = "both together"
-"""Heading of the sum of the confidences in an answer and in its opposite."""
 
 
 class ProbeEffect(NamedTuple):
@@ -41,20 +38,6 @@ class ProbeEffect(NamedTuple):
     rose: float
     n: int
     sum: Interval | None
-
-
-class ProbeCell(NamedTuple):
-    """A cell of the table.
-
-    Attributes:
-        value: the change in words.
-        interval: its 95% interval.
-        answers: in which of how many answers.
-    """
-
-    value: str
-    interval: str = ""
-    answers: str = ""
 
 
 def probe_effects(
@@ -82,27 +65,6 @@ def probe_effects(
     return effects
 
 
-def probes_in(probed: Mapping[str, Mapping[str, ProbeEffect]]) -> list[str]:
-    """The probes of any system, in the order of the table."""
-    return [probe for probe in WITHOUT if any(probe in effects for effects in probed.values())]
-
-
-def probe_headings(probes: Sequence[str]) -> list[str]:
-    """The headings of the cells of `probe_cells`."""
-    return [heading for probe in probes for heading in (WITHOUT[probe], *([SUM] if probe == SWAPPED else []))]
-
-
-def probe_cells(effects: Mapping[str, ProbeEffect], probes: Sequence[str]) -> list[ProbeCell]:
-    """The row of one system: a cell for each probe, and behind the opposite answer one for the sum."""
-    cells = []
-    for probe in probes:
-        effect = effects.get(probe)
-        cells.append(_change_cell(effect))
-        if probe == SWAPPED:
-            cells.append(_sum_cell(effect))
-    return cells
-
-
 def probe_sentences(effects: Mapping[str, ProbeEffect]) -> list[str]:
     """A sentence on each probe of one system that applies to an answer."""
     sentences = []
@@ -119,24 +81,6 @@ def probe_sentences(effects: Mapping[str, ProbeEffect]) -> list[str]:
             )
         sentences.append(sentence)
     return sentences
-
-
-def _change_cell(effect: ProbeEffect | None) -> ProbeCell:
-    if effect is None or not effect.n:
-        return ProbeCell("–")
-    low, high = (round(100 * bound) for bound in effect.change[1:])
-    return ProbeCell(
-        _moves(effect.change.value),
-        f"{low:+d} to {high:+d}",
-        f"falls in {_percent(effect.fell)}, rises in {_percent(effect.rose)} of {effect.n:,}",
-    )
-
-
-def _sum_cell(effect: ProbeEffect | None) -> ProbeCell:
-    if effect is None or effect.sum is None or math.isnan(effect.sum.value):
-        return ProbeCell("–")
-    low, high = (100 * bound for bound in effect.sum[1:])
-    return ProbeCell(f"{100 * effect.sum.value:.0f}%", f"{low:.0f}–{high:.0f}")
 
 
 def _moves(change: float) -> str:

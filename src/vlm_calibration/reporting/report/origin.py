@@ -14,8 +14,7 @@ from vlm_calibration.files import read_json
 from vlm_calibration.models.base import ADAPTER, read_object
 from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card
-from vlm_calibration.reporting.card_files import load_card
+from vlm_calibration.reporting.card import Card, load_card
 from vlm_calibration.reporting.runs import CONFIG, RECORD
 from vlm_calibration.settings import file_digest
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +16,13 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from vlm_calibration.benchmarks.official import blocks_of
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.summary import ALL_METRICS
 from vlm_calibration.reporting.report.agreement import TOLERANCE, Group
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.examples import examples_of, thumbnails
-from vlm_calibration.reporting.report.figures import FigurePanel, panels_of, thresholds_picture
-from vlm_calibration.reporting.report.listening import probe_cells, probe_headings, probe_sentences, probes_in
-from vlm_calibration.reporting.report.sheets import sheet_path
+from vlm_calibration.reporting.report.figures import FigurePanel, panels_of
+from vlm_calibration.reporting.report.listening import probe_sentences
 from vlm_calibration.reporting.report.summary import (
     MIN_CHECKED,
     ROUGH,
@@ -44,13 +42,8 @@ from vlm_calibration.reporting.report.thresholds import (
     error_cell,
     uncalibrated_sentence,
 )
-from vlm_calibration.reporting.tables import OFFICIAL_COLUMNS, column, official_of
 
 TEMPLATE = "page.html.j2"
-RATED = ("ece", "brier", "auroc", "aurc", "mean_confidence")
-"""Metrics in the tables of estimators and recalibration; accuracy is the same for all of them."""
-OF_CARDS = ("accuracy", "ece", "brier", "auroc")
-"""Metrics on the card of a system."""
 SHARES = frozenset(
     ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
 )
@@ -73,24 +66,6 @@ class Cell(NamedTuple):
     why: str = ""
 
 
-class SystemCard(NamedTuple):
-    """What a system is and how good its stated confidence is.
-
-    Attributes:
-        name: of the system.
-        label: how it was trained; may be empty.
-        facts: heading -> text.
-        numbers: heading and cell of each headline metric.
-        weakest: the group whose stated confidence is farthest from its accuracy; None without one.
-    """
-
-    name: str
-    label: str
-    facts: Mapping[str, str]
-    numbers: list[tuple[str, Cell]]
-    weakest: Group | None
-
-
 def render_page(
     systems: Sequence[System],
     compared: Compared,
@@ -108,7 +83,7 @@ def render_page(
         promises: what thresholds of the systems promise and do.
         subject: name of the system that the summary and the examples describe; None: the last trained one.
         images: whether to show images.
-        page: file of the page; the tables that it links to lie beside it.
+        page: file of the page; the table that it links to lies beside it.
     """
     about = next((s for s in systems if s.name == subject), subject_of(systems))
     first = [about, *(s for s in (systems[0],) if s is not about)]
@@ -119,43 +94,32 @@ def render_page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    probes = probes_in(compared.probed)
-    stated = {row.system: row for row in compared.rows if row.is_stated}
     groups = {s.name: compared.groups[s.name] for s in ordered}
-    rated = [(row, [cell_of(row, name) for name in RATED]) for row in compared.rows]
-    panels, official = panels_of(systems), _official(systems)
-    summary = summarize_system(about, compared)
-    present = {
-        "confidence": summary.bands,
-        "probes": probes,
-        "groups": any(groups.values()),
-        "official": official,
-    }
+    panels, summary = panels_of(systems), summarize_system(about, compared)
+    spoken = [(s.name, probe_sentences(compared.probed.get(s.name, {}))) for s in ordered]
+    probed = [(name, sentences) for name, sentences in spoken if sentences]
+    present = {"confidence": summary.bands, "probes": probed, "groups": any(groups.values())}
     return environment.from_string(source).render(
         contents=_contents(panels, {name for name, content in present.items() if not content}),
-        link=lambda name: quote(sheet_path(page, name).name if name else page.with_suffix(".csv").name),
+        csv=quote(page.with_suffix(".csv").name),
         summary=summary,
         label=about.origin.label,
         rule={"trusted": TRUSTED, "rough": ROUGH, "answers": MIN_CHECKED, "points": TOLERANCE},
-        cards=[_card(s, stated[s.name], groups[s.name]) for s in systems],
+        cards=[(s.name, s.origin, weakest_group(groups[s.name])) for s in systems],
         headings=HEADINGS,
-        stated=[(name, [cell_of(row, metric) for metric in HEADINGS]) for name, row in stated.items()],
+        raw=[
+            (row.name, [cell_of(row, metric) for metric in HEADINGS])
+            for row in compared.rows
+            if row.recalibration == RAW
+        ],
         promised=[(row.name, [coverage_cell(promise) for promise in row.promises]) for row in promises],
         max_errors=[percent(limit) for limit in MAX_ERRORS],
         certainty=percent(CERTAINTY),
         tested=_tested(promises, about),
         uncalibrated=uncalibrated_sentence(systems),
-        bought=thresholds_picture(promises) if promises else None,
         panels=panels,
-        probe_heads=probe_headings(probes),
-        probed=[(s, probe_cells(effects, probes)) for s, effects in compared.probed.items()],
-        probe_sentences=probe_sentences(compared.probed.get(about.name, {})),
-        official=official,
+        probed=probed,
         grouped=[(name, _group_rows(rows)) for name, rows in groups.items() if rows],
-        rated_heads=[HEADINGS[name] for name in RATED],
-        raw=[(row, cells) for row, cells in rated if row.recalibration == RAW],
-        recalibrated=_recalibrated(rated),
-        counted=any(row.passes is not None for row in compared.rows),
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=compared.notes,
         examples=examples,
@@ -178,8 +142,6 @@ def _contents(panels: Sequence[FigurePanel], empty: Set[str]) -> dict[str, str]:
         **{panel.anchor: panel.heading for panel in panels},
         "probes": "What confidence listens to",
         "groups": "By category",
-        "official": "Official scores",
-        "estimators": "Other estimators of confidence, and recalibration",
         "overconfident": "Most confident wrong answers",
         "underconfident": "Least confident correct answers",
         "numbers": "What the numbers mean",
@@ -199,11 +161,6 @@ def _tested(
         cells = [(part, [error_cell(promise, part) for promise in row.promises]) for part in parts]
         tested.append((row.name, broken_sentence(row), cells))
     return tested
-
-
-def _card(system: System, row: Row, groups: Sequence[Group]) -> SystemCard:
-    numbers = [(HEADINGS[name], cell_of(row, name)) for name in OF_CARDS]
-    return SystemCard(system.name, system.origin.label, system.origin.facts, numbers, weakest_group(groups))
 
 
 def _fitted_on(system: System) -> str:
@@ -251,29 +208,6 @@ def _group_rows(groups: Sequence[Group]) -> list[tuple[Group, str, str, str]]:
     return [
         (g, f"{g.n:,}", number(g.metrics["ece"], "ece"), number(g.metrics["auroc"], "auroc")) for g in groups
     ]
-
-
-def _recalibrated(rated: Sequence[tuple[Row, list[Cell]]]) -> dict[str, list[tuple[Row, list[Cell]]]]:
-    """The recalibrated rows of each system that has any."""
-    by_system: dict[str, list[tuple[Row, list[Cell]]]] = {}
-    for row, cells in rated:
-        if row.recalibration != RAW:
-            by_system.setdefault(row.system, []).append((row, cells))
-    return by_system
-
-
-def _official(systems: Sequence[System]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Scores under a benchmark's own rules: system, block, and (name, value) of each score."""
-    rows = []
-    for system in systems:
-        defined = {k: v for k, v in system.metrics.items() if v is not None}
-        for block, scores in blocks_of(official_of(defined)).items():
-            form = ".4f" if "yes_ratio" in scores else ".1f"
-            values = [
-                (column(key)[0], format(scores[key], form)) for key in OFFICIAL_COLUMNS if key in scores
-            ]
-            rows.append((system.name, block or "all", values))
-    return rows
 
 
 def _configs(systems: Sequence[System]) -> list[tuple[str, str]]:

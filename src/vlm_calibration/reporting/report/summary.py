@@ -21,7 +21,7 @@ MIN_CHECKED = 100
 MIN_ANSWERS = 30
 """Smallest group of answers that the summary may name."""
 MAX_PLACES = 3
-"""Number of groups, and of bands, that the verdict names."""
+"""Number of groups and bands that the verdict names; the tables have the rest."""
 
 
 class Checks(NamedTuple):
@@ -180,32 +180,29 @@ def verdict_sentence(verdict: Verdict, row: Row, checks: Checks) -> str:
 
 
 def _places(checks: Checks, agrees: bool | None) -> str:
-    """The checked groups and bands that agree, those that do not, or unclear ones (None), in words; empty if there are none.
+    """The first checked groups and bands that agree, that do not, or that are unclear (None), in words; empty if there are none.
 
-    Those that do not agree come with their numbers.
+    Those that do not agree come with their numbers, coarse groups first, since they explain their parts.
     """
+    places = [
+        (start, name, match)
+        for start, matches in (("on", checks.groups), ("where it says", checks.bands))
+        for name, match in matches.items()
+        if match.agrees is agrees
+    ]
+    if agrees is False:
+        places.sort(key=lambda p: (p[0], p[1].count("/"), -abs(p[2].says - p[2].right)))
     parts = []
-    for start, joint, unit, matches in (
-        ("on", "and", "groups", checks.groups),
-        ("where it says", "or", "ranges", checks.bands),
-    ):
-        chosen = [(name, match) for name, match in matches.items() if match.agrees is agrees]
-        if agrees is False:
-            # Coarse groups first, since they explain their parts; among these the farthest apart.
-            chosen.sort(key=lambda item: (item[0].count("/"), -abs(item[1].says - item[1].right)))
+    for start, joint in (("on", "and"), ("where it says", "or")):
         names = [
-            f"{name} ({match.numbers})" if agrees is False else name for name, match in chosen[:MAX_PLACES]
+            f"{name} ({match.numbers})" if agrees is False else name
+            for kind, name, match in places[:MAX_PLACES]
+            if kind == start
         ]
-        if more := len(chosen) - len(names):
-            names.append(f"{more} more {unit if more > 1 else unit[:-1]}")
         if names:
-            parts.append(f"{start} {_listed(names, joint)}")
+            *most, last = names
+            parts.append(f"{start} {', '.join(most)} {joint} {last}" if most else f"{start} {last}")
     return " and ".join(parts)
-
-
-def _listed(names: Sequence[str], joint: str) -> str:
-    *most, last = names
-    return f"{', '.join(most)} {joint} {last}" if most else last
 
 
 def _headline(bands: Sequence[Band]) -> str:

@@ -1,6 +1,6 @@
 """The comparison of all systems and estimators, raw and recalibrated, with intervals and p-values.
 
-It is written as CSV, Markdown, LaTeX and JSON beside the page.
+It is written as CSV and JSON beside the page.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +62,11 @@ class Row(NamedTuple):
     difference: Mapping[str, float]
     p: Mapping[str, float | None]
     passes: float | None
+
+    @property
+    def name(self) -> str:
+        """The system, with the estimator if it is not the stated confidence."""
+        return self.system if self.estimator == VERBALIZED else f"{self.system}, {self.estimator}"
 
     @property
     def is_stated(self) -> bool:
@@ -168,95 +173,70 @@ HEADINGS: dict[str, str] = {
         *("mean_confidence", "overconfidence", "parse_failure_rate"),
     )
 }
-"""The metrics that the page, Markdown and LaTeX show; CSV and JSON hold all."""
+"""The metrics that the page shows; CSV and JSON hold all."""
+COLUMNS = (
+    *("system", "estimator", "recalibration", "group", "n", "forward_passes"),
+    *(f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")),
+    *("says", "is_right", "is_right_low", "is_right_high", "agrees"),
+)
+"""The columns of CSV and JSON."""
 
 
-def write_tables(rows: Sequence[Row], page: Path) -> list[Path]:
-    """Write the comparison beside the page, under the page's name; returns the paths."""
-    writers: dict[str, Callable[[Sequence[Row]], str]] = {
-        ".csv": as_csv,
-        ".md": as_markdown,
-        ".tex": as_latex,
-    }
-    paths = []
-    for suffix, write in writers.items():
-        paths.append(page.with_suffix(suffix))
-        write_text(paths[-1], write(rows))
-    paths.append(page.with_suffix(".json"))
-    write_json(paths[-1], as_json(rows))
+def write_tables(compared: Compared, page: Path) -> list[Path]:
+    """Write all rows beside the page, as CSV and JSON under its name; returns the paths.
+
+    A row is one confidence of one system over all answers (`group` is empty), or the stated confidence in one group or range of
+    confidence. Undefined values are empty in the CSV and null in the JSON.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    rows = records_of(compared)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    paths = [page.with_suffix(".csv"), page.with_suffix(".json")]
+    write_text(paths[0], out.getvalue())
+    write_json(paths[1], rows)
     return paths
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """The comparison as one object a row; undefined values are null."""
-    return [
-        {
+Record = dict[str, str | float | None]
+
+
+def records_of(compared: Compared) -> list[Record]:
+    """The rows of `write_tables`, by column; shares in [0, 1]."""
+    records: list[Record] = []
+    for row in compared.rows:
+        record: Record = {
             "system": row.system,
             "estimator": row.estimator,
             "recalibration": row.recalibration,
+            "group": "",
             "n": row.n,
             "forward_passes": row.passes,
-            **{
-                name: {**{k: _defined(v) for k, v in interval._asdict().items()}, "p": _defined(row.p[name])}
-                for name, interval in row.metrics.items()
-            },
         }
-        for row in rows
-    ]
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The comparison as CSV: every metric with its bounds and p-value; undefined values are empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    columns = [f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")]
-    writer.writerow(["system", "estimator", "recalibration", "n", "forward_passes", *columns])
-    for row in rows:
-        cells = [_defined(v) for name in MEASURED for v in (*row.metrics[name], row.p[name])]
-        texts = ["" if v is None else repr(v) for v in (row.n, row.passes, *cells)]
-        writer.writerow([row.system, row.estimator, row.recalibration, *texts])
-    return out.getvalue()
-
-
-def as_markdown(rows: Sequence[Row]) -> str:
-    """The headline metrics as a Markdown table of value [low, high], with a star if p < 0.05."""
-    heads = ["system", "estimator", "recalibration", *HEADINGS.values()]
-    lines = [heads, ["---"] * 3 + ["---:"] * len(HEADINGS)]
-    for row in rows:
-        names = [_escape(t, "|\\`*_<>[]") for t in (row.system, row.estimator, row.recalibration)]
-        lines.append([*names, *(cell(row, name) for name in HEADINGS)])
-    note = "Value [95% interval, images resampled]; * differs from the first row, p < 0.05 (paired)."
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
-
-
-def as_latex(rows: Sequence[Row]) -> str:
-    """The table of `as_markdown` in LaTeX, for the package booktabs."""
-    heads = " & ".join(["system", "estimator", "recalibration", *HEADINGS.values()])
-    lines = [rf"\begin{{tabular}}{{lll{'r' * len(HEADINGS)}}}", r"\toprule", heads + r" \\", r"\midrule"]
-    for row in rows:
-        names = [_latex(t) for t in (row.system, row.estimator, row.recalibration)]
-        lines.append(" & ".join([*names, *(_latex(cell(row, name)) for name in HEADINGS)]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def cell(row: Row, name: str) -> str:
-    """Format a metric: 0.031 [0.024, 0.038]*."""
-    interval, p = row.metrics[name], row.p[name]
-    if math.isnan(interval.value):
-        return "-"
-    form = "+.3f" if ALL_METRICS[name].lower < 0 else ".3f"
-    text = f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-    return text + ("*" if p is not None and p < 0.05 else "")
+        for name, (value, low, high) in row.metrics.items():
+            cells = {"": value, "_low": low, "_high": high, "_p": row.p[name]}
+            record |= {f"{name}{end}": _defined(cell) for end, cell in cells.items()}
+        records.append(record)
+    for system, groups in compared.groups.items():
+        parts = [(group.name, group.n, group.match, group.metrics) for group in groups]
+        parts += [(band.name, band.match.answers, band.match, {}) for band in compared.bands[system]]
+        for name, n, match, metrics in parts:
+            record = {"system": system, "estimator": VERBALIZED, "recalibration": RAW, "group": name, "n": n}
+            record |= {metric: _defined(value) for metric, value in metrics.items()}
+            shares = {
+                "says": match.says,
+                "is_right": match.right,
+                "is_right_low": match.low,
+                "is_right_high": match.high,
+            }
+            record |= {column: _defined(percent / 100) for column, percent in shares.items()}
+            records.append({**record, "agrees": match.agreement if match.answers else None})
+    return records
 
 
 def _defined(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
-
-
-def _escape(text: str, special: str) -> str:
-    return "".join(f"\\{c}" if c in special else c for c in " ".join(text.split()))
-
-
-def _latex(text: str) -> str:
-    macros = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(macros.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in " ".join(text.split()))

@@ -19,7 +19,6 @@ from vlm_calibration.metrics.risk_control import (
     RiskControl,
     ThresholdScores,
     control_risk,
-    coverage_curve,
     graded_answers,
     percent,
 )
@@ -28,8 +27,6 @@ from vlm_calibration.reporting.report.data import BASE, System
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.10)
 """The limits of the error in the tables of the report."""
 CERTAINTY = 0.95
-CURVE = tuple(step / 200 for step in range(1, 41))
-"""The limits of the error in the figure: 0.5% to 20%."""
 ALL = "all"
 """The name of all test answers beside their parts."""
 
@@ -61,14 +58,12 @@ class SystemPromises(NamedTuple):
         estimator: estimator of the confidence.
         n: number of calibration answers.
         promises: one for each of `MAX_ERRORS`, each by itself.
-        curve: share of the calibration answers that are given, in [0, 1], at each limit of `CURVE`.
     """
 
     system: str
     estimator: str
     n: int
     promises: Sequence[Promise]
-    curve: Sequence[float]
 
     @property
     def name(self) -> str:
@@ -179,8 +174,7 @@ def _promises(system: System, estimator: str, calibration: Sequence[EstimatedPre
         control = choose(grouped(calibration, None), estimator, Limits(max_error, CERTAINTY))
         tested = realised(control, estimator, system.predictions) if control.found else {}
         promises.append(Promise(control.limits, control.choices[EVERYTHING], tested))
-    curve = coverage_curve(graded(calibration, estimator), CURVE, CERTAINTY)
-    return SystemPromises(system.name, estimator, len(calibration), promises, curve)
+    return SystemPromises(system.name, estimator, len(calibration), promises)
 
 
 # --- In words -------------------------------------------------------------------------------------------------------
