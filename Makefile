@@ -82,16 +82,9 @@ $(VENV)/.setup: pyproject.toml
 	$(VENV)/bin/python -c 'from vlm_calibration import quiet; quiet.quiet_libraries(); import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
-$(VENV)/.setup-dev: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
-	touch $@
-
-$(VENV)/.setup-dashboard: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,dashboard]'
-	touch $@
-
-$(VENV)/.setup-app: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,app]'
+# With a further extra: dev, app or dashboard.
+$(VENV)/.setup-%: $(VENV)/.setup
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,$*]'
 	touch $@
 
 # The presets' number of steps on smaller batches, so that the demo takes minutes. The evaluation measures more than validations would.

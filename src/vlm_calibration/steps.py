@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -265,28 +264,15 @@ def _run(plan: Plan, stage: str, settings: Settings) -> Path:
     from vlm_calibration.commands.lightning_cli import lightning_command
 
     command = plan.command(stage, *_options(settings))
-    with _as_one_command():
-        # `levels fit` is LightningCLI's `test`.
-        lightning_command(["test", *command[2:]] if stage == "levels" else command)
-    return plan.folder(stage)
-
-
-@contextmanager
-def _as_one_command() -> Iterator[None]:
-    """Run a stage as if it were the only one of this process: with a W&B run of its own, unless the caller has begun one.
-
-    Lightning starts the other processes of a DDP run with the arguments in `sys.argv`, so these are the stage's for as long as it runs.
-    """
-    import wandb
-
-    arguments, run = sys.argv, wandb.run
+    arguments = sys.argv
+    # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv = [str(Path(__file__).with_name("cli") / "__main__.py")]
     try:
-        yield
+        # `levels fit` is LightningCLI's `test`.
+        lightning_command(["test", *command[2:]] if stage == "levels" else command)
     finally:
         sys.argv = arguments
-        if run is None:
-            wandb.finish()
+    return plan.folder(stage)
 
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from vlm_calibration.arguments import Forwarded
-from vlm_calibration.commands.trainer import page_of
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS
 
 if TYPE_CHECKING:
@@ -22,8 +20,7 @@ SETTINGS = Forwarded(
         "but regions (may be repeated)",
         **VARIABLE_OPTIONS,
     },
-    lambda: "Every setting of the stages may follow; --help-all lists those of training.",
-    partial(page_of, "fit"),
+    lambda: "Settings of the stages may follow; `fit --help-all` lists those of training.",
 )
 
 

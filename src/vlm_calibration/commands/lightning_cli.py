@@ -5,16 +5,17 @@ Lightning's ways of ending a run (stopped, misconfigured, interrupted) become a 
 
 from __future__ import annotations
 
-import inspect
 import os
 import pkgutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from vlm_calibration.arguments import with_full_help
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
@@ -120,7 +122,9 @@ class CalibrationCLI(LightningCLI):
             # Without a checkpoint Lightning would only warn and start from the beginning.
             checkpoint = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
             self.config[self.subcommand].ckpt_path = checkpoint
-        if checkpoint and not _may_exist(checkpoint):
+        # Lightning itself resolves keywords and addresses.
+        is_file = checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint
+        if is_file and not Path(checkpoint).exists():
             raise DataError(f"no checkpoint at {checkpoint}")
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
@@ -157,8 +161,7 @@ class CalibrationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Let the module check its data before anything is written."""
-        check = getattr(self.model, "check_data", None)
-        if check is not None:
+        if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
 
     before_validate = before_test = before_fit
@@ -254,39 +257,28 @@ class SharedOverlays:
 
     def __call__(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of the next configuration file without settings that its stage cannot have."""
-        model = content.get("model")
-        if isinstance(model, dict) and "class_path" in model:
-            self._stage = class_at(model["class_path"])
-            return content
-        if self._stage is None:
-            return content
-        return self._without_level_table(self._without_training(content, self._stage), self._stage)
-
-    @staticmethod
-    def _without_training(content: dict[str, Any], stage: type) -> dict[str, Any]:
-        model = content.get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
-            return content
-        only_training = (_settings(SFTModule) | _settings(DPOModule)) - _settings(stage)
-        kept = {key: value for key, value in model["init_args"].items() if key not in only_training}
-        return {**content, "model": {**model, "init_args": kept}}
-
-    @staticmethod
-    def _without_level_table(content: dict[str, Any], stage: type) -> dict[str, Any]:
-        data: Any = content.get("data")
-        noise = data.get("noise") if isinstance(data, dict) else None
-        if stage not in (LevelFitModule, RegionExtractor) or not isinstance(noise, dict):
-            return content
-        levels = noise.get("levels")
-        named = levels.get("class_path") if isinstance(levels, dict) else levels
-        if not str(named).endswith(AnchoredLevels.__name__):
-            return content
-        kept = {key: value for key, value in noise.items() if key != "levels"}
-        return {**content, "data": {**data, "noise": kept}}
+        if class_path := _within(content, "model").get("class_path"):
+            self._stage = class_at(class_path)
+        elif self._stage is not None:
+            content = deepcopy(content)
+            own, *training = (set(signature(c).parameters) for c in (self._stage, SFTModule, DPOModule))
+            arguments = _within(content, "model", "init_args")
+            for name in set().union(*training) - own:
+                arguments.pop(name, None)
+            noise = _within(content, "data", "noise")
+            levels = _within(noise, "levels").get("class_path") or noise.get("levels")
+            before_table = self._stage in (LevelFitModule, RegionExtractor)
+            if before_table and str(levels).endswith(AnchoredLevels.__name__):
+                del noise["levels"]
+        return content
 
 
-def _settings(stage: type) -> set[str]:
-    return set(inspect.signature(stage).parameters)
+def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The mapping below some keys; an empty one if there is none."""
+    for key in keys:
+        inner = content.get(key)
+        content = inner if isinstance(inner, dict) else {}
+    return content
 
 
 def _data_error(error: BaseException) -> DataError:
@@ -323,11 +315,6 @@ def _check_accelerator(accelerator: Any) -> None:
             f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
             "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
         )
-
-
-def _may_exist(checkpoint: str) -> bool:
-    """Whether the checkpoint is a file, or a keyword or address that Lightning resolves itself."""
-    return checkpoint in ("best", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
 @contextmanager
@@ -391,7 +378,7 @@ def _first_to_fail() -> bool:
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
     """Run a subcommand of LightningCLI; `args` begin with its name."""
     # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
-    sys.argv[1:] = args
+    sys.argv[1:] = with_full_help(args)
     quiet_lightning()
     with _lightning_errors(), _wandb_run():
         return CalibrationCLI()
