@@ -153,7 +153,7 @@ def test_an_interrupted_evaluation_has_its_number_of_questions(tmp_path: Path) -
     queries: Any = {"test": [SimpleNamespace(id=f"q{n}") for n in range(9)]}
     for rank, numbers in enumerate(((0, 1, 2), (3, 4))):
         answers = [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
-        log = AnswerLog(folder, rank, queries, {"model.base": "x"})
+        log = AnswerLog(folder, rank, queries, "digest")
         log.add("test", {"answers": {"base": answers, "sft": answers}, "passes": {}})
         log.close()
     run = _one(tmp_path)

@@ -32,12 +32,7 @@ from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.resume import find_prior
-from vlm_calibration.callbacks.run_directory import (
-    SaveRunConfig,
-    check_evaluation_directory,
-    check_run_directory,
-)
-from vlm_calibration.callbacks.run_record import command_of
+from vlm_calibration.callbacks.run_directory import SaveRunConfig
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
@@ -169,11 +164,9 @@ class CalibrationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         _check_accelerator(self.config[self.subcommand].trainer.accelerator)
         config = self.config[self.subcommand]
-        if config.get("resume"):
-            if other := next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None):
-                raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
-        elif self.subcommand == "fit":
-            self._check_run_directory(config.ckpt_path, config.overwrite)
+        other = next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None)
+        if config.get("resume") and other:
+            raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -182,13 +175,8 @@ class CalibrationCLI(LightningCLI):
         base = getattr(self.model, "base", None)
         if base is not None and _is_first_process():
             print(f"base model: {describe(base)}", flush=True)
-        if config.get("resume"):
-            self._resume()
-        elif command_of(str(self.subcommand), self.model) == "test":
-            check_evaluation_directory(Path(self.trainer.default_root_dir), config.overwrite)
-        for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
-                writer.start_over = bool(config.get("overwrite"))
+        if self.subcommand in RESUMABLE:
+            self._open_run_directory()
 
     def _check_base(self) -> None:
         """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's.
@@ -207,28 +195,26 @@ class CalibrationCLI(LightningCLI):
                     "your model, e.g. --config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
                 )
 
-    def _check_run_directory(self, checkpoint: str | None, overwrite: bool) -> None:
-        fit = self.config.fit
-        adapter = fit.model.init_args.get("adapter") if "init_args" in fit.model else None
-        check_run_directory(Path(fit.trainer.default_root_dir or "."), checkpoint, overwrite, adapter)
-
-    def _resume(self) -> None:
-        """Decide whether there is something to do, and from which checkpoint `fit` starts."""
-        folder, prior = Path(self.trainer.default_root_dir), find_prior(self)
+    def _open_run_directory(self) -> None:
+        """Decide whether there is something to do, where to start, and whether earlier results are replaced."""
+        config, folder = self.config[self.subcommand], Path(self.trainer.default_root_dir)
+        prior = find_prior(self)
         self.is_done = prior.state == "finished"
-        if self.is_done:
-            if _is_first_process():
-                print(f"{folder}: finished with these settings: nothing to do")
-        elif self.subcommand == "fit":
+        if self.is_done and _is_first_process():
+            print(f"{folder}: finished with these settings: nothing to do")
+        if self.subcommand == "fit" and prior.state == "interrupted":
+            checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             last = folder / FOLDER / LAST
-            checkpoint = str(last) if prior.state == "interrupted" and last.exists() else None
-            # What a run left behind that ended before its first checkpoint may go.
-            overwrite = prior.state == "none" and prior.begun
-            self._check_run_directory(checkpoint, overwrite)
-            for config in (self.config.fit, self.config_init.fit):
-                config.ckpt_path, config.overwrite = checkpoint, overwrite
-            if checkpoint and _is_first_process():
-                print(f"{folder}: interrupted: resuming from {checkpoint}")
+            config.ckpt_path = self.config_init.fit.ckpt_path = str(
+                last if last.exists() else checkpoints[-1]
+            )
+            if _is_first_process():
+                print(f"{folder}: interrupted: resuming from {config.ckpt_path}")
+        for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
+                writer.start_over = config.overwrite
+            elif isinstance(writer, SaveRunConfig):
+                writer.record = prior.record
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.is_done:
