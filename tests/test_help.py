@@ -166,7 +166,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 COMPLETED = {
     "": {"fit", "levels", "completion"},
     "fit --trainer.max_e": {"--trainer.max_epochs"},
-    "fit --model.init_args.lora.al": {"--model.init_args.lora.alpha"},
+    "fit --model.lora.al": {"--model.lora.alpha"},
     "levels f": {"fit"},
     "levels fit --model.init_args.o": {"--model.init_args.out"},
     "data inspect --sa": {"--samples"},
