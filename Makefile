@@ -87,16 +87,9 @@ $(VENV)/.setup: pyproject.toml
 	$(VENV)/bin/python -c 'from vlm_calibration import quiet; quiet.quiet_libraries(); import vlm_calibration.commands.lightning_cli, wandb, matplotlib.font_manager'
 	touch $@
 
-$(VENV)/.setup-dev: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,dev]'
-	touch $@
-
-$(VENV)/.setup-dashboard: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,dashboard]'
-	touch $@
-
-$(VENV)/.setup-app: $(VENV)/.setup
-	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,app]'
+# With a further extra: dev, app or dashboard.
+$(VENV)/.setup-%: $(VENV)/.setup
+	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,$*]'
 	touch $@
 
 # Stage 1 with two thirds of its preset's scenes, on smaller batches; stage 2 with half of them: on development scenes its figures are those of

@@ -55,7 +55,6 @@ def optional(image: str | None = None, question: str | None = None) -> tuple[str
 SETTINGS = Forwarded(
     {"--config FILE": "a configuration", "--again": "start again"},
     lambda: "More settings may follow.",
-    lambda: "All settings.",
 )
 
 
@@ -141,11 +140,6 @@ def test_settings_are_passed_on_in_the_order_given() -> None:
     page = command_parser("prog", forwarding).format_help()
     assert "--config FILE" in page
     assert page.endswith("More settings may follow.\n")
-
-
-def test_the_page_of_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--a.b", "3", "--help-all", command=forwarding) is None
-    assert capsys.readouterr().out == "All settings.\n"
 
 
 def test_subcommands() -> None:

@@ -118,7 +118,7 @@ def parse() -> Callable[[list[str]], Any]:
 )
 def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[str]) -> None:
     config = parse(arguments)
-    written = yaml.safe_load(resolve_configs(["--config", str(CONFIGS / name)])[1])
+    written = json.loads(resolve_configs(["--config", str(CONFIGS / name)])[1])
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
     assert missing == [], "values of the file that the command does not get"
     assert "processor" not in config.data, "it follows from the module's base model"

@@ -111,7 +111,8 @@ def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
     ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
     _assert_names(ended.error(), stopped / "adapter")
     after = _contents(stopped)
-    assert after.pop("config.yaml") != before.pop("config.yaml"), "KillAt is no longer in it"
+    for name in ("config.yaml", "run.json"):
+        assert after.pop(name) != before.pop(name), "KillAt is no longer in it"
     assert after == before
 
 

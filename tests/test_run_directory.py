@@ -7,12 +7,15 @@ import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
-from vlm_calibration.callbacks.run_directory import check_evaluation_directory
+from vlm_calibration.callbacks.resume import Prior, find_prior
 from vlm_calibration.callbacks.run_record import RunRecord
 from vlm_calibration.records import DataError
 
@@ -22,7 +25,7 @@ Fit = Callable[..., list[str]]
 Run = Callable[..., Ended]
 LOGGED = {"logger": {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}}
 ADAPTER = "adapter/adapter_model.safetensors"
-REMEDIES = ("--ckpt_path last", "--overwrite", "--trainer.default_root_dir")
+REMEDIES = ("--resume", "--overwrite", "--trainer.default_root_dir")
 """Settings that the refusal of a finished run suggests."""
 
 
@@ -110,27 +113,6 @@ def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Fit, finish
     assert _files(finished) == before
 
 
-def test_an_interrupted_run_is_refused_and_can_be_resumed(
-    run: Run, start: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=5)
-    assert run(*start("run", kill)).status == -signal.SIGKILL
-    before = _files(tmp_path / "run")
-    ended = run(*start("run"))
-    assert all(text in ended.error() for text in (str(tmp_path / "run"), "interrupted", "--ckpt_path last"))
-    assert _files(tmp_path / "run") == before
-    assert run(*start("run"), "--ckpt_path", "last").status == 0
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(
-    run: Run, start: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=0)
-    assert run(*start("run", kill)).status == -signal.SIGKILL
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json"}
-    assert run(*start("run")).status == 0
-
-
 def test_a_run_that_is_overwritten_leaves_nothing_behind(
     run: Run, fit: Fit, finished: Path, tmp_path: Path
 ) -> None:
@@ -172,36 +154,48 @@ def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
     assert (adapter / "adapter_model.safetensors").exists()
 
 
+class Writer:
+    """Writes one file, and resumes from the other."""
+
+    def outputs(self, folder: Path, *_: Any) -> list[Path]:
+        return [folder / "metrics.json"]
+
+    def progress(self, folder: Path) -> list[Path]:
+        return list(folder.glob("progress"))
+
+
 @pytest.mark.parametrize(
-    ("holds", "overwrite", "refused"),
+    ("command", "holds", "overwrite", "refused"),
     [
-        ("test, finished", False, "--resume .* --overwrite .* --trainer.default_root_dir"),
-        ("test, finished", True, None),
-        ("test, interrupted", False, None),
-        ("levels fit, finished", False, "`levels fit`"),
-        ("adapter", True, "`fit` or `predict`"),
-        ("checkpoints", True, "`fit` or `predict`"),
-        ("summary.json", True, "`fit` or `predict`"),
-        ("nothing", False, None),
+        ("test", "nothing", False, None),
+        ("test", "test finished", False, "--resume .* --overwrite .* --trainer.default_root_dir"),
+        ("fit", "fit finished", False, "--resume .* --overwrite .* --trainer.default_root_dir"),
+        ("test", "test finished", True, None),
+        ("test", "test begun", False, None),
+        ("fit", "fit begun", False, None),
+        ("fit", "fit interrupted", False, "interrupted: --resume"),
+        ("fit", "fit interrupted", True, None),
+        ("test", "levels fit finished", True, "`levels fit`"),
+        ("test", "fit begun", True, "`fit`"),
+        ("fit", "test finished", True, "`test`"),
+        ("test", "adapter", False, "without the record"),
+        ("test", "adapter", True, None),
     ],
 )
-def test_what_an_evaluation_may_replace(
-    tmp_path: Path, holds: str, overwrite: bool, refused: str | None
+def test_what_a_command_may_replace(
+    tmp_path: Path, command: str, holds: str, overwrite: bool, refused: str | None
 ) -> None:
-    command, comma, state = holds.partition(", ")
-    if comma:
-        RunRecord(command, state == "finished", None, "32-true", {}, {}).write(tmp_path)
-    elif holds != "nothing":
+    earlier, _, state = holds.rpartition(" ")
+    if earlier:
+        RunRecord(earlier, "", state == "finished", {}, {}).write(tmp_path)
+        file = {"finished": "metrics.json", "interrupted": "progress"}.get(state)
+        (tmp_path / (file or "config.yaml")).touch()
+    elif holds == "adapter":
         (tmp_path / holds).mkdir()
+    config = Namespace(overwrite=overwrite, resume=False, model=Namespace())
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), callbacks=[Writer()])
+    cli: Any = SimpleNamespace(
+        trainer=trainer, model=None, datamodule=None, subcommand=command, config={command: config}
+    )
     with pytest.raises(DataError, match=f"{tmp_path}.*{refused}") if refused else nullcontext():
-        check_evaluation_directory(tmp_path, overwrite)
-
-
-def test_an_evaluation_is_not_trained_over(run: Run, fit: Fit, tmp_path: Path) -> None:
-    (tmp_path / "run/base").mkdir(parents=True)
-    for name in ("config.yaml", "base/metrics.json"):
-        (tmp_path / "run" / name).write_text("{}")
-    before = _files(tmp_path / "run")
-    ended = run(*fit(), "--overwrite")
-    assert all(text in ended.error() for text in (str(tmp_path / "run"), "`test` or `predict`"))
-    assert _files(tmp_path / "run") == before
+        assert find_prior(cli) == Prior("none")

@@ -61,7 +61,8 @@ def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     before = _files(tmp_path / "run")
     _assert_done(run(*command), tmp_path / "run")
-    two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1"]
+    # A default that is given explicitly is no other setting.
+    two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1", "--data.noise.dilate", "0.0"]
     _assert_done(run_plainly(two, root, tmp_path), tmp_path / "run")
     assert _files(tmp_path / "run") == before
 

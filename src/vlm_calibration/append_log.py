@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from vlm_calibration.files import append, writing
 from vlm_calibration.records import DataError
+from vlm_calibration.settings import flat
 
 
 class SettingsChangedError(DataError):
@@ -99,7 +100,8 @@ class AppendLog:
             raise self.damaged(where, error) from error
         if not isinstance(row, dict):
             raise self.damaged(where, "expected a JSON object")
-        before, now = _flat({name: row.get(name) for name in self.settings}), _flat(self.settings)
+        written = {name: row.get(name) for name in self.settings}
+        before, now = dict(flat(written)), dict(flat(self.settings))
         if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
             was, found = before.get(changed[0]), now.get(changed[0])
             raise SettingsChangedError(
@@ -164,14 +166,3 @@ class AppendLog:
         self.close()
         for path in self.path.parent.glob(self.pattern):
             path.unlink(missing_ok=True)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by dotted names: {"a": {"b": 1}} as {"a.b": 1}."""
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            values |= {f"{name}.{key}": item for key, item in _flat(value).items()}
-        else:
-            values[name] = value
-    return values

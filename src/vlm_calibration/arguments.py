@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from argparse import HelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from itertools import islice
@@ -45,17 +45,21 @@ class Forwarded(NamedTuple):
     Attributes:
         options: the common ones, which `--help` lists: "--name METAVAR", or "--name" of a flag -> description.
         epilog: returns what stands below them.
-        all_settings: returns the page of all settings, which `--help-all` prints; None: there is no such page.
         usage: what follows the command in the usage line.
     """
 
     options: Mapping[str, str]
     epilog: Callable[[], str]
-    all_settings: Callable[[], str] | None = None
     usage: str = "[--config NAME ...] [--KEY VALUE ...]"
 
 
-HELP_ALL = "--help-all"
+ALL_SETTINGS = {"--help-all": "show all settings and exit"}
+"""The option of a command that hands it on as the `--help` of another parser, see `with_full_help`."""
+
+
+def with_full_help(args: Sequence[str]) -> list[str]:
+    """Arguments for the parser that they are passed on to, whose `--help` is the command's `--help-all`."""
+    return ["--help" if arg in ALL_SETTINGS else arg for arg in args]
 
 
 def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
@@ -72,8 +76,6 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
     if isinstance(command, Subcommands) and args and args[0] in command.functions:
         return run_command(f"{prog} {args[0]}", command.functions[args[0]], args[1:])
     forwarded = _forwarded(command)
-    if forwarded and forwarded.all_settings and HELP_ALL in args:
-        return print(forwarded.all_settings())
     parser = command_parser(prog, command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
     with explained_errors(parser):
@@ -94,10 +96,10 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
     forwarded = _forwarded(command)
     parser = ArgumentParser(
         prog=prog,
-        description=command.description if isinstance(command, Subcommands) else _description(command),
+        description=textwrap.fill(_description(command), 79),
         usage=forwarded and f"%(prog)s {forwarded.usage}",
         epilog=forwarded and forwarded.epilog(),
-        formatter_class=_LineFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -108,36 +110,12 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
             subcommands.add_subcommand(name, own, help=own.description)
     else:
         if forwarded:
-            if forwarded.all_settings:
-                parser.add_argument(HELP_ALL, action="store_true", help="show all settings and exit")
             for option, text in forwarded.options.items():
                 name, *metavars = option.split()
                 value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
                 parser.add_argument(name, help=text, **value)
         _add_parameters(parser, command)
     return parser
-
-
-class _LineFormatter(HelpFormatter):
-    """Folds each line of a description or epilog by itself, and breaks no option at its hyphens.
-
-    Continuation lines are indented like the line, and by two spaces more if it is indented.
-    """
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        folded = []
-        for line in text.splitlines():
-            start = indent + line[: len(line) - len(line.lstrip())]
-            below = start and f"{start}  "
-            folded.append(
-                textwrap.fill(
-                    line.strip(), width, initial_indent=start, subsequent_indent=below, break_on_hyphens=False
-                )
-            )
-        return "\n".join(folded)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _forwarded(command: Command) -> Forwarded | None:
@@ -154,11 +132,13 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(function, eval_str=True).parameters.values())
 
 
-def _description(function: Callable[..., Any]) -> str:
+def _description(command: Command) -> str:
     """The docstring of a function up to its first section, `%` doubled as argparse needs it."""
     from docstring_parser.google import parse
 
-    docstring = parse(inspect.getdoc(function) or "")
+    if isinstance(command, Subcommands):
+        return command.description
+    docstring = parse(inspect.getdoc(command) or "")
     text = " ".join(filter(None, [docstring.short_description, docstring.long_description]))
     return " ".join(text.split()).replace("%", "%%")
 

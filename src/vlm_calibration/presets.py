@@ -6,7 +6,9 @@ package is a link to the folder at the top of the repository; a built package co
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -24,31 +26,25 @@ CONFIGS = Path(__file__).with_name("configs")
 """Folder of the presets."""
 DEMO = Path(__file__).with_name("demo")
 """Folder of the embedded demo, `${demo}` in a file: absolute, since the configuration of a run is read from other working folders."""
-VARIABLES = {
-    "data_root": ("data", "folder of the data that the presets name, such as DIR/train.jsonl"),
-    "runs": ("runs", "folder of the run directories that the presets name, such as DIR/sft"),
-}
-"""Variable that an option sets -> its default and description."""
-ENDPOINT_VARIABLES = {
+VARIABLES: dict[str, tuple[str, str | None, str]] = {
+    "data_root": ("DIR", "data", "folder of the data that the presets name, such as DIR/train.jsonl"),
+    "runs": ("DIR", "runs", "folder of the run directories that the presets name, such as DIR/sft"),
     "url": (
-        "URL",
+        *("URL", None),
         "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint",
     ),
-    "served_model": ("NAME", "name under which the API knows the model, for --config system/endpoint"),
+    "served_model": ("NAME", None, "name under which the API knows the model, for --config system/endpoint"),
 }
-"""Variable of `test` that an option sets -> its placeholder and description. They have no default."""
+"""Variable that an option sets -> placeholder of its value, default, and description."""
+ENDPOINT = ("url", "served_model")
+"""The variables that only `test` has."""
 OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
 """Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
-_OPTIONS = {f"--{name.replace('_', '-')}": name for name in (*VARIABLES, *ENDPOINT_VARIABLES)}
-VARIABLE_OPTIONS = {f"{o} DIR": VARIABLES[n][1] for o, n in _OPTIONS.items() if n in VARIABLES}
-"""The options that set variables, as `arguments.Forwarded` lists them."""
-ENDPOINT_OPTIONS = {
-    f"{o} {ENDPOINT_VARIABLES[n][0]}": ENDPOINT_VARIABLES[n][1]
-    for o, n in _OPTIONS.items()
-    if n in ENDPOINT_VARIABLES
-}
-"""The further ones of `test`."""
+_OPTIONS = {f"--{name.replace('_', '-')}": name for name in VARIABLES}
+_DESCRIBED = {f"{option} {VARIABLES[name][0]}": VARIABLES[name][2] for option, name in _OPTIONS.items()}
+VARIABLE_OPTIONS, ENDPOINT_OPTIONS = dict([*_DESCRIBED.items()][:2]), dict([*_DESCRIBED.items()][2:])
+"""The options that set variables, as `arguments.Forwarded` lists them: those of every command, and the further ones of `test`."""
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -59,14 +55,9 @@ def add_variables(parser: ArgumentParser, *, endpoint: bool = False) -> None:
         endpoint: with those of an endpoint.
     """
     for option, name in _OPTIONS.items():
-        if name in VARIABLES:
-            default, text = VARIABLES[name]
-            parser.add_argument(
-                option, metavar="DIR", type=str, default=default, help=f"{text} (default: {default})"
-            )
-        elif endpoint:
-            metavar, text = ENDPOINT_VARIABLES[name]
-            parser.add_argument(option, metavar=metavar, type=str | None, default=None, help=text)
+        if endpoint or name not in ENDPOINT:
+            metavar, default, text = VARIABLES[name]
+            parser.add_argument(option, metavar=metavar, type=str | None, default=default, help=text)
 
 
 def preset_names() -> list[str]:
@@ -87,11 +78,12 @@ def presets_by_folder(*stages: str) -> str:
         folder, _, last = name.rpartition("/")
         if folder in OVERLAYS:
             folders.setdefault(folder, []).append(last)
-    lines = [
-        f"  {', '.join(chosen)}",
-        *(f"  {folder}/: {', '.join(lasts)}" for folder, lasts in folders.items()),
-    ]
-    return "\n".join(["presets (`vlm-calibration config list` describes them):", *lines])
+    lines = [", ".join(chosen), *(f"{folder}/: {', '.join(lasts)}" for folder, lasts in folders.items())]
+    folded = (
+        textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        for line in lines
+    )
+    return "\n".join(["presets (`vlm-calibration config list` describes them):", *folded])
 
 
 def find_preset(name: str) -> Path:
@@ -134,32 +126,20 @@ def resolve_configs(
             files[position] = (f"{option}=" if equals else "", read_config(value))
         elif option in _OPTIONS:
             given[_OPTIONS[option]] = value
-    values = {name: default for name, (default, _) in VARIABLES.items()}
+    values = {name: default for name, (_, default, _) in VARIABLES.items() if default is not None}
     for _, content in files.values():
         values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
     values |= {**given, "demo": str(DEMO)}
-    for name in given.keys() & ENDPOINT_VARIABLES:
-        if not any(f"${{{name}}}" in str(content) for _, content in files.values()):
+    for name in ENDPOINT:
+        if name in given and not any(f"${{{name}}}" in str(content) for _, content in files.values()):
             raise ArgumentError(
                 None, f"--{name.replace('_', '-')} has no effect: give --config system/endpoint as well"
             )
     for position, (prefix, content) in files.items():
         content = _replace(prepare(content), values)
-        # The parser takes the content of a file in its place.
-        text = yaml.dump(
-            content, Dumper=_TextsQuoted, default_flow_style=True, width=float("inf"), sort_keys=False
-        )
-        resolved[position] = prefix + text
+        # The parser takes the content of a file in its place. JSON quotes all texts, of which YAML would read some as numbers.
+        resolved[position] = prefix + json.dumps(content, ensure_ascii=False)
     return resolved
-
-
-class _TextsQuoted(yaml.SafeDumper):
-    """Quotes all texts, since the parser reads more of them as numbers than PyYAML does."""
-
-
-_TextsQuoted.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
-)
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The arguments that an object was constructed with, as values and as JSON, and the digest by which settings and files are compared.
+"""Settings as JSON, by dotted names and as digests: how settings and files are compared.
 
 Arguments are read back from the object, so that one built in Python counts like one that LightningCLI built from YAML.
 """
@@ -44,6 +44,19 @@ def to_json(value: Any) -> Any:
         return sorted(map(repr, value))
     class_path = f"{type(value).__module__}.{type(value).__qualname__}"
     return {"class_path": class_path, **to_json(init_args(value))}
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested settings with its dotted name; a list of plain values is one value."""
+    if isinstance(value, Mapping) and value:
+        items = [(str(key), part) for key, part in value.items()]
+    elif isinstance(value, list) and any(isinstance(part, Mapping | list) for part in value):
+        items = [(str(number), part) for number, part in enumerate(value)]
+    else:
+        yield name, value
+        return
+    for key, part in items:
+        yield from flat(part, f"{name}.{key}" if name else key)
 
 
 def settings_digest(value: Any) -> str:

@@ -9,15 +9,16 @@
     metrics = evaluate(plan)
     report(plan)
 
-A stage that has finished with the same settings is not repeated; one that was interrupted resumes.
+A step takes settings of its own as well, as in `Plan.settings`. One that has finished with the same settings is not repeated; one that
+was interrupted resumes. All raise a DataError for a setting, a file or a model that cannot be used, an ArgumentError for a preset or
+setting that does not exist, and a CommandError if they are stopped.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -161,27 +162,14 @@ class Plan:
 def extract_regions(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
     """Find the regions of the key objects of queries that have none; the other steps use them.
 
-    Args:
-        plan: model and data.
-        settings: of this step alone, as in `Plan.settings`.
-
     Returns:
         `runs/regions`, with a Parquet file for each source that needed regions.
-
-    Raises:
-        DataError: a setting, a file or a model cannot be used. The other steps raise the same errors.
-        ArgumentError: there is no such preset or setting.
-        CommandError: the step was stopped.
     """
     return _run(plan, "regions", settings)
 
 
 def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> AnchoredLevels:
     """Measure the base model's accuracy by kind and strength of perturbation, which anchored levels teach.
-
-    Args:
-        plan: model and data.
-        settings: of this step alone, as in `Plan.settings`.
 
     Returns:
         The levels in `runs/levels.json`.
@@ -195,10 +183,6 @@ def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> Anchore
 def train_sft(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
     """Stage 1, supervised fine-tuning.
 
-    Args:
-        plan: model and data.
-        settings: of this step alone, as in `Plan.settings`.
-
     Returns:
         The run directory, `runs/sft`, with the adapter in it.
     """
@@ -208,10 +192,6 @@ def train_sft(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
 def train_dpo(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
     """Stage 2, preference optimisation, from the adapter of stage 1.
 
-    Args:
-        plan: model and data.
-        settings: of this step alone, as in `Plan.settings`.
-
     Returns:
         The run directory, `runs/dpo`, with the adapter in it.
     """
@@ -220,10 +200,6 @@ def train_dpo(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
 
 def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str, dict[str, float | None]]:
     """Ask the base model and the adapters of both stages the test queries; writes `runs/eval`.
-
-    Args:
-        plan: model and data.
-        settings: of this step alone, as in `Plan.settings`.
 
     Returns:
         System ("base", "sft", "dpo"), in this order -> its metrics by name, as in its `metrics.json`.
@@ -265,28 +241,15 @@ def _run(plan: Plan, stage: str, settings: Settings) -> Path:
     from vlm_calibration.commands.lightning_cli import lightning_command
 
     command = plan.command(stage, *_options(settings))
-    with _as_one_command():
-        # `levels fit` is LightningCLI's `test`.
-        lightning_command(["test", *command[2:]] if stage == "levels" else command)
-    return plan.folder(stage)
-
-
-@contextmanager
-def _as_one_command() -> Iterator[None]:
-    """Run a stage as if it were the only one of this process: with a W&B run of its own, unless the caller has begun one.
-
-    Lightning starts the other processes of a DDP run with the arguments in `sys.argv`, so these are the stage's for as long as it runs.
-    """
-    import wandb
-
-    arguments, run = sys.argv, wandb.run
+    arguments = sys.argv
+    # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv = [str(Path(__file__).with_name("cli") / "__main__.py")]
     try:
-        yield
+        # `levels fit` is LightningCLI's `test`.
+        lightning_command(["test", *command[2:]] if stage == "levels" else command)
     finally:
         sys.argv = arguments
-        if run is None:
-            wandb.finish()
+    return plan.folder(stage)
 
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from vlm_calibration.callbacks.checkpoint import reading
 from vlm_calibration.callbacks.regions import write_rows
-from vlm_calibration.callbacks.resume import (
-    Run,
+from vlm_calibration.callbacks.run_record import (
+    BATCH,
+    RunRecord,
     deciding_settings,
     differences,
-    resolved_settings,
-    saved_settings,
+    read_record,
+    run_inputs,
 )
-from vlm_calibration.callbacks.run_record import RunRecord, read_record, run_inputs
-from vlm_calibration.commands.lightning_cli import ParsedCLI
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import plan_extraction
@@ -34,6 +31,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
 from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.settings import flat
 
 from ..level_tables import measured_likelihoods
 
@@ -82,8 +80,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def _run(
-    command: str = "fit", *, processes: int = 1, inputs: dict[str, str] | None = None, **changes: Any
-) -> Run:
+    command: str = "fit", *, inputs: dict[str, str] | None = None, finished: bool = True, **changes: Any
+) -> RunRecord:
     """A run of `SETTINGS` with some changed: dotted name, with "__" for the dots -> value."""
     settings = copy.deepcopy(SETTINGS)
     for name, value in changes.items():
@@ -92,12 +90,12 @@ def _run(
         for key in path:
             section = section[key]
         section[last] = value
-    return Run(RunRecord(command, True, processes, "32-true", inputs or {}, {}), settings)
+    deciding = dict(flat(deciding_settings(command, settings)))
+    return RunRecord(command, "SFTModule", finished, deciding, inputs or {}, versions={"torch": "2.9"})
 
 
-def _names(before: Run, now: Run, *, is_finished: bool = True) -> list[str]:
-    lines = differences(before, now, is_finished=is_finished)
-    return [line.removeprefix("the content of ").split(" ")[0] for line in lines]
+def _names(before: RunRecord, now: RunRecord) -> list[str]:
+    return [line.removeprefix("the content of ").split(" ")[0] for line in differences(before, now)]
 
 
 STOP = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/ece"}}
@@ -134,9 +132,7 @@ def test_settings_that_change_the_result(change: dict[str, Any], differs: list[s
 
 def test_both_values_are_named_and_the_arguments_of_another_class_are_not() -> None:
     other = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 3}}
-    lines = differences(
-        _run(), _run(data__train=other, model__init_args__optimizer__lr=0.2), is_finished=True
-    )
+    lines = differences(_run(), _run(data__train=other, model__init_args__optimizer__lr=0.2))
     assert lines == [
         "model.init_args.optimizer.lr was 0.1 and is 0.2",
         "data.train.class_path was 'vlm_calibration.data.sources.jsonl.JsonlSource' and is "
@@ -167,16 +163,41 @@ def test_content_decides_where_it_is_known(
 
 
 @pytest.mark.parametrize(
-    ("processes", "batch_size", "finished", "interrupted"),
-    [(1, 4, False, False), (2, 2, False, False), (2, 4, True, False), (1, 8, True, True), (4, 2, True, True)],
+    ("batch", "finished", "interrupted"),
+    [
+        ("4 x 1", False, False),
+        ("2 x 2", False, False),
+        ("4 x 2", True, False),
+        ("8 x 1", True, True),
+        ("2 x 4", True, True),
+    ],
 )
 def test_the_batch_over_all_processes_counts_in_training(
-    processes: int, batch_size: int, finished: bool, interrupted: bool
+    batch: str, finished: bool, interrupted: bool
 ) -> None:
-    now = {"processes": processes, "data__batch_size": batch_size}
-    assert bool(_names(_run(), _run(**now))) == finished
-    assert bool(_names(_run(), _run(**now), is_finished=False)) == interrupted
-    assert not _names(_run("test"), _run("test", **now))
+    for ended, differs in ((True, finished), (False, interrupted)):
+        before, now = _run(finished=ended), _run()
+        for run, value in ((before, "4 x 1"), (now, batch)):
+            run.settings[BATCH] = value
+        assert bool(differences(before, now)) == differs
+
+
+def test_versions_count_while_questions_are_answered() -> None:
+    def differing(command: str, finished: bool) -> list[str]:
+        return differences(
+            _run(command, finished=finished), replace(_run(command), versions={"torch": "2.10"})
+        )
+
+    assert differing("test", False) == ["the version of torch was 2.9 and is 2.10"]
+    assert differing("test", True) == differing("fit", False) == []
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = _run(data__noise__kinds={"noise": 1, "blur": 0.5}, inputs={"data.train": "a"})
+    record.write(tmp_path)
+    assert read_record(tmp_path) == record
+    assert replace(record, finished=False, results={"levels.json": "b"}).digest == record.digest
+    assert record.digest != _run().digest
 
 
 def test_inputs_count_by_content(
@@ -270,29 +291,6 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(DataError, match=r"run\.json"):
             read_record(tmp_path)
-
-
-@pytest.mark.slow
-def test_an_explicit_default_and_a_missing_setting_are_no_difference(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def parsed(*more: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["", "fit", "--config", str(root / "configs/sft.yaml"), *more])
-        return ParsedCLI()
-
-    cli, explicit = (
-        parsed(),
-        parsed("--model.init_args.lora.use_rslora", "false", "--data.noise.dilate", "0.0"),
-    )
-    parser = cli._parser("fit")
-    settings = resolved_settings(parser, cli.config.fit)
-    now = deciding_settings("fit", resolved_settings(parser, explicit.config.fit))
-    del settings["model"]["init_args"]["gradient_checkpointing"], settings["data"]["noise"]["dilate"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert deciding_settings("fit", saved_settings(tmp_path / "config.yaml", parser)) == now
-    settings["data"]["gone"] = 1
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert "gone" in deciding_settings("fit", saved_settings(tmp_path / "config.yaml", parser))["data"]
 
 
 @pytest.mark.parametrize("size", [0, 2, 10, 2000, -1])

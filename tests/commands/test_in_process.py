@@ -1,15 +1,13 @@
-"""Commands without a process of their own: what `main` prints and returns, and the parsers that completion reads."""
+"""Commands without a process of their own: what `main` prints and returns."""
 
 from __future__ import annotations
 
-from argparse import _SubParsersAction
 from pathlib import Path
 
 import pytest
 import yaml
 
-from vlm_calibration.cli import COMMANDS, main
-from vlm_calibration.cli.completion import all_commands
+from vlm_calibration.cli import main
 
 
 def test_data_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,11 +30,3 @@ def test_data_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_levels_fit_names_a_missing_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["levels", "fit", "--config", "none.yaml"]) == 2
     assert "none.yaml" in capsys.readouterr().err
-
-
-def test_completion_knows_every_command_and_its_settings() -> None:
-    [commands] = [a for a in all_commands()._actions if isinstance(a, _SubParsersAction)]
-    assert list(commands.choices) == list(COMMANDS)
-    assert "--trainer.max_steps" in commands.choices["fit"]._option_string_actions
-    assert "--model.init_args.drift_weight" in commands.choices["fit"]._option_string_actions
-    assert "--adapter" in commands.choices["ask"]._option_string_actions

@@ -98,6 +98,7 @@ def run_evaluation(
     ) -> EvaluationModule:
         settings = {"oracle_levels": levels_file, "max_new_tokens": 5, **model}
         module = EvaluationModule(BaseModel(model_folder, dtype="float32"), adapters, **settings)
+        module.run_digest = "of these settings"
         trainer(*callbacks, PredictionWriter(), **(trained or {})).test(
             module, datamodule=queries or data(), verbose=False
         )

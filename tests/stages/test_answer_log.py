@@ -1,33 +1,21 @@
-"""The log of the answers of an evaluation, and the settings that tell one evaluation from another."""
+"""The log of the answers of an evaluation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.perturbation.schedules import LinearSchedule
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
-from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
-from vlm_calibration.stages.fingerprint import fingerprint
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.stages.evaluation import BatchAnswers
 
-SETTINGS = {"model.base": "a", "data.noise": "b"}
+RUN = "a digest"
 QUERIES: Any = {
     "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
     "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
@@ -59,8 +47,8 @@ def _batch(*numbers: int) -> BatchAnswers:
     return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
 
 
-def _log(folder: Path, rank: int = 0, settings: dict[str, str] = SETTINGS) -> AnswerLog:
-    return AnswerLog(folder, rank, QUERIES, settings)
+def _log(folder: Path, rank: int = 0, run: str | None = RUN) -> AnswerLog:
+    return AnswerLog(folder, rank, QUERIES, run)
 
 
 def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
@@ -122,20 +110,21 @@ def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "complete", "reason"),
+    ("run", "complete", "reason"),
     [
-        ({**SETTINGS, "data.noise": "c"}, True, "changed: data.noise"),
-        ({"model.base": "c", "data.noise": "d"}, True, "changed: model.base, data.noise"),
-        ({**SETTINGS, "data.prompt": "c"}, True, "changed: data.prompt"),
-        (SETTINGS, False, "trainer.limit_test_batches is set"),
+        ("another digest", True, "it had other settings or inputs"),
+        (None, True, None),
+        (RUN, False, "trainer.limit_test_batches is set"),
     ],
 )
-def test_others_start_over(tmp_path: Path, settings: dict[str, str], complete: bool, reason: str) -> None:
+def test_others_start_over(tmp_path: Path, run: str | None, complete: bool, reason: str | None) -> None:
+    """Without a record, nobody knows whose answers these are."""
     _begun(tmp_path, [(0, 1)], [(2, 3)])
-    log = _log(tmp_path, settings=settings)
+    log = _log(tmp_path, run=run)
     answered, message = log.find(complete=complete)
     assert answered is None
-    assert message == f"{tmp_path}: starting over instead of resuming the interrupted run: {reason}"
+    over = f"{tmp_path}: starting over instead of resuming the interrupted run: {reason}"
+    assert message == (over if reason else "")
     log.clear()
     assert not list(tmp_path.iterdir())
 
@@ -178,72 +167,3 @@ def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> N
             (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
         )
     assert not (tmp_path / "predictions.jsonl").exists()
-
-
-@pytest.fixture
-def decisive(model_folder: str, new_adapter: Callable[..., str], root: Path) -> Callable[..., dict[str, str]]:
-    adapter, levels = new_adapter(1), str(root / "src/vlm_calibration/demo/levels.json")
-
-    def digests(**changes: Any) -> dict[str, str]:
-        base = BaseModel(model_folder, **changes.pop("base", {}))
-        model = {"adapters": {"one": adapter}, "oracle_levels": levels, "estimators": [SelfConsistency(3)]}
-        data = {"test": {"": EvalSplit(DemoSource("test", 2), "drawn")}, "workers": 0}
-        trainer: Any = SimpleNamespace(
-            precision=changes.pop("precision", "32-true"),
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            limit_test_batches=1.0,
-        )
-        module = EvaluationModule(base, **{**model, **changes.pop("model", {})})
-        queries = PerturbedQueryDataModule(model_folder, **{**data, **changes.pop("data", {})})
-        assert not changes
-        queries.setup("test")
-        return fingerprint(trainer, module.base, module.deciding, queries, TESTED)
-
-    return digests
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "changed"),
-    [
-        ({}, ""),
-        ({"data": {"eval_batch_size": 3, "workers": 2, "batch_size": 1}}, ""),
-        ({"base": {"dtype": "float32"}}, "model.base"),
-        ({"model": {"with_base": False, "oracle_levels": None}}, "model.with_base, model.oracle_levels"),
-        ({"model": {"max_new_tokens": 5}}, "model.max_new_tokens"),
-        ({"model": {"estimators": [SelfConsistency(4)]}}, "model.estimators"),
-        ({"model": {"estimators": [ExpectedConfidence()]}}, "model.estimators"),
-        ({"model": {"estimators": None}}, "model.estimators"),
-        ({"model": {"adapters": {}}}, "model.adapters"),
-        ({"data": {"test": {"": EvalSplit(DemoSource("test", 2))}}}, "data.test"),
-        (
-            {"data": {"test": {"": EvalSplit(DemoSource("test", 3), "drawn")}}},
-            "data.test, the queries of data.test",
-        ),
-        ({"data": {"noise": NoisePolicy(seed=1)}}, "data.noise"),
-        ({"data": {"noise": NoisePolicy(schedule=LinearSchedule())}}, "data.noise"),
-        ({"data": {"noise": NoisePolicy(levels=LinearLevels(3))}}, "data.noise"),
-        ({"data": {"prompt": ElicitationPrompt("{question}?")}}, "data.prompt"),
-        ({"precision": "bf16-true"}, "trainer.precision"),
-    ],
-)
-def test_what_decides_the_answers(
-    decisive: Callable[..., dict[str, str]], changes: dict[str, Any], changed: str
-) -> None:
-    before, after = decisive(), decisive(**changes)
-    assert ", ".join(name for name in before if before[name] != after[name]) == changed
-
-
-def test_files_count_by_their_content(
-    decisive: Callable[..., dict[str, str]], new_adapter: Callable[..., str], root: Path, tmp_path: Path
-) -> None:
-    before = decisive()
-    levels = json.loads((root / "src/vlm_calibration/demo/levels.json").read_text())
-    for path in (tmp_path / "same.json", tmp_path / "other.json"):
-        path.write_text(json.dumps(levels))
-        after = decisive(model={"oracle_levels": str(path)})
-        assert (after["model.oracle_levels"] == before["model.oracle_levels"]) == (path.stem == "same")
-        levels["provenance"]["seed"] = 5
-    for seed in (1, 2):
-        after = decisive(model={"adapters": {"one": new_adapter(seed)}})
-        assert (after["model.adapters"] == before["model.adapters"]) == (seed == 1)

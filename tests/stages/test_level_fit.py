@@ -211,7 +211,7 @@ def fit_levels(
         out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
         base = BaseModel(model_folder, dtype="float32")
         module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens)
-        module.start_over = start_over
+        module.start_over, module.run_digest = start_over, f"of {max_new_tokens}"
         policy = NoisePolicy(levels=LinearLevels(n_levels=3))
         run = trainer(default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)

@@ -16,7 +16,6 @@ from vlm_calibration.files import clear_leftovers, json_number, remove, write_js
 from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.stages.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
-from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.stages.scoring import HasResults
 
 TEST, HELD_OUT = TESTED
@@ -32,7 +31,7 @@ class PredictionWriter(L.Callback):
 
     The files of a system are in the folder of its name; the system "" is the run itself. Each process appends its answers to
     an `AnswerLog`, from which the first process writes them in the order of the data. An evaluation that ends early leaves
-    its log, and the next one in this run directory with the same settings and data resumes from it.
+    its log, from which the same run resumes.
     """
 
     def __init__(self) -> None:
@@ -59,10 +58,7 @@ class PredictionWriter(L.Callback):
         self._log, self._complete = None, False
         if stage == "test":
             module, data = cast(EvaluationModule, pl_module), _data(trainer)
-            settings = broadcast_from_first(
-                trainer, lambda: fingerprint(trainer, module.base, module.deciding, data, TESTED)
-            )
-            log = self._log = AnswerLog(folder, rank, data.tested_queries, settings)
+            log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
             complete = asks_all(trainer)
             if self.start_over:
                 self._state = ResumeState()

@@ -1,28 +1,33 @@
-"""The record of a run, `run.json` in its directory: the command, whether it has finished, digests of its inputs, and versions.
+"""The record of a run, `run.json` in its directory: what was run, from which inputs, and whether it has finished.
 
-`config.yaml` beside it has the settings. Together they tell `--resume` whether a directory holds the run that is asked for.
-Inputs are compared by content, so that e.g. a level table that was measured again is another input at the same path.
+It holds every setting that can change the result, digests of the content behind them, and versions. Two runs are the same if
+their records are. Inputs are compared by content, so that e.g. a level table that was measured again is another input at the same path.
+`config.yaml` beside it repeats the run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 from vlm_calibration.data.sources.base import QuerySource, queries_digest
+from vlm_calibration.endpoint.settings import DECIDING
 from vlm_calibration.files import read_json, write_json
 from vlm_calibration.models.base import adapter_digest, find_adapter, read_object
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.records import DataError
-from vlm_calibration.settings import digest, file_digest
+from vlm_calibration.settings import digest, file_digest, flat
 from vlm_calibration.stages.level_fit import LevelFitModule
 
 RECORD = "run.json"
@@ -33,16 +38,44 @@ ADAPTERS = ("adapter", "adapters")
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 """Packages whose versions are recorded."""
 
-
-@runtime_checkable
-class ResultWriter(Protocol):
-    """A callback or module that writes the results of a run."""
-
-    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files and folders that a finished run has in its directory `folder`."""
-
-    def progress(self, folder: Path) -> list[Path]:
-        """The existing files in `folder` from which an interrupted run resumes."""
+ANSWERING_PACKAGES = PACKAGES[:4]
+"""Those whose versions may not change within an evaluation or measurement."""
+BATCH = "data.batch_size x processes"
+"""The queries of a step of training, among the settings of a record, e.g. "4 x 2"."""
+TRAINER = {
+    "fit": (
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches"),
+        *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches"),
+        *("overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+        *("sync_batchnorm", "callbacks"),
+    ),
+    "test": ("limit_test_batches", "overfit_batches"),
+    "levels fit": ("limit_test_batches", "overfit_batches"),
+    "predict": (),
+}
+"""Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
+LOADING = frozenset({"batch_size", "eval_batch_size", "shard_size", "parts", "part", "workers", "regions"})
+"""Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
+TRAINING = frozenset({"augment", "candidates", "max_length", "on_too_long"})
+ANSWERING = frozenset({"noise", "prompt", "grading"})
+IGNORED_DATA = {
+    "fit": LOADING,
+    "test": LOADING | TRAINING,
+    "levels fit": LOADING | TRAINING,
+    "predict": LOADING | TRAINING | ANSWERING,
+}
+"""Command -> settings of `data`, other than sources, that do not count."""
+IGNORED_MODEL = frozenset({"gradient_checkpointing", "out", "likelihoods"})
+"""Settings of the model that do not count: how it computes, and where its results go, which are compared by content."""
+PASSIVE = frozenset(
+    {
+        *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint"),
+        *("ProgressBar", "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar"),
+    }
+)  # fmt: skip
+"""Lightning's callbacks that only observe a run."""
+TYPED = ("limit_", "overfit_batches", "val_check_interval")
+"""Settings of which 1 is a number of batches, and 1.0 is all of them."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +84,26 @@ class RunRecord:
 
     Attributes:
         command: "fit", "test", "predict" or "levels fit".
+        stage: class of the module.
         finished: whether the run has ended and all its results are written.
-        processes: number of processes of a training; None for other commands, whose results do not depend on it.
-        precision: the trainer's precision by its full name, e.g. "32-true".
+        settings: dotted name -> value, of every setting that can change the result.
         inputs: setting -> digest of the content that it names.
         results: path of each result outside the run directory -> digest of its content when the run ended.
-        versions: "Python" and packages -> version that the run began with; empty in records of versions that did not record it.
+        versions: "Python" and packages -> version that the run began with.
     """
 
     command: str
+    stage: str
     finished: bool
-    processes: int | None
-    precision: str
+    settings: dict[str, Any]
     inputs: dict[str, str]
-    results: dict[str, str]
+    results: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of what was run, in whatever state it is."""
+        return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
 
     def write(self, folder: Path) -> None:
         """Write the record into a run directory, atomically.
@@ -85,29 +123,40 @@ def read_record(folder: Path) -> RunRecord | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    content = read_object(path)
     try:
-        record = RunRecord(**content)
+        return RunRecord(**read_object(path))
     except TypeError as error:
         raise DataError(
-            f"{path}: not the record of a run ({error}): --overwrite starts again in this folder"
+            f"{path}: not the record of a run ({error}): remove the folder to start again"
         ) from error
-    return record
 
 
 def new_record(
-    command: str, trainer: L.Trainer, settings: Mapping[str, Any], data: PerturbedQueryDataModule
+    command: str,
+    parser: ArgumentParser,
+    config: Namespace,
+    trainer: L.Trainer,
+    data: PerturbedQueryDataModule,
 ) -> RunRecord:
     """The record of a run that begins.
 
     Args:
         command: as `command_of` gives it.
-        settings: the settings that can change the result, as `resume.deciding_settings` selects them.
-        data: has the sources that `settings` describes.
+        parser: of the configuration.
+        config: the configuration.
+        trainer: made from it.
+        data: made from it.
     """
-    processes = trainer.num_devices * trainer.num_nodes if command == "fit" else None
-    inputs = run_inputs(settings, data, with_regions=command != "predict")
-    return RunRecord(command, False, processes, str(trainer.precision), inputs, {}, installed_versions())
+    values = yaml.safe_load(parser.dump(config, skip_none=False))
+    deciding = deciding_settings(command, values)
+    settings = {**dict(flat(deciding)), "trainer.precision": str(trainer.precision)}
+    if command == "fit":
+        settings[BATCH] = f"{values['data']['batch_size']} x {trainer.num_devices * trainer.num_nodes}"
+    if command in ("test", "levels fit"):
+        settings["trainer.accelerator"] = trainer.strategy.root_device.type
+    inputs = run_inputs(deciding, data, with_regions=command != "predict")
+    stage = values["model"]["class_path"].rpartition(".")[-1]
+    return RunRecord(command, stage, False, settings, inputs, versions=installed_versions())
 
 
 def installed_versions() -> dict[str, str]:
@@ -124,6 +173,58 @@ def installed_versions() -> dict[str, str]:
 def command_of(subcommand: str, module: L.LightningModule) -> str:
     """The command as the user gives it: `levels fit` is a `test` to the Trainer."""
     return "levels fit" if isinstance(module, LevelFitModule) else subcommand
+
+
+def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that can change the result of a command.
+
+    Args:
+        settings: a configuration as plain values, with all defaults filled in.
+    """
+    trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
+    used, ignored = _used_sources(command, data, model), IGNORED_DATA[command]
+    arguments = {k: v for k, v in (model.get("init_args") or {}).items() if k not in IGNORED_MODEL}
+    if arguments.get("endpoints"):
+        # How requests are sent changes no answer, and a server may have moved.
+        arguments["endpoints"] = {
+            name: {key: endpoint.get(key) for key in DECIDING}
+            for name, endpoint in arguments["endpoints"].items()
+        }
+    counted = {name: trainer.get(name) for name in TRAINER[command]}
+    if counted.get("callbacks"):
+        callbacks = counted["callbacks"] if isinstance(counted["callbacks"], list) else [counted["callbacks"]]
+        counted["callbacks"] = [c for c in callbacks if not _is_passive(c)] or None
+    return {
+        "seed_everything": settings.get("seed_everything"),
+        "ckpt_path": settings.get("ckpt_path"),
+        "trainer": counted,
+        "model": {**model, "init_args": arguments},
+        "data": {
+            name: value
+            for name, value in data.items()
+            if (name in used if name in SOURCES else name not in ignored)
+        },
+    }
+
+
+def _used_sources(command: str, data: Mapping[str, Any], model: Mapping[str, Any]) -> Collection[str]:
+    """The sources in `data` that a command reads."""
+    if command == "fit":
+        return ("train", "validation")
+    if command == "test":
+        return ("test", "calibration")
+    if command == "levels fit":
+        writes_likelihoods = (model.get("init_args") or {}).get("likelihoods") is not None
+        return ("levels", "train") if writes_likelihoods else ("levels",)
+    return ("predict",) if data.get("predict") else SOURCES
+
+
+def _is_passive(callback: Mapping[str, Any]) -> bool:
+    """Whether a callback of a configuration only observes a run: all of ours, and Lightning's `PASSIVE`."""
+    package, _, name = str(callback["class_path"]).rpartition(".")
+    return package.startswith("vlm_calibration.callbacks") or (
+        package.startswith("lightning.pytorch.callbacks") and name in PASSIVE
+    )
 
 
 def run_inputs(
@@ -181,23 +282,45 @@ def _content(name: list[str], value: str, revision: str | None) -> str | None:
     return model_identity(value) if (path / "config.json").is_file() else None
 
 
-def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-    """The files and folders that this run has when it is finished."""
-    folder = Path(trainer.default_root_dir)
-    return [p for writer in _writers(trainer, module) for p in writer.outputs(folder, module, data)]
+def differences(before: RunRecord, now: RunRecord) -> list[str]:
+    """One line for each setting, input and version by which the results can differ; empty if it is the same run."""
+    lines: list[str] = []
+    replaced: list[str] = []
+    for name in {**before.settings, **now.settings, **now.inputs}:
+        was, found = before.settings.get(name), now.settings.get(name)
+        contents = before.inputs.get(name), now.inputs.get(name)
+        same_name = _is_same_batch(was, found, before) if name == BATCH else _is_same(name, was, found)
+        same_content = None in contents or contents[0] == contents[1]
+        # The images of a source at another path may be others, which no digest covers.
+        decided = None not in contents and name.split(".")[1] not in SOURCES
+        is_same = same_content if decided else same_name and same_content
+        if is_same or any(name.startswith(f"{prefix}.") for prefix in replaced):
+            continue
+        if name.endswith(".class_path"):
+            # The arguments of another class are not worth comparing.
+            replaced.append(f"{name.removesuffix('class_path')}init_args")
+        if same_name:
+            lines.append(f"the content of {name} has changed" + (f" ({found})" if found else ""))
+        else:
+            lines.append(f"{name} was {was!r} and is {found!r}")
+    for name in ANSWERING_PACKAGES if now.command in ("test", "levels fit") and not before.finished else ():
+        if (was := before.versions.get(name)) != (found := now.versions.get(name)):
+            lines.append(f"the version of {name} was {was} and is {found}")
+    return lines
 
 
-def progress_of(trainer: L.Trainer, module: L.LightningModule) -> list[Path]:
-    """The existing files from which this run resumes if it was interrupted."""
-    folder = Path(trainer.default_root_dir)
-    return [path for writer in _writers(trainer, module) for path in writer.progress(folder)]
+def _is_same_batch(was: str, found: str, before: RunRecord) -> bool:
+    """Whether as many queries make a step; a run that has not ended may go on with another number of processes.
+
+    The position within an epoch that a checkpoint holds decides about that.
+    """
+    sizes, processes = zip(*(map(int, batch.split(" x ")) for batch in (was, found)), strict=True)
+    same_product = sizes[0] * processes[0] == sizes[1] * processes[1]
+    return bool(same_product or (sizes[0] == sizes[1] and not before.finished))
 
 
-def _writers(trainer: L.Trainer, module: L.LightningModule) -> list[ResultWriter]:
-    return [w for w in (module, *trainer.callbacks) if isinstance(w, ResultWriter)]  # type: ignore[attr-defined]
-
-
-def results_outside(folder: Path, outputs: list[Path]) -> dict[str, str]:
-    """Path -> digest, of the results outside a run directory, which another run may replace."""
-    outside = [path for path in outputs if not path.resolve().is_relative_to(folder.resolve())]
-    return {str(path): file_digest(path) for path in outside if path.is_file()}
+def _is_same(name: str, was: Any, found: Any) -> bool:
+    if isinstance(was, str) and isinstance(found, str):
+        return was == found or os.path.realpath(was) == os.path.realpath(found)
+    is_typed = isinstance(was, bool) or isinstance(found, bool) or any(text in name for text in TYPED)
+    return bool(was == found) and (not is_typed or type(was) is type(found))

@@ -24,7 +24,7 @@ SETTINGS = Forwarded(
         "--STAGE.KEY VALUE": "argument of one stage, e.g. --sft.trainer.max_steps 100 or --report.replicates 200",
     },
     lambda: f"stages: {', '.join(STAGES)}\n{presets_by_folder('sft', 'dpo')}",
-    usage="[STAGE ...] [--model NAME] [--data NAME] [--KEY VALUE ...]",
+    usage="[STAGE ...] [--model NAME] [--KEY VALUE ...]",
 )
 
 

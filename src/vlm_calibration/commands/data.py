@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from jsonargparse.typing import PositiveInt
 
-from vlm_calibration.arguments import Forwarded, Subcommands
+from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands, with_full_help
 from vlm_calibration.commands.data_fetch import fetch
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.errors import CommandError, explained_errors
@@ -23,20 +23,13 @@ if TYPE_CHECKING:
     from vlm_calibration.data.sources.base import QuerySource
 
 
-def _all_settings() -> str:
-    return _data_parser().format_help()
-
-
 SETTINGS = Forwarded(
     {
+        **ALL_SETTINGS,
         CONFIG: "a preset or file, of which only the section `data` is read (may be repeated)",
         **VARIABLE_OPTIONS,
     },
-    lambda: (
-        "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; --help-all lists them. Those of trainer and model in a file "
-        "are ignored."
-    ),
-    _all_settings,
+    lambda: "Settings of `data` may follow, e.g. --data.train.init_args.path FILE; --help-all\nlists them.",
 )
 
 
@@ -114,7 +107,7 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
     parser = _data_parser()
     with explained_errors(parser):
-        parsed = parser.parse_args(resolve_configs(settings, _only_data))
+        parsed = parser.parse_args(with_full_help(resolve_configs(settings, _only_data)))
     try:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
     except (ValueError, OSError) as error:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentError
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded
-from vlm_calibration.commands.trainer import page_of
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, read_config
 from vlm_calibration.records import DataError
 
@@ -25,8 +23,7 @@ SETTINGS = Forwarded(
         "(may be repeated)",
         **VARIABLE_OPTIONS,
     },
-    lambda: "Every setting of the stages may follow; --help-all lists those of training.",
-    partial(page_of, "fit"),
+    lambda: "Settings of the stages may follow; `fit --help-all` lists those of training.",
 )
 STAGES = ("sft", "dpo", "levels", "eval/jsonl")
 """The stages where none is named."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
-from vlm_calibration.arguments import Forwarded, Subcommands
-from vlm_calibration.commands.trainer import RUN, page_of
+from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
+from vlm_calibration.commands.trainer import FURTHER, RUN
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, presets_by_folder
 
 SETTINGS = Forwarded(
     {
+        **ALL_SETTINGS,
         CONFIG: '"levels", then overlays: presets (see below) or files of your own (may be repeated)',
         **VARIABLE_OPTIONS,
         "--model.init_args.base.name_or_path MODEL": "name or folder of the base model",
@@ -20,8 +20,7 @@ SETTINGS = Forwarded(
         "--data.eval_batch_size N": "queries answered together",
         **RUN,
     },
-    lambda: f"{presets_by_folder('levels')}\n\nAll settings of trainer, data and model: --help-all.",
-    partial(page_of, "test"),
+    lambda: f"{presets_by_folder('levels')}\n\n{FURTHER.format('LevelFitModule')}",
 )
 
 

@@ -5,16 +5,17 @@ Lightning's ways of ending a run (stopped, misconfigured, interrupted) become a 
 
 from __future__ import annotations
 
-import inspect
 import os
 import pkgutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from vlm_calibration.arguments import with_full_help
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.resume import find_prior
-from vlm_calibration.callbacks.run_directory import (
-    SaveRunConfig,
-    check_evaluation_directory,
-    check_run_directory,
-)
-from vlm_calibration.callbacks.run_record import command_of
+from vlm_calibration.callbacks.run_directory import SaveRunConfig
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
@@ -120,7 +117,9 @@ class CalibrationCLI(LightningCLI):
             # Without a checkpoint Lightning would only warn and start from the beginning.
             checkpoint = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
             self.config[self.subcommand].ckpt_path = checkpoint
-        if checkpoint and not _may_exist(checkpoint):
+        # Lightning itself resolves keywords and addresses.
+        is_file = checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint
+        if is_file and not Path(checkpoint).exists():
             raise DataError(f"no checkpoint at {checkpoint}")
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
@@ -157,8 +156,7 @@ class CalibrationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Let the module check its data before anything is written."""
-        check = getattr(self.model, "check_data", None)
-        if check is not None:
+        if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
 
     before_validate = before_test = before_fit
@@ -166,11 +164,9 @@ class CalibrationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         _check_accelerator(self.config[self.subcommand].trainer.accelerator)
         config = self.config[self.subcommand]
-        if config.get("resume"):
-            if other := next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None):
-                raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
-        elif self.subcommand == "fit":
-            self._check_run_directory(config.ckpt_path, config.overwrite)
+        other = next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None)
+        if config.get("resume") and other:
+            raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -179,13 +175,8 @@ class CalibrationCLI(LightningCLI):
         base = getattr(self.model, "base", None)
         if base is not None and _is_first_process():
             print(f"base model: {describe(base)}", flush=True)
-        if config.get("resume"):
-            self._resume()
-        elif command_of(str(self.subcommand), self.model) == "test":
-            check_evaluation_directory(Path(self.trainer.default_root_dir), config.overwrite)
-        for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
-                writer.start_over = bool(config.get("overwrite"))
+        if self.subcommand in RESUMABLE:
+            self._open_run_directory()
 
     def _check_base(self) -> None:
         """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's.
@@ -204,28 +195,26 @@ class CalibrationCLI(LightningCLI):
                     "your model, e.g. --config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
                 )
 
-    def _check_run_directory(self, checkpoint: str | None, overwrite: bool) -> None:
-        fit = self.config.fit
-        adapter = fit.model.init_args.get("adapter") if "init_args" in fit.model else None
-        check_run_directory(Path(fit.trainer.default_root_dir or "."), checkpoint, overwrite, adapter)
-
-    def _resume(self) -> None:
-        """Decide whether there is something to do, and from which checkpoint `fit` starts."""
-        folder, prior = Path(self.trainer.default_root_dir), find_prior(self)
+    def _open_run_directory(self) -> None:
+        """Decide whether there is something to do, where to start, and whether earlier results are replaced."""
+        config, folder = self.config[self.subcommand], Path(self.trainer.default_root_dir)
+        prior = find_prior(self)
         self.is_done = prior.state == "finished"
-        if self.is_done:
-            if _is_first_process():
-                print(f"{folder}: finished with these settings: nothing to do")
-        elif self.subcommand == "fit":
+        if self.is_done and _is_first_process():
+            print(f"{folder}: finished with these settings: nothing to do")
+        if self.subcommand == "fit" and prior.state == "interrupted":
+            checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             last = folder / FOLDER / LAST
-            checkpoint = str(last) if prior.state == "interrupted" and last.exists() else None
-            # What a run left behind that ended before its first checkpoint may go.
-            overwrite = prior.state == "none" and prior.begun
-            self._check_run_directory(checkpoint, overwrite)
-            for config in (self.config.fit, self.config_init.fit):
-                config.ckpt_path, config.overwrite = checkpoint, overwrite
-            if checkpoint and _is_first_process():
-                print(f"{folder}: interrupted: resuming from {checkpoint}")
+            config.ckpt_path = self.config_init.fit.ckpt_path = str(
+                last if last.exists() else checkpoints[-1]
+            )
+            if _is_first_process():
+                print(f"{folder}: interrupted: resuming from {config.ckpt_path}")
+        for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
+                writer.start_over = config.overwrite
+            elif isinstance(writer, SaveRunConfig):
+                writer.record = prior.record
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.is_done:
@@ -254,39 +243,28 @@ class SharedOverlays:
 
     def __call__(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of the next configuration file without settings that its stage cannot have."""
-        model = content.get("model")
-        if isinstance(model, dict) and "class_path" in model:
-            self._stage = class_at(model["class_path"])
-            return content
-        if self._stage is None:
-            return content
-        return self._without_level_table(self._without_training(content, self._stage), self._stage)
-
-    @staticmethod
-    def _without_training(content: dict[str, Any], stage: type) -> dict[str, Any]:
-        model = content.get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
-            return content
-        only_training = (_settings(SFTModule) | _settings(DPOModule)) - _settings(stage)
-        kept = {key: value for key, value in model["init_args"].items() if key not in only_training}
-        return {**content, "model": {**model, "init_args": kept}}
-
-    @staticmethod
-    def _without_level_table(content: dict[str, Any], stage: type) -> dict[str, Any]:
-        data: Any = content.get("data")
-        noise = data.get("noise") if isinstance(data, dict) else None
-        if stage not in (LevelFitModule, RegionExtractor) or not isinstance(noise, dict):
-            return content
-        levels = noise.get("levels")
-        named = levels.get("class_path") if isinstance(levels, dict) else levels
-        if not str(named).endswith(AnchoredLevels.__name__):
-            return content
-        kept = {key: value for key, value in noise.items() if key != "levels"}
-        return {**content, "data": {**data, "noise": kept}}
+        if class_path := _within(content, "model").get("class_path"):
+            self._stage = class_at(class_path)
+        elif self._stage is not None:
+            content = deepcopy(content)
+            own, *training = (set(signature(c).parameters) for c in (self._stage, SFTModule, DPOModule))
+            arguments = _within(content, "model", "init_args")
+            for name in set().union(*training) - own:
+                arguments.pop(name, None)
+            noise = _within(content, "data", "noise")
+            levels = _within(noise, "levels").get("class_path") or noise.get("levels")
+            before_table = self._stage in (LevelFitModule, RegionExtractor)
+            if before_table and str(levels).endswith(AnchoredLevels.__name__):
+                del noise["levels"]
+        return content
 
 
-def _settings(stage: type) -> set[str]:
-    return set(inspect.signature(stage).parameters)
+def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The mapping below some keys; an empty one if there is none."""
+    for key in keys:
+        inner = content.get(key)
+        content = inner if isinstance(inner, dict) else {}
+    return content
 
 
 def _data_error(error: BaseException) -> DataError:
@@ -323,11 +301,6 @@ def _check_accelerator(accelerator: Any) -> None:
             f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
             "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
         )
-
-
-def _may_exist(checkpoint: str) -> bool:
-    """Whether the checkpoint is a file, or a keyword or address that Lightning resolves itself."""
-    return checkpoint in ("best", "hpc") or ":" in checkpoint or Path(checkpoint).exists()
 
 
 @contextmanager
@@ -391,7 +364,7 @@ def _first_to_fail() -> bool:
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
     """Run a subcommand of LightningCLI; `args` begin with its name."""
     # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
-    sys.argv[1:] = args
+    sys.argv[1:] = with_full_help(args)
     quiet_lightning()
     with lightning_errors(), _wandb_run():
         return CalibrationCLI()

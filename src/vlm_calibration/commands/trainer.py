@@ -1,15 +1,15 @@
 """`fit`, `validate`, `test` and `predict`: the common settings of LightningCLI's subcommands, for a help page without torch.
 
-`lightning_cli` parses and runs them; `all_settings` lists everything that they take.
+`lightning_cli` parses and runs them. Each raises an ArgumentError for a setting that is unknown or wrong, and a DataError for a
+setting, a file or a model that cannot be used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Annotated
 
-from vlm_calibration.arguments import Forwarded
+from vlm_calibration.arguments import ALL_SETTINGS, Forwarded
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
@@ -22,31 +22,27 @@ RUN = {
 MORE = {"--print_config": "print the configuration that results, and exit"}
 
 
-def page_of(subcommand: str) -> str:
-    """The page of all settings of a subcommand."""
-    from vlm_calibration.commands.all_settings import settings_page
-
-    return settings_page(subcommand)
+FURTHER = "All settings: --help-all; those of a model: --model.help {}."
+"""End of a help page, with the class of a module."""
 
 
-def _settings(subcommand: str, *stages: str, common: Mapping[str, str]) -> Forwarded:
+def _settings(module: str, *stages: str, common: Mapping[str, str]) -> Forwarded:
     """The common settings of a subcommand.
 
     Args:
-        subcommand: its name.
+        module: class of a module that it runs.
         stages: names or patterns of the full configurations that it runs.
         common: options between those of data and configuration and `--print_config`.
     """
     config = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
     return Forwarded(
-        {**config, **VARIABLE_OPTIONS, **common, **MORE},
-        lambda: f"{presets_by_folder(*stages)}\n\nAll settings of trainer, data and model: --help-all.",
-        partial(page_of, subcommand),
+        {**ALL_SETTINGS, **config, **VARIABLE_OPTIONS, **common, **MORE},
+        lambda: f"{presets_by_folder(*stages)}\n\n{FURTHER.format(module)}",
     )
 
 
 FIT = _settings(
-    "fit",
+    "SFTModule",
     "sft",
     "dpo",
     common={
@@ -61,7 +57,7 @@ FIT = _settings(
     },
 )
 VALIDATE = _settings(
-    "validate",
+    "SFTModule",
     "sft",
     "dpo",
     common={
@@ -73,7 +69,7 @@ VALIDATE = _settings(
     },
 )
 TEST = _settings(
-    "test",
+    "EvaluationModule",
     "eval/*",
     "system/*",
     common={
@@ -85,7 +81,7 @@ TEST = _settings(
     },
 )
 PREDICT = _settings(
-    "predict",
+    "RegionExtractor",
     "regions",
     common={
         "--data.eval_batch_size N": "images of a batch",
@@ -97,42 +93,22 @@ PREDICT = _settings(
 
 
 def fit(*settings: Annotated[str, FIT]) -> None:
-    """Train: stage 1 (supervised fine-tuning) or stage 2 (preference optimisation). Writes checkpoints, adapter and metrics.
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong.
-        DataError: a setting, a file or a model cannot be used.
-    """
+    """Train: stage 1 (supervised fine-tuning) or stage 2 (preference optimisation). Writes checkpoints, adapter and metrics."""
     _run("fit", settings)
 
 
 def validate(*settings: Annotated[str, VALIDATE]) -> None:
-    """Answer and score the validation queries with the model of a training stage.
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong.
-        DataError: a setting, a file or a model cannot be used.
-    """
+    """Answer and score the validation queries with the model of a training stage."""
     _run("validate", settings)
 
 
 def test(*settings: Annotated[str, TEST]) -> None:
-    """Evaluate a base model, adapters and models behind an address side by side. Writes metrics and predictions of each; continues where it was interrupted.
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong.
-        DataError: a setting, a file or a model cannot be used.
-    """
+    """Evaluate a base model, adapters and models behind an address side by side. Writes metrics and predictions of each; continues where it was interrupted."""
     _run("test", settings)
 
 
 def predict(*settings: Annotated[str, PREDICT]) -> None:
-    """Find the key objects of queries that have no regions, and write them to files that every other stage reads.
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong.
-        DataError: a setting, a file or a model cannot be used.
-    """
+    """Find the key objects of queries that have no regions, and write them to files that every other stage reads."""
     _run("predict", settings)
 
 

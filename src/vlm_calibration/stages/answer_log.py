@@ -47,7 +47,8 @@ class AnswerLog(AppendLog):
         folder: the run directory.
         rank: of this process, which appends to its own file.
         queries: split -> its queries, in the order of the data.
-        settings: what decides the answers, as digests by name; a run resumes only where they are the same.
+        run: digest of the run's record, which every line repeats; answers of another run are not resumed from. None: no run is
+            resumed.
         name: of the files, with a placeholder for the rank.
     """
 
@@ -56,12 +57,12 @@ class AnswerLog(AppendLog):
         folder: Path,
         rank: int,
         queries: Mapping[str, Sequence[Query]],
-        settings: Mapping[str, str] | None = None,
+        run: str | None = None,
         name: str = EVALUATED,
     ) -> None:
         pattern = name.format("*")
         remedy = f"remove {pattern} in this folder, and the run starts over"
-        super().__init__(folder / name.format(rank), settings or {}, remedy, pattern)
+        super().__init__(folder / name.format(rank), {"run": run}, remedy, pattern)
         self.folder = folder
         self.queries = queries
 
@@ -82,6 +83,8 @@ class AnswerLog(AppendLog):
         Raises:
             DataError: a file is damaged, or holds answers to other queries.
         """
+        if self.settings["run"] is None:
+            return ResumeState()
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
@@ -89,8 +92,8 @@ class AnswerLog(AppendLog):
                 if row["split"] not in ids:
                     raise self.damaged(where, f"no split {row['split']!r}")
                 ids[row["split"]] += [answer["id"] for answer in next(iter(row["answers"].values()))]
-        except SettingsChangedError as error:
-            return ResumeState(message=f"{over}: changed: {', '.join(error.changed)}")
+        except SettingsChangedError:
+            return ResumeState(message=f"{over}: it had other settings or inputs")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
         if not count:
             return ResumeState()

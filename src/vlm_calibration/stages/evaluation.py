@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import lightning as L
@@ -29,7 +28,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPredicti
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.base import BaseModel, adapter_files, base_of_adapters, find_adapter
+from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
@@ -121,6 +120,8 @@ class EvaluationModule(L.LightningModule):
 
     model: Any
     results: Results
+    run_digest: str | None = None
+    """Of the record of this run, whose answers it resumes from; None: it does not resume."""
 
     def __init__(
         self,
@@ -210,19 +211,6 @@ class EvaluationModule(L.LightningModule):
         of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
         # No score includes the calibration set, so it is not probed.
         return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """The settings beside the base model that decide the answers, with the content of adapters."""
-        return {
-            "model.adapters": {name: adapter_files(Path(folder)) for name, folder in self.adapters.items()},
-            "model.with_base": BASE in self.systems,
-            "model.oracle_levels": self.oracle,
-            "model.max_new_tokens": self.max_new_tokens,
-            "model.estimators": self.estimators,
-            "model.probes": self.probes,
-            "model.endpoints": {n: e.client.endpoint.deciding for n, e in self.endpoints.items()},
-        }
 
     def on_test_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

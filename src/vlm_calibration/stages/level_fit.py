@@ -31,7 +31,6 @@ from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
-from vlm_calibration.stages.fingerprint import fingerprint
 from vlm_calibration.stages.provenance import provenance_of
 
 LIKELIHOOD = AnswerLikelihood.name
@@ -62,6 +61,8 @@ class LevelFitModule(L.LightningModule):
     answers: AnswerLog
     asks = LEVELS
     """The data set that the data module provides for `test`."""
+    run_digest: str | None = None
+    """Of the record of this run, whose answers it resumes from; None: it does not resume."""
     start_over = False
     """Whether all queries are asked again, whatever an earlier run answered."""
 
@@ -98,17 +99,11 @@ class LevelFitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Find out where to resume."""
         refuse_sharding(self)
-        data, asked = self._data, [LEVELS, *(["train"] if self.likelihoods is not None else [])]
-        contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
-        self._contents = contents.get("train", {})
-        deciding = {
-            "model.max_new_tokens": self.max_new_tokens,
-            "model.likelihoods": self.likelihoods is not None,
-            **{f"the images of data.{name}": content for name, content in contents.items()},
-        }
-        settings = fingerprint(self.trainer, self.base, deciding, data, asked)
+        data = self._data
+        trained = data.read_splits("train") if self.likelihoods is not None else {}
+        self._contents = contents_of(trained, "data.train")
         folder = Path(self.trainer.default_root_dir)
-        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, settings)
+        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, self.run_digest)
         self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
         data.leave_out_answered(self._state.answered or {})
 
