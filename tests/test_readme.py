@@ -230,7 +230,27 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration monitor --reference runs/eval --system dpo --new answers.jsonl --by answer_type": (
         "tests/commands/test_monitor.py"
     ),
-    "vlm-calibration data inspect --config data/gqa --data-root DIR": "tests/data/test_gqa.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration data convert",
+            "vlm-calibration data convert sharegpt DIR/conversations.json --out DIR/queries.jsonl --skip-bad",
+            "vlm-calibration data convert hf OWNER/NAME --split train --columns '{answer: label, id: question_id}' --out DIR/queries.jsonl",
+            "vlm-calibration data convert vqav2 DIR/v2_OpenEnded_mscoco_train2014_questions.json DIR/v2_mscoco_train2014_annotations.json --images DIR/train2014 --out DIR/queries.jsonl",
+            "vlm-calibration data convert gqa DIR/train_balanced_questions.json --scene-graphs DIR/train_sceneGraphs.json --images DIR/images --out DIR/queries.jsonl",
+            "vlm-calibration data convert rlaif_v DIR/rlaif_v --out DIR/queries.jsonl --skip-bad",
+        ),
+        "tests/data/test_convert.py",
+    ),
+    "vlm-calibration data split DIR/queries.jsonl": "tests/data/test_split.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration calibrate --data jsonl --data-root DIR",
+            "vlm-calibration calibrate --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine",
+            "vlm-calibration calibrate levels sft dpo evaluate report --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine",
+            "vlm-calibration calibrate --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine --data.grading.open token_f1 --data.grading.rank_levels true",
+        ),
+        "need a GPU and data: tests/test_configs.py parses every command",
+    ),
     "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b --config trainer/ddp": "tests/commands/test_estimate_memory.py",
     **dict.fromkeys(
         (

@@ -18,7 +18,7 @@ from vlm_calibration.text.grading import parse_answer
 from vlm_calibration.text.labels import COORDINATES, STATES_CONFIDENCE
 
 TEXTS = ("id", "image", "question", "answer")
-LISTS = ("objects", "synonyms", "absent")
+LISTS = ("objects", "synonyms", "absent", "wrong_answers")
 
 
 def suspects(table: pa.Table) -> np.ndarray:

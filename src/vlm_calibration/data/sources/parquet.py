@@ -45,6 +45,7 @@ OPTIONAL = {
     "category": _TEXT,
     "synonyms": pa.list_(_TEXT),
     "absent": pa.list_(_TEXT),
+    "wrong_answers": pa.list_(_TEXT),
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
