@@ -16,10 +16,10 @@ from typing import Any, TextIO, TypeVar
 from PIL import Image
 
 from vlm_calibration.data.convert.reading import Queries, explained
-from vlm_calibration.data.sources.images import ImageChecks, ImageFolder
+from vlm_calibration.data.sources.checks import RecordChecks
+from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError, RecordError, query_from_dict
-from vlm_calibration.text.labels import check_answer
 
 T = TypeVar("T")
 
@@ -65,8 +65,7 @@ class QueryWriter:
         self.image_names: set[str] = set()
         self.answer_types: Counter[str] = Counter()
         self.skipped: dict[str, tuple[int, str]] = {}
-        self._ids: set[str] = set()
-        self._checks = ImageChecks(ImageFolder(self.root))
+        self._checks = RecordChecks(ImageFolder(self.root), "in query")
         self._folder = out.with_name(f"{out.stem}_images")
         self._unfinished: Path | None = None
 
@@ -108,14 +107,9 @@ class QueryWriter:
         elif isinstance(content, str) and content:
             record["image"] = os.path.relpath(self._images / content, self.root)
         query = query_from_dict(record)
-        check_answer(query)
-        if query.id in self._ids:
-            raise RecordError(f"duplicate id {query.id!r}")
-        if embedded is None:
-            self._checks.check(query.image)
-        elif query.image not in self.image_names:
+        self._checks.check(query, self.queries, has_file=embedded is None)
+        if embedded is not None and query.image not in self.image_names:
             self._write_image(query.image, embedded, stack)
-        self._ids.add(query.id)
         self.image_names.add(query.image)
         self.queries += 1
         self.answer_types[query.answer_type] += 1
