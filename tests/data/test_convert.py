@@ -491,6 +491,8 @@ def test_what_is_no_data_set_is_named(
     folder.save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match="--split: .*train, test.*did you mean test.*'tset'"):
         convert(hf(str(tmp_path / "splits"), split="tset"))
+    with pytest.raises(DataError, match="--name and --revision are for a data set on the Hub"):
+        convert(hf(str(tmp_path / "splits"), name="x"))
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         DataError, match="someone/something: cannot be opened: Couldn't reach: .*save_to_disk"

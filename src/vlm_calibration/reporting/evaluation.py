@@ -14,7 +14,6 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from vlm_calibration.files import read_json
-from vlm_calibration.hub import is_hub_name
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.markdown import code, number, table
 from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config
@@ -140,14 +139,6 @@ def _describe(sources: Sequence[Mapping[str, Any]], queries: str) -> dict[str, A
     settings = [source.get("init_args") or {} for source in sources]
     splits = sorted({str(s.get("split") or "test") for s in settings})
     described = {"dataset": "+".join(sorted({name.lower() for name in names})), "split": "+".join(splits)}
-    first = settings[0]
-    same = all(s.get("path") == first.get("path") and s.get("name") == first.get("name") for s in settings)
-    if same and set(names) == {"HuggingFace"} and is_hub_name(first["path"]):
-        return described | {
-            "dataset": first["path"],
-            "config": first.get("name"),
-            "revision": first.get("revision"),
-        }
     return described | {"config": None, "revision": queries}
 
 

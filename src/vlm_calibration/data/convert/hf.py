@@ -139,6 +139,10 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
     local = Path(path)
     if not local.exists() and not is_hub_name(path):
         raise DataError(f"{path}: no such file or folder, and no name of a data set on the Hub (OWNER/NAME)")
+    if local.exists() and (name or revision):
+        raise DataError(
+            f"{path}: --name and --revision are for a data set on the Hub, and this is a file or folder"
+        )
     try:
         if any((local / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(path)
@@ -158,6 +162,9 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
         )
         raise DataError(f"{path}: cannot be opened: {first_line(error)}{advice}") from error
     if not isinstance(loaded, dict):
+        own = str(loaded.split or split)
+        if split is not None and own.split("[")[0] != split.split("[")[0]:
+            raise DataError(f"{path}: --split: this is the split {own!r}, expected {split!r}")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))

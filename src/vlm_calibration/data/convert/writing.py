@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -81,7 +82,7 @@ class QueryWriter:
             )
             for where, queries in source:
                 for record in self._attempt(where, queries) or ():
-                    self._attempt(where, lambda record=record: self._add(record, file, stack))
+                    self._attempt(where, partial(self._add, record, file, stack))
             if not self.queries:
                 first = next(iter(self.skipped.values()), (0, "the files have no record"))[1]
                 raise DataError(f"no usable query: {first}")
