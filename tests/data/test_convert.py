@@ -393,8 +393,8 @@ def test_embedded_images_are_written_once_beside_the_queries(
     assert len(files) == len({q.image for q in queries}) == 2
     assert convert(hf(path)) == queries, "overwritten"
     (tmp_path / "queries.jsonl").unlink()
-    with pytest.raises(DataError, match="queries_images: exists already"):
-        QueryWriter(tmp_path / "queries.jsonl").write(hf(path))
+    with pytest.raises(DataError, match="queries_images: exists already: --overwrite replaces it$"):
+        QueryWriter(tmp_path / "queries.jsonl", skip_bad=True).write(hf(path))
     assert not (tmp_path / "queries.jsonl").exists()
 
 

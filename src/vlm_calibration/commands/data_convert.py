@@ -55,12 +55,11 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
                 f"image paths are relative to {writer.root}: set `root: {writer.root}` in every source that reads them"
             )
         print(f"next: vlm-calibration data split {output.out}{root}")
-        print(
-            f"{writer.regions} queries have regions; the others need them for perturbation, if an object is asked about:"
-        )
-        print(
-            f"  vlm-calibration predict --config regions --config data/jsonl --data-root {output.out.parent}"
-        )
+        if missing := writer.queries - writer.regions:
+            print(f"{missing} queries have no regions; if they ask about objects, find them after the split:")
+            print(
+                f"  vlm-calibration predict --config regions --config data/jsonl --data-root {output.out.parent}"
+            )
 
     own = inspect.signature(convert, eval_str=True).parameters.values()
     shared = inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=Output)

@@ -82,7 +82,12 @@ class QueryWriter:
             )
             for where, queries in source:
                 for record in self._attempt(where, queries) or ():
-                    self._attempt(where, partial(self._add, record, file, stack))
+                    if isinstance(record["image"], bytes) and self._unfinished is None:
+                        self._refuse(self._folder)
+                        # Leaving the stack renames the folder before the file that names its images.
+                        self._unfinished = stack.enter_context(replacing(self._folder, sync=False))
+                        self._unfinished.mkdir()
+                    self._attempt(where, partial(self._add, record, file))
             if not self.queries:
                 first = next(iter(self.skipped.values()), (0, "the files have no record"))[1]
                 raise DataError(f"no usable query: {first}")
@@ -100,7 +105,7 @@ class QueryWriter:
             self.skipped[kind] = count + 1, first
             return None
 
-    def _add(self, record: dict[str, Any], file: TextIO, stack: ExitStack) -> None:
+    def _add(self, record: dict[str, Any], file: TextIO) -> None:
         content = record["image"]
         embedded = content if isinstance(content, bytes) else None
         if embedded is not None:
@@ -110,13 +115,17 @@ class QueryWriter:
         query = query_from_dict(record)
         self._checks.check(query, self.queries, has_file=embedded is None)
         if embedded is not None and query.image not in self.image_names:
-            self._write_image(query.image, embedded, stack)
+            assert self._unfinished is not None
+            path = self._unfinished / Path(query.image).relative_to(self._folder.name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(embedded)
         self.image_names.add(query.image)
         self.queries += 1
         self.answer_types[query.answer_type] += 1
         self.regions += bool(query.regions)
+        record = {"id": query.id} | record | {"id": query.id}
         row = {k: v for k, v in record.items() if v or (k == "wrong_answers" and v is not None)}
-        file.write(json.dumps({**row, "id": query.id}, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _name(self, content: bytes) -> str:
         """The path of an embedded image, relative to the folder of `out`."""
@@ -128,15 +137,6 @@ class QueryWriter:
             raise RecordError(f"'image' is no image that Pillow reads: {error}") from error
         digest = blake2b(content, digest_size=16).hexdigest()
         return f"{self._folder.name}/{digest[:2]}/{digest}.{kind}"
-
-    def _write_image(self, name: str, content: bytes, stack: ExitStack) -> None:
-        if self._unfinished is None:
-            self._refuse(self._folder)
-            # Leaving the stack renames the folder before the file that names its images.
-            self._unfinished = stack.enter_context(replacing(self._folder, sync=False))
-        path = self._unfinished / Path(name).relative_to(self._folder.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
 
     def _refuse(self, path: Path) -> None:
         if path.exists() and not self.overwrite:
