@@ -265,6 +265,7 @@ ELSEWHERE: dict[str, str] = {
     "vlm-calibration report RUN --calibration FOLDER": "tests/reporting/test_report.py",
     'make test-fast ARGS="tests/metrics -x"': "runs tests: tests/test_packaging.py has the call",
     'make test ARGS="--durations=50"': "runs this test",
+    "pip install 'vlm-calibration[datasets]'": "downloads; the tests have the extra: tests/data/test_convert.py",
     "pip install 'vlm-calibration[endpoint]'": "downloads; the tests have the extra: tests/endpoint/test_commands.py",
     "pip install coverage": "downloads",
     'coverage run --source src/vlm_calibration -m pytest -m "not slow and not nightly"': "runs tests",
