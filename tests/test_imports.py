@@ -19,7 +19,6 @@ LAYERS = (
         *(
             "records",
             "files",
-            "json_stream",
             "append_log",
             "settings",
             "arguments",

@@ -67,7 +67,7 @@ EXTRAS = {
     "app": "app/",
     "demo": "demo/pictures.py",
     "dashboard": "reporting/dashboard.py",
-    "datasets": "data/sources/hugging_face",
+    "datasets": "data/convert/hf",
     "endpoint": "endpoint/client.py",
     "regions": "regions/tagger.py",
 }

@@ -177,7 +177,27 @@ RUN_BY: dict[str, str] = {
     "vlm-calibration monitor --reference runs/eval --system dpo --new answers.jsonl --by answer_type": (
         "tests/commands/test_monitor.py"
     ),
-    "vlm-calibration data inspect --config data/gqa --data-root DIR": "tests/data/test_gqa.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration data convert",
+            "vlm-calibration data convert sharegpt DIR/conversations.json --out DIR/queries.jsonl --skip-bad",
+            "vlm-calibration data convert hf OWNER/NAME --split train --columns '{answer: label, id: question_id}' --out DIR/queries.jsonl",
+            "vlm-calibration data convert vqav2 DIR/v2_OpenEnded_mscoco_train2014_questions.json DIR/v2_mscoco_train2014_annotations.json --images DIR/train2014 --out DIR/queries.jsonl",
+            "vlm-calibration data convert gqa DIR/train_balanced_questions.json --scene-graphs DIR/train_sceneGraphs.json --images DIR/images --out DIR/queries.jsonl",
+            "vlm-calibration data convert rlaif_v DIR/rlaif_v --out DIR/queries.jsonl --skip-bad",
+        ),
+        "tests/data/test_convert.py",
+    ),
+    "vlm-calibration data split DIR/queries.jsonl": "tests/data/test_split.py",
+    **dict.fromkeys(
+        (
+            "vlm-calibration calibrate --data jsonl --data-root DIR",
+            "vlm-calibration calibrate --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine",
+            "vlm-calibration calibrate levels sft dpo evaluate report --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine",
+            "vlm-calibration calibrate --model qwen2_5_vl_7b --data jsonl --data-root DIR --runs runs/mine --data.grading.open token_f1 --data.grading.rank_levels true",
+        ),
+        "need a GPU and data: tests/test_configs.py parses every command",
+    ),
     **dict.fromkeys(
         (
             "vlm-calibration estimate-memory --config model/qwen2_5_vl_7b",
@@ -198,6 +218,7 @@ RUN_BY: dict[str, str] = {
     "vlm-calibration report RUN --calibration FOLDER": "tests/reporting/test_report.py",
     'make test-fast ARGS="tests/metrics -x"': "runs tests: tests/test_packaging.py has the call",
     'make test ARGS="--durations=50"': "runs this test",
+    "pip install 'vlm-calibration[datasets]'": "downloads; the tests have the extra: tests/data/test_convert.py",
     "pip install 'vlm-calibration[endpoint]'": "downloads; the tests have the extra: tests/endpoint/test_commands.py",
     "pip install coverage": "downloads",
     'coverage run --source src/vlm_calibration -m pytest -m "not slow and not nightly"': "runs tests",

@@ -68,6 +68,7 @@ class Query:
         synonyms: further correct answers.
         absent: objects that the answer says are not in the image, repeated from `objects` or not. Without any, the form of the
             question and its answer decide (see `text.labels.absent_objects`).
+        wrong_answers: plausible wrong answers; empty if none is, None if the data does not say.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Query:
     category: str | None = None
     synonyms: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    wrong_answers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def query_from_dict(data: Any) -> Query:
         category=category,
         synonyms=_texts(data, "synonyms"),
         absent=_texts(data, "absent"),
+        wrong_answers=None if data.get("wrong_answers") is None else _texts(data, "wrong_answers"),
     )
 
 

@@ -172,14 +172,13 @@ def test_a_broken_image_is_named_once(
     assert capsys.readouterr().out.count(str(tmp_path / "cut.jpg")) == 1
 
 
-@pytest.mark.parametrize("overlay", ["jsonl", "parquet", "rlaif_v", "coco"])
+@pytest.mark.parametrize("overlay", ["jsonl", "parquet", "coco"])
 def test_shipped_overlays_are_understood(call: Callable[..., Ended], root: Path, overlay: str) -> None:
     ended = call("data", "inspect", "--config", str(root / f"configs/data/{overlay}.yaml"))
     assert ended.status == 1
     says = {
         "jsonl": "data/train.jsonl",
         "parquet": "data/train.parquet",
-        "rlaif_v": "data/rlaif_v",
         "coco": "data/pope/coco_pope_random.json",
     }
     assert says[overlay] in ended.error()
@@ -188,7 +187,7 @@ def test_shipped_overlays_are_understood(call: Callable[..., Ended], root: Path,
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        ([], "missing: one of inspect, split, fetch; see `vlm-calibration data --help`", 2),
+        ([], "missing: one of inspect, convert, split, fetch; see `vlm-calibration data --help`", 2),
         (["look"], "invalid choice: 'look'", 2),
         (["inspect"], "nothing to inspect: give --config FILE", 2),
         (["inspect", "--config", "none.yaml"], "'none.yaml' is neither a file nor a preset", 2),

@@ -90,18 +90,6 @@ def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path)
     assert first.revision == calibration.revision != queries.revision
 
 
-def test_a_data_set_of_the_hub_keeps_its_name_and_revision(tmp_path: Path) -> None:
-    source = {
-        "class_path": "vlm_calibration.data.sources.hugging_face.HuggingFaceSource",
-        "init_args": {"path": "org/vqa", "name": "small", "split": "validation", "revision": "abc"},
-    }
-    found = read_evaluation(_write(tmp_path / "hub", source=source), DPO)
-    assert (found.dataset, found.config, found.split) == ("org/vqa", "small", "validation")
-    assert found.revision == "abc"
-    source["init_args"]["path"] = str(tmp_path)
-    assert read_evaluation(_write(tmp_path / "local", source=source), DPO).dataset == "huggingface"
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

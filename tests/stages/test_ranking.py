@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,6 @@ from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import LEVELS, PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.sources.parquet import ParquetSource
-from vlm_calibration.data.sources.rlaif_v import RlaifVSource
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.forward import unwrap_peft
@@ -39,8 +36,7 @@ from ..command_line import Ended
 
 Data = Callable[..., PerturbedQueryDataModule]
 RANKING = Grading(rank_levels=True)
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-TEXTS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "image_path")
+GRADING = {"open": "token_f1", "rank_levels": True}
 SCENES = 30
 
 
@@ -180,77 +176,39 @@ def _label(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rlaif_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo's images under RLAIF-V's columns, and regions extracted for them."""
-    folder = tmp_path_factory.mktemp("rlaif")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's images, and open queries about them with regions and a rejected answer, as of RLAIF-V."""
+    folder = tmp_path_factory.mktemp("pairs")
     source = DemoSource("calibration", scenes=SCENES, first=500)
-    rows, queries = [], []
+    queries = []
     corners = [q for q in source.queries() if q.answer_type == "short"]
     for i, query in enumerate(corners):
-        loaded, file = source.load(query), BytesIO()
-        Image.fromarray(loaded.image).save(file, "PNG")
-        rejected = next(iter(source.wrong_answers(query)))
-        rows.append(
-            {
-                "ds_name": "RLAIF-V",
-                "image": {"bytes": file.getvalue(), "path": f"{i}.png"},
-                "question": query.question,
-                "chosen": _label(query.answer),
-                "rejected": _label(rejected),
-                "origin_dataset": "demo",
-                "origin_split": "{}",
-                "idx": i,
-                "image_path": f"{i}.png",
-            }
-        )
+        loaded = source.load(query)
+        Image.fromarray(loaded.image).save(folder / f"{i}.png")
         (mask,) = loaded.evidence
         ys, xs = mask.nonzero()
         box = [float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
-        region = {"label": query.answer, "box": box, "mask": None, "score": 0.9}
         queries.append(
             {
-                "id": f"rlaif-v-{i}",
-                "image": str(i),
+                "id": f"row-{i}",
+                "image": f"{i}.png",
                 "question": query.question,
                 "answer": _label(query.answer),
                 "answer_type": "open",
                 "objects": [query.answer],
-                "regions": [region],
+                "regions": [{"label": query.answer, "box": box, "mask": None, "score": 0.9}],
                 "category": "demo",
+                "wrong_answers": [_label(next(iter(source.wrong_answers(query))))],
             }
         )
-    (folder / "files").mkdir()
-    schema = pa.schema([*((n, pa.string()) for n in TEXTS), ("image", IMAGE), ("idx", pa.int64())])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "files/a.parquet", row_group_size=8)
-    names = [q.image for q in RlaifVSource(str(folder / "files")).queries()]
-    queries = [{**query, "image": name} for query, name in zip(queries, names, strict=True)]
     pq.write_table(pa.Table.from_pylist(queries), folder / "queries.parquet")
     return folder
 
 
-def test_a_file_of_regions_keeps_the_rejected_answers_of_its_data_set(rlaif_v: Path) -> None:
-    """Also before any image is loaded."""
-    images = RlaifVSource(str(rlaif_v / "files"))
-    source = ParquetSource(str(rlaif_v / "queries.parquet"), images=images)
-    rejected = [source.wrong_answers(q) for q in source.queries()]
-    assert len(rejected) == SCENES
-    table = pq.read_table(rlaif_v / "files").column("rejected").to_pylist()
-    assert rejected == [[text] for text in table]
-
-
 def _source(folder: Path, begin: float, end: float) -> dict[str, Any]:
-    images = {
-        "class_path": "vlm_calibration.data.sources.rlaif_v.RlaifVSource",
-        "init_args": {"path": str(folder / "files"), "unpacked": str(folder / "unpacked")},
-    }
     return {
         "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
-        "init_args": {
-            "path": str(folder / "queries.parquet"),
-            "images": images,
-            "begin": begin,
-            "end": end,
-        },
+        "init_args": {"path": str(folder / "queries.parquet"), "begin": begin, "end": end},
     }
 
 
@@ -272,7 +230,7 @@ def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: 
                 **sections.get("model", {}),
             }
         },
-        "data": {"workers": 0, "eval_batch_size": 64, **sections.get("data", {})},
+        "data": {"workers": 0, "eval_batch_size": 64, "grading": GRADING, **sections.get("data", {})},
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
@@ -281,7 +239,7 @@ def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: 
 
 
 def _is_graded(answered: dict[str, Any]) -> bool:
-    """Whether an answer counts as correct by the rule of the preset."""
+    """Whether an answer counts as correct by the rule of `GRADING`."""
     grading = Grading(open="token_f1")
     return grade(answered["text"], answered["answer"], "open", grading=grading).correct is answered["correct"]
 
@@ -291,12 +249,12 @@ def _callbacks(*names: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.nightly
-def test_rlaif_v_from_levels_to_evaluation(
-    run: Callable[..., Ended], root: Path, rlaif_v: Path, tmp_path: Path
+def test_pairs_of_answers_from_levels_to_evaluation(
+    run: Callable[..., Ended], root: Path, pairs: Path, tmp_path: Path
 ) -> None:
     levels = str(tmp_path / "levels.json")
-    held_out = _source(rlaif_v, 0.0, 0.8)
-    measuring = ("levels", "data/rlaif_v")
+    held_out = _source(pairs, 0.0, 0.8)
+    measuring = ("levels", "data/jsonl")
 
     # By exact match no answer is correct, and no table is written.
     exact = {"levels": held_out, "grading": {"open": "exact", "rank_levels": False}}
@@ -323,8 +281,8 @@ def test_rlaif_v_from_levels_to_evaluation(
     assert 0.2 <= table.accuracy(Perturbation("noise", 1.0), "open") <= 0.7, "two answers to choose between"
 
     trained = {
-        "train": _source(rlaif_v, 0.0, 0.8),
-        "validation": _source(rlaif_v, 0.8, 1.0),
+        "train": _source(pairs, 0.0, 0.8),
+        "validation": _source(pairs, 0.8, 1.0),
         "batch_size": 8,
         "noise": {
             "levels": {
@@ -335,7 +293,7 @@ def test_rlaif_v_from_levels_to_evaluation(
     }
     writers = _callbacks("adapter.AdapterWriter", "predictions.PredictionWriter")
     trainer = {"callbacks": writers}
-    presets = ("data/rlaif_v", "experiment/anchored")
+    presets = ("data/jsonl", "experiment/anchored")
     ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
     assert ended.status == 0, ended.err
     card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
@@ -363,9 +321,9 @@ def test_rlaif_v_from_levels_to_evaluation(
 
     evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}}
     parts = {"test": (0.0, 0.8), "calibration": (0.8, 1.0)}
-    graded = {name: {"own": {"source": _source(rlaif_v, *part)}} for name, part in parts.items()}
+    graded = {name: {"own": {"source": _source(pairs, *part)}} for name, part in parts.items()}
     settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated, "data": graded}
-    command = _configured(root, tmp_path, "eval", "eval/jsonl", "data/rlaif_v", **settings)
+    command = _configured(root, tmp_path, "eval", "eval/jsonl", "data/jsonl", **settings)
     ended = run("test", *command)
     assert ended.status == 0, ended.err
     for system in ("base", "dpo"):

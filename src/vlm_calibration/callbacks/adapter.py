@@ -126,7 +126,6 @@ class AdapterWriter(L.Callback):
             training=_training(trained, data, trainer.global_step),
             levels=_taught(data.noise),
             results={name: _overall(values) for name, values in self.validated(trainer).items()},
-            datasets=_hub_datasets(data),
             license=base_license(trained.base.name_or_path, trained.base.revision),
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
@@ -192,12 +191,6 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
         if module.fitted is not None:
             parts["teacher"] = repr(module.fitted)
     return parts
-
-
-def _hub_datasets(data: PerturbedQueryDataModule) -> list[str]:
-    """The data sets on the Hub that the training queries come from."""
-    name = None if data.train is None else data.train.hub_dataset
-    return [] if name is None else [name]
 
 
 def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:

@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dashboard": ("vlm_calibration.commands.dashboard:dashboard", "a workspace and a report in W&B, as code"),
     "data": (
         "vlm_calibration.commands.data:SUBCOMMANDS",
-        "`data inspect`: what sources hold and share; `split`: one file into four; `fetch`: POPE and AMBER",
+        "`data inspect`: what sources hold and share; `convert`: published formats; `split`: one file into four; `fetch`: POPE and AMBER",
     ),
     "config": (
         "vlm_calibration.commands.config:SUBCOMMANDS",

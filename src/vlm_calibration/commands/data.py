@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands, with_full_help
+from vlm_calibration.commands.data_convert import CONVERT
 from vlm_calibration.commands.data_fetch import fetch
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.errors import CommandError, explained_errors
@@ -91,8 +92,8 @@ def inspect(
 
 
 SUBCOMMANDS = Subcommands(
-    "Examine data before training on it, split it, and fetch benchmarks.",
-    {"inspect": inspect, "split": split, "fetch": fetch},
+    "Convert published data to queries, split them, examine them before training, and fetch benchmarks.",
+    {"inspect": inspect, "convert": CONVERT, "split": split, "fetch": fetch},
 )
 
 

@@ -18,8 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.sources.base import QuerySource, queries_digest
-from vlm_calibration.data.sources.parquet import ParquetSource
-from vlm_calibration.data.sources.tables import schema_of
+from vlm_calibration.data.sources.parquet import ParquetSource, schema_of
 from vlm_calibration.files import name_some
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import settings_digest
@@ -190,4 +189,4 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
 
 def _read_note(path: Path) -> dict[str, Any]:
     """The note of a file of regions; empty for another Parquet file."""
-    return json.loads((schema_of([path]).metadata or {}).get(NOTE, b"{}"))
+    return json.loads((schema_of(path).metadata or {}).get(NOTE, b"{}"))

@@ -13,7 +13,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from vlm_calibration.hub import is_hub_name
 from vlm_calibration.models.base import read_object
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
@@ -120,10 +119,6 @@ def _describe(sources: Sequence[Mapping[str, Any]], queries: str) -> dict[str, A
     kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}
     settings = [source.get("init_args") or {} for source in sources]
     split = "+".join(sorted({str(s.get("split") or "test") for s in settings}))
-    data_sets = {(s.get("path"), s.get("name"), s.get("revision")) for s in settings}
-    if kinds == {"HuggingFace"} and len(data_sets) == 1 and is_hub_name(settings[0]["path"]):
-        [(path, config, revision)] = data_sets
-        return {"dataset": path, "config": config, "split": split, "revision": revision}
     dataset = "+".join(sorted(kind.lower() for kind in kinds))
     return {"dataset": dataset, "config": None, "split": split, "revision": queries}
 

@@ -130,11 +130,6 @@ class QuerySource(ABC):
     on_bad_record: OnBadRecord = "raise"
     annotates_all = False
 
-    @property
-    def hub_dataset(self) -> str | None:
-        """Name of the data set on the Hugging Face Hub; None for data from elsewhere."""
-        return None
-
     @abstractmethod
     def queries(self) -> Sequence[Query]:
         """All queries, in the same order on every call, ids unique.
@@ -194,8 +189,11 @@ class QuerySource(ABC):
     def wrong_answers(self, query: Query) -> Sequence[str]:
         """Plausible wrong answers to a query, possibly none.
 
-        The opposite of yes or no; for a short answer, the labels of other objects in the image.
+        Those of the record, if it has any or says that there are none. Otherwise the opposite of yes or no; for a short answer, the
+        labels of other objects in the image.
         """
+        if query.wrong_answers is not None:
+            return query.wrong_answers
         if query.answer_type != "short":
             return opposite(query)
         labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))

@@ -13,9 +13,6 @@ import numpy as np
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
 
-MAX_CHECKED_IMAGES = 100_000
-"""Number of image names that are remembered as existing while a file is checked."""
-
 
 class ImageFolder:
     """A folder of images; refuses paths that leave it.
@@ -59,25 +56,6 @@ class ImageFolder:
             ImageError: the file cannot be read.
         """
         return load_image(self.path(name))
-
-
-class ImageChecks:
-    """Checks that images exist, each once, while the records of a file are checked.
-
-    Args:
-        folder: the folder of the images.
-    """
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
-        self._existing: set[str] = set()
-
-    def check(self, name: str) -> None:
-        """See `ImageFolder.check`."""
-        if name not in self._existing:
-            self.folder.check(name)
-            if len(self._existing) < MAX_CHECKED_IMAGES:
-                self._existing.add(name)
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vlm_calibration.data.sources.base import (
     BadRecords,
@@ -14,13 +13,13 @@ from vlm_calibration.data.sources.base import (
     QuerySource,
     with_regions,
 )
+from vlm_calibration.data.sources.checks import RecordChecks
 from vlm_calibration.data.sources.data_root import MissingFileError
-from vlm_calibration.data.sources.images import ImageChecks, ImageFolder
+from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import json_lines, parse_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
-from vlm_calibration.text.labels import check_answer
 
 PARQUET = b"PAR1"
 """The first bytes of a Parquet file."""
@@ -57,18 +56,8 @@ class JsonlSource(QuerySource):
         if not self.path.exists():
             raise MissingFileError(self.path)
         self.bad = BadRecords(self.on_bad_record)
-        first_lines: dict[str, int] = {}
-        checks = ImageChecks(self.images)
+        checks = RecordChecks(self.images, "on line")
         offsets = array("q")
-
-        def convert(value: Any) -> Query:
-            query = query_from_dict(value)
-            check_answer(query)
-            _check_image(query, checks)
-            if query.id in first_lines:
-                raise RecordError(f"duplicate id {query.id!r}, first seen on line {first_lines[query.id]}")
-            return query
-
         size = self.path.stat().st_size / MB if self.path.is_file() else 0.0
         lines = json_lines(self.path)
         for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
@@ -78,12 +67,11 @@ class JsonlSource(QuerySource):
                     "class_path: vlm_calibration.data.sources.parquet.ParquetSource"
                 )
             try:
-                query = line.read(convert)
-            except DataError as error:
-                self.bad.add(str(error), error)
-                continue
-            first_lines[query.id] = line.number
-            offsets.append(line.offset)
+                checks.check(query_from_dict(parse_json(line.content)), line.number)
+            except RecordError as error:
+                self.bad.add(f"{line.where}: {error}", error)
+            else:
+                offsets.append(line.offset)
         self.bad.report(len(offsets))
         if not offsets:
             raise DataError(f"{self.path}: no usable query in this file")
@@ -110,10 +98,3 @@ class JsonlSource(QuerySource):
             return with_regions(query, self.images.load(query.image))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
-
-
-def _check_image(query: Query, checks: ImageChecks) -> None:
-    try:
-        checks.check(query.image)
-    except RecordError as error:
-        raise RecordError(f"record {query.id!r}: {error}") from error

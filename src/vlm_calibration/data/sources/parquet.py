@@ -1,31 +1,35 @@
 """Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
 
-The columns are the keys of a query. Images are files below a data root, are embedded in the file, or come from another source.
+The columns are the keys of a query. Images are files below a data root, are embedded in the file, or come from another source. Texts
+stay in memory as Arrow arrays, about one byte a character. Embedded images do not: a row group of them is read at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from vlm_calibration.data.sources.base import BadRecords, OnBadRecord, QuerySource
-from vlm_calibration.data.sources.checks import suspects
-from vlm_calibration.data.sources.images import ImageFolder
-from vlm_calibration.data.sources.tables import (
-    EmbeddedImages,
-    TableSource,
-    is_embedded,
-    parquet_files,
-    read_columns,
-    region_without_nulls,
-    schema_of,
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
 )
+from vlm_calibration.data.sources.checks import RecordChecks
+from vlm_calibration.data.sources.data_root import MissingFileError
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import first_line
+from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
-from vlm_calibration.text.labels import check_answer
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError, query_from_dict
 
 _TEXT = pa.string()
 REGION = pa.struct(
@@ -45,22 +49,24 @@ OPTIONAL = {
     "category": _TEXT,
     "synonyms": pa.list_(_TEXT),
     "absent": pa.list_(_TEXT),
+    "wrong_answers": pa.list_(_TEXT),
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
-REPEATING = ("image", "answer", "answer_type", "category")
-"""Columns with repeating values, read as dictionaries."""
+ROW = "row-"
+"""Prefix of the name of an embedded image: "row-17"."""
+BATCH = 1000
+"""Rows that are decoded at once when a file is checked."""
 
 
-class ParquetSource(TableSource):
-    """One query a row. The columns are checked when the file is opened, and stay in memory as Arrow arrays.
+class ParquetSource(QuerySource):
+    """One query a row. Every row is checked when `queries` is first called.
 
     Args:
         path: a Parquet file, or a folder of them, read in the order of their names.
         root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
         images: the source that loads the images, e.g. the one that regions were extracted from; the column `image` holds its
-            image names. None: images are files or embedded.
-        unpacked: folder that embedded images are unpacked into; None: each read of an image reads a whole row group.
+            image names. None: images are files or embedded ({bytes, path}).
         begin: use the queries from this share on, in [0, 1]. With `end`, one file serves for training and validation, since
             queries about one image are mostly adjacent.
         end: use the queries up to this share, in [0, 1].
@@ -72,175 +78,172 @@ class ParquetSource(TableSource):
         path: str,
         root: str | None = None,
         images: QuerySource | None = None,
-        unpacked: str | None = None,
         begin: float = 0.0,
         end: float = 1.0,
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
         if not 0 <= begin < end <= 1:
             raise DataError(f"ParquetSource: needs 0 <= begin < end <= 1, found {begin} and {end}")
-        super().__init__(path, unpacked, on_bad_record)
+        self.path = Path(path)
         folder = self.path if self.path.is_dir() else self.path.parent
         self.root = Path(root) if root is not None else folder
         self.images = images
         self.begin, self.end = begin, end
-        self._files = ImageFolder(self.root)
+        self.on_bad_record = on_bad_record
+        self.bad = BadRecords(on_bad_record)
+        self._folder = ImageFolder(self.root)
+        self._rows: np.ndarray | None = None
+        self._cached: tuple[int, Any] | None = None
 
-    def _open(self) -> np.ndarray:
-        files = parquet_files(self.path)
-        schema = schema_of(files)
-        self._check_columns(schema)
-        columns = [n for n in schema.names if n in REQUIRED | OPTIONAL]
-        if is_embedded(schema.field("image").type):
-            columns.remove("image")
-            self._embedded = EmbeddedImages(files, "image", self.unpacked)
-        repeating = [n for n in REPEATING if n in columns and pa.types.is_string(schema.field(n).type)]
-        self._table = _cast_columns(read_columns(files, columns, repeating))
-        rows = self._valid_rows()
-        self.bad.report(len(rows))
-        part = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
-        if not len(rows):
-            raise DataError(f"{self.path}: no usable query in this file")
-        if not len(part):
-            raise DataError(
-                f"{self.path}: none of its {len(rows)} queries is between the shares {self.begin:g} and {self.end:g}: move "
-                "begin and end, or use more queries"
-            )
-        return part
+    def queries(self) -> Sequence[Query]:
+        return LazyQueries(len(self.row_numbers()), self._query)
 
-    def _check_columns(self, schema: pa.Schema) -> None:
-        for name in schema.names:
-            if name not in REQUIRED | OPTIONAL and name not in NOTES:
-                columns = ", ".join([*REQUIRED, *OPTIONAL])
-                raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {columns}")
-        for name, expected in REQUIRED.items():
-            if name not in schema.names:
-                raise DataError(f"{self.path}: no column {name!r}")
-            actual = schema.field(name).type
-            numbered = name == "id" and pa.types.is_integer(actual)
-            if not (_is_text(actual) or numbered or (name == "image" and is_embedded(actual))):
-                also = " or whole numbers" if name == "id" else ""
+    def row_numbers(self) -> np.ndarray:
+        """Row of each of `queries` in the file, or in the files of the folder as if they were one; int64 [N]."""
+        if self._rows is None:
+            self._open()
+            rows = self._valid_rows()
+            self._rows = rows[round(self.begin * len(rows)) : round(self.end * len(rows))]
+            if not len(self._rows):
                 raise DataError(
-                    f"{self.path}: the column {name!r} must be of type {expected}{also}, found {actual}"
+                    f"{self.path}: none of its {len(rows)} queries is between the shares {self.begin:g} and {self.end:g}: move "
+                    "begin and end, or use more queries"
                 )
-        for name, expected in OPTIONAL.items():
-            if name in schema.names and not _is_readable_as(schema.field(name).type, expected):
-                actual = schema.field(name).type
+        return self._rows
+
+    def _open(self) -> None:
+        """Read the texts of all files into one table, and find the row groups of embedded images."""
+        if not self.path.exists():
+            raise MissingFileError(self.path)
+        is_folder = self.path.is_dir()
+        files = sorted(f for f in self.path.glob("*.parquet") if f.is_file()) if is_folder else [self.path]
+        if not files:
+            raise DataError(f"{self.path}: cannot read the queries: no *.parquet file in this folder")
+        schema = schema_of(files[0])
+        for name in (n for n in schema.names if n not in {**REQUIRED, **OPTIONAL} and n not in NOTES):
+            columns = ", ".join([*REQUIRED, *OPTIONAL])
+            raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {columns}")
+        for name in (n for n in REQUIRED if n not in schema.names):
+            raise DataError(f"{self.path}: no column {name!r}")
+        image = schema.field("image").type
+        self._is_embedded = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
+        columns = [n for n in schema.names if n not in NOTES and not (n == "image" and self._is_embedded)]
+        self._groups: list[tuple[Path, int]] = []
+        lengths, tables = [], []
+        for file in files:
+            try:
+                metadata = pq.read_metadata(file)
+                tables.append(pq.read_table(file, columns=columns))
+                self._table = pa.concat_tables(tables, promote_options="permissive")
+            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                 raise DataError(
-                    f"{self.path}: the column {name!r} must be of type {expected}, found {actual}"
-                )
+                    f"{file}: cannot read the columns {', '.join(columns)}: {first_line(error)}"
+                ) from error
+            self._groups += [(file, i) for i in range(metadata.num_row_groups)]
+            lengths += [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._ends = list(accumulate(lengths))
 
     def _valid_rows(self) -> np.ndarray:
-        """Indices of the rows that hold a valid query."""
+        """Indices of the rows that hold a valid query, int64, ascending."""
         self.bad = BadRecords(self.on_bad_record)
-        missing = self._missing_images()
-        table = self._table
-        suspect_rows = np.union1d(suspects(table), missing)
-        valid = np.ones(table.num_rows, dtype=bool)
-        first: dict[str, int] = {}
-        if len(suspect_rows):
-            first = {value: row for row, value in reversed(list(enumerate(table.column("id").to_pylist())))}
-        for row in map(int, suspect_rows):
+        has_files = self.images is None and not self._is_embedded
+        checks, valid = RecordChecks(self._folder, "in row"), []
+        batches = self._table.to_batches(max_chunksize=BATCH)
+        records = (record for batch in batches for record in batch.to_pylist())
+        total = self._table.num_rows
+        for row, record in enumerate(track(records, f"checking {self.path}", total, "records")):
             try:
-                query = self._read(row)
-                check_answer(query)
-                if first[query.id] != row:
-                    raise RecordError(f"duplicate id {query.id!r}, first seen in row {first[query.id]}")
-                if self._has_files:
-                    self._check_image(query)
+                checks.check(self._make(row, record), row, has_files)
             except RecordError as error:
                 self.bad.add(f"{self.path}: row {row}: {error}", error)
-                valid[row] = False
-        return np.flatnonzero(valid)
+            else:
+                valid.append(row)
+        self.bad.report(len(valid))
+        if not valid:
+            raise DataError(f"{self.path}: no usable query in this file")
+        return np.array(valid, dtype=np.int64)
 
-    @property
-    def _has_files(self) -> bool:
-        return self.images is None and self._embedded is None
-
-    def _missing_images(self) -> np.ndarray:
-        """Rows whose image is no file below the root; each name is checked once."""
-        if not self._has_files:
-            return np.empty(0, dtype=np.int64)
-        column = self._table.column("image")
-        missing = []
-        names = column.unique().to_pylist()
-        for name in track(names, f"checking the images of {self.path}", len(names), "images"):
-            try:
-                if name is not None and "\0" not in name:
-                    self._files.check(name)
-            except RecordError:
-                missing.append(name)
-        if not missing:
-            return np.empty(0, np.int64)
-        return np.flatnonzero([name in missing for name in column.to_pylist()])
-
-    def _check_image(self, query: Query) -> None:
-        try:
-            self._files.check(query.image)
-        except RecordError as error:
-            raise RecordError(f"record {query.id!r}: {error}") from error
-
-    def _read(self, row: int) -> Query:
-        [record] = self._table.slice(row, 1).to_pylist()
-        if self._embedded is not None:
-            record["image"] = self._embedded.name(row)
-        record["regions"] = [region_without_nulls(region) for region in record.get("regions") or ()]
+    def _make(self, row: int, record: dict[str, Any]) -> Query:
+        if self._is_embedded:
+            record["image"] = f"{ROW}{row}"
+        if isinstance(regions := record.get("regions"), list):
+            record["regions"] = [_without_nulls(region) for region in regions]
         return query_from_dict(record)
+
+    def _query(self, index: int) -> Query:
+        row = int(self.row_numbers()[index])
+        return self._make(row, self._table.slice(row, 1).to_pylist()[0])
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if self.images is not None and query.answer_type == "open":
             return self.images.wrong_answers(query)
         return super().wrong_answers(query)
 
-    def row_numbers(self) -> np.ndarray:
-        """Row of each of `queries` in the file, or in the files of the folder as if they were one; int64 [N]."""
-        return self._opened_rows()
-
     def image_file(self, query: Query) -> Path | None:
-        self._opened_rows()
+        self.row_numbers()
         if self.images is not None:
             return self.images.image_file(query)
-        return self._files.path(query.image) if self._has_files else None
+        return None if self._is_embedded else self._folder.path(query.image)
 
     def image_id(self, query: Query) -> str:
-        return super().image_id(query) if self.images is None else self.images.image_id(query)
+        self.row_numbers()
+        if self.images is not None:
+            return self.images.image_id(query)
+        return f"{self.path.resolve()}:{query.image}" if self._is_embedded else super().image_id(query)
 
     def image_content(self, query: Query) -> Path | bytes | np.ndarray:
-        return super().image_content(query) if self.images is None else self.images.image_content(query)
-
-    def _image(self, query: Query) -> np.ndarray:
+        self.row_numbers()
         if self.images is not None:
-            return self.images.load(query).image
-        return (self._embedded or self._files).load(query.image)
+            return self.images.image_content(query)
+        if not self._is_embedded:
+            return super().image_content(query)
+        try:
+            return self._embedded(query.image)
+        except RecordError as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+
+    def load(self, query: Query) -> LoadedImage:
+        self.row_numbers()  # nobody calls `queries` of a source that only loads another source's images
+        try:
+            if self.images is not None:
+                image = self.images.load(query).image
+            elif self._is_embedded:
+                image = load_image(self._embedded(query.image), name=query.image)
+            else:
+                image = self._folder.load(query.image)
+            return with_regions(query, image)
+        except (RecordError, ImageError) as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+
+    def _embedded(self, name: str) -> bytes:
+        """The encoded bytes of an embedded image; the last row group stays in memory."""
+        row = int(name.removeprefix(ROW))
+        group = bisect_right(self._ends, row)
+        if self._cached is None or self._cached[0] != group:
+            file, number = self._groups[group]
+            images = pq.ParquetFile(file).read_row_group(number, columns=["image.bytes"]).column("image")
+            self._cached = group, images.combine_chunks().flatten()[0]
+        content = self._cached[1][row - (self._ends[group - 1] if group else 0)].as_py()
+        if not content:
+            raise RecordError(f"{name} holds no image bytes")
+        return bytes(content)
 
 
-def _cast_columns(table: pa.Table) -> pa.Table:
-    """Cast texts and lists of texts to the types in `REQUIRED` and `OPTIONAL`, and drop columns of type null."""
-    for index, field in reversed(list(enumerate(table.schema))):
-        expected = REQUIRED.get(field.name) or OPTIONAL[field.name]
-        is_null = pa.types.is_null(field.type) or (
-            field.name == "regions" and pa.types.is_null(field.type.value_type)
-        )
-        if is_null:
-            table = table.remove_column(index)
-        elif field.name != "regions" and not pa.types.is_dictionary(field.type):
-            table = table.set_column(index, field.name, table.column(index).cast(expected))
-    return table
+def schema_of(file: Path) -> pa.Schema:
+    """The schema of a Parquet file.
+
+    Raises:
+        DataError: the file is not a Parquet file.
+    """
+    try:
+        return pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file}: not a Parquet file: {first_line(error)}") from error
 
 
-def _is_text(dtype: pa.DataType) -> bool:
-    inner = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
-    return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
-
-
-def _is_readable_as(actual: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether values of type `actual` can be read as `expected`; a column of type null always can."""
-    if pa.types.is_null(actual):
-        return True
-    if pa.types.is_list(expected):
-        return (pa.types.is_list(actual) or pa.types.is_large_list(actual)) and _is_readable_as(
-            actual.value_type, expected.value_type
-        )
-    if pa.types.is_struct(expected):
-        return pa.types.is_struct(actual) and {"label", "box"} <= {field.name for field in actual}
-    return _is_text(actual)
+def _without_nulls(region: Any) -> Any:
+    """A region without a mask that Parquet filled with nulls."""
+    mask = region.get("mask") if isinstance(region, Mapping) else None
+    if mask is not None and all(value is None for value in mask.values()):
+        return {**region, "mask": None}
+    return region

@@ -1,0 +1,101 @@
+"""Reading the files of published data sets record by record, and naming the place of what is wrong in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import ijson
+
+from vlm_calibration.files import json_lines, parse_json
+from vlm_calibration.records import DataError, RecordError
+
+Queries: TypeAlias = Callable[[], list[dict[str, Any]]]
+"""Returns the queries of a record as objects with the keys of a query; `image` is the name of a file or its bytes. Raises a
+`RecordError` for a record that cannot be asked. A missing key or a value of another type needs no check: see `explained`."""
+Source: TypeAlias = Iterator[tuple[str, Queries]]
+"""The place of each record, such as "FILE:7", and its queries."""
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turn what goes wrong with a record into an error that begins with its place.
+
+    Raises:
+        DataError: the block raised a `RecordError`, did not find a key or index, or used a value of another type.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except KeyError as error:
+        raise DataError(f"{where}: no key {error}") from error
+    except RecordError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: not of this format: {error}") from error
+
+
+def json_values(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The place and value of all values in a JSON file at a prefix of ijson: "item" of an array, "questions.item" of one at a key.
+
+    Raises:
+        DataError: the file cannot be read, is not JSON, or has no such value.
+    """
+    place, index = prefix.removesuffix("item").removesuffix("."), -1
+    with _opened(path) as file:
+        for index, value in enumerate(ijson.items(file, prefix, use_float=True)):
+            yield f"{path}: {place}[{index}]", value
+    if index < 0:
+        raise DataError(f"{path}: no {place or 'record'} in this file")
+
+
+def json_members(path: Path) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a file that is one JSON object.
+
+    Raises:
+        DataError: the file cannot be read, is not JSON, or is no object.
+    """
+    key = None
+    with _opened(path) as file:
+        for key, value in ijson.kvitems(file, "", use_float=True):
+            yield key, value
+    if key is None:
+        raise DataError(f"{path}: expected an object of records")
+
+
+def json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The place of each record of a JSON array or of JSON lines, and a function that decodes it.
+
+    Raises:
+        DataError: the file cannot be read, or is an array that is not JSON.
+    """
+    with _opened(path) as file:
+        start = next((line for line in file if line.strip()), b"").lstrip()
+    if start.startswith(b"["):
+        for where, value in json_values(path, "item"):
+            yield where, partial(_same, value)
+    else:
+        for line in json_lines(path):
+            yield line.where, partial(parse_json, line.content)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file behind its byte order mark, if it has one."""
+    try:
+        with path.open("rb") as file:
+            if file.read(3) != b"\xef\xbb\xbf":
+                file.seek(0)
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except ijson.JSONError as error:
+        raise DataError(f"{path}: not JSON: {' '.join(str(error).split())}") from error
