@@ -112,9 +112,10 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 def systems_of(config: Mapping[str, Any]) -> list[str]:
     """The systems that the configuration of an evaluation names, in the order of its tables; empty for another run."""
-    if stage_name(str(config["model"].get("class_path") or "")) != "evaluation":
+    model = config.get("model") or {}
+    if stage_name(str(model.get("class_path") or "")) != "evaluation":
         return []
-    settings = config["model"].get("init_args") or {}
+    settings = model.get("init_args") or {}
     return [
         *(["base"] if settings.get("with_base", True) else []),
         *(settings.get("adapters") or {}),
