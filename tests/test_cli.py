@@ -194,10 +194,6 @@ def test_a_mistake_in_the_call(
         ),
         (["--trainer.precision", "bf17"], "or one of 64, 32, 16, bf16, found 'bf17'"),
         (["--data.train.class_path", "no.Source"], "data.train: there is no 'no"),
-        (
-            ["--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"],
-            "LearningRateMonitor",
-        ),
         (["--data.batch_size=many"], "batch_size"),
     ],
 )
@@ -240,6 +236,15 @@ def test_settings_that_cannot_be_used(
     ended = run(command, *fit()[1:], *settings)
     assert says in ended.error()
     assert ended.status == 1
+
+
+def test_what_lightning_refuses_is_a_mistake_in_the_call(
+    run: Callable[..., Ended], fit: Callable[..., list[str]]
+) -> None:
+    """Without a logger there is nothing to log learning rates to."""
+    ended = run(*fit(), "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor")
+    assert "LearningRateMonitor" in ended.error()
+    assert ended.status == 2
 
 
 class Opens:
