@@ -70,5 +70,11 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
 
 CONVERT = Subcommands(
     "Convert published questions about images to a file of queries, as `data split` and all stages read it.",
-    {convert.__name__: _command(convert) for convert in (sharegpt, hf, vqav2, gqa, rlaif_v)},
+    {
+        "sharegpt": _command(sharegpt),
+        "hf": _command(hf),
+        "vqav2": _command(vqav2),
+        "gqa": _command(gqa),
+        "rlaif_v": _command(rlaif_v),
+    },
 )

@@ -98,7 +98,8 @@ def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[
     """The ids of the objects that a question is about, the names that it and its answer give them, and the names of absent objects."""
     ids: set[int] = set()
     found: set[int] = set()
-    names, absent = [], []
+    names: list[str] = []
+    absent: list[str] = []
     for part, spans in (value.get("annotations") or {}).items():
         for objects in spans.values():
             numbers = set(map(int, re.findall(r"\d+", str(objects))))

@@ -45,7 +45,8 @@ def hf(
         columns: key of a query -> its column, where it has another name, e.g. '{answer: label, id: question_id}'
         answer_type: of all answers, where there is no column of it; "infer" tells it from the form of each
     """
-    keys, columns = REQUIRED + OPTIONAL, columns or {}
+    keys = REQUIRED + OPTIONAL
+    columns = columns or {}
     for key in columns:
         if key not in keys:
             raise DataError(

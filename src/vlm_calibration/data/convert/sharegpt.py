@@ -104,7 +104,8 @@ def _message(message: Mapping[str, Any], index: int) -> tuple[str, str, list[Any
     role = ROLES.get(str(name).lower())
     if role is None:
         raise RecordError(f"message {index}: the role must be one of {', '.join(ROLES)}, found {name!r}")
-    texts, images = [], []
+    texts: list[str] = []
+    images: list[Any] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or [None]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part["text"], str):

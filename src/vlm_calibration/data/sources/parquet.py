@@ -129,7 +129,8 @@ class ParquetSource(QuerySource):
         self._is_embedded = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
         columns = [n for n in schema.names if n not in NOTES and not (n == "image" and self._is_embedded)]
         self._groups: list[tuple[Path, int]] = []
-        lengths, tables = [], []
+        lengths: list[int] = []
+        tables: list[pa.Table] = []
         for file in files:
             try:
                 metadata = pq.read_metadata(file)
@@ -147,7 +148,8 @@ class ParquetSource(QuerySource):
         """Indices of the rows that hold a valid query, int64, ascending."""
         self.bad = BadRecords(self.on_bad_record)
         has_files = self.images is None and not self._is_embedded
-        checks, valid = RecordChecks(self._folder, "in row"), []
+        checks = RecordChecks(self._folder, "in row")
+        valid: list[int] = []
         batches = self._table.to_batches(max_chunksize=BATCH)
         records = (record for batch in batches for record in batch.to_pylist())
         total = self._table.num_rows
