@@ -29,11 +29,11 @@ class Subcommands(NamedTuple):
 
     Attributes:
         description: of all of them, for the help.
-        functions: name of a subcommand -> its function.
+        functions: name of a subcommand -> its function, or the command that consists of others.
     """
 
     description: str
-    functions: Mapping[str, Callable[..., Any]]
+    functions: Mapping[str, Any]
 
 
 Command: TypeAlias = Callable[..., Any] | Subcommands

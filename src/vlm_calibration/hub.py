@@ -78,7 +78,7 @@ def loading(what: str, name: str) -> Iterator[None]:
         raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
 
 
-def _shown(what: str, name: str) -> AbstractContextManager[None]:
+def _shown(what: str, name: str) -> AbstractContextManager[Any]:
     """Show how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead."""
     is_download = (
         is_hub_name(name)

@@ -68,7 +68,7 @@ class Progress(ProgressBar):
         if self._lines is not None:
             self._lines.update(self._batches, lambda: _tokens_used(pl_module))
 
-    on_predict_batch_end = on_test_batch_end
+    on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:

@@ -192,7 +192,9 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
         }
     counted = {name: trainer.get(name) for name in TRAINER[command]}
     if counted.get("callbacks"):
-        callbacks = counted["callbacks"] if isinstance(counted["callbacks"], list) else [counted["callbacks"]]
+        callbacks: list[Any] = (
+            counted["callbacks"] if isinstance(counted["callbacks"], list) else [counted["callbacks"]]
+        )
         counted["callbacks"] = [c for c in callbacks if not _is_passive(c)] or None
     return {
         "seed_everything": settings.get("seed_everything"),
@@ -287,7 +289,8 @@ def differences(before: RunRecord, now: RunRecord) -> list[str]:
     lines: list[str] = []
     replaced: list[str] = []
     for name in {**before.settings, **now.settings, **now.inputs}:
-        was, found = before.settings.get(name), now.settings.get(name)
+        was: Any = before.settings.get(name)
+        found: Any = now.settings.get(name)
         contents = before.inputs.get(name), now.inputs.get(name)
         same_name = _is_same_batch(was, found, before) if name == BATCH else _is_same(name, was, found)
         same_content = None in contents or contents[0] == contents[1]

@@ -84,8 +84,8 @@ def training_memory(config: Any) -> Memory:
     strategy = config.trainer.strategy
     size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
     shares = size if isinstance(size, int) else 1
-    held = (size // shares for size in (model.weights, model.gradients, optimizer))
-    return Memory(*held, parameters=model.parameters, trained=model.trained)
+    weights, gradients, optimizer = (part // shares for part in (model.weights, model.gradients, optimizer))
+    return Memory(weights, gradients, optimizer, parameters=model.parameters, trained=model.trained)
 
 
 def _base(config: Any) -> BaseModel:
