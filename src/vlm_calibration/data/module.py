@@ -341,11 +341,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._sets["test"]
 
     @property
-    def calibration_set(self) -> PerturbedQueries | None:
-        """The queries that `test` asks for recalibration, including those answered by an earlier run; None if not set."""
-        return self._sets.get("calibration")
-
-    @property
     def tested_queries(self) -> dict[str, Sequence[Query]]:
         """Name of each data set that `test` answers -> its queries, answered before or not."""
         return {name: self._sets[name].queries for name in self._tested}

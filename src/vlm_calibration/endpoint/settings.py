@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,11 +58,6 @@ class Endpoint:
                 f"--url {shown}: the address may hold neither a user nor parameters, since it is recorded: a key belongs "
                 f"into the environment variable {self.key_variable}"
             )
-
-    @property
-    def deciding(self) -> Mapping[str, Any]:
-        """The settings that decide the answers."""
-        return {name: getattr(self, name) for name in DECIDING}
 
     def key(self) -> str:
         """The key, from the environment.
