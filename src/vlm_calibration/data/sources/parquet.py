@@ -121,8 +121,8 @@ class ParquetSource(QuerySource):
             raise DataError(f"{self.path}: cannot read the queries: no *.parquet file in this folder")
         schema = schema_of(files[0])
         for name in (n for n in schema.names if n not in {**REQUIRED, **OPTIONAL} and n not in NOTES):
-            columns = ", ".join([*REQUIRED, *OPTIONAL])
-            raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {columns}")
+            known = ", ".join([*REQUIRED, *OPTIONAL])
+            raise DataError(f"{self.path}: unknown column {name!r}; a query has the columns {known}")
         for name in (n for n in REQUIRED if n not in schema.names):
             raise DataError(f"{self.path}: no column {name!r}")
         image = schema.field("image").type
