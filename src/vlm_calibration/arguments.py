@@ -33,7 +33,7 @@ class Subcommands(NamedTuple):
     """
 
     description: str
-    functions: Mapping[str, Any]
+    functions: Mapping[str, Callable[..., Any] | Subcommands]
 
 
 Command: TypeAlias = Callable[..., Any] | Subcommands

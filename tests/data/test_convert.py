@@ -212,7 +212,8 @@ def test_vqa(convert: Convert, tmp_path: Path) -> None:
 
 def test_bad_questions_of_vqa(convert: Convert, tmp_path: Path) -> None:
     questions, annotations = write_vqa(tmp_path)
-    for index, changes in enumerate(({"question_id": 99}, {"image_id": "x"}, {"image_id": 7})):
+    faults: list[Record] = [{"question_id": 99}, {"image_id": "x"}, {"image_id": 7}]
+    for index, changes in enumerate(faults):
         change(questions, "questions", index, **changes)
     images = tmp_path / "coco"
     with pytest.raises(
@@ -505,7 +506,11 @@ def test_rlaif_v(convert: Convert, rows: Callable[..., str], tmp_path: Path) -> 
     folder = tmp_path / "rlaif"
     folder.mkdir()
     for name, part in (("a", slice(0, 2)), ("b", slice(2, 3))):
-        columns = {"chosen": ["A dog."] * 3, "rejected": rejected, "origin_dataset": ["COCO", "", "COCO"]}
+        columns: dict[str, list[Any]] = {
+            "chosen": ["A dog."] * 3,
+            "rejected": rejected,
+            "origin_dataset": ["COCO", "", "COCO"],
+        }
         parquet(folder / f"{name}.parquet", **{k: v[part] for k, v in columns.items()})
     queries = convert(rlaif_v(str(folder)))
     assert [(q.answer, q.answer_type) for q in queries] == [("A dog.", "open")] * 3
