@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from PIL import Image
+from vlm_calibration.data.sources.tables import _unpack
 
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
@@ -29,7 +30,6 @@ from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
 from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report
-from vlm_calibration.data.sources.tables import _unpack
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answer_log import AnswerLog

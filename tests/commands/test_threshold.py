@@ -15,11 +15,17 @@ from safetensors.numpy import save_file
 from vlm_calibration import cli
 from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
-from vlm_calibration.metrics.risk_control import Limits, control_risk, graded_answers
+from vlm_calibration.metrics.risk_control import Limits, control_risk
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
-from vlm_calibration.reporting.report.thresholds import category_of, part_of, promises_of
+from vlm_calibration.reporting.report.thresholds import (
+    category_of,
+    graded,
+    one_an_image,
+    part_of,
+    promises_of,
+)
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
@@ -60,10 +66,10 @@ def evaluation(tmp_path: Path) -> Path:
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
         save_file({name: np.zeros(1)}, adapter / "adapter_model.safetensors")
         settings["adapters"][name] = f"runs/{name}/adapter"
-        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 1500, 1, "easy")
-        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 500, 2, "hard", error=0.9)
+        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 3000, 1, "easy")
+        _write(tmp_path / "runs" / "eval" / name / "predictions.jsonl", 1000, 2, "hard", error=0.9)
     folder = tmp_path / "runs" / "eval"
-    _write(folder / "dpo" / "calibration.jsonl", 2000, 3)
+    _write(folder / "dpo" / "calibration.jsonl", 4000, 3)
     model = {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": settings}
     data = {"prompt": {"template": DEFAULT_TEMPLATE}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
@@ -92,8 +98,7 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
     rule = read_rule(adapter)
     assert rule is not None
     answers = read_predictions(evaluation / "dpo" / "calibration.jsonl")
-    graded = graded_answers([a.confidence for a in answers], [a.correct for a in answers])
-    choice = control_risk({"": graded}, Limits(0.05)).choices[""]
+    choice = control_risk({"": graded(answers, "verbalized")}, Limits(0.05)).choices[""]
     assert choice.threshold is not None
     assert rule.groups[""]["threshold"] == choice.threshold
     assert (rule.base, rule.weights, rule.prompt) == (
@@ -104,15 +109,16 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
     assert rule.answers == {
         "split": "calibration",
         "digest": file_digest(evaluation / "dpo" / "calibration.jsonl"),
-        "n": 2000,
-        "images": 1000,
+        "n": 4000,
+        "images": 2000,
         "without_group": 0,
     }
     assert rule.guarantee in ended.out
     assert "wrote runs/dpo/adapter/thresholds.json" in ended.out
     tested = read_predictions(evaluation / "dpo" / "predictions.jsonl")
     for part in ("easy", "hard"):
-        given = [a for a in tested if part_of(a) == part and (a.confidence or 0) >= choice.threshold]
+        counted = one_an_image([a for a in tested if part_of(a) == part])
+        given = [a for a in counted if (a.confidence or 0) >= choice.threshold]
         row = next(line for line in ended.out.splitlines() if f"test: {part}" in line)
         assert f"{sum(not a.correct for a in given) / len(given):.1%} [" in row
 
@@ -171,7 +177,8 @@ def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: P
     rule = read_rule(tmp_path / "runs/dpo/adapter")
     assert rule is not None
     assert (rule.by, list(rule.groups)) == ("category", ["colour", "size"])
-    assert "Bonferroni over 2" in rule.correction
+    assert "Bonferroni over 4" in rule.correction
+    assert "test: colour" in ended.out
     assert rule.applied(1.0, "colour") is not None
     assert rule.applied(1.0, None) is None
     assert rule.applied(1.0, "shape") is None
@@ -192,6 +199,11 @@ def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Pa
     assert not (tmp_path / "runs/dpo/adapter/thresholds.json").exists()
     ended = call("runs/eval", "--max-error", "0.0001", "--json")
     assert (ended.status, json.loads(ended.out)["found"]) == (3, False)
+    assert call("runs/eval").status == 0
+    rule = read_rule(tmp_path / "runs/dpo/adapter")
+    assert rule is not None
+    ended = call("runs/eval", "--max-error", "0.0001")
+    assert f"The thresholds of an earlier run stay in runs/dpo/adapter: {rule.guarantee}" in ended.out
 
 
 def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) -> None:
@@ -204,7 +216,7 @@ def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) ->
 def test_the_base_model_s_rule_stays_in_the_evaluation(
     call: Call, evaluation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for n, split in ((1500, "easy"), (500, "hard")):
+    for n, split in ((3000, "easy"), (1000, "hard")):
         _write(evaluation / "base" / "predictions.jsonl", n, 6, split)
     assert call("runs/eval", "--system", "base", "--max-error", "0.1").status == 0
     assert read_rule(evaluation / "base") is not None

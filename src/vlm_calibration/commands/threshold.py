@@ -52,7 +52,7 @@ def threshold(
         CommandError: no threshold keeps the limits.
     """
     # These import torch, which the help does not need.
-    from vlm_calibration.estimators.decision import write_rule
+    from vlm_calibration.estimators.decision import read_rule, write_rule
     from vlm_calibration.metrics.risk_control import Limits
     from vlm_calibration.reporting.card import state_guarantee
     from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
@@ -73,10 +73,13 @@ def threshold(
     if control.found:
         written = str(write_rule(rule, model.folder))
         state_guarantee(model.folder, rule.guarantee)
+    earlier = None if control.found else read_rule(model.folder)
     if json:
         print(json_format.dumps(_as_json(rule, control, tested, written), indent=2, ensure_ascii=False))
     else:
         _print(rule, control, evaluated, tested, written)
+        if earlier is not None:
+            print(f"The thresholds of an earlier run stay in {model.folder}: {earlier.guarantee}")
     if not control.found:
         raise CommandError("", NOT_FOUND)
 
@@ -162,8 +165,10 @@ def _print(
 
     from vlm_calibration.metrics.risk_control import percent
 
-    images = f" about {rule.answers['images']} images" if rule.answers["images"] else ""
-    print(f"{evaluated.path}: {len(evaluated.answers)} answers{images}, confidence: {rule.estimator}")
+    images = (
+        f" about {rule.answers['images']} images, of which one each counts" if rule.answers["images"] else ""
+    )
+    print(f"{evaluated.path}: {len(evaluated.answers)} answers{images}; confidence: {rule.estimator}")
     if evaluated.split == "predictions":
         print(
             "The evaluation has no calibration split, so the threshold is chosen on the answers that it scores: they cannot check the "

@@ -6,47 +6,27 @@ another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-va
 threshold that breaks the limit is therefore chosen with a probability of at most 1 - certainty.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+from scipy.stats import beta, binom
 
 from vlm_calibration.metrics.bootstrap import Interval
-from vlm_calibration.metrics.groups import ConfidenceGroups
-from vlm_calibration.metrics.threshold_tests import (
-    CountsAbove,
-    GradedAnswers,
-    counts_above,
-    exact_interval,
-    graded_answers,
-    highest_controlled,
-    is_controlled,
-    lowest_controlled,
-    p_value,
-    start_bounds,
-)
 
-__all__ = [
-    "ASSUMPTIONS",
-    "Choice",
-    "GradedAnswers",
-    "Limits",
-    "RiskControl",
-    "ThresholdScores",
-    "answers_needed",
-    "control_risk",
-    "graded_answers",
-    "guarantee",
-    "percent",
-    "threshold_scores",
-]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
-MAX_GROWTH = 1000
-"""How many times the answers at hand are searched for a number that would be enough."""
+GRID_STEPS = 1000
+"""Thresholds are tenths of a percent, fine enough for confidences that crowd near 100%."""
+STARTS = (1, 3)
+"""Where the sequences of tests begin, in multiples of the fewest answers that can pass. They do not depend on the number of all answers,
+so that further answers with little confidence cannot take a threshold away. The first finds a few answers that are all right, the second
+many of which some are wrong; the error probability is shared between them."""
 ASSUMPTIONS = (
-    "The answers that a threshold is chosen on, and those that it is used on, are independent draws from one source: the same kind of "
-    "images and questions, in the same proportions. Several questions about one image are not quite independent.",
+    "The images that a threshold is chosen on, and those that it is used on, are independent draws from one source: the same kind of "
+    "images and questions, in the same proportions. Of several questions about one image one counts.",
     "The share of wrong answers among those given does not fall when the threshold is lowered: tests begin at the first threshold "
     "with enough answers.",
     "Model, prompt and estimator of the confidence are those that were measured.",
@@ -72,11 +52,22 @@ class Limits:
     max_sent_away: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in ("max_error", "certainty", "max_sent_away"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} must be between 0 and 1 (exclusive), got {value}")
+
+
+class GradedAnswers(NamedTuple):
+    """Counts of independent answers, at most one about an image; leading dimensions are replicates.
+
+    Attributes:
+        counts: int64 [..., 1001, 2]: wrong and correct answers at each threshold 0, 0.1%, ..., 100%, the highest that gives them.
+        unparsed: int64 [..., 2]: the same without a readable confidence, which are never given.
+    """
+
+    counts: Counts
+    unparsed: Counts
 
 
 class ThresholdScores(NamedTuple):
@@ -107,16 +98,9 @@ class ThresholdScores(NamedTuple):
         cls, n: int, answers: int, wrong: int, correct: int, sent_away: int, certainty: float
     ) -> "ThresholdScores":
         """The scores of counts; `certainty` is that of each interval, in (0, 1)."""
-        return cls(
-            n,
-            answers,
-            wrong,
-            correct,
-            sent_away,
-            exact_interval(answers, n, certainty),
-            exact_interval(wrong, answers, certainty),
-            exact_interval(sent_away, correct, certainty),
-        )
+        shares = ((answers, n), (wrong, answers), (sent_away, correct))
+        intervals = (exact_interval(events, trials, certainty) for events, trials in shares)
+        return cls(n, answers, wrong, correct, sent_away, *intervals)
 
 
 class Choice(NamedTuple):
@@ -127,8 +111,7 @@ class Choice(NamedTuple):
         scores: what the threshold does on the answers that it was chosen on; None without a threshold.
         p_error: p-value of "the error exceeds its limit" at the threshold.
         p_sent_away: p-value of "the share sent away exceeds its limit" at the threshold; None without such a limit.
-        reason: why there is no threshold, and what would help, as a sentence; empty with a threshold.
-        more_answers: how many more answers like these would be enough for a threshold; None if there is one, or no number would be.
+        reason: why there is no threshold, as a sentence; empty with a threshold.
     """
 
     threshold: float | None
@@ -136,7 +119,6 @@ class Choice(NamedTuple):
     p_error: float | None = None
     p_sent_away: float | None = None
     reason: str = ""
-    more_answers: int | None = None
 
 
 class RiskControl(NamedTuple):
@@ -145,7 +127,7 @@ class RiskControl(NamedTuple):
     Attributes:
         limits: what is promised.
         choices: group -> its threshold; the key of all answers as one group is "".
-        level: the level of every single test.
+        level: the error probability of each limit of a group.
     """
 
     limits: Limits
@@ -160,15 +142,120 @@ class RiskControl(NamedTuple):
     @property
     def correction(self) -> str:
         """How the tests share the error probability, in words."""
-        tests = len(self.choices) * (1 if self.limits.max_sent_away is None else 2)
-        shared = f"Bonferroni over {tests} sequences" if tests > 1 else "none needed for one sequence"
-        return f"fixed sequence testing of thresholds at level {self.level:.4g}; {shared}"
+        sequences = len(self.choices) * (len(STARTS) + (self.limits.max_sent_away is not None))
+        return f"fixed sequence testing of thresholds; Bonferroni over {sequences} sequences"
+
+
+# --- Counts and tests -----------------------------------------------------------------------------------------------
+
+
+def graded_answers(confidence: Sequence[float | None], correct: Sequence[bool]) -> GradedAnswers:
+    """Count N answers at the highest threshold that gives them.
+
+    Args:
+        confidence: in [0, 1]; None or NaN where it could not be parsed.
+        correct: whether each is.
+
+    Raises:
+        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+    """
+    values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+    is_correct = np.asarray(correct, dtype=bool)
+    if len(values) != len(is_correct):
+        raise ValueError(f"{len(values)} confidences but {len(is_correct)} correct")
+    read = ~np.isnan(values)
+    if ((values[read] < 0) | (values[read] > 1)).any():
+        raise ValueError("a confidence is outside [0, 1]")
+    # Rounding down, so that an answer is at or above a threshold in the counts if and only if its confidence is.
+    level = np.round(values[read] * GRID_STEPS)
+    level -= level / GRID_STEPS > values[read]
+    counts = np.zeros((GRID_STEPS + 1, 2), dtype=np.int64)
+    np.add.at(counts, (level.astype(np.int64), is_correct[read].astype(np.int64)), 1)
+    return GradedAnswers(counts, np.bincount(is_correct[~read], minlength=2).astype(np.int64))
+
+
+def p_value(events: npt.ArrayLike, trials: npt.ArrayLike, limit: float) -> npt.NDArray[np.float64]:
+    """Exact p-value of "the rate exceeds `limit`": the probability of at most `events` in `trials` at the rate `limit`.
+
+    >>> round(float(p_value(0, 59, 0.05)), 4)
+    0.0485
+    """
+    return np.asarray(binom.cdf(events, trials, limit))
+
+
+def exact_interval(events: int, trials: int, certainty: float) -> Interval:
+    """The share of events with its two-sided Clopper-Pearson interval; NaN in [0, 1] without trials."""
+    if trials == 0:
+        return Interval(float("nan"), 0.0, 1.0)
+    tail = (1 - certainty) / 2
+    low = float(beta.ppf(tail, events, trials - events + 1)) if events else 0.0
+    high = float(beta.ppf(1 - tail, events + 1, trials - events)) if events < trials else 1.0
+    return Interval(events / trials, low, high)
+
+
+def fewest_answers(limit: float, level: float) -> int:
+    """How many answers pass at `level` without a wrong one among them.
+
+    >>> fewest_answers(0.05, 0.05)
+    59
+    """
+    return int(np.ceil(np.log(level) / np.log1p(-limit) - 1e-9))
+
+
+def lowest_controlled(counts: Counts, max_error: float, level: float) -> Counts:
+    """The lowest threshold at which "the error rate among the answers given exceeds `max_error`" is rejected.
+
+    Each of the sequences of `STARTS` begins at the highest threshold with enough answers, goes down, and ends at the first that is not
+    rejected at its share of `level`. Where they begin depends on the confidences alone. The error probability is at most `level` if the error
+    rate does not fall when the threshold is lowered: each level of confidence below the first threshold that breaks the limit
+    then has at least the error rate `max_error`, and so the number of wrong answers is, given all numbers of answers, at least
+    binomial.
+
+    Args:
+        counts: int64 [..., L, 2], wrong and correct answers at each threshold, ascending; leading dimensions are replicates.
+        max_error: in (0, 1).
+        level: of the test, in (0, 1).
+
+    Returns:
+        int64 [...], position of the threshold; -1 where none is rejected.
+    """
+    above = np.flip(np.flip(counts, -2).cumsum(-2), -2)
+    answers, share = above.sum(-1), level / len(STARTS)
+    rejected = p_value(above[..., 0], answers, max_error) <= share
+    chosen = np.zeros(answers.shape, dtype=bool)
+    for multiple in STARTS:
+        tested = answers >= multiple * fewest_answers(max_error, share)
+        # From the highest threshold down, as long as all that were tested are rejected.
+        chosen |= tested & np.flip(np.logical_and.accumulate(np.flip(rejected | ~tested, -1), -1), -1)
+    # A level without answers repeats the test of the one above it.
+    chosen &= counts.sum(-1) > 0
+    return np.where(chosen.any(-1), chosen.argmax(-1), -1)
+
+
+def highest_controlled(answers: GradedAnswers, max_sent_away: float, level: float) -> Counts:
+    """The highest threshold at which "the share of correct answers that are not given exceeds `max_sent_away`" is rejected.
+
+    Thresholds are tested from the lowest upwards. The share cannot fall when the threshold rises, and all tests have the same number of
+    trials, so the error probability is at most `level` without an assumption.
+
+    Args:
+        answers: leading dimensions are replicates.
+        max_sent_away: in (0, 1).
+        level: of the test, in (0, 1).
+
+    Returns:
+        int64 [...], position of the threshold; -1 where none is rejected.
+    """
+    correct, unparsed = answers.counts[..., 1], answers.unparsed[..., 1:]
+    sent_away = correct.cumsum(-1) - correct + unparsed
+    rejected = p_value(sent_away, correct.sum(-1, keepdims=True) + unparsed, max_sent_away) <= level
+    return np.logical_and.accumulate(rejected, -1).sum(-1) - 1
 
 
 # --- Choice ---------------------------------------------------------------------------------------------------------
 
 
-def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> "ThresholdScores":
+def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> ThresholdScores:
     """What a threshold does on answers, which need not be those that it was chosen on.
 
     Args:
@@ -176,10 +263,10 @@ def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float)
         threshold: lowest confidence that is answered, on the grid of `graded_answers`.
         certainty: of each interval, in (0, 1).
     """
-    groups, unparsed_correct = answers.groups, int(answers.unparsed_correct)
-    given = groups.counts[groups.value >= threshold].sum(0)
-    n, correct = int(groups.counts.sum() + groups.unparsed), int(groups.counts[:, 1].sum()) + unparsed_correct
-    return ThresholdScores.of(n, int(given.sum()), int(given[0]), correct, correct - int(given[1]), certainty)
+    wrong, right = answers.counts[round(threshold * GRID_STEPS) :].sum(0).tolist()
+    total = answers.counts.sum(0) + answers.unparsed
+    correct = int(total[1])
+    return ThresholdScores.of(int(total.sum()), wrong + right, wrong, correct, correct - right, certainty)
 
 
 def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskControl:
@@ -204,23 +291,20 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
-    groups = answers.groups
-    lowest = int(lowest_controlled(groups, limits.max_error, level))
-    highest = len(groups.value) - 1
-    if limits.max_sent_away is not None:
-        highest = int(highest_controlled(answers, limits.max_sent_away, level))
+    lowest = int(lowest_controlled(answers.counts, limits.max_error, level))
     if lowest < 0:
-        reason, more = _why_none(groups, limits.max_error, level)
-        return Choice(None, reason=reason, more_answers=more)
-    threshold = float(groups.value[lowest])
+        return Choice(None, reason=_why_none(answers.counts, limits.max_error, level))
+    threshold = lowest / GRID_STEPS
     scores = threshold_scores(answers, threshold, limits.certainty)
-    if lowest > highest:
-        return Choice(None, reason=_conflict(answers, limits, scores, threshold, highest))
     p_sent_away = None
     if limits.max_sent_away is not None:
+        highest = int(highest_controlled(answers, limits.max_sent_away, level))
+        if lowest > highest:
+            return Choice(None, reason=_conflict(answers, limits, scores, threshold, highest))
         p_sent_away = float(p_value(scores.sent_away, scores.correct, limits.max_sent_away))
-    p_error = float(p_value(scores.wrong, scores.answers, limits.max_error))
-    return Choice(threshold, scores, p_error, p_sent_away)
+    return Choice(
+        threshold, scores, float(p_value(scores.wrong, scores.answers, limits.max_error)), p_sent_away
+    )
 
 
 # --- In words -------------------------------------------------------------------------------------------------------
@@ -231,50 +315,21 @@ def percent(share: float) -> str:
     return f"{round(100 * share, 1):g}%" if share >= 0.001 else f"{100 * share:.2g}%"
 
 
-def answers_needed(groups: ConfidenceGroups, max_error: float, level: float) -> int | None:
-    """The smallest number of answers, with the same shares at each confidence, of which a threshold would pass.
-
-    Wrong answers are rounded up and answers down. Numbers above 1,000 are tried in steps of 0.1%.
-
-    Returns:
-        None if no number up to 1,000 times that of these answers would be enough.
-    """
-    above = counts_above(groups)
-    n, total = int(above.n), 1
-    while n and total <= MAX_GROWTH * n:
-        step = max(1, total // 1000)
-        totals = total + step * np.arange(512)
-        answers = totals[:, None] * above.answers // n
-        wrong = np.minimum(-(-totals[:, None] * above.wrong // n), answers)
-        passes = is_controlled(CountsAbove(answers, wrong, totals), max_error, level)
-        if passes.any():
-            return int(totals[passes.argmax()])
-        total = int(totals[-1]) + step
-    return None
-
-
-def _why_none(groups: ConfidenceGroups, max_error: float, level: float) -> tuple[str, int | None]:
-    """Why no threshold keeps the limit of the error, and how many more answers would be enough, if any number would."""
-    above = counts_above(groups)
-    if not above.answers.any():
-        return "no answer has a confidence", None
-    tested = above.answers >= start_bounds(max_error, level)[0]
-    if not tested.any():
-        most, fewest = int(above.answers.max()), start_bounds(max_error, level)[0]
-        few = f"{most} answers with a confidence are too few: even without a wrong one it takes {fewest}"
-    else:
-        few = "no threshold passes the test"
-    rates = above.wrong / np.maximum(above.answers, 1)
+def _why_none(counts: Counts, max_error: float, level: float) -> str:
+    above = np.flip(np.flip(counts, 0).cumsum(0), 0)
+    answers, fewest = above.sum(-1), fewest_answers(max_error, level / len(STARTS))
+    if not answers[0]:
+        return "no answer has a confidence"
+    if answers[0] < fewest:
+        return (
+            f"{answers[0]} answers with a confidence are too few: even without a wrong one it takes {fewest}"
+        )
+    rates = np.where(answers >= fewest, above[:, 0] / np.maximum(answers, 1), np.inf)
     best = len(rates) - 1 - int(np.flip(rates).argmin())
-    lowest = f"the lowest error found is {percent(rates[best])}, from {percent(float(groups.value[best]))} on"
-    if rates[best] >= max_error:
-        return f"{few}. No number of answers like these would help: {lowest}", None
-    needed = answers_needed(groups, max_error, level)
-    if needed is None:
-        why = f"More answers like these would not help, since the most confident ones are not right more often: {lowest}"
-        return f"{few}. {why}", None
-    more = max(needed - int(above.n), 1)
-    return f"{few}. About {needed:,} answers like these would be enough ({more:,} more): {lowest}", more
+    return (
+        f"no threshold passes the test: the lowest error found is {percent(rates[best])} of {answers[best]} answers, from "
+        f"{percent(best / GRID_STEPS)} on"
+    )
 
 
 def _conflict(
@@ -288,7 +343,7 @@ def _conflict(
     )
     if highest < 0:
         return f"{away}, and no threshold keeps that limit: raise the limit of those sent away, or give more answers"
-    other = float(answers.groups.value[highest])
+    other = highest / GRID_STEPS
     error = threshold_scores(answers, other, limits.certainty).error.value
     return (
         f"{away}; from {percent(other)} on the limit of those sent away holds, but {percent(error)} of the answers given are wrong: "
@@ -316,13 +371,10 @@ def guarantee(control: RiskControl, questions: str = "those of the calibration s
         promise += f" and at most {percent(limits.max_sent_away)} of the correct answers are sent away"
     promise += " in every group" if several else ""
     certainty = f"with {percent(limits.certainty)} certainty{' for all groups together' if several else ''}"
-    rules = "; ".join(
-        f"{f'{name}: ' if several else ''}{_rule(choice)}" for name, choice in control.choices.items()
-    )
-    return f"{promise}, {certainty}, for questions like {questions}: {rules}."
-
-
-def _rule(choice: Choice) -> str:
-    if choice.threshold is None or choice.scores is None:
-        return "answer nothing"
-    return f"answer from {percent(choice.threshold)} on, {choice.scores.coverage.value:.0%} of the questions"
+    rules = []
+    for name, choice in control.choices.items():
+        rule = "answer nothing"
+        if choice.threshold is not None and choice.scores is not None:
+            rule = f"answer from {percent(choice.threshold)} on, {choice.scores.coverage.value:.0%} of the questions"
+        rules.append(f"{name}: {rule}" if several else rule)
+    return f"{promise}, {certainty}, for questions like {questions}: {'; '.join(rules)}."

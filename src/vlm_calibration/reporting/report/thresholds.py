@@ -1,11 +1,11 @@
 """What to send to a person: thresholds that are chosen on the calibration answers, and what they do on each part of the test answers.
 
-The report and `vlm-calibration threshold` both compute with these functions.
+Of several answers about one image one counts, since they are not independent: whether one is wrong says something about the others. The
+report and `vlm-calibration threshold` both compute with these functions.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from vlm_calibration.metrics.risk_control import (
     percent,
 )
 from vlm_calibration.reporting.report.data import BASE, System
+from vlm_calibration.settings import digest
 
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.10)
 """The limits of the error in the tables of the report."""
@@ -56,7 +57,7 @@ class SystemPromises(NamedTuple):
     Attributes:
         system: name of the system.
         estimator: estimator of the confidence.
-        n: number of calibration answers.
+        n: number of calibration answers that count.
         promises: one for each of `MAX_ERRORS`, each by itself.
     """
 
@@ -113,8 +114,19 @@ def grouped(answers: Sequence[EstimatedPrediction], by: By | None) -> dict[str, 
 # --- Choosing and testing -------------------------------------------------------------------------------------------
 
 
+def one_an_image(answers: Sequence[EstimatedPrediction]) -> list[EstimatedPrediction]:
+    """One of the answers about each image, the one whose id has the smallest digest; all answers that name no image."""
+    chosen: dict[str, tuple[str, EstimatedPrediction]] = {}
+    for answer in answers:
+        drawn = (digest([answer.id]), answer)
+        image = f"id {answer.id}" if answer.image is None else f"image {answer.image}"
+        chosen[image] = min(drawn, chosen.get(image, drawn), key=lambda candidate: candidate[0])
+    return [answer for _, answer in chosen.values()]
+
+
 def graded(answers: Sequence[EstimatedPrediction], estimator: str) -> GradedAnswers:
-    """The counts of answers by the confidence of an estimator."""
+    """The counts of `one_an_image` by the confidence of an estimator."""
+    answers = one_an_image(answers)
     return graded_answers([a.confidence_of(estimator) for a in answers], [a.correct for a in answers])
 
 
@@ -128,21 +140,19 @@ def choose(
 def realised(
     control: RiskControl, estimator: str, answers: Sequence[EstimatedPrediction]
 ) -> dict[str, ThresholdScores]:
-    """What thresholds do on the answers to the test set: `ALL`, and each part if there are several.
+    """What thresholds do on the answers to the test set: `ALL`, each part if there are several, and each group that has a threshold.
 
     An answer in a category without a threshold is not given.
     """
+    of_groups = {} if EVERYTHING in control.choices else grouped(answers, "category")
     scores = {}
-    for name, part in {ALL: answers, **parts_of(answers)}.items():
-        given = Counter((_is_given(control, estimator, answer), answer.correct) for answer in part)
-        correct = given[True, True] + given[False, True]
+    for name, part in {ALL: answers, **parts_of(answers), **of_groups}.items():
+        counted = one_an_image(part)
+        given = [answer.correct for answer in counted if _is_given(control, estimator, answer)]
+        correct = sum(answer.correct for answer in counted)
+        wrong = given.count(False)
         scores[name] = ThresholdScores.of(
-            len(part),
-            given[True, True] + given[True, False],
-            given[True, False],
-            correct,
-            given[False, True],
-            control.limits.certainty,
+            len(counted), len(given), wrong, correct, correct - given.count(True), control.limits.certainty
         )
     return scores
 
@@ -174,7 +184,7 @@ def _promises(system: System, estimator: str, calibration: Sequence[EstimatedPre
         control = choose(grouped(calibration, None), estimator, Limits(max_error, CERTAINTY))
         tested = realised(control, estimator, system.predictions) if control.found else {}
         promises.append(Promise(control.limits, control.choices[EVERYTHING], tested))
-    return SystemPromises(system.name, estimator, len(calibration), promises)
+    return SystemPromises(system.name, estimator, len(one_an_image(calibration)), promises)
 
 
 # --- In words -------------------------------------------------------------------------------------------------------
@@ -195,12 +205,10 @@ class ThresholdCell(NamedTuple):
 
 
 def coverage_cell(promise: Promise) -> ThresholdCell:
-    """The share of the calibration answers that are given, or how many more answers a threshold takes."""
+    """The share of the calibration answers that are given."""
     choice = promise.choice
     if choice.scores is None or choice.threshold is None:
-        more = choice.more_answers
-        help_ = "more like these would not help" if more is None else f"about {more:,} more answers would"
-        return ThresholdCell("no threshold gives this", [help_])
+        return ThresholdCell("no threshold gives this")
     _, low, high = choice.scores.coverage
     return ThresholdCell(
         f"{choice.scores.coverage.value:.1%}",
