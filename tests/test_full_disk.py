@@ -18,10 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from PIL import Image
-from vlm_calibration.data.sources.tables import _unpack
 
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
@@ -158,10 +156,6 @@ def _asked(folder: Path) -> None:
     answers.add([(Question("q", "1", "a.png", "?", None, None), {"text": "Yes" * 10_000})])
 
 
-def _image(folder: Path) -> None:
-    _unpack(folder, 0, pa.array([os.urandom(50_000)]))
-
-
 def _limit_what_follows(largest: int = 3_000) -> None:
     """A lower limit than that of the file that is copied."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
@@ -214,7 +208,6 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "queries.parquet": (_regions, True),
     ".answered.0.jsonl": (_answered, False),
     "answers.jsonl": (_asked, False),
-    "0": (_image, False),
     "pope.json": (_downloaded, False),
     "train.jsonl": (_divided, True),
     "report.html": (_report, True),

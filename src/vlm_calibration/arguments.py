@@ -91,6 +91,14 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
     the default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
     docstring. Help texts come from docstrings.
     """
+    parser = _new_parser(prog, command)
+    if isinstance(command, Subcommands):
+        _add_subcommands(parser, prog, command)
+    return parser
+
+
+def _new_parser(prog: str, command: Command) -> ArgumentParser:
+    """The parser without subcommands."""
     from jsonargparse import ArgumentParser
 
     forwarded = _forwarded(command)
@@ -103,19 +111,24 @@ def command_parser(prog: str, command: Command) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    if isinstance(command, Subcommands):
-        subcommands = parser.add_subcommands(metavar="COMMAND")
-        for name, function in command.functions.items():
-            own = command_parser(f"{prog} {name}", function)
-            subcommands.add_subcommand(name, own, help=own.description)
-    else:
-        if forwarded:
-            for option, text in forwarded.options.items():
-                name, *metavars = option.split()
-                value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
-                parser.add_argument(name, help=text, **value)
+    if forwarded:
+        for option, text in forwarded.options.items():
+            name, *metavars = option.split()
+            value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
+            parser.add_argument(name, help=text, **value)
+    if not isinstance(command, Subcommands):
         _add_parameters(parser, command)
     return parser
+
+
+def _add_subcommands(parser: ArgumentParser, prog: str, command: Subcommands) -> None:
+    subcommands = parser.add_subcommands(metavar="COMMAND")
+    for name, function in command.functions.items():
+        own = _new_parser(f"{prog} {name}", function)
+        subcommands.add_subcommand(name, own, help=own.description)
+        if isinstance(function, Subcommands):
+            # jsonargparse wants a parser to be added before its own subcommands.
+            _add_subcommands(own, f"{prog} {name}", function)
 
 
 def _forwarded(command: Command) -> Forwarded | None:

@@ -14,7 +14,17 @@ from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES
 from vlm_calibration.metrics.functional import METRICS
 
 ALLOWED = {"torch", "torchmetrics", "numpy", "scipy", "matplotlib", "vlm_calibration"}
-ALLOWED |= {"collections", "dataclasses", "functools", "importlib", "inspect", "math", "typing", "warnings"}
+ALLOWED |= {
+    "bisect",
+    "collections",
+    "dataclasses",
+    "functools",
+    "importlib",
+    "inspect",
+    "math",
+    "typing",
+    "warnings",
+}
 MODULES = sorted(path.stem for path in Path(package.__file__).parent.glob("*.py"))
 
 

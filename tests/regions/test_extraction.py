@@ -321,12 +321,12 @@ def test_all_sources_of_a_configuration_are_extracted_and_read(
     parts = {
         "train": Unlocated("test", scenes=3),
         "validation": Unlocated("test", scenes=2, first=10),
-        "levels": Unlocated("test", scenes=2, first=20),
+        "levels": Unlocated("test", scenes=2, first=4),
     }
     settings = {
         **parts,
-        "calibration": {"own": EvalSplit(Unlocated("test", scenes=2, first=20))},
-        "test": {"own": EvalSplit(Unlocated("test", scenes=2, first=30))},
+        "calibration": {"own": EvalSplit(Unlocated("test", scenes=2, first=4))},
+        "test": {"own": EvalSplit(Unlocated("test", scenes=2, first=6))},
         "eval_batch_size": 3,
         "shard_size": 5,
         "workers": 0,

@@ -56,7 +56,7 @@ def test_loss_and_statistics_by_hand(
         if observed.samples[row].wrong_answer is None:
             answers.append(answer_p[0])
     expected = {f"train/{name}": float(np.mean(values)) for name, values in terms.items()}
-    expected |= {"train/logp_answer": float(np.mean(answers)), "train/skipped": 0.0}
+    expected |= {"train/logp_answer": float(np.mean(answers)), "train/skipped": 0.0, "train/cut_off": 0.0}
     assert 0 < len(answers) < 5
     assert observed.logged == pytest.approx(expected, abs=2e-3)
     assert loss == pytest.approx(expected["train/loss"], abs=1e-4)

@@ -116,7 +116,7 @@ class RunLogger(WandbLogger):
             )
             self._go_offline()
             run = super().experiment
-        if run.url and not self._offline:
+        if not self._offline and run.url:
             print(f"W&B: {run.url}", file=sys.stderr)
         return run
 
