@@ -229,7 +229,13 @@ def test_the_shape_of_the_noise_does_not_teach_the_answer(call: Caller) -> None:
         "fit",
         "sft.yaml",
         trainer={"logger": False},
-        model={"init_args": {"answer_weight": "constant", "confidence_weight": 1.0}},
+        model={
+            "init_args": {
+                "base": {"name_or_path": MODEL},
+                "answer_weight": "constant",
+                "confidence_weight": 1.0,
+            }
+        },
         data={
             "train": _with_own_masks_alone(call.folder / "train.parquet", "train", 1800),
             "batch_size": 12,
