@@ -47,9 +47,9 @@ def test_options(jobs: Jobs) -> None:
     ],
 )
 def test_invalid_submissions_are_named(
-    jobs: Jobs, stages: list[str], variables: dict[str, str], culprit: str
+    jobs: Jobs, stages: list[str], variables: dict[str, str], culprit: str, tmp_path: Path
 ) -> None:
-    ran = jobs.run("configs/slurm/submit.sh", *stages, **variables)
+    ran = jobs.run("configs/slurm/submit.sh", *stages, "--runs", str(tmp_path), **variables)
     assert ran.returncode != 0
     assert culprit in ran.stderr
 
