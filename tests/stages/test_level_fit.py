@@ -268,6 +268,17 @@ def test_a_measurement_of_other_settings_or_with_overwrite_starts_over(
     assert len(answers) == TOTAL
 
 
+def test_a_measurement_of_other_images_starts_over(
+    fit_levels: Callable[..., dict[str, bytes]], answers: list[Prediction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image was edited after the interruption, under the same name."""
+    interrupt(monkeypatch, fit_levels, 4)
+    answers.clear()
+    monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
+    fit_levels()
+    assert len(answers) == TOTAL
+
+
 def test_a_table_that_teaches_nothing_is_not_written_and_keeps_its_answers(
     fit_levels: Callable[..., dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCoun
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
+from vlm_calibration.settings import digest
 from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
@@ -99,11 +100,13 @@ class LevelFitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Find out where to resume."""
         refuse_sharding(self)
-        data = self._data
-        trained = data.read_splits("train") if self.likelihoods is not None else {}
-        self._contents = contents_of(trained, "data.train")
+        data, asked = self._data, [LEVELS, *(["train"] if self.likelihoods is not None else [])]
+        contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
+        self._contents = contents.get("train", {})
+        # The record leaves the bytes of images out; answers about other images are not counted with these.
+        run = None if self.run_digest is None else digest([self.run_digest, repr(contents)])
         folder = Path(self.trainer.default_root_dir)
-        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, self.run_digest)
+        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, run)
         self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
         data.leave_out_answered(self._state.answered or {})
 

@@ -123,8 +123,10 @@ class QueryWriter:
         self.queries += 1
         self.answer_types[query.answer_type] += 1
         self.regions += bool(query.regions)
-        record = {"id": query.id} | record | {"id": query.id}
-        row = {k: v for k, v in record.items() if v or (k == "wrong_answers" and v is not None)}
+        row = {"id": query.id}
+        row |= {
+            k: v for k, v in record.items() if k != "id" and (v or (k == "wrong_answers" and v is not None))
+        }
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _name(self, content: bytes) -> str:
