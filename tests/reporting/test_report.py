@@ -624,7 +624,7 @@ def test_images_come_back_with_their_perturbation(
     assert ended.status == 0, ended.err
     html = (out / "report.html").read_text()
     assert (
-        "36 answers (12 clean, 12 natural, 12 perturbed), none of them foreign or shifted." in Page(html).text
+        "36 answers (12 clean, 12 natural, 12 perturbed), none of them foreign or shifted;" in Page(html).text
     )
     [base, *_] = read_systems([str(out)])
     shown = examples_of(base, []).predictions
