@@ -8,8 +8,7 @@ from typing import Any
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.answer_likelihoods import Measured
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, Measured
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.stages.provenance import provenance_of
 

@@ -193,7 +193,7 @@ def test_counts_add_up() -> None:
 )
 def test_the_stated_confidence_is_not_part_of_the_answer(text: str, right: bool) -> None:
     counts = amber.count_answers([amber.AmberTruth(1, "relation", "no")], [text])
-    assert counts.categories["relation"].correct == right
+    assert (counts.answers["relation", "no", "No"] == 1) is right
 
 
 GENERATIVE = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sun"]}

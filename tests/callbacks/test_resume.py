@@ -29,7 +29,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import plan_extraction
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
-from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
+from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.settings import flat
 

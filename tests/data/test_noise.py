@@ -14,9 +14,9 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
-from vlm_calibration.perturbation.answer_likelihoods import write_likelihoods
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable
+from vlm_calibration.perturbation.kinds import RegionNoise
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable, write_likelihoods
 from vlm_calibration.perturbation.levels import (
     CLEAN,
     AnchoredLevels,
@@ -26,7 +26,6 @@ from vlm_calibration.perturbation.levels import (
 )
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import CosineSchedule
-from vlm_calibration.perturbation.transform import RegionNoise
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 from ..level_tables import OnlyAt, measured_likelihoods, noise_counts

@@ -16,10 +16,9 @@ from collections.abc import Callable
 import numpy as np
 from tests.performance.machine import setting
 
-from vlm_calibration.perturbation.kinds import KINDS
+from vlm_calibration.perturbation.kinds import KINDS, RegionNoise
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import LinearSchedule
-from vlm_calibration.perturbation.transform import RegionNoise
 
 # isort: split
 import albumentations as A
@@ -69,8 +68,8 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
     gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
     return {
         "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
-        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, step=STEP, seed=i),
-        "`RegionNoise` in a `Compose`": lambda i: transform(image=image, mask=mask, confidence=0.5, seed=i),
+        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, strength=0.5, seed=i),
+        "`RegionNoise` in a `Compose`": lambda i: transform(image=image, mask=mask, strength=0.5, seed=i),
         "albumentations `GaussNoise`, whole image": lambda i: gauss(image=image),
         "plain numpy, float64": lambda i: plain_numpy(image, mask, alpha_bar, i),
     }

@@ -57,7 +57,9 @@ def solved(accuracy, n):
     root = np.sqrt(np.concatenate(weights))
     lower = np.r_[-np.inf, np.zeros(sum(sizes))]
     design, b = np.concatenate(rows), np.concatenate(target)
-    fit = design @ lsq_linear(root[:, None] * design, root * b, (lower, np.inf), tol=1e-14).x
+    fit = (
+        design @ lsq_linear(root[:, None] * design, root * b, (lower, np.inf), method="bvls", max_iter=1000).x
+    )
     parts = np.split(fit[1:], np.cumsum(sizes)[:-1])
     return {kind: np.r_[fit[0], part] for kind, part in zip(kinds, parts, strict=True)}
 
@@ -67,7 +69,7 @@ def test_the_fit_of_several_kinds_is_that_of_a_general_solver(cells):
     accuracy, n = columns(counts_of(cells))
     fit, expected = fit_kinds(accuracy, n), solved(accuracy, n)
     for kind, values in fit.items():
-        np.testing.assert_allclose(values, expected[kind], atol=2e-5)
+        np.testing.assert_allclose(values, expected[kind], atol=1e-9)
 
 
 @given(st.tuples(CELL, st.lists(st.lists(CELL, min_size=0, max_size=5), min_size=1, max_size=4)))

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.answer_likelihoods import (
-    FORMAT,
+from vlm_calibration.perturbation.level_accuracy import fit_pooled
+from vlm_calibration.perturbation.level_table import (
+    LIKELIHOODS_FORMAT,
     Measured,
     read_likelihoods,
     write_likelihoods,
 )
-from vlm_calibration.perturbation.level_accuracy import fit_pooled
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 
 from ..level_tables import measured_likelihoods
@@ -185,7 +185,7 @@ def test_a_missing_file_of_likelihoods_is_named(tmp_path):
         AnchoredLevels(table=instance_table(), likelihoods=tmp_path / "none.parquet")
 
 
-METADATA = {"format": FORMAT, "provenance": json.dumps(PROVENANCE)}
+METADATA = {"format": LIKELIHOODS_FORMAT, "provenance": json.dumps(PROVENANCE)}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ METADATA = {"format": FORMAT, "provenance": json.dumps(PROVENANCE)}
         ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {}, "expected the format"),
         ({"id": ["a"], "likelihood": [0.5]}, {"format": "other"}, "b'other'"),
         ({"id": ["a"], "likelihood": [0.5]}, {"format": "vlm_calibration.likelihoods/1"}, "measure it again"),
-        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {"format": FORMAT}, "provenance"),
+        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {"format": LIKELIHOODS_FORMAT}, "provenance"),
         (
             {"id": ["a"], "likelihood": [0.5], "content": [1]},
             {**METADATA, "provenance": "no json"},

@@ -35,7 +35,9 @@ def published_alpha_bars(name, steps=1000):
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_bar_is_the_published_formula(name):
     schedule = schedule_by_name(name)
-    np.testing.assert_allclose(schedule.alpha_bar(np.arange(1001)), published_alpha_bars(name), rtol=1e-10)
+    np.testing.assert_allclose(
+        [schedule.alpha_bar(step) for step in range(1001)], published_alpha_bars(name), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,8 @@ def test_what_the_docstrings_say_is_left_at_the_last_step(name, left, amplitude)
 def test_it_falls_strictly_from_exactly_one_for_any_number_of_steps(name, steps):
     if name == "linear" and steps == 10:
         steps = 25
-    values = schedule_by_name(name, steps).alpha_bar(np.arange(steps + 1))
+    schedule = schedule_by_name(name, steps)
+    values = np.array([schedule.alpha_bar(step) for step in range(steps + 1)])
     assert values[0] == 1.0
     assert np.all(np.diff(values) < 0)
     assert values[-1] > 0
@@ -65,31 +68,13 @@ def test_the_number_of_steps_does_not_change_what_half_way_and_the_end_mean(name
     assert coarse.alpha_bar(100) == pytest.approx(fine.alpha_bar(1000), abs=0.01)
 
 
-def test_scalars_and_arrays():
-    schedule = LinearSchedule()
-    scalar = schedule.alpha_bar(300)
-    assert isinstance(scalar, float)
-    assert schedule.alpha_bar(np.int64(300)) == scalar
-    many = schedule.alpha_bar(np.array([[0, 300], [300, 1000]]))
-    assert many.shape == (2, 2)
-    assert many.dtype == np.float64
-    assert many[0, 1] == many[1, 0] == scalar
-
-
-def test_the_table_cannot_be_changed_from_outside():
-    schedule = LinearSchedule()
-    values = schedule.alpha_bar(np.arange(1001))
-    values[:] = 0
-    assert schedule.alpha_bar(0) == 1.0
-
-
-@pytest.mark.parametrize("step", [-1, 1001, np.array([0, 1001])])
+@pytest.mark.parametrize("step", [-1, 1001, np.int64(1001)])
 def test_a_step_outside_the_schedule_is_an_error(step):
     with pytest.raises(ValueError, match=r"step must be in \[0, 1000\]"):
         CosineSchedule().alpha_bar(step)
 
 
-@pytest.mark.parametrize("step", [0.5, 300.0, True, "300", np.array([0.0])])
+@pytest.mark.parametrize("step", [0.5, 300.0, True, "300", np.array([0])])
 def test_a_step_that_is_not_an_integer_is_an_error(step):
     with pytest.raises(TypeError, match="must be an integer"):
         LinearSchedule().alpha_bar(step)

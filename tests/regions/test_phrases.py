@@ -26,11 +26,10 @@ from tests.performance.phrases import (
 
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.regions import tagger
 from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.prompted import PromptedDescriber
-from vlm_calibration.regions.tagger import noun_phrases, tag
+from vlm_calibration.regions.tagger import load_tagger, noun_phrases, tag
 from vlm_calibration.text.labels import denies_existence
 
 RULES = RuleDescriber()
@@ -121,7 +120,7 @@ def test_any_text_is_described(question: str, answer: str) -> None:
 
 
 def test_noun_phrases_by_hand() -> None:
-    words = tag("The little girl's stuffed animals and two old wooden boats").words
+    words, _ = tag("The little girl's stuffed animals and two old wooden boats")
     assert [" ".join(p.texts) for p in noun_phrases(words)] == [
         "little girl",
         "stuffed animals",
@@ -191,13 +190,12 @@ def test_agreement_by_hand() -> None:
 
 def test_without_the_tagger_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
-    tagger._tagger.cache_clear()
-    tag.cache_clear()
+    load_tagger.cache_clear()
     with pytest.raises(DataError, match=re.escape("pip install 'vlm-calibration[regions]'")):
-        RULES.describe_pair("Is there a dog?", "Yes")
+        RuleDescriber()
     monkeypatch.undo()
-    tagger._tagger.cache_clear()
-    assert RULES.describe_pair("Is there a dog?", "Yes") == Description(("dog",))
+    load_tagger.cache_clear()
+    assert RuleDescriber().describe_pair("Is there a dog?", "Yes") == Description(("dog",))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods
+from vlm_calibration.perturbation.level_table import read_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages import level_fit

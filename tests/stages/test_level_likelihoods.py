@@ -32,8 +32,14 @@ from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.answer_likelihoods import Measured, read_likelihoods, write_likelihoods
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, read_table
+from vlm_calibration.perturbation.level_table import (
+    AnswerTypeCounts,
+    LevelCount,
+    Measured,
+    read_likelihoods,
+    read_table,
+    write_likelihoods,
+)
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query
 from vlm_calibration.stages import level_fit

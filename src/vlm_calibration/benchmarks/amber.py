@@ -12,8 +12,9 @@ No is the positive class. `AmberCounts` describes the script's arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,13 +51,26 @@ DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Dimension -> block that the script prints -> categories in the block."""
 
-F1, EXISTENCE_F1 = 0.0001, 0.001
-"""Terms that the script adds to the denominator of F1."""
-
 
 def dimension_of(category: str) -> str:
     """The key of `DIMENSIONS` that a category belongs to."""
     return category.split("/", 1)[0]
+
+
+class AmberQuestion(NamedTuple):
+    """A record of a query file.
+
+    Attributes:
+        where: file and position, for messages.
+        id: id of the question.
+        image: path below the image folder.
+        question: the text.
+    """
+
+    where: str
+    id: int
+    image: str
+    question: str
 
 
 class AmberTruth(NamedTuple):
@@ -78,8 +92,7 @@ class AmberTruth(NamedTuple):
         return Query(str(self.id), image, text, self.truth.capitalize(), "yes_no", category=self.category)
 
 
-@dataclass(frozen=True)
-class AmberAnnotations:
+class AmberAnnotations(NamedTuple):
     """The annotations of one file.
 
     Attributes:
@@ -90,27 +103,7 @@ class AmberAnnotations:
 
     path: Path
     truths: dict[int, AmberTruth]
-    generative: frozenset[int]
-
-    def of(self, dimensions: Collection[str]) -> list[AmberTruth]:
-        """The annotations of some dimensions, in the order of the file."""
-        return [truth for truth in self.truths.values() if dimension_of(truth.category) in dimensions]
-
-
-class AmberQuestion(NamedTuple):
-    """A record of a query file.
-
-    Attributes:
-        where: file and position, for messages.
-        id: id of the question.
-        image: path below the image folder.
-        question: the text.
-    """
-
-    where: str
-    id: int
-    image: str
-    question: str
+    generative: set[int]
 
 
 class AmberAnswers(NamedTuple):
@@ -152,7 +145,7 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
         if truth not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")
         truths[number] = AmberTruth(number, CATEGORIES[kind], "yes" if truth == "yes" else "no")
-    return AmberAnnotations(Path(path), truths, frozenset(generative))
+    return AmberAnnotations(Path(path), truths, generative)
 
 
 def read_queries(path: str | Path) -> list[AmberQuestion]:
@@ -163,12 +156,10 @@ def read_queries(path: str | Path) -> list[AmberQuestion]:
     """
     questions: dict[int, AmberQuestion] = {}
     for record in read_records(path):
-        question = AmberQuestion(
-            record.where, record.number("id"), record.text("image"), record.text("query")
-        )
-        if question.id in questions:
-            raise record.error(f"duplicate id {question.id}, first at {questions[question.id].where}")
-        questions[question.id] = question
+        number = record.number("id")
+        if number in questions:
+            raise record.error(f"duplicate id {number}, first at {questions[number].where}")
+        questions[number] = AmberQuestion(record.where, number, record.text("image"), record.text("query"))
     return list(questions.values())
 
 
@@ -180,7 +171,7 @@ def read_answers(
     Raises:
         DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
-    truths = annotations.of(dimensions)
+    truths = [truth for truth in annotations.truths.values() if dimension_of(truth.category) in dimensions]
     if not truths:
         raise DataError(f"{annotations.path}: no question about {' or '.join(dimensions)}")
     answers: list[Reply] = []
@@ -194,60 +185,32 @@ def read_answers(
             others += 1
         else:
             answers.append(reply(record, str(number), record.text("response")))
-    answered = {answer.id for answer in answers}
-    unanswered = {dimension_of(t.category) for t in truths} - {
-        dimension_of(t.category) for t in truths if str(t.id) in answered
-    }
-    hint = (
-        f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
-        if unanswered
-        else ""
-    )
-    replies = in_order_of(answers, [str(truth.id) for truth in truths], path, annotations.path, hint)
+    asked = {str(truth.id): dimension_of(truth.category) for truth in truths}
+    unanswered = set(asked.values()) - {asked[answer.id] for answer in answers if answer.id in asked}
+    hint = ""
+    if unanswered:
+        hint = f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
+    replies = in_order_of(answers, list(asked), path, annotations.path, hint)
     return AmberAnswers(truths, replies, generative, others)
 
 
 @dataclass(frozen=True)
-class CategoryCounts:
-    """Counts of the answers of one category.
-
-    Attributes:
-        n: all answers.
-        correct: correct answers.
-        truth_no: answers to questions whose truth is no.
-        answered_no: answers that are no.
-        correct_no: correct answers that are no.
-    """
-
-    n: int = 0
-    correct: int = 0
-    truth_no: int = 0
-    answered_no: int = 0
-    correct_no: int = 0
-
-    def __add__(self, other: CategoryCounts) -> CategoryCounts:
-        """The counts of both sets of answers."""
-        return CategoryCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True)
 class AmberCounts:
-    """Counts by category, with the script's arithmetic.
+    """Counts of answers, with the script's arithmetic.
 
     Every denominator starts at 0.001, that of the attributes, a sum of three, at 0.003. Accuracy, precision and recall are
     rounded to one decimal of a percent. F1 is computed from the rounded values, with 0.0001 added to its denominator (0.001
     for existence, where every truth is no).
+
+    Args:
+        answers: number of answers by category, truth ("yes" or "no") and response ("Yes", "No", "" for any other).
     """
 
-    categories: Mapping[str, CategoryCounts]
+    answers: Counter[tuple[str, str, str]]
 
     def __add__(self, other: AmberCounts) -> AmberCounts:
         """The counts of both sets of answers."""
-        names = dict.fromkeys([*self.categories, *other.categories])
-        return AmberCounts({name: self._of(name) + other._of(name) for name in names})
-
-    def _of(self, category: str) -> CategoryCounts:
-        return self.categories.get(category, CategoryCounts())
+        return AmberCounts(self.answers + other.answers)
 
     def scores(self, dimensions: Collection[str] | None = None) -> dict[str, float]:
         """`SCORES` in percent, as the script prints them.
@@ -260,30 +223,53 @@ class AmberCounts:
             `existence/accuracy`.
         """
         if dimensions is None:
-            dimensions = {dimension_of(category) for category in self.categories}
+            dimensions = {dimension_of(category) for category, _, _ in self.answers}
         scores: dict[str, float] = {}
         if set(dimensions) == set(DIMENSIONS):
-            scores |= _block([sum(self.categories.values(), start=CategoryCounts())])
+            scores |= self._block([CATEGORIES.values()])
         for dimension, blocks in DIMENSIONS.items():
-            for name, parts in blocks.items() if dimension in dimensions else ():
-                block = _block(
-                    [self._of(part) for part in parts], EXISTENCE_F1 if name == "existence" else F1
-                )
+            for name, categories in blocks.items() if dimension in dimensions else ():
+                block = self._block([[category] for category in categories], name == "existence")
                 scores |= {f"{name}/{key}": value for key, value in block.items()}
         return scores
+
+    def _block(self, parts: Sequence[Collection[str]], existence: bool = False) -> dict[str, float]:
+        """The scores of the categories in all parts, of which the script counts each by itself."""
+
+        def count(part: Collection[str], counted: Callable[[str, str], bool]) -> int:
+            return sum(n for (c, *said), n in self.answers.items() if c in part and counted(*said))
+
+        def percent(correct: Callable[[str, str], bool], counted: Callable[[str, str], bool]) -> float:
+            denominator = 0.0
+            for part in parts:
+                denominator += _script_count(count(part, counted))
+            return round(sum(count(part, correct) for part in parts) / denominator * 100, 1)
+
+        def correct_no(truth: str, response: str) -> bool:
+            return truth == "no" and response == "No"
+
+        accuracy = percent(lambda truth, response: response.lower() == truth, lambda truth, response: True)
+        precision = percent(correct_no, lambda truth, response: response == "No")
+        recall = percent(correct_no, lambda truth, response: truth == "no")
+        p, r = precision / 100, recall / 100
+        f1 = round(2 * p * r / (p + r + (0.001 if existence else 0.0001)) * 100, 1)
+        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+
+def _script_count(n: int) -> float:
+    """The script's counter after n steps from 0.001, rounding errors included."""
+    count = 0.001
+    for _ in range(n):
+        count += 1
+    return count
 
 
 def count_answers(truths: Sequence[AmberTruth], texts: Sequence[str]) -> AmberCounts:
     """Score the answers by the rule of `inference.py`, without their stated confidence."""
-    counts: dict[str, CategoryCounts] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
     for (_, category, truth), text in zip(truths, texts, strict=True):
         response = without_confidence(text)
-        truth_no, answered_no = truth == "no", response == "No"
-        correct = answered_no if truth_no else response == "Yes"
-        count = CategoryCounts(
-            1, int(correct), int(truth_no), int(answered_no), int(truth_no and answered_no)
-        )
-        counts[category] = counts.get(category, CategoryCounts()) + count
+        counts[category, truth, response if response in ("Yes", "No") else ""] += 1
     return AmberCounts(counts)
 
 
@@ -295,27 +281,3 @@ def official_answers(
         {"id": truth.id, "response": without_confidence(text), "confidence": confidence}
         for truth, (text, confidence) in zip(truths, replies, strict=True)
     ]
-
-
-def _block(parts: Sequence[CategoryCounts], smoothing: float = F1) -> dict[str, float]:
-    accuracy = _percent(sum(p.correct for p in parts), [p.n for p in parts])
-    precision = _percent(sum(p.correct_no for p in parts), [p.answered_no for p in parts])
-    recall = _percent(sum(p.correct_no for p in parts), [p.truth_no for p in parts])
-    p, r = precision / 100, recall / 100
-    f1 = round(2 * p * r / (p + r + smoothing) * 100, 1)
-    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
-
-
-def _percent(part: int, totals: Sequence[int]) -> float:
-    denominator = 0.0
-    for total in totals:
-        denominator += _script_count(total)
-    return round(part / denominator * 100, 1)
-
-
-def _script_count(n: int) -> float:
-    """The script's counter after n steps from 0.001, rounding errors included."""
-    count = 0.001
-    for _ in range(n):
-        count += 1
-    return count

@@ -1,8 +1,7 @@
-"""Reading the files of benchmarks: questions, and answers with a stated confidence.
+"""Reading the files of benchmarks, JSON arrays or JSON lines: questions, and answers with a stated confidence.
 
-Files hold a JSON array or JSON lines; each record keeps its position for messages. The official scripts ignore the stated
-confidence, and it would change how they parse an answer ("Confidence: 0.9. No" is a yes to POPE), so the confidence is
-removed before an answer is scored. An answer that states no confidence stays as it is.
+The official scripts do not know a stated confidence, and it would change how they parse an answer ("Confidence: 0.9. No" is a
+yes to POPE), so it is removed before an answer is scored.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_calibration.files import json_lines, name_some, read_json
-from vlm_calibration.records import DataError, RecordError, id_text, short_repr
+from vlm_calibration.records import DataError, id_text, short_repr
 from vlm_calibration.text.confidence import parse_confidence, strip_confidence
 
 
@@ -72,28 +71,19 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     lines = json_lines(path)
     first = next(lines, None)
-    if first is None:
-        raise DataError(f"{path}: no record in this file")
-    if first.content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        records = [_record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
+    if first is not None and first.content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        records = [Record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
     else:
-        records = [Record(line.where, line.read(_object)) for line in chain([first], lines)]
+        records = [
+            Record(line.where, line.read(lambda value: value))
+            for line in chain([first] if first else [], lines)
+        ]
+    for record in records:
+        if not isinstance(record.data, dict):
+            raise record.error(f"expected a JSON object, found {type(record.data).__name__}")
     if not records:
         raise DataError(f"{path}: no record in this file")
     return records
-
-
-def _record(where: str, value: Any) -> Record:
-    try:
-        return Record(where, _object(value))
-    except RecordError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RecordError(f"expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 class Reply(NamedTuple):
@@ -128,35 +118,27 @@ def reply(record: Record, identifier: str | None, text: str) -> Reply:
     Raises:
         DataError: the confidence is neither null nor a number in [0, 1].
     """
-    if "confidence" not in record.data:
-        return Reply(record.where, identifier, text, parse_confidence(text))
-    value = record.data["confidence"]
-    if value is None:
-        return Reply(record.where, identifier, text, None)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise record.error(f"'confidence' must be a number in [0, 1] or null, found {value!r}")
-    return Reply(record.where, identifier, text, float(value))
+    value = record.data.get("confidence", parse_confidence(text))
+    if value is not None:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise record.error(f"'confidence' must be a number in [0, 1] or null, found {value!r}")
+        value = float(value)
+    return Reply(record.where, identifier, text, value)
 
 
 def in_order_of(
     replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path, hint: str = ""
 ) -> list[Reply]:
-    """Sort answers by the order of their questions.
+    """Sort answers, each with an id, by the order of the questions' `ids`.
 
-    Args:
-        replies: answers in any order, each with an id.
-        ids: ids of all questions.
-        answers: the file of the answers, for messages.
-        questions: the file of the questions, for messages.
-        hint: end of the message about missing answers.
+    The files of answers and questions are named in messages; `hint` ends that about missing answers.
 
     Raises:
         DataError: a question has no answer or several, or an answer has an unknown id.
     """
     expected = set(ids)
-    by_id: dict[str, Reply] = {}
+    by_id: dict[str | None, Reply] = {}
     for answer in replies:
-        assert answer.id is not None
         if answer.id in by_id:
             first = by_id[answer.id].where
             raise DataError(f"{answer.where}: a second answer to {answer.id}, the first is at {first}")

@@ -11,11 +11,9 @@ OFFICIAL = "official"
 
 
 class OfficialCounts(Protocol):
-    """Counts of answers from which a benchmark's scores are computed."""
+    """Counts of answers from which a benchmark's scores are computed; those of two sets of answers can be added."""
 
-    def __add__(self, other: Self, /) -> Self:
-        """The counts of both sets of answers."""
-        ...
+    def __add__(self, other: Self, /) -> Self: ...
 
     def scores(self) -> dict[str, float]:
         """The official scores by name; NaN where the benchmark's script prints none."""
@@ -23,10 +21,7 @@ class OfficialCounts(Protocol):
 
 
 def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
-    """The scores of one or several sets of questions, as flat names.
-
-    Args:
-        parts: name -> counts, at least one.
+    """The scores of one or several sets of questions (at least one; name -> counts), as flat names.
 
     Returns:
         `official/accuracy` and so on over all parts, if all belong to one benchmark. With several parts also the scores of
@@ -37,9 +32,8 @@ def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
     if len({type(part) for part in counts}) == 1:
         scores |= reduce(operator.add, counts).scores()
     if len(counts) > 1:
-        scores |= {
-            f"{name}/{key}": value for name, part in parts.items() for key, value in part.scores().items()
-        }
+        for name, part in parts.items():
+            scores |= {f"{name}/{key}": value for key, value in part.scores().items()}
     return {f"{OFFICIAL}/{key}": value for key, value in scores.items()}
 
 

@@ -53,8 +53,7 @@ class PopeQuestion(NamedTuple):
 
     def query(self) -> Query:
         """Convert to a `Query`; `objects` is set if the question has POPE's wording."""
-        match = _OBJECT.search(self.question)
-        objects = (match[1],) if match else ()
+        objects = tuple(_OBJECT.findall(self.question)[:1])
         return Query(self.id, self.image, self.question, self.label.capitalize(), "yes_no", objects)
 
 
@@ -71,10 +70,6 @@ class PopeQuestions:
     path: Path
     questions: tuple[PopeQuestion, ...]
     numbered: bool
-
-    @property
-    def ids(self) -> list[str]:
-        return [question.id for question in self.questions]
 
 
 def read_questions(path: str | Path) -> PopeQuestions:
@@ -111,21 +106,20 @@ def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
     numbered = _all_or_none(records, "question_id")
     replies = [reply(r, _identifier(r) if numbered else None, r.text("answer")) for r in records]
     if numbered and questions.numbered:
-        return in_order_of(replies, questions.ids, path, questions.path)
+        return in_order_of(replies, [question.id for question in questions.questions], path, questions.path)
     if len(replies) != len(questions.questions):
         raise DataError(
             f"{path}: {len(replies)} answers to the {len(questions.questions)} questions in {questions.path}; "
             "without a question_id in both files they are matched in order"
         )
-    first = 1 if replies[0].id == "1" else 0
-    for position, (record, answer, asked) in enumerate(
-        zip(records, replies, questions.questions, strict=True), start=first
-    ):
+    rows = zip(records, replies, questions.questions, strict=True)
+    for position, (record, answer, asked) in enumerate(rows, start=1 if replies[0].id == "1" else 0):
         if numbered and answer.id != str(position):
             raise record.error(
                 f"{questions.path} has no ids, so answers must be numbered in its order: expected {position}, found {answer.id}"
             )
-        if not _may_contain(record.data.get("question"), asked.question):
+        prompt = record.data.get("question")
+        if isinstance(prompt, str) and prompt and _folded(asked.question) not in _folded(prompt):
             raise record.error(
                 f"answers are matched in order, and this one belongs to another question than {asked.where}: {asked.question!r}"
             )
@@ -143,14 +137,7 @@ def says_no(text: str) -> bool:
 
 @dataclass(frozen=True)
 class PopeCounts:
-    """Confusion matrix with yes as the positive class.
-
-    Attributes:
-        tp: correct yes.
-        fp: wrong yes.
-        tn: correct no.
-        fn: wrong no.
-    """
+    """Confusion matrix with yes as the positive class: correct and wrong yes, correct and wrong no."""
 
     tp: int = 0
     fp: int = 0
@@ -163,14 +150,18 @@ class PopeCounts:
 
     def scores(self) -> dict[str, float]:
         """`SCORES` by the script's arithmetic; NaN where the script would fail with a division by zero."""
+
+        def ratio(part: float, whole: float) -> float:
+            return part / whole if whole else math.nan
+
         tp, fp, tn, fn = self.tp, self.fp, self.tn, self.fn
-        precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+        precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
         return {
-            "accuracy": _ratio(tp + tn, tp + tn + fp + fn),
+            "accuracy": ratio(tp + tn, tp + tn + fp + fn),
             "precision": precision,
             "recall": recall,
-            "f1": _ratio(2 * precision * recall, precision + recall),
-            "yes_ratio": _ratio(tp + fp, tp + tn + fp + fn),
+            "f1": ratio(2 * precision * recall, precision + recall),
+            "yes_ratio": ratio(tp + fp, tp + tn + fp + fn),
         }
 
 
@@ -206,10 +197,6 @@ def official_labels(questions: Sequence[PopeQuestion]) -> list[dict[str, Any]]:
     ]
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
-
-
 def _question(record: Record, position: str, numbered: bool) -> PopeQuestion:
     label = record.text("label").strip().casefold()
     if label not in ("yes", "no"):
@@ -243,8 +230,5 @@ def _as_written(identifier: str) -> int | str:
     return int(identifier) if re.fullmatch(r"0|[1-9]\d{0,17}", identifier, re.ASCII) else identifier
 
 
-def _may_contain(prompt: Any, question: str) -> bool:
-    """Whether the prompt in an answer file contains a question, ignoring case and blanks; True without a prompt."""
-    if not isinstance(prompt, str) or not prompt:
-        return True
-    return " ".join(question.casefold().split()) in " ".join(prompt.casefold().split())
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -22,11 +22,10 @@ class CandidateScores(NamedTuple):
         policy: float [B, K], sum of log p over the response's tokens.
         reference: float [B, K], the same under the frozen reference, or None.
         lengths: [B, K], number of tokens, at least 1.
-        distance: float [B, K] in [0, 1], distance to the target: |stated level - target level|, which is 0 for the chosen
-            response, and 1 for another answer.
+        distance: float [B, K] in [0, 1], |stated level - target level|; 0 for the chosen response, 1 for another answer.
         valid: bool [B, K], False for padding, whose numbers may be anything; column 0 is always valid.
-        answer: float [B, K], sum of log p over the answer's tokens; `policy - answer` is the log p of all that follows it:
-            the confidence with its format, and the end of the turn.
+        answer: float [B, K], sum of log p over the answer's tokens; `policy - answer` is the log p of the confidence with its
+            format, and of the end of the turn.
         confidence: float [B, K] in [0, 1], the stated confidence.
         target: float [B] in [0, 1], the confidence to learn.
         correct: bool [B, K], whether the response's answer is correct.
@@ -68,28 +67,27 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
 
     dtype = torch.promote_types(scores.policy.dtype, torch.float32)
 
-    def fill(values: Tensor, padding: float) -> Tensor:
+    def fill(values: Tensor, padding: float = 0.0) -> Tensor:
         return torch.where(valid, values.to(dtype), padding)
 
-    lengths, confidence = fill(scores.lengths, 1.0), fill(scores.confidence, 0.0)
-    target = scores.target.to(dtype)
-    if bool((lengths < 1).any()):
-        raise ValueError("every valid candidate needs a length of at least 1 token")
-    # A mean of confidences may exceed 1 by rounding.
-    if not bool(((torch.cat([confidence, target[:, None]], 1) - 0.5).abs() <= 0.5 + 1e-5).all()):
-        raise ValueError("every valid confidence and every target must be in [0, 1]")
-    return CandidateScores(
-        policy=fill(scores.policy, 0.0),
-        reference=None if scores.reference is None else fill(scores.reference, 0.0),
-        lengths=lengths,
-        distance=fill(scores.distance, 0.0),
+    filled = CandidateScores(
+        policy=fill(scores.policy),
+        reference=None if scores.reference is None else fill(scores.reference),
+        lengths=fill(scores.lengths, 1.0),
+        distance=fill(scores.distance),
         valid=valid,
-        answer=fill(scores.answer, 0.0),
-        confidence=confidence,
-        target=target,
+        answer=fill(scores.answer),
+        confidence=fill(scores.confidence),
+        target=scores.target.to(dtype),
         correct=valid & scores.correct,
         own=own,
     )
+    if bool((filled.lengths < 1).any()):
+        raise ValueError("every valid candidate needs a length of at least 1 token")
+    confidences = torch.cat([filled.confidence, filled.target[:, None]], 1)
+    if not bool(((confidences - 0.5).abs() <= 0.5 + 1e-5).all()):  # a mean may exceed 1 by rounding
+        raise ValueError("every valid confidence and every target must be in [0, 1]")
+    return filled
 
 
 _RULES = {
@@ -102,20 +100,15 @@ _RULES = {
 
 
 class CandidateLoss(ABC):
-    """Base class of the losses of candidate scores. Every query has the same weight, whatever its number of candidates.
+    """Base class of the losses of candidate scores. Every query has the same weight, whatever its number of candidates."""
 
-    Attributes:
-        needs_reference: whether `CandidateScores.reference` is used.
-    """
+    needs_reference = False
+    """Whether `CandidateScores.reference` is used."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name in _RULES and not _RULES[name][0](value):
                 raise DataError(f"loss.{name} must be {_RULES[name][1]}, found {value}")
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
 
     @abstractmethod
     def __call__(self, scores: CandidateScores) -> Tensor:

@@ -6,10 +6,9 @@ For one query with the target t, over the candidates k that give the query's own
     pi  = softmax_k(s), the policy's distribution over these confidences
     Z   = logsumexp_k(s), the log-probability that any of their texts follows the answer; at most 0
 
-The text of a confidence includes its format and the end of the turn. pi is unaware of the format, because a normalised
-distribution does not change when all its texts become unlikely. So each loss adds -Z, which is least at Z = 0, where every
-answer is followed by a readable confidence, whatever pi is. All probabilities are relative to the candidates compared: give all
-confidences that can be stated (`pairs.rejected: all`).
+The text of a confidence includes its format and the end of the turn. pi does not change when all its texts become unlikely. So
+each loss adds -Z, which is least at Z = 0, where every answer is followed by a readable confidence, whatever pi is. All
+probabilities are relative to the candidates compared: give all confidences that can be stated (`pairs.rejected: all`).
 
 The answer's tokens cancel in s: `SoftLabel`, `TokenizedBrier` and `ExpectedBrier` teach the confidence, not the answer.
 """
@@ -105,19 +104,17 @@ class RLCR(DistributionLoss):
         -sum_k P_k R_k - logsumexp_k(L_k)
 
     The gradient of the first term is exactly the expectation, over a response k drawn from P, of REINFORCE's estimate
-    -R_k grad log P_k; and also of -(R_k - sum_j P_j R_j) grad L_k, which is REINFORCE on the response's log p with the mean
-    reward as baseline. So it is the policy gradient of one on-policy step, restricted to the candidates, without sampling noise, and
-    without clipping, division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written);
-    it teaches the format, and is least where that is 0, whatever P is.
+    -R_k grad log P_k: the policy gradient of one on-policy step, restricted to the candidates, without sampling noise, clipping,
+    division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written); it teaches the
+    format, and is least where that is 0, whatever P is.
 
-    A query whose candidates all give its own answer (an open question) has nothing to choose an answer from, so L_k is
-    s_k = log p(text of c_k | answer) there: P is the same, and the answer's tokens get no gradient. Else the second term would
-    teach the answer, also a wrong one. `target` is not used.
+    A query whose candidates all give its own answer (an open question) has nothing to choose an answer from. There L_k is
+    s_k = log p(text of c_k | answer): P is the same, and the answer's tokens get no gradient, which the second term would give
+    them even for a wrong answer. `target` is not used.
 
     Optimum: an answer that is correct with the probability p, stated with the confidence c, has the expected reward
     p^2 - (c - p)^2. All of P is on the response for which this is largest: the confidence nearest to p, after the answer that is
-    most likely to be correct (exactly so, if confidences are dense or if yes/no answers are followed by confidences that are
-    symmetric about 50%; else an answer with nearly as large a p can win by a confidence that is nearer to it).
+    most likely to be correct (if the confidences are dense enough to tell its p from that of the next answer).
     """
 
     def __call__(self, scores: CandidateScores) -> Tensor:

@@ -1,7 +1,10 @@
 """Preference losses: one response to a query over others, from the log-likelihoods of whole responses.
 
-Every loss is a frozen dataclass of its settings, called with `CandidateScores`. The formulas are in `functional`; this
-module handles settings, padding and means.
+With the log-ratio of a response, r = log p(response) - log p_ref(response), the losses of pairs are functions of
+
+    h = r_chosen - r_rejected
+
+Every loss is a frozen dataclass of its settings, called with `CandidateScores`.
 """
 
 from __future__ import annotations
@@ -9,29 +12,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fill_padding
-from vlm_calibration.losses.functional import dpo, ipo, odpo, plackett_luce, simpo
 
-
-class Pairs(NamedTuple):
-    """Log-likelihoods of chosen and rejected responses, per token if the loss is.
-
-    Attributes:
-        chosen: float [B, 1].
-        rejected: float [B, K - 1].
-        ref_chosen: float [B, 1], under the reference; 0 for a loss without reference.
-        ref_rejected: float [B, K - 1], under the reference; 0 for a loss without reference.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
+TIE = 1e-5
+"""Distances that differ by at most this are equal: in floats 0.3 - 0.2 is not 0.2 - 0.1."""
 
 
 def _mean_over_queries(values: Tensor, counted: Tensor) -> Tensor:
@@ -57,49 +46,42 @@ class PreferenceLoss(CandidateLoss):
     """
 
     beta: float
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
-    @property
-    def per_token(self) -> bool:
-        return False
+    needs_reference = True
+    per_token = False
 
     def rewards(self, scores: CandidateScores) -> Tensor:
-        """Implicit reward of each candidate, float [B, K]: beta (policy - reference), per token if the loss is; 0 for padding."""
-        policy, reference = self._log_likelihoods(fill_padding(scores))
-        return self.beta * (policy - reference)
+        """Implicit reward of each candidate, float [B, K]: beta times its log-ratio; 0 for padding."""
+        return self.beta * self.log_ratios(fill_padding(scores))
 
-    def _log_likelihoods(self, filled: CandidateScores) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods under policy and reference, float [B, K] each: per token if the loss is; 0 if it has no reference."""
-        if not self.needs_reference:
-            reference = torch.zeros_like(filled.policy)
-        elif filled.reference is None:
-            raise ValueError(f"{type(self).__name__} needs the log-likelihoods of the reference, found None")
-        else:
-            reference = filled.reference
+    def log_ratios(self, filled: CandidateScores) -> Tensor:
+        """log p - log p_ref of each candidate, float [B, K]; the reference is 0 for a loss without one."""
         scale = filled.lengths if self.per_token else torch.ones_like(filled.lengths)
-        return filled.policy / scale, reference / scale
+        if not self.needs_reference:
+            return filled.policy / scale
+        if filled.reference is None:
+            raise ValueError(f"{type(self).__name__} needs the log-likelihoods of the reference, found None")
+        return filled.policy / scale - filled.reference / scale
 
 
 class PairwiseLoss(PreferenceLoss):
     """Base class of the losses of pairs: the chosen response with each rejected one; a query's loss is the mean over its pairs."""
 
     @abstractmethod
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
+    def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
         """The loss of each pair, float [B, K - 1]; `distance`, float [B, K - 1], is that of the rejected response."""
 
     def __call__(self, scores: CandidateScores) -> Tensor:
         filled = fill_padding(scores)
-        policy, reference = self._log_likelihoods(filled)
-        pairs = Pairs(policy[:, :1], policy[:, 1:], reference[:, :1], reference[:, 1:])
-        return _mean_over_queries(self.pair_losses(pairs, filled.distance[:, 1:]), filled.valid[:, 1:])
+        ratios = self.log_ratios(filled)
+        h = ratios[:, :1] - ratios[:, 1:]
+        return _mean_over_queries(self.pair_losses(h, filled.distance[:, 1:]), filled.valid[:, 1:])
 
 
 @dataclass(frozen=True)
 class DPO(PairwiseLoss):
-    """Direct preference optimisation (arXiv 2305.18290).
+    """Direct preference optimisation (arXiv 2305.18290, equation 7): -log sigmoid(beta h).
+
+    With label smoothing e: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
     Args:
         beta: strength of the regularisation towards the reference; scale of the reward.
@@ -113,16 +95,19 @@ class DPO(PairwiseLoss):
     reference_free: bool = False
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_reference(self) -> bool:  # type: ignore[override]
         return not self.reference_free
 
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        return dpo(*pairs, self.beta, self.label_smoothing)
+    def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
+        loss = -logsigmoid(self.beta * h)
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * logsigmoid(-self.beta * h)
+        return loss
 
 
 @dataclass(frozen=True)
 class SimPO(PairwiseLoss):
-    """Simple preference optimisation (arXiv 2405.14734): log-likelihood per token, a target margin, no reference.
+    """Simple preference optimisation (arXiv 2405.14734, equation 6): -log sigmoid(beta h - gamma), per token, no reference.
 
     The paper tunes beta and gamma for each model (2 to 2.5 and 0.3 to 1.6). The defaults are its setting for
     Llama-3-Base; the authors recommend its ratio of 0.5 to start from.
@@ -135,21 +120,16 @@ class SimPO(PairwiseLoss):
     beta: float = 2.0
     gamma: float = 1.0
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
+    needs_reference = False
+    per_token = True
 
-    @property
-    def per_token(self) -> bool:
-        return True
-
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        return simpo(pairs.chosen, pairs.rejected, self.beta, self.gamma)
+    def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
+        return -logsigmoid(self.beta * h - self.gamma)
 
 
 @dataclass(frozen=True)
 class IPO(PairwiseLoss):
-    """Identity preference optimisation (arXiv 2310.12036, equation 17), which regresses h to 1 / (2 beta).
+    """Identity preference optimisation (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2.
 
     Args:
         beta: the paper's tau.
@@ -161,19 +141,19 @@ class IPO(PairwiseLoss):
     average: bool = False
 
     @property
-    def per_token(self) -> bool:
+    def per_token(self) -> bool:  # type: ignore[override]
         return self.average
 
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        return ipo(*pairs, self.beta)
+    def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
+        return (h - 1 / (2 * self.beta)) ** 2
 
 
 @dataclass(frozen=True)
 class Ordinal(PairwiseLoss):
-    """DPO with an offset (ODPO, arXiv 2402.10571): the margin grows with the rejected response's distance to the target.
+    """DPO with an offset (ODPO, arXiv 2402.10571): -log sigmoid(beta h - offset * distance).
 
-    The paper's offset is alpha times the log of a difference of scores; here it is linear in the distance, which is in
-    [0, 1] and may be 0.
+    The margin grows with the rejected response's distance to the target. The paper's offset is alpha times the log of a
+    difference of scores; here it is linear in the distance, which is in [0, 1] and may be 0.
 
     Args:
         beta: as in `DPO`.
@@ -183,16 +163,22 @@ class Ordinal(PairwiseLoss):
     beta: float = 0.1
     offset: float = 1.0
 
-    def pair_losses(self, pairs: Pairs, distance: Tensor) -> Tensor:
-        return odpo(*pairs, distance, self.beta, self.offset)
+    def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
+        return -logsigmoid(self.beta * h - self.offset * distance)
 
 
 @dataclass(frozen=True)
 class Listwise(PreferenceLoss):
     """The Plackett-Luce likelihood of ranking all candidates by distance (arXiv 2305.18290, appendix A.3; 2402.01878).
 
-    The score of a candidate is its implicit reward; see `plackett_luce` for ties. A query's loss is the mean of its terms,
-    so that it is comparable across numbers of candidates; with two candidates it is DPO.
+    With the rewards s and distances d, the term of candidate i is the negative log-probability of picking it among itself and
+    all candidates that are strictly further away:
+
+        log( exp s_i + sum_{j: d_j > d_i} exp s_j ) - s_i
+
+    Equally distant candidates (see `TIE`) are never in each other's denominator: the order of two levels just above and
+    just below the target is unknown, so neither is pushed below the other. A query's loss is the mean of its terms, so that it
+    is comparable across numbers of candidates; with two candidates it is DPO.
 
     Args:
         beta: as in `DPO`.
@@ -202,9 +188,12 @@ class Listwise(PreferenceLoss):
 
     def __call__(self, scores: CandidateScores) -> Tensor:
         filled = fill_padding(scores)
-        policy, reference = self._log_likelihoods(filled)
-        terms, counted = plackett_luce(self.beta * (policy - reference), filled.distance, filled.valid)
-        return _mean_over_queries(terms, counted)
+        s, d, valid = self.beta * self.log_ratios(filled), filled.distance, filled.valid
+        further = d[:, None, :] > d[:, :, None] + TIE
+        further = further & valid[:, None, :] & valid[:, :, None]
+        pool = further | torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+        terms = torch.where(pool, s[:, None, :], -torch.inf).logsumexp(-1) - s
+        return _mean_over_queries(terms, further.any(-1))
 
 
 @torch.no_grad()

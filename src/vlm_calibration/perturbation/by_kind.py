@@ -1,7 +1,6 @@
-"""The names of the kinds of perturbation, and perturbing by name, without importing albumentations before it is needed.
+"""Perturbing by the name of a kind, without importing albumentations before it is needed.
 
 The import takes about two seconds, which help pages, configurations and the evaluation of untouched images need not wait for.
-`vlm_calibration.perturbation.kinds` has the kinds themselves.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from vlm_calibration.perturbation.levels import NOISE, check_confidence, nominal_step
-from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise
+from vlm_calibration.perturbation.levels import NOISE
+from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise, check_share
 from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
 
 if TYPE_CHECKING:
-    from vlm_calibration.perturbation.transform import RegionPerturbation
+    from vlm_calibration.perturbation.kinds import RegionPerturbation
 
 KIND_NAMES = (
     NOISE,
@@ -32,13 +31,6 @@ KIND_NAMES = (
 """The names of all kinds: the keys of `kinds.KINDS`."""
 
 
-def check_kind(kind: str) -> str:
-    """Return the name of a kind; ValueError if there is no such kind."""
-    if kind not in KIND_NAMES:
-        raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
-    return kind
-
-
 @lru_cache(maxsize=32)
 def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
     """The transform of a kind; the first call imports albumentations.
@@ -50,7 +42,8 @@ def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
     Raises:
         ValueError: there is no such kind.
     """
-    check_kind(kind)
+    if kind not in KIND_NAMES:
+        raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
     from vlm_calibration.perturbation.kinds import KINDS, RegionNoise  # deferred: slow to import
 
     return RegionNoise(schedule) if kind == NOISE else KINDS[kind]()
@@ -82,10 +75,10 @@ def perturb(
     Raises:
         TypeError, ValueError: an invalid image, mask, confidence, seed or kind; named.
     """
+    strength = 1.0 - check_share("confidence", confidence)
     if isinstance(schedule, str):
         schedule = schedule_by_name(schedule)
     if kind == NOISE:
-        return add_region_noise(image, mask, nominal_step(confidence, schedule.steps), schedule, seed)
+        return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)
     transform = region_perturbation(kind, schedule)
-    strength = 1.0 - check_confidence(confidence)
     return transform(image=image, mask=mask, strength=strength, seed=seed)["image"]

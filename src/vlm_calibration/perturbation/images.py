@@ -1,7 +1,4 @@
-"""Loading images as upright 8-bit RGB, and resizing images and masks.
-
-All other code computes on uint8 [H, W, 3], so palettes, alpha, 16 bits, CMYK, EXIF rotation and damaged files are handled here.
-"""
+"""Loading images as upright 8-bit RGB, and resizing images and masks; all other code computes on uint8 [H, W, 3]."""
 
 import io
 import os
@@ -29,8 +26,6 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-_EXIF_ERRORS = (SyntaxError, OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 
 
 class ImageError(ValueError):
@@ -65,46 +60,40 @@ def load_image(
         ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique
             conversion to 8-bit RGB.
     """
-    return np.array(_open_upright(source, max_pixels, name))
+    return _load(source, max_pixels, name)
 
 
 def load_reduced(
     source: str | os.PathLike[str] | bytes, least: int, *, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> ImageArray:
-    """Read an image file like `load_image`, a JPEG at a half, a quarter or an eighth of its size, which is several times faster.
+    """`load_image`, but a JPEG at a half, a quarter or an eighth of its size, which is several times faster.
 
-    Args:
-        source: a path, or the bytes of a file.
-        least: both sides of a reduced image have at least this number of pixels.
-        max_pixels: as in `load_image`.
-
-    Raises:
-        ImageError: as `load_image`.
+    Both sides of a reduced image have at least `least` pixels.
     """
-    return np.array(_open_upright(source, max_pixels, None, least))
+    return _load(source, max_pixels, None, least)
 
 
-def _open_upright(
+def _load(
     source: str | os.PathLike[str] | bytes, max_pixels: int, name: str | None, least: int | None = None
-) -> Image.Image:
-    """The image as upright 8-bit RGB; reduced by the decoder if `least` is given."""
+) -> ImageArray:
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    too_large = f"more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > max_pixels:
-                raise ImageError(_too_large(name, f"{image.width} x {image.height} pixels", max_pixels))
+                raise ImageError(f"{name}: {image.width} x {image.height} pixels, {too_large}")
             if least is not None:
                 image.draft(None, (least, least))
             image.load()
-            transposition = _TRANSPOSITIONS.get(_orientation(image))
             rgb = _to_rgb(image, name)
+            transposition = _transposition(image)
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file; check the path and the data root") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(_too_large(name, "a decompression bomb by its size", max_pixels)) from error
+        raise ImageError(f"{name}: a decompression bomb by its size, {too_large}") from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: not an image in a format that Pillow reads; convert or replace it"
@@ -114,7 +103,7 @@ def _open_upright(
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"{name}: cannot be opened: {error.strerror}") from error
         raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from error
-    return rgb if transposition is None else rgb.transpose(transposition)
+    return np.array(rgb if transposition is None else rgb.transpose(transposition))
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
@@ -125,8 +114,6 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """
     check_image(image)
     height, width = _check_size(size)
-    if image.shape[:2] == (height, width):
-        return image.copy()
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -162,11 +149,7 @@ def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
 
 
 def _new_pixels(begin: int, end: int, length: int, n: int) -> tuple[slice, NDArray[np.float64]]:
-    """Which of `n` new pixels along an axis of `length` old ones touch the old pixels `begin` to `end`, and the borders of these.
-
-    Returns:
-        The new pixels, and their borders in old pixels after `begin`, float64 [number of new pixels + 1].
-    """
+    """Which of `n` new pixels along an axis of `length` old ones touch the old pixels `begin` to `end`; their borders after `begin`."""
     new = slice(begin * n // length, -(-end * n // length))
     borders = np.arange(new.start, new.stop + 1) * (length / n) - begin
     return new, np.clip(borders, 0, end - begin)
@@ -182,7 +165,13 @@ def _between(sums: NDArray[Any], borders: NDArray[np.float64], axis: int) -> NDA
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _from_16_bit(image, name)
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(
+                f"{name}: 32-bit pixels outside 0..65535 have no unique conversion to 8-bit; convert the file"
+            )
+        # 65535 = 255 * 257, so dividing by 257 maps 0 to 0 and 65535 to 255.
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "LAB"):
         raise ImageError(
             f"{name}: {image.mode} pixels have no unique conversion to 8-bit RGB; convert the file to RGB"
@@ -193,28 +182,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError(
-            f"{name}: 32-bit pixels outside 0..65535 have no unique conversion to 8-bit; convert the file"
-        )
-    # 65535 = 255 * 257, so dividing by 257 maps 0 to 0 and 65535 to 255.
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 if EXIF is missing or broken."""
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    """What undoes the EXIF orientation; None if the image is upright, or EXIF is missing or broken."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _EXIF_ERRORS:
-        return 1
-
-
-def _too_large(name: str, size: str, max_pixels: int) -> str:
-    return (
-        f"{name}: {size}, more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
-    )
+        return _TRANSPOSITIONS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+    except (SyntaxError, OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error):
+        return None
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -1,13 +1,20 @@
-"""The ways in which a photograph loses the evidence of an object, beside the noise of `RegionNoise`.
+"""The ways in which a photograph loses the evidence of an object, each an albumentations transform on the object's region alone.
 
-Each kind is an albumentations transform on the region alone, built on albumentations' functions without its random stream.
-What a kind does is proportional to the region's size, so that a strength takes about as much from a small object as from a
+`RegionPerturbation` does what all kinds share: it cuts the region out with the context that the kind needs, and writes back the
+pixels under the mask and no others. The paper's kind is `RegionNoise`; the others use albumentations' functions without its random
+stream. What a kind does is proportional to the region's size, so that a strength takes about as much from a small object as from a
 large one, and the strength is scaled so that the evidence is lost over the whole range and not by 0.2. `KINDS` names them.
+
+Importing albumentations is slow, so this module is imported when an image is perturbed (`vlm_calibration.perturbation.by_kind`).
 """
 
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look for updates on the network
+
+import albumentations as A
 import cv2
 import numpy as np
 from albumentations.augmentations.blur import functional as blurs
@@ -15,9 +22,20 @@ from albumentations.augmentations.pixel import functional as pixels
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from vlm_calibration.perturbation.noise import ImageArray
+from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
+from vlm_calibration.perturbation.noise import (
+    ImageArray,
+    Seed,
+    add_region_noise,
+    check_image,
+    check_share,
+    seed_sequence,
+)
+from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
 from vlm_calibration.perturbation.surroundings import mixed, surroundings
-from vlm_calibration.perturbation.transform import Crop, RegionNoise, RegionPerturbation
+
+FADE_POWER = 8
+"""A kind that `fades` is mixed with the surroundings by `strength ** FADE_POWER`: 0.4% at 0.5, 43% at 0.9, all at 1."""
 
 _QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
 """256 equally probable values of a standard normal variable."""
@@ -26,19 +44,115 @@ _LONGEST_KERNEL = 31
 """In pixels; a wider kernel is applied to a smaller image, which takes less time and looks the same."""
 
 
+class Crop(NamedTuple):
+    """A region with its context.
+
+    Attributes:
+        image: uint8 [h, w, 3], C-contiguous.
+        region: bool [h, w], not empty.
+        size: square root of the number of the region's pixels; what a kind does to the region is proportional to it.
+    """
+
+    image: ImageArray
+    region: BoolMask
+    size: float
+
+
+class RegionPerturbation(A.ImageOnlyTransform):
+    """Perturb the pixels under `mask`; leave all other pixels, and the mask, unchanged.
+
+    The result is a pure function of the keys of the call: `image`, uint8 [H, W, 3]; `mask`, bool [H, W] or uint8 of 0 and 1, not
+    empty; `strength` in [0, 1]; and `seed`, an integer or a sequence of integers:
+
+        A.Compose([RegionBlur()])(image=image, mask=mask, strength=0.3, seed=(seed, epoch, query))
+
+    Strength 0 leaves the image unchanged; at strength 1 the result does not depend on the pixels under the mask.
+
+    Args:
+        p: probability of applying the transform.
+
+    Raises:
+        TypeError, ValueError: an invalid image, mask, strength or seed; named.
+    """
+
+    context: ClassVar[float] = 0.0
+    """Width of the context around the region's bounding box, as a multiple of `Crop.size`."""
+
+    fades: ClassVar[bool] = False
+    """Whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1."""
+
+    def __init__(self, p: float = 1.0) -> None:
+        super().__init__(p=p)
+
+    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+        """Perturb a region; what it returns outside the region is not used.
+
+        Args:
+            crop: the region with the context that the kind asks for, cut off at the image's border. Not to be changed.
+            strength: in (0, 1].
+            seed: the only source of randomness.
+
+        Returns:
+            uint8 [h, w, 3], C-contiguous.
+        """
+        raise NotImplementedError
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        return ["image", "mask", "strength", "seed"]
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        return {"region": data["mask"], "strength": data["strength"], "seed": data["seed"]}
+
+    def apply(
+        self, img: ImageArray, *, region: NDArray[Any], strength: float, seed: Seed, **params: Any
+    ) -> ImageArray:
+        check_image(img)
+        region = check_mask(region, img.shape)
+        strength = check_share("strength", strength)
+        sequence = seed_sequence(seed)
+        result = np.array(img, order="C")
+        if strength == 0:
+            return result
+        size = float(np.sqrt(np.count_nonzero(region)))
+        box = bounding_box(region).grown(int(np.ceil(self.context * size)), img.shape).slices
+        crop = Crop(np.ascontiguousarray(img[box]), region[box], size)
+        perturbed = self.perturb_crop(crop, strength, sequence)
+        weight = strength**FADE_POWER
+        if self.fades and 255 * weight >= 0.5:  # less changes no value
+            perturbed = mixed(perturbed, surroundings(crop.image, crop.region), weight)
+        # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
+        result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
+        return result
+
+
+class RegionNoise(RegionPerturbation):
+    """Add diffusion noise of step `round(strength * schedule.steps)`, see `add_region_noise`.
+
+    The last step leaves what the schedule leaves of the image: nothing visible with "linear" and "cosine", more with "sigmoid".
+
+    Args:
+        schedule: a schedule, or its name: "linear", "cosine" or "sigmoid".
+        p: probability of applying the transform.
+    """
+
+    def __init__(self, schedule: Schedule | str = "linear", p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+
+    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+        step = round(strength * self.schedule.steps)
+        return add_region_noise(crop.image, crop.region, step, self.schedule, seed)
+
+
 class RegionBlur(RegionPerturbation):
-    """Gaussian blur, as of an object out of focus; sigma is `sigma(strength)` times the region's size."""
+    """Gaussian blur, as of an object out of focus; sigma is `0.35 * strength` times the region's size."""
 
     context = 1.0
     fades = True
 
-    @staticmethod
-    def sigma(strength: float) -> float:
-        """Standard deviation as a share of the region's size."""
-        return 0.35 * strength
-
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        sigma = self.sigma(strength) * crop.size
+        sigma = 0.35 * strength * crop.size
 
         def blur(image: ImageArray, scale: float) -> ImageArray:
             # Shrinking and enlarging blur as well: by a box of `scale` pixels and a triangle of twice that.
@@ -49,37 +163,27 @@ class RegionBlur(RegionPerturbation):
 
 
 class RegionMotionBlur(RegionPerturbation):
-    """Motion blur along a line of random direction; its length is `length(strength)` times the region's size."""
+    """Motion blur along a line of random direction; its length is `1.8 * strength` times the region's size."""
 
     context = 0.9
     fades = True
 
-    @staticmethod
-    def length(strength: float) -> float:
-        """Length of the movement as a share of the region's size."""
-        return 1.8 * strength
-
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
         angle = float(_generator(seed).uniform(0, 180))
-        length = self.length(strength) * crop.size
+        length = 1.8 * strength * crop.size
         # A line of constant weight is a box filter of the turned image, whose time does not depend on the length.
         shrink = min(length / 12, crop.size / 100)
         return _at_size(crop.image, shrink, lambda image, scale: _moved(image, length / scale, angle))
 
 
 class RegionPixelation(RegionPerturbation):
-    """Square blocks of one colour, as in a mosaic; their side is `block(strength)` times the region's size."""
+    """Square blocks of one colour, as in a mosaic; their side is `0.8 * strength` times the region's size."""
 
     context = 0.25
     fades = True
 
-    @staticmethod
-    def block(strength: float) -> float:
-        """Side of a block as a share of the region's size."""
-        return 0.8 * strength
-
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        block = self.block(strength) * crop.size
+        block = 0.8 * strength * crop.size
         scale = min(1.0, max(1 / block, 1 / min(crop.region.shape)))
         return pixels.downscale(crop.image, scale, cv2.INTER_AREA, cv2.INTER_NEAREST)
 
@@ -101,7 +205,13 @@ class RegionOcclusion(RegionPerturbation):
         missing = round(strength * places.size)
         shape = np.array(uncovered.shape)
         while missing > 0:
-            index, places = self._draw(uncovered, places, generator)
+            # A rectangle starts from an uncovered pixel, so that each covers something.
+            for attempt in range(9):
+                if attempt == 8:
+                    places = np.flatnonzero(uncovered)
+                index = int(places[generator.integers(places.size)])
+                if uncovered.flat[index]:
+                    break
             place = np.array(divmod(index, uncovered.shape[1]))
             sides = np.maximum(1, np.rint(generator.uniform(*self.sides, 2) * shape)).astype(int)
             start = np.maximum(0, place - (generator.random(2) * sides).astype(int))
@@ -116,31 +226,14 @@ class RegionOcclusion(RegionPerturbation):
             missing -= int(np.count_nonzero(new))
         return result
 
-    @staticmethod
-    def _draw(
-        uncovered: np.ndarray, places: np.ndarray, generator: np.random.Generator
-    ) -> tuple[int, np.ndarray]:
-        """Draw an uncovered pixel, from which a rectangle starts, so that each covers something; and where to draw the next."""
-        for _ in range(8):
-            place = int(places[generator.integers(places.size)])
-            if uncovered.flat[place]:
-                return place, places
-        places = np.flatnonzero(uncovered)
-        return int(places[generator.integers(places.size)]), places
-
 
 class RegionFade(RegionPerturbation):
-    """Fade into the surroundings, as in haze or behind a dirty window: `(1 - w) * image + w * surroundings`."""
+    """Fade into the surroundings, as in haze or behind a dirty window: `(1 - strength) * image + strength * surroundings`."""
 
     context = 0.25
 
-    @staticmethod
-    def weight(strength: float) -> float:
-        """The share `w` of the surroundings."""
-        return strength
-
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        return mixed(crop.image, surroundings(crop.image, crop.region), self.weight(strength))
+        return mixed(crop.image, surroundings(crop.image, crop.region), strength)
 
 
 class RegionJpeg(RegionPerturbation):
@@ -154,20 +247,17 @@ class RegionJpeg(RegionPerturbation):
 
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
         quality = round(1 + 30 * (1 - strength) ** 3)
-        return _at_size(
-            crop.image,
-            crop.size * strength / 10,
-            lambda image, _: pixels.image_compression(image, quality, ".jpg"),
-        )
+        shrink = crop.size * strength / 10
+        return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
 
 
 class RegionDarkness(RegionPerturbation):
     """Less light, as at dusk, and the noise of a sensor that makes up for most of it.
 
-    A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with probability
-    `exposure(strength)`; reading out adds noise; and the camera multiplies what is left by `exposure ** -0.75`, three quarters of
-    the stops, up to `MAX_GAIN`. Nothing but amplified noise is left at strength 1. The noise is independent for each pixel, so
-    that a large object bears more of it, as with `RegionNoise`.
+    A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
+    `exposure = (1 - strength) ** 3`; reading out adds noise; and the camera multiplies what is left by `exposure ** -0.75`, three
+    quarters of the stops, up to `MAX_GAIN`. Nothing but amplified noise is left at strength 1. The noise is independent for each
+    pixel, so that a large object bears more of it, as with `RegionNoise`.
     """
 
     ELECTRONS = 1000.0
@@ -176,29 +266,18 @@ class RegionDarkness(RegionPerturbation):
     """Standard deviation of the noise of reading out, in electrons."""
     MAX_GAIN = 32.0
 
-    @staticmethod
-    def exposure(strength: float) -> float:
-        """The share of the light that is left."""
-        return (1 - strength) ** 3
-
     def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        # A random byte is one of 256 quantiles of the noise, so a table has the result for each value and byte.
-        noise = np.frombuffer(_generator(seed).bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
-        index = crop.image.astype(np.uint16)
-        index <<= 8
-        index |= noise
-        return self._table(strength)[index]
-
-    def _table(self, strength: float) -> np.ndarray:
-        """The value seen for each original value and each of 256 quantiles of the noise, uint8 [65536]."""
-        exposure = self.exposure(strength)
+        exposure = (1 - strength) ** 3
         gain = min(exposure**-0.75, self.MAX_GAIN) if exposure else self.MAX_GAIN
         light = (np.arange(256, dtype=np.float32)[:, None] / 255) ** 2
         electrons = self.ELECTRONS * exposure * light
         # The variance of light that is lost (binomial), not of all light: nothing changes where nothing is lost.
         spread = np.sqrt((1 - exposure) * (electrons + self.READ_NOISE**2))
         seen = np.clip(gain / self.ELECTRONS * (electrons + spread * _QUANTILES), 0, 1)
-        return np.rint(255 * np.sqrt(seen)).astype(np.uint8).ravel()
+        # A random byte is one of 256 quantiles of the noise, so a table has the result for each value and byte.
+        table = np.rint(255 * np.sqrt(seen)).astype(np.uint8).ravel()
+        noise = np.frombuffer(_generator(seed).bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
+        return table[crop.image.astype(np.uint16) << 8 | noise]
 
 
 class RegionOverexposure(RegionPerturbation):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -10,6 +11,35 @@ from vlm_calibration.perturbation.level_table import AnswerTypeCounts, KindCount
 
 Accuracies = Mapping[str, np.ndarray]
 """Kind of perturbation -> fitted accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
+
+
+class AccuracyCurves(NamedTuple):
+    """Fitted accuracies.
+
+    Attributes:
+        untouched: on untouched images, of all queries.
+        perturbed: by kind and strength, of the queries that are perturbed.
+    """
+
+    untouched: float
+    perturbed: Accuracies
+
+
+class AnswerTypeFit:
+    """The fitted accuracies of one answer type.
+
+    Attributes:
+        strengths: kind -> its measured strengths.
+        pooled: over all queries.
+        bins: in each bin of the likelihood.
+        edges: likelihoods between the bins.
+    """
+
+    def __init__(self, counts: AnswerTypeCounts) -> None:
+        self.strengths = {kind: [row.strength for row in rows] for kind, rows in counts.bins[0].items()}
+        (self.pooled,) = _curves([fit_pooled(counts)], counts.merged)
+        self.bins = _curves(fit_bins(counts), counts)
+        self.edges = counts.edges
 
 
 def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
@@ -30,16 +60,9 @@ def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
         for kind, values in accuracy.items()
     }
     first = next(iter(accuracy))
-    blocks = sorted(
-        (
-            (value, weight)
-            for kind, chain in chains.items()
-            for value, weight in zip(chain, n[kind][1:], strict=True)
-        ),
-        reverse=True,
-    )
     total, weight = accuracy[first][0] * n[first][0], float(n[first][0])
-    for value, block_weight in blocks:
+    blocks = [block for kind, chain in chains.items() for block in zip(chain, n[kind][1:], strict=True)]
+    for value, block_weight in sorted(blocks, reverse=True):
         if value <= total / weight:
             break
         total, weight = total + value * block_weight, weight + block_weight
@@ -68,26 +91,21 @@ def fit_pooled(counts: AnswerTypeCounts) -> dict[str, np.ndarray]:
     return fit_kinds(*_columns(counts.pooled))
 
 
-def fit_untouched(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> np.ndarray:
-    """The accuracy on untouched images in each bin, float64: the fit, and for queries that are never perturbed the measured one.
-
-    Args:
-        fits: of each bin.
-        counts: the counts behind them.
-    """
-    fitted = np.array([next(iter(fit.values()))[0] for fit in fits])
-    others = np.array([row.n for row in counts.never_perturbed])
-    if not others.any():
-        return fitted
-    n = np.array([row.n for row in counts.untouched], dtype=np.float64)
-    correct = fitted * (n - others) + [row.n_correct for row in counts.never_perturbed]
-    return np.asarray(isotonic_regression(correct / n, weights=n).x)
-
-
 def _columns(counts: KindCounts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Measured accuracies and numbers of answers, by kind."""
     accuracy = {kind: np.array([row.n_correct / row.n for row in rows]) for kind, rows in counts.items()}
     return accuracy, {kind: np.array([float(row.n) for row in rows]) for kind, rows in counts.items()}
+
+
+def _curves(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> list[AccuracyCurves]:
+    """The fits of all bins with the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
+    untouched = np.array([next(iter(fit.values()))[0] for fit in fits])
+    others = np.array([row.n for row in counts.never_perturbed])
+    if others.any():
+        n = np.array([row.n for row in counts.untouched], dtype=np.float64)
+        correct = untouched * (n - others) + [row.n_correct for row in counts.never_perturbed]
+        untouched = np.asarray(isotonic_regression(correct / n, weights=n).x)
+    return list(map(AccuracyCurves, untouched.tolist(), fits))
 
 
 def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray]) -> tuple[float, ...]:
@@ -130,18 +148,15 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
     )
     n = len(distinct)
     groups = min(groups, n)
-
-    def errors(end: int) -> np.ndarray:
-        """Squared error of the runs [i, end) for each start i < end."""
-        i = np.arange(end)
-        return second[end] - second[i] - (first[end] - first[i]) ** 2 / (weight[end] - weight[i])
-
     best = np.full((groups + 1, n + 1), math.inf)
     best[0, 0] = 0.0
     starts = np.zeros((groups + 1, n + 1), dtype=np.int64)
     for group in range(1, groups + 1):
         for end in range(group, n + 1):
-            cost = best[group - 1, :end] + errors(end)
+            begin = np.arange(end)
+            sums = first[end] - first[begin]
+            errors = second[end] - second[begin] - sums**2 / (weight[end] - weight[begin])
+            cost = best[group - 1, :end] + errors  # the last group is [begin, end)
             starts[group, end] = int(cost.argmin())
             best[group, end] = cost.min()
     means: list[tuple[float, float]] = []

@@ -1,6 +1,8 @@
-"""Level tables: how often the base model is correct by answer type, kind and strength of perturbation, and its own certainty.
+"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`.
 
-`levels fit` writes a table, `AnchoredLevels` teaches from it. A table holds counts only; `level_accuracy` fits accuracies to them.
+A level table counts how often the base model is correct, by answer type, kind and strength of perturbation, and by how likely the
+model holds its own answer to the untouched image; `level_accuracy` fits accuracies to the counts. The file of likelihoods has that
+likelihood for each training query. pyarrow is imported where it is used, since it is slow to import.
 """
 
 import json
@@ -14,14 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binomtest, norm
 
-from vlm_calibration.files import parse_json, write_text
+from vlm_calibration.files import parse_json, replacing, write_text
 
 FORMAT = "vlm_calibration.levels/3"
+LIKELIHOODS_FORMAT = "vlm_calibration.likelihoods/2"
+COMPARED = ("weights", "prompt", "max_pixels")
+"""Keys of the provenance that likelihoods and their level table must share."""
 
 SIGNIFICANCE = 0.05
 FREE_GUESS = 0.05
 """Assumed accuracy of a blind guess for answers other than yes/no; our choice."""
-GRADING_ADVICE = ", or grade by another rule (data.grading: contains or token_f1), or rank open answers with a rejected one (data.grading.rank_levels)"
+MEASURE_AGAIN = "measure it again with `vlm-calibration levels fit`"
 
 
 class LevelCount(NamedTuple):
@@ -64,27 +69,24 @@ class AnswerTypeCounts:
     never_perturbed: tuple[LevelCount, ...] = ()
 
     def __post_init__(self) -> None:
-        ordered = tuple({kind: _ordered(rows) for kind, rows in counts.items()} for counts in self.bins)
-        object.__setattr__(self, "bins", ordered)
-        object.__setattr__(self, "edges", tuple(map(float, self.edges)))
+        bins = tuple({kind: _read_rows(kind, rows) for kind, rows in counts.items()} for counts in self.bins)
+        edges = tuple(map(float, self.edges))
         others = tuple(LevelCount(0.0, _whole(n), _whole(correct)) for _, n, correct in self.never_perturbed)
-        others = others or (LevelCount(0.0, 0, 0),) * len(ordered)
-        object.__setattr__(self, "never_perturbed", others)
-        if not ordered or not ordered[0]:
+        others = others or (LevelCount(0.0, 0, 0),) * len(bins)
+        for name, value in (("bins", bins), ("edges", edges), ("never_perturbed", others)):
+            object.__setattr__(self, name, value)
+        if not bins or not bins[0]:
             raise ValueError("no counts")
-        edges = [0.0, *self.edges, 1.0]
-        if len(self.edges) != len(ordered) - 1 or not all(a <= b for a, b in pairwise(edges)):
+        if len(edges) != len(bins) - 1 or not all(a <= b for a, b in pairwise([0.0, *edges, 1.0])):
             raise ValueError(
-                f"{len(ordered)} bins need as many edges less one, rising in [0, 1], found {list(self.edges)}"
+                f"{len(bins)} bins need as many edges less one, rising in [0, 1], found {list(edges)}"
             )
-        if len(others) != len(ordered) or not all(0 <= row.n_correct <= row.n for row in others):
+        if len(set(edges)) < len(edges):
+            raise ValueError(f"edges are repeated: {list(edges)}")
+        if len(others) != len(bins) or not all(0 <= row.n_correct <= row.n for row in others):
             raise ValueError(f"impossible counts of queries that are never perturbed: {others}")
-        if len(set(self.edges)) < len(self.edges):
-            raise ValueError(f"edges are repeated: {list(self.edges)}")
-        for counts in ordered:
-            for kind, rows in counts.items():
-                _check_rows(kind, rows)
-            if _strengths(counts) != _strengths(ordered[0]):
+        for counts in bins:
+            if _strengths(counts) != _strengths(bins[0]):
                 raise ValueError("bins were measured at different kinds or strengths")
             if len({rows[0] for rows in counts.values()}) > 1:
                 raise ValueError("kinds have different counts of untouched images")
@@ -98,30 +100,41 @@ class AnswerTypeCounts:
     def pooled(self) -> KindCounts:
         """The counts of all bins together."""
         return {
-            kind: tuple(
-                LevelCount(rows[0].strength, sum(r.n for r in rows), sum(r.n_correct for r in rows))
-                for rows in zip(*(counts[kind] for counts in self.bins), strict=True)
-            )
+            kind: tuple(_sum(rows) for rows in zip(*(counts[kind] for counts in self.bins), strict=True))
             for kind in self.bins[0]
         }
 
     @property
     def merged(self) -> "AnswerTypeCounts":
         """The counts of all bins as one."""
-        others = [sum(column) for column in zip(*self.never_perturbed, strict=True)]
-        return AnswerTypeCounts((self.pooled,), (), (LevelCount(*others),))
+        return AnswerTypeCounts((self.pooled,), (), (_sum(self.never_perturbed),))
 
     @property
     def untouched(self) -> tuple[LevelCount, ...]:
         """For each bin the counts of all its queries on untouched images."""
-        rows = zip(
-            (next(iter(counts.values()))[0] for counts in self.bins), self.never_perturbed, strict=True
+        perturbed = (next(iter(counts.values()))[0] for counts in self.bins)
+        return tuple(map(_sum, zip(perturbed, self.never_perturbed, strict=True)))
+
+
+def _sum(rows: Sequence[LevelCount]) -> LevelCount:
+    """The counts of several sets of queries at one strength."""
+    return LevelCount(rows[0].strength, sum(row.n for row in rows), sum(row.n_correct for row in rows))
+
+
+def _read_rows(kind: str, rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
+    """Sort and check the counts of a kind."""
+    counts = sorted(LevelCount(float(s), _whole(n), _whole(correct)) for s, n, correct in rows)
+    strengths = [row.strength for row in counts]
+    if not strengths or strengths[0] != 0 or not all(0 <= strength <= 1 for strength in strengths):
+        raise ValueError(
+            f"counts of {kind!r} must begin at strength 0, the untouched image, and end at 1 or below; got {strengths}"
         )
-        return tuple(LevelCount(0.0, a.n + b.n, a.n_correct + b.n_correct) for a, b in rows)
-
-
-def _ordered(rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
-    return tuple(sorted(LevelCount(float(s), _whole(n), _whole(correct)) for s, n, correct in rows))
+    if len(set(strengths)) != len(strengths):
+        raise ValueError(f"counts of {kind!r} repeat a strength: {strengths}")
+    for row in counts:
+        if row.n < 1 or not 0 <= row.n_correct <= row.n:
+            raise ValueError(f"impossible count of {kind!r}: {row}")
+    return tuple(counts)
 
 
 def _whole(count: float) -> int:
@@ -132,19 +145,6 @@ def _whole(count: float) -> int:
 
 def _strengths(counts: KindCounts) -> dict[str, list[float]]:
     return {kind: [row.strength for row in rows] for kind, rows in counts.items()}
-
-
-def _check_rows(kind: str, rows: Sequence[LevelCount]) -> None:
-    strengths = [row.strength for row in rows]
-    if not strengths or strengths[0] != 0 or not all(0 <= strength <= 1 for strength in strengths):
-        raise ValueError(
-            f"counts of {kind!r} must begin at strength 0, the untouched image, and end at 1 or below; got {strengths}"
-        )
-    if len(set(strengths)) != len(strengths):
-        raise ValueError(f"counts of {kind!r} repeat a strength: {strengths}")
-    for row in rows:
-        if row.n < 1 or not 0 <= row.n_correct <= row.n:
-            raise ValueError(f"impossible count of {kind!r}: {row}")
 
 
 @dataclass(frozen=True)
@@ -194,18 +194,21 @@ class LevelTable:
             ValueError: a test fails; names the answer type, the kind, its counts and what to do.
         """
         for answer_type, counts in self.counts.items():
-            by_ranking = self.ranked and answer_type == "open"
-            guess = 0.5 if answer_type == "yes_no" or by_ranking else FREE_GUESS
+            has_two_answers = answer_type == "yes_no" or (self.ranked and answer_type == "open")
             (clean,) = counts.merged.untouched
             for kind, rows in counts.pooled.items():
-                reason = _why_unusable(kind, clean, rows, guess)
+                reason = _why_unusable(kind, clean, rows, 0.5 if has_two_answers else FREE_GUESS)
                 if reason is None:
                     continue
                 shown = ", ".join(f"{row.n_correct}/{row.n} at {row.strength:g}" for row in rows)
-                advice = "" if answer_type == "yes_no" or by_ranking else GRADING_ADVICE
+                advice = "measure more or other queries, ask with another prompt (data.prompt)"
+                if not has_two_answers:
+                    advice += (
+                        ", or grade by another rule (data.grading: contains or token_f1), or rank open answers with a rejected "
+                        "one (data.grading.rank_levels)"
+                    )
                 raise ValueError(
-                    f"{answer_type} answers teach no confidence: {reason} (correct, by strength of {kind}: {shown}); measure more "
-                    f"or other queries, ask with another prompt (data.prompt){advice}"
+                    f"{answer_type} answers teach no confidence: {reason} (correct, by strength of {kind}: {shown}); {advice}"
                 )
 
     def save(self, path: Path) -> None:
@@ -214,29 +217,23 @@ class LevelTable:
         Raises:
             DataError: the file cannot be written.
         """
-        answer_types = {
-            answer_type: {
+        answer_types = {}
+        for answer_type, counts in self.counts.items():
+            by_kind = {kind: zip(*(bin_[kind] for bin_ in counts.bins), strict=True) for kind in self.kinds}
+            answer_types[answer_type] = {
                 "likelihood_edges": list(counts.edges),
                 "kinds": {
-                    kind: [
-                        {
-                            "strength": s[0].strength,
-                            "n": [r.n for r in s],
-                            "n_correct": [r.n_correct for r in s],
-                        }
-                        for s in zip(*(by_kind[kind] for by_kind in counts.bins), strict=True)
-                    ]
-                    for kind in self.kinds
+                    kind: [{"strength": rows[0].strength, **_by_bin(rows)} for rows in strengths]
+                    for kind, strengths in by_kind.items()
                 },
-                "never_perturbed": {
-                    "n": [r.n for r in counts.never_perturbed],
-                    "n_correct": [r.n_correct for r in counts.never_perturbed],
-                },
+                "never_perturbed": _by_bin(counts.never_perturbed),
             }
-            for answer_type, counts in self.counts.items()
-        }
         content = {"format": FORMAT, "provenance": dict(self.provenance), "answer_types": answer_types}
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _by_bin(rows: Sequence[LevelCount]) -> dict[str, list[int]]:
+    return {"n": [row.n for row in rows], "n_correct": [row.n_correct for row in rows]}
 
 
 def _why_unusable(kind: str, clean: LevelCount, rows: Sequence[LevelCount], guess: float) -> str | None:
@@ -262,9 +259,9 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
     mean = correct.sum() / n.sum()
     centred = strengths - np.average(strengths, weights=n)
     variance = mean * (1 - mean) * (n * centred**2).sum()
-    return (
-        float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance))) if variance > 0 else 1.0
-    )
+    if variance <= 0:
+        return 1.0
+    return float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance)))
 
 
 def read_table(path: Path) -> LevelTable:
@@ -281,12 +278,10 @@ def read_table(path: Path) -> LevelTable:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(
-                f"expected a JSON object with format {FORMAT!r}, found {found!r}: measure it again with `vlm-calibration levels fit`"
+                f"expected a JSON object with format {FORMAT!r}, found {found!r}: {MEASURE_AGAIN}"
             )
-        table = LevelTable(
-            {kind: _read_counts(value) for kind, value in content["answer_types"].items()},
-            content["provenance"],
-        )
+        counts = {kind: _read_counts(value) for kind, value in content["answer_types"].items()}
+        table = LevelTable(counts, content["provenance"])
         if not isinstance(table.provenance.get("grading", {}), dict):
             raise ValueError("'grading' must be an object of rules by answer type")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -302,18 +297,88 @@ def read_table(path: Path) -> LevelTable:
 def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
     edges, kinds, others = content["likelihood_edges"], content["kinds"], content["never_perturbed"]
     n_bins = len(edges) + 1
-    every = [others, *(row for rows in kinds.values() for row in rows)]
-    if any(len(row[key]) != n_bins for row in every for key in ("n", "n_correct")):
-        raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
+
+    def in_bins(row: Mapping[str, Any], strength: float) -> list[LevelCount]:
+        if len(row["n"]) != n_bins or len(row["n_correct"]) != n_bins:
+            raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
+        return [LevelCount(strength, *pair) for pair in zip(row["n"], row["n_correct"], strict=True)]
+
+    by_kind = {kind: [in_bins(row, row["strength"]) for row in rows] for kind, rows in kinds.items()}
     bins = tuple(
-        {
-            kind: tuple(LevelCount(row["strength"], row["n"][i], row["n_correct"][i]) for row in rows)
-            for kind, rows in kinds.items()
-        }
-        for i in range(n_bins)
+        {kind: tuple(row[i] for row in rows) for kind, rows in by_kind.items()} for i in range(n_bins)
     )
-    return AnswerTypeCounts(
-        bins,
-        tuple(edges),
-        tuple(LevelCount(0.0, others["n"][i], others["n_correct"][i]) for i in range(n_bins)),
-    )
+    return AnswerTypeCounts(bins, tuple(edges), tuple(in_bins(others, 0.0)))
+
+
+class Measured(NamedTuple):
+    """How likely the base model holds its own answer to a query.
+
+    Attributes:
+        likelihood: in [0, 1], in single precision.
+        content: digest of the question and the image that it was measured on, in [0, 2^64) (`QuerySource.content_digest`).
+    """
+
+    likelihood: float
+    content: int
+
+
+def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenance: Mapping[str, Any]) -> None:
+    """Write likelihoods as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata.
+
+    Args:
+        path: the file.
+        likelihoods: query id -> what was measured.
+        provenance: that of the level table measured in the same run.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = {"format": LIKELIHOODS_FORMAT, "provenance": json.dumps({k: provenance[k] for k in COMPARED})}
+    columns = {
+        "id": pa.array(list(likelihoods), pa.string()),
+        "likelihood": pa.array([m.likelihood for m in likelihoods.values()], pa.float32()),
+        "content": pa.array([m.content for m in likelihoods.values()], pa.uint64()),
+    }
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns, metadata=metadata), temporary, compression="zstd")
+
+
+def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
+    """Query id -> what was measured.
+
+    Args:
+        path: a file of `write_likelihoods`.
+        provenance: that of a level table, which must have been measured with the same model and prompt.
+        table: name of the table, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of likelihoods, or was measured with another model or prompt.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no likelihoods at {path}; write them with `vlm-calibration levels fit`")
+    try:
+        content = pq.read_table(path)
+        metadata = content.schema.metadata or {}
+        if (found := metadata.get(b"format")) != LIKELIHOODS_FORMAT.encode():
+            raise ValueError(f"expected the format {LIKELIHOODS_FORMAT!r}, found {found!r}: {MEASURE_AGAIN}")
+        measured = dict(json.loads(metadata[b"provenance"]))
+        ids, contents = (content[name].to_pylist() for name in ("id", "content"))
+        values = np.asarray(content["likelihood"], dtype=np.float64)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a file of likelihoods: {reason}") from error
+    differing = [key for key in COMPARED if measured.get(key) != provenance.get(key)]
+    if differing:
+        raise ValueError(
+            f"{path} and {table} were measured with another {', '.join(differing)}: write both with `vlm-calibration levels fit`"
+        )
+    if len(values) and not (values.min() >= 0 and values.max() <= 1):  # also refuses NaN
+        raise ValueError(f"{path}: likelihoods must be in [0, 1], found {values.min()} to {values.max()}")
+    return dict(zip(ids, map(Measured, values.tolist(), contents), strict=True))

@@ -10,23 +10,20 @@ import math
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_calibration.perturbation.answer_likelihoods import read_likelihoods
-from vlm_calibration.perturbation.level_accuracy import (
-    Accuracies,
-    fit_bins,
-    fit_pooled,
-    fit_untouched,
-    group_means,
-    spread_strengths,
+from vlm_calibration.perturbation.level_accuracy import AnswerTypeFit, group_means, spread_strengths
+from vlm_calibration.perturbation.level_table import (
+    AnswerTypeCounts,
+    LevelTable,
+    read_likelihoods,
+    read_table,
 )
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable, read_table
 
 NOISE = "noise"
 """The paper's kind of perturbation: diffusion noise, whose strength is its step as a share of the schedule."""
@@ -50,19 +47,6 @@ class Perturbation(NamedTuple):
 
 CLEAN = Perturbation("", 0.0)
 """An untouched image."""
-
-
-def check_confidence(confidence: float) -> float:
-    """Convert a confidence to float; ValueError if it is outside [0, 1] or NaN."""
-    value = float(confidence)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"confidence must be in [0, 1], got {confidence!r}")
-    return value
-
-
-def nominal_step(confidence: float, total_steps: int) -> int:
-    """The paper's noise step for a confidence in [0, 1]: `round((1 - confidence) * total_steps)`."""
-    return round((1.0 - check_confidence(confidence)) * total_steps)
 
 
 class ConfidenceLevels(ABC):
@@ -131,15 +115,11 @@ class LinearLevels(ConfidenceLevels):
     ) -> float:
         """`1 - strength`, exactly for the levels' own strengths; the same for all kinds, answer types and queries."""
         _check_strength(perturbation.strength, 1.0)
-        strengths = self.strengths()
-        if perturbation.strength in strengths:
-            last = self.n_levels - 1
-            return (last - strengths.index(perturbation.strength)) / last
-        return 1.0 - perturbation.strength
+        exact = dict(zip(self.strengths(), self.confidences(), strict=True))
+        return exact.get(perturbation.strength, 1.0 - perturbation.strength)
 
     def confidences(self, answer_type: str = "") -> tuple[float, ...]:
-        last = self.n_levels - 1
-        return tuple((last - i) / last for i in range(self.n_levels))
+        return self.strengths()[::-1]
 
 
 class AnchoredLevels(ConfidenceLevels):
@@ -147,18 +127,15 @@ class AnchoredLevels(ConfidenceLevels):
 
     A fit makes the accuracies fall with the strength of each kind (`fit_kinds`); between measured strengths they are
     interpolated linearly. The levels' own strengths are chosen so that these accuracies are evenly spread (`spread_strengths`).
-    `accuracy` is the fit; `confidence` rounds it to a grid, ties up. The default grid of 5% gives few, round targets: a model
-    learns "85%" more easily than 101 near-synonymous numbers, and accuracies measured on a few hundred queries are no finer.
-    The rounding error is at most half a grid step (2.5%), 1.25% on average; `grid=1` states the accuracies themselves.
+    `accuracy` is the fit; `confidence` rounds it to a grid, ties up. The default grid of 5% gives few, round targets, which a
+    model learns more easily than 101 near-synonymous numbers, and accuracies measured on a few hundred queries are no finer.
 
-    `groups` reduces the number of targets without that bias: the accuracies at the levels' strengths, and as often those of untouched
-    images, are split into groups that differ least from their means (`group_means`), and each states its mean.
+    `groups` reduces the number of targets without rounding: the accuracies at the levels' strengths, and as often those of
+    untouched images, are split into groups that differ least from their means (`group_means`), and each states its mean.
 
     A clean image is not a certain one. With `likelihoods` the accuracy is that of queries whose own answer the base model holds
-    similarly likely on the untouched image, so a hard untouched image gets a low confidence.
-
-    Accuracies fall with the strength from that of the same queries untouched. Where other queries are asked untouched alone
-    (`absent: clean`), an untouched image has the accuracy of both together.
+    similarly likely on the untouched image, so a hard untouched image gets a low confidence. Where other queries are asked
+    untouched alone (`absent: clean`), an untouched image has the accuracy of both together.
 
     Args:
         path: a JSON file written by `save`; alternative to `table`.
@@ -183,28 +160,31 @@ class AnchoredLevels(ConfidenceLevels):
         groups: int | None = None,
         likelihoods: str | os.PathLike[str] | None = None,
     ) -> None:
-        if (path is None) == (table is None):
-            raise ValueError("AnchoredLevels needs either a path or a table")
         if isinstance(grid, bool) or not isinstance(grid, int) or grid < 1 or 100 % grid:
             raise ValueError(f"grid must be a whole number of percent that divides 100, got {grid!r}")
         if groups is not None and groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
-        if path is not None:
-            table = read_table(Path(path))
-        self.source = "the level table" if path is None else os.fspath(path)
-        assert table is not None  # for the type checker: one of the two was given
-        self.table = table
+        if path is not None and table is None:
+            self.table, self.source = read_table(Path(path)), os.fspath(path)
+        elif path is None and table is not None:
+            self.table, self.source = table, "the level table"
+        else:
+            raise ValueError("AnchoredLevels needs either a path or a table")
         self.grid = grid
         self.groups = groups
         self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
         self._likelihoods = (
             None
             if likelihoods is None
-            else read_likelihoods(Path(likelihoods), table.provenance, self.source)
+            else read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
         )
-        self._fits = {kind: _Fit(counts) for kind, counts in table.counts.items()}
-        self._strengths = {kind: self._spread(kind) for kind in table.kinds}
-        self._groups = {answer_type: self._group(answer_type) for answer_type in self._fits}
+        self._fits = {answer_type: AnswerTypeFit(counts) for answer_type, counts in self.table.counts.items()}
+        first, *_ = fits = list(self._fits.values())
+        self._strengths = {
+            kind: spread_strengths(first.strengths[kind], [fit.pooled.perturbed[kind] for fit in fits])
+            for kind in self.table.kinds
+        }
+        self._groups = {answer_type: self._group(fit) for answer_type, fit in self._fits.items()}
 
     @classmethod
     def fit(
@@ -234,7 +214,8 @@ class AnchoredLevels(ConfidenceLevels):
         return averaged
 
     def strengths(self, kind: str) -> tuple[float, ...]:
-        self._check_kind(kind)
+        if kind not in self._strengths:
+            raise self._not_measured(repr(kind), self.table.kinds)
         return self._strengths[kind]
 
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
@@ -256,12 +237,12 @@ class AnchoredLevels(ConfidenceLevels):
                     f"no likelihood of this query in {self.likelihoods}: write it again with `vlm-calibration levels fit`"
                 )
             curves = fit.bins[bisect_right(fit.edges, self._likelihoods[query_id].likelihood)]
-        if perturbation.strength == 0:
+        kind, strength = perturbation
+        if strength == 0:
             return curves.untouched
-        kind = perturbation.kind
-        self._check_kind(kind)
-        _check_strength(perturbation.strength, fit.strengths[kind][-1])
-        return float(np.interp(perturbation.strength, fit.strengths[kind], curves.perturbed[kind]))
+        self.strengths(kind)  # raises for a kind that was not measured
+        _check_strength(strength, fit.strengths[kind][-1])
+        return float(np.interp(strength, fit.strengths[kind], curves.perturbed[kind]))
 
     def check_content(self, query_id: str, content: Callable[[], int]) -> None:
         if self._likelihoods is not None and self._likelihoods[query_id].content != content():
@@ -279,43 +260,33 @@ class AnchoredLevels(ConfidenceLevels):
         return self._stated(self.accuracy(perturbation, answer_type, query_id), answer_type)
 
     def confidences(self, answer_type: str) -> tuple[float, ...]:
-        fit = self._fit(answer_type)
-        return tuple(sorted({self._stated(v, answer_type) for v in self._values(fit)}, reverse=True))
+        values = self._values(self._fit(answer_type))
+        return tuple(sorted({self._stated(v, answer_type) for v in values}, reverse=True))
 
     def _stated(self, accuracy: float, answer_type: str) -> float:
-        value = accuracy
-        if self.groups is not None:
-            groups = self._groups[answer_type]
-            # The boundary between two groups is midway between their nearest members.
-            value = next((mean for lower, mean in groups if accuracy >= lower), groups[-1][1])
+        groups = self._groups[answer_type]
+        value = next((mean for lower, mean in groups if accuracy >= lower), accuracy)
         cells = 100 // self.grid
         # The small term rounds interpolated ties up despite floating-point error.
         return math.floor(value * cells + 0.5 + 1e-9) / cells
 
-    def _group(self, answer_type: str) -> list[tuple[float, float]]:
-        """The lower boundary and the mean of each group, in falling order; empty without groups."""
+    def _group(self, fit: AnswerTypeFit) -> list[tuple[float, float]]:
+        """The lower boundary and the mean of each group, in falling order; empty without groups.
+
+        The boundary between two groups is midway between their nearest members.
+        """
         if self.groups is None:
             return []
-        values = self._values(self._fit(answer_type), balanced=True)
+        values = self._values(fit, balanced=True)
         means = group_means(values, self.groups)
-        boundaries = []
-        for smallest, _ in means[:-1]:
-            below = max(v for v in values if v < smallest)
-            boundaries.append((smallest + below) / 2)
+        boundaries = [(smallest + max(v for v in values if v < smallest)) / 2 for smallest, _ in means[:-1]]
         return [(lower, mean) for lower, (_, mean) in zip([*boundaries, 0.0], means, strict=True)]
 
-    def _spread(self, kind: str) -> tuple[float, ...]:
-        fits = list(self._fits.values())
-        return spread_strengths(fits[0].strengths[kind], [fit.pooled.perturbed[kind] for fit in fits])
-
-    def _values(self, fit: "_Fit", balanced: bool = False) -> list[float]:
+    def _values(self, fit: AnswerTypeFit, balanced: bool = False) -> list[float]:
         """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
 
-        Rounded, so that accuracies that are equal but for floating-point errors are one.
-
-        Args:
-            fit: the accuracies of an answer type.
-            balanced: untouched images count as often as perturbed ones, as in our presets.
+        Rounded, so that accuracies that are equal but for floating-point errors are one. If `balanced`, untouched images count
+        as often as perturbed ones, as in our presets.
         """
         values = []
         for kind, strengths in self._strengths.items():
@@ -325,60 +296,15 @@ class AnchoredLevels(ConfidenceLevels):
                 values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
         return values
 
-    def _fit(self, answer_type: str) -> "_Fit":
+    def _fit(self, answer_type: str) -> AnswerTypeFit:
         if answer_type not in self._fits:
-            raise ValueError(
-                f"{self.source} has no levels for answer type {answer_type!r}; measured: {', '.join(self.answer_types)}: measure it "
-                "with `vlm-calibration levels fit`"
-            )
+            raise self._not_measured(f"answer type {answer_type!r}", self.answer_types)
         return self._fits[answer_type]
 
-    def _check_kind(self, kind: str) -> None:
-        if kind not in self.table.kinds:
-            raise ValueError(
-                f"{self.source} has no levels for {kind!r}; measured: {', '.join(self.table.kinds)}: measure it with "
-                "`vlm-calibration levels fit`"
-            )
-
-    def __repr__(self) -> str:
-        return (
-            f"AnchoredLevels({', '.join(self.answer_types)}; {', '.join(self.table.kinds)}; grid={self.grid})"
+    def _not_measured(self, name: str, measured: tuple[str, ...]) -> ValueError:
+        return ValueError(
+            f"{self.source} has no levels for {name}; measured: {', '.join(measured)}: measure it with `vlm-calibration levels fit`"
         )
-
-
-class _Curves(NamedTuple):
-    """Fitted accuracies.
-
-    Attributes:
-        untouched: on untouched images, of all queries.
-        perturbed: by kind and strength, of the queries that are perturbed.
-    """
-
-    untouched: float
-    perturbed: Accuracies
-
-
-class _Fit:
-    """The fitted accuracies of one answer type.
-
-    Attributes:
-        strengths: kind -> its measured strengths.
-        pooled: over all queries.
-        bins: in each bin of the likelihood.
-        edges: likelihoods between the bins.
-    """
-
-    def __init__(self, counts: AnswerTypeCounts) -> None:
-        self.strengths: Mapping[str, Sequence[float]] = {
-            kind: [row.strength for row in rows] for kind, rows in counts.bins[0].items()
-        }
-        (self.pooled,) = _curves([fit_pooled(counts)], counts.merged)
-        self.bins = _curves(fit_bins(counts), counts)
-        self.edges = counts.edges
-
-
-def _curves(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> list[_Curves]:
-    return list(map(_Curves, fit_untouched(fits, counts).tolist(), fits))
 
 
 def _check_strength(strength: float, last: float) -> None:

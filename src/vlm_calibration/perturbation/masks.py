@@ -1,7 +1,4 @@
-"""Binary masks: checks, bounding boxes, and conversion from and to COCO run-length encoding (RLE).
-
-An invalid mask is reported here, before it causes an indexing error or noise in the wrong place.
-"""
+"""Binary masks: checks, bounding boxes, and conversion from and to COCO run-length encoding (RLE)."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +12,7 @@ BoolMask = NDArray[np.bool_]
 
 
 class MaskBox(NamedTuple):
-    """Half-open bounding box in pixels.
-
-    Attributes:
-        top: first row.
-        bottom: row after the last.
-        left: first column.
-        right: column after the last.
-    """
+    """Bounding box in pixels: rows `top` to `bottom` - 1, columns `left` to `right` - 1."""
 
     top: int
     bottom: int
@@ -41,6 +31,15 @@ class MaskBox(NamedTuple):
     def slices(self) -> tuple[slice, slice]:
         """Index of the box in an array [H, W, ...]."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    def grown(self, margin: int, shape: tuple[int, ...]) -> "MaskBox":
+        """The box with a margin, cut off at the border of an image of this shape [H, W, ...]."""
+        return MaskBox(
+            max(0, self.top - margin),
+            min(shape[0], self.bottom + margin),
+            max(0, self.left - margin),
+            min(shape[1], self.right + margin),
+        )
 
 
 def check_mask(

@@ -1,8 +1,7 @@
 """The paper's perturbation: diffusion noise on the pixels of a region.
 
 `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps` on pixels scaled to [-1, 1], `v = m * x_t + (1 - m) * x_0`
-(Zhao et al., arXiv 2504.14848). This runs for every training sample in the data workers, so noise is drawn for the masked
-pixels only, with in-place float32 arithmetic.
+(Zhao et al., arXiv 2504.14848).
 """
 
 from collections.abc import Sequence
@@ -47,6 +46,7 @@ def add_region_noise(
     noisy = np.array(image, order="C")
     if step == 0:
         return noisy
+    # Noise is drawn for the masked pixels only, with arithmetic in place, since this runs for every training sample.
     box = bounding_box(mask).slices
     region = mask[box]
     # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
@@ -72,18 +72,20 @@ def check_image(image: NDArray[Any]) -> None:
         raise ValueError(f"image must have shape (height, width, 3), got {image.shape}")
 
 
+def check_share(name: str, value: float) -> float:
+    """Convert to float; ValueError if the value is outside [0, 1] or NaN."""
+    share = float(value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return share
+
+
 def seed_sequence(seed: Seed) -> np.random.SeedSequence:
     """Check a seed. Noise uses PCG64, since `default_rng` may change its generator between numpy versions."""
     if isinstance(seed, np.random.SeedSequence):
         return seed
-    entropy = (
-        [seed] if isinstance(seed, int | np.integer) else list(seed) if isinstance(seed, Sequence) else []
-    )
-    if (
-        not entropy
-        or isinstance(seed, str | bytes)
-        or not all(isinstance(s, int | np.integer) for s in entropy)
-    ):
+    entropy = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, bytes) else [seed]
+    if not entropy or not all(isinstance(s, int | np.integer) for s in entropy):
         raise TypeError(f"seed must be a non-negative integer or a sequence of them, got {seed!r}")
     if min(entropy) < 0:
         raise ValueError(f"seed must not be negative, got {seed!r}")

@@ -1,7 +1,7 @@
 """The region to noise: its shape, and the policy that chooses one for a query.
 
 The presence of noise alone must not reveal the answer, so some noise goes to objects that the question is not about, and
-questions about absent objects get noise as well. The functions take masks and a random generator, no images or records.
+questions about absent objects get noise as well.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import maximum_filter1d
 
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.masks import BoolMask, MaskBox, bounding_box, check_mask
+from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 
 AbsentPolicy = Literal["distractor", "clean", "skip"]
 RegionShape = Literal["mask", "box"]
@@ -61,22 +61,17 @@ def region_mask(mask: BoolMask, *, shape: RegionShape = "mask", dilate: float = 
     mask = check_mask(mask, mask.shape, name="region mask")
     box = bounding_box(mask)
     radius = max(1, round(dilate * max(box.height, box.width))) if dilate else 0
-    grown = MaskBox(
-        max(0, box.top - radius),
-        min(mask.shape[0], box.bottom + radius),
-        max(0, box.left - radius),
-        min(mask.shape[1], box.right + radius),
-    )
+    grown = box.grown(radius, mask.shape).slices
     region = np.zeros_like(mask)
     if shape == "box":
-        region[grown.slices] = True
+        region[grown] = True
         return region
-    part = mask[grown.slices].view(np.uint8)
+    part = mask[grown].view(np.uint8)
     if radius:
         for axis, length in enumerate(part.shape):
             # A window longer than the array has the same result, but costs more in scipy.
             part = maximum_filter1d(part, 2 * min(radius, length) + 1, axis=axis, mode="constant")
-    region[grown.slices] = part.astype(np.bool_)
+    region[grown] = part.astype(np.bool_)
     return region
 
 
@@ -117,10 +112,10 @@ def choose_region(
         raise ValueError(f"absent must be 'distractor', 'clean' or 'skip', got {absent!r}")
     if not 0.0 <= distractor_probability <= 1.0:
         raise ValueError(f"distractor_probability must be in [0, 1], got {distractor_probability!r}")
-    targets = [check_mask(m, image_shape, name=f"target mask {i}") for i, m in enumerate(target_masks)]
-    distractors = [
-        check_mask(m, image_shape, name=f"distractor mask {i}") for i, m in enumerate(distractor_masks)
-    ]
+    targets, distractors = (
+        [check_mask(m, image_shape, name=f"{name} mask {i}") for i, m in enumerate(masks)]
+        for name, masks in (("target", target_masks), ("distractor", distractor_masks))
+    )
     if targets:
         target = np.logical_or.reduce(targets)
         if rng.random() < distractor_probability:
@@ -179,10 +174,6 @@ def _plausible_box(image_shape: tuple[int, ...], rng: np.random.Generator) -> Bo
     box_width = min(width, max(1, round(np.sqrt(area * aspect))))
     top = int(rng.integers(height - box_height + 1))
     left = int(rng.integers(width - box_width + 1))
-    return _box_mask((height, width), MaskBox(top, top + box_height, left, left + box_width))
-
-
-def _box_mask(shape: tuple[int, ...], box: MaskBox) -> BoolMask:
-    mask = np.zeros(shape[:2], dtype=np.bool_)
-    mask[box.slices] = True
+    mask = np.zeros((height, width), dtype=np.bool_)
+    mask[top : top + box_height, left : left + box_width] = True
     return mask

@@ -1,12 +1,8 @@
-"""Noise schedules: the share of the signal's variance left after each diffusion step, `alpha_bar(step)`.
-
-A schedule is a frozen dataclass without other duties, so it can be checked against the published formula.
-"""
+"""Noise schedules: the share of the signal's variance left after each diffusion step, `alpha_bar(step)`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,38 +27,24 @@ class Schedule(ABC):
     def betas(self) -> NDArray[np.float64]:
         """The share of variance that each step replaces by noise, float64 [steps] in (0, 0.999]."""
 
-    @overload
-    def alpha_bar(self, step: int) -> float: ...
-    @overload
-    def alpha_bar(self, step: NDArray[np.integer]) -> NDArray[np.float64]: ...
-    def alpha_bar(self, step: int | NDArray[np.integer]) -> float | NDArray[np.float64]:
-        """Share of the signal's variance left after `step` steps: exactly 1.0 at 0, strictly decreasing.
-
-        Args:
-            step: an integer, or an integer array of any shape, in [0, steps].
-
-        Returns:
-            A float for an integer, a float64 array of the same shape for an array.
+    def alpha_bar(self, step: int) -> float:
+        """Share of the signal's variance left after `step` steps, in [0, steps]: exactly 1.0 at 0, strictly decreasing.
 
         Raises:
-            TypeError: the steps are not integers.
-            ValueError: a step is outside [0, steps].
+            TypeError: the step is not an integer.
+            ValueError: the step is outside [0, steps].
         """
-        index = np.asarray(step)
-        if not np.issubdtype(index.dtype, np.integer):
+        if isinstance(step, bool) or not isinstance(step, int | np.integer):
             raise TypeError(f"step must be an integer, got {step!r}")
-        if index.size and (index.min() < 0 or index.max() > self.steps):
+        if not 0 <= step <= self.steps:
             raise ValueError(f"step must be in [0, {self.steps}], got {step!r}")
-        values = _alpha_bars(self)[index]
-        return float(values) if index.ndim == 0 else values
+        return float(_alpha_bars(self)[step])
 
 
 @lru_cache(maxsize=32)
 def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
     """The values of all steps, float64 [steps + 1]; cached by value, so schedules have no state."""
-    table = np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas())])
-    table.flags.writeable = False
-    return table
+    return np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas())])
 
 
 @dataclass(frozen=True)
@@ -169,20 +151,11 @@ SCHEDULES: dict[str, type[Schedule]] = {
 """Name -> schedule."""
 
 
-def schedule_by_name(name: str, steps: int = REFERENCE_STEPS, **parameters: Any) -> Schedule:
-    """Create a schedule by its name: "linear", "cosine" or "sigmoid".
-
-    Args:
-        name: a key of `SCHEDULES`.
-        steps: number of steps.
-        parameters: further parameters of its constructor.
-
-    Raises:
-        ValueError: there is no such schedule, or a parameter is invalid.
-    """
+def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
+    """Create a schedule by its name: "linear", "cosine" or "sigmoid"; ValueError if there is no such schedule."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](steps=steps, **parameters)  # type: ignore[call-arg]
+    return SCHEDULES[name](steps=steps)  # type: ignore[call-arg]
 
 
 def _check_steps(steps: int) -> None:

@@ -1,8 +1,7 @@
 """An estimate of what is behind a region, from the pixels outside of it only.
 
-A perturbation that leaves nothing of an object has to end in something that the object does not influence. The estimate is
-smooth: pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows
-something about a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
+Pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows something
+about a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
 """
 
 import cv2

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 class Description(NamedTuple):
-    """The key objects of a query, as phrases in lower case.
-
-    Attributes:
-        objects: objects to locate in the image.
-        absent: objects that the response says are not in the image.
-    """
+    """The key objects of a query, as phrases in lower case: those to locate, and those that the response says are not in the image."""
 
     objects: tuple[str, ...]
     absent: tuple[str, ...] = ()

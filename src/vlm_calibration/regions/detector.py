@@ -1,14 +1,14 @@
 """Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants).
 
-The model's processor scales boxes to pixels, but does not assign labels: Grounding DINO's processor joins all tokens with a
-high score into a label, which may be half a phrase or two phrases. Here each box has a score for each phrase, and phrases
-are assigned by these scores.
+The model's processor scales boxes to pixels, but does not assign labels: Grounding DINO's joins all tokens with a high score into
+a label, which may be half a phrase or two phrases. Here phrases are assigned by the scores of each box for each phrase.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,13 +29,7 @@ SEPARATOR = ". "
 
 
 class Detection(NamedTuple):
-    """A detected box.
-
-    Attributes:
-        label: the phrase.
-        box: (x0, y0, x1, y1) in pixels.
-        score: in [0, 1].
-    """
+    """A detected box with its phrase and its score in [0, 1]."""
 
     label: str
     box: Box
@@ -58,6 +52,7 @@ class Detector(ABC):
         """For each image, uint8 [H, W, 3], the boxes of its phrases (at least one), highest score first."""
 
 
+@dataclass(eq=False)
 class ZeroShotDetector(Detector):
     """A zero-shot object detector from the Hub.
 
@@ -71,27 +66,19 @@ class ZeroShotDetector(Detector):
         trust_remote_code: as in `from_pretrained`.
     """
 
-    def __init__(
-        self,
-        name_or_path: str = "IDEA-Research/grounding-dino-base",
-        threshold: float = 0.3,
-        labels: Literal["best", "all"] = "best",
-        max_boxes: int = 16,
-        dtype: Dtype = "float32",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        if not 0 <= threshold < 1 or max_boxes < 1:
+    name_or_path: str = "IDEA-Research/grounding-dino-base"
+    threshold: float = 0.3
+    labels: Literal["best", "all"] = "best"
+    max_boxes: int = 16
+    dtype: Dtype = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1 or self.max_boxes < 1:
             raise DataError(
-                f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {threshold} and {max_boxes}"
+                f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {self.threshold} and {self.max_boxes}"
             )
-        self.name_or_path = name_or_path
-        self.threshold = threshold
-        self.labels = labels
-        self.max_boxes = max_boxes
-        self.dtype: Dtype = dtype
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
         self.model: Any = None
         self.processor: Any = None
 
@@ -112,12 +99,11 @@ class ZeroShotDetector(Detector):
         if not images:
             return []
         prompts = [[_to_prompt(p) for p in row] for row in phrases]
-        text = [_join_prompts(row) for row in prompts] if self._is_grounding_dino else prompts
-        # OWL's processor pads texts itself, to its training length.
-        padding = {"padding": True} if self._is_grounding_dino else {}
-        inputs = self.processor(
-            images=list(images), text=text, return_tensors="pt", truncation=True, **padding
-        )
+        if self._is_grounding_dino:
+            texts: dict[str, Any] = {"text": [_join_prompts(row) for row in prompts], "padding": True}
+        else:
+            texts = {"text": prompts}  # OWL's processor pads texts itself, to its training length
+        inputs = self.processor(images=list(images), return_tensors="pt", truncation=True, **texts)
         outputs = self.model(**to_device(inputs, self.model))
         sizes = torch.tensor([image.shape[:2] for image in images])
         # Keep all boxes in order: the threshold is applied per phrase.
@@ -128,7 +114,9 @@ class ZeroShotDetector(Detector):
         detections = []
         for i, (row, image) in enumerate(zip(phrases, images, strict=True)):
             scores = self._phrase_scores(probabilities[i], prompts[i])
-            boxes = _clip_boxes(scaled[i]["boxes"].float().cpu(), image.shape[0], image.shape[1])
+            height, width = image.shape[:2]
+            boxes = scaled[i]["boxes"].float().cpu().clamp(min=0)
+            boxes = torch.minimum(boxes, torch.tensor([width, height, width, height], dtype=boxes.dtype))
             detections.append(self._select_boxes(row, scores, boxes))
         return detections
 
@@ -176,12 +164,6 @@ def _join_prompts(prompts: Sequence[str]) -> str:
 def _to_prompt(phrase: str) -> str:
     """A phrase in the format of the detectors' training: lower case, without the dot that separates phrases."""
     return " ".join(phrase.lower().replace(".", " ").split()) or "object"
-
-
-def _clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Clip boxes to the image, float32 [N, 4]."""
-    limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-    return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:

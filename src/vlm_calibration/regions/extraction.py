@@ -1,8 +1,4 @@
-"""Region extraction for a batch of queries: describe, detect, segment, unite instances, and check each region.
-
-The result for a query contains its regions or the reason why it has none, and the regions that failed a check. It depends
-on the batch alone.
-"""
+"""Region extraction for a batch of queries: describe, detect, segment, unite instances, and check each region."""
 
 from __future__ import annotations
 
@@ -61,12 +57,7 @@ class RegionGates:
 
 
 class Rejected(NamedTuple):
-    """A region that failed a check.
-
-    Attributes:
-        region: the region.
-        reason: the failed check.
-    """
+    """A region that failed a check."""
 
     region: Region
     reason: Reason
@@ -109,7 +100,15 @@ class Pipeline:
 
     def extract(self, batch: Sequence[RawQuery]) -> list[Extracted]:
         """Extract regions for each query of a batch, in order."""
-        results = [self._result_without_models(raw) for raw in batch]
+        results: list[Extracted | None] = [None] * len(batch)
+        for i, raw in enumerate(batch):
+            query, labels = raw.query, [r.label for r in raw.query.regions]
+            if raw.image is None:
+                results[i] = Extracted(replace(query, regions=()), "unreadable", note=raw.problem)
+                continue
+            has_evidence = any(is_evidence(query, label) for label in labels)
+            if self.keep_known and has_evidence and not unlocated_objects(query, labels):
+                results[i] = Extracted(query, "known")
         pending = [i for i, result in enumerate(results) if result is None]
         rows = [batch[i] for i in pending]
         described = self._describe(rows)
@@ -118,16 +117,6 @@ class Pipeline:
         for i, description, boxes, outlines in zip(pending, described, detected, masks, strict=True):
             results[i] = self._result(batch[i].query, description, boxes, outlines)
         return [result for result in results if result is not None]
-
-    def _result_without_models(self, raw: RawQuery) -> Extracted | None:
-        """The result for a query whose image is unreadable or whose regions are known; None for all others."""
-        if raw.image is None:
-            return Extracted(replace(raw.query, regions=()), "unreadable", note=raw.problem)
-        query, labels = raw.query, [r.label for r in raw.query.regions]
-        has_all = not unlocated_objects(query, labels)
-        if self.keep_known and has_all and any(is_evidence(query, label) for label in labels):
-            return Extracted(query, "known")
-        return None
 
     def _describe(self, batch: Sequence[RawQuery]) -> list[Description]:
         """The phrases of each query. A query's own `objects` and `absent` replace the describer's."""
@@ -153,20 +142,17 @@ class Pipeline:
         self, batch: Sequence[RawQuery], detected: Sequence[Sequence[Detection]]
     ) -> list[np.ndarray]:
         """The masks of all boxes, bool [boxes, H, W] per query. An image shared by several queries is encoded once."""
-        images = {r.query.image: _pixels(r) for r, boxes in zip(batch, detected, strict=True) if boxes}
-        boxes = {
-            name: [
-                d.box for r, row in zip(batch, detected, strict=True) if r.query.image == name for d in row
-            ]
-            for name in images
-        }
-        segmented = self.segmenter.segment(list(images.values()), list(boxes.values()))
-        remaining = dict(zip(images, segmented, strict=True))
-        masks = []
-        for raw, row in zip(batch, detected, strict=True):
-            own = remaining.get(raw.query.image, np.zeros((0, 0, 0), dtype=bool))
-            masks.append(own[: len(row)])
-            remaining[raw.query.image] = own[len(row) :]
+        by_image: dict[str, list[int]] = {}
+        for i, boxes in enumerate(detected):
+            if boxes:
+                by_image.setdefault(batch[i].query.image, []).append(i)
+        images = [_pixels(batch[rows[0]]) for rows in by_image.values()]
+        boxes_of = [[d.box for i in rows for d in detected[i]] for rows in by_image.values()]
+        masks = [np.zeros((0, 0, 0), dtype=bool) for _ in batch]
+        for rows, segmented in zip(by_image.values(), self.segmenter.segment(images, boxes_of), strict=True):
+            ends = np.cumsum([len(detected[i]) for i in rows])
+            for i, own in zip(rows, np.split(segmented, ends[:-1]), strict=True):
+                masks[i] = own
         return masks
 
     def _result(

@@ -16,14 +16,8 @@ import numpy as np
 
 from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
-from vlm_calibration.regions.tagger import NounPhrase, Word, check_tagger, noun_phrases, tag
-from vlm_calibration.regions.words import (
-    ATTRIBUTES,
-    GENERIC,
-    NO_OBJECT,
-    PICTURE,
-    VAGUE,
-)
+from vlm_calibration.regions.tagger import NounPhrase, Word, load_tagger, noun_phrases, tag
+from vlm_calibration.regions.words import ATTRIBUTES, GENERIC, NO_OBJECT, PICTURE, VAGUE
 from vlm_calibration.text.labels import asked_existence
 
 if TYPE_CHECKING:
@@ -58,7 +52,7 @@ class RuleDescriber(Describer):
     def __init__(self, max_phrases: int = 8, fallback: Describer | None = None) -> None:
         super().__init__(max_phrases)
         self.fallback = fallback
-        check_tagger()
+        load_tagger()
 
     def load(self, device: torch.device) -> None:
         if self.fallback is not None:
@@ -101,8 +95,7 @@ class RuleDescriber(Describer):
         in_answer = [p for p in in_answer if p not in negated]
         if in_answer:
             in_question = _drop_answered(words, in_question, bool(verdict))
-        objects = [_text(p) for p in in_question]
-        return self.build_description([*objects, *(_text(p) for p in in_answer)], absent)
+        return self.build_description([_text(p) for p in (*in_question, *in_answer)], absent)
 
 
 def _text(phrase: NounPhrase) -> str:
@@ -129,24 +122,22 @@ def _existence_subject(
 def _names_objects(question: str, words: Sequence[Word], answer: str) -> bool:
     """Whether nouns of an answer are objects in the image rather than text, a number, a material, an attribute or an activity."""
     kind = _asked_kind(words)
-    is_degree = len(words) > 1 and words[0].text == "how" and words[1].tag.startswith(("AJ", "DT"))
-    asks_value = is_degree or _ASKS_VALUE.search(question) or (kind is not None and kind.head in ATTRIBUTES)
+    asks_value = _ASKS_VALUE.search(question) or (kind is not None and kind.head in ATTRIBUTES)
     # A longer answer is more than a value.
     return not asks_value or len(answer.split()) > 4
 
 
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     """The noun that "what" or "which" asks for: "animal" in "What kind of animal ...", "colour" in "What is the colour ..."."""
-    wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), None)
-    phrases = [p for p in noun_phrases(words) if wh is not None and p.first > wh]
-    if wh is None or not phrases:
+    wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), len(words))
+    phrases = [p for p in noun_phrases(words) if p.first > wh]
+    if not phrases:
         return None
     first, between = phrases[0], [w.text for w in words[wh + 1 : phrases[0].first]]
     if between and not (between[1:] == ["the"] and first.head in ATTRIBUTES | GENERIC):
         return None
-    return (
-        phrases[1] if first.head in GENERIC and len(phrases) > 1 and _of(words, first, phrases[1]) else first
-    )
+    is_generic = first.head in GENERIC and len(phrases) > 1 and _of(words, first, phrases[1])
+    return phrases[1] if is_generic else first
 
 
 def _drop_answered(words: Sequence[Word], phrases: list[NounPhrase], yes_no: bool) -> list[NounPhrase]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Segmenter(ABC):
         """For each image, uint8 [H, W, 3], with at least one box: masks bool [boxes, H, W]."""
 
 
+@dataclass(eq=False)
 class PromptedSegmenter(Segmenter):
     """A promptable segmenter from the Hub. Each image is encoded once for all its boxes.
 
@@ -42,19 +44,13 @@ class PromptedSegmenter(Segmenter):
         trust_remote_code: as in `from_pretrained`.
     """
 
-    def __init__(
-        self,
-        name_or_path: str = "facebook/sam2.1-hiera-large",
-        mask_threshold: float = 0.0,
-        dtype: Dtype = "float32",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name_or_path = name_or_path
-        self.mask_threshold = mask_threshold
-        self.dtype: Dtype = dtype
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
+    name_or_path: str = "facebook/sam2.1-hiera-large"
+    mask_threshold: float = 0.0
+    dtype: Dtype = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
         self.model: Any = None
         self.processor: Any = None
 

@@ -19,12 +19,8 @@ from vlm_calibration.regions.words import LOOKS, NO_OBJECT, TAGS, VAGUE
 _WORD = re.compile(
     r"n't\b|['’]s?\b|[^\W\d_]+(?:-[^\W\d_]+)*?(?=n't\b)|[^\W\d_]+(?:-[^\W\d_]+)*|\d+(?::\d+)?|[^\w\s]"
 )
-_NOUN, _ADJECTIVE, _PARTICIPLE, _PRESENT = (
-    ("NN", "NP"),
-    ("AJ", "ORD"),
-    ("VVN", "VVD", "VVG"),
-    ("VVI", "VVB", "VVZ"),
-)
+_NOUN, _ADJECTIVE = ("NN", "NP"), ("AJ", "ORD")
+_PARTICIPLE, _PRESENT = ("VVN", "VVD", "VVG"), ("VVI", "VVB", "VVZ")
 _CONTENT = (*_NOUN, *_ADJECTIVE, *_PARTICIPLE, *_PRESENT)
 # Tags of words after which a participle describes the following noun: "the stuffed animals".
 _OPENS = ("AT", "DPS", "DT", "CRD", "AJ", "PRP", "PRF", "CJ", "POS", "PU")
@@ -54,15 +50,9 @@ class NounPhrase(NamedTuple):
         return self.texts[-1]
 
 
-class Tagged(NamedTuple):
-    """A text in words, and whether the rules can tell its noun phrases."""
-
-    words: tuple[Word, ...]
-    known: bool
-
-
-def check_tagger() -> Any:
-    """Import HanTa's tagger class, without loading its model.
+@lru_cache(maxsize=1)
+def load_tagger() -> Any:
+    """HanTa's tagger with its English model.
 
     Raises:
         DataError: HanTa is not installed.
@@ -74,43 +64,38 @@ def check_tagger() -> Any:
             f"the describer of key objects needs the tagger HanTa, which is not installed ({error}): "
             "pip install 'vlm-calibration[regions]'"
         ) from error
-    return HanoverTagger
-
-
-@lru_cache(maxsize=1)
-def _tagger() -> Any:
-    return check_tagger()("morphmodel_en.pgz")
+    return HanoverTagger("morphmodel_en.pgz")
 
 
 @lru_cache(maxsize=4096)
-def tag(text: str) -> Tagged:
-    """Split a text into words and tag them. It is not known if it seems to be in another language.
+def tag(text: str) -> tuple[tuple[Word, ...], bool]:
+    """Split a text into words and tag them; and whether the rules can tell its noun phrases, which is not so in another language.
 
     Raises:
         DataError: the tagger is not installed.
     """
-    found = _WORD.findall(text)
+    texts = _WORD.findall(text)
     # A capital at the start of a sentence would tag any noun as a name.
-    for i, word in enumerate(found):
-        if (i == 0 or found[i - 1] in '.!?:"“(') and word[1:].islower():
-            found[i] = word.lower()
-    if not found:
-        return Tagged((), True)
+    for i, word in enumerate(texts):
+        if (i == 0 or texts[i - 1] in '.!?:"“(') and word[1:].islower():
+            texts[i] = word.lower()
+    if not texts:
+        return (), True
     words = [
         Word(w.lower(), TAGS.get(w.lower(), "NN1" if kind == "UNC" else kind))
-        for w, _, kind in _tagger().tag_sent(found)
+        for w, _, kind in load_tagger().tag_sent(texts)
     ]
     is_english = any(
         w.text.isalpha() and max(_scores(w.text).values(), default=UNKNOWN) > FREQUENT for w in words
     )
     known = _repair_question(words) and (is_english or len(words) <= 3 or words[-1].text != "?")
-    return Tagged(tuple(words), known)
+    return tuple(words), known
 
 
 @lru_cache(maxsize=16384)
 def _scores(word: str) -> dict[str, float]:
     """The possible tags of a word in isolation with their log-probabilities; empty for a word outside the lexicon."""
-    scores = dict(_tagger().tag_word(word))
+    scores = dict(load_tagger().tag_word(word))
     return scores if max(scores.values(), default=UNKNOWN) > UNKNOWN else {}
 
 
@@ -121,14 +106,12 @@ def _may_be(word: str, kinds: tuple[str, ...], margin: float = MARGIN) -> bool:
 
 def _repair_question(words: list[Word]) -> bool:
     """Tell participles, verb and predicate from nouns; whether that was possible."""
-    for i, (text, _) in enumerate(words):
+    for i, (text, kind) in enumerate(words):
         run = list(takewhile(lambda w: w.tag.startswith(_CONTENT) and w.text not in VAGUE, words[i + 1 :]))
         if text in ("a", "an", "no") and run and not any(word.tag.startswith(_NOUN) for word in run):
             words[i + len(run)] = Word(run[-1].text, "NN1")  # "a short"
-    for i in range(1, len(words)):
-        text = words[i].text
-        is_ing = text.endswith("ing") and (text in NO_OBJECT or _may_be(text, ("VVG",)))
-        if is_ing and words[i].tag.startswith(_NOUN) and words[i - 1].tag.startswith(_NOUN):
+        is_noun = i > 0 and kind.startswith(_NOUN) and words[i - 1].tag.startswith(_NOUN)
+        if is_noun and text.endswith("ing") and (text in NO_OBJECT or _may_be(text, ("VVG",))):
             words[i] = Word(text, "VVG")  # "a man walking"
     for i, (_, kind) in enumerate(words):
         if kind in ("VDB", "VDZ", "VDD"):
@@ -145,7 +128,7 @@ def _repair_question(words: list[Word]) -> bool:
 
 
 def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
-    """Give the last of the content words around `index` a tag if it may have it, and those before it that are joined by "or".
+    """Give the last of the content words around `index` a tag if it may have it.
 
     Returns:
         False if it may not, and no other word lies behind the verb: then it may be the noun of a compound subject, or a predicate.
@@ -155,12 +138,7 @@ def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
         begin -= 1
     while stop < len(words) and words[stop].tag.startswith(_CONTENT):
         stop += 1
-    if stop - begin == 1 and begin > verb + 1 and words[begin - 1].text in ("or", "and"):
-        words[begin] = Word(words[begin].text, kind)
-        return _tell_last(words, verb, begin - 2, kind)
     if stop - begin < 2:
-        if stop > begin and words[begin - 1].text == "not" and words[begin].text in LOOKS:
-            words[begin] = Word(words[begin].text, kind)
         return True
     text, tagged = words[stop - 1]
     if kind == "VVI":
@@ -169,8 +147,6 @@ def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
         fits = text in LOOKS or tagged.startswith(_PARTICIPLE) or _may_be(text, (*_ADJECTIVE, *_PARTICIPLE))
     if fits:
         words[stop - 1] = Word(text, kind)
-        if not words[stop - 2].tag.startswith(_NOUN):
-            words[stop - 2] = Word(words[stop - 2].text, "NN1")
     # "on the wooden table" may be the place of a subject.
     return fits or any(not word.tag.startswith(_SPECIFIERS) for word in words[verb + 1 : begin])
 
@@ -178,7 +154,7 @@ def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
 def noun_phrases(words: Sequence[Word]) -> list[NounPhrase]:
     """The noun phrases of a text from left to right, without overlap.
 
-    >>> [" ".join(p.texts) for p in noun_phrases(tag("A red bicycle leans against the brick wall.").words)]
+    >>> [" ".join(p.texts) for p in noun_phrases(tag("A red bicycle leans against the brick wall.")[0])]
     ['red bicycle', 'brick wall']
     """
     phrases: list[NounPhrase] = []

@@ -23,8 +23,7 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import score_responses
-from vlm_calibration.perturbation.answer_likelihoods import Measured, write_likelihoods
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, Measured, write_likelihoods
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError

@@ -1,8 +1,7 @@
 """Render a stated confidence into a response, and parse it from one.
 
-Percentages appear in this module only; everywhere else a confidence is a float in [0, 1]. Parsing never raises and
-never guesses: a confidence that is missing, a range, or outside [0, 1] is None and counts as a parse failure. Every
-pattern has bounded or possessive repetition, so time is linear in the length of the text.
+Parsing never raises and never guesses: a confidence that is missing, a range, or outside [0, 1] is None and counts as a
+parse failure. Every pattern has bounded or possessive repetition, so time is linear in the length of the text.
 
 What `parse_confidence` reads:
 
@@ -47,8 +46,7 @@ def end_of_confidence(text: str) -> int | None:
 
     A statement is complete when no continuation can change its number. The percent sign alone is not enough: "Yes.
     Confidence: 80%" may continue as "to 90%", a range. "Yes. Confidence: 80%." and "Yes. Confidence: 80% to be" are
-    complete, both at the percent sign. Text behind a complete statement is an explanation or a further statement, and
-    is ignored.
+    complete, both at the percent sign. Text behind a complete statement is ignored.
     """
     plain = _replace_variants(text)
     stated = _labelled(plain)
@@ -124,8 +122,6 @@ class _Statement(NamedTuple):
 
 _ENDS_IN_PUNCTUATION = re.compile(r"""[.!?…。！？,;:][)\]}"'”’»*_`]*\Z""")
 
-# --- Characters -----------------------------------------------------------------------------------------------------
-
 _CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
 _CHARACTERS |= dict.fromkeys(map(ord, "﹪٪"), "%")
 _CHARACTERS |= dict.fromkeys(map(ord, "−﹣‐‑"), "-")
@@ -142,8 +138,6 @@ def _replace_variants(text: str) -> str:
     text = text.translate(_CHARACTERS)
     return "".join(str(int(c)) if c.isdecimal() else c for c in text)
 
-
-# --- Numbers --------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:\d++(?:[.,]\d++)*+|(?<!\w)\.\d++)(?:e[+-]?\d{1,3}(?!\w))?+"
 _PERCENT = r"(?:\\?%|per\s?cent\b|pct\b)"
@@ -198,8 +192,6 @@ def _has_unit(match: re.Match[str]) -> bool:
     value = _number(match["number"])
     return "." in match["number"] and value is not None and value <= 1
 
-
-# --- Statements -----------------------------------------------------------------------------------------------------
 
 _FLAGS = re.IGNORECASE | re.VERBOSE
 _LABEL = re.compile(
@@ -274,16 +266,13 @@ def _labelled(text: str) -> list[_Statement]:
                 continue
         if following is not None and match.end("gap") > following.start():
             continue  # the number belongs to the next label
-        if not _has_unit(match) and _belongs_to_answer(text, label.start(), match.end()):
-            continue
+        before = text[max(0, label.start() - 12) : label.start()]
+        if not _has_unit(match) and (
+            _COUNTS_SOMETHING.match(text, match.end()) or _ENDS_IN_PERCENT.search(before)
+        ):
+            continue  # "confidence: 2 dogs", "90% confidence: 2"
         statements.append(_statement(match, label.start(), _scale(match)))
     return statements
-
-
-def _belongs_to_answer(text: str, label_start: int, number_end: int) -> bool:
-    """Whether a number without a unit counts things ("confidence: 2 dogs") or follows a statement ("90% confidence: 2")."""
-    before = text[max(0, label_start - 12) : label_start]
-    return bool(_COUNTS_SOMETHING.match(text, number_end) or _ENDS_IN_PERCENT.search(before))
 
 
 def _worded(text: str) -> list[_Statement]:
@@ -295,12 +284,9 @@ def _worded(text: str) -> list[_Statement]:
     ]
     for label in _OTHER_LABEL.finditer(text):
         match = _AFTER_LABEL.match(text, label.end())
-        if (
-            match
-            and _FIRM_GAP.search(match["gap"])
-            and _has_unit(match)
-            and not _is_negated(text, label.start())
-        ):
+        if match is None or not _FIRM_GAP.search(match["gap"]) or not _has_unit(match):
+            continue
+        if not _is_negated(text, label.start()):
             statements.append(_statement(match, label.start(), _scale(match)))
     return sorted(statements, key=lambda statement: statement.start)
 
@@ -337,8 +323,6 @@ def _scale(match: re.Match[str]) -> float | None:
         return _number(numbers[-1])
     return 100.0 if "%" in scale or "percent" in scale.lower() else None
 
-
-# --- Removing statements --------------------------------------------------------------------------------------------
 
 _LEAD_IN = re.compile(
     r"""(?:(?<!\w)(?:and\s|but\s)?(?:I\s(?:am|have|would\ssay)(?:\san?)?|I'm|with(?:\san?)?|at(?:\san?)?|my|the)\s{1,3})?

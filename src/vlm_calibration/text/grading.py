@@ -55,9 +55,8 @@ class Grading:
     """The rules by which short and open answers are graded; yes/no answers have a single rule.
 
     "exact": the strict match of this module. "contains": the reply contains the gold answer or a synonym as whole words
-    after the same normalisation; the rest of the reply is ignored ("It is not a dog" contains "dog"). "token_f1": the F1
-    of words shared with the gold answer or a synonym, as in SQuAD (Rajpurkar et al., arXiv 1606.05250), is at least
-    `min_f1`.
+    after the same normalisation ("It is not a dog" contains "dog"). "token_f1": the F1 of words shared with the gold answer
+    or a synonym, as in SQuAD (Rajpurkar et al., arXiv 1606.05250), is at least `min_f1`.
 
     Args:
         short: rule for short answers.
@@ -114,7 +113,8 @@ def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str 
     Raises:
         ValueError: unknown answer type.
     """
-    _check_type(answer_type)
+    if answer_type not in ANSWER_TYPES:
+        raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
     answer = strip_confidence(text)
     if answer_type == "yes_no":
         return _yes_or_no(answer, question)
@@ -150,26 +150,16 @@ def grade(
         return Grade(predicted, predicted == gold)
     if not match_key(answer):
         raise ValueError(f"the gold answer of a {answer_type} question is empty: {answer!r}")
-    if grading.rule(answer_type) == "contains":
-        reply = f" {match_key(strip_confidence(text))} "
-        keys = map(match_key, (answer, *synonyms))
-        return Grade(predicted, any(f" {key} " in reply for key in keys if key))
-    if grading.rule(answer_type).startswith("token_f1"):
-        reply = strip_confidence(text)
+    reply, rule = strip_confidence(text), grading.short if answer_type == "short" else grading.open
+    if rule == "token_f1":
         f1 = max(token_f1(reply, gold_answer) for gold_answer in (answer, *synonyms))
         return Grade(predicted, f1 >= grading.min_f1)
-    accepted = set(map(match_key, (answer, *synonyms))) - {""}
+    reply, accepted = match_key(reply), set(map(match_key, (answer, *synonyms))) - {""}
+    if rule == "contains":
+        return Grade(predicted, any(f" {key} " in f" {reply} " for key in accepted))
     # The full reply may match as well: some answers look like a lead-in or several sentences ("Dr. No").
-    reply = match_key(strip_confidence(text))
     return Grade(predicted, reply in accepted or (predicted is not None and match_key(predicted) in accepted))
 
-
-def _check_type(answer_type: str) -> None:
-    if answer_type not in ANSWER_TYPES:
-        raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
-
-
-# --- Yes or no ------------------------------------------------------------------------------------------------------
 
 _IDIOMS = re.compile(
     r"\b(?:there(?: is|'s) )?no (?:doubt|question)\b(?: about (?:it|that)\b)?(?: that\b)?"
@@ -297,9 +287,9 @@ def _polarity(word: str) -> Literal["yes", "no"]:
 
 def _verdicts(text: str, question: str) -> set[Literal["yes", "no"] | None]:
     """What each clause about the question says; None for one that denies twice. Empty for a negative question."""
-    verdicts: set[Literal["yes", "no"] | None] = set()
     if _NEGATION.search(question):
-        return verdicts
+        return set()
+    verdicts: set[Literal["yes", "no"] | None] = set()
     asked = [word for word in _words(_IN_PICTURE.sub("", question)) if word not in _FUNCTION]
     # Words that add nothing to what is asked.
     same = _FUNCTION.union(asked, _PLACES if _PLACES.isdisjoint(asked) else ())

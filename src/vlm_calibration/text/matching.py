@@ -135,7 +135,7 @@ def token_f1(text: str, gold: str) -> float:
 
 
 def _squad_words(text: str) -> list[str]:
-    plain = "".join(character for character in text.lower() if character not in string.punctuation)
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return [word for word in plain.split() if word not in _ARTICLES]
 
 

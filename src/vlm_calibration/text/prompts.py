@@ -1,8 +1,4 @@
-"""The prompt that elicits a confidence.
-
-The default is one short instruction that any chat model follows. It names the form of the reply ("Confidence: ...%"),
-which fine-tuning teaches, and contains no number that a model could repeat.
-"""
+"""The prompt that elicits a confidence."""
 
 import string
 from dataclasses import dataclass
@@ -10,6 +6,7 @@ from dataclasses import dataclass
 DEFAULT_TEMPLATE = (
     '{question}\nAnswer briefly, then state your confidence that it is correct as "Confidence: <number>%".'
 )
+"""It names the form of the reply, which fine-tuning teaches, and contains no number that a model could repeat."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +14,7 @@ class ElicitationPrompt:
     """A prompt template with the placeholder `{question}`.
 
     Args:
-        template: text with at least one `{question}` and no other placeholder; literal braces are doubled, as in
-            `str.format`.
+        template: text with at least one `{question}` and no other placeholder; literal braces are doubled, as in `str.format`.
 
     Raises:
         ValueError: the template has no `{question}` or another placeholder, or its braces do not match.
@@ -28,20 +24,15 @@ class ElicitationPrompt:
 
     def __post_init__(self) -> None:
         try:
-            fields = list(string.Formatter().parse(self.template))
+            parsed = string.Formatter().parse(self.template)
+            fields = [tuple(field) for _, *field in parsed if field[0] is not None]
         except ValueError as error:
             raise ValueError(f"prompt template {self.template!r}: {error}; double literal braces") from error
-        names = [name for _, name, _, _ in fields if name is not None]
-        unknown = sorted({name for name in names if name != "question"})
-        if unknown:
+        if not fields or set(fields) != {("question", "", None)}:
             raise ValueError(
-                f"prompt template {self.template!r} has unknown placeholders {unknown}; the only placeholder is {{question}} "
-                "(double literal braces)"
+                f"prompt template {self.template!r}: needs the placeholder {{question}}, without a format, and no other; double "
+                "literal braces"
             )
-        if any(spec or conversion for _, name, spec, conversion in fields if name is not None):
-            raise ValueError(f"prompt template {self.template!r}: {{question}} takes no format or conversion")
-        if not names:
-            raise ValueError(f"prompt template {self.template!r} lacks the placeholder {{question}}")
 
     def render(self, question: str) -> str:
         """The prompt for one question; the question is inserted unchanged, braces included."""
