@@ -169,12 +169,6 @@ def test_the_stated_confidence_is_not_part_of_the_answer(text: str, no: bool) ->
     assert (pope.count_answers(_questions(["no"]), [text]).tn == 1) is no
 
 
-def test_counts_add_up() -> None:
-    labels, texts = ["yes", "no", "no", "yes"], ["Yes", "Yes", "No", "No"]
-    parts = [pope.count_answers(_questions(labels[i:j]), texts[i:j]) for i, j in ((0, 1), (1, 4))]
-    assert parts[0] + parts[1] == pope.count_answers(_questions(labels), texts) == pope.PopeCounts(1, 1, 1, 1)
-
-
 POPE = [
     {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"},
     {"question_id": 2, "image": "a.jpg", "text": "Is there an apple in the image?", "label": "no"},

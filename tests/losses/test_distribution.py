@@ -85,18 +85,6 @@ def test_one_query_spelled_out() -> None:
     assert float(RLCR()(QUERY)) == pytest.approx(-(0.5 * 1 + 0.3 * 0 + 0.2 * -1) - math.log(0.5))
 
 
-@each_loss
-def test_one_candidate_teaches_its_text(loss: CandidateLoss) -> None:
-    scores = table([[-3.0]], answer=[[-1.0]], confidence=[[0.4]], target=[0.4], correct=[[False]])
-    policy = scores.policy.clone().requires_grad_()
-    value = loss(scores._replace(policy=policy))
-    # -log p(text | answer), and for a wrong answer stated with 40% a penalty of 0.16
-    assert value.item() == pytest.approx(2 + (0.16 if isinstance(loss, RLCR) else 0))
-    value.backward()
-    assert policy.grad is not None
-    assert policy.grad.tolist() == [[pytest.approx(-1)]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "loss", [*DISTRIBUTION_LOSSES[:-1], pytest.param(RLCR(), id="RLCR, own answer alone")]

@@ -114,23 +114,6 @@ def test_loss_is_the_loop(loss: PreferenceLoss, seed: int) -> None:
     assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), abs=1e-10)
 
 
-def test_queries_count_alike_whatever_their_number_of_candidates() -> None:
-    scores = table(
-        [[0, -1, -2], [0, -3, 9], [0, 9, 9]],
-        valid=[[True, True, True], [True, True, False], [True, False, False]],
-    )
-    # (h - 5)^2, of h 1 and 2 of the first and 3 of the second; the third has no pair
-    assert float(IPO(beta=0.1)(scores)) == pytest.approx(((16 + 9) / 2 + 4) / 2)
-
-
-@each_loss
-def test_gradient_raises_the_chosen_and_lowers_the_rejected(loss: PreferenceLoss) -> None:
-    policy = PAIR.policy.clone().requires_grad_()
-    loss(PAIR._replace(policy=policy)).backward()
-    assert policy.grad is not None
-    assert policy.grad[0, 0] < 0 < policy.grad[0, 1]
-
-
 @each_loss
 @pytest.mark.parametrize("n_candidates", [1, 3])
 def test_without_a_pair_the_loss_is_0_with_a_gradient(loss: PreferenceLoss, n_candidates: int) -> None:

@@ -54,17 +54,6 @@ def test_response_nll_is_the_loop(batch: tuple[list[float], list[int], list[floa
     assert float(loss) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
 
 
-def test_arithmetic_spelled_out() -> None:
-    # two responses: -log p of 1, 2, 3 with weights 1, 1, 0.5, and of 4 with weight 2
-    loss = response_nll(
-        torch.tensor([-1.0, -2.0, -3.0, -4.0]),
-        torch.tensor([0, 0, 0, 1]),
-        torch.tensor([1.0, 1.0, 0.5, 2.0]),
-        2,
-    )
-    assert float(loss) == pytest.approx(((1 + 2 + 1.5) / 3 + 8) / 2)
-
-
 def test_a_batch_of_four_is_the_mean_of_two_of_two() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])

@@ -1,5 +1,4 @@
 import io
-import os
 import struct
 import zlib
 
@@ -24,7 +23,7 @@ def encoded(image, image_format="PNG", **options):
 
 
 def test_rgb_files_come_back_as_they_are_from_paths_and_bytes(rgb, tmp_path):
-    path = tmp_path / "image.png"
+    path = tmp_path / "ünï côdé.png"
     path.write_bytes(encoded(Image.fromarray(rgb)))
     for source in (path, str(path), path.read_bytes()):
         loaded = load_image(source)
@@ -115,12 +114,6 @@ def test_broken_exif_counts_as_upright(rgb, exif):
     data = encoded(Image.fromarray(rgb), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_an_impossible_orientation_counts_as_upright(rgb):
-    exif = Image.Exif()
-    exif[0x0112] = 17
-    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), exif=exif)), rgb)
 
 
 def test_an_orientation_in_words_counts_as_upright(rgb):
@@ -241,26 +234,11 @@ def test_resizing_an_image_keeps_smooth_content():
     assert np.abs(small[..., 0] - np.linspace(0, 255, 80)[None]).max() < 4
 
 
-def test_resizing_averages_noise_away():
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    assert resize_image(noise, (50, 50)).std() < noise.std() / 4
-
-
 def test_the_same_size_gives_a_copy(rgb):
     mask = rgb[..., 0] > 127
     for array, resized in ((rgb, resize_image(rgb, (20, 30))), (mask, resize_mask(mask, (20, 30)))):
         np.testing.assert_array_equal(array, resized)
         assert not np.shares_memory(array, resized)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_a_shrunk_mask_marks_pixels_that_are_half_covered(factor_y, factor_x, seed, share):
-    mask = np.random.default_rng(seed).random((5 * factor_y, 7 * factor_x)) < share
-    coverage = mask.reshape(5, factor_y, 7, factor_x).mean(axis=(1, 3))
-    expected = coverage >= 0.5
-    if mask.any() and not expected.any():
-        expected = coverage == coverage.max()
-    np.testing.assert_array_equal(resize_mask(mask, (5, 7)), expected)
 
 
 @pytest.mark.parametrize(("factor_y", "factor_x"), [(2, 2), (6, 23), (6, 31), (14, 31)])
@@ -270,11 +248,6 @@ def test_exactly_half_covered_counts_whatever_the_rounding(factor_y, factor_x):
     half = np.arange(factor_y * factor_x) < factor_y * factor_x // 2
     blocks = [[rng.permutation(half).reshape(factor_y, factor_x) for _ in range(12)]]
     assert resize_mask(np.block(blocks), (1, 12)).all()
-
-
-def test_an_enlarged_mask_repeats_pixels():
-    mask = np.random.default_rng(0).random((5, 7)) < 0.5
-    np.testing.assert_array_equal(resize_mask(mask, (15, 14)), np.kron(mask, np.ones((3, 2), bool)))
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64), st.data())
@@ -295,12 +268,6 @@ def test_a_single_pixel_never_vanishes_and_stays_where_it_was(height, width, new
     )
 
 
-def test_a_pixel_whose_centre_lies_on_a_border_of_the_new_grid_survives():
-    mask = np.zeros((1, 78), dtype=bool)
-    mask[0, 19] = True  # centre 19.5 = 9 * 78 / 36
-    assert np.argwhere(resize_mask(mask, (1, 36))).tolist() == [[0, 8], [0, 9]]
-
-
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
 @settings(max_examples=60)
 def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
@@ -310,13 +277,6 @@ def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
     areas = fine.reshape(new_height, height, new_width, width).mean(axis=(1, 3))
     expected = areas >= min(0.5, areas.max()) * (1 - 1e-5) if mask.any() else np.zeros_like(areas, bool)
     np.testing.assert_array_equal(resize_mask(mask, (new_height, new_width)), expected)
-
-
-def test_a_pixel_of_a_very_large_mask_survives():
-    mask = np.zeros((3000, 4000), dtype=bool)
-    mask[1234, 3210] = True
-    resized = resize_mask(mask, (24, 24))
-    assert np.argwhere(resized).tolist() == [[1234 * 24 // 3000, 3210 * 24 // 4000]]
 
 
 def test_an_empty_mask_stays_empty():
@@ -336,9 +296,3 @@ def test_wrong_sizes_and_arrays_are_refused(rgb):
         resize_mask(rgb[..., 0].astype(float), (5, 5))
     with pytest.raises(ValueError, match="mask must have shape"):
         resize_mask(rgb, (5, 5))
-
-
-def test_paths_of_any_kind(rgb, tmp_path):
-    path = tmp_path / "ünï côdé.png"
-    path.write_bytes(encoded(Image.fromarray(rgb)))
-    np.testing.assert_array_equal(load_image(os.fspath(path)), rgb)

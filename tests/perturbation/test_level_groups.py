@@ -1,6 +1,5 @@
 """Groups of levels: similar accuracies are merged, and state their mean."""
 
-import pickle
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -41,13 +40,6 @@ def test_groups_are_the_best_of_all_partitions(values, groups):
     assert error(runs) == pytest.approx(min(error(p) for p in partitions(falling, groups)), abs=1e-9)
     assert [mean for _, mean in result] == pytest.approx([np.mean(run) for run in runs])
     assert sum(map(len, runs)) == len(values)
-
-
-def test_equal_numbers_are_never_split():
-    smallest, means = zip(*group_means([0.9] * 5 + [0.5] * 3 + [0.9] * 2, 5), strict=True)
-    assert smallest == (0.9, 0.5)
-    assert means == pytest.approx((0.9, 0.5))
-    assert len(group_means([0.7, 0.7, 0.7], 3)) == 1
 
 
 def grouped(rights, groups, ns=None, grid=1, **more):
@@ -146,16 +138,6 @@ def test_between_groups_the_nearest_accuracy_counts():
         distances = [abs(accuracy - c) for c in (0.98, 0.6, 0.1)]
         could_be = {c for c, d in zip((0.98, 0.6, 0.1), distances, strict=True) if d <= min(distances) + 1e-9}
         assert levels.confidence(Perturbation("fade", strength), "open") in could_be
-
-
-def test_groups_can_be_saved_and_sent(tmp_path):
-    levels = grouped([98, 96, 60, 58, 10], 3)
-    levels.save(tmp_path / "levels.json")
-    again = AnchoredLevels(tmp_path / "levels.json", grid=1, groups=3)
-    for copy in (again, pickle.loads(pickle.dumps(levels))):
-        assert stated(copy) == stated(levels)
-        assert copy.confidences("open") == levels.confidences("open")
-    assert stated(AnchoredLevels(tmp_path / "levels.json", grid=1)) == [0.98, 0.96, 0.60, 0.58, 0.10]
 
 
 @pytest.mark.parametrize("groups", [0, -1])

@@ -1,7 +1,6 @@
 """Level tables: saving and loading, and refusal of damaged, impossible or useless tables."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from vlm_calibration import demo
 from vlm_calibration.perturbation.level_table import (
     FORMAT,
     AnswerTypeCounts,
@@ -19,7 +17,7 @@ from vlm_calibration.perturbation.level_table import (
 )
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 
-from .conftest import COUNTS, PROVENANCE, instance_table, noise_counts
+from .conftest import COUNTS, PROVENANCE, noise_counts
 
 STRENGTHS = [i / 10 for i in range(11)]
 
@@ -99,14 +97,6 @@ def test_any_table_loads_as_it_was_saved(tmp_path, table):
     assert loaded.kinds == table.kinds
 
 
-def test_bins_survive_the_file(tmp_path):
-    table = instance_table()
-    table.save(tmp_path / "levels.json")
-    loaded = AnchoredLevels(tmp_path / "levels.json").table
-    assert loaded == table
-    assert loaded.counts["yes_no"].edges == (0.625, 0.875)
-
-
 def test_a_failed_save_leaves_the_old_file_and_no_other(levels, tmp_path, monkeypatch):
     path = tmp_path / "levels.json"
     path.write_text("old")
@@ -164,19 +154,11 @@ def one(*rows, edges=(), kind="noise", others=NONE):
         (one({"n": [10], "n_correct": [9]}), "missing key 'strength'"),
         (one({"strength": 0, "n": [10]}), "missing key 'n_correct'"),
         (one({**ROW, "n": []}), "must have 1 bins"),
-        (one({**ROW, "n": [10, 10]}), "must have 1 bins"),
-        (one({**ROW, "n_correct": [9, 9]}), "must have 1 bins"),
         (one(ROW, edges=[0.5]), "must have 2 bins"),
         (one({**ROW, "n": [10.5]}), "whole number, found 10.5"),
-        (one({**ROW, "n": [float("nan")]}), "whole number, found nan"),
-        (one({**ROW, "n": [float("inf")]}), "whole number, found inf"),
         (one({**ROW, "n_correct": [11]}), "impossible count of 'noise'"),
-        (one({**ROW, "strength": 0.5}), "'noise' must begin at strength 0"),
-        (one(ROW, {**ROW, "strength": 1.5}), "1.5"),
-        (one(ROW, {**ROW, "strength": -0.5}), "-0.5"),
         (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
         (one(ROW, {**ROW, "strength": "strong"}), "strong"),
-        (one(ROW, ROW, kind="blur"), "'blur' repeat a strength"),
     ],
 )
 def test_a_file_that_is_no_level_table_is_named(text, message, tmp_path):
@@ -294,10 +276,6 @@ def test_the_trend_is_that_of_a_contingency_table():
     )
 
 
-def test_the_shipped_table_teaches_something():
-    AnchoredLevels(Path(demo.__file__).parent / "levels.json").table.check_usable()
-
-
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
@@ -305,6 +283,7 @@ def test_the_shipped_table_teaches_something():
         ({"noise": []}, "'noise' must begin at strength 0"),
         ({"noise": [(0.1, 10, 5)]}, "'noise' must begin at strength 0"),
         ({"noise": [(0, 10, 5), (1.1, 10, 5)]}, "1.1"),
+        ({"noise": [(0, 10, 5), (-0.1, 10, 5)]}, "-0.1"),
         ({"noise": [(0, 10, 5), (0, 10, 6)]}, "repeat a strength"),
         ({"noise": [(0, 0, 0)]}, "impossible count"),
         ({"noise": [(0, 10, 11)]}, "impossible count"),

@@ -1,7 +1,5 @@
 """Levels: linear levels as in the paper, anchored levels state the measured accuracy, rounded to a grid."""
 
-import pickle
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -179,13 +177,6 @@ def test_each_kind_has_its_own_accuracies_and_all_share_the_untouched_image():
 def test_a_grid_must_divide_a_hundred(grid):
     with pytest.raises(ValueError, match="grid must be a whole number of percent"):
         AnchoredLevels.fit(COUNTS, grid=grid)
-
-
-def test_levels_survive_pickling(levels):
-    copy = pickle.loads(pickle.dumps(levels))
-    assert copy.confidence(noise(0.3), "short") == levels.confidence(noise(0.3), "short")
-    assert copy.strengths("noise") == levels.strengths("noise")
-    assert pickle.loads(pickle.dumps(LinearLevels(6))) == LinearLevels(6)
 
 
 def test_levels_can_be_named_in_a_configuration(levels, tmp_path):

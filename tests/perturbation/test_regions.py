@@ -96,11 +96,6 @@ def test_by_default_the_region_is_the_mask_itself_as_a_copy():
     assert not np.shares_memory(region, mask)
 
 
-def test_a_box_fills_the_bounding_box_of_all_parts():
-    mask = box(2, 4, 3, 5) | box(10, 20, 30, 33)
-    np.testing.assert_array_equal(region_mask(mask, shape="box"), box(2, 20, 3, 33))
-
-
 @given(masks(), st.floats(0, 2), st.sampled_from(["mask", "box"]))
 def test_growing_is_square_dilation_by_a_fraction_of_the_longer_side(mask, dilate, shape):
     bounds = bounding_box(mask)
@@ -110,12 +105,6 @@ def test_growing_is_square_dilation_by_a_fraction_of_the_longer_side(mask, dilat
         filled[bounds.slices] = True
     expected = ndimage.binary_dilation(filled, np.ones((2 * radius + 1, 2 * radius + 1)))
     np.testing.assert_array_equal(region_mask(mask, shape=shape, dilate=dilate), expected)
-
-
-def test_growing_means_the_same_at_every_resolution():
-    small, large = disc(), np.kron(disc(), np.ones((8, 8), dtype=bool))
-    grown_small, grown_large = region_mask(small, dilate=0.25), region_mask(large, dilate=0.25)
-    assert grown_small.mean() == pytest.approx(grown_large.mean(), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +119,6 @@ def test_growing_means_the_same_at_every_resolution():
 def test_wrong_region_parameters_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         region_mask(disc(), **arguments)
-
-
-def test_an_empty_region_is_refused():
-    with pytest.raises(ValueError, match="region mask is empty"):
-        region_mask(np.zeros(SHAPE, bool))
 
 
 # --- choose_region

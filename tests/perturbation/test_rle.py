@@ -33,18 +33,10 @@ def _region(mask: Any, box: tuple[float, float, float, float] = (0, 0, 5, 4)) ->
 
 
 @given(masks())
-def test_round_trip_through_json(mask: np.ndarray) -> None:
-    rle = json.loads(json.dumps(mask_to_rle(mask)))
-    decoded = region_to_mask(_region(rle), *mask.shape)
-    assert decoded.dtype == bool
-    assert np.array_equal(decoded, mask)
-
-
-@given(masks())
 def test_reads_what_pycocotools_writes_and_the_other_way_round(mask: np.ndarray) -> None:
     theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     assert np.array_equal(region_to_mask(_region(theirs), *mask.shape), mask)
-    ours = mask_to_rle(mask)
+    ours = json.loads(json.dumps(mask_to_rle(mask)))
     assert np.array_equal(coco.decode({"size": ours["size"], "counts": ours["counts"].encode()}), mask)
 
 

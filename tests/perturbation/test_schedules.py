@@ -40,15 +40,6 @@ def test_alpha_bar_is_the_published_formula(name):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "left", "amplitude"),
-    [("linear", 4.036e-5, 0.0064), ("cosine", 2.429e-9, 4.9e-5), ("sigmoid", 0.08125, 0.285)],
-)
-def test_what_the_docstrings_say_is_left_at_the_last_step(name, left, amplitude):
-    assert schedule_by_name(name).alpha_bar(1000) == pytest.approx(left, rel=1e-3)
-    assert math.sqrt(schedule_by_name(name).alpha_bar(1000)) == pytest.approx(amplitude, rel=1e-2)
-
-
 @pytest.mark.parametrize("steps", [10, 100, 1000, 4000])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_falls_strictly_from_exactly_one_for_any_number_of_steps(name, steps):

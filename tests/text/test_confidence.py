@@ -7,7 +7,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.text.confidence import (
-    _replace_variants,
     end_of_confidence,
     parse_confidence,
     render_answer,
@@ -376,11 +375,6 @@ def test_a_confidence_outside_the_unit_interval_cannot_be_rendered(confidence):
 )
 def test_the_statement_is_removed_wherever_it_stands(text, answer):
     assert strip_confidence(text) == answer
-
-
-@given(st.text(alphabet=st.characters()))
-def test_replacing_characters_keeps_positions(text):
-    assert len(_replace_variants(text)) == len(text)
 
 
 ADVERSARIAL = """1|1.|1,|9|confidence|confidence |confidence: |confidence is |confidence of about |is |sure |not |100% |

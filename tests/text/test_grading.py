@@ -194,14 +194,6 @@ def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
         assert parse_answer(text[0].upper() + text[1:], "yes_no") == answer
 
 
-@given(
-    OPENING, st.sampled_from(["isn't", "is not", "does not appear to be", "doesn't seem to be"]), NOUN, PLACE
-)
-def test_a_negated_verb_is_no(opening, verb, noun, place):
-    assert parse_answer(f"{opening}there {verb} a {noun}{place}.", "yes_no") == "no"
-
-
-# What is said of one object: the form of a clause, with the object's name in place of X.
 PLACES = ("", " in the image", " on the sofa")
 AFFIRMED = (
     "there is a X",
@@ -438,6 +430,8 @@ def test_synonyms_of_the_record_count():
     assert grade("a puppy", "dog", "short", ["Puppies", "hound"]) == Grade("puppy", True)
     assert not grade("a kitten", "dog", "short", ["puppy"]).correct
     assert not grade("", "dog", "short", [""]).correct
+    assert grade("a puppy on a mat", "dog", "short", ["Puppy"], Grading(short="contains")).correct
+    assert grade("a small puppy", "dog", "open", ["small brown puppy"], Grading(open="token_f1")).correct
 
 
 @pytest.mark.parametrize(
@@ -475,10 +469,6 @@ def test_an_answer_may_contain_the_gold_one(text, gold, correct):
         assert grade(text, gold, answer_type, grading=CONTAINS).correct is correct
 
 
-def test_a_synonym_may_be_contained():
-    assert grade("a puppy on a mat", "dog", "short", ["Puppy"], CONTAINS).correct
-
-
 @pytest.mark.parametrize(
     ("text", "gold", "f1"),
     [
@@ -495,10 +485,6 @@ def test_token_f1_is_that_of_squad(text, gold, f1):
     for threshold in (0.01, 0.5, 0.67, 0.86, 1.0):
         graded = grade(text, gold, "open", grading=Grading(open="token_f1", min_f1=threshold))
         assert graded.correct is (f1 >= threshold)
-
-
-def test_a_synonym_may_have_the_words_in_common():
-    assert grade("a small puppy", "dog", "open", ["small brown puppy"], TOKEN_F1).correct
 
 
 def test_a_rule_is_for_its_type_of_answer_alone():
@@ -528,14 +514,8 @@ def test_the_least_f1_is_a_share(min_f1):
 def test_a_gold_yes_no_answer_must_be_one(gold):
     with pytest.raises(ValueError, match="must be yes or no"):
         grade("yes", gold, "yes_no")
-
-
-def test_a_gold_answer_must_not_be_empty():
     with pytest.raises(ValueError, match="gold answer of a short question is empty"):
         grade("dog", " . ", "short")
-
-
-def test_an_unknown_answer_type_is_refused():
     with pytest.raises(ValueError, match="known: yes_no, short, open"):
         parse_answer("yes", "number")
 

@@ -49,10 +49,7 @@ def test_a_label_names_an_object_in_whatever_case_article_and_number(name: str, 
 def test_another_object_is_no_evidence(name: str, label: str) -> None:
     assert not is_evidence(_query("Yes", "yes_no", name), label)
     assert not is_evidence(_query("Yes", "yes_no", label), name)
-
-
-def test_without_objects_every_region_is_evidence() -> None:
-    assert is_evidence(_query(), "anything")
+    assert is_evidence(_query(), label), "without objects every region is evidence"
 
 
 def test_no_two_objects_of_the_demo_are_taken_for_one_another() -> None:
@@ -165,14 +162,14 @@ def test_our_own_statements_are_refused(answer: str, percent: int) -> None:
         check_answer(_query(render_response(answer, percent / 100), "open"))
 
 
-@pytest.mark.parametrize("answer", ["[0.35, 0.2, 0.51, 1]", "(1,2,3,4)"])
-def test_boxes_are_refused(answer: str) -> None:
-    with pytest.raises(RecordError):
-        check_answer(_query(answer, "open"))
-
-
-@pytest.mark.parametrize("answer", ["I am 90% sure it is a dog", "Yes, with 80% confidence", "信心: 80%"])
-def test_stated_confidences_are_refused(answer: str) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("I am 90% sure it is a dog", "Yes, with 80% confidence", "信心: 80%"),
+        *("[0.35, 0.2, 0.51, 1]", "(1,2,3,4)"),
+    ],
+)
+def test_stated_confidences_and_boxes_are_refused(answer: str) -> None:
     with pytest.raises(RecordError):
         check_answer(_query(answer, "open"))
 
