@@ -19,35 +19,10 @@ from . import official_rules
 
 TYPES = tuple(amber.CATEGORIES)
 ODD = (
-    *(
-        "Yes",
-        "No",
-        "yes",
-        "no",
-        "YES",
-        "NO",
-        "Yes.",
-        "No.",
-        " No",
-        "No ",
-        "No\n",
-        "\nYes",
-        "",
-        "Yes, there is.",
-    ),
-    *(
-        "There is no dog.",
-        "Yes\nNo",
-        "Yes Yes",
-        "Ｎｏ",
-        "null",
-        "Maybe",
-        "0",
-        "No, no",
-        "Y",
-        "N",
-        "<s>No</s>",
-    ),
+    *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", ""),
+    "Yes, there is.",
+    *("There is no dog.", "Yes\nNo", "Yes Yes", "Ｎｏ", "null", "Maybe", "0", "No, no", "Y", "N"),
+    "<s>No</s>",
 )
 
 

@@ -30,16 +30,8 @@ def test_doubled_braces_are_literal():
 @pytest.mark.parametrize(
     "template",
     [
-        "How sure are you?",
-        "",
-        "{question} {level}",
-        "{question} {}",
-        "{question[0]}",
-        "{question.upper}",
-        "{question!r}",
-        "{question:>10}",
-        "{question",
-        "{question}}",
+        *("How sure are you?", "", "{question} {level}", "{question} {}", "{question[0]}"),
+        *("{question.upper}", "{question!r}", "{question:>10}", "{question", "{question}}"),
     ],
 )
 def test_a_wrong_template_is_refused_by_name(template):
