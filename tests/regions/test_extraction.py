@@ -12,7 +12,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.contact_sheet import ContactSheet
@@ -260,38 +259,6 @@ def test_an_image_that_cannot_be_read_is_noted() -> None:
     assert (first.outcome, first.note) == ("unreadable", "x.png: damaged")
     assert second.outcome == "not detected"
     assert pipeline.extract([]) == []
-
-
-def test_what_is_extracted_can_be_trained_on(truth: Truth, model_folder: str, tmp_path: Path) -> None:
-    """The Trainer runs the extraction; its Parquet file holds the regions that the scenes have."""
-    source = DemoSource("test", scenes=4)
-    data = PerturbedQueryDataModule(model_folder, predict=source, eval_batch_size=3, shard_size=5, workers=0)
-    trainer = L.Trainer(
-        default_root_dir=str(tmp_path),
-        callbacks=[RegionWriter()],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-    )
-    module = RegionExtractor(
-        RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth), ALL, keep_known=False
-    )
-    trainer.predict(module, data, return_predictions=False)
-    for query in source.queries():
-        Image.fromarray(source.load(query).image).save(tmp_path / query.image, format="png")
-    extracted = ParquetSource(str(tmp_path / "queries.parquet"))
-    queries = list(extracted.queries())
-    assert [q.id for q in queries] == [q.id for q in source.queries()]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["queries"] == len(queries)
-    compared = 0
-    for query, original in zip(queries, source.queries(), strict=True):
-        masks = [region_to_mask(r, *source.load(original).image.shape[:2]) for r in query.regions]
-        evidence = [m for m in source.load(original).evidence if m.any()]
-        if original.answer != "No" and evidence:
-            assert _iou(masks[0], evidence[0]) >= 0.95
-            compared += 1
-    assert compared >= 4
 
 
 class Unlocated(DemoSource):

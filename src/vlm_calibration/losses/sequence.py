@@ -37,10 +37,9 @@ def token_weights(
 
     Args:
         confidence_mask: bool, whether the token belongs to the stated confidence; else it belongs to the answer.
-        confidence: float32 in [0, 1], the target confidence; broadcasts to `confidence_mask`.
-        correct: bool, whether the answer is correct; broadcasts to `confidence_mask`.
-        answer_weight: weight of the tokens of a correct answer.
-        confidence_weight: weight of the tokens of a confidence, at least 0.
+        confidence: float32 in [0, 1], the target confidence; like `correct`, bool, it broadcasts to `confidence_mask`.
+        correct: whether the answer is correct.
+        answer_weight, confidence_weight: weights of the tokens of a correct answer and of a confidence.
     """
     answer = torch.ones_like(confidence) if answer_weight == "constant" else confidence
     return torch.where(confidence_mask, torch.full_like(confidence, confidence_weight), answer * correct)

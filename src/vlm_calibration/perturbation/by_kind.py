@@ -33,15 +33,7 @@ KIND_NAMES = (
 
 @lru_cache(maxsize=32)
 def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
-    """The transform of a kind; the first call imports albumentations.
-
-    Args:
-        kind: one of `KIND_NAMES`.
-        schedule: the schedule of noise; other kinds have none.
-
-    Raises:
-        ValueError: there is no such kind.
-    """
+    """The transform of a kind in `KIND_NAMES`, ValueError for another; `schedule` is that of noise. The first call imports albumentations."""
     if kind not in KIND_NAMES:
         raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
     from vlm_calibration.perturbation.kinds import KINDS, RegionNoise  # deferred: slow to import

@@ -149,11 +149,7 @@ def _strengths(counts: KindCounts) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class LevelTable:
-    """Measured counts and their provenance.
-
-    Args:
-        counts: answer type -> its counts; all answer types have the same kinds and strengths.
-        provenance: origin of the counts: model, schedule, seed, number of queries, ...
+    """Measured counts by answer type, and their provenance: model, schedule, seed, number of queries, ...
 
     Raises:
         ValueError: no counts, or kinds or strengths that differ between answer types.
@@ -323,12 +319,7 @@ class Measured(NamedTuple):
 
 
 def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenance: Mapping[str, Any]) -> None:
-    """Write likelihoods as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata.
-
-    Args:
-        path: the file.
-        likelihoods: query id -> what was measured.
-        provenance: that of the level table measured in the same run.
+    """Write likelihoods by query id as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata.
 
     Raises:
         DataError: the file cannot be written.
@@ -347,16 +338,12 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 
 
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
-    """Query id -> what was measured.
-
-    Args:
-        path: a file of `write_likelihoods`.
-        provenance: that of a level table, which must have been measured with the same model and prompt.
-        table: name of the table, for messages.
+    """Read a file of `write_likelihoods`: query id -> what was measured.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not one of likelihoods, or was measured with another model or prompt.
+        ValueError: the file is not one of likelihoods, or was measured with another model or prompt than the level table that has
+            this provenance and is called `table` in messages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -74,14 +74,9 @@ class ConfidenceLevels(ABC):
         """All confidences at `strengths`, over all kinds and queries, in falling order."""
 
     def check_content(self, query_id: str, content: Callable[[], int]) -> None:  # noqa: B027  (optional)
-        """Check that levels that depend on the query were measured on its question and image.
+        """ValueError if levels that depend on the query were not measured on its question and image.
 
-        Args:
-            query_id: the query.
-            content: gives the digest of its question and image, `QuerySource.content_digest`.
-
-        Raises:
-            ValueError: they were measured on another one.
+        `content` gives the digest of question and image, `QuerySource.content_digest`.
         """
 
     @property
@@ -221,11 +216,6 @@ class AnchoredLevels(ConfidenceLevels):
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
         """The fitted accuracy in [0, 1], unrounded, interpolated linearly between measured strengths.
 
-        Args:
-            perturbation: what happened to the image.
-            answer_type: type of the answer.
-            query_id: a query with a known likelihood; None: all queries together.
-
         Raises:
             ValueError: a kind, an answer type or a query that was not measured, or a strength above the measured ones.
         """
@@ -252,11 +242,7 @@ class AnchoredLevels(ConfidenceLevels):
             )
 
     def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
-        """`accuracy`, or with `groups` the mean of its group, rounded to the grid.
-
-        Raises:
-            ValueError: as `accuracy`.
-        """
+        """`accuracy`, or with `groups` the mean of its group, rounded to the grid."""
         return self._stated(self.accuracy(perturbation, answer_type, query_id), answer_type)
 
     def confidences(self, answer_type: str) -> tuple[float, ...]:

@@ -29,10 +29,9 @@ class RegionChoice(NamedTuple):
 
     Attributes:
         mask: bool [H, W]; None: the image stays clean.
-        kind: "target": the key object; state the confidence of the noise level. "distractor": a region that the question is
-            not about; the evidence is intact, so state the confidence of the clean image. "absent": the question is about
-            an absent object, which the noise could hide; state the confidence of the noise level. "none": the image stays
-            clean.
+        kind: "target": the key object; "absent": the question is about an absent object, which the noise could hide: state the
+            confidence of the noise level. "distractor": a region that the question is not about; "none": no region: state the
+            confidence of the clean image.
     """
 
     mask: BoolMask | None

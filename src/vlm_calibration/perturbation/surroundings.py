@@ -18,11 +18,7 @@ _LEAST_KNOWN = 0.05  # a smaller share of known pixels is averaged in floating p
 
 
 def surroundings(image: ImageArray, region: BoolMask) -> ImageArray:
-    """Estimate the image without the region's content.
-
-    Args:
-        image: uint8 [H, W, 3].
-        region: bool [H, W].
+    """Estimate the image, uint8 [H, W, 3], without the content of a region, bool [H, W].
 
     Returns:
         uint8 [H, W, 3], the same whatever the region's pixels are; uniformly `GREY` if the region is the whole image. Outside
@@ -57,15 +53,7 @@ def mixed(image: ImageArray, background: ImageArray, weight: float) -> ImageArra
 
 
 def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Fill in what is unknown.
-
-    Args:
-        known: float32 [h, w, 3], values multiplied by their weights.
-        weight: float32 [h, w], the known share of each cell, in [0, 1], not 0 everywhere.
-
-    Returns:
-        float32 [h, w, 3].
-    """
+    """Fill in what is unknown: float32 [h, w, 3], from values multiplied by their weights, the known share of each cell in [0, 1]."""
     height, width = weight.shape
     if height == width == 1:
         return known / weight[..., None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,11 +41,7 @@ class Detector(ABC):
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
-        """Load the model onto this device.
-
-        Raises:
-            DataError: the model does not exist, or this detector does not support its type.
-        """
+        """Load the model onto this device; DataError if it does not exist, or this detector does not support its type."""
 
     @abstractmethod
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -54,12 +50,11 @@ class Detector(ABC):
 
 @dataclass(eq=False)
 class ZeroShotDetector(Detector):
-    """A zero-shot object detector from the Hub.
+    """A zero-shot object detector from the Hub. A box has the phrase with its highest score.
 
     Args:
         name_or_path: Grounding DINO (also MM Grounding DINO) or OWLv2 (also OWL-ViT): a name on the Hub or a folder.
         threshold: minimum score of a box for a phrase, exclusive, in [0, 1). OWLv2's scores are lower; use about 0.1.
-        labels: phrases assigned to a box: "best", the phrase with the highest score, or "all" phrases above the threshold.
         max_boxes: maximum number of boxes per phrase and image, the ones with the highest scores.
         dtype: of weights and arithmetic.
         revision: as in `from_pretrained`.
@@ -68,7 +63,6 @@ class ZeroShotDetector(Detector):
 
     name_or_path: str = "IDEA-Research/grounding-dino-base"
     threshold: float = 0.3
-    labels: Literal["best", "all"] = "best"
     max_boxes: int = 16
     dtype: Dtype = "float32"
     revision: str | None = None
@@ -142,9 +136,9 @@ class ZeroShotDetector(Detector):
 
     def _select_boxes(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
         """Non-empty boxes above the threshold, highest score first, at most `max_boxes` per phrase."""
-        above = scores > self.threshold
-        if self.labels == "best":
-            above &= torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
+        above = (scores > self.threshold) & (
+            torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
+        )
         above &= ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))[:, None]
         detections = []
         for column, phrase in enumerate(phrases):
@@ -167,11 +161,9 @@ def _to_prompt(phrase: str) -> str:
 
 
 def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:
-    """Load a model of an AutoModel class, in eval mode on the device, and its processor.
+    """Load a model of the AutoModel class `kind`, in eval mode on the device, and its processor.
 
-    Args:
-        kind: the AutoModel class.
-        settings: an object with `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
+    `settings` has `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
 
     Raises:
         DataError: the model does not exist, or is not of this class.

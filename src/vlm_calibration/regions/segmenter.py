@@ -21,11 +21,7 @@ class Segmenter(ABC):
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
-        """Load the model onto this device.
-
-        Raises:
-            DataError: the model does not exist, or this segmenter does not support its type.
-        """
+        """Load the model onto this device; DataError if it does not exist, or this segmenter does not support its type."""
 
     @abstractmethod
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:

@@ -99,19 +99,16 @@ EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
-    """Parse the normalised answer from a reply, or None; see the rules above. Never raises on a string.
+    """Parse the normalised answer from a reply, with or without a stated confidence; None if there is none. See the rules above.
 
     Args:
-        text: the reply, with or without a stated confidence.
-        answer_type: "yes_no", "short" or "open".
+        text: the reply.
+        answer_type: "yes_no", "short" or "open"; ValueError for another.
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
     Returns:
-        "yes", "no" or None for yes/no; else the lower-case answer without articles, punctuation and lead-in and with
-        number words as digits, or None if nothing remains.
-
-    Raises:
-        ValueError: unknown answer type.
+        "yes" or "no"; for other answer types the lower-case answer without articles, punctuation and lead-in and with number words
+        as digits.
     """
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
@@ -132,12 +129,10 @@ def grade(
     """Grade a reply against the gold answer.
 
     Args:
-        text: the reply, with or without a stated confidence.
+        text, answer_type, question: as in `parse_answer`.
         answer: the gold answer; for yes/no, a text that itself parses as yes or no.
-        answer_type: "yes_no", "short" or "open".
         synonyms: other correct answers (not used for yes/no).
         grading: the rules.
-        question: what a yes/no reply answers, as in `parse_answer`.
 
     Raises:
         ValueError: unknown answer type, an empty gold answer, or a gold answer to a yes/no question that is neither.
