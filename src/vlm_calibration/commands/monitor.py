@@ -118,7 +118,8 @@ def _compare(
     from vlm_calibration.metrics.drift import drift_test
     from vlm_calibration.reporting.report.thresholds import one_an_image
 
-    sides = [np.array([a.confidence for a in one_an_image(answers)]) for answers in (reference, new)]
+    # Sorted, so that not even the last digit of a mean depends on the order of the lines.
+    sides = [np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new)]
     # Twice as many as make a p-value of this error possible.
     test = drift_test(*sides, permutations=max(999, math.ceil(2 / error))) if new else None
     figures: dict[str, Any] = {}
