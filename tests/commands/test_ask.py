@@ -176,8 +176,10 @@ def test_an_answer_below_the_threshold_is_not_printed(
     assert (ended.status, json.loads(ended.out)["decision"]) == (4, "review")
     ended = call(*asked, *decides({"": None}))
     assert (ended.status, "decision             review" in ended.out) == (0, True), "not asked to abstain"
-    ended = call(*asked, *decides({"": 0.0}), "--abstain")
-    assert (ended.status, "decision             answer" in ended.out) == (0, True)
+    for estimator in ("verbalized", "expected", "likelihood"):
+        ended = call(*asked, *decides({"": 0.0}, estimator=estimator), "--abstain")
+        assert ended.status == 0
+        assert f"decision             answer ({estimator}, from 0.0% on)" in ended.out
 
 
 def test_thresholds_by_category_need_one(

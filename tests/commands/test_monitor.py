@@ -14,7 +14,7 @@ import pytest
 
 from vlm_calibration.cli import main
 from vlm_calibration.commands.questions import AnswerFile, Question
-from vlm_calibration.metrics.drift import detect_drift
+from vlm_calibration.metrics.drift import drift_test
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, None)
 LOW = (0.3, 0.5, 0.5, 0.7)
@@ -80,46 +80,66 @@ def test_answers_of_the_same_kind(evaluation: Path, monitored: Callable[..., Any
     path = write(tmp_path / "new.jsonl", [{"confidence": row["confidence"]} for row in new])
     status, result = monitored("--reference", evaluation, "--system", "sft", "--new", path)
     reference, stream = confidences(answers(300, 3)), confidences(new)
-    drift = detect_drift(reference, stream, 0.05)
+    test = drift_test(reference, stream)
     assert (status, result["drift"], result["groups"]) == (0, False, {})
-    overall = result["overall"]
-    assert overall == {
+    assert result["overall"] == {
         "reference_n": 300,
         "new_n": 400,
         "reference_mean_confidence": pytest.approx(np.nanmean(reference)),
         "new_mean_confidence": pytest.approx(np.nanmean(stream)),
         "reference_unparsed": int(np.isnan(reference).sum()),
         "new_unparsed": int(np.isnan(stream).sum()),
-        "log10_wealth": pytest.approx(drift.log_wealth[-1] / math.log(10)),
-        "log10_highest_wealth": pytest.approx(drift.log_wealth.max() / math.log(10)),
-        "log10_alarm_line": pytest.approx(math.log10(20)),
-        "drift_since": None,
+        "difference": test.difference,
+        "p_value": test.p_value,
+        "drift": False,
     }
+
+
+def test_the_order_of_the_lines_does_not_matter_and_an_image_counts_once(
+    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Sorted answers, with a question each that is asked again three times about the same image."""
+    rows = sorted(answers(100, 4), key=lambda row: row["confidence"] or 0)
+    asked = [{**row, "id": f"{row['id']}-{i}", "image": row["id"]} for i in range(3) for row in rows]
+    path = write(tmp_path / "new.jsonl", asked)
+    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")
+    assert (status, result["overall"]["new_n"]) == (0, 100)
+    random.Random(0).shuffle(asked)
+    write(path, asked)
+    assert monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")[1] == result
+    write(path, answers(300, 3))
+    assert monitored("--reference", evaluation / "sft", "--new", path)[1]["overall"]["p_value"] == 1
 
 
 def test_a_drift_of_one_category_ends_with_status_3(
     evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
 ) -> None:
     hard = answers(300, 6, LOW, "hard/existence")
-    rows = [row for pair in zip(answers(300, 5, category="easy"), hard, strict=True) for row in pair]
-    rows += answers(10, 7, category="foreign")
+    rows = [*answers(300, 5, category="easy"), *hard, *answers(10, 7, category="foreign")]
     path = write(tmp_path / "new.jsonl", rows)
     command = ("--reference", evaluation / "sft", "--new", path, "--by", "category")
     status, result = monitored(*command)
     assert (status, result["drift"]) == (3, True)
-    assert list(result["groups"]) == ["easy", "existence", "hard"]
+    assert {group: figures["drift"] for group, figures in result["groups"].items()} == {
+        "easy": False,
+        "existence": True,
+        "hard": True,
+    }
     assert result["without_reference"] == ["foreign"]
-    assert result["groups"]["easy"]["drift_since"] is None
-    # Four comparisons share the error.
-    reference = confidences([r for r in answers(300, 3) if r["category"].startswith("hard")])
-    alarm = detect_drift(reference, confidences(hard), 0.05 / 4).alarm
-    assert alarm is not None
-    # The answers about hard scenes are every second line.
-    assert result["groups"]["hard"]["drift_since"] == 2 * alarm
-    assert result["groups"]["hard"]["log10_alarm_line"] == pytest.approx(math.log10(80))
-    # A stricter certainty needs more answers.
-    _, stricter = monitored(*command, "--certainty", "0.9999")
-    assert stricter["groups"]["hard"]["drift_since"] > 2 * alarm
+
+
+def test_all_comparisons_share_the_error(
+    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A difference that alarms alone does not do so beside three groups, nor with more certainty."""
+    path = write(tmp_path / "new.jsonl", answers(60, 29, (0.5, 0.7, 0.7, 0.8, 0.8, 0.9)))
+    command = ("--reference", evaluation / "sft", "--new", path)
+    p = monitored(*command)[1]["overall"]["p_value"]
+    assert 0.01 < p < 0.05
+    assert [
+        monitored(*command, *more)[1]["overall"]["drift"]
+        for more in ((), ("--by", "category", "--certainty", str(1 - 2 * p)), ("--certainty", str(1 - p / 2)))
+    ] == [True, False, False]
 
 
 def test_without_a_calibration_set_the_predictions_are_the_reference(
@@ -138,21 +158,23 @@ def test_another_estimator(evaluation: Path, monitored: Callable[..., Any], tmp_
     assert result["overall"]["new_mean_confidence"] == pytest.approx(confidences(rows, "expected").mean())
 
 
-def test_the_answers_of_ask_by_type(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_answers_of_ask_by_type_and_category(
+    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+) -> None:
     path = tmp_path / "asked.jsonl"
     file = AnswerFile(path, {"model": "m", "review_below": None})
     for i, row in enumerate(answers(60, 4)):
-        question = Question(str(i), f"q:{i}", "a.png", "Is there a dog?", None, None)
+        question = Question(str(i), f"q:{i}", f"{i}.png", "Is there a dog?", None, row["category"])
         file.add([(question, {"confidence": row["confidence"], "answer_type": "yes_no"})])
     file.close()
     status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")
     assert (status, result["overall"]["new_n"]) == (0, 60)
     assert result["groups"]["yes_no"]["new_n"] == 60
+    _, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")
+    assert result["groups"]["existence"]["new_n"] == 60
 
 
-@pytest.mark.parametrize(
-    ("levels", "status", "verdict"), [(LEVELS, 0, "no drift"), (LOW, 3, "drift since answer")]
-)
+@pytest.mark.parametrize(("levels", "status", "verdict"), [(LEVELS, 0, ": no drift"), (LOW, 3, ": drift")])
 def test_it_prints_a_line_for_each_group(
     evaluation: Path,
     tmp_path: Path,
@@ -168,7 +190,7 @@ def test_it_prints_a_line_for_each_group(
     assert err == ""
     rows = dict(line.split(": ", 1) for line in out.splitlines())
     assert {"overall", "easy", "hard", "existence"} <= set(rows)
-    assert verdict in rows["overall"]
+    assert f": {rows['overall']}".endswith(verdict)
 
 
 CONFIDENT = {"confidence": 0.5, "category": "easy"}
@@ -184,6 +206,7 @@ CONFIDENT = {"confidence": 0.5, "category": "easy"}
         ([[0.5]], [], ("new.jsonl:1", "[0.5]")),
         ([], [], ("new.jsonl",)),
         ([CONFIDENT, {"confidence": 0.5}], ["--by", "category"], ("new.jsonl:2", "'category'")),
+        ([{"confidence": 0.5, "image": 7}], [], ("new.jsonl:1", "7")),
         ([{"confidence": 0.5, "category": 7}], ["--by", "category"], ("new.jsonl:1", "7")),
         ([{"confidence": 0.5, "category": "sea"}], ["--by", "category"], ("new.jsonl", "'sea'", "'easy'")),
         ([CONFIDENT], ["--estimator", "expected"], ("new.jsonl:1", "'expected'")),

@@ -237,7 +237,7 @@ def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path
         (["runs/eval/dpo"], 1, "not an evaluation of `vlm-calibration test`"),
         (["runs/eval", "--max-error", "0"], 2, "--max-error must be between 0 and 1"),
         (["runs/eval", "--certainty", "95"], 2, "--certainty must be between 0 and 1"),
-        (["runs/eval", "--estimator", "likelihood"], 2, "likelihood"),
+        (["runs/eval", "--estimator", "p_true"], 1, "no estimator 'p_true'; it has verbalized, expected"),
     ],
 )
 def test_mistakes_are_named(call: Call, arguments: list[str], status: int, says: str) -> None:
@@ -246,15 +246,23 @@ def test_mistakes_are_named(call: Call, arguments: list[str], status: int, says:
     assert says in ended.error()
 
 
-def test_a_missing_estimator_is_named(call: Call, evaluation: Path) -> None:
-    path = evaluation / "dpo" / "calibration.jsonl"
-    path.write_text(
-        "".join(line.replace('"expected"', '"p_true"') for line in path.read_text().splitlines(True))
-    )
-    assert (
-        "no estimator 'expected'; it has verbalized, p_true"
-        in call("runs/eval", "--estimator", "expected").error()
-    )
+def test_any_estimator_of_the_answers_can_be_used(call: Call, evaluation: Path, tmp_path: Path) -> None:
+    for path in (evaluation / "dpo").glob("*.jsonl"):
+        path.write_text(path.read_text().replace('"expected"', '"likelihood"'))
+    assert call("runs/eval", "--estimator", "likelihood").status == 0
+    rule = read_rule(tmp_path / "runs/dpo/adapter")
+    assert rule is not None
+    assert rule.estimator == "likelihood"
+
+
+def test_the_rule_of_a_model_behind_an_address_stays_in_the_evaluation(call: Call, evaluation: Path) -> None:
+    config = yaml.safe_load((evaluation / "config.yaml").read_text())
+    config["model"]["init_args"] |= {"adapters": {}, "endpoints": {"dpo": {"url": "http://x", "model": "m"}}}
+    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call("runs/eval", "--system", "dpo").status == 0
+    rule = read_rule(evaluation / "dpo")
+    assert rule is not None
+    assert (rule.base, rule.weights) == ("m", "")
 
 
 @pytest.mark.parametrize(

@@ -68,17 +68,11 @@ def run(rank, world, n):
     result = {"calibration": metrics.compute()}
     result["sent"] = list(sent)
     result["task"] = tasks.compute()
-    result["member"] = metrics["aurc"].compute()
     result["again"] = metrics.compute()
-    result["tables"] = {suffix: table.counts for suffix, table in metrics.tables(sync=True).items()}
-    result["own"] = sum(table.n for suffix, table in metrics.tables().items() if not suffix)
+    result["own"] = sum(int(member.counts[0].sum()) for member in metrics.values())
     if share(rank, world, n).stop > share(rank, world, n).start:
         metrics.update(torch.tensor([0.5]), torch.tensor([True]), ["a"])
     result["after one more each"] = metrics.compute()
-    stepwise = CalibrationMetrics(dist_sync_on_step=True)
-    confidence, correct = (column[share(rank, world, n)] for column in answers(n)[:2])
-    result["step"] = stepwise(confidence, correct)
-    result["step total"] = stepwise.compute()
     return result
 
 

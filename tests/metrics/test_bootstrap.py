@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -10,17 +9,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.metrics.bootstrap import (
-    bootstrap_intervals,
-    bootstrap_replicates,
-    percentile_interval,
-    resample,
-)
+from vlm_calibration.metrics.bootstrap import bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.groups import UndefinedMetricWarning
 from vlm_calibration.metrics.table import ConfidenceTable
 
 from ..performance.intervals import POPULATIONS, coverage
+
+
+def resample(table, replicates, seed):
+    """Groups of tables of N answers, drawn from the N answers of a table with replacement, unparsed ones included."""
+    groups = table.groups()
+    cells = np.append(groups.counts.numpy().reshape(-1), table.unparsed)
+    drawn = np.random.default_rng(seed).multinomial(table.n, cells / table.n, size=replicates)
+    counts = torch.from_numpy(drawn[:, :-1].copy()).reshape(replicates, -1, 2)
+    return groups._replace(counts=counts, unparsed=torch.from_numpy(drawn[:, -1].copy()))
+
+
+def intervals_of(table, names, replicates=1000, seed=0):
+    drawn = resample(table, replicates, seed)
+    return {name: interval_of(METRICS[name], table.groups(), drawn) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +73,6 @@ def test_replicates_with_one_class_or_empty_levels_or_nothing(seed):
     assert bootstrap_replicates(drawn, METRICS["smooth_ece"]).isnan().sum() == (parsed == 0).sum()
 
 
-def test_draws(table):
-    drawn = resample(table, 4000, seed=2)
-    assert (drawn.counts.sum((1, 2)) + drawn.unparsed == table.n).all()
-    assert float(drawn.unparsed.double().mean()) == pytest.approx(50, abs=0.5)
-    mean, expected = drawn.counts.double().mean(0), table.groups().counts.double()
-    assert torch.allclose(mean, expected, rtol=0.02, atol=0.6)
-    variance = drawn.counts.double().var(0)
-    assert torch.allclose(variance, expected * (1 - expected / table.n), rtol=0.15)
-
-
-def test_the_seed_decides(table):
-    first, again, reseeded = (bootstrap_intervals(table, ["ece"], replicates=50, seed=s) for s in (4, 4, 5))
-    assert first == again != reseeded
-
-
 def test_it_equals_resampling_the_answers(table):
     """The interval of the Brier score against a bootstrap over the 1,950 answers, and against the normal interval."""
     rng = np.random.default_rng(1)
@@ -89,7 +81,7 @@ def test_it_equals_resampling_the_answers(table):
         outcomes += [0] * wrong + [1] * correct
     squares = (level / 100 - np.array(outcomes)) ** 2
     plain = np.quantile([rng.choice(squares, len(squares)).mean() for _ in range(2000)], [0.025, 0.975])
-    interval = bootstrap_intervals(table, ["brier"], replicates=4000)["brier"]
+    interval = intervals_of(table, ["brier"], replicates=4000)["brier"]
     half = 1.96 * squares.std() / math.sqrt(len(squares))
     assert interval.value == pytest.approx(squares.mean())
     assert [interval.low, interval.high] == pytest.approx(plain.tolist(), abs=0.12 * half)
@@ -109,9 +101,7 @@ def test_it_equals_resampling_the_answers(table):
 def test_an_interval_holds_its_estimate(answers, seed):
     percent, correct = (torch.tensor(column) for column in zip(*answers, strict=True))
     table = ConfidenceTable.from_predictions(percent / 100, correct)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)
-        intervals = bootstrap_intervals(table, METRICS, replicates=20, seed=seed)
+    intervals = intervals_of(table, METRICS, replicates=20, seed=seed)
     for name, (value, low, high) in intervals.items():
         if math.isnan(value):
             assert math.isnan(low), name
@@ -146,7 +136,7 @@ def test_intervals_cover(population, metric, answers):
 
 def test_bins_whose_answers_are_all_right_still_leave_a_doubt():
     """60 answers at 95%, all correct: all draws are equal, but a calibrated model has this result one time in 22."""
-    interval = bootstrap_intervals(ConfidenceTable.from_predictions([0.95] * 60, [True] * 60), ["ece"])["ece"]
+    interval = intervals_of(ConfidenceTable.from_predictions([0.95] * 60, [True] * 60), ["ece"])["ece"]
     assert interval.value == pytest.approx(0.05)
     assert interval.low < 0.02
     assert 0.06 < interval.high < 0.12
@@ -156,7 +146,7 @@ def test_a_thousand_replicates_of_every_metric_take_well_under_a_second(table):
     seconds = []
     for _ in range(3):  # the best of three: a busy machine costs processor time too
         start = time.process_time()
-        intervals = bootstrap_intervals(table, METRICS, replicates=1000)
+        intervals = intervals_of(table, METRICS, replicates=1000)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.6
     assert set(intervals) == set(METRICS)
@@ -165,26 +155,16 @@ def test_a_thousand_replicates_of_every_metric_take_well_under_a_second(table):
         assert value == pytest.approx(float(METRICS[name](table)))
 
 
-def test_undefined_metrics_have_no_interval():
-    table = ConfidenceTable.from_predictions([0.9, 0.8, 0.7], [True, True, True])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        interval = bootstrap_intervals(table, ["auroc", "brier"], replicates=20)
-    assert all(math.isnan(x) for x in interval["auroc"])
-    assert not any(math.isnan(x) for x in interval["brier"])
-    assert len(caught) == 1
-
-
 def test_replicates_without_a_value_are_left_out():
     """One wrong answer of eight: a third of the replicates have no wrong answer and no AUROC, and are left out."""
     table = ConfidenceTable.from_predictions([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.45], [True] * 7 + [False])
     drawn = resample(table, 300, seed=0)
     values = bootstrap_replicates(drawn, METRICS["auroc"])
     assert 0.2 < float(values.isnan().double().mean()) < 0.5
-    assert percentile_interval(0.5, values, rarer=2, level=0.3) == percentile_interval(
-        0.5, values[~values.isnan()], rarer=2, level=0.3
+    assert percentile_interval(0.5, values, rarer=7) == percentile_interval(
+        0.5, values[~values.isnan()], rarer=7
     )
-    interval = bootstrap_intervals(table, ["auroc"], replicates=300)["auroc"]
+    interval = intervals_of(table, ["auroc"], replicates=300)["auroc"]
     assert [interval.low, interval.high] == [np.nanmin(values.numpy()), np.nanmax(values.numpy())], (
         "one wrong answer determines next to nothing"
     )
@@ -200,32 +180,3 @@ def test_few_answers_of_one_kind_widen_the_interval():
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] == pytest.approx(0.95, abs=1e-3)
     assert widths[1] == pytest.approx(0.992, abs=1e-3)
-
-
-def test_own_functions(table):
-    intervals = bootstrap_intervals(
-        table, {"ece_15": lambda groups: METRICS["ece"](groups, n_bins=15)}, replicates=20
-    )
-    assert intervals["ece_15"].value == pytest.approx(float(METRICS["ece"](table, n_bins=15)))
-    with pytest.warns(UndefinedMetricWarning, match="mine: it has no value on these answers"):
-        assert math.isnan(
-            bootstrap_intervals(table, {"mine": lambda groups: groups.total * math.nan})["mine"].low
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"metrics": ["nope"]}, "unknown metric 'nope'"),
-        ({"level": 1.0}, "level must be in"),
-        ({"replicates": 0}, "replicates must be positive"),
-    ],
-)
-def test_bad_options(table, options, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_intervals(table, **options)
-
-
-def test_nothing_to_resample():
-    with pytest.raises(ValueError, match="without answers"):
-        bootstrap_intervals(ConfidenceTable.empty())

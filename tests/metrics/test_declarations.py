@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -13,30 +12,20 @@ import pytest
 import torch
 
 import vlm_calibration
-from vlm_calibration.metrics import ConfidenceTable, functional, summarize
-from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES
+from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, functional, summarize
 from vlm_calibration.metrics.functional import METRICS, REPORTED
-from vlm_calibration.metrics.task import TASK_METRICS
-from vlm_calibration.metrics.task_metrics import TASK_CLASSES
 
 DECLARATION = """
+@metric("doubt", "doubt", higher_is_better=False)
 def mean_doubt(groups: ConfidenceGroups) -> Tensor:
-    \"\"\"Mean distance of the confidences from certainty.
-
-    Args:
-        groups: the answers.
-    \"\"\"
+    \"\"\"Mean distance of the confidences from certainty.\"\"\"
     return (groups.answers * (1 - groups.value)).sum(-1) / groups.total
-
-
-mean_doubt = metric("doubt", mean_doubt, "doubt", higher_is_better=False)
 
 """
 USES = """
-import pickle, torch
-from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, bootstrap_intervals, functional, summarize
-from vlm_calibration.metrics.calibration_metrics import MeanDoubt
-from vlm_calibration.reporting.report.bootstrap import MEASURED
+import torch
+from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, functional, summarize
+from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap
 from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.stages.scoring import Scorer
@@ -45,8 +34,6 @@ confidence, correct = torch.tensor([0.9, 0.5]), torch.tensor([True, False])
 table = ConfidenceTable.from_predictions(confidence, correct)
 metrics = CalibrationMetrics(categories=["a"])
 metrics.update(confidence, correct, ["a", None])
-alone = MeanDoubt()
-alone.update(confidence, correct)
 rows = zip(confidence.tolist(), correct.tolist(), [0.9, 0.5], strict=True)
 answers = [
     EstimatedPrediction(str(i), "?", "Yes", "", "yes", round(c, 2), y, "a", 0, "yes_no", estimates={"other": e})
@@ -58,8 +45,7 @@ values = {
     "functional": functional.mean_doubt(confidence, correct),
     "collection": metrics.compute()["doubt"],
     "summary": summarize(table)["doubt"],
-    "class": alone.compute(),
-    "interval": bootstrap_intervals(table, ["doubt"], replicates=10)["doubt"].value,
+    "interval": ImageBootstrap(answers, replicates=10).measure(confidence.tolist()).values["doubt"],
     "evaluation": scorer.compute()["doubt"],
     "group": scorer.compute()["doubt/a"],
     "estimator": scorer.compute()["doubt@other/a"],
@@ -68,8 +54,6 @@ values = {
 assert all(abs(float(value) - 0.3) < 1e-6 for value in values.values()), values
 assert abs(float(metrics.compute()["doubt/a"]) - 0.1) < 1e-6
 assert "doubt" in MEASURED
-assert MeanDoubt.higher_is_better is False and MeanDoubt.plot_upper_bound == 1
-assert type(pickle.loads(pickle.dumps(alone))) is MeanDoubt
 assert "`doubt`: Mean distance of the confidences from certainty. In [0, 1], lower is better" in functional.__doc__
 """
 
@@ -90,7 +74,7 @@ def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
 
 def test_a_name_is_declared_once():
     with pytest.raises(ValueError, match="'ece' is declared twice"):
-        functional.metric("ece", METRICS["ece"].function, "ECE")
+        functional.metric("ece", "ECE")(METRICS["ece"].function)
 
 
 def test_the_reported_metrics_come_first():
@@ -104,13 +88,13 @@ def test_every_form_has_the_same_value_within_the_declared_bounds(cases, name):
         for percent, correct in cases(40, kind, seed=len(name)):
             confidence, correct = torch.tensor(percent / 100), torch.tensor(correct)
             table = ConfidenceTable.from_predictions(confidence, correct)
-            member = CALIBRATION_CLASSES[name]()
-            member.update(confidence, correct)
+            metrics = CalibrationMetrics(metrics=[name])
+            metrics.update(confidence, correct)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 values = [
                     float(getattr(functional, spec.function.__name__)(confidence, correct)),
-                    float(member.compute()),
+                    float(metrics.compute()[name]),
                     summarize(table, metrics=[name])[name],
                 ]
             assert values == pytest.approx([float(spec(table))] * 3, abs=3e-8, nan_ok=True)
@@ -132,12 +116,3 @@ def test_an_oracle_is_at_the_better_bound(name):
     if best != worst:
         assert (best > worst) == spec.higher_is_better
     assert best != worst or name in ("parse_failure_rate", "brier_resolution")
-
-
-def test_classes_are_members_of_their_modules():
-    for classes, specs in ((CALIBRATION_CLASSES, METRICS), (TASK_CLASSES, TASK_METRICS)):
-        assert set(classes) == set(specs)
-        for name, cls in classes.items():
-            assert cls.__name__ == specs[name].class_name
-            assert type(pickle.loads(pickle.dumps(cls()))) is cls
-            assert cls.__doc__.startswith(specs[name].summary)

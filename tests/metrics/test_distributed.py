@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def alone(worker):
     for n in SIZES:
         metrics, tasks = (cls(categories=["a", "b", "c"]) for cls in (CalibrationMetrics, TaskMetrics))
         worker.count(metrics, tasks, n, slice(0, n), batch=n)
-        results[n] = {"calibration": metrics.compute(), "task": tasks.compute(), "tables": metrics.tables()}
+        results[n] = {"calibration": metrics.compute(), "task": tasks.compute()}
     return results
 
 
@@ -70,18 +69,6 @@ def test_every_process_has_the_value_of_one(ranks, alone, n):
         identical(rank[n]["calibration"], alone[n]["calibration"])
         identical(rank[n]["task"], alone[n]["task"])
         identical(rank[n]["again"], alone[n]["calibration"])
-        member = {
-            name: value for name, value in alone[n]["calibration"].items() if name.split("/")[0] == "aurc"
-        }
-        identical(rank[n]["member"], member)
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_tables_over_all_processes(ranks, alone, n):
-    for rank in ranks:
-        assert list(rank[n]["tables"]) == ["", "/a", "/b", "/c"]
-        for suffix, table in alone[n]["tables"].items():
-            assert torch.equal(rank[n]["tables"][suffix], table.counts)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -104,17 +91,6 @@ def test_counting_goes_on_after_a_compute(ranks, worker):
     for rank in ranks:
         for name, value in expected.items():
             assert rank[n]["after one more each"][name].item() == value
-
-
-def test_sync_on_step(ranks, alone):
-    """With `dist_sync_on_step`, forward returns the value over all processes' batches."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for n in SIZES:
-            overall = {name: value for name, value in alone[n]["calibration"].items() if "/" not in name}
-            for rank in ranks:
-                identical(rank[n]["step"], overall)
-                identical(rank[n]["step total"], overall)
 
 
 def test_traffic_is_one_table_whatever_the_number_of_answers(ranks):

@@ -84,16 +84,6 @@ def test_netcal(cases, n_bins):
             (functional.expected_calibration_error(*values, n_bins=n_bins), ECE(n_bins), True),
             (functional.maximum_calibration_error(*values, n_bins=n_bins), MCE(n_bins), True),
             (
-                functional.adaptive_calibration_error(*values, n_bins=n_bins, binning="uniform"),
-                ACE(n_bins),
-                True,
-            ),
-            (
-                functional.expected_calibration_error(*values, n_bins=n_bins, binning="quantile"),
-                ECE(n_bins, equal_intervals=False),
-                distinct,
-            ),
-            (
                 functional.adaptive_calibration_error(*values, n_bins=n_bins),
                 ACE(n_bins, equal_intervals=False),
                 distinct,
@@ -117,8 +107,6 @@ def test_netcal_on_tables(cases):
         assert both("maximum_calibration_error", percent, correct) == pytest.approx(
             MCE(10).measure(c, y), abs=1e-12
         )
-        ace = both("adaptive_calibration_error", percent, correct, binning="uniform")
-        assert ace == pytest.approx(ACE(10).measure(c, y), abs=1e-12)
 
 
 def test_torchmetrics(cases):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.metrics.probe_metrics import ProbeMetrics
+from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.probes import probe_difference
 from vlm_calibration.records import ORIGINAL
 

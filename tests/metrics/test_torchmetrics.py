@@ -15,14 +15,13 @@ from vlm_calibration.metrics import (
     ConfidenceTable,
     TaskMetrics,
     TaskTable,
+    UndefinedMetricWarning,
     summarize,
     tables_by_category,
     task_scores,
 )
-from vlm_calibration.metrics.calibration_metrics import CALIBRATION_CLASSES, ExpectedCalibrationError
 from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.task import TASK_METRICS
-from vlm_calibration.metrics.task_metrics import TASK_CLASSES
 
 
 def batches(seed=0, sizes=(40, 1, 0, 59)):
@@ -88,12 +87,12 @@ def test_all_registered_metrics():
     for batch in batches():
         metrics.update(*batch)
     assert floats(metrics.compute()) == pytest.approx(expected(batches(), names=METRICS), nan_ok=True)
-    assert set(CALIBRATION_CLASSES) == set(METRICS)
 
 
 def test_categories_may_come_from_a_generator():
     metrics = CalibrationMetrics(categories=(name for name in ("a", "b")))
-    assert metrics["ece"].categories == metrics["brier"].categories == ("a", "b")
+    metrics.update(*batches()[0])
+    assert {"ece", "ece/a", "ece/b"} <= set(metrics.compute())
 
 
 def test_an_answer_may_be_in_several_categories():
@@ -131,26 +130,6 @@ def test_an_update_runs_one_bincount(monkeypatch):
     assert calls[3:] == [1]
 
 
-def test_members_share_one_state(filled):
-    states = {id(member.counts) for member in filled.values(copy_state=False)}
-    assert len(states) == 1
-    assert len(filled.compute_groups) == 1
-
-
-def test_a_member_alone(filled):
-    """A member has the collection's value, whether it is looked up, iterated over or used by itself."""
-    values = filled.compute()
-    assert float(filled["val/ece"].compute()["ece/a"]) == float(values["val/ece/a"])
-    for name, member in filled.items():
-        assert float(member.compute()[name.removeprefix("val/")]) == float(values[name])
-    filled.update(*batches(1)[0])
-    assert floats(filled.compute()) == expected([*batches(), batches(1)[0]], "val/")
-    alone = ExpectedCalibrationError()
-    alone.update(*joined(batches())[:2])
-    assert alone.compute().shape == ()
-    assert float(alone.compute()) == float(values["val/ece"])
-
-
 def test_forward_returns_the_batch_and_accumulates():
     metrics = CalibrationMetrics(categories=["a", "b"])
     data = batches(sizes=(40, 33, 59))
@@ -159,23 +138,18 @@ def test_forward_returns_the_batch_and_accumulates():
             warnings.simplefilter("ignore")
             assert floats(metrics(*batch)) == pytest.approx(expected([batch]), nan_ok=True)
     assert floats(metrics.compute()) == expected(data)
-    alone = ExpectedCalibrationError()
-    first, second = (alone(*batch[:2]) for batch in data[:2])
-    assert float(first) != float(second)
-    assert float(alone.compute()) == float(ExpectedCalibrationError()(*joined(data[:2])[:2]))
 
 
 def test_a_bad_batch_leaves_the_state(filled):
     before = floats(filled.compute())
-    for use in (filled.update, filled.forward):
-        with pytest.raises(ValueError, match="outside"):
-            use(torch.tensor([0.5, 1.5]), torch.tensor([True, True]))
-        assert floats(filled.compute()) == before
+    with pytest.raises(ValueError, match="outside"):
+        filled.update(torch.tensor([0.5, 1.5]), torch.tensor([True, True]))
+    assert floats(filled.compute()) == before
 
 
 def test_reset(filled):
     filled.reset()
-    with pytest.warns(UserWarning, match="undefined") as caught:
+    with pytest.warns(UndefinedMetricWarning, match="undefined") as caught:
         values = filled.compute()
     assert len(caught) == 1
     assert values["val/n"] == values["val/n/a"] == 0
@@ -259,24 +233,10 @@ def test_bfloat16_autocast():
 
 
 def test_a_finer_grid():
-    metrics = CalibrationMetrics(grid_steps=10_000, n_bins=15)
+    metrics = CalibrationMetrics(grid_steps=10_000)
     confidence, correct = torch.tensor([0.12341, 0.98765]), torch.tensor([True, False])
     metrics.update(confidence, correct)
     assert float(metrics.compute()["mean_confidence"]) == pytest.approx((0.1234 + 0.9876) / 2, abs=1e-4)
-    assert metrics.tables()[""].grid_steps == 10_000
-
-
-def test_constants_that_torchmetrics_users_read():
-    for name, cls in CALIBRATION_CLASSES.items():
-        member = cls()
-        spec = METRICS[name]
-        assert member.higher_is_better is spec.higher_is_better
-        assert member.is_differentiable is False
-        assert member.full_state_update is False
-        assert member.plot_lower_bound == spec.lower
-        assert member.plot_upper_bound == (None if math.isinf(spec.upper) else spec.upper)
-    for name, cls in TASK_CLASSES.items():
-        assert cls().higher_is_better is TASK_METRICS[name].higher_is_better
 
 
 def test_task_metrics():

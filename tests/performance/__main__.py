@@ -27,7 +27,8 @@ BENCHMARKS = {
     "preference": "Training steps, against TRL's",
     "scale": "Time and cost of a million queries, computed",
     "intervals": "Coverage of 95% intervals",
-    "drift": "Drift of the demo's questions (needs an adapter of the demo)",
+    "thresholds": "Thresholds: broken promises, and power beside MAPIE's",
+    "drift": "Drift: false alarms, and the demo's questions (needs an evaluation of the demo)",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",
 }
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")

@@ -1,151 +1,107 @@
-"""How soon `vlm-calibration monitor` notices a drift of the demo's questions: `python -m tests.performance.drift` prints a Markdown table.
+"""How often `vlm-calibration monitor` gives a false alarm, and how soon it notices a drift: `python -m tests.performance.drift`.
 
-An adapter answers scenes that nothing else uses, once. Each stream then draws a reference and new answers from these without
-replacement, whole scenes of three questions, either all answers in random order or scene by scene. There are two references, of the
-size of the demo's calibration set: its mix of easy, hard and perturbed scenes, and easy scenes alone. Streams of the reference's own
-kind give false alarms, which should be at most 5% in random order; answers about one scene are not independent, so that in the order
-of scenes nothing is guaranteed. For the other streams the table has how many alarm before their scenes are used up, and after how many
-answers.
+The first table is simulated: reference and new answers from one source, in which the confidences about an image are alike with a given
+correlation; the bar is 5% at each number of questions an image. The second has the parts of a demo evaluation (`make demo`) against its calibration
+set and against the easy scenes of that: the number of new images at which half and nine tenths of the calls raise the alarm. A call gets one
+answer about each of these images, which are drawn from the part with replacement.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tests.performance.demo_seeds import finish, into, start
 
 from vlm_calibration.demo.shifts import SHIFTS
-from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
-from vlm_calibration.metrics.drift import detect_drift
+from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS, read_predictions
+from vlm_calibration.metrics.drift import drift_test
+from vlm_calibration.reporting.report.thresholds import one_an_image
 
 ERROR = 0.05
-REFERENCE = 183
-"""Scenes of the demo's calibration set."""
-PARTS = {
-    "clean": {"scenes": 250, "first": 30000},
-    "natural": {"scenes": 126, "first": 31000, "hard": 1.0},
-    "perturbed": {"scenes": 150, "first": 32000, "hard": 0.3},
-    "shifted": {"scenes": 400, "first": 33000, "shifted": True},
-    "foreign": {"scenes": 80, "first": 35000, "hand": "line"},
-}
-"""Part of the test set of `configs/eval/demo.yaml` -> scenes of the calibration split in its place."""
-EASY_OF_MIX, HARD_OF_MIX = 150, 66
-"""Easy and hard scenes in the mix, in proportion to `data.calibration` of that file. The others are for streams against the mix."""
-SOURCE = "vlm_calibration.demo.source.DemoSource"
-
-Pool = np.ndarray
-"""float64 [scenes, 3], confidences, NaN if unparsed."""
+LEVELS = np.array([math.nan, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+SHARES = np.array([0.02, 0.05, 0.08, 0.10, 0.20, 0.25, 0.20, 0.10])
+SIZES = (5, 7, 10, 13, 17, 22, 28, 36, 46, 60, 77, 100, 130, 170, 220)
 
 
-def answer(adapter: Path, out: Path) -> Path:
-    """Answer the scenes, unless it is done; returns the file of predictions."""
-    parts = {
-        name: {"source": {"class_path": SOURCE, "init_args": {"split": "calibration", **settings}}}
-        for name, settings in PARTS.items()
-    }
-    parts["perturbed"]["noise"] = "drawn"  # type: ignore[assignment]
-    scenes = out / "scenes.yaml"
-    out.mkdir(parents=True, exist_ok=True)
-    scenes.write_text(json.dumps({"data": {"test": parts, "calibration": None}}), encoding="utf-8")
-    settings = {
-        "adapters": json.dumps({"adapter": str(adapter)}),
-        "with_base": "false",
-    }
-    arguments = [a for name, value in settings.items() for a in (f"--model.init_args.{name}", value)]
-    config = ["--config", "configs/eval/demo.yaml", "--config", str(scenes)]
-    finish(start("test", *config, *into(out / "eval"), *arguments, "--resume", threads=2))
-    return out / "eval" / "adapter" / PREDICTIONS
+class Asked(NamedTuple):
+    id: str
+    image: str
+    confidence: float
 
 
-def pools_of(path: Path) -> dict[str, Pool]:
-    """Part or kind of shift -> confidences of its scenes."""
-    scenes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for p in read_predictions(path):
-        part, *others = (p.category or "").split("/")
-        confidence = math.nan if p.confidence is None else p.confidence
-        name = next((other for other in others if other in SHIFTS), part)
-        scenes[name][p.image or ""].append(confidence)
-    return {name: np.array(list(by_scene.values())) for name, by_scene in scenes.items()}
+def alarm(reference: Sequence[float], new: Sequence[float], permutations: int = 199) -> bool:
+    return drift_test(np.array(reference), np.array(new), permutations).p_value <= ERROR
 
 
-def delays(reference: Pool, new: Pool | None, streams: int, *, by_scene: bool) -> list[float]:
-    """The answer at which each stream gives an alarm, infinite if it gives none.
-
-    Args:
-        reference: scenes to draw the reference from.
-        new: the scenes of the stream, in random order; None: those that the reference leaves.
-        streams: number of streams.
-        by_scene: keep the answers about a scene together.
-    """
-    alarms = []
-    for seed in range(streams):
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(reference))
-        drawn = rng.permutation(new) if new is not None else reference[order[REFERENCE:]]
-        stream = drawn.reshape(-1)
-        stream = stream if by_scene else rng.permutation(stream)
-        alarm = detect_drift(reference[order[:REFERENCE]].reshape(-1), stream, ERROR, seed).alarm
-        alarms.append(math.inf if alarm is None else float(alarm))
-    return alarms
+def drawn(rng: np.random.Generator, images: int, questions: int, correlation: float) -> list[float]:
+    """The confidences that count among those about some images."""
+    shared = np.repeat(rng.choice(LEVELS, (images, 1), p=SHARES), questions, 1)
+    own = rng.choice(LEVELS, (images, questions), p=SHARES)
+    stated = np.where(rng.random((images, questions)) < math.sqrt(correlation), shared, own)
+    rows = [Asked(f"{i}-{j}", str(i), c) for i, of_image in enumerate(stated) for j, c in enumerate(of_image)]
+    return [row.confidence for row in one_an_image(rows)]
 
 
-def row(name: str, pool: Pool, measured: list[list[float]]) -> str:
-    """Mean confidence of a kind of stream, and for each reference: alarms, median and 90% quantile of the answers before them."""
-    cells = [name, f"{np.nanmean(pool):.3f}", f"{np.isnan(pool).mean():.1%}"]
-    for alarms in measured:
-        median, late = (np.quantile(alarms, q, method="higher") for q in (0.5, 0.9))
-        cells += [
-            f"{np.isfinite(alarms).mean():.1%}",
-            *(f"{d:.0f}" if d < math.inf else "-" for d in (median, late)),
-        ]
-    return f"| {' | '.join(cells)} |"
+def false_alarms(questions: int, correlation: float, draws: int) -> float:
+    """The share of calls with 100 images on each side that give an alarm."""
+    rng = np.random.default_rng([questions, int(100 * correlation)])
+    calls = ([drawn(rng, 100, questions, correlation) for _ in range(2)] for _ in range(draws))
+    return sum(alarm(*sides) for sides in calls) / draws
 
 
-def table(pools: Mapping[str, Pool], streams: int) -> list[str]:
-    easy, hard = pools["clean"], pools["natural"]
-    mix = np.concatenate([easy[:EASY_OF_MIX], hard[:HARD_OF_MIX], pools["perturbed"]])
-    own = {"the mix": mix, "easy scenes": easy}
-    new = {
-        "easy scenes": easy[EASY_OF_MIX:],
-        "hard scenes": hard[HARD_OF_MIX:],
-        **{shift.replace("_", " "): pools[shift] for shift in SHIFTS},
-        "line drawings": pools["foreign"],
-    }
-    heads = [f"{head}, against {name}" for name in own for head in ("alarms", "median", "90% quantile")]
-    lines = [
-        f"| stream | mean confidence | unparsed | {' | '.join(heads)} |",
-        "|---|" + "---:|" * (2 + len(heads)),
-    ]
-    for by_scene in (False, True):
-        how = "scene by scene" if by_scene else "random order"
-        fresh = [delays(pool, None, streams, by_scene=by_scene) for pool in own.values()]
-        lines.append(row(f"of the reference's kind, {how}", mix, fresh))
-    for name, pool in new.items():
-        # Easy scenes against easy scenes are the first row.
-        measured = [
-            delays(reference, None if name == kind else pool, streams, by_scene=False)
-            for kind, reference in own.items()
-        ]
-        lines.append(row(name, pool, measured))
+def images_needed(reference: Sequence[float], part: Sequence[float], draws: int) -> list[str]:
+    """How many new images it takes that half, and nine tenths, of the calls raise the alarm; "-" if more than were tried."""
+    needed: dict[float, int] = {}
+    for n in SIZES:
+        rngs = map(np.random.default_rng, range(draws))
+        share = sum(alarm(reference, rng.choice(part, n).tolist()) for rng in rngs) / draws
+        for part_of_calls in (0.5, 0.9):
+            if share >= part_of_calls:
+                needed.setdefault(part_of_calls, n)
+        if 0.9 in needed:
+            break
+    return [str(needed.get(share, "-")) for share in (0.5, 0.9)]
+
+
+def of_demo(folder: Path, draws: int) -> list[str]:
+    """The second table."""
+
+    def confidence(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    parts: dict[str, list[float]] = defaultdict(list)
+    for p in read_predictions(folder / PREDICTIONS):
+        first, *others = (p.category or "").split("/")
+        parts[next((o for o in others if o in SHIFTS), first)].append(confidence(p.confidence))
+    counted = one_an_image(read_predictions(folder / CALIBRATION))
+    mix = [confidence(p.confidence) for p in counted]
+    easy = [confidence(p.confidence) for p in counted if (p.category or "").startswith("clean")]
+    lines = ["| part | against the calibration set | against its easy scenes |", "|---|---|---|"]
+    for name, part in parts.items():
+        cells = [" / ".join(images_needed(reference, part, draws)) for reference in (mix, easy)]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--adapter", type=Path, default=Path("runs/dpo/adapter"))
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/drift"))
-    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--evaluation", type=Path, default=Path("runs/eval/dpo"))
+    parser.add_argument("--draws", type=int, default=400)
     args = parser.parse_args()
-    if not args.adapter.is_dir():
-        parser.error(f"--adapter {args.adapter}: no such folder; train one with `make demo`")
-    pools = pools_of(answer(args.adapter, args.out))
-    print("\n".join(table(pools, args.streams)))
+    print("| questions an image | correlation | false alarms |\n|---:|---:|---:|")
+    for questions in (1, 4, 18):
+        for correlation in (0.0, 0.25):
+            rate = false_alarms(questions, correlation, args.draws)
+            print(f"| {questions} | {correlation} | {rate:.1%} |", flush=True)
+    if (args.evaluation / CALIBRATION).is_file():
+        print("\n" + "\n".join(of_demo(args.evaluation, args.draws)))
+    else:
+        print(f"\n{args.evaluation}: no demo evaluation; `make demo` makes one")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def ours(metrics):
         collection = CalibrationMetrics(metrics=metrics)
         update = feed(collection.update, confidence, correct)
         compute, values = timed(collection.compute)
-        return update, compute, state_bytes([collection.leader]), values["ece"], values["auroc"]
+        return update, compute, state_bytes(collection.values()), values["ece"], values["auroc"]
 
     return run
 

@@ -26,9 +26,9 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import METHODS
 from vlm_calibration.files import write_rows
-from vlm_calibration.metrics import binned
 from vlm_calibration.metrics.bootstrap import Interval, percentile_interval
 from vlm_calibration.metrics.functional import (
+    METRICS,
     area_under_risk_coverage,
     auroc,
     brier_score,
@@ -476,9 +476,7 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
     figures.panels_of([oracle])
     [row] = [r for r in compare([oracle], Comparison(replicates=20)).rows if r.estimator == "verbalized"]
     [table] = drawn
-    assert float(binned.expected_calibration_error(table.groups())) == pytest.approx(
-        row.metrics["ece"].value, abs=5e-5
-    )
+    assert float(METRICS["ece"](table)) == pytest.approx(row.metrics["ece"].value, abs=5e-5)
 
 
 # --- The files ----------------------------------------------------------------------------------------------------

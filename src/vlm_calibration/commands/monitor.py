@@ -24,10 +24,14 @@ class MonitoredAnswer(NamedTuple):
     """An answer without its correctness.
 
     Attributes:
+        id: decides which of several answers about an image counts.
+        image: None if the file names none; each such answer counts.
         confidence: in [0, 1], NaN if unparsed.
         groups: the groups that it counts in, beside all answers.
     """
 
+    id: str
+    image: str | None
     confidence: float
     groups: tuple[str, ...]
 
@@ -44,8 +48,8 @@ def monitor(
 ) -> None:
     """Compare the confidences of new answers with those of an evaluation: are they still of the same kind? Exit status 3 if not.
 
-    A guarantee holds for questions like those that it was measured on. The new answers need not be graded. They are tested one after
-    another, in the order of their lines, so that the file may grow between runs.
+    A guarantee holds for questions like those that it was measured on. The new answers need not be graded, and their order does not
+    matter. Of several answers about one image one counts.
 
     Args:
         reference: folder of an evaluation, or of one of its systems; its answers to the calibration set are the reference, or those to
@@ -54,7 +58,7 @@ def monitor(
         system: system of the evaluation that gave the new answers (needed if there are several)
         estimator: estimator of the confidence, such as expected
         by: also compare each category, or each type of answer, with the reference's; "a/b" counts in a and in b
-        certainty: probability that there is no false alarm, however long the stream; shared equally by all comparisons
+        certainty: probability that one call gives no false alarm; shared equally by all comparisons
         json: print one JSON object
 
     Raises:
@@ -72,9 +76,12 @@ def monitor(
         raise DataError(f"--by {by}: {_listed(groups_of_new)} in {new}, {_listed(known)} in {reference}")
     # A false alarm anywhere is at most as probable as the sum of the errors.
     error = (1 - certainty) / (1 + len(known))
-    overall = _compare(None, answers, new_answers, error)
-    groups = {group: _compare(group, answers, new_answers, error) for group in sorted(known)}
-    has_drifted = any(figures["drift_since"] is not None for figures in (overall, *groups.values()))
+    overall = _compare(answers, new_answers, error)
+    groups = {
+        group: _compare(*([a for a in some if group in a.groups] for some in (answers, new_answers)), error)
+        for group in sorted(known)
+    }
+    has_drifted = any(figures["drift"] for figures in (overall, *groups.values()))
     result = {
         "reference": str(reference),
         "new": str(new),
@@ -90,8 +97,7 @@ def monitor(
     else:
         print("\n".join(_line(*item) for item in {"overall": overall, **groups}.items()))
         print(
-            f"Drift: the wealth reached 1e{-math.log10(error):.1f}, which happens without drift with a probability of at most "
-            f"{1 - certainty:.3g}."
+            f"Without drift an alarm has a probability of at most {1 - certainty:.3g}: p of at most {error:.2g}."
         )
         if unknown := groups_of_new - known:
             print(f"without reference, counted overall alone: {_listed(unknown)}")
@@ -104,21 +110,20 @@ def _listed(groups: set[str]) -> str:
 
 
 def _compare(
-    group: str | None, reference: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float
+    reference: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float
 ) -> dict[str, Any]:
-    """The figures of a group, or of all answers for None; the answer of an alarm is its number in the whole stream, from 1."""
+    """The figures of some answers; one of those about each image counts."""
     import numpy as np
 
-    from vlm_calibration.metrics.drift import detect_drift
+    from vlm_calibration.metrics.drift import drift_test
+    from vlm_calibration.reporting.report.thresholds import one_an_image
 
-    old, stream = (
-        np.array([a.confidence for a in answers if group is None or group in a.groups])
-        for answers in (reference, new)
-    )
-    number = [i for i, a in enumerate(new, start=1) if group is None or group in a.groups]
-    drift = detect_drift(old, stream, error) if len(stream) else None
+    # Sorted, so that not even the last digit of a mean depends on the order of the lines.
+    sides = [np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new)]
+    # Twice as many as make a p-value of this error possible.
+    test = drift_test(*sides, permutations=max(999, math.ceil(2 / error))) if new else None
     figures: dict[str, Any] = {}
-    for name, values in (("reference", old), ("new", stream)):
+    for name, values in zip(("reference", "new"), sides, strict=True):
         parsed = values[~np.isnan(values)]
         figures |= {
             f"{name}_n": len(values),
@@ -127,10 +132,9 @@ def _compare(
         }
     return {
         **figures,
-        "log10_wealth": None if drift is None else float(drift.log_wealth[-1]) / math.log(10),
-        "log10_highest_wealth": None if drift is None else float(drift.log_wealth.max()) / math.log(10),
-        "log10_alarm_line": -math.log10(error),
-        "drift_since": None if drift is None or drift.alarm is None else number[drift.alarm - 1],
+        "difference": None if test is None else test.difference,
+        "p_value": None if test is None else test.p_value,
+        "drift": test is not None and test.p_value <= error,
     }
 
 
@@ -141,11 +145,10 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
         for answers in ("reference", "new")
         for mean in [figures[f"{answers}_mean_confidence"]]
     ]
-    highest, since = figures["log10_highest_wealth"], figures["drift_since"]
-    if highest is None:
+    if figures["p_value"] is None:
         return f"{name}: {', '.join(counts)}"
-    verdict = "no drift" if since is None else f"drift since answer {since}"
-    return f"{name}: {', '.join(counts)}, highest wealth 1e{highest:.1f}: {verdict}"
+    verdict = "drift" if figures["drift"] else "no drift"
+    return f"{name}: {', '.join(counts)}, difference {figures['difference']:.1%}, p = {figures['p_value']:.2g}: {verdict}"
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------
@@ -174,13 +177,22 @@ def _reference_answers(
             f"it has {', '.join(estimators)}"
         )
     return [
-        _monitored(
-            answer.confidence_of(estimator),
-            {"category": answer.category, "answer_type": answer.answer_type},
-            by,
+        MonitoredAnswer(
+            answer.id,
+            answer.image,
+            _float(answer.confidence_of(estimator)),
+            _groups(answer.category if by == "category" else answer.answer_type) if by else (),
         )
         for answer in answers
     ]
+
+
+def _groups(category: str | None) -> tuple[str, ...]:
+    return tuple(group for group in category_groups(category) if "/" not in group)
+
+
+def _float(confidence: float | None) -> float:
+    return math.nan if confidence is None else float(confidence)
 
 
 def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
@@ -194,12 +206,8 @@ def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 <= value <= 1):
         raise RecordError(f"{key!r} must be a number in [0, 1], or null, found {short_repr(value)}")
-    if by and not (data[by] is None or isinstance(data[by], str)):
-        raise RecordError(f"{by!r} must be a string or null, found {short_repr(data[by])}")
-    return _monitored(value, data, by)
-
-
-def _monitored(confidence: float | None, data: Mapping[str, Any], by: By | None) -> MonitoredAnswer:
-    """An answer in the parts of its category, or its type."""
-    groups = tuple(group for group in category_groups(data[by]) if "/" not in group) if by else ()
-    return MonitoredAnswer(math.nan if confidence is None else float(confidence), groups)
+    for name in filter(None, ("image", by)):
+        if not (data.get(name) is None or isinstance(data[name], str)):
+            raise RecordError(f"{name!r} must be a string or null, found {short_repr(data[name])}")
+    identifier = str(data.get("id", json_format.dumps(data, sort_keys=True)))
+    return MonitoredAnswer(identifier, data.get("image"), _float(value), _groups(data[by]) if by else ())

@@ -132,7 +132,9 @@ class AnswerFile(AppendLog):
         Raises:
             DataError: they cannot be written.
         """
-        asked = [{"id": q.id, "image": q.image, "question": q.question} for q, _ in rows]
+        asked = [
+            {"id": q.id, "image": q.image, "question": q.question, "category": q.category} for q, _ in rows
+        ]
         self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
         for question, answer in rows:
             self.done[question.id] = (question.image, question.question)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 from argparse import ArgumentError
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from vlm_calibration.errors import CommandError
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
-    from vlm_calibration.reporting.evaluated_model import Evaluated, EvaluatedModel
+    from vlm_calibration.reporting.evaluated_model import Evaluated
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
@@ -26,15 +27,13 @@ def threshold(
     certainty: float = 0.95,
     max_sent_away: float | None = None,
     by: Literal["category"] | None = None,
-    estimator: Literal["verbalized", "expected"] = "verbalized",
+    estimator: str = "verbalized",
     system: str | None = None,
     json: bool = False,
 ) -> None:
     """Choose the confidence from which on a model may answer, with a guarantee, and write it to the adapter as thresholds.json.
 
-    The adapter's model card then states the guarantee.
-
-    Exit status 3 and no file if no threshold keeps the limits.
+    The adapter's model card then states the guarantee. Exit status 3 and no file if no threshold keeps the limits.
 
     Args:
         run: folder of an evaluation
@@ -42,7 +41,7 @@ def threshold(
         certainty: how sure the promise is, in (0, 1)
         max_sent_away: largest share of the correct answers that are not given, in (0, 1); no limit without it
         by: a threshold for each category instead of one for all; the promise holds for all at once
-        estimator: estimator of the confidence that is compared
+        estimator: estimator of the confidence that is compared, such as expected or likelihood
         system: system of the evaluation (default: the last trained one)
         json: print one JSON object
 
@@ -52,11 +51,12 @@ def threshold(
         CommandError: no threshold keeps the limits.
     """
     # These import torch, which the help does not need.
-    from vlm_calibration.estimators.decision import read_rule, write_rule
-    from vlm_calibration.metrics.risk_control import Limits
+    from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
+    from vlm_calibration.metrics.risk_control import ASSUMPTIONS, Limits, guarantee
     from vlm_calibration.reporting.card import state_guarantee
     from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
     from vlm_calibration.reporting.report.thresholds import choose, realised
+    from vlm_calibration.settings import file_digest
 
     try:
         limits = Limits(max_error, certainty, max_sent_away)
@@ -65,52 +65,7 @@ def threshold(
     evaluated = read_evaluated(Path(run), system, estimator, by)
     model = model_of(evaluated.system)
     control = choose(evaluated.groups, estimator, limits)
-    rule = _rule(control, evaluated, model, estimator, by)
-    tested = (
-        realised(control, estimator, evaluated.system.predictions) if evaluated.split == "calibration" else {}
-    )
-    written = None
-    if control.found:
-        written = str(write_rule(rule, model.folder))
-        state_guarantee(model.folder, rule.guarantee)
-    earlier = None if control.found else read_rule(model.folder)
-    if json:
-        print(json_format.dumps(_as_json(rule, control, tested, written), indent=2, ensure_ascii=False))
-    else:
-        _print(rule, control, evaluated, tested, written)
-        if earlier is not None:
-            print(f"The thresholds of an earlier run stay in {model.folder}: {earlier.guarantee}")
-    if not control.found:
-        raise CommandError("", NOT_FOUND)
-
-
-# --- The rule -------------------------------------------------------------------------------------------------------
-
-
-def _rule(
-    control: RiskControl,
-    evaluated: Evaluated,
-    model: EvaluatedModel,
-    estimator: str,
-    by: Literal["category"] | None,
-) -> DecisionRule:
-    from dataclasses import asdict
-
-    from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.metrics.risk_control import ASSUMPTIONS, guarantee
-    from vlm_calibration.settings import file_digest
-
-    groups = {
-        name: {
-            "threshold": choice.threshold,
-            **(_scores_as_json(choice.scores) if choice.scores is not None else {}),
-            "p_error": choice.p_error,
-            "p_sent_away": choice.p_sent_away,
-            "reason": choice.reason,
-        }
-        for name, choice in control.choices.items()
-    }
-    return DecisionRule(
+    rule = DecisionRule(
         base=model.base.name_or_path,
         quantization=model.base.quantization,
         dtype=model.base.dtype,
@@ -118,8 +73,17 @@ def _rule(
         prompt=model.prompt,
         estimator=estimator,
         by=by,
-        groups=groups,
-        limits=asdict(control.limits),
+        groups={
+            name: {
+                "threshold": choice.threshold,
+                **(_plain(choice.scores) if choice.scores is not None else {}),
+                "p_error": choice.p_error,
+                "p_sent_away": choice.p_sent_away,
+                "reason": choice.reason,
+            }
+            for name, choice in control.choices.items()
+        },
+        limits=asdict(limits),
         correction=control.correction,
         guarantee=guarantee(control, evaluated.questions),
         assumptions=list(ASSUMPTIONS),
@@ -131,44 +95,49 @@ def _rule(
             "without_group": evaluated.without_group,
         },
     )
+    tested = (
+        realised(control, estimator, evaluated.system.predictions) if evaluated.split == "calibration" else {}
+    )
+    written = str(write_rule(rule, model.folder)) if control.found else None
+    if control.found:
+        state_guarantee(model.folder, rule.guarantee)
+    if json:
+        test = {name: _plain(scores) for name, scores in tested.items()} or None
+        row = {"found": control.found, "written": written, **asdict(rule), "test": test}
+        print(json_format.dumps(row, indent=2, ensure_ascii=False))
+    else:
+        _print(rule, control, evaluated, tested)
+        if control.found:
+            print(f"wrote {written}")
+        elif earlier := read_rule(model.folder):
+            print(f"The thresholds of an earlier run stay in {model.folder}: {earlier.guarantee}")
+        if control.found and not model.has_adapter:
+            print(
+                "No adapter belongs to this model: the file is read where it lies beside a model's weights."
+            )
+    if not control.found:
+        raise CommandError("", NOT_FOUND)
 
 
-# --- Output ---------------------------------------------------------------------------------------------------------
-
-
-def _scores_as_json(scores: ThresholdScores) -> dict[str, Any]:
-    """Plain values; an interval as value, low and high, null where undefined."""
+def _plain(scores: ThresholdScores) -> dict[str, Any]:
+    """Values for JSON; an interval as value, low and high, null where undefined."""
     return {
         name: [None if v != v else v for v in value] if isinstance(value, tuple) else value
         for name, value in scores._asdict().items()
     }
 
 
-def _as_json(
-    rule: DecisionRule, control: RiskControl, tested: Mapping[str, ThresholdScores], written: str | None
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    test = {name: _scores_as_json(scores) for name, scores in tested.items()}
-    return {"found": control.found, "written": written, **asdict(rule), "test": test or None}
-
-
 def _print(
-    rule: DecisionRule,
-    control: RiskControl,
-    evaluated: Evaluated,
-    tested: Mapping[str, ThresholdScores],
-    written: str | None,
+    rule: DecisionRule, control: RiskControl, evaluated: Evaluated, tested: Mapping[str, ThresholdScores]
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from vlm_calibration.metrics.risk_control import percent
 
-    images = (
-        f" about {rule.answers['images']} images, of which one each counts" if rule.answers["images"] else ""
-    )
-    print(f"{evaluated.path}: {len(evaluated.answers)} answers{images}; confidence: {rule.estimator}")
+    images = rule.answers["images"]
+    about = f" about {images} images, of which one each counts" if images else ""
+    print(f"{evaluated.path}: {len(evaluated.answers)} answers{about}; confidence: {rule.estimator}")
     if evaluated.split == "predictions":
         print(
             "The evaluation has no calibration split, so the threshold is chosen on the answers that it scores: they cannot check the "
@@ -187,37 +156,27 @@ def _print(
     )
     for heading in ("answers", "threshold", "answered", "wrong of those", "correct, but sent away"):
         table.add_column(heading, justify="left" if heading == "answers" else "right")
+    rows: list[tuple[str, str, ThresholdScores]] = []
     for name, choice in control.choices.items():
         if choice.scores is not None and choice.threshold is not None:
             label = f"{evaluated.split} (chosen on)" + (f": {name}" if name else "")
-            table.add_row(label, percent(choice.threshold), *_cells(choice.scores))
-    for name, scores in tested.items():
-        table.add_row("test" if name == "all" else f"test: {name}", "", *_cells(scores))
+            rows.append((label, percent(choice.threshold), choice.scores))
+    rows += [("test" if name == "all" else f"test: {name}", "", scores) for name, scores in tested.items()]
+    for label, limit, scores in rows:
+        shares = (scores.coverage, scores.error, scores.sent_away_share)
+        cells = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
+        table.add_row(label, limit, *cells)
     Console().print(table)
     if "all" in tested:
-        print(_kept(tested["all"], control))
-    print(f"wrote {written}")
-    if evaluated.system.name == "base":
-        print(
-            "No adapter belongs to the base model: the file is read where it lies beside the model's weights."
-        )
-
-
-def _cells(scores: ThresholdScores) -> list[str]:
-    return [
-        f"{value:.1%} [{low:.1%}, {high:.1%}]" if value == value else "-"
-        for value, low, high in (scores.coverage, scores.error, scores.sent_away_share)
-    ]
-
-
-def _kept(scores: ThresholdScores, control: RiskControl) -> str:
-    """Whether the test answers agree with the promise, in a sentence."""
-    from vlm_calibration.metrics.risk_control import percent
-
-    limit, error = control.limits.max_error, scores.error
-    promise = f"Promised: at most {percent(limit)} wrong; on the test answers {scores.wrong} of {scores.answers} given are wrong"
-    if scores.answers == 0:
-        return f"{promise}."
-    if error.low > limit:
-        return f"{promise}: more than promised, so these questions are not like those that the threshold was chosen on."
-    return f"{promise}: {'within the promise' if error.value <= limit else 'above it, but no more than chance explains'}."
+        limit, scores = control.limits.max_error, tested["all"]
+        given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"
+        verdict = ""
+        if scores.error.low > limit:
+            verdict = (
+                ": more than promised, so these questions are not like those that the threshold was chosen on"
+            )
+        elif scores.error.value > limit:
+            verdict = ": above it, but no more than chance explains"
+        elif scores.answers:
+            verdict = ": within the promise"
+        print(f"Promised: at most {percent(limit)} wrong; {given}{verdict}.")

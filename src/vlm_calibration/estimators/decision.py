@@ -6,7 +6,6 @@ nor a model, so that a rule can be checked before one is loaded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,11 +85,7 @@ class DecisionRule:
     answers: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Check what decisions depend on.
-
-        Raises:
-            ValueError: on a threshold that is no confidence, or a value of the wrong type.
-        """
+        """Check what decisions depend on; ValueError on a threshold that is no confidence, or a value of the wrong type."""
         for name in ("weights", "prompt", "estimator", "guarantee"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name!r} must be a text")
@@ -102,7 +97,8 @@ class DecisionRule:
             raise ValueError("'groups' must have the one key \"\" without 'by'")
         for name, group in self.groups.items():
             value = group["threshold"]
-            if value is not None and not _is_share(value):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 <= value <= 1):
                 raise ValueError(
                     f"the threshold of group {name!r} must be in [0, 1] or null, found {value!r}"
                 )
@@ -121,22 +117,14 @@ class DecisionRule:
 
 
 def write_rule(rule: DecisionRule, folder: Path) -> Path:
-    """Write `thresholds.json` into a folder, in place of an earlier one; returns its path.
-
-    Raises:
-        DataError: it cannot be written.
-    """
+    """Write `thresholds.json` into a folder, in place of an earlier one; returns its path. DataError if it cannot be written."""
     path = folder / THRESHOLDS
     write_json(path, {"schema": SCHEMA, **asdict(rule)})
     return path
 
 
 def read_rule(folder: Path) -> DecisionRule | None:
-    """The rule in a folder; None if there is none.
-
-    Raises:
-        DataError: the file is not such a rule.
-    """
+    """The rule in a folder; None if there is none. DataError if the file is not such a rule."""
     path = folder / THRESHOLDS
     if not path.is_file():
         return None
@@ -151,26 +139,15 @@ def read_rule(folder: Path) -> DecisionRule | None:
 
 
 def rule_of_adapter(folder: Path) -> DecisionRule | None:
-    """The rule beside an adapter; None if there is none, or if it was chosen with other weights.
-
-    Raises:
-        DataError: the file is not such a rule.
-    """
+    """The rule beside an adapter; None if there is none, or if it was chosen with other weights. DataError as in `read_rule`."""
     rule = read_rule(folder)
     return rule if rule is not None and rule.weights == adapter_weights_digest(folder) else None
 
 
 def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str) -> None:
-    """Refuse a rule that was chosen on the answers of other weights or to another prompt.
+    """Raise a DataError for a rule that was chosen with other weights (by their digest) or another template of the prompt.
 
-    Args:
-        rule: the rule.
-        path: its file, for messages.
-        weights: digest of the weights that are used.
-        prompt: template of the prompt that is used.
-
-    Raises:
-        DataError: they differ from those of the rule.
+    `path` is the rule's file, for messages.
     """
     what = None
     if rule.weights != weights:
@@ -182,12 +159,3 @@ def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str)
             f"{path}: its thresholds were chosen with {what}, so they promise nothing here: evaluate this model and run "
             "`vlm-calibration threshold` on the evaluation, or remove the file"
         )
-
-
-def _is_share(value: object) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and 0 <= value <= 1
-    )

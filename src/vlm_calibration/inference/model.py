@@ -23,6 +23,7 @@ from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED, graded_prediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.hub import is_hub_name, loading
@@ -140,10 +141,9 @@ def _check_rule(
     path = files / THRESHOLDS
     weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
     check_rule(rule, path, weights, prompt.template)
-    if rule.estimator not in (VERBALIZED, ExpectedConfidence.name):
-        raise DataError(
-            f"{path}: the estimator {rule.estimator!r} is not one of {VERBALIZED}, {ExpectedConfidence.name}"
-        )
+    known = (VERBALIZED, ExpectedConfidence.name, AnswerLikelihood.name)
+    if rule.estimator not in known:
+        raise DataError(f"{path}: the estimator {rule.estimator!r} is not one of {', '.join(known)}")
     if rule.quantization != model.quantization:
         logger.warning(
             f"{path}: the thresholds were chosen with quantization {rule.quantization!r}, and the model is loaded with "
@@ -272,8 +272,12 @@ class CalibratedModel(Asker):
             generating.cache,
         )
         expected = ExpectedConfidence().estimate(answered).confidence
+        compared = expected
+        if rule is not None and rule.estimator == AnswerLikelihood.name:
+            compared = AnswerLikelihood().estimate(answered).confidence
         answers = []
-        for prediction, mean, scored in zip(predictions, expected, answered.scored, strict=True):
+        rows = zip(predictions, expected, compared, answered.scored, strict=True)
+        for prediction, mean, estimate, scored in rows:
             p = [] if scored is None else torch.softmax(scored.level_log_p.double(), -1).tolist()
             answers.append(
                 Answer(
@@ -284,19 +288,19 @@ class CalibratedModel(Asker):
                     distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
                     answer_type=prediction.answer_type,
                     warning=self.unknown_part(prediction.question),
-                    rule=_applied(rule, prediction, mean),
+                    rule=_applied(rule, prediction, estimate),
                 )
             )
         return answers
 
 
-def _applied(rule: DecisionRule | None, prediction: Prediction, expected: float | None) -> AppliedRule | None:
-    """The rule for an answer, with the confidence as an evaluation measures it."""
+def _applied(rule: DecisionRule | None, prediction: Prediction, estimate: float | None) -> AppliedRule | None:
+    """The rule for an answer, with the confidence as an evaluation measures it; `estimate` is that of another estimator than the stated one."""
     if rule is None:
         return None
     confidence = prediction.confidence
-    if rule.estimator == ExpectedConfidence.name:
-        confidence = None if expected is None else rounded(expected)
+    if rule.estimator != VERBALIZED:
+        confidence = None if estimate is None else rounded(estimate)
     return rule.applied(confidence, prediction.category)
 
 

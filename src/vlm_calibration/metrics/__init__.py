@@ -5,46 +5,33 @@ tables. Figures are in `figures`. The torchmetrics classes are imported on first
 scoring a file does not need it.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.metrics.bootstrap import Interval, bootstrap_intervals
+from vlm_calibration.metrics.functional import BrierDecomposition
 from vlm_calibration.metrics.groups import UndefinedMetricWarning
-from vlm_calibration.metrics.scores import BrierDecomposition
 from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
 from vlm_calibration.metrics.task import TaskTable, task_scores
 
 if TYPE_CHECKING:
-    from vlm_calibration.metrics.calibration_metrics import CalibrationMetrics
-    from vlm_calibration.metrics.counting import CalibrationMetric
-    from vlm_calibration.metrics.task_metrics import TaskMetric, TaskMetrics
+    from vlm_calibration.metrics.counting import CalibrationMetrics, TaskMetrics
 
 __all__ = [
     "BrierDecomposition",
-    "CalibrationMetric",
     "CalibrationMetrics",
     "ConfidenceTable",
-    "Interval",
-    "TaskMetric",
     "TaskMetrics",
     "TaskTable",
     "UndefinedMetricWarning",
-    "bootstrap_intervals",
     "summarize",
     "tables_by_category",
     "task_scores",
 ]
 
-_MODULES = {
-    "CalibrationMetric": "counting",
-    "CalibrationMetrics": "calibration_metrics",
-    "TaskMetric": "task_metrics",
-    "TaskMetrics": "task_metrics",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in ("CalibrationMetrics", "TaskMetrics"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    from vlm_calibration.metrics import counting
+
+    return getattr(counting, name)

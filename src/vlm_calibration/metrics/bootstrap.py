@@ -1,7 +1,4 @@
-"""Bootstrap confidence intervals from a table.
-
-Resampling N answers with replacement is one multinomial draw of the table's cells, so a replicate costs the
-same for a thousand answers as for a billion, and a metric takes all replicates as one batch.
+"""Bootstrap confidence intervals of metrics, from resampled counts: a metric takes all replicates as one batch.
 
 An interval always contains its value. Most metrics have the expanded percentile interval (Hesterberg, 2015). Calibration
 errors are sums of absolute gaps, which sampling noise inflates: the measured error is too large, and that of a resample is larger
@@ -10,19 +7,17 @@ one, among populations whose gaps are the measured ones, all shrunk or grown by 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm, MetricSpec
-from vlm_calibration.metrics.summary import check_names, warn_undefined_values
-from vlm_calibration.metrics.table import ConfidenceTable
 
+LEVEL = 0.95
+"""Nominal coverage."""
 _BATCH_CELLS = 1 << 19
 """Number of confidences in a batch of replicates, approximately; bounds memory for fine grids."""
 
@@ -45,33 +40,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def resample(table: ConfidenceTable, replicates: int, seed: int) -> ConfidenceGroups:
-    """Draw B tables of N answers from the N answers of a table with replacement, unparsed ones included.
-
-    Args:
-        table: at least one answer.
-        replicates: number of draws B.
-        seed: of `numpy.random.default_rng`; the draws are a function of the table, B and the seed.
-
-    Returns:
-        groups whose counts are int64 [B, L, 2] and whose `unparsed` is int64 [B].
-
-    Raises:
-        ValueError: if the table is empty or `replicates` is below 1.
-    """
-    if table.n == 0:
-        raise ValueError("cannot resample a table without answers")
-    if replicates < 1:
-        raise ValueError(f"replicates must be positive, got {replicates}")
-    groups = table.groups()
-    cells = np.append(groups.counts.numpy().reshape(-1), table.unparsed)
-    draws = torch.from_numpy(
-        np.random.default_rng(seed).multinomial(table.n, cells / table.n, size=replicates)
-    )
-    counts = draws[:, :-1].reshape(replicates, -1, 2)
-    return groups._replace(counts=counts, unparsed=draws[:, -1])
-
-
 def bootstrap_replicates(groups: ConfidenceGroups, function: Callable[[ConfidenceGroups], Tensor]) -> Tensor:
     """A function of groups on every replicate, float64 [B], in batches of bounded memory."""
     step = max(1, _BATCH_CELLS // max(len(groups.value), 512))
@@ -82,102 +50,57 @@ def bootstrap_replicates(groups: ConfidenceGroups, function: Callable[[Confidenc
     return torch.cat(batches)
 
 
-def bootstrap_intervals(
-    table: ConfidenceTable,
-    metrics: Iterable[str] | Mapping[str, Callable[[ConfidenceGroups], Tensor]] = REPORTED,
-    *,
-    replicates: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Bootstrap confidence intervals for metrics of a table.
-
-    Args:
-        table: the answers.
-        metrics: names from `METRICS`, or functions of `ConfidenceGroups` by name, which get percentile intervals.
-        replicates: number of resampled tables.
-        level: nominal coverage, in (0, 1).
-        seed: see `resample`.
-
-    Returns:
-        name to `Interval`. Replicates on which a metric is undefined are left out. A metric that is undefined
-        on the table has NaN bounds, with one warning for all such metrics.
-
-    Raises:
-        ValueError: on an unknown metric, a level outside (0, 1), or an empty table.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), got {level}")
-    if isinstance(metrics, Mapping):
-        functions = dict(metrics)
-    else:
-        functions = {name: METRICS[name] for name in check_names(metrics)}
-    draws, groups = resample(table, replicates, seed), table.groups()
-    intervals = {
-        name: interval_of(function, groups, draws, level=level) for name, function in functions.items()
-    }
-    warn_undefined_values({name: interval.value for name, interval in intervals.items()})
-    return intervals
-
-
 def interval_of(
-    function: Callable[[ConfidenceGroups], Tensor],
+    metric: MetricSpec,
     groups: ConfidenceGroups,
     draws: ConfidenceGroups,
     replicates: Tensor | None = None,
     rarer: int | None = None,
-    level: float = 0.95,
 ) -> Interval:
-    """Confidence interval of one metric from given resamples.
+    """95% confidence interval of one metric from given resamples.
 
     Args:
-        function: a function of groups, or a `MetricSpec`.
+        metric: the metric.
         groups: the answers.
         draws: B resamples of the answers, drawn one by one or in clusters: counts [B, L, 2] over the same confidences.
         replicates: the metric of the draws, float [B], if it is computed already.
         rarer: see `percentile_interval`; by default that of answers drawn one by one.
-        level: nominal coverage, in (0, 1).
     """
-    value = float(function(groups))
+    value = float(metric(groups))
     if value != value:
         return Interval(value, value, value)
-    if isinstance(function, MetricSpec) and function.gaps is not None:
-        low, high = _compatible_errors(function.gaps, groups, draws, level)
-        return _containing(value, low * value, min(high * value, function.upper))
+    if metric.gaps is not None:
+        low, high = _compatible_errors(metric.gaps, groups, draws)
+        return Interval(value, min(low * value, value), max(min(high * value, metric.upper), value))
     if replicates is None:
-        replicates = bootstrap_replicates(draws, function)
+        replicates = bootstrap_replicates(draws, metric)
     if rarer is None:
         rarer = int(groups.counts.sum(0).amin())
-    return percentile_interval(value, replicates, rarer, level)
+    return percentile_interval(value, replicates, rarer)
 
 
-def percentile_interval(value: float, replicates: Tensor, rarer: int, level: float = 0.95) -> Interval:
-    """Expanded percentile interval: the middle of the replicates, widened by the ratio of Student's t to the normal distribution.
+def percentile_interval(value: float, replicates: Tensor, rarer: int) -> Interval:
+    """Expanded 95% percentile interval: the middle of the replicates, widened by the ratio of Student's t to the normal distribution.
 
     Args:
         value: the metric of the answers, which the interval is extended to contain.
         replicates: float [B]; NaN replicates are left out.
         rarer: the number of sampling units (answers or images) with a correct answer or with a wrong one, whichever is
             smaller. It is the effective sample size of accuracy and rank, and sets the degrees of freedom.
-        level: nominal coverage, in (0, 1).
     """
     tail = 0.0
     if rarer > 1:
-        tail = float(ndtr(math.sqrt(rarer / (rarer - 1)) * stdtrit(rarer - 1, (1 - level) / 2)))
+        tail = float(ndtr(math.sqrt(rarer / (rarer - 1)) * stdtrit(rarer - 1, (1 - LEVEL) / 2)))
     low, high = replicates.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return _containing(value, low, high)
-
-
-def _containing(value: float, low: float, high: float) -> Interval:
     return Interval(value, min(low, value), max(high, value))
 
 
 def _compatible_errors(
-    gap_norm: GapNorm, groups: ConfidenceGroups, draws: ConfidenceGroups, level: float
+    gap_norm: GapNorm, groups: ConfidenceGroups, draws: ConfidenceGroups
 ) -> tuple[float, float]:
     """The smallest and the largest true error compatible with the measured one, as multiples of the measured one."""
     gaps, noise, standard_error = _gaps_and_noise(gap_norm, groups, draws)
-    norm, miss = gap_norm.norm, 1 - level
+    norm, miss = gap_norm.norm, 1 - LEVEL
     measured = float(norm(gaps))
     if measured == 0:
         return 0.0, 1.0

@@ -1,8 +1,8 @@
 """Figures of tables for `plot()`, reports and W&B: reliability, histogram, risk and coverage, response to perturbation.
 
-Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless axes are given. Figures are
-built without pyplot, so that they need no display and are safe in threads. Colours are those of Okabe & Ito
-(2008); elements that differ in colour also differ in shape, line style or hatching.
+Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless axes `ax` to draw into are given. `title` replaces a
+title with the number of answers and a metric. Figures are built without pyplot, so that they need no display and are safe in
+threads. Colours are those of Okabe & Ito (2008); elements that differ in colour also differ in shape, line style or hatching.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.groups import BinSums, bin_sums
+from vlm_calibration.metrics.groups import bin_sums
 from vlm_calibration.metrics.table import ConfidenceTable
 
 if TYPE_CHECKING:
@@ -38,15 +38,9 @@ def new_axes() -> "Axes":
 
 
 def wilson_interval(correct: Tensor, answers: Tensor, z: float = _Z95) -> tuple[Tensor, Tensor]:
-    """Wilson's score interval (1927) of an accuracy, by default at 95%.
+    """Wilson's score interval (1927) of an accuracy from numbers of answers, float64 of any shape, by default at 95%.
 
-    Args:
-        correct: number of correct answers, float64 of any shape.
-        answers: number of answers, same shape; where it is 0 the interval is [0, 1].
-        z: the normal quantile.
-
-    Returns:
-        lower and upper bound, each in [0, 1].
+    Returns lower and upper bound, each in [0, 1], which is the interval where there is no answer. `z` is the normal quantile.
     """
     n = answers.clamp_min(1e-12)
     rate = correct / n
@@ -61,31 +55,17 @@ def reliability_diagram(
     """Accuracy against mean confidence of each equal-width bin, with bin counts and a 95% Wilson band.
 
     Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
-
-    Args:
-        table: the answers.
-        n_bins: number of bins, as in the ECE.
-        title: replaces the default title, which holds ECE and the number of answers.
-        ax: axes to draw into, or None for a new figure.
     """
     ax = new_axes() if ax is None else ax
     _percent_axis(ax, "x", "Stated confidence (%)")
     _percent_axis(ax, "y", "Accuracy (%)")
     ax.set_title(title or f"Reliability: ECE {_percent(table, 'ece', n_bins=n_bins)}, {_answers(table)}")
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
-    sums = bin_sums(table.groups(), n_bins, "uniform") if table.parsed else None
-    if sums is not None:
-        _draw_bins(ax, sums)
-    else:
+    if not table.parsed:
         _note_empty(ax)
-    ax.legend(loc="upper left", frameon=False)
-    if sums is not None:
-        _draw_bin_counts(ax, sums.answers, n_bins)
-    return _figure(ax)
-
-
-def _draw_bins(ax: "Axes", sums: BinSums) -> None:
-    """Draw the accuracy of each bin with its interval."""
+        ax.legend(loc="upper left", frameon=False)
+        return _figure(ax)
+    sums = bin_sums(table.groups(), n_bins, "uniform")
     occupied = sums.answers > 0
     answers, correct = sums.answers[occupied], sums.correct[occupied]
     x, y = 100 * sums.confidence[occupied] / answers, 100 * correct / answers
@@ -101,19 +81,28 @@ def _draw_bins(ax: "Axes", sums: BinSums) -> None:
         ax.vlines(x[few], low[few], high[few], color=BLUE, alpha=0.25, linewidth=1)
         label = f"Bins with fewer than {FEW} answers"
         ax.plot(x[few], y[few], "o", color=BLUE, markersize=5, fillstyle="none", alpha=0.4, label=label)
+    ax.legend(loc="upper left", frameon=False)
+
+    # A strip under 0% has the number of answers in each bin as bars, with the numbers above them if they fit.
+    floor, height = -38.0, 20.0
+    width = 100 / n_bins
+    centre = (torch.arange(n_bins) + 0.5) * width
+    size = height * sums.answers / sums.answers.max()
+    ax.bar(centre.numpy(), size.numpy(), 0.9 * width, bottom=floor, color=GREY, alpha=0.6)
+    ax.axhline(-5, color="black", linewidth=0.8)
+    ax.text(-1, -7, "Answers in each bin", va="top", fontsize=9)
+    ax.set_ylim(floor, 103)
+    if n_bins <= 12:
+        for middle, top, count in zip(centre.tolist(), size.tolist(), sums.answers.tolist(), strict=True):
+            if count:
+                ax.text(middle, floor + top + 0.5, _short(int(count)), ha="center", va="bottom", fontsize=9)
+    return _figure(ax)
 
 
 def confidence_histogram(
     table: ConfidenceTable, *, n_bins: int = 20, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Histogram of the stated confidences: correct answers upwards, wrong ones downwards.
-
-    Args:
-        table: the answers.
-        n_bins: number of equal-width bins if there are more levels than that; else every level has its own bar.
-        title: replaces the default title, which holds AUROC and the number of answers.
-        ax: axes to draw into, or None for a new figure.
-    """
+    """Histogram of the stated confidences: correct answers upwards, wrong ones downwards; a bar a level if there are at most `n_bins`."""
     from matplotlib.ticker import MaxNLocator
 
     ax = new_axes() if ax is None else ax
@@ -123,7 +112,14 @@ def confidence_histogram(
     if not table.parsed:
         _note_empty(ax)
         return _figure(ax)
-    centre, width, correct, wrong = _histogram(table, n_bins)
+    groups = table.groups()
+    gap = float(groups.value.diff().min()) if len(groups.value) > 1 else 1.0
+    if len(groups.value) <= n_bins and gap > 0.009:
+        centre, width, correct, wrong = 100 * groups.value, min(80 * gap, 4.0), groups.correct, groups.wrong
+    else:
+        sums = bin_sums(groups, n_bins, "uniform")
+        centre, width = (torch.arange(n_bins) + 0.5) * (100 / n_bins), 90 / n_bins
+        correct, wrong = sums.correct, sums.answers - sums.correct
     ax.bar(centre.numpy(), correct.numpy(), width, color=BLUE, label="Right")
     ax.bar(
         centre.numpy(),
@@ -158,11 +154,6 @@ def risk_coverage_figure(
 
     Points are the thresholds that can be set; between them equally confident answers come in random order. The best
     possible ranking of the same answers and a random ranking are drawn for comparison.
-
-    Args:
-        table: the answers.
-        title: replaces the default title, which holds AURC and the number of answers.
-        ax: axes to draw into, or None for a new figure.
     """
     ax = new_axes() if ax is None else ax
     ax.set_title(title or f"Risk and coverage: AURC {_number(table, 'aurc')}, {_answers(table)}")
@@ -200,7 +191,7 @@ def response_curve(tables: ResponseTables, *, title: str | None = None, ax: "Axe
     Args:
         tables: a table for each kind and strength; that of untouched images is shown in every panel.
         title: replaces the default title.
-        ax: axes to draw into, or None for a new figure; several panels are insets of these axes.
+        ax: axes to draw into; several panels are insets of these axes.
 
     Raises:
         ValueError: without a table.
@@ -289,33 +280,6 @@ def _response_legend(ax: "Axes") -> tuple[list[Any], list[str]]:
     """Handles and labels; the line of the accuracy is drawn on its band."""
     band, accuracy, confidence = ax.get_legend_handles_labels()[0]
     return [(band, accuracy), confidence], ["Accuracy, 95% interval", "Mean stated confidence"]
-
-
-def _histogram(table: ConfidenceTable, n_bins: int) -> tuple[Tensor, float, Tensor, Tensor]:
-    """Bar centres and width in percent, correct and wrong answers; one bar a level if there are few levels."""
-    groups = table.groups()
-    gap = float(groups.value.diff().min()) if len(groups.value) > 1 else 1.0
-    if len(groups.value) <= n_bins and gap > 0.009:
-        return 100 * groups.value, min(80 * gap, 4.0), groups.correct, groups.wrong
-    sums = bin_sums(groups, n_bins, "uniform")
-    centre = (torch.arange(n_bins) + 0.5) * (100 / n_bins)
-    return centre, 90 / n_bins, sums.correct, sums.answers - sums.correct
-
-
-def _draw_bin_counts(ax: "Axes", answers: Tensor, n_bins: int) -> None:
-    """Draw the number of answers in each bin as bars in a strip under 0%, with the numbers above them if they fit."""
-    floor, height = -38.0, 20.0
-    width = 100 / n_bins
-    centre = (torch.arange(n_bins) + 0.5) * width
-    size = height * answers / answers.max()
-    ax.bar(centre.numpy(), size.numpy(), 0.9 * width, bottom=floor, color=GREY, alpha=0.6)
-    ax.axhline(-5, color="black", linewidth=0.8)
-    ax.text(-1, -7, "Answers in each bin", va="top", fontsize=9)
-    ax.set_ylim(floor, 103)
-    if n_bins <= 12:
-        for x, top, count in zip(centre.tolist(), size.tolist(), answers.tolist(), strict=True):
-            if count:
-                ax.text(x, floor + top + 0.5, _short(int(count)), ha="center", va="bottom", fontsize=9)
 
 
 def _percent_axis(ax: "Axes", which: str, label: str) -> None:

@@ -1,37 +1,40 @@
 """Every metric, declared once: here as a pure function of `(confidence, correct)`, and in `METRICS` by its flat name.
 
-A declaration gives the formula (a function of `ConfidenceGroups`, in the module that it comes from), heading, bounds and
-direction. The torchmetrics classes, the documentation, the columns of tables and the tests follow from it.
-
 Common to all functions: `confidence` is float [N] in [0, 1] without NaN, `correct` is bool [N]; a ValueError names the
 first value that is neither. Values are grouped by one sort and not rounded. The result is a float64 scalar on the device of
-`confidence` (float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric is undefined. For many predictions
-prefer a `ConfidenceTable`, which `METRICS[name](table)` takes. A table is exact for confidences on its grid; other
-confidences move to the nearest grid level, by at most `1 / (2 * grid_steps)`.
+`confidence` (float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric is undefined.
+
+A formula below is a function of `ConfidenceGroups`, and its declaration adds heading, bounds and direction; the torchmetrics
+classes, the columns of tables and the tests follow from it. For many predictions prefer a `ConfidenceTable`, which
+`METRICS[name](table)` takes: exact for confidences on its grid, while others move by at most `1 / (2 * grid_steps)`.
+
+Ranking metrics depend on the order of equally confident answers, which a table does not record: their expectation over random
+orders is computed in closed form.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics import binned, ranking, scores, smooth
-from vlm_calibration.metrics.groups import ConfidenceGroups, MetricSpec, group_values, warn_undefined
-
-P = ParamSpec("P")
-R = TypeVar("R", covariant=True)
+from vlm_calibration.metrics import smooth
+from vlm_calibration.metrics.groups import (
+    Binning,
+    ConfidenceGroups,
+    GapNorm,
+    MetricSpec,
+    bin_index,
+    bin_sums,
+    group_values,
+    warn_undefined,
+)
 
 METRICS: dict[str, MetricSpec] = {}
 """The declarations of all metrics by flat name, those of `metrics.json` first and in their order there."""
-
-
-class ValueFunction(Protocol[P, R]):
-    """A function of raw values and the options of its formula."""
-
-    def __call__(self, confidence: Tensor, correct: Tensor, *args: P.args, **kwargs: P.kwargs) -> R: ...
+UNPARSED = "there is no answer with a readable confidence"
 
 
 def to_device_of(value: Tensor, like: Tensor) -> Tensor:
@@ -39,14 +42,12 @@ def to_device_of(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device, torch.float32 if like.device.type == "mps" else torch.float64)
 
 
-def _of_values(
-    formula: Callable[Concatenate[ConfidenceGroups, P], R], undefined: str = ""
-) -> ValueFunction[P, R]:
-    """Turn a formula of `ConfidenceGroups` into a function of raw values with its own signature and documentation."""
+def of_values(formula: Callable[..., Any], undefined: str = UNPARSED) -> Callable[..., Any]:
+    """Turn a formula of `ConfidenceGroups` into a function of raw values with the formula's options."""
 
     @wraps(formula)
-    def function(confidence: Tensor, correct: Tensor, *args: P.args, **kwargs: P.kwargs) -> Any:
-        value: Any = formula(group_values(confidence, correct), *args, **kwargs)
+    def function(confidence: Tensor, correct: Tensor, **options: Any) -> Any:
+        value = formula(group_values(confidence, correct), **options)
         parts = value if isinstance(value, tuple) else (value,)
         if any(bool(part.isnan().any()) for part in parts):
             warn_undefined(formula.__name__, undefined)
@@ -60,25 +61,16 @@ def _of_values(
     ]
     parameters = [*values, *list(signature.parameters.values())[1:]]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function.__module__ = __name__
-    function.__doc__ = (formula.__doc__ or "").replace(
-        "groups: the answers.", "confidence: float [N] in [0, 1].\n        correct: bool [N]."
-    )
-    return cast(ValueFunction[P, R], function)
+    return function
 
 
 def metric(
-    name: str,
-    formula: Callable[Concatenate[ConfidenceGroups, P], Tensor],
-    heading: str,
-    undefined: str = "there is no answer with a readable confidence",
-    **declaration: Any,
-) -> ValueFunction[P, Tensor]:
-    """Declare a metric: enter it in `METRICS` and return its functional form.
+    name: str, heading: str, undefined: str = UNPARSED, **declaration: Any
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Declare the decorated formula: enter it in `METRICS` and put its function of raw values in its place.
 
     Args:
         name: flat name, not yet taken.
-        formula: the metric as a function of `ConfidenceGroups`.
         heading: short name for table columns.
         undefined: when the value is NaN.
         declaration: further fields of `MetricSpec`.
@@ -86,111 +78,271 @@ def metric(
     Raises:
         ValueError: if the name is taken.
     """
-    if name in METRICS:
-        raise ValueError(f"the metric {name!r} is declared twice")
-    METRICS[name] = MetricSpec(name, formula, heading, undefined, **declaration)
-    return _of_values(formula, undefined)
+
+    def declare(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name in METRICS:
+            raise ValueError(f"the metric {name!r} is declared twice")
+        METRICS[name] = MetricSpec(name, formula, heading, undefined, **declaration)
+        return of_values(formula, undefined)
+
+    return declare
 
 
-answer_count = metric("n", scores.answer_count, "n", "", upper=float("inf"))
-expected_calibration_error = metric(
+@metric("n", "n", "", upper=float("inf"))
+def answer_count(groups: ConfidenceGroups) -> Tensor:
+    """Number of all answers, unparsed ones included.
+
+    >>> answer_count(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(3., dtype=torch.float64)
+    """
+    return groups.total + groups.unparsed
+
+
+# --- Binned errors --------------------------------------------------------------------------------------------------
+
+
+def membership(binning: Binning) -> Callable[[ConfidenceGroups], Tensor]:
+    """A function to float64 [L, K]: which confidence is in which of the ten bins; bins without an answer are left out."""
+
+    def of_groups(groups: ConfidenceGroups) -> Tensor:
+        one_hot = torch.nn.functional.one_hot(bin_index(groups, 10, binning), 10).double()
+        return one_hot[:, groups.answers @ one_hot > 0]
+
+    return of_groups
+
+
+@metric(
     "ece",
-    binned.expected_calibration_error,
     "ECE",
     higher_is_better=False,
-    gaps=binned.ECE_GAPS,
+    gaps=GapNorm(membership("uniform"), lambda gaps: gaps.abs().sum(-1)),
 )
-adaptive_calibration_error = metric(
+def expected_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+    r"""Expected calibration error (ECE), Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
+
+    :math:`\sum_b w_b |acc_b - conf_b|`, with the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each
+    of `n_bins` bins of equal width. An edge belongs to the bin above it, and 1 to the last bin.
+
+    Bins [0.3, 0.4) and [0.9, 1] give 2/3 * |0.5 - 0.9| + 1/3 * |0 - 0.3|:
+
+    >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.3667, dtype=torch.float64)
+    """
+    return bin_sums(groups, n_bins, "uniform").gap.abs().sum(-1) / groups.total
+
+
+@metric(
     "ace",
-    binned.adaptive_calibration_error,
     "ACE",
     higher_is_better=False,
-    gaps=binned.ACE_GAPS,
+    gaps=GapNorm(membership("quantile"), lambda gaps: gaps.abs().mean(-1), of_bin=True),
 )
-maximum_calibration_error = metric(
+def adaptive_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+    r"""Adaptive calibration error (ACE), Nixon et al. (arXiv 1904.01685): mean gap over equal-mass bins.
+
+    :math:`\frac{1}{B} \sum_b |acc_b - conf_b|` over the B of `n_bins` bins that hold an answer, as in netcal. Equal confidences
+    stay in one bin, so the order of ties does not matter.
+
+    >>> adaptive_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.3500, dtype=torch.float64)
+    """
+    sums = bin_sums(groups, n_bins, "quantile")
+    return sums.mean_gap.abs().sum(-1) / (sums.answers > 0).sum(-1).double()
+
+
+@metric(
     "mce",
-    binned.maximum_calibration_error,
     "MCE",
     higher_is_better=False,
-    gaps=binned.MCE_GAPS,
+    gaps=GapNorm(membership("uniform"), lambda gaps: gaps.abs().amax(-1), of_bin=True),
 )
-brier_score = metric("brier", scores.brier_score, "Brier", higher_is_better=False)
-brier_reliability = metric(
-    "brier_reliability",
-    scores.brier_reliability,
-    "reliability",
-    higher_is_better=False,
-)
-brier_resolution = metric(
-    "brier_resolution",
-    scores.brier_resolution,
-    "resolution",
-    higher_is_better=True,
-    upper=0.25,
-)
-brier_uncertainty = metric(
-    "brier_uncertainty",
-    scores.brier_uncertainty,
-    "uncertainty",
-    upper=0.25,
-)
-log_loss = metric(
-    "log_loss",
-    scores.log_loss,
-    "log loss",
-    higher_is_better=False,
-    upper=float("inf"),
-    class_name="ConfidenceLogLoss",
-)
-auroc = metric(
-    "auroc",
-    ranking.auroc,
-    "AUROC",
-    "all answers are correct or all are wrong",
-    higher_is_better=True,
-    class_name="ConfidenceAUROC",
-)
-area_under_risk_coverage = metric(
-    "aurc",
-    ranking.area_under_risk_coverage,
-    "AURC",
-    higher_is_better=False,
-)
+def maximum_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+    r"""Maximum calibration error (MCE), :math:`\max_b |acc_b - conf_b|` over the bins of the ECE that hold an answer.
+
+    >>> maximum_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.4000, dtype=torch.float64)
+    """
+    largest = bin_sums(groups, n_bins, "uniform").mean_gap.abs().amax(-1)
+    return torch.where(groups.total > 0, largest, torch.nan)
+
+
+# --- Proper scores --------------------------------------------------------------------------------------------------
+
+
+@metric("brier", "Brier", higher_is_better=False)
+def brier_score(groups: ConfidenceGroups) -> Tensor:
+    r"""Brier score (1950), :math:`\frac{1}{N} \sum_i (c_i - y_i)^2`.
+
+    >>> brier_score(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.3033, dtype=torch.float64)
+    """
+    squares = groups.wrong * groups.value.square() + groups.correct * (1 - groups.value).square()
+    return squares.sum(-1) / groups.total
+
+
+@metric("brier_reliability", "reliability", higher_is_better=False)
+def brier_reliability(groups: ConfidenceGroups) -> Tensor:
+    r"""Murphy's reliability :math:`\sum_k w_k (c_k - acc_k)^2` over distinct confidences.
+
+    >>> brier_reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.1367, dtype=torch.float64)
+    """
+    gap = groups.answers * groups.value - groups.correct
+    return (gap.square() / groups.answers.clamp_min(1)).sum(-1) / groups.total
+
+
+@metric("brier_resolution", "resolution", higher_is_better=True, upper=0.25)
+def brier_resolution(groups: ConfidenceGroups) -> Tensor:
+    r"""Murphy's resolution :math:`\sum_k w_k (acc_k - acc)^2` over distinct confidences.
+
+    >>> brier_resolution(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.0556, dtype=torch.float64)
+    """
+    base = (groups.correct.sum(-1) / groups.total).unsqueeze(-1)
+    accuracy = groups.correct / groups.answers.clamp_min(1)
+    return (groups.answers * (accuracy - base).square()).sum(-1) / groups.total
+
+
+@metric("brier_uncertainty", "uncertainty", upper=0.25)
+def brier_uncertainty(groups: ConfidenceGroups) -> Tensor:
+    """Murphy's uncertainty `acc * (1 - acc)`, which does not depend on the confidences.
+
+    >>> brier_uncertainty(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.2222, dtype=torch.float64)
+    """
+    accuracy = groups.correct.sum(-1) / groups.total
+    return accuracy * (1 - accuracy)
+
+
+@metric("log_loss", "log loss", higher_is_better=False, upper=float("inf"))
+def log_loss(groups: ConfidenceGroups) -> Tensor:
+    r"""Logarithmic loss in nats, :math:`-\frac{1}{N} \sum_i [y_i \ln c_i + (1 - y_i) \ln (1 - c_i)]`.
+
+    A wrong answer at 100% would cost infinity, which makes every mean infinite and which JSON cannot write. As in
+    scikit-learn, confidences are clipped to [eps, 1 - eps] with float64's eps of 2.2e-16: it costs 36.04 nats.
+
+    >>> log_loss(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.9215, dtype=torch.float64)
+    """
+    eps = torch.finfo(torch.float64).eps
+    value = groups.value.clamp(eps, 1 - eps)
+    likelihood = torch.xlogy(groups.correct, value) + torch.xlogy(groups.wrong, 1 - value)
+    return (0 - likelihood).sum(-1) / groups.total
+
+
+# --- Ranking --------------------------------------------------------------------------------------------------------
+
+
+@metric("auroc", "AUROC", "all answers are correct or all are wrong", higher_is_better=True)
+def auroc(groups: ConfidenceGroups) -> Tensor:
+    r"""Area under the ROC curve: the probability that a correct answer has more confidence than a wrong one.
+
+    :math:`\frac{1}{n_+ n_-} \sum_{i: y_i = 1} \sum_{j: y_j = 0} [c_i > c_j] + \frac{1}{2} [c_i = c_j]` (Mann-Whitney).
+
+    >>> auroc(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.7500, dtype=torch.float64)
+    """
+    wrong, correct = groups.wrong, groups.correct
+    wrong_below = wrong.cumsum(-1) - wrong
+    pairs_won = (correct * (wrong_below + wrong / 2)).sum(-1)
+    return pairs_won / (correct.sum(-1) * wrong.sum(-1))
+
+
+@metric("aurc", "AURC", higher_is_better=False)
+def area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
+    r"""Area under the risk-coverage curve (AURC), Geifman & El-Yaniv (arXiv 1805.08206).
+
+    :math:`\frac{1}{N} \sum_{k=1}^N risk_k`, where `risk_k` is the error rate of the `k` most confident answers, in
+    expectation over the order of ties.
+
+    >>> area_under_risk_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.5556, dtype=torch.float64)
+    """
+    answers, wrong = groups.answers.flip(-1), groups.wrong.flip(-1)
+    answers_before = answers.cumsum(-1) - answers
+    wrong_before = wrong.cumsum(-1) - wrong
+    rate = wrong / answers.clamp_min(1)
+    # E[risk after k answers] = (wrong_before + (k - answers_before) * rate) / k, summed over the k of one confidence: a sum of 1 / k is a
+    # difference of digamma functions.
+    reciprocals = torch.digamma(answers_before + answers + 1) - torch.digamma(answers_before + 1)
+    area = wrong + (wrong_before - answers_before * rate) * reciprocals
+    return area.sum(-1) / groups.total
+
+
+# --- Smooth error and means -----------------------------------------------------------------------------------------
+
 smooth_calibration_error = metric(
-    "smooth_ece",
-    smooth.smooth_calibration_error,
-    "smooth ECE",
-    higher_is_better=False,
-    gaps=smooth.SMOOTH_GAPS,
-)
-mean_confidence = metric("mean_confidence", scores.mean_confidence, "mean conf.")
-overconfidence = metric(
-    "overconfidence",
-    scores.overconfidence,
-    "overconf.",
-    lower=-1.0,
-    format="+.3f",
-)
-parse_failure_rate = metric(
-    "parse_failure_rate",
-    scores.parse_failure_rate,
-    "unparsed",
-    "there is no answer",
-    higher_is_better=False,
-    format=".1%",
-)
-parsed_accuracy = metric(
-    "parsed_accuracy",
-    scores.parsed_accuracy,
-    "accuracy (parsed)",
-    higher_is_better=True,
-    reported=False,
-)
+    "smooth_ece", "smooth ECE", higher_is_better=False, gaps=smooth.SMOOTH_GAPS
+)(smooth.smooth_calibration_error)
 
-brier_decomposition = _of_values(scores.brier_decomposition, "there is no answer with a readable confidence")
-risk_coverage_curve = _of_values(ranking.risk_coverage_curve)
 
-REPORTED = tuple(name for name, spec in METRICS.items() if spec.reported)
+@metric("mean_confidence", "mean conf.")
+def mean_confidence(groups: ConfidenceGroups) -> Tensor:
+    r"""Mean confidence :math:`\frac{1}{N} \sum_i c_i`.
+
+    >>> mean_confidence(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.7000, dtype=torch.float64)
+    """
+    return (groups.answers * groups.value).sum(-1) / groups.total
+
+
+@metric("overconfidence", "overconf.", lower=-1.0, format="+.3f")
+def overconfidence(groups: ConfidenceGroups) -> Tensor:
+    """Mean confidence minus accuracy, signed: positive is overconfident.
+
+    >>> overconfidence(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.3667, dtype=torch.float64)
+    """
+    return (groups.answers * groups.value - groups.correct).sum(-1) / groups.total
+
+
+@metric("parse_failure_rate", "unparsed", "there is no answer", higher_is_better=False, format=".1%")
+def parse_failure_rate(groups: ConfidenceGroups) -> Tensor:
+    """Share of all answers whose confidence could not be read; 0 for raw values, which all are read.
+
+    >>> parse_failure_rate(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0., dtype=torch.float64)
+    """
+    return groups.unparsed / (groups.total + groups.unparsed)
+
+
+REPORTED = tuple(METRICS)
 """The names that `metrics.json` holds: `n` to `parse_failure_rate`."""
+
+
+@metric("parsed_accuracy", "accuracy (parsed)", higher_is_better=True)
+def parsed_accuracy(groups: ConfidenceGroups) -> Tensor:
+    """Accuracy over the answers with a readable confidence.
+
+    >>> parsed_accuracy(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    tensor(0.3333, dtype=torch.float64)
+    """
+    return groups.correct.sum(-1) / groups.total
+
+
+class BrierDecomposition(NamedTuple):
+    """Murphy's parts of the Brier score: `brier = reliability - resolution + uncertainty`.
+
+    Attributes:
+        reliability: float64 scalar in [0, 1], lower is better.
+        resolution: float64 scalar in [0, 1/4], higher is better.
+        uncertainty: float64 scalar in [0, 1/4], a property of the task.
+    """
+
+    reliability: Tensor
+    resolution: Tensor
+    uncertainty: Tensor
+
+
+@of_values
+def brier_decomposition(groups: ConfidenceGroups) -> BrierDecomposition:
+    """Murphy's parts of the Brier score (1973), over distinct confidences, so that they add up exactly.
+
+    >>> parts = brier_decomposition(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
+    >>> parts.reliability - parts.resolution + parts.uncertainty
+    tensor(0.3033, dtype=torch.float64)
+    """
+    return BrierDecomposition(*(METRICS[f"brier_{part}"](groups) for part in BrierDecomposition._fields))
+
 
 __doc__ = (__doc__ or "") + "".join(f"\n- `{name}`: {s.summary} {s.range}" for name, s in METRICS.items())

@@ -5,11 +5,9 @@ bootstrap replicates are a batch of counts over the same confidences. Binning li
 once.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -68,9 +66,7 @@ class ConfidenceGroups(NamedTuple):
 class HasGroups(Protocol):
     """A `ConfidenceTable` or `ConfidenceGroups`."""
 
-    def groups(self) -> ConfidenceGroups:
-        """The distinct confidences with their counts."""
-        ...
+    def groups(self) -> ConfidenceGroups: ...
 
 
 class BinSums(NamedTuple):
@@ -91,6 +87,11 @@ class BinSums(NamedTuple):
         """Sum of (confidence - correctness) in each bin, float64 [..., B]: positive where the bin is overconfident."""
         return self.confidence - self.correct
 
+    @property
+    def mean_gap(self) -> Tensor:
+        """Mean of (confidence - correctness) in each bin, float64 [..., B]; 0 where the bin is empty."""
+        return torch.where(self.answers > 0, self.gap / self.answers.clamp_min(1), 0.0)
+
 
 class GapNorm(NamedTuple):
     """A calibration error as a norm of K gaps, each a mean of (confidence - correctness).
@@ -108,7 +109,7 @@ class GapNorm(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """The declaration of a metric, from which its class, functional form, documentation, tables and tests are made.
+    """The declaration of a metric.
 
     Attributes:
         name: flat name, the key in `metrics.json`.
@@ -119,9 +120,7 @@ class MetricSpec:
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
         gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
-        class_name: name of the torchmetrics class; by default that of the function in CamelCase.
         format: format of the value in tables.
-        reported: whether `metrics.json` holds the metric.
     """
 
     name: str
@@ -132,23 +131,11 @@ class MetricSpec:
     lower: float = 0.0
     upper: float = 1.0
     gaps: GapNorm | None = None
-    class_name: str = ""
     format: str = ".3f"
-    reported: bool = True
-
-    def __post_init__(self) -> None:
-        """Derive the class name."""
-        camel_case = self.function.__name__.title().replace("_", "")
-        object.__setattr__(self, "class_name", self.class_name or camel_case)
 
     def __call__(self, table: HasGroups, **options: Any) -> Tensor:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
         return self.function(table.groups(), **options)
-
-    @cached_property
-    def is_binned(self) -> bool:
-        """Whether the formula has an option `n_bins`."""
-        return "n_bins" in inspect.signature(self.function).parameters
 
     @property
     def summary(self) -> str:
@@ -165,15 +152,7 @@ class MetricSpec:
 
 
 def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
-    """`correct` as a bool tensor.
-
-    Args:
-        correct: bool, or integers that are all 0 or 1.
-        shape: the expected shape, that of the confidences.
-
-    Raises:
-        ValueError: on another shape, a floating dtype, or an integer other than 0 and 1.
-    """
+    """`correct`, bool or integers 0 and 1 of the shape of the confidences, as a bool tensor; ValueError for anything else."""
     if correct.shape != shape:
         raise ValueError(f"confidence has shape {tuple(shape)} but correct has {tuple(correct.shape)}")
     if correct.dtype == torch.bool:
@@ -186,16 +165,9 @@ def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool, offset: int = 0) -> None:
-    """Refuse confidences that are not probabilities.
+    """Raise a ValueError unless `confidence` is a floating vector [N] in [0, 1], or NaN where that is allowed for unparsed ones.
 
-    Args:
-        confidence: float [N].
-        nan_is_unparsed: whether NaN is allowed, for a confidence that could not be read.
-        offset: added to the index in the error message.
-
-    Raises:
-        ValueError: if `confidence` is not a floating vector, holds a value outside [0, 1], or holds NaN while
-            `nan_is_unparsed` is false.
+    The message names the index of the first bad value, to which `offset` is added.
     """
     if not confidence.is_floating_point():
         raise ValueError(
@@ -218,11 +190,7 @@ def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool, offset: int =
 
 
 def group_values(confidence: Tensor, correct: Tensor) -> ConfidenceGroups:
-    """Group raw confidences by value, exactly for any float, with one sort.
-
-    Args:
-        confidence: float [N] in [0, 1].
-        correct: bool [N].
+    """Group raw confidences, float [N] in [0, 1], by value, exactly for any float, with one sort.
 
     Raises:
         ValueError: see `check_confidence` and `check_correct`; NaN is refused.
@@ -236,24 +204,13 @@ def group_values(confidence: Tensor, correct: Tensor) -> ConfidenceGroups:
     return ConfidenceGroups(cell.double().cpu(), count.cpu(), cell.cpu(), None, unparsed)
 
 
-def _check_bins(n_bins: int) -> None:
-    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
-        raise ValueError(f"n_bins must be a positive integer, got {n_bins!r}")
-
-
 def uniform_bin_of_level(level: Tensor, grid_steps: int, n_bins: int) -> Tensor:
-    """The equal-width bin of each grid level, in integer arithmetic.
+    """The equal-width bin of each grid level, int64 in [0, grid_steps], in integer arithmetic.
 
     Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to
     the bin above it, as in `numpy.histogram`, netcal and torchmetrics, so that results compare. Edges are computed as
     `level * n_bins // grid_steps` and never rounded.
-
-    Args:
-        level: int64, in [0, grid_steps].
-        grid_steps: grid steps from 0 to 1.
-        n_bins: number of bins, 1 or more.
     """
-    _check_bins(n_bins)
     return (level * n_bins).div(grid_steps, rounding_mode="floor").clamp_max(n_bins - 1)
 
 
@@ -263,13 +220,12 @@ def uniform_bin_of_value(value: Tensor, n_bins: int) -> Tensor:
     An edge is the number nearest to `b / n_bins` in the dtype of `value`, which is what a literal such as 0.3
     is in that dtype. 0.3 is therefore in the bin that starts at 0.3 in bfloat16, float32 and float64 alike.
     """
-    _check_bins(n_bins)
     edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(value)
     return torch.bucketize(value, edges, right=True)
 
 
 def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
-    """The equal-mass bin of each distinct confidence; equal confidences share a bin.
+    """The equal-mass bin of each distinct confidence, int64 [..., L] in [0, n_bins - 1]; equal confidences share a bin.
 
     This equals binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it,
     in integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`.
@@ -277,47 +233,34 @@ def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
     Args:
         count: int64 [..., L], answers at each confidence, ascending in confidence.
         n_bins: number of bins, 1 or more.
-
-    Returns:
-        int64 [..., L] in [0, n_bins - 1].
     """
-    _check_bins(n_bins)
     rank = count.cumsum(-1)
     last = (rank[..., -1:] - 1).clamp_min(1)
     return ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp(0, n_bins - 1)
-
-
-def bin_sums(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> BinSums:
-    """Sum answers, correct answers and confidence over bins.
-
-    Args:
-        groups: the answers.
-        n_bins: number of bins.
-        binning: `uniform` (equal width) or `quantile` (equal mass).
-
-    Raises:
-        ValueError: on another binning or a non-positive `n_bins`.
-    """
-    answers = groups.answers
-    sums = BinSums(answers, groups.correct, answers * groups.value)
-    index = bin_index(groups, n_bins, binning).expand_as(answers)
-    empty = answers.new_zeros((*answers.shape[:-1], n_bins))
-    return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))
 
 
 def bin_index(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> Tensor:
     """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts.
 
     Raises:
-        ValueError: on a binning other than `uniform` and `quantile`, or a non-positive `n_bins`.
+        ValueError: on a non-positive `n_bins`.
     """
-    if binning == "uniform" and groups.grid_steps is not None:
-        return uniform_bin_of_level(groups.cell, groups.grid_steps, n_bins)
-    if binning == "uniform":
-        return uniform_bin_of_value(groups.cell, n_bins)
+    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
+        raise ValueError(f"n_bins must be a positive integer, got {n_bins!r}")
     if binning == "quantile":
         return quantile_bin(groups.counts.sum(-1), n_bins)
-    raise ValueError(f"binning must be uniform or quantile; got {binning!r}")
+    if groups.grid_steps is not None:
+        return uniform_bin_of_level(groups.cell, groups.grid_steps, n_bins)
+    return uniform_bin_of_value(groups.cell, n_bins)
+
+
+def bin_sums(groups: ConfidenceGroups, n_bins: int, binning: Binning) -> BinSums:
+    """Sum answers, correct answers and confidence over bins of equal width (`uniform`) or equal mass (`quantile`); see `bin_index`."""
+    answers = groups.answers
+    sums = BinSums(answers, groups.correct, answers * groups.value)
+    index = bin_index(groups, n_bins, binning).expand_as(answers)
+    empty = answers.new_zeros((*answers.shape[:-1], n_bins))
+    return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))
 
 
 def warn_undefined(name: str, reason: str) -> None:

@@ -59,13 +59,15 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """Counts of independent answers, at most one about an image; leading dimensions are replicates.
+    """Counts of independent answers, at most one about an image.
 
     Attributes:
-        counts: int64 [..., 1001, 2]: wrong and correct answers at each threshold 0, 0.1%, ..., 100%, the highest that gives them.
-        unparsed: int64 [..., 2]: the same without a readable confidence, which are never given.
+        threshold: float64 [L], those that give further answers, from the highest down; whole tenths of a percent.
+        counts: int64 [L, 2], the wrong and the correct answers that each gives beside those of the one above it.
+        unparsed: int64 [2], the same without a readable confidence, which are never given.
     """
 
+    threshold: npt.NDArray[np.float64]
     counts: Counts
     unparsed: Counts
 
@@ -169,9 +171,11 @@ def graded_answers(confidence: Sequence[float | None], correct: Sequence[bool]) 
     # Rounding down, so that an answer is at or above a threshold in the counts if and only if its confidence is.
     level = np.round(values[read] * GRID_STEPS)
     level -= level / GRID_STEPS > values[read]
-    counts = np.zeros((GRID_STEPS + 1, 2), dtype=np.int64)
-    np.add.at(counts, (level.astype(np.int64), is_correct[read].astype(np.int64)), 1)
-    return GradedAnswers(counts, np.bincount(is_correct[~read], minlength=2).astype(np.int64))
+    negative, place = np.unique(-level, return_inverse=True)
+    counts = np.zeros((len(negative), 2), dtype=np.int64)
+    np.add.at(counts, (place, is_correct[read].astype(np.int64)), 1)
+    unparsed = np.bincount(is_correct[~read], minlength=2).astype(np.int64)
+    return GradedAnswers(-negative / GRID_STEPS, counts, unparsed)
 
 
 def p_value(events: npt.ArrayLike, trials: npt.ArrayLike, limit: float) -> npt.NDArray[np.float64]:
@@ -202,8 +206,8 @@ def fewest_answers(limit: float, level: float) -> int:
     return int(np.ceil(np.log(level) / np.log1p(-limit) - 1e-9))
 
 
-def lowest_controlled(counts: Counts, max_error: float, level: float) -> Counts:
-    """The lowest threshold at which "the error rate among the answers given exceeds `max_error`" is rejected.
+def lowest_controlled(answers: GradedAnswers, max_error: float, level: float) -> float | None:
+    """The lowest threshold at which "the error rate among the answers given exceeds `max_error`" is rejected; None if there is none.
 
     Each of the sequences of `STARTS` begins at the highest threshold with enough answers, goes down, and ends at the first that is not
     rejected at its share of `level`. Where they begin depends on the confidences alone. The error probability is at most `level` if the error
@@ -212,58 +216,29 @@ def lowest_controlled(counts: Counts, max_error: float, level: float) -> Counts:
     binomial.
 
     Args:
-        counts: int64 [..., L, 2], wrong and correct answers at each threshold, ascending; leading dimensions are replicates.
+        answers: independent ones.
         max_error: in (0, 1).
         level: of the test, in (0, 1).
-
-    Returns:
-        int64 [...], position of the threshold; -1 where none is rejected.
     """
-    above = np.flip(np.flip(counts, -2).cumsum(-2), -2)
-    answers, share = above.sum(-1), level / len(STARTS)
-    rejected = p_value(above[..., 0], answers, max_error) <= share
-    chosen = np.zeros(answers.shape, dtype=bool)
+    share = level / len(STARTS)
+    wrong, given = answers.counts[:, 0].cumsum(), answers.counts.sum(1).cumsum()
+    rejected = p_value(wrong, given, max_error) <= share
+    passed = []
     for multiple in STARTS:
-        tested = answers >= multiple * fewest_answers(max_error, share)
-        # From the highest threshold down, as long as all that were tested are rejected.
-        chosen |= tested & np.flip(np.logical_and.accumulate(np.flip(rejected | ~tested, -1), -1), -1)
-    # A level without answers repeats the test of the one above it.
-    chosen &= counts.sum(-1) > 0
-    return np.where(chosen.any(-1), chosen.argmax(-1), -1)
-
-
-def highest_controlled(answers: GradedAnswers, max_sent_away: float, level: float) -> Counts:
-    """The highest threshold at which "the share of correct answers that are not given exceeds `max_sent_away`" is rejected.
-
-    Thresholds are tested from the lowest upwards. The share cannot fall when the threshold rises, and all tests have the same number of
-    trials, so the error probability is at most `level` without an assumption.
-
-    Args:
-        answers: leading dimensions are replicates.
-        max_sent_away: in (0, 1).
-        level: of the test, in (0, 1).
-
-    Returns:
-        int64 [...], position of the threshold; -1 where none is rejected.
-    """
-    correct, unparsed = answers.counts[..., 1], answers.unparsed[..., 1:]
-    sent_away = correct.cumsum(-1) - correct + unparsed
-    rejected = p_value(sent_away, correct.sum(-1, keepdims=True) + unparsed, max_sent_away) <= level
-    return np.logical_and.accumulate(rejected, -1).sum(-1) - 1
+        start = np.searchsorted(given, multiple * fewest_answers(max_error, share))
+        for threshold, is_rejected in zip(answers.threshold[start:], rejected[start:], strict=True):
+            if not is_rejected:
+                break
+            passed.append(float(threshold))
+    return min(passed, default=None)
 
 
 # --- Choice ---------------------------------------------------------------------------------------------------------
 
 
 def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> ThresholdScores:
-    """What a threshold does on answers, which need not be those that it was chosen on.
-
-    Args:
-        answers: one set of answers, without replicates.
-        threshold: lowest confidence that is answered, on the grid of `graded_answers`.
-        certainty: of each interval, in (0, 1).
-    """
-    wrong, right = answers.counts[round(threshold * GRID_STEPS) :].sum(0).tolist()
+    """What a threshold does on answers, which need not be those that it was chosen on; `certainty` is that of each interval."""
+    wrong, right = answers.counts[answers.threshold >= threshold].sum(0).tolist()
     total = answers.counts.sum(0) + answers.unparsed
     correct = int(total[1])
     return ThresholdScores.of(int(total.sum()), wrong + right, wrong, correct, correct - right, certainty)
@@ -273,7 +248,7 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
     """Choose a threshold for each group of answers, so that all limits hold for all groups at once with the certainty asked for.
 
     Args:
-        answers: group -> its answers, without replicates; one group "" for all answers.
+        answers: group -> its answers; one group "" for all answers.
         limits: what is promised. Each of the G groups is tested at (1 - certainty) / G, and with two limits each limit at half of it.
 
     Raises:
@@ -291,20 +266,24 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
-    lowest = int(lowest_controlled(answers.counts, limits.max_error, level))
-    if lowest < 0:
-        return Choice(None, reason=_why_none(answers.counts, limits.max_error, level))
-    threshold = lowest / GRID_STEPS
+    threshold = lowest_controlled(answers, limits.max_error, level)
+    if threshold is None:
+        return Choice(None, reason=_why_none(answers, limits.max_error, level))
     scores = threshold_scores(answers, threshold, limits.certainty)
     p_sent_away = None
     if limits.max_sent_away is not None:
-        highest = int(highest_controlled(answers, limits.max_sent_away, level))
-        if lowest > highest:
-            return Choice(None, reason=_conflict(answers, limits, scores, threshold, highest))
+        # A sequence of tests from the lowest threshold upwards passes this one if and only if its own test does, since each test has the
+        # same number of trials and not fewer events than the one before it.
         p_sent_away = float(p_value(scores.sent_away, scores.correct, limits.max_sent_away))
-    return Choice(
-        threshold, scores, float(p_value(scores.wrong, scores.answers, limits.max_error)), p_sent_away
-    )
+        if p_sent_away > level:
+            reason = (
+                f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
+                f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit "
+                f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
+            )
+            return Choice(None, reason=reason)
+    p_error = float(p_value(scores.wrong, scores.answers, limits.max_error))
+    return Choice(threshold, scores, p_error, p_sent_away)
 
 
 # --- In words -------------------------------------------------------------------------------------------------------
@@ -315,39 +294,19 @@ def percent(share: float) -> str:
     return f"{round(100 * share, 1):g}%" if share >= 0.001 else f"{100 * share:.2g}%"
 
 
-def _why_none(counts: Counts, max_error: float, level: float) -> str:
-    above = np.flip(np.flip(counts, 0).cumsum(0), 0)
-    answers, fewest = above.sum(-1), fewest_answers(max_error, level / len(STARTS))
-    if not answers[0]:
+def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
+    given, fewest = answers.counts.sum(1).cumsum(), fewest_answers(max_error, level / len(STARTS))
+    if not len(given):
         return "no answer has a confidence"
-    if answers[0] < fewest:
+    if given[-1] < fewest:
         return (
-            f"{answers[0]} answers with a confidence are too few: even without a wrong one it takes {fewest}"
+            f"{given[-1]} answers with a confidence are too few: even without a wrong one it takes {fewest}"
         )
-    rates = np.where(answers >= fewest, above[:, 0] / np.maximum(answers, 1), np.inf)
-    best = len(rates) - 1 - int(np.flip(rates).argmin())
+    rates = np.where(given >= fewest, answers.counts[:, 0].cumsum() / given, np.inf)
+    best = int(rates.argmin())
     return (
-        f"no threshold passes the test: the lowest error found is {percent(rates[best])} of {answers[best]} answers, from "
-        f"{percent(best / GRID_STEPS)} on"
-    )
-
-
-def _conflict(
-    answers: GradedAnswers, limits: Limits, scores: ThresholdScores, threshold: float, highest: int
-) -> str:
-    """Which of two limits must give, with what each costs."""
-    assert limits.max_sent_away is not None
-    away = (
-        f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
-        f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit {percent(limits.max_sent_away)})"
-    )
-    if highest < 0:
-        return f"{away}, and no threshold keeps that limit: raise the limit of those sent away, or give more answers"
-    other = highest / GRID_STEPS
-    error = threshold_scores(answers, other, limits.certainty).error.value
-    return (
-        f"{away}; from {percent(other)} on the limit of those sent away holds, but {percent(error)} of the answers given are wrong: "
-        "raise one of the two limits"
+        f"no threshold passes the test: the lowest error found is {percent(rates[best])} of {given[best]} answers, from "
+        f"{percent(answers.threshold[best])} on"
     )
 
 

@@ -27,45 +27,26 @@ _GAP_NODES = 64
 _NARROWEST_GAP = 1 / 48
 
 
-def smooth_calibration_error(groups: ConfidenceGroups, *, bandwidth: float | None = None) -> Tensor:
+def smooth_calibration_error(groups: ConfidenceGroups) -> Tensor:
     r"""Smooth ECE: :math:`\int_0^1 |\frac{1}{N} \sum_i K_\sigma(t, c_i) (c_i - y_i)| dt` at :math:`\sigma = smECE_\sigma`.
 
     `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it has no edges:
-    a small change of a confidence changes it little. It lies between `|overconfidence|` and the l1 ECE of `levels` binning.
+    a small change of a confidence changes it little. It lies between `|overconfidence|` and the l1 ECE over distinct confidences.
 
     The fixed point is searched down to a bandwidth of `MIN_BANDWIDTH`, and the integral is accurate to about
     1e-5 (also above 4,096 distinct confidences, where residuals are first split linearly over a grid of 65,536 cells).
 
-    Args:
-        groups: the answers.
-        bandwidth: a fixed :math:`\sigma`, at least `MIN_BANDWIDTH`, instead of the fixed point.
+    All residuals here have one sign, so the error is their mean:
 
-    Returns:
-        float64 scalar in [0, 1]; NaN without answers.
-
-    Raises:
-        ValueError: if `bandwidth` is below `MIN_BANDWIDTH`.
-
-    Example:
-        All residuals have one sign, so the error is their mean.
-
-        >>> import torch
-        >>> from vlm_calibration.metrics.functional import smooth_calibration_error
-        >>> smooth_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([False, False, False]))
-        tensor(0.7000, dtype=torch.float64)
+    >>> from vlm_calibration.metrics.functional import smooth_calibration_error
+    >>> smooth_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([False, False, False]))
+    tensor(0.7000, dtype=torch.float64)
     """
     total = groups.total
     if groups.value.numel() == 0:
         return torch.full_like(total, torch.nan)
     residual = (groups.answers * groups.value - groups.correct) / total.clamp_min(1).unsqueeze(-1)
-    flat = residual.reshape(-1, residual.shape[-1])
-    if bandwidth is None:
-        error = _fixed_point(flat, groups.value)
-    elif bandwidth >= MIN_BANDWIDTH:
-        sigma = flat.new_full(flat.shape[:1], bandwidth)
-        error = _smoothed_error(_cosines(flat, groups.value, _terms(bandwidth)), sigma)
-    else:
-        raise ValueError(f"bandwidth must be at least {MIN_BANDWIDTH}, got {bandwidth}")
+    error = _fixed_point(residual.reshape(-1, residual.shape[-1]), groups.value)
     return torch.where(total > 0, error.reshape(total.shape), torch.nan)
 
 
@@ -98,20 +79,15 @@ def _smoothed_error(waves: Tensor, sigma: Tensor) -> Tensor:
     error = torch.empty_like(sigma)
     for value in octave.unique():
         rows = octave == value
-        error[rows] = _smoothed_error_of_octave(waves[rows], sigma[rows])
+        narrowest = max(float(sigma[rows].min()), MIN_BANDWIDTH)
+        terms = min(_terms(narrowest), waves.shape[1])
+        nodes = 128 * math.ceil(_NODES_PER_BANDWIDTH / narrowest / 128)
+        frequency = torch.arange(terms, dtype=torch.float64) * torch.pi
+        damped = waves[rows, :terms] * (-0.5 * (frequency * sigma[rows, None]).square()).exp()
+        # irfft of length 2 * nodes is (c_0 + 2 sum_m c_m cos(m pi t)) / (2 nodes) at t = j / nodes.
+        height = torch.fft.irfft(damped, n=2 * nodes)[:, : nodes + 1] * (2 * nodes)
+        error[rows] = _integral_of_absolute(height)
     return error
-
-
-def _smoothed_error_of_octave(waves: Tensor, sigma: Tensor) -> Tensor:
-    """`_smoothed_error` with the nodes of the narrowest bandwidth for all rows."""
-    narrowest = max(float(sigma.min()), MIN_BANDWIDTH)
-    terms = min(_terms(narrowest), waves.shape[1])
-    nodes = 128 * math.ceil(_NODES_PER_BANDWIDTH / narrowest / 128)
-    frequency = torch.arange(terms, dtype=torch.float64) * torch.pi
-    damped = waves[:, :terms] * (-0.5 * (frequency * sigma[:, None]).square()).exp()
-    # irfft of length 2 * nodes is (c_0 + 2 sum_m c_m cos(m pi t)) / (2 nodes) at t = j / nodes.
-    height = torch.fft.irfft(damped, n=2 * nodes)[:, : nodes + 1] * (2 * nodes)
-    return _integral_of_absolute(height)
 
 
 def _integral_of_absolute(height: Tensor) -> Tensor:

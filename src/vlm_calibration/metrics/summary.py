@@ -56,7 +56,7 @@ def summarize(
     positive: str = "yes",
     metrics: Iterable[str] = REPORTED,
 ) -> dict[str, float]:
-    """Every reported metric by its flat name, with a `/category` suffix where broken down.
+    """Every reported metric by its flat name, with a `/category` suffix where broken down, and one warning for all that are NaN.
 
     Args:
         table: all answers, for the calibration metrics; None: no calibration metrics.
@@ -66,18 +66,14 @@ def summarize(
         positive: the positive class of precision, recall and F1, `yes` or `no`.
         metrics: names from `METRICS`, by default those of `metrics.json`.
 
-    Returns:
-        name to number; `n` counts all answers, the other calibration metrics are over those whose confidence
-        could be read. Undefined metrics are NaN, with one warning for all of them.
-
     Raises:
         ValueError: on an unknown metric, an empty category or another `positive`.
 
     Example:
         >>> from vlm_calibration.metrics import ConfidenceTable
         >>> table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None], [True, False, False, True])
-        >>> {name: round(value, 3) for name, value in summarize(table, metrics=("n", "ece", "auroc")).items()}
-        {'n': 4.0, 'ece': 0.367, 'auroc': 0.75}
+        >>> summarize(table, metrics=("n", "auroc", "parse_failure_rate"))
+        {'n': 4.0, 'auroc': 0.75, 'parse_failure_rate': 0.25}
     """
     names = check_names(metrics)
     values: dict[str, float] = {}

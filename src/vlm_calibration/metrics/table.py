@@ -4,6 +4,7 @@ A model states integer percents, so a 101 x 2 table of counts is a sufficient st
 predictions. It is updated by one `bincount`, added across processes by one sum, and never rounded.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,24 +29,14 @@ def check_grid_steps(grid_steps: int) -> None:
 
 
 def to_level(confidence: Tensor, grid_steps: int) -> Tensor:
-    """The nearest grid level of each confidence, computed in float64; NaN becomes `grid_steps + 1`.
+    """The nearest grid level of each confidence, int64 [N], computed in float64; NaN becomes `grid_steps + 1`.
 
     The product with `grid_steps` is rounded to the nearest integer, halves to even: 0.29 is level 29
     in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * grid_steps)`.
-
-    Args:
-        confidence: float [N], in [0, 1] or NaN; not checked here.
-        grid_steps: grid steps from 0 to 1.
-
-    Returns:
-        int64 [N] in [0, grid_steps + 1].
     """
-    product = (
-        confidence.to(torch.float64) * grid_steps
-        if confidence.device.type != "mps"
-        else confidence * grid_steps
-    )
-    return product.round_().nan_to_num_(nan=grid_steps + 1).long()
+    if confidence.device.type != "mps":
+        confidence = confidence.to(torch.float64)
+    return (confidence * grid_steps).round_().nan_to_num_(nan=grid_steps + 1).long()
 
 
 def count_cells(
@@ -81,11 +72,15 @@ def count_cells(
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
-    """Confidences as a float tensor [N]; None becomes NaN."""
+    """Confidences as a float tensor [N]; None, an unparsed one, becomes NaN."""
     if isinstance(confidence, Tensor):
         return confidence
-    nan = float("nan")
-    return torch.tensor([nan if c is None else c for c in confidence], dtype=torch.float64)
+    return torch.tensor([math.nan if c is None else c for c in confidence], dtype=torch.float64)
+
+
+def as_correct_tensor(correct: Tensor | Sequence[bool]) -> Tensor:
+    """Correctness as a tensor [N]."""
+    return correct if isinstance(correct, Tensor) else torch.tensor(list(correct), dtype=torch.bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +145,7 @@ class ConfidenceTable:
         """
         check_grid_steps(grid_steps)
         confidence = as_confidence_tensor(confidence)
-        if not isinstance(correct, Tensor):
-            correct = torch.tensor(list(correct), dtype=torch.bool)
-        return cls.from_cells(count_cells(confidence, correct, grid_steps)[0])
+        return cls.from_cells(count_cells(confidence, as_correct_tensor(correct), grid_steps)[0])
 
     @classmethod
     def from_cells(cls, cells: Tensor) -> "ConfidenceTable":
@@ -181,20 +174,12 @@ class ConfidenceTable:
         return ConfidenceGroups(value, self.counts[cell], cell, self.grid_steps, torch.tensor(self.unparsed))
 
     def __add__(self, other: "ConfidenceTable") -> "ConfidenceTable":
-        """The table of both sets of answers.
-
-        Raises:
-            ValueError: if the grids differ.
-        """
+        """The table of both sets of answers; ValueError if the grids differ."""
         if not isinstance(other, ConfidenceTable):
             return NotImplemented
         if self.grid_steps != other.grid_steps:
             raise ValueError(f"cannot add tables of {self.grid_steps} and {other.grid_steps} grid steps")
         return ConfidenceTable(self.counts + other.counts, self.unparsed + other.unparsed)
-
-    def __radd__(self, other: object) -> "ConfidenceTable":
-        """Support `sum(tables)`, which starts from 0."""
-        return self if other == 0 else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         """Whether both hold the same counts on the same grid."""
@@ -211,21 +196,12 @@ def tables_by_category(
     category: Sequence[C | None],
     grid_steps: int = 100,
 ) -> dict[C, ConfidenceTable]:
-    """One table for each category, in order of first appearance; answers without a category are left out.
+    """One table for each category, in order of first appearance, of N answers; see `ConfidenceTable.from_predictions`.
 
-    Args:
-        confidence: as in `ConfidenceTable.from_predictions`.
-        correct: bool [N].
-        category: N names or other keys, None where there is none.
-        grid_steps: grid steps from 0 to 1.
-
-    Raises:
-        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+    `category` has N names or other keys, None for answers that are left out.
     """
     check_grid_steps(grid_steps)
-    confidence = as_confidence_tensor(confidence)
-    if not isinstance(correct, Tensor):
-        correct = torch.tensor(list(correct), dtype=torch.bool)
+    confidence, correct = as_confidence_tensor(confidence), as_correct_tensor(correct)
     if len(category) != len(confidence):
         raise ValueError(f"{len(confidence)} confidences but {len(category)} categories")
     names = list(dict.fromkeys(c for c in category if c is not None))

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.groups import MetricSpec, check_correct
+from vlm_calibration.metrics.table import as_correct_tensor
 
 CLASSES = ("yes", "no")
 OTHER = 2
-SHAPE = (3, 3, 2)
-
-
-def class_of_answer(answer: str | None) -> int:
-    """0 for yes, 1 for no, 2 for anything else; case, outer spaces and a final period do not matter."""
-    if answer is None:
-        return OTHER
-    word = answer.strip().rstrip(".").casefold()
-    return CLASSES.index(word) if word in CLASSES else OTHER
+TASK_SHAPE = (3, 3, 2)
 
 
 def check_positive(positive: str) -> None:
@@ -43,6 +36,8 @@ def count_answers(
 ) -> Tensor:
     """Count answers by row, gold class, predicted class and correctness with one `bincount`.
 
+    The classes are yes, no and other; case, outer spaces and a final period of yes and no do not matter.
+
     Args:
         predicted: N parsed answers, None where none could be parsed.
         answer: N gold answers.
@@ -60,13 +55,17 @@ def count_answers(
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
     correct = check_correct(correct, torch.Size([len(answer)]))
-    pairs = [class_of_answer(a) * 3 + class_of_answer(p) for p, a in zip(predicted, answer, strict=True)]
+    words = ((text or "").strip().rstrip(".").casefold() for texts in (answer, predicted) for text in texts)
+    classes = [CLASSES.index(word) if word in CLASSES else OTHER for word in words]
+    pairs = [
+        gold * 3 + said for gold, said in zip(classes[: len(answer)], classes[len(answer) :], strict=True)
+    ]
     cell = torch.tensor(pairs, dtype=torch.int64, device=correct.device) * 2 + correct
     if index is not None:
         cell = cell[index.to(cell.device)]
     if row is not None:
-        cell = cell + row.to(cell.device) * math.prod(SHAPE)
-    return torch.bincount(cell, minlength=rows * math.prod(SHAPE)).view(rows, *SHAPE)
+        cell = cell + row.to(cell.device) * math.prod(TASK_SHAPE)
+    return torch.bincount(cell, minlength=rows * math.prod(TASK_SHAPE)).view(rows, *TASK_SHAPE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,41 +83,20 @@ class TaskTable:
 
     def __post_init__(self) -> None:
         """Check the invariants and take a private copy on the CPU."""
-        if tuple(self.counts.shape) != SHAPE or self.counts.dtype != torch.int64:
+        if tuple(self.counts.shape) != TASK_SHAPE or self.counts.dtype != torch.int64:
             raise ValueError(
-                f"counts must be int64 of shape {SHAPE}, got {self.counts.dtype} {self.counts.shape}"
+                f"counts must be int64 of shape {TASK_SHAPE}, got {self.counts.dtype} {self.counts.shape}"
             )
         if int(self.counts.min()) < 0:
             raise ValueError("counts must not be negative")
         object.__setattr__(self, "counts", self.counts.detach().cpu().clone())
 
     @classmethod
-    def empty(cls) -> "TaskTable":
-        """A table of no answers, the neutral element of `+`."""
-        return cls(torch.zeros(SHAPE, dtype=torch.int64))
-
-    @classmethod
     def from_predictions(
         cls, predicted: Sequence[str | None], answer: Sequence[str], correct: Tensor | Sequence[bool]
     ) -> "TaskTable":
         """Count N answers; see `count_answers`."""
-        if not isinstance(correct, Tensor):
-            correct = torch.tensor(list(correct), dtype=torch.bool)
-        return cls(count_answers(predicted, answer, correct)[0])
-
-    def __add__(self, other: "TaskTable") -> "TaskTable":
-        """The table of both sets of answers."""
-        return TaskTable(self.counts + other.counts) if isinstance(other, TaskTable) else NotImplemented
-
-    def __radd__(self, other: object) -> "TaskTable":
-        """Support `sum(tables)`, which starts from 0."""
-        return self if other == 0 else NotImplemented
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both hold the same counts."""
-        return torch.equal(self.counts, other.counts) if isinstance(other, TaskTable) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
+        return cls(count_answers(predicted, answer, as_correct_tensor(correct))[0])
 
     @property
     def yes_no(self) -> Tensor:
@@ -161,31 +139,16 @@ def yes_ratio(table: TaskTable, positive: str = "yes") -> float:
 TASK_METRICS: dict[str, MetricSpec] = {
     spec.name: spec
     for spec in (
-        MetricSpec("accuracy", accuracy, "accuracy", "there is no answer", True, class_name="AnswerAccuracy"),
+        MetricSpec("accuracy", accuracy, "accuracy", "there is no answer", True),
         MetricSpec(
             "precision",
             precision,
             "precision",
             "the positive class was never predicted on a yes/no question",
             True,
-            class_name="YesNoPrecision",
         ),
-        MetricSpec(
-            "recall",
-            recall,
-            "recall",
-            "the positive class is the gold answer of no question",
-            True,
-            class_name="YesNoRecall",
-        ),
-        MetricSpec(
-            "f1",
-            f1,
-            "F1",
-            "the positive class was neither predicted nor a gold answer",
-            True,
-            class_name="YesNoF1",
-        ),
+        MetricSpec("recall", recall, "recall", "the positive class is the gold answer of no question", True),
+        MetricSpec("f1", f1, "F1", "the positive class was neither predicted nor a gold answer", True),
         MetricSpec("yes_ratio", yes_ratio, "yes ratio", "there is no yes/no question"),
     )
 }
@@ -193,14 +156,6 @@ TASK_METRICS: dict[str, MetricSpec] = {
 
 
 def task_scores(table: TaskTable, *, positive: str = "yes") -> dict[str, float]:
-    """The task metrics of a table by flat name, NaN where undefined, without a warning.
-
-    Args:
-        table: the counts.
-        positive: `yes` or `no`.
-
-    Raises:
-        ValueError: if `positive` is neither.
-    """
+    """The task metrics of a table by flat name, NaN where undefined, without a warning; ValueError unless `positive` is yes or no."""
     check_positive(positive)
     return {name: spec.function(table, positive) for name, spec in TASK_METRICS.items()}

@@ -102,12 +102,14 @@ class EvaluatedModel(NamedTuple):
         weights: digest of the weights, as `DecisionRule` has it.
         prompt: template of the evaluation's prompt.
         folder: where the rule belongs.
+        has_adapter: whether that is an adapter's folder.
     """
 
     base: BaseModel
     weights: str
     prompt: str
     folder: Path
+    has_adapter: bool
 
 
 def model_of(system: System) -> EvaluatedModel:
@@ -118,18 +120,21 @@ def model_of(system: System) -> EvaluatedModel:
     """
     config = system.config or {}
     settings = config["model"].get("init_args") or {}
-    adapters = settings.get("adapters") or {}
-    if system.name not in (BASE, *adapters):
+    adapters, endpoints = (settings.get(kind) or {} for kind in ("adapters", "endpoints"))
+    if system.name not in (BASE, *adapters, *endpoints):
         raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
-    base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
     template = ((config.get("data") or {}).get("prompt") or {}).get("template")
     prompt, folder = template or ElicitationPrompt().template, system.folder / system.name
+    if system.name in endpoints:
+        # Nobody knows the weights behind an address.
+        return EvaluatedModel(BaseModel(endpoints[system.name]["model"]), "", prompt, folder, False)
+    base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
     if system.name == BASE:
         from vlm_calibration.models.loading import (
             weights_digest,  # imports transformers, which no adapter needs
         )
 
-        return EvaluatedModel(base, weights_digest(base) or "", prompt, folder)
+        return EvaluatedModel(base, weights_digest(base) or "", prompt, folder, False)
     adapter, record = find_adapter(adapters[system.name]), system.folder / RECORD
     inputs = read_object(record).get("inputs", {}) if record.is_file() else {}
     recorded = inputs.get(f"model.init_args.adapters.{system.name}")
@@ -137,4 +142,6 @@ def model_of(system: System) -> EvaluatedModel:
         raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
     # A download in the Hub's cache belongs to the cache.
     is_local = Path(adapters[system.name]).exists()
-    return EvaluatedModel(base, adapter_weights_digest(adapter), prompt, adapter if is_local else folder)
+    return EvaluatedModel(
+        base, adapter_weights_digest(adapter), prompt, adapter if is_local else folder, True
+    )

@@ -18,8 +18,8 @@ from torchmetrics import Metric
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
+from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.functional import REPORTED
-from vlm_calibration.metrics.probe_metrics import ProbeMetrics
 from vlm_calibration.metrics.table import PROBABILITY_STEPS, as_confidence_tensor
 from vlm_calibration.records import Prediction, category_groups
 
@@ -146,6 +146,7 @@ class Scorer(nn.Module):
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             by_confidence = {name: metrics.compute() for name, metrics in self._calibration().items()}
             values = by_confidence.pop(VERBALIZED) | self.task.compute()
+            of_probes = self.probes.compute() if self.probe_names else {}
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
         if self.counted:
             costs = zip(self.counted, self.passes.compute().tolist(), strict=True)
@@ -154,6 +155,4 @@ class Scorer(nn.Module):
             for key, value in values.items():
                 metric, slash, group = key.partition("/")
                 results[f"{metric}@{estimator}{slash}{group}"] = float(value)
-        if self.probe_names:
-            results |= {name: float(value) for name, value in self.probes.compute().items()}
-        return results
+        return results | {name: float(value) for name, value in of_probes.items()}

@@ -7,7 +7,7 @@ report and `vlm-calibration threshold` both compute with these functions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from vlm_calibration.estimators.decision import EVERYTHING, By, may_answer
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -114,12 +114,25 @@ def grouped(answers: Sequence[EstimatedPrediction], by: By | None) -> dict[str, 
 # --- Choosing and testing -------------------------------------------------------------------------------------------
 
 
-def one_an_image(answers: Sequence[EstimatedPrediction]) -> list[EstimatedPrediction]:
+class AboutImage(Protocol):
+    """An answer that may name its image."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def image(self) -> str | None: ...
+
+
+A = TypeVar("A", bound=AboutImage)
+
+
+def one_an_image(answers: Sequence[A]) -> list[A]:
     """One of the answers about each image, the one whose id has the smallest digest; all answers that name no image."""
-    chosen: dict[str, tuple[str, EstimatedPrediction]] = {}
-    for answer in answers:
+    chosen: dict[str | int, tuple[str, A]] = {}
+    for place, answer in enumerate(answers):
+        image = place if answer.image is None else answer.image
         drawn = (digest([answer.id]), answer)
-        image = f"id {answer.id}" if answer.image is None else f"image {answer.image}"
         chosen[image] = min(drawn, chosen.get(image, drawn), key=lambda candidate: candidate[0])
     return [answer for _, answer in chosen.values()]
 
