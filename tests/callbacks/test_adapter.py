@@ -27,13 +27,13 @@ from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy

@@ -15,9 +15,11 @@ import torch
 import yaml
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
@@ -28,8 +30,6 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
-from vlm_calibration.stages import evaluation
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended
@@ -120,7 +120,7 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
     def answers(*arguments: Any) -> list[Any]:
         return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
 
-    monkeypatch.setattr(evaluation, "answer_batch", answers)
+    monkeypatch.setattr(base, "answer_batch", answers)
     with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
         run_evaluation({}, **chosen)
 

@@ -177,66 +177,47 @@ def recalibrated(
     Raises:
         DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
     """
-    check_disjoint_images(calibration, predictions)
+    if shared := sorted(_images_of(calibration) & _images_of(predictions)):
+        raise DataError(
+            f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
+            "be fitted on other images than it is applied to"
+        )
     if missing := unrated_types(predictions, estimator, calibration):
         raise DataError(
             f"{method}: no {missing[0]} answer of the calibration split has a confidence to fit on"
         )
     epsilon = HALF_PERCENT if estimator == VERBALIZED else SMALLEST
     values: list[float | None] = [None] * len(predictions)
-    for kind in rated_types(predictions, estimator):
-        fitted_on = [p for p in calibration if _is_rated(p, estimator, kind)]
+    for kind, rows in _rated(predictions, estimator).items():
+        fitted_on = [calibration[row] for row in _rated(calibration, estimator)[kind]]
         confidence = np.array([p.confidence_of(estimator) for p in fitted_on], dtype=np.float64)
         fit = METHODS[method](epsilon).fit(confidence, np.array([p.correct for p in fitted_on]))
-        rows = [row for row, p in enumerate(predictions) if _is_rated(p, estimator, kind)]
         mapped = fit(np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64))
         for row, value in zip(rows, mapped.tolist(), strict=True):
             values[row] = value
     return values
 
 
-def rated_types(predictions: Sequence[EstimatedPrediction], estimator: str) -> list[str]:
-    """The types of the answers that an estimator rates, sorted."""
-    return sorted({p.answer_type for p in predictions if p.confidence_of(estimator) is not None})
-
-
 def unrated_types(
     predictions: Sequence[EstimatedPrediction], estimator: str, calibration: Sequence[EstimatedPrediction]
 ) -> list[str]:
     """The types of answers that an estimator rates, but none of a calibration set, so that no map can be fitted."""
-    known = rated_types(calibration, estimator)
-    return [kind for kind in rated_types(predictions, estimator) if kind not in known]
+    return sorted(_rated(predictions, estimator).keys() - _rated(calibration, estimator).keys())
 
 
-def _is_rated(prediction: EstimatedPrediction, estimator: str, kind: str) -> bool:
-    return prediction.answer_type == kind and prediction.confidence_of(estimator) is not None
+def _rated(predictions: Sequence[EstimatedPrediction], estimator: str) -> dict[str, list[int]]:
+    """Answer type -> rows of the answers that have a confidence."""
+    rows: dict[str, list[int]] = {}
+    for row, prediction in enumerate(predictions):
+        if prediction.confidence_of(estimator) is not None:
+            rows.setdefault(prediction.answer_type, []).append(row)
+    return rows
 
 
-def check_disjoint_images(
-    calibration: Sequence[EstimatedPrediction], test: Sequence[EstimatedPrediction]
-) -> None:
-    """Check that the calibration split shares no image with the answers to recalibrate.
-
-    Raises:
-        DataError: they share an image, or an image is unknown.
-    """
-    shared = sorted(set(images_of(calibration)) & set(images_of(test)))
-    if shared:
-        raise DataError(
-            f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
-            "be fitted on other images than it is applied to"
-        )
-
-
-def images_of(predictions: Sequence[EstimatedPrediction]) -> list[str]:
-    """The image of each prediction.
-
-    Raises:
-        DataError: an image is unknown.
-    """
+def _images_of(predictions: Sequence[EstimatedPrediction]) -> set[str]:
     for prediction in predictions:
         if prediction.image is None:
             raise DataError(
                 f"prediction {prediction.id!r} has no 'image', so answers cannot be split by image: evaluate again"
             )
-    return [p.image for p in predictions if p.image is not None]
+    return {p.image for p in predictions if p.image is not None}

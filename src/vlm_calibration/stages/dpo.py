@@ -28,6 +28,7 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import DistributionLoss
 from vlm_calibration.losses.preference import DPO, preference_statistics
@@ -45,7 +46,6 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.records import DataError, Prediction, Query
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -76,15 +76,17 @@ from vlm_calibration.stages.teachers import (
     gather,
 )
 from vlm_calibration.stages.training import (
+    TOO_LONG,
     check_strategy,
     check_trained_weights,
+    device_of,
     has_samples,
     keep_trained_weights,
     log_results,
     prepare_for_training,
     seed_batch,
+    tokenizer_of,
     trained_parameters,
-    warn_of_skipped,
     warn_of_total,
     zero_loss,
 )
@@ -471,7 +473,7 @@ class DPOModule(L.LightningModule):
                 self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_train_end(self) -> None:
-        warn_of_skipped(self, self.skipped)
+        warn_of_total(self, self.skipped, TOO_LONG)
         warn_of_total(
             self,
             self.cut_off,

@@ -17,10 +17,9 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
 from vlm_calibration.data.module import INSTANCES, LEVELS, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.perturbation.answer_likelihoods import Measured, write_likelihoods
@@ -30,9 +29,9 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.settings import digest
 from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
-from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.provenance import provenance_of
+from vlm_calibration.stages.training import device_of, refuse_sharding
 
 LIKELIHOOD = AnswerLikelihood.name
 COLUMNS = ("query", "answer_type", "level", "correct", "likelihood")
@@ -140,31 +139,20 @@ class LevelFitModule(L.LightningModule):
         """
         ranked = rank_answers(self.model, batch)
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
-        if any(untouched) and self.likelihoods is not None:
-            recorder = GenerationRecorder(self.model, keep_cache=True)
-            answers = answer_batch(recorder, batch, tokenizer_of(self), self.max_new_tokens)
-            answered = AnsweredBatch(
-                self.model,
-                batch,
-                answers,
-                recorder.passes,
-                self.tokenizer,
-                self.max_new_tokens,
-                recorder.cache,
-            )
-            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
-            likelihoods = [
-                float(np.float32(p or 0)) for p in AnswerLikelihood().estimate(answered).confidence
-            ]
-            rows = zip(cast(list[EstimatedPrediction], answers), likelihoods, untouched, strict=True)
-            own = [replace(a, estimates={LIKELIHOOD: p}) if clean else a for a, p, clean in rows]
-        elif None in ranked:
-            answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
-            own = cast(list[EstimatedPrediction], answers)
+        estimators = [AnswerLikelihood()] if any(untouched) and self.likelihoods is not None else []
+        if estimators or None in ranked:
+            system = LocalSystem(self.model, None, self.tokenizer, self.max_new_tokens, estimators)
+            answers = system.answer(batch).predictions
         else:
             facts = zip(batch.queries, batch.perturbations, batch.noise_steps, strict=True)
-            own = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
-        return [a if rank is None else replace(a, correct=rank) for a, rank in zip(own, ranked, strict=True)]
+            answers = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
+        graded = []
+        for answer, rank, clean in zip(answers, ranked, untouched, strict=True):
+            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
+            held = {name: float(np.float32(p or 0)) for name, p in answer.estimates.items() if clean}
+            correct = answer.correct if rank is None else rank
+            graded.append(replace(answer, estimates=held, correct=correct))
+        return graded
 
     def on_test_epoch_end(self) -> None:
         self.answers.close()

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.sequence import (
     AnswerWeight,
     response_nll,
@@ -24,20 +25,22 @@ from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import (
+    TOO_LONG,
     check_strategy,
     check_trained_weights,
+    device_of,
     has_samples,
     keep_trained_weights,
     log_results,
     prepare_for_training,
     seed_batch,
+    tokenizer_of,
     trained_parameters,
-    warn_of_skipped,
+    warn_of_total,
     zero_loss,
 )
 
@@ -150,7 +153,7 @@ class SFTModule(L.LightningModule):
         log_results(self, self.results)
 
     def on_train_end(self) -> None:
-        warn_of_skipped(self, self.skipped)
+        warn_of_total(self, self.skipped, TOO_LONG)
 
     def configure_optimizers(self) -> Any:
         return adamw_with_schedule(
