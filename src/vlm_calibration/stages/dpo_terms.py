@@ -61,14 +61,6 @@ def candidate_scores(
     )
 
 
-def which_correct(compared: Candidates, is_correct: Sequence[bool]) -> list[list[bool]]:
-    """For each query whether the answer of each candidate is correct, given whether the query's own answer is.
-
-    A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
-    """
-    return [[c.wrong != own for c in row] for row, own in zip(compared, is_correct, strict=True)]
-
-
 def chosen_nll(
     policy: ResponseScores,
     compared: Candidates,

@@ -90,20 +90,27 @@ class Comparison(NamedTuple):
             tuple(row[i] for i in picks) for row, picks in zip(self.candidates, self.picks, strict=True)
         )
 
+    @property
+    def correct(self) -> list[list[bool]]:
+        """For each query whether the answer of each picked candidate is correct.
+
+        A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
+        """
+        return [
+            [c.wrong != correct for c in row]
+            for row, correct in zip(self.compared, self.is_correct, strict=True)
+        ]
+
     def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
         """The comparison of the queries that have a target, and the policy's scores of them."""
         rows = [row for row, target in enumerate(self.targets) if not math.isnan(target)]
-        fields: dict[str, Any] = {}
-        for name, values in self._asdict().items():
+
+        def select(values: Any) -> Any:
             if isinstance(values, ResponseScores):
-                fields[name] = _rows(values, rows)
-            else:
-                fields[name] = None if values is None else tuple(values[row] for row in rows)
-        return Comparison(**fields), _rows(policy, rows)
+                return ResponseScores(*(scores[rows] for scores in values))
+            return None if values is None else tuple(values[row] for row in rows)
 
-
-def _rows(scores: ResponseScores, rows: list[int]) -> ResponseScores:
-    return ResponseScores(*(values[rows] for values in scores))
+        return Comparison(*map(select, self)), select(policy)
 
 
 def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
@@ -128,6 +135,9 @@ class LevelDistribution(NamedTuple):
     total: Tensor
     candidates: Candidates
 
+    def _indices(self, row: int) -> list[int]:
+        return [k for k, c in enumerate(self.candidates[row]) if not c.wrong]
+
     def log_p(self, row: int) -> Tensor:
         """Log-probabilities of one query's levels, normalised over them: float32 [levels]."""
         return torch.log_softmax(self.total[row, self._indices(row)].float(), -1)
@@ -135,16 +145,12 @@ class LevelDistribution(NamedTuple):
     def expected(self, row: int) -> float:
         """The mean confidence of one query over its levels, in [0, 1]."""
         indices = self._indices(row)
-        return expected_confidence(
-            [self.candidates[row][k].confidence for k in indices], self.total[row, indices].cpu()
-        )
+        levels = [self.candidates[row][k].confidence for k in indices]
+        return expected_confidence(levels, self.total[row, indices].cpu())
 
     def mode(self, row: int) -> int:
         """Index of the most likely candidate of one query, the one that greedy decoding states."""
         return self._indices(row)[int(self.log_p(row).argmax())]
-
-    def _indices(self, row: int) -> list[int]:
-        return [k for k, c in enumerate(self.candidates[row]) if not c.wrong]
 
 
 @torch.no_grad()
@@ -162,29 +168,26 @@ def choose_candidates(
     batch: CandidateBatch,
     targets: Sequence[float],
     reference: LevelDistribution | None = None,
+    *,
+    everything: bool = False,
 ) -> tuple[tuple[int, ...], ...]:
     """For each query the index of its chosen candidate, then those of its rejected ones.
 
     Args:
         targets: for each query the target confidence in [0, 1]; for NaN any candidate is chosen.
         reference: the reference's distribution over all candidates; required if `policy.on_policy`.
+        everything: all other candidates instead of the rejected ones, for losses of the distribution over them.
     """
-    picks = []
+    picks: list[tuple[int, ...]] = []
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
         target = nearest([c.confidence for c in candidates if not c.wrong], targets[row])
+        if everything:
+            picks.append((target, *(i for i in range(len(candidates)) if i != target)))
+            continue
         mode = None if reference is None else reference.mode(row)
         chosen = choose(policy, candidates, target, query, batch.epochs[row], mode)
         # A wrong answer is not preferred over its opposite, which is correct.
         picks.append(tuple(i for i in chosen if batch.is_correct[row] or not candidates[i].wrong))
-    return tuple(picks)
-
-
-def choose_all(batch: CandidateBatch, targets: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """All candidates of each query, the one nearest to its target first, for losses of the distribution over them."""
-    picks = []
-    for candidates, confidence in zip(batch.candidates, targets, strict=True):
-        target = nearest([c.confidence for c in candidates if not c.wrong], confidence)
-        picks.append((target, *(i for i in range(len(candidates)) if i != target)))
     return tuple(picks)
 
 

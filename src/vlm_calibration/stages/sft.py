@@ -93,6 +93,10 @@ class SFTModule(L.LightningModule):
         check_strategy(self, stage, self.base.quantization)
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
+    def title(self, data: PerturbedQueryDataModule) -> str:
+        """What is taught."""
+        return "stage 1: supervised fine-tuning (SFT)"
+
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Reject data whose levels were measured differently, before the model is loaded."""
         check_levels(data.noise.levels, self.base, data)

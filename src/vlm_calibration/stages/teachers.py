@@ -1,6 +1,7 @@
-"""Teachers of stage 2: how confident the reference should have been of its answers, from what it knows of them.
+"""The target of stage 2: the confidence that each answer should state.
 
-A fitted teacher is a map from estimates of the reference's confidence to the accuracy of its answers, one for each answer type,
+That is the level of the perturbation, whether the answer is correct, or what a teacher makes of what the reference knows of its answer. A
+fitted teacher is a map from estimates of the reference's confidence to the accuracy of its answers, one for each answer type,
 fitted with scikit-learn on the validation queries before training. It is kept in the checkpoint and described in the adapter's
 card with scores of its own.
 """
@@ -19,6 +20,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from vlm_calibration.data.candidates import CandidateBatch
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -27,9 +29,10 @@ from vlm_calibration.estimators.recalibration import SMALLEST
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.preference_targets import OF_GOLD_ANSWERS, LevelDistribution, Target
 
 Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
-_ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "expected": ExpectedConfidence,
     "likelihood": AnswerLikelihood,
     "p_true": PTrue,
@@ -104,22 +107,20 @@ class IsotonicMap(NamedTuple):
 Map = LogisticMap | IsotonicMap
 
 
+@dataclass(frozen=True, repr=False)
 class FittedTeacher:
     """Maps from estimates of confidence to accuracy, one for each answer type.
 
-    Args:
+    Attributes:
         settings: what was fitted.
         maps: answer type -> its map.
         scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
             `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
     """
 
-    def __init__(
-        self, settings: TeacherSettings, maps: Mapping[str, Map], scores: Mapping[str, float]
-    ) -> None:
-        self.settings = settings
-        self.maps = maps
-        self.scores = scores
+    settings: TeacherSettings
+    maps: Mapping[str, Map]
+    scores: Mapping[str, float]
 
     def __call__(self, features: Sequence[float], answer_type: str) -> float:
         """The accuracy in [0, 1] of answers with such features.
@@ -176,18 +177,6 @@ def _plain(settings: TeacherSettings) -> dict[str, Any]:
     return {"features": list(settings.features), "map": settings.map}
 
 
-def estimators_of(features: Sequence[str]) -> list[Estimator]:
-    """The estimators of features, in their order."""
-    return [_ESTIMATORS[name]() for name in features]
-
-
-def features_of(estimators: Sequence[Estimator], answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
-    """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
-    columns = [estimator.estimate(answered).confidence for estimator in estimators]
-    rows = zip(*columns, strict=True)
-    return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
-
-
 def gather(rows: list[Any]) -> list[Any]:
     """The rows of all processes."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -197,12 +186,99 @@ def gather(rows: list[Any]) -> list[Any]:
     return [row for part in gathered for row in part]
 
 
+class TargetChooser:
+    """Chooses the confidence that each answer should state.
+
+    Args:
+        target: as in `PairPolicy`.
+        settings: what "fitted" fits.
+
+    Attributes:
+        fitted: the fitted teacher, which "fitted" needs.
+    """
+
+    def __init__(self, target: Target, settings: TeacherSettings) -> None:
+        self.target = target
+        self.settings = settings
+        features = settings.features if target == "fitted" else (target,)
+        self.estimators = [] if target in OF_GOLD_ANSWERS else [ESTIMATORS[name]() for name in features]
+        self.fitted: FittedTeacher | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """False for a teacher that is still to be fitted."""
+        return self.target != "fitted" or self.fitted is not None
+
+    def __call__(
+        self, batch: CandidateBatch, reference: LevelDistribution | None, answered: AnsweredBatch | None
+    ) -> tuple[float, ...]:
+        """For each query the target in [0, 1]; NaN for an own answer that is none, or that an estimator does not rate.
+
+        Args:
+            batch: the candidates.
+            reference: the reference's distribution over their levels; "expected" needs it.
+            answered: the reference's own answers, if the candidates give these; estimators need them.
+        """
+        targets: Sequence[float]
+        if self.target == "level":
+            targets = batch.levels
+        elif self.target == "correct":
+            targets = [float(correct) for correct in batch.is_correct]
+        elif self.target == "expected":
+            assert reference is not None
+            targets = [reference.expected(row) for row in range(len(batch.queries))]
+        else:
+            assert answered is not None
+            rows = zip(self.features(answered), batch.queries, strict=True)
+            targets = [math.nan if f is None else self._teach(f, query.answer_type) for f, query in rows]
+        if answered is None:
+            return tuple(targets)
+        answers = zip(targets, answered.answers, strict=True)
+        return tuple(math.nan if answer is None else target for target, answer in answers)
+
+    def _teach(self, features: tuple[float, ...], answer_type: str) -> float:
+        if self.target != "fitted":
+            return features[0]
+        assert self.fitted is not None
+        return self.fitted(features, answer_type)
+
+    def features(self, answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
+        """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
+        columns = [estimator.estimate(answered).confidence for estimator in self.estimators]
+        rows = zip(*columns, strict=True)
+        return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
+
+    def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
+        """The rated answers of a batch, to fit on."""
+        rows = zip(self.features(answered), answered.predictions, answered.batch.queries, strict=True)
+        return [
+            TaughtAnswer(f, p.correct, p.answer_type, query.image) for f, p, query in rows if f is not None
+        ]
+
+    def fit(self, rows: list[TaughtAnswer]) -> None:
+        """Fit the teacher on the answers of all processes, of which each gives its own.
+
+        Raises:
+            DataError: there are none.
+        """
+        rows = gather(rows)  # before any error is raised, so that no process waits for another
+        if not rows:
+            raise DataError(
+                "`target: fitted`: the reference gives no answer to a validation query that "
+                f"{' and '.join(self.settings.features)} rate, so there is nothing to fit: use `target: expected`, train stage 1 "
+                "longer, or raise model.max_new_tokens if it cuts answers off"
+            )
+        self.fitted = FittedTeacher.fit(self.settings, rows)
+
+
 def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
     fit = _fit_logistic if settings.map == "logistic" else _fit_isotonic
     maps: dict[str, Map] = {}
     for kind in sorted({row.answer_type for row in rows}):
-        own = [row for row in rows if row.answer_type == kind]
-        maps[kind] = fit(np.array([row.features for row in own]), np.array([row.correct for row in own]))
+        of_kind = [row for row in rows if row.answer_type == kind]
+        maps[kind] = fit(
+            np.array([row.features for row in of_kind]), np.array([row.correct for row in of_kind])
+        )
     return maps
 
 
