@@ -38,7 +38,7 @@ LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "l
         ({}, PairPolicy(target="expected"), False),
         (
             {"reference": "base", "loss": Ordinal(beta=1.0)},
-            PairPolicy(target="expected", on_policy=True),
+            PairPolicy(target="expected"),
             False,
         ),
         (
@@ -152,9 +152,7 @@ def test_drift_needs_a_reference(make_module: MakeModule) -> None:
         make_module(reference="none", loss=SimPO(), drift_weight=0.3, pairs=PairPolicy(target="level"))
 
 
-@pytest.mark.parametrize(
-    "policy", [PairPolicy(target="expected"), PairPolicy(target="level", rejected="far", on_policy=True)]
-)
+@pytest.mark.parametrize("policy", [PairPolicy(target="expected")])
 def test_a_target_that_asks_the_reference_is_refused_without_one(
     make_module: MakeModule, policy: PairPolicy
 ) -> None:

@@ -409,7 +409,7 @@ def test_a_wrong_answer_is_not_preferred_over_its_opposite(make_step: MakeStep) 
         (OWN, {"loss": SoftLabel(), "pairs": PairPolicy(target="fitted"), "gradient_checkpointing": True}),
         (
             WITH_OPPOSITE,
-            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2, on_policy=True), "reference": "base"},
+            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2), "reference": "base"},
         ),
         (OWN, {"loss": SimPO(), "nll_weight": 1.0, "drift_weight": 1.0}),
     ],

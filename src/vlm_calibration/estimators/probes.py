@@ -59,8 +59,8 @@ def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
     """
     if unknown := [probe for probe in probes if probe not in PROBES]:
         raise DataError(f"model.probes: there is no probe {unknown[0]!r}: expected {', '.join(PROBES)}")
-    if len(set(probes)) < len(probes):
-        raise DataError(f"model.probes: a probe appears twice in {list(probes)}")
+    if twice := [probe for probe in PROBES if list(probes).count(probe) > 1]:
+        raise DataError(f"model.probes: {twice[0]!r} appears twice")
     return tuple(probe for probe in PROBES if probe in probes)
 
 

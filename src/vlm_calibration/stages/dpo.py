@@ -27,6 +27,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores
 from vlm_calibration.losses.distribution import DistributionLoss, SoftLabel
 from vlm_calibration.losses.preference import DPO, preference_statistics
@@ -43,7 +44,7 @@ from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -58,7 +59,6 @@ from vlm_calibration.stages.preference_targets import (
     LevelDistribution,
     PairPolicy,
     choose_candidates,
-    kl_divergence,
     picked,
 )
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
@@ -160,10 +160,9 @@ class DPOModule(L.LightningModule):
             raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
         if reference == "none" and drift_weight:
             raise DataError("model.drift_weight compares with the reference, but model.reference is none")
-        if reference == "none" and pairs.needs_reference:
+        if reference == "none" and pairs.target == "expected":
             raise DataError(
-                f"model.pairs: `target: {pairs.target}`, `on_policy: {pairs.on_policy}` needs the reference, but "
-                "model.reference is none"
+                "model.pairs: `target: expected` needs the reference, but model.reference is none"
             )
         self.base = base
         self.adapter = adapter
@@ -191,13 +190,15 @@ class DPOModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_strategy(self, stage, self.base.quantization)
-        gold = self.trainer.datamodule.candidates.answers == "gold"  # type: ignore[attr-defined]
-        if self.device_mesh is not None and not (gold and self.scoring == "shared"):
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_data(data)
+        if self.device_mesh is not None and not (
+            data.candidates.answers == "gold" and self.scoring == "shared"
+        ):
             raise DataError(
                 "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
                 "model.scoring to shared, or use trainer/ddp"
             )
-        self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def title(self, data: PerturbedQueryDataModule) -> str:
         """What is taught, and on which answers: "stage 2: soft labels on own answers"."""
@@ -333,12 +334,12 @@ class DPOModule(L.LightningModule):
         of_all = None
         if answered is not None:
             of_all = answered.scored_answers.candidates
-        elif self.pairs.needs_reference:
+        elif self.pairs.target == "expected":
             of_all = self.score_reference(batch, batch.candidates)
         distribution = None if of_all is None else LevelDistribution(of_all.total, batch.candidates)
         targets = self.target(batch, distribution, answered)
         everything = isinstance(self.loss, DistributionLoss)
-        picks = choose_candidates(self.pairs, batch, targets, distribution, everything=everything)
+        picks = choose_candidates(self.pairs, batch, targets, everything=everything)
         comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
         if not (self.loss.needs_reference or self.drift_weight):
             return comparison
@@ -369,7 +370,7 @@ class DPOModule(L.LightningModule):
         for mean in self.pair_means.values():
             cast(MeanMetric, mean).reset()
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
         with shared_vision(self.model):
             predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
@@ -396,8 +397,8 @@ class DPOModule(L.LightningModule):
         )
         statistics = self._statistics(scores, of_compared, comparison)
         if of_all is not None:
-            distributions = (LevelDistribution(s.total, comparison.candidates) for s in (policy, of_all))
-            statistics["kl"] = kl_divergence(*distributions)
+            reference = LevelDistribution(of_all.total, comparison.candidates)
+            statistics["kl"] = LevelDistribution(policy.total, comparison.candidates).kl_divergence(reference)
         for name, value in statistics.items():
             count = sum(comparison.is_correct) if name == "logp_answer" else len(compared)
             cast(MeanMetric, self.pair_means[name]).update(value, count)

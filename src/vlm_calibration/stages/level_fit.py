@@ -304,27 +304,18 @@ def _count(
         np.add.at(n, (bins, level), 1)
         np.add.at(n_correct, (bins, level), correct)
         if n[:, :-1].all():
-            counts = np.stack([n, n_correct], -1).tolist()
-            return AnswerTypeCounts(
-                tuple(_kind_counts(perturbations, rows) for *rows, _ in counts),
-                tuple(edges.tolist()),
-                tuple(LevelCount(0.0, *others) for *_, others in counts),
-            )
+            bins_by_kind, never_perturbed = [], []
+            for *counts, others in np.stack([n, n_correct], -1).tolist():
+                rows = zip(perturbations, counts, strict=True)
+                (_, untouched), *perturbed = [(kind, LevelCount(s, *count)) for (kind, s), count in rows]
+                by_kind: dict[str, tuple[LevelCount, ...]] = {}
+                for kind, count in perturbed:
+                    by_kind[kind] = (*by_kind.get(kind, (untouched,)), count)
+                bins_by_kind.append(by_kind)
+                never_perturbed.append(LevelCount(0.0, *others))
+            return AnswerTypeCounts(tuple(bins_by_kind), tuple(edges.tolist()), tuple(never_perturbed))
     kind, strength = perturbations[1 + int(np.argmin(n[0, 1:-1]))]
     raise DataError(
         f"no {answer_type} query with {kind} of strength {strength:g}: data.levels has only queries about absent objects, whose "
         "images `data.noise.absent: clean` leaves untouched"
     )
-
-
-def _kind_counts(
-    perturbations: Sequence[Perturbation], counts: Sequence[tuple[int, int]]
-) -> dict[str, tuple[LevelCount, ...]]:
-    """Kind -> its counts, that of untouched images first."""
-    rows = [
-        (kind, LevelCount(strength, *count))
-        for (kind, strength), count in zip(perturbations, counts, strict=True)
-    ]
-    (_, untouched), *perturbed = rows
-    kinds = dict.fromkeys(kind for kind, _ in perturbed)
-    return {kind: (untouched, *(row for k, row in perturbed if k == kind)) for kind in kinds}

@@ -15,6 +15,7 @@ from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.losses.sequence import (
     AnswerWeight,
     response_nll,
@@ -24,7 +25,7 @@ from vlm_calibration.losses.sequence import (
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
@@ -147,7 +148,7 @@ class SFTModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self.scorer.reset()
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
         predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
         self.scorer.update(predictions)
         return {"": predictions}
