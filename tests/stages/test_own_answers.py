@@ -29,7 +29,6 @@ from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.teachers import (
     ESTIMATORS,
     FittedTeacher,
-    LogisticMap,
     TeacherSettings,
 )
 from vlm_calibration.stages.training import trained_parameters
@@ -41,7 +40,7 @@ OWN = CandidateSettings(answers="own")
 WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
 TARGETS = ("level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct")
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
-MAPS = {"yes_no": LogisticMap((0.7, 0.4), -0.3), "short": LogisticMap((-0.2, 0.9), 0.6)}
+MAPS = {"yes_no": ((0.7, 0.4), -0.3), "short": ((-0.2, 0.9), 0.6)}
 
 MakeStep = Callable[..., OwnStep]
 
@@ -164,7 +163,7 @@ def _target(step: OwnStep, row: int, target: str) -> float:
         asked = TEMPLATE.format(question=query.question, answer=answer)
         return step.ask(row, lambda alone: alone.against(asked, "True", "False"))
     assert target == "fitted"
-    *weights, intercept = *MAPS[query.answer_type].weights, MAPS[query.answer_type].intercept
+    weights, intercept = MAPS[query.answer_type]
     features = [_target(step, row, name) for name in ("likelihood", "expected")]
     z = intercept + sum(w * math.log(f / (1 - f)) for w, f in zip(weights, features, strict=True))
     return 1 / (1 + math.exp(-z))

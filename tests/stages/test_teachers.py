@@ -142,7 +142,7 @@ def test_the_isotonic_map_by_hand() -> None:
 
 
 def test_the_logistic_map_by_hand() -> None:
-    fitted = FittedTeacher(TWO, {"open": teachers.LogisticMap((1.0, -2.0), 0.5)}, {})
+    fitted = FittedTeacher(TWO, {"open": ((1.0, -2.0), 0.5)}, {})
     odds = math.exp(0.5) * (0.8 / 0.2) * (0.6 / 0.4) ** -2
     assert fitted((0.8, 0.6), "open") == pytest.approx(odds / (1 + odds))
     assert fitted((0.0, 1.0), "open") == pytest.approx(0, abs=1e-12)

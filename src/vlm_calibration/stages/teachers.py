@@ -1,9 +1,8 @@
 """The target of stage 2: the confidence that each answer should state.
 
 That is the level of the perturbation, whether the answer is correct, or what a teacher makes of what the reference knows of its answer. A
-fitted teacher is a map from estimates of the reference's confidence to the accuracy of its answers, one for each answer type,
-fitted with scikit-learn on the validation queries before training. It is kept in the checkpoint and described in the adapter's
-card with scores of its own.
+fitted teacher maps estimates of the reference's confidence to the accuracy of its answers. It is fitted with scikit-learn on the
+validation queries before training, kept in the checkpoint, and described in the adapter's card with scores of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +39,8 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 }
 FOLDS = 5
 """Folds of the cross-validation that scores a fitted teacher."""
+Map = tuple[Any, Any]
+"""Logistic: the weights of the features' log-odds, and the intercept. Isotonic: rising confidences, and the accuracy at each."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class TeacherSettings:
                 "`map: logistic`"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"features": list(self.features), "map": self.map}
+
 
 class TaughtAnswer(NamedTuple):
     """One answer that a teacher is fitted on.
@@ -81,30 +85,6 @@ class TaughtAnswer(NamedTuple):
     correct: bool
     answer_type: str
     image: str
-
-
-class LogisticMap(NamedTuple):
-    """sigmoid(weights . log-odds of the features + intercept)."""
-
-    weights: tuple[float, ...]
-    intercept: float
-
-    def __call__(self, features: Sequence[float]) -> float:
-        z = float(np.dot(self.weights, _log_odds(np.array(features))) + self.intercept)
-        return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
-
-
-class IsotonicMap(NamedTuple):
-    """Accuracies at rising confidences, both in [0, 1]; linear between them, constant outside."""
-
-    confidences: tuple[float, ...]
-    accuracies: tuple[float, ...]
-
-    def __call__(self, features: Sequence[float]) -> float:
-        return float(np.interp(features[0], self.confidences, self.accuracies))
-
-
-Map = LogisticMap | IsotonicMap
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +113,7 @@ class FittedTeacher:
                 f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
                 f"{', '.join(sorted(self.maps))}: add such queries to it"
             )
-        return self.maps[answer_type](features)
+        return _apply(self.settings, self.maps[answer_type], features)
 
     @staticmethod
     def fit(settings: TeacherSettings, answers: Sequence[TaughtAnswer]) -> FittedTeacher:
@@ -144,8 +124,8 @@ class FittedTeacher:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
-            "settings": _plain(self.settings),
-            "maps": {kind: tuple(fitted) for kind, fitted in self.maps.items()},
+            "settings": self.settings.to_dict(),
+            "maps": dict(self.maps),
             "scores": dict(self.scores),
         }
 
@@ -156,14 +136,12 @@ class FittedTeacher:
         Raises:
             DataError: it was fitted with other settings.
         """
-        if state["settings"] != _plain(settings):
+        if state["settings"] != settings.to_dict():
             raise DataError(
                 f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
-                f"{_plain(settings)}: use the settings of the run that wrote the checkpoint"
+                f"{settings.to_dict()}: use the settings of the run that wrote the checkpoint"
             )
-        build = LogisticMap if settings.map == "logistic" else IsotonicMap
-        maps = {kind: build(*values) for kind, values in state["maps"].items()}
-        return FittedTeacher(settings, maps, state["scores"])
+        return FittedTeacher(settings, state["maps"], state["scores"])
 
     def __repr__(self) -> str:
         scores = ", ".join(
@@ -171,19 +149,6 @@ class FittedTeacher:
             for name, value in self.scores.items()
         )
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
-
-
-def _plain(settings: TeacherSettings) -> dict[str, Any]:
-    return {"features": list(settings.features), "map": settings.map}
-
-
-def gather(rows: list[Any]) -> list[Any]:
-    """The rows of all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
 
 
 class TargetChooser:
@@ -250,9 +215,11 @@ class TargetChooser:
 
     def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
         """The rated answers of a batch, to fit on."""
-        rows = zip(self.features(answered), answered.predictions, answered.batch.queries, strict=True)
+        rows = zip(self.features(answered), answered.predictions, strict=True)
         return [
-            TaughtAnswer(f, p.correct, p.answer_type, query.image) for f, p, query in rows if f is not None
+            TaughtAnswer(features, p.correct, p.answer_type, p.image or "")
+            for features, p in rows
+            if features is not None
         ]
 
     def fit(self, rows: list[TaughtAnswer]) -> None:
@@ -271,31 +238,41 @@ class TargetChooser:
         self.fitted = FittedTeacher.fit(self.settings, rows)
 
 
+def gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
 def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
-    fit = _fit_logistic if settings.map == "logistic" else _fit_isotonic
     maps: dict[str, Map] = {}
     for kind in sorted({row.answer_type for row in rows}):
         of_kind = [row for row in rows if row.answer_type == kind]
-        maps[kind] = fit(
-            np.array([row.features for row in of_kind]), np.array([row.correct for row in of_kind])
-        )
+        features = np.array([row.features for row in of_kind])  # float64 [N, F]
+        correct = np.array([row.correct for row in of_kind])
+        n, n_correct = len(correct), int(correct.sum())
+        if settings.map == "isotonic":
+            isotonic = IsotonicRegression(y_min=0.0, y_max=1.0)
+            isotonic.fit(features[:, 0], correct.astype(np.float64))
+            maps[kind] = tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist())
+        elif n_correct in (0, n):
+            # One outcome has no finite fit: the rule of succession, whatever the features are.
+            maps[kind] = (0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1))
+        else:
+            logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
+            maps[kind] = tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0])
     return maps
 
 
-def _fit_logistic(features: np.ndarray, correct: np.ndarray) -> LogisticMap:
-    """Logistic regression on features, float64 [N, F], and correctness, bool [N]."""
-    if correct.all() or not correct.any():
-        # One outcome has no finite fit: the rule of succession, whatever the features are.
-        n, n_correct = len(correct), int(correct.sum())
-        return LogisticMap((0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1)))
-    logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
-    return LogisticMap(tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0]))
-
-
-def _fit_isotonic(features: np.ndarray, correct: np.ndarray) -> IsotonicMap:
-    """Isotonic regression (Zadrozny & Elkan, 2002) on one feature, float64 [N, 1], and correctness, bool [N]."""
-    isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(features[:, 0], correct.astype(np.float64))
-    return IsotonicMap(tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist()))
+def _apply(settings: TeacherSettings, fitted: Map, features: Sequence[float]) -> float:
+    first, second = fitted
+    if settings.map == "isotonic":
+        return float(np.interp(features[0], first, second))
+    z = float(np.dot(first, _log_odds(np.array(features))) + second)
+    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
 
 
 def _log_odds(confidence: np.ndarray) -> np.ndarray:
@@ -316,7 +293,7 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
         maps = _fit_maps(settings, [rows[i] for i in fitted_on])
         for i in held_out:
             if rows[i].answer_type in maps:
-                confidence[i] = maps[rows[i].answer_type](rows[i].features)
+                confidence[i] = _apply(settings, maps[rows[i].answer_type], rows[i].features)
     rated = ~confidence.isnan()  # all but those of an answer type of a single fold
     confidence, correct = confidence[rated], correct[rated]
     if len(correct):
