@@ -18,7 +18,7 @@ from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
+from vlm_calibration.models.shared_prefix import Prompts, Responses, ResponseScores, score_responses
 from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer
@@ -164,7 +164,7 @@ def strip_common_suffix(first: list[int], second: list[int]) -> tuple[list[int],
 def score_counted(
     model: Any,
     prompts: Prompts,
-    responses: Sequence[Sequence[Sequence[int]]],
+    responses: Responses,
     cache: PromptCache | None = None,
     shared_lengths: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:

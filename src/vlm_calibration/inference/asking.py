@@ -106,11 +106,8 @@ class Asker:
 
     def seen(self, sample: Sample) -> np.ndarray:
         """The sample's image at the model's input resolution if that is known, uint8 [H, W, 3]."""
-        return (
-            sample.image
-            if self.image_processor is None
-            else resize_to_model(self.image_processor, sample.image)
-        )
+        known = self.image_processor is not None
+        return resize_to_model(self.image_processor, sample.image) if known else sample.image
 
     def ask(
         self,
@@ -179,10 +176,7 @@ class Asker:
         """Prepare a question about an image for the model.
 
         Args:
-            image: as for `ask`.
-            question: as for `ask`.
-            answer_type: as for `ask`.
-            category: as for `ask`.
+            image, question, answer_type, category: as for `ask`.
             name: name of the question in messages, and seed of the perturbation.
             mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
             perturbation: what happens to the region.
