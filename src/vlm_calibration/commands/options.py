@@ -101,7 +101,7 @@ def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] 
             )
     if check is not None:
         check(None)
-    from vlm_calibration.endpoint.settings import Endpoint
+    from vlm_calibration.endpoint.client import Endpoint
     from vlm_calibration.inference.asking import served_model
 
     endpoint = Endpoint(options.url, options.served_model)

@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.endpoint.client import TOP, Client, RefusedError
+from vlm_calibration.endpoint.client import TOP, Client, Endpoint, RefusedError
 from vlm_calibration.endpoint.reading import (
     answer_likelihood,
     complete_statement,
     p_yes,
     percent_distribution,
 )
-from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, graded_prediction

@@ -15,7 +15,7 @@ from vlm_calibration.data.collate import ImageCollator, PromptBatch
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.demo.questions import unknown_part
-from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.decision import AppliedRule, DecisionRule
 from vlm_calibration.estimators.predictions import EstimatedPrediction

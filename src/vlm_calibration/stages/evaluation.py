@@ -19,7 +19,7 @@ from torch import nn
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
-from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import Estimator
