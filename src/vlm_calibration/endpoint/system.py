@@ -26,7 +26,7 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, graded_prediction
 from vlm_calibration.estimators.probes import Probe
 from vlm_calibration.estimators.system import System, SystemAnswers
-from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
+from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -126,6 +126,7 @@ class EndpointSystem(System):
             if distribution:
                 mean = sum(level * p for level, p in distribution.items())
                 estimates[EXPECTED] = min(max(mean, 0.0), 1.0)
+        estimates = {name: None if value is None else rounded(value) for name, value in estimates.items()}
         return _Served(replace(prediction, estimates=estimates), generated, distribution)
 
     def _continue(

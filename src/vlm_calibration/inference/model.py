@@ -239,5 +239,5 @@ class CalibratedModel(Asker):
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
         """Answer one batch of samples with each of some systems, as `Asker.answers` says; systems share the vision tower's pass."""
         sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
-        with self._one_at_a_time, torch.no_grad(), sharing:
+        with self._one_at_a_time, sharing:
             return super().answers(samples, systems)
