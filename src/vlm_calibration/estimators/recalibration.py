@@ -4,20 +4,21 @@ Maps from confidence to accuracy are fitted on the answers of a calibration set 
 share no image, because the correctness of answers about one image is correlated. Each answer type has a map of its own, as stage 2's
 teacher has: the likelihood of yes against no and that of a text's tokens are not comparable. The maps are those of scikit-learn. All
 but histogram binning are monotone, so within an answer type they fix calibration, not ranking.
+
+Each method is a function that takes confidences, float64 [N] in [0, 1], their correctness, bool [N], N at least 1, and the `epsilon` of
+`logit`. It returns the fitted map, from confidences to recalibrated ones, float64 [M] in [0, 1].
 """
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer
+from sklearn.preprocessing import KBinsDiscretizer
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.records import DataError
@@ -26,129 +27,71 @@ HALF_PERCENT, SMALLEST = 0.005, 1e-6
 """Distance from 0 and 1 within which log-odds are not taken as they are: half of the step between stated percentages, and that for all
 other confidences."""
 MIN_SLOPE = 1e-6
-"""Slope of a logistic map, at least: confidences keep their order."""
+"""Slope of a Platt map, at least: confidences keep their order."""
 UNREGULARISED = 1e6
 """Inverse strength of the penalty on logistic weights: negligible, but keeps them finite for separable answers."""
+BINS = 10
+Map = Callable[[np.ndarray], np.ndarray]
 
 
-class Recalibration(ABC):
-    """A map from confidence to accuracy.
-
-    Args:
-        epsilon: as in `logit`, for the maps that take logits.
-
-    Attributes:
-        name: its name in tables.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, epsilon: float = SMALLEST) -> None:
-        self.epsilon = epsilon
-        self.map = self._map()
-
-    @abstractmethod
-    def _map(self) -> object:
-        """A scikit-learn model with `fit` and `predict` on float64 [N, 1]."""
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        """Fit on float64 [N] in [0, 1] and bool [N], N at least 1; returns itself."""
-        self.map.fit(confidence[:, None], correct.astype(np.float64))  # type: ignore[attr-defined]
-        return self
-
-    def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        """The recalibrated confidences, float64 [N] in [0, 1]."""
-        accuracy = self.map.predict(confidence[:, None])  # type: ignore[attr-defined]
-        return np.clip(accuracy, 0.0, 1.0)  # rounding can move a least-squares fit outside
-
-
-class _Logistic(Recalibration):
-    """Logistic regression on the logit of the confidence."""
-
-    intercept: ClassVar[bool]
-
-    def _map(self) -> object:
-        logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=self.intercept, max_iter=1000)
-        return make_pipeline(FunctionTransformer(logit, kw_args={"epsilon": self.epsilon}), logistic)
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        # One outcome has no finite fit: the rule of succession.
-        self.constant = (correct.sum() + 1) / (len(correct) + 2) if len(set(correct.tolist())) == 1 else None
-        return self if self.constant is not None else super().fit(confidence, correct)
-
-    def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        if self.constant is not None:
-            return np.full(len(confidence), self.constant)
-        return self.map.predict_proba(confidence[:, None])[:, 1]  # type: ignore[attr-defined]
-
-
-class Platt(_Logistic):
+def platt(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0.
 
     It is strictly increasing, so AUROC does not change. If accuracy falls with confidence, a is `MIN_SLOPE`, and all
     confidences map to about the overall accuracy.
     """
-
-    name = "platt"
-    intercept = True
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        super().fit(confidence, correct)
-        if self.constant is None and (logistic := self.map[-1]).coef_[0, 0] < MIN_SLOPE:  # type: ignore[index]
-            logistic.coef_ = np.array([[MIN_SLOPE]])
-            logistic.intercept_ = logit(np.array([correct.mean()]))
-        return self
+    if correct.all() or not correct.any():
+        return _succession(correct)
+    logistic = LogisticRegression(C=UNREGULARISED, max_iter=1000)
+    logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
+    if logistic.coef_[0, 0] < MIN_SLOPE:
+        logistic.coef_ = np.array([[MIN_SLOPE]])
+        logistic.intercept_ = logit(np.array([correct.mean()]))
+    return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
 
 
-class Temperature(_Logistic):
+def temperature(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Temperature scaling (Guo et al., arXiv 1706.04599): sigmoid(logit(c) / T)."""
-
-    name = "temperature"
-    intercept = False
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        super().fit(confidence, correct)
-        if self.constant is None:
-            logistic = self.map[-1]  # type: ignore[index]
-            # If accuracy falls with confidence, the best temperature is infinite.
-            logistic.coef_ = np.maximum(logistic.coef_, 0.0)
-        return self
+    if correct.all() or not correct.any():
+        return _succession(correct)
+    logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=False, max_iter=1000)
+    logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
+    # If accuracy falls with confidence, the best temperature is infinite.
+    logistic.coef_ = np.maximum(logistic.coef_, 0.0)
+    return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
 
 
-class Isotonic(Recalibration):
+def isotonic(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Isotonic regression (Zadrozny & Elkan, 2002): the best monotone map, linear between its knots."""
-
-    name = "isotonic"
-
-    def _map(self) -> object:
-        return IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip")
+    regression = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip")
+    regression.fit(confidence[:, None], correct.astype(np.float64))
+    return lambda c: np.clip(regression.predict(c[:, None]), 0.0, 1.0)
 
 
-class Histogram(Recalibration):
+def histogram(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of ten bins with equally many answers.
 
     Fewer distinct confidences give fewer bins.
     """
-
-    name = "histogram"
-    bins = 10
-
-    def _map(self) -> object:
+    regression = LinearRegression()
+    if len(np.unique(confidence)) > 1:  # a single one has no quantiles
         # Least squares on bin indicators gives the mean of each bin.
-        return make_pipeline(
-            KBinsDiscretizer(self.bins, encode="onehot-dense", strategy="quantile", subsample=None),
-            LinearRegression(),
-        )
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        if len(np.unique(confidence)) == 1:  # no quantiles
-            self.map = LinearRegression()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Bins whose width are too small")  # fewer bins are expected
-            return super().fit(confidence, correct)
+        bins = KBinsDiscretizer(BINS, encode="onehot-dense", strategy="quantile", subsample=None)
+        regression = make_pipeline(bins, regression)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Bins whose width are too small")  # fewer bins are expected
+        regression.fit(confidence[:, None], correct.astype(np.float64))
+    # Rounding can move a least-squares fit outside.
+    return lambda c: np.clip(regression.predict(c[:, None]), 0.0, 1.0)
 
 
-METHODS: dict[str, type[Recalibration]] = {m.name: m for m in (Platt, Temperature, Isotonic, Histogram)}
+def _succession(correct: np.ndarray) -> Map:
+    """One outcome has no finite logistic fit: the rule of succession."""
+    constant = (correct.sum() + 1) / (len(correct) + 2)
+    return lambda c: np.full(len(c), constant)
+
+
+METHODS = {"platt": platt, "temperature": temperature, "isotonic": isotonic, "histogram": histogram}
 
 
 def logit(confidence: np.ndarray, epsilon: float = SMALLEST) -> np.ndarray:
@@ -191,8 +134,10 @@ def recalibrated(
     for kind, rows in _rated(predictions, estimator).items():
         fitted_on = [calibration[row] for row in _rated(calibration, estimator)[kind]]
         confidence = np.array([p.confidence_of(estimator) for p in fitted_on], dtype=np.float64)
-        fit = METHODS[method](epsilon).fit(confidence, np.array([p.correct for p in fitted_on]))
-        mapped = fit(np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64))
+        fitted = METHODS[method](confidence, np.array([p.correct for p in fitted_on]), epsilon)
+        mapped = fitted(
+            np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64)
+        )
         for row, value in zip(rows, mapped.tolist(), strict=True):
             values[row] = value
     return values

@@ -45,6 +45,7 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.records import DataError
+from vlm_calibration.stages import training
 from vlm_calibration.stages.dpo_terms import (
     answer_statistics,
     candidate_scores,
@@ -64,21 +65,6 @@ from vlm_calibration.stages.preference_targets import (
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.teachers import FittedTeacher, TargetChooser, TaughtAnswer, TeacherSettings
-from vlm_calibration.stages.training import (
-    TOO_LONG,
-    check_strategy,
-    check_trained_weights,
-    device_of,
-    has_samples,
-    keep_trained_weights,
-    log_results,
-    prepare_for_training,
-    seed_batch,
-    tokenizer_of,
-    trained_parameters,
-    warn_of_total,
-    zero_loss,
-)
 
 PAIR_STATISTICS = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer", "kl")
 
@@ -189,7 +175,7 @@ class DPOModule(L.LightningModule):
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
-        check_strategy(self, stage, self.base.quantization)
+        training.check_strategy(self, stage, self.base.quantization)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.check_data(data)
         if self.device_mesh is not None and not (
@@ -228,12 +214,12 @@ class DPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_for_training(self.base, device_of(self))
+        model = load_for_training(self.base, training.device_of(self))
         if self.adapter is None:
             adapted = attach_lora(model, replace(self.lora, dropout=0.0))
         else:
             adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
-        self.model = prepare_for_training(self, adapted, self.gradient_checkpointing)
+        self.model = training.prepare_for_training(self, adapted, self.gradient_checkpointing)
 
     @cached_property
     def answer_tokenizer(self) -> AnswerTokenizer:
@@ -276,12 +262,12 @@ class DPOModule(L.LightningModule):
         rank_zero_info(f"teacher: {self.target.fitted!r}")
 
     def on_train_batch_start(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> None:
-        seed_batch(self, batch_idx)
+        training.seed_batch(self, batch_idx)
 
     def training_step(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
-        if not has_samples(self, batch):
-            return zero_loss(self)
+        if not training.has_samples(self, batch):
+            return training.zero_loss(self)
         with shared_vision(self.model):
             prompts, comparison = self.compare(batch)
             policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
@@ -372,7 +358,9 @@ class DPOModule(L.LightningModule):
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
         with shared_vision(self.model):
-            predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
+            predictions = answer_batch(
+                self.model, batch.prompts, training.tokenizer_of(self), self.max_new_tokens
+            )
         self.scorer.update(predictions)
         answers = self.trainer.datamodule.candidates.answers  # type: ignore[attr-defined]
         compared = batch.candidates if answers == "gold" else batch.prompts
@@ -405,7 +393,7 @@ class DPOModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}
-        log_results(self, self.results)
+        training.log_results(self, self.results)
         with warnings.catch_warnings():
             # Without a reference there is no KL divergence, and a metric without values is not logged.
             warnings.filterwarnings(
@@ -417,8 +405,8 @@ class DPOModule(L.LightningModule):
                 self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_train_end(self) -> None:
-        warn_of_total(self, self.skipped, TOO_LONG)
-        warn_of_total(
+        training.warn_of_total(self, self.skipped, training.TOO_LONG)
+        training.warn_of_total(
             self,
             self.cut_off,
             f"own answers hit model.max_new_tokens, {self.max_new_tokens}, and were not rated",
@@ -426,15 +414,17 @@ class DPOModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return adamw_with_schedule(
-            trained_parameters(self), self.optimizer_settings, self.trainer.estimated_stepping_batches
+            training.trained_parameters(self),
+            self.optimizer_settings,
+            self.trainer.estimated_stepping_batches,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained_weights(self, checkpoint)
+        training.keep_trained_weights(self, checkpoint)
         fitted = self.target.fitted
         checkpoint["teacher"] = None if fitted is None else fitted.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_trained_weights(self, checkpoint)
+        training.check_trained_weights(self, checkpoint)
         state = checkpoint.get("teacher")
         self.target.fitted = None if state is None else FittedTeacher.from_state(self.teacher, state)
