@@ -281,24 +281,23 @@ def count_levels(
 def _count(
     answer_type: str, answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
 ) -> AnswerTypeCounts:
-    if np.isnan(answers["likelihood"]).all():
-        answers = {**answers, "likelihood": np.zeros(len(answers["query"]))}
-    measured = ~np.isnan(answers["likelihood"])
-    likelihood_of = dict(
-        zip(answers["query"][measured].tolist(), answers["likelihood"][measured].tolist(), strict=True)
+    query, level, correct, likelihood = (
+        answers[name] for name in ("query", "level", "correct", "likelihood")
     )
+    measured = ~np.isnan(likelihood)
+    by_query = np.full(query.max() + 1, np.nan if measured.any() else 0.0)
+    by_query[query[measured]] = likelihood[measured]
     # Without an untouched image (its record could not be loaded then), a query has no bin.
-    known = np.array([query in likelihood_of for query in answers["query"].tolist()])
-    likelihood = np.array([likelihood_of[query] for query in answers["query"][known].tolist()])
-    query, level, correct = (answers[name][known] for name in ("query", "level", "correct"))
+    known = ~np.isnan(by_query[query])
+    query, level, correct = query[known], level[known], correct[known]
     # The last column counts the queries that are asked untouched alone.
     level = np.where(np.isin(query, query[level > 0]), level, len(perturbations))
-    values = np.array(list(likelihood_of.values()))
+    values = by_query[np.unique(query)]
     for n_bins in range(max(1, min(MAX_BINS, len(values) // MIN_QUERIES_PER_BIN)), 0, -1):
         quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins) if n_bins > 1 else np.empty(0)
         # Equal quantiles, where many answers are equally likely, are one edge.
         edges = np.unique(quantiles[quantiles > values.min(initial=1.0)])
-        bins = np.searchsorted(edges, likelihood, side="right")
+        bins = np.searchsorted(edges, by_query[query], side="right")
         shape = (len(edges) + 1, len(perturbations) + 1)
         n, n_correct = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         np.add.at(n, (bins, level), 1)
