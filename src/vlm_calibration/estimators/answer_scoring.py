@@ -130,10 +130,9 @@ class TokenizedAnswer(NamedTuple):
 def right_padded(
     inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, suffixes: Sequence[Sequence[int]] = ()
 ) -> Prompts:
-    """Convert prompts from left to right padding.
+    """Convert prompts, arguments of a model's forward, from left to right padding.
 
     Args:
-        inputs: arguments of the model's forward, input_ids int64 [B, L].
         cut: for each prompt how many tokens to remove at its end.
         suffixes: for each prompt the text tokens to append.
     """
@@ -170,9 +169,7 @@ def score_counted(
 ) -> tuple[ResponseScores, list[int]]:
     """`score_responses`, and the number of forward passes for each query: one, or one per response if none share a prefix.
 
-    Args:
-        cache: keys and values of the prompts, used if that is exact.
-        shared_lengths: as in `score_cached`.
+    `cache` has keys and values of the prompts, which are used if that is exact (`score_cached`).
     """
     if cache is not None:
         cached = score_cached(model, cache, prompts, responses, shared_lengths)
@@ -193,13 +190,7 @@ def score_answers(
     prompts: Prompts,
     cache: PromptCache | None = None,
 ) -> ScoredAnswers:
-    """Score B answers with every level after them in one pass.
-
-    Args:
-        answers: B answers.
-        prompts: the B prompts, padded on the right.
-        cache: keys and values of the prompts, used if that is exact.
-    """
+    """Score B answers with every level after them in one pass; `prompts` are padded on the right, `cache` as in `score_counted`."""
     lengths = prompts.lengths - torch.tensor([a.cut for a in answers], device=prompts.lengths.device)
     tokens = [a.tokens for a in answers]
     return ScoredAnswers(answers, *score_counted(model, prompts._replace(lengths=lengths), tokens, cache))

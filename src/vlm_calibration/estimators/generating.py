@@ -22,13 +22,9 @@ KEYWORDS = ("cache", "past_key_values")
 def answer_batch(
     model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int
 ) -> list[EstimatedPrediction]:
-    """Generate, parse and grade the answers to a batch. Generation stops after the confidence.
+    """Generate, parse and grade the answers to a batch; no prompts give no answers. Generation stops after the confidence.
 
-    Args:
-        model: a transformers or peft model, or a `GenerationRecorder` of one.
-        batch: B prompts; no prompts give no answers.
-        tokenizer: the model's.
-        max_new_tokens: length limit of an answer.
+    `model` is a transformers or peft model, or a `GenerationRecorder` of one.
     """
     if not batch.queries:
         return []

@@ -55,14 +55,12 @@ def graded_prediction(
     noise_step: int | None,
     grading: Grading | None = EXACT,
 ) -> EstimatedPrediction:
-    """Parse and grade a generated text.
+    """Parse and grade a text that answers a query.
 
     Args:
-        query: the query that the text answers.
-        text: the generated text.
         perturbation: what happened to the query's image; None if that is not known.
         noise_step: diffusion step of its noise; None for other kinds.
-        grading: the rule that grades the answer; None: it is not graded, and not correct.
+        grading: the rule; None: the answer is not graded, and not correct.
     """
     if grading is None:
         outcome = Grade(parse_answer(text, query.answer_type, query.question), False)

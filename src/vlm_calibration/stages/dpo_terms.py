@@ -24,11 +24,9 @@ def candidate_scores(
     targets: Sequence[float],
     correct: Sequence[Sequence[bool]],
 ) -> CandidateScores:
-    """Arguments of the loss of candidates.
+    """Arguments of the loss, from the scores [B, K, T] of the compared candidates.
 
     Args:
-        policy: of the compared candidates, log_likelihood float32 [B, K, T].
-        reference: the same under the reference, or None.
         targets: for each query the confidence in [0, 1] to learn.
         correct: for each query whether the answer of each of its candidates is correct.
 

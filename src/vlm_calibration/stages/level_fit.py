@@ -191,10 +191,6 @@ class LevelFitModule(L.LightningModule):
 def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
     """Query id -> digest of its question and image; without queries that are left out since their image cannot be read.
 
-    Args:
-        splits: of a data set, with different ids.
-        where: the setting that holds it, for the line of progress.
-
     Raises:
         DataError: an image cannot be read, and its query is not to be left out.
     """
@@ -213,11 +209,7 @@ def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
 def columns_of(
     answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
 ) -> dict[str, np.ndarray]:
-    """The answers to queries at every level as columns, in which each query is once at each level.
-
-    Args:
-        answers: with ids of `level_id`.
-        perturbations: all levels.
+    """The answers to queries at every level, with ids of `level_id`, as columns, in which each query is once at each level.
 
     Returns:
         `COLUMNS` of N answers: the number of the query; index into `ANSWER_TYPES`; index into `perturbations`; whether it is correct,
@@ -260,11 +252,7 @@ def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
 def count_levels(
     answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
 ) -> dict[str, AnswerTypeCounts]:
-    """Count the correct answers by answer type, kind, strength and bin of the likelihood.
-
-    Args:
-        answers: as `columns_of` gives them.
-        perturbations: what `level` is an index of.
+    """Count the correct answers, as `columns_of` gives them, by answer type, kind, strength and bin of the likelihood.
 
     Raises:
         DataError: there is no answer of a type at a level.
