@@ -20,6 +20,7 @@ from vlm_calibration.data.candidates import (
     CandidateSettings,
 )
 from vlm_calibration.data.noise import NoisePolicy
+from vlm_calibration.losses.distribution import SoftLabel
 from vlm_calibration.losses.preference import DPO, Ordinal, SimPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
@@ -131,6 +132,12 @@ def test_training_learns_to_state_the_target(
     module = make_module(loss=DPO(beta=1.0), pairs=PairPolicy(target="level"))
     trainer(seen, max_epochs=5, limit_val_batches=0).fit(module, datamodule=queries)
     assert sum(seen.losses[-3:]) < 0.5 * sum(seen.losses[:3])
+
+
+def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule, candidates: Data) -> None:
+    own = candidates(CandidateSettings(answers="own"))
+    assert make_module(loss=SoftLabel()).title(own) == "stage 2: soft labels on own answers"
+    assert make_module(loss=DPO()).title(candidates()) == "stage 2: DPO on gold answers"
 
 
 def test_data_without_candidates_are_refused(
