@@ -79,7 +79,8 @@ def evaluated(root: Path, folder: Path, trained: Ended) -> Ended:
 
 @pytest.mark.slow
 def test_a_training_ends_with_its_validations_and_the_adapter(trained: Ended, folder: Path) -> None:
-    base, *lines = quiet(trained)
+    title, base, *lines = quiet(trained)
+    assert title == "stage 1: supervised fine-tuning (SFT)"
     assert re.fullmatch(r"base model: \S+/demo/model \(float32\)", base)
     assert lines[0].rstrip() == "All 6 answers"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["before", "after"]

@@ -27,13 +27,13 @@ from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
@@ -132,7 +132,7 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert card.max_pixels == PIXELS
     assert (card.base, card.revision, card.quantization, card.merged) == (demo_model, None, "none", False)
     assert card.location == str(sft)
-    assert card.training["stage"] == "supervised fine-tuning (SFT)"
+    assert card.training["stage"] == "stage 1: supervised fine-tuning (SFT)"
     assert card.training["steps"] == "6"
     assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0"
     assert (
@@ -216,7 +216,7 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
     )
     card = load_card(_fit(module, data, tmp_path, max_steps=1))
     assert card is not None
-    assert card.training["stage"].startswith("preference optimisation by DPO(beta=0.3")
+    assert card.training["stage"].startswith("stage 2: DPO on gold answers, loss DPO(beta=0.3")
     assert card.training["stage"].endswith(f"reference 'adapter', from the adapter {sft}")
     assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0", (
         "the adapter that is given keeps its own"

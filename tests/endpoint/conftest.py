@@ -14,7 +14,7 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.stages.evaluation import EvaluationModule

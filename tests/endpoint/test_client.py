@@ -18,8 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vlm_calibration.endpoint.client import Client, RefusedError
-from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.client import Client, Endpoint, RefusedError
 from vlm_calibration.records import DataError
 
 from .demo_server import serving

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,12 @@ from vlm_calibration.estimators.recalibration import (
     HALF_PERCENT,
     METHODS,
     SMALLEST,
-    Histogram,
-    Isotonic,
-    Platt,
-    Recalibration,
-    Temperature,
+    histogram,
+    isotonic,
     logit,
+    platt,
     recalibrated,
+    temperature,
 )
 from vlm_calibration.metrics.functional import auroc
 from vlm_calibration.records import DataError
@@ -67,14 +67,14 @@ def predictions(
 def test_isotonic_and_logistic_maps_are_those_of_netcal() -> None:
     confidence, correct = answers(800)
     new = np.round(np.random.default_rng(1).uniform(0.02, 0.98, 300), 2)
-    isotonic = IsotonicRegression()
-    isotonic.fit(confidence, correct.astype(int))
-    assert Isotonic().fit(confidence, correct)(new) == pytest.approx(isotonic.transform(new), abs=1e-9)
-    for ours, theirs in ((Platt, LogisticCalibration), (Temperature, TemperatureScaling)):
+    peer: Any = IsotonicRegression()
+    peer.fit(confidence, correct.astype(int))
+    assert isotonic(confidence, correct)(new) == pytest.approx(peer.transform(new), abs=1e-9)
+    for ours, theirs in ((platt, LogisticCalibration), (temperature, TemperatureScaling)):
         peer = theirs(method="mle")
         peer.fit(confidence, correct.astype(int), random_state=0)
-        mapped = ours().fit(confidence, correct)(new)
-        assert mapped == pytest.approx(peer.transform(new), abs=2e-3), ours.name
+        mapped = ours(confidence, correct)(new)
+        assert mapped == pytest.approx(peer.transform(new), abs=2e-3), ours
         assert np.abs(mapped - new).mean() > 0.05
 
 
@@ -86,25 +86,25 @@ def test_logistic_maps_minimise_the_log_loss() -> None:
         p = 1 / (1 + np.exp(-(a * x + b)))
         return float(-np.log(np.where(correct, p, 1 - p)).mean())
 
-    for method, shifts in ((Platt, (-0.02, 0.0, 0.02)), (Temperature, (0.0,))):
-        p = method().fit(confidence, correct)(np.array([0.3, 0.6]))
+    for method, shifts in ((platt, (-0.02, 0.0, 0.02)), (temperature, (0.0,))):
+        p = method(confidence, correct)(np.array([0.3, 0.6]))
         z = np.log(p / (1 - p))
         a = float((z[1] - z[0]) / (logit(np.array([0.6])) - logit(np.array([0.3])))[0])
         b = float(z[0] - a * logit(np.array([0.3]))[0])
-        assert b == pytest.approx(0, abs=1e-9) if method is Temperature else b != 0
+        assert b == pytest.approx(0, abs=1e-9) if method is temperature else b != 0
         nearby_losses = [loss(a + da, b + db) for da in (-0.02, 0.0, 0.02) for db in shifts if da or db]
         assert loss(a, b) < min(nearby_losses)
 
 
 def test_a_temperature_is_never_below_zero() -> None:
     confidence, correct = answers(400)
-    mapped = Temperature().fit(confidence, ~correct)(np.array([0.1, 0.9]))
+    mapped = temperature(confidence, ~correct)(np.array([0.1, 0.9]))
     assert mapped.tolist() == [0.5, 0.5]
 
 
 def test_platt_never_reverses_the_order() -> None:
     confidence, correct = answers(400)
-    mapped = Platt().fit(confidence, ~correct)(np.linspace(0, 1, 101))
+    mapped = platt(confidence, ~correct)(np.linspace(0, 1, 101))
     assert mapped == pytest.approx(np.full(101, 1 - correct.mean()), abs=1e-5)
     assert (np.diff(mapped) > 0).all()
 
@@ -112,9 +112,9 @@ def test_platt_never_reverses_the_order() -> None:
 def test_histogram_bins_have_equally_many_answers_and_give_their_accuracy() -> None:
     confidence = np.repeat(np.arange(20) / 20, 10)
     correct = np.arange(200) % 10 < np.repeat(np.arange(20) // 2, 10)
-    mapped = Histogram().fit(confidence, correct)(np.arange(20) / 20)
+    mapped = histogram(confidence, correct)(np.arange(20) / 20)
     assert mapped == pytest.approx(np.repeat(np.arange(10) / 10, 2), abs=1e-9)
-    assert Histogram().fit(confidence, correct)(np.array([0.0, 1.0])) == pytest.approx([0.0, 0.9], abs=1e-9)
+    assert histogram(confidence, correct)(np.array([0.0, 1.0])) == pytest.approx([0.0, 0.9], abs=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS.values())
@@ -125,12 +125,12 @@ def test_histogram_bins_have_equally_many_answers_and_give_their_accuracy() -> N
 )
 @settings(max_examples=60)
 def test_any_answers_give_probabilities(
-    method: type[Recalibration], rows: list[tuple[int, bool]], percents: list[int]
+    method: Callable[..., Any], rows: list[tuple[int, bool]], percents: list[int]
 ) -> None:
     confidence, correct = (np.array(c) for c in zip(*rows, strict=True))
-    mapped = method().fit(confidence / 100, correct)(np.sort(percents) / 100)
+    mapped = method(confidence / 100, correct)(np.sort(percents) / 100)
     assert ((mapped >= 0) & (mapped <= 1)).all()
-    if method is not Histogram:
+    if method is not histogram:
         assert (np.diff(mapped) >= -1e-12).all()
 
 
@@ -190,7 +190,7 @@ def test_each_answer_type_has_the_map_of_its_own_answers() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_one_outcome_is_not_certain(right: bool) -> None:
     """The rule of succession, as in stage 2's teacher: after eight right answers the ninth is right at 9/10."""
-    mapped = Platt().fit(np.linspace(0.1, 0.9, 8), np.full(8, right))(np.array([0.2, 0.8]))
+    mapped = platt(np.linspace(0.1, 0.9, 8), np.full(8, right))(np.array([0.2, 0.8]))
     assert mapped == pytest.approx([0.9, 0.9] if right else [0.1, 0.1])
 
 
@@ -199,7 +199,7 @@ def test_one_map_of_the_calibration_set_is_applied_to_all_answers() -> None:
     test = predictions([*confidence[:100].tolist(), None], [*correct[:100].tolist(), True], ["t.png"] * 101)
     calibration = predictions(confidence[100:].tolist(), correct[100:].tolist(), ["c.png"] * 200, "c")
     values = recalibrated("isotonic", test, "other", calibration)
-    expected = Isotonic().fit(confidence[100:], correct[100:])(confidence[:100])
+    expected = isotonic(confidence[100:], correct[100:])(confidence[:100])
     assert values[:100] == pytest.approx(expected.tolist())
     assert values[100] is None
 

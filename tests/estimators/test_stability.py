@@ -247,10 +247,3 @@ def test_objects_without_regions_are_refused() -> None:
     dataset = PerturbedQueries({"": EvalSplit(_Absent())}, policy, None, where="data.test")
     with pytest.raises(DataError, match=r"data\.test: no query has a region"):
         dataset.make_copies(Stability(region="object").copies)
-
-
-def test_a_batch_without_copies_is_an_error(load_model: Any, processor: Any, answering: Answering) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt())
-    batch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
-    with pytest.raises(ValueError, match="without the copies"):
-        Stability().estimate(batch)

@@ -39,7 +39,6 @@ from vlm_calibration.inference.pixels import pixels_of
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.text.confidence import strip_confidence
 
 SNIPPET = """
@@ -99,11 +98,11 @@ def _evaluated(adapter: Path | None) -> list[tuple[str, float | None, float | No
     samples = PerturbedQueries({"": EvalSplit(SOURCE)}, NoisePolicy(), data.processor.image_processor)
     batch = PromptCollator(data.chat)([samples[0, i] for i in range(len(samples))])
     with torch.no_grad(), using_adapter(model, None if adapter is None else "one"):
-        predictions = answer_batch(model.eval(), batch, data.processor.tokenizer, 16)
-        tokenizer = AnswerTokenizer(data.chat)
-        answered = AnsweredBatch(model, batch, predictions, [0] * len(predictions), tokenizer, 16)
+        answered = AnsweredBatch.generate(
+            model.eval(), batch, AnswerTokenizer(data.chat), 16, keep_cache=False
+        )
         expected = ExpectedConfidence().estimate(answered).confidence
-    return [(p.text, p.confidence, e) for p, e in zip(predictions, expected, strict=True)]
+    return [(p.text, p.confidence, e) for p, e in zip(answered.predictions, expected, strict=True)]
 
 
 @pytest.mark.slow

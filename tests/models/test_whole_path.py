@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.resolution import model_resolution
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.base import Quantization
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.estimators import base
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, SoftLabel, TokenizedBrier
@@ -22,7 +23,6 @@ from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import Query
-from vlm_calibration.stages import own_answers
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import Comparison
 from vlm_calibration.text.confidence import (
@@ -103,7 +103,7 @@ class OwnStep:
     def write(self, answers: dict[int, str]) -> None:
         """Let the reference answer queries with given texts: row -> text."""
         self.written = {self.samples[row].query.id: text for row, text in answers.items()}
-        original = own_answers.answer_batch
+        original = base.answer_batch
 
         def written(model: Any, batch: PromptBatch, *settings: Any) -> list[Any]:
             return [
@@ -111,7 +111,7 @@ class OwnStep:
                 for query, p in zip(batch.queries, original(model, batch, *settings), strict=True)
             ]
 
-        self.monkeypatch.setattr(own_answers, "answer_batch", written)
+        self.monkeypatch.setattr(base, "answer_batch", written)
 
     @contextmanager
     def _using(self, reference: bool) -> Iterator[None]:

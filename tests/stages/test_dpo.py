@@ -20,7 +20,8 @@ from vlm_calibration.data.candidates import (
     CandidateSettings,
 )
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.losses.preference import DPO, Listwise, Ordinal, SimPO
+from vlm_calibration.losses.distribution import SoftLabel
+from vlm_calibration.losses.preference import DPO, Ordinal, SimPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -38,7 +39,7 @@ LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "l
         ({}, PairPolicy(target="expected"), False),
         (
             {"reference": "base", "loss": Ordinal(beta=1.0)},
-            PairPolicy(target="expected", on_policy=True),
+            PairPolicy(target="expected"),
             False,
         ),
         (
@@ -133,35 +134,17 @@ def test_training_learns_to_state_the_target(
     assert sum(seen.losses[-3:]) < 0.5 * sum(seen.losses[:3])
 
 
+def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule, candidates: Data) -> None:
+    own = candidates(CandidateSettings(answers="own"))
+    assert make_module(loss=SoftLabel()).title(own) == "stage 2: soft labels on own answers"
+    assert make_module(loss=DPO()).title(candidates()) == "stage 2: DPO on gold answers"
+
+
 def test_data_without_candidates_are_refused(
     make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
 ) -> None:
     with pytest.raises(DataError, match=r"data\.candidates is not set: preference optimisation needs it"):
         trainer(max_steps=1).fit(make_module(), datamodule=candidates(None))
-
-
-@pytest.mark.parametrize("loss", [DPO(), Listwise()], ids=repr)
-def test_a_loss_that_needs_a_reference_is_refused_without_one(make_module: MakeModule, loss: Any) -> None:
-    with pytest.raises(DataError, match=rf"model\.reference: {type(loss).__name__} needs one, found none"):
-        make_module(reference="none", loss=loss)
-    make_module(reference="none", loss=DPO(reference_free=True), pairs=PairPolicy(target="level"))
-
-
-def test_drift_needs_a_reference(make_module: MakeModule) -> None:
-    with pytest.raises(DataError, match=r"model\.drift_weight compares with the reference, but .* is none"):
-        make_module(reference="none", loss=SimPO(), drift_weight=0.3, pairs=PairPolicy(target="level"))
-
-
-@pytest.mark.parametrize(
-    "policy", [PairPolicy(target="expected"), PairPolicy(target="level", rejected="far", on_policy=True)]
-)
-def test_a_target_that_asks_the_reference_is_refused_without_one(
-    make_module: MakeModule, policy: PairPolicy
-) -> None:
-    with pytest.raises(
-        DataError, match=r"model\.pairs: .* needs the reference, but model\.reference is none"
-    ):
-        make_module(reference="none", loss=SimPO(), pairs=policy)
 
 
 def test_a_missing_adapter_says_to_train_one_first(
@@ -171,9 +154,23 @@ def test_a_missing_adapter_says_to_train_one_first(
         trainer(max_steps=1).fit(make_module(f"{tmp_path}/none"), datamodule=candidates())
 
 
-def test_reference_adapter_requires_an_adapter(make_module: MakeModule) -> None:
-    with pytest.raises(DataError, match=r"model\.reference: adapter, but model\.adapter is not set"):
-        make_module(None)
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"folder": None}, r"model\.reference: adapter, but model\.adapter is not set"),
+        ({"loss": DPO()}, r"model\.reference: DPO needs one, found none"),
+        ({"loss": SimPO(), "drift_weight": 0.3}, r"model\.drift_weight compares with the reference"),
+        ({"loss": SimPO(), "pairs": PairPolicy(target="expected")}, r"model\.pairs: .* needs the reference"),
+    ],
+)
+def test_settings_that_need_a_reference_are_refused_without_one(
+    make_module: MakeModule, settings: dict[str, Any], match: str
+) -> None:
+    reference = "adapter" if "folder" in settings else "none"
+    level = PairPolicy(target="level")
+    with pytest.raises(DataError, match=match):
+        make_module(**{"reference": reference, "pairs": level, **settings})
+    make_module(reference="none", loss=DPO(reference_free=True), pairs=level)
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])

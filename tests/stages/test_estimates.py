@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
-from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
+from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.metrics import functional
@@ -28,11 +29,7 @@ from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
-from vlm_calibration.stages import evaluation
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
-
-from ..command_line import Ended
 
 Data = Callable[..., PerturbedQueryDataModule]
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
@@ -120,7 +117,7 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
     def answers(*arguments: Any) -> list[Any]:
         return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
 
-    monkeypatch.setattr(evaluation, "answer_batch", answers)
+    monkeypatch.setattr(base, "answer_batch", answers)
     with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
         run_evaluation({}, **chosen)
 
@@ -135,71 +132,3 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
 def test_an_estimator_that_appears_twice_is_refused(chosen: list[Estimator], message: str) -> None:
     with pytest.raises(DataError, match=message):
         EvaluationModule(BaseModel("nowhere"), estimators=chosen)
-
-
-def test_two_processes_evaluate_as_one(
-    run: Callable[..., Ended],
-    run_two: Callable[..., Ended],
-    root: Path,
-    model_folder: str,
-    new_adapter: Callable[..., str],
-    levels_file: str,
-    tmp_path: Path,
-) -> None:
-    """From the command line: the same files, each written once; estimates up to the rounding that depends on the batch size."""
-    source = {
-        "class_path": "vlm_calibration.demo.source.DemoSource",
-        "init_args": {"split": "test", "scenes": 3},
-    }
-    calibration = {**source, "init_args": {"split": "calibration", "scenes": 1}}
-    kinds = (
-        "verbal.ExpectedConfidence",
-        "likelihood.AnswerLikelihood",
-        "consistency.SelfConsistency",
-        "stability.Stability",
-    )
-    names = ("expected", "likelihood", "self_consistency", "stability")
-    overlay = {
-        "trainer": {"accelerator": "cpu", "logger": False},
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": model_folder},
-                "adapters": {"one": new_adapter(1)},
-                "oracle_levels": levels_file,
-                "max_new_tokens": 3,
-                "estimators": [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds],
-            }
-        },
-        "data": {
-            "test": {"": {"source": source, "noise": "drawn"}},
-            "noise": {"kinds": {"noise": 1}},
-            "calibration": {"held_out": {"source": calibration}},
-            "eval_batch_size": 4,
-            "workers": 0,
-        },
-    }
-    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    configs = (str(root / "configs/eval/demo.yaml"), str(tmp_path / "overlay.yaml"))
-    command = ["test", *(word for path in configs for word in ("--config", path))]
-    folders = [tmp_path / name for name in ("one", "two")]
-    alone = run(*command, "--trainer.default_root_dir", str(folders[0]))
-    assert alone.status == 0, alone.err
-    ddp = ("--trainer.strategy", "ddp", "--trainer.default_root_dir", str(folders[1]))
-    together = run_two(*command, *ddp)
-    assert together.status == 0, together.err
-    assert [ended.out.count("All 9 answers") for ended in (alone, together)] == [1, 1], "one process reports"
-    written = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in folders]
-    assert written[0] == written[1]
-
-    for system in ("base", "one", "oracle"):
-        for file, n in (("predictions.jsonl", 9), ("calibration.jsonl", 3)):
-            if system == "oracle" and file == "calibration.jsonl":
-                continue
-            one_process, two_processes = (read_predictions(folder / system / file) for folder in folders)
-            assert len(one_process) == n
-            for a, b in zip(one_process, two_processes, strict=True):
-                assert {**a.to_dict(), **dict.fromkeys(names)} == {**b.to_dict(), **dict.fromkeys(names)}
-                assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
-        metrics = [json.loads((folder / system / "metrics.json").read_text()) for folder in folders]
-        assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
-        assert all((f"ece@{name}" in metrics[0]) == (system != "oracle") for name in names)

@@ -17,12 +17,12 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators import base
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.level_table import read_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
-from vlm_calibration.stages import level_fit
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule
 
@@ -46,7 +46,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
         answers.extend(graded)
         return graded
 
-    monkeypatch.setattr(level_fit, "answer_batch", answer)
+    monkeypatch.setattr(base, "answer_batch", answer)
     return answers
 
 
@@ -226,7 +226,7 @@ TOTAL = 12 * 3 + 9
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batches: int) -> None:
     """Begin to measure, and fail after this many batches."""
-    answer, calls = level_fit.answer_batch, iter(range(batches))
+    answer, calls = base.answer_batch, iter(range(batches))
 
     def fail(*arguments: Any) -> list[Prediction]:
         if next(calls, None) is None:
@@ -234,7 +234,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batch
         return answer(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(level_fit, "answer_batch", fail)
+        patched.setattr(base, "answer_batch", fail)
         with pytest.raises(RuntimeError, match="interrupted"):
             fit()
 
@@ -290,7 +290,7 @@ def test_a_table_that_teaches_nothing_is_not_written_and_keeps_its_answers(
     assert "0/8 at 0, 0/8 at 0.5, 0/8 at 1" in str(caught.value)
     assert str(tmp_path / "run/.answered.*.jsonl") in str(caught.value)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".answered.0.jsonl"]
-    monkeypatch.setattr(level_fit, "answer_batch", None)
+    monkeypatch.setattr(base, "answer_batch", None)
     with pytest.raises(DataError) as again:
         fit_levels()
     assert str(again.value) == str(caught.value)

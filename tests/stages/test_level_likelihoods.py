@@ -26,9 +26,10 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.models.loading import BaseModel
@@ -42,8 +43,6 @@ from vlm_calibration.perturbation.level_table import (
 )
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction, Query
-from vlm_calibration.stages import level_fit
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule, count_levels
 from vlm_calibration.stages.sft import SFTModule
@@ -221,7 +220,7 @@ def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPath
         default_root_dir=folder / "run",
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(level_fit, "answer_batch", answer)
+        patched.setattr(base, "answer_batch", answer)
         run.test(module, datamodule=queries, verbose=False)
     assert outputs_of(run, module, queries)[:2] == [out, likelihoods]
     assert list(queries.tested_queries) == ["levels", "instances"]
@@ -243,13 +242,8 @@ def test_the_file_has_the_likelihood_of_every_training_query(measurement: Measur
         untouched = TRAIN.load(query).image
         sample = samples[0, index]._replace(image=untouched, perturbation=CLEAN, noise_step=0)  # type: ignore[index]
         batch = PromptCollator(queries.chat)([sample])
-        recorder = GenerationRecorder(model, keep_cache=True)
-        answers = answer_batch(recorder, batch, queries.processor.tokenizer, 5)
-        answered = AnsweredBatch(
-            *(model, batch, answers, recorder.passes, AnswerTokenizer(queries.chat, [LinearLevels()])),
-            *(5, recorder.cache),
-        )
         with torch.no_grad():
+            answered = AnsweredBatch.generate(model, batch, AnswerTokenizer(queries.chat), 5)
             (expected,) = AnswerLikelihood().estimate(answered).confidence
         assert read[query.id].likelihood == pytest.approx(expected or 0.0, abs=1e-4)
 

@@ -23,13 +23,6 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate_factor(500, 100, settings) == pytest.approx(0.1), "it stays there after the end"
 
 
-def test_without_warm_up_the_rate_starts_at_its_highest() -> None:
-    settings = OptimizerSettings(warmup_fraction=0.0)
-    assert learning_rate_factor(0, 10, settings) == 1.0
-    assert learning_rate_factor(10, 10, settings) == pytest.approx(0.0)
-    assert learning_rate_factor(0, 1, settings) == 1.0
-
-
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
 def test_every_step_of_a_short_run_trains(total: int, warmup: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -27,11 +27,9 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import dpo
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.teachers import (
-    Feature,
+    ESTIMATORS,
     FittedTeacher,
-    LogisticMap,
     TeacherSettings,
-    estimators_of,
 )
 from vlm_calibration.stages.training import trained_parameters
 
@@ -42,7 +40,7 @@ OWN = CandidateSettings(answers="own")
 WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
 TARGETS = ("level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct")
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
-MAPS = {"yes_no": LogisticMap((0.7, 0.4), -0.3), "short": LogisticMap((-0.2, 0.9), 0.6)}
+MAPS = {"yes_no": ((0.7, 0.4), -0.3), "short": ((-0.2, 0.9), 0.6)}
 
 MakeStep = Callable[..., OwnStep]
 
@@ -60,7 +58,7 @@ def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.Mon
     ) -> OwnStep:
         plain = {"pairs": PairPolicy(target="correct"), "loss": SoftLabel(width=0.2)}
         module = make_module(**{**plain, **settings})
-        module.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
+        module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
         return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
 
     return make
@@ -165,7 +163,7 @@ def _target(step: OwnStep, row: int, target: str) -> float:
         asked = TEMPLATE.format(question=query.question, answer=answer)
         return step.ask(row, lambda alone: alone.against(asked, "True", "False"))
     assert target == "fitted"
-    *weights, intercept = *MAPS[query.answer_type].weights, MAPS[query.answer_type].intercept
+    weights, intercept = MAPS[query.answer_type]
     features = [_target(step, row, name) for name in ("likelihood", "expected")]
     z = intercept + sum(w * math.log(f / (1 - f)) for w, f in zip(weights, features, strict=True))
     return 1 / (1 + math.exp(-z))
@@ -323,7 +321,7 @@ def test_an_answer_that_the_limit_cuts_off_is_no_answer(make_step: MakeStep) -> 
     step.monkeypatch.setattr(dpo, "own_answers", endless)
     with torch.no_grad(), step.module.as_reference():
         answered = step.module._answer(whole)
-        for estimator in estimators_of(get_args(Feature)):
+        for estimator in (make() for make in ESTIMATORS.values()):
             is_rated = [confidence is not None for confidence in estimator.estimate(answered).confidence]
             assert is_rated == [True, False, True, False, True], estimator.name
     loss = float(step.step(whole))
@@ -372,16 +370,9 @@ def test_yes_and_no_have_the_opposite_answer_as_well(make_step: MakeStep) -> Non
     golds = [s.query.answer for s in step.samples]
     assert golds[:2] == ["Yes", "No"]
     step.write({0: "No. Confidence: 75%", 1: "no, it is not", 3: UNCLEAR})
-    correct: list[list[bool]] = []
-    original = dpo.which_correct
-
-    def recorded(*arguments: Any) -> list[list[bool]]:
-        correct.extend(original(*arguments))
-        return original(*arguments)
-
-    step.monkeypatch.setattr(dpo, "which_correct", recorded)
     step.step()
     _, comparison = step.compare()
+    correct = comparison.correct
     decode = step.queries.processor.tokenizer.decode
     texts = [[decode(c.tokens[: c.answer_length]).strip() for c in row] for row in comparison.compared]
     n = len(LEVELS)
@@ -417,7 +408,7 @@ def test_a_wrong_answer_is_not_preferred_over_its_opposite(make_step: MakeStep) 
         (OWN, {"loss": SoftLabel(), "pairs": PairPolicy(target="fitted"), "gradient_checkpointing": True}),
         (
             WITH_OPPOSITE,
-            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2, on_policy=True), "reference": "base"},
+            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2), "reference": "base"},
         ),
         (OWN, {"loss": SimPO(), "nll_weight": 1.0, "drift_weight": 1.0}),
     ],
@@ -471,8 +462,8 @@ def test_a_resumed_run_keeps_its_teacher(
     run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
     run.fit(uninterrupted, datamodule=candidates(OWN))
     first = tmp_path / "run" / "checkpoints" / "epoch=0.ckpt"
-    assert uninterrupted.fitted is not None
-    assert torch.load(first, weights_only=True)["teacher"] == uninterrupted.fitted.state()
+    assert uninterrupted.target.fitted is not None
+    assert torch.load(first, weights_only=True)["teacher"] == uninterrupted.target.fitted.state()
 
     def refuse(module: Any) -> FittedTeacher:
         raise AssertionError("a resumed run keeps its teacher")
@@ -481,8 +472,8 @@ def test_a_resumed_run_keeps_its_teacher(
     resumed, rest = make_module(**settings), Steps()
     run = trainer(rest, max_epochs=2, limit_val_batches=0)
     run.fit(resumed, datamodule=candidates(OWN), ckpt_path=str(first))
-    assert resumed.fitted is not None
-    assert resumed.fitted.state() == uninterrupted.fitted.state()
+    assert resumed.target.fitted is not None
+    assert resumed.target.fitted.state() == uninterrupted.target.fitted.state()
     assert len(seen.losses) == 6
     assert rest.losses == seen.losses[3:]
     there, here = (adapter_weights(m, "default") for m in (uninterrupted, resumed))

@@ -36,35 +36,33 @@ def _candidates(levels: Sequence[float] = TENTHS, wrong: bool = False) -> tuple[
 
 
 def _rejected(target: int, epoch: int = 0, levels: Sequence[float] = TENTHS, **settings: Any) -> list[int]:
-    mode = settings.pop("mode", None)
-    chosen, *rejected = choose(PairPolicy(**settings), _candidates(levels), target, QUERY, epoch, mode)
+    chosen, *rejected = choose(PairPolicy(**settings), _candidates(levels), target, QUERY, epoch)
     assert chosen == target
     return rejected
 
 
 @st.composite
-def _choices(draw: st.DrawFn) -> tuple[PairPolicy, tuple[Candidate, ...], int, int, int]:
-    """A policy, candidates, the target's index, an epoch, and the index that the reference would state."""
+def _choices(draw: st.DrawFn) -> tuple[PairPolicy, tuple[Candidate, ...], int, int]:
+    """A policy, candidates, the target's index, and an epoch."""
     levels = sorted(draw(st.sets(st.integers(0, 100), min_size=1, max_size=12)), reverse=True)
     rejected = draw(st.sampled_from(["all", "uniform", "far", "adjacent"]))
     policy = PairPolicy(
         rejected=rejected,  # type: ignore[arg-type]
         n_rejected=None if rejected == "all" else draw(st.none() | st.integers(1, 15)),
-        on_policy=draw(st.booleans()),
         seed=draw(st.integers(0, 5)),
     )
     index = st.integers(0, len(levels) - 1)
     candidates = _candidates([level / 100 for level in levels], draw(st.booleans()))
-    return policy, candidates, draw(index), draw(st.integers(0, 3)), draw(index)
+    return policy, candidates, draw(index), draw(st.integers(0, 3))
 
 
 @given(_choices())
 def test_the_chosen_one_comes_first_and_is_never_rejected(
-    case: tuple[PairPolicy, tuple[Candidate, ...], int, int, int],
+    case: tuple[PairPolicy, tuple[Candidate, ...], int, int],
 ) -> None:
-    policy, candidates, target, epoch, mode = case
-    picks = choose(policy, candidates, target, QUERY, epoch, mode)
-    assert picks == choose(policy, candidates, target, QUERY, epoch, mode)
+    policy, candidates, target, epoch = case
+    picks = choose(policy, candidates, target, QUERY, epoch)
+    assert picks == choose(policy, candidates, target, QUERY, epoch)
     assert picks[0] == target
     assert len(set(picks)) == len(picks)
     n_levels = sum(not c.wrong for c in candidates)
@@ -73,21 +71,12 @@ def test_the_chosen_one_comes_first_and_is_never_rejected(
     assert len(levels) == n_rejected
     assert not any(candidates[i].wrong for i in levels)
     assert wrong == ([target + n_levels] if len(candidates) > n_levels else []), "last, and at the same level"
-    if policy.on_policy and mode != target:
-        assert mode in levels
 
 
 def test_all_others_are_rejected() -> None:
     assert _rejected(3, rejected="all") == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
     assert _rejected(0, rejected="all", levels=(1.0,)) == []
     assert _rejected(0, rejected="far", levels=(1.0,)) == []
-
-
-@pytest.mark.parametrize("rejected", ["uniform", "far", "adjacent"])
-def test_one_is_rejected_by_default_and_at_most_all_others(rejected: str) -> None:
-    assert len(_rejected(4, rejected=rejected)) == 1
-    assert len(_rejected(4, rejected=rejected, n_rejected=3)) == 3
-    assert sorted(_rejected(4, rejected=rejected, n_rejected=50)) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
 def test_uniform_is_uniform() -> None:
@@ -129,30 +118,6 @@ def test_far_and_adjacent_are_those_of_a_naive_sort(rejected: str, target: int, 
     assert {i for picks in choices for i in picks} == could_be
 
 
-def test_ties_are_broken_evenly() -> None:
-    nearest_two = Counter(_rejected(8, epoch, rejected="adjacent")[0] for epoch in range(1000))
-    assert set(nearest_two) == {7, 9}
-    assert abs(nearest_two[7] / 1000 - 0.5) < 0.06
-
-
-@pytest.mark.parametrize("rejected", ["uniform", "far", "adjacent"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_on_policy_rejects_what_the_reference_would_state(rejected: str, n: int) -> None:
-    for epoch in range(20):
-        plain = _rejected(6, epoch, rejected=rejected, n_rejected=n)
-        same = _rejected(6, epoch, rejected=rejected, n_rejected=n, on_policy=True, mode=6)
-        assert same == plain, "the reference states the target"
-        for mode in (0, 5, 10):
-            with_mode = _rejected(6, epoch, rejected=rejected, n_rejected=n, on_policy=True, mode=mode)
-            assert with_mode == [mode, *(i for i in plain if i != mode)][:n]
-            without = _rejected(6, epoch, rejected=rejected, n_rejected=n, mode=mode)
-            assert without == plain, "only with on_policy"
-
-
-def test_on_policy_adds_nothing_to_all() -> None:
-    assert _rejected(2, rejected="all", on_policy=True, mode=7) == _rejected(2, rejected="all")
-
-
 def test_a_wrong_answer_comes_last_and_states_the_target() -> None:
     candidates = _candidates((0.9, 0.5, 0.1), wrong=True)
     assert choose(PairPolicy(), candidates, 1, QUERY, 0) == [1, 0, 2, 4]
@@ -178,20 +143,6 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
-    ("settings", "needed"),
-    [
-        ({"target": "level"}, False),
-        ({"target": "level", "rejected": "far"}, False),
-        ({"target": "level", "rejected": "far", "on_policy": True}, True),
-        ({"target": "expected"}, True),
-        ({"target": "correct"}, False),
-    ],
-)
-def test_which_policies_need_the_reference(settings: dict[str, Any], needed: bool) -> None:
-    assert PairPolicy(**settings).needs_reference is needed
-
-
-@pytest.mark.parametrize(
     ("levels", "confidence", "expected"),
     [
         ((1.0, 0.5, 0.0), 0.75, 0),
@@ -207,10 +158,3 @@ def test_the_nearest_level_is_the_higher_of_two(
     levels: tuple[float, ...], confidence: float, expected: int
 ) -> None:
     assert nearest(levels, confidence) == expected
-
-
-@given(st.lists(st.integers(0, 100), min_size=1, unique=True), st.integers(0, 100))
-def test_no_level_is_nearer_than_the_nearest(percents: list[int], percent: int) -> None:
-    # Halves and quarters are exact, so that ties are ties.
-    nearest_percent = percents[nearest([p / 128 for p in percents], percent / 128)]
-    assert nearest_percent == min(percents, key=lambda p: (abs(p - percent), -p))

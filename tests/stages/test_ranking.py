@@ -23,11 +23,11 @@ from vlm_calibration.data.module import LEVELS, PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.stages.answering import answer_batch
 from vlm_calibration.stages.level_fit import LevelFitModule, rank_answers
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import Grading, grade
@@ -127,7 +127,7 @@ def test_one_setting_grades_validation_and_evaluation(
     def generate(model: Any, inputs: Any, *_: Any) -> list[str]:
         return ["A big brown dog lies there. Confidence: 80%"] * len(inputs["input_ids"])
 
-    monkeypatch.setattr("vlm_calibration.stages.answering.generate_texts", generate)
+    monkeypatch.setattr("vlm_calibration.estimators.generating.generate_texts", generate)
     source = DemoSource("test", scenes=1)
     queries = data(validation=source, test={"": EvalSplit(source)}, grading=grading)
     queries.setup("fit")

@@ -86,12 +86,6 @@ def test_the_file_format_has_its_names() -> None:
     assert set(_scored(PREDICTIONS, 50, [])) == set(names)
 
 
-def test_only_the_declared_groups_are_counted() -> None:
-    found = _scored(PREDICTIONS, 50, ["clean"])
-    assert {k.split("/", 1)[1] for k in found if "/" in k} == {"clean"}
-    assert found["n"] == len(PREDICTIONS)
-
-
 def test_reset_and_new_groups_forget() -> None:
     scorer = Scorer(GROUPS)
     scorer.update(PREDICTIONS)
@@ -101,14 +95,6 @@ def test_reset_and_new_groups_forget() -> None:
     scorer.set_groups(["clean"])
     scorer.update(PREDICTIONS[:20])
     assert _equal(scorer.compute(), _scored(PREDICTIONS[:20], 20, ["clean"]))
-
-
-def test_computing_does_not_end_it() -> None:
-    scorer = Scorer(GROUPS)
-    scorer.update(PREDICTIONS[:50])
-    scorer.compute()
-    scorer.update(PREDICTIONS[50:])
-    assert _equal(scorer.compute(), _scored(PREDICTIONS, 200, GROUPS))
 
 
 @pytest.mark.filterwarnings("error")

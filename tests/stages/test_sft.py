@@ -312,16 +312,9 @@ def test_every_validation_counts_from_zero(
     assert counts == [3, 3, 3]
 
 
-def test_a_negative_weight_is_refused(model_folder: str) -> None:
-    with pytest.raises(
-        DataError, match="model.confidence_weight must be a finite number of at least 0, found -1"
-    ):
-        _module(model_folder, confidence_weight=-1.0)
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_refused(model_folder: str, weight: float) -> None:
-    with pytest.raises(DataError, match="model.confidence_weight"):
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(model_folder: str, weight: float) -> None:
+    with pytest.raises(DataError, match=f"model.confidence_weight .* found {weight}"):
         _module(model_folder, confidence_weight=weight)
 
 

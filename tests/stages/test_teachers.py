@@ -27,7 +27,7 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
 from vlm_calibration.stages import dpo, teachers
 from vlm_calibration.stages.preference_targets import PairPolicy
-from vlm_calibration.stages.teachers import FittedTeacher, TaughtAnswer, TeacherSettings
+from vlm_calibration.stages.teachers import FittedTeacher, TargetChooser, TaughtAnswer, TeacherSettings
 from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 from vlm_calibration.text.grading import grade
 
@@ -142,7 +142,7 @@ def test_the_isotonic_map_by_hand() -> None:
 
 
 def test_the_logistic_map_by_hand() -> None:
-    fitted = FittedTeacher(TWO, {"open": teachers.LogisticMap((1.0, -2.0), 0.5)}, {})
+    fitted = FittedTeacher(TWO, {"open": ((1.0, -2.0), 0.5)}, {})
     odds = math.exp(0.5) * (0.8 / 0.2) * (0.6 / 0.4) ** -2
     assert fitted((0.8, 0.6), "open") == pytest.approx(odds / (1 + odds))
     assert fitted((0.0, 1.0), "open") == pytest.approx(0, abs=1e-12)
@@ -285,18 +285,18 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
     gradient_checkpointing: bool,
 ) -> None:
     rated: list[bool] = []
-    original = dpo.features_of
+    original = TargetChooser.features
 
-    def recorded(estimators: Any, answered: Any) -> Any:
+    def recorded(target: TargetChooser, answered: Any) -> Any:
         rated.append(torch.is_grad_enabled())
-        return original(estimators, answered)
+        return original(target, answered)
 
-    monkeypatch.setattr(dpo, "features_of", recorded)
+    monkeypatch.setattr(TargetChooser, "features", recorded)
     settings = TeacherSettings(features=("likelihood", "expected"))
     module = make_module(pairs=FITTED, teacher=settings, gradient_checkpointing=gradient_checkpointing)
     queries = candidates(OWN, validation=DemoSource("calibration", scenes=4))
     trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=queries)
-    assert module.fitted is not None
+    assert module.target.fitted is not None
     assert rated == [False] * 4, "three batches of validation and a step"
     assert module.model.training
 
@@ -317,9 +317,9 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
         rows.append(TaughtAnswer(features, graded.correct, query.answer_type, query.image))
     assert {row.correct for row in rows} == {True, False}
     for row in rows:
-        ours = module.fitted(row.features, row.answer_type)
+        ours = module.target.fitted(row.features, row.answer_type)
         assert ours == pytest.approx(_peer(settings, rows, [row])[0], abs=2e-3)
-    assert module.fitted.scores["n"] == 12
+    assert module.target.fitted.scores["n"] == 12
 
 
 def test_answers_are_rated_in_the_precision_of_training(
@@ -358,13 +358,13 @@ def test_the_teacher_is_that_of_all_processes(
         own.append(rows)
         return rows + OTHERS
 
-    monkeypatch.setattr(dpo, "features_of", lambda _, answered: [None] * len(answered.predictions))
-    monkeypatch.setattr(dpo, "gather", gather)
+    monkeypatch.setattr(TargetChooser, "features", lambda _, answered: [None] * len(answered.predictions))
+    monkeypatch.setattr(teachers, "gather", gather)
     module = make_module(pairs=FITTED)
     trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=candidates(OWN))
     assert own == [[]]
-    assert module.fitted is not None
-    assert module.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
+    assert module.target.fitted is not None
+    assert module.target.fitted.maps == FittedTeacher.fit(TWO, OTHERS).maps
 
 
 def test_a_teacher_needs_answers_to_be_fitted_on(
@@ -377,6 +377,6 @@ def test_a_teacher_needs_answers_to_be_fitted_on(
         trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates(OWN, validation=None))
     with pytest.raises(DataError, match=r"target: fitted.*data\.candidates\.answers"):
         trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates())
-    monkeypatch.setattr(dpo, "features_of", lambda _, answered: [None] * len(answered.predictions))
+    monkeypatch.setattr(TargetChooser, "features", lambda _, answered: [None] * len(answered.predictions))
     with pytest.raises(DataError, match="`target: fitted`.*nothing to fit"):
         trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=candidates(OWN))

@@ -162,18 +162,18 @@ def _plain(value: Any) -> str | None:
     return constructed(value) if isinstance(value, QuerySource) else None
 
 
-def _stage(module: Any) -> str:
+def _stage(module: Any, data: PerturbedQueryDataModule) -> str:
     if isinstance(module, DPOModule):
         start = "a new adapter" if module.adapter is None else f"the adapter {module.adapter}"
-        return f"preference optimisation by {module.loss!r}, reference {module.reference!r}, from {start}"
-    return "supervised fine-tuning (SFT)" if isinstance(module, SFTModule) else type(module).__name__
+        return f"{module.title(data)}, loss {module.loss!r}, reference {module.reference!r}, from {start}"
+    return module.title(data) if isinstance(module, SFTModule) else type(module).__name__
 
 
 def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[str, str]:
     config = module.model.peft_config["default"]
     kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
     parts = {
-        "stage": _stage(module),
+        "stage": _stage(module, data),
         "steps": str(steps),
         "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
         "base": constructed(module.base),
@@ -188,8 +188,8 @@ def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[s
             parts[name] = constructed(value)
     if isinstance(module, DPOModule):
         parts["pairs"] = constructed(module.pairs)
-        if module.fitted is not None:
-            parts["teacher"] = repr(module.fitted)
+        if module.target.fitted is not None:
+            parts["teacher"] = repr(module.target.fitted)
     return parts
 
 

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 from vlm_calibration.data.sources.base import QuerySource, queries_digest
-from vlm_calibration.endpoint.settings import DECIDING
+from vlm_calibration.endpoint.client import DECIDING
 from vlm_calibration.files import read_json, write_json
 from vlm_calibration.models.base import adapter_digest, find_adapter, read_object
 from vlm_calibration.models.loading import model_identity

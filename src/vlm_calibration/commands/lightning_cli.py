@@ -173,6 +173,8 @@ class CalibrationCLI(LightningCLI):
             raise _data_error(error) from error
         self._check_base()
         base = getattr(self.model, "base", None)
+        if isinstance(self.model, SFTModule | DPOModule) and _is_first_process():
+            print(self.model.title(self.datamodule), flush=True)
         if base is not None and _is_first_process():
             print(f"base model: {describe(base)}", flush=True)
         if self.subcommand in RESUMABLE:

@@ -66,7 +66,7 @@ def load_model(
 
     Raises:
         ArgumentError: an address without a model, or with options of a model that is loaded here.
-        DataError: see `load_calibrated` and `ServedModel`.
+        DataError: see `load_calibrated` and `served_model`.
     """
     if options.url is not None or options.served_model is not None:
         return _served(options, check)
@@ -101,11 +101,11 @@ def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] 
             )
     if check is not None:
         check(None)
-    from vlm_calibration.endpoint.settings import Endpoint
-    from vlm_calibration.inference.served import ServedModel
+    from vlm_calibration.endpoint.client import Endpoint
+    from vlm_calibration.inference.asking import served_model
 
     endpoint = Endpoint(options.url, options.served_model)
-    return ServedModel(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS)
+    return served_model(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS)
 
 
 def _is_trained(run: str) -> bool:

@@ -96,7 +96,7 @@ class PromptBatch(NamedTuple):
         perturbations: for each query what happened to its image.
         noise_steps: for each query the diffusion step of its noise; None for other kinds of perturbation.
         levels: for each query the confidence in [0, 1] of its perturbation.
-        grading: rule that grades the answers.
+        grading: rule that grades the answers; None: gold answers are not known.
         ranked: for each query the answers to rank; empty without any.
         copies: the prompts with each perturbed copy of their images that an estimator or a probe asks for.
         epochs: for each query the epoch that it is drawn in.
@@ -109,7 +109,7 @@ class PromptBatch(NamedTuple):
     perturbations: tuple[Perturbation, ...]
     noise_steps: tuple[int | None, ...]
     levels: tuple[float, ...]
-    grading: Grading = EXACT
+    grading: Grading | None = EXACT
     ranked: tuple[RankedAnswers, ...] = ()
     copies: Mapping[ImageCopy, CopiedPrompts] = {}
     epochs: tuple[int, ...] = ()
@@ -335,7 +335,7 @@ class PromptCollator:
     def __init__(
         self,
         chat: ChatFormat,
-        grading: Grading = EXACT,
+        grading: Grading | None = EXACT,
         max_length: int | None = None,
         on_too_long: TooLong = "raise",
         keep_images: bool = False,
@@ -405,7 +405,7 @@ class ImageCollator:
         grading: rule that will grade the answers.
     """
 
-    def __init__(self, grading: Grading = EXACT) -> None:
+    def __init__(self, grading: Grading | None = EXACT) -> None:
         self.grading = grading
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:

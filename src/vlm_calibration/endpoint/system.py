@@ -1,4 +1,4 @@
-"""An endpoint as a system of an evaluation: it answers a batch of questions about images, and rates its answers."""
+"""An endpoint as a `System`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.endpoint.client import TOP, Client, RefusedError
+from vlm_calibration.endpoint.client import TOP, Client, Endpoint, RefusedError
 from vlm_calibration.endpoint.reading import (
     answer_likelihood,
     complete_statement,
     p_yes,
     percent_distribution,
 )
-from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.probes import Probe
+from vlm_calibration.estimators.system import System, SystemAnswers
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -36,67 +37,62 @@ NO_CONTINUATION = "the server does not continue a given answer (continue_final_m
 LISTED = {"logprobs": True, "top_logprobs": TOP}
 
 
-class ServedAnswer(NamedTuple):
-    """The answer to one query.
-
-    Attributes:
-        prediction: the graded answer with its estimates.
-        generated: estimator -> number of tokens that were generated for it, the counterpart of forward passes.
-        distribution: confidence -> probability that the model states it, highest confidence first; empty where it cannot be had.
-    """
+class _Served(NamedTuple):
+    """The answer to one query: see `SystemAnswers`."""
 
     prediction: EstimatedPrediction
     generated: Mapping[str, int]
     distribution: Mapping[float, float]
 
 
-class EndpointSystem:
-    """Answers questions through an endpoint. Prompt, image, limit of length and grading are those of local models.
+class EndpointSystem(System):
+    """Answers questions through an endpoint; thread-safe. Prompt, image, limit of length and grading are those of local models.
 
     The stated confidence is read from the text; the expected confidence and the likelihood of the answer from the tokens that the
     server lists. Other estimators, and all probes, need the scores of texts that we choose, which no server gives.
 
     Args:
-        name: of the system.
+        name: of the system, for messages.
         endpoint: the endpoint.
         estimators: that rate its answers.
         max_new_tokens: length limit of an answer.
-        grades: whether gold answers are known; otherwise no answer counts as correct.
 
     Attributes:
         prompt: how a question is put.
-        notes: name of an estimator that lacks values -> why.
 
     Raises:
         DataError: see `Client`.
     """
 
     def __init__(
-        self,
-        name: str,
-        endpoint: Endpoint,
-        estimators: Sequence[Estimator],
-        max_new_tokens: int,
-        grades: bool = True,
+        self, name: str, endpoint: Endpoint, estimators: Sequence[Estimator], max_new_tokens: int
     ) -> None:
         self.client = Client(endpoint, name)
         self.estimators = [estimator.name for estimator in estimators]
         self.max_new_tokens = max_new_tokens
-        self.grades = grades
         self.prompt = ElicitationPrompt()
         given = (VerbalizedConfidence, ExpectedConfidence, AnswerLikelihood)
-        self.notes = {e.name: NOT_SCORED for e in estimators if type(e) not in given}
+        self.notes: dict[str, str] = {e.name: NOT_SCORED for e in estimators if type(e) not in given}
 
-    def answer(self, batch: PromptBatch) -> list[ServedAnswer]:
+    def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
         """Answer a batch that has its images, several queries at the same time. After a failure no query is begun.
+
+        Args:
+            batch: the questions.
+            probes: not read.
 
         Raises:
             DataError: a request failed for good.
         """
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
-            return list(threads.map(partial(self._answer, batch), range(len(batch.queries))))
+            served = list(threads.map(partial(self._answer, batch), range(len(batch.queries))))
+        return SystemAnswers(
+            [answer.prediction for answer in served],
+            {name: [answer.generated[name] for answer in served] for name in self.estimators},
+            [answer.distribution for answer in served],
+        )
 
-    def _answer(self, batch: PromptBatch, row: int) -> ServedAnswer:
+    def _answer(self, batch: PromptBatch, row: int) -> _Served:
         query = batch.queries[row]
         content = [
             {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}},
@@ -107,12 +103,9 @@ class EndpointSystem:
         response = self.client.ask(messages, self.max_new_tokens, **(LISTED if reads_tokens else {}))
         if reads_tokens and not response.tokens:
             self.notes |= {name: NO_TOKENS for name in (EXPECTED, LIKELIHOOD) if name in self.estimators}
+        text = complete_statement(response.text)
         prediction = graded_prediction(
-            query,
-            complete_statement(response.text),
-            batch.perturbations[row],
-            batch.noise_steps[row],
-            batch.grading if self.grades else None,
+            query, text, batch.perturbations[row], batch.noise_steps[row], batch.grading
         )
         generated = dict.fromkeys(self.estimators, 0) | {VERBALIZED: response.generated}
         estimates: dict[str, float | None] = dict.fromkeys(n for n in self.estimators if n != VERBALIZED)
@@ -133,8 +126,8 @@ class EndpointSystem:
             if distribution:
                 mean = sum(level * p for level, p in distribution.items())
                 estimates[EXPECTED] = min(max(mean, 0.0), 1.0)
-        known = {name: None if value is None else rounded(value) for name, value in estimates.items()}
-        return ServedAnswer(replace(prediction, estimates=known), generated, distribution)
+        estimates = {name: None if value is None else rounded(value) for name, value in estimates.items()}
+        return _Served(replace(prediction, estimates=estimates), generated, distribution)
 
     def _continue(
         self, messages: Sequence[Mapping[str, Any]], beginning: str
@@ -152,7 +145,6 @@ class EndpointSystem:
         return response.tokens[0].alternatives if response.tokens else {}
 
     def close(self) -> None:
-        """Close the connections."""
         self.client.close()
 
 

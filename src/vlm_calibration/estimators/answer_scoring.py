@@ -18,20 +18,17 @@ from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.estimators.cached import PromptCache, score_cached
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, score_responses
+from vlm_calibration.models.shared_prefix import Prompts, Responses, ResponseScores, score_responses
 from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import parse_answer
 
 YES_NO = ("Yes", "No")
+CACHED = 1 << 14
+"""Number of tokenized answers that are kept."""
 EVERY_PERCENT = LinearLevels(n_levels=101)
 """The confidences that evaluations and `load_calibrated` score after an answer: every whole percent, whatever a model was taught."""
-
-
-def opposite(answer: str, question: str) -> str | None:
-    """The other word for an answer to a yes/no question; None for an answer that is neither yes nor no."""
-    return {"yes": "No", "no": "Yes"}.get(parse_answer(answer, "yes_no", question) or "")
 
 
 class ResponsePass(NamedTuple):
@@ -50,6 +47,12 @@ class ResponsePass(NamedTuple):
     answer_log_p: Tensor
     yes_no_log_p: Tensor | None
     passes: int
+
+    @property
+    def distribution(self) -> dict[float, float]:
+        """Confidence -> probability that it is stated after the answer, highest confidence first; sums to 1."""
+        p = torch.softmax(self.level_log_p.double(), -1).tolist()
+        return dict(zip(self.levels, p, strict=True))
 
 
 class ScoredAnswers(NamedTuple):
@@ -70,12 +73,11 @@ class ScoredAnswers(NamedTuple):
         log_p, total = self.scores.log_likelihood.float().cpu(), self.scores.total.float().cpu()
         results = []
         for row, answer in enumerate(self.answers):
-            k, end = len(answer.levels), len(answer.candidates)
-            yes_no = total[row, end : end + 2] if len(answer.tokens) > end else None
+            levels, words = answer.levels, len(answer.candidates)
+            of_answer = log_p[row, 0, answer.offset : answer.offset + answer.candidates[0].answer_length]
+            yes_no = total[row, words : words + 2] if len(answer.tokens) > words else None
             results.append(
-                ResponsePass(
-                    answer.levels, total[row, :k], log_p[row, 0, answer.answer], yes_no, self.passes[row]
-                )
+                ResponsePass(levels, total[row, : len(levels)], of_answer, yes_no, self.passes[row])
             )
         return results
 
@@ -118,11 +120,6 @@ class TokenizedAnswer(NamedTuple):
         """The confidences that can be stated after the answer, in falling order."""
         return tuple(c.confidence for c in self.candidates if not c.wrong)
 
-    @property
-    def answer(self) -> slice:
-        """The position of the answer's tokens in the first row of `tokens`."""
-        return slice(self.offset, self.offset + self.candidates[0].answer_length)
-
     def without_levels(self) -> TokenizedAnswer:
         """With one confidence after the answer instead of all, for scores that do not depend on them."""
         return self._replace(
@@ -133,10 +130,9 @@ class TokenizedAnswer(NamedTuple):
 def right_padded(
     inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, suffixes: Sequence[Sequence[int]] = ()
 ) -> Prompts:
-    """Convert prompts from left to right padding.
+    """Convert prompts, arguments of a model's forward, from left to right padding.
 
     Args:
-        inputs: arguments of the model's forward, input_ids int64 [B, L].
         cut: for each prompt how many tokens to remove at its end.
         suffixes: for each prompt the text tokens to append.
     """
@@ -167,15 +163,13 @@ def strip_common_suffix(first: list[int], second: list[int]) -> tuple[list[int],
 def score_counted(
     model: Any,
     prompts: Prompts,
-    responses: Sequence[Sequence[Sequence[int]]],
+    responses: Responses,
     cache: PromptCache | None = None,
     shared_lengths: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:
     """`score_responses`, and the number of forward passes for each query: one, or one per response if none share a prefix.
 
-    Args:
-        cache: keys and values of the prompts, used if that is exact.
-        shared_lengths: as in `score_cached`.
+    `cache` has keys and values of the prompts, which are used if that is exact (`score_cached`).
     """
     if cache is not None:
         cached = score_cached(model, cache, prompts, responses, shared_lengths)
@@ -196,22 +190,14 @@ def score_answers(
     prompts: Prompts,
     cache: PromptCache | None = None,
 ) -> ScoredAnswers:
-    """Score B answers with every level after them in one pass.
-
-    Args:
-        answers: B answers.
-        prompts: the B prompts, padded on the right.
-        cache: keys and values of the prompts, used if that is exact.
-    """
+    """Score B answers with every level after them in one pass; `prompts` are padded on the right, `cache` as in `score_counted`."""
     lengths = prompts.lengths - torch.tensor([a.cut for a in answers], device=prompts.lengths.device)
     tokens = [a.tokens for a in answers]
     return ScoredAnswers(answers, *score_counted(model, prompts._replace(lengths=lengths), tokens, cache))
 
 
 class AnswerTokenizer:
-    """Tokenizes answers with every confidence that can be stated after them.
-
-    Results are cached, since several systems often give the same answer to a question.
+    """Tokenizes answers with every confidence that can be stated after them; keeps what several systems ask for.
 
     Args:
         chat: renders and tokenizes conversations.
@@ -219,8 +205,6 @@ class AnswerTokenizer:
         grid: percent, as in `CandidateSettings`.
         opposite: also score the opposite answer to a yes/no question with every confidence.
     """
-
-    cache_size = 1 << 14
 
     def __init__(
         self,
@@ -238,18 +222,26 @@ class AnswerTokenizer:
         """The answer with every level; for a yes/no question also the words yes and no."""
         key = (query.question, query.answer_type, answer)
         if key not in self._cache:
-            if len(self._cache) >= self.cache_size:
+            if len(self._cache) >= CACHED:
                 self._cache.clear()
             self._cache[key] = self._tokenize(query, answer)
         return self._cache[key]
 
     def _tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
-        others = [opposite(answer, query.question)] if self.opposite and query.answer_type == "yes_no" else []
-        stated_cut, candidates = self._responses.tokenize(query, [answer, *filter(None, others)])
-        words_cut, words = self._yes_and_no(query) if query.answer_type == "yes_no" else (0, [])
+        answers = [answer]
+        if self.opposite and query.answer_type == "yes_no":
+            predicted = parse_answer(answer, "yes_no", query.question)
+            answers += {"yes": ["No"], "no": ["Yes"]}.get(predicted or "", [])
+        stated_cut, candidates = self._responses.tokenize(query, answers)
+        prompt_text = self.chat.render(query.question)
+        words_cut, words = 0, []
+        if query.answer_type == "yes_no":
+            texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
+            words_cut, (yes, no) = self.chat.after_prompt(prompt_text, texts)
+            words = list(strip_common_suffix(yes, no))
         cut = max(stated_cut, words_cut)
         # Tokens of the prompt's end that only some responses replace go in front of the others.
-        [prompt] = self.chat.token_ids([self.chat.render(query.question)])
+        [prompt] = self.chat.token_ids([prompt_text])
         before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
         before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
         return TokenizedAnswer(
@@ -258,9 +250,3 @@ class AnswerTokenizer:
             candidates,
             len(before_stated),
         )
-
-    def _yes_and_no(self, query: Query) -> tuple[int, list[list[int]]]:
-        """How many tokens at the end of the prompt the words replace, and the tokens in which they differ."""
-        texts = self.chat.conversations(query.question, [render_answer(word) for word in YES_NO])
-        cut, (yes, no) = self.chat.after_prompt(self.chat.render(query.question), texts)
-        return cut, list(strip_common_suffix(yes, no))

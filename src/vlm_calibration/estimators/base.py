@@ -24,8 +24,9 @@ from vlm_calibration.estimators.answer_scoring import (
     score_answers,
 )
 from vlm_calibration.estimators.cached import PromptCache
+from vlm_calibration.estimators.generating import GenerationRecorder, answer_batch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.shared_prefix import Prompts
-from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import strip_confidence
 
 
@@ -53,17 +54,43 @@ class AnsweredBatch:
         tokenizer: tokenizes answers with the confidences that can be stated.
         max_new_tokens: length limit of an answer.
         cache: keys and values of the prompts from generation, or None.
-        n_cut_off: number of answers that count as none because the limit cut them off.
+        complete: for each answer whether it ends before the limit cuts it off; empty if that is not known.
     """
 
     model: Any
     batch: PromptBatch
-    predictions: Sequence[Prediction]
+    predictions: Sequence[EstimatedPrediction]
     answer_passes: Sequence[int]
     tokenizer: AnswerTokenizer
     max_new_tokens: int
     cache: PromptCache | None = None
-    n_cut_off: int = 0
+    complete: Sequence[bool] = ()
+
+    @staticmethod
+    def generate(
+        model: Any,
+        batch: PromptBatch,
+        tokenizer: AnswerTokenizer,
+        max_new_tokens: int,
+        keep_cache: bool = True,
+    ) -> AnsweredBatch:
+        """The greedy answers of the active adapter. Call it in eval mode and under `torch.no_grad`.
+
+        Args:
+            keep_cache: keep what generation computed of the prompts, for estimators.
+        """
+        recorder = GenerationRecorder(model, keep_cache=keep_cache)
+        answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
+        return AnsweredBatch(
+            model,
+            batch,
+            answers,
+            recorder.passes,
+            tokenizer,
+            max_new_tokens,
+            recorder.cache,
+            recorder.complete,
+        )
 
     @property
     def chat(self) -> ChatFormat:
@@ -113,12 +140,10 @@ class AnsweredBatch:
         if not copied.rows:
             return {}
         answers = [self._tokenized[row] for row in copied.rows]
+        if not with_levels:
+            answers = [answer.without_levels() for answer in answers]
         inputs = move(copied.inputs, self.batch.inputs["input_ids"].device)
-        scores = score_answers(
-            self.model,
-            answers if with_levels else [a.without_levels() for a in answers],
-            right_padded(inputs),
-        )
+        scores = score_answers(self.model, answers, right_padded(inputs))
         return dict(zip(copied.rows, scores.by_answer(), strict=True))
 
     @cached_property
@@ -142,17 +167,3 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         """The confidence in each answer of a batch. Call it under `torch.no_grad` or in inference mode."""
-
-
-def named(estimators: Sequence[Estimator]) -> dict[str, Estimator]:
-    """Estimators by their names.
-
-    Raises:
-        DataError: two estimators have the same name.
-    """
-    by_name: dict[str, Estimator] = {}
-    for estimator in estimators:
-        if estimator.name in by_name:
-            raise DataError(f"model.estimators: {estimator.name!r} appears twice")
-        by_name[estimator.name] = estimator
-    return by_name

@@ -8,7 +8,6 @@ replaces them. If the result would not be exact, nothing is scored here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +25,6 @@ from vlm_calibration.models.shared_prefix import (
     scores_at,
     why_not_shared,
 )
-
-KEYWORDS = ("cache", "past_key_values")
-"""Names of the cache in transformers, the newer one first."""
 
 
 class PromptCache(NamedTuple):
@@ -71,23 +67,6 @@ class _Tree(NamedTuple):
     predictor: Tensor
     targets: Tensor
     predictions: Tensor
-
-
-def prompt_cache(output: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> PromptCache | None:
-    """The reusable cache of a generation; None if the model has a cache of another kind.
-
-    Args:
-        output: the dictionary that `generate` returned.
-        inputs: its arguments.
-        positions: position ids of the language model's first pass; None: counted from the first column.
-    """
-    keyword = next((name for name in KEYWORDS if name in output), KEYWORDS[0])
-    cache, mask = output.get(keyword), inputs["attention_mask"]
-    if not isinstance(cache, DynamicCache):
-        return None
-    if positions is None:
-        positions = torch.arange(mask.shape[1], device=mask.device)[None]
-    return PromptCache(cache, mask, positions.expand(*positions.shape[:-2], *mask.shape), keyword)
 
 
 def reads_both_ways(model: Any) -> bool:

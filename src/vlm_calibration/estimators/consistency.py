@@ -12,7 +12,7 @@ from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.grading import Grading, grade
+from vlm_calibration.text.grading import EXACT, Grading, grade
 
 
 class InverseTransformSampler(LogitsProcessor):
@@ -78,29 +78,29 @@ class SelfConsistency(Estimator):
         for sample in range(self.samples):
             texts, sample_passes = self._sample(answered, sample)
             for row, (prediction, text) in enumerate(zip(answered.predictions, texts, strict=True)):
-                agreeing[row] += agrees(prediction, text, answered.batch.grading)
+                agreeing[row] += agrees(prediction, text, answered.batch.grading or EXACT)
                 passes[row] += sample_passes[row]
         counts = zip(agreeing, answered.predictions, strict=True)
         return Estimate([n / self.samples if p.predicted else None for n, p in counts], passes)
 
     def _sample(self, answered: AnsweredBatch, sample: int) -> tuple[list[str], list[int]]:
+        """One sampled text for each query, and its forward passes."""
         inputs, limit = answered.batch.inputs, answered.max_new_tokens
+        numbers = [
+            torch.from_numpy(query_rng(self.seed, sample, query.id, self.name).random(limit))
+            for query in answered.batch.queries
+        ]
         sampler = InverseTransformSampler(
-            self.temperature,
-            torch.stack([self._numbers(q.id, sample, limit) for q in answered.batch.queries]),
-            inputs["input_ids"].shape[1],
+            self.temperature, torch.stack(numbers), inputs["input_ids"].shape[1]
         )
         generating = GenerationRecorder(answered.model, sampler)
-        texts = generate_texts(
-            generating, inputs, answered.chat.processor.tokenizer, limit, end_of_confidence
-        )
+        tokenizer = answered.chat.processor.tokenizer
+        texts = generate_texts(generating, inputs, tokenizer, limit, end_of_confidence)
         return texts, generating.passes
-
-    def _numbers(self, query_id: str, sample: int, count: int) -> Tensor:
-        return torch.from_numpy(query_rng(self.seed, sample, query_id, self.name).random(count))
 
 
 def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
+    """Whether grading takes a text for the same answer as a prediction's."""
     if not prediction.predicted:
         return False
     predicted, kind, question = prediction.predicted, prediction.answer_type, prediction.question

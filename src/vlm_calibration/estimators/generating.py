@@ -1,18 +1,39 @@
-"""Generation that counts its forward passes and can keep the cache of the prompts."""
+"""Greedy answers to a batch, graded; and a generation that counts its forward passes and can keep the cache of the prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from vlm_calibration.estimators.cached import PromptCache, prompt_cache
+from vlm_calibration.data.collate import PromptBatch
+from vlm_calibration.estimators.cached import PromptCache
+from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.generation import CompleteAnswerCriteria
+from vlm_calibration.models.generation import CompleteAnswerCriteria, generate_texts
+from vlm_calibration.text.confidence import end_of_confidence
+
+KEYWORDS = ("cache", "past_key_values")
+"""Names of the cache in transformers, the newer one first."""
+
+
+def answer_batch(
+    model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int
+) -> list[EstimatedPrediction]:
+    """Generate, parse and grade the answers to a batch; no prompts give no answers. Generation stops after the confidence.
+
+    `model` is a transformers or peft model, or a `GenerationRecorder` of one.
+    """
+    if not batch.queries:
+        return []
+    texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
+    rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, strict=True)
+    return [
+        graded_prediction(query, text, perturbation, step, batch.grading)
+        for query, text, perturbation, step in rows
+    ]
 
 
 class GenerationRecorder:
@@ -26,7 +47,7 @@ class GenerationRecorder:
     Attributes:
         passes: after `generate`, the forward passes for each row: the number of its new tokens, its end included.
         complete: after `generate`, for each row whether its answer ends before the limit of new tokens cuts it off.
-        cache: the kept keys and values, or None.
+        cache: the kept keys and values; None if they are not kept, or the model has a cache of another kind.
     """
 
     def __init__(self, model: Any, sampler: LogitsProcessor | None = None, keep_cache: bool = False) -> None:
@@ -42,12 +63,24 @@ class GenerationRecorder:
         extra: dict[str, Any] = {"return_dict_in_generate": True}
         if self.sampler is not None:
             extra["logits_processor"] = LogitsProcessorList([self.sampler])
-        with _record_positions(self.model) as positions:
+        # The position ids of each pass of the language model; None for a pass in which it counts them itself.
+        positions: list[Tensor | None] = []
+        decoder = unwrap_peft(self.model).get_decoder()
+        handle = decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
+        )
+        try:
             output = self.model.generate(**settings, **extra)
+        finally:
+            handle.remove()
         if self.keep_cache:
-            self.cache = prompt_cache(output, settings, positions[0])
+            self.cache = _prompt_cache(output, settings["attention_mask"], positions[0])
         answers = output.sequences[:, settings["input_ids"].shape[1] :]
-        self.passes, self.complete = self._lengths(answers)
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.as_tensor([] if ends is None else ends, device=answers.device).reshape(-1)
+        ended = torch.isin(answers, ends).cumsum(1) > 0
+        self.passes = ((~ended).sum(1) + ended.any(1)).tolist()
+        self.complete = ended.any(1).tolist()
         for criterion in settings.get("stopping_criteria", ()):
             if isinstance(criterion, CompleteAnswerCriteria):
                 lengths = criterion.lengths.tolist()
@@ -55,23 +88,13 @@ class GenerationRecorder:
                 self.complete = [length > 0 or c for length, c in zip(lengths, self.complete, strict=True)]
         return output.sequences
 
-    def _lengths(self, answers: Tensor) -> tuple[list[int], list[bool]]:
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.as_tensor([] if ends is None else ends, device=answers.device).reshape(-1)
-        ended = torch.isin(answers, ends).cumsum(1) > 0
-        return ((~ended).sum(1) + ended.any(1)).tolist(), ended.any(1).tolist()
 
-
-@contextmanager
-def _record_positions(model: Any) -> Iterator[list[Tensor | None]]:
-    """Record the position ids of each pass of the language model; None for a pass in which it counts them itself."""
-    positions: list[Tensor | None] = []
-    handle = (
-        unwrap_peft(model)
-        .get_decoder()
-        .register_forward_pre_hook(lambda m, a, k: positions.append(k.get("position_ids")), with_kwargs=True)
-    )
-    try:
-        yield positions
-    finally:
-        handle.remove()
+def _prompt_cache(output: Any, mask: Tensor, positions: Tensor | None) -> PromptCache | None:
+    """The cache in the dictionary that `generate` returned; positions that are not given count from the first column."""
+    keyword = next((name for name in KEYWORDS if name in output), KEYWORDS[0])
+    cache = output.get(keyword)
+    if not isinstance(cache, DynamicCache):
+        return None
+    if positions is None:
+        positions = torch.arange(mask.shape[1], device=mask.device)[None]
+    return PromptCache(cache, mask, positions.expand(*positions.shape[:-2], *mask.shape), keyword)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 
 from vlm_calibration.data.collate import ChatFormat
@@ -17,22 +15,6 @@ TEMPLATE = (
     "Question: {question}\nProposed answer: {answer}\nIs the proposed answer true or false?\n"
     "Answer with True or False only."
 )
-
-
-class _FollowUp(NamedTuple):
-    """The prompt about an answer, as an edit of the prompt that was answered.
-
-    Attributes:
-        cut: how many tokens at the end of the answered prompt it replaces.
-        suffix: token ids that it has in their place.
-        response_cut: how many tokens at the end of the suffix the responses replace (mostly 0).
-        responses: token ids of true and of false.
-    """
-
-    cut: int
-    suffix: list[int]
-    response_cut: int
-    responses: tuple[list[int], list[int]]
 
 
 class PTrue(Estimator):
@@ -70,32 +52,33 @@ class PTrue(Estimator):
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         pairs = zip(answered.batch.queries, answered.answers, strict=True)
         follow_ups = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
+        cuts, suffixes, response_cuts, responses = (list(column) for column in zip(*follow_ups, strict=True))
         inputs = answered.batch.inputs
-        prompts = right_padded(inputs, [f.cut for f in follow_ups], [f.suffix for f in follow_ups])
-        cut, response_cut = (
-            torch.tensor(n, device=prompts.lengths.device)
-            for n in ([f.cut for f in follow_ups], [f.response_cut for f in follow_ups])
-        )
+        prompts = right_padded(inputs, cuts, suffixes)
+        cut, response_cut = (torch.tensor(n, device=prompts.lengths.device) for n in (cuts, response_cuts))
         shared_lengths = inputs["attention_mask"].sum(1) - cut
         prompts = prompts._replace(lengths=prompts.lengths - response_cut)
-        responses = [f.responses for f in follow_ups]
         scores, passes = score_counted(answered.model, prompts, responses, answered.cache, shared_lengths)
         p = torch.softmax(scores.total.double(), -1)[:, 0].tolist()
-        return Estimate(
-            [
-                value if answer is not None else None
-                for value, answer in zip(p, answered.answers, strict=True)
-            ],
-            passes,
-        )
+        rated = zip(p, answered.answers, strict=True)
+        return Estimate([value if answer is not None else None for value, answer in rated], passes)
 
-    def _follow_up(self, chat: ChatFormat, query: Query, answer: str) -> _FollowUp:
+    def _follow_up(
+        self, chat: ChatFormat, query: Query, answer: str
+    ) -> tuple[int, list[int], int, tuple[list[int], list[int]]]:
+        """The prompt about an answer, as an edit of the prompt that was answered.
+
+        Returns:
+            How many tokens at the end of the answered prompt it replaces; the token ids in their place; how many tokens at the end of
+            these the responses replace (mostly 0); the token ids of true and of false.
+        """
         plain_chat = ChatFormat(chat.processor, ElicitationPrompt("{question}"))
         text = self.template.format(question=query.question, answer=answer)
         prompt = plain_chat.render(text)
         first, second = chat.token_ids([chat.render(query.question), prompt])
         shared = common_prefix(first, second)
-        image = _image_id(chat.processor)
+        token = getattr(chat.processor, "image_token", None)
+        image = None if token is None else chat.processor.tokenizer.convert_tokens_to_ids(token)
         if image in first[shared:] or image in second[shared:]:
             raise DataError(
                 f"record {query.id!r}: p_true needs the image before the question, but the chat template of "
@@ -105,9 +88,4 @@ class PTrue(Estimator):
         response_cut, (true, false) = plain_chat.after_prompt(prompt, texts)
         if true == false:
             raise DataError(f"p_true: the tokenizer maps {self.true!r} and {self.false!r} to the same tokens")
-        return _FollowUp(len(first) - shared, second[shared:], response_cut, strip_common_suffix(true, false))
-
-
-def _image_id(processor: Any) -> int | None:
-    token = getattr(processor, "image_token", None)
-    return None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+        return len(first) - shared, second[shared:], response_cut, strip_common_suffix(true, false)

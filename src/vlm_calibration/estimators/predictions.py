@@ -55,14 +55,12 @@ def graded_prediction(
     noise_step: int | None,
     grading: Grading | None = EXACT,
 ) -> EstimatedPrediction:
-    """Parse and grade a generated text.
+    """Parse and grade a text that answers a query.
 
     Args:
-        query: the query that the text answers.
-        text: the generated text.
         perturbation: what happened to the query's image; None if that is not known.
         noise_step: diffusion step of its noise; None for other kinds.
-        grading: the rule that grades the answer; None: it is not graded, and not correct.
+        grading: the rule; None: the answer is not graded, and not correct.
     """
     if grading is None:
         outcome = Grade(parse_answer(text, query.answer_type, query.question), False)
@@ -116,25 +114,28 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         raise RecordError("expected an object with the keys of a prediction")
     if missing := [key for key in REQUIRED if key not in data]:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
-    for key in ("id", "question", "answer", "text"):
-        _check(data, key, isinstance(data[key], str), "a string")
-    for key in ("predicted", "category", "perturbation", "image"):
-        value = data.get(key)
-        _check(data, key, value is None or isinstance(value, str), "a string or null")
-    step = data["noise_step"]
-    is_integer = isinstance(step, int) and not isinstance(step, bool)
-    _check(data, "noise_step", step is None or is_integer, "a whole number or null")
-    _check(data, "correct", isinstance(data["correct"], bool), "true or false")
-    _check(data, "answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
     estimators = [key for key in data if key not in KEYS]
-    for key in ("confidence", "strength", *estimators):
-        _check(data, key, _is_share(data.get(key)), "a number in [0, 1] or null")
     probes = data.get("probes", {})
-    _check(data, "probes", isinstance(probes, Mapping), "an object")
-    for key in probes:
-        _check(probes, key, _is_share(probes[key]), "a number in [0, 1] or null")
-    if probes and ORIGINAL not in probes:
-        raise RecordError(f"'probes' must have the key {ORIGINAL!r}, found {', '.join(map(repr, probes))}")
+    step = data["noise_step"]
+
+    def check(key: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
+
+    for key in ("id", "question", "answer", "text"):
+        check(key, isinstance(data[key], str), "a string")
+    for key in ("predicted", "category", "perturbation", "image"):
+        check(key, isinstance(data.get(key), str | None), "a string or null")
+    check("noise_step", isinstance(step, int | None) and not isinstance(step, bool), "a whole number or null")
+    check("correct", isinstance(data["correct"], bool), "true or false")
+    check("answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
+    for key in ("confidence", "strength", *estimators):
+        check(key, _is_share(data.get(key)), "a number in [0, 1] or null")
+    check("probes", isinstance(probes, Mapping), "an object")
+    for name, value in probes.items():
+        if not _is_share(value):
+            raise RecordError(f"'probes' must have numbers in [0, 1] or null, found {value!r} as {name!r}")
+    check("probes", not probes or ORIGINAL in probes, f"an object with the key {ORIGINAL!r}")
     own = {key: data[key] for key in KEYS if key in data}
     return EstimatedPrediction(**own, estimates={key: data[key] for key in estimators})
 
@@ -149,11 +150,6 @@ def probes_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
     """The probes that all predictions have, in the order of the first one."""
     first = [name for name in predictions[0].probes if name != ORIGINAL]
     return tuple(name for name in first if all(name in p.probes for p in predictions))
-
-
-def _check(data: Mapping[str, Any], key: str, valid: bool, expected: str) -> None:
-    if not valid:
-        raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
 
 
 def _is_share(value: Any) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from vlm_calibration.data.noise import ImageCopy
-from vlm_calibration.estimators.answer_scoring import YES_NO, ResponsePass, score_answers
+from vlm_calibration.estimators.answer_scoring import ResponsePass, score_answers
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.metrics.probes import Probed
 from vlm_calibration.perturbation.levels import Perturbation
@@ -57,11 +57,10 @@ def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
     Raises:
         DataError: there is no such probe, or one appears twice.
     """
-    for probe in probes:
-        if probe not in PROBES:
-            raise DataError(f"model.probes: there is no probe {probe!r}: expected {', '.join(PROBES)}")
-        if list(probes).count(probe) > 1:
-            raise DataError(f"model.probes: {probe!r} appears twice")
+    if unknown := [probe for probe in probes if probe not in PROBES]:
+        raise DataError(f"model.probes: there is no probe {unknown[0]!r}: expected {', '.join(PROBES)}")
+    if twice := [probe for probe in PROBES if list(probes).count(probe) > 1]:
+        raise DataError(f"model.probes: {twice[0]!r} appears twice")
     return tuple(probe for probe in PROBES if probe in probes)
 
 
@@ -79,7 +78,7 @@ def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadin
     original = answered.scored
     passes = [scores.passes if scores else 1 for scores in original]
     probed: list[dict[str, float | None]] = [
-        {ORIGINAL: likeliest_level(scores) if scores else None, **dict.fromkeys(probes)}
+        {ORIGINAL: _likeliest_level(scores) if scores else None, **dict.fromkeys(probes)}
         for scores in original
     ]
     for probe in probes:
@@ -88,20 +87,20 @@ def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadin
         for row, scores in changed.items():
             passes[row] += scores.passes
             if original[row] is not None:
-                probed[row][probe] = likeliest_level(scores)
+                probed[row][probe] = _likeliest_level(scores)
     return ProbeReadings(list(probed), passes)
 
 
-def likeliest_level(scores: ResponsePass) -> float:
+def _likeliest_level(scores: ResponsePass) -> float:
     """The confidence that is likeliest to be stated after an answer, the highest of equally likely ones."""
     return scores.levels[int(scores.level_log_p.argmax())]
 
 
 def score_opposite(answered: AnsweredBatch) -> dict[int, ResponsePass]:
     """Row -> the scores of the opposite word with the image as it is, for answers yes and no to yes/no questions."""
-    words = [word.lower() for word in YES_NO]
+    words = {"yes": "No", "no": "Yes"}
     opposite = {
-        row: YES_NO[1 - words.index(prediction.predicted)]
+        row: words[prediction.predicted]
         for row, prediction in enumerate(answered.predictions)
         if answered.batch.queries[row].answer_type == "yes_no"
         and prediction.predicted in words

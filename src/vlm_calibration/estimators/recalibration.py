@@ -4,20 +4,21 @@ Maps from confidence to accuracy are fitted on the answers of a calibration set 
 share no image, because the correctness of answers about one image is correlated. Each answer type has a map of its own, as stage 2's
 teacher has: the likelihood of yes against no and that of a text's tokens are not comparable. The maps are those of scikit-learn. All
 but histogram binning are monotone, so within an answer type they fix calibration, not ranking.
+
+Each method is a function that takes confidences, float64 [N] in [0, 1], their correctness, bool [N], N at least 1, and the `epsilon` of
+`logit`. It returns the fitted map, from confidences to recalibrated ones, float64 [M] in [0, 1].
 """
 
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer
+from sklearn.preprocessing import KBinsDiscretizer
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.records import DataError
@@ -26,129 +27,71 @@ HALF_PERCENT, SMALLEST = 0.005, 1e-6
 """Distance from 0 and 1 within which log-odds are not taken as they are: half of the step between stated percentages, and that for all
 other confidences."""
 MIN_SLOPE = 1e-6
-"""Slope of a logistic map, at least: confidences keep their order."""
+"""Slope of a Platt map, at least: confidences keep their order."""
 UNREGULARISED = 1e6
 """Inverse strength of the penalty on logistic weights: negligible, but keeps them finite for separable answers."""
+BINS = 10
+Map = Callable[[np.ndarray], np.ndarray]
 
 
-class Recalibration(ABC):
-    """A map from confidence to accuracy.
-
-    Args:
-        epsilon: as in `logit`, for the maps that take logits.
-
-    Attributes:
-        name: its name in tables.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, epsilon: float = SMALLEST) -> None:
-        self.epsilon = epsilon
-        self.map = self._map()
-
-    @abstractmethod
-    def _map(self) -> object:
-        """A scikit-learn model with `fit` and `predict` on float64 [N, 1]."""
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        """Fit on float64 [N] in [0, 1] and bool [N], N at least 1; returns itself."""
-        self.map.fit(confidence[:, None], correct.astype(np.float64))  # type: ignore[attr-defined]
-        return self
-
-    def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        """The recalibrated confidences, float64 [N] in [0, 1]."""
-        accuracy = self.map.predict(confidence[:, None])  # type: ignore[attr-defined]
-        return np.clip(accuracy, 0.0, 1.0)  # rounding can move a least-squares fit outside
-
-
-class _Logistic(Recalibration):
-    """Logistic regression on the logit of the confidence."""
-
-    intercept: ClassVar[bool]
-
-    def _map(self) -> object:
-        logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=self.intercept, max_iter=1000)
-        return make_pipeline(FunctionTransformer(logit, kw_args={"epsilon": self.epsilon}), logistic)
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        # One outcome has no finite fit: the rule of succession.
-        self.constant = (correct.sum() + 1) / (len(correct) + 2) if len(set(correct.tolist())) == 1 else None
-        return self if self.constant is not None else super().fit(confidence, correct)
-
-    def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        if self.constant is not None:
-            return np.full(len(confidence), self.constant)
-        return self.map.predict_proba(confidence[:, None])[:, 1]  # type: ignore[attr-defined]
-
-
-class Platt(_Logistic):
+def platt(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0.
 
     It is strictly increasing, so AUROC does not change. If accuracy falls with confidence, a is `MIN_SLOPE`, and all
     confidences map to about the overall accuracy.
     """
-
-    name = "platt"
-    intercept = True
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        super().fit(confidence, correct)
-        if self.constant is None and (logistic := self.map[-1]).coef_[0, 0] < MIN_SLOPE:  # type: ignore[index]
-            logistic.coef_ = np.array([[MIN_SLOPE]])
-            logistic.intercept_ = logit(np.array([correct.mean()]))
-        return self
+    if correct.all() or not correct.any():
+        return _succession(correct)
+    logistic = LogisticRegression(C=UNREGULARISED, max_iter=1000)
+    logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
+    if logistic.coef_[0, 0] < MIN_SLOPE:
+        logistic.coef_ = np.array([[MIN_SLOPE]])
+        logistic.intercept_ = logit(np.array([correct.mean()]))
+    return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
 
 
-class Temperature(_Logistic):
+def temperature(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Temperature scaling (Guo et al., arXiv 1706.04599): sigmoid(logit(c) / T)."""
-
-    name = "temperature"
-    intercept = False
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        super().fit(confidence, correct)
-        if self.constant is None:
-            logistic = self.map[-1]  # type: ignore[index]
-            # If accuracy falls with confidence, the best temperature is infinite.
-            logistic.coef_ = np.maximum(logistic.coef_, 0.0)
-        return self
+    if correct.all() or not correct.any():
+        return _succession(correct)
+    logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=False, max_iter=1000)
+    logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
+    # If accuracy falls with confidence, the best temperature is infinite.
+    logistic.coef_ = np.maximum(logistic.coef_, 0.0)
+    return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
 
 
-class Isotonic(Recalibration):
+def isotonic(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Isotonic regression (Zadrozny & Elkan, 2002): the best monotone map, linear between its knots."""
-
-    name = "isotonic"
-
-    def _map(self) -> object:
-        return IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip")
+    regression = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=True, out_of_bounds="clip")
+    regression.fit(confidence[:, None], correct.astype(np.float64))
+    return lambda c: np.clip(regression.predict(c[:, None]), 0.0, 1.0)
 
 
-class Histogram(Recalibration):
+def histogram(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of ten bins with equally many answers.
 
     Fewer distinct confidences give fewer bins.
     """
-
-    name = "histogram"
-    bins = 10
-
-    def _map(self) -> object:
+    regression = LinearRegression()
+    if len(np.unique(confidence)) > 1:  # a single one has no quantiles
         # Least squares on bin indicators gives the mean of each bin.
-        return make_pipeline(
-            KBinsDiscretizer(self.bins, encode="onehot-dense", strategy="quantile", subsample=None),
-            LinearRegression(),
-        )
-
-    def fit(self, confidence: np.ndarray, correct: np.ndarray) -> Recalibration:
-        if len(np.unique(confidence)) == 1:  # no quantiles
-            self.map = LinearRegression()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Bins whose width are too small")  # fewer bins are expected
-            return super().fit(confidence, correct)
+        bins = KBinsDiscretizer(BINS, encode="onehot-dense", strategy="quantile", subsample=None)
+        regression = make_pipeline(bins, regression)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Bins whose width are too small")  # fewer bins are expected
+        regression.fit(confidence[:, None], correct.astype(np.float64))
+    # Rounding can move a least-squares fit outside.
+    return lambda c: np.clip(regression.predict(c[:, None]), 0.0, 1.0)
 
 
-METHODS: dict[str, type[Recalibration]] = {m.name: m for m in (Platt, Temperature, Isotonic, Histogram)}
+def _succession(correct: np.ndarray) -> Map:
+    """One outcome has no finite logistic fit: the rule of succession."""
+    constant = (correct.sum() + 1) / (len(correct) + 2)
+    return lambda c: np.full(len(c), constant)
+
+
+METHODS = {"platt": platt, "temperature": temperature, "isotonic": isotonic, "histogram": histogram}
 
 
 def logit(confidence: np.ndarray, epsilon: float = SMALLEST) -> np.ndarray:
@@ -177,66 +120,49 @@ def recalibrated(
     Raises:
         DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
     """
-    check_disjoint_images(calibration, predictions)
+    if shared := sorted(_images_of(calibration) & _images_of(predictions)):
+        raise DataError(
+            f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
+            "be fitted on other images than it is applied to"
+        )
     if missing := unrated_types(predictions, estimator, calibration):
         raise DataError(
             f"{method}: no {missing[0]} answer of the calibration split has a confidence to fit on"
         )
     epsilon = HALF_PERCENT if estimator == VERBALIZED else SMALLEST
     values: list[float | None] = [None] * len(predictions)
-    for kind in rated_types(predictions, estimator):
-        fitted_on = [p for p in calibration if _is_rated(p, estimator, kind)]
+    for kind, rows in _rated(predictions, estimator).items():
+        fitted_on = [calibration[row] for row in _rated(calibration, estimator)[kind]]
         confidence = np.array([p.confidence_of(estimator) for p in fitted_on], dtype=np.float64)
-        fit = METHODS[method](epsilon).fit(confidence, np.array([p.correct for p in fitted_on]))
-        rows = [row for row, p in enumerate(predictions) if _is_rated(p, estimator, kind)]
-        mapped = fit(np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64))
+        fitted = METHODS[method](confidence, np.array([p.correct for p in fitted_on]), epsilon)
+        mapped = fitted(
+            np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64)
+        )
         for row, value in zip(rows, mapped.tolist(), strict=True):
             values[row] = value
     return values
-
-
-def rated_types(predictions: Sequence[EstimatedPrediction], estimator: str) -> list[str]:
-    """The types of the answers that an estimator rates, sorted."""
-    return sorted({p.answer_type for p in predictions if p.confidence_of(estimator) is not None})
 
 
 def unrated_types(
     predictions: Sequence[EstimatedPrediction], estimator: str, calibration: Sequence[EstimatedPrediction]
 ) -> list[str]:
     """The types of answers that an estimator rates, but none of a calibration set, so that no map can be fitted."""
-    known = rated_types(calibration, estimator)
-    return [kind for kind in rated_types(predictions, estimator) if kind not in known]
+    return sorted(_rated(predictions, estimator).keys() - _rated(calibration, estimator).keys())
 
 
-def _is_rated(prediction: EstimatedPrediction, estimator: str, kind: str) -> bool:
-    return prediction.answer_type == kind and prediction.confidence_of(estimator) is not None
+def _rated(predictions: Sequence[EstimatedPrediction], estimator: str) -> dict[str, list[int]]:
+    """Answer type -> rows of the answers that have a confidence."""
+    rows: dict[str, list[int]] = {}
+    for row, prediction in enumerate(predictions):
+        if prediction.confidence_of(estimator) is not None:
+            rows.setdefault(prediction.answer_type, []).append(row)
+    return rows
 
 
-def check_disjoint_images(
-    calibration: Sequence[EstimatedPrediction], test: Sequence[EstimatedPrediction]
-) -> None:
-    """Check that the calibration split shares no image with the answers to recalibrate.
-
-    Raises:
-        DataError: they share an image, or an image is unknown.
-    """
-    shared = sorted(set(images_of(calibration)) & set(images_of(test)))
-    if shared:
-        raise DataError(
-            f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
-            "be fitted on other images than it is applied to"
-        )
-
-
-def images_of(predictions: Sequence[EstimatedPrediction]) -> list[str]:
-    """The image of each prediction.
-
-    Raises:
-        DataError: an image is unknown.
-    """
+def _images_of(predictions: Sequence[EstimatedPrediction]) -> set[str]:
     for prediction in predictions:
         if prediction.image is None:
             raise DataError(
                 f"prediction {prediction.id!r} has no 'image', so answers cannot be split by image: evaluate again"
             )
-    return [p.image for p in predictions if p.image is not None]
+    return {p.image for p in predictions if p.image is not None}

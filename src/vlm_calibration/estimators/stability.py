@@ -44,16 +44,15 @@ class Stability(Estimator):
         region: Literal["image", "object"] = "image",
         seed: int = 0,
     ) -> None:
-        self.strengths = {
-            kind: list(s) for kind, s in (STRENGTHS if strengths is None else strengths).items()
-        }
+        given = STRENGTHS if strengths is None else strengths
+        self.strengths = {kind: list(of_kind) for kind, of_kind in given.items()}
         self.region = region
         self.seed = seed
         if unknown := sorted(set(self.strengths) - set(KIND_NAMES)):
             raise DataError(
                 f"Stability.strengths: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}"
             )
-        perturbations = [Perturbation(kind, s) for kind, own in self.strengths.items() for s in own]
+        perturbations = [Perturbation(kind, s) for kind, of_kind in self.strengths.items() for s in of_kind]
         if not perturbations or not all(0 < p.strength <= 1 for p in perturbations):
             raise DataError(
                 f"Stability.strengths must be a strength in (0, 1] for each of one or more copies, found {self.strengths}"

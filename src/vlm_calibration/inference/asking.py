@@ -1,10 +1,9 @@
-"""Asking questions about images: what is the same for a model in this process and for one behind an address."""
+"""Asking questions about images: the same for a model in this process and for one behind an address."""
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -12,38 +11,60 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_calibration.data.collate import ImageCollator, PromptBatch
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.estimators.decision import DecisionRule
+from vlm_calibration.data.resolution import resize_to_model
+from vlm_calibration.demo.questions import unknown_part
+from vlm_calibration.endpoint.client import Endpoint
+from vlm_calibration.endpoint.system import EndpointSystem
+from vlm_calibration.estimators.decision import AppliedRule, DecisionRule
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.system import System
+from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query
+from vlm_calibration.text.confidence import strip_confidence
 
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
 
 
-class Asker(ABC):
+class Asker:
     """Answers questions about images.
 
-    Attributes:
+    Args:
         name: name for messages.
-        systems: "base", and "calibrated" if there is an adapter; or "endpoint".
-        rule: decides about the answers of the last system; None: nothing does.
-        is_demo: whether the base model is the demo's, of which it is known what it knows.
+        systems: "base", and "calibrated" if there is an adapter; or "endpoint". They rate their answers by `ExpectedConfidence`.
+        collate: makes the batch that the systems answer.
         noise: how `sample` perturbs images.
         device: where models run that work beside it.
-        image_processor: defines the size at which the model sees an image; None: not known, so `noise` is at native resolution.
+        image_processor: defines the size at which the model sees an image; None: it is not known.
+        is_demo: whether the base model is the demo's, of which it is known what it knows.
+        rule: decides about the answers of the last system; None: nothing does.
     """
 
-    name: str
-    systems: tuple[str, ...]
-    rule: DecisionRule | None = None
-    is_demo: bool = False
-    noise: NoisePolicy
-    image_processor: Any = None
-    device: torch.device
+    def __init__(
+        self,
+        name: str,
+        systems: Mapping[str, System],
+        collate: Callable[[Sequence[Sample]], PromptBatch],
+        noise: NoisePolicy,
+        device: torch.device,
+        image_processor: Any = None,
+        is_demo: bool = False,
+        rule: DecisionRule | None = None,
+    ) -> None:
+        self.name = name
+        self.systems = tuple(systems)
+        self._systems = systems
+        self._collate = collate
+        self.noise = noise
+        self.device = device
+        self.image_processor = image_processor
+        self.is_demo = is_demo
+        self.rule = rule
 
-    @abstractmethod
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
         """Answer one batch of samples with each of some systems.
 
@@ -54,17 +75,39 @@ class Asker(ABC):
         Returns:
             System -> its answers, in the order of the samples.
         """
+        batch = self._collate(samples)
+        answers = {}
+        for name in systems:
+            predictions, _, distributions = self._systems[name].answer(batch)
+            rule = self.rule if name == self.systems[-1] else None
+            answers[name] = [
+                Answer(
+                    text=prediction.text,
+                    answer=strip_confidence(prediction.text),
+                    confidence=prediction.confidence,
+                    expected=prediction.estimates[ExpectedConfidence.name],
+                    distribution=distribution,
+                    answer_type=prediction.answer_type,
+                    warning=self.unknown_part(prediction.question),
+                    rule=None if rule is None else _apply(rule, prediction),
+                )
+                for prediction, distribution in zip(predictions, distributions, strict=True)
+            ]
+        return answers
 
     def unknown_part(self, question: str) -> str | None:
-        """What the model does not know in a question, if that is known; None if it knows it."""
-        return None
+        """What the demo model does not know in a question; None if it knows it, and for any other model."""
+        return unknown_part(question) if self.is_demo else None
 
-    def close(self) -> None:  # noqa: B027  (a model in this process has nothing to close)
-        """Close connections and files."""
+    def close(self) -> None:
+        """Close connections."""
+        for system in self._systems.values():
+            system.close()
 
     def seen(self, sample: Sample) -> np.ndarray:
-        """The sample's image as the model is given it, uint8 [H, W, 3]."""
-        return sample.image
+        """The sample's image at the model's input resolution if that is known, uint8 [H, W, 3]."""
+        known = self.image_processor is not None
+        return resize_to_model(self.image_processor, sample.image) if known else sample.image
 
     def ask(
         self,
@@ -133,10 +176,7 @@ class Asker(ABC):
         """Prepare a question about an image for the model.
 
         Args:
-            image: as for `ask`.
-            question: as for `ask`.
-            answer_type: as for `ask`.
-            category: as for `ask`.
+            image, question, answer_type, category: as for `ask`.
             name: name of the question in messages, and seed of the perturbation.
             mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
             perturbation: what happens to the region.
@@ -152,6 +192,29 @@ class Asker(ABC):
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
         return perturb_query(query, loaded, noise, self.image_processor, epoch=0, perturbation=perturbation)
+
+
+def served_model(endpoint: Endpoint, max_new_tokens: int) -> Asker:
+    """A model behind an address. Images are sent as they are, and perturbed at native resolution.
+
+    Raises:
+        DataError: see `EndpointSystem`.
+    """
+    return Asker(
+        f"{endpoint.model} at {endpoint.url}",
+        {ENDPOINT: EndpointSystem(ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens)},
+        ImageCollator(grading=None),
+        NoisePolicy(resolution="native"),
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _apply(rule: DecisionRule, prediction: EstimatedPrediction) -> AppliedRule | None:
+    """The rule for an answer, with the confidence as an evaluation measures it."""
+    confidence = prediction.confidence_of(rule.estimator)
+    if confidence is not None and rule.estimator != VERBALIZED:
+        confidence = rounded(confidence)
+    return rule.applied(confidence, prediction.category)
 
 
 _BEGINS_YES_NO = re.compile(

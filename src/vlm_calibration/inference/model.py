@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -17,19 +16,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.resolution import check_resolution, resize_to_model
-from vlm_calibration.demo.questions import unknown_part
+from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, check_rule, read_rule
-from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.estimators.base import Estimator
+from vlm_calibration.estimators.decision import DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import VERBALIZED, graded_prediction
-from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.asking import BASE, CALIBRATED, Asker
-from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import (
     DEMO_MODEL,
     FACTS,
@@ -42,12 +40,10 @@ from vlm_calibration.models.base import (
     processor_source,
 )
 from vlm_calibration.models.forward import shared_vision
-from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_base, weights_digest
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
-from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 logger = logging.getLogger(__name__)
@@ -87,7 +83,8 @@ def load_calibrated(
     model = BaseModel(base) if isinstance(base, str) else base or base_of_adapter(cast(Path, folder))
     files = folder or _model_files(model)
     card = load_card(files) or Card(model.name_or_path)
-    elicitation = _prompt(prompt or card.template)
+    template = prompt or card.template
+    elicitation = ElicitationPrompt(template) if template else ElicitationPrompt()
     rule = read_rule(files)
     if rule is not None:
         _check_rule(rule, files, folder, model, elicitation)
@@ -108,7 +105,7 @@ def load_calibrated(
         data.chat,
         max_new_tokens or card.max_new_tokens,
         name=_name(model, folder),
-        is_demo=_is_demo_model(model.name_or_path),
+        is_demo=Path(model.name_or_path).is_dir() and Path(model.name_or_path).samefile(DEMO_MODEL),
         rule=rule,
     )
 
@@ -120,10 +117,6 @@ def rule_of(base: BaseModel, adapter: str | Path | None) -> DecisionRule | None:
         DataError: there is no such adapter, or the file is not a rule.
     """
     return read_rule(find_adapter(adapter) if adapter is not None else _model_files(base))
-
-
-def _prompt(template: str | None) -> ElicitationPrompt:
-    return ElicitationPrompt(template) if template else ElicitationPrompt()
 
 
 def _check_rule(
@@ -181,10 +174,6 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return usable
 
 
-def _is_demo_model(name: str) -> bool:
-    return Path(name).is_dir() and Path(name).samefile(DEMO_MODEL)
-
-
 def _model_files(model: BaseModel) -> Path:
     """The folder with card and thresholds of a merged model: its own folder, or the cache of a model on the Hub."""
     folder = Path(model.name_or_path)
@@ -203,14 +192,13 @@ class CalibratedModel(Asker):
 
     It is thread-safe: one batch is answered at a time.
 
-    Attributes:
-        model: the transformers or peft model.
+    Args:
+        model: the transformers or peft model, whose adapter is "calibrated".
         chat: formats questions for the model.
         max_new_tokens: length limit of an answer.
         name: name for messages.
-        is_demo: whether the base model is the demo's, of which it is known what it knows.
-        systems: "base", and "calibrated" if there is an adapter.
-        rule: decides about the answers of the last system; None: nothing does.
+        is_demo: as for `Asker`.
+        rule: as for `Asker`.
     """
 
     def __init__(
@@ -222,92 +210,38 @@ class CalibratedModel(Asker):
         is_demo: bool = False,
         rule: DecisionRule | None = None,
     ) -> None:
+        tokenizer = AnswerTokenizer(chat)
+        estimators: list[Estimator] = [ExpectedConfidence()]
+        if rule is not None and rule.estimator == AnswerLikelihood.name:
+            estimators.append(AnswerLikelihood())
+        adapters = {BASE: None, CALIBRATED: CALIBRATED} if hasattr(model, "peft_config") else {BASE: None}
+        systems = {
+            system: LocalSystem(model, adapter, tokenizer, max_new_tokens, estimators)
+            for system, adapter in adapters.items()
+        }
+        collate = PromptCollator(chat, grading=None)
+        noise = NoisePolicy()
+        try:
+            check_resolution(chat.processor)
+        except DataError:
+            noise = NoisePolicy(resolution="native")  # the size at which the model sees an image is not known
+        super().__init__(
+            name,
+            systems,
+            lambda samples: collate(samples).to(model.device),
+            noise,
+            model.device,
+            chat.processor.image_processor,
+            is_demo,
+            rule,
+        )
         self.model = model
         self.chat = chat
-        self._answer_tokenizer = AnswerTokenizer(chat)
         self.max_new_tokens = max_new_tokens
-        self.name = name
-        self.is_demo = is_demo
-        self.rule = rule
-        self.systems = (BASE, CALIBRATED) if hasattr(model, "peft_config") else (BASE,)
-        self.noise = NoisePolicy(resolution=_resolution(chat.processor))
-        self.image_processor = chat.processor.image_processor
-        self.device = model.device
         self._one_at_a_time = threading.Lock()
-
-    def unknown_part(self, question: str) -> str | None:
-        """What the demo model does not know in a question; None if it knows it, and for any other model."""
-        return unknown_part(question) if self.is_demo else None
-
-    def seen(self, sample: Sample) -> np.ndarray:
-        """The sample's image at the model's input resolution, uint8 [H, W, 3]."""
-        return resize_to_model(self.chat.processor.image_processor, sample.image)
 
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
         """Answer one batch of samples with each of some systems, as `Asker.answers` says; systems share the vision tower's pass."""
-        batch = PromptCollator(self.chat)(samples).to(self.model.device)
-        answers: dict[str, list[Answer]] = {}
         sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
-        with self._one_at_a_time, torch.no_grad(), sharing:
-            for system in systems:
-                with using_adapter(self.model, None if system == BASE else system):
-                    answers[system] = self._answer(batch, self.rule if system == self.systems[-1] else None)
-        return answers
-
-    def _answer(self, batch: Any, rule: DecisionRule | None) -> list[Answer]:
-        generating = GenerationRecorder(self.model, keep_cache=True)
-        texts = generate_texts(
-            generating, batch.inputs, self.chat.processor.tokenizer, self.max_new_tokens, end_of_confidence
-        )
-        predictions = [
-            graded_prediction(q, text, None, None, None) for q, text in zip(batch.queries, texts, strict=True)
-        ]
-        answered = AnsweredBatch(
-            self.model,
-            batch,
-            predictions,
-            generating.passes,
-            self._answer_tokenizer,
-            self.max_new_tokens,
-            generating.cache,
-        )
-        expected = ExpectedConfidence().estimate(answered).confidence
-        compared = expected
-        if rule is not None and rule.estimator == AnswerLikelihood.name:
-            compared = AnswerLikelihood().estimate(answered).confidence
-        answers = []
-        rows = zip(predictions, expected, compared, answered.scored, strict=True)
-        for prediction, mean, estimate, scored in rows:
-            p = [] if scored is None else torch.softmax(scored.level_log_p.double(), -1).tolist()
-            answers.append(
-                Answer(
-                    text=prediction.text,
-                    answer=strip_confidence(prediction.text),
-                    confidence=prediction.confidence,
-                    expected=mean,
-                    distribution=dict(zip(scored.levels, p, strict=True)) if scored is not None else {},
-                    answer_type=prediction.answer_type,
-                    warning=self.unknown_part(prediction.question),
-                    rule=_applied(rule, prediction, estimate),
-                )
-            )
-        return answers
-
-
-def _applied(rule: DecisionRule | None, prediction: Prediction, estimate: float | None) -> AppliedRule | None:
-    """The rule for an answer, with the confidence as an evaluation measures it; `estimate` is that of another estimator than the stated one."""
-    if rule is None:
-        return None
-    confidence = prediction.confidence
-    if rule.estimator != VERBALIZED:
-        confidence = None if estimate is None else rounded(estimate)
-    return rule.applied(confidence, prediction.category)
-
-
-def _resolution(processor: Any) -> Any:
-    """The resolution at which images are noised: the model's, or the image's own if the processor's is unknown."""
-    try:
-        check_resolution(processor)
-    except DataError:
-        return "native"
-    return "model"
+        with self._one_at_a_time, sharing:
+            return super().answers(samples, systems)

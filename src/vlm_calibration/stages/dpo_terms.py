@@ -24,11 +24,9 @@ def candidate_scores(
     targets: Sequence[float],
     correct: Sequence[Sequence[bool]],
 ) -> CandidateScores:
-    """Arguments of the loss of candidates.
+    """Arguments of the loss, from the scores [B, K, T] of the compared candidates.
 
     Args:
-        policy: of the compared candidates, log_likelihood float32 [B, K, T].
-        reference: the same under the reference, or None.
         targets: for each query the confidence in [0, 1] to learn.
         correct: for each query whether the answer of each of its candidates is correct.
 
@@ -59,14 +57,6 @@ def candidate_scores(
         correct=table(correct).bool(),
         own=table((not c.wrong for c in row) for row in compared).bool(),
     )
-
-
-def which_correct(compared: Candidates, is_correct: Sequence[bool]) -> list[list[bool]]:
-    """For each query whether the answer of each candidate is correct, given whether the query's own answer is.
-
-    A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
-    """
-    return [[c.wrong != own for c in row] for row, own in zip(compared, is_correct, strict=True)]
 
 
 def chosen_nll(

@@ -19,23 +19,23 @@ from torch import nn
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
-from vlm_calibration.endpoint.settings import Endpoint
+from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch, Estimator, named
-from vlm_calibration.estimators.generating import GenerationRecorder
+from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
-from vlm_calibration.estimators.probes import Probe, check_probes, copies_of, read_probes
+from vlm_calibration.estimators.probes import Probe, check_probes, copies_of
+from vlm_calibration.estimators.system import PROBES, LocalSystem, System
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
-from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
-from vlm_calibration.stages.scoring import PROBES, Results, Scorer
+from vlm_calibration.stages.scoring import Results, Scorer
+from vlm_calibration.stages.training import device_of, refuse_sharding
 
 
 class BatchAnswers(TypedDict):
@@ -56,42 +56,6 @@ MOST_UNSCORED = 10
 """Number of answers from which on a system is refused that mostly states confidences which are not scored."""
 SCORED = TESTED[0]
 """The data set that scores include."""
-
-
-def _check_settings(
-    adapters: Mapping[str, str],
-    endpoints: Mapping[str, Endpoint],
-    with_base: bool,
-    oracle_levels: str | None,
-) -> None:
-    """Check the settings before any file is read.
-
-    Raises:
-        DataError: a system's name cannot be used, there is no system to evaluate, or the oracle has no answers to use.
-    """
-    for setting, names in (("adapters", adapters), ("endpoints", endpoints)):
-        for name in names:
-            if name in (BASE, ORACLE) or (setting == "endpoints" and name in adapters):
-                raise DataError(f"model.{setting}: the name {name!r} is taken, choose another")
-            # The name becomes a folder, and a key in peft's modules.
-            if not re.fullmatch(r"[\w-]+", name):
-                raise DataError(f"model.{setting}: the name {name!r} must be of letters, digits, '_' and '-'")
-    if oracle_levels is not None and not with_base:
-        raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
-    if not adapters and not endpoints and not with_base:
-        raise DataError("nothing to evaluate: give model.adapters or model.endpoints, or set model.with_base")
-
-
-def _check_strengths(oracle: AnchoredLevels, data: PerturbedQueryDataModule) -> None:
-    """Refuse parts whose kinds or strengths of perturbation the oracle's levels lack."""
-    for setting, split in data.settings.items():
-        if setting.partition(".")[0] not in TESTED or split.noise == "none":
-            continue
-        try:
-            for perturbation in split.policy(data.noise).perturbations:
-                oracle.accuracy(perturbation, oracle.answer_types[0])
-        except ValueError as error:
-            raise DataError(f"model.oracle_levels, for data.{setting}: {error}") from error
 
 
 class EvaluationModule(L.LightningModule):
@@ -135,33 +99,50 @@ class EvaluationModule(L.LightningModule):
         endpoints: dict[str, Endpoint] | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(adapters or {}, endpoints or {}, with_base, oracle_levels)
-        self.adapters = {name: str(find_adapter(adapter)) for name, adapter in (adapters or {}).items()}
+        adapters, endpoints = adapters or {}, endpoints or {}
+        for setting, names in (("adapters", adapters), ("endpoints", endpoints)):
+            for name in names:
+                if name in (BASE, ORACLE) or (setting == "endpoints" and name in adapters):
+                    raise DataError(f"model.{setting}: the name {name!r} is taken, choose another")
+                # The name becomes a folder, and a key in peft's modules.
+                if not re.fullmatch(r"[\w-]+", name):
+                    raise DataError(
+                        f"model.{setting}: the name {name!r} must be of letters, digits, '_' and '-'"
+                    )
+        if oracle_levels is not None and not with_base:
+            raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
+        if not adapters and not endpoints and not with_base:
+            raise DataError(
+                "nothing to evaluate: give model.adapters or model.endpoints, or set model.with_base"
+            )
+        self.adapters = {name: str(find_adapter(adapter)) for name, adapter in adapters.items()}
         self.local: list[str] = [*([BASE] if with_base else []), *self.adapters]
         self.base = base or (base_of_adapters(self.adapters) if self.local else None)
-        self.answering: list[str] = [*self.local, *(endpoints or {})]
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
-        self.systems = [*self.answering, *([ORACLE] if self.oracle else [])]
         self.probes = check_probes(probes or ())
-        rates = bool(estimators or self.probes)
-        self.estimators = named([VerbalizedConfidence(), *(estimators or ())]) if rates else {}
-        further = [name for name in self.estimators if name != VERBALIZED]
+        self.estimators: list[Estimator] = []
+        if estimators or self.probes:
+            self.estimators = [VerbalizedConfidence(), *(estimators or ())]
+        counts = Counter(estimator.name for estimator in self.estimators)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise DataError(f"model.estimators: {twice[0]!r} appears twice")
         self.endpoints = {
-            name: EndpointSystem(name, endpoint, list(self.estimators.values()), max_new_tokens)
-            for name, endpoint in (endpoints or {}).items()
+            name: EndpointSystem(name, endpoint, self.estimators, max_new_tokens)
+            for name, endpoint in endpoints.items()
         }
-        probed = dict.fromkeys(self.local, self.probes)
+        # What answers; the local systems are added when the model is loaded.
+        self.answering: dict[str, System] = dict(self.endpoints)
+        self.systems = [*self.local, *self.endpoints, *([ORACLE] if self.oracle else [])]
+        further = [e.name for e in self.estimators if e.name != VERBALIZED]
         self.scorers = nn.ModuleList(
-            Scorer(estimators=further, probes=probed.get(system, ()))
-            if system in self.answering
-            else Scorer()
+            Scorer() if system == ORACLE else Scorer((), further, self.probes if system in self.local else ())
             for system in self.systems
         )
         self.results = {}
         self.differences: Mapping[str, str] = {}
         # System -> how many of its stated confidences are among the scored ones (True), and how many are not.
-        self._stated: dict[str, Counter[bool]] = {system: Counter() for system in self.answering}
+        self._stated: dict[str, Counter[bool]] = {name: Counter() for name in self.systems if name != ORACLE}
 
     def setup(self, stage: str) -> None:
         refuse_sharding(self)
@@ -184,7 +165,14 @@ class EvaluationModule(L.LightningModule):
                     "measure levels without data.grading.rank_levels"
                 )
             check_levels(self.oracle, self.base, data)
-            _check_strengths(self.oracle, data)
+            for setting, split in data.settings.items():
+                if setting.partition(".")[0] not in TESTED or split.noise == "none":
+                    continue
+                try:
+                    for perturbation in split.policy(data.noise).perturbations:
+                        self.oracle.accuracy(perturbation, self.oracle.answer_types[0])
+                except ValueError as error:
+                    raise DataError(f"model.oracle_levels, for data.{setting}: {error}") from error
         base = {BASE: self.base.name_or_path} if self.base is not None and BASE in self.local else {}
         self.differences = differences_from_training({**base, **self.adapters}, data)
 
@@ -208,7 +196,7 @@ class EvaluationModule(L.LightningModule):
         """Data set -> the perturbed copies of each of its images that estimators and probes need, which the data module makes."""
         if not self.local:
             return {}
-        of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
+        of_estimators = [copy for estimator in self.estimators for copy in estimator.copies]
         # No score includes the calibration set, so it is not probed.
         return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
 
@@ -217,8 +205,14 @@ class EvaluationModule(L.LightningModule):
         for kind in {query.answer_type for queries in data.tested_queries.values() for query in queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
-        if self.estimators and self.local:
-            self.answer_tokenizer = AnswerTokenizer(data.chat)
+        if self.local:
+            tokenizer = AnswerTokenizer(data.chat)
+            adapters = {system: None if system == BASE else system for system in self.local}
+            local = {
+                system: LocalSystem(self.model, adapter, tokenizer, self.max_new_tokens, self.estimators)
+                for system, adapter in adapters.items()
+            }
+            self.answering = {**local, **self.endpoints}
         groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)
@@ -230,20 +224,13 @@ class EvaluationModule(L.LightningModule):
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
             with shared_vision(self.model) if self.local else nullcontext():
-                for system in self.local:
-                    with using_adapter(self.model, None if system == BASE else system):
-                        answers[system], passes[system] = self._answer(
-                            batch, self.probes if is_scored else ()
-                        )
-            for system, endpoint in self.endpoints.items():
-                served = endpoint.answer(batch)
-                answers[system] = [answer.prediction for answer in served]
-                passes[system] = {
-                    name: [answer.generated[name] for answer in served] for name in self.estimators
-                }
+                for name, system in self.answering.items():
+                    probes = self.probes if is_scored and name in self.local else ()
+                    predictions, passes[name], _ = system.answer(batch, probes)
+                    answers[name] = [_rounded(prediction) for prediction in predictions]
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-        if self.probes or ExpectedConfidence.name in self.estimators:
+        if self.probes or ExpectedConfidence.name in (e.name for e in self.estimators):
             self._check_scored(answers)
         output = BatchAnswers(answers=answers, passes=passes)
         if batch.queries and is_scored:
@@ -272,40 +259,6 @@ class EvaluationModule(L.LightningModule):
         for system, scorer in self._scored():
             scorer.update(batch["answers"][system], batch["passes"].get(system))
 
-    def _answer(
-        self, batch: PromptBatch, probes: Sequence[Probe]
-    ) -> tuple[list[EstimatedPrediction], dict[str, list[int]]]:
-        """The active system's answers with all estimates and probes, and estimator -> the forward passes of each query."""
-        generating = GenerationRecorder(self.model, keep_cache=bool(self.estimators))
-        answers = answer_batch(generating, batch, tokenizer_of(self), self.max_new_tokens)
-        plain = cast(list[EstimatedPrediction], answers)
-        if not self.estimators:
-            return plain, {}
-        answered = AnsweredBatch(
-            self.model,
-            batch,
-            answers,
-            generating.passes,
-            self.answer_tokenizer,
-            self.max_new_tokens,
-            generating.cache,
-        )
-        estimates = {name: estimator.estimate(answered) for name, estimator in self.estimators.items()}
-        further = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
-        rated = [
-            replace(answer, estimates={name: _rounded(values[row]) for name, values in further.items()})
-            for row, answer in enumerate(plain)
-        ]
-        passes = {name: e.passes for name, e in estimates.items()}
-        if not probes:
-            return rated, passes
-        readings = read_probes(answered, probes)
-        probed = [
-            replace(answer, probes={name: _rounded(value) for name, value in confidences.items()})
-            for answer, confidences in zip(rated, readings.probed, strict=True)
-        ]
-        return probed, {**passes, PROBES: readings.passes}
-
     @property
     def notes(self) -> dict[str, dict[str, str]]:
         """System -> what of its results cannot be had, with the reason, and how this run differs from its training."""
@@ -328,5 +281,10 @@ class EvaluationModule(L.LightningModule):
             self.log_dict(overall, rank_zero_only=True)
 
 
-def _rounded(confidence: float | None) -> float | None:
-    return None if confidence is None else rounded(confidence)
+def _rounded(prediction: EstimatedPrediction) -> EstimatedPrediction:
+    """The prediction with estimates and probes of as many digits as do not depend on the batch size."""
+    estimates, probes = (
+        {name: None if confidence is None else rounded(confidence) for name, confidence in values.items()}
+        for values in (prediction.estimates, prediction.probes)
+    )
+    return replace(prediction, estimates=estimates, probes=probes)

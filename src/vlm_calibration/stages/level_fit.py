@@ -17,10 +17,9 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
 from vlm_calibration.data.module import INSTANCES, LEVELS, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, Measured, write_likelihoods
@@ -29,9 +28,9 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.settings import digest
 from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
-from vlm_calibration.stages.answering import answer_batch, device_of, refuse_sharding, tokenizer_of
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.provenance import provenance_of
+from vlm_calibration.stages.training import device_of, refuse_sharding
 
 LIKELIHOOD = AnswerLikelihood.name
 COLUMNS = ("query", "answer_type", "level", "correct", "likelihood")
@@ -139,31 +138,20 @@ class LevelFitModule(L.LightningModule):
         """
         ranked = rank_answers(self.model, batch)
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
-        if any(untouched) and self.likelihoods is not None:
-            recorder = GenerationRecorder(self.model, keep_cache=True)
-            answers = answer_batch(recorder, batch, tokenizer_of(self), self.max_new_tokens)
-            answered = AnsweredBatch(
-                self.model,
-                batch,
-                answers,
-                recorder.passes,
-                self.tokenizer,
-                self.max_new_tokens,
-                recorder.cache,
-            )
-            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
-            likelihoods = [
-                float(np.float32(p or 0)) for p in AnswerLikelihood().estimate(answered).confidence
-            ]
-            rows = zip(cast(list[EstimatedPrediction], answers), likelihoods, untouched, strict=True)
-            own = [replace(a, estimates={LIKELIHOOD: p}) if clean else a for a, p, clean in rows]
-        elif None in ranked:
-            answers = answer_batch(self.model, batch, tokenizer_of(self), self.max_new_tokens)
-            own = cast(list[EstimatedPrediction], answers)
+        estimators = [AnswerLikelihood()] if any(untouched) and self.likelihoods is not None else []
+        if estimators or None in ranked:
+            system = LocalSystem(self.model, None, self.tokenizer, self.max_new_tokens, estimators)
+            answers = system.answer(batch).predictions
         else:
             facts = zip(batch.queries, batch.perturbations, batch.noise_steps, strict=True)
-            own = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
-        return [a if rank is None else replace(a, correct=rank) for a, rank in zip(own, ranked, strict=True)]
+            answers = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
+        graded = []
+        for answer, rank, clean in zip(answers, ranked, untouched, strict=True):
+            # An answer that is none, such as "maybe" to a yes/no question, is not held at all.
+            held = {name: float(np.float32(p or 0)) for name, p in answer.estimates.items() if clean}
+            correct = answer.correct if rank is None else rank
+            graded.append(replace(answer, estimates=held, correct=correct))
+        return graded
 
     def on_test_epoch_end(self) -> None:
         self.answers.close()
@@ -202,10 +190,6 @@ class LevelFitModule(L.LightningModule):
 def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
     """Query id -> digest of its question and image; without queries that are left out since their image cannot be read.
 
-    Args:
-        splits: of a data set, with different ids.
-        where: the setting that holds it, for the line of progress.
-
     Raises:
         DataError: an image cannot be read, and its query is not to be left out.
     """
@@ -224,11 +208,7 @@ def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
 def columns_of(
     answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
 ) -> dict[str, np.ndarray]:
-    """The answers to queries at every level as columns, in which each query is once at each level.
-
-    Args:
-        answers: with ids of `level_id`.
-        perturbations: all levels.
+    """The answers to queries at every level, with ids of `level_id`, as columns, in which each query is once at each level.
 
     Returns:
         `COLUMNS` of N answers: the number of the query; index into `ANSWER_TYPES`; index into `perturbations`; whether it is correct,
@@ -271,11 +251,7 @@ def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
 def count_levels(
     answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
 ) -> dict[str, AnswerTypeCounts]:
-    """Count the correct answers by answer type, kind, strength and bin of the likelihood.
-
-    Args:
-        answers: as `columns_of` gives them.
-        perturbations: what `level` is an index of.
+    """Count the correct answers, as `columns_of` gives them, by answer type, kind, strength and bin of the likelihood.
 
     Raises:
         DataError: there is no answer of a type at a level.
@@ -292,50 +268,40 @@ def count_levels(
 def _count(
     answer_type: str, answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
 ) -> AnswerTypeCounts:
-    if np.isnan(answers["likelihood"]).all():
-        answers = {**answers, "likelihood": np.zeros(len(answers["query"]))}
-    measured = ~np.isnan(answers["likelihood"])
-    likelihood_of = dict(
-        zip(answers["query"][measured].tolist(), answers["likelihood"][measured].tolist(), strict=True)
+    query, level, correct, likelihood = (
+        answers[name] for name in ("query", "level", "correct", "likelihood")
     )
+    measured = ~np.isnan(likelihood)
+    by_query = np.full(query.max() + 1, np.nan if measured.any() else 0.0)
+    by_query[query[measured]] = likelihood[measured]
     # Without an untouched image (its record could not be loaded then), a query has no bin.
-    known = np.array([query in likelihood_of for query in answers["query"].tolist()])
-    likelihood = np.array([likelihood_of[query] for query in answers["query"][known].tolist()])
-    query, level, correct = (answers[name][known] for name in ("query", "level", "correct"))
+    known = ~np.isnan(by_query[query])
+    query, level, correct = query[known], level[known], correct[known]
     # The last column counts the queries that are asked untouched alone.
     level = np.where(np.isin(query, query[level > 0]), level, len(perturbations))
-    values = np.array(list(likelihood_of.values()))
+    values = by_query[np.unique(query)]
     for n_bins in range(max(1, min(MAX_BINS, len(values) // MIN_QUERIES_PER_BIN)), 0, -1):
         quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins) if n_bins > 1 else np.empty(0)
         # Equal quantiles, where many answers are equally likely, are one edge.
         edges = np.unique(quantiles[quantiles > values.min(initial=1.0)])
-        bins = np.searchsorted(edges, likelihood, side="right")
+        bins = np.searchsorted(edges, by_query[query], side="right")
         shape = (len(edges) + 1, len(perturbations) + 1)
         n, n_correct = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         np.add.at(n, (bins, level), 1)
         np.add.at(n_correct, (bins, level), correct)
         if n[:, :-1].all():
-            counts = np.stack([n, n_correct], -1).tolist()
-            return AnswerTypeCounts(
-                tuple(_kind_counts(perturbations, rows) for *rows, _ in counts),
-                tuple(edges.tolist()),
-                tuple(LevelCount(0.0, *others) for *_, others in counts),
-            )
+            bins_by_kind, never_perturbed = [], []
+            for *counts, others in np.stack([n, n_correct], -1).tolist():
+                rows = zip(perturbations, counts, strict=True)
+                (_, untouched), *perturbed = [(kind, LevelCount(s, *count)) for (kind, s), count in rows]
+                by_kind: dict[str, tuple[LevelCount, ...]] = {}
+                for kind, count in perturbed:
+                    by_kind[kind] = (*by_kind.get(kind, (untouched,)), count)
+                bins_by_kind.append(by_kind)
+                never_perturbed.append(LevelCount(0.0, *others))
+            return AnswerTypeCounts(tuple(bins_by_kind), tuple(edges.tolist()), tuple(never_perturbed))
     kind, strength = perturbations[1 + int(np.argmin(n[0, 1:-1]))]
     raise DataError(
         f"no {answer_type} query with {kind} of strength {strength:g}: data.levels has only queries about absent objects, whose "
         "images `data.noise.absent: clean` leaves untouched"
     )
-
-
-def _kind_counts(
-    perturbations: Sequence[Perturbation], counts: Sequence[tuple[int, int]]
-) -> dict[str, tuple[LevelCount, ...]]:
-    """Kind -> its counts, that of untouched images first."""
-    rows = [
-        (kind, LevelCount(strength, *count))
-        for (kind, strength), count in zip(perturbations, counts, strict=True)
-    ]
-    (_, untouched), *perturbed = rows
-    kinds = dict.fromkeys(kind for kind, _ in perturbed)
-    return {kind: (untouched, *(row for k, row in perturbed if k == kind)) for kind in kinds}

@@ -19,8 +19,6 @@ from vlm_calibration.data.candidates import CandidateBatch
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.stages.answering import answer_batch
 
 
 @contextmanager
@@ -42,16 +40,12 @@ def own_answers(
     An answer that is cut off at `max_new_tokens` is empty: with an end that the model did not give it, it would be another answer.
     Call it in eval mode and under `torch.no_grad`.
     """
-    recorder = GenerationRecorder(model, keep_cache=True)
-    answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
+    answered = AnsweredBatch.generate(model, batch, tokenizer, max_new_tokens)
     rated = [
         answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)
-        for answer, complete in zip(answers, recorder.complete, strict=True)
+        for answer, complete in zip(answered.predictions, answered.complete, strict=True)
     ]
-    return AnsweredBatch(
-        *(model, batch, rated, recorder.passes, tokenizer, max_new_tokens, recorder.cache),
-        n_cut_off=recorder.complete.count(False),
-    )
+    return replace(answered, predictions=rated)
 
 
 def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
@@ -67,5 +61,5 @@ def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
         batch.epochs,
         batch.queries,
         batch.skipped,
-        answered.n_cut_off,
+        answered.complete.count(False),
     )

@@ -1,6 +1,6 @@
 """Which response stage 2 prefers: the chosen candidate, which states the target confidence, and the rejected ones.
 
-Given the target and the reference's distribution over the levels, the choice is a pure function of (seed, epoch, query id).
+Given the target, the choice is a pure function of (seed, epoch, query id).
 """
 
 from __future__ import annotations
@@ -39,14 +39,12 @@ class PairPolicy:
         rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform"), those
             furthest from the target ("far") or those nearest to it ("adjacent").
         n_rejected: how many levels are rejected, 1 by default; not allowed with "all".
-        on_policy: if the reference would state another level than the target, reject that level first; no effect with "all".
         seed: seed of the random draws.
     """
 
     target: Target = "expected"
     rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
     n_rejected: int | None = None
-    on_policy: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,11 +55,6 @@ class PairPolicy:
             )
         if self.seed < 0:
             raise DataError(f"model.pairs.seed must be at least 0, found {self.seed}")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the choice among gold answers depends on the reference's distribution over the levels."""
-        return self.target == "expected" or self.on_policy
 
 
 class Comparison(NamedTuple):
@@ -86,24 +79,28 @@ class Comparison(NamedTuple):
     @property
     def compared(self) -> Candidates:
         """The picked candidates of each query."""
-        return tuple(
-            tuple(row[i] for i in picks) for row, picks in zip(self.candidates, self.picks, strict=True)
-        )
+        rows = zip(self.candidates, self.picks, strict=True)
+        return tuple(tuple(candidates[i] for i in picks) for candidates, picks in rows)
+
+    @property
+    def correct(self) -> list[list[bool]]:
+        """For each query whether the answer of each picked candidate is correct.
+
+        A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
+        """
+        rows = zip(self.compared, self.is_correct, strict=True)
+        return [[c.wrong != correct for c in candidates] for candidates, correct in rows]
 
     def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
         """The comparison of the queries that have a target, and the policy's scores of them."""
         rows = [row for row, target in enumerate(self.targets) if not math.isnan(target)]
-        fields: dict[str, Any] = {}
-        for name, values in self._asdict().items():
+
+        def select(values: Any) -> Any:
             if isinstance(values, ResponseScores):
-                fields[name] = _rows(values, rows)
-            else:
-                fields[name] = None if values is None else tuple(values[row] for row in rows)
-        return Comparison(**fields), _rows(policy, rows)
+                return ResponseScores(*(scores[rows] for scores in values))
+            return None if values is None else tuple(values[row] for row in rows)
 
-
-def _rows(scores: ResponseScores, rows: list[int]) -> ResponseScores:
-    return ResponseScores(*(values[rows] for values in scores))
+        return Comparison(*map(select, self)), select(policy)
 
 
 def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
@@ -128,63 +125,44 @@ class LevelDistribution(NamedTuple):
     total: Tensor
     candidates: Candidates
 
-    def log_p(self, row: int) -> Tensor:
-        """Log-probabilities of one query's levels, normalised over them: float32 [levels]."""
-        return torch.log_softmax(self.total[row, self._indices(row)].float(), -1)
+    def _levels(self, row: int) -> tuple[list[float], Tensor]:
+        """The levels of one query, and their log p before normalisation, float [levels]."""
+        indices = [k for k, c in enumerate(self.candidates[row]) if not c.wrong]
+        return [self.candidates[row][k].confidence for k in indices], self.total[row, indices]
 
     def expected(self, row: int) -> float:
         """The mean confidence of one query over its levels, in [0, 1]."""
-        indices = self._indices(row)
-        return expected_confidence(
-            [self.candidates[row][k].confidence for k in indices], self.total[row, indices].cpu()
-        )
+        levels, log_p = self._levels(row)
+        return expected_confidence(levels, log_p.cpu())
 
-    def mode(self, row: int) -> int:
-        """Index of the most likely candidate of one query, the one that greedy decoding states."""
-        return self._indices(row)[int(self.log_p(row).argmax())]
-
-    def _indices(self, row: int) -> list[int]:
-        return [k for k, c in enumerate(self.candidates[row]) if not c.wrong]
-
-
-@torch.no_grad()
-def kl_divergence(policy: LevelDistribution, reference: LevelDistribution) -> Tensor:
-    """KL divergence of the policy's distribution over the levels from the reference's, in nats, averaged over queries."""
-    values = []
-    for row in range(len(policy.candidates)):
-        log_p = policy.log_p(row)
-        values.append((log_p.exp() * (log_p - reference.log_p(row))).sum())
-    return torch.stack(values).mean()
+    @torch.no_grad()
+    def kl_divergence(self, other: LevelDistribution) -> Tensor:
+        """KL divergence of this distribution from another one, in nats, averaged over queries."""
+        values = []
+        for row in range(len(self.candidates)):
+            log_p, log_q = (torch.log_softmax(d._levels(row)[1].float(), -1) for d in (self, other))
+            values.append((log_p.exp() * (log_p - log_q)).sum())
+        return torch.stack(values).mean()
 
 
 def choose_candidates(
-    policy: PairPolicy,
-    batch: CandidateBatch,
-    targets: Sequence[float],
-    reference: LevelDistribution | None = None,
+    policy: PairPolicy, batch: CandidateBatch, targets: Sequence[float], *, everything: bool = False
 ) -> tuple[tuple[int, ...], ...]:
     """For each query the index of its chosen candidate, then those of its rejected ones.
 
     Args:
         targets: for each query the target confidence in [0, 1]; for NaN any candidate is chosen.
-        reference: the reference's distribution over all candidates; required if `policy.on_policy`.
+        everything: all other candidates instead of the rejected ones, for losses of the distribution over them.
     """
-    picks = []
+    picks: list[tuple[int, ...]] = []
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
         target = nearest([c.confidence for c in candidates if not c.wrong], targets[row])
-        mode = None if reference is None else reference.mode(row)
-        chosen = choose(policy, candidates, target, query, batch.epochs[row], mode)
+        if everything:
+            picks.append((target, *(i for i in range(len(candidates)) if i != target)))
+            continue
+        chosen = choose(policy, candidates, target, query, batch.epochs[row])
         # A wrong answer is not preferred over its opposite, which is correct.
         picks.append(tuple(i for i in chosen if batch.is_correct[row] or not candidates[i].wrong))
-    return tuple(picks)
-
-
-def choose_all(batch: CandidateBatch, targets: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """All candidates of each query, the one nearest to its target first, for losses of the distribution over them."""
-    picks = []
-    for candidates, confidence in zip(batch.candidates, targets, strict=True):
-        target = nearest([c.confidence for c in candidates if not c.wrong], confidence)
-        picks.append((target, *(i for i in range(len(candidates)) if i != target)))
     return tuple(picks)
 
 
@@ -194,19 +172,9 @@ def nearest(levels: Sequence[float], confidence: float) -> int:
 
 
 def choose(
-    policy: PairPolicy,
-    candidates: Sequence[Candidate],
-    target: int,
-    query: Query,
-    epoch: int,
-    mode: int | None = None,
+    policy: PairPolicy, candidates: Sequence[Candidate], target: int, query: Query, epoch: int
 ) -> list[int]:
-    """The target's index, then the indices of the rejected candidates.
-
-    Args:
-        target: index of the chosen candidate.
-        mode: index of the candidate that the reference would state; required if `policy.on_policy`.
-    """
+    """The index of the chosen candidate, which is `target`, then the indices of the rejected ones."""
     rejected = [i for i, c in enumerate(candidates) if not c.wrong and i != target]
     confidence = candidates[target].confidence
     if policy.rejected != "all":
@@ -215,8 +183,6 @@ def choose(
         sign = {"uniform": 0, "far": -1, "adjacent": 1}[policy.rejected]
         # The sort is stable, so the permutation breaks ties at random.
         rejected.sort(key=lambda i: sign * round(abs(candidates[i].confidence - confidence), 9))
-        if policy.on_policy and mode is not None and mode != target:
-            rejected.sort(key=lambda i: i != mode)
         rejected = rejected[: policy.n_rejected or 1]
     wrong = [i for i, c in enumerate(candidates) if c.wrong and c.confidence == confidence]
     return [target, *rejected, *wrong]

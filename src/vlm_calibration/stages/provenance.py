@@ -75,7 +75,14 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
             f"{levels.source} has no {', '.join(missing)} in its provenance, so it cannot be compared with this run: measure it "
             "again with `vlm-calibration levels fit`"
         )
-    if differences := _find_differences(table, use):
+    values = [(setting, table[key], use[key]) for key, setting in COMPARED.items()]
+    for kind, rule in use["grading"].items():
+        values.append((f"data.grading ({kind})", table["grading"].get(kind), rule))
+    differences = [f"{setting} was {was!r} and is {now!r}" for setting, was, now in values if was != now]
+    both_here = table["weights"] is not None and use["weights"] is not None
+    if any(table[key] != use[key] for key in (("weights",) if both_here else ("model", "revision"))):
+        differences.insert(0, f"model.base was {_describe_model(table)} and is {_describe_model(use)}")
+    if differences:
         raise DataError(
             f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use the conditions of the measurement, "
             "or measure again with `vlm-calibration levels fit`"
@@ -90,6 +97,12 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
             f"{levels.source} was measured with model.base.quantization {table['quantization']}, and this run uses "
             f"{use['quantization']}: the model's accuracy may differ a little from the taught confidence"
         )
+
+
+def _describe_model(side: Mapping[str, Any]) -> str:
+    revision = f", revision {side['revision']!r}" if side["revision"] else ""
+    weights = f"weights {side['weights'][:8]}" if side["weights"] else "weights not on this machine"
+    return f"{side['model']!r} ({weights}{revision})"
 
 
 def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryDataModule) -> dict[str, str]:
@@ -114,25 +127,3 @@ def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryD
             differences[name] = " and ".join(changed)
             rank_zero_warn(f"{name!r} is used otherwise than in its training: {differences[name]}")
     return differences
-
-
-def _find_differences(table: Mapping[str, Any], use: Mapping[str, Any]) -> list[str]:
-    values = [(setting, table[key], use[key]) for key, setting in COMPARED.items()]
-    grading = table["grading"]
-    values += [(f"data.grading ({kind})", grading.get(kind), rule) for kind, rule in use["grading"].items()]
-    differences = [f"{setting} was {was!r} and is {now!r}" for setting, was, now in values if was != now]
-    if not _is_same_model(table, use):
-        differences.insert(0, f"model.base was {_describe_model(table)} and is {_describe_model(use)}")
-    return differences
-
-
-def _is_same_model(table: Mapping[str, Any], use: Mapping[str, Any]) -> bool:
-    if table["weights"] is not None and use["weights"] is not None:
-        return table["weights"] == use["weights"]
-    return (table["model"], table["revision"]) == (use["model"], use["revision"])
-
-
-def _describe_model(side: Mapping[str, Any]) -> str:
-    revision = f", revision {side['revision']!r}" if side["revision"] else ""
-    weights = f"weights {side['weights'][:8]}" if side["weights"] else "weights not on this machine"
-    return f"{side['model']!r} ({weights}{revision})"

@@ -12,7 +12,7 @@ from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
 from vlm_calibration.regions.extraction import Extracted, Pipeline, RegionGates
 from vlm_calibration.regions.segmenter import Segmenter
-from vlm_calibration.stages.answering import device_of
+from vlm_calibration.stages.training import device_of
 
 
 class RegionExtractor(L.LightningModule):

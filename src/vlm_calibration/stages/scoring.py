@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.system import PROBES
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
 from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.functional import REPORTED
@@ -25,8 +26,6 @@ from vlm_calibration.records import Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
-PROBES = "probes"
-"""Name under which the forward passes of all probes are counted."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
 
@@ -81,35 +80,27 @@ class Scorer(nn.Module):
         super().__init__()
         self.confidences = [VERBALIZED, *estimators]
         self.probe_names = tuple(probes)
-        costly = [*estimators, *([PROBES] if probes else [])]
-        self.counted = [VERBALIZED, *costly] if costly else []
+        self.counted = [*self.confidences, *([PROBES] if probes else [])]
+        if len(self.counted) == 1:
+            self.counted = []  # the answer's own passes are no comparison
         self.set_groups(groups)
 
     def set_groups(self, groups: Iterable[str]) -> None:
         """Reset, and break results down by these groups from now on."""
         self.groups = sorted(set(groups))
         self.task = TaskMetrics(categories=self.groups)
-        self.calibration = nn.ModuleList([CalibrationMetrics(categories=self.groups)])
-        for _ in self.confidences[1:]:
-            self.calibration.append(
-                CalibrationMetrics(
-                    categories=self.groups, grid_steps=PROBABILITY_STEPS, metrics=REPORTED_FOR_ESTIMATORS
-                )
-            )
+        finer: dict[str, Any] = {"grid_steps": PROBABILITY_STEPS, "metrics": REPORTED_FOR_ESTIMATORS}
+        self.calibration = nn.ModuleList(
+            CalibrationMetrics(categories=self.groups, **({} if name == VERBALIZED else finer))
+            for name in self.confidences
+        )
         self.passes = PassCount(len(self.counted))
         self.probes = ProbeMetrics(self.probe_names, self.groups)
 
-    def _calibration(self) -> dict[str, CalibrationMetrics]:
-        """The calibration metrics of each confidence."""
-        metrics = cast(Iterable[CalibrationMetrics], self.calibration)
-        return dict(zip(self.confidences, metrics, strict=True))
-
     def reset(self) -> None:
-        self.task.reset()
-        self.passes.reset()
-        self.probes.reset()
-        for metrics in self._calibration().values():
-            metrics.reset()
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
 
     def update(
         self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None
@@ -127,12 +118,12 @@ class Scorer(nn.Module):
         groups = [[g for g in category_groups(p.category) if g in known] for p in predictions]
         correct = torch.tensor([p.correct for p in predictions])
         self.task.update([p.predicted for p in predictions], [p.answer for p in predictions], correct, groups)
-        for name, metrics in self._calibration().items():
+        for name, metrics in zip(self.confidences, self.calibration, strict=True):
             confidences = [
                 p.confidence if name == VERBALIZED else cast(EstimatedPrediction, p).estimates[name]
                 for p in predictions
             ]
-            metrics.update(as_confidence_tensor(confidences), correct, groups)
+            cast(CalibrationMetrics, metrics).update(as_confidence_tensor(confidences), correct, groups)
         if self.probe_names:
             self.probes.update([cast(EstimatedPrediction, p).probes for p in predictions], groups)
         if self.counted:
@@ -144,14 +135,14 @@ class Scorer(nn.Module):
         with warnings.catch_warnings():
             # A group of short answers has no yes ratio, and one without errors no AUROC. Tables show a dash, files null.
             warnings.simplefilter("ignore", UndefinedMetricWarning)
-            by_confidence = {name: metrics.compute() for name, metrics in self._calibration().items()}
-            values = by_confidence.pop(VERBALIZED) | self.task.compute()
+            stated, *others = (cast(CalibrationMetrics, metrics).compute() for metrics in self.calibration)
+            values = stated | self.task.compute()
             of_probes = self.probes.compute() if self.probe_names else {}
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
-        if self.counted:
-            costs = zip(self.counted, self.passes.compute().tolist(), strict=True)
-            results |= {f"forward_passes@{name}": cost for name, cost in costs}
-        for estimator, values in by_confidence.items():
+        costs = self.passes.compute().tolist() if self.counted else []
+        for name, cost in zip(self.counted, costs, strict=True):
+            results[f"forward_passes@{name}"] = cost
+        for estimator, values in zip(self.confidences[1:], others, strict=True):
             for key, value in values.items():
                 metric, slash, group = key.partition("/")
                 results[f"{metric}@{estimator}{slash}{group}"] = float(value)

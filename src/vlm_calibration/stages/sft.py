@@ -14,6 +14,8 @@ from torch import Tensor
 from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.losses.sequence import (
     AnswerWeight,
     response_nll,
@@ -23,23 +25,11 @@ from vlm_calibration.losses.sequence import (
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
-from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answering import answer_batch, device_of, tokenizer_of
+from vlm_calibration.records import DataError
+from vlm_calibration.stages import training
 from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.provenance import check_levels
 from vlm_calibration.stages.scoring import Results, Scorer
-from vlm_calibration.stages.training import (
-    check_strategy,
-    check_trained_weights,
-    has_samples,
-    keep_trained_weights,
-    log_results,
-    prepare_for_training,
-    seed_batch,
-    trained_parameters,
-    warn_of_skipped,
-    zero_loss,
-)
 
 
 class SFTModule(L.LightningModule):
@@ -87,8 +77,12 @@ class SFTModule(L.LightningModule):
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
-        check_strategy(self, stage, self.base.quantization)
+        training.check_strategy(self, stage, self.base.quantization)
         self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def title(self, data: PerturbedQueryDataModule) -> str:
+        """What is taught."""
+        return "stage 1: supervised fine-tuning (SFT)"
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Reject data whose levels were measured differently, before the model is loaded."""
@@ -97,8 +91,10 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        model = load_for_training(self.base, device_of(self))
-        self.model = prepare_for_training(self, attach_lora(model, self.lora), self.gradient_checkpointing)
+        model = load_for_training(self.base, training.device_of(self))
+        self.model = training.prepare_for_training(
+            self, attach_lora(model, self.lora), self.gradient_checkpointing
+        )
 
     def on_fit_start(self) -> None:
         if getattr(self.trainer.datamodule, "candidates", None) is not None:  # type: ignore[attr-defined]
@@ -107,12 +103,12 @@ class SFTModule(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
-        seed_batch(self, batch_idx)
+        training.seed_batch(self, batch_idx)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
-        if not has_samples(self, batch):
-            return zero_loss(self)
+        if not training.has_samples(self, batch):
+            return training.zero_loss(self)
         labelled = labelled_logits(
             self.model, batch.inputs, batch.labels
         )  # logits [N, V] at the N label tokens
@@ -140,25 +136,29 @@ class SFTModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self.scorer.reset()
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        predictions = answer_batch(self.model, batch.prompts, tokenizer_of(self), self.max_new_tokens)
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+        predictions = answer_batch(
+            self.model, batch.prompts, training.tokenizer_of(self), self.max_new_tokens
+        )
         self.scorer.update(predictions)
         return {"": predictions}
 
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}
-        log_results(self, self.results)
+        training.log_results(self, self.results)
 
     def on_train_end(self) -> None:
-        warn_of_skipped(self, self.skipped)
+        training.warn_of_total(self, self.skipped, training.TOO_LONG)
 
     def configure_optimizers(self) -> Any:
         return adamw_with_schedule(
-            trained_parameters(self), self.optimizer_settings, self.trainer.estimated_stepping_batches
+            training.trained_parameters(self),
+            self.optimizer_settings,
+            self.trainer.estimated_stepping_batches,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep_trained_weights(self, checkpoint)
+        training.keep_trained_weights(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_trained_weights(self, checkpoint)
+        training.check_trained_weights(self, checkpoint)

@@ -1,8 +1,8 @@
-"""Teachers of stage 2: how confident the reference should have been of its answers, from what it knows of them.
+"""The target of stage 2: the confidence that each answer should state.
 
-A fitted teacher is a map from estimates of the reference's confidence to the accuracy of its answers, one for each answer type,
-fitted with scikit-learn on the validation queries before training. It is kept in the checkpoint and described in the adapter's
-card with scores of its own.
+That is the level of the perturbation, whether the answer is correct, or what a teacher makes of what the reference knows of its answer. A
+fitted teacher maps estimates of the reference's confidence to the accuracy of its answers. It is fitted with scikit-learn on the
+validation queries before training, kept in the checkpoint, and described in the adapter's card with scores of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from vlm_calibration.data.candidates import CandidateBatch
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -27,9 +28,10 @@ from vlm_calibration.estimators.recalibration import SMALLEST
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.preference_targets import OF_GOLD_ANSWERS, LevelDistribution, Target
 
 Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
-_ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "expected": ExpectedConfidence,
     "likelihood": AnswerLikelihood,
     "p_true": PTrue,
@@ -37,6 +39,8 @@ _ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 }
 FOLDS = 5
 """Folds of the cross-validation that scores a fitted teacher."""
+Map = tuple[Any, Any]
+"""Logistic: the weights of the features' log-odds, and the intercept. Isotonic: rising confidences, and the accuracy at each."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class TeacherSettings:
                 "`map: logistic`"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"features": list(self.features), "map": self.map}
+
 
 class TaughtAnswer(NamedTuple):
     """One answer that a teacher is fitted on.
@@ -80,46 +87,20 @@ class TaughtAnswer(NamedTuple):
     image: str
 
 
-class LogisticMap(NamedTuple):
-    """sigmoid(weights . log-odds of the features + intercept)."""
-
-    weights: tuple[float, ...]
-    intercept: float
-
-    def __call__(self, features: Sequence[float]) -> float:
-        z = float(np.dot(self.weights, _log_odds(np.array(features))) + self.intercept)
-        return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
-
-
-class IsotonicMap(NamedTuple):
-    """Accuracies at rising confidences, both in [0, 1]; linear between them, constant outside."""
-
-    confidences: tuple[float, ...]
-    accuracies: tuple[float, ...]
-
-    def __call__(self, features: Sequence[float]) -> float:
-        return float(np.interp(features[0], self.confidences, self.accuracies))
-
-
-Map = LogisticMap | IsotonicMap
-
-
+@dataclass(frozen=True, repr=False)
 class FittedTeacher:
     """Maps from estimates of confidence to accuracy, one for each answer type.
 
-    Args:
+    Attributes:
         settings: what was fitted.
         maps: answer type -> its map.
         scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
             `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
     """
 
-    def __init__(
-        self, settings: TeacherSettings, maps: Mapping[str, Map], scores: Mapping[str, float]
-    ) -> None:
-        self.settings = settings
-        self.maps = maps
-        self.scores = scores
+    settings: TeacherSettings
+    maps: Mapping[str, Map]
+    scores: Mapping[str, float]
 
     def __call__(self, features: Sequence[float], answer_type: str) -> float:
         """The accuracy in [0, 1] of answers with such features.
@@ -132,7 +113,7 @@ class FittedTeacher:
                 f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
                 f"{', '.join(sorted(self.maps))}: add such queries to it"
             )
-        return self.maps[answer_type](features)
+        return _apply(self.settings, self.maps[answer_type], features)
 
     @staticmethod
     def fit(settings: TeacherSettings, answers: Sequence[TaughtAnswer]) -> FittedTeacher:
@@ -143,8 +124,8 @@ class FittedTeacher:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
-            "settings": _plain(self.settings),
-            "maps": {kind: tuple(fitted) for kind, fitted in self.maps.items()},
+            "settings": self.settings.to_dict(),
+            "maps": dict(self.maps),
             "scores": dict(self.scores),
         }
 
@@ -155,14 +136,12 @@ class FittedTeacher:
         Raises:
             DataError: it was fitted with other settings.
         """
-        if state["settings"] != _plain(settings):
+        if state["settings"] != settings.to_dict():
             raise DataError(
                 f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
-                f"{_plain(settings)}: use the settings of the run that wrote the checkpoint"
+                f"{settings.to_dict()}: use the settings of the run that wrote the checkpoint"
             )
-        build = LogisticMap if settings.map == "logistic" else IsotonicMap
-        maps = {kind: build(*values) for kind, values in state["maps"].items()}
-        return FittedTeacher(settings, maps, state["scores"])
+        return FittedTeacher(settings, state["maps"], state["scores"])
 
     def __repr__(self) -> str:
         scores = ", ".join(
@@ -172,20 +151,91 @@ class FittedTeacher:
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
 
 
-def _plain(settings: TeacherSettings) -> dict[str, Any]:
-    return {"features": list(settings.features), "map": settings.map}
+class TargetChooser:
+    """Chooses the confidence that each answer should state.
 
+    Args:
+        target: as in `PairPolicy`.
+        settings: what "fitted" fits.
 
-def estimators_of(features: Sequence[str]) -> list[Estimator]:
-    """The estimators of features, in their order."""
-    return [_ESTIMATORS[name]() for name in features]
+    Attributes:
+        fitted: the fitted teacher, which "fitted" needs.
+    """
 
+    def __init__(self, target: Target, settings: TeacherSettings) -> None:
+        self.target = target
+        self.settings = settings
+        features = settings.features if target == "fitted" else (target,)
+        self.estimators = [] if target in OF_GOLD_ANSWERS else [ESTIMATORS[name]() for name in features]
+        self.fitted: FittedTeacher | None = None
 
-def features_of(estimators: Sequence[Estimator], answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
-    """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
-    columns = [estimator.estimate(answered).confidence for estimator in estimators]
-    rows = zip(*columns, strict=True)
-    return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
+    @property
+    def is_ready(self) -> bool:
+        """False for a teacher that is still to be fitted."""
+        return self.target != "fitted" or self.fitted is not None
+
+    def __call__(
+        self, batch: CandidateBatch, reference: LevelDistribution | None, answered: AnsweredBatch | None
+    ) -> tuple[float, ...]:
+        """For each query the target in [0, 1]; NaN for an own answer that is none, or that an estimator does not rate.
+
+        Args:
+            batch: the candidates.
+            reference: the reference's distribution over their levels; "expected" needs it.
+            answered: the reference's own answers, if the candidates give these; estimators need them.
+        """
+        targets: Sequence[float]
+        if self.target == "level":
+            targets = batch.levels
+        elif self.target == "correct":
+            targets = [float(correct) for correct in batch.is_correct]
+        elif self.target == "expected":
+            assert reference is not None
+            targets = [reference.expected(row) for row in range(len(batch.queries))]
+        else:
+            assert answered is not None
+            rows = zip(self.features(answered), batch.queries, strict=True)
+            targets = [math.nan if f is None else self._teach(f, query.answer_type) for f, query in rows]
+        if answered is None:
+            return tuple(targets)
+        answers = zip(targets, answered.answers, strict=True)
+        return tuple(math.nan if answer is None else target for target, answer in answers)
+
+    def _teach(self, features: tuple[float, ...], answer_type: str) -> float:
+        if self.target != "fitted":
+            return features[0]
+        assert self.fitted is not None
+        return self.fitted(features, answer_type)
+
+    def features(self, answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
+        """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
+        columns = [estimator.estimate(answered).confidence for estimator in self.estimators]
+        rows = zip(*columns, strict=True)
+        return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
+
+    def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
+        """The rated answers of a batch, to fit on."""
+        rows = zip(self.features(answered), answered.predictions, strict=True)
+        return [
+            TaughtAnswer(features, p.correct, p.answer_type, p.image or "")
+            for features, p in rows
+            if features is not None
+        ]
+
+    def fit(self, rows: list[TaughtAnswer]) -> None:
+        """Fit the teacher on the answers of all processes, of which each gives its own.
+
+        Raises:
+            DataError: there are none.
+        """
+        rows = gather(rows)  # before any error is raised, so that no process waits for another
+        if not rows:
+            raise DataError(
+                "`target: fitted`: the reference gives no answer to a validation query that "
+                f"{' and '.join(self.settings.features)} rate, so there is nothing to fit: use `target: expected`, train stage 1 "
+                "longer, or raise model.max_new_tokens if it cuts answers off"
+            )
+        self.fitted = FittedTeacher.fit(self.settings, rows)
 
 
 def gather(rows: list[Any]) -> list[Any]:
@@ -198,28 +248,31 @@ def gather(rows: list[Any]) -> list[Any]:
 
 
 def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
-    fit = _fit_logistic if settings.map == "logistic" else _fit_isotonic
     maps: dict[str, Map] = {}
     for kind in sorted({row.answer_type for row in rows}):
-        own = [row for row in rows if row.answer_type == kind]
-        maps[kind] = fit(np.array([row.features for row in own]), np.array([row.correct for row in own]))
+        of_kind = [row for row in rows if row.answer_type == kind]
+        features = np.array([row.features for row in of_kind])  # float64 [N, F]
+        correct = np.array([row.correct for row in of_kind])
+        n, n_correct = len(correct), int(correct.sum())
+        if settings.map == "isotonic":
+            isotonic = IsotonicRegression(y_min=0.0, y_max=1.0)
+            isotonic.fit(features[:, 0], correct.astype(np.float64))
+            maps[kind] = tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist())
+        elif n_correct in (0, n):
+            # One outcome has no finite fit: the rule of succession, whatever the features are.
+            maps[kind] = (0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1))
+        else:
+            logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
+            maps[kind] = tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0])
     return maps
 
 
-def _fit_logistic(features: np.ndarray, correct: np.ndarray) -> LogisticMap:
-    """Logistic regression on features, float64 [N, F], and correctness, bool [N]."""
-    if correct.all() or not correct.any():
-        # One outcome has no finite fit: the rule of succession, whatever the features are.
-        n, n_correct = len(correct), int(correct.sum())
-        return LogisticMap((0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1)))
-    logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
-    return LogisticMap(tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0]))
-
-
-def _fit_isotonic(features: np.ndarray, correct: np.ndarray) -> IsotonicMap:
-    """Isotonic regression (Zadrozny & Elkan, 2002) on one feature, float64 [N, 1], and correctness, bool [N]."""
-    isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(features[:, 0], correct.astype(np.float64))
-    return IsotonicMap(tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist()))
+def _apply(settings: TeacherSettings, fitted: Map, features: Sequence[float]) -> float:
+    first, second = fitted
+    if settings.map == "isotonic":
+        return float(np.interp(features[0], first, second))
+    z = float(np.dot(first, _log_odds(np.array(features))) + second)
+    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
 
 
 def _log_odds(confidence: np.ndarray) -> np.ndarray:
@@ -240,7 +293,7 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
         maps = _fit_maps(settings, [rows[i] for i in fitted_on])
         for i in held_out:
             if rows[i].answer_type in maps:
-                confidence[i] = maps[rows[i].answer_type](rows[i].features)
+                confidence[i] = _apply(settings, maps[rows[i].answer_type], rows[i].features)
     rated = ~confidence.isnan()  # all but those of an answer type of a single fold
     confidence, correct = confidence[rated], correct[rated]
     if len(correct):

@@ -1,4 +1,4 @@
-"""What both training stages share: preparing the model, checkpoints of the trained weights, seeds, and logging."""
+"""What the stages share: device and strategy; and in training the model, checkpoints of the trained weights, seeds, and logging."""
 
 from __future__ import annotations
 
@@ -14,11 +14,36 @@ from torch import Tensor, nn
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.answering import refuse_sharding
 from vlm_calibration.stages.scoring import Results
 
 PROGRESS_BAR = ("accuracy", "ece")
 """Validation metrics in the progress bar."""
+TOO_LONG = "samples were longer than data.max_length and were skipped"
+
+
+def device_of(module: L.LightningModule) -> torch.device:
+    """The device that the trainer runs a module on; the module's own without a trainer."""
+    # A quantised model is loaded onto its device before Lightning moves anything there.
+    attached = module._trainer is not None
+    return module.trainer.strategy.root_device if attached else module.device
+
+
+def tokenizer_of(module: L.LightningModule) -> Any:
+    """The tokenizer of the data that the trainer runs a module on."""
+    return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
+
+
+def refuse_sharding(module: L.LightningModule) -> None:
+    """Refuse to answer with sharded weights, before they are loaded.
+
+    Raises:
+        DataError: the trainer's strategy shards the weights.
+    """
+    if module.device_mesh is not None:
+        raise DataError(
+            "trainer.strategy: FSDP2 (ModelParallelStrategy) trains, but does not generate answers: use one device, trainer/ddp, or a "
+            "model behind an address (model.endpoints of `test`)"
+        )
 
 
 def check_strategy(module: L.LightningModule, stage: str, quantization: str) -> None:
@@ -126,11 +151,6 @@ def log_results(module: L.LightningModule, results: Results) -> None:
     """Log the validation metrics of the run itself."""
     for name, value in results[""].items():
         module.log(f"val/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=True)
-
-
-def warn_of_skipped(module: L.LightningModule, skipped: int) -> None:
-    """Warn with the number of samples that all processes skipped."""
-    warn_of_total(module, skipped, "samples were longer than data.max_length and were skipped")
 
 
 def warn_of_total(module: L.LightningModule, count: int, what: str) -> None:
