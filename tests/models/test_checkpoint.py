@@ -15,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from vlm_calibration.models.adapters import LoraSettings, attach_lora, load_adapters
+from vlm_calibration.models.adapters import LoraSettings, attach_lora, layer_parts, load_adapters
 from vlm_calibration.models.checkpoint import Checkpoint, find_weights
 from vlm_calibration.models.export import merge_adapter, save_merged
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.records import DataError
 
 from .families import FOUR, build, collated, new_prompts, randomize_adapters, save_published

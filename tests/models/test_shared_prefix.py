@@ -93,7 +93,9 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradient.float().flatten() for gradient in gradients.values()])
 
 
-@pytest.mark.parametrize(("family", "attention"), CASES)
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llava_clip", "eager"), ("qwen2_5_vl", "sdpa"), ("gemma3", "sdpa")]
+)
 def test_in_bfloat16_packed_is_as_near_to_float32_as_plain_is(family: str, attention: str) -> None:
     """Log-likelihoods and gradients under gradient checkpointing, as in training.
 

@@ -2,10 +2,7 @@
 
 With a vocabulary of 150k tokens the logits of a conversation are by far its largest tensor, and only the dozen at the response
 are needed. A pre-hook of the head selects those hidden states, so that a family's operations behind the head (scaling,
-soft-capping) still apply.
-
-Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower. Within
-`shared_vision` each frozen module outside the language model runs once, and later passes reuse its result.
+soft-capping) still apply. Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
 
     Args:
         model: a transformers or peft model.
-        inputs: arguments of its forward.
+        inputs: arguments of the forward pass.
         labels: int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
 
     Raises:
@@ -87,21 +84,21 @@ def output_head(model: Any) -> nn.Module:
 def frozen_vision(model: Any) -> list[nn.Module]:
     """The outermost modules outside the language model without an adapter or trained parameters: tower, projector, ..."""
     base = unwrap_peft(model)
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    return list(_frozen_modules(base, {id(decoder), id(head)}))
-
-
-def _frozen_modules(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
-    for child in module.children():
-        inside = {id(m) for m in child.modules()}
-        if id(child) in language:
+    language = {id(base.get_decoder()), id(base.get_output_embeddings())}
+    frozen: list[nn.Module] = []
+    pending = list(base.children())
+    while pending:
+        module = pending.pop(0)
+        inside = list(module.modules())
+        if id(module) in language:
             continue
-        if inside & language:
-            yield from _frozen_modules(child, language)
-        elif not any(isinstance(m, BaseTunerLayer) for m in child.modules()) and not any(
-            p.requires_grad for p in child.parameters()
+        if any(id(m) in language for m in inside):
+            pending += module.children()
+        elif not any(isinstance(m, BaseTunerLayer) for m in inside) and not any(
+            p.requires_grad for p in module.parameters()
         ):
-            yield child
+            frozen.append(module)
+    return frozen
 
 
 @contextmanager
