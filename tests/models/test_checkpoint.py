@@ -132,7 +132,7 @@ def test_weights_files_of_pytorch_become_safetensors(
     adapter_of: Callable[[str], str], tmp_path: Path
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "merged"
-    save_published("paligemma", build("paligemma"), base)
+    save_published("llava_clip", build("llava_clip"), base)
     layout = _layout(base)
     weights = load_file(base / "model.safetensors")
     torch.save(weights, base / "pytorch_model.bin")

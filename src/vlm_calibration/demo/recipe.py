@@ -63,7 +63,7 @@ CONFIDENCE_SHARES = ((0.7, 0.2, 0.1), (0.2, 0.7, 0.1), (0.1, 0.3, 0.6))
 
 
 class PatchBatch(NamedTuple):
-    """Images with labels for each patch.
+    """Scenes with labels for each patch.
 
     Attributes:
         pixel_values: float [B, 3, S, S].
@@ -114,18 +114,13 @@ def patch_labels(scene: Scene, processor: LlavaProcessor) -> tuple[np.ndarray, n
 
 
 def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
-    return DataLoader(
-        ScenePatches(processor, count),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=1,
-        prefetch_factor=8,
-    )
+    scenes = ScenePatches(processor, count)
+    return DataLoader(scenes, batch_size, collate_fn=_collate, num_workers=1, prefetch_factor=8)
 
 
 def _collate(rows: list[tuple[Tensor, Tensor, Tensor, Scene]]) -> PatchBatch:
-    pixels, words, corners, scenes = zip(*rows, strict=True)
-    return PatchBatch(torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes))
+    *columns, scenes = zip(*rows, strict=True)
+    return PatchBatch(*map(torch.stack, columns), list(scenes))
 
 
 def _train(
@@ -220,13 +215,8 @@ class QuestionPacker:
 
         `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
         """
-        padding = {
-            "ids": self.tokenizer.pad_token_id,
-            "labels": IGNORE,
-            "positions": 0,
-            "segments": -1,
-            "ahead": IGNORE,
-        }
+        padding = {"ids": self.tokenizer.pad_token_id, "labels": IGNORE, "positions": 0, "segments": -1}
+        padding["ahead"] = IGNORE
         start = len(self.head) + IMAGE_TOKENS
         rows = []
         for scene in scenes:
@@ -340,12 +330,7 @@ def log(message: str) -> None:
 
 
 def make_demo_model(
-    out: Path,
-    *,
-    patch_steps: int = 1100,
-    language_steps: int = 700,
-    joint_steps: int = 160,
-    scenes: int = 4000,
+    out: Path, patch_steps: int = 1100, language_steps: int = 700, joint_steps: int = 160, scenes: int = 4000
 ) -> None:
     """Train the demo model and save it with its processor to the folder `out`; stage 2 caches the features of `scenes` scenes."""
     processor = build_processor()

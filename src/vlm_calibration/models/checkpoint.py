@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,14 +47,6 @@ class Checkpoint(NamedTuple):
     files: tuple[Path, ...]
 
 
-class _Tensors(NamedTuple):
-    """The tensors of one weights file, which are read on demand."""
-
-    names: Sequence[str]
-    get: Callable[[str], Tensor]
-    metadata: dict[str, str] | None
-
-
 def find_checkpoint(base: BaseModel) -> Checkpoint:
     """The files of a model that has been loaded.
 
@@ -91,14 +82,13 @@ def find_weights(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[
     flat = {name: weight.detach().flatten() for name, weight in weights.items()}
     equal: dict[str, list[Stored]] = {name: [] for name in weights}
     for path in checkpoint.files:
-        with _reading(path) as tensors:
-            for stored in tensors.names:
-                tensor = tensors.get(stored).flatten()
-                few = tensor[:FEW].float()
-                for name, weight in flat.items():
-                    alike = len(weight) == len(tensor) and torch.equal(weight[:FEW], few)
-                    if alike and torch.equal(weight, tensor.float()):
-                        equal[name].append(Stored(stored, tensor.dtype))
+        for stored, tensor in _read(path)[0].items():
+            values = tensor.flatten()
+            few = values[:FEW].float()
+            for name, weight in flat.items():
+                alike = len(weight) == len(values) and torch.equal(weight[:FEW], few)
+                if alike and torch.equal(weight, values.float()):
+                    equal[name].append(Stored(stored, tensor.dtype))
     found = {name: _most_alike(name, candidates) for name, candidates in equal.items()}
     times = Counter(stored.name for stored in found.values())
     if shared := [name for name, stored in found.items() if times[stored.name] > 1]:
@@ -128,15 +118,14 @@ def _most_alike(name: str, candidates: list[Stored]) -> Stored:
     return best[0]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[_Tensors]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors of a weights file by name, and its metadata."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            yield _Tensors(list(file.keys()), file.get_tensor, file.metadata())
-    else:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Tensors of such a file may share memory, which safetensors refuses.
-        yield _Tensors(list(state), lambda name: state[name].clone(), {"format": "pt"})
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Tensors of such a file may share memory, which safetensors refuses.
+    return {name: tensor.clone() for name, tensor in state.items()}, {"format": "pt"}
 
 
 def copy_checkpoint(
@@ -159,9 +148,9 @@ def copy_checkpoint(
     """
     size = 0
     for path in checkpoint.files:
-        with _reading(path) as tensors:
-            written = {n: _converted(tensors.get(n), replaced.get(n), dtype) for n in tensors.names}
-            save_file(written, folder / _safetensors_name(path.name), tensors.metadata)
+        tensors, metadata = _read(path)
+        written = {name: _converted(tensor, replaced.get(name), dtype) for name, tensor in tensors.items()}
+        save_file(written, folder / _safetensors_name(path.name), metadata)
         size += sum(tensor.nbytes for tensor in written.values())
     if checkpoint.files[0].name not in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         is_safetensors = checkpoint.files[0].suffix == ".safetensors"

@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
@@ -108,11 +107,7 @@ def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> Pr
 
 
 def model_config(base: BaseModel) -> Any:
-    """The model's configuration.
-
-    Raises:
-        DataError: the model does not exist.
-    """
+    """The model's configuration; raises DataError if the model does not exist."""
     with hub.loading("a model", base.name_or_path):
         return AutoConfig.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -120,11 +115,7 @@ def model_config(base: BaseModel) -> Any:
 
 
 def empty_vlm(base: BaseModel) -> PreTrainedModel:
-    """The model with meta tensors: parameters have shapes but no values and take no memory.
-
-    Raises:
-        DataError: the model does not exist.
-    """
+    """The model with meta tensors, which take no memory; raises DataError if the model does not exist."""
     config = model_config(base)
     with hub.loading("a model", base.name_or_path), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
@@ -167,23 +158,16 @@ def _identifying_parts(folder: Path, weights: list[Path]) -> Iterator[str | byte
                 yield file.read(SPAN)
 
 
-def model_identity(name_or_path: str, revision: str | None = None, *, download: bool = False) -> str | None:
+def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
     """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
 
     The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates. None if the
-    model is not on this machine; with `download` the Hub is asked for the commit.
+    model is not on this machine.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         cached = local_folder(BaseModel(name_or_path, revision=revision))
-        if cached is not None or not download:
-            return cached.name if cached else None
-        try:
-            config, _ = PretrainedConfig.get_config_dict(name_or_path, revision=revision)
-        except OSError:
-            return None
-        commit: str | None = config.get("_commit_hash")
-        return commit
+        return cached.name if cached else None
     # A decision rule is chosen on the model's answers and changes none of them.
     files = [
         f"{path.name} {file_digest(path)}\n"
@@ -238,11 +222,7 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
 
 
 def check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
-    """Check that layers can be quantised to nf4.
-
-    Raises:
-        ValueError: a layer's number of inputs is no multiple of 64.
-    """
+    """Check that layers can be quantised to nf4; raises ValueError if a layer's number of inputs is no multiple of 64."""
     for name, module in model.named_modules():
         if name in quantised and module.in_features % 64:
             raise ValueError(

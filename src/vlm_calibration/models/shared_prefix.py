@@ -1,10 +1,9 @@
 """Log-likelihoods of several responses to one prompt, with image and prompt computed once.
 
-Candidates differ in a few tokens at their end. Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends
-before the first token in which two responses differ, and suffixes do not attend to each other. The model builds its attention
-mask and positions for the row; a pre-hook of its language model then masks other suffixes and makes each suffix's positions
-continue the prefix. This is independent of the model family and exact under gradient checkpointing, where an expanded
-key-value cache is silently wrong. The plain path, one forward per candidate, gives the same result and is the reference.
+Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends before the first token in which two responses differ, and
+suffixes do not attend to each other. The model builds its attention mask and positions for the row; a pre-hook of its language model then
+masks other suffixes and makes each suffix's positions continue the prefix. This is independent of the model family and exact under
+gradient checkpointing, where an expanded key-value cache is silently wrong. The plain path, one forward per candidate, is the reference.
 """
 
 from __future__ import annotations
