@@ -15,7 +15,7 @@ from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from .families import FOUR
 from .prefix_cases import Case, Responses, assert_equal, gradients_of, likelihood_alone, new_case, unpadded
 
-CASES = [(family, attention) for family in FOUR for attention in ("eager", "sdpa")]
+CASES = [*((family, "sdpa") for family in FOUR), ("llava_clip", "eager"), ("gemma3", "eager")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

@@ -125,7 +125,9 @@ class PageHandlers:
         seen = None
         try:
             # The perturbation does not depend on the question.
-            [sample] = self._samples(subject, choice, editor, question or "?", kind, [percentage / 100])
+            [sample] = self._samples(
+                subject, choice, editor, question.strip() or "?", kind, [percentage / 100]
+            )
             seen = self.model.seen(sample)
             # The browser would show a small image at its own size.
             factor = max(1, EDITOR_SIDE // max(seen.shape[:2]))
