@@ -125,14 +125,13 @@ class PageHandlers:
         seen = None
         try:
             # The perturbation does not depend on the question.
-            [sample] = self._samples(
-                subject, choice, editor, question.strip() or "?", kind, [percentage / 100]
-            )
+            asked = question if question.strip() else "?"
+            [sample] = self._samples(subject, choice, editor, asked, kind, [percentage / 100])
             seen = self.model.seen(sample)
             # The browser would show a small image at its own size.
             factor = max(1, EDITOR_SIDE // max(seen.shape[:2]))
             seen = seen.repeat(factor, axis=0).repeat(factor, axis=1)
-            if unknown := self.model.unknown_part(question) if question.strip() else "Ask a question.":
+            if unknown := "Ask a question." if asked == "?" else self.model.unknown_part(question):
                 raise DataError(unknown)
             answers = self.model.answers([sample], self.model.systems)
         except DataError as error:

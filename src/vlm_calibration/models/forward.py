@@ -52,19 +52,12 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
-    """Logits at N positions of a batch, float [N, V].
-
-    Args:
-        model: a transformers or peft model.
-        inputs: arguments of its forward.
-        rows: int64 [N]; positions may repeat.
-        positions: int64 [N].
-    """
+    """Logits at N positions of a batch, float [N, V]; `rows` and `positions` are int64 [N], and a position may repeat."""
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, positions][None], *args[1:])
 
-    handle = output_head(model).register_forward_pre_hook(select)
+    handle = unwrap_peft(model).get_output_embeddings().register_forward_pre_hook(select)
     try:
         return model(**inputs, use_cache=False).logits[0]
     finally:
@@ -74,11 +67,6 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions:
 def unwrap_peft(model: Any) -> Any:
     """The transformers model below peft's wrappers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def output_head(model: Any) -> nn.Module:
-    """The module that maps hidden states to logits."""
-    return unwrap_peft(model).get_output_embeddings()
 
 
 def frozen_vision(model: Any) -> list[nn.Module]:
